@@ -1,0 +1,1 @@
+"""Tokens: corpora, tokenizers, preparation, order, streaming, the LightningDataModule."""

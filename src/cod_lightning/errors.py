@@ -1,0 +1,19 @@
+"""The one exception for input that a person can correct."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: the message names the field or file, what was wrong, and what would be right.
+
+    The command line prints it as one error and exits with status 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean X? " for the closest of `known`, followed by all of them."""
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {match[0]!r}? " if match else ""
+    return f"{hint}known: {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Tensors only: the norms as plain torch, the specification that faster kernels are held to."""

@@ -1,0 +1,1 @@
+"""Layers and depth: norm strategies, the decoder, its initialisation."""

@@ -1,0 +1,1 @@
+"""Steps: optimizer and schedule, LightningModule, callbacks, trainer, run record."""
