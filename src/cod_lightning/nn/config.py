@@ -1,0 +1,90 @@
+"""The shape of a decoder; plain data, so that a configuration is checked without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class DecoderConfig:
+    """A LLaMA-style decoder; field names follow `transformers.LlamaConfig` where it has them.
+
+    The paper's shapes (60M to 7B) are the files of `configs/model/`.
+    """
+
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 3
+    num_key_value_heads: int | None = None
+    """Fewer than `num_attention_heads` is grouped-query attention; None: as many."""
+    vocab_size: int | None = None
+    """None: the tokenizer's."""
+    norm: str = "rms"
+    """`rms` (RMSNorm) or `layer` (LayerNorm, without bias)."""
+    norm_affine: bool = True
+    """False: norms without a weight (OLMo's non-parametric LayerNorm)."""
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2.5)."""
+    tie_word_embeddings: bool = False
+    init_std: float = 0.02
+    """Standard deviation of every linear weight at initialisation, before a strategy's own factor."""
+    embedding_std: float = 0.02
+    """Standard deviation of the embeddings; the released code used sqrt(2/5) from February 2025 to January 2026."""
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def problems(self) -> list[str]:
+        """Every reason why no decoder can be built from this, each naming its field."""
+        found = []
+        positive = [f.name for f in fields(self) if f.type.startswith("int")] + ["norm_eps", "rope_theta"]
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                found.append(f"model.{name}={value} must be positive")
+        for name in ("init_std", "embedding_std"):
+            if getattr(self, name) < 0:
+                found.append(f"model.{name}={getattr(self, name)} must not be negative")
+        if self.norm not in ("rms", "layer"):
+            found.append(f"model.norm={self.norm!r} is not a norm; known: layer, rms")
+        if found:
+            return found
+        if self.hidden_size % self.num_attention_heads:
+            found.append(
+                f"model.num_attention_heads={self.num_attention_heads} does not divide "
+                f"model.hidden_size={self.hidden_size}"
+            )
+        elif self.head_dim % 2:
+            found.append(
+                f"model.hidden_size={self.hidden_size} over model.num_attention_heads={self.num_attention_heads} gives "
+                f"heads of width {self.head_dim}; rotary embeddings need an even width"
+            )
+        if self.num_attention_heads % self.key_value_heads:
+            found.append(
+                f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"model.num_attention_heads={self.num_attention_heads}"
+            )
+        return found
+
+    def num_parameters(self, vocab_size: int | None = None) -> int:
+        """Parameters of the Pre-LN decoder; strategies with learnable scales or more norms add theirs.
+
+        Args:
+            vocab_size: the tokenizer's, where the shape leaves it open.
+        """
+        vocab = self.vocab_size or vocab_size
+        if vocab is None:
+            raise ValueError("vocab_size is open: pass the tokenizer's")
+        d, kv = self.hidden_size, self.key_value_heads * self.head_dim
+        attention = 2 * d * d + 2 * d * kv + (d + 2 * kv if self.qkv_bias else 0)
+        norm = d if self.norm_affine else 0
+        block = attention + 3 * d * self.intermediate_size + 2 * norm
+        return self.num_hidden_layers * block + norm + vocab * d * (1 if self.tie_word_embeddings else 2)
