@@ -1,0 +1,114 @@
+"""Per-layer statistics of a decoder on a fixed batch of tokens: one forward pass, and one backward pass for gradients.
+
+The paper does not define its "output variance"; this is the definition that its authors' later code uses: the unbiased
+variance over the hidden dimension for each token, averaged over the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cod_lightning.kernels.loss import next_token_loss
+from cod_lightning.nn.decoder import Decoder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One number per block, first block first."""
+
+    residual: list[float]
+    """Variance of the block's output, the residual stream (Figures 4 and 9)."""
+    attention: list[float]
+    """Variance of what attention adds to the stream."""
+    ffn: list[float]
+    """Variance of what the feed-forward network adds to the stream."""
+    gradient_norm: list[float] = field(default_factory=list)
+    """L2 norm of the gradient of the mean loss with respect to the block's parameters; empty if not asked for."""
+
+
+def token_variance(x: Tensor, weight: Tensor) -> Tensor:
+    """Unbiased variance over the hidden dimension of each token, averaged over tokens, in float32.
+
+    Args:
+        x: [rows, length, hidden].
+        weight: [rows, length], 1 for tokens that count and 0 for pads.
+
+    Returns:
+        0-dimensional tensor.
+    """
+    return (x.detach().float().var(-1) * weight).sum() / weight.sum()
+
+
+def layer_statistics(
+    decoder: Decoder, tokens: Tensor, pad_id: int | None = None, gradients: bool = True
+) -> LayerStatistics:
+    """Measure every block of `decoder` on `tokens`; its parameters and their `.grad` are left as they are.
+
+    Args:
+        decoder: in any dtype; the variances are taken in float32.
+        tokens: [rows, length].
+        pad_id: tokens that do not count.
+        gradients: also run the backward pass.
+    """
+    depth = decoder.config.num_hidden_layers
+    weight = torch.ones_like(tokens, dtype=torch.float32) if pad_id is None else (tokens != pad_id).float()
+    variances: dict[str, list[Tensor]] = {"embedding": [], "residual": [], "attention": [], "ffn": []}
+    blocks = [[p for p in block.parameters() if p.requires_grad] for block in decoder.model.layers]
+    norms: list[float] = []
+    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
+        logits = decoder(tokens, lambda what, layer, x: variances[what].append(token_variance(x, weight)))
+        if gradients:
+            loss, targets = next_token_loss(logits, tokens, pad_id)
+            grads = iter(torch.autograd.grad(loss.sum() / targets.sum(), [p for block in blocks for p in block]))
+            squares = [sum(next(grads).float().square().sum() for _ in block) for block in blocks]
+            norms = torch.stack([torch.as_tensor(square) for square in squares]).sqrt().tolist()
+    del variances["embedding"]
+    assert all(len(values) == depth for values in variances.values())
+    return LayerStatistics(
+        **{what: torch.stack(values).tolist() for what, values in variances.items()}, gradient_norm=norms
+    )
+
+
+def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str:
+    """Where a forward pass first leaves the finite numbers: "embedding", "layer 3 attention", ... or "lm_head"."""
+    bad: list[str] = []
+
+    def tap(what: str, layer: int, x: Tensor) -> None:
+        if not bad and not torch.isfinite(x).all():
+            bad.append("embedding" if layer == 0 else f"layer {layer} {what}")
+
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        decoder(tokens, tap)
+    return bad[0] if bad else "lm_head"
+
+
+def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> Figure:
+    """Variance of the residual stream over steps, one line per layer coloured by depth (Figure 4).
+
+    Args:
+        steps: optimizer steps [measurements].
+        residual: variances [measurements][layers].
+    """
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    depth = len(residual[0])
+    colours, shades = matplotlib.colormaps["viridis"], Normalize(1, max(depth, 2))
+    for layer in range(depth):
+        values = [row[layer] for row in residual]
+        axes.plot(steps, values, color=colours(shades(layer + 1)), lw=1.2, marker="." if len(steps) == 1 else None)
+    axes.set(xlabel="step", ylabel="variance of the residual stream", yscale="log")
+    figure.colorbar(ScalarMappable(shades, colours), ax=axes, label="layer")
+    return figure

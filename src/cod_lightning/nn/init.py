@@ -1,0 +1,101 @@
+"""Initialisation: a pure function of (seed, parameter name), whatever the strategy, the device or the sharding."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import Decoder, Norm, Residual
+from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
+
+PROFILE_ROWS, PROFILE_LENGTH = 4, 64
+"""The random tokens that Admin is profiled on."""
+
+
+def build_decoder(config: DecoderConfig, specs: list[BlockSpec], seed: int, device: str = "cpu") -> Decoder:
+    """An initialised decoder. It is built on the meta device, so that nothing is allocated or drawn twice.
+
+    Raises:
+        ValueError: as `Decoder`.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config, specs)
+    decoder.to_empty(device=device)
+    initialise(decoder, seed)
+    return decoder
+
+
+@torch.no_grad()
+def initialise(decoder: Decoder, seed: int) -> None:
+    """Set every parameter of `decoder` in place.
+
+    A weight is its standard deviation times standard-normal numbers that depend on `seed` and on its name alone, so
+    that two strategies compared under one seed start from the same draws.
+    """
+    std = decoder.config.init_std
+    draw_(decoder, "model.embed_tokens.weight", decoder.config.embedding_std, seed)
+    if not decoder.config.tie_word_embeddings:
+        draw_(decoder, "lm_head.weight", std, seed)
+    for index, block in enumerate(decoder.model.layers):
+        prefix = f"model.layers.{index}"
+        for part, spec in ((f"{prefix}.self_attn", block.spec.attention), (f"{prefix}.mlp", block.spec.ffn)):
+            for name, linear in decoder.get_submodule(part).named_children():
+                draw_(decoder, f"{part}.{name}.weight", linear_std(linear, name, spec, std), seed)
+                if linear.bias is not None:
+                    linear.bias.zero_()
+        if block.gate is not None:
+            block.gate.zero_()
+    for module in decoder.modules():
+        if isinstance(module, Norm) and module.weight is not None:
+            module.weight.fill_(module.initial_weight)
+        if isinstance(module, Residual):
+            if module.branch_scale is not None:
+                module.branch_scale.fill_(module.spec.branch_scale)
+            if module.skip is not None:
+                module.skip.fill_(module.spec.skip)
+    profile_skips(decoder, seed)
+
+
+def linear_std(linear: nn.Module, name: str, spec: SublayerSpec, std: float) -> float:
+    """Standard deviation of a projection's weight under a strategy."""
+    fan_out, fan_in = linear.weight.shape
+    if spec.xavier is not None:
+        gain = 1.0 if name in ("q_proj", "k_proj") else spec.xavier
+        return gain * (2 / (fan_in + fan_out)) ** 0.5
+    return std * spec.output_init if name in ("o_proj", "down_proj") else std
+
+
+def draw_(decoder: Decoder, name: str, std: float, seed: int) -> None:
+    parameter = decoder.get_parameter(name)
+    generator = torch.Generator().manual_seed(seed_of(seed, name))
+    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A 63-bit seed for the random numbers of one purpose under a run's seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+
+
+def profile_skips(decoder: Decoder, seed: int) -> None:
+    """Admin: with all w = 1, run random tokens and set w_i = sqrt(1 + sum over j < i of Var[f_j])."""
+    residuals = [r for block in decoder.model.layers for r in (block.attention_residual, block.ffn_residual)]
+    if all(residual.skip is None for residual in residuals):
+        return
+    variances: list[Tensor] = []
+
+    def tap(what: str, layer: int, branch: Tensor) -> None:
+        if what in ("attention", "ffn"):
+            variances.append(branch.float().var())
+
+    generator = torch.Generator().manual_seed(seed_of(seed, "admin profile"))
+    shape = (PROFILE_ROWS, PROFILE_LENGTH)
+    tokens = torch.randint(decoder.model.embed_tokens.num_embeddings, shape, generator=generator)
+    decoder(tokens.to(decoder.lm_head.weight.device), tap)
+    total = torch.ones_like(variances[0])
+    for residual, variance in zip(residuals, variances, strict=True):
+        if residual.skip is not None:
+            residual.skip.fill_(total.sqrt())
+        total = total + variance

@@ -1,0 +1,134 @@
+"""The settings of training; plain data, so that a configuration is checked without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cod_lightning.errors import nearest
+
+RUNTIME = {"identity": False}
+"""Metadata of fields that change how a run is carried out but not what it computes."""
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:
+    return [] if value in known else [f"{name}={value!r} is not known: {nearest(value, known)}"]
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer, schedule and how the loss of a step is weighted."""
+
+    name: str = "adam"
+    """`adam` (the paper's) or `adamw`."""
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """On matrices only; `adam` adds it to the gradient, `adamw` decouples it."""
+    clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip (the paper's)."""
+    warmup_ratio: float = 0.1
+    """Linear warm-up over this share of the steps."""
+    warmup_steps: int | None = None
+    """Instead of `warmup_ratio`."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this share of `lr`."""
+    schedule: str = "cosine"
+    """`cosine`, or `cosine_released`, one update behind it: the released code's first update has rate 0."""
+    weighting: str = "tokens"
+    """`tokens`: every target of a step counts the same; `micro_batches`: the mean of the micro-batches' means (paper)."""
+
+    def warmup(self, max_steps: int) -> int:
+        """Warm-up in steps."""
+        return round(self.warmup_ratio * max_steps) if self.warmup_steps is None else self.warmup_steps
+
+    def problems(self, max_steps: int) -> list[str]:
+        found = one_of("optim.name", self.name, ("adam", "adamw"))
+        found += one_of("optim.schedule", self.schedule, ("cosine", "cosine_released"))
+        found += one_of("optim.weighting", self.weighting, ("tokens", "micro_batches"))
+        if not self.lr > 0:
+            found.append(f"optim.lr={self.lr} must be positive")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
+        for name in ("weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                found.append(f"optim.{name}={getattr(self, name)} must not be negative")
+        if not self.eps > 0:
+            found.append(f"optim.eps={self.eps} must be positive")
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"optim.{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            found.append(f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        elif max_steps > 0 and self.warmup(max_steps) >= max_steps:
+            name = "warmup_ratio" if self.warmup_steps is None else "warmup_steps"
+            found.append(
+                f"optim.{name}={getattr(self, name)} warms up for {self.warmup(max_steps)} steps, "
+                f"but trainer.max_steps={max_steps}: it must end before the run does"
+            )
+        return found
+
+
+@dataclass
+class EvalConfig:
+    """Validation during and after training."""
+
+    every: int = 1000
+    """Steps between validations; one always ends the run."""
+    paper_batch: int = 64
+    """Rows per batch in the released evaluation that `ppl_paper_protocol` emulates."""
+    paper_ranks: int = 1
+    """Its number of GPUs."""
+
+    def problems(self) -> list[str]:
+        names = ("every", "paper_batch", "paper_ranks")
+        return [f"eval.{n}={getattr(self, n)} must be at least 1" for n in names if getattr(self, n) < 1]
+
+
+@dataclass
+class TrainerConfig:
+    """How long a run is and what it runs on."""
+
+    max_steps: int = 1000
+    precision: str = "auto"
+    """`32-true`, `bf16-mixed`, `bf16-true`; `auto` is `auto_cuda` on a CUDA device with bfloat16, else `32-true`."""
+    auto_cuda: str = "bf16-mixed"
+    """What `precision=auto` means on CUDA; protocol=paper sets `bf16-true`."""
+    accelerator: str = field(default="auto", metadata=RUNTIME)
+    devices: int = field(default=1, metadata=RUNTIME)
+    """Ranks per node."""
+    num_nodes: int = field(default=1, metadata=RUNTIME)
+    strategy: str = field(default="auto", metadata=RUNTIME)
+    """`auto` (one rank) or `ddp`."""
+    threads: int = field(default=0, metadata=RUNTIME)
+    """CPU threads of one rank; 0: torch's default."""
+    log_every: int = field(default=10, metadata=RUNTIME)
+    """Steps between logged values."""
+    stats_every: int = field(default=100, metadata=RUNTIME)
+    """Steps between layer statistics; 0: none."""
+    probe_rows: int = field(default=8, metadata=RUNTIME)
+    """Validation rows that the layer statistics are measured on."""
+    checkpoint_every: int = field(default=1000, metadata=RUNTIME)
+    """Steps between checkpoints; the last step always has one."""
+    keep_last: int = field(default=2, metadata=RUNTIME)
+    """Checkpoints kept, besides the one with the best validation loss."""
+    progress: bool = field(default=True, metadata=RUNTIME)
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+    def problems(self) -> list[str]:
+        precisions = ("32-true", "bf16-mixed", "bf16-true")
+        found = one_of("trainer.precision", self.precision, ("auto", *precisions))
+        found += one_of("trainer.auto_cuda", self.auto_cuda, precisions)
+        found += one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        found += one_of("trainer.strategy", self.strategy, ("auto", "ddp"))
+        at_least_one = ("max_steps", "devices", "num_nodes", "log_every", "probe_rows", "checkpoint_every", "keep_last")
+        found += [f"trainer.{n}={getattr(self, n)} must be at least 1" for n in at_least_one if getattr(self, n) < 1]
+        found += [
+            f"trainer.{n}={getattr(self, n)} must not be negative"
+            for n in ("threads", "stats_every")
+            if getattr(self, n) < 0
+        ]
+        return found

@@ -1,0 +1,46 @@
+"""Optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from cod_lightning.train.config import OptimConfig
+
+
+def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, released: bool) -> float:
+    """Share of the peak rate that update number `update`, counted from 0, is made with.
+
+    Linear warm-up to 1 over `warmup` updates, then a cosine that reaches `floor` with the last of `total` updates.
+    With `released` every rate comes one update later, so that the first update has rate 0.
+    """
+    k = update if released else update + 1
+    if k < warmup:
+        return k / warmup
+    progress = min((k - warmup) / max(total - warmup, 1), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> tuple[Optimizer, LambdaLR]:
+    """Adam or AdamW over the trainable parameters of `module`, and its schedule; weight decay is for matrices only."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    beta1, beta2 = config.betas
+    optimizer = kind([g for g in groups if g["params"]], lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    multiplier = partial(
+        lr_multiplier,
+        warmup=config.warmup(max_steps),
+        total=max_steps,
+        floor=config.min_lr_ratio,
+        released=config.schedule == "cosine_released",
+    )
+    return optimizer, LambdaLR(optimizer, multiplier)
