@@ -47,3 +47,7 @@ class DataConfig:
     """Processes that tokenize during preparation; 0: one per core."""
     loader_workers: int = field(default=0, metadata=RUNTIME)
     """DataLoader workers; 0 reads in the main process."""
+
+
+def problems(config: DataConfig) -> list[str]:
+    return []

@@ -91,7 +91,7 @@ def block(**both: Any) -> BlockSpec:
 
 def choice(option: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UserError(f"norm.{option}={value!r} is not known: {nearest(str(value), known)}")
+        raise UserError(f"norm.{option}={value!r} does not exist: {nearest(str(value), known)}")
 
 
 # Where the norm stands -----------------------------------------------------------------------------------------------
@@ -267,7 +267,10 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
             and not isinstance(value, (int, float) if isinstance(default, float) else type(default))
         ):
             raise UserError(f"norm.{option}={value!r} has the wrong type: expected one like {default!r}")
-    spec = strategy(layer, depth, **options)
+    try:
+        spec = strategy(layer, depth, **options)
+    except TypeError as error:
+        raise UserError(f"norm={name!r} cannot be called as (layer, depth, **options): {error}") from error
     if not isinstance(spec, BlockSpec):
         raise UserError(f"norm={name!r} returned {type(spec).__name__}, expected a BlockSpec")
     return spec

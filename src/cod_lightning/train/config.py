@@ -11,7 +11,7 @@ RUNTIME = {"identity": False}
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:
-    return [] if value in known else [f"{name}={value!r} is not known: {nearest(value, known)}"]
+    return [] if value in known else [f"{name}={value!r} does not exist: {nearest(value, known)}"]
 
 
 @dataclass

@@ -1,0 +1,256 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cod_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from cod_lightning.config import Config
+
+OVERRIDES = """\
+Overrides are Hydra's: group=choice (experiments, model, norm, data, optim, protocol, trainer, logger) or
+section.field=value. Examples:
+  fit experiments=table1_350m norm=mix_ln
+  fit norm=pre_ln seed=2 trainer.max_steps=100 output=/scratch/runs
+  fit -m norm=pre_ln,lns seed=1,2
+  fit data=files 'data.files=texts/*.json.gz' norm=my_package.my_module:my_strategy
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="cod_lightning",
+        description="Train, evaluate and compare decoders under the norm strategies of The Curse of Depth.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, help: str, epilog: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    overrides = {"nargs": "*", "metavar": "key=value", "help": "overrides of the configuration"}
+    fit = command("fit", "Train a run to its end, going on where it was stopped; prepares its data first.", OVERRIDES)
+    fit.add_argument("-m", "--multirun", action="store_true", help="sweep over comma-separated values")
+    fit.add_argument("-j", "--jobs", type=int, default=1, help="runs of a sweep side by side (default: 1)")
+    fit.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
+    fit.add_argument("overrides", **overrides)
+
+    prepare = command("prepare", "Tokenize the data of a run into litdata chunks.", OVERRIDES)
+    prepare.add_argument("overrides", **overrides)
+
+    evaluate = command("evaluate", "Validate a checkpoint again, on the run's data or on other data.")
+    evaluate.add_argument("run", type=Path, help="run folder")
+    evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    evaluate.add_argument("overrides", **overrides)
+
+    generate = command("generate", "Continue a text with a trained run.")
+    generate.add_argument("run", type=Path, help="run folder")
+    generate.add_argument("prompt", help="text to continue")
+    generate.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    generate.add_argument("--max-tokens", type=int, default=100)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    generate.add_argument("--top-k", type=int, default=None)
+    generate.add_argument("--seed", type=int, default=0)
+
+    command("experiments", "List the experiments: size, tokens, what they reproduce, published figures.")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, or 2 for input that can be corrected."""
+    arguments = vars(parser().parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        return {
+            "fit": fit,
+            "prepare": prepare,
+            "evaluate": evaluate,
+            "generate": generate,
+            "experiments": experiments,
+        }[command](**arguments)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def sections(config: Config) -> Any:
+    """The configuration as the training room takes it."""
+    from cod_lightning.config import plain
+    from cod_lightning.train.run import Sections
+
+    return Sections(
+        model=config.model,
+        norm=config.norm,
+        data=config.data,
+        optim=config.optim,
+        evaluation=config.eval,
+        trainer=config.trainer,
+        logger=config.logger,
+        seed=config.seed,
+        config=plain(config),
+    )
+
+
+def rank() -> int:
+    """The rank of this process as a launcher sets it; 0 for the process that a person started."""
+    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0"))
+
+
+def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
+    from cod_lightning.config import claim, compose, to_yaml
+
+    if multirun:
+        return fit_all(overrides, jobs)
+    config = compose(overrides)
+    if cfg:
+        print(to_yaml(config), end="")
+        return 0
+    folder = claim(config) if rank() == 0 else config.folder
+    if rank() == 0:
+        print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
+    from cod_lightning.train.run import fit as train
+
+    record = train(sections(config), folder)
+    if rank() == 0:
+        from cod_lightning.report.terminal import show, summary
+
+        show(summary(record, folder))
+    return 0
+
+
+def fit_all(overrides: Sequence[str], jobs: int) -> int:
+    """Every run of a sweep in a process of its own, then a table that compares them."""
+    from cod_lightning.config import compose, sweep
+
+    if jobs < 1:
+        raise UserError(f"--jobs={jobs} must be at least 1")
+    runs = list(sweep(overrides))
+    configs = [compose(words) for words in runs]
+    fixed = set.intersection(*(set(words) for words in runs))
+    labels = [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
+    with ThreadPoolExecutor(jobs) as pool:
+        statuses = list(pool.map(lambda words, label: fit_one(words, label, jobs), runs, labels))
+
+    from cod_lightning.report.terminal import comparison, show
+    from cod_lightning.train.record import read_record
+
+    show(
+        comparison(
+            [
+                (label, read_record(config.folder) if status == 0 else None)
+                for label, config, status in zip(labels, configs, statuses, strict=True)
+            ]
+        )
+    )
+    return max(statuses, key=abs)
+
+
+def fit_one(words: Sequence[str], label: str, jobs: int) -> int:
+    """Run one `fit`; side by side with others, its lines are marked and it takes its share of the cores."""
+    command = [sys.executable, "-m", "cod_lightning", "fit", *words]
+    if jobs == 1:
+        print(f"--- {label}", file=sys.stderr, flush=True)
+        return subprocess.run(command).returncode
+    share = str(max((os.cpu_count() or 1) // jobs, 1))
+    process = subprocess.Popen(
+        command,
+        env={"OMP_NUM_THREADS": share} | os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"[{label}] {line}", end="", file=sys.stderr, flush=True)
+    return process.wait()
+
+
+def prepare(overrides: Sequence[str]) -> int:
+    from cod_lightning.config import compose
+    from cod_lightning.data.prepare import prepare as prepare_data
+
+    print(prepare_data(compose(overrides).data))
+    return 0
+
+
+def evaluate(run: Path, checkpoint: str, overrides: Sequence[str]) -> int:
+    from cod_lightning.config import load
+
+    config = load(run, overrides)
+    from cod_lightning.train.run import TOKENIZER, checkpoint_of
+    from cod_lightning.train.run import evaluate as validate
+
+    path = checkpoint_of(run, checkpoint)
+    if any(word.startswith("data") for word in overrides):
+        # Other data has to be read with the tokens that the model knows.
+        config.data.tokenizer = str(run / TOKENIZER)
+    for name, value in validate(sections(config), path).items():
+        print(f"{name} {value:.6g}" if name != "val_tokens" else f"{name} {value:.0f}")
+    return 0
+
+
+def generate(
+    run: Path, prompt: str, checkpoint: str, max_tokens: int, temperature: float, top_k: int | None, seed: int
+) -> int:
+    from cod_lightning.config import load
+
+    config = load(run)
+    for name, value, least in (("max-tokens", max_tokens, 1), ("temperature", temperature, 0), ("top-k", top_k, 1)):
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
+    from cod_lightning.measure.generate import generate as sample
+    from cod_lightning.train.run import checkpoint_of, load_run
+
+    decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError("prompt='' is empty: give at least one character to continue")
+    ids += sample(
+        decoder,
+        ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+    )
+    print(tokenizer.decode(ids))
+    return 0
+
+
+def experiments() -> int:
+    from cod_lightning.config import choices, compose
+    from cod_lightning.report.terminal import experiments_table, show
+
+    rows = []
+    for name in choices("experiments"):
+        config = compose([f"experiments={name}"])
+        model, data = config.model, config.data
+        positions = config.trainer.max_steps * data.batch_size * data.seq_len
+        published = config.paper.get("figures", {})
+        rows.append(
+            {
+                "experiment": name,
+                "reproduces": config.description,
+                "model": f"{model.num_hidden_layers} x {model.hidden_size}",
+                "parameters": f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M",
+                "tokens": f"{positions / 1e9:.2f}B" if positions >= 1e8 else f"{positions / 1e6:.2f}M",
+                "published": "\n".join(f"{norm} {value}" for norm, value in published.items()) or "none",
+            }
+        )
+    show(experiments_table(rows))
+    return 0

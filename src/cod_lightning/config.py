@@ -1,0 +1,318 @@
+"""A run's configuration: composed by Hydra from configs/ and experiments/, checked as a whole, plain data afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cod_lightning.data.config import DataConfig
+from cod_lightning.data.config import problems as data_problems
+from cod_lightning.errors import UserError, nearest
+from cod_lightning.nn import strategies
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig, one_of
+
+RUNTIME = {"identity": False}
+CONFIG = "config.yaml"
+"""The composed configuration, in every run folder."""
+
+
+@dataclass
+class Config:
+    """Everything a run is made of; each section is owned by the room that acts on it."""
+
+    experiment: str = "none"
+    description: str = field(default="", metadata=RUNTIME)
+    protocol: str = "strict"
+    """`paper`, or `strict`: which of the two procedures the settings follow."""
+    seed: int = 1
+    """Of the initialisation and of the order of the data."""
+    output: str = field(default="runs", metadata=RUNTIME)
+    """Root of all run folders."""
+    name: str | None = field(default=None, metadata=RUNTIME)
+    """Of the run folder below `output`; None: derived from the configuration."""
+    resume: bool = field(default=True, metadata=RUNTIME)
+    """False: put an earlier run of the same configuration aside and start anew."""
+    logger: str = field(default="tensorboard", metadata=RUNTIME)
+    """`tensorboard`, `csv` or `none`."""
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    norm: dict[str, Any] = field(default_factory=dict)
+    """`name` of the strategy, and its options."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    paper: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
+    """Published figures that the experiment reproduces, and their source."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives: a pure function of the configuration."""
+        digest = hashlib.sha256(json.dumps(identity(self), sort_keys=True).encode()).hexdigest()[:8]
+        norm = re.sub(r"\W+", "_", self.norm["name"])
+        return Path(self.output, self.name or f"{self.experiment}/{norm}-seed{self.seed}-{digest}")
+
+    def problems(self) -> list[str]:
+        """Everything that keeps this run from working, each naming its field and what would be right."""
+        data, trainer = self.data, self.trainer
+        found = [*self.model.problems(), *data_problems(data), *trainer.problems(), *self.eval.problems()]
+        found += self.optim.problems(trainer.max_steps)
+        found += one_of("logger", self.logger, ("tensorboard", "csv", "none"))
+        found += one_of("protocol", self.protocol, ("paper", "strict"))
+        rows = data.micro_batch_size * trainer.world_size
+        if min(data.batch_size, rows) > 0 and data.batch_size % rows:
+            found.append(
+                f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size={data.micro_batch_size} "
+                f"x {trainer.world_size} rank(s) = {rows}"
+            )
+        if trainer.world_size > 1 and trainer.strategy == "auto":
+            found.append(f"trainer.strategy='auto' is one rank, but {trainer.world_size} are asked for: trainer=ddp")
+        if data.tokenizer == "bpe" and data.folder is None and (self.model.vocab_size or data.vocab_size) < data.vocab_size:
+            found.append(
+                f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's: "
+                f"data.vocab_size={data.vocab_size}"
+            )
+        if self.name is not None and (Path(self.name).is_absolute() or ".." in Path(self.name).parts):
+            found.append(f"name={self.name!r} must be a folder below output")
+        try:
+            specs = strategies.build_all(self.norm, max(self.model.num_hidden_layers, 1))
+        except UserError as error:
+            return [*found, str(error)]
+        width = self.model.hidden_size
+        if wrong := {s.groups for spec in specs for s in spec.sublayers if width % s.groups}:
+            found.append(f"norm.groups={wrong.pop()} does not divide model.hidden_size={width}")
+        return found
+
+
+# Composition ---------------------------------------------------------------------------------------------------------
+
+
+def config_folder() -> Path:
+    """configs/: inside an installed package, or at the top of a checkout."""
+    installed = Path(__file__).with_name("_configs")
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+
+
+def choices(group: str) -> list[str]:
+    """The names that a config group offers."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of the words of a command line.
+
+    Raises:
+        UserError: a word is not `key=value`.
+    """
+    try:
+        return OverridesParser.create().parse_overrides([custom_norm(word) for word in overrides])
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason}; expected key=value, such as norm=pre_ln or trainer.max_steps=100") from error
+
+
+def custom_norm(word: str) -> str:
+    """`norm=package.module:function` names no file of the group norm/; quoted, it stays one value."""
+    key, _, value = word.partition("=")
+    return f"{key}='{value}'" if key == "norm" and ":" in value and "," not in value else word
+
+
+def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Every combination of the comma-separated values among `overrides`, the last one varying fastest, as in Hydra."""
+    expanded = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line or ""]
+        for override in parse(overrides)
+    ]
+    return (list(words) for words in itertools.product(*expanded))
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `overrides` ask for.
+
+    Raises:
+        UserError: names every unknown field, choice, wrong type and impossible combination at once.
+    """
+    words, found = translate(parse(overrides))
+    ConfigStore.instance().store("schema", Config)
+    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3", job_name="cod_lightning"):
+        chosen = [word for word, is_group in words if is_group]
+        values = [word for word, is_group in words if not is_group]
+        try:
+            base = hydra_compose("config", chosen)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError("\n".join([*found, first_line(error)])) from error
+        problems = {word: value_problem(base, word) for word in values}
+        found += [problem for problem in problems.values() if problem]
+        try:
+            config = as_config(hydra_compose("config", chosen + [word for word in values if not problems[word]]))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError("\n".join([*found, first_line(error)])) from error
+    found += config.problems()
+    if found:
+        raise UserError("\n".join(found))
+    return config
+
+
+def translate(overrides: Iterable[Override]) -> tuple[list[tuple[str, bool]], list[str]]:
+    """Words for Hydra, each marked whether it chooses from a group, and the choices that do not exist."""
+    words: list[tuple[str, bool]] = []
+    found: list[str] = []
+    custom = False
+    for override in overrides:
+        key, word = override.key_or_group, override.input_line or ""
+        if override.is_sweep_override():
+            found.append(f"{word}: several values are a sweep, which needs -m")
+        elif key in groups() and not override.is_delete():
+            value = str(override.value())
+            if key == "norm" and ":" in value:
+                custom = True
+                words += [("norm=custom", True), (f"norm.name='{value}'", False)]
+            elif value in choices(key):
+                words.append((word, True))
+            else:
+                found.append(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
+        else:
+            words.append((word, False))
+    if custom:
+        # The options of a strategy from elsewhere are known to it alone; it is asked when the configuration is checked.
+        words = [(f"++{w}" if not g and w.startswith("norm.") else w, g) for w, g in words]
+    return words, found
+
+
+def value_problem(base: DictConfig, word: str) -> str | None:
+    """Why Hydra would not set this value, None if it would."""
+    (override,) = OverridesParser.create().parse_overrides([word])
+    if override.is_add() or override.is_force_add() or override.is_delete():
+        return None
+    node: Any = base
+    parts = override.key_or_group.split(".")
+    for depth, part in enumerate(parts):
+        known = [str(key) for key in node] if isinstance(node, DictConfig) else []
+        if part not in known:
+            where = ".".join(parts[: depth + 1])
+            return f"{where} is not a field: {nearest(part, known) if known else 'it has no fields'}"
+        node = node[part]
+    try:
+        OmegaConf.update(base.copy(), override.key_or_group, override.value())
+    except OmegaConfBaseException as error:
+        return f"{word}: {first_line(error)}"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The reason at the bottom of a chain of Hydra's errors, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0]
+
+
+def as_config(node: DictConfig) -> Config:
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    return config
+
+
+# Saving, identity ----------------------------------------------------------------------------------------------------
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as plain data."""
+    return asdict(config)
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """What makes two runs the same: every field that is not marked as a matter of carrying the run out."""
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("identity", True)}
+    return {name: identity(value) if is_dataclass(value) else value for name, value in kept.items()}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def save(config: Config, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{CONFIG}.partial"
+    partial.write_text(to_yaml(config))
+    partial.replace(folder / CONFIG)
+
+
+def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration saved in a run folder, amended by `overrides`; `data=NAME` replaces the source of the data.
+
+    Raises:
+        UserError: no run folder, a damaged file, or what `compose` raises.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
+    try:
+        saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        assert isinstance(saved, DictConfig)
+        for override in parse(overrides):
+            key = override.key_or_group
+            if key in groups():
+                value = str(override.value())
+                if value not in choices(key):
+                    raise UserError(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
+                saved[key] = OmegaConf.merge(saved[key], OmegaConf.load(config_folder() / key / f"{value}.yaml"))
+            else:
+                OmegaConf.update(saved, key, override.value())
+        config = as_config(saved)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
+    if found := config.problems():
+        raise UserError("\n".join(found))
+    return config
+
+
+def claim(config: Config) -> Path:
+    """The run's folder, made and marked as its own, or taken up where an earlier start of it stopped.
+
+    Raises:
+        UserError: the folder holds a run of another configuration.
+    """
+    folder = config.folder
+    if (folder / CONFIG).exists():
+        before, now = flatten(identity(load(folder))), flatten(identity(config))
+        differing = [
+            f"{name}={before.get(name)!r} there, {now.get(name)!r} here"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if differing:
+            raise UserError(f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another name=")
+        if not config.resume:
+            number = next(n for n in itertools.count(1) if not Path(f"{folder}.previous-{n}").exists())
+            folder.rename(f"{folder}.previous-{number}")
+    save(config, folder)
+    return folder

@@ -1,0 +1,50 @@
+"""Sampling from a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from cod_lightning.nn.decoder import Decoder
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    eos_id: int | None = None,
+) -> Iterator[int]:
+    """Yield the tokens that follow `prompt`, one by one, until `eos_id` or `max_tokens`.
+
+    The whole sequence is run again for every token: exact for every strategy, and quick at the sizes trained here.
+
+    Args:
+        decoder: on any device.
+        prompt: at least one token id.
+        max_tokens: number of tokens at the most.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among so many likeliest tokens; None: all.
+        seed: of the sampling.
+        eos_id: ends the text; it is not yielded.
+    """
+    device = decoder.lm_head.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor([prompt], device=device)
+    for _ in range(max_tokens):
+        logits = decoder(tokens)[0, -1].float().cpu()
+        if top_k is not None and top_k < len(logits):
+            logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+        if token == eos_id:
+            return
+        yield token
+        tokens = torch.cat((tokens, tokens.new_tensor([[token]])), dim=1)

@@ -1,0 +1,1 @@
+"""Tables: run records and published figures, side by side."""

@@ -1,0 +1,169 @@
+"""What a run records while it trains."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from cod_lightning.measure.layers import layer_statistics, plot_variance
+
+History = dict[str, dict[str, list[Any]]]
+"""Series by kind (`train`, `val`, `layers`); each holds equally long lists, `step` among them."""
+
+
+class Recorder(Callback):
+    """Keeps the figures of a run over its steps, through interruptions, and sends them to the loggers.
+
+    Args:
+        log_every: steps between recorded training values.
+    """
+
+    def __init__(self, log_every: int):
+        self.log_every = log_every
+        self.history: History = {}
+        self.train_seconds = 0.0
+        self.wall_seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": self.history,
+            "train_seconds": self.train_seconds,
+            "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+        self.train_seconds = state_dict["train_seconds"]
+        self.wall_seconds = state_dict["wall_seconds"]
+
+    def add(self, trainer: Trainer, kind: str, **values: Any) -> None:
+        """Append one entry to a series, and log its numbers."""
+        series = self.history.setdefault(kind, {})
+        for name, value in {"step": trainer.global_step, **values}.items():
+            series.setdefault(name, []).append(value)
+        for logger in trainer.loggers:
+            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            lists = {name: value for name, value in values.items() if isinstance(value, list)}
+            for name, value in lists.items():
+                numbers |= {f"{name}/layer_{layer:02d}": number for layer, number in enumerate(value, start=1)}
+            logger.log_metrics(numbers, step=trainer.global_step)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        self.batch_began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        seconds = time.perf_counter() - self.batch_began
+        self.train_seconds += seconds
+        rate = batch.numel() * trainer.world_size / seconds
+        pl_module.log_dict(
+            {"loss": outputs["loss"], "tokens/s": rate}, prog_bar=True, logger=False, rank_zero_only=True
+        )
+        if trainer.global_step % self.log_every == 0 or trainer.global_step in (1, trainer.max_steps):
+            self.add(trainer, "train", **outputs, tokens_per_second=rate)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or self.history.get("val", {}).get("step", [None])[-1] == trainer.global_step:
+            return
+        names = ("val_loss", "ppl", "ppl_paper_protocol", "val_tokens")
+        self.add(trainer, "val", **{name: float(trainer.callback_metrics[name]) for name in names})
+
+    def final(self) -> dict[str, Any]:
+        """The last validation's figures, tokens and speed."""
+        last = {name: values[-1] for name, values in self.history["val"].items() if name != "step"}
+        tokens = int(self.history["train"]["tokens"][-1])
+        return {
+            **last,
+            "val_tokens": int(last["val_tokens"]),
+            "train_loss": self.history["train"]["loss"][-1],
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.train_seconds,
+            "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
+        }
+
+
+class LayerStatisticsCallback(Callback):
+    """Measures every layer on a fixed probe batch, before the first step, every `every` steps and after the last one.
+
+    Args:
+        recorder: keeps the series `layers`.
+        probe: tokens [rows, length].
+        every: steps between measurements.
+    """
+
+    def __init__(self, recorder: Recorder, probe: Tensor, every: int):
+        self.recorder, self.probe, self.every = recorder, probe, every
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self.measure(trainer, pl_module)
+
+    def measure(self, trainer: Trainer, pl_module: Any) -> None:
+        with trainer.precision_plugin.forward_context():
+            found = layer_statistics(pl_module.decoder, self.probe.to(pl_module.device), pl_module.pad_id)
+        self.recorder.add(
+            trainer,
+            "layers",
+            variance=found.residual,
+            attention_variance=found.attention,
+            ffn_variance=found.ffn,
+            gradient_norm=found.gradient_norm,
+        )
+        series = self.recorder.history["layers"]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                figure = plot_variance(series["step"], series["variance"])
+                logger.experiment.add_figure("variance by layer", figure, global_step=trainer.global_step)
+
+
+class ProgressLines(Callback):
+    """One line per logged step, for output that is not a terminal."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+
+    def say(self, trainer: Trainer, line: str) -> None:
+        if trainer.is_global_zero:
+            print(line, file=sys.stderr, flush=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        series = self.recorder.history["train"]
+        if series["step"][-1] == trainer.global_step:
+            left = (trainer.max_steps - trainer.global_step) * batch.numel() * trainer.world_size
+            self.say(
+                trainer,
+                f"step {trainer.global_step:>6}/{trainer.max_steps}  loss {series['loss'][-1]:.4f}  "
+                f"lr {series['lr'][-1]:.2e}  {series['tokens_per_second'][-1]:,.0f} tokens/s  "
+                f"{left / series['tokens_per_second'][-1]:,.0f} s left",
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        figures = trainer.callback_metrics
+        self.say(
+            trainer,
+            f"step {trainer.global_step:>6}/{trainer.max_steps}  val_loss {figures['val_loss']:.4f}  "
+            f"ppl {figures['ppl']:.2f}  ppl_paper_protocol {figures['ppl_paper_protocol']:.2f}",
+        )
+
+
+def progress_bar(recorder: Recorder, terminal: bool) -> Callback:
+    """A bar with loss, tokens/s and time left on a terminal, lines elsewhere."""
+    return RichProgressBar() if terminal else ProgressLines(recorder)

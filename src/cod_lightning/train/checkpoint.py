@@ -1,0 +1,116 @@
+"""Checkpoints: plain data, replaced atomically, found again by their step."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from cod_lightning.errors import UserError
+
+BEST = "best.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a file under its final name is always whole.
+
+    Raises:
+        UserError: the file cannot be written or read; what was there before stays.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError of its zip writer.
+            partial.unlink(missing_ok=True)
+            raise UserError(f"{path}: the checkpoint cannot be written ({error}); earlier ones are kept") from error
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU; nothing in the file is executed.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds more than plain data.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or not {"state_dict", "tokens"} <= checkpoint.keys():
+            raise ValueError("it holds no decoder")
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: not a readable checkpoint ({reason}); remove it to go on from an earlier one, or start anew with "
+            "resume=false"
+        ) from error
+    return checkpoint
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by step, oldest first."""
+    found = ((re.fullmatch(r"step-(\d+)\.ckpt", path.name), path) for path in folder.glob("step-*.ckpt"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+class Checkpoints(Checkpoint):
+    """Saves every `every` steps and at the last one, keeps the newest `keep` and the best by validation loss.
+
+    Where a validation is due at the same step it comes first, so that a checkpoint always holds everything up to its
+    step and a resumed run neither repeats nor misses a validation.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, val_every: int):
+        self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
+        self.best = float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def due(self, trainer: Trainer) -> bool:
+        return trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.due(trainer) and trainer.global_step % self.val_every:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        loss = float(trainer.callback_metrics["val_loss"])
+        if improved := loss < self.best:
+            self.best = loss
+        if self.due(trainer):
+            self.save(trainer)
+        if improved:
+            trainer.save_checkpoint(self.folder / BEST)
+
+    def save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for old in checkpoints(self.folder)[: -self.keep]:
+                old.unlink()

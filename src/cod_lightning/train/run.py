@@ -1,0 +1,279 @@
+"""Carry out a run: build the parts, train, validate, record."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from cod_lightning.data.config import DataConfig
+from cod_lightning.data.datamodule import TokenDataModule
+from cod_lightning.errors import UserError
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.strategies import warnings as strategy_warnings
+from cod_lightning.train.callbacks import LayerStatisticsCallback, Recorder, progress_bar
+from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
+from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig
+from cod_lightning.train.module import DecoderModule
+from cod_lightning.train.record import environment, read_record, write_record
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer inside a run folder."""
+
+
+@dataclass(frozen=True)
+class Sections:
+    """What a run is made of, section by section; `config` is all of it as plain data, for the record."""
+
+    model: DecoderConfig
+    norm: Mapping[str, Any]
+    data: DataConfig
+    optim: OptimConfig
+    evaluation: EvalConfig
+    trainer: TrainerConfig
+    logger: str
+    seed: int
+    config: Mapping[str, Any]
+
+
+def fit(run: Sections, folder: Path) -> dict[str, Any]:
+    """Train to the last step, going on from the newest checkpoint in `folder`; a finished run is not repeated.
+
+    Args:
+        run: the settings.
+        folder: checkpoints, TensorBoard events, the tokenizer and `record.json` go there.
+
+    Returns:
+        The run's record, as written to `record.json`.
+
+    Raises:
+        UserError: data, checkpoint or settings that cannot work, or a loss that is not finite.
+    """
+    if (finished := read_record(folder)) is not None:
+        return finished
+    for warning in strategy_warnings(build_all(run.norm, run.model.num_hidden_layers)):
+        print(f"warning: {warning}", file=sys.stderr)
+    with library_chatter_off():
+        data, module = build(run)
+        keep_tokenizer(data, folder)
+        recorder = Recorder(run.trainer.log_every)
+        steps = Checkpoints(
+            folder / "checkpoints", run.trainer.checkpoint_every, run.trainer.keep_last, run.evaluation.every
+        )
+        callbacks: list[Callback] = [recorder]
+        if run.trainer.stats_every:
+            probe = data.probe_batch(run.trainer.probe_rows)
+            callbacks.append(LayerStatisticsCallback(recorder, probe, run.trainer.stats_every))
+        if run.trainer.progress:
+            callbacks.append(progress_bar(recorder, sys.stderr.isatty()))
+        found = checkpoints(steps.folder)
+        resumed_from = int(found[-1].stem.removeprefix("step-")) if found else None
+        trainer = build_trainer(
+            run, callbacks=[*callbacks, steps], logger=build_logger(run.logger, folder, resumed_from)
+        )
+        log_config(trainer, run.config)
+        here = environment()
+        trainer.fit(module, data, ckpt_path=found[-1] if found else None, weights_only=True)
+        if recorder.history.get("val", {}).get("step", [None])[-1] != trainer.global_step:
+            trainer.validate(module, data, verbose=False)
+        record = {
+            **recorder.final(),
+            "steps": run.trainer.max_steps,
+            "parameters": sum(p.numel() for p in module.decoder.parameters()),
+            "precision": trainer.precision,
+            "world_size": trainer.world_size,
+            "seed": run.seed,
+            "data_fingerprint": data.fingerprint,
+            **here,
+            "config": run.config,
+            "history": recorder.history,
+        }
+        log_hyperparameters(trainer, run.config, record)
+        if trainer.is_global_zero:
+            write_record(folder, record)
+    return record
+
+
+def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:
+    """Validation figures of a checkpoint on the data of `run`.
+
+    Raises:
+        UserError: a checkpoint that cannot be read, or data that does not fit it.
+    """
+    with library_chatter_off():
+        data, module = build(run)
+        load_weights(module, checkpoint)
+        trainer = build_trainer(run, callbacks=[], logger=False)
+        trainer.validate(module, data, verbose=False)
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
+    """The data, prepared where it was not, and the module that fits it.
+
+    Raises:
+        UserError: the vocabulary of the model is smaller than the data needs.
+    """
+    if run.trainer.threads:
+        torch.set_num_threads(run.trainer.threads)
+    data = TokenDataModule(run.data, run.seed)
+    data.prepare_data()
+    data.setup("fit")
+    vocab_size = run.model.vocab_size or data.vocab_size
+    if vocab_size <= data.max_id:
+        raise UserError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's: token {data.max_id} occurs in the data; "
+            f"set model.vocab_size={data.vocab_size} or leave it null"
+        )
+    module = DecoderModule(
+        replace(run.model, vocab_size=vocab_size),
+        run.norm,
+        run.optim,
+        run.evaluation,
+        seed=run.seed,
+        max_steps=run.trainer.max_steps,
+        micro_batch_size=run.data.micro_batch_size,
+        pad_id=data.pad_id,
+        val_rows=data.val_rows,
+    )
+    return data, module
+
+
+def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Tokenizer]:
+    """The decoder of a checkpoint on the CPU, and the run's tokenizer; the data is not needed."""
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    state = read_checkpoint(checkpoint)["state_dict"]
+    state = {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
+    model = replace(run.model, vocab_size=len(state["lm_head.weight"]))
+    decoder = Decoder(model, build_all(run.norm, model.num_hidden_layers))
+    try:
+        decoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint}: its decoder has another shape than the run's configuration ({error})") from error
+    return decoder, tokenizer
+
+
+def load_weights(module: DecoderModule, checkpoint: Path) -> None:
+    """Put the decoder of a checkpoint into `module`."""
+    module.configure_model()
+    try:
+        module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint}: its decoder has another shape than the run's configuration ({error})") from error
+
+
+def checkpoint_of(folder: Path, which: str = "last") -> Path:
+    """The checkpoint of a run folder.
+
+    Args:
+        which: `last`, or `best` by validation loss.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = checkpoints(folder / "checkpoints") if which == "last" else [folder / "checkpoints" / BEST]
+    if not found or not found[-1].is_file():
+        raise UserError(f"{folder}: no {which} checkpoint below checkpoints/; train it first with fit")
+    return found[-1]
+
+
+def build_trainer(run: Sections, *, callbacks: list[Callback], logger: Any) -> Trainer:
+    settings = run.trainer
+    return Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision=precision(settings),
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        val_check_interval=run.evaluation.every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=any(hasattr(callback, "refresh_rate") for callback in callbacks),
+        enable_checkpointing=bool(callbacks),
+        callbacks=callbacks,
+        logger=logger,
+        plugins=[AtomicCheckpointIO()],
+    )
+
+
+def precision(settings: TrainerConfig) -> Any:
+    """`precision=auto` resolved: `auto_cuda` on a CUDA device that has bfloat16, float32 elsewhere."""
+    if settings.precision != "auto":
+        return settings.precision
+    cuda = settings.accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return settings.auto_cuda if cuda else "32-true"
+
+
+def build_logger(name: str, folder: Path, resumed_from: int | None) -> Logger | bool:
+    """A logger that writes into the run folder; entries past the checkpoint that a run goes on from are purged."""
+    if name == "tensorboard":
+        purge = None if resumed_from is None else resumed_from + 1
+        return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=purge)
+    if name == "csv":
+        return CSVLogger(folder, name="", version="csv")
+    return False
+
+
+def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
+
+
+def log_hyperparameters(trainer: Trainer, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """What distinguishes runs, beside the figure they are compared by: TensorBoard's hparams table."""
+    chosen = {"norm": config["norm"]["name"], "seed": config["seed"], "protocol": config["protocol"]}
+    for section in ("model", "optim"):
+        chosen |= {f"{section}.{key}": value for key, value in config[section].items()}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(chosen, metrics={"hp/val_loss": record["val_loss"]})
+        else:
+            logger.log_hyperparams(chosen)
+
+
+def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
+    """Copy the tokenizer into the run folder: a run can be evaluated and sampled wherever its data is."""
+    target = folder / TOKENIZER / "tokenizer.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data.tokenizer_file, target)
+
+
+@contextlib.contextmanager
+def library_chatter_off() -> Iterator[None]:
+    """Silence what Lightning says about choices that are made on purpose here."""
+    lightning = logging.getLogger("lightning.pytorch")
+    level = lightning.level
+    lightning.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            # One row set per step, read in the main process unless data.loader_workers says otherwise.
+            r".*does not have many workers.*",
+            # The order of the rows is a function of the step alone: there is no state to resume.
+            r".*resuming from a checkpoint that ended before the epoch ended.*",
+            r".*litdata.*",
+            r".*isinstance\(treespec, LeafSpec\).*",
+        ):
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            lightning.setLevel(level)
