@@ -167,7 +167,11 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Stack(config, specs)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """Make head and embeddings one parameter where the shape says so; leaving the meta device separates them."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, tap: Tap | None = None) -> Tensor:

@@ -35,6 +35,7 @@ def initialise(decoder: Decoder, seed: int) -> None:
     A weight is its standard deviation times standard-normal numbers that depend on `seed` and on its name alone, so
     that two strategies compared under one seed start from the same draws.
     """
+    decoder.tie()
     std = decoder.config.init_std
     draw_(decoder, "model.embed_tokens.weight", decoder.config.embedding_std, seed)
     if not decoder.config.tie_word_embeddings:

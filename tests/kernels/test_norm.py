@@ -1,0 +1,69 @@
+"""The norm that the decoder calls against the reference, in float64 and by the reference's own rounding error."""
+
+import pytest
+import torch
+
+from cod_lightning.kernels.norm import norm
+from cod_lightning.kernels.reference import reference_norm
+
+CASES = [
+    (kind, affine, gain, groups)
+    for kind in ("rms", "layer")
+    for affine in (True, False)
+    for gain in (1.0, 0.37)
+    for groups in (1, 4)
+]
+
+
+def inputs(dtype, affine, requires_grad=False):
+    x = torch.randn(3, 5, 64, dtype=torch.float64).to(dtype) * 3
+    weight = (1 + 0.2 * torch.randn(64, dtype=torch.float64)).to(dtype) if affine else None
+    for tensor in (x, weight):
+        if requires_grad and tensor is not None:
+            tensor.requires_grad_()
+    return x, weight
+
+
+@pytest.mark.parametrize(("kind", "affine", "gain", "groups"), CASES)
+def test_outputs_and_gradients_equal_the_reference_in_float64(kind, affine, gain, groups):
+    results = []
+    x, weight = inputs(torch.float64, affine, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    for function in (norm, reference_norm):
+        y = function(x, weight, kind=kind, eps=1e-5, gain=gain, groups=groups)
+        wanted = [x] if weight is None else [x, weight]
+        results.append((y, *torch.autograd.grad(y, wanted, cotangent)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "affine", "gain", "groups"), CASES)
+def test_rounding_error_stays_within_that_of_plain_operations(dtype, kind, affine, gain, groups):
+    x, weight = inputs(dtype, affine)
+    exact = reference_norm(
+        x.double(), None if weight is None else weight.double(), kind=kind, eps=1e-5, gain=gain, groups=groups
+    )
+    y = norm(x, weight, kind=kind, eps=1e-5, gain=gain, groups=groups)
+    assert y.dtype == dtype
+    # Rounded at most three times: the folded weight, the normalised value and the product. Near zero, where LayerNorm
+    # subtracts a mean of about the size of x, what counts is the size of x over its deviation, a few units.
+    bound = torch.finfo(dtype).eps * (3 * exact.abs() + 8)
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+def test_reference_is_differentiable_to_second_order():
+    x, weight = inputs(torch.float64, True, requires_grad=True)
+    x = x[:1, :2, :6].detach().requires_grad_()
+    weight = weight[:6].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: reference_norm(a, b, kind="layer", gain=0.5, groups=2), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda a, b: reference_norm(a, b, gain=0.5), (x, weight))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_huge_tiny_and_zero_rows_stay_finite(scale):
+    x = torch.randn(4, 64, dtype=torch.float64) * scale
+    x[0] = 0
+    y = norm(x, torch.ones(64, dtype=torch.float64), eps=1e-6)
+    assert y.isfinite().all()
+    assert torch.equal(y[0], torch.zeros(64, dtype=torch.float64))

@@ -1,0 +1,322 @@
+"""Every strategy against a transcription of its published equation, outputs and gradients."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import Decoder, rotary
+from cod_lightning.nn.init import build_decoder, initialise, seed_of
+from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, block, build, build_all, warnings
+
+L = 8
+CONFIG = DecoderConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=L, num_attention_heads=2, vocab_size=61, norm_eps=1e-3
+)
+
+
+def rms(x, w, eps=1e-3):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
+
+
+def pre(x, f, g, b, scale=1.0):
+    """Pre-LN with a factor after both norms; `f`, `g` are the sub-layers and `b` the block's parameters."""
+    x = x + f(rms(x, b["input_layernorm.weight"]) * scale)
+    return x + g(rms(x, b["post_attention_layernorm.weight"]) * scale)
+
+
+def post(x, f, g, b, alpha=1.0, beta=1.0):
+    x = rms(alpha * x + f(x), b["attention_residual.sum_norm.weight"])
+    return rms(beta * x + g(x), b["ffn_residual.sum_norm.weight"])
+
+
+def sandwich(x, f, g, b):
+    x = x + rms(f(rms(x, b["input_layernorm.weight"])), b["attention_residual.branch_norm.weight"])
+    return x + rms(g(rms(x, b["post_attention_layernorm.weight"])), b["ffn_residual.branch_norm.weight"])
+
+
+def peri(x, f, g, b, layer):
+    return sandwich(rms(x, b["entry_norm.weight"]) if layer == 1 else x, f, g, b)
+
+
+def grouped(x, f, g, b):
+    def norm(x, w):
+        return torch.cat([rms(part, 1.0) for part in x.split(4, dim=-1)], -1) * w
+
+    x = x + f(norm(x, b["input_layernorm.weight"]))
+    return x + g(norm(x, b["post_attention_layernorm.weight"]))
+
+
+def branch_scaled(x, f, g, b, s, t):
+    x = x + s * f(rms(x, b["input_layernorm.weight"]))
+    return x + t * g(rms(x, b["post_attention_layernorm.weight"]))
+
+
+def before_ln(x, f, g, b, scale):
+    x = x + f(rms(x * scale, b["input_layernorm.weight"]))
+    return x + g(rms(x * scale, b["post_attention_layernorm.weight"]))
+
+
+def after_residual(x, f, g, b, scale):
+    x = scale * (x + f(rms(x, b["input_layernorm.weight"])))
+    return scale * (x + g(rms(x, b["post_attention_layernorm.weight"])))
+
+
+def only(x, f, g, b, a, c):
+    x = x + f(rms(x, b["input_layernorm.weight"]) * a)
+    return x + g(rms(x, b["post_attention_layernorm.weight"]) * c)
+
+
+def gpas_after(x, f, g, b, scale=1.0):
+    x = x + f(rms(x, b["input_layernorm.weight"]) * scale)
+    x = x - silu(b["gate"]) * x.detach()
+    x = x + g(rms(x, b["post_attention_layernorm.weight"]) * scale)
+    return x - silu(b["gate"]) * x.detach()
+
+
+def gpas_before(x, f, g, b, alpha):
+    x = rms(alpha * (x - silu(b["gate"]) * x.detach()) + f(x), b["attention_residual.sum_norm.weight"])
+    return rms(alpha * (x - silu(b["gate"]) * x.detach()) + g(x), b["ffn_residual.sum_norm.weight"])
+
+
+EQUATIONS = {
+    "pre_ln": ({}, lambda x, f, g, b, i: pre(x, f, g, b)),
+    "post_ln": ({}, lambda x, f, g, b, i: post(x, f, g, b)),
+    "sandwich_ln": ({}, lambda x, f, g, b, i: sandwich(x, f, g, b)),
+    "peri_ln": ({}, lambda x, f, g, b, i: peri(x, f, g, b, i)),
+    "peri_ln plain": ({"embedding_norm": False}, lambda x, f, g, b, i: sandwich(x, f, g, b)),
+    "mix_ln": ({}, lambda x, f, g, b, i: (post if i <= L / 4 else pre)(x, f, g, b)),
+    "group_ln": ({}, lambda x, f, g, b, i: grouped(x, f, g, b)),
+    "deep_norm": ({}, lambda x, f, g, b, i: post(x, f, g, b, (2 * L) ** 0.25, (2 * L) ** 0.25)),
+    "deep_norm_released": ({}, lambda x, f, g, b, i: post(x, f, g, b, 2.8284271247461903, 2.8284271247461903)),
+    "admin": (
+        {},
+        lambda x, f, g, b, i: post(x, f, g, b, b["attention_residual.skip"], b["ffn_residual.skip"]),
+    ),
+    "lns": ({}, lambda x, f, g, b, i: pre(x, f, g, b, 1 / math.sqrt(i))),
+    "lns before_ln": ({"position": "before_ln"}, lambda x, f, g, b, i: before_ln(x, f, g, b, 1 / math.sqrt(i))),
+    "lns after_branch": (
+        {"position": "after_branch"},
+        lambda x, f, g, b, i: branch_scaled(x, f, g, b, 1 / math.sqrt(i), 1 / math.sqrt(i)),
+    ),
+    "lns after_residual": (
+        {"position": "after_residual"},
+        lambda x, f, g, b, i: after_residual(x, f, g, b, 1 / math.sqrt(i)),
+    ),
+    "lns only_attention": ({"position": "only_attention"}, lambda x, f, g, b, i: only(x, f, g, b, 1 / math.sqrt(i), 1)),
+    "lns only_ffn": ({"position": "only_ffn"}, lambda x, f, g, b, i: only(x, f, g, b, 1, 1 / math.sqrt(i))),
+    "lns_learnable": ({}, lambda x, f, g, b, i: pre(x, f, g, b)),
+    "layer_scale": (
+        {},
+        lambda x, f, g, b, i: branch_scaled(
+            x, f, g, b, b["attention_residual.branch_scale"], b["ffn_residual.branch_scale"]
+        ),
+    ),
+    "skip_init": (
+        {},
+        lambda x, f, g, b, i: branch_scaled(
+            x, f, g, b, b["attention_residual.branch_scale"], b["ffn_residual.branch_scale"]
+        ),
+    ),
+    "ds_init": ({}, lambda x, f, g, b, i: pre(x, f, g, b)),
+    "scaled_init": ({}, lambda x, f, g, b, i: pre(x, f, g, b)),
+    "scaled_init on lns": ({"base": "lns"}, lambda x, f, g, b, i: pre(x, f, g, b, 1 / math.sqrt(i))),
+    "gpas": ({}, lambda x, f, g, b, i: gpas_after(x, f, g, b)),
+    "gpas on lns": ({"base": "lns"}, lambda x, f, g, b, i: gpas_after(x, f, g, b, 1 / math.sqrt(i))),
+    "gpas on deep_norm": ({"base": "deep_norm"}, lambda x, f, g, b, i: gpas_before(x, f, g, b, (2 * L) ** 0.25)),
+}
+
+
+def made(case: str, config: DecoderConfig = CONFIG) -> Decoder:
+    options = EQUATIONS[case][0]
+    specs = build_all({"name": case.split()[0], **options}, config.num_hidden_layers)
+    return build_decoder(config, specs, seed=3)
+
+
+def test_every_strategy_has_its_equation_here():
+    assert {case.split()[0] for case in EQUATIONS} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_outputs_and_gradients_equal_the_published_equation(case):
+    decoder = made(case).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in decoder.parameters():
+        # Away from the initial ones and zeros, where a missing weight or gate would not show.
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    for layer, ours in enumerate(decoder.model.layers, start=1):
+        theirs = copy.deepcopy(ours)
+        x = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
+        z = x.detach().clone().requires_grad_()
+        rope = rotary(5, 16, 1e4, x)
+        y = ours(x, rope)
+        parameters = dict(theirs.named_parameters())
+        expected = EQUATIONS[case][1](z, lambda h, t=theirs: t.self_attn(h, rope), theirs.mlp, parameters, layer)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        y.backward(cotangent)
+        expected.backward(cotangent)
+        torch.testing.assert_close(x.grad, z.grad, rtol=1e-10, atol=1e-12)
+        for name, parameter in ours.named_parameters():
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_every_layer_changes_its_input(case):
+    decoder = made(case)
+    seen = {}
+    decoder(torch.randint(61, (2, 9)), lambda what, layer, x: seen.__setitem__((what, layer), x))
+    before = seen["embedding", 0]
+    for layer in range(1, L + 1):
+        after = seen["residual", layer]
+        assert (after - before).norm() > 1e-6 * before.norm(), layer
+        assert seen["attention", layer].norm() > 0
+        assert seen["ffn", layer].norm() > 0
+        before = after
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_meta_initialisation_bfloat16_and_saving_leave_the_constants_exact(case, tmp_path):
+    plain = made(case)
+    with torch.device("meta"):
+        decoder = Decoder(CONFIG, [layer.spec for layer in plain.model.layers])
+    decoder.to_empty(device="cpu")
+    for parameter in decoder.parameters():
+        parameter.data.fill_(float("nan"))
+    initialise(decoder, seed=3)
+    for (name, ours), expected in zip(decoder.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, expected), name
+    decoder.to(torch.bfloat16)
+    assert not list(decoder.buffers())
+    torch.save(decoder.state_dict(), tmp_path / "decoder.pt")
+    loaded = Decoder(CONFIG, [layer.spec for layer in plain.model.layers]).to(torch.bfloat16)
+    loaded.load_state_dict(torch.load(tmp_path / "decoder.pt", weights_only=True))
+    tokens = torch.randint(61, (2, 9))
+    assert torch.equal(loaded(tokens), decoder(tokens))
+    gains = [getattr(layer.input_layernorm, "gain", None) for layer in loaded.model.layers]
+    assert gains == [getattr(layer.input_layernorm, "gain", None) for layer in plain.model.layers]
+    if case == "lns":
+        assert gains == pytest.approx([1 / math.sqrt(layer) for layer in range(1, L + 1)], rel=1e-15)
+
+
+def test_initial_values_of_what_strategies_learn_and_rescale():
+    layers = range(1, L + 1)
+    draws = {case: made(case) for case in ("pre_ln", "ds_init", "scaled_init", "deep_norm", "deep_norm_released")}
+    for index, layer in enumerate(layers):
+        name = f"model.layers.{index}"
+        for projection in ("self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj"):
+            weights = {case: d.get_parameter(f"{name}.{projection}.weight") for case, d in draws.items()}
+            output = projection != "self_attn.q_proj"
+            expected = weights["pre_ln"] * (2 * layer) ** -0.5 if output else weights["pre_ln"]
+            torch.testing.assert_close(weights["ds_init"], expected)
+            expected = weights["pre_ln"] * (2 * L) ** -0.5 if output else weights["pre_ln"]
+            torch.testing.assert_close(weights["scaled_init"], expected)
+            fan_out, fan_in = weights["pre_ln"].shape
+            xavier = weights["pre_ln"] / 0.02 * math.sqrt(2 / (fan_in + fan_out))
+            torch.testing.assert_close(weights["deep_norm"], xavier * ((8 * L) ** -0.25 if output else 1))
+            torch.testing.assert_close(weights["deep_norm_released"], xavier * ((8 * L) ** 0.25 if output else 1))
+    for index, layer in enumerate(layers):
+        assert made("lns_learnable").model.layers[index].input_layernorm.weight.unique().item() == pytest.approx(
+            layer**-0.5
+        )
+    assert made("layer_scale").model.layers[0].ffn_residual.branch_scale.unique().item() == pytest.approx(1e-4)
+    assert made("skip_init").model.layers[0].ffn_residual.branch_scale.item() == pytest.approx(L**-0.5)
+    assert made("gpas").model.layers[0].gate.item() == 0
+
+
+def test_admin_profiles_the_variance_of_all_earlier_branches():
+    config = dataclasses.replace(CONFIG, init_std=0.3)
+    decoder = made("admin", config)
+    residuals = [r for layer in decoder.model.layers for r in (layer.attention_residual, layer.ffn_residual)]
+    skips = [residual.skip.detach().clone() for residual in residuals]
+    for residual in residuals:
+        residual.skip.data.fill_(1)
+    generator = torch.Generator().manual_seed(seed_of(3, "admin profile"))
+    branches = []
+    decoder(
+        torch.randint(61, (4, 64), generator=generator),
+        lambda what, layer, x: branches.append(x.detach().var()) if what in ("attention", "ffn") else None,
+    )
+    for index, skip in enumerate(skips):
+        expected = (1 + sum(float(v.detach()) for v in branches[:index])) ** 0.5
+        torch.testing.assert_close(skip, torch.full((32,), expected), rtol=1e-5, atol=0)
+    assert skips[-1][0] > 1.5 * skips[0][0]
+    assert torch.equal(made("admin", config).model.layers[-1].ffn_residual.skip, skips[-1])
+
+
+def test_strategies_of_one_seed_share_their_draws():
+    ours, theirs = made("lns"), made("sandwich_ln")
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(name)), name
+    other = build_decoder(CONFIG, build_all({"name": "lns"}, L), seed=4)
+    assert not torch.equal(other.lm_head.weight, ours.lm_head.weight)
+
+
+@pytest.mark.parametrize("depth", [12, 24])
+def test_constants_by_depth(depth):
+    assert build("deep_norm", 1, depth, {}).attention.skip == pytest.approx({12: 2.213, 24: 2.632}[depth], abs=1e-3)
+    beta = build("deep_norm_released", 1, depth, {}).ffn.xavier
+    assert beta == pytest.approx((8 * depth) ** 0.25)
+    post = [not build("mix_ln", layer, depth, {}).attention.pre_norm for layer in range(1, depth + 1)]
+    assert sum(post) == {12: 3, 24: 6}[depth] and post == sorted(post, reverse=True)
+
+
+def my_strategy(layer, depth, power=0.25):
+    return block(gain=layer**-power)
+
+
+def returns_nothing(layer, depth):
+    return None
+
+
+def one_argument(layer):
+    return block()
+
+
+def test_a_researchers_own_strategy_is_found_by_module_and_function(tmp_path, monkeypatch):
+    (tmp_path / "my_norms.py").write_text(
+        "from cod_lightning.nn.strategies import block\n"
+        "def half(layer, depth, power=0.25):\n    return block(gain=layer**-power)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    specs = build_all({"name": "my_norms:half", "power": 0.5}, 4)
+    assert specs == build_all({"name": "lns"}, 4)
+    assert isinstance(build("my_norms:half", 2, 4, {}), BlockSpec)
+
+
+@pytest.mark.parametrize(
+    ("norm", "words"),
+    [
+        ({"name": "mixln"}, ["norm='mixln'", "did you mean 'mix_ln'", "pre_ln"]),
+        ({"name": "lns", "position": "after"}, ["norm.position='after'", "after_branch"]),
+        ({"name": "lns", "positon": "after_ln"}, ["norm.positon", "did you mean 'position'"]),
+        ({"name": "pre_ln", "alpha": 1}, ["norm.alpha", "none"]),
+        ({"name": "mix_ln", "fraction": 2.0}, ["norm.fraction=2.0", "between 0 and 1"]),
+        ({"name": "mix_ln", "fraction": "x"}, ["norm.fraction='x'", "wrong type"]),
+        ({"name": "group_ln", "groups": 0}, ["norm.groups=0", "at least 1"]),
+        ({"name": "gpas", "base": "nope"}, ["norm='nope'", "known:"]),
+        ({"name": "gpas", "base": "lns", "fraction": 0.5}, ["norm.fraction", "position"]),
+        ({"name": "no.such:f"}, ["norm='no.such:f'", "package.module:function"]),
+        ({"name": "math:nothing"}, ["norm='math:nothing'", "package.module:function"]),
+        ({"name": "math:pi"}, ["is not a function"]),
+        ({"name": "test_strategies:returns_nothing"}, ["returned NoneType", "BlockSpec"]),
+        ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
+    ],
+)
+def test_bad_strategies_and_options_are_named(norm, words, monkeypatch):
+    monkeypatch.syspath_prepend(str(__file__).rsplit("/", 1)[0])
+    with pytest.raises(UserError) as error:
+        build_all(norm, 4)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_scaling_twice_is_warned_about():
+    assert not warnings(build_all({"name": "lns"}, 4))
+    assert not warnings(build_all({"name": "scaled_init"}, 4))
+    assert "Table 6" in warnings(build_all({"name": "scaled_init", "base": "lns"}, 4))[0]
