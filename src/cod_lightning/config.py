@@ -139,7 +139,8 @@ def custom_norm(word: str) -> str:
 def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of the comma-separated values among `overrides`, the last one varying fastest, as in Hydra."""
     expanded = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        # Hydra escapes the colon of package.module:function.
+        [f"{override.get_key_element()}={value}".replace("\\:", ":") for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
         else [override.input_line or ""]
         for override in parse(overrides)

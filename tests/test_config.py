@@ -1,0 +1,197 @@
+"""Composition: what overrides give, what is refused and how, where runs go."""
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from cod_lightning.config import choices, claim, compose, identity, load, plain, sweep, to_yaml
+from cod_lightning.errors import UserError
+from cod_lightning.nn.strategies import STRATEGIES, build_all
+
+
+def test_the_quickstart_is_the_default():
+    config = compose()
+    assert config.experiment == "quickstart"
+    assert config.norm == {"name": "lns", "position": "after_ln"}
+    assert config.protocol == "strict"
+    assert config.model.num_hidden_layers >= 24
+
+
+def test_every_strategy_has_its_config_and_every_option_its_default():
+    assert set(choices("norm")) == {*STRATEGIES, "custom"}
+    for name in STRATEGIES:
+        norm = compose([f"norm={name}"]).norm
+        assert build_all(norm, 4) == build_all({"name": name}, 4), name
+
+
+@pytest.mark.parametrize("name", choices("experiments"))
+def test_every_experiment_composes_under_both_protocols(name):
+    for protocol in choices("protocol"):
+        config = compose([f"experiments={name}", f"protocol={protocol}"])
+        assert config.experiment == name
+        assert config.description
+        assert config.protocol == protocol
+        paper = protocol == "paper"
+        assert config.data.layout == ("document" if paper else "packed")
+        assert config.optim.weighting == ("micro_batches" if paper else "tokens")
+
+
+# Table 1 and the released run scripts, typed in again from the paper's facts.
+TABLE_1 = {
+    "table1_130m": (1e-3, 20_000, 2_000, {"post_ln": 26.95, "deep_norm": 27.17, "mix_ln": 26.07, "pre_ln": 26.73, "lns": 25.76}),
+    "table1_250m": (1e-3, 40_000, 4_000, {"post_ln": 1409.79, "deep_norm": 22.77, "mix_ln": 21.39, "pre_ln": 21.92, "lns": 20.35}),
+    "table1_350m": (5e-4, 60_000, 6_000, {"post_ln": 1368.33, "deep_norm": 1362.59, "mix_ln": 1363.21, "pre_ln": 19.58, "lns": 18.20}),
+    "table1_1b": (5e-4, 100_000, 1_000, {"post_ln": 1390.75, "deep_norm": 1409.08, "mix_ln": 1414.78, "pre_ln": 17.02, "lns": 15.71}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_table_1_has_the_released_hyperparameters_and_the_published_cells(name):
+    config = compose([f"experiments={name}"])
+    lr, steps, warmup, cells = TABLE_1[name]
+    assert config.optim.lr == lr
+    assert config.trainer.max_steps == steps
+    assert config.optim.warmup(steps) == warmup
+    assert config.paper["figures"] == cells
+    assert (config.data.batch_size, config.data.seq_len, config.optim.clip) == (512, 256, 0)
+    assert (config.optim.name, config.optim.weight_decay, config.optim.betas) == ("adam", 0, [0.9, 0.999])
+    assert (config.data.source, config.data.tokenizer, config.model.vocab_size) == ("c4", "t5-base", 32000)
+    assert config.protocol == "paper"
+
+
+def test_the_command_line_wins_over_the_experiment():
+    config = compose(["experiments=table1_350m", "model=tiny", "optim.lr=0.01", "data=files", "data.files=x/*.gz"])
+    assert config.model.hidden_size == 32
+    assert config.optim.lr == 0.01
+    assert (config.data.source, config.data.tokenizer) == ("files", "bpe")
+
+
+def test_the_run_folder_is_a_function_of_what_is_computed():
+    base = compose()
+    assert compose().folder == base.folder
+    for same in ("output=runs", "trainer.checkpoint_every=7", "data.workers=2", "trainer.threads=1", "trainer.log_every=1"):
+        assert compose([same]).folder == base.folder, same
+    for other in ("seed=2", "norm=pre_ln", "optim.lr=0.1", "trainer.max_steps=9", "data.seq_len=64"):
+        assert compose([other]).folder != base.folder, other
+    assert compose(["output=/tmp/x"]).folder.parent.parent.as_posix() == "/tmp/x"
+    assert compose(["name=mine"]).folder.as_posix() == "runs/mine"
+
+
+def test_a_saved_configuration_loads_as_it_was(tmp_path):
+    config = compose([f"output={tmp_path}", "norm=gpas", "experiments=table1_1b"])
+    folder = claim(config)
+    assert load(folder) == config
+    assert OmegaConf.to_container(OmegaConf.create(to_yaml(config))) == plain(config)
+    amended = load(folder, ["data=files", "data.files=[a,b]", "trainer.threads=3"])
+    assert (amended.data.source, amended.data.files, amended.trainer.threads) == ("files", ["a", "b"], 3)
+
+
+def test_a_folder_of_another_configuration_is_left_alone(tmp_path):
+    folder = claim(compose([f"output={tmp_path}", "name=mine"]))
+    before = (folder / "config.yaml").read_text()
+    assert claim(compose([f"output={tmp_path}", "name=mine", "trainer.threads=1"])) == folder
+    claim(compose([f"output={tmp_path}", "name=mine"]))
+    with pytest.raises(UserError, match=r"seed=1 there, 2 here.*choose another name="):
+        claim(compose([f"output={tmp_path}", "name=mine", "seed=2"]))
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_starting_anew_puts_the_earlier_run_aside(tmp_path):
+    words = [f"output={tmp_path}", "name=mine"]
+    (claim(compose(words)) / "mark").touch()
+    assert (claim(compose(words)) / "mark").exists()
+    assert not (claim(compose([*words, "resume=false"])) / "mark").exists()
+    assert (tmp_path / "mine.previous-1" / "mark").exists()
+
+
+def test_identity_leaves_out_what_only_carries_a_run_out():
+    kept = identity(compose())
+    assert {"output", "name", "resume", "logger", "paper"}.isdisjoint(kept)
+    assert {"devices", "threads", "checkpoint_every"}.isdisjoint(kept["trainer"])
+    assert {"root", "folder", "micro_batch_size", "workers"}.isdisjoint(kept["data"])
+    assert kept["norm"] == {"name": "lns", "position": "after_ln"}
+
+
+def test_sweeps_expand_in_the_order_of_hydra():
+    assert list(sweep(["norm=pre_ln,lns", "seed=1,2", "trainer.max_steps=3"])) == [
+        ["norm=pre_ln", "seed=1", "trainer.max_steps=3"],
+        ["norm=pre_ln", "seed=2", "trainer.max_steps=3"],
+        ["norm=lns", "seed=1", "trainer.max_steps=3"],
+        ["norm=lns", "seed=2", "trainer.max_steps=3"],
+    ]
+    assert list(sweep(["seed=range(1,4)"])) == [["seed=1"], ["seed=2"], ["seed=3"]]
+
+
+def test_a_strategy_of_ones_own_takes_its_options(tmp_path, monkeypatch):
+    (tmp_path / "norms_of_mine.py").write_text(
+        "from cod_lightning.nn.strategies import block\n"
+        "def steeper(layer, depth, power=1.0):\n    return block(gain=layer**-power)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = compose(["norm=norms_of_mine:steeper", "norm.power=0.5"])
+    assert config.norm == {"name": "norms_of_mine:steeper", "power": 0.5}
+    with pytest.raises(UserError, match=r"norm\.powre is not an option.*did you mean 'power'"):
+        compose(["norm=norms_of_mine:steeper", "norm.powre=0.5"])
+    assert list(sweep(["norm=lns,norms_of_mine:steeper"])) == [["norm=lns"], ["norm=norms_of_mine:steeper"]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiments=table1_350"], ["experiments='table1_350'", "did you mean 'table1_350m'"]),
+        (["norm=mixln"], ["norm='mixln'", "did you mean 'mix_ln'"]),
+        (["model=llama_2b"], ["model='llama_2b'", "llama_1b"]),
+        (["data=wiki"], ["data='wiki'", "known: c4, docs, files"]),
+        (["protocol=papr"], ["protocol='papr'", "did you mean 'paper'"]),
+        (["optim.lrr=1"], ["optim.lrr is not a field", "did you mean 'lr'"]),
+        (["optimm.lr=1"], ["optimm is not a field", "did you mean 'optim'"]),
+        (["sed=1"], ["sed is not a field", "did you mean 'seed'"]),
+        (["seed.x=1"], ["seed.x is not a field"]),
+        (["trainer.max_steps=many"], ["trainer.max_steps=many", "Integer"]),
+        (["data.seq_len=null"], ["data.seq_len=null"]),
+        (["resume=perhaps"], ["resume=perhaps", "bool"]),
+        (["optim.betas=0.9"], ["optim.betas=0.9"]),
+        (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two numbers"]),
+        (["steps"], ["expected key=value"]),
+        (["norm=pre_ln,lns"], ["norm=pre_ln,lns", "needs -m"]),
+        (["norm.position=after"], ["norm.position='after'", "after_ln"]),
+        (["norm.fraction=0.5"], ["norm.fraction is not a field", "position"]),
+        (["norm=nowhere.norms:f"], ["nowhere", "package.module:function"]),
+        (["model.num_attention_heads=5"], ["model.num_attention_heads=5", "model.hidden_size=96"]),
+        (["model.norm=batch"], ["model.norm='batch'", "known: layer, rms"]),
+        (["model.vocab_size=100"], ["model.vocab_size=100 is smaller", "data.vocab_size=4096"]),
+        (["norm=group_ln", "norm.groups=7"], ["norm.groups=7", "model.hidden_size=96"]),
+        (["optim.warmup_steps=250"], ["optim.warmup_steps=250", "trainer.max_steps=250"]),
+        (["optim.warmup_ratio=1"], ["optim.warmup_ratio=1", "trainer.max_steps=250"]),
+        (["optim.lr=0"], ["optim.lr=0", "positive"]),
+        (["optim.name=sgd"], ["optim.name='sgd'", "known: adam, adamw"]),
+        (["data.batch_size=24"], ["data.batch_size=24", "data.micro_batch_size=16", "1 rank(s)"]),
+        (["trainer=ddp"], ["data.batch_size=16", "x 2 rank(s) = 32"]),
+        (["trainer.devices=2", "data.micro_batch_size=8"], ["trainer.strategy='auto'", "trainer=ddp"]),
+        (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
+        (["trainer.precision=fp8"], ["trainer.precision='fp8'", "bf16-mixed"]),
+        (["eval.paper_batch=0"], ["eval.paper_batch=0", "at least 1"]),
+        (["logger=wandb"], ["logger='wandb'", "known: csv, none, tensorboard"]),
+        (["name=../elsewhere"], ["name='../elsewhere'", "below output"]),
+        (["data.layout=ragged"], ["data.layout='ragged'", "packed"]),
+        (["data.seq_len=1"], ["data.seq_len=1"]),
+        (["data=files"], ["data.files"]),
+    ],
+)  # fmt: skip
+def test_bad_overrides_are_refused_by_field(overrides, words):
+    with pytest.raises(UserError) as error:
+        compose(overrides)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_all_problems_are_reported_together():
+    overrides = ["norm=mixln", "optim.lrr=1", "trainer.max_steps=x", "data.batch_size=24", "eval.every=0"]
+    with pytest.raises(UserError) as error:
+        compose(overrides)
+    assert len(str(error.value).splitlines()) == len(overrides)
+
+
+def test_configurations_compare_by_value():
+    assert compose(["seed=3"]) == compose(["seed=3"])
+    assert dataclasses.replace(compose(), seed=3) == compose(["seed=3"])
