@@ -216,7 +216,7 @@ def generate(
     from cod_lightning.train.run import checkpoint_of, load_run
 
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.backend.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise UserError("prompt='' is empty: give at least one character to continue")
     ids += sample(
@@ -228,7 +228,7 @@ def generate(
         seed=seed,
         eos_id=tokenizer.eos_id,
     )
-    print(tokenizer.decode(ids))
+    print(tokenizer.backend.decode(ids))
     return 0
 
 
@@ -248,8 +248,8 @@ def experiments() -> int:
                 "reproduces": config.description,
                 "model": f"{model.num_hidden_layers} x {model.hidden_size}",
                 "parameters": f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M",
-                "tokens": f"{positions / 1e9:.2f}B" if positions >= 1e8 else f"{positions / 1e6:.2f}M",
-                "published": "\n".join(f"{norm} {value}" for norm, value in published.items()) or "none",
+                "token positions": f"{positions / 1e9:.2f}B" if positions >= 1e8 else f"{positions / 1e6:.2f}M",
+                "published": "\n".join(f"{norm} {value:.2f}" for norm, value in published.items()) or "none",
             }
         )
     show(experiments_table(rows))

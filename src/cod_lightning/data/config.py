@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from cod_lightning.errors import nearest
 
 RUNTIME = {"identity": False}
 """Metadata of fields that change how a run is carried out but not what it computes."""
@@ -19,7 +22,7 @@ class DataConfig:
     source: str = "docs"
     """`docs` (documentation that every installation carries), `files`, or `c4` (allenai/c4 `en` from the hub)."""
     files: Any = None
-    """`source=files`: glob, or list of globs, of .txt, .jsonl, .json, each also .gz (JSON lines with a `text` field)."""
+    """`source=files`: glob or list of globs of .txt, .jsonl, .json, each also .gz (JSON lines with a `text` field)."""
     val_files: Any = None
     """Like `files`, for validation; without it one document in `val_every` is held out."""
     val_every: int = 50
@@ -49,5 +52,54 @@ class DataConfig:
     """DataLoader workers; 0 reads in the main process."""
 
 
+SOURCES = ("docs", "files", "c4")
+LAYOUTS = ("packed", "document")
+SMALLEST_BPE = 258
+"""256 bytes, pad and EOS."""
+
+
+def patterns(value: Any) -> list[str]:
+    """Return `data.files` or `data.val_files` as a list of globs: one string, several, or None."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
 def problems(config: DataConfig) -> list[str]:
-    return []
+    """Return what is wrong with the values of `config`, one line for each field, nothing when all is well."""
+    found = []
+    if config.source not in SOURCES:
+        found.append(f"data.source={config.source!r}: {nearest(str(config.source), SOURCES)}")
+    if config.layout not in LAYOUTS:
+        found.append(f"data.layout={config.layout!r}: {nearest(str(config.layout), LAYOUTS)}")
+    for key in ("files", "val_files"):
+        value = getattr(config, key)
+        if value is None:
+            continue
+        if not isinstance(value, Iterable) or not all(isinstance(glob, str) and glob for glob in patterns(value)):
+            found.append(f"data.{key}={value!r}: must be a glob or a list of globs")
+        elif config.source in SOURCES and config.source != "files":
+            found.append(f"data.{key} is set, but data.source={config.source} does not read it: use data.source=files")
+    if config.source == "files" and not config.files:
+        found.append("data.files is empty: data.source=files needs a glob, like data.files='corpus/*.jsonl.gz'")
+    least = {
+        "val_every": 2,
+        "seq_len": 2,
+        "val_tokens": config.seq_len,
+        "batch_size": 1,
+        "micro_batch_size": 1,
+        "workers": 0,
+        "loader_workers": 0,
+    }
+    if config.max_documents is not None:
+        least["max_documents"] = 1
+    if config.tokenizer == "bpe":
+        least["vocab_size"] = SMALLEST_BPE
+    found += [
+        f"data.{key}={getattr(config, key)}: must be at least {bound}"
+        for key, bound in least.items()
+        if getattr(config, key) < bound
+    ]
+    if not config.tokenizer:
+        found.append("data.tokenizer is empty: bpe, a folder with tokenizer.json, or a name on the hub")
+    return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,11 +16,14 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from cod_lightning.data.config import DataConfig
 from cod_lightning.data.datamodule import TokenDataModule
+from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.strategies import warnings as strategy_warnings
 from cod_lightning.train.callbacks import LayerStatisticsCallback, Recorder, progress_bar
@@ -132,9 +135,10 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
     data.prepare_data()
     data.setup("fit")
     vocab_size = run.model.vocab_size or data.vocab_size
-    if vocab_size <= data.max_id:
+    max_id = max(data.manifest.train.max_id, data.manifest.val.max_id)
+    if vocab_size <= max_id:
         raise UserError(
-            f"model.vocab_size={vocab_size} is smaller than the tokenizer's: token {data.max_id} occurs in the data; "
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's: token {max_id} occurs in the data; "
             f"set model.vocab_size={data.vocab_size} or leave it null"
         )
     module = DecoderModule(
@@ -146,12 +150,12 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
         max_steps=run.trainer.max_steps,
         micro_batch_size=run.data.micro_batch_size,
         pad_id=data.pad_id,
-        val_rows=data.val_rows,
+        val_rows=data.val_count,
     )
     return data, module
 
 
-def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Tokenizer]:
+def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, DocumentTokenizer]:
     """The decoder of a checkpoint on the CPU, and the run's tokenizer; the data is not needed."""
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     state = read_checkpoint(checkpoint)["state_dict"]
@@ -250,11 +254,15 @@ def log_hyperparameters(trainer: Trainer, config: Mapping[str, Any], record: Map
             logger.log_hyperparams(chosen)
 
 
+@rank_zero_only
 def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
-    """Copy the tokenizer into the run folder: a run can be evaluated and sampled wherever its data is."""
-    target = folder / TOKENIZER / "tokenizer.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(data.tokenizer_file, target)
+    """Copy the tokenizer into the run folder: a run can be sampled, and evaluated on other text, without its data."""
+    tokenizer = data.tokenizer()
+    target = folder / TOKENIZER
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(target / "tokenizer.json"))
+    special = {"eos_token": tokenizer.id_to_token(data.eos_id), "pad_token": tokenizer.id_to_token(data.pad_id)}
+    (target / "special_tokens_map.json").write_text(json.dumps(special) + "\n")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,393 @@
+"""Text: documents in a fixed order, for training and for validation."""
+
+from __future__ import annotations
+
+import ast
+import glob
+import gzip
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import multiprocessing
+import platform
+import re
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from html.parser import HTMLParser
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from cod_lightning.data.config import SOURCES, DataConfig, patterns
+from cod_lightning.data.hub import require_hub
+from cod_lightning.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two streams of documents, each of which can be read again from its start and is the same every time."""
+
+    train: Callable[[], Iterator[str]]
+    val: Callable[[], Iterator[str]]
+
+
+def open_corpus(config: DataConfig, workers: int = 1) -> Corpus:
+    """Return the corpus that `config` names; `workers` processes help to gather `docs`.
+
+    Every `val_every`-th document is held out, except where validation text comes by itself: `val_files`, and `c4`.
+    `max_documents` bounds the training documents only, so that runs on less text are validated on the same text.
+
+    Raises:
+        UserError: Unknown source, no files, or the hub cannot be used; while reading, as `read_file`.
+    """
+    if config.source == "docs":
+        documents = docs(workers)
+        corpus = held_out(lambda: iter(documents), config.val_every)
+    elif config.source == "files":
+        corpus = _files(config)
+    elif config.source == "c4":
+        corpus = _c4()
+    else:
+        raise UserError(f"data.source={config.source!r}: {nearest(config.source, SOURCES)}")
+    if config.max_documents is None:
+        return corpus
+    return Corpus(train=lambda: islice(corpus.train(), config.max_documents), val=corpus.val)
+
+
+def identity(config: DataConfig) -> dict[str, Any]:
+    """Return the settings and facts that decide the text, found without reading it.
+
+    For `docs` these are the versions of the packages, for `files` the name, size and time of every file, so that a
+    changed file makes another set.
+    """
+    facts: dict[str, Any] = {"source": config.source, "max_documents": config.max_documents}
+    if config.source == "docs":
+        facts["versions"] = {"python": platform.python_version(), "recipe": DOCS_RECIPE}
+        for name in ("botocore", *DOCS_PACKAGES):
+            if importlib.util.find_spec(name):
+                facts["versions"][name] = importlib.metadata.version(name)
+    elif config.source == "files":
+        facts["files"] = [_stamp(path) for path in find_files("data.files", config.files)]
+        if config.val_files:
+            facts["val_files"] = [_stamp(path) for path in find_files("data.val_files", config.val_files)]
+    if config.source == "docs" or (config.source == "files" and not config.val_files):
+        facts["val_every"] = config.val_every
+    return facts
+
+
+def _stamp(path: Path) -> list[Any]:
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def held_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
+    """Split one stream: the documents numbered `every`, 2 `every`, ... (from 1) are for validation."""
+
+    def chosen(held: bool) -> Iterator[str]:
+        return (text for number, text in enumerate(documents(), 1) if (number % every == 0) is held)
+
+    return Corpus(train=partial(chosen, False), val=partial(chosen, True))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+FILE_KINDS = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
+
+
+def _files(config: DataConfig) -> Corpus:
+    files = find_files("data.files", config.files)
+    if not config.val_files:
+        return held_out(lambda: _read_all(files), config.val_every)
+    val_files = find_files("data.val_files", config.val_files)
+    return Corpus(train=lambda: _read_all(files), val=lambda: _read_all(val_files))
+
+
+def find_files(field: str, value: Any) -> list[Path]:
+    """Return the files that the globs of `field` match, sorted, each once.
+
+    Raises:
+        UserError: A glob matches nothing, or matches a file that is not one of `FILE_KINDS`.
+    """
+    found: set[Path] = set()
+    for pattern in patterns(value):
+        matches = [Path(name) for name in glob.glob(pattern, recursive=True)]
+        files = {path for path in matches if path.is_file()}
+        if not files:
+            raise UserError(f"{field}: no file matches {pattern!r}")
+        found |= files
+    for path in sorted(found):
+        if not path.name.endswith(FILE_KINDS):
+            raise UserError(f"{field}: {path} is none of {', '.join(FILE_KINDS)}")
+    return sorted(found)
+
+
+def _read_all(files: Iterable[Path]) -> Iterator[str]:
+    for path in files:
+        yield from read_file(path)
+
+
+def read_file(path: Path) -> Iterator[str]:
+    """Yield the documents of one file: a `.txt` is one, a `.jsonl` or `.json` has one per line, in the field `text`.
+
+    Documents that are empty or only blanks are left out.
+
+    Raises:
+        UserError: Names the file, and the line where there are lines: not readable, damaged gzip, not UTF-8, not JSON,
+            or without `text`.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            lines = not path.name.endswith((".txt", ".txt.gz"))
+            for text in _json_lines(path, file) if lines else [file.read().decode("utf-8-sig")]:
+                if text and not text.isspace():
+                    yield text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f'{path}, line {number}: no string in the field "text"')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+            raise UserError(f"{path}, line {number}: not valid Unicode ({error})") from error
+        yield text
+
+
+# --- c4 ---------------------------------------------------------------------------------------------------------------
+
+
+def _c4() -> Corpus:
+    instead = "Files that are already here are read with data.source=files data.files='c4-train.*.json.gz'."
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(f"data.source=c4 needs the package datasets: pip install 'cod_lightning[hf]'. {instead}")
+    require_hub("data.source=c4", instead)
+
+    def stream(split: str) -> Iterator[str]:
+        load_dataset = importlib.import_module("datasets").load_dataset
+        for record in load_dataset("allenai/c4", "en", split=split, streaming=True):
+            if record["text"] and not record["text"].isspace():
+                yield record["text"]
+
+    return Corpus(train=partial(stream, "train"), val=partial(stream, "validation"))
+
+
+# --- docs -------------------------------------------------------------------------------------------------------------
+
+DOCS_PACKAGES = ("torch", "sympy", "networkx", "numpy", "torchmetrics", "lightning")
+DOCS_RECIPE = 1
+"""Raise when the code below yields other text from the same packages."""
+DOCS_CHARACTERS = 20_000_000
+DOCUMENT_CHARACTERS = (400, 1_600)
+"""A document takes paragraphs until it has the larger number; a rest below the smaller is left out."""
+PARAGRAPH_CHARACTERS = 120
+"""Shorter ones are mostly labels and signatures."""
+LETTERS = 0.87
+"""Least share of letters and blanks; below are tables, formulas and code."""
+SHINGLE_WORDS = 5
+SHINGLE_SAMPLE = 4
+"""One word in so many (by its hash, so the choice is the same in a copy) starts a shingle that is remembered."""
+DOCSTRING_SHARE = 0.35
+"""Modules with less of their text in docstrings cost more time to parse than they give."""
+_SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "idlelib", "lib2to3"}
+
+
+def docs(workers: int = 1) -> list[str]:
+    """Return the documentation that every installation carries: 10-20 MB of English prose in documents of paragraphs.
+
+    It is the API documentation of botocore (latest version of each service) and the docstrings of the standard library
+    and of `DOCS_PACKAGES`, parsed and never imported. Paragraphs mostly seen before are dropped. The text follows from
+    the versions of Python and of these packages.
+    """
+    units = _docs_units()
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            paragraphs = list(pool.map(_unit_paragraphs, units, chunksize=16))
+    else:
+        paragraphs = [_unit_paragraphs(unit) for unit in units]
+    is_new = NearDuplicates()
+    documents: list[str] = []
+    for unit in paragraphs:
+        documents += _join(paragraph for paragraph in unit if is_new(paragraph))
+    return _bounded(documents, DOCS_CHARACTERS)
+
+
+def _bounded(documents: list[str], characters: int) -> list[str]:
+    """Leave out documents evenly, where there are more than `characters`, so that every source keeps its share."""
+    total = sum(map(len, documents))
+    if total <= characters:
+        return documents
+    kept: list[str] = []
+    read = used = 0
+    for document in documents:
+        read += len(document)
+        if used + len(document) <= characters * read / total:
+            kept.append(document)
+            used += len(document)
+    return kept
+
+
+def _docs_units() -> list[list[Path]]:
+    """Groups of files, each the source of some documents: one service of botocore, or one folder of a package."""
+    units: list[list[Path]] = []
+    root = _package_root("botocore")
+    if root:
+        for service in sorted((root / "data").iterdir()):
+            versions = sorted(service.glob("*/service-2.json*"))
+            units += [versions[-1:]] if versions else []
+    roots = [Path(sysconfig.get_path("stdlib")), *map(_package_root, DOCS_PACKAGES)]
+    for root in filter(None, roots):
+        modules = [path for path in sorted(root.rglob("*.py")) if not _is_test(path.relative_to(root))]
+        units += [list(group) for _, group in groupby(modules, key=lambda path: path.parent)]
+    return units
+
+
+def _package_root(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def _is_test(path: Path) -> bool:
+    return any(part in _SKIPPED or part.startswith("test_") for part in path.parts)
+
+
+def _unit_paragraphs(files: list[Path]) -> list[str]:
+    extract = _docstrings if files[0].suffix == ".py" else _service_texts
+    return [
+        paragraph for path in files for text in extract(path) for paragraph in text.split("\n") if _prose(paragraph)
+    ]
+
+
+def _prose(paragraph: str) -> bool:
+    if len(paragraph) < PARAGRAPH_CHARACTERS or ">>>" in paragraph:
+        return False
+    return sum(map(str.isalpha, paragraph)) + paragraph.count(" ") >= LETTERS * len(paragraph)
+
+
+def _service_texts(path: Path) -> Iterator[str]:
+    """The documentation strings of one service, paragraphs separated by line ends."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    texts: list[str] = []
+
+    def collect(node: dict[str, Any]) -> None:
+        text = node.get("documentation")
+        if isinstance(text, str) and len(text) >= PARAGRAPH_CHARACTERS:
+            texts.append(text)
+
+    with opened(path, "rb") as file:
+        json.load(file, object_hook=collect)
+    return map(html_text, dict.fromkeys(texts))
+
+
+class _Text(HTMLParser):
+    INLINE = frozenset({"a", "b", "code", "em", "i", "span", "strong", "sub", "sup", "u", "var"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in self.INLINE:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.INLINE:
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(" ".join(data.split("\n")))
+
+
+def html_text(html: str) -> str:
+    """Return the text of `html`: entities decoded, one line for each block (paragraph, list item, ...)."""
+    if "<" in html or "&" in html:
+        parser = _Text()
+        parser.feed(html)
+        parser.close()
+        html = "".join(parser.parts)
+    lines = (" ".join(line.split()) for line in html.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """The docstrings of one module, in order, paragraphs separated by line ends."""
+    try:
+        source = path.read_text("utf-8")
+    except (OSError, UnicodeError):
+        return
+    quoted = sum(map(len, source.split('"""')[1::2]))
+    if quoted < DOCSTRING_SHARE * len(source):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for docstring in _node_docstrings(tree):
+        paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring))
+        yield "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def _node_docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    docstring = ast.get_docstring(node, clean=False)
+    if docstring:
+        yield docstring
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _node_docstrings(child)
+
+
+def _join(paragraphs: Iterable[str]) -> Iterator[str]:
+    """Join paragraphs, in order, to documents of `DOCUMENT_CHARACTERS`."""
+    least, enough = DOCUMENT_CHARACTERS
+    parts: list[str] = []
+    size = 0
+    for paragraph in paragraphs:
+        parts.append(paragraph)
+        size += len(paragraph)
+        if size >= enough:
+            yield "\n".join(parts)
+            parts, size = [], 0
+    if size >= least:
+        yield "\n".join(parts)
+
+
+class NearDuplicates:
+    """Answers, text after text, whether less than half of it was seen before.
+
+    A text is the set of its word shingles (runs of `SHINGLE_WORDS` words), hashed. Only those that start with a word
+    whose hash is divisible by `SHINGLE_SAMPLE` are kept, which bounds memory and is the same choice in every copy.
+    """
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def __call__(self, text: str) -> bool:
+        """Return whether `text` is new, and remember it if so."""
+        words = [zlib.crc32(word) for word in text.lower().encode().split()]
+        starts = (start for start in range(len(words) - SHINGLE_WORDS + 1) if words[start] % SHINGLE_SAMPLE == 0)
+        shingles = {hash(tuple(words[start : start + SHINGLE_WORDS])) for start in starts}
+        if 2 * len(shingles & self.seen) > len(shingles):
+            return False
+        self.seen |= shingles
+        return True

@@ -1,0 +1,194 @@
+"""`manifest.json`: what a prepared set holds, how to recognise it, and how to tell that it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cod_lightning.data.config import DataConfig
+from cod_lightning.errors import UserError
+
+FORMAT = 1
+"""Version of the layout of a prepared set; a reader refuses newer ones."""
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+INDEX = "index.json"
+"""litdata's own list of chunks, one per split."""
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One file of rows: `rows` rows in `bytes` bytes with this SHA-256."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: `rows` rows with `tokens` non-pad tokens, the largest of them `max_id`."""
+
+    rows: int
+    tokens: int
+    max_id: int
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text: name of the corpus, SHA-256 of the documents read, and their number per split."""
+
+    name: str
+    sha256: str
+    documents: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer: its setting (`data.tokenizer`), SHA-256 of its JSON, and the ids that rows are made with.
+
+    `requested` is `data.vocab_size` for a trained `bpe`, which may end up smaller on little text; None for others.
+    """
+
+    name: str
+    sha256: str
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    requested: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`."""
+
+    format: int
+    tokenizer: TokenizerRecord
+    source: Source
+    layout: str
+    seq_len: int
+    dtype: str
+    train: Split
+    val: Split
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what a training run sees: tokenizer, layout and the bytes of every chunk, in order.
+
+        It does not depend on paths, dates, or how many processes prepared the set.
+        """
+        content = {
+            "tokenizer": [self.tokenizer.sha256, self.tokenizer.pad_id, self.tokenizer.eos_id],
+            "rows": [self.layout, self.seq_len, self.dtype],
+            "chunks": {split: [chunk.sha256 for chunk in self.split(split).chunks] for split in SPLITS},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str) -> Split:
+        return {"train": self.train, "val": self.val}[name]
+
+    def to_json(self) -> str:
+        return json.dumps({"fingerprint": self.fingerprint, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Parse `text`; `where` names the file in messages.
+
+        Raises:
+            UserError: Damaged, altered, or written by a newer version.
+        """
+        try:
+            record = json.loads(text)
+            version = int(record["format"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{where} is damaged ({error!r}); remove the set and prepare it again") from error
+        if version > FORMAT:
+            raise UserError(f"{where} has format {version}, newer than {FORMAT}, the newest known here; upgrade")
+        try:
+            manifest = cls(
+                format=version,
+                tokenizer=TokenizerRecord(**record["tokenizer"]),
+                source=Source(**record["source"]),
+                layout=record["layout"],
+                seq_len=record["seq_len"],
+                dtype=record["dtype"],
+                train=_split(record["train"]),
+                val=_split(record["val"]),
+            )
+            if record["fingerprint"] != manifest.fingerprint:
+                raise ValueError("its fingerprint does not fit its content")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{where} is damaged ({error!r}); remove the set and prepare it again") from error
+        return manifest
+
+
+def _split(record: dict[str, Any]) -> Split:
+    chunks = tuple(Chunk(**chunk) for chunk in record["chunks"])
+    return Split(rows=record["rows"], tokens=record["tokens"], max_id=record["max_id"], chunks=chunks)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of the prepared set in a local `folder`.
+
+    Raises:
+        UserError: The folder is missing or holds no prepared set; or as `Manifest.from_json`.
+    """
+    try:
+        text = (folder / MANIFEST).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a prepared set ({MANIFEST} cannot be read: {error})") from error
+    return Manifest.from_json(text, str(folder / MANIFEST))
+
+
+def damage(folder: Path, manifest: Manifest) -> list[str]:
+    """Return a line for every file of a local set that is missing or has the wrong size (contents are not read)."""
+    found = [f"{folder / TOKENIZER}: missing"] if not (folder / TOKENIZER).is_file() else []
+    for split in SPLITS:
+        if not (folder / split / INDEX).is_file():
+            found.append(f"{folder / split / INDEX}: missing")
+        for chunk in manifest.split(split).chunks:
+            path = folder / split / chunk.name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                found.append(f"{path}: missing")
+            elif size != chunk.bytes:
+                found.append(f"{path}: {size:,} bytes instead of {chunk.bytes:,}")
+    return found
+
+
+def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
+    """Compare the set at `where` with the settings that decide what its rows are.
+
+    Raises:
+        UserError: Made with another tokenizer, layout or row length; names every difference and both values.
+    """
+    differences = [
+        f"data.{key}={wanted!r}, but the set has {found!r}"
+        for key, wanted, found in (
+            ("layout", config.layout, manifest.layout),
+            ("seq_len", config.seq_len, manifest.seq_len),
+        )
+        if wanted != found
+    ]
+    record = manifest.tokenizer
+    if config.tokenizer != record.name:
+        # The same tokenizer may be reached by another name: a folder is compared by content.
+        path = Path(config.tokenizer) / TOKENIZER
+        if not (path.is_file() and _tokenizer_hash(config.tokenizer) == record.sha256):
+            differences.append(f"data.tokenizer={config.tokenizer!r}, but the set has {record.name!r}")
+    elif record.requested is not None and config.vocab_size != record.requested:
+        differences.append(f"data.vocab_size={config.vocab_size}, but the set has {record.requested}")
+    if differences:
+        raise UserError(f"{where} was prepared with other settings: {'; '.join(differences)}")
+
+
+def _tokenizer_hash(folder: str) -> str:
+    from cod_lightning.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder).sha256

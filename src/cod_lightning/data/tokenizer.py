@@ -1,0 +1,190 @@
+"""Tokenizers: trained byte-level BPE, or one read from a folder or the hub; one EOS per document, never a BOS."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from cod_lightning.data.hub import require_hub
+from cod_lightning.data.manifest import TOKENIZER
+from cod_lightning.errors import UserError
+
+PAD, EOS = "<pad>", "<eos>"
+"""The specials of the trained BPE, ids 0 and 1; `PAD` is also what is added to a tokenizer that has no pad."""
+BPE_CHARACTERS = 32_000_000
+"""The BPE is trained on so much of the training text: all of `docs`, about 16,000 documents of C4."""
+EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[EOS]")
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+_HUB_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class DocumentTokenizer:
+    """A tokenizer as plain data, with what it takes to make rows: the ids of pad and EOS.
+
+    `pad_id` is never the id of a token that text can yield.
+    """
+
+    json: str
+    pad_id: int
+    eos_id: int
+
+    @cached_property
+    def backend(self) -> Tokenizer:
+        """The `tokenizers` object, set so that a special token spelled out in a document stays ordinary text."""
+        backend = Tokenizer.from_str(self.json)
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The largest id plus one: rows of an embedding that can look up every token."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    def encode(self, documents: list[str]) -> list[list[int]]:
+        """Return the ids of each document, one EOS at the end of each."""
+        encodings = self.backend.encode_batch_fast(documents, add_special_tokens=False)
+        return [[*encoding.ids, self.eos_id] for encoding in encodings]
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
+    """Train byte-level BPE on the first `BPE_CHARACTERS` of `documents`; the same text gives the same bytes.
+
+    Little text can yield fewer than `vocab_size` tokens.
+    """
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_first(documents, BPE_CHARACTERS), trainer)
+    return DocumentTokenizer(backend.to_str(), pad_id=0, eos_id=1)
+
+
+def _first(documents: Iterable[str], characters: int) -> Iterable[str]:
+    """The leading documents, to and including the one that reaches `characters`."""
+    read = 0
+    for document in documents:
+        yield document
+        read += len(document)
+        if read >= characters:
+            return
+
+
+def load_tokenizer(name: str) -> DocumentTokenizer:
+    """Load the tokenizer of a folder or of a repository on the hub.
+
+    Pad and EOS are those that its configuration names, else the well-known spellings. A tokenizer without a pad of its
+    own (Llama, GPT-2) gets `<pad>` as an additional last token, so its vocabulary is one larger than published.
+
+    Raises:
+        UserError: No such folder, hub not reachable, no tokenizer in it, or no EOS token.
+    """
+    if Path(name).is_dir():
+        return _from_folder(Path(name), name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"data.tokenizer={name!r}: no such folder")
+    return _from_folder(_download(name), name)
+
+
+def _download(name: str) -> Path:
+    """Return a local folder with the tokenizer files of a hub repository, without network if they are cached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    setting = f"data.tokenizer={name!r}"
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), local_files_only=True))
+        if any((cached / file).is_file() for file in (TOKENIZER, "spiece.model", "tokenizer.model")):
+            return cached
+    except HFValidationError as error:
+        raise UserError(f"{setting} is neither a folder nor a name on the hub: {error}") from error
+    except (HfHubHTTPError, OSError):
+        pass  # not in the cache
+    require_hub(setting, "Give a folder with tokenizer.json, or use data.tokenizer=bpe.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"{setting}: {error}") from error
+
+
+def _from_folder(folder: Path, name: str) -> DocumentTokenizer:
+    if not (folder / TOKENIZER).is_file():
+        return _converted(folder, name)
+    try:
+        backend = Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"data.tokenizer={name!r}: {folder / TOKENIZER} cannot be read: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    named = _named_specials(folder)
+    eos = _first_known(backend, [named.get("eos_token"), *EOS_NAMES])
+    if eos is None:
+        raise UserError(
+            f"data.tokenizer={name!r} has no end-of-sequence token: name one as eos_token in "
+            f"{folder / 'tokenizer_config.json'} (tried {', '.join(EOS_NAMES)})"
+        )
+    pad = _first_known(backend, [token for token in (named.get("pad_token"), *PAD_NAMES) if token != eos])
+    if pad is None:
+        pad = PAD
+        backend.add_special_tokens([PAD])
+    ids = backend.get_vocab(with_added_tokens=True)
+    return DocumentTokenizer(backend.to_str(), pad_id=ids[pad], eos_id=ids[eos])
+
+
+def _named_specials(folder: Path) -> dict[str, str]:
+    """The special tokens that the folder's configuration names, as {"eos_token": "</s>", ...}."""
+    named: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            record = json.loads((folder / file).read_text("utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise UserError(f"{folder / file} is not JSON: {error}") from error
+        for role in ("eos_token", "pad_token"):
+            token = record.get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token:
+                named[role] = token
+    return named
+
+
+def _first_known(backend: Tokenizer, tokens: Iterable[str | None]) -> str | None:
+    return next((token for token in tokens if token and backend.token_to_id(token) is not None), None)
+
+
+def _converted(folder: Path, name: str) -> DocumentTokenizer:
+    """Convert a folder of another format (a SentencePiece model, vocab and merges) with transformers."""
+    setting = f"data.tokenizer={name!r}"
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UserError(f"{setting} has no {TOKENIZER}; pip install 'cod_lightning[hf]' to convert it") from error
+    with tempfile.TemporaryDirectory() as converted:
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+            tokenizer.save_pretrained(converted)
+        except Exception as error:  # transformers raises many kinds
+            raise UserError(f"{setting} has no {TOKENIZER} and cannot be converted: {error}") from error
+        if not (Path(converted) / TOKENIZER).is_file():
+            raise UserError(f"{setting} has no {TOKENIZER}, and transformers has no fast tokenizer for it")
+        return _from_folder(Path(converted), name)
