@@ -65,6 +65,7 @@ class Recorder(Callback):
     ) -> None:
         seconds = time.perf_counter() - self.batch_began
         self.train_seconds += seconds
+        outputs = {name: float(value) for name, value in outputs.items()}
         rate = batch.numel() * trainer.world_size / seconds
         pl_module.log_dict(
             {"loss": outputs["loss"], "tokens/s": rate}, prog_bar=True, logger=False, rank_zero_only=True

@@ -72,8 +72,8 @@ class DecoderModule(LightningModule):
         optimizer, schedule = build_optimizer(self.decoder, self.optim, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, float]:
-        """One optimizer step over `batch` [rows of this rank, length]; returns the loss, rate and gradient norm."""
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        """One optimizer step over `batch` [rows of this rank, length]; returns the mean loss, the rate and the tokens read so far."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         step = self.trainer.global_step + 1
         micro_batches = batch.split(self.micro_batch_size)
@@ -106,7 +106,7 @@ class DecoderModule(LightningModule):
         optimizer.step()
         schedule.step()
         self.tokens += int(tokens)
-        return {"loss": value, "lr": lr, "tokens": float(self.tokens)}
+        return {"loss": total, "lr": lr, "tokens": float(self.tokens)}
 
     def sum_over_ranks(self, *values: Tensor) -> Tensor:
         stacked = torch.stack(values)
