@@ -19,7 +19,7 @@ fit: $(ready)  ## train the default model; e.g. make fit ARGS="trainer.max_steps
 	$(python) -m cod_lightning fit $(ARGS)
 
 test: $(ready)  ## run the test suite; e.g. make test WORKERS=0 ARGS="-k rooms"
-	$(python) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(python) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(ready)  ## check style, format and types
 	$(python) -m ruff check

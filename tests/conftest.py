@@ -10,3 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported and when a kernel is decorated
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest file (80 s, most of it pip), which would otherwise keep one worker busy alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_packaging.py")
