@@ -13,5 +13,5 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest file (80 s, most of it pip), which would otherwise keep one worker busy alone at the end."""
+    """Begin with the longest file (80 s, most of it pip), which would else keep one worker busy alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_packaging.py")
