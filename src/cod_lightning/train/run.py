@@ -279,6 +279,8 @@ def library_chatter_off() -> Iterator[None]:
             r".*resuming from a checkpoint that ended before the epoch ended.*",
             # Every rank reads its own share of the validation rows.
             r".*Your `IterableDataset` has `__len__` defined.*",
+            # Lightning calls what torch has deprecated.
+            r".*isinstance\(treespec, LeafSpec\).*",
         ):
             warnings.filterwarnings("ignore", message)
         try:

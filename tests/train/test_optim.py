@@ -1,0 +1,48 @@
+import math
+
+import pytest
+import torch
+
+from cod_lightning.train.config import OptimConfig
+from cod_lightning.train.optim import build_optimizer, lr_multiplier
+
+
+def released(update, num, warmup, floor=0.1):
+    """The released code's schedule for update 0, 1, ...: linear from 0, then a cosine to the floor at `num`."""
+    if update < warmup:
+        return update / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (num - warmup)))
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(20, 2), (20, 0), (100, 10), (7, 6)])
+def test_rates_of_every_update(total, warmup):
+    settings = {"warmup": warmup, "total": total, "floor": 0.1}
+    strict = [lr_multiplier(k, released=False, **settings) for k in range(total)]
+    paper = [lr_multiplier(k, released=True, **settings) for k in range(total)]
+    assert paper == pytest.approx([released(k, total, warmup) for k in range(total)])
+    assert strict == pytest.approx([released(k + 1, total, warmup) for k in range(total)])
+    assert paper[0] == (0 if warmup else 1)
+    assert strict[-1] == pytest.approx(0.1)
+    assert max(strict) <= 1
+    assert min(strict) > 0
+    assert sorted(strict[warmup:], reverse=True) == strict[warmup:]
+
+
+@pytest.mark.parametrize(("name", "decoupled"), [("adam", False), ("adamw", True)])
+def test_weight_decay_touches_matrices_only(name, decoupled):
+    module = torch.nn.Module()
+    module.matrix = torch.nn.Parameter(torch.ones(3, 3))
+    module.vector = torch.nn.Parameter(torch.ones(3))
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.5, warmup_ratio=0.0, min_lr_ratio=1.0)
+    optimizer, schedule = build_optimizer(module, config, max_steps=10)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    schedule.step()
+    assert torch.equal(module.vector, torch.ones(3))
+    assert module.matrix[0, 0].item() == pytest.approx(1 - 0.1 * 0.5 if decoupled else 1 - 0.1, rel=1e-4)
+
+
+def test_warmup_is_a_share_of_the_steps_or_a_number():
+    assert OptimConfig(warmup_ratio=0.1).warmup(250) == 25
+    assert OptimConfig(warmup_ratio=0.1, warmup_steps=7).warmup(250) == 7
