@@ -71,7 +71,7 @@ def test_the_loss_of_a_step_is_weighted_as_asked(toy, train, weighting):
         expected = sum(loss.sum() for loss, _ in parts) / sum(count.sum() for _, count in parts)
     else:
         expected = sum(loss.sum() / count.sum() for loss, count in parts) / len(parts)
-    assert losses(record)[0] == pytest.approx(float(expected), rel=1e-6)
+    assert losses(record)[0] == pytest.approx(expected.item(), rel=1e-6)
     assert record["tokens"] == int((rows != data.pad_id).sum())
 
 

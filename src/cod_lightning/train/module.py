@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from cod_lightning.errors import UserError
@@ -73,17 +74,25 @@ class DecoderModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
-        """One optimizer step over `batch` [rows of this rank, length]; returns the mean loss, the rate and the tokens read so far."""
+        """One optimizer step over `batch` [rows of this rank, length].
+
+        Returns:
+            `loss`, the step's mean over all ranks as it was weighted; `lr`; `tokens`, read so far.
+
+        Raises:
+            UserError: the loss is not finite; the parameters are as they were before this step.
+        """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         step = self.trainer.global_step + 1
         micro_batches = batch.split(self.micro_batch_size)
         present = torch.ones_like(batch) if self.pad_id is None else batch != self.pad_id
         targets, tokens = self.sum_over_ranks(present[:, 1:].sum(), present.sum()).tolist()
         total = torch.zeros((), device=batch.device, dtype=torch.float64)
+        strategy = self.trainer.strategy
         optimizer.zero_grad()
         for number, rows in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            with nullcontext() if last else self.trainer.strategy.block_backward_sync():
+            waiting = number < len(micro_batches) and isinstance(strategy, ParallelStrategy)
+            with strategy.block_backward_sync() if waiting else nullcontext():
                 summed, counts = next_token_loss(self.decoder(rows), rows, self.pad_id)
                 if self.optim.weighting == "tokens":
                     loss = summed.sum() / max(targets, 1)

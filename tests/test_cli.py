@@ -1,0 +1,234 @@
+"""The command line as a person meets it: real processes, killed and started again, several ranks, bad input."""
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cod_lightning.config import compose
+
+PYTHON = [sys.executable, "-m", "cod_lightning"]
+
+
+def run(*words, **options):
+    options = {"capture_output": True, "text": True, "timeout": 300, **options}
+    return subprocess.run([*PYTHON, *map(str, words)], **options)
+
+
+def record_of(output, *words):
+    folder = compose([*words, f"output={output}"]).folder
+    return json.loads((folder / "record.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    """A run that the command line has carried out, its words, its output and its process."""
+    output = tmp_path_factory.mktemp("finished")
+    process = run("fit", *toy, f"output={output}", "trainer.progress=true")
+    assert process.returncode == 0, process.stderr
+    return compose([*toy, f"output={output}"]).folder, process
+
+
+@pytest.mark.parametrize("command", [[], ["fit"], ["prepare"], ["evaluate"], ["generate"], ["experiments"]])
+def test_help_needs_neither_torch_nor_hydra(command):
+    script = (
+        "import sys\nfrom cod_lightning.cli import main\n"
+        f"try:\n    main({[*command, '--help']!r})\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'hydra', 'lightning', 'numpy'} & set(sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "usage: cod_lightning" in process.stdout
+
+
+def test_a_run_ends_with_its_figures_a_chart_and_its_folder(finished):
+    folder, process = finished
+    record = json.loads((folder / "record.json").read_text())
+    for figure in (f"{record['val_loss']:.4f}", f"{record['ppl']:.2f}", f"{record['ppl_paper_protocol']:.2f}"):
+        assert figure in process.stdout
+    assert "variance of the residual stream" in process.stdout
+    assert str(folder) in process.stdout
+    assert "tokens/s" in process.stderr
+    assert "s left" in process.stderr
+    assert "Warning" not in process.stderr
+
+
+def test_evaluate_repeats_the_validation_and_takes_other_data(finished, corpus, tmp_path):
+    folder, _ = finished
+    record = json.loads((folder / "record.json").read_text())
+    process = run("evaluate", folder)
+    assert process.returncode == 0, process.stderr
+    figures = dict(line.split() for line in process.stdout.splitlines())
+    assert float(figures["val_loss"]) == pytest.approx(record["val_loss"], rel=1e-5)
+    assert float(figures["ppl_paper_protocol"]) == pytest.approx(record["ppl_paper_protocol"], rel=1e-5)
+    other = tmp_path / "other.txt"
+    other.write_text("words that the corpus never had: zebra quartz jackdaw vow sphinx " * 40)
+    process = run(
+        "evaluate", folder, "data=files", f"data.files={corpus}/*.jsonl", f"data.val_files={other}", f"data.root={tmp_path}"
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    figures = dict(line.split() for line in process.stdout.splitlines())
+    assert float(figures["val_loss"]) > record["val_loss"] + 0.1
+
+
+def test_generate_continues_the_prompt_the_same_way_under_one_seed(finished):
+    folder, _ = finished
+    first, again = (run("generate", folder, "the norm", "--max-tokens", "8", "--top-k", "20") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("the norm")
+    assert len(first.stdout) > len("the norm\n")
+    assert first.stdout == again.stdout
+
+
+def test_experiments_are_listed_with_their_published_figures():
+    process = run("experiments")
+    assert process.returncode == 0, process.stderr
+    for word in ("quickstart", "table1_350m", "lns 18.20", "368.0M", "7.86B"):
+        assert word in process.stdout
+
+
+def test_prepare_makes_what_fit_would_use(toy, tmp_path):
+    process = run("prepare", *toy, f"data.root={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    folder = Path(process.stdout.strip())
+    assert folder.parent == tmp_path
+    assert (folder / "manifest.json").is_file()
+
+
+def test_cfg_prints_what_would_be_run(tmp_path):
+    process = run("fit", "--cfg", "norm=pre_ln", cwd=tmp_path)
+    assert "name: pre_ln" in process.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_runs_every_combination_and_compares_them(toy, tmp_path):
+    process = run("fit", "-m", "-j", "2", *toy, f"output={tmp_path}", "norm=pre_ln,lns", "trainer.max_steps=2")
+    assert process.returncode == 0, process.stderr
+    losses = {}
+    for norm in ("pre_ln", "lns"):
+        record = record_of(tmp_path, *toy, f"norm={norm}", "trainer.max_steps=2")
+        losses[f"norm={norm}"] = record["val_loss"]
+        assert f"{record['val_loss']:.4f}" in process.stdout
+    order = sorted(losses, key=losses.__getitem__)
+    assert process.stdout.index(order[0]) < process.stdout.index(order[1])
+
+
+def kill_when(process, condition, seconds=120):
+    """Kill the process with SIGKILL as soon as `condition()` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_and_started_again_a_run_ends_to_the_bit_as_if_never_stopped(toy, tmp_path):
+    words = [*toy, "trainer.max_steps=60", "trainer.checkpoint_every=4", "trainer.stats_every=5", "eval.every=6"]
+    whole = run("fit", *words, f"output={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    folder = compose([*words, f"output={tmp_path / 'killed'}"]).folder
+    kept = folder / "checkpoints"
+    # In training, while a checkpoint is being written, and around a validation (steps 6, 12, ...).
+    for moment in ("step-00000008.ckpt", ".step-000000*.partial", "step-00000024.ckpt"):
+        process = subprocess.Popen(
+            [*PYTHON, "fit", *words, f"output={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        kill_when(process, lambda moment=moment: any(kept.glob(moment)) if kept.exists() else False)
+        assert not (folder / "record.json").exists()
+    last = run("fit", *words, f"output={tmp_path / 'killed'}")
+    assert last.returncode == 0, last.stderr
+    expected, found = (record_of(tmp_path / name, *words) for name in ("whole", "killed"))
+    for kind in ("train", "val", "layers"):
+        for name, values in expected["history"][kind].items():
+            if name != "tokens_per_second":
+                assert found["history"][kind][name] == values, (kind, name)
+    for name in ("val_loss", "ppl", "ppl_paper_protocol", "tokens"):
+        assert found[name] == expected[name]
+    assert not list(kept.glob(".*partial"))
+
+
+@pytest.mark.parametrize("protocol", ["strict", "paper"])
+def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
+    words = [*toy, f"protocol={protocol}", "data.layout=document", "data.micro_batch_size=2", "trainer.max_steps=4"]
+    words += ["optim.warmup_ratio=0"]
+    one = run("fit", *words, f"output={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    two = run("fit", *words, f"output={tmp_path / 'two'}", "trainer=ddp", "trainer.accelerator=cpu")
+    assert two.returncode == 0, two.stderr
+    expected, found = (record_of(tmp_path / name, *words) for name in ("one", "two"))
+    assert (expected["world_size"], found["world_size"]) == (1, 2)
+    assert found["history"]["train"]["loss"] == pytest.approx(expected["history"]["train"]["loss"], rel=1e-5)
+    for name in ("val_loss", "ppl_paper_protocol"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    assert found["tokens"] == expected["tokens"]
+    assert found["val_tokens"] == expected["val_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fit", "experiments=table1_350"], ["experiments='table1_350'", "did you mean 'table1_350m'"]),
+        (["fit", "norm=mixln", "optim.lrr=2"], ["did you mean 'mix_ln'", "did you mean 'lr'"]),
+        (["fit", "-m", "norm=lns,mixln"], ["norm='mixln'"]),
+        (["fit", "data=files", "data.files=nothing/*.jsonl"], ["data.files"]),
+        (["fit", "data=c4"], ["c4", "data=files"]),
+        (["fit", "data.folder=nowhere"], ["nowhere"]),
+        (["evaluate", "nowhere"], ["nowhere: not a run folder", "config.yaml"]),
+        (["generate", "nowhere", "text"], ["nowhere: not a run folder"]),
+        (["prepare", "data.vocab_size=1"], ["data.vocab_size=1"]),
+    ],
+)
+def test_bad_input_is_one_error_with_status_2_and_nothing_written(words, expected, tmp_path):
+    process = run(*words, cwd=tmp_path)
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    assert all(word in process.stderr for word in expected), process.stderr
+    assert all(line.startswith("error: ") for line in process.stderr.splitlines()[-1:])
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not left, left
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(toy, tmp_path):
+    words = [*toy, "name=full", f"output={tmp_path}", "trainer.max_steps=40", "trainer.checkpoint_every=2"]
+    words += ["eval.every=1000", "trainer.log_every=1", "trainer.stats_every=0"]
+    first = run("fit", *words[:-3], "trainer.max_steps=2", "name=size", "eval.every=1000", "trainer.stats_every=0")
+    assert first.returncode == 0, first.stderr
+    size = (tmp_path / "size" / "checkpoints" / "step-00000002.ckpt").stat().st_size
+
+    def limit():
+        # The history in a checkpoint grows with the steps, so that a later one no longer fits.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 512, size + 512))
+
+    process = run("fit", *words, preexec_fn=limit)
+    assert process.returncode == 2, process.stderr
+    assert re.search(r"error: \S+step-\d+\.ckpt: the checkpoint cannot be written \(.*\); earlier ones are kept", process.stderr)
+    kept = sorted((tmp_path / "full" / "checkpoints").iterdir())
+    assert kept
+    assert all(path.name.startswith("step-") for path in kept)
+    again = run("fit", *words)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "full" / "record.json").read_text())["steps"] == 40
+
+
+def test_a_loss_that_is_not_finite_exits_with_status_2_and_keeps_the_checkpoint(toy, tmp_path):
+    words = [*toy, f"output={tmp_path}", "name=diverges", "optim.lr=1e18", "optim.warmup_ratio=0.5"]
+    process = run("fit", *words, "trainer.max_steps=40", "trainer.checkpoint_every=1", "eval.every=100")
+    assert process.returncode == 2, process.stderr
+    assert re.search(r"error: the loss is (nan|inf) at step \d+; .* appears in (layer \d+|lm_head|embedding)", process.stderr)
+    assert list((tmp_path / "diverges" / "checkpoints").glob("step-*.ckpt"))
+    assert "Traceback" not in process.stderr
+
+
+def test_without_a_terminal_no_escape_codes_are_printed(finished):
+    assert "\x1b" not in finished[1].stdout + finished[1].stderr
+
+
