@@ -5,6 +5,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -42,7 +43,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def config_for(corpus: Path, root: Path, **changes) -> DataConfig:
-    settings = {
+    settings: dict[str, Any] = {
         "source": "files",
         "files": str(corpus / "*.json.gz"),
         "root": str(root),

@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.data import _update_dataloader
 from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DistributedSampler
 
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.order import rows_of_step
@@ -153,6 +155,12 @@ def test_a_trainer_validates_every_row(packed, tmp_path):
     trainer_for(tmp_path, 1, limit_val_batches=1.0).validate(recorder, data, verbose=False)
     index = torch.cat([index for _, index in recorder.validated])
     assert torch.equal(index[index >= 0], torch.arange(data.val_count))
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_lightning_cannot_choose_the_rows_of_a_rank_again(packed, loader):
+    with pytest.raises(TypeError, match=r"can't inject a \(distributed\) sampler"):
+        _update_dataloader(getattr(opened(packed), loader)(), DistributedSampler(range(9), 2, 0))
 
 
 def test_steps_must_be_bounded(packed, tmp_path):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -223,12 +224,17 @@ def start(tmp_path, corpus, workers) -> subprocess.Popen:
 
 
 def running(group: int) -> list[str]:
-    """The living processes of a process group."""
-    listing = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
-    lines = [line.split(None, 2) for line in listing.splitlines()]
-    return [line[2] for line in lines if int(line[0]) == group and not line[1].startswith("Z")]
+    """The living processes of a process group; those that are dead and not yet waited for do not count."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, pgrp = process.read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state not in "ZX":
+                found.append(process.parent.name)
+    return found
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.usefixtures("small_chunks")
 def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, tmp_path):
     root = tmp_path / "root"

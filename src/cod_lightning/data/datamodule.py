@@ -242,7 +242,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 class StepLoader(DataLoader):
-    """A DataLoader that Lightning knows to be resumable: its place is the trainer's step, so it has no state of its own."""
+    """A DataLoader that Lightning takes for resumable: its place is the trainer's step, so it has no state to save."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
