@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from email.message import Message
 
 import pytest
 from hypothesis import given
@@ -119,7 +120,7 @@ def test_c4_streams_its_own_validation_split(monkeypatch):
 
 def test_a_hub_that_answers_with_any_status_is_reachable(monkeypatch):
     def refuse(request, timeout):
-        raise hub.urllib.error.HTTPError(request.full_url, 403, "no", None, None)
+        raise hub.urllib.error.HTTPError(request.full_url, 403, "no", Message(), None)
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)

@@ -41,7 +41,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def trainer_for(folder: Path, steps: int, **settings) -> Trainer:
+def trainer_for(folder: Path, steps: int, limit_val_batches: float = 0) -> Trainer:
     return Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -53,7 +53,7 @@ def trainer_for(folder: Path, steps: int, **settings) -> Trainer:
         enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        **{"limit_val_batches": 0, **settings},
+        limit_val_batches=limit_val_batches,
     )
 
 
@@ -159,8 +159,9 @@ def test_a_trainer_validates_every_row(packed, tmp_path):
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
 def test_lightning_cannot_choose_the_rows_of_a_rank_again(packed, loader):
+    data = opened(packed)
     with pytest.raises(TypeError, match=r"can't inject a \(distributed\) sampler"):
-        _update_dataloader(getattr(opened(packed), loader)(), DistributedSampler(range(9), 2, 0))
+        _update_dataloader(getattr(data, loader)(), DistributedSampler(data.train_rows, 2, 0))
 
 
 def test_steps_must_be_bounded(packed, tmp_path):

@@ -1,4 +1,5 @@
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ def test_an_epoch_has_every_row_once(rows_per_chunk, seed, epoch):
 
 @given(CHUNKS, SEEDS, st.integers(0, 300), st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_ranks_divide_the_same_global_batch(rows_per_chunk, seed, step, world_size):
-    order = {"seed": seed, "batch_size": 12, "rows_per_chunk": rows_per_chunk}
-    shares = [rows_of_step(step, rank=rank, world_size=world_size, **order) for rank in range(world_size)]
-    np.testing.assert_array_equal(np.concatenate(shares), rows_of_step(step, rank=0, world_size=1, **order))
+    of = partial(rows_of_step, step, seed=seed, batch_size=12, rows_per_chunk=rows_per_chunk)
+    shares = [of(rank=rank, world_size=world_size) for rank in range(world_size)]
+    np.testing.assert_array_equal(np.concatenate(shares), of(rank=0, world_size=1))
     assert all(share.shape == (12 // world_size,) for share in shares)
 
 

@@ -166,8 +166,10 @@ def test_a_touched_file_is_another_set(make_config, tmp_path):
 def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 100)
     monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 500)
-    val = read_manifest(prepare(make_config(tmp_path, val_tokens=400), progress=False)).val
-    assert 400 - 32 < val.tokens < 1500
+    one = read_manifest(prepare(make_config(tmp_path / "one", val_tokens=400), progress=False))
+    assert 400 - 32 < one.val.tokens < 1500
+    assert one.source.documents["val"] < 20
+    assert read_manifest(prepare(make_config(tmp_path / "two", val_tokens=400, workers=2), progress=False)) == one
 
 
 @pytest.mark.parametrize(
@@ -326,6 +328,6 @@ def test_a_tokenizer_folder_is_compared_by_content(make_config, word_level, tmp_
 
 
 def test_encoded_batches_stop_at_the_bound():
-    batches = [Encoded(np.zeros(5), 5, 0)] * 10
+    batches = [(["text"], Encoded(np.zeros(5), 5, 0))] * 10
     assert len(list(preparation._until(iter(batches), 11))) == 3
     assert len(list(preparation._until(iter(batches), None))) == 10
