@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import platform
 import re
+import string
 import sysconfig
 import warnings
 import zlib
@@ -202,11 +203,12 @@ DOCUMENT_CHARACTERS = (400, 1_600)
 PARAGRAPH_CHARACTERS = 120
 """Shorter ones are mostly labels and signatures."""
 LETTERS = 0.87
-"""Least share of letters and blanks; below are tables, formulas and code."""
+"""Least share of letters (ASCII) and blanks; below are tables, formulas and code."""
+_LETTERS = f"{string.ascii_letters} ".encode()
 SHINGLE_WORDS = 5
 SHINGLE_SAMPLE = 4
 """One word in so many (by its hash, so the choice is the same in a copy) starts a shingle that is remembered."""
-DOCSTRING_SHARE = 0.35
+DOCSTRING_SHARE = 0.4
 """Modules with less of their text in docstrings cost more time to parse than they give."""
 _SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "idlelib", "lib2to3"}
 
@@ -280,7 +282,8 @@ def _unit_paragraphs(files: list[Path]) -> list[str]:
 def _prose(paragraph: str) -> bool:
     if len(paragraph) < PARAGRAPH_CHARACTERS or ">>>" in paragraph:
         return False
-    return sum(map(str.isalpha, paragraph)) + paragraph.count(" ") >= LETTERS * len(paragraph)
+    text = paragraph.encode()
+    return len(text.translate(None, _LETTERS)) <= (1 - LETTERS) * len(text)
 
 
 def _service_texts(path: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cod_lightning.data.config import DataConfig, problems
 from cod_lightning.data.manifest import Manifest, check_against
@@ -35,8 +35,8 @@ class TokenDataModule(LightningDataModule):
     Rank r of W has the rows r, r + W, ...; every rank has equally many batches, the missing rows being all pad with
     number -1.
 
-    Build the Trainer with `use_distributed_sampler=False`: the rows of a rank are chosen here. Without a trainer,
-    `rank` and `world_size` say which they are.
+    Build the Trainer with `use_distributed_sampler=False`: the rows of a rank are chosen here, and Lightning stops with
+    a TypeError where it is to choose them again. Without a trainer, `rank` and `world_size` say which they are.
 
     Attributes, after `setup`: `manifest`, `source` (folder or URL), `train_rows`, `val_rows`.
     """
@@ -169,7 +169,7 @@ class TokenDataModule(LightningDataModule):
         )
         sampler = StepSampler(rows_of, first=lambda: trainer.global_step if trainer else 0, steps=steps)
         workers = self.config.loader_workers
-        return DataLoader(
+        return StepLoader(
             self.train_rows,
             batch_sampler=sampler,
             collate_fn=torch.stack,
@@ -183,10 +183,11 @@ class TokenDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return this rank's share of the validation rows, at most `val_tokens` tokens over all ranks."""
         rank, world_size = self._replica()
-        batches = ValBatches(
-            self.val_rows, self.val_count, self.config.micro_batch_size, self.pad_id, rank=rank, world_size=world_size
+        return DataLoader(
+            NumberedRows(self.val_rows, self.pad_id),
+            batch_sampler=ValSampler(self.val_count, self.config.micro_batch_size, rank=rank, world_size=world_size),
+            pin_memory=torch.cuda.is_available(),
         )
-        return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
 
     @property
     def val_count(self) -> int:
@@ -240,24 +241,41 @@ class StepSampler(Sampler[list[int]]):
             yield self.rows_of(step).tolist()
 
 
-class ValBatches(IterableDataset):
-    """One rank's batches (rows [m, seq_len], numbers [m]) of the first `count` rows.
+class StepLoader(DataLoader):
+    """A DataLoader that Lightning takes for resumable: its place is the trainer's step, so it has no state to save."""
 
-    Iterable, so that Lightning cannot put a distributed sampler before it: the rank's share is taken here.
-    """
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
-    def __init__(self, rows: TokenRows, count: int, size: int, pad_id: int, *, rank: int, world_size: int) -> None:
-        self.rows, self.count, self.size, self.pad_id = rows, count, size, pad_id
-        self.rank, self.world_size = rank, world_size
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class ValSampler(Sampler[list[int]]):
+    """The numbers of one rank's rows, `size` at a time; -1 where other ranks have a row and this one has none."""
+
+    def __init__(self, count: int, size: int, *, rank: int, world_size: int) -> None:
+        self.count, self.size, self.rank, self.world_size = count, size, rank, world_size
 
     def __len__(self) -> int:
         """The same on every rank: what the rank with most rows needs."""
         return -(-self.count // (self.world_size * self.size))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[list[int]]:
         for batch in range(len(self)):
-            index = self.rank + self.world_size * np.arange(batch * self.size, (batch + 1) * self.size)
-            within = index < self.count
-            rows = torch.full((self.size, self.rows.seq_len), self.pad_id)
-            rows[torch.from_numpy(within)] = self.rows.read(index[within])
-            yield rows, torch.from_numpy(np.where(within, index, -1))
+            places = range(batch * self.size, (batch + 1) * self.size)
+            numbers = (self.rank + self.world_size * place for place in places)
+            yield [number if number < self.count else -1 for number in numbers]
+
+
+class NumberedRows(Dataset):
+    """Rows with their numbers; the row with the number -1 is all pad."""
+
+    def __init__(self, rows: TokenRows, pad_id: int) -> None:
+        self.rows, self.pad_id = rows, pad_id
+
+    def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int]]:
+        index = np.array(numbers)
+        rows = torch.full((len(numbers), self.rows.seq_len), self.pad_id)
+        rows[torch.from_numpy(index >= 0)] = self.rows.read(index[index >= 0])
+        return list(zip(rows, numbers, strict=True))

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from filelock import FileLock
@@ -139,8 +140,7 @@ def _write_set(config: DataConfig, partial_folder: Path, folder: Path, progress:
         with _pool(encoder, workers) as encode_all:
             splits = {}
             for name, limit in (("train", None), ("val", max(config.val_tokens, PREPARED_VAL_TOKENS))):
-                batches = _batches(text.of(name, getattr(corpus, name)()))
-                encoded = _until(encode_all(batches), limit)
+                encoded = text.record(name, _until(encode_all(_batches(getattr(corpus, name)())), limit))
                 splits[name] = _write_split(partial_folder / name, report.watch(name, encoded), encoder)
         for name, split in splits.items():
             if not split.rows:
@@ -217,6 +217,10 @@ class Encoded:
     max_id: int
 
 
+Batch: TypeAlias = tuple[list[str], Encoded]
+"""Documents and what they are encoded to."""
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -235,24 +239,24 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _until(encoded: Iterable[Encoded], tokens: int | None) -> Iterator[Encoded]:
+def _until(batches: Iterable[Batch], tokens: int | None) -> Iterator[Batch]:
     """The leading batches, to and including the one that reaches `tokens`; all without a limit."""
     read = 0
-    for batch in encoded:
-        yield batch
-        read += batch.tokens
+    for documents, encoded in batches:
+        yield documents, encoded
+        read += encoded.tokens
         if tokens is not None and read >= tokens:
             return
 
 
 @contextmanager
-def _pool(encoder: Encoder, workers: int) -> Generator[Callable[[Iterable[list[str]]], Iterator[Encoded]], None, None]:
-    """Give a function that maps batches of documents to `Encoded`, in order, in `workers` processes."""
+def _pool(encoder: Encoder, workers: int) -> Generator[Callable[[Iterable[list[str]]], Iterator[Batch]], None, None]:
+    """Give a function that encodes batches of documents, in order, in `workers` processes."""
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker, also when the worker is this process
     try:
         if workers == 1:
-            yield partial(map, encoder)
+            yield lambda batches: ((documents, encoder(documents)) for documents in batches)
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as executor:
@@ -264,18 +268,20 @@ def _pool(encoder: Encoder, workers: int) -> Generator[Callable[[Iterable[list[s
             os.environ["TOKENIZERS_PARALLELISM"] = threads
 
 
-def _ordered_map(executor: ProcessPoolExecutor, ahead: int, batches: Iterable[list[str]]) -> Iterator[Encoded]:
+def _ordered_map(executor: ProcessPoolExecutor, ahead: int, batches: Iterable[list[str]]) -> Iterator[Batch]:
     """Like `executor.map`, but takes from `batches` only `ahead` more than were given out: text may be endless."""
     pending: deque = deque()
     try:
-        for batch in batches:
-            pending.append(executor.submit(_encode_in_worker, batch))
+        for documents in batches:
+            pending.append((documents, executor.submit(_encode_in_worker, documents)))
             if len(pending) >= ahead:
-                yield pending.popleft().result()
+                documents, future = pending.popleft()
+                yield documents, future.result()
         while pending:
-            yield pending.popleft().result()
+            documents, future = pending.popleft()
+            yield documents, future.result()
     finally:
-        for future in pending:
+        for _, future in pending:
             future.cancel()
 
 
@@ -361,18 +367,19 @@ def _describe(path: Path, rows: int) -> Chunk:
 
 
 class _TextRecord:
-    """Counts and hashes the documents that pass."""
+    """Counts and hashes the documents that are used, which with several workers are fewer than those that are read."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
         self.documents: dict[str, int] = {}
 
-    def of(self, split: str, documents: Iterable[str]) -> Iterator[str]:
+    def record(self, split: str, batches: Iterable[Batch]) -> Iterator[Encoded]:
         self.documents[split] = 0
-        for document in documents:
-            self.documents[split] += 1
-            self.sha256.update(document.encode() + b"\0")
-            yield document
+        for documents, encoded in batches:
+            self.documents[split] += len(documents)
+            for document in documents:
+                self.sha256.update(document.encode() + b"\0")
+            yield encoded
 
 
 class _Report:

@@ -1,0 +1,127 @@
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cod_lightning.data import stream
+from cod_lightning.data.manifest import read_manifest
+from cod_lightning.data.prepare import prepared_folder
+from cod_lightning.data.stream import TokenRows, is_remote, open_set
+from cod_lightning.errors import UserError
+
+CHUNK = "chunk-0-3.bin"
+
+
+@pytest.fixture
+def folder(packed, tmp_path) -> Path:
+    """A copy of a prepared set, to be damaged."""
+    return shutil.copytree(prepared_folder(packed), tmp_path / "set")
+
+
+def expected(folder: Path, split: str = "train") -> torch.Tensor:
+    manifest = read_manifest(folder)
+    contents = [(folder / split / chunk.name).read_bytes()[12:] for chunk in manifest.split(split).chunks]
+    rows = np.frombuffer(b"".join(contents), manifest.dtype).reshape(-1, manifest.seq_len)
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+@pytest.mark.parametrize("prefix", ["", "local:"])
+def test_rows_are_read_by_number_in_any_order(folder, tmp_path, prefix):
+    source = prefix + str(folder)
+    manifest, tokenizer = open_set(source)
+    assert tokenizer == (folder / "tokenizer.json").read_text()
+    rows = TokenRows(source, manifest, "train", tmp_path / "cache")
+    everything = expected(folder)
+    assert len(rows) == len(everything) > 1000
+    chosen = np.random.default_rng(0).permutation(len(rows))
+    for part in np.array_split(chosen, 7):
+        read = rows.read(part)
+        assert read.dtype == torch.int64
+        assert torch.equal(read, everything[part])
+    assert torch.equal(rows[5], everything[5])
+    assert torch.equal(torch.stack(rows.__getitems__([9, 900, 9])), everything[[9, 900, 9]])
+    assert rows.read(np.array([], np.int64)).shape == (0, 32)
+
+
+def test_no_more_chunks_are_kept_open_than_two_windows(folder, monkeypatch):
+    monkeypatch.setattr(stream, "OPEN_CHUNKS", 3)
+    rows = TokenRows(str(folder), read_manifest(folder), "train")
+    everything = torch.stack(rows.__getitems__(range(len(rows))))
+    assert len(rows._chunks) == 3
+    assert torch.equal(everything, expected(folder))
+
+
+def test_rows_outside_are_refused(folder):
+    rows = TokenRows(str(folder), read_manifest(folder), "val")
+    for row in (-1, len(rows)):
+        with pytest.raises(IndexError):
+            rows[row]
+
+
+def test_a_copy_in_another_process_opens_its_own_files(folder):
+    rows = TokenRows(str(folder), read_manifest(folder), "train")
+    first = rows[0]
+    copy = pickle.loads(pickle.dumps(rows))
+    assert copy._dataset is None
+    assert torch.equal(copy[0], first)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"), [(Path.unlink, f"{CHUNK}: missing"), (cut, f"{CHUNK}: 4,106 bytes instead of 4,108")]
+)
+def test_missing_and_cut_chunks_are_found_before_anything_is_read(folder, harm, message):
+    harm(folder / "train" / CHUNK)
+    with pytest.raises(UserError, match=message):
+        open_set(str(folder))
+
+
+@pytest.mark.parametrize("prefix", ["", "local:"])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [(Path.unlink, f"{CHUNK} cannot be read"), (cut, f"{CHUNK} is damaged: 4,106 bytes"), (alter, "its SHA-256")],
+)
+def test_damaged_chunks_are_found_when_they_are_read(folder, tmp_path, prefix, harm, message):
+    source = prefix + str(folder)
+    manifest, _ = open_set(source)
+    harm(folder / "train" / CHUNK)
+    rows = TokenRows(source, manifest, "train", tmp_path / "cache")
+    assert torch.equal(rows[0], rows[0])
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message) as error:
+        rows[3 * 64]
+    assert CHUNK in str(error.value)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("prefix", ["", "local:"])
+def test_what_is_no_prepared_set_is_refused(tmp_path, prefix):
+    with pytest.raises(UserError, match=r"is not a prepared set \(manifest.json"):
+        open_set(f"{prefix}{tmp_path}")
+
+
+def test_local_sets_lack_no_index(folder):
+    (folder / "val" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"index.json: missing"):
+        open_set(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("source", "remote"),
+    [("s3://bucket/set", True), ("local:/a/b", True), ("/a/b", False), ("data/set", False), ("C:\\data", False)],
+)
+def test_urls_and_folders_are_told_apart(source, remote):
+    assert is_remote(source) is remote
