@@ -47,8 +47,10 @@ def wheel(index, tmp_path_factory) -> Path:
     return folder / f"cod_lightning-{__version__}-py3-none-any.whl"
 
 
-def test_the_wheel_holds_the_package_and_every_config(wheel):
+def test_the_wheel_holds_the_package_and_every_config(wheel, tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT, env=PIP_ENVIRONMENT)
+    assert names == set(zipfile.ZipFile(tmp_path / wheel.name).namelist()), "the checkout gives another wheel"
     wanted = {f"cod_lightning/{path.relative_to(ROOT / 'src/cod_lightning')}" for path in (ROOT / "src").rglob("*.py")}
     wanted |= {"cod_lightning/py.typed", f"cod_lightning-{__version__}.dist-info/licenses/LICENSE"}
     for folder, place in (("configs", "_configs"), ("experiments", "_configs/experiments")):
