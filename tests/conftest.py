@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_packaging.py")
 
 
-WORDS = "the norm of a deep block grows with depth and its branch adds less while early layers learn most".split()
+WORDS = ("the norm of a deep block grows with depth and its branch adds less while early layers learn most").split()
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +64,10 @@ def toy(corpus, tmp_path_factory):
 def train(toy, tmp_path):
     """`train(*overrides)` runs a toy fit in this process and returns its record and folder."""
 
-    from cod_lightning.cli import sections
-    from cod_lightning.config import claim, compose
-    from cod_lightning.train.run import fit
+    from cod_lightning.cli import carry_out
+    from cod_lightning.config import compose
 
     def run(*overrides):
-        config = compose([*toy, f"output={tmp_path}", *overrides])
-        folder = claim(config)
-        return fit(sections(config), folder), folder
+        return carry_out(compose([*toy, f"output={tmp_path}", *overrides]))
 
     return run

@@ -69,9 +69,8 @@ def test_evaluate_repeats_the_validation_and_takes_other_data(finished, corpus, 
     assert float(figures["ppl_paper_protocol"]) == pytest.approx(record["ppl_paper_protocol"], rel=1e-5)
     other = tmp_path / "other.txt"
     other.write_text("words that the corpus never had: zebra quartz jackdaw vow sphinx " * 40)
-    process = run(
-        "evaluate", folder, "data=files", f"data.files={corpus}/*.jsonl", f"data.val_files={other}", f"data.root={tmp_path}"
-    )  # fmt: skip
+    words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.val_files={other}", f"data.root={tmp_path}"]
+    process = run("evaluate", folder, *words)
     assert process.returncode == 0, process.stderr
     figures = dict(line.split() for line in process.stdout.splitlines())
     assert float(figures["val_loss"]) > record["val_loss"] + 0.1
@@ -139,7 +138,9 @@ def test_killed_and_started_again_a_run_ends_to_the_bit_as_if_never_stopped(toy,
     # In training, while a checkpoint is being written, and around a validation (steps 6, 12, ...).
     for moment in ("step-00000008.ckpt", ".step-000000*.partial", "step-00000024.ckpt"):
         process = subprocess.Popen(
-            [*PYTHON, "fit", *words, f"output={tmp_path / 'killed'}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [*PYTHON, "fit", *words, f"output={tmp_path / 'killed'}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         kill_when(process, lambda moment=moment: any(kept.glob(moment)) if kept.exists() else False)
         assert not (folder / "record.json").exists()
@@ -210,7 +211,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint(toy, tmp_path):
 
     process = run("fit", *words, preexec_fn=limit)
     assert process.returncode == 2, process.stderr
-    assert re.search(r"error: \S+step-\d+\.ckpt: the checkpoint cannot be written \(.*\); earlier ones are kept", process.stderr)
+    assert re.search(
+        r"error: \S+step-\d+\.ckpt: the checkpoint cannot be written \(.*\); earlier ones are kept", process.stderr
+    )
     kept = sorted((tmp_path / "full" / "checkpoints").iterdir())
     assert kept
     assert all(path.name.startswith("step-") for path in kept)
@@ -223,12 +226,12 @@ def test_a_loss_that_is_not_finite_exits_with_status_2_and_keeps_the_checkpoint(
     words = [*toy, f"output={tmp_path}", "name=diverges", "optim.lr=1e18", "optim.warmup_ratio=0.5"]
     process = run("fit", *words, "trainer.max_steps=40", "trainer.checkpoint_every=1", "eval.every=100")
     assert process.returncode == 2, process.stderr
-    assert re.search(r"error: the loss is (nan|inf) at step \d+; .* appears in (layer \d+|lm_head|embedding)", process.stderr)
+    assert re.search(
+        r"error: the loss is (nan|inf) at step \d+; .* appears in (layer \d+|lm_head|embedding)", process.stderr
+    )
     assert list((tmp_path / "diverges" / "checkpoints").glob("step-*.ckpt"))
     assert "Traceback" not in process.stderr
 
 
 def test_without_a_terminal_no_escape_codes_are_printed(finished):
     assert "\x1b" not in finished[1].stdout + finished[1].stderr
-
-

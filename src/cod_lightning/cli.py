@@ -38,20 +38,22 @@ def parser() -> argparse.ArgumentParser:
             name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    overrides = {"nargs": "*", "metavar": "key=value", "help": "overrides of the configuration"}
+    def add_overrides(to: argparse.ArgumentParser) -> None:
+        to.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
+
     fit = command("fit", "Train a run to its end, going on where it was stopped; prepares its data first.", OVERRIDES)
     fit.add_argument("-m", "--multirun", action="store_true", help="sweep over comma-separated values")
     fit.add_argument("-j", "--jobs", type=int, default=1, help="runs of a sweep side by side (default: 1)")
     fit.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
-    fit.add_argument("overrides", **overrides)
+    add_overrides(fit)
 
     prepare = command("prepare", "Tokenize the data of a run into litdata chunks.", OVERRIDES)
-    prepare.add_argument("overrides", **overrides)
+    add_overrides(prepare)
 
     evaluate = command("evaluate", "Validate a checkpoint again, on the run's data or on other data.")
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    evaluate.add_argument("overrides", **overrides)
+    add_overrides(evaluate)
 
     generate = command("generate", "Continue a text with a trained run.")
     generate.add_argument("run", type=Path, help="run folder")
@@ -105,13 +107,13 @@ def sections(config: Config) -> Any:
     )
 
 
-def rank() -> int:
-    """The rank of this process as a launcher sets it; 0 for the process that a person started."""
-    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0"))
+def is_first_rank() -> bool:
+    """Whether this process writes and prints for all; launchers (torchrun, Slurm, Lightning) number the others."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
-    from cod_lightning.config import claim, compose, to_yaml
+    from cod_lightning.config import compose, to_yaml
 
     if multirun:
         return fit_all(overrides, jobs)
@@ -119,17 +121,35 @@ def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     if cfg:
         print(to_yaml(config), end="")
         return 0
-    folder = claim(config) if rank() == 0 else config.folder
-    if rank() == 0:
-        print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
-    from cod_lightning.train.run import fit as train
-
-    record = train(sections(config), folder)
-    if rank() == 0:
+    record, folder = carry_out(config)
+    if is_first_rank():
         from cod_lightning.report.terminal import show, summary
 
         show(summary(record, folder))
     return 0
+
+
+def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
+    """Train a run unless it is finished; returns its record and folder. Nothing is written before all is checked.
+
+    Raises:
+        UserError: the run's folder is another run's, or as `train.run.build` and `train.run.fit`.
+    """
+    from cod_lightning.config import check_folder, claim
+
+    folder = check_folder(config)
+    if is_first_rank():
+        print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
+    from cod_lightning.train.record import read_record
+    from cod_lightning.train.run import build, fit
+
+    if config.resume and (finished := read_record(folder)) is not None:
+        return finished, folder
+    run = sections(config)
+    data, module = build(run)
+    if is_first_rank():
+        claim(config)
+    return fit(run, data, module, folder), folder
 
 
 def fit_all(overrides: Sequence[str], jobs: int) -> int:

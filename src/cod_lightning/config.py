@@ -1,4 +1,4 @@
-"""A run's configuration: composed by Hydra from configs/ and experiments/, checked as a whole, plain data afterwards."""
+"""A run's configuration: composed by Hydra from configs/ and experiments/, checked as a whole, then plain data."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ class Config:
             )
         if trainer.world_size > 1 and trainer.strategy == "auto":
             found.append(f"trainer.strategy='auto' is one rank, but {trainer.world_size} are asked for: trainer=ddp")
-        if data.tokenizer == "bpe" and data.folder is None and (self.model.vocab_size or data.vocab_size) < data.vocab_size:
+        trained = data.tokenizer == "bpe" and data.folder is None
+        if trained and self.model.vocab_size is not None and self.model.vocab_size < data.vocab_size:
             found.append(
                 f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's: "
                 f"data.vocab_size={data.vocab_size}"
@@ -296,11 +297,11 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def claim(config: Config) -> Path:
-    """The run's folder, made and marked as its own, or taken up where an earlier start of it stopped.
+def check_folder(config: Config) -> Path:
+    """The run's folder, which may not exist yet.
 
     Raises:
-        UserError: the folder holds a run of another configuration.
+        UserError: it holds a run of another configuration.
     """
     folder = config.folder
     if (folder / CONFIG).exists():
@@ -311,9 +312,21 @@ def claim(config: Config) -> Path:
             if before.get(name) != now.get(name)
         ]
         if differing:
-            raise UserError(f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another name=")
-        if not config.resume:
-            number = next(n for n in itertools.count(1) if not Path(f"{folder}.previous-{n}").exists())
-            folder.rename(f"{folder}.previous-{number}")
+            raise UserError(
+                f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another name="
+            )
+    return folder
+
+
+def claim(config: Config) -> Path:
+    """Make the run's folder and save the configuration there; with `resume=false`, put an earlier run aside first.
+
+    Raises:
+        UserError: as `check_folder`.
+    """
+    folder = check_folder(config)
+    if not config.resume and folder.exists():
+        number = next(n for n in itertools.count(1) if not Path(f"{folder}.previous-{n}").exists())
+        folder.rename(f"{folder}.previous-{number}")
     save(config, folder)
     return folder

@@ -80,4 +80,8 @@ def test_the_first_bad_layer_is_named(name, where):
 
 def test_the_plot_has_one_line_per_layer():
     figure = plot_variance([0, 10, 20], [[0.1, 0.2, 0.4], [0.2, 0.3, 0.9], [0.3, 0.5, 2.0]])
-    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.1, 0.2, 0.3], [0.2, 0.3, 0.5], [0.4, 0.9, 2.0]]
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [
+        [0.1, 0.2, 0.3],
+        [0.2, 0.3, 0.5],
+        [0.4, 0.9, 2.0],
+    ]

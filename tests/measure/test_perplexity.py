@@ -54,5 +54,7 @@ def test_the_released_figure_is_low_by_one_batch_in_n_plus_one():
 
 
 def test_an_empty_validation_is_refused():
+    metric = Perplexity(4, 2)
+    metric.update(torch.ones(2), torch.ones(2, dtype=torch.int64), torch.tensor([-1, -1]))
     with pytest.raises(ValueError, match="no validation token"):
-        Perplexity(4, 2).compute()
+        metric.compute()

@@ -156,7 +156,7 @@ def test_outputs_and_gradients_equal_the_published_equation(case):
         rope = rotary(5, 16, 1e4, x)
         y = ours(x, rope)
         parameters = dict(theirs.named_parameters())
-        expected = EQUATIONS[case][1](z, lambda h, t=theirs: t.self_attn(h, rope), theirs.mlp, parameters, layer)
+        expected = EQUATIONS[case][1](z, lambda h, t=theirs, r=rope: t.self_attn(h, r), theirs.mlp, parameters, layer)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         y.backward(cotangent)
@@ -264,7 +264,8 @@ def test_constants_by_depth(depth):
     beta = build("deep_norm_released", 1, depth, {}).ffn.xavier
     assert beta == pytest.approx((8 * depth) ** 0.25)
     post = [not build("mix_ln", layer, depth, {}).attention.pre_norm for layer in range(1, depth + 1)]
-    assert sum(post) == {12: 3, 24: 6}[depth] and post == sorted(post, reverse=True)
+    assert sum(post) == {12: 3, 24: 6}[depth]
+    assert post == sorted(post, reverse=True)
 
 
 def my_strategy(layer, depth, power=0.25):
@@ -296,7 +297,7 @@ def test_a_researchers_own_strategy_is_found_by_module_and_function(tmp_path, mo
         ({"name": "mixln"}, ["norm='mixln'", "did you mean 'mix_ln'", "pre_ln"]),
         ({"name": "lns", "position": "after"}, ["norm.position='after'", "after_branch"]),
         ({"name": "lns", "positon": "after_ln"}, ["norm.positon", "did you mean 'position'"]),
-        ({"name": "pre_ln", "alpha": 1}, ["norm.alpha", "none"]),
+        ({"name": "pre_ln", "alpha": 1}, ["norm.alpha", "it has none"]),
         ({"name": "mix_ln", "fraction": 2.0}, ["norm.fraction=2.0", "between 0 and 1"]),
         ({"name": "mix_ln", "fraction": "x"}, ["norm.fraction='x'", "wrong type"]),
         ({"name": "group_ln", "groups": 0}, ["norm.groups=0", "at least 1"]),

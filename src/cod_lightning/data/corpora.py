@@ -178,7 +178,7 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def _c4() -> Corpus:
-    instead = "Files that are already here are read with data.source=files data.files='c4-train.*.json.gz'."
+    instead = "Files that are already here are read with data=files data.files='c4-train.*.json.gz'."
     if importlib.util.find_spec("datasets") is None:
         raise UserError(f"data.source=c4 needs the package datasets: pip install 'cod_lightning[hf]'. {instead}")
     require_hub("data.source=c4", instead)

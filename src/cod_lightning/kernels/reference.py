@@ -13,7 +13,7 @@ def reference_norm(
     gain: float = 1.0,
     groups: int = 1,
 ) -> Tensor:
-    """gain * weight * (x - m) / sqrt(v + eps), rounded once.
+    """Gain * weight * (x - m) / sqrt(v + eps), rounded once.
 
     For `rms`, m = 0 and v is the mean square over the hidden dimension; for `layer`, m is the mean and v the (biased)
     variance. With `groups`, the statistics are taken over equal consecutive parts of the hidden dimension.

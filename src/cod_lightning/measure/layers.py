@@ -61,7 +61,7 @@ def layer_statistics(
     depth = decoder.config.num_hidden_layers
     weight = torch.ones_like(tokens, dtype=torch.float32) if pad_id is None else (tokens != pad_id).float()
     variances: dict[str, list[Tensor]] = {"embedding": [], "residual": [], "attention": [], "ffn": []}
-    blocks = [[p for p in block.parameters() if p.requires_grad] for block in decoder.model.layers]
+    blocks = [[p for p in block.parameters() if p.requires_grad] for block in decoder.blocks]
     norms: list[float] = []
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
         logits = decoder(tokens, lambda what, layer, x: variances[what].append(token_variance(x, weight)))

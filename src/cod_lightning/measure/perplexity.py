@@ -70,5 +70,5 @@ class Perplexity(Metric):
 
 
 def exp(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
+    """Return e^loss, infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 709 else math.inf

@@ -59,9 +59,7 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(
-            rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=self.grouped
-        )
+        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 
@@ -79,7 +77,7 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-    """gate( sum_norm( skip * x + branch ) ), and branch = branch_scale * branch_norm(f(...)); no parameters in Pre-LN."""
+    """gate( sum_norm( skip * x + branch ) ), branch = branch_scale * branch_norm(f(...)); no parameters in Pre-LN."""
 
     def __init__(self, config: DecoderConfig, spec: SublayerSpec):
         super().__init__()
@@ -140,8 +138,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: DecoderConfig, specs: list[BlockSpec]):
         super().__init__()
-        assert config.vocab_size is not None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size or 0, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, spec) for spec in specs)
         self.norm = Norm(config)
 
@@ -166,7 +163,7 @@ class Decoder(nn.Module):
             raise ValueError("; ".join(found))
         self.config = config
         self.model = Stack(config, specs)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size or 0, bias=False)
         self.tie()
 
     def tie(self) -> None:
@@ -174,13 +171,17 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block in self.model.layers if isinstance(block, Block)]
+
     def forward(self, tokens: Tensor, tap: Tap | None = None) -> Tensor:
         """Logits [rows, length, vocabulary] of tokens [rows, length]; `tap` sees every layer's tensors on the way."""
         x = self.model.embed_tokens(tokens)
         if tap is not None:
             tap("embedding", 0, x)
         rope = rotary(tokens.shape[1], self.config.head_dim, self.config.rope_theta, x)
-        for layer, block in enumerate(self.model.layers, start=1):
+        for layer, block in enumerate(self.blocks, start=1):
             x = block(x, rope, None if tap is None else lambda what, y, layer=layer: tap(what, layer, y))
         return self.lm_head(self.model.norm(x))
 
@@ -192,7 +193,7 @@ def scale(x: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def gpas(x: Tensor, gate: Tensor | None) -> Tensor:
-    """x - silu(gate) * stop_gradient(x)."""
+    """X - silu(gate) * stop_gradient(x)."""
     assert gate is not None
     return x - F.silu(gate).to(x.dtype) * x.detach()
 

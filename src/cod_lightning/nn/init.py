@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, Norm, Residual
@@ -40,13 +40,17 @@ def initialise(decoder: Decoder, seed: int) -> None:
     draw_(decoder, "model.embed_tokens.weight", decoder.config.embedding_std, seed)
     if not decoder.config.tie_word_embeddings:
         draw_(decoder, "lm_head.weight", std, seed)
-    for index, block in enumerate(decoder.model.layers):
-        prefix = f"model.layers.{index}"
-        for part, spec in ((f"{prefix}.self_attn", block.spec.attention), (f"{prefix}.mlp", block.spec.ffn)):
-            for name, linear in decoder.get_submodule(part).named_children():
-                draw_(decoder, f"{part}.{name}.weight", linear_std(linear, name, spec, std), seed)
-                if linear.bias is not None:
-                    linear.bias.zero_()
+    for index, block in enumerate(decoder.blocks):
+        for part, sublayer, spec in (
+            ("self_attn", block.self_attn, block.spec.attention),
+            ("mlp", block.mlp, block.spec.ffn),
+        ):
+            for name, weight in sublayer.named_parameters():
+                if name.endswith("bias"):
+                    weight.zero_()
+                else:
+                    full_name = f"model.layers.{index}.{part}.{name}"
+                    draw_(decoder, full_name, projection_std(weight, name, spec, std), seed)
         if block.gate is not None:
             block.gate.zero_()
     for module in decoder.modules():
@@ -60,9 +64,10 @@ def initialise(decoder: Decoder, seed: int) -> None:
     profile_skips(decoder, seed)
 
 
-def linear_std(linear: nn.Module, name: str, spec: SublayerSpec, std: float) -> float:
-    """Standard deviation of a projection's weight under a strategy."""
-    fan_out, fan_in = linear.weight.shape
+def projection_std(weight: Tensor, name: str, spec: SublayerSpec, std: float) -> float:
+    """Standard deviation of a projection's weight under a strategy; `name` is such as "o_proj.weight"."""
+    name = name.removesuffix(".weight")
+    fan_out, fan_in = weight.shape
     if spec.xavier is not None:
         gain = 1.0 if name in ("q_proj", "k_proj") else spec.xavier
         return gain * (2 / (fan_in + fan_out)) ** 0.5
@@ -82,7 +87,7 @@ def seed_of(seed: int, name: str) -> int:
 
 def profile_skips(decoder: Decoder, seed: int) -> None:
     """Admin: with all w = 1, run random tokens and set w_i = sqrt(1 + sum over j < i of Var[f_j])."""
-    residuals = [r for block in decoder.model.layers for r in (block.attention_residual, block.ffn_residual)]
+    residuals = [r for block in decoder.blocks for r in (block.attention_residual, block.ffn_residual)]
     if all(residual.skip is None for residual in residuals):
         return
     variances: list[Tensor] = []

@@ -80,7 +80,7 @@ STRATEGIES: dict[str, Strategy] = {}
 
 def register(function: Strategy) -> Strategy:
     """Make a strategy known under its function's name."""
-    STRATEGIES[function.__name__] = function
+    STRATEGIES[getattr(function, "__name__", "")] = function
     return function
 
 
@@ -99,7 +99,7 @@ def choice(option: str, value: Any, known: tuple[str, ...]) -> None:
 
 @register
 def pre_ln(layer: int, depth: int) -> BlockSpec:
-    """x + f(LN(x)); eq. 2-3 of the paper."""
+    """X + f(LN(x)); eq. 2-3 of the paper."""
     return block()
 
 
@@ -111,13 +111,13 @@ def post_ln(layer: int, depth: int) -> BlockSpec:
 
 @register
 def sandwich_ln(layer: int, depth: int) -> BlockSpec:
-    """x + LN(f(LN(x)))."""
+    """X + LN(f(LN(x)))."""
     return block(branch_norm=True)
 
 
 @register
 def peri_ln(layer: int, depth: int, embedding_norm: bool = True) -> BlockSpec:
-    """x + LN(f(LN(x))), by default with the embeddings normalised as well."""
+    """X + LN(f(LN(x))), by default with the embeddings normalised as well."""
     return replace(sandwich_ln(layer, depth), entry_norm=embedding_norm and layer == 1)
 
 
@@ -145,7 +145,7 @@ def deep_norm(layer: int, depth: int) -> BlockSpec:
 
 @register
 def deep_norm_released(layer: int, depth: int) -> BlockSpec:
-    """DeepNorm with the constants of the code released with the paper: alpha = 64^(1/4) at every depth, beta inverted."""
+    """DeepNorm with the constants of the released code: alpha = 64^(1/4) at every depth, and beta inverted."""
     return deep_norm(layer, depth).replace(skip=64**0.25, xavier=(8 * depth) ** 0.25)
 
 
@@ -162,7 +162,7 @@ LNS_POSITIONS = ("after_ln", "before_ln", "after_branch", "after_residual", "onl
 
 @register
 def lns(layer: int, depth: int, position: str = "after_ln") -> BlockSpec:
-    """x + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper; the other positions are those of Table 8."""
+    """X + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper; the other positions are those of Table 8."""
     choice("position", position, LNS_POSITIONS)
     scale, plain = layer**-0.5, SublayerSpec()
     scaled = replace(plain, gain=scale)
@@ -182,20 +182,18 @@ def lns_learnable(layer: int, depth: int) -> BlockSpec:
     return block(pre_norm_weight=layer**-0.5)
 
 
-# What can be put on top of another strategy: `base` names it, further options are the base's ---------------------------
+# What can be put on top of another strategy: `base` names it, further options are the base's --------------------------
 
 
 @register
 def layer_scale(layer: int, depth: int, init: float = 1e-4, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """x + diag(w) f(LN(x)), w learned and starting small; the paper does not give its value, CaiT's default is 1e-4."""
+    """X + diag(w) f(LN(x)), w learned and starting small; the paper does not give its value, CaiT's default is 1e-4."""
     return build(base, layer, depth, options).replace(branch_scale=init, learned_branch_scale="channel")
 
 
 @register
-def skip_init(
-    layer: int, depth: int, init: float | None = None, base: str = "pre_ln", **options: Any
-) -> BlockSpec:
-    """x + a f(LN(x)), a learned, starting at 1/sqrt(L) (text of the paper) or `init` (0.001 in the released code)."""
+def skip_init(layer: int, depth: int, init: float | None = None, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """X + a f(LN(x)), a learned, starting at 1/sqrt(L) (text of the paper) or `init` (0.001 in the released code)."""
     init = depth**-0.5 if init is None else init
     return build(base, layer, depth, options).replace(branch_scale=init, learned_branch_scale="scalar")
 
@@ -214,7 +212,7 @@ def scaled_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) ->
 
 @register
 def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """h - silu(a) stop_gradient(h) on the sums of pre-norm blocks, and on the skip's input of post-norm blocks."""
+    """H - silu(a) stop_gradient(h) on the sums of pre-norm blocks, and on the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)
     return spec.replace(gate="input" if spec.attention.sum_norm else "output")
 
@@ -260,7 +258,9 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
         known |= options_of(resolve(options.get("base", known["base"])))
     for option, value in options.items():
         if option not in known:
-            raise UserError(f"norm.{option} is not an option of {name!r}: {nearest(option, known) if known else 'none'}")
+            raise UserError(
+                f"norm.{option} is not an option of {name!r}: {nearest(option, known) if known else 'it has none'}"
+            )
         default = known[option]
         if isinstance(default, bool) != isinstance(value, bool) or (
             isinstance(default, int | float | str)

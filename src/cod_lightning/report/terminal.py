@@ -16,7 +16,9 @@ Record = Mapping[str, Any]
 def summary(record: Record, folder: Path) -> Group:
     """A run's figures, its variance by layer, and where it lies."""
     config = record["config"]
-    table = Table(title=f"{config['experiment']}, {config['norm']['name']}, seed {record['seed']}", title_justify="left")
+    table = Table(
+        title=f"{config['experiment']}, {config['norm']['name']}, seed {record['seed']}", title_justify="left"
+    )
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in figures(record, config).items():

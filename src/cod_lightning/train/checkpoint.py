@@ -83,6 +83,11 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
         self.best = float("inf")
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            for partial in self.folder.glob(".*.partial"):
+                partial.unlink()  # of a process that was killed while writing
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 

@@ -36,7 +36,7 @@ class OptimConfig:
     schedule: str = "cosine"
     """`cosine`, or `cosine_released`, one update behind it: the released code's first update has rate 0."""
     weighting: str = "tokens"
-    """`tokens`: every target of a step counts the same; `micro_batches`: the mean of the micro-batches' means (paper)."""
+    """`tokens`: every target of a step counts the same; `micro_batches`: the mean of micro-batch means (paper)."""
 
     def warmup(self, max_steps: int) -> int:
         """Warm-up in steps."""

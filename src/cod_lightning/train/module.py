@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_token_loss
@@ -83,6 +85,8 @@ class DecoderModule(LightningModule):
             UserError: the loss is not finite; the parameters are as they were before this step.
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(schedule, LRScheduler)
         step = self.trainer.global_step + 1
         micro_batches = batch.split(self.micro_batch_size)
         present = torch.ones_like(batch) if self.pad_id is None else batch != self.pad_id
@@ -110,7 +114,7 @@ class DecoderModule(LightningModule):
                 "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
             )
         if self.optim.clip > 0:
-            self.clip_gradients(optimizer, gradient_clip_val=self.optim.clip, gradient_clip_algorithm="norm")
+            self.clip_gradients(optimizer.optimizer, gradient_clip_val=self.optim.clip, gradient_clip_algorithm="norm")
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
 
 from cod_lightning.data.config import DataConfig
 from cod_lightning.data.datamodule import TokenDataModule
@@ -30,7 +31,7 @@ from cod_lightning.train.callbacks import LayerStatisticsCallback, Recorder, pro
 from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
 from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig
 from cod_lightning.train.module import DecoderModule
-from cod_lightning.train.record import environment, read_record, write_record
+from cod_lightning.train.record import environment, write_record
 
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer inside a run folder."""
@@ -51,25 +52,24 @@ class Sections:
     config: Mapping[str, Any]
 
 
-def fit(run: Sections, folder: Path) -> dict[str, Any]:
-    """Train to the last step, going on from the newest checkpoint in `folder`; a finished run is not repeated.
+def fit(run: Sections, data: TokenDataModule, module: DecoderModule, folder: Path) -> dict[str, Any]:
+    """Train to the last step, going on from the newest checkpoint in `folder`.
 
     Args:
         run: the settings.
+        data: from `build(run)`.
+        module: from `build(run)`.
         folder: checkpoints, TensorBoard events, the tokenizer and `record.json` go there.
 
     Returns:
         The run's record, as written to `record.json`.
 
     Raises:
-        UserError: data, checkpoint or settings that cannot work, or a loss that is not finite.
+        UserError: a checkpoint that cannot be read or written, damaged data, or a loss that is not finite.
     """
-    if (finished := read_record(folder)) is not None:
-        return finished
     for warning in strategy_warnings(build_all(run.norm, run.model.num_hidden_layers)):
         print(f"warning: {warning}", file=sys.stderr)
     with library_chatter_off():
-        data, module = build(run)
         keep_tokenizer(data, folder)
         recorder = Recorder(run.trainer.log_every)
         steps = Checkpoints(
@@ -117,7 +117,8 @@ def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:
     """
     with library_chatter_off():
         data, module = build(run)
-        load_weights(module, checkpoint)
+        module.configure_model()
+        load_state(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
         trainer = build_trainer(run, callbacks=[], logger=False)
         trainer.validate(module, data, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -127,7 +128,7 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
     """The data, prepared where it was not, and the module that fits it.
 
     Raises:
-        UserError: the vocabulary of the model is smaller than the data needs.
+        UserError: data that cannot be had, is damaged or fits other settings; a vocabulary smaller than it needs.
     """
     if run.trainer.threads:
         torch.set_num_threads(run.trainer.threads)
@@ -162,26 +163,24 @@ def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Do
     state = {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
     model = replace(run.model, vocab_size=len(state["lm_head.weight"]))
     decoder = Decoder(model, build_all(run.norm, model.num_hidden_layers))
-    try:
-        decoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint}: its decoder has another shape than the run's configuration ({error})") from error
+    load_state(decoder, state, checkpoint)
     return decoder, tokenizer
 
 
-def load_weights(module: DecoderModule, checkpoint: Path) -> None:
-    """Put the decoder of a checkpoint into `module`."""
-    module.configure_model()
+def load_state(module: nn.Module, state: Mapping[str, Any], checkpoint: Path) -> None:
     try:
-        module.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
+        module.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{checkpoint}: its decoder has another shape than the run's configuration ({error})") from error
+        raise UserError(
+            f"{checkpoint}: its decoder has another shape than the run's configuration ({error})"
+        ) from error
 
 
 def checkpoint_of(folder: Path, which: str = "last") -> Path:
     """The checkpoint of a run folder.
 
     Args:
+        folder: of the run.
         which: `last`, or `best` by validation loss.
 
     Raises:
@@ -266,7 +265,7 @@ def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def library_chatter_off() -> Iterator[None]:
+def library_chatter_off() -> Generator[None]:
     """Silence what Lightning says about choices that are made on purpose here."""
     lightning = logging.getLogger("lightning.pytorch")
     level = lightning.level
