@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_packaging.py")
 
 
-WORDS = ("the norm of a deep block grows with depth and its branch adds less while early layers learn most").split()
+TEXT = "the norm of a deep block grows with depth and its branch adds less while early layers learn most"
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
     for part in range(3):
-        lines = [" ".join(draw.choices(WORDS, k=draw.randint(5, 120))) for _ in range(100)]
+        lines = [" ".join(draw.choices(TEXT.split(), k=draw.randint(5, 120))) for _ in range(100)]
         (folder / f"part{part}.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
     return folder
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cod_lightning.data.config import RUNTIME
 from cod_lightning.errors import nearest
-
-RUNTIME = {"identity": False}
-"""Metadata of fields that change how a run is carried out but not what it computes."""
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:
