@@ -46,6 +46,8 @@ def test_a_run_learns_and_records_what_it_did(train):
 def test_the_last_step_is_validated_whatever_the_cadence(train):
     record, _ = train("trainer.max_steps=5", "eval.every=3")
     assert record["history"]["val"]["step"] == [3, 5]
+    # The training steps are part of the wall time, though a validation of its own followed them.
+    assert record["wall_seconds"] > record["tokens"] / record["tokens_per_second"]
 
 
 @pytest.mark.parametrize("layout", ["packed", "document"])

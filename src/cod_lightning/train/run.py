@@ -27,7 +27,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.strategies import warnings as strategy_warnings
-from cod_lightning.train.callbacks import LayerStatisticsCallback, Recorder, progress_bar
+from cod_lightning.train.callbacks import LayerStatisticsCallback, ProgressBar, Recorder, progress
 from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
 from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig
 from cod_lightning.train.module import DecoderModule
@@ -80,7 +80,7 @@ def fit(run: Sections, data: TokenDataModule, module: DecoderModule, folder: Pat
             probe = data.probe_batch(run.trainer.probe_rows)
             callbacks.append(LayerStatisticsCallback(recorder, probe, run.trainer.stats_every))
         if run.trainer.progress:
-            callbacks.append(progress_bar(recorder, sys.stderr.isatty()))
+            callbacks.append(progress(recorder, sys.stderr.isatty()))
         found = checkpoints(steps.folder)
         resumed_from = int(found[-1].stem.removeprefix("step-")) if found else None
         trainer = build_trainer(
@@ -208,7 +208,7 @@ def build_trainer(run: Sections, *, callbacks: list[Callback], logger: Any) -> T
         log_every_n_steps=1,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=any(hasattr(callback, "refresh_rate") for callback in callbacks),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_checkpointing=bool(callbacks),
         callbacks=callbacks,
         logger=logger,
