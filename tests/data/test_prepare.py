@@ -236,6 +236,12 @@ def running(group: int) -> list[str]:
     return found
 
 
+def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/\S+: the prepared set cannot be written \(.*\)"):
+        prepare(make_config(tmp_path / "file"), progress=False)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.usefixtures("small_chunks")
 def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, tmp_path):
@@ -247,7 +253,7 @@ def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, 
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     config = make_config(root)
     folder = prepared_folder(config)
     assert not folder.exists()

@@ -61,7 +61,8 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
     makes it and the others wait. `progress` reports on stderr: a bar on a terminal, one line at the end elsewhere.
 
     Raises:
-        UserError: Bad settings, text or tokenizer that cannot be read, or too little text for a row of each split.
+        UserError: Bad settings, text or tokenizer that cannot be read, too little text for a row of each split, or a
+            disk that cannot be written.
     """
     found = problems(config)
     if config.folder is not None:
@@ -71,22 +72,29 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
     folder = prepared_folder(config)
     if is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if is_whole(folder):
-            return folder
-        for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
-            shutil.rmtree(leftover)  # whoever made it held the lock, so it is dead
-        partial_folder = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-        partial_folder.mkdir()
-        try:
-            _write_set(config, partial_folder, folder, progress)
-            if folder.exists():
-                shutil.rmtree(folder)  # damaged, as it is not whole
-            partial_folder.rename(folder)
-        finally:
-            shutil.rmtree(partial_folder, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not is_whole(folder):
+                _make_set(config, folder, progress)
+    except OSError as error:  # a full disk, a folder that may not be written
+        raise UserError(f"{folder}: the prepared set cannot be written ({error}); nothing of it is kept") from error
     return folder
+
+
+def _make_set(config: DataConfig, folder: Path, progress: bool) -> None:
+    """Write the set beside its place and rename it; the caller holds the lock."""
+    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
+        shutil.rmtree(leftover)  # whoever made it held the lock, so it is dead
+    partial_folder = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial_folder.mkdir()
+    try:
+        _write_set(config, partial_folder, folder, progress)
+        if folder.exists():
+            shutil.rmtree(folder)  # damaged, as it is not whole
+        partial_folder.rename(folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def prepared_folder(config: DataConfig) -> Path:
