@@ -91,14 +91,14 @@ def test_a_changed_file_is_another_text(tmp_path):
 def test_c4_without_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'cod_lightning\[hf\]'.*data.source=files"):
+    with pytest.raises(UserError, match=r"pip install 'cod_lightning\[hf\]'.*data=files"):
         open_corpus(DataConfig(source="c4"))
 
 
 def test_c4_offline_fails_at_once(monkeypatch):
     monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*data.source=files"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*data=files"):
         open_corpus(DataConfig(source="c4"))
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
