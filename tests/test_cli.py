@@ -179,6 +179,8 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["fit", "experiments=table1_350"], ["experiments='table1_350'", "did you mean 'table1_350m'"]),
         (["fit", "norm=mixln", "optim.lrr=2"], ["did you mean 'mix_ln'", "did you mean 'lr'"]),
         (["fit", "-m", "norm=lns,mixln"], ["norm='mixln'"]),
+        (["fit", "-m", "trainer.log_every=1,2"], ["would be the same run"]),
+        (["fit", "-j", "2"], ["--jobs=2", "-m"]),
         (["fit", "data=files", "data.files=nothing/*.jsonl"], ["data.files"]),
         (["fit", "data=c4"], ["c4", "data=files"]),
         (["fit", "data.folder=nowhere"], ["nowhere"]),
@@ -195,6 +197,31 @@ def test_bad_input_is_one_error_with_status_2_and_nothing_written(words, expecte
     assert all(line.startswith("error: ") for line in process.stderr.splitlines()[-1:])
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert not left, left
+
+
+def test_ctrl_c_says_how_to_go_on(toy, tmp_path):
+    words = [*toy, f"output={tmp_path}", "name=stopped", "trainer.max_steps=5000"]
+    process = subprocess.Popen([*PYTHON, "fit", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("stopped/checkpoints/step-*.ckpt")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "run the same command again" in printed
+    assert "Traceback" not in printed
+
+
+def test_options_may_stand_before_or_after_overrides(tmp_path):
+    process = run("fit", "seed=3", "--cfg", "norm=pre_ln", cwd=tmp_path)
+    assert "seed: 3" in process.stdout
+    assert "name: pre_ln" in process.stdout
+    process = run("fit", "norm=pre_ln,lns", "-m", "--cfg", "seed=1,2", cwd=tmp_path)
+    assert process.stdout.count("---\n") == 3
+    assert run("fit", "seed=3", "--nonsense", cwd=tmp_path).returncode == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(toy, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -70,7 +71,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, or 2 for input that can be corrected."""
-    arguments = vars(parser().parse_args(argv))
+    # libgomp's threads spin while they wait for each other. With another process on the cores that made a step 18
+    # times slower (2 threads, 2 cores); with this bound it is 2 to 3 times, and as fast as before on an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    top = parser()
+    known, rest = top.parse_known_args(argv)
+    arguments = vars(known)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    # What follows an option, as in `fit norm=lns -m seed=1,2`.
+    arguments |= {"overrides": [*arguments["overrides"], *rest]} if rest else {}
     command = arguments.pop("command")
     try:
         return {
@@ -113,14 +123,20 @@ def is_first_rank() -> bool:
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
-    from cod_lightning.config import compose, to_yaml
+    from cod_lightning.config import compose, sweep, to_yaml
 
+    if jobs < 1:
+        raise UserError(f"--jobs={jobs} must be at least 1")
+    if not multirun and jobs > 1:
+        raise UserError(f"--jobs={jobs} is for a sweep: add -m")
+    if cfg:
+        print(
+            "---\n".join(to_yaml(compose(words)) for words in (sweep(overrides) if multirun else [overrides])), end=""
+        )
+        return 0
     if multirun:
         return fit_all(overrides, jobs)
     config = compose(overrides)
-    if cfg:
-        print(to_yaml(config), end="")
-        return 0
     record, folder = carry_out(config)
     if is_first_rank():
         from cod_lightning.report.terminal import show, summary
@@ -133,33 +149,49 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     """Train a run unless it is finished; returns its record and folder. Nothing is written before all is checked.
 
     Raises:
-        UserError: the run's folder is another run's, or as `train.run.build` and `train.run.fit`.
+        UserError: the run's folder is another run's or in use, or as `train.run.fit`.
     """
+    from filelock import FileLock, Timeout
+
     from cod_lightning.config import check_folder, claim
+    from cod_lightning.nn.strategies import build_all, warnings
 
     folder = check_folder(config)
-    if is_first_rank():
+    first = is_first_rank()
+    if first:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
+        for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
+            print(f"warning: {warning}", file=sys.stderr)
     from cod_lightning.train.record import read_record
-    from cod_lightning.train.run import build, fit
+    from cod_lightning.train.run import fit
 
     if config.resume and (finished := read_record(folder)) is not None:
         return finished, folder
-    run = sections(config)
-    data, module = build(run)
-    if is_first_rank():
-        claim(config)
-    return fit(run, data, module, folder), folder
+    lock = FileLock(f"{folder}.lock")
+    try:
+        if first:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        return fit(sections(config), folder, lambda: claim(config) if first else folder), folder
+    except Timeout:
+        raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}; set output= to a folder") from error
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into an exit of its own.
+        raise KeyboardInterrupt from stop if isinstance(stop.__context__, KeyboardInterrupt) else None
+    finally:
+        lock.release()
 
 
 def fit_all(overrides: Sequence[str], jobs: int) -> int:
     """Every run of a sweep in a process of its own, then a table that compares them."""
     from cod_lightning.config import compose, sweep
 
-    if jobs < 1:
-        raise UserError(f"--jobs={jobs} must be at least 1")
     runs = list(sweep(overrides))
     configs = [compose(words) for words in runs]
+    if len({config.folder for config in configs}) < len(configs):
+        raise UserError("two runs of the sweep would be the same run: vary something that changes what is computed")
     fixed = set.intersection(*(set(words) for words in runs))
     labels = [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
     with ThreadPoolExecutor(jobs) as pool:
@@ -208,18 +240,20 @@ def prepare(overrides: Sequence[str]) -> int:
 
 
 def evaluate(run: Path, checkpoint: str, overrides: Sequence[str]) -> int:
-    from cod_lightning.config import load
+    from cod_lightning.config import changes_text, load
 
     config = load(run, overrides)
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
     path = checkpoint_of(run, checkpoint)
-    if any(word.startswith("data") for word in overrides):
+    if changes_text(overrides):
         # Other data has to be read with the tokens that the model knows.
         config.data.tokenizer = str(run / TOKENIZER)
-    for name, value in validate(sections(config), path).items():
-        print(f"{name} {value:.6g}" if name != "val_tokens" else f"{name} {value:.0f}")
+    figures = validate(sections(config), path)
+    if is_first_rank():
+        for name, value in figures.items():
+            print(f"{name} {value:.6g}" if name != "val_tokens" else f"{name} {value:.0f}")
     return 0
 
 
@@ -229,9 +263,16 @@ def generate(
     from cod_lightning.config import load
 
     config = load(run)
-    for name, value, least in (("max-tokens", max_tokens, 1), ("temperature", temperature, 0), ("top-k", top_k, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value} must be at least {least}")
+    for name, value, least, most in (
+        ("max-tokens", max_tokens, 1, math.inf),
+        ("temperature", temperature, 0, sys.float_info.max),
+        ("top-k", top_k, 1, math.inf),
+        ("seed", seed, 0, 2**63 - 1),
+    ):
+        if value is not None and not least <= value <= most:
+            raise UserError(
+                f"--{name}={value} must be at least {least}" + (f", at most {most}" if most < math.inf else "")
+            )
     from cod_lightning.measure.generate import generate as sample
     from cod_lightning.train.run import checkpoint_of, load_run
 

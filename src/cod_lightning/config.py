@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -48,7 +50,7 @@ class Config:
     resume: bool = field(default=True, metadata=RUNTIME)
     """False: put an earlier run of the same configuration aside and start anew."""
     logger: str = field(default="tensorboard", metadata=RUNTIME)
-    """`tensorboard`, `csv` or `none`."""
+    """`tensorboard` or `none`; `record.json` holds every figure in any case."""
     model: DecoderConfig = field(default_factory=DecoderConfig)
     norm: dict[str, Any] = field(default_factory=dict)
     """`name` of the strategy, and its options."""
@@ -69,9 +71,16 @@ class Config:
     def problems(self) -> list[str]:
         """Everything that keeps this run from working, each naming its field and what would be right."""
         data, trainer = self.data, self.trainer
+        strange = [
+            f"{name}={value} must be a finite number"
+            for name, value in flatten(plain(self)).items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+        if strange:
+            return strange
         found = [*self.model.problems(), *data_problems(data), *trainer.problems(), *self.eval.problems()]
         found += self.optim.problems(trainer.max_steps)
-        found += one_of("logger", self.logger, ("tensorboard", "csv", "none"))
+        found += one_of("logger", self.logger, ("tensorboard", "none"))
         found += one_of("protocol", self.protocol, ("paper", "strict"))
         rows = data.micro_batch_size * trainer.world_size
         if min(data.batch_size, rows) > 0 and data.batch_size % rows:
@@ -87,8 +96,10 @@ class Config:
                 f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's: "
                 f"data.vocab_size={data.vocab_size}"
             )
-        if self.name is not None and (Path(self.name).is_absolute() or ".." in Path(self.name).parts):
-            found.append(f"name={self.name!r} must be a folder below output")
+        for field_name in ("experiment", "name"):
+            value = getattr(self, field_name)
+            if value is not None and (not Path(value).parts or Path(value).is_absolute() or ".." in Path(value).parts):
+                found.append(f"{field_name}={value!r} must be a folder below output")
         try:
             specs = strategies.build_all(self.norm, max(self.model.num_hidden_layers, 1))
         except UserError as error:
@@ -96,6 +107,8 @@ class Config:
         width = self.model.hidden_size
         if wrong := {s.groups for spec in specs for s in spec.sublayers if width % s.groups}:
             found.append(f"norm.groups={wrong.pop()} does not divide model.hidden_size={width}")
+        if not self.model.norm_affine and any(s.pre_norm_weight != 1 for spec in specs for s in spec.sublayers):
+            found.append(f"norm={self.norm['name']} needs norms with a weight: model.norm_affine=true")
         return found
 
 
@@ -110,7 +123,7 @@ def config_folder() -> Path:
 
 def choices(group: str) -> list[str]:
     """The names that a config group offers."""
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml") if path.stem != "custom")
 
 
 def groups() -> list[str]:
@@ -133,18 +146,25 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 def custom_norm(word: str) -> str:
     """`norm=package.module:function` names no file of the group norm/; quoted, it stays one value."""
     key, _, value = word.partition("=")
-    return f"{key}='{value}'" if key == "norm" and ":" in value and "," not in value else word
+    return f"{key}='{value}'" if key == "norm" and ":" in value and not set(value) & set(",'\"") else word
 
 
 def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Every combination of the comma-separated values among `overrides`, the last one varying fastest, as in Hydra."""
-    expanded = [
-        # Hydra escapes the colon of package.module:function.
-        [f"{override.get_key_element()}={value}".replace("\\:", ":") for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [override.input_line or ""]
-        for override in parse(overrides)
-    ]
+    """Every combination of the comma-separated values among `overrides`, the last one varying fastest, as in Hydra.
+
+    Raises:
+        UserError: a sweep that cannot be spelled out, such as interval(0, 1).
+    """
+    try:
+        expanded = [
+            # Hydra escapes the colon of package.module:function.
+            [f"{override.get_key_element()}={value}".replace("\\:", ":") for value in override.sweep_string_iterator()]
+            if override.is_sweep_override()
+            else [override.input_line or ""]
+            for override in parse(overrides)
+        ]
+    except HydraException as error:
+        raise UserError(f"{first_line(error)}; a sweep takes a,b,c, range(1,4) or choice(a,b)") from error
     return (list(words) for words in itertools.product(*expanded))
 
 
@@ -176,45 +196,45 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def translate(overrides: Iterable[Override]) -> tuple[list[tuple[str, bool]], list[str]]:
-    """Words for Hydra, each marked whether it chooses from a group, and the choices that do not exist."""
+    """Words for Hydra, each marked whether it chooses from a group, and the overrides that mean nothing here."""
     words: list[tuple[str, bool]] = []
     found: list[str] = []
-    custom = False
     for override in overrides:
         key, word = override.key_or_group, override.input_line or ""
-        if override.is_sweep_override():
+        if override.is_delete():
+            found.append(f"{word}: nothing can be left out of a run; set {key}= to what it shall be")
+        elif override.is_sweep_override():
             found.append(f"{word}: several values are a sweep, which needs -m")
-        elif key in groups() and not override.is_delete():
+        elif key in groups():
             value = str(override.value())
             if key == "norm" and ":" in value:
-                custom = True
-                words += [("norm=custom", True), (f"norm.name='{value}'", False)]
+                words += [("norm=custom", True), (f"++norm.name='{value}'", False)]
             elif value in choices(key):
-                words.append((word, True))
+                words.append((f"{key}={value}", True))
             else:
                 found.append(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
+        elif key.startswith("norm."):
+            # The options of a strategy, and of its base, are known to it alone; it is asked when all is composed.
+            words.append((f"++{word.lstrip('+')}", False))
         else:
             words.append((word, False))
-    if custom:
-        # The options of a strategy from elsewhere are known to it alone; it is asked when the configuration is checked.
-        words = [(f"++{w}" if not g and w.startswith("norm.") else w, g) for w, g in words]
     return words, found
 
 
 def value_problem(base: DictConfig, word: str) -> str | None:
-    """Why Hydra would not set this value, None if it would."""
+    """Why a value cannot be set, None if it can."""
     (override,) = OverridesParser.create().parse_overrides([word])
-    if override.is_add() or override.is_force_add() or override.is_delete():
-        return None
     node: Any = base
     parts = override.key_or_group.split(".")
-    for depth, part in enumerate(parts):
-        known = [str(key) for key in node] if isinstance(node, DictConfig) else []
-        if part not in known:
-            where = ".".join(parts[: depth + 1])
-            return f"{where} is not a field: {nearest(part, known) if known else 'it has no fields'}"
-        node = node[part]
+    if parts[0] in ("norm", "paper") and len(parts) > 1:
+        return None
     try:
+        for depth, part in enumerate(parts):
+            known = [str(key) for key in node] if isinstance(node, DictConfig) else []
+            if part not in known:
+                where = ".".join(parts[: depth + 1])
+                return f"{where} is not a field: {nearest(part, known) if known else 'it has no fields'}"
+            node = node[part]
         OmegaConf.update(base.copy(), override.key_or_group, override.value())
     except OmegaConfBaseException as error:
         return f"{word}: {first_line(error)}"
@@ -242,10 +262,18 @@ def plain(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def identity(config: Any) -> dict[str, Any]:
+def identity(config: Config) -> dict[str, Any]:
     """What makes two runs the same: every field that is not marked as a matter of carrying the run out."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("identity", True)}
-    return {name: identity(value) if is_dataclass(value) else value for name, value in kept.items()}
+    kept = marked(config)
+    if config.optim.weighting == "micro_batches":
+        # A mean of means depends on what is in each.
+        kept["data"]["micro_batch_size"] = config.data.micro_batch_size
+    return kept
+
+
+def marked(section: Any) -> dict[str, Any]:
+    values = {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("identity", True)}
+    return {name: marked(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -268,10 +296,10 @@ def save(config: Config, folder: Path) -> None:
 
 
 def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration saved in a run folder, amended by `overrides`; `data=NAME` replaces the source of the data.
+    """The configuration saved in a run folder, amended by `overrides`; of the groups, `data` and `trainer` can change.
 
     Raises:
-        UserError: no run folder, a damaged file, or what `compose` raises.
+        UserError: no run folder, a damaged file, or overrides that mean nothing there.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -279,21 +307,34 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         assert isinstance(saved, DictConfig)
-        for override in parse(overrides):
-            key = override.key_or_group
-            if key in groups():
-                value = str(override.value())
-                if value not in choices(key):
-                    raise UserError(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
-                saved[key] = OmegaConf.merge(saved[key], OmegaConf.load(config_folder() / key / f"{value}.yaml"))
+        as_config(saved).problems()
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
+    found = []
+    for override in parse(overrides):
+        key, word = override.key_or_group, override.input_line or ""
+        if override.is_sweep_override() or override.is_delete() or (key in groups() and key not in ("data", "trainer")):
+            found.append(f"{word}: a finished run takes data=, trainer= and section.field=value")
+        elif key not in groups():
+            if problem := value_problem(saved, word):
+                found.append(problem)
             else:
                 OmegaConf.update(saved, key, override.value())
-        config = as_config(saved)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: {first_line(error)}") from error
-    if found := config.problems():
+        elif (value := str(override.value())) in choices(key):
+            saved[key] = OmegaConf.merge(saved[key], OmegaConf.load(config_folder() / key / f"{value}.yaml"))
+        else:
+            found.append(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
+    config = as_config(saved)
+    found += config.problems()
+    if found:
         raise UserError("\n".join(found))
     return config
+
+
+def changes_text(overrides: Sequence[str]) -> bool:
+    """Whether overrides ask for other text than a run was trained on."""
+    text = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
+    return any(override.key_or_group in text for override in parse(overrides))
 
 
 def check_folder(config: Config) -> Path:
@@ -324,7 +365,7 @@ def claim(config: Config) -> Path:
         UserError: as `check_folder`.
     """
     folder = check_folder(config)
-    if not config.resume and folder.exists():
+    if not config.resume and (folder / CONFIG).exists():
         number = next(n for n in itertools.count(1) if not Path(f"{folder}.previous-{n}").exists())
         folder.rename(f"{folder}.previous-{number}")
     save(config, folder)

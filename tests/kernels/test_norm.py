@@ -46,9 +46,9 @@ def test_rounding_error_stays_within_that_of_plain_operations(dtype, kind, affin
     )
     y = norm(x, weight, kind=kind, eps=1e-5, gain=gain, groups=groups)
     assert y.dtype == dtype
-    # Rounded at most three times: the folded weight, the normalised value and the product. Near zero, where LayerNorm
-    # subtracts a mean of about the size of x, what counts is the size of x over its deviation, a few units.
-    bound = torch.finfo(dtype).eps * (3 * exact.abs() + 8)
+    # Rounded at most three times: the folded weight or the gain, the normalised value and the product. Near zero, where
+    # LayerNorm subtracts a mean, what counts is the size of x over its deviation, a few units.
+    bound = torch.finfo(dtype).eps * (3 * exact.abs() + (8 if kind == "layer" else 1e-3))
     assert ((y.double() - exact).abs() <= bound).all()
 
 
@@ -58,6 +58,15 @@ def test_reference_is_differentiable_to_second_order():
     weight = weight[:6].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: reference_norm(a, b, kind="layer", gain=0.5, groups=2), (x, weight))
     assert torch.autograd.gradgradcheck(lambda a, b: reference_norm(a, b, gain=0.5), (x, weight))
+
+
+@pytest.mark.parametrize("layer", [2, 7, 11, 23])
+def test_the_gain_is_not_rounded_in_bfloat16(layer):
+    x = torch.randn(2000, 64).bfloat16()
+    ones = torch.ones(64, dtype=torch.bfloat16)
+    scaled, plain = norm(x, ones, gain=layer**-0.5).double(), norm(x, ones).double()
+    # Errors of single elements (4e-3) average out; a wrong gain, 2.5e-3 in block 7, would not.
+    assert float((scaled * plain).sum() / plain.square().sum()) == pytest.approx(layer**-0.5, rel=2e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

@@ -78,6 +78,10 @@ def test_the_first_bad_layer_is_named(name, where):
     assert first_bad_layer(model, torch.randint(31, (2, 5))) == where
 
 
+def test_a_sound_decoder_has_no_bad_layer():
+    assert first_bad_layer(decoder(), torch.randint(31, (2, 5))) is None
+
+
 def test_the_plot_has_one_line_per_layer():
     figure = plot_variance([0, 10, 20], [[0.1, 0.2, 0.4], [0.2, 0.3, 0.9], [0.3, 0.5, 2.0]])
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [

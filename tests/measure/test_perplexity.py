@@ -53,6 +53,18 @@ def test_the_released_figure_is_low_by_one_batch_in_n_plus_one():
     assert math.log(figures["ppl_paper_protocol"]) == pytest.approx(3.0 * 91 / 92)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_stay_exact_in_a_model_of_low_precision(dtype):
+    parent = torch.nn.Module()
+    parent.metric = Perplexity(rows=4000, paper_batch=64)
+    parent.to(dtype)
+    index = torch.arange(4000)
+    for _ in range(2):
+        parent.metric.update(torch.full((4000,), 39.216), torch.full((4000,), 10), index)
+        assert parent.metric.compute()["val_loss"] == pytest.approx(3.9216, rel=1e-6)
+        parent.metric.reset()
+
+
 def test_an_empty_validation_is_refused():
     metric = Perplexity(4, 2)
     metric.update(torch.ones(2), torch.ones(2, dtype=torch.int64), torch.tensor([-1, -1]))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from cod_lightning.cli import sections
+from cod_lightning.cli import carry_out, sections
 from cod_lightning.config import choices, compose
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_token_loss
@@ -17,7 +18,7 @@ from cod_lightning.train.run import build
 
 GOLDEN = Path(__file__).with_name("golden.json")
 """Training losses of six toy steps per strategy. A change that leaves the maths alone leaves them; one that is meant to
-change them rewrites the file: delete it, run this file, and commit it with the reason."""
+change them replaces the numbers by those that the failing test prints, and says why in the commit."""
 
 
 def losses(record):
@@ -82,7 +83,6 @@ def test_clipping_bounds_the_gradient(train):
     clipped, _ = train("name=clipped", "optim.name=adamw", "optim.eps=1.0", "optim.warmup_ratio=0", "optim.clip=1e-6")
     # With eps = 1 Adam's update is about lr times the gradient: clipped to nothing, nothing is learned.
     assert losses(clipped)[0] == losses(free)[0]
-    assert abs(clipped["val_loss"] - losses(clipped)[0]) < abs(free["val_loss"] - losses(free)[0]) + 1
     assert clipped["history"]["layers"]["variance"][-1] == pytest.approx(
         clipped["history"]["layers"]["variance"][0], rel=1e-4
     )
@@ -104,10 +104,8 @@ def test_bfloat16_trains(train, precision):
 
 def test_golden_losses_of_every_strategy(train):
     found = {name: losses(train(f"norm={name}", f"name={name}")[0]) for name in STRATEGIES}
-    if not GOLDEN.exists():
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
-    assert found.keys() == golden.keys()
+    assert found.keys() == golden.keys(), json.dumps(found)
     for name in found:
         # Another processor may sum in another order; a change of the maths shows far above this.
         assert found[name] == pytest.approx(golden[name], rel=2e-6), name
@@ -116,12 +114,12 @@ def test_golden_losses_of_every_strategy(train):
 @pytest.mark.parametrize("protocol", ["paper", "strict"])
 @pytest.mark.parametrize("experiment", choices("experiments"))
 def test_every_experiment_runs_two_steps_at_toy_size(train, experiment, protocol):
-    record, _ = train(f"experiments={experiment}", f"protocol={protocol}", "trainer.max_steps=2")
+    words = ("trainer.max_steps=2", "optim.warmup_steps=1")
+    record, _ = train(f"experiments={experiment}", f"protocol={protocol}", *words)
     assert record["steps"] == 2
     assert math.isfinite(record["val_loss"])
     assert record["config"]["data"]["layout"] == ("document" if protocol == "paper" else "packed")
-    first = record["history"]["train"]["lr"][0]
-    assert first == (0 if protocol == "paper" and record["config"]["optim"]["warmup_ratio"] * 2 >= 1 else first)
+    assert (record["history"]["train"]["lr"][0] == 0) == (protocol == "paper")
 
 
 def test_checkpoints_are_kept_by_number_and_hold_plain_data(train):
@@ -142,6 +140,45 @@ def test_a_finished_run_is_not_repeated(train):
     changed = (folder / "record.json").stat().st_mtime_ns
     assert train()[0] == json.loads(json.dumps(record))
     assert (folder / "record.json").stat().st_mtime_ns == changed
+
+
+@pytest.mark.parametrize("every", [2, 100])
+def test_best_is_the_best_validation_also_when_that_is_the_last(train, every):
+    record, folder = train("trainer.max_steps=5", f"eval.every={every}", "optim.lr=0.01")
+    val = record["history"]["val"]
+    assert val["val_loss"][-1] == min(val["val_loss"])
+    assert read_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"] == 5
+
+
+def test_a_run_that_only_lacks_its_record_ends_the_same(train):
+    record, folder = train("trainer.max_steps=5", "eval.every=3", "name=unrecorded")
+    (folder / "record.json").unlink()
+    again, _ = train("trainer.max_steps=5", "eval.every=3", "name=unrecorded")
+    for name in ("val_loss", "ppl_paper_protocol", "tokens"):
+        assert again[name] == record[name]
+    assert again["history"] == record["history"]
+
+
+def test_nothing_is_written_when_the_probe_or_the_device_cannot_be_had(train, tmp_path):
+    for word in ("trainer.probe_rows=100000", "trainer.accelerator=gpu"):
+        if word.endswith("gpu") and torch.cuda.is_available():
+            continue
+        with pytest.raises(UserError, match="probe" if "probe" in word else r"trainer\.accelerator='gpu'"):
+            train(word)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_a_run_in_use_is_left_alone(train, toy, tmp_path):
+    folder = compose([*toy, f"output={tmp_path}"]).folder
+    folder.parent.mkdir(parents=True)
+    with FileLock(f"{folder}.lock"), pytest.raises(UserError, match="is being trained by another process"):
+        train()
+    train()
+
+
+def test_an_output_that_is_no_folder_is_named(toy):
+    with pytest.raises(UserError, match="/dev/null/x"):
+        carry_out(compose([*toy, "output=/dev/null/x"]))
 
 
 def test_a_longer_name_goes_on_from_its_checkpoint(train):
@@ -223,10 +260,3 @@ def test_tensorboard_holds_scalars_by_layer_the_figure_the_config_and_hparams(tr
     assert events.Scalars("val/ppl")[-1].value == pytest.approx(record["ppl"])
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert "_hparams_/session_start_info" in events.summary_metadata
-
-
-def test_the_csv_logger_writes_the_same_figures(train):
-    record, folder = train("logger=csv")
-    text = (folder / "csv" / "metrics.csv").read_text()
-    assert "val/ppl" in text.splitlines()[0]
-    assert f"{record['val_loss']}" in text

@@ -42,7 +42,7 @@ class DataConfig:
     """Rows per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: int = field(default=16, metadata=RUNTIME)
     """Rows per forward pass on one rank."""
-    folder: str | None = field(default=None, metadata=RUNTIME)
+    folder: str | None = None
     """A prepared set (local folder, or URL that litdata reads); None: derived from the settings, below `root`."""
     root: str = field(default="data", metadata=RUNTIME)
     """Prepared sets are kept here."""

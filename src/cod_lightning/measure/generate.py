@@ -40,7 +40,7 @@ def generate(
         logits = decoder(tokens)[0, -1].float().cpu()
         if top_k is not None and top_k < len(logits):
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-        if temperature == 0:
+        if temperature < 1e-6:
             token = int(logits.argmax())
         else:
             token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))

@@ -77,8 +77,8 @@ def layer_statistics(
     )
 
 
-def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str:
-    """Where a forward pass first leaves the finite numbers: "embedding", "layer 3 attention", ... or "lm_head"."""
+def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:
+    """Where a forward pass first leaves the finite numbers, such as "layer 3 attention"; None if it does not."""
     bad: list[str] = []
 
     def tap(what: str, layer: int, x: Tensor) -> None:
@@ -86,8 +86,8 @@ def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str:
             bad.append("embedding" if layer == 0 else f"layer {layer} {what}")
 
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        decoder(tokens, tap)
-    return bad[0] if bad else "lm_head"
+        logits = decoder(tokens, tap)
+    return bad[0] if bad else None if torch.isfinite(logits).all() else "lm_head"
 
 
 def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> Figure:

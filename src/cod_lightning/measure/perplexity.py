@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 
@@ -33,6 +35,10 @@ class Perplexity(Metric):
         shape = (paper_ranks * self.paper_batches,)
         self.add_state("losses", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("targets", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
+        """Follow the model to its device but not to its precision: sums in bfloat16 are off by percents."""
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
     def update(self, loss: Tensor, targets: Tensor, index: Tensor) -> None:
         """Add rows.

@@ -77,7 +77,9 @@ def projection_std(weight: Tensor, name: str, spec: SublayerSpec, std: float) ->
 def draw_(decoder: Decoder, name: str, std: float, seed: int) -> None:
     parameter = decoder.get_parameter(name)
     generator = torch.Generator().manual_seed(seed_of(seed, name))
-    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    # Named, because Lightning makes the accelerator and its precision the defaults while a model is built.
+    normal = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
+    parameter.copy_(normal * std)
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -98,7 +100,7 @@ def profile_skips(decoder: Decoder, seed: int) -> None:
 
     generator = torch.Generator().manual_seed(seed_of(seed, "admin profile"))
     shape = (PROFILE_ROWS, PROFILE_LENGTH)
-    tokens = torch.randint(decoder.model.embed_tokens.num_embeddings, shape, generator=generator)
+    tokens = torch.randint(decoder.model.embed_tokens.num_embeddings, shape, generator=generator, device="cpu")
     decoder(tokens.to(decoder.lm_head.weight.device), tap)
     total = torch.ones_like(variances[0])
     for residual, variance in zip(residuals, variances, strict=True):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -92,6 +93,12 @@ def block(**both: Any) -> BlockSpec:
 def choice(option: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"norm.{option}={value!r} does not exist: {nearest(str(value), known)}")
+
+
+def number(option: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"norm.{option}={value!r} must be a number")
+    return value
 
 
 # Where the norm stands -----------------------------------------------------------------------------------------------
@@ -185,36 +192,54 @@ def lns_learnable(layer: int, depth: int) -> BlockSpec:
 # What can be put on top of another strategy: `base` names it, further options are the base's --------------------------
 
 
+def on_top(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
+    """The block with `changes`, refused where the base strategy has set the same coefficients itself.
+
+    Raises:
+        UserError: names the coefficient.
+    """
+    untouched = SublayerSpec()
+    for sublayer in spec.sublayers:
+        taken = [field for field in changes if getattr(sublayer, field) != getattr(untouched, field)]
+        if "output_init" in changes and sublayer.xavier is not None:
+            taken.append("xavier")
+        if taken:
+            raise UserError(f"norm={name!r} cannot be put on this norm.base, which sets {', '.join(taken)} itself")
+    return spec.replace(**changes)
+
+
 @register
 def layer_scale(layer: int, depth: int, init: float = 1e-4, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """X + diag(w) f(LN(x)), w learned and starting small; the paper does not give its value, CaiT's default is 1e-4."""
-    return build(base, layer, depth, options).replace(branch_scale=init, learned_branch_scale="channel")
+    spec = build(base, layer, depth, options)
+    return on_top("layer_scale", spec, branch_scale=number("init", init), learned_branch_scale="channel")
 
 
 @register
 def skip_init(layer: int, depth: int, init: float | None = None, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """X + a f(LN(x)), a learned, starting at 1/sqrt(L) (text of the paper) or `init` (0.001 in the released code)."""
-    init = depth**-0.5 if init is None else init
-    return build(base, layer, depth, options).replace(branch_scale=init, learned_branch_scale="scalar")
+    init = depth**-0.5 if init is None else number("init", init)
+    spec = build(base, layer, depth, options)
+    return on_top("skip_init", spec, branch_scale=init, learned_branch_scale="scalar")
 
 
 @register
 def ds_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """Depth-Scaled Initialisation: output projections start smaller by 1/sqrt(2l)."""
-    return build(base, layer, depth, options).replace(output_init=(2 * layer) ** -0.5)
+    return on_top("ds_init", build(base, layer, depth, options), output_init=(2 * layer) ** -0.5)
 
 
 @register
 def scaled_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """Scaled Initialisation (GPT-2, Megatron): output projections start smaller by 1/sqrt(2L)."""
-    return build(base, layer, depth, options).replace(output_init=(2 * depth) ** -0.5)
+    return on_top("scaled_init", build(base, layer, depth, options), output_init=(2 * depth) ** -0.5)
 
 
 @register
 def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """H - silu(a) stop_gradient(h) on the sums of pre-norm blocks, and on the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)
-    return spec.replace(gate="input" if spec.attention.sum_norm else "output")
+    return on_top("gpas", spec, gate="input" if spec.attention.sum_norm else "output")
 
 
 # Looking up and building ---------------------------------------------------------------------------------------------
@@ -226,6 +251,8 @@ def resolve(name: str) -> Strategy:
     Raises:
         UserError: no such strategy, module or function.
     """
+    if not isinstance(name, str):
+        raise UserError(f"norm={name!r} is not the name of a strategy: {nearest(str(name), STRATEGIES)}")
     if ":" not in name:
         if name not in STRATEGIES:
             raise UserError(f"norm={name!r} is not a strategy: {nearest(name, STRATEGIES)}")
@@ -255,7 +282,7 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     strategy = resolve(name)
     known = options_of(strategy)
     if "base" in known and options.get("base", known["base"]) not in (name, None):
-        known |= options_of(resolve(options.get("base", known["base"])))
+        known = options_of(resolve(options.get("base", known["base"]))) | known
     for option, value in options.items():
         if option not in known:
             raise UserError(
@@ -279,6 +306,8 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
 def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:
     """The blocks 1..depth of a `norm` section: its `name`, and options as further entries."""
     options = {key: value for key, value in norm.items() if key != "name"}
+    if "name" not in norm:
+        raise UserError(f"norm.name is missing: {nearest('', STRATEGIES)}")
     return [build(norm["name"], layer, depth, options) for layer in range(1, depth + 1)]
 
 

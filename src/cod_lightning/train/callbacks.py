@@ -28,18 +28,21 @@ class Recorder(Callback):
     def __init__(self, log_every: int):
         self.log_every = log_every
         self.history: History = {}
+        self.tokens = 0.0
         self.train_seconds = 0.0
         self.wall_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "history": self.history,
+            "tokens": self.tokens,
             "train_seconds": self.train_seconds,
             "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"]
+        self.tokens = state_dict["tokens"]
         self.train_seconds = state_dict["train_seconds"]
         self.wall_seconds = state_dict["wall_seconds"]
 
@@ -68,7 +71,8 @@ class Recorder(Callback):
         seconds = time.perf_counter() - self.batch_began
         self.train_seconds += seconds
         outputs = {name: float(value) for name, value in outputs.items()}
-        rate = batch.numel() * trainer.world_size / seconds
+        rate = (outputs["tokens"] - self.tokens) / seconds
+        self.tokens = outputs["tokens"]
         pl_module.log_dict(
             {"loss": outputs["loss"], "tokens/s": rate}, prog_bar=True, logger=False, rank_zero_only=True
         )
@@ -150,7 +154,7 @@ class ProgressLines(Callback):
     ) -> None:
         series = self.recorder.history["train"]
         if series["step"][-1] == trainer.global_step:
-            left = (trainer.max_steps - trainer.global_step) * batch.numel() * trainer.world_size
+            left = (trainer.max_steps - trainer.global_step) * series["tokens"][-1] / trainer.global_step
             self.say(
                 trainer,
                 f"step {trainer.global_step:>6}/{trainer.max_steps}  loss {series['loss'][-1]:.4f}  "

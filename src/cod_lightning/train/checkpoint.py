@@ -21,9 +21,11 @@ BEST = "best.ckpt"
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames, so that a file under its final name is always whole.
 
-    Raises:
-        UserError: the file cannot be written or read; what was there before stays.
+    One that cannot be written is told in `failure` and not raised: the other ranks wait in a barrier for the writer.
+    `Checkpoints` raises it on all of them. What was there before stays.
     """
+
+    failure: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -38,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
             partial.unlink(missing_ok=True)
-            raise UserError(f"{path}: the checkpoint cannot be written ({error}); earlier ones are kept") from error
+            self.failure = f"{path}: the checkpoint cannot be written ({error}); earlier ones are kept"
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -81,6 +83,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: Path, every: int, keep: int, val_every: int):
         self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
+        self.io = AtomicCheckpointIO()
         self.best = float("inf")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,21 +104,29 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.due(trainer) and trainer.global_step % self.val_every:
-            self.save(trainer)
+            self.save_step(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
         loss = float(trainer.callback_metrics["val_loss"])
-        if improved := loss < self.best:
+        if loss < self.best:
             self.best = loss
-        if self.due(trainer):
-            self.save(trainer)
-        if improved:
-            trainer.save_checkpoint(self.folder / BEST)
+            # Before the checkpoint of this step: a run that is killed between the two comes by here again.
+            self.save(trainer, BEST)
+        if trainer.state.fn == "fit" and self.due(trainer):
+            self.save_step(trainer)
 
-    def save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
+    def save_step(self, trainer: Trainer) -> None:
+        self.save(trainer, f"step-{trainer.global_step:08d}.ckpt")
         if trainer.is_global_zero:
             for old in checkpoints(self.folder)[: -self.keep]:
                 old.unlink()
+
+    def save(self, trainer: Trainer, name: str) -> None:
+        """Save on all ranks.
+
+        Raises:
+            UserError: on every rank, if the file cannot be written.
+        """
+        trainer.save_checkpoint(self.folder / name)
+        if failure := trainer.strategy.broadcast(self.io.failure):
+            raise UserError(failure)

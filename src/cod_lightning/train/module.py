@@ -108,7 +108,8 @@ class DecoderModule(LightningModule):
         (total,) = self.sum_over_ranks(total)
         value = float(total)
         if not torch.isfinite(total):
-            bad = next((first_bad_layer(self.decoder, rows) for rows in micro_batches), "")
+            places = (first_bad_layer(self.decoder, rows) for rows in micro_batches)
+            bad = next((place for place in places if place), "the loss, or on another rank")
             raise UserError(
                 f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. "
                 "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
@@ -133,7 +134,7 @@ class DecoderModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         figures = self.perplexity.compute()
         self.perplexity.reset()
-        self.log_dict({name: float(value) for name, value in figures.items()}, rank_zero_only=True, sync_dist=False)
+        self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         bad = [name for name, p in self.decoder.named_parameters() if not torch.isfinite(p).all()]

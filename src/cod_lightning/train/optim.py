@@ -35,7 +35,11 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
     ]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     beta1, beta2 = config.betas
-    optimizer = kind([g for g in groups if g["params"]], lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    # The fused kernel rounds once a step; the released runs, in bfloat16, were made with the default's many roundings.
+    fused = True if all(p.dtype == torch.float32 for p in parameters) else None
+    optimizer = kind(
+        [g for g in groups if g["params"]], lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused
+    )
     multiplier = partial(
         lr_multiplier,
         warmup=config.warmup(max_steps),

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
@@ -26,7 +27,6 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.nn.strategies import warnings as strategy_warnings
 from cod_lightning.train.callbacks import LayerStatisticsCallback, ProgressBar, Recorder, progress
 from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
 from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig
@@ -52,40 +52,40 @@ class Sections:
     config: Mapping[str, Any]
 
 
-def fit(run: Sections, data: TokenDataModule, module: DecoderModule, folder: Path) -> dict[str, Any]:
+def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, Any]:
     """Train to the last step, going on from the newest checkpoint in `folder`.
 
     Args:
         run: the settings.
-        data: from `build(run)`.
-        module: from `build(run)`.
         folder: checkpoints, TensorBoard events, the tokenizer and `record.json` go there.
+        claim: called when all is checked, before the first file is written there.
 
     Returns:
         The run's record, as written to `record.json`.
 
     Raises:
-        UserError: a checkpoint that cannot be read or written, damaged data, or a loss that is not finite.
+        UserError: data, checkpoints or a device that cannot be had, or a loss that is not finite.
     """
-    for warning in strategy_warnings(build_all(run.norm, run.model.num_hidden_layers)):
-        print(f"warning: {warning}", file=sys.stderr)
     with library_chatter_off():
-        keep_tokenizer(data, folder)
+        data, module = build(run)
         recorder = Recorder(run.trainer.log_every)
-        steps = Checkpoints(
-            folder / "checkpoints", run.trainer.checkpoint_every, run.trainer.keep_last, run.evaluation.every
-        )
         callbacks: list[Callback] = [recorder]
         if run.trainer.stats_every:
             probe = data.probe_batch(run.trainer.probe_rows)
             callbacks.append(LayerStatisticsCallback(recorder, probe, run.trainer.stats_every))
         if run.trainer.progress:
             callbacks.append(progress(recorder, sys.stderr.isatty()))
-        found = checkpoints(steps.folder)
-        resumed_from = int(found[-1].stem.removeprefix("step-")) if found else None
-        trainer = build_trainer(
-            run, callbacks=[*callbacks, steps], logger=build_logger(run.logger, folder, resumed_from)
+        steps = Checkpoints(
+            folder / "checkpoints", run.trainer.checkpoint_every, run.trainer.keep_last, run.evaluation.every
         )
+        trainer = build_trainer(run, [*callbacks, steps], steps.io)
+        claim()
+        found = checkpoints(steps.folder)
+        if run.logger == "tensorboard":
+            # What was logged past the checkpoint will be logged again.
+            purge = int(found[-1].stem.removeprefix("step-")) + 1 if found else None
+            trainer.logger = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=purge)
+        keep_tokenizer(data, folder)
         log_config(trainer, run.config)
         here = environment()
         trainer.fit(module, data, ckpt_path=found[-1] if found else None, weights_only=True)
@@ -119,7 +119,7 @@ def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:
         data, module = build(run)
         module.configure_model()
         load_state(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
-        trainer = build_trainer(run, callbacks=[], logger=False)
+        trainer = build_trainer(run)
         trainer.validate(module, data, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -192,28 +192,38 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
     return found[-1]
 
 
-def build_trainer(run: Sections, *, callbacks: list[Callback], logger: Any) -> Trainer:
+def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicCheckpointIO | None = None) -> Trainer:
+    """The Trainer of a run; it writes nothing yet.
+
+    Raises:
+        UserError: the machine does not have what `trainer.*` asks for.
+    """
     settings = run.trainer
-    return Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
-        precision=precision(settings),
-        max_steps=settings.max_steps,
-        max_epochs=-1,
-        val_check_interval=run.evaluation.every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-        enable_checkpointing=bool(callbacks),
-        callbacks=callbacks,
-        logger=logger,
-        plugins=[AtomicCheckpointIO()],
-    )
+    try:
+        return Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
+            strategy=settings.strategy,
+            precision=precision(settings),
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            val_check_interval=run.evaluation.every,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+            enable_checkpointing=io is not None,
+            callbacks=list(callbacks),
+            logger=False,
+            plugins=[io or AtomicCheckpointIO()],
+        )
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"trainer.accelerator={settings.accelerator!r}, trainer.devices={settings.devices}: {error}"
+        ) from error
 
 
 def precision(settings: TrainerConfig) -> Any:
@@ -222,16 +232,6 @@ def precision(settings: TrainerConfig) -> Any:
         return settings.precision
     cuda = settings.accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return settings.auto_cuda if cuda else "32-true"
-
-
-def build_logger(name: str, folder: Path, resumed_from: int | None) -> Logger | bool:
-    """A logger that writes into the run folder; entries past the checkpoint that a run goes on from are purged."""
-    if name == "tensorboard":
-        purge = None if resumed_from is None else resumed_from + 1
-        return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=purge)
-    if name == "csv":
-        return CSVLogger(folder, name="", version="csv")
-    return False
 
 
 def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
@@ -249,8 +249,6 @@ def log_hyperparameters(trainer: Trainer, config: Mapping[str, Any], record: Map
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(chosen, metrics={"hp/val_loss": record["val_loss"]})
-        else:
-            logger.log_hyperparams(chosen)
 
 
 @rank_zero_only
