@@ -130,9 +130,8 @@ def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     if not multirun and jobs > 1:
         raise UserError(f"--jobs={jobs} is for a sweep: add -m")
     if cfg:
-        print(
-            "---\n".join(to_yaml(compose(words)) for words in (sweep(overrides) if multirun else [overrides])), end=""
-        )
+        runs = sweep(overrides) if multirun else [overrides]
+        print("---\n".join(to_yaml(compose(words)) for words in runs), end="")
         return 0
     if multirun:
         return fit_all(overrides, jobs)
@@ -167,7 +166,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
 
     if config.resume and (finished := read_record(folder)) is not None:
         return finished, folder
-    lock = FileLock(f"{folder}.lock")
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         if first:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -176,10 +175,12 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     except Timeout:
         raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}; set output= to a folder") from error
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     except SystemExit as stop:
         # Lightning turns Ctrl-C into an exit of its own.
-        raise KeyboardInterrupt from stop if isinstance(stop.__context__, KeyboardInterrupt) else None
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
     finally:
         lock.release()
 
@@ -270,9 +271,7 @@ def generate(
         ("seed", seed, 0, 2**63 - 1),
     ):
         if value is not None and not least <= value <= most:
-            raise UserError(
-                f"--{name}={value} must be at least {least}" + (f", at most {most}" if most < math.inf else "")
-            )
+            raise UserError(f"--{name}={value} must lie between {least} and {most}")
     from cod_lightning.measure.generate import generate as sample
     from cod_lightning.train.run import checkpoint_of, load_run
 

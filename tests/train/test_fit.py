@@ -172,7 +172,10 @@ def test_nothing_is_written_when_the_probe_or_the_device_cannot_be_had(train, tm
 def test_a_run_in_use_is_left_alone(train, toy, tmp_path):
     folder = compose([*toy, f"output={tmp_path}"]).folder
     folder.parent.mkdir(parents=True)
-    with FileLock(f"{folder}.lock"), pytest.raises(UserError, match="is being trained by another process"):
+    with (
+        FileLock(folder.with_name(f".{folder.name}.lock")),
+        pytest.raises(UserError, match="is being trained by another process"),
+    ):
         train()
     train()
 

@@ -93,6 +93,7 @@ class TrainerConfig:
     auto_cuda: str = "bf16-mixed"
     """What `precision=auto` means on CUDA; protocol=paper sets `bf16-true`."""
     accelerator: str = field(default="auto", metadata=RUNTIME)
+    """`cpu`, `gpu` (CUDA), or `auto`: CUDA where there is one, else the CPU."""
     devices: int = field(default=1, metadata=RUNTIME)
     """Ranks per node."""
     num_nodes: int = field(default=1, metadata=RUNTIME)

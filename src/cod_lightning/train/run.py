@@ -201,7 +201,7 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
     settings = run.trainer
     try:
         return Trainer(
-            accelerator=settings.accelerator,
+            accelerator=accelerator(settings),
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             strategy=settings.strategy,
@@ -226,11 +226,18 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
         ) from error
 
 
+def accelerator(settings: TrainerConfig) -> str:
+    """Lightning's name for the accelerator; its own "auto" would take an Apple GPU, which has no float64 for sums."""
+    if settings.accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
+
+
 def precision(settings: TrainerConfig) -> Any:
     """`precision=auto` resolved: `auto_cuda` on a CUDA device that has bfloat16, float32 elsewhere."""
     if settings.precision != "auto":
         return settings.precision
-    cuda = settings.accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    cuda = accelerator(settings) == "cuda" and torch.cuda.is_bf16_supported()
     return settings.auto_cuda if cuda else "32-true"
 
 
