@@ -42,4 +42,4 @@ def test_patterns_are_a_list():
 
 def test_fields_that_do_not_decide_the_result_are_marked():
     marked = {field.name for field in dataclasses.fields(DataConfig) if field.metadata.get("identity") is False}
-    assert marked == {"micro_batch_size", "folder", "root", "workers", "loader_workers"}
+    assert marked == {"micro_batch_size", "root", "workers", "loader_workers"}

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cod_lightning.data import prepare as preparation
-from cod_lightning.data.manifest import FORMAT, Manifest, check_against, damage, read_manifest
-from cod_lightning.data.prepare import Encoded, Encoder, is_whole, prepare, prepared_folder
+from cod_lightning.data.manifest import FORMAT, Manifest, damage, read_manifest
+from cod_lightning.data.prepare import Encoded, Encoder, check_against, is_whole, prepare, prepared_folder
 from cod_lightning.data.tokenizer import DocumentTokenizer
 from cod_lightning.errors import UserError
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cod_lightning.data.config import DataConfig, problems
-from cod_lightning.data.manifest import Manifest, check_against
+from cod_lightning.data.manifest import Manifest
 from cod_lightning.data.order import rows_of_step
-from cod_lightning.data.prepare import prepare, prepared_folder
+from cod_lightning.data.prepare import check_against, prepare, prepared_folder
 from cod_lightning.data.stream import TokenRows, open_set
 from cod_lightning.errors import UserError
 

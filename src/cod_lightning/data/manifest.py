@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.data.config import DataConfig
 from cod_lightning.errors import UserError
 
 FORMAT = 1
@@ -160,35 +159,3 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
             elif size != chunk.bytes:
                 found.append(f"{path}: {size:,} bytes instead of {chunk.bytes:,}")
     return found
-
-
-def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
-    """Compare the set at `where` with the settings that decide what its rows are.
-
-    Raises:
-        UserError: Made with another tokenizer, layout or row length; names every difference and both values.
-    """
-    differences = [
-        f"data.{key}={wanted!r}, but the set has {found!r}"
-        for key, wanted, found in (
-            ("layout", config.layout, manifest.layout),
-            ("seq_len", config.seq_len, manifest.seq_len),
-        )
-        if wanted != found
-    ]
-    record = manifest.tokenizer
-    if config.tokenizer != record.name:
-        # The same tokenizer may be reached by another name: a folder is compared by content.
-        path = Path(config.tokenizer) / TOKENIZER
-        if not (path.is_file() and _tokenizer_hash(config.tokenizer) == record.sha256):
-            differences.append(f"data.tokenizer={config.tokenizer!r}, but the set has {record.name!r}")
-    elif record.requested is not None and config.vocab_size != record.requested:
-        differences.append(f"data.vocab_size={config.vocab_size}, but the set has {record.requested}")
-    if differences:
-        raise UserError(f"{where} was prepared with other settings: {'; '.join(differences)}")
-
-
-def _tokenizer_hash(folder: str) -> str:
-    from cod_lightning.data.tokenizer import load_tokenizer
-
-    return load_tokenizer(folder).sha256

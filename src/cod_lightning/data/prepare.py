@@ -131,6 +131,32 @@ def is_whole(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and not damage(folder, read_manifest(folder))
 
 
+def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
+    """Compare the set at `where` with the settings that decide what its rows are.
+
+    Raises:
+        UserError: Made with another tokenizer, layout or row length; names every difference and both values.
+    """
+    differences = [
+        f"data.{key}={wanted!r}, but the set has {found!r}"
+        for key, wanted, found in (
+            ("layout", config.layout, manifest.layout),
+            ("seq_len", config.seq_len, manifest.seq_len),
+        )
+        if wanted != found
+    ]
+    record = manifest.tokenizer
+    if config.tokenizer != record.name:
+        # The same tokenizer may be reached by another name: a folder is compared by content.
+        path = Path(config.tokenizer) / TOKENIZER
+        if not (path.is_file() and load_tokenizer(config.tokenizer).sha256 == record.sha256):
+            differences.append(f"data.tokenizer={config.tokenizer!r}, but the set has {record.name!r}")
+    elif record.requested is not None and config.vocab_size != record.requested:
+        differences.append(f"data.vocab_size={config.vocab_size}, but the set has {record.requested}")
+    if differences:
+        raise UserError(f"{where} was prepared with other settings: {'; '.join(differences)}")
+
+
 def _write_set(config: DataConfig, partial_folder: Path, folder: Path, progress: bool) -> None:
     workers = config.workers or _cores()
     with _Report(progress) as report:
