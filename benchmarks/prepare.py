@@ -29,6 +29,7 @@ from cod_lightning.data.corpora import docs
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepare
 from cod_lightning.data.tokenizer import DocumentTokenizer, train_bpe
+from cod_lightning.train.record import hardware
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -123,7 +124,7 @@ def main() -> None:
         new = not arguments.csv.exists()
         common = {
             "date": datetime.date.today().isoformat(),
-            "machine": platform.machine(),
+            "machine": hardware()["cpu"],
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "tokenizers": tokenizers.__version__,
