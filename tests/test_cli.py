@@ -59,6 +59,16 @@ def test_a_run_ends_with_its_figures_a_chart_and_its_folder(finished):
     assert "Warning" not in process.stderr
 
 
+def test_a_finished_run_is_shown_again_and_not_repeated(finished, toy):
+    folder, first = finished
+    changed = (folder / "record.json").stat().st_mtime_ns
+    again = run("fit", *toy, f"output={folder.parents[1]}")
+    assert again.returncode == 0
+    assert "this run is finished" in again.stderr
+    assert again.stdout == first.stdout
+    assert (folder / "record.json").stat().st_mtime_ns == changed
+
+
 def test_evaluate_repeats_the_validation_and_takes_other_data(finished, corpus, tmp_path):
     folder, _ = finished
     record = json.loads((folder / "record.json").read_text())

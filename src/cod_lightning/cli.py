@@ -165,6 +165,8 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     from cod_lightning.train.run import fit
 
     if config.resume and (finished := read_record(folder)) is not None:
+        if first:
+            print("this run is finished; resume=false trains it anew", file=sys.stderr)
         return finished, folder
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
