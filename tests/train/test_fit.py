@@ -185,7 +185,7 @@ def test_an_output_that_is_no_folder_is_named(toy):
         carry_out(compose([*toy, "output=/dev/null/x"]))
 
 
-def test_a_longer_name_goes_on_from_its_checkpoint(train):
+def test_a_run_goes_on_from_its_newest_checkpoint(train):
     whole, _ = train("name=whole")
     _, folder = train("name=parts")
     (folder / "record.json").unlink()
