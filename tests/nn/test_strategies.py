@@ -268,10 +268,6 @@ def test_constants_by_depth(depth):
     assert post == sorted(post, reverse=True)
 
 
-def my_strategy(layer, depth, power=0.25):
-    return block(gain=layer**-power)
-
-
 def returns_nothing(layer, depth):
     return None
 

@@ -26,7 +26,7 @@ from typing import TypeAlias
 import numpy as np
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cod_lightning.data.config import DataConfig, problems
 from cod_lightning.data.corpora import identity, open_corpus
@@ -422,14 +422,14 @@ class _Report:
     def __init__(self, enabled: bool) -> None:
         self.console = Console(stderr=True, quiet=not enabled)
         self.progress = Progress(
-            SpinnerColumn(),
+            BarColumn(bar_width=20),  # pulses: how much text a stream holds is known at its end
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
             disable=not (enabled and self.console.is_terminal),
         )
-        self.task = self.progress.add_task("")
+        self.task = self.progress.add_task("", total=None)
 
     def __enter__(self) -> _Report:
         self.progress.start()

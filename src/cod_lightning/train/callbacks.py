@@ -80,7 +80,7 @@ class Recorder(Callback):
             self.add(trainer, "train", **outputs, tokens_per_second=rate)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or self.history.get("val", {}).get("step", [None])[-1] == trainer.global_step:
+        if self.history.get("val", {}).get("step", [None])[-1] == trainer.global_step:
             return
         names = ("val_loss", "ppl", "ppl_paper_protocol", "val_tokens")
         self.add(trainer, "val", **{name: float(trainer.callback_metrics[name]) for name in names})
