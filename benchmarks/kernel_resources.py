@@ -1,0 +1,117 @@
+"""Registers, spills and shared memory of the norm kernels, compiled for named GPUs on a machine that needs none.
+
+    python benchmarks/kernel_resources.py [--arch 80 90] [--widths 768 1024] [--csv FILE]
+
+Fails if a kernel spills registers to memory at a width that the paper uses (512 to 4,096).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cod_lightning.kernels import triton_norm
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+PAPER_WIDTHS = (512, 768, 1024, 2048, 4096)
+ELEMENTS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+
+
+def arguments_of(kernel: str, element: str, layer: bool) -> dict[str, str | None]:
+    """Types of a kernel's arguments as training passes them; None: an argument that is left out."""
+    mean = "*fp32" if layer else None
+    return {
+        "norm": {"x": element, "branch": None, "weight": element, "stream": None, "y": element, "mean": mean},
+        "add_norm": {"x": element, "branch": element, "weight": element, "stream": element, "y": element, "mean": mean},
+        "backward": {"stream": element, "weight": element, "mean": mean, "dy": element, "dstream": element}
+        | {"dx": element, "dbranch": None, "partial": "*fp32"},
+    }[kernel] | {"rstd": "*fp32", "rows": "i32", "eps": "fp32", "gain": "fp32"}
+
+
+def compiled(kernel: str, width: int, dtype: str, layer: bool, arch: int) -> bytes:
+    """The machine code of a kernel."""
+    back = kernel == "backward"
+    function = triton_norm.backward_kernel if back else triton_norm.forward_kernel
+    constants = triton_norm.constants(width, backward=back)
+    warps = constants.pop("num_warps")
+    types = arguments_of(kernel, ELEMENTS[dtype], layer)
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        kind = types.get(name, "i32" if name.endswith("_stride") else None)
+        if kind is None:
+            constants.setdefault(name, None)
+        signature[name] = "constexpr" if kind is None else kind
+        # What the launcher finds out of aligned pointers and of strides that are multiples of 16.
+        if kind is not None and (kind.startswith("*") or name.endswith("_stride")) and width % 16 == 0:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, signature, places, attributes)
+    built = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": warps})
+    return built.asm["cubin"]
+
+
+def inspect(cubin: bytes) -> dict[str, int]:
+    """What the assembler reports of a kernel, and how many of its memory accesses are 16 bytes wide."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
+        listing = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*", listing)
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "local": found["LOCAL"],
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+        "shared": found["SHARED"],
+        "accesses": len(accesses),
+        "wide": sum(".128" in access for access in accesses),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", listing, re.MULTILINE)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities")
+    parser.add_argument("--widths", type=int, nargs="+", default=[*PAPER_WIDTHS, 100, 8192, 16384])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=ELEMENTS)
+    parser.add_argument("--kinds", nargs="+", default=["rms", "layer"], choices=["rms", "layer"])
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for arch, kind, dtype, width, kernel in itertools.product(
+        options.arch, options.kinds, options.dtypes, options.widths, ("norm", "add_norm", "backward")
+    ):
+        shape = triton_norm.constants(width, backward=kernel == "backward")
+        cubin = compiled(kernel, width, dtype, kind == "layer", arch)
+        case = {"arch": f"sm_{arch}", "kind": kind, "dtype": dtype, "width": width, "kernel": kernel}
+        rows.append(case | {"rows": shape["ROWS"], "warps": shape["num_warps"]} | inspect(cubin))
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=160).print(table)
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    spilt = [row for row in rows if row["width"] in PAPER_WIDTHS and row["spills"] + row["local"] + row["stack"]]
+    if spilt:
+        sys.exit(f"{len(spilt)} kernels spill at the paper's widths, the first: {spilt[0]}")
+
+
+if __name__ == "__main__":
+    main()

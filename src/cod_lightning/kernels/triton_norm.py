@@ -1,0 +1,305 @@
+"""The norms as Triton kernels: `reference_norm` with one pass over memory in either direction.
+
+A forward pass reads the stream (or its two summands) and writes what is new; a backward pass reads the gradient of the
+normalised output, the stream and the gradient that reaches the stream from elsewhere, and writes their sum. In bfloat16
+that is 4 and 8 bytes an element for a norm, 8 and 8 with the residual addition. The gain multiplies the weight in
+registers. All arithmetic is in float32, every result is rounded once, and nothing depends on the order in which
+programs run: the weight's gradient is summed in float32 by each program over its own rows, then over the programs in
+the order of their numbers.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+MAX_WIDTH = 16_384
+"""Widest row of one program: its tile must stay in registers."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = knobs.runtime.interpret
+"""Whether the kernels run on the CPU, under TRITON_INTERPRET=1."""
+
+
+COLUMNS = 16
+"""Channels whose gradient one program sums: 64 bytes, and enough programs to fill a GPU."""
+
+Number = float | Tensor
+"""A constant: a number, or a tensor of one float32 element on the device, which the kernels LOAD."""
+
+
+@triton.jit
+def forward_kernel(
+    x, branch, weight, stream, y, mean, rstd, rows, x_stride, branch_stride, eps, gain,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS rows of one group; `branch` with `stream`, `weight`, and for `rms` `mean` may be None."""
+    if LOAD:
+        gain, eps = tl.load(gain), tl.load(eps)
+    group = tl.program_id(1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    present = (row < rows)[:, None] & inside[None, :]
+    place = group * WIDTH + column[None, :]
+    dense = row[:, None] * (GROUPS * WIDTH) + place
+
+    s = tl.load(x + row[:, None] * x_stride + place, present, other=0.0).to(tl.float32)
+    if branch is not None:
+        s += tl.load(branch + row[:, None] * branch_stride + place, present, other=0.0).to(tl.float32)
+        rounded = s.to(stream.dtype.element_ty)
+        tl.store(stream + dense, rounded, present)
+        s = rounded.to(tl.float32)
+    if mean is not None:
+        m = tl.sum(s, 1) / WIDTH
+        tl.store(mean + row * GROUPS + group, m, row < rows)
+        s = tl.where(inside[None, :], s - m[:, None], 0.0)
+    r = 1 / tl.sqrt_rn(tl.sum(s * s, 1) / WIDTH + eps)
+    tl.store(rstd + row * GROUPS + group, r, row < rows)
+    factor = gain
+    if weight is not None:
+        factor = gain * tl.load(weight + group * WIDTH + column, inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + dense, (s * r[:, None] * factor).to(y.dtype.element_ty), present)
+
+
+@triton.jit
+def backward_kernel(
+    stream, weight, mean, rstd, dy, dstream, dx, dbranch, partial, rows, stream_stride, dy_stride, dstream_stride, gain,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
+):  # fmt: skip
+    """Every `programs`-th tile of one group; `dstream`, `dbranch` and `partial` [programs, hidden] may be None."""
+    if LOAD:
+        gain = tl.load(gain)
+    program, programs, group = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    place = group * WIDTH + column[None, :]
+    factor = gain
+    if weight is not None:
+        factor = gain * tl.load(weight + group * WIDTH + column, inside, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=2):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        present = (row < rows)[:, None] & inside[None, :]
+        dense = row[:, None] * (GROUPS * WIDTH) + place
+        s = tl.load(stream + row[:, None] * stream_stride + place, present, other=0.0).to(tl.float32)
+        g = tl.load(dy + row[:, None] * dy_stride + place, present, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row * GROUPS + group, row < rows, other=0.0)[:, None]
+        if mean is not None:
+            s -= tl.load(mean + row * GROUPS + group, row < rows, other=0.0)[:, None]
+            s = tl.where(inside[None, :], s, 0.0)
+        normed = s * r
+        if partial is not None:
+            dweight += tl.sum(g * normed, 0)
+        g *= factor
+        d = g - normed * (tl.sum(g * normed, 1) / WIDTH)[:, None]
+        if mean is not None:
+            d -= (tl.sum(g, 1) / WIDTH)[:, None]
+        d *= r
+        if dstream is not None:
+            d += tl.load(dstream + row[:, None] * dstream_stride + place, present, other=0.0).to(tl.float32)
+        tl.store(dx + dense, d.to(dx.dtype.element_ty), present)
+        if dbranch is not None:
+            tl.store(dbranch + dense, d.to(dbranch.dtype.element_ty), present)
+    if partial is not None:
+        tl.store(partial + program * (GROUPS * WIDTH) + group * WIDTH + column, dweight, inside)
+
+
+@triton.jit
+def dweight_kernel(
+    partial,
+    dweight,
+    programs,
+    gain,
+    HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOAD: tl.constexpr,
+):
+    """The sum of `partial` [programs, hidden] over the programs in order, times the gain."""
+    if LOAD:
+        gain = tl.load(gain)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < HIDDEN
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, programs, ROWS):
+        row = first + tl.arange(0, ROWS)
+        present = (row < programs)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(partial + row[:, None] * HIDDEN + column[None, :], present, other=0.0), 0)
+    tl.store(dweight + column, (total * gain).to(dweight.dtype.element_ty), inside)
+
+
+def constants(hidden: int, groups: int = 1, gain: Number = 1.0, backward: bool = False) -> dict[str, Any]:
+    """What a kernel is compiled for: the width of a group, a tile of ROWS rows and BLOCK columns, and its warps.
+
+    16 elements a thread in both directions: two 16-byte loads of bfloat16 in flight for each operand.
+    """
+    width = hidden // groups
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(8, (2048 if backward else 4096) // block))
+    shape = {"WIDTH": width, "GROUPS": groups, "BLOCK": block, "ROWS": rows, "LOAD": isinstance(gain, Tensor)}
+    return shape | {"num_warps": max(1, min(16, rows * block // 512))}
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; when interpreted, few enough that every program has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[rows, hidden], whose last stride is 1; a view wherever there is one."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def forward_outputs(
+    x: Tensor, branch: Tensor | None, layer: bool, groups: int, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Memory for y, rstd [..., groups], the mean likewise if `layer`, and the stream if there is a branch to add."""
+    stream = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    rstd = torch.empty((*x.shape[:-1], groups), dtype=torch.float32, device=x.device)
+    outputs = [torch.empty(x.shape, dtype=dtype or stream, device=x.device), rstd]
+    if layer:
+        outputs.append(torch.empty_like(rstd))
+    if branch is not None:
+        outputs.append(torch.empty(x.shape, dtype=stream, device=x.device))
+    return outputs
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    branch: Tensor | None,
+    gain: Number,
+    eps: Number,
+    layer: bool,
+    groups: int,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """`forward_outputs`, filled."""
+    outputs = forward_outputs(x, branch, layer, groups, dtype)
+    y, rstd = outputs[:2]
+    mean = outputs[2] if layer else None
+    stream = None if branch is None else outputs[-1]
+    x = rows_of(x)
+    branch = None if branch is None else rows_of(branch)
+    rows, hidden = x.shape
+    shape = constants(hidden, groups, gain)
+    with torch.cuda.device_of(x):
+        forward_kernel[max(1, triton.cdiv(rows, shape["ROWS"])), groups](
+            x, branch, weight, stream, y, mean, rstd, rows, x.stride(0), 0 if branch is None else branch.stride(0), eps,
+            gain, **shape,
+        )  # fmt: skip
+    return outputs
+
+
+def backward_outputs(
+    stream: Tensor, weight: Tensor | None, dtype: torch.dtype, branch_dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Memory for the gradients of x, of the branch where it has a dtype of its own, and of the weight unless None."""
+    dtypes = [dtype] if branch_dtype is None else [dtype, branch_dtype]
+    outputs = [torch.empty(stream.shape, dtype=dtype, device=stream.device) for dtype in dtypes]
+    return outputs if weight is None else [*outputs, torch.empty_like(weight)]
+
+
+def backward(
+    stream: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dy: Tensor,
+    dstream: Tensor | None,
+    gain: Number,
+    dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+    weighted: bool,
+) -> list[Tensor]:
+    """`backward_outputs`, filled; the weight's gradient only if `weighted`."""
+    outputs = backward_outputs(stream, weight if weighted else None, dtype, branch_dtype)
+    dx, dbranch = outputs[0], None if branch_dtype is None else outputs[1]
+    groups = rstd.shape[-1]
+    stream, dy = rows_of(stream), rows_of(dy)
+    dstream = None if dstream is None else rows_of(dstream)
+    rows, hidden = stream.shape
+    shape = constants(hidden, groups, gain, backward=True)
+    resident = multiprocessors(stream.device) * max(1, 16 // shape["num_warps"])
+    programs = max(1, min(resident, triton.cdiv(rows, shape["ROWS"])))
+    partial = torch.empty((programs, hidden), dtype=torch.float32, device=stream.device) if weighted else None
+    with torch.cuda.device_of(stream):
+        backward_kernel[programs, groups](
+            stream, weight, mean, rstd, dy, dstream, dx, dbranch, partial, rows, stream.stride(0), dy.stride(0),
+            0 if dstream is None else dstream.stride(0), gain, **shape,
+        )  # fmt: skip
+        if weighted:
+            sums: dict[str, Any] = {"HIDDEN": hidden, "COLUMNS": COLUMNS, "ROWS": 256, "LOAD": shape["LOAD"]}
+            dweight_kernel[(triton.cdiv(hidden, COLUMNS),)](partial, outputs[-1], programs, gain, **sums)
+    return outputs
+
+
+# Called from compiled code, the kernels are opaque operators; their constants are then tensors, so that the blocks of a
+# model, whose gains differ, share one compilation.
+forward_op = torch.library.custom_op(
+    "cod_lightning::norm",
+    forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? branch, Tensor gain, Tensor eps, bool layer, int groups, "
+    "ScalarType? dtype) -> Tensor[]",
+)
+backward_op = torch.library.custom_op(
+    "cod_lightning::norm_backward",
+    backward,
+    mutates_args=(),
+    schema="(Tensor stream, Tensor? weight, Tensor? mean, Tensor rstd, Tensor dy, Tensor? dstream, Tensor gain, "
+    "ScalarType dtype, ScalarType? branch_dtype, bool weighted) -> Tensor[]",
+)
+
+
+@forward_op.register_fake
+def _(x, weight, branch, gain, eps, layer, groups, dtype):
+    return forward_outputs(x, branch, layer, groups, dtype)
+
+
+@backward_op.register_fake
+def _(stream, weight, mean, rstd, dy, dstream, gain, dtype, branch_dtype, weighted):
+    return backward_outputs(stream, weight if weighted else None, dtype, branch_dtype)
+
+
+class TritonNorm(torch.autograd.Function):
+    """(x, weight, branch, gain, eps, layer, groups, dtype) -> (stream, y, rstd), as in `reference_norm`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, branch, gain, eps, layer, groups, dtype):
+        run = forward_op if torch.compiler.is_compiling() else forward
+        weight = None if weight is None else weight.contiguous()
+        outputs = run(x, weight, branch, gain, eps, layer, groups, dtype)
+        y, rstd, mean = outputs[0], outputs[1], outputs[2] if layer else None
+        stream = x if branch is None else outputs[-1]
+        ctx.save_for_backward(stream, weight, mean, rstd)
+        ctx.gain, ctx.dtype = gain, x.dtype
+        ctx.branched = branch is not None
+        ctx.branch_dtype = branch.dtype if ctx.branched and branch.dtype != x.dtype else None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rstd)
+        return stream, y, rstd
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        dstream, dy, _ = upstream
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("the Triton norm has no second derivative; norm_backend='torch' has")
+        weighted = ctx.needs_input_grad[1]
+        if dy is None:  # the normalised output was not used
+            dx, dbranch, dweight = dstream.to(ctx.dtype), dstream.to(ctx.branch_dtype or ctx.dtype), None
+        else:
+            run = backward_op if torch.compiler.is_compiling() else backward
+            outputs = run(*ctx.saved_tensors, dy, dstream, ctx.gain, ctx.dtype, ctx.branch_dtype, weighted)
+            dx, dbranch = outputs[0], outputs[0 if ctx.branch_dtype is None else 1]
+            dweight = outputs[-1] if weighted else None
+        return dx, dweight, dbranch if ctx.branched else None, None, None, None, None, None

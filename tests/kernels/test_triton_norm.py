@@ -1,0 +1,291 @@
+"""The Triton kernels, through Triton's interpreter where there is no GPU, against the reference in float64.
+
+The tolerance is the error of plain torch operations in the same dtype, one rounding after another.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cod_lightning.kernels import triton_norm
+from cod_lightning.kernels.norm import norm
+from cod_lightning.kernels.reference import reference_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def eager_norm(x, weight=None, branch=None, *, kind="rms", eps=1e-6, gain=1.0):
+    """What models write: add, upcast, square, mean, scale, downcast, times weight, times gain."""
+    stream = x if branch is None else x + branch
+    wide = stream.float()
+    if kind == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(stream.dtype)
+    return stream, (y if weight is None else y * weight) * gain, None
+
+
+def fused_norm(*tensors, **settings):
+    return norm(*tensors, **settings, backend="triton")
+
+
+def draw(rows, width, dtype=torch.float32, affine=True, branched=True, seed=0):
+    """x, weight, branch and the cotangents of stream and y."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, branch = 2 * normal(rows, width) + 0.3, normal(rows, width)
+    weight = 1 + 0.3 * normal(width)
+    tensors = [x, weight if affine else None, branch if branched else None, normal(rows, width), normal(rows, width)]
+    return [None if t is None else t.to(DEVICE, dtype) for t in tensors]
+
+
+def everything(function, x, weight, branch, dstream, dy, **settings):
+    """Outputs and gradients by name."""
+    leaves = {"dx": x, "dw": weight, "dbranch": branch}
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+    stream, y, rstd = function(leaves["dx"], leaves.get("dw"), leaves.get("dbranch"), **settings)
+    gradients = torch.autograd.grad([stream, y], list(leaves.values()), [dstream, dy])
+    found = {"stream": stream.detach(), "y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    return found if rstd is None else found | {"rstd": rstd}
+
+
+def in_float64(function, *tensors, **settings):
+    return everything(function, *(None if t is None else t.double() for t in tensors), **settings)
+
+
+def errors(found, truth):
+    """Relative error of every output, in the L2 norm over its elements."""
+    return {name: float((found[name].double() - exact).norm() / exact.norm()) for name, exact in truth.items()}
+
+
+def assert_no_worse(found, plain, truth):
+    """Every output errs no more than plain operations do, or by four roundings of the float32 that both compute in."""
+    plain, bound = errors(plain, {name: truth[name] for name in plain}), 4 * 2**-24
+    for name, error in errors(found, truth).items():
+        assert error <= max(plain.get(name, 0), bound), name
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33, 64])
+@pytest.mark.parametrize("width", [64, 100, 768, 1024, 2048, 4096])
+def test_errors_stay_within_those_of_plain_operations(width, rows):
+    for dtype, kind, branched in itertools.product(DTYPES, ("rms", "layer"), (False, True)):
+        tensors = draw(rows, width, dtype, branched=branched)
+        settings = {"kind": kind, "eps": 1e-5, "gain": 7**-0.5}
+        found, plain = everything(fused_norm, *tensors, **settings), everything(eager_norm, *tensors, **settings)
+        # Both round the sum to the same stream; what the norm adds to that is compared.
+        truth = in_float64(reference_norm, plain["stream"], tensors[1], None, *tensors[3:], **settings)
+        if branched:
+            truth["dbranch"] = truth["dx"]
+        assert torch.equal(found["stream"], plain["stream"])
+        assert_no_worse(found, plain, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("width", [768, 1024, 2048, 4096])
+def test_errors_stay_within_those_of_plain_operations_at_scale(width):
+    for kind, dtype in itertools.product(("rms", "layer"), DTYPES):
+        tensors = draw(32_768, width, dtype)
+        settings = {"kind": kind, "eps": 1e-5, "gain": 7**-0.5}
+        found, plain = everything(fused_norm, *tensors, **settings), everything(eager_norm, *tensors, **settings)
+        truth = in_float64(reference_norm, plain["stream"], tensors[1], None, *tensors[3:], **settings)
+        assert_no_worse(found, plain, truth | {"dbranch": truth["dx"]})
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_every_variant_equals_the_reference(kind, affine, groups):
+    for branched, gain in itertools.product((False, True), (1.0, 0.2)):
+        tensors = draw(21, 200, affine=affine, branched=branched)
+        settings = {"kind": kind, "eps": 1e-4, "gain": gain, "groups": groups}
+        found, truth = everything(fused_norm, *tensors, **settings), in_float64(reference_norm, *tensors, **settings)
+        assert found.keys() == truth.keys()
+        assert max(errors(found, truth).values()) < 3e-7
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    width=st.integers(1, 300),
+    kind=st.sampled_from(["rms", "layer"]),
+    layout=st.sampled_from(["contiguous", "rows apart", "columns apart", "transposed", "expanded", "permuted"]),
+    seed=st.integers(0, 9),
+)
+def test_any_shape_and_strides(shape, width, kind, layout, seed):
+    def laid_out(x):
+        if layout == "rows apart":
+            return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+        if layout == "columns apart":
+            return x.repeat_interleave(2, -1)[..., ::2]
+        if layout == "transposed":
+            return x.transpose(0, -1).contiguous().transpose(0, -1)
+        if layout == "permuted" and len(shape) > 1:
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        return x
+
+    x, weight, branch, dstream, dy = draw(max(1, torch.Size(shape).numel()), width, seed=seed)
+    x, branch, dstream, dy = (
+        laid_out(t[: torch.Size(shape).numel()].view(*shape, width)) for t in (x, branch, dstream, dy)
+    )
+    if layout == "expanded":
+        dy = torch.full((), 0.7, device=DEVICE).expand(x.shape)
+        weight = weight[:1].expand(width)
+    found = everything(fused_norm, x, weight, branch, dstream, dy, kind=kind, eps=1e-3)
+    truth = in_float64(reference_norm, x, weight, branch, dstream, dy, kind=kind, eps=1e-3)
+    for name, exact in truth.items():
+        assert found[name].shape == exact.shape
+        torch.testing.assert_close(found[name].double(), exact, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_repeated_runs_are_equal_to_the_bit_and_every_output_is_written(kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = draw(33, 768, dtype)
+        first = everything(fused_norm, *tensors, kind=kind)
+        torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+        try:
+            assert torch.empty(3).isnan().all()
+            second = everything(fused_norm, *tensors, kind=kind)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_zeros_and_extreme_rows(kind):
+    x, weight, branch, dstream, dy = draw(12, 96)
+    weight[::3] = 0
+    x[0] = branch[0] = 0
+    for row, scale in enumerate((1e-20, 1e-8, 1e-4, 1e4, 1e10, 1e17), start=1):
+        x[row], branch[row] = x[row] * scale, branch[row] * scale
+    settings = {"kind": kind, "eps": 1e-6, "gain": 0.3}
+    found, truth = (
+        everything(fused_norm, x, weight, branch, dstream, dy, **settings),
+        in_float64(reference_norm, x, weight, branch, dstream, dy, **settings),
+    )
+    assert not found["y"][0].any()
+    assert not found["y"][:, ::3].any()
+    for name in ("y", "dx", "rstd"):
+        for ours, exact in zip(found[name], truth[name], strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=float(exact.abs().max()) * 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_square_beyond_float32_gives_what_the_reference_gives():
+    x = torch.full((2, 64), 1e30, device=DEVICE)
+    assert torch.equal(norm(x, backend="triton")[1], reference_norm(x)[1])
+
+
+def test_mixed_dtypes_as_autocast_makes_them():
+    x, weight, branch, dstream, dy = draw(17, 100)
+    branch = branch.bfloat16()
+    found = everything(fused_norm, x, weight, branch, dstream, dy.bfloat16(), dtype=torch.bfloat16)
+    assert {name: value.dtype for name, value in found.items()} == {
+        "stream": torch.float32,
+        "y": torch.bfloat16,
+        "dx": torch.float32,
+        "dw": torch.float32,
+        "dbranch": torch.bfloat16,
+        "rstd": torch.float32,
+    }
+    truth = in_float64(reference_norm, x, weight, branch, dstream, dy.bfloat16())
+    for name, error in errors(found, truth).items():
+        assert error < (3e-3 if name in ("y", "dbranch") else 3e-7), name
+
+
+def test_unused_outputs_and_frozen_inputs():
+    x, weight, branch, dstream, dy = draw(9, 64)
+    exact = in_float64(reference_norm, x, weight, branch, torch.zeros_like(dstream), dy)
+    for frozen in (False, True):
+        leaves = [t.detach().requires_grad_() for t in (x, branch)]
+        gamma = weight.detach().requires_grad_(not frozen)
+        _, y, rstd = norm(leaves[0], gamma, leaves[1], backend="triton")
+        assert not rstd.requires_grad
+        y.backward(dy)
+        for leaf, name in zip(leaves, ("dx", "dbranch"), strict=True):
+            torch.testing.assert_close(leaf.grad.double(), exact[name], rtol=1e-5, atol=1e-6)
+        assert (gamma.grad is None) == frozen
+    leaves = [t.detach().requires_grad_() for t in (x, weight, branch)]
+    norm(*leaves, backend="triton")[0].backward(dstream)
+    assert torch.equal(leaves[0].grad, dstream)
+    assert torch.equal(leaves[2].grad, dstream)
+    assert leaves[1].grad is None
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x, weight, branch, backend="triton")[1], y)
+
+
+def test_the_stream_carries_the_gradient_of_what_follows():
+    """(x, y) of a norm alone: what reaches the stream elsewhere is added in its backward pass."""
+    x, weight, _, dstream, dy = draw(9, 64, branched=False)
+    for used in ("triton", "torch"):
+        leaf = x.detach().requires_grad_()
+        stream, y, _ = norm(leaf, weight, backend=used)
+        ((stream * dstream).sum() + (y * dy).sum()).backward()
+        exact = in_float64(reference_norm, x, weight, None, dstream, dy)["dx"]
+        torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["vjp", "jvp", "grad", "hessian"])
+def test_torch_func_goes_through_the_reference(transform):
+    x, weight, _, _, dy = draw(3, 8, branched=False)
+
+    def value(function):
+        def f(x):
+            return (function(x, weight, kind="layer")[1] * dy).sum()
+
+        if transform == "vjp":
+            return torch.func.vjp(f, x)[1](torch.ones((), device=DEVICE))[0]
+        if transform == "jvp":
+            return torch.func.jvp(f, (x,), (dy,))[1]
+        return getattr(torch.func, transform)(f)(x)
+
+    torch.testing.assert_close(value(fused_norm), value(reference_norm))
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    y = norm(x, backend="triton")[1].square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative; norm_backend='torch' has"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.zeros(2, 8, dtype=torch.float64), "torch.float64 is not among float32, bfloat16 and float16"),
+        (torch.zeros(2, 20_000), "rows are 20000 wide, at most 16384"),
+        (torch.zeros(2, 8).as_subclass(type("Sharded", (torch.Tensor,), {})), "plain tensors, not Sharded"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused_or_left_to_torch(x, reason):
+    x = x.to(DEVICE)
+    with pytest.raises(ValueError, match=reason):
+        norm(x, backend="triton")
+    assert norm(x)[1].shape == x.shape
+
+
+def test_without_a_gpu_and_without_the_interpreter_they_are_refused(monkeypatch):
+    monkeypatch.setattr(triton_norm, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"the tensors are on cpu, not on a GPU .* norm_backend='auto' can"):
+        norm(torch.zeros(2, 8), backend="triton")
+
+
+def test_kernels_compile_for_gpus_and_do_not_spill():
+    script = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
+    words = ["--widths", "768", "1024", "2048", "4096", "--dtypes", "bfloat16"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, script, *words], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("sm_80") == run.stdout.count("sm_90") > 20
