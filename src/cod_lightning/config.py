@@ -22,11 +22,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cod_lightning.data.config import RUNTIME, DataConfig
+from cod_lightning.data.config import DataConfig
 from cod_lightning.data.config import problems as data_problems
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.nn import strategies
-from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.config import RUNTIME, DecoderConfig
 from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig, one_of
 
 CONFIG = "config.yaml"

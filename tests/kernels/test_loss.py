@@ -1,7 +1,17 @@
+"""The linear cross-entropy against its plain twin, and against a sum written out in float64."""
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cod_lightning.kernels.loss import next_token_loss
+from cod_lightning.kernels import loss as module
+from cod_lightning.kernels.loss import (
+    IGNORE,
+    linear_cross_entropy,
+    next_tokens,
+    reference_linear_cross_entropy,
+)
 
 
 def by_hand(logits, tokens, pad_id):
@@ -15,19 +25,133 @@ def by_hand(logits, tokens, pad_id):
     return loss, count
 
 
+def inputs(rows=3, length=6, width=8, vocabulary=11, dtype=torch.float64):
+    hidden = torch.randn(rows, length, width, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, weight
+
+
 @pytest.mark.parametrize("pad_id", [None, 0])
-def test_every_row_sums_its_own_targets(pad_id):
-    logits, tokens = torch.randn(3, 6, 11), torch.randint(1, 11, (3, 6))
+@pytest.mark.parametrize("function", [linear_cross_entropy, reference_linear_cross_entropy])
+def test_every_row_sums_its_own_targets(function, pad_id):
+    (hidden, weight), tokens = inputs(), torch.randint(1, 11, (3, 6))
     tokens[1, 3:] = 0
-    loss, count = next_token_loss(logits, tokens, pad_id)
-    expected, number = by_hand(logits, tokens, pad_id)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-5)
-    assert torch.equal(count, number)
-    assert count.tolist() == ([5, 5, 5] if pad_id is None else [5, 2, 5])
+    found = function(hidden, weight, next_tokens(tokens, pad_id))
+    expected, number = by_hand(hidden @ weight.T, tokens, pad_id)
+    torch.testing.assert_close(found.rows, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.total, expected.sum(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(found.counts, number)
+    assert found.counts.tolist() == ([5, 5, 5] if pad_id is None else [5, 2, 5])
+    assert not found.rows.requires_grad
 
 
-def test_low_precision_logits_are_summed_in_float32():
-    logits, tokens = torch.randn(2, 9, 500, dtype=torch.bfloat16), torch.randint(500, (2, 9))
-    loss, _ = next_token_loss(logits, tokens)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), by_hand(logits, tokens, None)[0], rtol=1e-6, atol=1e-5)
+def test_targets_leave_the_tokens_as_they_are():
+    tokens = torch.tensor([[5, 0, 7, 0]])
+    assert next_tokens(tokens, 0).tolist() == [[IGNORE, 7, IGNORE, IGNORE]]
+    assert tokens.tolist() == [[5, 0, 7, 0]]
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 100, 10**6])
+def test_gradients_equal_those_of_all_logits_at_once_whatever_the_chunk(monkeypatch, chunk):
+    monkeypatch.setitem(module.CHUNK, "cpu", chunk)
+    hidden, weight = inputs()
+    targets = next_tokens(torch.randint(11, (3, 6)), 0)
+    results = []
+    for function in (linear_cross_entropy, reference_linear_cross_entropy):
+        total = function(hidden, weight, targets).total
+        results.append((total, *torch.autograd.grad(0.37 * total, [hidden, weight])))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.integers(2, 60), st.booleans(), st.booleans())
+def test_any_shape_and_any_frozen_input(rows, length, width, vocabulary, free_hidden, free_weight):
+    hidden, weight = inputs(rows, length, width, vocabulary)
+    hidden.requires_grad_(free_hidden)
+    weight.requires_grad_(free_weight)
+    targets = torch.randint(vocabulary, (rows, length))
+    targets[torch.rand(rows, length) < 0.3] = IGNORE
+    wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+    results = []
+    for function in (linear_cross_entropy, reference_linear_cross_entropy):
+        found = function(hidden, weight, targets)
+        results.append((found.total, found.rows, *(torch.autograd.grad(found.total, wanted) if wanted else ())))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_but_ignored_tokens_is_a_loss_of_zero():
+    hidden, weight = inputs()
+    found = linear_cross_entropy(hidden, weight, torch.full((3, 6), IGNORE))
+    found.total.backward()
+    assert found.total == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_all_logits_at_once(monkeypatch, dtype):
+    monkeypatch.setitem(module.CHUNK, "cpu", 2000)
+    hidden, weight = inputs(4, 32, 64, 500, dtype)
+    targets = torch.randint(500, (4, 32))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    truth = reference_linear_cross_entropy(*exact, targets)
+    truth = (truth.total.detach(), *torch.autograd.grad(truth.total / 128, exact))
+    errors = []
+    for function in (linear_cross_entropy, reference_linear_cross_entropy):
+        found = function(hidden, weight, targets)
+        assert found.total.dtype == torch.float32
+        found = (found.total.detach(), *torch.autograd.grad(found.total / 128, [hidden, weight]))
+        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)])
+    for ours, plain in zip(*errors, strict=True):
+        assert ours <= 1.05 * plain + 1e-6
+
+
+def test_autocast_takes_the_products_in_its_dtype_and_keeps_the_gradients_in_the_parameters():
+    hidden, weight = inputs(2, 8, 32, 50, torch.float32)
+    targets = torch.randint(50, (2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, targets).total
+    rounded = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets).total
+    assert torch.equal(found, rounded)
+    gradients = torch.autograd.grad(found, [hidden, weight])
+    assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
+
+
+def test_under_torch_func_it_is_the_plain_one():
+    hidden, weight = inputs()
+    targets = torch.randint(11, (3, 6))
+    gradient = torch.func.grad(lambda h: linear_cross_entropy(h, weight.detach(), targets).total)(hidden.detach())
+    (expected,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).total, hidden)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight = inputs()
+    total = linear_cross_entropy(hidden, weight, torch.randint(11, (3, 6))).total
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(total, hidden, create_graph=True)
+
+
+def test_all_logits_never_exist(monkeypatch):
+    """The largest tensor that a forward and backward pass make is a chunk of logits or a gradient."""
+    monkeypatch.setitem(module.CHUNK, "cpu", 16 * 1000)
+    hidden, weight = inputs(8, 32, 16, 1000, torch.float32)
+    targets = torch.randint(1000, (8, 32))
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made = out if isinstance(out, tuple) else (out,)
+            self.size = max([self.size, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
+            return out
+
+    sizes = []
+    for loss in (linear_cross_entropy, reference_linear_cross_entropy):
+        with Largest() as seen:
+            loss(hidden, weight, targets).total.backward()
+        sizes.append(seen.size)
+    assert sizes == [16 * 1000, 256 * 1000]

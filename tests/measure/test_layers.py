@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cod_lightning.kernels.loss import next_token_loss
+from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.measure import layers
 from cod_lightning.measure.layers import first_bad_layer, layer_statistics, plot_variance
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
@@ -21,7 +24,7 @@ def test_variance_is_taken_over_the_hidden_dimension_of_each_token_that_counts()
     model, tokens = decoder(), torch.randint(1, 31, (3, 10))
     tokens[2, 6:] = 0
     seen = {}
-    model(tokens, lambda what, layer, x: seen.__setitem__((what, layer), x.detach()))
+    model(tokens, tap=lambda what, layer, x: seen.__setitem__((what, layer), x.detach()))
     found = layer_statistics(model, tokens, pad_id=0)
     real = tokens != 0
     for what in ("residual", "attention", "ffn"):
@@ -35,8 +38,8 @@ def test_gradient_norms_equal_those_of_a_training_step_and_leave_no_trace():
     model, tokens = decoder("lns"), torch.randint(31, (3, 10))
     found = layer_statistics(model, tokens)
     assert all(parameter.grad is None for parameter in model.parameters())
-    loss, targets = next_token_loss(model(tokens), tokens)
-    (loss.sum() / targets.sum()).backward()
+    loss = model(tokens, next_tokens(tokens))
+    (loss.total / loss.counts.sum()).backward()
     for layer, block in enumerate(model.model.layers):
         norm = torch.cat([p.grad.flatten() for p in block.parameters()]).norm()
         assert found.gradient_norm[layer] == pytest.approx(float(norm), rel=1e-4)
@@ -89,3 +92,23 @@ def test_the_plot_has_one_line_per_layer():
         [0.2, 0.3, 0.5],
         [0.4, 0.9, 2.0],
     ]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("norm", ["lns", "peri_ln", "post_ln", "gpas", "group_ln"])
+def test_the_variance_that_a_layer_norm_has_at_hand_is_that_of_the_stream(monkeypatch, norm, backend):
+    """A pre-norm's own statistics spare the pass over the stream, and only that."""
+    config = replace(CONFIG, norm="layer", norm_backend=backend)
+    model = build_decoder(config, build_all({"name": norm}, DEPTH), seed=0)
+    tokens, passes = torch.randint(1, 31, (3, 10)), []
+    counted = layers.token_variance
+    monkeypatch.setattr(layers, "token_variance", lambda x, weight: passes.append(x) or counted(x, weight))
+    streams = []
+    model(tokens, tap=lambda what, layer, x: streams.append(x.detach()) if what == "residual" else None)
+    found = layer_statistics(model, tokens, pad_id=tokens[0, 0].item())
+    weight = (tokens != tokens[0, 0]).double()
+    for variance, x in zip(found.residual, streams, strict=True):
+        assert variance == pytest.approx(float((x.double().var(-1) * weight).sum() / weight.sum()), rel=1e-4)
+    # The final norm reads the last block's output in any case; Group-LN's pre-norms know the variances of parts alone.
+    read = {"post_ln": 1, "group_ln": 1}.get(norm, DEPTH)
+    assert len(passes) == 3 * DEPTH - read

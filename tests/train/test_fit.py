@@ -11,7 +11,7 @@ from filelock import FileLock
 from cod_lightning.cli import carry_out, sections
 from cod_lightning.config import choices, compose
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import next_token_loss
+from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.run import build
@@ -69,11 +69,11 @@ def test_the_loss_of_a_step_is_weighted_as_asked(toy, train, weighting):
     data, module = build(sections(compose([*toy, *words])))
     module.configure_model()
     rows = next(iter(data.train_dataloader()))
-    parts = [next_token_loss(module.decoder(part), part, data.pad_id) for part in rows.split(2)]
+    parts = [module.decoder(part, next_tokens(part, data.pad_id)) for part in rows.split(2)]
     if weighting == "tokens":
-        expected = sum(loss.sum() for loss, _ in parts) / sum(count.sum() for _, count in parts)
+        expected = sum(part.total for part in parts) / sum(part.counts.sum() for part in parts)
     else:
-        expected = sum(loss.sum() / count.sum() for loss, count in parts) / len(parts)
+        expected = sum(part.total / part.counts.sum() for part in parts) / len(parts)
     assert losses(record)[0] == pytest.approx(expected.item(), rel=1e-6)
     assert record["tokens"] == int((rows != data.pad_id).sum())
 

@@ -1,4 +1,4 @@
-"""The settings of the data room; plain data, no imports beyond the standard library."""
+"""The settings of the data room; plain data, so that a configuration is checked without importing torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cod_lightning.errors import nearest
-
-RUNTIME = {"identity": False}
-"""Metadata of fields that change how a run is carried out but not what it computes."""
+from cod_lightning.nn.config import RUNTIME
 
 
 @dataclass

@@ -1,27 +1,112 @@
-"""Next-token cross-entropy."""
+"""Next-token cross-entropy from hidden states, a chunk of tokens at a time: all logits never exist together."""
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
+CHUNK = {"cuda": 2**27, "cpu": 2**21}
+"""Logits of one chunk: on a GPU enough for its matrix products to fill it, on a CPU few enough for its caches."""
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor, pad_id: int | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every row, predicting token t + 1 from position t; pads are no targets.
+class TokenLoss(NamedTuple):
+    """A cross-entropy in nats, at least in float32."""
+
+    total: Tensor
+    """Summed over all targets, 0-dimensional; differentiable."""
+    rows: Tensor
+    """Summed over each row [rows], without gradient."""
+    counts: Tensor
+    """Number of targets of each row [rows], int64."""
+
+
+def next_tokens(tokens: Tensor, pad_id: int | None = None) -> Tensor:
+    """What position t is to predict: token t + 1, nothing at the end of a row and where that is a pad.
 
     Args:
-        logits: [rows, length, vocabulary].
         tokens: [rows, length], integers.
         pad_id: the padding token, None if there is none.
 
     Returns:
-        Summed loss in nats [rows], at least float32, and number of targets [rows], int64.
+        [rows, length], `IGNORE` where there is no target.
     """
-    targets = tokens[:, 1:]
-    if pad_id is not None:
-        targets = targets.masked_fill(targets == pad_id, IGNORE)
-    logits = logits[:, :-1]
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return loss.view_as(targets).sum(-1), (targets != IGNORE).sum(-1)
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    return targets if pad_id is None else targets.masked_fill_(targets == pad_id, IGNORE)
+
+
+def reference_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenLoss:
+    """`linear_cross_entropy` with all logits at once; the specification."""
+    logits = F.linear(hidden, weight.to(hidden.dtype))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    rows = losses.view(targets.shape).sum(-1)
+    return TokenLoss(rows.sum(), rows.detach(), (targets != IGNORE).sum(-1))
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenLoss:
+    """Cross-entropy of the logits `hidden @ weight.T`.
+
+    The gradients of a chunk are made while its logits exist; the weight's is summed in float32. The products are taken
+    in the dtype of `hidden`, under autocast in its dtype.
+
+    Args:
+        hidden: [rows, length, width].
+        weight: [vocabulary, width].
+        targets: [rows, length], `IGNORE` where there is none.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if torch._C._are_functorch_transforms_active():
+        return reference_linear_cross_entropy(hidden, weight, targets)
+    total, rows = LinearCrossEntropy.apply(hidden, weight, targets)
+    return TokenLoss(total, rows, (targets != IGNORE).sum(-1))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, targets) -> (total, rows)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        flat, head, wanted = hidden.flatten(0, 1), weight.to(hidden.dtype), targets.flatten()
+        chunk = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // len(weight))
+        losses = torch.empty(wanted.shape, dtype=wide, device=hidden.device)
+        dhidden = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
+        for first in range(0, len(flat), chunk):
+            part = slice(first, first + chunk)
+            present = wanted[part] != IGNORE
+            index = wanted[part].clamp(min=0)[:, None]
+            logs = F.log_softmax(flat[part] @ head.T, -1, dtype=wide)
+            torch.mul(logs.gather(1, index)[:, 0], -1.0 * present, out=losses[part])
+            if dhidden is None and dweight is None:
+                continue
+            gradient = logs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
+            gradient = gradient.mul_(present[:, None]).to(hidden.dtype)
+            if dhidden is not None:
+                torch.mm(gradient, head, out=dhidden[part])
+            if dweight is not None and dweight.dtype == gradient.dtype:
+                dweight.addmm_(gradient.T, flat[part])
+            elif dweight is not None:
+                dweight += gradient.T @ flat[part]
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.shape, ctx.dtype = hidden.shape, weight.dtype
+        rows = losses.view(targets.shape).sum(-1)
+        ctx.mark_non_differentiable(rows)
+        return rows.sum(), rows
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("linear_cross_entropy has no second derivative; reference_linear_cross_entropy has")
+        dhidden, dweight = ctx.saved_tensors
+        return (
+            None if dhidden is None else (dhidden * upstream[0].to(dhidden.dtype)).view(ctx.shape),
+            None if dweight is None else (dweight * upstream[0]).to(ctx.dtype),
+            None,
+        )

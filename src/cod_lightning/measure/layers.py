@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cod_lightning.kernels.loss import next_token_loss
+from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -44,7 +44,12 @@ def token_variance(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         0-dimensional tensor.
     """
-    return (x.detach().float().var(-1) * weight).sum() / weight.sum()
+    return token_mean(x.detach().float().var(-1), weight)
+
+
+def token_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the tokens that count, of values [rows, length] with weights likewise."""
+    return (values * weight).sum() / weight.sum()
 
 
 def layer_statistics(
@@ -60,17 +65,32 @@ def layer_statistics(
     """
     depth = decoder.config.num_hidden_layers
     weight = torch.ones_like(tokens, dtype=torch.float32) if pad_id is None else (tokens != pad_id).float()
-    variances: dict[str, list[Tensor]] = {"embedding": [], "residual": [], "attention": [], "ffn": []}
+    variances: dict[str, list[Tensor]] = {"residual": [], "attention": [], "ffn": []}
+    unread: list[Tensor] = []
+    """The output of the last block, until it is known whether the norm that reads it has its variance at hand."""
+
+    def tap(what: str, layer: int, x: Tensor) -> None:
+        if unread:
+            stream = unread.pop()
+            variances["residual"].append(
+                token_mean(x.detach(), weight) if what == "variance" else token_variance(stream, weight)
+            )
+        if what == "residual":
+            unread.append(x)
+        elif what in variances:
+            variances[what].append(token_variance(x, weight))
+
     blocks = [[p for p in block.parameters() if p.requires_grad] for block in decoder.blocks]
     norms: list[float] = []
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
-        logits = decoder(tokens, lambda what, layer, x: variances[what].append(token_variance(x, weight)))
+        loss = decoder(tokens, next_tokens(tokens, pad_id), tap)
+        if unread:
+            variances["residual"].append(token_variance(unread.pop(), weight))
         if gradients:
-            loss, targets = next_token_loss(logits, tokens, pad_id)
-            grads = iter(torch.autograd.grad(loss.sum() / targets.sum(), [p for block in blocks for p in block]))
+            mean = loss.total / loss.counts.sum()
+            grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))
             squares = [sum(next(grads).float().square().sum() for _ in block) for block in blocks]
             norms = torch.stack([torch.as_tensor(square) for square in squares]).sqrt().tolist()
-    del variances["embedding"]
     assert all(len(values) == depth for values in variances.values())
     return LayerStatistics(
         **{what: torch.stack(values).tolist() for what, values in variances.items()}, gradient_norm=norms
@@ -86,8 +106,8 @@ def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:
             bad.append("embedding" if layer == 0 else f"layer {layer} {what}")
 
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        logits = decoder(tokens, tap)
-    return bad[0] if bad else None if torch.isfinite(logits).all() else "lm_head"
+        loss = decoder(tokens, next_tokens(tokens), tap)
+    return bad[0] if bad else None if torch.isfinite(loss.total) else "lm_head"
 
 
 def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> Figure:

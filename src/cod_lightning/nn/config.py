@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+
+RUNTIME = {"identity": False}
+"""Metadata of fields that change how a run is carried out but not what it computes."""
 
 
 @dataclass
@@ -25,6 +28,8 @@ class DecoderConfig:
     norm_affine: bool = True
     """False: norms without a weight (OLMo's non-parametric LayerNorm)."""
     norm_eps: float = 1e-6
+    norm_backend: str = field(default="auto", metadata=RUNTIME)
+    """What computes the norms: `triton`, `torch`, or `auto` (Triton on a GPU, torch elsewhere)."""
     rope_theta: float = 10000.0
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2.5)."""
@@ -55,6 +60,8 @@ class DecoderConfig:
                 found.append(f"model.{name}={getattr(self, name)} must not be negative")
         if self.norm not in ("rms", "layer"):
             found.append(f"model.norm={self.norm!r} is not a norm; known: layer, rms")
+        if self.norm_backend not in ("auto", "torch", "triton"):
+            found.append(f"model.norm_backend={self.norm_backend!r} is not a backend; known: auto, torch, triton")
         if found:
             return found
         if self.hidden_size % self.num_attention_heads:

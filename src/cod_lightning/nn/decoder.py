@@ -11,20 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cod_lightning.kernels.loss import TokenLoss, linear_cross_entropy
 from cod_lightning.kernels.norm import norm
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 
 Tap = Callable[[str, int, Tensor], object]
-"""Called with (`embedding` | `attention` | `ffn` | `residual`, layer, tensor [rows, length, hidden]); layers count from
-1, the embedding is layer 0. `attention` and `ffn` are what the sub-layer adds to the stream, `residual` is the output
-of the block."""
+"""Called with (what, layer, tensor), layers counting from 1, in the order of the forward pass: `embedding` of layer 0;
+for each block `variance` [rows, length], the unbiased variance over the hidden dimension of what its first pre-norm
+reads, where that norm has it at hand; `attention` and `ffn`, what the sub-layers add to the stream; `residual`, the
+output of the block [rows, length, hidden]; and `variance` of what the final norm reads, as that of one more layer."""
 
 
 class Norm(nn.Module):
-    """gain * weight * norm(x); the gain is a constant of the strategy, a Python float and not state."""
+    """gain * weight * norm(x); the gain is a constant of the strategy, a Python float and not state.
 
-    def __init__(self, config: DecoderConfig, spec: SublayerSpec | None = None):
+    With `projected`, what follows is a matrix product: under autocast the output is rounded to its dtype at once.
+    """
+
+    def __init__(self, config: DecoderConfig, spec: SublayerSpec | None = None, projected: bool = False):
         super().__init__()
         spec = spec or SublayerSpec()
         if config.hidden_size % spec.groups:
@@ -32,14 +37,44 @@ class Norm(nn.Module):
         self.kind, self.groups, self.gain = config.norm, spec.groups, spec.gain
         # norm(s x) with eps is norm(x) with eps / s^2: scaling the input is a matter of eps alone.
         self.eps = config.norm_eps / spec.input_scale**2
+        self.projected, self.backend = projected, config.norm_backend
         self.initial_weight = spec.pre_norm_weight
         self.weight = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_affine else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return norm(x, self.weight, kind=self.kind, eps=self.eps, gain=self.gain, groups=self.groups)
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, tap: Callable[[str, Tensor], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream, x with the branch added to it, and its norm."""
+        device = x.device.type
+        cast = self.projected and torch.is_autocast_enabled(device)
+        stream, y, rstd = norm(
+            x,
+            self.weight,
+            branch,
+            kind=self.kind,
+            eps=self.eps,
+            gain=self.gain,
+            groups=self.groups,
+            dtype=torch.get_autocast_dtype(device) if cast else None,
+            backend=self.backend,
+        )
+        if tap is not None and rstd is not None and self.kind == "layer" and self.groups == 1:
+            width = x.shape[-1]
+            tap("variance", (rstd.squeeze(-1) ** -2 - self.eps) * (width / (width - 1)))
+        return stream, y
 
     def extra_repr(self) -> str:
         return f"{self.kind}, gain={self.gain:.4g}, groups={self.groups}, eps={self.eps:.3g}"
+
+
+class NoNorm(nn.Module):
+    """In the place of a pre-norm where the strategy has none."""
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, tap: Callable[[str, Tensor], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        stream = total(x, branch)
+        return stream, stream
 
 
 class Attention(nn.Module):
@@ -90,16 +125,21 @@ class Residual(nn.Module):
 
     def branch(self, y: Tensor) -> Tensor:
         if self.branch_norm is not None:
-            y = self.branch_norm(y)
+            y = self.branch_norm(y)[1]
         return scale(y, self.spec.branch_scale if self.branch_scale is None else self.branch_scale)
 
-    def forward(self, x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The result, as two summands wherever it is a sum, so that the norm that reads it can add them."""
         if self.spec.gate == "input":
             x = gpas(x, gate)
-        y = scale(x, self.spec.skip if self.skip is None else self.skip) + branch
+        x = scale(x, self.spec.skip if self.skip is None else self.skip)
         if self.sum_norm is not None:
-            y = self.sum_norm(y)
-        return gpas(y, gate) if self.spec.gate == "output" else y
+            y = self.sum_norm(x, branch)[1]
+        elif self.spec.gate == "output":
+            y = x + branch
+        else:
+            return x, branch
+        return (gpas(y, gate) if self.spec.gate == "output" else y), None
 
 
 class Block(nn.Module):
@@ -109,10 +149,10 @@ class Block(nn.Module):
         super().__init__()
         self.spec = spec
         self.entry_norm = Norm(config) if spec.entry_norm else None
-        self.input_layernorm = Norm(config, spec.attention) if spec.attention.pre_norm else nn.Identity()
+        self.input_layernorm = pre_norm(config, spec.attention)
         self.self_attn = Attention(config)
         self.attention_residual = Residual(config, spec.attention)
-        self.post_attention_layernorm = Norm(config, spec.ffn) if spec.ffn.pre_norm else nn.Identity()
+        self.post_attention_layernorm = pre_norm(config, spec.ffn)
         self.mlp = FeedForward(config)
         self.ffn_residual = Residual(config, spec.ffn)
         self.gate = nn.Parameter(torch.empty(())) if any(s.gate != "no" for s in spec.sublayers) else None
@@ -121,11 +161,12 @@ class Block(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], tap: Callable[[str, Tensor], object] | None = None
     ) -> Tensor:
         if self.entry_norm is not None:
-            x = self.entry_norm(x)
-        attention = self.attention_residual.branch(self.self_attn(self.input_layernorm(x), rope))
-        x = self.attention_residual(x, attention, self.gate)
-        ffn = self.ffn_residual.branch(self.mlp(self.post_attention_layernorm(x)))
-        x = self.ffn_residual(x, ffn, self.gate)
+            x = self.entry_norm(x)[1]
+        x, y = self.input_layernorm(x, tap=tap)
+        attention = self.attention_residual.branch(self.self_attn(y, rope))
+        x, y = self.post_attention_layernorm(*self.attention_residual(x, attention, self.gate))
+        ffn = self.ffn_residual.branch(self.mlp(y))
+        x = total(*self.ffn_residual(x, ffn, self.gate))
         if tap is not None:
             tap("attention", attention)
             tap("ffn", ffn)
@@ -140,7 +181,7 @@ class Stack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size or 0, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, spec) for spec in specs)
-        self.norm = Norm(config)
+        self.norm = Norm(config, projected=True)
 
 
 class Decoder(nn.Module):
@@ -175,15 +216,37 @@ class Decoder(nn.Module):
     def blocks(self) -> list[Block]:
         return [block for block in self.model.layers if isinstance(block, Block)]
 
-    def forward(self, tokens: Tensor, tap: Tap | None = None) -> Tensor:
-        """Logits [rows, length, vocabulary] of tokens [rows, length]; `tap` sees every layer's tensors on the way."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, tap: Tap | None = None) -> Tensor | TokenLoss:
+        """Logits of tokens [rows, length], or their loss against `targets`, which never holds all logits at once.
+
+        Args:
+            tokens: [rows, length], integers.
+            targets: [rows, length], from `next_tokens`, or None.
+            tap: sees every layer's tensors on the way.
+
+        Returns:
+            Logits [rows, length, vocabulary]; with targets, a `TokenLoss`.
+        """
+
+        def at(layer: int) -> Callable[[str, Tensor], object] | None:
+            return None if tap is None else lambda what, x: tap(what, layer, x)
+
         x = self.model.embed_tokens(tokens)
         if tap is not None:
             tap("embedding", 0, x)
         rope = rotary(tokens.shape[1], self.config.head_dim, self.config.rope_theta, x)
         for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, rope, None if tap is None else lambda what, y, layer=layer: tap(what, layer, y))
-        return self.lm_head(self.model.norm(x))
+            x = block(x, rope, at(layer))
+        x = self.model.norm(x, tap=at(len(self.model.layers) + 1))[1]
+        return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+
+
+def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | NoNorm:
+    return Norm(config, spec, projected=True) if spec.pre_norm else NoNorm()
+
+
+def total(x: Tensor, branch: Tensor | None) -> Tensor:
+    return x if branch is None else x + branch
 
 
 def scale(x: Tensor, factor: float | Tensor) -> Tensor:

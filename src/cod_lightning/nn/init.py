@@ -101,7 +101,7 @@ def profile_skips(decoder: Decoder, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed_of(seed, "admin profile"))
     shape = (PROFILE_ROWS, PROFILE_LENGTH)
     tokens = torch.randint(decoder.model.embed_tokens.num_embeddings, shape, generator=generator, device="cpu")
-    decoder(tokens.to(decoder.lm_head.weight.device), tap)
+    decoder(tokens.to(decoder.lm_head.weight.device), tap=tap)
     total = torch.ones_like(variances[0])
     for residual, variance in zip(residuals, variances, strict=True):
         if residual.skip is not None:

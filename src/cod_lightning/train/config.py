@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cod_lightning.data.config import RUNTIME
 from cod_lightning.errors import nearest
+from cod_lightning.nn.config import RUNTIME
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import next_token_loss
+from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.layers import first_bad_layer
 from cod_lightning.measure.perplexity import Perplexity
 from cod_lightning.nn.config import DecoderConfig
@@ -97,11 +97,11 @@ class DecoderModule(LightningModule):
         for number, rows in enumerate(micro_batches, start=1):
             waiting = number < len(micro_batches) and isinstance(strategy, ParallelStrategy)
             with strategy.block_backward_sync() if waiting else nullcontext():
-                summed, counts = next_token_loss(self.decoder(rows), rows, self.pad_id)
+                found = self.decoder(rows, next_tokens(rows, self.pad_id))
                 if self.optim.weighting == "tokens":
-                    loss = summed.sum() / max(targets, 1)
+                    loss = found.total / max(targets, 1)
                 else:
-                    loss = summed.sum() / counts.sum().clamp(min=1) / len(micro_batches) / self.trainer.world_size
+                    loss = found.total / found.counts.sum().clamp(min=1) / len(micro_batches) / self.trainer.world_size
                 total += loss.detach()
                 # Gradients are averaged over the ranks; the loss is already divided by what all ranks have.
                 self.manual_backward(loss * self.trainer.world_size)
@@ -128,8 +128,8 @@ class DecoderModule(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         rows, index = batch
-        summed, counts = next_token_loss(self.decoder(rows), rows, self.pad_id)
-        self.perplexity.update(summed, counts, index)
+        found = self.decoder(rows, next_tokens(rows, self.pad_id))
+        self.perplexity.update(found.rows, found.counts, index)
 
     def on_validation_epoch_end(self) -> None:
         figures = self.perplexity.compute()

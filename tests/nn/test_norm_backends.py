@@ -1,0 +1,163 @@
+"""The decoder with Triton norms: against torch's, compiled, sharded, recomputed, under autocast and in training."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.kernels.reference import reference_norm
+from cod_lightning.nn import decoder as decoder_module
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.strategies import STRATEGIES, build_all
+
+VOCABULARY = 61
+
+compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings that it provokes itself
+
+
+def made(backend, name="lns", depth=2, **changes):
+    options = {key: changes.pop(key) for key in ("position",) if key in changes}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": VOCABULARY}
+    config = DecoderConfig(**(shape | {"num_hidden_layers": depth, "norm_backend": backend} | changes))
+    return build_decoder(config, build_all({"name": name, **options}, depth), seed=0)
+
+
+def tokens(rows=2, length=9):
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def loss_and_gradients(decoder):
+    rows = tokens()
+    total = decoder(rows, next_tokens(rows)).total
+    return [total.detach(), *torch.autograd.grad(total, list(decoder.parameters()))]
+
+
+def assert_equal(ours, expected, tolerance=1e-5):
+    for a, b in zip(ours, expected, strict=True):
+        assert float((a.double() - b.double()).norm()) <= tolerance * float(b.double().norm()) + 1e-7
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_computes_the_same_with_triton(name, norm):
+    decoders = [made(backend, name, norm=norm) for backend in ("triton", "torch")]
+    assert_equal(*(loss_and_gradients(decoder) for decoder in decoders))
+
+
+def test_the_backend_is_a_matter_of_configuration_and_unknown_ones_are_refused():
+    with pytest.raises(ValueError, match=r"model.norm_backend='cuda' is not a backend; known: auto, torch, triton"):
+        made("cuda")
+    with pytest.raises(ValueError, match=r"norm_backend='triton' cannot be used here: torch.float64"):
+        made("triton").double()(tokens())
+    assert made("auto").double()(tokens()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_autocast_rounds_what_enters_a_projection_and_leaves_the_stream_alone(backend):
+    decoder, seen, stream = made(backend), {}, set()
+    for name, module in decoder.named_modules():
+        if name.endswith(("q_proj", "up_proj", "lm_head")):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(tokens(), tap=lambda what, layer, x: stream.add(x.dtype) if what == "residual" else None)
+        loss = decoder(tokens(), next_tokens(tokens())).total
+    assert stream == {torch.float32}
+    assert list(seen.values()) == 5 * [torch.bfloat16]
+    exact = made("torch")(tokens(), next_tokens(tokens())).total
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+def test_activation_checkpointing_changes_nothing():
+    expected = loss_and_gradients(made("triton"))
+    decoder = made("triton")
+    for block in decoder.blocks:
+        block.forward = lambda *args, inner=block.forward: checkpoint(inner, *args, use_reentrant=False)
+    for ours, plain in zip(loss_and_gradients(decoder), expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+@compiles
+@pytest.mark.parametrize(("backend", "options"), [("triton", {}), ("torch", {}), ("triton", {"position": "before_ln"})])
+def test_24_blocks_need_two_compilations_without_a_graph_break(backend, options):
+    torch._dynamo.reset()
+    decoder = made(backend, depth=24, **options)
+    expected = loss_and_gradients(decoder)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in decoder.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    assert_equal(loss_and_gradients(decoder), expected)
+    assert counter.frame_count <= 2
+
+
+@compiles
+@pytest.mark.slow
+def test_inductor_compiles_blocks_with_triton_norms():
+    torch._dynamo.reset()
+    decoder = made("triton", depth=3, norm="layer")
+    expected = loss_and_gradients(decoder)
+    for block in decoder.blocks:
+        block.compile(fullgraph=True)
+    assert_equal(loss_and_gradients(decoder), expected)
+
+
+def shard(rank, port, folder):
+    """A rank of a sharded model; the first one saves what it computed."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    decoder = made("triton", norm="layer")
+    for block in decoder.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(decoder, mesh=mesh)
+    rows = tokens()[rank : rank + 1]
+    loss = decoder(rows, next_tokens(rows)).total
+    loss.backward()
+    gradients = [parameter.grad.full_tensor() for parameter in decoder.parameters()]
+    torch.distributed.all_reduce(total := loss.detach().clone())
+    if rank == 0:
+        torch.save([total, *gradients], folder / "found.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_of_fsdp2_compute_what_one_process_does(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(shard, (port, tmp_path), nprocs=2)
+    total, *gradients = torch.load(tmp_path / "found.pt", weights_only=True)
+    expected = loss_and_gradients(made("triton", norm="layer"))
+    # FSDP averages the gradients over the ranks.
+    assert_equal([total, *(2 * gradient for gradient in gradients)], expected)
+
+
+def test_fifty_steps_of_training_stay_within_the_error_of_the_reference(monkeypatch):
+    def curve(backend, dtype=torch.float32):
+        decoder = made(backend).to(dtype)
+        optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+        generator, losses = torch.Generator().manual_seed(1), []
+        for _ in range(50):
+            start = torch.randint(VOCABULARY, (4, 1), generator=generator)
+            rows = (start + 7 * torch.arange(12)) % VOCABULARY
+            found = decoder(rows, next_tokens(rows))
+            loss = found.total / found.counts.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses, dtype=torch.float64)
+
+    triton = curve("triton")
+    monkeypatch.setattr(
+        decoder_module, "norm", lambda *tensors, backend, **settings: reference_norm(*tensors, **settings)
+    )
+    exact, plain = curve("torch", torch.float64), curve("torch")
+    assert exact[-5:].mean() < 0.6 * exact[0]
+    assert (triton - exact).abs().max() <= 2 * (plain - exact).abs().max()
