@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from rich.console import Console
@@ -29,24 +30,27 @@ PAPER_WIDTHS = (512, 768, 1024, 2048, 4096)
 ELEMENTS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
-def arguments_of(kernel: str, element: str, layer: bool) -> dict[str, str | None]:
-    """Types of a kernel's arguments as training passes them; None: an argument that is left out."""
+def parts(kernel: str, width: int, element: str, layer: bool) -> tuple[Any, dict[str, Any], dict[str, str | None]]:
+    """A kernel, its constants, and the types of its arguments as training passes them; None: an argument left out."""
     mean = "*fp32" if layer else None
-    return {
-        "norm": {"x": element, "branch": None, "weight": element, "stream": None, "y": element, "mean": mean},
-        "add_norm": {"x": element, "branch": element, "weight": element, "stream": element, "y": element, "mean": mean},
-        "backward": {"stream": element, "weight": element, "mean": mean, "dy": element, "dstream": element}
-        | {"dx": element, "dbranch": None, "partial": "*fp32"},
-    }[kernel] | {"rstd": "*fp32", "rows": "i32", "eps": "fp32", "gain": "fp32"}
+    numbers = {"rstd": "*fp32", "mean": mean, "rows": "i32", "eps": "fp32", "gain": "fp32"}
+    if kernel == "dweight":
+        constants = {"HIDDEN": width, "COLUMNS": triton_norm.COLUMNS, "ROWS": 256, "LOAD": False, "num_warps": 4}
+        types = {"partial": "*fp32", "dweight": element, "programs": "i32"}
+        return triton_norm.dweight_kernel, constants, types | numbers
+    if kernel == "backward":
+        types = {name: element for name in ("stream", "weight", "dy", "dstream", "dx")} | {"partial": "*fp32"}
+        return triton_norm.backward_kernel, triton_norm.constants(width, backward=True), types | numbers
+    types = {name: element for name in ("x", "weight", "y")}
+    if kernel == "add_norm":
+        types |= {"branch": element, "stream": element}
+    return triton_norm.forward_kernel, triton_norm.constants(width), types | numbers
 
 
-def compiled(kernel: str, width: int, dtype: str, layer: bool, arch: int) -> bytes:
-    """The machine code of a kernel."""
-    back = kernel == "backward"
-    function = triton_norm.backward_kernel if back else triton_norm.forward_kernel
-    constants = triton_norm.constants(width, backward=back)
-    warps = constants.pop("num_warps")
-    types = arguments_of(kernel, ELEMENTS[dtype], layer)
+def compiled(kernel: str, width: int, dtype: str, layer: bool, arch: int) -> tuple[bytes, dict[str, int]]:
+    """The machine code of a kernel, and its tile."""
+    function, given, types = parts(kernel, width, ELEMENTS[dtype], layer)
+    constants = {name: value for name, value in given.items() if name != "num_warps"}
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         kind = types.get(name, "i32" if name.endswith("_stride") else None)
@@ -58,8 +62,8 @@ def compiled(kernel: str, width: int, dtype: str, layer: bool, arch: int) -> byt
             attributes[(position,)] = [["tt.divisibility", 16]]
     places = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, places, attributes)
-    built = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": warps})
-    return built.asm["cubin"]
+    built = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": given["num_warps"]})
+    return built.asm["cubin"], {"rows": given["ROWS"], "warps": given["num_warps"]}
 
 
 def inspect(cubin: bytes) -> dict[str, int]:
@@ -93,12 +97,11 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for arch, kind, dtype, width, kernel in itertools.product(
-        options.arch, options.kinds, options.dtypes, options.widths, ("norm", "add_norm", "backward")
+        options.arch, options.kinds, options.dtypes, options.widths, ("norm", "add_norm", "backward", "dweight")
     ):
-        shape = triton_norm.constants(width, backward=kernel == "backward")
-        cubin = compiled(kernel, width, dtype, kind == "layer", arch)
+        cubin, tile = compiled(kernel, width, dtype, kind == "layer", arch)
         case = {"arch": f"sm_{arch}", "kind": kind, "dtype": dtype, "width": width, "kernel": kernel}
-        rows.append(case | {"rows": shape["ROWS"], "warps": shape["num_warps"]} | inspect(cubin))
+        rows.append(case | tile | inspect(cubin))
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*map(str, row.values()))

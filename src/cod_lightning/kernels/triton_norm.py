@@ -135,7 +135,8 @@ def dweight_kernel(
     tl.store(dweight + column, (total * gain).to(dweight.dtype.element_ty), inside)
 
 
-def constants(hidden: int, groups: int = 1, gain: Number = 1.0, backward: bool = False) -> dict[str, Any]:
+@lru_cache
+def constants(hidden: int, groups: int = 1, load: bool = False, backward: bool = False) -> dict[str, Any]:
     """What a kernel is compiled for: the width of a group, a tile of ROWS rows and BLOCK columns, and its warps.
 
     16 elements a thread in both directions: two 16-byte loads of bfloat16 in flight for each operand.
@@ -143,7 +144,7 @@ def constants(hidden: int, groups: int = 1, gain: Number = 1.0, backward: bool =
     width = hidden // groups
     block = triton.next_power_of_2(width)
     rows = max(1, min(8, (2048 if backward else 4096) // block))
-    shape = {"WIDTH": width, "GROUPS": groups, "BLOCK": block, "ROWS": rows, "LOAD": isinstance(gain, Tensor)}
+    shape = {"WIDTH": width, "GROUPS": groups, "BLOCK": block, "ROWS": rows, "LOAD": load}
     return shape | {"num_warps": max(1, min(16, rows * block // 512))}
 
 
@@ -153,10 +154,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """[rows, hidden], whose last stride is 1; a view wherever there is one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """The memory of [..., hidden] as rows whose elements lie side by side, and their distance; mostly x itself."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def forward_outputs(
@@ -188,15 +192,15 @@ def forward(
     y, rstd = outputs[:2]
     mean = outputs[2] if layer else None
     stream = None if branch is None else outputs[-1]
-    x = rows_of(x)
-    branch = None if branch is None else rows_of(branch)
-    rows, hidden = x.shape
-    shape = constants(hidden, groups, gain)
+    hidden = x.shape[-1]
+    rows = x.numel() // hidden
+    shape = constants(hidden, groups, isinstance(gain, Tensor))
+    x, x_stride = rows_of(x)
+    branch, branch_stride = (None, 0) if branch is None else rows_of(branch)
     with torch.cuda.device_of(x):
         forward_kernel[max(1, triton.cdiv(rows, shape["ROWS"])), groups](
-            x, branch, weight, stream, y, mean, rstd, rows, x.stride(0), 0 if branch is None else branch.stride(0), eps,
-            gain, **shape,
-        )  # fmt: skip
+            x, branch, weight, stream, y, mean, rstd, rows, x_stride, branch_stride, eps, gain, **shape
+        )
     return outputs
 
 
@@ -224,18 +228,19 @@ def backward(
     """`backward_outputs`, filled; the weight's gradient only if `weighted`."""
     outputs = backward_outputs(stream, weight if weighted else None, dtype, branch_dtype)
     dx, dbranch = outputs[0], None if branch_dtype is None else outputs[1]
-    groups = rstd.shape[-1]
-    stream, dy = rows_of(stream), rows_of(dy)
-    dstream = None if dstream is None else rows_of(dstream)
-    rows, hidden = stream.shape
-    shape = constants(hidden, groups, gain, backward=True)
+    hidden, groups = stream.shape[-1], rstd.shape[-1]
+    rows = stream.numel() // hidden
+    shape = constants(hidden, groups, isinstance(gain, Tensor), backward=True)
     resident = multiprocessors(stream.device) * max(1, 16 // shape["num_warps"])
     programs = max(1, min(resident, triton.cdiv(rows, shape["ROWS"])))
     partial = torch.empty((programs, hidden), dtype=torch.float32, device=stream.device) if weighted else None
+    stream, stream_stride = rows_of(stream)
+    dy, dy_stride = rows_of(dy)
+    dstream, dstream_stride = (None, 0) if dstream is None else rows_of(dstream)
     with torch.cuda.device_of(stream):
         backward_kernel[programs, groups](
-            stream, weight, mean, rstd, dy, dstream, dx, dbranch, partial, rows, stream.stride(0), dy.stride(0),
-            0 if dstream is None else dstream.stride(0), gain, **shape,
+            stream, weight, mean, rstd, dy, dstream, dx, dbranch, partial, rows, stream_stride, dy_stride,
+            dstream_stride, gain, **shape,
         )  # fmt: skip
         if weighted:
             sums: dict[str, Any] = {"HIDDEN": hidden, "COLUMNS": COLUMNS, "ROWS": 256, "LOAD": shape["LOAD"]}
