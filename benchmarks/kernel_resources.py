@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of the norm kernels, compiled for named GPUs on a machine that needs none.
 
-    python benchmarks/kernel_resources.py [--arch 80 90] [--widths 768 1024] [--csv FILE]
+    python benchmarks/kernel_resources.py [--arch 80 90] [--widths 768 1024] [--save]
 
 Fails if a kernel spills registers to memory at a width that the paper uses (512 to 4,096).
 """
@@ -8,7 +8,6 @@ Fails if a kernel spills registers to memory at a width that the paper uses (512
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import re
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from _results import save
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[*PAPER_WIDTHS, 100, 8192, 16384])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=ELEMENTS)
     parser.add_argument("--kinds", nargs="+", default=["rms", "layer"], choices=["rms", "layer"])
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/sm_.._[date]_kernels.csv")
     options = parser.parse_args()
     rows = []
     for arch, kind, dtype, width, kernel in itertools.product(
@@ -106,11 +106,8 @@ def main() -> None:
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console(width=160).print(table)
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    if options.save:
+        save("kernels", rows, device=" ".join(f"sm_{arch}" for arch in options.arch))
     spilt = [row for row in rows if row["width"] in PAPER_WIDTHS and row["spills"] + row["local"] + row["stack"]]
     if spilt:
         sys.exit(f"{len(spilt)} kernels spill at the paper's widths, the first: {spilt[0]}")

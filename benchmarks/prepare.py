@@ -1,6 +1,6 @@
 """How fast text becomes prepared rows, against the tokenizer alone, and how fast rows are read back.
 
-    python benchmarks/prepare.py [--characters 8000000] [--workers 1 2] [--csv benchmarks/results/prepare.csv]
+    python benchmarks/prepare.py [--characters 8000000] [--workers 1 2] [--save]
 
 `raw` is `encode_batch` of the same documents on as many threads, and nothing else: the most that preparation can reach.
 It and `prepare` are measured in turns in one run, and the best of `--repeats` is taken, as other load only slows down.
@@ -9,18 +9,16 @@ It and `prepare` are measured in turns in one run, and the best of `--repeats` i
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
+from _results import save
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +27,6 @@ from cod_lightning.data.corpora import docs
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepare
 from cod_lightning.data.tokenizer import DocumentTokenizer, train_bpe
-from cod_lightning.train.record import hardware
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -81,7 +78,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--csv", type=Path, help="append the results to this file")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/[hardware]_[date]_prepare.csv")
     arguments = parser.parse_args()
 
     measured: list[tuple[str, float, str]] = []
@@ -119,22 +116,9 @@ def main() -> None:
     for name, value, unit in measured:
         table.add_row(name, f"{value:,.2f}" if value < 1000 else f"{value:,.0f}", unit)
     Console().print(table)
-    if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        new = not arguments.csv.exists()
-        common = {
-            "date": datetime.date.today().isoformat(),
-            "machine": hardware()["cpu"],
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "tokenizers": tokenizers.__version__,
-            "characters": size,
-        }
-        with open(arguments.csv, "a", newline="") as file:
-            writer = csv.DictWriter(file, ["measure", "value", "unit", *common])
-            if new:
-                writer.writeheader()
-            writer.writerows({"measure": n, "value": f"{v:.4g}", "unit": u, **common} for n, v, u in measured)
+    if arguments.save:
+        rows = [{"measure": name, "value": f"{value:.4g}", "unit": unit} for name, value, unit in measured]
+        save("prepare", rows, tokenizers=tokenizers.__version__, characters=size)
 
 
 if __name__ == "__main__":  # workers import this file

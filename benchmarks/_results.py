@@ -1,0 +1,73 @@
+"""What the benchmarks share: the clock, and files of results named after the hardware and the day."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from cod_lightning.train.record import hardware
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def path_of(name: str, suffix: str, device: str = "") -> Path:
+    """Such as results/xeon_2.50ghz_2cores_2026-11-21_norm.csv; `device` where the results are not this machine's."""
+    found = hardware()
+    device = device or (found["gpus"][0] if found["gpus"] else f"{found['cpu']} {found['cores']}cores")
+    plain = re.sub(r"\((R|TM)\)|\b(NVIDIA|Intel|AMD|CPU|Processor)\b|@", " ", device).lower()
+    return RESULTS / f"{'_'.join(plain.split())}_{datetime.date.today()}_{name}{suffix}"
+
+
+def save(name: str, rows: Sequence[Mapping[str, Any]], device: str = "", **more: Any) -> None:
+    """Write rows as CSV, each with the day, the machine, the versions and `more`."""
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "machine": ", ".join([*hardware()["gpus"], hardware()["cpu"]]),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        **more,
+    }
+    path = path_of(name, ".csv", device)
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *common])
+        writer.writeheader()
+        writer.writerows({**row, **common} for row in rows)
+    print(path)
+
+
+def milliseconds(variants: Mapping[str, Callable[[], object]], budget: float = 0.5) -> dict[str, float]:
+    """The median time of each variant; on a CPU they take turns in changing order, to share other load and caches.
+
+    Args:
+        variants: functions by name.
+        budget: seconds for each, at least five runs.
+    """
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        return {name: do_bench(f, rep=int(1000 * budget), return_mode="median") for name, f in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for function in variants.values():
+        function()
+    started, draw = time.perf_counter(), random.Random(0)
+    while min(map(len, times.values())) < 5 or time.perf_counter() - started < budget * len(variants):
+        for name, function in draw.sample(list(variants.items()), len(variants)):
+            start = time.perf_counter()
+            function()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}

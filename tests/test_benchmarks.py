@@ -1,0 +1,37 @@
+"""Every benchmark runs, at a size of seconds; what it measures is no matter here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "words", "shown"),
+    [
+        ("norm.py", "--rows 8 --widths 64 --seconds 0", ["nn.RMSNorm", "inductor", "add_norm"]),
+        ("loss.py", "--tokens 64 --vocabulary 100 --seconds 0", ["ours", "all logits"]),
+        ("train_step.py", "--rows 1 --length 8 --seconds 0", ["torch norms, compiled", "transformers"]),
+        ("prepare.py", "--characters 20000 --vocab-size 300 --workers 1 --repeats 1", ["prepare / raw, 1"]),
+    ],
+)
+def test_benchmarks_run(script, words, shown):
+    assert {path.name for path in BENCHMARKS.glob("[a-z]*.py")} == {
+        "norm.py",
+        "loss.py",
+        "train_step.py",
+        "prepare.py",
+        "kernel_resources.py",  # in tests/kernels
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
+    run = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *words.split()], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for word in shown:
+        assert word in run.stdout
