@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("norm.py", "--rows 8 --widths 64 --seconds 0", ["nn.RMSNorm", "inductor", "add_norm"]),
         ("loss.py", "--tokens 64 --vocabulary 100 --seconds 0", ["ours", "all logits"]),
         ("train_step.py", "--rows 1 --length 8 --seconds 0", ["torch norms, compiled", "transformers"]),
-        ("prepare.py", "--characters 20000 --vocab-size 300 --workers 1 --repeats 1", ["prepare / raw, 1"]),
+        ("prepare.py", "--characters 400000 --vocab-size 300 --workers 1 --repeats 1", ["prepare / raw, 1"]),
     ],
 )
 def test_benchmarks_run(script, words, shown):
