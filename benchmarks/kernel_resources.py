@@ -30,21 +30,30 @@ PAPER_WIDTHS = (512, 768, 1024, 2048, 4096)
 ELEMENTS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
+KERNELS = ("norm", "add_norm", "backward", "dweight", "add_norm_mixed", "backward_mixed")
+"""`mixed` is what compiled code under autocast runs: a stream in float32, the rest in half precision, constants in
+memory."""
+
+
 def parts(kernel: str, width: int, element: str, layer: bool) -> tuple[Any, dict[str, Any], dict[str, str | None]]:
     """A kernel, its constants, and the types of its arguments as training passes them; None: an argument left out."""
-    mean = "*fp32" if layer else None
-    numbers = {"rstd": "*fp32", "mean": mean, "rows": "i32", "eps": "fp32", "gain": "fp32"}
+    mixed = kernel.endswith("mixed")
+    stream, number = ("*fp32", "*fp32") if mixed else (element, "fp32")
+    types = {"rstd": "*fp32", "mean": "*fp32" if layer else None, "rows": "i32", "eps": number, "gain": number}
     if kernel == "dweight":
         constants = {"HIDDEN": width, "COLUMNS": triton_norm.COLUMNS, "ROWS": 256, "LOAD": False, "num_warps": 4}
-        types = {"partial": "*fp32", "dweight": element, "programs": "i32"}
-        return triton_norm.dweight_kernel, constants, types | numbers
-    if kernel == "backward":
-        types = {name: element for name in ("stream", "weight", "dy", "dstream", "dx")} | {"partial": "*fp32"}
-        return triton_norm.backward_kernel, triton_norm.constants(width, backward=True), types | numbers
-    types = {name: element for name in ("x", "weight", "y")}
-    if kernel == "add_norm":
-        types |= {"branch": element, "stream": element}
-    return triton_norm.forward_kernel, triton_norm.constants(width), types | numbers
+        return triton_norm.dweight_kernel, constants, types | {
+            "partial": "*fp32", "dweight": element, "programs": "i32",
+        }  # fmt: skip
+    if kernel.startswith("backward"):
+        return triton_norm.backward_kernel, triton_norm.constants(width, load=mixed, backward=True), types | {
+            "stream": stream, "weight": stream, "dy": element, "dstream": stream, "dx": stream, "partial": "*fp32",
+            "dbranch": element if mixed else None,
+        }  # fmt: skip
+    if kernel.startswith("add_norm"):
+        types |= {"branch": element, "stream": stream}
+    constants = triton_norm.constants(width, load=mixed)
+    return triton_norm.forward_kernel, constants, types | {"x": stream, "weight": stream, "y": element}
 
 
 def compiled(kernel: str, width: int, dtype: str, layer: bool, arch: int) -> tuple[bytes, dict[str, int]]:
@@ -97,7 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for arch, kind, dtype, width, kernel in itertools.product(
-        options.arch, options.kinds, options.dtypes, options.widths, ("norm", "add_norm", "backward", "dweight")
+        options.arch, options.kinds, options.dtypes, options.widths, KERNELS
     ):
         cubin, tile = compiled(kernel, width, dtype, kind == "layer", arch)
         case = {"arch": f"sm_{arch}", "kind": kind, "dtype": dtype, "width": width, "kernel": kernel}

@@ -34,7 +34,7 @@ Number = float | Tensor
 """A constant: a number, or a tensor of one float32 element on the device, which the kernels LOAD."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x, branch, weight, stream, y, mean, rstd, rows, x_stride, branch_stride, eps, gain,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
@@ -68,7 +68,7 @@ def forward_kernel(
     tl.store(y + dense, (s * r[:, None] * factor).to(y.dtype.element_ty), present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     stream, weight, mean, rstd, dy, dstream, dx, dbranch, partial, rows, stream_stride, dy_stride, dstream_stride, gain,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
@@ -111,17 +111,11 @@ def backward_kernel(
         tl.store(partial + program * (GROUPS * WIDTH) + group * WIDTH + column, dweight, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def dweight_kernel(
-    partial,
-    dweight,
-    programs,
-    gain,
-    HIDDEN: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    LOAD: tl.constexpr,
-):
+    partial, dweight, programs, gain,
+    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
+):  # fmt: skip
     """The sum of `partial` [programs, hidden] over the programs in order, times the gain."""
     if LOAD:
         gain = tl.load(gain)
