@@ -1,0 +1,54 @@
+"""Tiny random models of every family that is measured."""
+
+import pytest
+import torch
+
+from cod_lightning.measure.layered import Layered
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.strategies import build_all
+
+VOCABULARY, HIDDEN, DEPTH = 37, 16, 4
+HF = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2", "gpt2": "GPT2"}
+FAMILIES = ("ours", "ours-lns", *HF)
+"""DeepSeek-LLM is a Llama."""
+
+
+@pytest.fixture
+def causal_lm():
+    """`causal_lm(family)`: a random `Layered` model with a lively, not tiny, residual stream."""
+
+    def made(family, depth=DEPTH):
+        if family.startswith("ours"):
+            config = DecoderConfig(
+                hidden_size=HIDDEN,
+                intermediate_size=24,
+                num_hidden_layers=depth,
+                num_attention_heads=2,
+                vocab_size=VOCABULARY,
+                init_std=0.3,
+                embedding_std=1.0,
+            )
+            norm = "lns" if family.endswith("lns") else "pre_ln"
+            return Layered(build_decoder(config, build_all({"name": norm}, depth), seed=0).eval(), family)
+        transformers = pytest.importorskip("transformers")
+        shape = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 24,
+            "num_hidden_layers": depth,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "initializer_range": 0.3,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        if family == "gpt2":
+            shape |= {"n_embd": HIDDEN, "n_layer": depth, "n_head": 2, "n_inner": 24, "n_positions": 64}
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{HF[family]}Config")(**shape)
+        return Layered(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
+
+    return made

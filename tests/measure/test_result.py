@@ -1,0 +1,50 @@
+import csv
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from cod_lightning.measure.result import Mean, figure, heat_map, layer_lines, save
+
+
+@dataclass(frozen=True)
+class Example:
+    name: str
+    values: list[float]
+
+    def rows(self):
+        return [{"layer": layer, "value": value} for layer, value in enumerate(self.values, start=1)]
+
+    def plot(self):
+        made, (left, right) = figure(columns=2)
+        layer_lines(left, {"a": self.values, "b": self.values}, "value", log=True)
+        heat_map(right, [[1.0, None], [0.5, 2.0]], "x", "y", "colour")
+        return made
+
+
+def test_a_result_is_saved_as_json_csv_and_figure(tmp_path):
+    paths = save(Example("x", [0.5, 2.0]), tmp_path / "new", "example")
+    assert json.loads(paths[0].read_text()) == {"name": "x", "values": [0.5, 2.0]}
+    assert list(csv.DictReader(paths[1].read_text().splitlines())) == [
+        {"layer": "1", "value": "0.5"},
+        {"layer": "2", "value": "2.0"},
+    ]
+    assert paths[2].read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
+
+
+def test_mean_and_standard_error():
+    values, mean = torch.randn(50, 3), Mean()
+    mean.add(values[:20])
+    mean.add(values[20:])
+    torch.testing.assert_close(mean.mean, values.double().mean(0))
+    torch.testing.assert_close(mean.error, values.double().std(0) / 50**0.5)
+
+
+def test_weights_of_zero_do_not_count():
+    values, mean = torch.tensor([1.0, 5.0, 3.0]), Mean()
+    mean.add(values, torch.tensor([1.0, 0.0, 1.0]))
+    assert float(mean.mean) == pytest.approx(2)
+    assert float(mean.error) == pytest.approx(torch.tensor([1.0, 3.0]).std().item() / 2**0.5)
+    assert mean.count == 2
