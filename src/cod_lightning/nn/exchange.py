@@ -1,0 +1,343 @@
+"""Exchange with Hugging Face: a decoder as a Llama or Qwen2 checkpoint that stock `transformers` loads, and back.
+
+A constant that multiplies a norm's output or a branch is part of the weights next to it: the gain of LayerNorm Scaling
+goes into the norm's weight, the scale of a branch into the rows of its last projection. What is folded computes what
+the decoder computes, up to the rounding of one product per weight; what cannot be folded is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.strategies import SublayerSpec, build_all
+
+PLACELESS = ("pre_norm", "input_scale", "groups", "branch_norm", "skip", "learned_skip", "sum_norm", "gate")
+"""The coefficients of a sub-layer that must be those of Pre-LN, for a Llama checkpoint has no place for others.
+
+`input_scale` is one of them because it is a matter of each norm's own eps, of which such a checkpoint has one for all.
+"""
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+"""What can be imported, by `model_type`; DeepSeek-LLM is a Llama."""
+
+
+class Tokens(Protocol):
+    """What is asked of a tokenizer; `data.tokenizer.DocumentTokenizer` has it."""
+
+    @property
+    def json(self) -> str: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+
+
+# To Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def obstacles(decoder: Decoder) -> list[str]:
+    """Why a decoder has no equal among Llama checkpoints, one line for each coefficient; nothing if it has one."""
+    specs, plain, found = [block.spec for block in decoder.blocks], SublayerSpec(), []
+    if decoder.config.norm != "rms":
+        found.append(f"model.norm={decoder.config.norm!r} has no place in a Llama checkpoint, whose norms are 'rms'")
+    for name in PLACELESS:
+        others = [
+            (layer, value)
+            for layer, spec in enumerate(specs, start=1)
+            for sublayer in spec.sublayers
+            if (value := getattr(sublayer, name)) != getattr(plain, name)
+        ]
+        if others:
+            layer, value = others[0]
+            found.append(
+                f"{name}={value!r} (layer {layer}, {len(others)} of {2 * len(specs)} sub-layers) has no place "
+                f"in a Llama checkpoint, where it is {getattr(plain, name)!r}"
+            )
+    if layers := [layer for layer, spec in enumerate(specs, start=1) if spec.entry_norm]:
+        found.append(f"entry_norm=True (layer {layers[0]}) has no place in a Llama checkpoint")
+    return found
+
+
+@torch.no_grad()
+def folded(decoder: Decoder, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The state of the Llama that computes what `decoder` does, on the CPU; products are rounded once, to `dtype`.
+
+    Raises:
+        UserError: there is none; names every coefficient that is in the way.
+    """
+    if found := obstacles(decoder):
+        raise UserError("\n".join(found))
+    state = {name: tensor.cpu() for name, tensor in decoder.state_dict().items() if "_residual." not in name}
+    ones = torch.ones(decoder.config.hidden_size)
+    state.setdefault("model.norm.weight", ones)
+    for index, layer in enumerate(decoder.blocks):
+        for norm, gain, projection, residual in (
+            ("input_layernorm", layer.spec.attention.gain, "self_attn.o_proj", layer.attention_residual),
+            ("post_attention_layernorm", layer.spec.ffn.gain, "mlp.down_proj", layer.ffn_residual),
+        ):
+            name = f"model.layers.{index}.{norm}.weight"
+            state[name] = state.get(name, ones).double() * gain
+            scale = residual.spec.branch_scale if residual.branch_scale is None else residual.branch_scale.cpu()
+            name = f"model.layers.{index}.{projection}.weight"
+            # [1] or [hidden, 1]: one factor for each row, which is a channel of the output.
+            state[name] = (state[name].double() * torch.as_tensor(scale, dtype=torch.float64).view(-1, 1)).to(dtype)
+    return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
+def to_hf(
+    decoder: Decoder, tokenizer: Tokens | None = None, dtype: torch.dtype = torch.float32, max_length: int = 2048
+) -> Any:
+    """The `LlamaForCausalLM` (`Qwen2ForCausalLM` with `qkv_bias`) that gives the decoder's logits, on the CPU.
+
+    Args:
+        decoder: on any device; it is not changed.
+        tokenizer: its pad and EOS go into the configuration.
+        dtype: of the weights.
+        max_length: `max_position_embeddings`, the longest row in tokens that the model is meant for.
+
+    Raises:
+        UserError: as `folded`, or transformers is not installed.
+    """
+    transformers = library("exporting")
+    state, shape = folded(decoder, dtype), decoder.config
+    rows = len(state["model.embed_tokens.weight"])
+    family = "Qwen2" if shape.qkv_bias else "Llama"
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=rows,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.key_value_heads,
+        rms_norm_eps=shape.norm_eps,
+        rope_theta=shape.rope_theta,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        initializer_range=shape.init_std,
+        max_position_embeddings=max_length,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_id if tokenizer else None,
+        pad_token_id=pad_of(tokenizer, rows) if tokenizer else None,
+    )
+    # Version 5 writes it inside `rope_parameters` alone; version 4 and other programs look for it here.
+    config.rope_theta = shape.rope_theta
+    with quiet():
+        model = getattr(transformers, f"{family}ForCausalLM")
+        return model.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+
+
+def export(
+    decoder: Decoder,
+    folder: Path,
+    tokenizer: Tokens | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_length: int = 2048,
+) -> None:
+    """Write what `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load from `folder`; whole or not at all.
+
+    Args:
+        decoder: as for `to_hf`.
+        folder: must not exist yet, or be empty.
+        tokenizer: goes along; without one the folder has none.
+        dtype: as for `to_hf`.
+        max_length: as for `to_hf`.
+
+    Raises:
+        UserError: as `to_hf`; something is in `folder`, or it cannot be written.
+    """
+    check_new(folder)
+    model = to_hf(decoder, tokenizer, dtype, max_length)
+    from safetensors import SafetensorError
+
+    with new_folder(folder) as partial, quiet():
+        try:
+            model.save_pretrained(partial)
+        except SafetensorError as error:
+            raise UserError(f"{folder} cannot be written: {error}") from error
+        if tokenizer is not None:
+            hf_tokenizer(tokenizer, model.config.vocab_size, max_length).save_pretrained(partial)
+            # Version 5 writes a class that version 4 does not have; both have this one.
+            path = partial / "tokenizer_config.json"
+            content = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def hf_tokenizer(tokenizer: Tokens, rows: int, max_length: int) -> Any:
+    """The tokenizer as a `PreTrainedTokenizerFast`, for an embedding of so many rows.
+
+    It adds no special token to a text, as rows have none before or inside a document here.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(tokenizer.json)
+    if (content["post_processor"] or {}).get("type") in ("TemplateProcessing", "Sequence"):
+        content["post_processor"] = None
+    # A pad that was added to a tokenizer without one has no row in a model that came with that tokenizer.
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    backend = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=backend.id_to_token(tokenizer.eos_id),
+        pad_token=backend.id_to_token(pad_of(tokenizer, rows)),
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def pad_of(tokenizer: Tokens, rows: int) -> int:
+    """The pad where the embedding has a row for it, else the EOS."""
+    return tokenizer.pad_id if tokenizer.pad_id < rows else tokenizer.eos_id
+
+
+# From Hugging Face ---------------------------------------------------------------------------------------------------
+
+
+def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The decoder (`pre_ln`, its shape in `.config`) that gives the logits of a Llama, Mistral or Qwen2 checkpoint.
+
+    Args:
+        name: folder of the checkpoint, or its name on the hub.
+        dtype: of the weights; float32 holds those of every checkpoint exactly.
+
+    Raises:
+        UserError: no such checkpoint; or it computes something that the decoder does not, with every field at fault.
+    """
+    transformers = library("importing")
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            shape = shape_of(config, name)
+            model = transformers.AutoModelForCausalLM
+            twin, info = model.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: not a checkpoint of a causal language model: {reason}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{name}: the checkpoint lacks {len(missing)} weights of its model, {missing[0]} among them")
+    with torch.device("meta"):
+        decoder = Decoder(shape, build_all({"name": "pre_ln"}, shape.num_hidden_layers))
+    decoder.load_state_dict(twin.state_dict(), assign=True)
+    decoder.tie()
+    return decoder
+
+
+def shape_of(config: Any, name: str | Path) -> DecoderConfig:
+    """The shape that a configuration of `transformers` describes.
+
+    Raises:
+        UserError: names every field that describes something else than a decoder of ours.
+    """
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{name}: model_type={config.model_type!r} cannot be imported; known: {', '.join(FAMILIES)}")
+    # Version 5 keeps all in `rope_parameters`, version 4 the base in `rope_theta` and the rest in `rope_scaling`.
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    head_dim = config.hidden_size // config.num_attention_heads
+    fields = {
+        "hidden_act": (config.hidden_act, "silu"),
+        "head_dim": (getattr(config, "head_dim", None) or head_dim, head_dim),
+        "rope_type": (rope_type, "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+        "sliding_window": (getattr(config, "sliding_window", None), None),
+        "attention_bias": (getattr(config, "attention_bias", False), False),
+        "mlp_bias": (getattr(config, "mlp_bias", False), False),
+        "quantization_config": (getattr(config, "quantization_config", None), None),
+    }
+    found = [
+        f"{name}: {field}={value!r} has no place in the decoder, where it is {expected!r}"
+        for field, (value, expected) in fields.items()
+        if value != expected
+    ]
+    shape = DecoderConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        norm_eps=config.rms_norm_eps,
+        rope_theta=float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))),
+        qkv_bias=config.model_type == "qwen2",
+        tie_word_embeddings=config.tie_word_embeddings,
+        init_std=config.initializer_range,
+    )
+    if found := found or [f"{name}: {problem}" for problem in shape.problems()]:
+        raise UserError("\n".join(found))
+    return shape
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+
+def library(purpose: str) -> Any:
+    """`transformers`, which is needed for nothing but this.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{purpose} needs transformers: pip install 'cod_lightning[hf]'") from error
+    return transformers
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Keep progress bars and remarks of `transformers` off the terminal."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def check_new(folder: Path) -> None:
+    """Nothing may be overwritten.
+
+    Raises:
+        UserError: there is something at `folder`, other than an empty folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already and is not an empty folder: choose another output")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Generator[Path]:
+    """A folder to write to, which takes the place of `folder` when all is written and is gone where that fails.
+
+    Raises:
+        UserError: as `check_new`, or it cannot be written.
+    """
+    check_new(folder)
+    folder = Path(os.path.abspath(folder))
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
