@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +24,12 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
-PLACELESS = ("pre_norm", "input_scale", "groups", "branch_norm", "skip", "learned_skip", "sum_norm", "gate")
-"""The coefficients of a sub-layer that must be those of Pre-LN, for a Llama checkpoint has no place for others.
+FOLDED = ("gain", "branch_scale", "learned_branch_scale")
+INITIAL = ("pre_norm_weight", "output_init", "xavier")
+"""The coefficients of a sub-layer that go into weights, and those that only say how weights start.
 
-`input_scale` is one of them because it is a matter of each norm's own eps, of which such a checkpoint has one for all.
+A Llama checkpoint has no place for any other, which must be that of Pre-LN. `input_scale` is such a one because it is
+a matter of each norm's own eps, of which a checkpoint has one for all.
 """
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
@@ -52,7 +55,7 @@ def obstacles(decoder: Decoder) -> list[str]:
     specs, plain, found = [block.spec for block in decoder.blocks], SublayerSpec(), []
     if decoder.config.norm != "rms":
         found.append(f"model.norm={decoder.config.norm!r} has no place in a Llama checkpoint, whose norms are 'rms'")
-    for name in PLACELESS:
+    for name in [field.name for field in fields(SublayerSpec) if field.name not in FOLDED + INITIAL]:
         others = [
             (layer, value)
             for layer, spec in enumerate(specs, start=1)
@@ -248,7 +251,7 @@ def shape_of(config: Any, name: str | Path) -> DecoderConfig:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     head_dim = config.hidden_size // config.num_attention_heads
-    fields = {
+    expected = {
         "hidden_act": (config.hidden_act, "silu"),
         "head_dim": (getattr(config, "head_dim", None) or head_dim, head_dim),
         "rope_type": (rope_type, "default"),
@@ -259,9 +262,9 @@ def shape_of(config: Any, name: str | Path) -> DecoderConfig:
         "quantization_config": (getattr(config, "quantization_config", None), None),
     }
     found = [
-        f"{name}: {field}={value!r} has no place in the decoder, where it is {expected!r}"
-        for field, (value, expected) in fields.items()
-        if value != expected
+        f"{name}: {field}={value!r} has no place in the decoder, where it is {ours!r}"
+        for field, (value, ours) in expected.items()
+        if value != ours
     ]
     shape = DecoderConfig(
         hidden_size=config.hidden_size,
