@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from cod_lightning.data import tokenizer as tokenizers_room
-from cod_lightning.data.tokenizer import load_tokenizer, train_bpe
+from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer, train_bpe, with_pad_below
 from cod_lightning.errors import UserError
 
 TEXT = ["the quick brown fox jumps over the lazy dog"] * 50 + ["ein schönes Wörtchen, ça va? 你好"] * 5
@@ -25,6 +25,20 @@ def test_bpe_encodes_any_text_and_ends_it_once():
         assert ids[-1] == tokenizer.eos_id
         assert not {tokenizer.eos_id, tokenizer.pad_id} & set(ids[:-1])
         assert tokenizer.backend.decode(ids[:-1]) == document
+
+
+def test_an_added_pad_without_a_row_gives_way_to_a_special_token_that_no_text_yields():
+    bpe = train_bpe(TEXT, 300)
+    assert with_pad_below(bpe, 300) is bpe
+    backend = Tokenizer.from_str(bpe.json)
+    backend.add_special_tokens(["[added]"])
+    found = with_pad_below(DocumentTokenizer(backend.to_str(), pad_id=300, eos_id=1), 300)
+    assert (found.pad_id, found.eos_id) == (0, 1)
+    assert 0 not in found.encode(["the <pad> fox"])[0]
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != 0]
+    with pytest.raises(UserError, match=r"no special token but EOS .* below the 300"):
+        with_pad_below(DocumentTokenizer(json.dumps(content), pad_id=300, eos_id=1), 300)
 
 
 def test_bpe_trains_on_a_bounded_part(monkeypatch):

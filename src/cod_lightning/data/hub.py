@@ -40,3 +40,20 @@ def require_hub(what: str, instead: str) -> None:
     thread.join(PROBE_SECONDS)
     if not answered.is_set():
         raise UserError(f"{what} needs the Hugging Face hub, but {endpoint} does not answer. {instead}")
+
+
+def require_cached_or_hub(name: str, instead: str) -> None:
+    """Return if a repository is in the local cache, by its config.json, or the hub can be asked for it.
+
+    Raises:
+        UserError: `name` cannot be one on the hub, or as `require_hub`.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise UserError(f"{name} is neither a folder nor a name on the hub. {instead}") from error
+    if not isinstance(cached, str):
+        require_hub(name, instead)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,24 @@ def load_tokenizer(name: str) -> DocumentTokenizer:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"data.tokenizer={name!r}: no such folder")
     return _from_folder(_download(name), name)
+
+
+def with_pad_below(tokenizer: DocumentTokenizer, rows: int) -> DocumentTokenizer:
+    """The tokenizer for an embedding of `rows` rows: a pad that was added, and has none, gives way to a special token.
+
+    Special tokens spelled out in a text stay text here, so that no text yields one.
+
+    Raises:
+        UserError: it has no special token but EOS.
+    """
+    if tokenizer.pad_id < rows:
+        return tokenizer
+    added = tokenizer.backend.get_added_tokens_decoder().items()
+    special = [token_id for token_id, token in added if token.special and token_id < rows]
+    special = [token_id for token_id in special if token_id != tokenizer.eos_id]
+    if not special:
+        raise UserError(f"the tokenizer has no special token but EOS to pad rows with, below the {rows} of the model")
+    return replace(tokenizer, pad_id=max(special))
 
 
 def _download(name: str) -> Path:

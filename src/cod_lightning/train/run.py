@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tokenizers import Tokenizer
 from torch import nn
 
 from cod_lightning.data.config import DataConfig
@@ -258,14 +259,31 @@ def log_hyperparameters(trainer: Trainer, config: Mapping[str, Any], record: Map
             logger.log_hyperparams(chosen, metrics={"hp/val_loss": record["val_loss"]})
 
 
+def write_imported(decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:
+    """Write what `evaluate` and `load_run` read beside the configuration: a checkpoint of step 0, and the tokenizer.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    io = AtomicCheckpointIO()
+    state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    io.save_checkpoint({"state_dict": state, "tokens": 0}, folder / "checkpoints" / "step-00000000.ckpt")
+    if io.failure:
+        raise UserError(io.failure)
+    save_tokenizer(tokenizer.backend, tokenizer.eos_id, tokenizer.pad_id, folder)
+
+
 @rank_zero_only
 def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
     """Copy the tokenizer into the run folder: a run can be sampled, and evaluated on other text, without its data."""
-    tokenizer = data.tokenizer()
+    save_tokenizer(data.tokenizer(), data.eos_id, data.pad_id, folder)
+
+
+def save_tokenizer(tokenizer: Tokenizer, eos_id: int, pad_id: int, folder: Path) -> None:
     target = folder / TOKENIZER
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(target / "tokenizer.json"))
-    special = {"eos_token": tokenizer.id_to_token(data.eos_id), "pad_token": tokenizer.id_to_token(data.pad_id)}
+    special = {"eos_token": tokenizer.id_to_token(eos_id), "pad_token": tokenizer.id_to_token(pad_id)}
     (target / "special_tokens_map.json").write_text(json.dumps(special) + "\n")
 
 
