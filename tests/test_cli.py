@@ -1,15 +1,20 @@
 """The command line as a person meets it: real processes, killed and started again, several ranks, bad input."""
 
 import json
+import os
+import random
 import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from cod_lightning.config import compose
 
@@ -35,7 +40,10 @@ def finished(toy, tmp_path_factory):
     return compose([*toy, f"output={output}"]).folder, process
 
 
-@pytest.mark.parametrize("command", [[], ["fit"], ["prepare"], ["evaluate"], ["generate"], ["experiments"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["fit"], ["prepare"], ["evaluate"], ["generate"], ["export"], ["import"], ["experiments"]],
+)
 def test_help_needs_neither_torch_nor_hydra(command):
     script = (
         "import sys\nfrom cod_lightning.cli import main\n"
@@ -93,6 +101,117 @@ def test_generate_continues_the_prompt_the_same_way_under_one_seed(finished):
     assert first.stdout.startswith("the norm")
     assert len(first.stdout) > len("the norm\n")
     assert first.stdout == again.stdout
+
+
+def decoder_of(folder):
+    from cod_lightning.cli import sections
+    from cod_lightning.config import load
+    from cod_lightning.train.run import checkpoint_of, load_run
+
+    return load_run(sections(load(folder)), folder, checkpoint_of(folder))
+
+
+def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, corpus, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder, _ = finished
+    model, imported = tmp_path / "model", tmp_path / "imported"
+    process = run("export", folder, "--output", model)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == str(model)
+    assert process.stderr == ""
+    decoder, tokenizer = decoder_of(folder)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokens = torch.tensor([tokenizer.encode(["the norm of a deep block"])[0]])
+    torch.testing.assert_close(twin(tokens).logits, decoder(tokens), rtol=1e-5, atol=1e-5)
+    assert twin.config.max_position_embeddings == 32
+
+    again = run("export", folder, "--output", model)
+    assert again.returncode == 2
+    assert "not an empty folder" in again.stderr
+
+    process = run("import", model, "--output", imported)
+    assert process.returncode == 0, process.stderr
+    words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.seq_len=32", "eval.every=3"]
+    process = run("evaluate", imported, *words, "trainer.accelerator=cpu")
+    assert process.returncode == 0, process.stderr
+    figures = dict(line.split() for line in process.stdout.splitlines())
+    expected = json.loads((folder / "record.json").read_text())
+    assert float(figures["val_loss"]) == pytest.approx(expected["val_loss"], rel=1e-5)
+    assert figures["val_tokens"] == f"{expected['val_tokens']:.0f}"
+    texts = [run("generate", place, "the norm", "--max-tokens", "6").stdout for place in (folder, imported)]
+    assert texts[0] == texts[1] != ""
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_model_without_a_pad_can_be_evaluated(finished, corpus, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder, _ = finished
+    _, tokenizer = decoder_of(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    content = json.loads(tokenizer.json.replace("<pad>", "<s>"))  # a BOS where the pad was, as in Llama
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "model/tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    assert run("import", tmp_path / "model", "--output", tmp_path / "run").returncode == 0
+    words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.layout=document"]
+    process = run("evaluate", tmp_path / "run", *words, "data.seq_len=32", "data.micro_batch_size=16")
+    assert process.returncode == 0, process.stderr
+    assert float(dict(line.split() for line in process.stdout.splitlines())["val_loss"]) < 10
+
+
+def test_a_strategy_without_a_place_in_llama_is_not_exported(toy, tmp_path):
+    words = [*toy, f"output={tmp_path}", "name=peri", "norm=peri_ln", "trainer.max_steps=1", "trainer.stats_every=0"]
+    assert run("fit", *words).returncode == 0
+    process = run("export", tmp_path / "peri")
+    assert process.returncode == 2
+    assert re.findall(r"error: (\w+)=", process.stderr) == ["branch_norm", "entry_norm"]
+    assert not (tmp_path / "peri/hf").exists()
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_tasks_of_the_harness_are_scored_as_the_decoder_scores_them(finished, tmp_path):
+    folder, _ = finished
+    decoder, tokenizer = decoder_of(folder)
+    rng = random.Random(0)
+    words = ["the", "norm", "of", "a", "deep", "block", "grows", "with", "depth"]
+    rows = [{"choices": [" ".join(rng.choices(words, k=4)) for _ in range(3)], "label": i % 3} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "toy_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "early layers",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(task))
+
+    @torch.no_grad()
+    def likelihood(choice):
+        ids = tokenizer.encode([f"early layers {choice}"])[0][:-1]
+        start = len(tokenizer.encode(["early layers"])[0]) - 1
+        logits = decoder(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        return float(sum(logits[i - 1, ids[i]] for i in range(start, len(ids))))
+
+    right = sum(max(range(3), key=lambda i: likelihood(row["choices"][i])) == row["label"] for row in rows)
+    words = ["--task-folder", tmp_path, "--tasks"]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    process = run("evaluate", folder, *words, "toy_choice", env=environment)
+    assert process.returncode == 0, process.stderr
+    assert f"toy_choice acc {right / 12:.6g}\n" in process.stdout
+    assert "toy_choice acc_stderr" in process.stdout
+    process = run("evaluate", folder, *words, "toy_choise,arc_easy")
+    assert process.returncode == 2
+    assert "'toy_choise' is not a task; near it: toy_choice" in process.stderr
 
 
 def test_experiments_are_listed_with_their_published_figures():
@@ -196,6 +315,10 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["fit", "data.folder=nowhere"], ["nowhere"]),
         (["evaluate", "nowhere"], ["nowhere: not a run folder", "config.yaml"]),
         (["generate", "nowhere", "text"], ["nowhere: not a run folder"]),
+        (["export", "nowhere"], ["nowhere: not a run folder"]),
+        (["import", "nowhere", "--output", "x"], ["nowhere needs the Hugging Face hub", "Give a folder"]),
+        (["import", "../nowhere", "--output", "x"], ["neither a folder nor a name on the hub"]),
+        (["evaluate", "nowhere", "--tasks", "piqa"], ["nowhere: not a run folder"]),
         (["prepare", "data.vocab_size=1"], ["data.vocab_size=1"]),
     ],
 )

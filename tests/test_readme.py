@@ -38,7 +38,8 @@ def test_every_command_is_understood(command):
 
 
 def test_there_is_a_command_of_every_kind():
-    assert {command.split()[0] for command in COMMANDS} == {"fit", "prepare", "evaluate", "generate", "experiments"}
+    known = {"fit", "prepare", "evaluate", "generate", "export", "import", "experiments"}
+    assert {command.split()[0] for command in COMMANDS} == known
 
 
 def test_every_group_and_choice_is_listed():

@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", "Validate a checkpoint again, on the run's data or on other data.")
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    evaluate.add_argument("--tasks", help="tasks of lm-evaluation-harness instead, as a,b,c; paper: those of Table 2")
+    evaluate.add_argument("--task-folder", type=Path, help="folder with tasks of one's own, as YAML")
+    evaluate.add_argument("--limit", type=int, help="examples of each task at the most")
     add_overrides(evaluate)
 
     generate = command("generate", "Continue a text with a trained run.")
@@ -64,6 +67,18 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     generate.add_argument("--top-k", type=int, default=None)
     generate.add_argument("--seed", type=int, default=0)
+
+    export = command("export", "Write a run as a model that stock transformers loads.")
+    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument("--to", choices=("hf",), default="hf", help="format: Hugging Face (default)")
+    export.add_argument("--output", type=Path, help="new folder (default: hf, inside the run folder)")
+    export.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    export.add_argument("--max-length", type=int, help="max_position_embeddings (default: the run's data.seq_len)")
+
+    take = command("import", "Make a run folder of a Llama, Mistral or Qwen2 checkpoint, for evaluate and generate.")
+    take.add_argument("model", help="folder of the checkpoint, or its name on the hub")
+    take.add_argument("--output", type=Path, required=True, help="new run folder")
 
     command("experiments", "List the experiments: size, tokens, what they reproduce, published figures.")
     return top
@@ -88,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "prepare": prepare,
             "evaluate": evaluate,
             "generate": generate,
+            "export": export,
+            "import": import_model,
             "experiments": experiments,
         }[command](**arguments)
     except UserError as error:
@@ -242,10 +259,18 @@ def prepare(overrides: Sequence[str]) -> int:
     return 0
 
 
-def evaluate(run: Path, checkpoint: str, overrides: Sequence[str]) -> int:
+def evaluate(
+    run: Path, checkpoint: str, overrides: Sequence[str], tasks: str | None, task_folder: Path | None, limit: int | None
+) -> int:
     from cod_lightning.config import changes_text, load
 
     config = load(run, overrides)
+    if tasks is not None:
+        if changes_text(overrides):
+            raise UserError("--tasks brings its own text: leave out data=, or --tasks")
+        return evaluate_tasks(config, run, checkpoint, tasks, task_folder, limit)
+    if task_folder is not None or limit is not None:
+        raise UserError("--task-folder and --limit are for --tasks")
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
@@ -258,6 +283,96 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str]) -> int:
         for name, value in figures.items():
             print(f"{name} {value:.6g}" if name != "val_tokens" else f"{name} {value:.0f}")
     return 0
+
+
+def evaluate_tasks(
+    config: Config, run: Path, checkpoint: str, tasks: str, task_folder: Path | None, limit: int | None
+) -> int:
+    from cod_lightning.measure.tasks import PAPER_TASKS, score, task_manager
+
+    at_least("limit", limit, 1)
+    names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
+    manager = task_manager(names, task_folder)
+    from cod_lightning.train.run import accelerator, checkpoint_of, load_run
+
+    decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
+    scores = score(
+        decoder,
+        tokenizer,
+        names,
+        manager,
+        max_length=config.data.seq_len,
+        batch_size=config.data.micro_batch_size,
+        device=accelerator(config.trainer),
+        limit=limit,
+    )
+    for task, figures in scores.items():
+        for name, value in figures.items():
+            print(f"{task} {name} {value:.6g}")
+    return 0
+
+
+def export(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str, max_length: int | None) -> int:
+    from cod_lightning.config import load
+
+    config = load(run)
+    at_least("max-length", max_length, 1)
+    import torch
+
+    from cod_lightning.nn.exchange import check_new
+    from cod_lightning.nn.exchange import export as write
+    from cod_lightning.train.run import checkpoint_of, load_run
+
+    folder = output or run / to
+    check_new(folder)
+    decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
+    write(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.data.seq_len)
+    print(folder)
+    return 0
+
+
+def import_model(model: str, output: Path) -> int:
+    """Everything that is not the checkpoint's is a default; `evaluate` without data= takes `docs`, its rows packed."""
+    from cod_lightning.config import Config, save
+    from cod_lightning.data.config import DataConfig
+
+    if not Path(model).is_dir():
+        from cod_lightning.data.hub import require_cached_or_hub
+
+        require_cached_or_hub(model, "Give a folder with config.json, weights and tokenizer.")
+    from cod_lightning.data.tokenizer import load_tokenizer, with_pad_below
+    from cod_lightning.nn.exchange import check_new, import_hf, new_folder
+    from cod_lightning.train.run import TOKENIZER, write_imported
+
+    check_new(output)
+    decoder = import_hf(model)
+    tokenizer = with_pad_below(load_tokenizer(model), decoder.lm_head.out_features)
+    config = Config(
+        experiment="import",
+        description=f"Imported from {model}.",
+        model=decoder.config,
+        norm={"name": "pre_ln"},
+        data=DataConfig(
+            tokenizer=str(output.absolute() / TOKENIZER),
+            # Of no effect, but a data= of evaluate's, checked before it gets this tokenizer, must not ask for more.
+            vocab_size=decoder.lm_head.out_features,
+            # Rows as long as pre-trained models are mostly compared at; for evaluate to change.
+            seq_len=1024,
+            micro_batch_size=1,
+        ),
+    )
+    if found := config.problems():
+        raise UserError("\n".join(found))
+    with new_folder(output) as partial:
+        save(config, partial)
+        write_imported(decoder, tokenizer, partial)
+    print(output)
+    return 0
+
+
+def at_least(option: str, value: int | None, bound: int) -> None:
+    if value is not None and value < bound:
+        raise UserError(f"--{option}={value} must be at least {bound}")
 
 
 def generate(
