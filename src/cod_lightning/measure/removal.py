@@ -25,6 +25,7 @@ from cod_lightning.measure.perplexity import exp
 from cod_lightning.measure.result import Progress, figure, heat_map, layer_lines
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PAIRS = ("neighbours", "all")
@@ -111,13 +112,18 @@ class Swaps:
         ]
 
     def plot(self) -> Figure:
-        """Score over the first layer of a pair, one line for each distance between the two."""
+        """Score of each pair: a line where all are neighbours, else a map."""
         made, (axes,) = figure()
-        lines: dict[str, list[float]] = {}
-        for (first, second), score in zip(self.pairs, self.scores, strict=True):
-            lines.setdefault(f"l + {second - first}", []).append(score)
-        layer_lines(axes, lines, "|loss - loss when exchanged| / loss")
-        axes.set(xlabel="layer l", title=f"{self.name}, permutation score {self.score:.3g}")
+        label = "|loss - loss when exchanged| / loss"
+        if all(second == first + 1 for first, second in self.pairs):
+            layer_lines(axes, {"swapped": self.scores}, label)
+            axes.set_xlabel("layer exchanged with the next")
+        else:
+            scores = dict(zip(self.pairs, self.scores, strict=True))
+            layers = range(1, max(second for _, second in self.pairs) + 1)
+            matrix = [[scores.get((first, second)) for first in layers] for second in layers]
+            layer_map(axes, matrix, "layer", "exchanged with layer", label)
+        axes.set_title(f"{self.name}, permutation score {self.score:.3g}")
         return made
 
 
@@ -175,11 +181,16 @@ class CausalScore:
     def plot(self) -> Figure:
         """Effects of all layers on all later ones."""
         made, (axes,) = figure()
-        heat_map(axes, self.effects, "later layer", "layer skipped", "relative change")
-        end = len(self.scores) + 0.5
-        axes.images[0].set_extent((0.5, end, 0.5, end))
+        layer_map(axes, self.effects, "later layer", "layer skipped", "relative change")
         axes.set_title(self.name)
         return made
+
+
+def layer_map(axes: Axes, matrix: Sequence[Sequence[float | None]], xlabel: str, ylabel: str, label: str) -> None:
+    """A heat map of layers by layers, both from 1."""
+    heat_map(axes, matrix, xlabel, ylabel, label)
+    end = len(matrix) + 0.5
+    axes.images[0].set_extent((0.5, end, 0.5, end))
 
 
 def cost(loss: float, whole: float) -> dict[str, float]:
