@@ -18,8 +18,8 @@ here it may be fitted too. Where the paper's proofs disagree with these equation
 - For sigma^2 ~ l Theorem 3.3 says Theta(L); its product, of 1 + A / sqrt(l), grows as exp(2 A sqrt(L)).
 - Lemma 4.1 allows L^(2 - epsilon), for which 1 / (sqrt(k) sigma_k) is k^-(3/2 - epsilon/2); the proof writes the
   exponent 2 - epsilon/2. Fed with its own result that recursion gives sigma^2 ~ c^2 l, the growth the paper asks for.
-- Theorem 4.2 says omega(1) for sigma^2 ~ l^(2 - epsilon) and Theta(L) for sigma^2 ~ l. The sums over A / (l sigma_l) are
-  over l^-(2 - epsilon/2) and l^-(3/2); both converge, and the products stay bounded.
+- Theorem 4.2 says omega(1) for sigma^2 ~ l^(2 - epsilon) and Theta(L) for sigma^2 ~ l. The sums of A / (l sigma_l) are
+  those of l^-(2 - epsilon/2) and l^-(3/2); both converge, and the products stay bounded.
 """
 
 from __future__ import annotations
