@@ -78,6 +78,7 @@ class Jacobian:
             left,
             {r"$\|J\|_2$": self.largest_singular_value, r"$\|J\|_F/\sqrt{d}$": self.frobenius},
             f"size of the Jacobian of {self.model}",
+            log=True,  # the first block of a model with small embeddings lies far above all others
         )
         layer_lines(
             right,
