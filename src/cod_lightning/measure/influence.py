@@ -61,7 +61,8 @@ class BlockInfluence:
     def plot(self) -> Figure:
         made, (left, right) = figure(columns=2)
         layer_lines(left, {"BI": self.influence}, "block influence")
-        heat_map(right, self.distance, "first layer - 1", "number of layers - 1", "1 - mean cosine")
+        heat_map(right, self.distance, "first layer", "number of layers", "1 - mean cosine")
+        right.images[0].set_extent((0.5, len(self.influence) + 0.5, 0.5, len(self.distance) + 0.5))
         return made
 
 
