@@ -2,7 +2,8 @@
 
     python benchmarks/kernel_resources.py [--arch 80 90] [--widths 768 1024] [--save]
 
-Fails if a kernel spills registers to memory at a width that the paper uses (512 to 4,096).
+Fails if a kernel spills registers to memory at a width that the paper uses (512 to 4,096), or asks at any width for
+more shared memory than a block can have.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from cod_lightning.kernels import triton_norm
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PAPER_WIDTHS = (512, 768, 1024, 2048, 4096)
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes of shared memory that a block can have, by compute capability."""
 ELEMENTS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
@@ -72,7 +75,7 @@ def compiled(kernel: str, width: int, dtype: str, layer: bool, arch: int) -> tup
     places = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, places, attributes)
     built = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": given["num_warps"]})
-    return built.asm["cubin"], {"rows": given["ROWS"], "warps": given["num_warps"]}
+    return built.asm["cubin"], {"rows": given["ROWS"], "warps": given["num_warps"], "shared": built.metadata.shared}
 
 
 def inspect(cubin: bytes) -> dict[str, int]:
@@ -82,14 +85,13 @@ def inspect(cubin: bytes) -> dict[str, int]:
         file.flush()
         usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
         listing = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.\S*", listing)
     return {
         "registers": found["REG"],
         "stack": found["STACK"],
         "local": found["LOCAL"],
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
-        "shared": found["SHARED"],
         "accesses": len(accesses),
         "wide": sum(".128" in access for access in accesses),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", listing, re.MULTILINE)),
@@ -117,6 +119,9 @@ def main() -> None:
     Console(width=160).print(table)
     if options.save:
         save("kernels", rows, device=" ".join(f"sm_{arch}" for arch in options.arch))
+    for row in rows:
+        if row["shared"] > SHARED.get(int(row["arch"][3:]), min(SHARED.values())):
+            sys.exit(f"more shared memory than there is: {row}")
     spilt = [row for row in rows if row["width"] in PAPER_WIDTHS and row["spills"] + row["local"] + row["stack"]]
     if spilt:
         sys.exit(f"{len(spilt)} kernels spill at the paper's widths, the first: {spilt[0]}")

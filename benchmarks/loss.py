@@ -110,6 +110,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         here, there = spawn.Pipe()
         child = spawn.Process(target=peak, args=(name, options, there))
         child.start()
+        there.close()  # so that a child that dies ends the waiting
         memory = here.recv()
         child.join()
         rows.append(

@@ -14,6 +14,7 @@ of a large matrix product measured in the same run.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
@@ -88,7 +89,9 @@ def ours(
     return partial(step_of, forward, model, tokens, options.precision == "bf16-mixed")
 
 
-def transformers_llama(config: DecoderConfig, tokens: Tensor, options: argparse.Namespace) -> Callable[[], None]:
+def transformers_llama(
+    config: DecoderConfig, tokens: Tensor, options: argparse.Namespace, compiled: bool
+) -> Callable[[], None]:
     import transformers
 
     model = transformers.LlamaForCausalLM(
@@ -101,6 +104,9 @@ def transformers_llama(config: DecoderConfig, tokens: Tensor, options: argparse.
             use_cache=False,
         )
     ).to(DEVICE, torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
+    if compiled:
+        for block in model.model.layers:
+            block.compile(fullgraph=True)
     model.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     return partial(
         step_of, lambda tokens: model(tokens, labels=tokens).loss, model, tokens, options.precision == "bf16-mixed"
@@ -131,8 +137,15 @@ def measure(name: str, config: DecoderConfig, options: argparse.Namespace) -> li
         for compiled in (False, True):
             label = f"{backend} norms{', compiled' if compiled else ''}"
             makers[label] = partial(ours, config, tokens, options, backend, compiled)
-    makers["released norms"] = partial(ours, config, tokens, options, "torch", False, released=True)
-    makers["transformers"] = partial(transformers_llama, config, tokens, options)
+    for compiled in (False, True):
+        makers[f"released norms{', compiled' if compiled else ''}"] = partial(
+            ours, config, tokens, options, "torch", compiled, released=True
+        )
+    if importlib.util.find_spec("transformers"):
+        for compiled in (False, True):
+            makers[f"transformers{', compiled' if compiled else ''}"] = partial(
+                transformers_llama, config, tokens, options, compiled
+            )
     memory: dict[str, float | str] = dict.fromkeys(makers, "")
     if DEVICE == "cuda":  # one after another: each has the memory to itself
         times = {}
@@ -141,10 +154,10 @@ def measure(name: str, config: DecoderConfig, options: argparse.Namespace) -> li
             torch.cuda.empty_cache()
             step = make()
             for _ in range(3):
+                torch.cuda.reset_peak_memory_stats()
                 step()
-            torch.cuda.reset_peak_memory_stats()
-            times |= milliseconds({label: step}, options.seconds)
             memory[label] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            times |= milliseconds({label: step}, options.seconds)
             del step
     else:
         times = milliseconds({label: make() for label, make in makers.items()}, options.seconds)
@@ -191,9 +204,7 @@ def main() -> None:
         table.add_row(*map(str, row.values()))
     Console(width=150).print(table)
     if options.save:
-        import transformers
-
-        save("train_step", rows, transformers=transformers.__version__)
+        save("train_step", rows)
 
 
 if __name__ == "__main__":

@@ -237,8 +237,10 @@ def test_the_stream_carries_the_gradient_of_what_follows():
         torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("default")  # Dynamo trips over warnings that it provokes itself
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("transform", ["vjp", "jvp", "grad", "hessian"])
-def test_torch_func_goes_through_the_reference(transform):
+def test_torch_func_goes_through_the_reference(transform, compiled):
     x, weight, _, _, dy = draw(3, 8, branched=False)
 
     def value(function):
@@ -251,6 +253,8 @@ def test_torch_func_goes_through_the_reference(transform):
             return torch.func.jvp(f, (x,), (dy,))[1]
         return getattr(torch.func, transform)(f)(x)
 
+    if compiled:
+        value = torch.compile(value, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value(fused_norm), value(reference_norm))
 
 
@@ -261,19 +265,64 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(y, x, create_graph=True)
 
 
+def test_no_gradient_leaves_none():
+    """A later function may declare that it has no gradient for what it is given."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    Stop.apply(norm(x, backend="triton")[1]).backward()
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("layer", [True, False])
+@pytest.mark.parametrize("branched", [True, False])
+def test_the_operators_that_compiled_code_calls_keep_their_promises(layer, branched):
+    x, weight, branch, dstream, dy = draw(5, 48, branched=branched)
+    gain, eps = torch.tensor(0.5, device=DEVICE), torch.tensor(1e-5, device=DEVICE)
+    torch.library.opcheck(triton_norm.forward_op, (x, weight, branch, gain, eps, layer, 2, None))
+    _, rstd, *mean = triton_norm.forward(x, weight, None, gain, eps, layer, 2, None)
+    mean = mean[0] if layer else None
+    kept = (x, weight, mean, rstd, dy, dstream if branched else None, gain)
+    torch.library.opcheck(triton_norm.backward_op, (*kept, torch.float32, torch.bfloat16 if branched else None, True))
+
+
 @pytest.mark.parametrize(
-    ("x", "reason"),
+    ("x", "more", "reason"),
     [
-        (torch.zeros(2, 8, dtype=torch.float64), "torch.float64 is not among float32, bfloat16 and float16"),
-        (torch.zeros(2, 20_000), "rows are 20000 wide, at most 16384"),
-        (torch.zeros(2, 8).as_subclass(type("Sharded", (torch.Tensor,), {})), "plain tensors, not Sharded"),
+        (torch.zeros(2, 8, dtype=torch.float64), {}, "torch.float64 is not among float32, bfloat16 and float16"),
+        (torch.zeros(2, 20_000), {}, "rows are 20000 wide, at most 16384"),
+        (torch.zeros(2, 8).as_subclass(type("Sharded", (torch.Tensor,), {})), {}, "plain tensors, not Sharded"),
+        (torch.zeros(2, 8), {"branch": torch.zeros(8)}, r"the branch has the shape \[8\], x \[2, 8\]"),
+        (torch.zeros(1, 8), {"branch": torch.zeros(2, 8)}, r"the branch has the shape \[2, 8\], x \[1, 8\]"),
+        (torch.zeros(2, 8), {"weight": torch.zeros(4)}, r"the weight has the shape \[4\], expected \[8\]"),
+        (torch.zeros(2, 8), {"groups": 3}, "groups=3 does not divide"),
+        (torch.zeros(2, 0), {}, "does not divide the hidden dimension"),
     ],
 )
-def test_what_the_kernels_cannot_take_is_refused_or_left_to_torch(x, reason):
-    x = x.to(DEVICE)
+def test_what_the_kernels_cannot_take_is_refused_or_left_to_torch(x, more, reason):
+    x, more = x.to(DEVICE), {name: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for name, v in more.items()}
     with pytest.raises(ValueError, match=reason):
-        norm(x, backend="triton")
-    assert norm(x)[1].shape == x.shape
+        norm(x, backend="triton", **more)
+    if "groups" in more or "weight" in more:
+        with pytest.raises(RuntimeError):
+            norm(x, **more)
+    else:
+        stream = x + more.get("branch", 0)
+        assert norm(x, **more)[1].shape == stream.shape
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "RMSNorm"}, {"backend": "cuda"}])
+def test_unknown_kinds_and_backends_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"must be rms or layer, .* must be auto, torch or triton"):
+        norm(torch.zeros(2, 8), **wrong)
 
 
 def test_without_a_gpu_and_without_the_interpreter_they_are_refused(monkeypatch):

@@ -95,11 +95,14 @@ def test_the_plot_has_one_line_per_layer():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("norm", ["lns", "peri_ln", "post_ln", "gpas", "group_ln"])
+@pytest.mark.parametrize("norm", ["lns", "peri_ln", "post_ln", "gpas", "group_ln", "entered"])
 def test_the_variance_that_a_layer_norm_has_at_hand_is_that_of_the_stream(monkeypatch, norm, backend):
     """A pre-norm's own statistics spare the pass over the stream, and only that."""
     config = replace(CONFIG, norm="layer", norm_backend=backend)
-    model = build_decoder(config, build_all({"name": norm}, DEPTH), seed=0)
+    specs = build_all({"name": "lns" if norm == "entered" else norm}, DEPTH)
+    if norm == "entered":  # the pre-norm of block 3 reads what another norm has changed
+        specs[2] = replace(specs[2], entry_norm=True)
+    model = build_decoder(config, specs, seed=0)
     tokens, passes = torch.randint(1, 31, (3, 10)), []
     counted = layers.token_variance
     monkeypatch.setattr(layers, "token_variance", lambda x, weight: passes.append(x) or counted(x, weight))
@@ -110,5 +113,5 @@ def test_the_variance_that_a_layer_norm_has_at_hand_is_that_of_the_stream(monkey
     for variance, x in zip(found.residual, streams, strict=True):
         assert variance == pytest.approx(float((x.double().var(-1) * weight).sum() / weight.sum()), rel=1e-4)
     # The final norm reads the last block's output in any case; Group-LN's pre-norms know the variances of parts alone.
-    read = {"post_ln": 1, "group_ln": 1}.get(norm, DEPTH)
+    read = {"post_ln": 1, "group_ln": 1, "entered": DEPTH - 1}.get(norm, DEPTH)
     assert len(passes) == 3 * DEPTH - read

@@ -63,6 +63,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tok
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if torch._C._are_functorch_transforms_active():
         return reference_linear_cross_entropy(hidden, weight, targets)
+    if not torch.is_grad_enabled():  # a parameter wants a gradient even then
+        hidden, weight = hidden.detach(), weight.detach()
     total, rows = LinearCrossEntropy.apply(hidden, weight, targets)
     return TokenLoss(total, rows, (targets != IGNORE).sum(-1))
 
@@ -80,14 +82,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
         for first in range(0, len(flat), chunk):
             part = slice(first, first + chunk)
-            present = wanted[part] != IGNORE
-            index = wanted[part].clamp(min=0)[:, None]
+            ignored = wanted[part] == IGNORE
+            index = wanted[part].masked_fill(ignored, 0)[:, None]
             logs = F.log_softmax(flat[part] @ head.T, -1, dtype=wide)
-            torch.mul(logs.gather(1, index)[:, 0], -1.0 * present, out=losses[part])
+            losses[part] = logs.gather(1, index)[:, 0].neg().masked_fill_(ignored, 0)
             if dhidden is None and dweight is None:
                 continue
             gradient = logs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-            gradient = gradient.mul_(present[:, None]).to(hidden.dtype)
+            gradient = gradient.masked_fill_(ignored[:, None], 0).to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(gradient, head, out=dhidden[part])
             if dweight is not None and dweight.dtype == gradient.dtype:
@@ -106,7 +108,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy has no second derivative; reference_linear_cross_entropy has")
         dhidden, dweight = ctx.saved_tensors
         return (
-            None if dhidden is None else (dhidden * upstream[0].to(dhidden.dtype)).view(ctx.shape),
+            # In half precision 1 / number of tokens would be the same wrong factor for all, or beyond its range.
+            None if dhidden is None else (dhidden * upstream[0][None]).to(dhidden.dtype).view(ctx.shape),
             None if dweight is None else (dweight * upstream[0]).to(ctx.dtype),
             None,
         )

@@ -31,7 +31,7 @@ def norm(
 
     Args:
         x: [..., hidden].
-        weight: [hidden], or None for a norm without parameters.
+        weight: [hidden], or None for a norm without parameters; torch's norms take it in the dtype of the stream.
         branch: [..., hidden] to add to x first, or None.
         kind: `rms` or `layer`.
         eps: added to the mean square or variance.
@@ -45,10 +45,12 @@ def norm(
         torch's RMSNorm, which does not hand it out.
 
     Raises:
-        ValueError: backend="triton" cannot take these tensors; says why.
+        ValueError: an unknown kind or backend, or tensors that backend="triton" cannot take; says why.
     """
+    if kind not in ("rms", "layer") or backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"kind={kind!r} must be rms or layer, backend={backend!r} must be auto, torch or triton")
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return reference_norm(x, weight, branch, kind=kind, eps=eps, gain=gain, groups=groups, dtype=dtype)
     if backend == "torch" or (backend == "auto" and (not x.is_cuda or obstacle(x, weight, branch, groups))):
         return torch_norm(x, weight, branch, kind, eps, gain, groups, dtype)
@@ -109,8 +111,17 @@ def obstacle(x: Tensor, weight: Tensor | None, branch: Tensor | None, groups: in
         )
     if wrong := [tensor.dtype for tensor in tensors if tensor.dtype not in fused.DTYPES]:
         return f"{wrong[0]} is not among float32, bfloat16 and float16"
-    if x.shape[-1] // groups > fused.MAX_WIDTH:
-        return f"rows are {x.shape[-1] // groups} wide, at most {fused.MAX_WIDTH} fit into the registers"
+    shape, hidden = x.shape, x.shape[-1] if x.ndim else 0
+    if hidden == 0 or hidden % groups:
+        return f"groups={groups} does not divide the hidden dimension of {list(shape)}"
+    if weight is not None and weight.shape != (hidden,):
+        return f"the weight has the shape {list(weight.shape)}, expected [{hidden}]"
+    if branch is not None and branch.shape != shape:
+        return f"the branch has the shape {list(branch.shape)}, x {list(shape)}"
+    if hidden // groups > fused.MAX_WIDTH:
+        return f"rows are {hidden // groups} wide, at most {fused.MAX_WIDTH} fit into the registers"
+    if any(tensor.device != x.device for tensor in tensors):
+        return "the tensors are on several devices"
     if strange := [type(tensor) for tensor in tensors if type(tensor) not in (Tensor, nn.Parameter)]:
         return f"the kernels take plain tensors, not {strange[0].__name__}"
     return None

@@ -28,7 +28,7 @@ INTERPRETED = knobs.runtime.interpret
 
 
 COLUMNS = 16
-"""Channels whose gradient one program sums: 64 bytes, and enough programs to fill a GPU."""
+"""Channels whose gradient one program sums: 64 bytes, the least that a read of memory takes."""
 
 Number = float | Tensor
 """A constant: a number, or a tensor of one float32 element on the device, which the kernels LOAD."""
@@ -72,6 +72,7 @@ def forward_kernel(
 def backward_kernel(
     stream, weight, mean, rstd, dy, dstream, dx, dbranch, partial, rows, stream_stride, dy_stride, dstream_stride, gain,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every `programs`-th tile of one group; `dstream`, `dbranch` and `partial` [programs, hidden] may be None."""
     if LOAD:
@@ -84,7 +85,7 @@ def backward_kernel(
     if weight is not None:
         factor = gain * tl.load(weight + group * WIDTH + column, inside, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=2):
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         present = (row < rows)[:, None] & inside[None, :]
         dense = row[:, None] * (GROUPS * WIDTH) + place
@@ -138,7 +139,10 @@ def constants(hidden: int, groups: int = 1, load: bool = False, backward: bool =
     width = hidden // groups
     block = triton.next_power_of_2(width)
     rows = max(1, min(8, (2048 if backward else 4096) // block))
-    shape = {"WIDTH": width, "GROUPS": groups, "BLOCK": block, "ROWS": rows, "LOAD": load}
+    shape: dict[str, Any] = {"WIDTH": width, "GROUPS": groups, "BLOCK": block, "ROWS": rows, "LOAD": load}
+    if backward:
+        # The next tile waits in shared memory: 98 KB of float32 at 8,192 columns, more than many GPUs have at 16,384.
+        shape["STAGES"] = 2 if block <= 8192 else 1
     return shape | {"num_warps": max(1, min(16, rows * block // 512))}
 
 
@@ -294,6 +298,8 @@ class TritonNorm(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("the Triton norm has no second derivative; norm_backend='torch' has")
         weighted = ctx.needs_input_grad[1]
+        if dy is None and dstream is None:
+            return (None,) * 8
         if dy is None:  # the normalised output was not used
             dx, dbranch, dweight = dstream.to(ctx.dtype), dstream.to(ctx.branch_dtype or ctx.dtype), None
         else:

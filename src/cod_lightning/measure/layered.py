@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +50,12 @@ class Layered:
     @property
     def place(self) -> tuple[nn.Module, str, nn.Module] | None:
         """The stack, the name of its list of blocks, and its final norm."""
-        for stack_name, blocks, norm in PLACES:
+        for stack_name, blocks, norm_name in PLACES:
             stack = getattr(self.model, stack_name, None)
-            if isinstance(getattr(stack, blocks, None), nn.ModuleList) and hasattr(stack, norm):
-                return stack, blocks, getattr(stack, norm)
+            norm = getattr(stack, norm_name, None)
+            found = isinstance(getattr(stack, blocks, None), nn.ModuleList)
+            if found and isinstance(stack, nn.Module) and isinstance(norm, nn.Module):
+                return stack, blocks, norm
         return None
 
     @property
@@ -84,7 +86,7 @@ class Layered:
         """Logits [..., vocabulary] of a stream [..., hidden], through the final norm."""
         assert self.place is not None
         y = self.place[2](x)
-        return self.model.lm_head(y[1] if isinstance(y, tuple) else y)
+        return self.model.get_submodule("lm_head")(y[1] if isinstance(y, tuple) else y)
 
     def logits(self, tokens: Tensor, visit: Visit | None = None) -> Tensor:
         """Logits [rows, length, vocabulary] of tokens [rows, length]; `visit` sees every layer on the way."""
@@ -143,7 +145,7 @@ class Layered:
         return inputs, functions
 
     @contextmanager
-    def arranged(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    def arranged(self, blocks: Sequence[nn.Module]) -> Generator[None]:
         """Let the model consist of `blocks`, in their order, inside the `with`; they keep what they have learned."""
         assert self.place is not None
         stack, name, _ = self.place

@@ -18,8 +18,8 @@ from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 
 Tap = Callable[[str, int, Tensor], object]
 """Called with (what, layer, tensor), layers counting from 1, in the order of the forward pass: `embedding` of layer 0;
-for each block `variance` [rows, length], the unbiased variance over the hidden dimension of what its first pre-norm
-reads, where that norm has it at hand; `attention` and `ffn`, what the sub-layers add to the stream; `residual`, the
+for each block `variance` [rows, length], the unbiased variance over the hidden dimension of the stream that enters it,
+where its pre-norm has it at hand; `attention` and `ffn`, what the sub-layers add to the stream; `residual`, the
 output of the block [rows, length, hidden]; and `variance` of what the final norm reads, as that of one more layer."""
 
 
@@ -160,9 +160,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], tap: Callable[[str, Tensor], object] | None = None
     ) -> Tensor:
-        if self.entry_norm is not None:
-            x = self.entry_norm(x)[1]
-        x, y = self.input_layernorm(x, tap=tap)
+        if self.entry_norm is None:
+            x, y = self.input_layernorm(x, tap=tap)
+        else:
+            x, y = self.input_layernorm(self.entry_norm(x)[1])
         attention = self.attention_residual.branch(self.self_attn(y, rope))
         x, y = self.post_attention_layernorm(*self.attention_residual(x, attention, self.gate))
         ffn = self.ffn_residual.branch(self.mlp(y))

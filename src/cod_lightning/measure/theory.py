@@ -1,0 +1,345 @@
+"""The paper's theory against measured variances: Lemmas 3.2 and 4.1, Theorems 3.3 and 4.2, and growth laws.
+
+Everywhere `variances` are sigma_{x_l}^2 for l = 1, 2, ..., the variances of the INPUTS of blocks 1, 2, ..., as the
+paper counts them: first that of the embeddings, then those of the outputs of blocks 1, 2, .... The output of the last
+block, x_{L+1}, may be the last entry. sigma_{x_l} is the root.
+
+    Lemma 3.2, 4.1      sigma_{x_l}^2 = sigma_{x_1}^2 prod_{k<l} (1 + c / (g_k sigma_{x_k}))
+    Theorem 3.3, 4.2    ||d y_l / d x_1||_2 <= prod_{k<l} (1 + A / (g_k^2 sigma_{x_k}) + B / (g_k^4 sigma_{x_k}^2))
+
+with g_k = 1 for Pre-LN (3.2, 3.3) and sqrt(k) for LayerNorm Scaling (4.1, 4.2). The paper has c = 1 inside a Theta;
+here it may be fitted too. Where the paper's proofs disagree with these equations:
+
+- The bound for L blocks has L - 1 factors, so that the first block alone would have a gain of at most 1.
+- Lemma 3.2 allows variances up to exp(L), from sigma >= 1. But fed with its own result the recursion is
+  d sigma^2 / dl = c sigma, so that sigma^2 grows as (c l / 2)^2, neither of the two rates that Theorem 3.3 is about.
+- M takes sigma_{x_l} = e^l, a variance of e^(2l), and log(1 + u) = u - u^2 / 2 with u = A e^-l + B e^-2l. That is less
+  than log(1 + u): M is neither the limit of the bound nor above it.
+- For sigma^2 ~ l Theorem 3.3 says Theta(L); its product, of 1 + A / sqrt(l), grows as exp(2 A sqrt(L)).
+- Lemma 4.1 allows L^(2 - epsilon), for which 1 / (sqrt(k) sigma_k) is k^-(3/2 - epsilon/2); the proof writes the
+  exponent 2 - epsilon/2. Fed with its own result that recursion gives sigma^2 ~ c^2 l, the growth the paper asks for.
+- Theorem 4.2 says omega(1) for sigma^2 ~ l^(2 - epsilon) and Theta(L) for sigma^2 ~ l. The sums of A / (l sigma_l) are
+  those of l^-(2 - epsilon/2) and l^-(3/2); both converge, and the products stay bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cod_lightning.errors import UserError
+from cod_lightning.measure.result import figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the constants A and B of Theorem 3.3 are made of."""
+
+    hidden: int
+    """The width d of the residual stream."""
+    intermediate: int
+    """d_FFN."""
+    heads: int
+    """h; d_head = d / h."""
+    length: int
+    """s, tokens in a row."""
+    std: float
+    """sigma, the standard deviation of the weights."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Least-squares lines through the logarithms of variances at l = 1, 2, ...."""
+
+    rate: float
+    """The a of exp(a l + const)."""
+    rate_r2: float
+    exponential: list[float]
+    """That curve, at every l."""
+    power: float
+    """The p of const * l^p."""
+    power_r2: float
+    polynomial: list[float]
+    """That curve, at every l."""
+
+
+@dataclass(frozen=True)
+class Theory:
+    """Measured variances, and gains where given, beside what the paper derives; entries are for l = 1, 2, ...."""
+
+    model: str
+    lns: bool
+    """Lemma 4.1 and Theorem 4.2 instead of 3.2 and 3.3."""
+    variances: list[float]
+    """Of the inputs of the blocks."""
+    lemma: list[float]
+    """The lemma's product with c = 1 and the measured sigma_{x_k}."""
+    c: float
+    """Fitted to the logarithms of the variances, not negative."""
+    lemma_fitted: list[float]
+    """The lemma's product with the fitted c."""
+    recursion: list[float]
+    """The lemma with c = 1, fed with its own result from sigma_{x_1}^2 on."""
+    growth: Growth
+    gains: list[float]
+    """||d y_l / d x_1||, or other gains, as given; may be empty."""
+    shape_constants: list[float]
+    """A and B from the shapes; empty without them."""
+    shape_log_bound: list[float]
+    """Natural logarithm of the theorem's bound with these, which often is beyond the numbers a float can hold."""
+    log_m: float | None
+    """Natural logarithm of M of Theorem 3.3 with these; None without shapes, and for LNS."""
+    fitted_constants: list[float]
+    """A and B fitted to the logarithms of the gains relative to the first, not negative; empty without gains."""
+    fitted_log_bound: list[float]
+    """Natural logarithm of the first gain times the theorem's product with these."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        columns: dict[str, Sequence[float]] = {
+            "variance": self.variances,
+            "lemma": self.lemma,
+            "lemma_fitted": self.lemma_fitted,
+            "recursion": self.recursion,
+            "exponential": self.growth.exponential,
+            "polynomial": self.growth.polynomial,
+            "gain": self.gains,
+            "log_bound_shapes": self.shape_log_bound,
+            "log_bound_fitted": self.fitted_log_bound,
+        }
+        return [
+            {"layer": layer + 1} | {name: values[layer] for name, values in columns.items() if layer < len(values)}
+            for layer in range(len(self.variances))
+        ]
+
+    def plot(self) -> Figure:
+        bounds = bool(self.gains or self.shape_log_bound)
+        made, axes = figure(columns=1 + bounds)
+        curves = {
+            f"Lemma {'4.1' if self.lns else '3.2'}, c = 1": self.lemma,
+            f"the same, c = {self.c:.3g}": self.lemma_fitted,
+            f"exp({self.growth.rate:.3g} l), $R^2$ = {self.growth.rate_r2:.3f}": self.growth.exponential,
+            f"$l^{{{self.growth.power:.3g}}}$, $R^2$ = {self.growth.power_r2:.3f}": self.growth.polynomial,
+        }
+        layers = range(1, len(self.variances) + 1)
+        axes[0].plot(layers, self.variances, "o", color="black", label=f"{self.model}, measured")
+        for (label, values), style in zip(curves.items(), ("-", "-", "--", ":"), strict=True):
+            axes[0].plot(layers, values, style, label=label)
+        axes[0].set(xlabel="layer", ylabel="variance of the block's input", yscale="log")
+        if bounds:
+            if self.gains:
+                measured = [math.log10(gain) for gain in self.gains]
+                axes[1].plot(layers[: len(measured)], measured, "o", color="black", label=f"{self.model}, measured")
+            for values, label in ((self.shape_log_bound, "from shapes"), (self.fitted_log_bound, "fitted")):
+                if values:
+                    axes[1].plot(
+                        layers[: len(values)],
+                        [value / math.log(10) for value in values],
+                        label=f"Theorem {'4.2' if self.lns else '3.3'}, A and B {label}",
+                    )
+            axes[1].set(xlabel="layer", ylabel=r"$\log_{10}$ of the gain")
+        for place in axes:
+            place.grid(alpha=0.3)
+            place.legend()
+        return made
+
+
+def theory(
+    variances: Sequence[float],
+    *,
+    lns: bool = False,
+    shapes: Shapes | None = None,
+    gains: Sequence[float] = (),
+    model: str = "model",
+) -> Theory:
+    """Compare measured variances and gains with the lemmas, the bounds and the growth laws.
+
+    Args:
+        variances: sigma_{x_l}^2 of the inputs of blocks l = 1, 2, ....
+        lns: the model has LayerNorm Scaling.
+        shapes: to compute A and B from.
+        gains: ||d y_l / d x_1|| or other gains that the bound is about, for l = 1, 2, ..., to fit A and B to; as many
+            as variances or fewer.
+        model: for tables and figures.
+
+    Raises:
+        UserError: fewer than three variances, one that is not positive, or gains that do not belong to them.
+    """
+    if len(variances) < 3:
+        raise UserError(f"{len(variances)} variances: growth over layers takes at least 3")
+    for name, values in (("variances", variances), ("gains", gains)):
+        if not all(math.isfinite(value) and value > 0 for value in values):
+            raise UserError(f"{name}: all must be positive and finite, got {list(values)}")
+    if gains and not 3 <= len(gains) <= len(variances):
+        raise UserError(f"{len(gains)} gains for {len(variances)} variances: give from 3 to {len(variances)}")
+    c = fit_lemma(variances, lns)
+    shape_constants = [] if shapes is None else list(constants(shapes))
+    fitted = list(fit_bound(variances, gains, lns)) if gains else []
+    offset = math.log(gains[0]) if gains else 0.0
+    return Theory(
+        model=model,
+        lns=lns,
+        variances=list(variances),
+        lemma=lemma(variances, lns),
+        c=c,
+        lemma_fitted=lemma(variances, lns, c),
+        recursion=recursion(variances[0], len(variances), lns),
+        growth=growth(variances),
+        gains=list(gains),
+        shape_constants=shape_constants,
+        shape_log_bound=log_bound(variances, shape_constants[0], shape_constants[1], lns) if shape_constants else [],
+        log_m=log_m(*shape_constants) if shape_constants and not lns else None,
+        fitted_constants=fitted,
+        fitted_log_bound=[offset + value for value in log_bound(variances, *fitted, lns=lns)[: len(gains)]]
+        if fitted
+        else [],
+    )
+
+
+def lemma(variances: Sequence[float], lns: bool = False, c: float = 1.0) -> list[float]:
+    """sigma_{x_l}^2 for every l by the product of Lemma 3.2, or 4.1 for LNS, from the measured sigma_{x_k}, k < l."""
+    return [variances[0] * math.exp(value) for value in log_products(lemma_terms(variances, lns), [c])]
+
+
+def recursion(first: float, count: int, lns: bool = False, c: float = 1.0) -> list[float]:
+    """sigma_{x_l}^2 for l = 1..count by the lemma, from sigma_{x_1}^2 alone."""
+    values = [first]
+    for k in range(1, count):
+        values.append(values[-1] * (1 + c / (damping(k, lns) * values[-1] ** 0.5)))
+    return values
+
+
+def log_bound(variances: Sequence[float], a: float, b: float, lns: bool = False) -> list[float]:
+    """The logarithm of the bound of Theorem 3.3, or 4.2 for LNS, on ||d y_l / d x_1||_2 for every l."""
+    return log_products(bound_terms(variances, lns), [a, b])
+
+
+def constants(shapes: Shapes) -> tuple[float, float]:
+    """A and B of Theorem 3.3.
+
+    With d, d_FFN, h, d_head, s and sigma as in `Shapes`, and n = 2 d h (sqrt(s) + 2 + 1 / sqrt(s)),
+
+        A = sigma^2 (sqrt(d) + sqrt(d_FFN))^2 + n sigma^2 (d sqrt(d_head) + 1 + sqrt(d_head / d))
+        B = n sigma^4 d sqrt(d_head)
+
+    The radicals are partly inferred: the text of the paper that was at hand had lost some.
+    """
+    d, head, square = shapes.hidden, shapes.hidden / shapes.heads, shapes.std**2
+    n = 2 * d * shapes.heads * (shapes.length**0.5 + 2 + shapes.length**-0.5)
+    attention = n * square * (d * head**0.5 + 1 + (head / d) ** 0.5)
+    return square * (d**0.5 + shapes.intermediate**0.5) ** 2 + attention, n * square**2 * d * head**0.5
+
+
+def log_m(a: float, b: float) -> float:
+    """The logarithm of M of Theorem 3.3, the limit that the paper gives for exponentially growing variances.
+
+    It is sum_{l >= 1} u - u^2 / 2 with u = A e^-l + B e^-2l; a large A or B makes it negative, where it bounds nothing.
+    """
+    e = math.e
+    first = a / (e - 1) + b / (e**2 - 1)
+    return first - (a**2 / (e**2 - 1) + 2 * a * b / (e**3 - 1) + b**2 / (e**4 - 1)) / 2
+
+
+def growth(variances: Sequence[float]) -> Growth:
+    """Fit exp(a l) and l^p to the variances, both by least squares in their logarithms."""
+    layers = torch.arange(1, len(variances) + 1, dtype=torch.float64)
+    logs = torch.tensor(list(variances), dtype=torch.float64).log()
+    rate, rate_r2, exponential = line(layers, logs)
+    power, power_r2, polynomial = line(layers.log(), logs)
+    return Growth(rate, rate_r2, exponential.exp().tolist(), power, power_r2, polynomial.exp().tolist())
+
+
+def line(x: Tensor, y: Tensor) -> tuple[float, float, Tensor]:
+    """Slope, R^2 and values of the least-squares line through points; R^2 is 1 where y is constant."""
+    across, up = x - x.mean(), y - y.mean()
+    slope = (across @ up) / (across @ across)
+    missed = (up - slope * across).square().sum()
+    total = up.square().sum()
+    return float(slope), float(1 - missed / total) if total > 0 else 1.0, y.mean() + slope * across
+
+
+def fit_lemma(variances: Sequence[float], lns: bool = False) -> float:
+    """The c >= 0 of the lemma that comes nearest to the logarithms of the variances, relative to the first."""
+    return fit(lemma_terms(variances, lns), [math.log(value / variances[0]) for value in variances])[0]
+
+
+def fit_bound(variances: Sequence[float], gains: Sequence[float], lns: bool = False) -> tuple[float, float]:
+    """The A, B >= 0 whose bound comes nearest to the logarithms of the gains, relative to the first.
+
+    Relative, because the bound has no factor for the first block.
+    """
+    terms = bound_terms(variances[: len(gains)], lns)
+    a, b = fit(terms, [math.log(gain / gains[0]) for gain in gains])
+    return a, b
+
+
+def damping(k: int, lns: bool) -> float:
+    """The g_k of the module's equations."""
+    return k**0.5 if lns else 1.0
+
+
+def lemma_terms(variances: Sequence[float], lns: bool) -> Tensor:
+    """1 / (g_k sigma_k) for all k but the last [n - 1, 1]."""
+    terms = [[1 / (damping(k, lns) * value**0.5)] for k, value in enumerate(variances[:-1], start=1)]
+    return torch.tensor(terms, dtype=torch.float64).view(-1, 1)
+
+
+def bound_terms(variances: Sequence[float], lns: bool) -> Tensor:
+    """1 / (g_k^2 sigma_k) and 1 / (g_k^4 sigma_k^2) for all k but the last [n - 1, 2]."""
+    terms = [1 / (damping(k, lns) ** 2 * value**0.5) for k, value in enumerate(variances[:-1], start=1)]
+    return torch.tensor([[term, term**2] for term in terms], dtype=torch.float64).view(-1, 2)
+
+
+def log_products(terms: Tensor, weights: Sequence[float]) -> list[float]:
+    """sum_{k<l} log(1 + terms_k . weights) for l = 1..n, of terms [n - 1, weights]."""
+    factors = torch.log1p(terms @ torch.tensor(list(weights), dtype=torch.float64))
+    return [0.0, *factors.cumsum(0).tolist()]
+
+
+def fit(terms: Tensor, logs: Sequence[float], steps: int = 500) -> list[float]:
+    """The weights >= 0 whose `log_products` come nearest to `logs`, by damped Gauss-Newton steps (Levenberg-Marquardt).
+
+    A weight at zero that the step would make negative is held there.
+
+    Args:
+        terms: [n - 1, weights].
+        logs: [n], the first of them 0.
+        steps: at most so many.
+    """
+    target = torch.tensor(list(logs[1:]), dtype=torch.float64)
+    # A scale of its own for each weight makes the damping the same for all.
+    scale = terms.mean(0)
+    terms = terms / scale
+
+    def loss(weights: Tensor) -> float:
+        return float((torch.log1p(terms @ weights).cumsum(0) - target).square().sum())
+
+    weights = torch.ones(terms.shape[1], dtype=torch.float64)
+    best, damp = loss(weights), 1e-3
+    for _ in range(steps):
+        inside = 1 + terms @ weights
+        slopes = (terms / inside[:, None]).cumsum(0)
+        downhill = slopes.T @ (target - inside.log().cumsum(0))
+        free = (weights > 0) | (downhill > 0)
+        if not free.any():
+            break
+        curvature = slopes.T @ slopes
+        curvature = curvature + damp * curvature.diagonal().diag()
+        step = torch.zeros_like(weights)
+        step[free] = torch.linalg.solve(curvature[free][:, free], downhill[free])
+        moved = (weights + step).clamp(min=0)
+        new = loss(moved)
+        if new < best:
+            weights, best, damp = moved, new, max(damp / 4, 1e-12)
+        elif damp > 1e12:
+            break
+        else:
+            damp *= 4
+    return (weights / scale).tolist()
