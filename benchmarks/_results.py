@@ -70,7 +70,6 @@ def milliseconds(variants: Mapping[str, Callable[[], object]], budget: float = 0
         from triton.testing import do_bench
 
         return {name: do_bench(f, rep=int(1000 * budget), return_mode="median") for name, f in variants.items()}
-    keep_freed_memory()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for function in variants.values():
         function()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _results import milliseconds, path_of, save
+from _results import keep_freed_memory, milliseconds, path_of, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -233,6 +233,7 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
+    keep_freed_memory()
     if options.tune:
         return tune(options.widths, max(options.rows), dtype)
     copy = copy_bandwidth()

@@ -9,8 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-CHUNK = {"cuda": 2**27, "cpu": 2**21}
-"""Logits of one chunk: on a GPU enough for its matrix products to fill it, on a CPU few enough for its caches."""
+
+
+def tokens_at_once(device: torch.device, vocabulary: int) -> int:
+    """Tokens whose logits may exist together.
+
+    On a GPU enough for the matrix products to fill it (2^27 logits); on a CPU few enough for its caches, but not so few
+    that adding to the weight's gradient takes over.
+    """
+    return max(1, 2**27 // vocabulary) if device.type == "cuda" else max(64, 2**21 // vocabulary)
 
 
 class TokenLoss(NamedTuple):
@@ -76,7 +83,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         flat, head, wanted = hidden.flatten(0, 1), weight.to(hidden.dtype), targets.flatten()
-        chunk = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // len(weight))
+        chunk = tokens_at_once(hidden.device, len(weight))
         losses = torch.empty(wanted.shape, dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
