@@ -42,7 +42,7 @@ def finished(toy, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["fit"], ["prepare"], ["evaluate"], ["generate"], ["export"], ["import"], ["experiments"]],
+    [[], ["fit"], ["prepare"], ["evaluate"], ["generate"], ["export"], ["import"], ["measure"], ["experiments"]],
 )
 def test_help_needs_neither_torch_nor_hydra(command):
     script = (
@@ -141,6 +141,40 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
     texts = [run("generate", place, "the norm", "--max-tokens", "6").stdout for place in (folder, imported)]
     assert texts[0] == texts[1] != ""
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_run_and_its_export_measure_the_same(finished, corpus, tmp_path):
+    pytest.importorskip("transformers")
+    folder, _ = finished
+    process = run("measure", "variance", folder, "--rows", "4", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == str(folder / "measure")
+    assert sorted(path.name for path in (folder / "measure").iterdir()) == [
+        f"variance.{s}" for s in ("csv", "json", "png")
+    ]
+    model = tmp_path / "model"
+    assert run("export", folder, "--output", model).returncode == 0
+    words = ["data=files", f"data.files={corpus}/*.jsonl", "data.seq_len=32", "data.micro_batch_size=4"]
+    process = run("measure", "variance", model, "--rows", "4", *words, "trainer.accelerator=cpu", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    twins = [
+        json.loads((place / "variance.json").read_text())["residual"]["variance"]
+        for place in (folder / "measure", tmp_path / "measure" / "model")
+    ]
+    # The rows are not the same: the run packs its documents with others.
+    assert twins[0] == pytest.approx(twins[1], rel=0.2)
+
+
+def test_runs_are_laid_over_each_other_on_one_page(finished, toy, tmp_path):
+    folder, _ = finished
+    words = [*toy, f"output={tmp_path}", "norm=pre_ln", "name=plain"]
+    assert run("fit", *words).returncode == 0
+    process = run("measure", "compare", folder, tmp_path / "plain", "--rows", "2", "--output", tmp_path / "page")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == str(tmp_path / "page" / "compare.html")
+    page = (tmp_path / "page" / "compare.html").read_text()
+    assert f"<h1>{folder.name} beside plain</h1>" in page
+    assert (tmp_path / "page" / "compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_model_without_a_pad_can_be_evaluated(finished, corpus, tmp_path):
@@ -319,6 +353,12 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["import", "nowhere", "--output", "x"], ["nowhere needs the Hugging Face hub", "Give a folder"]),
         (["import", "../nowhere", "--output", "x"], ["neither a folder nor a name on the hub"]),
         (["evaluate", "nowhere", "--tasks", "piqa"], ["nowhere: not a run folder"]),
+        (["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
+        (["measure", "variance", "nowhere"], ["nowhere needs the Hugging Face hub", "Give a run folder"]),
+        (["measure", "variance", "one", "two"], ["measure variance takes one model, 2 are given"]),
+        (["measure", "compare", "one"], ["at least two models, 1 given"]),
+        (["measure", "compare", "a/one", "b/one"], ["two models are called one"]),
+        (["measure", "variance", "nowhere", "--rows", "0"], ["--rows=0"]),
         (["prepare", "data.vocab_size=1"], ["data.vocab_size=1"]),
     ],
 )

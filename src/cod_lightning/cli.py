@@ -26,6 +26,13 @@ section.field=value. Examples:
   fit data=files 'data.files=texts/*.json.gz' norm=my_package.my_module:my_strategy
 """
 
+MEASURE = """\
+Writes a JSON, a CSV and a PNG file for every measure. Overrides choose the text and its rows:
+  measure variance runs/quickstart/lns-seed1-...
+  measure all meta-llama/Llama-2-7b-hf data=files 'data.files=texts/*.json.gz' data.seq_len=256
+  measure compare runs/quickstart/pre_ln-seed1-... runs/quickstart/lns-seed1-...
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -80,6 +87,17 @@ def parser() -> argparse.ArgumentParser:
     take.add_argument("model", help="folder of the checkpoint, or its name on the hub")
     take.add_argument("--output", type=Path, required=True, help="new run folder")
 
+    measure = command(
+        "measure",
+        "Measure the layers of a run, or of a causal language model of transformers; compare puts runs side by side.",
+        MEASURE,
+    )
+    measure.add_argument("study", help="variance, jacobian, angular, removal, influence, theory, all, or compare")
+    measure.add_argument("words", nargs="+", metavar="model|key=value", help="run folder, model folder or hub name")
+    measure.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    measure.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
+    measure.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
+
     command("experiments", "List the experiments: size, tokens, what they reproduce, published figures.")
     return top
 
@@ -92,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     known, rest = top.parse_known_args(argv)
     arguments = vars(known)
-    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
+    several = next((name for name in ("overrides", "words") if name in arguments), None)
+    if any(word.startswith("-") for word in rest) or (rest and several is None):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
-    # What follows an option, as in `fit norm=lns -m seed=1,2`.
-    arguments |= {"overrides": [*arguments["overrides"], *rest]} if rest else {}
+    if several is not None:  # what follows an option, as in `fit norm=lns -m seed=1,2`
+        arguments[several] = [*arguments[several], *rest]
     command = arguments.pop("command")
     try:
         return {
@@ -105,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "generate": generate,
             "export": export,
             "import": import_model,
+            "measure": measure,
             "experiments": experiments,
         }[command](**arguments)
     except UserError as error:
@@ -406,6 +426,117 @@ def generate(
         eos_id=tokenizer.eos_id,
     )
     print(tokenizer.backend.decode(ids))
+    return 0
+
+
+def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output: Path | None) -> int:
+    at_least("rows", rows, 1)
+    models = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if study == "compare":
+        return compare(models, overrides, checkpoint, rows, output)
+    if len(models) != 1:
+        raise UserError(f"measure {study} takes one model, {len(models)} are given; measure compare takes several")
+    from cod_lightning.measure.suite import measures_of
+
+    measures_of(study, hidden=0)  # an unknown study is refused before anything is loaded
+    layered, batches, pad_id = subject(models[0], overrides, checkpoint, rows)
+    folder = output or (Path(models[0]) / "measure" if is_run(models[0]) else Path("measure") / layered.name)
+    from cod_lightning.report.terminal import result_table, show
+
+    for name in measures_of(study, layered.hidden):
+        result = measured(name, layered, batches, pad_id, folder)
+        show(result_table(f"{layered.name}: {name}", result.rows(), 4 * layered.depth))
+    print(folder)
+    return 0
+
+
+def measured(name: str, layered: Any, batches: Sequence[Any], pad_id: int | None, folder: Path) -> Any:
+    """Carry out one measure under a progress bar, and write its result."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cod_lightning.measure.result import save
+    from cod_lightning.measure.suite import MEASURES
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(f"{layered.name}: {name}", total=None)
+        result = MEASURES[name][1](
+            layered, batches, pad_id, lambda done, total: bars.update(bar, completed=done, total=total or None)
+        )
+    save(result, folder, name)
+    return result
+
+
+def is_run(model: str) -> bool:
+    from cod_lightning.config import CONFIG
+
+    return (Path(model) / CONFIG).is_file()
+
+
+def subject(model: str, overrides: Sequence[str], checkpoint: str, rows: int) -> tuple[Any, list[Any], int | None]:
+    """A run or a model of `transformers`, batches of held-out rows, and their pad token."""
+    from cod_lightning.config import changes_text, compose, load
+
+    if is_run(model):
+        run = Path(model)
+        config = load(run, overrides)
+        from cod_lightning.data.datamodule import TokenDataModule
+        from cod_lightning.measure.layered import Layered
+        from cod_lightning.train.run import TOKENIZER, accelerator, checkpoint_of, load_run
+
+        path = checkpoint_of(run, checkpoint)
+        if changes_text(overrides):
+            config.data.tokenizer = str(run / TOKENIZER)
+        decoder, _ = load_run(sections(config), run, path)
+        data = TokenDataModule(config.data, config.seed)
+        data.prepare_data()
+        data.setup("fit")
+        layered = Layered(decoder.to(accelerator(config.trainer)).eval(), run.name)
+        tokens, pad_id = data.probe_batch(min(rows, data.val_count)), data.pad_id
+    else:
+        config = compose(overrides)
+        if not Path(model).is_dir():
+            from cod_lightning.data.hub import require_cached_or_hub
+
+            require_cached_or_hub(model, "Give a run folder, or a folder with config.json, weights and tokenizer.")
+        from cod_lightning.data.corpora import open_corpus
+        from cod_lightning.data.pack import packed
+        from cod_lightning.measure.layered import load_hf
+        from cod_lightning.train.run import accelerator
+
+        layered, tokenizer = load_hf(model, device=accelerator(config.trainer))
+
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        documents = open_corpus(config.data).val()
+        tokens, pad_id = packed(documents, encode, tokenizer.eos_token_id, rows, config.data.seq_len), None
+    return layered, list(tokens.split(config.data.micro_batch_size)), pad_id
+
+
+def compare(models: Sequence[str], overrides: Sequence[str], checkpoint: str, rows: int, output: Path | None) -> int:
+    """Measure every model on the same kind of rows, then lay them over each other on one page."""
+    import json
+
+    from cod_lightning.report.compare import NEEDED, comparison_page
+
+    if len(models) < 2:
+        raise UserError(f"measure compare takes at least two models, {len(models)} given")
+    names = [Path(model).name for model in models]
+    if len(set(names)) < len(names):
+        raise UserError(f"two models are called {max(names, key=names.count)}: rename a folder, to tell them apart")
+    target = output or Path("measure") / "-".join(["compare", *names])
+    found = {}
+    for model, name in zip(models, names, strict=True):
+        layered, batches, pad_id = subject(model, overrides, checkpoint, rows)
+        for result in NEEDED:
+            measured(result, layered, batches, pad_id, target / name)
+        found[name] = {result: json.loads((target / name / f"{result}.json").read_text()) for result in NEEDED}
+    image, page = comparison_page(found)
+    (target / "compare.png").write_bytes(image)
+    (target / "compare.html").write_text(page)
+    print(target / "compare.html")
     return 0
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import CHUNK, IGNORE, next_tokens
+from cod_lightning.kernels.loss import IGNORE, next_tokens, tokens_at_once
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines
 
@@ -332,7 +332,7 @@ def log_probabilities(model: Layered, x: Tensor) -> Tensor:
 
 def chunks(model: Layered, tokens: int) -> Iterator[slice]:
     """Parts of so many tokens whose logits may exist together."""
-    size = max(1, CHUNK.get(model.device.type, CHUNK["cuda"]) // len(model.head_weight))
+    size = tokens_at_once(model.device, len(model.head_weight))
     return (slice(first, first + size) for first in range(0, tokens, size))
 
 

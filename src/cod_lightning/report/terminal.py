@@ -103,6 +103,20 @@ def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
+def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Table:
+    """The rows of a measure, the first `most` of them."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows[:most]:
+        values = (row.get(column, "") for column in columns)
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    if len(rows) > most:
+        table.caption = f"{most} of {len(rows):,} rows; the file has all"
+    return table
+
+
 def show(renderable: Any) -> None:
     """Print to standard output, at a fixed width where that is no terminal."""
     console = Console()
