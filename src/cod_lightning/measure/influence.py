@@ -20,6 +20,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens, tokens_at_once
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines
+from cod_lightning.measure.tokens import require_targets, walk, wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,12 +96,9 @@ def block_influence(
         raise UserError(f"longest={longest} is not a number of blocks: the model has 1 to {depth}")
     pairs = [(first, first + n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     means = Mean()
-    for tokens in each(batches, progress):
-        tokens = tokens.to(model.device)
-        keep = torch.ones_like(tokens, dtype=torch.bool) if pad_id is None else tokens != pad_id
+    for tokens, keep in walk(model, batches, pad_id, progress):
         units = [F.normalize(x, dim=-1) for x in streams(model, tokens, keep)]
         means.add(torch.stack([(units[i] - units[j]).square().sum(-1) / 2 for i, j in pairs], dim=-1))
-    require(means.count)
     mean, error = dict(zip(pairs, means.mean.tolist(), strict=True)), means.error.tolist()
     distance = [[mean.get((first, first + n)) for first in range(depth)] for n in range(1, longest + 1)]
     return BlockInfluence([mean[layer, layer + 1] for layer in range(depth)], error[:depth], distance)
@@ -144,8 +142,7 @@ def readout(
         UserError: there is no target.
     """
     means = Mean()
-    for tokens in each(batches, progress):
-        tokens = tokens.to(model.device)
+    for tokens, _ in walk(model, batches, pad_id, progress):
         targets = next_tokens(tokens, pad_id)
         keep = targets != IGNORE
         outputs, wanted = streams(model, tokens, keep)[1:], targets[keep]
@@ -153,7 +150,7 @@ def readout(
             final = log_probabilities(model, outputs[-1][part])
             layers = [divergences(final, log_probabilities(model, x[part]), wanted[part]) for x in outputs]
             means.add(torch.stack(layers, dim=1))
-    require(means.count)
+    require_targets(model, means.count)
     return Readout(*means.mean.T.tolist())
 
 
@@ -279,8 +276,7 @@ def coalition_losses(
     order = sorted(set(coalitions))  # neighbours begin with the same blocks, whose outputs are kept
     totals, targets_seen = dict.fromkeys(order, 0.0), 0
     batches = list(batches)
-    for done, tokens in enumerate(each(batches)):
-        tokens = tokens.to(model.device)
+    for done, (tokens, _) in enumerate(walk(model, batches, pad_id)):
         targets = next_tokens(tokens, pad_id)
         targets_seen += int((targets != IGNORE).sum())
         # each block with the masks of its own place: the stack would give it those of the place it moves up to
@@ -297,7 +293,7 @@ def coalition_losses(
             run = coalition
             if progress is not None:
                 progress(done * len(order) + number, len(batches) * len(order))
-    require(targets_seen)
+    require_targets(model, targets_seen)
     return {coalition: total / targets_seen for coalition, total in totals.items()}
 
 
@@ -318,7 +314,7 @@ def streams(model: Layered, tokens: Tensor, keep: Tensor) -> list[Tensor]:
 
     def visit(what: str, layer: int, x: Tensor) -> None:
         if what in ("embedding", "residual"):
-            found.append(x[keep].to(torch.promote_types(x.dtype, torch.float32)))
+            found.append(wide(x[keep]))
 
     model.logits(tokens, visit)
     return found
@@ -334,22 +330,3 @@ def chunks(model: Layered, tokens: int) -> Iterator[slice]:
     """Parts of so many tokens whose logits may exist together."""
     size = tokens_at_once(model.device, len(model.head_weight))
     return (slice(first, first + size) for first in range(0, tokens, size))
-
-
-def each(batches: Iterable[Tensor], progress: Progress | None = None) -> Iterator[Tensor]:
-    """The batches, one by one, telling `progress`; token ids are small enough to be listed, so that they are counted.
-
-    Raises:
-        UserError: there is none.
-    """
-    batches = list(batches)
-    require(len(batches))
-    for done, tokens in enumerate(batches, start=1):
-        yield tokens
-        if progress is not None:
-            progress(done, len(batches))
-
-
-def require(tokens: int) -> None:
-    if not tokens:
-        raise UserError("batches hold no token to measure on: expected tokens [rows, length], not all of them pads")

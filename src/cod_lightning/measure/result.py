@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,7 @@ def save(result: Any, folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png")]
     partial = [path.with_name(f".{path.name}.partial") for path in paths]
-    partial[0].write_text(json.dumps(asdict(result), indent=1) + "\n")
+    partial[0].write_text(json.dumps(finite(asdict(result)), indent=1, allow_nan=False) + "\n")
     rows = result.rows()
     with open(partial[1], "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
@@ -47,6 +48,15 @@ def save(result: Any, folder: Path, name: str) -> list[Path]:
     for before, after in zip(partial, paths, strict=True):
         before.replace(after)
     return paths
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def figure(width: float = 6.4, height: float = 4.0, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.measure.influence import each
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Progress, figure, layer_lines
+from cod_lightning.measure.tokens import walk, wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,13 +125,12 @@ def input_norms(
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = sums[name]) -> None:
                 x = args[0].flatten(0, -2)[keep]
-                total += x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(0, dtype=torch.float64)
+                total += wide(x).square().sum(0, dtype=torch.float64)
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        for tokens in each(batches, progress):
-            tokens = tokens.to(model.device)
-            keep = (torch.ones_like(tokens, dtype=torch.bool) if pad_id is None else tokens != pad_id).flatten()
+        for tokens, present in walk(model, batches, pad_id, progress):
+            keep = present.flatten()
             model.logits(tokens)
     finally:
         for handle in handles:
@@ -141,8 +140,8 @@ def input_norms(
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
     """A = |W| * ||X||_2 of a weight [out, in] with input norms [in], at least in float32."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.abs().to(wide) * norms.to(wide)
+    weight = wide(weight)
+    return weight.abs() * norms.to(weight.dtype)
 
 
 def outlier_ratios(model: Layered, norms: Sequence[dict[str, Tensor]], threshold: float = 5.0) -> list[float]:

@@ -14,11 +14,12 @@ from cod_lightning.measure.influence import block_influence, layer_importance, r
 from cod_lightning.measure.jacobian import end_to_end_gain, jacobian, mean_jacobian
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.layers import token_variance
-from cod_lightning.measure.moments import moments, walk
+from cod_lightning.measure.moments import moments
 from cod_lightning.measure.removal import causal_score, linear_replacement, removal, run_removal, swaps
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.sparsity import layer_sparsity, matrices
 from cod_lightning.measure.theory import Shapes, Theory, theory
+from cod_lightning.measure.tokens import walk
 from cod_lightning.nn.decoder import Decoder
 
 Batches = Sequence[Tensor]
