@@ -54,7 +54,7 @@ def measured_theory(model: Layered, batches: Batches, pad_id: int | None, progre
 
 MEASURES: dict[str, tuple[str, Measure]] = {
     "variance": ("variance", moments),
-    "jacobian": ("jacobian", jacobian),
+    "jacobian": ("jacobian", lambda model, batches, *rest: jacobian(model, batches[:1], *rest)),
     "gain": ("jacobian", lambda model, batches, *rest: end_to_end_gain(model, batches[:1], *rest)),
     "jacobian_map": ("jacobian", mean_jacobians),
     "angular": ("angular", angular_distance),

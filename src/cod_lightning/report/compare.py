@@ -25,10 +25,10 @@ def panels(found: Found) -> dict[str, tuple[Sequence[float], bool]]:
     return {
         "variance of the residual stream": (found["variance"]["residual"]["variance"], True),
         "distance of the Jacobian from I, $||J-I||_F/\\sqrt{d}$": (jacobian["distance"], True),
-        "largest singular value of the Jacobian": (jacobian["largest_singular_value"], False),
-        "angular distance to the next layer": (found["angular"]["distances"][0], False),
+        "largest singular value of the Jacobian": (jacobian["largest_singular_value"], True),
+        "angular distance to the next layer": (found["angular"]["distances"][0], True),
         "loss added by removing the block": ([loss - removed["loss"] for loss in removed["losses"]], False),
-        "block influence": (found["influence"]["influence"], False),
+        "block influence": (found["influence"]["influence"], True),
     }
 
 
