@@ -237,13 +237,13 @@ def test_tasks_of_the_harness_are_scored_as_the_decoder_scores_them(finished, tm
         return float(sum(logits[i - 1, ids[i]] for i in range(start, len(ids))))
 
     right = sum(max(range(3), key=lambda i: likelihood(row["choices"][i])) == row["label"] for row in rows)
-    words = ["--task-folder", tmp_path, "--tasks"]
+    words = ["--task-folder", tmp_path]
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    process = run("evaluate", folder, *words, "toy_choice", env=environment)
+    process = run("evaluate", folder, *words, "tasks=toy_choice", env=environment)
     assert process.returncode == 0, process.stderr
     assert f"toy_choice acc {right / 12:.6g}\n" in process.stdout
     assert "toy_choice acc_stderr" in process.stdout
-    process = run("evaluate", folder, *words, "toy_choise,arc_easy")
+    process = run("evaluate", folder, *words, "tasks=toy_choise,arc_easy")
     assert process.returncode == 2
     assert "'toy_choise' is not a task; near it: toy_choice" in process.stderr
 
@@ -352,7 +352,7 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["export", "nowhere"], ["nowhere: not a run folder"]),
         (["import", "nowhere", "--output", "x"], ["nowhere needs the Hugging Face hub", "Give a folder"]),
         (["import", "../nowhere", "--output", "x"], ["neither a folder nor a name on the hub"]),
-        (["evaluate", "nowhere", "--tasks", "piqa"], ["nowhere: not a run folder"]),
+        (["evaluate", "nowhere", "tasks=piqa,boolq"], ["nowhere: not a run folder"]),
         (["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
         (["measure", "variance", "nowhere"], ["nowhere needs the Hugging Face hub", "Give a run folder"]),
         (["measure", "variance", "one", "two"], ["measure variance takes one model, 2 are given"]),

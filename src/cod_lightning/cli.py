@@ -58,12 +58,15 @@ def parser() -> argparse.ArgumentParser:
     prepare = command("prepare", "Tokenize the data of a run into litdata chunks.", OVERRIDES)
     add_overrides(prepare)
 
-    evaluate = command("evaluate", "Validate a checkpoint again, on the run's data or on other data.")
+    evaluate = command(
+        "evaluate",
+        "Validate a checkpoint again, on the run's data or on other data; or, with tasks=a,b,c, score it on tasks of "
+        "lm-evaluation-harness (tasks=paper: those of Table 2).",
+    )
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    evaluate.add_argument("--tasks", help="tasks of lm-evaluation-harness instead, as a,b,c; paper: those of Table 2")
-    evaluate.add_argument("--task-folder", type=Path, help="folder with tasks of one's own, as YAML")
-    evaluate.add_argument("--limit", type=int, help="examples of each task at the most")
+    evaluate.add_argument("--task-folder", type=Path, help="with tasks=: folder with tasks of one's own, as YAML")
+    evaluate.add_argument("--limit", type=int, help="with tasks=: examples of each task at the most")
     add_overrides(evaluate)
 
     generate = command("generate", "Continue a text with a trained run.")
@@ -279,18 +282,19 @@ def prepare(overrides: Sequence[str]) -> int:
     return 0
 
 
-def evaluate(
-    run: Path, checkpoint: str, overrides: Sequence[str], tasks: str | None, task_folder: Path | None, limit: int | None
-) -> int:
+def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path | None, limit: int | None) -> int:
     from cod_lightning.config import changes_text, load
 
+    # tasks=a,b is no field of the configuration, and its comma no sweep.
+    tasks = next((word.removeprefix("tasks=") for word in overrides if word.startswith("tasks=")), None)
+    overrides = [word for word in overrides if not word.startswith("tasks=")]
     config = load(run, overrides)
     if tasks is not None:
         if changes_text(overrides):
-            raise UserError("--tasks brings its own text: leave out data=, or --tasks")
+            raise UserError("tasks= brings its own text: leave out data=, or tasks=")
         return evaluate_tasks(config, run, checkpoint, tasks, task_folder, limit)
     if task_folder is not None or limit is not None:
-        raise UserError("--task-folder and --limit are for --tasks")
+        raise UserError("--task-folder and --limit are for tasks=")
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 

@@ -37,7 +37,7 @@ def test_figures_are_named_without_an_absent_filter():
 @pytest.mark.filterwarnings("default")
 def test_the_harness_has_the_tasks_of_the_paper(tmp_path):
     task_manager(PAPER_TASKS)
-    with pytest.raises(UserError, match="--tasks is empty"):
+    with pytest.raises(UserError, match="tasks= is empty"):
         task_manager(())
     with pytest.raises(UserError, match="no such folder"):
         task_manager(("piqa",), tmp_path / "nowhere")

@@ -32,18 +32,18 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
         importlib.import_module("lm_eval.models.huggingface")  # needs more than the harness itself does
         tasks_of = importlib.import_module("lm_eval.tasks")
     except ImportError as error:
-        raise UserError(f"--tasks needs lm-evaluation-harness ({error}): pip install 'cod_lightning[eval]'") from error
+        raise UserError(f"tasks= needs lm-evaluation-harness ({error}): pip install 'cod_lightning[eval]'") from error
     if folder is not None and not folder.is_dir():
         raise UserError(f"--task-folder={folder}: no such folder")
     manager = tasks_of.TaskManager(include_path=None if folder is None else str(folder))
     known = set(manager.all_tasks)
     found = [
-        f"--tasks: {task!r} is not a task; near it: {', '.join(difflib.get_close_matches(task, known, n=5)) or 'none'}"
+        f"tasks: {task!r} is not a task; near it: {', '.join(difflib.get_close_matches(task, known, n=5)) or 'none'}"
         for task in tasks
         if task not in known
     ]
     if found or not tasks:
-        raise UserError("\n".join(found) or "--tasks is empty: name some, as in arc_easy,piqa, or paper")
+        raise UserError("\n".join(found) or "tasks= is empty: name some, as in arc_easy,piqa, or paper")
     return manager
 
 
@@ -74,7 +74,7 @@ def score(
         UserError: the decoder cannot be exported, or a task's data cannot be had.
     """
     if found := obstacles(decoder):
-        raise UserError("\n".join(["--tasks run on the exported model, and this one cannot be exported", *found]))
+        raise UserError("\n".join(["tasks= runs on the exported model, and this one cannot be exported", *found]))
     harness = importlib.import_module("lm_eval")
     model_class = importlib.import_module("lm_eval.models.huggingface").HFLM
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -85,7 +85,7 @@ def score(
                 model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
             )
         except OSError as error:
-            raise UserError(f"--tasks={','.join(tasks)}: the data of a task cannot be had: {error}") from error
+            raise UserError(f"tasks={','.join(tasks)}: the data of a task cannot be had: {error}") from error
     return {task: plain(results["results"][task]) for task in tasks}
 
 
