@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from cod_lightning.errors import UserError
 from cod_lightning.measure.influence import coalition_losses
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.prune import mean_loss, prune, removed
+from cod_lightning.measure.prune import prune, removed
 from cod_lightning.measure.result import save
+from cod_lightning.measure.tokens import evaluate
 from cod_lightning.nn.decoder import Decoder
 
 HF = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2")
@@ -83,8 +84,8 @@ def test_a_pruned_checkpoint_reloads(causal_lm, family, tmp_path):
                 past = step.past_key_values
             torch.testing.assert_close(torch.cat(cached, dim=1), plain, rtol=1e-4, atol=1e-4)
     assert (result.removed, result.layers_before, result.layers_after) == ([2], 4, 3)
-    assert result.loss_before == pytest.approx(mean_loss(model, batches(), PAD))
-    assert result.loss_after == pytest.approx(mean_loss(Layered(again), batches(), PAD))
+    assert result.loss_before == pytest.approx(evaluate(model, batches(), PAD)[0])
+    assert result.loss_after == pytest.approx(evaluate(Layered(again), batches(), PAD)[0])
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -97,11 +98,11 @@ def test_every_block_keeps_its_kind_of_attention(causal_lm, family, tmp_path):
     torch.manual_seed(0)
     model = Layered(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
     expected = coalition_losses(model, [(2, 3)], batches(), PAD)[2, 3]
-    assert mean_loss(removed(model, [1, 4]), batches(), PAD) == pytest.approx(expected, rel=1e-5)
+    assert evaluate(removed(model, [1, 4]), batches(), PAD)[0] == pytest.approx(expected, rel=1e-5)
     prune(model, batches(), PAD, layers=[1, 4], folder=tmp_path / "small")
     again = reloaded(tmp_path / "small")
     assert again.config.layer_types == ["sliding_attention", "full_attention"]
-    assert mean_loss(Layered(again), batches(), PAD) == pytest.approx(expected, rel=1e-5)
+    assert evaluate(Layered(again), batches(), PAD)[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,7 +116,7 @@ def test_loss_is_summed_over_all_targets(causal_lm, family):
                 target = int(tokens[row, position + 1])
                 if target != PAD:
                     losses.append(-float(logs[row, position, target]))
-    assert mean_loss(model, batches(), PAD) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert evaluate(model, batches(), PAD)[0] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
 def test_ours_is_written_by_whoever_can(causal_lm, tmp_path):
@@ -145,7 +146,7 @@ def test_what_cannot_be_pruned_is_refused(causal_lm, tmp_path):
         prune(model, batches(), layers=[1], folder=tmp_path / "small")
     with pytest.raises(UserError, match="exists already"):
         prune(model, batches(), layers=[1], folder=tmp_path)
-    with pytest.raises(UserError, match="batches hold no token"):
+    with pytest.raises(UserError, match="no tokens to measure on"):
         prune(causal_lm("llama"), [], layers=[1], folder=tmp_path / "small")
     assert not list(tmp_path.iterdir())
     scaled = causal_lm("gpt2")

@@ -8,7 +8,6 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.removal import (
     causal_score,
-    evaluate,
     fit_linear,
     linear_replacement,
     removal,
@@ -17,6 +16,7 @@ from cod_lightning.measure.removal import (
     swaps,
 )
 from cod_lightning.measure.result import save
+from cod_lightning.measure.tokens import evaluate
 
 FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2")
 PAD = 0

@@ -6,16 +6,16 @@ tokens, with its standard error, for any model that is `Layered`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cod_lightning.errors import UserError
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Mean, Progress, figure, layer_lines
+from cod_lightning.measure.tokens import walk, wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ class Statistics:
 class Moments:
     """Statistics of the stream behind each block, and of what its attention and its FFN add (Figures 4 and 9)."""
 
-    name: str
+    model: str
     tokens: int
     residual: Statistics
     attention: Statistics
@@ -67,7 +67,7 @@ class Moments:
         labels = {"variance": "variance", "kurtosis": "kurtosis", "maximum": "largest absolute value"}
         for panel, (statistic, label) in zip(axes, labels.items(), strict=True):
             layer_lines(panel, {what: getattr(getattr(self, what), statistic) for what in PLACES}, label, log=True)
-        made.suptitle(self.name)
+        made.suptitle(self.model)
         return made
 
 
@@ -117,29 +117,3 @@ def token_moments(x: Tensor) -> Tensor:
     # The quotient comes before the fourth power, which in float32 overflows from 4e9.
     kurtosis = torch.where(deviation > 0, (x - mean) / deviation, 0).pow(4).mean(-1)
     return torch.stack([x.var(-1), mean.squeeze(-1), x.square().mean(-1).sqrt(), kurtosis], dim=-1)
-
-
-def walk(
-    model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches that hold tokens, on the model's device, each with a mask [rows, length] of what is not a pad.
-
-    Raises:
-        UserError: none does.
-    """
-    total, found = len(batches) if isinstance(batches, Sized) else 0, False
-    for done, tokens in enumerate(batches, start=1):
-        tokens = tokens.to(model.device)
-        keep = torch.ones_like(tokens, dtype=torch.bool) if pad_id is None else tokens != pad_id
-        if keep.any():
-            found = True
-            yield tokens, keep
-        if progress is not None:
-            progress(done, total)
-    if not found:
-        raise UserError(f"{model.name}: no tokens to measure on: the batches are empty or hold only pads")
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

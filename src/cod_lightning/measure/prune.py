@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import IGNORE, next_tokens
-from cod_lightning.measure.influence import each, require
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.perplexity import exp
 from cod_lightning.measure.result import Progress, figure
+from cod_lightning.measure.tokens import evaluate
 from cod_lightning.nn.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -114,28 +111,6 @@ def renumber(model: Layered, kept: list[int], depth: int) -> None:
                 module.layer_idx = index
 
 
-@torch.no_grad()
-def mean_loss(
-    model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
-) -> float:
-    """Loss per target in nats, summed over all batches of tokens [rows, length] before it is divided.
-
-    Raises:
-        UserError: there is no target.
-    """
-    total, count = 0.0, 0
-    for tokens in each(batches, progress):
-        tokens = tokens.to(model.device)
-        targets = next_tokens(tokens, pad_id)
-        logits = model.logits(tokens).flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
-        total += float(losses.sum(dtype=torch.float64))
-        count += int((targets != IGNORE).sum())
-    require(count)
-    return total / count
-
-
 def save_hf(model: nn.Module, folder: Path) -> None:
     """Write a model of `transformers` for its `from_pretrained`.
 
@@ -170,7 +145,7 @@ def prune(
         export: writes the smaller model.
 
     Raises:
-        UserError: as `removed` and `mean_loss`, the folder exists, or `export` does not take such a model.
+        UserError: as `removed` and `evaluate`, the folder exists, or `export` does not take such a model.
     """
     if folder.exists():
         raise UserError(f"folder={folder} exists already: choose another")
@@ -188,7 +163,7 @@ def prune(
                 if progress is not None:
                     progress(before + done, 2 * total)
 
-            losses.append(mean_loss(which, batches, pad_id, told))
+            losses.append(evaluate(which, batches, pad_id, told)[0])
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.moments import walk, wide
 from cod_lightning.measure.perplexity import exp
 from cod_lightning.measure.result import Progress, figure, heat_map, layer_lines
+from cod_lightning.measure.tokens import evaluate, walk, wide
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PAIRS = ("neighbours", "all")
@@ -37,7 +36,7 @@ USEFUL = 1.1
 class Removal:
     """Loss in nats per token with each block removed alone."""
 
-    name: str
+    model: str
     tokens: int
     loss: float
     """Of the whole model."""
@@ -52,7 +51,7 @@ class Removal:
         """Cost of each layer."""
         made, (axes,) = figure()
         layer_lines(axes, {"removed": [loss - self.loss for loss in self.losses]}, "rise of the loss when removed")
-        axes.set_title(self.name)
+        axes.set_title(self.model)
         return made
 
 
@@ -60,7 +59,7 @@ class Removal:
 class RunRemoval:
     """Loss in nats per token with n neighbouring blocks removed."""
 
-    name: str
+    model: str
     tokens: int
     loss: float
     """Of the whole model."""
@@ -83,7 +82,7 @@ class RunRemoval:
         pairs = zip(self.sizes, self.losses, strict=True)
         lines = {f"n = {n}": [loss - self.loss for loss in losses] for n, losses in pairs}
         layer_lines(axes, lines, "rise of the loss when removed")
-        axes.set(xlabel="first layer removed", title=self.name)
+        axes.set(xlabel="first layer removed", title=self.model)
         return made
 
 
@@ -91,7 +90,7 @@ class RunRemoval:
 class Swaps:
     """Loss in nats per token with two blocks exchanged."""
 
-    name: str
+    model: str
     tokens: int
     loss: float
     """Of the model as it is."""
@@ -122,8 +121,8 @@ class Swaps:
             scores = dict(zip(self.pairs, self.scores, strict=True))
             layers = range(1, max(second for _, second in self.pairs) + 1)
             matrix = [[scores.get((first, second)) for first in layers] for second in layers]
-            layer_map(axes, matrix, "layer", "exchanged with layer", label)
-        axes.set_title(f"{self.name}, permutation score {self.score:.3g}")
+            heat_map(axes, matrix, "layer", "exchanged with layer", label)
+        axes.set_title(f"{self.model}, permutation score {self.score:.3g}")
         return made
 
 
@@ -131,7 +130,7 @@ class Swaps:
 class LinearReplacement:
     """Loss in nats per token with each block alone replaced by its best linear map."""
 
-    name: str
+    model: str
     tokens: int
     fit_tokens: int
     """Tokens that the maps were fitted to."""
@@ -154,7 +153,7 @@ class LinearReplacement:
         made, (axes,) = figure()
         layer_lines(axes, {"linear": [loss / self.loss for loss in self.losses]}, "loss when linear / loss")
         axes.axhline(USEFUL, color="black", lw=1, ls=":")
-        axes.set_title(f"{self.name}, usefulness {self.usefulness:.3g}")
+        axes.set_title(f"{self.model}, usefulness {self.usefulness:.3g}")
         return made
 
 
@@ -162,7 +161,7 @@ class LinearReplacement:
 class CausalScore:
     """How much what a layer adds changes when an earlier layer is skipped, relative to what it adds."""
 
-    name: str
+    model: str
     tokens: int
     effects: list[list[float | None]]
     """Of skipping layer s on layer l at [s - 1][l - 1]; None where l <= s, and where l adds nothing to change."""
@@ -181,45 +180,13 @@ class CausalScore:
     def plot(self) -> Figure:
         """Effects of all layers on all later ones."""
         made, (axes,) = figure()
-        layer_map(axes, self.effects, "later layer", "layer skipped", "relative change")
-        axes.set_title(self.name)
+        heat_map(axes, self.effects, "later layer", "layer skipped", "relative change")
+        axes.set_title(self.model)
         return made
-
-
-def layer_map(axes: Axes, matrix: Sequence[Sequence[float | None]], xlabel: str, ylabel: str, label: str) -> None:
-    """A heat map of layers by layers, both from 1."""
-    heat_map(axes, matrix, xlabel, ylabel, label)
-    end = len(matrix) + 0.5
-    axes.images[0].set_extent((0.5, end, 0.5, end))
 
 
 def cost(loss: float, whole: float) -> dict[str, float]:
     return {"loss": loss, "delta_loss": loss - whole, "perplexity": exp(loss)}
-
-
-@torch.no_grad()
-def evaluate(model: Layered, batches: Iterable[Tensor], pad_id: int | None = None) -> tuple[float, int]:
-    """Mean next-token loss in nats per target, and the number of targets.
-
-    The losses are taken from logits in at least float32, row by row, and summed in float64.
-
-    Args:
-        model: in any dtype.
-        batches: tokens [rows, length] each.
-        pad_id: tokens that are no target; they follow the others in a row.
-
-    Raises:
-        UserError: there is no target.
-    """
-    total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for tokens, _ in walk(model, batches, pad_id):
-        targets = next_tokens(tokens, pad_id)
-        for logits, row in zip(model.logits(tokens), targets, strict=True):
-            total += F.cross_entropy(wide(logits), row, ignore_index=IGNORE, reduction="none").double().sum()
-        count += int((targets != IGNORE).sum())
-    if count == 0:
-        raise UserError(f"{model.name}: no token has a next one to predict")
-    return float(total) / count, count
 
 
 def evaluate_arranged(
@@ -303,7 +270,7 @@ def swaps(
     arrangements = [[{a: b, b: a}.get(layer, layer) for layer in layers] for a, b in chosen]
     loss, tokens, losses = evaluate_arranged(model, list(batches), pad_id, progress, arrangements)
     scores = [abs(loss - swapped) / loss for swapped in losses]
-    return Swaps(model.name, tokens, loss, chosen, losses, scores, sum(scores) / len(scores))
+    return Swaps(model.name, tokens, loss, chosen, losses, scores, fmean(scores))
 
 
 def linear_replacement(
@@ -339,7 +306,7 @@ def linear_replacement(
             losses.append(evaluate(model, batches, pad_id)[0])
         if progress is not None:
             progress(layer, model.depth)
-    usefulness = sum(linear > USEFUL * loss for linear in losses) / len(losses)
+    usefulness = fmean(linear > USEFUL * loss for linear in losses)
     return LinearReplacement(model.name, tokens, fit_tokens, loss, losses, usefulness)
 
 
@@ -444,10 +411,6 @@ def causal_score(
         for s in range(depth)
     ]
     known = [[effect for effect in row if effect is not None] for row in effects]
-    return CausalScore(
-        model.name, count, effects, [mean(row) for row in known], mean([effect for row in known for effect in row])
-    )
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    pairs = [effect for row in known for effect in row]
+    scores = [fmean(row) if row else None for row in known]
+    return CausalScore(model.name, count, effects, scores, fmean(pairs) if pairs else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,11 +34,14 @@ class Result(Protocol):
 
 
 def save(result: Any, folder: Path, name: str) -> list[Path]:
-    """Write `name`.json, .csv and .png into `folder`, which is made where it is missing; each whole or not at all."""
+    """Write `name`.json, .csv and .png into `folder`, which is made where it is missing; each whole or not at all.
+
+    What is infinite or not a number is null in the JSON, which knows neither.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png")]
     partial = [path.with_name(f".{path.name}.partial") for path in paths]
-    partial[0].write_text(json.dumps(asdict(result), indent=1) + "\n")
+    partial[0].write_text(json.dumps(finite(asdict(result)), indent=1, allow_nan=False) + "\n")
     rows = result.rows()
     with open(partial[1], "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
@@ -47,6 +51,15 @@ def save(result: Any, folder: Path, name: str) -> list[Path]:
     for before, after in zip(partial, paths, strict=True):
         before.replace(after)
     return paths
+
+
+def finite(value: Any) -> Any:
+    """Numbers, or lists and dicts of them, with None for those that are infinite or not a number."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def figure(width: float = 6.4, height: float = 4.0, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -67,10 +80,15 @@ def layer_lines(axes: Axes, series: Mapping[str, Sequence[float]], ylabel: str, 
         axes.legend()
 
 
-def heat_map(axes: Axes, matrix: Sequence[Sequence[float | None]], xlabel: str, ylabel: str, label: str) -> None:
-    """A matrix with a colour bar; None is left blank."""
+def heat_map(
+    axes: Axes, matrix: Sequence[Sequence[float | None]], xlabel: str, ylabel: str, label: str, first: int = 1
+) -> None:
+    """A matrix with a colour bar; None is left blank. Rows, upwards, and columns are numbered from `first`."""
     values = torch.tensor([[float("nan") if value is None else value for value in row] for row in matrix])
-    image = axes.imshow(values.numpy(), aspect="auto", origin="lower", interpolation="nearest")
+    rows, columns = values.shape
+    start = first - 0.5
+    extent = (start, start + columns, start, start + rows)
+    image = axes.imshow(values.numpy(), aspect="auto", origin="lower", interpolation="nearest", extent=extent)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.figure.colorbar(image, ax=axes, label=label)
 

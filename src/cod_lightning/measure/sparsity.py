@@ -6,15 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.measure.influence import each
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Progress, figure, layer_lines
+from cod_lightning.measure.tokens import walk, wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,13 +126,12 @@ def input_norms(
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = sums[name]) -> None:
                 x = args[0].flatten(0, -2)[keep]
-                total += x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(0, dtype=torch.float64)
+                total += wide(x).square().sum(0, dtype=torch.float64)
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        for tokens in each(batches, progress):
-            tokens = tokens.to(model.device)
-            keep = (torch.ones_like(tokens, dtype=torch.bool) if pad_id is None else tokens != pad_id).flatten()
+        for tokens, counted in walk(model, batches, pad_id, progress):
+            keep = counted.flatten()
             model.logits(tokens)
     finally:
         for handle in handles:
@@ -141,8 +141,8 @@ def input_norms(
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
     """A = |W| * ||X||_2 of a weight [out, in] with input norms [in], at least in float32."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.abs().to(wide) * norms.to(wide)
+    sizes = wide(weight.abs())
+    return sizes * norms.to(sizes.dtype)
 
 
 def outlier_ratios(model: Layered, norms: Sequence[dict[str, Tensor]], threshold: float = 5.0) -> list[float]:
@@ -174,7 +174,7 @@ def owl_sparsities(ratios: Sequence[float], sparsity: float, lambda_: float = 0.
         UserError: a sparsity leaves [0, 1].
     """
     scaled = [2 * lambda_ * x for x in unit_range(ratios)]
-    mean = math.fsum(scaled) / len(scaled)
+    mean = fmean(scaled)
     return checked([sparsity - (x - mean) for x in scaled], sparsity, f"lambda={lambda_}")
 
 
@@ -187,7 +187,7 @@ def pl_alpha_hill(weight: Tensor) -> float:
     Returns:
         Above 1; NaN where the eigenvalues are all equal or zero, so that there is no tail.
     """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = wide(weight)
     values = torch.linalg.svdvals(weight).double()
     values = values[values > values.max() * max(weight.shape) * torch.finfo(weight.dtype).eps]
     logs = 2 * values.log().sort().values[len(values) // 2 :]
@@ -223,7 +223,7 @@ def alpha_sparsities(alphas: Sequence[float], sparsity: float, epsilon: float = 
         UserError: a sparsity leaves [0, 1].
     """
     mapped = [1 - epsilon + 2 * epsilon * x for x in unit_range(alphas)]
-    mean = math.fsum(mapped) / len(mapped)
+    mean = fmean(mapped)
     return checked([sparsity * x / mean if mean else math.nan for x in mapped], sparsity, f"epsilon={epsilon}")
 
 
