@@ -199,6 +199,15 @@ def test_results_are_saved_and_progress_is_told(causal_lm, tmp_path):
         assert [row["layer"] for row in result.rows()] == [1, 2, 3, 4]
 
 
+def test_batches_of_pads_are_passed_over(causal_lm):
+    model, told = causal_lm("ours"), []
+    padded = [torch.full((2, 4), PAD), *batches()]
+    for measure in (block_influence, readout, layer_importance):
+        assert measure(model, padded, PAD) == measure(model, batches(), PAD)
+    coalition_losses(model, [(), (1,)], padded, PAD, lambda *call: told.append(call))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_influence_of_short_runs_alone(causal_lm):
     model = causal_lm("ours")
     everything, short = block_influence(model, batches()), block_influence(model, batches(), longest=2)
@@ -212,8 +221,11 @@ def test_what_cannot_be_measured_is_refused(causal_lm):
     model, pads = causal_lm("ours"), [torch.zeros(2, 4, dtype=torch.long)]
     for measure in (block_influence, readout, layer_importance):
         for nothing in ([], pads):
-            with pytest.raises(UserError, match=r"no tokens to measure on|no token has a next one"):
+            with pytest.raises(UserError, match="no tokens to measure on"):
                 measure(model, nothing, PAD)
+    for measure in (readout, layer_importance):
+        with pytest.raises(UserError, match="ours: no token has a next one to predict"):
+            measure(model, [torch.ones(2, 1, dtype=torch.long)], PAD)
     with pytest.raises(UserError, match="longest=5 is not a number of blocks"):
         block_influence(model, batches(), longest=5)
     with pytest.raises(UserError, match="permutations=0 must be positive"):

@@ -261,9 +261,9 @@ def test_what_cannot_be_measured_is_refused(causal_lm):
     with pytest.raises(UserError, match="each once"):
         end_to_end_gain(model, [batch], layers=[1, 1])
     for measure in (jacobian, end_to_end_gain):
-        with pytest.raises(UserError, match="nothing but pads"):
+        with pytest.raises(UserError, match="hold only pads"):
             measure(model, [pads], pad_id=0)
-    with pytest.raises(UserError, match="nothing but pads"):
+    with pytest.raises(UserError, match="hold only pads"):
         mean_jacobian(model, [pads], [1], pad_id=0)
 
 

@@ -146,7 +146,7 @@ def test_what_cannot_be_pruned_is_refused(causal_lm, tmp_path):
         prune(model, batches(), layers=[1], folder=tmp_path / "small")
     with pytest.raises(UserError, match="exists already"):
         prune(model, batches(), layers=[1], folder=tmp_path)
-    with pytest.raises(UserError, match=r"no tokens to measure on|no token has a next one"):
+    with pytest.raises(UserError, match="no tokens to measure on"):
         prune(causal_lm("llama"), [], layers=[1], folder=tmp_path / "small")
     assert not list(tmp_path.iterdir())
     scaled = causal_lm("gpt2")

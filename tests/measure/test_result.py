@@ -1,11 +1,12 @@
 import csv
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from cod_lightning.measure.result import Mean, figure, heat_map, layer_lines, save
+from cod_lightning.measure.result import Mean, figure, finite, heat_map, layer_lines, save
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,20 @@ def test_a_result_is_saved_as_json_csv_and_figure(tmp_path):
     ]
     assert paths[2].read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
+
+
+def test_what_is_no_finite_number_is_null_in_json(tmp_path):
+    path = save(Example("x", [math.nan, math.inf, 2.0, -math.inf]), tmp_path, "example")[0]
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["values"] == [None, None, 2, None]
+    nested = {"a": [(1, math.nan)], "b": {"c": -math.inf, "d": True}, "e": "nan"}
+    assert finite(nested) == {"a": [[1, None]], "b": {"c": None, "d": True}, "e": "nan"}
+
+
+def test_a_heat_map_is_numbered_from_its_first_row_and_column():
+    for options, expected in (({}, (0.5, 3.5, 0.5, 2.5)), ({"first": 0}, (-0.5, 2.5, -0.5, 1.5))):
+        _, (axes,) = figure()
+        heat_map(axes, [[1.0, 2.0, 3.0], [4.0, 5.0, None]], "x", "y", "colour", **options)
+        assert tuple(axes.images[0].get_extent()) == expected
 
 
 def test_mean_and_standard_error():

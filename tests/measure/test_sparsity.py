@@ -204,7 +204,7 @@ def test_what_cannot_be_pruned_is_refused(causal_lm):
     for shares in ([0.5] * 3, [0.5, 0.5, 0.5, 1.5]):
         with pytest.raises(UserError, match="expected 4 numbers from 0 to 1"):
             sparsified(model, shares, "magnitude")
-    with pytest.raises(UserError, match=r"no tokens to measure on|no token has a next one"):
+    with pytest.raises(UserError, match="no tokens to measure on"):
         layer_sparsity(model, [])
     with pytest.raises(UserError, match="Identity has no linear layers"):
         matrices(torch.nn.Identity())

@@ -14,7 +14,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map
-from cod_lightning.measure.tokens import walk
+from cod_lightning.measure.tokens import streams, walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,8 +51,6 @@ class AngularDistance:
         made, (axes,) = figure()
         label = "angular distance" + (", scaled for each n" if self.normalise == "released" else "")
         heat_map(axes, self.distances, "layer", "n", label)
-        end = len(self.distances) + 0.5
-        axes.images[0].set_extent((0.5, end, 0.5, end))
         axes.set_title(self.model)
         return made
 
@@ -95,13 +93,7 @@ def angular_distance(
         if mean.count >= tokens:
             break
         keep = last(keep) if token == "last" else keep
-        inputs: list[Tensor] = []
-
-        def visit(what: str, layer: int, x: Tensor, keep: Tensor = keep, inputs: list[Tensor] = inputs) -> None:
-            if what in ("embedding", "residual"):
-                inputs.append(x[keep][: tokens - mean.count])
-
-        model.logits(batch, visit)
+        inputs = [x[: tokens - mean.count] for x in streams(model, batch, keep)]
         for parts in zip(*(x.split(CHUNK) for x in inputs), strict=True):
             mean.add(angles(torch.stack(parts, dim=1))[:, first, second])
     pairs = dict(zip(zip(first.tolist(), second.tolist(), strict=True), mean.mean.tolist(), strict=True))

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import IGNORE, next_tokens, tokens_at_once
+from cod_lightning.kernels.loss import CHUNK, IGNORE
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines
-from cod_lightning.measure.tokens import require_targets, walk, wide
+from cod_lightning.measure.tokens import streams, walk, walk_targets, wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,6 @@ class BlockInfluence:
         made, (left, right) = figure(columns=2)
         layer_lines(left, {"BI": self.influence}, "block influence")
         heat_map(right, self.distance, "first layer", "number of layers", "1 - mean cosine")
-        right.images[0].set_extent((0.5, len(self.influence) + 0.5, 0.5, len(self.distance) + 0.5))
         return made
 
 
@@ -97,7 +96,7 @@ def block_influence(
     pairs = [(first, first + n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     means = Mean()
     for tokens, keep in walk(model, batches, pad_id, progress):
-        units = [F.normalize(x, dim=-1) for x in streams(model, tokens, keep)]
+        units = [F.normalize(wide(x), dim=-1) for x in streams(model, tokens, keep)]
         means.add(torch.stack([(units[i] - units[j]).square().sum(-1) / 2 for i, j in pairs], dim=-1))
     mean, error = dict(zip(pairs, means.mean.tolist(), strict=True)), means.error.tolist()
     distance = [[mean.get((first, first + n)) for first in range(depth)] for n in range(1, longest + 1)]
@@ -142,15 +141,13 @@ def readout(
         UserError: there is no target.
     """
     means = Mean()
-    for tokens, _ in walk(model, batches, pad_id, progress):
-        targets = next_tokens(tokens, pad_id)
+    for tokens, targets in walk_targets(model, batches, pad_id, progress):
         keep = targets != IGNORE
         outputs, wanted = streams(model, tokens, keep)[1:], targets[keep]
         for part in chunks(model, len(wanted)):
             final = log_probabilities(model, outputs[-1][part])
             layers = [divergences(final, log_probabilities(model, x[part]), wanted[part]) for x in outputs]
             means.add(torch.stack(layers, dim=1))
-    require_targets(model, means.count)
     return Readout(*means.mean.T.tolist())
 
 
@@ -275,9 +272,8 @@ def coalition_losses(
     """Mean loss per target of the model with only the blocks of each coalition, ascending tuples of layers from 1."""
     order = sorted(set(coalitions))  # neighbours begin with the same blocks, whose outputs are kept
     totals, targets_seen = dict.fromkeys(order, 0.0), 0
-    batches = list(batches)
-    for done, (tokens, _) in enumerate(walk(model, batches, pad_id)):
-        targets = next_tokens(tokens, pad_id)
+    known = list(walk_targets(model, batches, pad_id))
+    for done, (tokens, targets) in enumerate(known):
         targets_seen += int((targets != IGNORE).sum())
         # each block with the masks of its own place: the stack would give it those of the place it moves up to
         inputs, blocks = model.block_functions(tokens)
@@ -292,8 +288,7 @@ def coalition_losses(
             totals[coalition] += stream_loss(model, outputs[-1], targets)
             run = coalition
             if progress is not None:
-                progress(done * len(order) + number, len(batches) * len(order))
-    require_targets(model, targets_seen)
+                progress(done * len(order) + number, len(known) * len(order))
     return {coalition: total / targets_seen for coalition, total in totals.items()}
 
 
@@ -308,22 +303,10 @@ def stream_loss(model: Layered, x: Tensor, targets: Tensor) -> float:
     return float(sum(losses))
 
 
-def streams(model: Layered, tokens: Tensor, keep: Tensor) -> list[Tensor]:
-    """The embedding and the output of every block [kept tokens, hidden], at least in float32; keep [rows, length]."""
-    found: list[Tensor] = []
-
-    def visit(what: str, layer: int, x: Tensor) -> None:
-        if what in ("embedding", "residual"):
-            found.append(wide(x[keep]))
-
-    model.logits(tokens, visit)
-    return found
-
-
 def log_probabilities(model: Layered, x: Tensor) -> Tensor:
     """Of the next token [tokens, vocabulary], at least in float32, read from a stream [tokens, hidden]."""
     logits = model.head(x.to(model.head_weight.dtype))
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return wide(logits).log_softmax(-1)
 
 
 def chunks(model: Layered, tokens: int) -> Iterator[slice]:

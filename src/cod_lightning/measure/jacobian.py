@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cod_lightning.errors import UserError
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines
+from cod_lightning.measure.tokens import walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,7 +122,7 @@ class MeanJacobian:
     def plot(self) -> Figure:
         made, axes = figure(4.4, 4.0, columns=len(self.layers))
         for place, layer, matrix in zip(axes, self.layers, self.matrices, strict=True):
-            heat_map(place, matrix, "input", "output", "mean of dy/dx")
+            heat_map(place, matrix, "input", "output", "mean of dy/dx", first=0)
             place.set_title(f"{self.model}, layer {layer}")
         return made
 
@@ -200,13 +201,12 @@ def jacobian(
     if probes < 2:
         raise UserError(f"probes={probes}: the share of the diagonal is estimated from pairs, give at least 2")
     draw = torch.Generator().manual_seed(seed)
-    known = list(batches)
+    known = list(walk(model, batches, pad_id))
     samples: list[list[Tensor]] = [[] for _ in model.blocks]
     weights: list[Tensor] = []
     with differentiable():
-        for number, batch in enumerate(known):
-            batch = batch.to(model.device)
-            positions, weight = sampled(kept(batch, pad_id), tokens, draw)
+        for number, (batch, keep) in enumerate(known):
+            positions, weight = sampled(keep.cpu(), tokens, draw)
             counts = weight.flatten() > 0
             weights.append(weight.flatten()[counts])
             for layer, (x, function) in enumerate(zip(*model.block_functions(batch), strict=True)):
@@ -224,9 +224,7 @@ def jacobian(
                 samples[layer].append(torch.stack(found, dim=1).flatten(0, 1).cpu()[counts])
                 if progress is not None:
                     progress(number * model.depth + layer + 1, len(known) * model.depth)
-    weight = torch.cat(weights) if weights else torch.zeros(0)
-    if not len(weight):
-        raise UserError("no tokens to measure a Jacobian at: there are no batches, or nothing but pads in them")
+    weight = torch.cat(weights)
     values, errors = zip(*(summary(torch.cat(layer), weight) for layer in samples), strict=True)
     return Jacobian(
         model=model.name,
@@ -273,13 +271,12 @@ def mean_jacobian(
             "backward pass for each row of it, at each position, and holds its square of numbers; raise widest to do it"
         )
     draw = torch.Generator().manual_seed(seed)
-    known, chosen = list(batches), list(layers)
+    known, chosen = list(walk(model, batches, pad_id)), list(layers)
     totals = torch.zeros(len(chosen), model.hidden, model.hidden, dtype=torch.float64)
     count, total = 0, 0.0
     with differentiable():
-        for number, batch in enumerate(known):
-            batch = batch.to(model.device)
-            positions, weight = sampled(kept(batch, pad_id), tokens, draw)
+        for number, (batch, keep) in enumerate(known):
+            positions, weight = sampled(keep.cpu(), tokens, draw)
             count, total = count + int((weight > 0).sum()), total + float(weight.sum())
             inputs, functions = model.block_functions(batch)
             for place, layer in enumerate(chosen):
@@ -289,8 +286,6 @@ def mean_jacobian(
                     totals[place] += torch.einsum("r,rij->ij", share.to(x.device), matrices).cpu()
                 if progress is not None:
                     progress(number * len(chosen) + place + 1, len(known) * len(chosen))
-    if not count:
-        raise UserError("no tokens to measure a Jacobian at: there are no batches, or nothing but pads in them")
     return MeanJacobian(model.name, count, chosen, (totals / total).tolist())
 
 
@@ -328,14 +323,11 @@ def end_to_end_gain(
     chosen = list(range(1, model.depth + 1)) if layers is None else list(layers)
     check_layers(model, chosen)
     draw = torch.Generator().manual_seed(seed)
-    known = list(batches)
+    known = list(walk(model, batches, pad_id))
     spectral, squares = Mean(), Mean()
     with differentiable():
-        for number, batch in enumerate(known):
-            keep = kept(batch, pad_id)
-            batch, keep = batch[keep.any(1)].to(model.device), keep[keep.any(1)].to(model.device)
-            if not len(batch):
-                continue
+        for number, (batch, keep) in enumerate(known):
+            batch, keep = batch[keep.any(1)], keep[keep.any(1)]
             inputs, functions = model.block_functions(batch)
             mask = keep[:, :, None].double()
             square = torch.zeros(len(batch), len(chosen), dtype=torch.float64, device=model.device)
@@ -356,8 +348,6 @@ def end_to_end_gain(
                 if progress is not None:
                     progress(number * len(chosen) + place + 1, len(known) * len(chosen))
             spectral.add(torch.stack(columns, dim=1))
-    if not spectral.count:
-        raise UserError("no rows to measure a gain on: there are no batches, or nothing but pads in them")
     roots = [root(mean, error) for mean, error in zip(squares.mean.tolist(), squares.error.tolist(), strict=True)]
     return Gain(
         model=model.name,
@@ -417,11 +407,6 @@ def at_token(product: Product, x: Tensor, position: Tensor) -> Product:
         return product(whole)[place]
 
     return cut
-
-
-def kept(tokens: Tensor, pad_id: int | None) -> Tensor:
-    """[rows, length], where tokens are not pads, on the CPU."""
-    return (torch.ones_like(tokens, dtype=torch.bool) if pad_id is None else tokens != pad_id).cpu()
 
 
 def sampled(keep: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,6 @@ from cod_lightning.measure.result import Progress, figure, heat_map, layer_lines
 from cod_lightning.measure.tokens import evaluate, walk, wide
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PAIRS = ("neighbours", "all")
@@ -121,7 +121,7 @@ class Swaps:
             scores = dict(zip(self.pairs, self.scores, strict=True))
             layers = range(1, max(second for _, second in self.pairs) + 1)
             matrix = [[scores.get((first, second)) for first in layers] for second in layers]
-            layer_map(axes, matrix, "layer", "exchanged with layer", label)
+            heat_map(axes, matrix, "layer", "exchanged with layer", label)
         axes.set_title(f"{self.model}, permutation score {self.score:.3g}")
         return made
 
@@ -180,16 +180,9 @@ class CausalScore:
     def plot(self) -> Figure:
         """Effects of all layers on all later ones."""
         made, (axes,) = figure()
-        layer_map(axes, self.effects, "later layer", "layer skipped", "relative change")
+        heat_map(axes, self.effects, "later layer", "layer skipped", "relative change")
         axes.set_title(self.model)
         return made
-
-
-def layer_map(axes: Axes, matrix: Sequence[Sequence[float | None]], xlabel: str, ylabel: str, label: str) -> None:
-    """A heat map of layers by layers, both from 1."""
-    heat_map(axes, matrix, xlabel, ylabel, label)
-    end = len(matrix) + 0.5
-    axes.images[0].set_extent((0.5, end, 0.5, end))
 
 
 def cost(loss: float, whole: float) -> dict[str, float]:
@@ -277,7 +270,7 @@ def swaps(
     arrangements = [[{a: b, b: a}.get(layer, layer) for layer in layers] for a, b in chosen]
     loss, tokens, losses = evaluate_arranged(model, list(batches), pad_id, progress, arrangements)
     scores = [abs(loss - swapped) / loss for swapped in losses]
-    return Swaps(model.name, tokens, loss, chosen, losses, scores, sum(scores) / len(scores))
+    return Swaps(model.name, tokens, loss, chosen, losses, scores, fmean(scores))
 
 
 def linear_replacement(
@@ -313,7 +306,7 @@ def linear_replacement(
             losses.append(evaluate(model, batches, pad_id)[0])
         if progress is not None:
             progress(layer, model.depth)
-    usefulness = sum(linear > USEFUL * loss for linear in losses) / len(losses)
+    usefulness = fmean(linear > USEFUL * loss for linear in losses)
     return LinearReplacement(model.name, tokens, fit_tokens, loss, losses, usefulness)
 
 
@@ -418,10 +411,6 @@ def causal_score(
         for s in range(depth)
     ]
     known = [[effect for effect in row if effect is not None] for row in effects]
-    return CausalScore(
-        model.name, count, effects, [mean(row) for row in known], mean([effect for row in known for effect in row])
-    )
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    pairs = [effect for row in known for effect in row]
+    scores = [fmean(row) if row else None for row in known]
+    return CausalScore(model.name, count, effects, scores, fmean(pairs) if pairs else None)

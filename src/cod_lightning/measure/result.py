@@ -34,7 +34,10 @@ class Result(Protocol):
 
 
 def save(result: Any, folder: Path, name: str) -> list[Path]:
-    """Write `name`.json, .csv and .png into `folder`, which is made where it is missing; each whole or not at all."""
+    """Write `name`.json, .csv and .png into `folder`, which is made where it is missing; each whole or not at all.
+
+    What is infinite or not a number is null in the JSON, which knows neither.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png")]
     partial = [path.with_name(f".{path.name}.partial") for path in paths]
@@ -51,11 +54,11 @@ def save(result: Any, folder: Path, name: str) -> list[Path]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every number that JSON does not know."""
+    """Numbers, or lists and dicts of them, with None for those that are infinite or not a number."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -77,10 +80,15 @@ def layer_lines(axes: Axes, series: Mapping[str, Sequence[float]], ylabel: str, 
         axes.legend()
 
 
-def heat_map(axes: Axes, matrix: Sequence[Sequence[float | None]], xlabel: str, ylabel: str, label: str) -> None:
-    """A matrix with a colour bar; None is left blank."""
+def heat_map(
+    axes: Axes, matrix: Sequence[Sequence[float | None]], xlabel: str, ylabel: str, label: str, first: int = 1
+) -> None:
+    """A matrix with a colour bar; None is left blank. Rows, upwards, and columns are numbered from `first`."""
     values = torch.tensor([[float("nan") if value is None else value for value in row] for row in matrix])
-    image = axes.imshow(values.numpy(), aspect="auto", origin="lower", interpolation="nearest")
+    rows, columns = values.shape
+    start = first - 0.5
+    extent = (start, start + columns, start, start + rows)
+    image = axes.imshow(values.numpy(), aspect="auto", origin="lower", interpolation="nearest", extent=extent)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.figure.colorbar(image, ax=axes, label=label)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,8 +130,8 @@ def input_norms(
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        for tokens, present in walk(model, batches, pad_id, progress):
-            keep = present.flatten()
+        for tokens, counted in walk(model, batches, pad_id, progress):
+            keep = counted.flatten()
             model.logits(tokens)
     finally:
         for handle in handles:
@@ -140,8 +141,8 @@ def input_norms(
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
     """A = |W| * ||X||_2 of a weight [out, in] with input norms [in], at least in float32."""
-    weight = wide(weight)
-    return weight.abs() * norms.to(weight.dtype)
+    sizes = wide(weight.abs())
+    return sizes * norms.to(sizes.dtype)
 
 
 def outlier_ratios(model: Layered, norms: Sequence[dict[str, Tensor]], threshold: float = 5.0) -> list[float]:
@@ -173,7 +174,7 @@ def owl_sparsities(ratios: Sequence[float], sparsity: float, lambda_: float = 0.
         UserError: a sparsity leaves [0, 1].
     """
     scaled = [2 * lambda_ * x for x in unit_range(ratios)]
-    mean = math.fsum(scaled) / len(scaled)
+    mean = fmean(scaled)
     return checked([sparsity - (x - mean) for x in scaled], sparsity, f"lambda={lambda_}")
 
 
@@ -186,7 +187,7 @@ def pl_alpha_hill(weight: Tensor) -> float:
     Returns:
         Above 1; NaN where the eigenvalues are all equal or zero, so that there is no tail.
     """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = wide(weight)
     values = torch.linalg.svdvals(weight).double()
     values = values[values > values.max() * max(weight.shape) * torch.finfo(weight.dtype).eps]
     logs = 2 * values.log().sort().values[len(values) // 2 :]
@@ -222,7 +223,7 @@ def alpha_sparsities(alphas: Sequence[float], sparsity: float, epsilon: float = 
         UserError: a sparsity leaves [0, 1].
     """
     mapped = [1 - epsilon + 2 * epsilon * x for x in unit_range(alphas)]
-    mean = math.fsum(mapped) / len(mapped)
+    mean = fmean(mapped)
     return checked([sparsity * x / mean if mean else math.nan for x in mapped], sparsity, f"epsilon={epsilon}")
 
 

@@ -1,4 +1,4 @@
-"""Walking over batches of tokens."""
+"""Walking over batches of tokens: those that count, those that have a next one, and their mean loss."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def walk(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches that hold tokens, on the model's device, each with a mask [rows, length] of what is not a pad.
 
+    `progress` is called after each batch; of how many is 0 where `batches` has no length.
+
     Raises:
         UserError: none does.
     """
@@ -35,36 +37,59 @@ def walk(
         raise UserError(f"{model.name}: no tokens to measure on: the batches are empty or hold only pads")
 
 
+def walk_targets(
+    model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Like `walk`, each batch with its next tokens [rows, length], `IGNORE` where there is none.
+
+    Raises:
+        UserError: no token has a next one.
+    """
+    found = False
+    for tokens, _ in walk(model, batches, pad_id, progress):
+        targets = next_tokens(tokens, pad_id)
+        if (targets != IGNORE).any():
+            found = True
+            yield tokens, targets
+    if not found:
+        raise UserError(f"{model.name}: no token has a next one to predict")
+
+
 @torch.no_grad()
 def evaluate(
     model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
 ) -> tuple[float, int]:
     """Mean next-token loss in nats per target, and the number of targets.
 
-    The losses are taken from logits in at least float32, row by row, and summed in float64.
+    The losses are taken from logits in at least float32, row by row, and summed in float64 over all batches.
 
     Args:
         model: in any dtype.
         batches: tokens [rows, length] each.
         pad_id: tokens that are no target; they follow the others in a row.
-        progress: told of every batch.
+        progress: called after each batch.
 
     Raises:
         UserError: there is no target.
     """
     total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for tokens, _ in walk(model, batches, pad_id, progress):
-        targets = next_tokens(tokens, pad_id)
+    for tokens, targets in walk_targets(model, batches, pad_id, progress):
         for logits, row in zip(model.logits(tokens), targets, strict=True):
             total += F.cross_entropy(wide(logits), row, ignore_index=IGNORE, reduction="none").double().sum()
         count += int((targets != IGNORE).sum())
-    require_targets(model, count)
     return float(total) / count, count
 
 
-def require_targets(model: Layered, count: int) -> None:
-    if not count:
-        raise UserError(f"{model.name}: no token has a next one to predict")
+def streams(model: Layered, tokens: Tensor, keep: Tensor) -> list[Tensor]:
+    """The embedding and the output of every block, each [kept tokens, hidden]; keep [rows, length]."""
+    found: list[Tensor] = []
+
+    def visit(what: str, layer: int, x: Tensor) -> None:
+        if what in ("embedding", "residual"):
+            found.append(x[keep])
+
+    model.logits(tokens, visit)
+    return found
 
 
 def wide(x: Tensor) -> Tensor:
