@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import CHUNK, IGNORE
+from cod_lightning.kernels.loss import IGNORE, tokens_at_once
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines
 from cod_lightning.measure.tokens import streams, walk, walk_targets, wide
