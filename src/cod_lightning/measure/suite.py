@@ -22,6 +22,9 @@ from cod_lightning.measure.theory import Shapes, Theory, theory
 from cod_lightning.measure.tokens import walk
 from cod_lightning.nn.decoder import Decoder
 
+GAIN_ROWS = 2
+"""Rows that the gain up to every layer is taken on: its time grows with the square of the depth."""
+
 Batches = Sequence[Tensor]
 """Tokens [rows, length] each."""
 Measure = Callable[[Layered, Batches, int | None, Progress], Result]
@@ -47,7 +50,7 @@ def measured_theory(model: Layered, batches: Batches, pad_id: int | None, progre
         [embedding_variance(model, batches, pad_id), *behind],
         lns=scaled(model),
         shapes=shapes(model, batches[0].shape[1]),
-        gains=end_to_end_gain(model, batches[:1], pad_id, progress).spectral,
+        gains=end_to_end_gain(model, [batches[0][:GAIN_ROWS]], pad_id, progress).spectral,
         model=model.name,
     )
 
@@ -55,7 +58,7 @@ def measured_theory(model: Layered, batches: Batches, pad_id: int | None, progre
 MEASURES: dict[str, tuple[str, Measure]] = {
     "variance": ("variance", moments),
     "jacobian": ("jacobian", lambda model, batches, *rest: jacobian(model, batches[:1], *rest)),
-    "gain": ("jacobian", lambda model, batches, *rest: end_to_end_gain(model, batches[:1], *rest)),
+    "gain": ("jacobian", lambda model, batches, *rest: end_to_end_gain(model, [batches[0][:GAIN_ROWS]], *rest)),
     "jacobian_map": ("jacobian", mean_jacobians),
     "angular": ("angular", angular_distance),
     "removal": ("removal", removal),
