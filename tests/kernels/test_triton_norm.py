@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from cod_lightning.kernels import triton_norm
 from cod_lightning.kernels.norm import norm
@@ -287,11 +288,11 @@ def test_no_gradient_leaves_none():
 def test_the_operators_that_compiled_code_calls_keep_their_promises(layer, branched):
     x, weight, branch, dstream, dy = draw(5, 48, branched=branched)
     gain, eps = torch.tensor(0.5, device=DEVICE), torch.tensor(1e-5, device=DEVICE)
-    torch.library.opcheck(triton_norm.forward_op, (x, weight, branch, gain, eps, layer, 2, None))
+    library.opcheck(triton_norm.forward_op, (x, weight, branch, gain, eps, layer, 2, None))
     _, rstd, *mean = triton_norm.forward(x, weight, None, gain, eps, layer, 2, None)
     mean = mean[0] if layer else None
     kept = (x, weight, mean, rstd, dy, dstream if branched else None, gain)
-    torch.library.opcheck(triton_norm.backward_op, (*kept, torch.float32, torch.bfloat16 if branched else None, True))
+    library.opcheck(triton_norm.backward_op, (*kept, torch.float32, torch.bfloat16 if branched else None, True))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 from triton import knobs
 
 MAX_WIDTH = 16_384
@@ -248,14 +248,14 @@ def backward(
 
 # Called from compiled code, the kernels are opaque operators; their constants are then tensors, so that the blocks of a
 # model, whose gains differ, share one compilation.
-forward_op = torch.library.custom_op(
+forward_op = library.custom_op(
     "cod_lightning::norm",
     forward,
     mutates_args=(),
     schema="(Tensor x, Tensor? weight, Tensor? branch, Tensor gain, Tensor eps, bool layer, int groups, "
     "ScalarType? dtype) -> Tensor[]",
 )
-backward_op = torch.library.custom_op(
+backward_op = library.custom_op(
     "cod_lightning::norm_backward",
     backward,
     mutates_args=(),
