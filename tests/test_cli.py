@@ -161,8 +161,7 @@ def test_a_run_and_its_export_measure_the_same(finished, corpus, tmp_path):
         json.loads((place / "variance.json").read_text())["residual"]["variance"]
         for place in (folder / "measure", tmp_path / "measure" / "model")
     ]
-    # The rows are not the same: the run packs its documents with others.
-    assert twins[0] == pytest.approx(twins[1], rel=0.2)
+    assert twins[0] == pytest.approx(twins[1], rel=1e-5)
 
 
 def test_runs_are_laid_over_each_other_on_one_page(finished, toy, tmp_path):
