@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import triton
+from rich.console import Console
+from rich.table import Table
 
 from cod_lightning.train.record import hardware
 
@@ -49,6 +51,14 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], device: str = "", **more:
         writer.writeheader()
         writer.writerows({**row, **common} for row in rows)
     print(path)
+
+
+def show(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+    """Print rows as a table."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=160).print(table)
 
 
 def keep_freed_memory() -> None:

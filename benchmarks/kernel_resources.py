@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from _results import save
-from rich.console import Console
-from rich.table import Table
+from _results import save, show
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -115,10 +113,7 @@ def main() -> None:
         cubin, tile = compiled(kernel, width, dtype, kind == "layer", arch)
         case = {"arch": f"sm_{arch}", "kind": kind, "dtype": dtype, "width": width, "kernel": kernel}
         rows.append(case | tile | inspect(cubin))
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=160).print(table)
+    show(rows)
     if options.save:
         save("kernels", rows, device=" ".join(f"sm_{arch}" for arch in options.arch))
     for row in rows:

@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _results import milliseconds, save
-from rich.console import Console
-from rich.table import Table
+from _results import milliseconds, save, show
 from torch import Tensor
 
 from cod_lightning.kernels.loss import linear_cross_entropy, reference_linear_cross_entropy
@@ -142,10 +140,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = measure(options)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=150).print(table)
+    show(rows)
     if options.save:
         save("loss", rows)
 

@@ -21,9 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _results import keep_freed_memory, milliseconds, path_of, save
-from rich.console import Console
-from rich.table import Table
+from _results import keep_freed_memory, milliseconds, path_of, save, show
 from torch import Tensor
 
 from cod_lightning.kernels import triton_norm
@@ -242,10 +240,7 @@ def main() -> None:
         for branched, count, width in itertools.product((False, True), options.rows, options.widths)
         for row in measure(count, width, dtype, branched, copy, options.seconds)
     ]
-    table = Table(*rows[0], title=f"copy: {copy:,.0f} GB/s")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=150).print(table)
+    show(rows, f"copy: {copy:,.0f} GB/s")
     if options.save:
         save("norm", [row | {"copy_gb_per_s": round(copy, 1)} for row in rows])
         plot(rows)

@@ -23,9 +23,7 @@ from typing import Any
 
 import torch
 import yaml
-from _results import milliseconds, save
-from rich.console import Console
-from rich.table import Table
+from _results import milliseconds, save, show
 from torch import Tensor
 
 from cod_lightning.kernels.loss import next_tokens
@@ -195,14 +193,12 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/[hardware]_[date]_train_step.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
     rows = []
     for name in options.models:
         config = TOY if name == "toy" else DecoderConfig(**yaml.safe_load((SHAPES / f"{name}.yaml").read_text()))
         rows += measure(name, config, options)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=150).print(table)
+    show(rows)
     if options.save:
         save("train_step", rows)
 

@@ -1,1 +1,1 @@
-"""Tensors only: the norms as plain torch, the specification that faster kernels are held to."""
+"""Tensors only: norms and loss as plain torch, the specification, and the faster kernels that are held to it."""

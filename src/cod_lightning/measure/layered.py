@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.exchange import library, quiet
 
 Visit = Callable[[str, int, Tensor], object]
 """Called with (`embedding` | `attention` | `ffn` | `residual`, layer, tensor [rows, length, hidden]); layers count from
@@ -173,18 +173,11 @@ def load_hf(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     Raises:
         UserError: transformers is not installed, or there is no such model.
     """
+    transformers = library(name)
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise UserError(f"{name} needs transformers: pip install 'cod_lightning[hf]'") from error
-    quiet = logging.getLogger("transformers")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: not a causal language model of transformers: {str(error).splitlines()[0]}") from error
-    finally:
-        quiet.setLevel(level)
     return Layered(model, Path(name).name), tokenizer

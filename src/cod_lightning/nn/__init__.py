@@ -1,1 +1,1 @@
-"""Layers and depth: norm strategies, the decoder, its initialisation."""
+"""Layers and depth: norm strategies, the decoder, its initialisation, its exchange with Hugging Face."""

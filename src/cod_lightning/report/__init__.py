@@ -1,1 +1,1 @@
-"""Tables: run records and published figures, side by side."""
+"""Tables and pages: run records and published figures, and what was measured of several models, side by side."""
