@@ -145,9 +145,11 @@ def sections(config: Config) -> Any:
     from cod_lightning.train.run import Sections
 
     return Sections(
+        task=config.task,
         model=config.model,
         norm=config.norm,
         data=config.data,
+        images=config.images,
         optim=config.optim,
         evaluation=config.eval,
         trainer=config.trainer,
@@ -278,7 +280,10 @@ def prepare(overrides: Sequence[str]) -> int:
     from cod_lightning.config import compose
     from cod_lightning.data.prepare import prepare as prepare_data
 
-    print(prepare_data(compose(overrides).data))
+    config = compose(overrides)
+    if config.task != "language":
+        raise UserError(f"task={config.task} needs no preparation: images are read as they are")
+    print(prepare_data(config.data))
     return 0
 
 
@@ -295,17 +300,20 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
         return evaluate_tasks(config, run, checkpoint, tasks, task_folder, limit)
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit are for tasks=")
+    from cod_lightning.train.config import COUNTS
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
     path = checkpoint_of(run, checkpoint)
     if changes_text(overrides):
+        if config.task != "language":
+            raise UserError(f"{run} is a run of task={config.task}: it reads images.folder=, not data=")
         # Other data has to be read with the tokens that the model knows.
         config.data.tokenizer = str(run / TOKENIZER)
     figures = validate(sections(config), path)
     if is_first_rank():
         for name, value in figures.items():
-            print(f"{name} {value:.6g}" if name != "val_tokens" else f"{name} {value:.0f}")
+            print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
     return 0
 
 
@@ -546,20 +554,26 @@ def compare(models: Sequence[str], overrides: Sequence[str], checkpoint: str, ro
 
 def experiments() -> int:
     from cod_lightning.config import choices, compose
+    from cod_lightning.nn.config import num_vit_parameters
     from cod_lightning.report.terminal import experiments_table, show
 
     rows = []
     for name in choices("experiments"):
         config = compose([f"experiments={name}"])
-        model, data = config.model, config.data
-        positions = config.trainer.max_steps * data.batch_size * data.seq_len
+        model, data, images = config.model, config.data, config.images
+        if config.task == "vision":
+            parameters = num_vit_parameters(model, images.size, images.patch_size, images.classes or 0)
+        else:
+            parameters = model.num_parameters(data.vocab_size)
+        length = images.patches if config.task == "vision" else data.seq_len
+        positions = config.trainer.max_steps * data.batch_size * length
         published = config.paper.get("figures", {})
         rows.append(
             {
                 "experiment": name,
                 "reproduces": config.description,
                 "model": f"{model.num_hidden_layers} x {model.hidden_size}",
-                "parameters": f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M",
+                "parameters": f"{parameters / 1e6:,.1f}M",
                 "token positions": f"{positions / 1e9:.2f}B" if positions >= 1e8 else f"{positions / 1e6:.2f}M",
                 "published": "\n".join(f"{norm} {value:.2f}" for norm, value in published.items()) or "none",
             }

@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cod_lightning.data.config import DataConfig
+from cod_lightning.data.config import DataConfig, ImageConfig, image_problems
 from cod_lightning.data.config import problems as data_problems
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.nn import strategies
@@ -39,6 +39,8 @@ class Config:
 
     experiment: str = "none"
     description: str = field(default="", metadata=RUNTIME)
+    task: str = "language"
+    """`language`, or `vision`: a Vision Transformer on `images` (Table 5) in the place of a decoder on `data`."""
     protocol: str = "strict"
     """`paper`, or `strict`: which of the two procedures the settings follow."""
     seed: int = 1
@@ -55,6 +57,7 @@ class Config:
     norm: dict[str, Any] = field(default_factory=dict)
     """`name` of the strategy, and its options."""
     data: DataConfig = field(default_factory=DataConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -78,10 +81,12 @@ class Config:
         ]
         if strange:
             return strange
-        found = [*self.model.problems(), *data_problems(data), *trainer.problems(), *self.eval.problems()]
+        found = [*self.model.problems(), *data_problems(data), *image_problems(self.images)]
+        found += [*trainer.problems(), *self.eval.problems()]
         found += self.optim.problems(trainer.max_steps)
         found += one_of("logger", self.logger, ("tensorboard", "none"))
         found += one_of("protocol", self.protocol, ("paper", "strict"))
+        found += one_of("task", self.task, ("language", "vision"))
         rows = data.micro_batch_size * trainer.world_size
         if min(data.batch_size, rows) > 0 and data.batch_size % rows:
             found.append(
@@ -263,8 +268,15 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What makes two runs the same: every field that is not marked as a matter of carrying the run out."""
+    """What makes two runs the same: every field that is not marked as a matter of carrying the run out.
+
+    Nor what the task does not read: of `data`, images are trained with the batch size alone.
+    """
     kept = marked(config)
+    if config.task == "language":
+        del kept["task"], kept["images"]
+    else:
+        kept["data"] = {"batch_size": config.data.batch_size}
     if config.optim.weighting == "micro_batches":
         # A mean of means depends on what is in each.
         kept["data"]["micro_batch_size"] = config.data.micro_batch_size

@@ -10,6 +10,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from cod_lightning.train.config import FIGURES
+
 Record = Mapping[str, Any]
 
 
@@ -31,11 +33,7 @@ def summary(record: Record, folder: Path) -> Group:
 
 
 def figures(record: Record, config: Record) -> dict[str, str]:
-    shown = {
-        "val_loss": f"{record['val_loss']:.4f}",
-        "ppl": f"{record['ppl']:.2f}",
-        "ppl_paper_protocol": f"{record['ppl_paper_protocol']:.2f}",
-    }
+    shown = {name: f"{record[name]:{form}}" for name, form in FIGURES.items() if name in record}
     published = config.get("paper", {}).get("figures", {}).get(config["norm"]["name"])
     if published is not None:
         shown["published (full size and tokens)"] = f"{published:.2f}"
@@ -72,8 +70,8 @@ def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
     """
     table = Table(title="runs by validation loss", title_justify="left")
     table.add_column("run")
-    names = ("val_loss", "ppl", "ppl_paper_protocol", "last-layer variance", "tokens", "tokens/s", "wall time")
-    for name in names:
+    shown = [name for name in FIGURES if any(record and name in record for _, record in records)]
+    for name in (*shown, "last-layer variance", "tokens", "tokens/s", "wall time"):
         table.add_column(name, justify="right")
     for label, record in sorted(records, key=lambda item: item[1]["val_loss"] if item[1] else float("inf")):
         if record is None:
@@ -82,9 +80,7 @@ def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
         layers = record["history"].get("layers")
         table.add_row(
             label,
-            f"{record['val_loss']:.4f}",
-            f"{record['ppl']:.2f}",
-            f"{record['ppl_paper_protocol']:.2f}",
+            *(f"{record[name]:{FIGURES[name]}}" if name in record else "" for name in shown),
             f"{layers['variance'][-1][-1]:.4g}" if layers else "not measured",
             f"{record['tokens']:,}",
             f"{record['tokens_per_second']:,.0f}",
