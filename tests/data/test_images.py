@@ -1,7 +1,6 @@
 """Images: what a folder must hold, what a crop shows, and the order that any number of ranks sees."""
 
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,10 +95,10 @@ def test_what_is_seen_are_the_pixels_normalised(tmp_path):
     torch.testing.assert_close(data.val_rows[0][0], centre)  # 14 is 0.875 of 16: nothing is resized
     torch.testing.assert_close(data.probe_batch(1)[0][0], centre)
     whole = opened(tmp_path, size=16, min_crop=1).train_rows
-    seen = {tuple(whole[0, sample][0].flatten().tolist()) for sample in range(20)}
-    image = ((noise / 255 - MEAN) / STD).astype(np.float32).transpose(2, 0, 1)
-    straight, flipped = (tuple(view.flatten().tolist()) for view in (image, image[:, :, ::-1]))
-    assert {straight, flipped} <= seen
+    image = torch.from_numpy((noise / 255 - MEAN) / STD).permute(2, 0, 1).float()
+    flipped = [not torch.allclose(whole[0, sample][0], image, atol=1e-5) for sample in range(20)]
+    assert 4 < sum(flipped) < 16
+    torch.testing.assert_close(whole[0, flipped.index(True)][0], image.flip(2), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (10, 400), (400, 10), (1, 1)])
@@ -177,9 +176,7 @@ def test_bad_settings_are_named(change, word):
 
 def test_a_run_resumes_on_the_same_images_alone(root):
     before = opened(root).state_dict()
-    data = opened(root)
-    data.load_state_dict(before)
+    opened(root).load_state_dict(before)
     (root / "train" / "bee" / "0.png").rename(root / "train" / "bee" / "9.png")
     with pytest.raises(UserError, match="the checkpoint was trained on a set with fingerprint"):
         opened(root).load_state_dict(before)
-    assert replace(data.images) == data.images

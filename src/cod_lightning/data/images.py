@@ -85,7 +85,7 @@ class ImageFolder:
 
 
 DRAWN_CLASSES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
-DRAWN = {"train": 4096, "val": 512}
+DRAWN = {"train": 4096, "val": 256}
 """How many images there are of each split."""
 
 

@@ -34,7 +34,7 @@ def summary(record: Record, folder: Path) -> Group:
 
 def figures(record: Record, config: Record) -> dict[str, str]:
     shown = {name: f"{record[name]:{form}}" for name, form in FIGURES.items() if name in record}
-    published = config.get("paper", {}).get("figures", {}).get(config["norm"]["name"])
+    published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
         shown["published (full size and tokens)"] = f"{published:.2f}"
     return shown | {
