@@ -623,10 +623,10 @@ def experiments() -> int:
         config = compose([f"experiments={name}"])
         model, data, images = config.model, config.data, config.images
         if config.task == "vision":
+            length = images.patches
             parameters = num_vit_parameters(model, images.size, images.patch_size, images.classes or 0)
         else:
-            parameters = model.num_parameters(data.vocab_size)
-        length = images.patches if config.task == "vision" else data.seq_len
+            length, parameters = data.seq_len, model.num_parameters(data.vocab_size)
         positions = config.trainer.max_steps * data.batch_size * length
         published = {name: row.get("published") for name, row in config.paper.get("rows", {}).items()}
         rows.append(

@@ -78,7 +78,7 @@ class NoNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with grouped key/value heads; of the decoder causal, with rotary embeddings, o without a bias."""
+    """Self-attention with grouped key/value heads; the decoder's is causal and has rotary embeddings."""
 
     def __init__(self, config: DecoderConfig, causal: bool = True, output_bias: bool = False):
         super().__init__()

@@ -36,6 +36,7 @@ class VisionModule(StepModule):
     ):
         super().__init__(model, **settings)
         self.shape = {"image_size": image_size, "patch_size": patch_size, "classes": classes}
+        # For its exact sum of losses; what it makes of them beyond their mean is for text.
         self.losses = Perplexity(val_images, paper_batch=val_images)
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE, validate_args=False)
 
