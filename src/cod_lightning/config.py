@@ -155,6 +155,11 @@ def groups() -> list[str]:
     return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
 
 
+def fields_and_groups() -> set[str]:
+    """What an override can begin with."""
+    return {*groups(), *(f.name for f in fields(Config))}
+
+
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Hydra's reading of the words of a command line.
 

@@ -13,6 +13,8 @@ from rich.text import Text
 from cod_lightning.train.config import FIGURES
 
 Record = Mapping[str, Any]
+WIDTH = 120
+"""Columns of what is printed where there is no terminal."""
 
 
 def summary(record: Record, folder: Path) -> Group:
@@ -100,16 +102,29 @@ def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Table:
-    """The rows of a measure, the first `most` of them."""
+    """The rows of a measure, the first `most` of them, and as many of their columns as `WIDTH` holds."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = {
+        name: [
+            f"{value:.4g}" if isinstance(value, float) else str(value)
+            for value in (row.get(name, "") for row in rows[:most])
+        ]
+        for name in columns
+    }
+    widths = {name: max(map(len, [name, *values])) + 3 for name, values in cells.items()}
+    shown = [name for index, name in enumerate(columns) if sum(widths[c] for c in columns[: index + 1]) < WIDTH]
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows[:most]:
-        values = (row.get(column, "") for column in columns)
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    if len(rows) > most:
-        table.caption = f"{most} of {len(rows):,} rows; the file has all"
+    for name in shown:
+        table.add_column(name, justify="right")
+    for row in zip(*(cells[name] for name in shown), strict=True):
+        table.add_row(*row)
+    left_out = [
+        f"{part} of {whole:,} {what}"
+        for part, whole, what in ((most, len(rows), "rows"), (len(shown), len(columns), "columns"))
+        if part < whole
+    ]
+    if left_out:
+        table.caption = f"{', '.join(left_out)}; the file has all"
     return table
 
 
@@ -117,5 +132,5 @@ def show(renderable: Any) -> None:
     """Print to standard output, at a fixed width where that is no terminal."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=WIDTH)
     console.print(renderable)
