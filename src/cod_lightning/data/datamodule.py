@@ -26,7 +26,7 @@ SCANNED_ROWS = 1024
 
 
 class TokenDataModule(LightningDataModule):
-    """Batches of token rows.
+    """Batches of token rows. In a set of instructions each row ends in one more number, the length of its prompt.
 
     Training: int64 [batch_size / world_size, seq_len], one for each optimizer step; splitting it in micro-batches is up
     to the training step. The loader goes from the trainer's global step to `max_steps`, and knows no epochs.
@@ -197,14 +197,14 @@ class TokenDataModule(LightningDataModule):
         return self._val_count
 
     def probe_batch(self, n: int) -> Tensor:
-        """Return the first `n` validation rows: int64 [n, seq_len].
+        """Return the tokens of the first `n` validation rows: int64 [n, seq_len].
 
         Raises:
             UserError: There are fewer.
         """
         if n > len(self.val_rows):
             raise UserError(f"a probe of {n} rows is asked for, but the set has {len(self.val_rows)} validation rows")
-        return self.val_rows.read(np.arange(n))
+        return self.val_rows.read(np.arange(n))[:, : self.manifest.seq_len]
 
 
 def _rows_within(rows: TokenRows, tokens: int, manifest: Manifest, pad_id: int) -> int:
@@ -214,7 +214,7 @@ def _rows_within(rows: TokenRows, tokens: int, manifest: Manifest, pad_id: int) 
         return tokens // manifest.seq_len
     used = count = 0
     while count < len(rows):
-        block = rows.read(np.arange(count, min(count + SCANNED_ROWS, len(rows))))
+        block = rows.read(np.arange(count, min(count + SCANNED_ROWS, len(rows))))[:, : manifest.seq_len]
         reached = used + (block != pad_id).sum(1).cumsum(0)
         fitting = int((reached <= tokens).sum())
         count += fitting
@@ -276,6 +276,6 @@ class NumberedRows(Dataset):
 
     def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int]]:
         index = np.array(numbers)
-        rows = torch.full((len(numbers), self.rows.seq_len), self.pad_id)
+        rows = torch.full((len(numbers), self.rows.width), self.pad_id)
         rows[torch.from_numpy(index >= 0)] = self.rows.read(index[index >= 0])
         return list(zip(rows, numbers, strict=True))

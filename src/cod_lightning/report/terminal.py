@@ -36,6 +36,8 @@ def figures(record: Record, config: Record) -> dict[str, str]:
         "ppl": f"{record['ppl']:.2f}",
         "ppl_paper_protocol": f"{record['ppl_paper_protocol']:.2f}",
     }
+    if "accuracy" in record:
+        shown["accuracy"] = f"{record['accuracy']:.4f}"
     published = config.get("paper", {}).get("figures", {}).get(config["norm"]["name"])
     if published is not None:
         shown["published (full size and tokens)"] = f"{published:.2f}"

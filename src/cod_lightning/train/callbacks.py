@@ -82,8 +82,9 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.history.get("val", {}).get("step", [None])[-1] == trainer.global_step:
             return
-        names = ("val_loss", "ppl", "ppl_paper_protocol", "val_tokens")
-        self.add(trainer, "val", **{name: float(trainer.callback_metrics[name]) for name in names})
+        names = ("val_loss", "ppl", "ppl_paper_protocol", "accuracy", "val_tokens")
+        figures = trainer.callback_metrics
+        self.add(trainer, "val", **{name: float(figures[name]) for name in names if name in figures})
 
     def final(self) -> dict[str, Any]:
         """The last validation's figures, tokens and speed."""
@@ -164,10 +165,11 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         figures = trainer.callback_metrics
+        accuracy = f"  accuracy {figures['accuracy']:.4f}" if "accuracy" in figures else ""
         self.say(
             trainer,
             f"step {trainer.global_step:>6}/{trainer.max_steps}  val_loss {figures['val_loss']:.4f}  "
-            f"ppl {figures['ppl']:.2f}  ppl_paper_protocol {figures['ppl_paper_protocol']:.2f}",
+            f"ppl {figures['ppl']:.2f}  ppl_paper_protocol {figures['ppl_paper_protocol']:.2f}{accuracy}",
         )
 
 

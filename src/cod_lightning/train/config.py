@@ -35,6 +35,10 @@ class OptimConfig:
     """`cosine`, or `cosine_released`, one update behind it: the released code's first update has rate 0."""
     weighting: str = "tokens"
     """`tokens`: every target of a step counts the same; `micro_batches`: the mean of micro-batch means (paper)."""
+    lisa_layers: int = 0
+    """LISA (Pan et al., 2024): train only so many blocks at a time, besides embeddings, head and final norm; 0: all."""
+    lisa_interval: int = 3
+    """Steps between draws of these blocks."""
 
     def warmup(self, max_steps: int) -> int:
         """Warm-up in steps."""
@@ -64,6 +68,10 @@ class OptimConfig:
                 f"optim.{name}={getattr(self, name)} warms up for {self.warmup(max_steps)} steps, "
                 f"but trainer.max_steps={max_steps}: it must end before the run does"
             )
+        if self.lisa_layers < 0:
+            found.append(f"optim.lisa_layers={self.lisa_layers} must not be negative")
+        if self.lisa_interval < 1:
+            found.append(f"optim.lisa_interval={self.lisa_interval} must be at least 1")
         return found
 
 

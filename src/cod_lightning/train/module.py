@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.kernels.loss import IGNORE, next_tokens
+from cod_lightning.measure.answers import AnswerAccuracy
 from cod_lightning.measure.layers import first_bad_layer
 from cod_lightning.measure.perplexity import Perplexity
 from cod_lightning.nn.config import DecoderConfig
@@ -22,11 +23,11 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.config import EvalConfig, OptimConfig
-from cod_lightning.train.optim import build_optimizer
+from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
 
 
 class DecoderModule(LightningModule):
-    """Trains a decoder on rows of tokens.
+    """Trains a decoder on rows of tokens, or of prompts with answers on the answers.
 
     A training batch is a rank's share of one optimizer step, [rows, length]; it is cut into micro-batches here, so that
     the trainer's step, the optimizer's update and the data's step are one number.
@@ -37,6 +38,7 @@ class DecoderModule(LightningModule):
         optim, evaluation: settings.
         seed: of the initialisation.
         max_steps: length of the schedule.
+        seq_len: tokens of a row; a row of instructions has one more number, the length of its prompt.
         micro_batch_size: rows per forward pass.
         pad_id: padding token, None if rows have none.
         val_rows: number of validation rows over all ranks.
@@ -53,6 +55,7 @@ class DecoderModule(LightningModule):
         *,
         seed: int,
         max_steps: int,
+        seq_len: int,
         micro_batch_size: int,
         pad_id: int | None,
         val_rows: int,
@@ -61,7 +64,8 @@ class DecoderModule(LightningModule):
         self.automatic_optimization = False
         self.model_config, self.norm, self.optim = model, norm, optim
         self.seed, self.max_steps = seed, max_steps
-        self.micro_batch_size, self.pad_id = micro_batch_size, pad_id
+        self.seq_len, self.micro_batch_size, self.pad_id = seq_len, micro_batch_size, pad_id
+        self.accuracy = AnswerAccuracy()
         self.perplexity = Perplexity(val_rows, evaluation.paper_batch, evaluation.paper_ranks)
         self.tokens = 0
         """Tokens read so far that are not padding, over all ranks."""
@@ -74,6 +78,14 @@ class DecoderModule(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer, schedule = build_optimizer(self.decoder, self.optim, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def read(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of stored rows and what they are to predict, which a prompt has no part in: [rows, seq_len]."""
+        tokens = batch[:, : self.seq_len]
+        return tokens, next_tokens(tokens, self.pad_id, batch[:, self.seq_len] if self.has_prompts(batch) else None)
+
+    def has_prompts(self, batch: Tensor) -> bool:
+        return batch.shape[1] > self.seq_len
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """One optimizer step over `batch` [rows of this rank, length].
@@ -88,18 +100,23 @@ class DecoderModule(LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(schedule, LRScheduler)
         step = self.trainer.global_step + 1
-        micro_batches = batch.split(self.micro_batch_size)
-        present = torch.ones_like(batch) if self.pad_id is None else batch != self.pad_id
-        targets, tokens = self.sum_over_ranks(present[:, 1:].sum(), present.sum()).tolist()
+        resting = [
+            self.decoder.blocks[index]
+            for index in resting_blocks(step - 1, len(self.decoder.blocks), self.optim, self.seed)
+        ]
+        rows, targets = self.read(batch)
+        micro_batches = list(zip(rows.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True))
+        present = torch.ones_like(rows) if self.pad_id is None else rows != self.pad_id
+        wanted, tokens = self.sum_over_ranks((targets != IGNORE).sum(), present.sum()).tolist()
         total = torch.zeros((), device=batch.device, dtype=torch.float64)
         strategy = self.trainer.strategy
         optimizer.zero_grad()
-        for number, rows in enumerate(micro_batches, start=1):
+        for number, micro_batch in enumerate(micro_batches, start=1):
             waiting = number < len(micro_batches) and isinstance(strategy, ParallelStrategy)
-            with strategy.block_backward_sync() if waiting else nullcontext():
-                found = self.decoder(rows, next_tokens(rows, self.pad_id))
+            with frozen(resting), strategy.block_backward_sync() if waiting else nullcontext():
+                found = self.decoder(*micro_batch)
                 if self.optim.weighting == "tokens":
-                    loss = found.total / max(targets, 1)
+                    loss = found.total / max(wanted, 1)
                 else:
                     loss = found.total / found.counts.sum().clamp(min=1) / len(micro_batches) / self.trainer.world_size
                 total += loss.detach()
@@ -108,7 +125,7 @@ class DecoderModule(LightningModule):
         (total,) = self.sum_over_ranks(total)
         value = float(total)
         if not torch.isfinite(total):
-            places = (first_bad_layer(self.decoder, rows) for rows in micro_batches)
+            places = (first_bad_layer(self.decoder, part) for part, _ in micro_batches)
             bad = next((place for place in places if place), "the loss, or on another rank")
             raise UserError(
                 f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. "
@@ -128,12 +145,17 @@ class DecoderModule(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         rows, index = batch
-        found = self.decoder(rows, next_tokens(rows, self.pad_id))
+        found = self.decoder(*self.read(rows))
         self.perplexity.update(found.rows, found.counts, index)
+        if self.has_prompts(rows):
+            self.accuracy.update(found)
 
     def on_validation_epoch_end(self) -> None:
         figures = self.perplexity.compute()
+        if self.accuracy.update_called:
+            figures["accuracy"] = self.accuracy.compute()
         self.perplexity.reset()
+        self.accuracy.reset()
         self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -150,6 +150,7 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
         run.evaluation,
         seed=run.seed,
         max_steps=run.trainer.max_steps,
+        seq_len=run.data.seq_len,
         micro_batch_size=run.data.micro_batch_size,
         pad_id=data.pad_id,
         val_rows=data.val_count,
@@ -205,7 +206,8 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
             accelerator=accelerator(settings),
             devices=settings.devices,
             num_nodes=settings.num_nodes,
-            strategy=settings.strategy,
+            # DDP would wait for the gradients of the blocks that rest.
+            strategy="ddp_find_unused_parameters_true" if resting and settings.strategy == "ddp" else settings.strategy,
             precision=precision(settings),
             max_steps=settings.max_steps,
             max_epochs=-1,
