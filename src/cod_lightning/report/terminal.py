@@ -38,7 +38,7 @@ def figures(record: Record, config: Record) -> dict[str, str]:
     }
     if "accuracy" in record:
         shown["accuracy"] = f"{record['accuracy']:.4f}"
-    published = config.get("paper", {}).get("figures", {}).get(config["norm"]["name"])
+    published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
         shown["published (full size and tokens)"] = f"{published:.2f}"
     return shown | {
