@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cod_lightning.data.config import DataConfig, problems
-from cod_lightning.data.manifest import Manifest
+from cod_lightning.data.manifest import Manifest, TokenizerRecord
 from cod_lightning.data.order import rows_of_step
-from cod_lightning.data.prepare import check_against, prepare, prepared_folder
+from cod_lightning.data.prepare import check_against, is_whole, prepare, prepared_folder
 from cod_lightning.data.stream import TokenRows, open_set
+from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 
 SCANNED_ROWS = 1024
@@ -222,6 +223,18 @@ def _rows_within(rows: TokenRows, tokens: int, manifest: Manifest, pad_id: int) 
             break
         used = int(reached[-1])
     return count
+
+
+def tokenizer_of(config: DataConfig) -> TokenizerRecord | DocumentTokenizer:
+    """The tokenizer of the set that `config` names or describes, which may be prepared already or not.
+
+    Raises:
+        UserError: As `prepared_folder`, `open_set`, `load_tokenizer`.
+    """
+    source = config.folder or str(prepared_folder(config))
+    if config.folder is not None or is_whole(Path(source)):
+        return open_set(source)[0].tokenizer
+    return load_tokenizer(config.tokenizer)
 
 
 class StepSampler(Sampler[list[int]]):

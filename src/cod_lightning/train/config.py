@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cod_lightning.errors import nearest
 from cod_lightning.nn.config import RUNTIME
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer inside a run folder."""
+
+
+def run_of(source: Path) -> Path:
+    """The run folder that `init_from` names by itself or by a file in its `checkpoints/`."""
+    return source.parent.parent if source.suffix == ".ckpt" else source
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:

@@ -67,6 +67,10 @@ class DecoderModule(LightningModule):
         self.seq_len, self.micro_batch_size, self.pad_id = seq_len, micro_batch_size, pad_id
         self.accuracy = AnswerAccuracy()
         self.perplexity = Perplexity(val_rows, evaluation.paper_batch, evaluation.paper_ranks)
+        self.initial: Mapping[str, Tensor] | None = None
+        """Weights of the decoder to start from, instead of drawn ones."""
+        self.origin: dict[str, Any] | None = None
+        """The checkpoint that they are of, and its step."""
         self.tokens = 0
         """Tokens read so far that are not padding, over all ranks."""
 
@@ -74,6 +78,9 @@ class DecoderModule(LightningModule):
         if not hasattr(self, "decoder"):
             specs = build_all(self.norm, self.model_config.num_hidden_layers)
             self.decoder = build_decoder(self.model_config, specs, self.seed)
+            if self.initial is not None:
+                self.decoder.load_state_dict(self.initial)
+                self.initial = None
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = build_optimizer(self.decoder, self.optim, self.max_steps)
@@ -166,6 +173,8 @@ class DecoderModule(LightningModule):
                 "is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
             )
         checkpoint["tokens"] = self.tokens
+        checkpoint["init_from"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens = checkpoint["tokens"]
+        self.origin = checkpoint.get("init_from")

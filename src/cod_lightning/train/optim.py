@@ -56,7 +56,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
 def resting_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list[int]:
     """The blocks, counted from 0, that step number `step`, counted from 0, leaves alone: a function of seed and step.
 
-    LISA (Pan et al., 2024) draws `lisa_layers` of `depth` blocks uniformly every `lisa_interval` steps; the others rest.
+    LISA (Pan et al., 2024): every `lisa_interval` steps `lisa_layers` of `depth` blocks are drawn, the others rest.
     """
     if not config.lisa_layers:
         return []
