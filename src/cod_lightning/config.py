@@ -221,7 +221,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             raise UserError("\n".join([*found, f"row={row!r} is not a row: {hint}"]))
         if "norm" in picked:
             found.append("row= and norm= both choose the strategy: leave one out")
-        found += amend(node, settings(known[row].set))
+        found += amend(node, settings(known[row].get("set") or {}))
     found += amend(node, [override for override in words if override not in chosen])
     try:
         config = as_config(node)
@@ -268,15 +268,26 @@ SECTIONS = ("model", "norm", "data", "optim", "trainer")
 """Groups whose files hold one section of the configuration."""
 
 
+def with_row(config: Config, name: str, overrides: Sequence[str] = ()) -> Config:
+    """A composed configuration turned into a row of its experiment, as `compose` gives it for `row=`, but at once.
+
+    Raises:
+        UserError: no such row, or settings that cannot be.
+    """
+    node = OmegaConf.structured(config)
+    found = amend(node, settings({"row": name} | config.paper["rows"][name].get("set", {})))
+    found += amend(node, [o for o in parse(overrides) if o.key_or_group not in groups()])
+    changed = as_config(node)
+    if found := found or changed.problems():
+        raise UserError("\n".join(found))
+    return changed
+
+
 def row_of(config: Config) -> str | None:
     """The row of its experiment that a configuration is: the one named by `row`, or else the one it agrees with."""
     if config.row is not None:
         return config.row
-    for name, row in (config.paper.get("rows") or {}).items():
-        node = OmegaConf.structured(config)
-        if not amend(node, settings(row["set"])) and as_config(node).id == config.id:
-            return name
-    return None
+    return next((name for name in config.paper.get("rows", {}) if with_row(config, name).id == config.id), None)
 
 
 def translate(overrides: Iterable[Override]) -> tuple[list[Override], list[str]]:

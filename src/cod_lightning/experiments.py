@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.config import Config, choices, compose, from_plain
+from cod_lightning.config import Config, choices, compose, from_plain, with_row
 from cod_lightning.errors import UserError, nearest
 
 RECORD = "record.json"
@@ -62,13 +62,12 @@ def rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) 
         UserError: as `compose`; an experiment without rows.
     """
     for name in experiments:
-        base = (f"experiments={name}", f"scale={scale}")
-        known = compose([*base, *overrides]).paper.get("rows")
-        if not known:
+        words = (f"experiments={name}", f"scale={scale}", *overrides)
+        base = compose(words)
+        if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce: train it with fit experiments={name}")
-        for row in known:
-            words = (*base, f"row={row}", *overrides)
-            yield Row(name, row, words, compose(words))
+        for row in base.paper["rows"]:
+            yield Row(name, row, (*words, f"row={row}"), with_row(base, row, overrides))
 
 
 def kept(results: Path) -> dict[str, Path]:
