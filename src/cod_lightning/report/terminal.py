@@ -74,7 +74,17 @@ def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
     """
     table = Table(title="runs by validation loss", title_justify="left")
     table.add_column("run")
-    names = ("val_loss", "ppl", "ppl_paper_protocol", "last-layer variance", "tokens", "tokens/s", "wall time")
+    answers = ["accuracy"] if any(record and "accuracy" in record for _, record in records) else []
+    names = (
+        "val_loss",
+        "ppl",
+        "ppl_paper_protocol",
+        *answers,
+        "last-layer variance",
+        "tokens",
+        "tokens/s",
+        "wall time",
+    )
     for name in names:
         table.add_column(name, justify="right")
     for label, record in sorted(records, key=lambda item: item[1]["val_loss"] if item[1] else float("inf")):
@@ -87,6 +97,7 @@ def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
             f"{record['val_loss']:.4f}",
             f"{record['ppl']:.2f}",
             f"{record['ppl_paper_protocol']:.2f}",
+            *(f"{record[name]:.4f}" if name in record else "" for name in answers),
             f"{layers['variance'][-1][-1]:.4g}" if layers else "not measured",
             f"{record['tokens']:,}",
             f"{record['tokens_per_second']:,.0f}",
