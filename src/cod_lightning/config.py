@@ -341,6 +341,7 @@ def first_line(error: BaseException) -> str:
 
 
 def as_config(node: DictConfig) -> Config:
+    """The configuration as an object, with the tokenizer that comes with `init_from`."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
     if config.init_from is not None:
@@ -450,7 +451,7 @@ def check_folder(config: Config) -> Path:
         UserError: it holds a run of another configuration.
     """
     folder = config.folder
-    differing = differences(identity(load(folder)), identity(config)) if (folder / CONFIG).exists() else None
+    differing = differences(identity(load(folder)), identity(config)) if (folder / CONFIG).exists() else ""
     if differing:
         raise UserError(f"{folder} holds a run of another configuration ({differing}): choose another name=")
     return folder

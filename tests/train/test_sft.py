@@ -23,7 +23,8 @@ from cod_lightning.train.run import build
 def tuning(toy):
     """Overrides for a run of seconds on drawn questions; its data is prepared once for the whole session."""
     kept = [word for word in toy if not word.startswith(("data=", "data.files=", "data.vocab_size", "data.seq_len"))]
-    return [*kept, "data=drawn_instructions", "data.vocab_size=512", "data.seq_len=80", "data.val_tokens=3000"]
+    words = ["data=drawn_instructions", "data.vocab_size=512", "data.seq_len=80", "data.val_tokens=3000"]
+    return [*kept, *words, "trainer.stats_every=0"]
 
 
 @pytest.fixture
@@ -96,9 +97,10 @@ def test_micro_batches_and_padding_do_not_change_a_run(tune):
 
 
 def test_questions_are_learned_and_evaluate_says_so(tune, capsys):
-    words = ["trainer.max_steps=250", "data.batch_size=16", "optim.lr=0.005", "trainer.stats_every=0"]
+    words = ["trainer.max_steps=250", "data.batch_size=16", "optim.lr=0.004"]
     record, folder = tune(*words, "data.val_tokens=1000000", "eval.every=1000", "trainer.checkpoint_every=1000")
-    assert record["accuracy"] > 0.55  # 0.375 by guessing; the standard error of 400 answers is 0.025
+    # Guesses give 0.375 and five standard errors of 400 answers are 0.125; four seeds gave 0.63 to 0.87.
+    assert record["accuracy"] > 0.5
     assert main(["evaluate", str(folder)]) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(printed["accuracy"]) == pytest.approx(record["accuracy"], rel=1e-5)
@@ -229,7 +231,8 @@ def test_blocks_are_drawn_uniformly_by_seed_and_step():
 
 
 def test_only_the_drawn_blocks_change_and_only_their_moments(tune):
-    record, folder = tune(*LISA, "trainer.checkpoint_every=1", "trainer.keep_last=99", "data.micro_batch_size=4")
+    words = ["trainer.checkpoint_every=1", "trainer.keep_last=99", "data.micro_batch_size=4", "trainer.stats_every=1"]
+    record, folder = tune(*LISA, *words)
     kept = checkpoints(folder / "checkpoints")
     assert len(kept) == 6
     config = OptimConfig(lisa_layers=1, lisa_interval=2)
@@ -263,12 +266,11 @@ def test_as_many_layers_as_there_are_is_full_fine_tuning(tune):
     assert history(sampled) == history(full)
 
 
-@pytest.mark.parametrize("at", [2, 4])
-def test_a_stopped_run_of_sampled_layers_ends_to_the_bit_as_if_never_stopped(tune, at):
+def test_a_run_stopped_between_draws_ends_to_the_bit_as_if_never_stopped(tune):
     words = [*LISA, "optim.lisa_interval=3", "trainer.max_steps=8", "trainer.keep_last=9"]
     whole, one = tune("name=whole", *words)
     _, folder = tune("name=parts", *words)
-    stopped(folder, at)
+    stopped(folder, 4)
     again, _ = tune("name=parts", *words)
     assert history(again) == history(whole)
     expected, found = (weights(checkpoints(f / "checkpoints")[-1]) for f in (one, folder))
@@ -282,7 +284,7 @@ def test_a_run_that_failed_in_a_step_can_go_on_to_the_bit(tune, monkeypatch):
 
     def failing(self, *args, **kwargs):
         calls.append(torch.is_grad_enabled())
-        if calls.count(True) == 7:
+        if calls.count(True) == 5:
             raise RuntimeError("the machine went away")
         return forward(self, *args, **kwargs)
 

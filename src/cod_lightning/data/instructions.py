@@ -48,10 +48,8 @@ def prompt_of(instruction: str, given: str = "") -> str:
 
 # --- drawn questions --------------------------------------------------------------------------------------------------
 
-# fmt: off
-ALIVE = ["ant", "bear", "cat", "deer", "eagle", "fox", "goat", "hen", "jay", "kiwi", "lion", "mole", "newt", "owl"]
-LIFELESS = ["anvil", "bell", "cup", "door", "fork", "glass", "hat", "iron", "jar", "key", "lamp", "map", "nail", "oven"]
-# fmt: on
+ALIVE = ["bear", "cat", "deer", "fox", "goat", "hen", "lion", "owl"]
+LIFELESS = ["bell", "cup", "door", "fork", "hat", "key", "lamp", "nail"]
 
 
 def drawn(seed: int = DRAWN_SEED, count: int = DRAWN_RECORDS) -> Iterator[dict[str, str]]:

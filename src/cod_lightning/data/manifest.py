@@ -46,7 +46,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """The text: name of the corpus, SHA-256 of the documents read, and their number per split."""
+    """The text: name of the corpus, SHA-256 of the documents read, and their number per split.
+
+    Of instructions that is more than rows where some have no room for an answer.
+    """
 
     name: str
     sha256: str
