@@ -346,6 +346,7 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["fit", "data=files", "data.files=nothing/*.jsonl"], ["data.files"]),
         (["fit", "data=c4"], ["c4", "data=files"]),
         (["fit", "data.folder=nowhere"], ["nowhere"]),
+        (["fit", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
         (["evaluate", "nowhere"], ["nowhere: not a run folder", "config.yaml"]),
         (["generate", "nowhere", "text"], ["nowhere: not a run folder"]),
         (["export", "nowhere"], ["nowhere: not a run folder"]),

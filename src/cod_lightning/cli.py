@@ -184,6 +184,8 @@ def sections(config: Config) -> Any:
         trainer=config.trainer,
         logger=config.logger,
         seed=config.seed,
+        init_from=config.init_from,
+        resume=config.resume,
         config=plain(config),
     )
 
@@ -224,7 +226,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     """
     from filelock import FileLock, Timeout
 
-    from cod_lightning.config import check_folder, claim
+    from cod_lightning.config import check_folder, check_source, claim
     from cod_lightning.nn.strategies import build_all, warnings
 
     folder = check_folder(config)
@@ -240,6 +242,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         if first:
             print("this run is finished; resume=false trains it anew", file=sys.stderr)
         return finished, folder
+    check_source(config)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         if first:
