@@ -33,6 +33,17 @@ Writes a JSON, a CSV and a PNG file for every measure. Overrides choose the text
   measure compare runs/quickstart/pre_ln-seed1-... runs/quickstart/lns-seed1-...
 """
 
+ESTIMATE = """\
+Beside overrides it takes hardware=a100|h100|h200|cpu (default: h100), mfu=, gpus=, strategy=single|ddp|fsdp and
+checkpointing=none|selective|full; several values make several columns. Examples:
+  estimate experiments=table1_350m norm=lns gpus=4
+  estimate experiments=table1_130m,table1_1b hardware=a100,h200 mfu=0.35 trainer.precision=bf16-mixed
+  estimate experiments=quickstart hardware=cpu --json
+"""
+
+ESTIMATE_SETTINGS = {"hardware": str, "mfu": float, "gpus": int, "strategy": str, "checkpointing": str}
+"""Words of `estimate` that are no overrides, and their types."""
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -101,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
     measure.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
 
+    estimate = command("estimate", "Say what a run will need: parameters, memory, data, hours.", ESTIMATE)
+    estimate.add_argument("--json", dest="as_json", action="store_true", help="print a JSON list, an entry for a run")
+    add_overrides(estimate)
+
     command("experiments", "List the experiments: size, tokens, what they reproduce, published figures.")
     return top
 
@@ -128,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "export": export,
             "import": import_model,
             "measure": measure,
+            "estimate": estimate,
             "experiments": experiments,
         }[command](**arguments)
     except UserError as error:
@@ -235,8 +251,7 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
     configs = [compose(words) for words in runs]
     if len({config.folder for config in configs}) < len(configs):
         raise UserError("two runs of the sweep would be the same run: vary something that changes what is computed")
-    fixed = set.intersection(*(set(words) for words in runs))
-    labels = [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
+    labels = varied(runs)
     with ThreadPoolExecutor(jobs) as pool:
         statuses = list(pool.map(lambda words, label: fit_one(words, label, jobs), runs, labels))
 
@@ -252,6 +267,12 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
         )
     )
     return max(statuses, key=abs)
+
+
+def varied(runs: Sequence[Sequence[str]]) -> list[str]:
+    """For each run of a sweep the words that others do not share."""
+    fixed = set.intersection(*(set(words) for words in runs))
+    return [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
 
 
 def fit_one(words: Sequence[str], label: str, jobs: int) -> int:
@@ -542,6 +563,50 @@ def compare(models: Sequence[str], overrides: Sequence[str], checkpoint: str, ro
     (target / "compare.html").write_text(page)
     print(target / "compare.html")
     return 0
+
+
+def estimate(overrides: Sequence[str], as_json: bool) -> int:
+    import json
+
+    from cod_lightning.config import compose, sweep
+
+    runs = list(sweep(overrides))
+    settings = [estimate_settings(words) for words in runs]
+    configs = [compose([word for word in words if word.partition("=")[0] not in ESTIMATE_SETTINGS]) for words in runs]
+    from cod_lightning.report.estimate import estimate as needs
+    from cod_lightning.report.terminal import estimate_table, show
+
+    found = [
+        needs(
+            config.model,
+            config.norm,
+            config.data,
+            config.trainer,
+            published_tokens=config.paper.get("tokens"),
+            **chosen,
+        )
+        for config, chosen in zip(configs, settings, strict=True)
+    ]
+    if as_json:
+        entries = [{"overrides": words} | figures.plain() for words, figures in zip(runs, found, strict=True)]
+        print(json.dumps(entries, indent=1))
+    else:
+        show(estimate_table(list(zip(varied(runs), found, strict=True))))
+    return 0
+
+
+def estimate_settings(words: Sequence[str]) -> dict[str, Any]:
+    """The words of `estimate` that are no overrides, as arguments."""
+    settings = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ESTIMATE_SETTINGS:
+            try:
+                settings[name] = ESTIMATE_SETTINGS[name](value)
+            except ValueError:
+                kind = "whole number" if ESTIMATE_SETTINGS[name] is int else "number"
+                raise UserError(f"{name}={value!r} must be a {kind}") from None
+    return settings
 
 
 def experiments() -> int:
