@@ -170,7 +170,7 @@ def size(count: int | None) -> str:
     if not count:
         return ""
     power = min((len(str(count)) - 1) // 3, 5)
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
+    return f"{count / 1000**power:.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Table:
