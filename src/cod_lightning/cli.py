@@ -45,6 +45,14 @@ ESTIMATE_SETTINGS = {"hardware": str, "mfu": float, "gpus": int, "strategy": str
 """Words of `estimate` that are no overrides, and their types."""
 
 
+REPRODUCE = """\
+Examples:
+  reproduce table1_350m                                 # every row at the paper's size
+  reproduce table1 table6 scale=toy seeds=3 -j 2        # a small stand-in, on two cores
+  reproduce figure7 scale=toy seeds=3                   # the same runs, measured
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="cod_lightning",
@@ -116,6 +124,15 @@ def parser() -> argparse.ArgumentParser:
     estimate.add_argument("--json", dest="as_json", action="store_true", help="print a JSON list, an entry for a run")
     add_overrides(estimate)
 
+    reproduce = command(
+        "reproduce",
+        "Carry out every row of some experiments, going on where it was stopped, and show them beside the paper's.",
+        REPRODUCE,
+    )
+    reproduce.add_argument("words", nargs="+", metavar="experiment|key=value", help="such as table1 scale=toy seeds=3")
+    reproduce.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: 1)")
+    reproduce.add_argument("--results", type=Path, help="where records are kept (default: experiments/results)")
+
     command("experiments", "List the experiments: size, tokens, what they reproduce, published figures.")
     return top
 
@@ -144,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "import": import_model,
             "measure": measure,
             "estimate": estimate,
+            "reproduce": reproduce,
             "experiments": experiments,
         }[command](**arguments)
     except UserError as error:
@@ -179,7 +197,7 @@ def is_first_rank() -> bool:
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
-    from cod_lightning.config import compose, sweep, to_yaml
+    from cod_lightning.config import compose, row_of, sweep, to_yaml
 
     if jobs < 1:
         raise UserError(f"--jobs={jobs} must be at least 1")
@@ -192,6 +210,7 @@ def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     if multirun:
         return fit_all(overrides, jobs)
     config = compose(overrides)
+    config.row = row_of(config)
     record, folder = carry_out(config)
     if is_first_rank():
         from cod_lightning.report.terminal import show, summary
@@ -253,7 +272,7 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
         raise UserError("two runs of the sweep would be the same run: vary something that changes what is computed")
     labels = varied(runs)
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = list(pool.map(lambda words, label: fit_one(words, label, jobs), runs, labels))
+        statuses = list(pool.map(lambda words, label: run_marked(["fit", *words], label, jobs), runs, labels))
 
     from cod_lightning.report.terminal import comparison, show
     from cod_lightning.train.record import read_record
@@ -275,9 +294,9 @@ def varied(runs: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
 
 
-def fit_one(words: Sequence[str], label: str, jobs: int) -> int:
-    """Run one `fit`; side by side with others, its lines are marked and it takes its share of the cores."""
-    command = [sys.executable, "-m", "cod_lightning", "fit", *words]
+def run_marked(words: Sequence[str], label: str, jobs: int) -> int:
+    """Run a command; side by side with others, its lines are marked and it takes its share of the cores."""
+    command = [sys.executable, "-m", "cod_lightning", *words]
     if jobs == 1:
         print(f"--- {label}", file=sys.stderr, flush=True)
         return subprocess.run(command).returncode
@@ -609,6 +628,48 @@ def estimate_settings(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
+    from cod_lightning.experiments import RESULTS, keep, kept, named, rows
+
+    at_least("jobs", jobs, 1)
+    chosen = dict(word.split("=", 1) for word in words if word.startswith(("scale=", "seeds=")))
+    overrides = [word for word in words if "=" in word and not word.startswith(("scale=", "seeds="))]
+    if not chosen.get("seeds", "1").isdecimal() or int(chosen.get("seeds", "1")) < 1:
+        raise UserError(f"seeds={chosen['seeds']} must be a number of seeds, at least 1")
+    seeds = range(1, int(chosen.get("seeds", "1")) + 1)
+    results = results or RESULTS
+    asked = list(rows(named([w for w in words if "=" not in w]), chosen.get("scale", "paper"), overrides))
+    found = kept(results)
+    wanted: dict[str, tuple[list[str], Config, set[str]]] = {}
+    for seed in seeds:
+        for row in asked:
+            config = row.run(seed)
+            done = found.get(config.id)
+            measures = {m for m in row.config.paper.get("measures", ()) if not (done and (done / f"{m}.json").exists())}
+            if done is None or measures:
+                told = [*row.words, f"seed={seed}", f"name={config.name}"]
+                wanted.setdefault(config.id, (told, config, set()))[2].update(measures)
+
+    def carry_out_one(item: tuple[list[str], Config, set[str]]) -> int:
+        told, config, measures = item
+        status = run_marked(["fit", *told], config.label, jobs)
+        for name in sorted(measures) if status == 0 else ():
+            command = ["measure", name, str(config.folder), f"--rows={MEASURED_ROWS}"]
+            status = status or run_marked(command, config.label, jobs)
+        if status == 0:
+            keep(config.folder, results, measures)
+        return status
+
+    print(f"{len(wanted)} runs to carry out, {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        statuses = list(pool.map(carry_out_one, wanted.values()))
+    return max(statuses, key=abs, default=0)
+
+
+MEASURED_ROWS = 64
+"""Held-out rows that the measures of an experiment are taken on."""
+
+
 def experiments() -> int:
     from cod_lightning.config import choices, compose
     from cod_lightning.report.terminal import experiments_table, show
@@ -618,7 +679,7 @@ def experiments() -> int:
         config = compose([f"experiments={name}"])
         model, data = config.model, config.data
         positions = config.trainer.max_steps * data.batch_size * data.seq_len
-        published = config.paper.get("figures", {})
+        published = {name: row.get("published") for name, row in config.paper.get("rows", {}).items()}
         rows.append(
             {
                 "experiment": name,
