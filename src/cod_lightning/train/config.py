@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from cod_lightning.errors import nearest
 from cod_lightning.nn.config import RUNTIME
 
+FIGURES = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
+"""Figures of a validation and how they are printed; a task has some of them."""
+COUNTS = ("val_tokens", "val_images")
+"""What a validation was made on."""
+
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:
     return [] if value in known else [f"{name}={value!r} does not exist: {nearest(value, known)}"]
