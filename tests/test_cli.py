@@ -42,7 +42,18 @@ def finished(toy, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["fit"], ["prepare"], ["evaluate"], ["generate"], ["export"], ["import"], ["measure"], ["experiments"]],
+    [
+        [],
+        ["fit"],
+        ["prepare"],
+        ["evaluate"],
+        ["generate"],
+        ["export"],
+        ["import"],
+        ["measure"],
+        ["estimate"],
+        ["experiments"],
+    ],
 )
 def test_help_needs_neither_torch_nor_hydra(command):
     script = (

@@ -41,6 +41,17 @@ prune writes a model that stock transformers loads, without some blocks or weigh
                                                  (or allocation=alpha_pruning, uniform; method=magnitude)
 """
 
+ESTIMATE = """\
+Beside overrides it takes hardware=a100|h100|h200|cpu (default: h100), mfu=, gpus=, strategy=single|ddp|fsdp and
+checkpointing=none|selective|full; several values make several columns. Examples:
+  estimate experiments=table1_350m norm=lns gpus=4
+  estimate experiments=table1_130m,table1_1b hardware=a100,h200 mfu=0.35 trainer.precision=bf16-mixed
+  estimate experiments=quickstart hardware=cpu --json
+"""
+
+ESTIMATE_SETTINGS = {"hardware": str, "mfu": float, "gpus": int, "strategy": str, "checkpointing": str}
+"""Words of `estimate` that are no overrides, and their types."""
+
 
 REPRODUCE = """\
 Examples:
@@ -120,6 +131,10 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
     measure.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
 
+    estimate = command("estimate", "Say what a run will need: parameters, memory, data, hours.", ESTIMATE)
+    estimate.add_argument("--json", dest="as_json", action="store_true", help="print a JSON list, an entry for a run")
+    add_overrides(estimate)
+
     reproduce = command(
         "reproduce",
         "Carry out every row of some experiments, going on where it was stopped, and show them beside the paper's.",
@@ -156,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "export": export,
             "import": import_model,
             "measure": measure,
+            "estimate": estimate,
             "reproduce": reproduce,
             "experiments": experiments,
         }[command](**arguments)
@@ -270,8 +286,7 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
     configs = [compose(words) for words in runs]
     if len({config.folder for config in configs}) < len(configs):
         raise UserError("two runs of the sweep would be the same run: vary something that changes what is computed")
-    fixed = set.intersection(*(set(words) for words in runs))
-    labels = [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
+    labels = varied(runs)
     with ThreadPoolExecutor(jobs) as pool:
         statuses = list(pool.map(lambda words, label: run_marked(["fit", *words], label, jobs), runs, labels))
 
@@ -287,6 +302,12 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
         )
     )
     return max(statuses, key=abs)
+
+
+def varied(runs: Sequence[Sequence[str]]) -> list[str]:
+    """For each run of a sweep the words that others do not share."""
+    fixed = set.intersection(*(set(words) for words in runs))
+    return [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
 
 
 def run_marked(words: Sequence[str], label: str, jobs: int) -> int:
@@ -571,6 +592,50 @@ def compare(
     }
     print(lay_over(subjects, options, output or Path("measure") / "-".join(["compare", *names])))
     return 0
+
+
+def estimate(overrides: Sequence[str], as_json: bool) -> int:
+    import json
+
+    from cod_lightning.config import compose, sweep
+
+    runs = list(sweep(overrides))
+    settings = [estimate_settings(words) for words in runs]
+    configs = [compose([word for word in words if word.partition("=")[0] not in ESTIMATE_SETTINGS]) for words in runs]
+    from cod_lightning.report.estimate import estimate as needs
+    from cod_lightning.report.terminal import estimate_table, show
+
+    found = [
+        needs(
+            config.model,
+            config.norm,
+            config.data,
+            config.trainer,
+            published_tokens=config.paper.get("tokens"),
+            **chosen,
+        )
+        for config, chosen in zip(configs, settings, strict=True)
+    ]
+    if as_json:
+        entries = [{"overrides": words} | figures.plain() for words, figures in zip(runs, found, strict=True)]
+        print(json.dumps(entries, indent=1))
+    else:
+        show(estimate_table(list(zip(varied(runs), found, strict=True))))
+    return 0
+
+
+def estimate_settings(words: Sequence[str]) -> dict[str, Any]:
+    """The words of `estimate` that are no overrides, as arguments."""
+    settings = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ESTIMATE_SETTINGS:
+            try:
+                settings[name] = ESTIMATE_SETTINGS[name](value)
+            except ValueError:
+                kind = "whole number" if ESTIMATE_SETTINGS[name] is int else "number"
+                raise UserError(f"{name}={value!r} must be a {kind}") from None
+    return settings
 
 
 def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:

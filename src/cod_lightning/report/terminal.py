@@ -1,16 +1,19 @@
-"""What a run and a sweep print when they end."""
+"""Tables on the terminal: of a run and a sweep when they end, of an estimate before they begin."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from cod_lightning.train.config import FIGURES
+
+if TYPE_CHECKING:
+    from cod_lightning.report.estimate import Estimate
 
 Record = Mapping[str, Any]
 WIDTH = 120
@@ -99,6 +102,73 @@ def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
+
+
+def estimate_table(estimates: Sequence[tuple[str, Estimate]]) -> Table:
+    """One column for each run, under what was varied; a line that is empty for all is left out."""
+    table = Table(title="what a run will need", title_justify="left")
+    table.add_column("")
+    for label, _ in estimates:
+        table.add_column(label, justify="right", overflow="fold")
+    for section in zip(*(estimate_lines(estimate) for _, estimate in estimates), strict=True):
+        for name in section[0]:
+            values = [lines[name] for lines in section]
+            if any(values):
+                table.add_row(name, *values)
+        table.add_section()
+    return table
+
+
+def estimate_lines(estimate: Estimate) -> list[dict[str, str]]:
+    """The sections of an estimate's table; what does not apply is empty."""
+    memory, documents = estimate.memory, estimate.documents
+    published = estimate.published_tokens
+    return [
+        {
+            "parameters": f"{estimate.parameters:,}",
+            "without embeddings and head": f"{estimate.non_embedding:,}",
+            "token positions": f"{estimate.positions:,}",
+            "tokens, as published": f"{published:,.0f}" if published else "",
+            "FLOPs per token": f"{estimate.flops_per_token:.4g}",
+            "FLOPs": f"{estimate.flops:.4g}",
+        },
+        {
+            "hardware": f"{estimate.gpus} x {estimate.hardware}, {estimate.strategy}",
+            "precision": estimate.precision,
+            "activation checkpointing": estimate.checkpointing,
+            "rows of a micro-batch": f"{estimate.micro_batch_size:,}",
+            "rows that fit": f"{estimate.max_micro_batch_size:,}",
+        },
+        {
+            "weights": size(memory.weights),
+            "gradients": size(memory.gradients),
+            "Adam's moments": size(memory.moments),
+            "bfloat16 copies": size(memory.copies),
+            "communication": size(memory.communication),
+            "activations": size(memory.activations),
+            "loss or recomputation": size(memory.work),
+            "memory per device": f"{size(memory.total)} of {size(estimate.device_memory)}",
+        },
+        {
+            "prepared tokens": size(estimate.token_bytes),
+            "documents of C4": f"{documents:,}" if documents else "",
+            "their text": size(estimate.text_bytes),
+            "compressed": size(estimate.download_bytes),
+        },
+        {
+            "MFU": f"{estimate.mfu:g}",
+            "time": duration(3600 * estimate.hours),
+            "GPU-hours": f"{estimate.gpu_hours:,.4g}",
+        },
+    ]
+
+
+def size(count: int | None) -> str:
+    """Bytes in the unit that leaves one to three digits before the point, "" for none."""
+    if not count:
+        return ""
+    power = min((len(str(count)) - 1) // 3, 5)
+    return f"{count / 1000**power:.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Table:
