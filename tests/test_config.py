@@ -45,7 +45,7 @@ TABLE_1 = {
     "table1_350m": (5e-4, 60_000, 6_000, [1368.33, 1362.59, 1363.21, 19.58, 18.20]),
     "table1_1b": (5e-4, 100_000, 1_000, [1390.75, 1409.08, 1414.78, 17.02, 15.71]),
 }
-ROWS = ("post_ln", "deep_norm_released", "mix_ln", "pre_ln", "lns")
+ROWS = ("post_ln", "deep_norm", "mix_ln", "pre_ln", "lns")
 
 
 @pytest.mark.parametrize("name", TABLE_1)
@@ -55,7 +55,8 @@ def test_table_1_has_the_released_hyperparameters_and_the_published_cells(name):
     assert config.optim.lr == lr
     assert config.trainer.max_steps == steps
     assert config.optim.warmup(steps) == warmup
-    assert config.paper["figures"] == dict(zip(ROWS, cells, strict=True))
+    assert {name: row["published"] for name, row in config.paper["rows"].items()} == dict(zip(ROWS, cells, strict=True))
+    assert compose([f"experiments={name}", "row=deep_norm"]).norm["name"] == "deep_norm_released"
     assert (config.data.batch_size, config.data.seq_len, config.optim.clip) == (512, 256, 0)
     assert (config.optim.name, config.optim.weight_decay, config.optim.betas) == ("adam", 0, [0.9, 0.999])
     assert (config.data.source, config.data.tokenizer, config.model.vocab_size) == ("c4", "t5-base", 32000)
@@ -125,7 +126,7 @@ def test_starting_anew_puts_the_earlier_run_aside(tmp_path):
 
 def test_identity_leaves_out_what_only_carries_a_run_out():
     kept = identity(compose())
-    assert {"output", "name", "resume", "logger", "paper"}.isdisjoint(kept)
+    assert {"experiment", "output", "name", "resume", "logger", "paper", "scale", "row"}.isdisjoint(kept)
     assert {"devices", "threads", "checkpoint_every"}.isdisjoint(kept["trainer"])
     assert {"root", "micro_batch_size", "workers"}.isdisjoint(kept["data"])
     assert kept["norm"] == {"name": "lns", "position": "after_ln"}

@@ -38,7 +38,7 @@ def test_every_command_is_understood(command):
 
 
 def test_there_is_a_command_of_every_kind():
-    known = {"fit", "prepare", "evaluate", "generate", "export", "import", "measure", "experiments"}
+    known = {"fit", "prepare", "evaluate", "generate", "export", "import", "measure", "reproduce", "experiments"}
     assert {command.split()[0] for command in COMMANDS} == known
 
 

@@ -34,6 +34,14 @@ Writes a JSON, a CSV and a PNG file for every measure. Overrides choose the text
 """
 
 
+REPRODUCE = """\
+Examples:
+  reproduce table1_350m                                 # every row at the paper's size
+  reproduce table1 table6 scale=toy seeds=3 -j 2        # a small stand-in, on two cores
+  reproduce figure7 scale=toy seeds=3                   # the same runs, measured
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="cod_lightning",
@@ -101,6 +109,15 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
     measure.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
 
+    reproduce = command(
+        "reproduce",
+        "Carry out every row of some experiments, going on where it was stopped, and show them beside the paper's.",
+        REPRODUCE,
+    )
+    reproduce.add_argument("words", nargs="+", metavar="experiment|key=value", help="such as table1 scale=toy seeds=3")
+    reproduce.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: 1)")
+    reproduce.add_argument("--results", type=Path, help="where records are kept (default: experiments/results)")
+
     command("experiments", "List the experiments: size, tokens, what they reproduce, published figures.")
     return top
 
@@ -128,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "export": export,
             "import": import_model,
             "measure": measure,
+            "reproduce": reproduce,
             "experiments": experiments,
         }[command](**arguments)
     except UserError as error:
@@ -163,7 +181,7 @@ def is_first_rank() -> bool:
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
-    from cod_lightning.config import compose, sweep, to_yaml
+    from cod_lightning.config import compose, row_of, sweep, to_yaml
 
     if jobs < 1:
         raise UserError(f"--jobs={jobs} must be at least 1")
@@ -176,6 +194,7 @@ def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     if multirun:
         return fit_all(overrides, jobs)
     config = compose(overrides)
+    config.row = row_of(config)
     record, folder = carry_out(config)
     if is_first_rank():
         from cod_lightning.report.terminal import show, summary
@@ -238,7 +257,7 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
     fixed = set.intersection(*(set(words) for words in runs))
     labels = [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = list(pool.map(lambda words, label: fit_one(words, label, jobs), runs, labels))
+        statuses = list(pool.map(lambda words, label: run_marked(["fit", *words], label, jobs), runs, labels))
 
     from cod_lightning.report.terminal import comparison, show
     from cod_lightning.train.record import read_record
@@ -254,9 +273,9 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
     return max(statuses, key=abs)
 
 
-def fit_one(words: Sequence[str], label: str, jobs: int) -> int:
-    """Run one `fit`; side by side with others, its lines are marked and it takes its share of the cores."""
-    command = [sys.executable, "-m", "cod_lightning", "fit", *words]
+def run_marked(words: Sequence[str], label: str, jobs: int) -> int:
+    """Run a command; side by side with others, its lines are marked and it takes its share of the cores."""
+    command = [sys.executable, "-m", "cod_lightning", *words]
     if jobs == 1:
         print(f"--- {label}", file=sys.stderr, flush=True)
         return subprocess.run(command).returncode
@@ -544,6 +563,48 @@ def compare(models: Sequence[str], overrides: Sequence[str], checkpoint: str, ro
     return 0
 
 
+def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
+    from cod_lightning.experiments import RESULTS, keep, kept, named, rows
+
+    at_least("jobs", jobs, 1)
+    chosen = dict(word.split("=", 1) for word in words if word.startswith(("scale=", "seeds=")))
+    overrides = [word for word in words if "=" in word and not word.startswith(("scale=", "seeds="))]
+    if not chosen.get("seeds", "1").isdecimal() or int(chosen.get("seeds", "1")) < 1:
+        raise UserError(f"seeds={chosen['seeds']} must be a number of seeds, at least 1")
+    seeds = range(1, int(chosen.get("seeds", "1")) + 1)
+    results = results or RESULTS
+    asked = list(rows(named([w for w in words if "=" not in w]), chosen.get("scale", "paper"), overrides))
+    found = kept(results)
+    wanted: dict[str, tuple[list[str], Config, set[str]]] = {}
+    for seed in seeds:
+        for row in asked:
+            config = row.run(seed)
+            done = found.get(config.id)
+            measures = {m for m in row.config.paper.get("measures", ()) if not (done and (done / f"{m}.json").exists())}
+            if done is None or measures:
+                told = [*row.words, f"seed={seed}", f"name={config.name}"]
+                wanted.setdefault(config.id, (told, config, set()))[2].update(measures)
+
+    def carry_out_one(item: tuple[list[str], Config, set[str]]) -> int:
+        told, config, measures = item
+        status = run_marked(["fit", *told], config.label, jobs)
+        for name in sorted(measures) if status == 0 else ():
+            command = ["measure", name, str(config.folder), f"--rows={MEASURED_ROWS}"]
+            status = status or run_marked(command, config.label, jobs)
+        if status == 0:
+            keep(config.folder, results, measures)
+        return status
+
+    print(f"{len(wanted)} runs to carry out, {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        statuses = list(pool.map(carry_out_one, wanted.values()))
+    return max(statuses, key=abs, default=0)
+
+
+MEASURED_ROWS = 64
+"""Held-out rows that the measures of an experiment are taken on."""
+
+
 def experiments() -> int:
     from cod_lightning.config import choices, compose
     from cod_lightning.report.terminal import experiments_table, show
@@ -553,7 +614,7 @@ def experiments() -> int:
         config = compose([f"experiments={name}"])
         model, data = config.model, config.data
         positions = config.trainer.max_steps * data.batch_size * data.seq_len
-        published = config.paper.get("figures", {})
+        published = {name: row.get("published") for name, row in config.paper.get("rows", {}).items()}
         rows.append(
             {
                 "experiment": name,

@@ -37,8 +37,12 @@ CONFIG = "config.yaml"
 class Config:
     """Everything a run is made of; each section is owned by the room that acts on it."""
 
-    experiment: str = "none"
+    experiment: str = field(default="none", metadata=RUNTIME)
     description: str = field(default="", metadata=RUNTIME)
+    scale: str = field(default="paper", metadata=RUNTIME)
+    """`paper`: as published; `mini` and `toy` keep what is compared and shrink the rest."""
+    row: str | None = field(default=None, metadata=RUNTIME)
+    """Which of the experiment's rows this is; None: the settings decide (see `row_of`)."""
     protocol: str = "strict"
     """`paper`, or `strict`: which of the two procedures the settings follow."""
     seed: int = 1
@@ -59,14 +63,30 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     paper: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
-    """Published figures that the experiment reproduces, and their source."""
+    """What the experiment reproduces: its rows, their published figures, the source of each setting."""
+    scales: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
+    """By scale, what the experiment sets there beyond what the scale does."""
+
+    @property
+    def id(self) -> str:
+        """Eight hexadecimal digits that stand for everything a run computes.
+
+        Two experiments that ask for the same computation give the same id, and so does a configuration saved before a
+        field was added: only what differs from the defaults counts.
+        """
+        kept, plain_defaults = flatten(identity(self)), flatten(identity(Config()))
+        changed = {name: value for name, value in kept.items() if value != plain_defaults.get(name)}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def label(self) -> str:
+        """Strategy, seed and id: what a run is called."""
+        return f"{re.sub(r'[^a-zA-Z0-9]+', '_', self.norm['name'])}-seed{self.seed}-{self.id}"
 
     @property
     def folder(self) -> Path:
         """Where the run lives: a pure function of the configuration."""
-        digest = hashlib.sha256(json.dumps(identity(self), sort_keys=True).encode()).hexdigest()[:8]
-        norm = re.sub(r"\W+", "_", self.norm["name"])
-        return Path(self.output, self.name or f"{self.experiment}/{norm}-seed{self.seed}-{digest}")
+        return Path(self.output, self.name or f"{self.experiment}/{self.label}")
 
     def problems(self) -> list[str]:
         """Everything that keeps this run from working, each naming its field and what would be right."""
@@ -171,33 +191,100 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The configuration that `overrides` ask for.
 
+    After the groups come what the experiment sets at its scale, what its row sets, then the values of the command line.
+
     Raises:
         UserError: names every unknown field, choice, wrong type and impossible combination at once.
     """
     words, found = translate(parse(overrides))
+    chosen = [override for override in words if override.key_or_group in groups()]
     ConfigStore.instance().store("schema", Config)
     with initialize_config_dir(str(config_folder().resolve()), version_base="1.3", job_name="cod_lightning"):
-        chosen = [word for word, is_group in words if is_group]
-        values = [word for word, is_group in words if not is_group]
         try:
-            base = hydra_compose("config", chosen)
+            node = hydra_compose("config", [override.input_line or "" for override in chosen])
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError("\n".join([*found, first_line(error)])) from error
-        problems = {word: value_problem(base, word) for word in values}
-        found += [problem for problem in problems.values() if problem]
-        try:
-            config = as_config(hydra_compose("config", chosen + [word for word in values if not problems[word]]))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError("\n".join([*found, first_line(error)])) from error
+    picked = {override.key_or_group: override.value() for override in words}
+    found += amend(node, settings(node.scales.get(node.scale) or {}))
+    if (row := picked.get("row")) is not None:
+        known = node.paper.get("rows") or {}
+        if row not in known:
+            hint = nearest(str(row), known) if known else f"{node.experiment} has none"
+            raise UserError("\n".join([*found, f"row={row!r} is not a row: {hint}"]))
+        if "norm" in picked:
+            found.append("row= and norm= both choose the strategy: leave one out")
+        found += amend(node, settings(known[row].get("set") or {}))
+    found += amend(node, [override for override in words if override not in chosen])
+    try:
+        config = as_config(node)
+    except OmegaConfBaseException as error:
+        raise UserError("\n".join([*found, first_line(error)])) from error
     found += config.problems()
     if found:
         raise UserError("\n".join(found))
     return config
 
 
-def translate(overrides: Iterable[Override]) -> tuple[list[tuple[str, bool]], list[str]]:
-    """Words for Hydra, each marked whether it chooses from a group, and the overrides that mean nothing here."""
-    words: list[tuple[str, bool]] = []
+def settings(values: Mapping[str, Any]) -> list[Override]:
+    """{"norm": "lns", "optim.lr": 0.1} of a YAML file as the command line would say it."""
+    return parse([f"{key}={'null' if value is None else value}" for key, value in values.items()])
+
+
+def amend(node: DictConfig, overrides: Iterable[Override]) -> list[str]:
+    """Set values, and sections to choices of their group, in a composed configuration; returns what cannot be set.
+
+    Args:
+        node: of a `Config`, changed in place.
+        overrides: set one after the other.
+    """
+    found = []
+    for override in overrides:
+        key, word = override.key_or_group, override.input_line or ""
+        if key not in groups():
+            if problem := value_problem(node, word):
+                found.append(problem)
+            else:
+                OmegaConf.update(node, key, override.value(), force_add=True)
+        elif key not in SECTIONS:
+            found.append(f"{word}: {key} is no section, and is chosen on the command line alone")
+        elif (value := str(override.value())) not in choices(key):
+            found.append(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
+        elif key == "norm":  # options of one strategy mean nothing to another
+            node.norm = OmegaConf.load(config_folder() / key / f"{value}.yaml")
+        else:
+            node[key] = OmegaConf.merge(node[key], OmegaConf.load(config_folder() / key / f"{value}.yaml"))
+    return found
+
+
+SECTIONS = ("model", "norm", "data", "optim", "trainer")
+"""Groups whose files hold one section of the configuration."""
+
+
+def with_row(config: Config, name: str, overrides: Sequence[str] = ()) -> Config:
+    """A composed configuration turned into a row of its experiment, as `compose` gives it for `row=`, but at once.
+
+    Raises:
+        UserError: no such row, or settings that cannot be.
+    """
+    node = OmegaConf.structured(config)
+    found = amend(node, settings({"row": name} | config.paper["rows"][name].get("set", {})))
+    found += amend(node, [o for o in parse(overrides) if o.key_or_group not in groups()])
+    changed = as_config(node)
+    if found := found or changed.problems():
+        raise UserError("\n".join(found))
+    return changed
+
+
+def row_of(config: Config) -> str | None:
+    """The row of its experiment that a configuration is: the one named by `row`, or else the one it agrees with."""
+    if config.row is not None:
+        return config.row
+    return next((name for name in config.paper.get("rows", {}) if with_row(config, name).id == config.id), None)
+
+
+def translate(overrides: Iterable[Override]) -> tuple[list[Override], list[str]]:
+    """The overrides, a strategy of one's own spelled out, and what among them means nothing here."""
+    words: list[Override] = []
     found: list[str] = []
     for override in overrides:
         key, word = override.key_or_group, override.input_line or ""
@@ -208,16 +295,13 @@ def translate(overrides: Iterable[Override]) -> tuple[list[tuple[str, bool]], li
         elif key in groups():
             value = str(override.value())
             if key == "norm" and ":" in value:
-                words += [("norm=custom", True), (f"++norm.name='{value}'", False)]
+                words += parse(["norm=custom", f"norm.name='{value}'"])
             elif value in choices(key):
-                words.append((f"{key}={value}", True))
+                words.append(override)
             else:
                 found.append(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
-        elif key.startswith("norm."):
-            # The options of a strategy, and of its base, are known to it alone; it is asked when all is composed.
-            words.append((f"++{word.lstrip('+')}", False))
         else:
-            words.append((word, False))
+            words.append(override)
     return words, found
 
 
@@ -295,6 +379,18 @@ def save(config: Config, folder: Path) -> None:
     partial.replace(folder / CONFIG)
 
 
+def from_plain(values: Mapping[str, Any], path: Path) -> Config:
+    """The configuration that `plain` gave, read from a file at `path`; fields it does not have keep their defaults.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return as_config(DictConfig(OmegaConf.merge(OmegaConf.structured(Config), values)))
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
+
+
 def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration saved in a run folder, amended by `overrides`; of the groups, `data` and `trainer` can change.
 
@@ -310,20 +406,16 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
         as_config(saved).problems()
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
-    found = []
-    for override in parse(overrides):
-        key, word = override.key_or_group, override.input_line or ""
-        if override.is_sweep_override() or override.is_delete() or (key in groups() and key not in ("data", "trainer")):
-            found.append(f"{word}: a finished run takes data=, trainer= and section.field=value")
-        elif key not in groups():
-            if problem := value_problem(saved, word):
-                found.append(problem)
-            else:
-                OmegaConf.update(saved, key, override.value())
-        elif (value := str(override.value())) in choices(key):
-            saved[key] = OmegaConf.merge(saved[key], OmegaConf.load(config_folder() / key / f"{value}.yaml"))
-        else:
-            found.append(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
+    wanted = parse(overrides)
+    foreign = [
+        override
+        for override in wanted
+        if override.is_sweep_override()
+        or override.is_delete()
+        or (override.key_or_group in groups() and override.key_or_group not in ("data", "trainer"))
+    ]
+    found = [f"{o.input_line}: a finished run takes data=, trainer= and section.field=value" for o in foreign]
+    found += amend(saved, [override for override in wanted if override not in foreign])
     config = as_config(saved)
     found += config.problems()
     if found:

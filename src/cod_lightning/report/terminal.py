@@ -36,7 +36,7 @@ def figures(record: Record, config: Record) -> dict[str, str]:
         "ppl": f"{record['ppl']:.2f}",
         "ppl_paper_protocol": f"{record['ppl_paper_protocol']:.2f}",
     }
-    published = config.get("paper", {}).get("figures", {}).get(config["norm"]["name"])
+    published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
         shown["published (full size and tokens)"] = f"{published:.2f}"
     return shown | {
