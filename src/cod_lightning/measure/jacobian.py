@@ -44,9 +44,11 @@ STATISTICS = ("frobenius", "distance", "mean_diagonal", "diagonal_share", "large
 
 @dataclass(frozen=True)
 class Jacobian:
-    """Of the token-wise Jacobian J of every block, first block first; d is the hidden size."""
+    """Of the token-wise Jacobians J of blocks; d is the hidden size."""
 
     model: str
+    layers: list[int]
+    """The blocks, counting from 1."""
     tokens: int
     """How many tokens were measured."""
     probes: int | None
@@ -66,10 +68,10 @@ class Jacobian:
 
     def rows(self) -> list[dict[str, Any]]:
         return [
-            {"layer": layer + 1}
-            | {name: getattr(self, name)[layer] for name in STATISTICS}
-            | {f"{name}_error": self.errors[name][layer] for name in STATISTICS}
-            for layer in range(len(self.frobenius))
+            {"layer": layer}
+            | {name: getattr(self, name)[place] for name in STATISTICS}
+            | {f"{name}_error": self.errors[name][place] for name in STATISTICS}
+            for place, layer in enumerate(self.layers)
         ]
 
     def plot(self) -> Figure:
@@ -79,6 +81,7 @@ class Jacobian:
             {r"$\|J\|_2$": self.largest_singular_value, r"$\|J\|_F/\sqrt{d}$": self.frobenius},
             f"size of the Jacobian of {self.model}",
             log=True,  # the first block of a model with small embeddings lies far above all others
+            layers=self.layers,
         )
         layer_lines(
             right,
@@ -88,6 +91,7 @@ class Jacobian:
                 "share of the diagonal": self.diagonal_share,
             },
             "nearness to the identity",
+            layers=self.layers,
         )
         return made
 
@@ -170,13 +174,14 @@ def jacobian(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
+    layers: Sequence[int] | None = None,
     probes: int = 8,
     tokens: int = 4,
     iterations: int = 8,
     exact: bool = False,
     seed: int = 0,
 ) -> Jacobian:
-    """Measure the token-wise Jacobian of every block.
+    """Measure the token-wise Jacobians of blocks.
 
     A block costs, for each batch and sampled position, `probes` + 2 `iterations` backward passes; `exact` costs as many
     as the hidden size.
@@ -186,6 +191,7 @@ def jacobian(
         batches: of tokens [rows, length].
         pad_id: tokens that are never sampled.
         progress: called with (blocks done, of how many), over all batches.
+        layers: blocks, counting from 1; None: all.
         probes: random vectors for each token, at least 2.
         tokens: positions sampled in each row, without replacement. A row counts by its number of tokens that are not
             pads, so that the mean is one over all tokens.
@@ -194,22 +200,25 @@ def jacobian(
         seed: of positions and probes.
 
     Raises:
-        UserError: too few probes, positions or iterations, or nothing but pads.
+        UserError: too few probes, positions or iterations, no such layer, or nothing but pads.
     """
     positive(tokens=tokens, iterations=iterations)
+    chosen = checked_layers(model, layers)
     if probes < 2:
         raise UserError(f"probes={probes}: the share of the diagonal is estimated from pairs, give at least 2")
     draw = torch.Generator().manual_seed(seed)
     known = list(walk(model, batches, pad_id))
-    samples: list[list[Tensor]] = [[] for _ in model.blocks]
+    samples: list[list[Tensor]] = [[] for _ in chosen]
     weights: list[Tensor] = []
     with differentiable():
         for number, (batch, keep) in enumerate(known):
             positions, weight = sampled(keep.cpu(), tokens, draw)
             counts = weight.flatten() > 0
             weights.append(weight.flatten()[counts])
-            for layer, (x, function) in enumerate(zip(*model.block_functions(batch), strict=True)):
-                both = products(function, x)
+            inputs, functions = model.block_functions(batch)
+            for place, layer in enumerate(chosen):
+                x = inputs[layer - 1]
+                both = products(functions[layer - 1], x)
                 found = []
                 for position in positions.T:
                     forward, backward = (at_token(product, x, position) for product in both)
@@ -219,13 +228,14 @@ def jacobian(
                     start = torch.randn(len(x), x.shape[-1], generator=draw, dtype=torch.float64).to(x.device)
                     sigma = largest_singular_value(forward, backward, start, iterations)
                     found.append(torch.cat((probed(backward, x, probes, draw), sigma[:, None]), dim=1))
-                samples[layer].append(torch.stack(found, dim=1).flatten(0, 1).cpu()[counts])
+                samples[place].append(torch.stack(found, dim=1).flatten(0, 1).cpu()[counts])
                 if progress is not None:
-                    progress(number * model.depth + layer + 1, len(known) * model.depth)
+                    progress(number * len(chosen) + place + 1, len(known) * len(chosen))
     weight = torch.cat(weights)
     values, errors = zip(*(summary(torch.cat(layer), weight) for layer in samples), strict=True)
     return Jacobian(
         model=model.name,
+        layers=chosen,
         tokens=len(weight),
         probes=None if exact else probes,
         **{name: [value[place] for value in values] for place, name in enumerate(STATISTICS)},
@@ -262,14 +272,14 @@ def mean_jacobian(
         UserError: a wider model, no such layer, or nothing but pads.
     """
     positive(tokens=tokens)
-    check_layers(model, layers)
+    chosen = checked_layers(model, layers)
     if model.hidden > widest:
         raise UserError(
             f"{model.name}: hidden size {model.hidden} is more than widest={widest}; a full Jacobian takes a "
             "backward pass for each row of it, at each position, and holds its square of numbers; raise widest to do it"
         )
     draw = torch.Generator().manual_seed(seed)
-    known, chosen = list(walk(model, batches, pad_id)), list(layers)
+    known = list(walk(model, batches, pad_id))
     totals = torch.zeros(len(chosen), model.hidden, model.hidden, dtype=torch.float64)
     count, total = 0, 0.0
     with differentiable():
@@ -295,7 +305,7 @@ def end_to_end_gain(
     *,
     layers: Sequence[int] | None = None,
     probes: int = 8,
-    iterations: int = 8,
+    iterations: int = 12,
     seed: int = 0,
 ) -> Gain:
     """Measure the norms of d y_l / d x_1, the left side of Theorems 3.3 and 4.2, one row at a time.
@@ -319,8 +329,7 @@ def end_to_end_gain(
         UserError: too few probes or iterations, no such layer, or nothing but pads.
     """
     positive(probes=probes, iterations=iterations)
-    chosen = list(range(1, model.depth + 1)) if layers is None else list(layers)
-    check_layers(model, chosen)
+    chosen = checked_layers(model, layers)
     draw = torch.Generator().manual_seed(seed)
     known = list(walk(model, batches, pad_id))
     spectral, squares = Mean(), Mean()
@@ -477,8 +486,9 @@ def statistics(matrices: Tensor) -> Tensor:
 def largest_singular_value(forward: Product, backward: Product, start: Tensor, iterations: int) -> Tensor:
     """||M||_2 for each row [rows], from below; NaN where M has entries that are not finite.
 
-    It is the largest ||M v|| over unit vectors v in the span of s, M^T M s, ..., (M^T M)^n s for n iterations (Lanczos):
-    a handful of them come nearer than dozens of the power iteration, which takes the last of these vectors alone.
+    After n iterations it is the largest ||M v|| over unit vectors v in the span of s, M^T M s, ..., (M^T M)^n s, which is
+    Lanczos' method. The power iteration takes the last of these vectors alone: on blocks of a trained Pre-LN model of
+    width 96 it is 0 to 2.4% low after 20 iterations; this is 0 to 0.8% low after 3, and 0 to 0.2% after 8.
 
     Args:
         forward: the product with M.
@@ -541,8 +551,12 @@ def positive(**counts: int) -> None:
             raise UserError(f"{name}={count}: expected at least 1")
 
 
-def check_layers(model: Layered, layers: Sequence[int]) -> None:
+def checked_layers(model: Layered, layers: Sequence[int] | None) -> list[int]:
+    """The layers that are asked for, all where none are named."""
+    if layers is None:
+        return list(range(1, model.depth + 1))
     if wrong := [layer for layer in layers if not 1 <= layer <= model.depth]:
         raise UserError(f"layers={list(layers)}: {model.name} has layers 1 to {model.depth}, not {wrong[0]}")
     if not layers or len(set(layers)) < len(layers):
         raise UserError(f"layers={list(layers)}: give at least one layer, and each once")
+    return list(layers)

@@ -6,7 +6,7 @@ variance over the hidden dimension for each token, averaged over the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,26 +34,17 @@ class LayerStatistics:
     """L2 norm of the gradient of the mean loss with respect to the block's parameters; empty if not asked for."""
 
 
-def token_variance(x: Tensor, weight: Tensor) -> Tensor:
-    """Unbiased variance over the hidden dimension of each token, averaged over tokens, in float32.
-
-    Args:
-        x: [rows, length, hidden].
-        weight: [rows, length], 1 for tokens that count and 0 for pads.
-
-    Returns:
-        0-dimensional tensor.
-    """
-    return token_mean(x.detach().float().var(-1), weight)
-
-
-def token_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the tokens that count, of values [rows, length] with weights likewise."""
-    return (values * weight).sum() / weight.sum()
+def token_variances(x: Tensor) -> Tensor:
+    """Unbiased variance over the hidden dimension of each token, in float32: [..., hidden] -> [...]."""
+    return x.detach().float().var(-1)
 
 
 def layer_statistics(
-    decoder: Decoder, tokens: Tensor, pad_id: int | None = None, gradients: bool = True
+    decoder: Decoder,
+    tokens: Tensor,
+    pad_id: int | None = None,
+    gradients: bool = True,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> LayerStatistics:
     """Measure every block of `decoder` on `tokens`; its parameters and their `.grad` are left as they are.
 
@@ -62,6 +53,7 @@ def layer_statistics(
         tokens: [rows, length].
         pad_id: tokens that do not count.
         gradients: also run the backward pass.
+        total: sums a tensor over the ranks that have parts of the rows each; all of them then find what one would.
     """
     depth = decoder.config.num_hidden_layers
     weight = torch.ones_like(tokens, dtype=torch.float32) if pad_id is None else (tokens != pad_id).float()
@@ -72,29 +64,28 @@ def layer_statistics(
     def tap(what: str, layer: int, x: Tensor) -> None:
         if unread:
             stream = unread.pop()
-            variances["residual"].append(
-                token_mean(x.detach(), weight) if what == "variance" else token_variance(stream, weight)
-            )
+            variances["residual"].append(x.detach() if what == "variance" else token_variances(stream))
         if what == "residual":
             unread.append(x)
         elif what in variances:
-            variances[what].append(token_variance(x, weight))
+            variances[what].append(token_variances(x))
 
     blocks = [[p for p in block.parameters() if p.requires_grad] for block in decoder.blocks]
     norms: list[float] = []
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
         loss = decoder(tokens, next_tokens(tokens, pad_id), tap)
         if unread:
-            variances["residual"].append(token_variance(unread.pop(), weight))
+            variances["residual"].append(token_variances(unread.pop()))
         if gradients:
-            mean = loss.total / loss.counts.sum()
+            mean = loss.total / total(loss.counts.sum())
             grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))
-            squares = [sum(next(grads).float().square().sum() for _ in block) for block in blocks]
-            norms = torch.stack([torch.as_tensor(square) for square in squares]).sqrt().tolist()
+            none = weight.new_zeros(1)  # of a frozen block
+            wholes = [total(torch.cat([none, *(next(grads).float().flatten() for _ in block)])) for block in blocks]
+            norms = torch.stack([whole.norm() for whole in wholes]).tolist()
     assert all(len(values) == depth for values in variances.values())
-    return LayerStatistics(
-        **{what: torch.stack(values).tolist() for what, values in variances.items()}, gradient_norm=norms
-    )
+    values = torch.stack([torch.stack(values) for values in variances.values()])
+    means = total((values * weight).sum((2, 3))) / total(weight.sum())
+    return LayerStatistics(**dict(zip(variances, means.tolist(), strict=True)), gradient_norm=norms)
 
 
 def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:

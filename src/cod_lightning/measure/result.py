@@ -70,10 +70,16 @@ def figure(width: float = 6.4, height: float = 4.0, columns: int = 1, rows: int 
     return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
-def layer_lines(axes: Axes, series: Mapping[str, Sequence[float]], ylabel: str, log: bool = False) -> None:
-    """One line for each of `series`, over the layers from 1."""
+def layer_lines(
+    axes: Axes,
+    series: Mapping[str, Sequence[float]],
+    ylabel: str,
+    log: bool = False,
+    layers: Sequence[int] | None = None,
+) -> None:
+    """One line for each of `series`, over `layers`, or else over the layers from 1."""
     for name, values in series.items():
-        axes.plot(range(1, len(values) + 1), values, marker="o", ms=3, lw=1.4, label=name)
+        axes.plot(layers or range(1, len(values) + 1), values, marker="o", ms=3, lw=1.4, label=name)
     axes.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     if len(series) > 1:

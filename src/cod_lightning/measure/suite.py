@@ -13,7 +13,7 @@ from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.influence import block_influence, layer_importance, readout
 from cod_lightning.measure.jacobian import end_to_end_gain, jacobian, mean_jacobian
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.layers import token_variance
+from cod_lightning.measure.layers import token_variances
 from cod_lightning.measure.moments import moments
 from cod_lightning.measure.removal import causal_score, linear_replacement, removal, run_removal, swaps
 from cod_lightning.measure.result import Progress, Result
@@ -33,9 +33,7 @@ Measure = Callable[[Layered, Batches, int | None, Progress], Result]
 
 def mean_jacobians(model: Layered, batches: Batches, pad_id: int | None, progress: Progress) -> Any:
     """Of five layers from the first to the last, as in Figure 5."""
-    depth = model.depth
-    layers = sorted({1, (depth + 3) // 4, (depth + 1) // 2, (3 * depth + 3) // 4, depth})
-    return mean_jacobian(model, batches[:1], layers, pad_id, progress)
+    return mean_jacobian(model, batches[:1], model.spaced(5), pad_id, progress)
 
 
 def runs_of_blocks(model: Layered, batches: Batches, pad_id: int | None, progress: Progress) -> Any:
@@ -102,7 +100,7 @@ def embedding_variance(model: Layered, batches: Sequence[Tensor], pad_id: int | 
     for tokens, keep in walk(model, batches, pad_id):
         found: list[Tensor] = []
         model.logits(tokens, lambda what, layer, x, found=found: what == "embedding" and found.append(x))
-        total += float(token_variance(found[0], keep.float())) * int(keep.sum())
+        total += float(token_variances(found[0])[keep].sum())
         count += int(keep.sum())
     return total / count
 
