@@ -13,6 +13,7 @@ from cod_lightning.measure.jacobian import (
     end_to_end_gain,
     entries,
     jacobian,
+    largest_singular_value,
     mean_jacobian,
     probed,
     products,
@@ -122,6 +123,43 @@ def test_the_estimates_of_squares_are_unbiased_with_two_probes():
     )
     for values, value in zip(found.T, truth, strict=True):
         assert float(values.mean()) == pytest.approx(float(value), abs=4 * float(values.std()) / len(values) ** 0.5)
+
+
+def test_the_largest_singular_value_is_met_from_below():
+    draw = torch.Generator().manual_seed(0)
+    near_identity = torch.eye(40).double() + 0.02 * torch.randn(3, 40, 40, generator=draw, dtype=torch.float64)
+    start = torch.randn(3, 40, generator=draw, dtype=torch.float64)
+
+    def found(matrices, iterations, start=start):
+        return largest_singular_value(
+            lambda v: torch.einsum("rij,rj->ri", matrices, v),
+            lambda v: torch.einsum("rij,ri->rj", matrices, v),
+            start,
+            iterations,
+        )
+
+    exact = torch.linalg.matrix_norm(near_identity, 2)
+    steps = torch.stack([found(near_identity, iterations) for iterations in range(0, 13, 3)])
+    assert (steps.diff(dim=0) >= 0).all()
+    assert (steps <= exact * (1 + 1e-12)).all()
+    torch.testing.assert_close(steps[-1], exact, rtol=1e-3, atol=0)
+    # More iterations than the space has dimensions, or the matrix different singular values.
+    torch.testing.assert_close(
+        found(near_identity[:, :5, :5], 20, start[:, :5]).double(),
+        torch.linalg.matrix_norm(near_identity[:, :5, :5], 2),
+    )
+    torch.testing.assert_close(found(7 * torch.eye(40).double().expand(3, -1, -1), 9), torch.full((3,), 7.0).double())
+    assert found(torch.zeros(3, 40, 40).double(), 2).tolist() == [0, 0, 0]
+    near_identity[1, 2, 3] = torch.inf
+    assert found(near_identity, 2).isnan().tolist() == [False, True, False]
+
+
+def test_chosen_blocks_are_measured_as_all_are(causal_lm):
+    model = causal_lm("ours")
+    every = jacobian(model, [tokens()], exact=True, tokens=2)
+    some = jacobian(model, [tokens()], exact=True, tokens=2, layers=[4, 2])
+    assert (every.layers, some.layers) == ([1, 2, 3, 4], [4, 2])
+    assert some.rows() == [every.rows()[3], every.rows()[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -255,8 +293,9 @@ def test_what_cannot_be_measured_is_refused(causal_lm):
         jacobian(model, [batch], tokens=0)
     with pytest.raises(UserError, match=r"hidden size 16 is more than widest=8; .* raise widest"):
         mean_jacobian(model, [batch], [1], widest=8)
-    with pytest.raises(UserError, match="layers 1 to 4, not 5"):
-        mean_jacobian(model, [batch], [5])
+    for measure in (mean_jacobian, jacobian, end_to_end_gain):
+        with pytest.raises(UserError, match="layers 1 to 4, not 5"):
+            measure(model, [batch], layers=[5])
     with pytest.raises(UserError, match="each once"):
         end_to_end_gain(model, [batch], layers=[1, 1])
     for measure in (jacobian, end_to_end_gain):

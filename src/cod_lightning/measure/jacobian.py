@@ -486,7 +486,7 @@ def statistics(matrices: Tensor) -> Tensor:
 def largest_singular_value(forward: Product, backward: Product, start: Tensor, iterations: int) -> Tensor:
     """||M||_2 for each row [rows], from below; NaN where M has entries that are not finite.
 
-    After n iterations it is the largest ||M v|| over unit vectors v in the span of s, M^T M s, ..., (M^T M)^n s, which is
+    After n iterations it is the largest ||M v|| over unit vectors v in the span of s, M^T M s, ..., (M^T M)^n s:
     Lanczos' method. The power iteration takes the last of these vectors alone: on blocks of a trained Pre-LN model of
     width 96 it is 0 to 2.4% low after 20 iterations; this is 0 to 0.8% low after 3, and 0 to 0.2% after 8.
 
