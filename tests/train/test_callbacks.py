@@ -122,12 +122,12 @@ def test_layers_that_are_chosen_keep_their_numbers(train):
 
 
 def test_a_long_run_draws_no_more_figures_than_a_short_one(train):
-    words = ["trainer.max_steps=48", "trainer.stats_every=1", "trainer.measures.angular=1", "logger=tensorboard"]
+    words = ["trainer.max_steps=24", "trainer.stats_every=1", "trainer.measures.angular=1", "logger=tensorboard"]
     record, folder = train(*words, "trainer.checkpoint_every=100", "eval.every=100")
-    assert len(record["history"]["angular"]["step"]) == 49
+    assert len(record["history"]["angular"]["step"]) == 25
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
-    steps = [48 * part // FIGURES for part in range(FIGURES + 1)]
+    steps = [24 * part // FIGURES for part in range(FIGURES + 1)]
     assert [image.step for image in events.Images("angular")] == steps
     assert [image.step for image in events.Images("variance by layer")] == steps[1:]
 

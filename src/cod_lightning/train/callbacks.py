@@ -199,10 +199,10 @@ class LayerStatisticsCallback(ProbeCallback):
 class MeasureCallback(ProbeCallback):
     """One of `IN_TRAINING`, as a series of its name: what it finds of each layer, not what it finds of pairs.
 
-    Every rank measures all rows. Medians, largest values, spectra and losses of altered models are no sums over rows;
-    each rank has all it takes, ends as soon as one rank alone would, and waits for no other.
+    Every rank measures all rows. Largest values, spectra and standard errors are no sums over rows, and each rank has
+    all that it takes: so all find the same in the time that one alone would need, and none waits for another.
 
-    The decoder is measured in the precision of its weights, as the command `measure` does with a checkpoint.
+    The decoder is measured in the precision of its weights, as the command `measure` does it with a checkpoint.
 
     Args:
         recorder: keeps what is found.
@@ -216,10 +216,10 @@ class MeasureCallback(ProbeCallback):
         self.name = name
 
     def measure(self, trainer: Trainer, pl_module: Any, decoder: Decoder) -> None:
-        """As above.
+        """Measure `decoder` and record it.
 
         Raises:
-            UserError: the decoder or the probe is none for this measure. After the first step that is a warning.
+            UserError: decoder or probe are none for this measure; once steps have been made, that is a warning.
         """
         model, batches = Layered(decoder, f"step {trainer.global_step}"), self.probe.split(pl_module.micro_batch_size)
         try:
@@ -237,7 +237,7 @@ class MeasureCallback(ProbeCallback):
 def worth_a_figure(step: int, every: int, max_steps: int) -> bool:
     """Whether a measurement is the first in one of `FIGURES` equal parts of the run, or its last one.
 
-    So there are at most `FIGURES` + 1 figures, 0.2 s and 30 kB each, however long the run and often it is measured.
+    So there are at most `FIGURES` + 1 figures, however long the run and however often it is measured.
 
     Args:
         step: of the measurement.
