@@ -63,6 +63,15 @@ def test_table_1_has_the_released_hyperparameters_and_the_published_cells(name):
     assert config.protocol == "paper"
 
 
+@pytest.mark.parametrize("word", ["trainer.measures.angular=50", "trainer.measures={angular: 50}"])
+def test_a_measure_is_added_to_those_of_the_experiment(tmp_path, word):
+    usual = compose().trainer.measures
+    config = compose([word, f"output={tmp_path}"])
+    assert config.trainer.measures == usual | {"angular": 50}
+    claim(config)
+    assert load(config.folder, ["trainer.measures.jacobian=0"]).trainer.measures == {"jacobian": 0, "angular": 50}
+
+
 def test_the_command_line_wins_over_the_experiment():
     config = compose(["experiments=table1_350m", "model=tiny", "optim.lr=0.01", "data=files", "data.files=x/*.gz"])
     assert config.model.hidden_size == 32
@@ -79,6 +88,7 @@ def test_the_run_folder_is_a_function_of_what_is_computed():
         "data.workers=2",
         "trainer.threads=1",
         "trainer.log_every=1",
+        "trainer.measures={angular: 50}",
     ):
         assert compose([same]).folder == base.folder, same
     for other in (
@@ -191,6 +201,10 @@ def test_a_strategy_of_ones_own_takes_its_options(tmp_path, monkeypatch):
         (["trainer=ddp"], ["data.batch_size=16", "x 2 rank(s) = 32"]),
         (["trainer.devices=2", "data.micro_batch_size=8"], ["trainer.strategy='auto'", "trainer=ddp"]),
         (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
+        (["trainer.measures.jacobain=9"], ["trainer.measures='jacobain'", "did you mean 'jacobian'"]),
+        (["trainer.measures={angular: -1}"], ["trainer.measures.angular=-1", "must not be negative"]),
+        (["trainer.measures.angular=often"], ["trainer.measures.angular=often", "Integer"]),
+        (["trainer.measures=9"], ["trainer.measures=9", "Dict"]),
         (["trainer.precision=fp8"], ["trainer.precision='fp8'", "bf16-mixed"]),
         (["eval.paper_batch=0"], ["eval.paper_batch=0", "at least 1"]),
         (["logger=wandb"], ["logger='wandb'", "known: none, tensorboard"]),

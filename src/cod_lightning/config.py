@@ -330,16 +330,16 @@ def value_problem(base: DictConfig, word: str) -> str | None:
     (override,) = OverridesParser.create().parse_overrides([word])
     node: Any = base
     parts = override.key_or_group.split(".")
-    if parts[0] in ("norm", "paper") and len(parts) > 1:
-        return None
     try:
         for depth, part in enumerate(parts):
+            if OmegaConf.get_type(node) is dict:
+                break  # a dictionary takes any key; what the keys mean is for the section's own check
             known = [str(key) for key in node] if isinstance(node, DictConfig) else []
             if part not in known:
                 where = ".".join(parts[: depth + 1])
                 return f"{where} is not a field: {nearest(part, known) if known else 'it has no fields'}"
             node = node[part]
-        OmegaConf.update(base.copy(), override.key_or_group, override.value())
+        OmegaConf.update(base.copy(), override.key_or_group, override.value(), force_add=True)
     except OmegaConfBaseException as error:
         return f"{word}: {first_line(error)}"
     return None

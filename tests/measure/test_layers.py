@@ -106,8 +106,8 @@ def test_the_variance_that_a_layer_norm_has_at_hand_is_that_of_the_stream(monkey
         specs[2] = replace(specs[2], entry_norm=True)
     model = build_decoder(config, specs, seed=0)
     tokens, passes = torch.randint(1, 31, (3, 10)), []
-    counted = layers.token_variance
-    monkeypatch.setattr(layers, "token_variance", lambda x, weight: passes.append(x) or counted(x, weight))
+    counted = layers.token_variances
+    monkeypatch.setattr(layers, "token_variances", lambda x: passes.append(x) or counted(x))
     streams = []
     model(tokens, tap=lambda what, layer, x: streams.append(x.detach()) if what == "residual" else None)
     found = layer_statistics(model, tokens, pad_id=tokens[0, 0].item())

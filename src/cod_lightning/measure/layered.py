@@ -67,6 +67,10 @@ class Layered:
     def depth(self) -> int:
         return len(self.blocks)
 
+    def spaced(self, count: int) -> list[int]:
+        """At most `count` layers, evenly from the first to the last."""
+        return sorted({1 + place * (self.depth - 1) // max(count - 1, 1) for place in range(count)})
+
     @property
     def hidden(self) -> int:
         return self.head_weight.shape[1]

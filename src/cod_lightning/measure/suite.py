@@ -14,7 +14,7 @@ from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.influence import block_influence, layer_importance, readout
 from cod_lightning.measure.jacobian import MeanJacobian, end_to_end_gain, jacobian, mean_jacobian
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.layers import token_variance
+from cod_lightning.measure.layers import token_variances
 from cod_lightning.measure.moments import moments
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.removal import (
@@ -64,8 +64,7 @@ def mean_jacobians(
     widest: int = WIDEST_MAP,
 ) -> MeanJacobian:
     """Of `layers`, or of five from the first to the last, as in Figure 5; the options are those of `mean_jacobian`."""
-    depth = model.depth
-    chosen = sorted({1, (depth + 3) // 4, (depth + 1) // 2, (3 * depth + 3) // 4, depth}) if layers is None else layers
+    chosen = model.spaced(5) if layers is None else layers
     return mean_jacobian(model, batches, chosen, pad_id, progress, tokens=tokens, seed=seed, widest=widest)
 
 
@@ -161,7 +160,7 @@ def embedding_variance(model: Layered, batches: Sequence[Tensor], pad_id: int | 
     for tokens, keep in walk(model, batches, pad_id):
         found: list[Tensor] = []
         model.logits(tokens, lambda what, layer, x, found=found: what == "embedding" and found.append(x))
-        total += float(token_variance(found[0], keep.float())) * int(keep.sum())
+        total += float(token_variances(found[0])[keep].sum())
         count += int(keep.sum())
     return total / count
 

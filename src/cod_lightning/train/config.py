@@ -16,6 +16,25 @@ COUNTS = ("val_tokens", "val_images")
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer inside a run folder."""
 
+MEASURES = (
+    "variance",
+    "jacobian",
+    "gain",
+    "jacobian_map",
+    "angular",
+    "removal",
+    "run_removal",
+    "swaps",
+    "linear_replacement",
+    "causal",
+    "influence",
+    "readout",
+    "importance",
+    "sparsity",
+    "theory",
+)
+"""The names of `measure.suite.MEASURES`, which imports torch."""
+
 
 def run_of(source: Path) -> Path:
     """The run folder that `init_from` names by itself or by a file in its `checkpoints/`."""
@@ -127,8 +146,10 @@ class TrainerConfig:
     """Steps between logged values."""
     stats_every: int = field(default=100, metadata=RUNTIME)
     """Steps between layer statistics; 0: none."""
+    measures: dict[str, int] = field(default_factory=lambda: {"jacobian": 1000}, metadata=RUNTIME)
+    """Steps between other measures of a decoder's layers, by name (`measure.suite.MEASURES`); 0: none."""
     probe_rows: int = field(default=8, metadata=RUNTIME)
-    """Validation rows that the layer statistics are measured on."""
+    """Validation rows that layer statistics and measures are taken on."""
     checkpoint_every: int = field(default=1000, metadata=RUNTIME)
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = field(default=2, metadata=RUNTIME)
@@ -152,4 +173,8 @@ class TrainerConfig:
             for n in ("threads", "stats_every")
             if getattr(self, n) < 0
         ]
+        for name, every in self.measures.items():
+            found += one_of("trainer.measures", name, MEASURES)
+            if every < 0:
+                found.append(f"trainer.measures.{name}={every} must not be negative")
         return found

@@ -76,8 +76,11 @@ class StepModule(LightningModule):
         """How many tokens rows have that are not padding, 0-dimensional."""
         raise NotImplementedError
 
-    def statistics(self, probe: Any) -> LayerStatistics:
-        """Every layer measured on the data's `probe_batch`."""
+    def statistics(self, network: Any, probe: Any) -> LayerStatistics:
+        """Every layer of `network`, which is this one's or a copy, measured on the data's `probe_batch`.
+
+        Every rank takes its share of the rows, and all find the statistics of the whole probe.
+        """
         raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
@@ -137,6 +140,12 @@ class StepModule(LightningModule):
     def sum_over_ranks(self, *values: Tensor) -> Tensor:
         stacked = torch.stack(values)
         return self.trainer.strategy.reduce(stacked, reduce_op="sum") if self.trainer.world_size > 1 else stacked
+
+    def share(self, rows: Tensor, filler: int) -> Tensor:
+        return share(rows, self.trainer.global_rank, self.trainer.world_size, filler)
+
+    def total(self, values: Tensor) -> Tensor:
+        return self.sum_over_ranks(values)[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         bad = [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]
@@ -205,8 +214,8 @@ class DecoderModule(StepModule):
     def count_tokens(self, rows: Tensor) -> Tensor:
         return (torch.ones_like(rows) if self.pad_id is None else rows != self.pad_id).sum()
 
-    def statistics(self, probe: Tensor) -> LayerStatistics:
-        return layer_statistics(self.decoder, probe, self.pad_id)
+    def statistics(self, network: Decoder, probe: Tensor) -> LayerStatistics:
+        return layer_statistics(network, self.share(probe, self.pad_id or 0), self.pad_id, total=self.total)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         rows, index = batch
@@ -222,3 +231,9 @@ class DecoderModule(StepModule):
         self.perplexity.reset()
         self.accuracy.reset()
         self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
+
+
+def share(rows: Tensor, rank: int, world_size: int, filler: int) -> Tensor:
+    """A rank's part of rows that all ranks have, or one row of `filler` where there are fewer rows than ranks."""
+    part = rows[rank::world_size]
+    return part if len(part) else torch.full_like(rows[:1], filler)

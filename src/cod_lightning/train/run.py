@@ -29,7 +29,13 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.callbacks import LayerStatisticsCallback, ProgressBar, Recorder, progress
+from cod_lightning.train.callbacks import (
+    LayerStatisticsCallback,
+    MeasureCallback,
+    ProgressBar,
+    Recorder,
+    progress,
+)
 from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
 from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.train.module import DecoderModule
@@ -76,10 +82,7 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         data, module = build(run)
         module.origin, module.initial = origin, weights
         recorder = Recorder(run.trainer.log_every)
-        callbacks: list[Callback] = [recorder]
-        if run.trainer.stats_every:
-            probe = data.probe_batch(run.trainer.probe_rows)
-            callbacks.append(LayerStatisticsCallback(recorder, probe, run.trainer.stats_every))
+        callbacks: list[Callback] = [recorder, *probes(run.trainer, data, recorder)]
         if run.trainer.progress:
             callbacks.append(progress(recorder, sys.stderr.isatty()))
         steps = Checkpoints(
@@ -116,6 +119,24 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         if trainer.is_global_zero:
             write_record(folder, record)
     return record
+
+
+def probes(settings: TrainerConfig, data: TokenDataModule | ImageDataModule, recorder: Recorder) -> list[Callback]:
+    """What measures the layers as they train; of images there are layer statistics alone.
+
+    Raises:
+        UserError: there are fewer validation rows than `probe_rows`.
+    """
+    measures = {name: every for name, every in settings.measures.items() if every}
+    if not settings.stats_every and not measures:
+        return []
+    probe = data.probe_batch(settings.probe_rows)
+    found: list[Callback] = []
+    if settings.stats_every:
+        found.append(LayerStatisticsCallback(recorder, probe, settings.stats_every))
+    if isinstance(probe, Tensor):
+        found += [MeasureCallback(recorder, probe, every, name) for name, every in measures.items()]
+    return found
 
 
 def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:

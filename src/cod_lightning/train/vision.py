@@ -56,8 +56,9 @@ class VisionModule(StepModule):
     def count_tokens(self, rows: Tensor) -> Tensor:
         return torch.tensor(len(rows) * (self.shape["image_size"] // self.shape["patch_size"]) ** 2, device=rows.device)
 
-    def statistics(self, probe: tuple[Tensor, Tensor]) -> LayerStatistics:
-        return image_statistics(self.vit, *probe)
+    def statistics(self, network: VisionTransformer, probe: tuple[Tensor, Tensor]) -> LayerStatistics:
+        images, labels = self.share(probe[0], 0), self.share(probe[1], IGNORE)
+        return image_statistics(network, images, labels, self.total)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         images, labels, index = batch
