@@ -248,8 +248,8 @@ def worth_a_figure(step: int, every: int, max_steps: int) -> bool:
 def whole(network: Any) -> Any:
     """The model that is trained, or, where its weights are sharded over ranks, a copy with all of them.
 
-    All ranks call this. A copy, because `fully_shard` gathers weights in hooks, which neither `torch.func` nor gradients
-    with respect to chosen parameters see through. It takes the memory of the weights once more for as long as it is
+    All ranks call this. A copy, because `fully_shard` gathers weights in hooks, which neither `torch.func` nor
+    gradients with respect to chosen parameters see through. It takes the memory of the weights once more for as long as it is
     measured.
     """
     state = network.state_dict()
@@ -305,7 +305,7 @@ SERIES: dict[str, Series] = {
     "swaps": columns("score"),
     "linear_replacement": columns("delta_loss"),
     "causal": columns("score"),
-    "influence": columns("influence"),
+    "influence": lambda result: {"influence": result.influence},
     "readout": columns("loss", "kl", "js"),
     "importance": columns("shapley", "leave_one_out"),
     "sparsity": columns("outlier_ratio", "owl", "alpha", "alpha_pruning"),
