@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cod_lightning.data.config import DataConfig
+from cod_lightning.data.config import DataConfig, ImageConfig, image_problems
 from cod_lightning.data.config import problems as data_problems
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.nn import strategies
@@ -43,6 +43,8 @@ class Config:
     """`paper`: as published; `mini` and `toy` keep what is compared and shrink the rest."""
     row: str | None = field(default=None, metadata=RUNTIME)
     """Which of the experiment's rows this is; None: the settings decide (see `row_of`)."""
+    task: str = "language"
+    """`language`, or `vision`: a Vision Transformer on `images` (Table 5) in the place of a decoder on `data`."""
     protocol: str = "strict"
     """`paper`, or `strict`: which of the two procedures the settings follow."""
     init_from: str | None = None
@@ -62,6 +64,7 @@ class Config:
     norm: dict[str, Any] = field(default_factory=dict)
     """`name` of the strategy, and its options."""
     data: DataConfig = field(default_factory=DataConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -101,10 +104,14 @@ class Config:
         ]
         if strange:
             return strange
-        found = [*self.model.problems(), *data_problems(data), *trainer.problems(), *self.eval.problems()]
+        found = [*self.model.problems(), *data_problems(data), *image_problems(self.images)]
+        found += [*trainer.problems(), *self.eval.problems()]
         found += self.optim.problems(trainer.max_steps)
         found += one_of("logger", self.logger, ("tensorboard", "none"))
         found += one_of("protocol", self.protocol, ("paper", "strict"))
+        found += one_of("task", self.task, ("language", "vision"))
+        if self.task == "vision" and self.init_from is not None:
+            found.append("init_from starts a decoder: leave it out, or task=vision")
         rows = data.micro_batch_size * trainer.world_size
         if min(data.batch_size, rows) > 0 and data.batch_size % rows:
             found.append(
@@ -156,6 +163,11 @@ def choices(group: str) -> list[str]:
 
 def groups() -> list[str]:
     return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
+
+
+def fields_and_groups() -> set[str]:
+    """What an override can begin with."""
+    return {*groups(), *(f.name for f in fields(Config))}
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -364,6 +376,8 @@ def plain(config: Config) -> dict[str, Any]:
 def identity(config: Config) -> dict[str, Any]:
     """What makes two runs the same: every field that is not marked as a matter of carrying the run out."""
     kept = marked(config)
+    if config.task == "vision":  # which reads nothing else of `data`
+        kept["data"] = {"batch_size": config.data.batch_size}
     if config.optim.weighting == "micro_batches":
         # A mean of means depends on what is in each.
         kept["data"]["micro_batch_size"] = config.data.micro_batch_size

@@ -111,3 +111,48 @@ def problems(config: DataConfig) -> list[str]:
     if not config.tokenizer:
         found.append("data.tokenizer is empty: bpe, a folder with tokenizer.json, or a name on the hub")
     return found
+
+
+@dataclass
+class ImageConfig:
+    """Where images come from and how they are cut into tokens, for `task=vision`.
+
+    Of `DataConfig` that task takes the batch sizes and `loader_workers`; a row is an image.
+    """
+
+    source: str = "drawn"
+    """`drawn` (small pictures of stripes and shapes that the package draws itself), or `folder`."""
+    folder: str | None = None
+    """`source=folder`: holds train/CLASS/ and val/CLASS/ with .jpg, .jpeg and .png files."""
+    classes: int | None = None
+    """`source=folder`: how many there must be, so that an incomplete copy is found; None: as many as there are."""
+    size: int = 32
+    """Side in pixels of what the model sees."""
+    patch_size: int = 8
+    """Side in pixels of a patch, which is one token."""
+    min_crop: float = 0.08
+    """Smallest share of an image that a training crop shows; 1: all of it."""
+
+    @property
+    def patches(self) -> int:
+        """Tokens of an image, without the class token."""
+        return (self.size // self.patch_size) ** 2
+
+
+IMAGE_SOURCES = ("drawn", "folder")
+
+
+def image_problems(config: ImageConfig) -> list[str]:
+    """Return what is wrong with the values of `config`, one line for each field, nothing when all is well."""
+    found = []
+    if config.source not in IMAGE_SOURCES:
+        found.append(f"images.source={config.source!r}: {nearest(str(config.source), IMAGE_SOURCES)}")
+    if config.source == "folder" and not config.folder:
+        found.append("images.folder is empty: images.source=folder needs one that holds train/CLASS/ and val/CLASS/")
+    if config.classes is not None and config.classes < 1:
+        found.append(f"images.classes={config.classes}: must be at least 1")
+    if config.patch_size < 1 or config.size < 1 or config.size % config.patch_size:
+        found.append(f"images.size={config.size}: must be a multiple of images.patch_size={config.patch_size}")
+    if not 0 < config.min_crop <= 1:
+        found.append(f"images.min_crop={config.min_crop}: must lie above 0 and not above 1")
+    return found

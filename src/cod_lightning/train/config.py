@@ -8,6 +8,11 @@ from pathlib import Path
 from cod_lightning.errors import nearest
 from cod_lightning.nn.config import RUNTIME
 
+FIGURES = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
+"""Figures of a validation and how they are printed; a task has some of them."""
+COUNTS = ("val_tokens", "val_images")
+"""What a validation was made on."""
+
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer inside a run folder."""
 

@@ -21,8 +21,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from cod_lightning.data.config import DataConfig
+from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
+from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
@@ -33,15 +34,18 @@ from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints
 from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import environment, write_record
+from cod_lightning.train.vision import VisionModule
 
 
 @dataclass(frozen=True)
 class Sections:
     """What a run is made of, section by section; `config` is all of it as plain data, for the record."""
 
+    task: str
     model: DecoderConfig
     norm: Mapping[str, Any]
     data: DataConfig
+    images: ImageConfig
     optim: OptimConfig
     evaluation: EvalConfig
     trainer: TrainerConfig
@@ -88,7 +92,8 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
             # What was logged past the checkpoint will be logged again.
             purge = int(found[-1].stem.removeprefix("step-")) + 1 if found else None
             trainer.logger = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=purge)
-        keep_tokenizer(data, folder)
+        if isinstance(data, TokenDataModule):
+            keep_tokenizer(data, folder)
         log_config(trainer, run.config)
         here = environment()
         trainer.fit(module, data, ckpt_path=found[-1] if found else None, weights_only=True)
@@ -97,7 +102,7 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         record = {
             **recorder.final(),
             "steps": run.trainer.max_steps,
-            "parameters": sum(p.numel() for p in module.decoder.parameters()),
+            "parameters": sum(p.numel() for p in module.network.parameters()),
             "precision": trainer.precision,
             "world_size": trainer.world_size,
             "seed": run.seed,
@@ -128,14 +133,32 @@ def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
-    """The data, prepared where it was not, and the module that fits it.
+def build(run: Sections) -> tuple[TokenDataModule, DecoderModule] | tuple[ImageDataModule, VisionModule]:
+    """The data, prepared where it was not, and the module that fits it, of the run's task.
 
     Raises:
         UserError: data that cannot be had, is damaged or fits other settings; a vocabulary smaller than it needs.
     """
     if run.trainer.threads:
         torch.set_num_threads(run.trainer.threads)
+    settings: dict[str, Any] = {
+        "norm": run.norm,
+        "optim": run.optim,
+        "seed": run.seed,
+        "max_steps": run.trainer.max_steps,
+        "micro_batch_size": run.data.micro_batch_size,
+    }
+    if run.task == "vision":
+        images = ImageDataModule(run.images, run.data, run.seed)
+        images.setup("fit")
+        return images, VisionModule(
+            run.model,
+            image_size=run.images.size,
+            patch_size=run.images.patch_size,
+            classes=len(images.classes),
+            val_images=images.val_count,
+            **settings,
+        )
     data = TokenDataModule(run.data, run.seed)
     data.prepare_data()
     data.setup("fit")
@@ -148,15 +171,11 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
         )
     module = DecoderModule(
         replace(run.model, vocab_size=vocab_size),
-        run.norm,
-        run.optim,
-        run.evaluation,
-        seed=run.seed,
-        max_steps=run.trainer.max_steps,
+        evaluation=run.evaluation,
         seq_len=run.data.seq_len,
-        micro_batch_size=run.data.micro_batch_size,
         pad_id=data.pad_id,
         val_rows=data.val_count,
+        **settings,
     )
     return data, module
 
@@ -213,7 +232,13 @@ def decoder_for(run: Sections, vocab_size: int) -> Decoder:
 
 
 def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, DocumentTokenizer]:
-    """The decoder of a checkpoint on the CPU, and the run's tokenizer; the data is not needed."""
+    """The decoder of a checkpoint on the CPU, and the run's tokenizer; the data is not needed.
+
+    Raises:
+        UserError: a checkpoint that cannot be read, or a run of images.
+    """
+    if run.task != "language":
+        raise UserError(f"{folder} is a run of task={run.task}: only fit and evaluate can read it")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     state = decoder_state(read_checkpoint(checkpoint))
     decoder = decoder_for(run, len(state["lm_head.weight"]))
@@ -313,6 +338,7 @@ def log_hyperparameters(trainer: Trainer, config: Mapping[str, Any], record: Map
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(chosen, metrics={"hp/val_loss": record["val_loss"]})
+            logger.experiment.flush()  # training, which flushes at its end, is over
 
 
 def write_imported(decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:
