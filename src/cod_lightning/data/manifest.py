@@ -24,6 +24,11 @@ def format_of(layout: str) -> int:
     return 2 if layout == "instructions" else 1
 
 
+def width_of(layout: str, seq_len: int) -> int:
+    """Numbers of a stored row: `seq_len` ids, behind which `instructions` have the length of the prompt."""
+    return seq_len + (layout == "instructions")
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One file of rows: `rows` rows in `bytes` bytes with this SHA-256."""
@@ -86,8 +91,7 @@ class Manifest:
 
     @property
     def width(self) -> int:
-        """Numbers of a stored row: `seq_len` ids, behind which `instructions` have the length of the prompt."""
-        return self.seq_len + (self.layout == "instructions")
+        return width_of(self.layout, self.seq_len)
 
     @property
     def fingerprint(self) -> str:

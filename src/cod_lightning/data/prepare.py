@@ -42,6 +42,7 @@ from cod_lightning.data.manifest import (
     damage,
     format_of,
     read_manifest,
+    width_of,
 )
 from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
@@ -223,8 +224,7 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        """As `Manifest.width`."""
-        return self.seq_len + (self.layout == "instructions")
+        return width_of(self.layout, self.seq_len)
 
     @property
     def dtype(self) -> np.dtype:

@@ -100,7 +100,7 @@ class TokenRows(Dataset):
         return list(self.read(np.asarray(rows)))
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """Return the rows numbered `rows` [n], in that order: int64 [n, width], as `Manifest.width` has it.
+        """Return the rows numbered `rows` [n], in that order: int64 [n, width], as `width_of` has it.
 
         Raises:
             IndexError: A number is negative or too large.
