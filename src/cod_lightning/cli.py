@@ -200,6 +200,8 @@ def sections(config: Config) -> Any:
         trainer=config.trainer,
         logger=config.logger,
         seed=config.seed,
+        init_from=config.init_from,
+        resume=config.resume,
         config=plain(config),
     )
 
@@ -240,7 +242,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     """
     from filelock import FileLock, Timeout
 
-    from cod_lightning.config import check_folder, claim
+    from cod_lightning.config import check_folder, check_source, claim
     from cod_lightning.nn.strategies import build_all, warnings
 
     folder = check_folder(config)
@@ -256,6 +258,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         if first:
             print("this run is finished; resume=false trains it anew", file=sys.stderr)
         return finished, folder
+    check_source(config)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         if first:
@@ -494,8 +497,7 @@ def generate(
 
 def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output: Path | None) -> int:
     models = [word for word in words if "=" not in word]
-    known = options_of_study(study)
-    options, overrides = measure_words([word for word in words if "=" in word], known, study)
+    options, overrides = measure_words([word for word in words if "=" in word], study)
     rows = options.pop("rows", rows)
     output = Path(options.pop("output")) if "output" in options else output
     at_least("rows", rows, 1)
@@ -503,15 +505,14 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
         return compare(models, options, overrides, checkpoint, rows, output)
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, {len(models)} are given; measure compare takes several")
+    from cod_lightning.nn.exchange import check_new
+    from cod_lightning.report.studies import carry_out, carry_out_prune
+
     if study == "prune":
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
-        from cod_lightning.nn.exchange import check_new
-
         check_new(output)
     subject = open_subject(models[0], overrides, checkpoint, rows)
-    from cod_lightning.report.studies import carry_out, carry_out_prune
-
     model = Path(models[0])
     folder = output or (model / "measure" if is_run(models[0]) else Path("measure") / model.name)
     if study == "prune":
@@ -522,27 +523,13 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
     return 0
 
 
-def options_of_study(study: str) -> dict[str, Any]:
-    """The options of a study's measures with their types; an unknown study is refused."""
-    from cod_lightning.measure.options import options_of
-    from cod_lightning.measure.prune import prune
-    from cod_lightning.measure.suite import measures_of, options_for
-
-    if study == "prune":
-        return options_of(prune)
-    if study == "compare":
-        from cod_lightning.report.compare import NEEDED
-
-        return options_for(NEEDED)
-    return options_for(measures_of(study))
-
-
-def measure_words(words: Sequence[str], known: dict[str, Any], study: str) -> tuple[dict[str, Any], list[str]]:
+def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], list[str]]:
     """The options among `key=value` words, and the rest: what a configuration could be asked for."""
     from cod_lightning.config import fields_and_groups
     from cod_lightning.measure.options import read_options
+    from cod_lightning.report.studies import options_of_study
 
-    known = {**known, "rows": int, "output": str}
+    known = {**options_of_study(study), "rows": int, "output": str}
     others = fields_and_groups() - known.keys()
 
     def is_option(word: str) -> bool:

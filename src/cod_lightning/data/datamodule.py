@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cod_lightning.data.config import DataConfig, problems
-from cod_lightning.data.manifest import Manifest
+from cod_lightning.data.manifest import Manifest, TokenizerRecord
 from cod_lightning.data.order import rows_of_step
-from cod_lightning.data.prepare import check_against, prepare, prepared_folder
+from cod_lightning.data.prepare import check_against, is_whole, prepare, prepared_folder
 from cod_lightning.data.stream import TokenRows, open_set
+from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 
 SCANNED_ROWS = 1024
@@ -223,14 +224,14 @@ class TokenDataModule(StepDataModule):
         return self._val_count
 
     def probe_batch(self, n: int) -> Tensor:
-        """Return the first `n` validation rows: int64 [n, seq_len].
+        """Return the tokens of the first `n` validation rows: int64 [n, seq_len].
 
         Raises:
             UserError: There are fewer.
         """
         if n > len(self.val_rows):
             raise UserError(f"a probe of {n} rows is asked for, but the set has {len(self.val_rows)} validation rows")
-        return self.val_rows.read(np.arange(n))
+        return self.val_rows.read(np.arange(n))[:, : self.manifest.seq_len]
 
 
 def _rows_within(rows: TokenRows, tokens: int, manifest: Manifest, pad_id: int) -> int:
@@ -240,7 +241,7 @@ def _rows_within(rows: TokenRows, tokens: int, manifest: Manifest, pad_id: int) 
         return tokens // manifest.seq_len
     used = count = 0
     while count < len(rows):
-        block = rows.read(np.arange(count, min(count + SCANNED_ROWS, len(rows))))
+        block = rows.read(np.arange(count, min(count + SCANNED_ROWS, len(rows))))[:, : manifest.seq_len]
         reached = used + (block != pad_id).sum(1).cumsum(0)
         fitting = int((reached <= tokens).sum())
         count += fitting
@@ -248,6 +249,18 @@ def _rows_within(rows: TokenRows, tokens: int, manifest: Manifest, pad_id: int) 
             break
         used = int(reached[-1])
     return count
+
+
+def tokenizer_of(config: DataConfig) -> TokenizerRecord | DocumentTokenizer:
+    """The tokenizer of the set that `config` names or describes, which may be prepared already or not.
+
+    Raises:
+        UserError: As `prepared_folder`, `open_set`, `load_tokenizer`.
+    """
+    source = config.folder or str(prepared_folder(config))
+    if config.folder is not None or is_whole(Path(source)):
+        return open_set(source)[0].tokenizer
+    return load_tokenizer(config.tokenizer)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -302,6 +315,6 @@ class NumberedRows(Dataset):
 
     def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int]]:
         index = np.array(numbers)
-        rows = torch.full((len(numbers), self.rows.seq_len), self.pad_id)
+        rows = torch.full((len(numbers), self.rows.width), self.pad_id)
         rows[torch.from_numpy(index >= 0)] = self.rows.read(index[index >= 0])
         return list(zip(rows, numbers, strict=True))

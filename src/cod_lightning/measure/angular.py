@@ -50,8 +50,8 @@ class AngularDistance:
     def plot(self) -> Figure:
         """Layers to the right, distances between them upwards, as in Figure 2."""
         made, (axes,) = figure(self.model)
-        label = "scaled for each n" if self.normalise == "released" else "over pi"
-        heat_map(axes, self.distances, "layer", "layers further on, n", f"angular distance, {label}")
+        label = "scaled for each n" if self.normalise == "released" else "angle / pi"
+        heat_map(axes, self.distances, "layer", "layers further on, n", f"angular distance ({label})")
         return made
 
 

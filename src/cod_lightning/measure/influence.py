@@ -57,7 +57,9 @@ class BlockInfluence:
     def plot(self) -> Figure:
         """Influence of each block, and the distance over every run with the best of each length marked."""
         made, (left, right) = figure(self.model, columns=2)
-        layer_lines(left, {"BI": self.influence}, "block influence, 1 - mean cosine", True, {"BI": self.error})
+        layer_lines(
+            left, {"BI": self.influence}, "block influence, 1 - mean cosine", log=True, errors={"BI": self.error}
+        )
         heat_map(right, self.distance, "first block", "number of blocks", "1 - mean cosine", log=True)
         firsts = [first for first, _ in self.best]
         right.plot(firsts, range(1, len(firsts) + 1), "wo", mec="black", ms=4, label="best run of its length")
@@ -131,8 +133,8 @@ class Readout:
     def plot(self) -> Figure:
         made, (left, right) = figure(self.model, columns=2)
         layer_lines(left, {"loss": self.loss}, "loss read from the layer (nats)")
-        lines = {"KL(final || layer)": self.kl, "Jensen-Shannon": self.js}
-        layer_lines(right, lines, "divergence from the last layer (nats)", log=True)  # the last has none
+        lines = {"KL(last || layer)": self.kl[:-1], "Jensen-Shannon": self.js[:-1]}
+        layer_lines(right, lines, "divergence from the last layer (nats)", log=True)
         legend(right)
         return made
 

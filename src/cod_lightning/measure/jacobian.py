@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.result import Mean, Progress, figure, grid, heat_map, layer_lines, legend
+from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
 from cod_lightning.measure.tokens import walk
 
 if TYPE_CHECKING:
@@ -156,13 +156,9 @@ class Gain:
 
     def plot(self) -> Figure:
         made, (axes,) = figure(self.model)
-        for values, errors, label in (
-            (self.spectral, self.spectral_error, r"$\|\partial y_l/\partial x_1\|_2$"),
-            (self.frobenius, self.frobenius_error, r"$\|\partial y_l/\partial x_1\|_F/\sqrt{nd}$"),
-        ):
-            axes.errorbar(self.layers, values, errors, marker="o", ms=3, lw=1.4, capsize=2, label=label)
-        axes.set(xlabel="layer l", ylabel="gain from the first block's input", yscale="log")
-        grid(axes)
+        two, f = r"$\|\partial y_l/\partial x_1\|_2$", r"$\|\partial y_l/\partial x_1\|_F/\sqrt{nd}$"
+        lines, errors = {two: self.spectral, f: self.frobenius}, {two: self.spectral_error, f: self.frobenius_error}
+        layer_lines(axes, lines, "gain from the first block's input", log=True, layers=self.layers, errors=errors)
         legend(axes)
         return made
 

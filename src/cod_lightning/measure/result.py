@@ -89,15 +89,18 @@ def layer_lines(
     series: Mapping[str, Sequence[float]],
     ylabel: str,
     log: bool = False,
+    layers: Sequence[int] | None = None,
     errors: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """One line for each of `series`, over the layers from 1, with bars for the standard errors of those that have some.
+    """One line for each of `series`, over `layers` or else the layers from 1, with bars for the errors that there are.
 
     On a logarithmic axis what is zero or negative has no place and is left out.
     """
     for name, values in series.items():
         error = (errors or {}).get(name)
-        axes.errorbar(range(1, len(values) + 1), values, error, marker="o", ms=3, lw=1.4, capsize=2, label=name)
+        places = layers or range(1, len(values) + 1)
+        shown = [value if value > 0 or not log else math.nan for value in values]
+        axes.errorbar(places, shown, error, marker="o", ms=3, lw=1.4, capsize=2, label=name)
     axes.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
     grid(axes)
 

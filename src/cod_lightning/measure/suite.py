@@ -82,12 +82,17 @@ def runs_of_blocks(
     return run_removal(model, batches, pad_id, progress, sizes=chosen if sizes is None else sizes)
 
 
-def measured_theory(model: Layered, batches: Batches, pad_id: int | None, progress: Progress) -> Theory:
-    """The paper's lemma and theorem, of Pre-LN or of LNS as the model is, over what is measured of it."""
+def measured_theory(
+    model: Layered, batches: Batches, pad_id: int | None, progress: Progress, *, lns: bool | None = None
+) -> Theory:
+    """The paper's lemma and theorem, of Pre-LN or of LNS, over what is measured of a model.
+
+    Whether it has LNS can be seen of ours; an exported model, which has it folded, needs `lns`.
+    """
     behind = moments(model, batches, pad_id).residual.variance
     return theory(
         [embedding_variance(model, batches, pad_id), *behind],
-        lns=scaled(model),
+        lns=scaled(model) if lns is None else lns,
         shapes=shapes(model, batches[0].shape[1]),
         gains=end_to_end_gain(model, [batches[0][:GAIN_ROWS]], pad_id, progress).spectral,
         model=model.name,

@@ -21,8 +21,8 @@ from cod_lightning.measure.layered import Layered, load_hf
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.prune import Export, prune
 from cod_lightning.measure.result import save
-from cod_lightning.measure.suite import MEASURES, WIDEST_MAP, measures_of
-from cod_lightning.nn.exchange import check_new, export, quiet
+from cod_lightning.measure.suite import MEASURES, WIDEST_MAP, measures_of, options_for
+from cod_lightning.nn.exchange import export, quiet
 from cod_lightning.report.compare import NEEDED, comparison_page
 from cod_lightning.report.terminal import result_table, show
 from cod_lightning.train.run import Sections, accelerator, load_run
@@ -39,6 +39,17 @@ class Subject:
     pad_id: int | None
     export: Export
     """Writes a model of this kind, with its tokenizer, for stock `transformers`."""
+
+
+def options_of_study(study: str) -> dict[str, Any]:
+    """The options that a study takes, with their types.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    if study == "prune":
+        return options_of(prune)
+    return options_for(NEEDED if study == "compare" else measures_of(study))
 
 
 def open_run(run: Sections, folder: Path, checkpoint: Path, rows: int) -> Subject:
@@ -95,7 +106,6 @@ def carry_out_prune(subject: Subject, options: Mapping[str, Any], folder: Path) 
     Raises:
         UserError: as `prune`.
     """
-    check_new(folder)
     result = with_progress("prune", prune, subject, options, folder=folder, export=subject.export)
     save(result, folder, "prune")
     report(subject, "prune", result)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens
+from cod_lightning.measure.answers import AnswerAccuracy
 from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer_statistics
 from cod_lightning.measure.perplexity import Perplexity
 from cod_lightning.nn.config import DecoderConfig
@@ -22,7 +23,7 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.config import EvalConfig, OptimConfig
-from cod_lightning.train.optim import build_optimizer
+from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
 
 
 class StepModule(LightningModule):
@@ -55,6 +56,10 @@ class StepModule(LightningModule):
         self.model_config, self.norm, self.optim = model, norm, optim
         self.seed, self.max_steps = seed, max_steps
         self.micro_batch_size = micro_batch_size
+        self.origin: dict[str, Any] | None = None
+        """The checkpoint whose weights the run started from, and its step."""
+        self.initial: Mapping[str, Tensor] | None = None
+        """Weights to start from, instead of drawn ones."""
         self.tokens = 0
         """Tokens read so far that are not padding, over all ranks."""
 
@@ -92,6 +97,8 @@ class StepModule(LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(schedule, LRScheduler)
         step = self.trainer.global_step + 1
+        resting = resting_blocks(step - 1, len(self.network.blocks), self.optim, self.seed)
+        idle = [self.network.blocks[index] for index in resting]
         rows, targets = self.rows_and_targets(batch)
         size = self.micro_batch_size
         micro_batches = list(zip(rows.split(size), targets.split(size), strict=True))
@@ -101,7 +108,7 @@ class StepModule(LightningModule):
         optimizer.zero_grad()
         for number, part in enumerate(micro_batches, start=1):
             waiting = number < len(micro_batches) and isinstance(strategy, ParallelStrategy)
-            with strategy.block_backward_sync() if waiting else nullcontext():
+            with frozen(idle), strategy.block_backward_sync() if waiting else nullcontext():
                 found = self.network(*part)
                 if self.optim.weighting == "tokens":
                     loss = found.total / max(count, 1)
@@ -139,17 +146,20 @@ class StepModule(LightningModule):
                 "is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
             )
         checkpoint["tokens"] = self.tokens
+        checkpoint["init_from"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens = checkpoint["tokens"]
+        self.origin = checkpoint.get("init_from")
 
 
 class DecoderModule(StepModule):
-    """Trains a decoder on rows of tokens [rows, length].
+    """Trains a decoder on rows of tokens, or of prompts with answers on the answers.
 
     Args:
         model: shape of the decoder, with `vocab_size` filled in.
         evaluation: what `ppl_paper_protocol` emulates.
+        seq_len: tokens of a row; a row of instructions has one more number, the length of its prompt.
         pad_id: padding token, None if rows have none.
         val_rows: number of validation rows over all ranks.
         settings: of `StepModule`.
@@ -158,23 +168,39 @@ class DecoderModule(StepModule):
     decoder: Decoder
 
     def __init__(
-        self, model: DecoderConfig, *, evaluation: EvalConfig, pad_id: int | None, val_rows: int, **settings: Any
+        self,
+        model: DecoderConfig,
+        *,
+        evaluation: EvalConfig,
+        seq_len: int,
+        pad_id: int | None,
+        val_rows: int,
+        **settings: Any,
     ):
         super().__init__(model, **settings)
-        self.pad_id = pad_id
+        self.seq_len, self.pad_id = seq_len, pad_id
         self.perplexity = Perplexity(val_rows, evaluation.paper_batch, evaluation.paper_ranks)
+        self.accuracy = AnswerAccuracy()
 
     def configure_model(self) -> None:
         if not hasattr(self, "decoder"):
             specs = build_all(self.norm, self.model_config.num_hidden_layers)
             self.decoder = build_decoder(self.model_config, specs, self.seed)
+            if self.initial is not None:
+                self.decoder.load_state_dict(self.initial)
+                self.initial = None
 
     @property
     def network(self) -> Decoder:
         return self.decoder
 
     def rows_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        return batch, next_tokens(batch, self.pad_id)
+        """The tokens of stored rows and what they are to predict, which a prompt has no part in: [rows, seq_len]."""
+        tokens = batch[:, : self.seq_len]
+        return tokens, next_tokens(tokens, self.pad_id, batch[:, self.seq_len] if self.has_prompts(batch) else None)
+
+    def has_prompts(self, batch: Tensor) -> bool:
+        return batch.shape[1] > self.seq_len
 
     def count_tokens(self, rows: Tensor) -> Tensor:
         return (torch.ones_like(rows) if self.pad_id is None else rows != self.pad_id).sum()
@@ -184,10 +210,15 @@ class DecoderModule(StepModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         rows, index = batch
-        found = self.decoder(rows, next_tokens(rows, self.pad_id))
+        found = self.decoder(*self.rows_and_targets(rows))
         self.perplexity.update(found.rows, found.counts, index)
+        if self.has_prompts(rows):
+            self.accuracy.update(found)
 
     def on_validation_epoch_end(self) -> None:
         figures = self.perplexity.compute()
+        if self.accuracy.update_called:
+            figures["accuracy"] = 100 * self.accuracy.compute()
         self.perplexity.reset()
+        self.accuracy.reset()
         self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
