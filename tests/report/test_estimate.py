@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -46,8 +46,13 @@ def shape(**changes) -> DecoderConfig:
     return DecoderConfig(**(settings | changes))
 
 
+@lru_cache
+def composed(*overrides):
+    return compose(overrides)
+
+
 def of(*overrides, **settings):
-    config = compose(overrides)
+    config = composed(*overrides)
     return estimate(config.model, config.norm, config.data, config.trainer, **settings)
 
 
@@ -138,10 +143,11 @@ def test_a_cpu_saves_what_is_estimated_with_layer_norm(norm):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are interpreted only where there is no GPU")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("norm", [NORMS[i] for i in (0, 1, 3, 5, 10, 12, 16, 17)], ids=lambda norm: str(norm))
-def test_the_kernels_of_a_gpu_save_what_is_estimated(norm, precision):
+@pytest.mark.parametrize("name", ["mix_ln", "peri_ln", "group_ln", "gpas admin", "layer_scale deep_norm"])
+def test_the_kernels_of_a_gpu_save_what_is_estimated(name, precision):
+    norm = dict(zip(("name", "base"), name.split(), strict=False))
     model = shape(norm_backend="triton", num_hidden_layers=2)
-    assert saved_as_estimated(model, norm, 1, 16, precision, cpu=False) == pytest.approx(1, abs=0.005)
+    assert saved_as_estimated(model, norm, 1, 8, precision, cpu=False) == pytest.approx(1, abs=0.005)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -239,7 +245,7 @@ def test_a_cell_of_table_1():
     assert found.download_bytes == pytest.approx(326.8e9 * found.documents / 364.87e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", choices("experiments"))
+@pytest.mark.parametrize("name", [name for name in choices("experiments") if not name.startswith("table5")])
 def test_every_experiment_fits_one_gpu(name):
     found = of(f"experiments={name}")
     assert 0 < found.memory.total < found.device_memory == 80e9
@@ -257,7 +263,7 @@ def test_packed_rows_take_as_many_documents_as_their_tokens_and_no_more_than_the
 
 
 def test_the_largest_micro_batch_fits_and_one_more_row_does_not():
-    config = compose(["experiments=table1_1b"])
+    config = composed("experiments=table1_1b")
     most = of("experiments=table1_1b").max_micro_batch_size
     sizes = [
         memory(config.model, build_all(config.norm, 24), rows=rows, length=256, precision="bf16-true").total
@@ -319,7 +325,7 @@ def test_a_vocabulary_that_only_the_tokenizer_knows_is_asked_for():
 
 
 def test_ranks_are_those_of_the_trainer_unless_given():
-    config = compose(["data.micro_batch_size=4"])
+    config = composed("data.micro_batch_size=4")
     trainer = TrainerConfig(devices=2, num_nodes=2, strategy="ddp")
     found = estimate(config.model, config.norm, config.data, trainer)
     assert (found.gpus, found.strategy) == (4, "ddp")
@@ -355,6 +361,11 @@ def test_json_has_an_entry_for_each_run_of_a_sweep(capsys):
         assert "hardware=" in entry["overrides"][-1]
 
 
+def test_a_smaller_scale_has_no_published_count_of_tokens(capsys):
+    assert main(["estimate", "experiments=table1_130m", "scale=mini,paper", "--json"]) == 0
+    assert [entry["published_tokens"] for entry in json.loads(capsys.readouterr().out)] == [None, 2.2e9]
+
+
 def test_several_runs_are_columns(capsys):
     assert main(["estimate", "norm=pre_ln,lns", "mfu=0.3"]) == 0
     shown = capsys.readouterr().out
@@ -371,6 +382,7 @@ def test_several_runs_are_columns(capsys):
         (["gpus=1.5"], "error: gpus='1.5' must be a whole number"),
         (["mfu=40"], "error: mfu=40.0 must lie in (0, 1]"),
         (["hardwear=h100"], "hardwear"),
+        (["experiments=table5_vit_s"], "task='vision' has no estimate"),
         (["norm=lms"], "lns"),
     ],
 )
