@@ -8,7 +8,7 @@ from cod_lightning.measure.result import save
 from cod_lightning.measure.suite import MEASURES, embedding_variance, measures_of, scaled, shapes
 
 
-@pytest.mark.parametrize("family", ["ours-lns", "gpt2", "olmo2"])
+@pytest.mark.parametrize("family", ["ours-lns", "gpt2", "olmo2", "qwen2_5_vl", "bert"])
 def test_every_measure_runs_and_is_saved(causal_lm, family, tmp_path):
     model = causal_lm(family)
     batches, calls = [torch.randint(3, 37, (2, 8)) for _ in range(2)], []

@@ -16,8 +16,8 @@ from cod_lightning.train.config import OptimConfig
 def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str) -> float:
     """Share of the peak rate that update number `update`, counted from 0, is made with.
 
-    Linear warm-up to 1 over `warmup` updates, then a cosine, or with `linear` a line, that reaches `floor` with the last
-    of `total` updates. With `cosine_released` every rate comes one update later, so that the first update has rate 0.
+    Linear warm-up to 1 over `warmup` updates, then a cosine, or a line, that reaches `floor` with the last of `total`
+    updates. With `cosine_released` every rate comes one update later, so that the first update has rate 0.
     """
     k = update if schedule == "cosine_released" else update + 1
     if k < warmup:
