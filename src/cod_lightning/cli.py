@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from cod_lightning.config import Config
@@ -39,6 +39,7 @@ Examples:
   reproduce table1_350m                                 # every row at the paper's size
   reproduce table1 table6 scale=toy seeds=3 -j 2        # a small stand-in, on two cores
   reproduce figure7 scale=toy seeds=3                   # the same runs, measured
+  reproduce table8 row=lns,before_ln scale=toy          # some rows alone
 """
 
 
@@ -106,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("study", help="variance, jacobian, angular, removal, influence, theory, all, or compare")
     measure.add_argument("words", nargs="+", metavar="model|key=value", help="run folder, model folder or hub name")
     measure.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    measure.add_argument(
+        "--only", metavar="NAME,...", help="of the study's measures these alone, such as angular,removal"
+    )
     measure.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
     measure.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
 
@@ -452,8 +456,9 @@ def generate(
     return 0
 
 
-def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output: Path | None) -> int:
+def measure(study: str, words: Sequence[str], checkpoint: str, only: str | None, rows: int, output: Path | None) -> int:
     at_least("rows", rows, 1)
+    chosen = only.split(",") if only else []
     models = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
     if study == "compare":
@@ -462,12 +467,12 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
         raise UserError(f"measure {study} takes one model, {len(models)} are given; measure compare takes several")
     from cod_lightning.measure.suite import measures_of
 
-    measures_of(study, hidden=0)  # an unknown study is refused before anything is loaded
+    measures_of(study, 0, chosen)  # what is unknown is refused before anything is loaded
     layered, batches, pad_id = subject(models[0], overrides, checkpoint, rows)
     folder = output or (Path(models[0]) / "measure" if is_run(models[0]) else Path("measure") / layered.name)
     from cod_lightning.report.terminal import result_table, show
 
-    for name in measures_of(study, layered.hidden):
+    for name in measures_of(study, layered.hidden, chosen):
         result = measured(name, layered, batches, pad_id, folder)
         show(result_table(f"{layered.name}: {name}", result.rows(), 4 * layered.depth))
     print(folder)
@@ -564,40 +569,43 @@ def compare(models: Sequence[str], overrides: Sequence[str], checkpoint: str, ro
 
 
 def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
-    from cod_lightning.experiments import RESULTS, keep, kept, named, rows
+    from cod_lightning.experiments import MEASURED, RESULTS, Task, keep, named, outstanding, rows
 
     at_least("jobs", jobs, 1)
-    chosen = dict(word.split("=", 1) for word in words if word.startswith(("scale=", "seeds=")))
-    overrides = [word for word in words if "=" in word and not word.startswith(("scale=", "seeds="))]
-    if not chosen.get("seeds", "1").isdecimal() or int(chosen.get("seeds", "1")) < 1:
-        raise UserError(f"seeds={chosen['seeds']} must be a number of seeds, at least 1")
-    seeds = range(1, int(chosen.get("seeds", "1")) + 1)
-    results = results or RESULTS
-    asked = list(rows(named([w for w in words if "=" not in w]), chosen.get("scale", "paper"), overrides))
-    found = kept(results)
-    wanted: dict[str, tuple[list[str], Config, set[str]]] = {}
-    for seed in seeds:
-        for row in asked:
-            config = row.run(seed)
-            done = found.get(config.id)
-            measures = {m for m in row.config.paper.get("measures", ()) if not (done and (done / f"{m}.json").exists())}
-            if done is None or measures:
-                told = [*row.words, f"seed={seed}", f"name={config.name}"]
-                wanted.setdefault(config.id, (told, config, set()))[2].update(measures)
+    own = {"scale": "paper", "seeds": "1", "row": ""}
+    own |= dict(word.split("=", 1) for word in words if word.partition("=")[0] in own)
+    overrides = [word for word in words if "=" in word and word.partition("=")[0] not in own]
+    if not own["seeds"].isdecimal() or int(own["seeds"]) < 1:
+        raise UserError(f"seeds={own['seeds']} must be a number of seeds, at least 1")
+    asked = list(rows(named([word for word in words if "=" not in word]), own["scale"], overrides))
+    if own["row"]:
+        known = dict.fromkeys(row.name for row in asked)
+        wanted = own["row"].split(",")
+        if wrong := next((name for name in wanted if name not in known), None):
+            raise UserError(f"row={wrong!r} is not a row: {nearest(wrong, known)}")
+        asked = [row for row in asked if row.name in wanted]
+    seeds = range(1, int(own["seeds"]) + 1)
+    target = results or RESULTS
+    tasks = outstanding(asked, seeds, target)
 
-    def carry_out_one(item: tuple[list[str], Config, set[str]]) -> int:
-        told, config, measures = item
-        status = run_marked(["fit", *told], config.label, jobs)
-        for name in sorted(measures) if status == 0 else ():
-            command = ["measure", name, str(config.folder), f"--rows={MEASURED_ROWS}"]
-            status = status or run_marked(command, config.label, jobs)
-        if status == 0:
-            keep(config.folder, results, measures)
+    def carry_out_one(task: Task) -> int:
+        model, status = task.row.subject or str(task.folder), 0
+        if task.row.subject is None:
+            status = run_marked(["fit", *task.words], task.label, jobs)
+            if status == 0:
+                keep(task.folder, target)
+        if status == 0 and task.measures:
+            command = ["measure", "all", model, f"--only={','.join(sorted(task.measures))}", f"--rows={MEASURED_ROWS}"]
+            if task.row.subject is not None:
+                command += [f"--output={task.folder / MEASURED}", *task.row.words]
+            status = run_marked(command, task.label, jobs)
+            if status == 0:
+                keep(task.folder, target, task.measures)
         return status
 
-    print(f"{len(wanted)} runs to carry out, {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
+    print(f"{len(tasks)} to carry out, of {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = list(pool.map(carry_out_one, wanted.values()))
+        statuses = list(pool.map(carry_out_one, tasks))
     return max(statuses, key=abs, default=0)
 
 
@@ -614,16 +622,32 @@ def experiments() -> int:
         config = compose([f"experiments={name}"])
         model, data = config.model, config.data
         positions = config.trainer.max_steps * data.batch_size * data.seq_len
-        published = {name: row.get("published") for name, row in config.paper.get("rows", {}).items()}
+        claims = config.paper.get("rows", {})
+        published = [f"{name} {figure}" for name, row in claims.items() for figure in figures_of(row.get("published"))]
         rows.append(
             {
                 "experiment": name,
                 "reproduces": config.description,
                 "model": f"{model.num_hidden_layers} x {model.hidden_size}",
                 "parameters": f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M",
-                "token positions": f"{positions / 1e9:.2f}B" if positions >= 1e8 else f"{positions / 1e6:.2f}M",
-                "published": "\n".join(f"{norm} {value:.2f}" for norm, value in published.items()) or "none",
+                "token positions": "none, measured"
+                if any("subject" in row for row in claims.values())
+                else f"{positions / 1e9:.2f}B"
+                if positions >= 1e8
+                else f"{positions / 1e6:.2f}M",
+                "published": "\n".join(published) or "none",
             }
         )
     show(experiments_table(rows))
     return 0
+
+
+def figures_of(published: float | dict[str, float] | None) -> list[str]:
+    """Published figures of a row: one number, several by name, of which the average stands for all, or none."""
+    if published is None:
+        return []
+    if not isinstance(published, dict):
+        return [f"{published:.2f}"]
+    return [
+        f"{name} {value:.2f}" for name, value in published.items() if "average" not in published or name == "average"
+    ]

@@ -75,23 +75,22 @@ MEASURES: dict[str, tuple[str, Measure]] = {
 """Study and function of each measure. The costly ones take the first batch alone."""
 
 WIDEST_MAP = 256
-"""Up to this hidden size the Jacobians are taken whole, with one backward pass for each of their rows."""
+"""Up to this hidden size a study takes Jacobians whole, with one backward pass for each of their rows."""
 
 
-def measures_of(study: str, hidden: int) -> list[str]:
-    """The names of the measures of a study, or of `all`, for a model of this hidden size.
+def measures_of(study: str, hidden: int, only: Sequence[str] = ()) -> list[str]:
+    """The names of the measures of a study, or of `all`, for a model of this hidden size; or `only` some by name.
 
     Raises:
-        UserError: there is no such study.
+        UserError: there is no such study, or it has no such measure.
     """
     studies = list(dict.fromkeys(of for of, _ in MEASURES.values()))
     if study != "all" and study not in studies:
         raise UserError(f"{study!r} is not a study: {nearest(study, [*studies, 'all', 'compare'])}")
-    return [
-        name
-        for name, (of, _) in MEASURES.items()
-        if study in (of, "all") and (name != "jacobian_map" or hidden <= WIDEST_MAP)
-    ]
+    names = [name for name, (of, _) in MEASURES.items() if study in (of, "all")]
+    if wrong := next((name for name in only if name not in names), None):
+        raise UserError(f"--only: {wrong!r} is not a measure of {study}: {nearest(wrong, names)}")
+    return [name for name in names if name in only or (not only and (name != "jacobian_map" or hidden <= WIDEST_MAP))]
 
 
 @torch.no_grad()
