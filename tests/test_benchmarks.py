@@ -17,6 +17,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("norm.py", "--rows 8 --widths 64 --seconds 0", ["nn.RMSNorm", "inductor", "add_norm"]),
         ("loss.py", "--tokens 64 --vocabulary 100 --seconds 0", ["ours", "all logits"]),
         ("train_step.py", "--rows 1 --length 8 --seconds 0", ["torch norms, compiled", "transformers"]),
+        (
+            "estimate.py",
+            "--models tiny --rows 2 --length 16 --vocabulary 300 --seconds 0",
+            ["tiny", "post_ln", "32-true"],
+        ),
         ("prepare.py", "--characters 400000 --vocab-size 300 --workers 1 --repeats 1", ["prepare / raw, 1"]),
     ],
 )
@@ -25,6 +30,7 @@ def test_benchmarks_run(script, words, shown):
         "norm.py",
         "loss.py",
         "train_step.py",
+        "estimate.py",
         "prepare.py",
         "kernel_resources.py",  # in tests/kernels
     }

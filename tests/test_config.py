@@ -125,7 +125,7 @@ def test_a_strategy_of_ones_own_takes_its_options(tmp_path, monkeypatch):
         (["experiments=table1_350"], ["experiments='table1_350'", "did you mean 'table1_350m'"]),
         (["norm=mixln"], ["norm='mixln'", "did you mean 'mix_ln'"]),
         (["model=llama_2b"], ["model='llama_2b'", "llama_1b"]),
-        (["data=wiki"], ["data='wiki'", "known: c4, docs, files"]),
+        (["data=wiki"], ["data='wiki'", "known: c4, commonsense170k, docs"]),
         (["protocol=papr"], ["protocol='papr'", "did you mean 'paper'"]),
         (["optim.lrr=1"], ["optim.lrr is not a field", "did you mean 'lr'"]),
         (["optimm.lr=1"], ["optimm is not a field", "did you mean 'optim'"]),

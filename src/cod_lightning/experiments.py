@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.config import Config, choices, compose, from_plain, parse, with_row
+import yaml
+
+from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, with_row
 from cod_lightning.errors import UserError, nearest
+from cod_lightning.report.claims import Experiment, Run
+from cod_lightning.report.claims import Row as ReportedRow
 
 RECORD = "record.json"
 MEASURED = "measure"
@@ -157,3 +162,104 @@ def keep(folder: Path, results: Path, measures: Iterable[str] = ()) -> None:
         partial.replace(target / RECORD)
     for name in measures:
         shutil.copyfile(folder / MEASURED / f"{name}.json", target / f"{name}.json")
+
+
+# For the report --------------------------------------------------------------------------------------------------------
+
+
+def with_rows() -> list[str]:
+    """Every experiment that has rows to reproduce."""
+    files = {name: config_folder() / "experiments" / f"{name}.yaml" for name in choices("experiments")}
+    return [name for name, path in files.items() if yaml.safe_load(path.read_text()).get("paper", {}).get("rows")]
+
+
+def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
+    """What the paper prints of some rows, beside all results that are kept of them.
+
+    Raises:
+        UserError: a result cannot be read.
+    """
+    found = {run: (folder, read(folder / RECORD)) for run, folder in kept(results).items()}
+    seeds = sorted({record["seed"] for _, record in found.values()})
+    return [
+        experiment(list(group), found, seeds)
+        for _, group in groupby(asked, key=lambda row: (row.experiment, row.config.scale))
+    ]
+
+
+def experiment(asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]) -> Experiment:
+    """The rows of one experiment at one scale as the report takes them.
+
+    Args:
+        asked: the rows.
+        found: folders and records by the id of the run.
+        seeds: of any of them.
+    """
+    first = asked[0]
+    published = compose([f"experiments={first.experiment}"])
+    paper = first.config.paper
+    return Experiment(
+        name=first.experiment,
+        scale=first.config.scale,
+        target=paper.get("target", first.experiment),
+        column=str(paper.get("column", "")),
+        size=published.model.num_parameters(published.data.vocab_size),
+        setting=setting(first.config),
+        paper=paper,
+        rows=tuple(reported(row, found, seeds) for row in asked),
+    )
+
+
+def reported(row: Row, found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]) -> ReportedRow:
+    figures = row.claim.get("published")
+    runs = [(seed, found[run]) for seed in seeds if (run := row.run(seed).id) in found]
+    return ReportedRow(
+        name=row.name,
+        label=row.claim.get("label", row.name),
+        published={}
+        if figures is None
+        else dict(figures)
+        if isinstance(figures, Mapping)
+        else {row.config.paper.get("metric", "ppl"): figures},
+        note=row.claim.get("note"),
+        computes=row.run(0).id,
+        runs=tuple(
+            Run(
+                seed,
+                record,
+                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path.name != RECORD},
+            )
+            for seed, (folder, record) in runs
+        ),
+        gpu_hours=None,
+    )
+
+
+def setting(config: Config) -> str:
+    """Shape, text and tokens of a run, in words."""
+    model, data, steps = config.model, config.data, config.trainer.max_steps
+    rows = data.batch_size * data.seq_len
+    return (
+        f"{model.num_hidden_layers} blocks of width {model.hidden_size}, "
+        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; {data.source}, rows of {data.seq_len} tokens; "
+        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all; protocol={config.protocol}"
+    )
+
+
+def amount(tokens: float) -> str:
+    return f"{tokens / 1e9:.2f}B" if tokens >= 1e8 else f"{tokens / 1e6:.2f}M"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file of the results.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no result; remove it")
+    return found

@@ -24,11 +24,11 @@ def test_studies_are_parts_of_all():
     assert measures_of("removal", 16) == ["removal", "run_removal", "swaps", "linear_replacement", "causal"]
     assert measures_of("all", 16) == list(MEASURES)
     assert "jacobian_map" not in measures_of("all", 4096)
-    assert measures_of("all", 4096, ["jacobian_map", "angular"]) == ["jacobian_map", "angular"]
+    assert measures_of("all", 4096, only=["jacobian_map", "angular"]) == ["jacobian_map", "angular"]
     with pytest.raises(UserError, match="'varianc' is not a study: did you mean 'variance'"):
         measures_of("varianc", 16)
     with pytest.raises(UserError, match="'removl' is not a measure of removal: did you mean 'removal'"):
-        measures_of("removal", 16, ["removl"])
+        measures_of("removal", only=["removl"])
 
 
 def test_what_the_theory_is_fed_with(causal_lm):

@@ -128,6 +128,10 @@ EQUATIONS = {
     "scaled_init on lns": ({"base": "lns"}, lambda x, f, g, b, i: pre(x, f, g, b, 1 / math.sqrt(i))),
     "gpas": ({}, lambda x, f, g, b, i: gpas_after(x, f, g, b)),
     "gpas on lns": ({"base": "lns"}, lambda x, f, g, b, i: gpas_after(x, f, g, b, 1 / math.sqrt(i))),
+    "gpas on mix_ln": (
+        {"base": "mix_ln"},
+        lambda x, f, g, b, i: gpas_before(x, f, g, b, 1) if i <= L / 4 else gpas_after(x, f, g, b),
+    ),
     "gpas on deep_norm": ({"base": "deep_norm"}, lambda x, f, g, b, i: gpas_before(x, f, g, b, (2 * L) ** 0.25)),
 }
 

@@ -1,4 +1,4 @@
-"""Per-layer statistics of a decoder on a fixed batch of tokens: one forward pass, and one backward pass for gradients.
+"""Per-layer statistics of a model on a fixed batch: one forward pass, and one backward pass for gradients.
 
 The paper does not define its "output variance"; this is the definition that its authors' later code uses: the unbiased
 variance over the hidden dimension for each token, averaged over the tokens.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,8 +64,21 @@ def layer_statistics(
         pad_id: tokens that do not count.
         gradients: also run the backward pass.
     """
-    depth = decoder.config.num_hidden_layers
     weight = torch.ones_like(tokens, dtype=torch.float32) if pad_id is None else (tokens != pad_id).float()
+    return statistics_of(decoder, tokens, next_tokens(tokens, pad_id), weight, gradients)
+
+
+def image_statistics(vit: VisionTransformer, images: Tensor, labels: Tensor) -> LayerStatistics:
+    """`layer_statistics` on images [rows, 3, size, size]; of their tokens all but the class token count."""
+    weight = torch.ones(len(images), len(vit.embedding.positions), device=images.device)
+    weight[:, 0] = 0
+    return statistics_of(vit, images, labels, weight)
+
+
+def statistics_of(
+    model: Decoder | VisionTransformer, rows: Tensor, targets: Tensor, weight: Tensor, gradients: bool = True
+) -> LayerStatistics:
+    """`layer_statistics` on `rows` and their `targets`; a token with weight 0, of [rows, length], does not count."""
     variances: dict[str, list[Tensor]] = {"residual": [], "attention": [], "ffn": []}
     unread: list[Tensor] = []
     """The output of the last block, until it is known whether the norm that reads it has its variance at hand."""
@@ -80,10 +94,10 @@ def layer_statistics(
         elif what in variances:
             variances[what].append(token_variance(x, weight))
 
-    blocks = [[p for p in block.parameters() if p.requires_grad] for block in decoder.blocks]
+    blocks = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
     norms: list[float] = []
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
-        loss = decoder(tokens, next_tokens(tokens, pad_id), tap)
+        loss = model(rows, targets, tap)
         if unread:
             variances["residual"].append(token_variance(unread.pop(), weight))
         if gradients:
@@ -91,13 +105,13 @@ def layer_statistics(
             grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))
             squares = [sum(next(grads).float().square().sum() for _ in block) for block in blocks]
             norms = torch.stack([torch.as_tensor(square) for square in squares]).sqrt().tolist()
-    assert all(len(values) == depth for values in variances.values())
+    assert all(len(values) == len(blocks) for values in variances.values())
     return LayerStatistics(
         **{what: torch.stack(values).tolist() for what, values in variances.items()}, gradient_norm=norms
     )
 
 
-def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:
+def first_bad_layer(model: Decoder | VisionTransformer, rows: Tensor, targets: Tensor) -> str | None:
     """Where a forward pass first leaves the finite numbers, such as "layer 3 attention"; None if it does not."""
     bad: list[str] = []
 
@@ -106,8 +120,9 @@ def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:
             bad.append("embedding" if layer == 0 else f"layer {layer} {what}")
 
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        loss = decoder(tokens, next_tokens(tokens), tap)
-    return bad[0] if bad else None if torch.isfinite(loss.total) else "lm_head"
+        loss = model(rows, targets, tap)
+    head = [name for name, _ in model.named_children()][-1]
+    return bad[0] if bad else None if torch.isfinite(loss.total) else head
 
 
 def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> Figure:

@@ -107,3 +107,13 @@ class DecoderConfig:
         norm = d if self.norm_affine else 0
         block = attention + 3 * d * self.intermediate_size + 2 * norm
         return self.num_hidden_layers * block + norm + vocab * d * (1 if self.tie_word_embeddings else 2)
+
+
+def num_vit_parameters(config: DecoderConfig, image_size: int, patch_size: int, classes: int) -> int:
+    """`DecoderConfig.num_parameters` of a `VisionTransformer`."""
+    d, kv, ffn = config.hidden_size, config.key_value_heads * config.head_dim, config.intermediate_size
+    attention = 2 * d * d + 2 * d * kv + d + (d + 2 * kv if config.qkv_bias else 0)
+    mlp = 2 * d * ffn + ffn + d
+    norm = d if config.norm_affine else 0
+    embedding = 3 * patch_size**2 * d + 2 * d + (1 + (image_size // patch_size) ** 2) * d
+    return embedding + config.num_hidden_layers * (attention + mlp + 2 * norm) + norm + (d + 1) * classes

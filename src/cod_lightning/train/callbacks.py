@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.progress import BarColumn
 from torch import Tensor
 
-from cod_lightning.measure.layers import layer_statistics, plot_variance
+from cod_lightning.measure.layers import plot_variance
+from cod_lightning.train.config import COUNTS, FIGURES
 
 History = dict[str, dict[str, list[Any]]]
 """Series by kind (`train`, `val`, `layers`); each holds equally long lists, `step` among them."""
@@ -82,8 +83,8 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.history.get("val", {}).get("step", [None])[-1] == trainer.global_step:
             return
-        names = ("val_loss", "ppl", "ppl_paper_protocol", "val_tokens")
-        self.add(trainer, "val", **{name: float(trainer.callback_metrics[name]) for name in names})
+        found = trainer.callback_metrics
+        self.add(trainer, "val", **{name: float(found[name]) for name in (*FIGURES, *COUNTS) if name in found})
 
     def final(self) -> dict[str, Any]:
         """The last validation's figures, tokens and speed."""
@@ -91,7 +92,7 @@ class Recorder(Callback):
         tokens = int(self.history["train"]["tokens"][-1])
         return {
             **last,
-            "val_tokens": int(last["val_tokens"]),
+            **{name: int(last[name]) for name in COUNTS if name in last},
             "train_loss": self.history["train"]["loss"][-1],
             "tokens": tokens,
             "tokens_per_second": tokens / self.train_seconds,
@@ -104,11 +105,11 @@ class LayerStatisticsCallback(Callback):
 
     Args:
         recorder: keeps the series `layers`.
-        probe: tokens [rows, length].
+        probe: rows, as `module.statistics` takes them.
         every: steps between measurements.
     """
 
-    def __init__(self, recorder: Recorder, probe: Tensor, every: int):
+    def __init__(self, recorder: Recorder, probe: Any, every: int):
         self.recorder, self.probe, self.every = recorder, probe, every
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,7 +124,7 @@ class LayerStatisticsCallback(Callback):
 
     def measure(self, trainer: Trainer, pl_module: Any) -> None:
         with trainer.precision_plugin.forward_context():
-            found = layer_statistics(pl_module.decoder, self.probe.to(pl_module.device), pl_module.pad_id)
+            found = pl_module.statistics(pl_module.transfer_batch_to_device(self.probe, pl_module.device, 0))
         self.recorder.add(
             trainer,
             "layers",
@@ -164,11 +165,8 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         figures = trainer.callback_metrics
-        self.say(
-            trainer,
-            f"step {trainer.global_step:>6}/{trainer.max_steps}  val_loss {figures['val_loss']:.4f}  "
-            f"ppl {figures['ppl']:.2f}  ppl_paper_protocol {figures['ppl_paper_protocol']:.2f}",
-        )
+        words = [f"{name} {figures[name]:{form}}" for name, form in FIGURES.items() if name in figures]
+        self.say(trainer, "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *words]))
 
 
 class ProgressBar(RichProgressBar):

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cod_lightning.errors import nearest
 from cod_lightning.nn.config import RUNTIME
+
+FIGURES = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
+"""Figures of a validation and how they are printed; a task has some of them."""
+COUNTS = ("val_tokens", "val_images")
+"""What a validation was made on."""
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer inside a run folder."""
+
+
+def run_of(source: Path) -> Path:
+    """The run folder that `init_from` names by itself or by a file in its `checkpoints/`."""
+    return source.parent.parent if source.suffix == ".ckpt" else source
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:
@@ -35,6 +49,10 @@ class OptimConfig:
     """`cosine`; `cosine_released`, one update behind it: the released code's first update has rate 0; or `linear`."""
     weighting: str = "tokens"
     """`tokens`: every target of a step counts the same; `micro_batches`: the mean of micro-batch means (paper)."""
+    lisa_layers: int = 0
+    """LISA (Pan et al., 2024): train only so many blocks at a time, besides embeddings, head and final norm; 0: all."""
+    lisa_interval: int = 3
+    """Steps between draws of these blocks."""
 
     def warmup(self, max_steps: int) -> int:
         """Warm-up in steps."""
@@ -64,6 +82,10 @@ class OptimConfig:
                 f"optim.{name}={getattr(self, name)} warms up for {self.warmup(max_steps)} steps, "
                 f"but trainer.max_steps={max_steps}: it must end before the run does"
             )
+        if self.lisa_layers < 0:
+            found.append(f"optim.lisa_layers={self.lisa_layers} must not be negative")
+        if self.lisa_interval < 1:
+            found.append(f"optim.lisa_interval={self.lisa_interval} must be at least 1")
         return found
 
 

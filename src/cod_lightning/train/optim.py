@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from cod_lightning.nn.init import seed_of
 from cod_lightning.train.config import OptimConfig
 
 
@@ -50,3 +53,27 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
         schedule=config.schedule,
     )
     return optimizer, LambdaLR(optimizer, multiplier)
+
+
+def resting_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list[int]:
+    """The blocks, counted from 0, that step number `step`, counted from 0, leaves alone: a function of seed and step.
+
+    LISA (Pan et al., 2024): every `lisa_interval` steps `lisa_layers` of `depth` blocks are drawn, the others rest.
+    """
+    if not config.lisa_layers:
+        return []
+    generator = torch.Generator().manual_seed(seed_of(seed, f"lisa {step // config.lisa_interval}"))
+    return sorted(torch.randperm(depth, generator=generator)[config.lisa_layers :].tolist())
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Parameters of `modules` get no gradient meanwhile, so that an optimizer leaves them and their moments alone."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

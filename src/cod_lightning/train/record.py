@@ -17,7 +17,7 @@ import cod_lightning
 from cod_lightning.errors import UserError
 
 RECORD = "record.json"
-PACKAGES = ("torch", "lightning", "torchmetrics", "litdata", "tokenizers", "triton", "numpy")
+PACKAGES = ("torch", "lightning", "torchmetrics", "litdata", "tokenizers", "triton", "numpy", "pillow")
 
 
 def environment() -> dict[str, Any]:
