@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from cod_lightning.config import Config
@@ -32,6 +32,7 @@ measures, all other key=value overrides, which choose the text and its rows:
   measure variance runs/quickstart/lns-seed1-...
   measure angular meta-llama/Llama-2-7b-hf tokens=262144 rows=2048 data=files 'data.files=texts/*.json.gz'
   measure jacobian runs/quickstart/lns-seed1-... probes=32 layers=1,12,24
+  measure all runs/quickstart/lns-seed1-... only=angular,swaps
   measure compare runs/quickstart/pre_ln-seed1-... runs/quickstart/lns-seed1-...
 
 prune writes a model that stock transformers loads, without some blocks or weights, and its loss before and after:
@@ -58,6 +59,7 @@ Examples:
   reproduce table1_350m                                 # every row at the paper's size
   reproduce table1 table6 scale=toy seeds=3 -j 2        # a small stand-in, on two cores
   reproduce figure7 scale=toy seeds=3                   # the same runs, measured
+  reproduce table8 row=lns,before_ln scale=toy          # some rows alone
 """
 
 
@@ -505,6 +507,7 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
         return compare(models, options, overrides, checkpoint, rows, output)
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, {len(models)} are given; measure compare takes several")
+    from cod_lightning.measure.suite import measures_of
     from cod_lightning.nn.exchange import check_new
     from cod_lightning.report.studies import carry_out, carry_out_prune
 
@@ -512,6 +515,8 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
         check_new(output)
+    elif "only" in options:
+        measures_of(study, only=options["only"])  # what is unknown is refused before anything is loaded
     subject = open_subject(models[0], overrides, checkpoint, rows)
     model = Path(models[0])
     folder = output or (model / "measure" if is_run(models[0]) else Path("measure") / model.name)
@@ -530,6 +535,7 @@ def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
     from cod_lightning.report.studies import options_of_study
 
     known = {**options_of_study(study), "rows": int, "output": str}
+    known |= {} if study in ("compare", "prune") else {"only": Sequence[str]}
     others = fields_and_groups() - known.keys()
 
     def is_option(word: str) -> bool:
@@ -641,40 +647,43 @@ def estimate_settings(words: Sequence[str]) -> dict[str, Any]:
 
 
 def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
-    from cod_lightning.experiments import RESULTS, keep, kept, named, rows
+    from cod_lightning.experiments import MEASURED, RESULTS, Task, keep, named, outstanding, rows
 
     at_least("jobs", jobs, 1)
-    chosen = dict(word.split("=", 1) for word in words if word.startswith(("scale=", "seeds=")))
-    overrides = [word for word in words if "=" in word and not word.startswith(("scale=", "seeds="))]
-    if not chosen.get("seeds", "1").isdecimal() or int(chosen.get("seeds", "1")) < 1:
-        raise UserError(f"seeds={chosen['seeds']} must be a number of seeds, at least 1")
-    seeds = range(1, int(chosen.get("seeds", "1")) + 1)
-    results = results or RESULTS
-    asked = list(rows(named([w for w in words if "=" not in w]), chosen.get("scale", "paper"), overrides))
-    found = kept(results)
-    wanted: dict[str, tuple[list[str], Config, set[str]]] = {}
-    for seed in seeds:
-        for row in asked:
-            config = row.run(seed)
-            done = found.get(config.id)
-            measures = {m for m in row.config.paper.get("measures", ()) if not (done and (done / f"{m}.json").exists())}
-            if done is None or measures:
-                told = [*row.words, f"seed={seed}", f"name={config.name}"]
-                wanted.setdefault(config.id, (told, config, set()))[2].update(measures)
+    own = {"scale": "paper", "seeds": "1", "row": ""}
+    own |= dict(word.split("=", 1) for word in words if word.partition("=")[0] in own)
+    overrides = [word for word in words if "=" in word and word.partition("=")[0] not in own]
+    if not own["seeds"].isdecimal() or int(own["seeds"]) < 1:
+        raise UserError(f"seeds={own['seeds']} must be a number of seeds, at least 1")
+    asked = list(rows(named([word for word in words if "=" not in word]), own["scale"], overrides))
+    if own["row"]:
+        known = dict.fromkeys(row.name for row in asked)
+        wanted = own["row"].split(",")
+        if wrong := next((name for name in wanted if name not in known), None):
+            raise UserError(f"row={wrong!r} is not a row: {nearest(wrong, known)}")
+        asked = [row for row in asked if row.name in wanted]
+    seeds = range(1, int(own["seeds"]) + 1)
+    target = results or RESULTS
+    tasks = outstanding(asked, seeds, target)
 
-    def carry_out_one(item: tuple[list[str], Config, set[str]]) -> int:
-        told, config, measures = item
-        status = run_marked(["fit", *told], config.label, jobs)
-        for name in sorted(measures) if status == 0 else ():
-            command = ["measure", name, str(config.folder), f"--rows={MEASURED_ROWS}"]
-            status = status or run_marked(command, config.label, jobs)
-        if status == 0:
-            keep(config.folder, results, measures)
+    def carry_out_one(task: Task) -> int:
+        model, status = task.row.subject or str(task.folder), 0
+        if task.row.subject is None:
+            status = run_marked(["fit", *task.words], task.label, jobs)
+            if status == 0:
+                keep(task.folder, target)
+        if status == 0 and task.measures:
+            command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
+            if task.row.subject is not None:
+                command += [f"output={task.folder / MEASURED}", *task.row.words]
+            status = run_marked(command, task.label, jobs)
+            if status == 0:
+                keep(task.folder, target, task.measures)
         return status
 
-    print(f"{len(wanted)} runs to carry out, {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
+    print(f"{len(tasks)} to carry out, of {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = list(pool.map(carry_out_one, wanted.values()))
+        statuses = list(pool.map(carry_out_one, tasks))
     return max(statuses, key=abs, default=0)
 
 
@@ -697,16 +706,32 @@ def experiments() -> int:
         else:
             length, parameters = data.seq_len, model.num_parameters(data.vocab_size)
         positions = config.trainer.max_steps * data.batch_size * length
-        published = {name: row.get("published") for name, row in config.paper.get("rows", {}).items()}
+        claims = config.paper.get("rows", {})
+        published = [f"{name} {figure}" for name, row in claims.items() for figure in figures_of(row.get("published"))]
         rows.append(
             {
                 "experiment": name,
                 "reproduces": config.description,
                 "model": f"{model.num_hidden_layers} x {model.hidden_size}",
                 "parameters": f"{parameters / 1e6:,.1f}M",
-                "token positions": f"{positions / 1e9:.2f}B" if positions >= 1e8 else f"{positions / 1e6:.2f}M",
-                "published": "\n".join(f"{norm} {value:.2f}" for norm, value in published.items()) or "none",
+                "token positions": "none, measured"
+                if any("subject" in row for row in claims.values())
+                else f"{positions / 1e9:.2f}B"
+                if positions >= 1e8
+                else f"{positions / 1e6:.2f}M",
+                "published": "\n".join(published) or "none",
             }
         )
     show(experiments_table(rows))
     return 0
+
+
+def figures_of(published: float | dict[str, float] | None) -> list[str]:
+    """Published figures of a row: one number, several by name, of which the average stands for all, or none."""
+    if published is None:
+        return []
+    if not isinstance(published, dict):
+        return [f"{published:.2f}"]
+    return [
+        f"{name} {value:.2f}" for name, value in published.items() if "average" not in published or name == "average"
+    ]

@@ -12,12 +12,14 @@ from typing import Any
 
 import yaml
 
-from cod_lightning.config import Config, choices, compose, config_folder, from_plain, with_row
+from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, with_row
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.report.claims import Experiment, Run
 from cod_lightning.report.claims import Row as ReportedRow
 
 RECORD = "record.json"
+MEASURED = "measure"
+"""Where inside its folder the measures of a run are written."""
 RESULTS = Path("experiments/results")
 """Where results are kept, from the top of a checkout: {scale}/{label of the run}/record.json, and what was measured."""
 
@@ -36,6 +38,11 @@ class Row:
     def claim(self) -> dict[str, Any]:
         """What the experiment's file says of it: `label`, `published`, `note`."""
         return self.config.paper["rows"][self.name]
+
+    @property
+    def subject(self) -> str | None:
+        """The public model that is measured in the place of a run; at the smaller scales a run stands in for it."""
+        return self.claim.get("subject") if self.config.scale == "paper" else None
 
     def run(self, seed: int) -> Config:
         """The configuration of one of its runs, kept under its label whatever experiment asked for it first."""
@@ -64,8 +71,11 @@ def rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) 
     """Every row of some experiments.
 
     Raises:
-        UserError: as `compose`; an experiment without rows.
+        UserError: as `compose`; an experiment without rows; overrides that choose what the rows choose.
     """
+    for override in parse(overrides):
+        if override.key_or_group in ("norm", "row", "seed", "name"):
+            raise UserError(f"{override.input_line}: every row of an experiment has its own {override.key_or_group}")
     for name in experiments:
         words = (f"experiments={name}", f"scale={scale}", *overrides)
         base = compose(words)
@@ -73,6 +83,51 @@ def rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) 
             raise UserError(f"{name} has no rows to reproduce: train it with fit experiments={name}")
         for row in base.paper["rows"]:
             yield Row(name, row, (*words, f"row={row}"), with_row(base, row, overrides))
+
+
+@dataclass
+class Task:
+    """What is left to do for one run, or for a public model that is measured."""
+
+    row: Row
+    """The first that asked for it."""
+    config: Config
+    """Of the run; of no effect for a public model."""
+    words: tuple[str, ...]
+    """What the command line says to train it."""
+    measures: set[str]
+    """What is to be measured of it, by the names of `measure.suite.MEASURES`."""
+
+    @property
+    def label(self) -> str:
+        return Path(self.row.subject).name if self.row.subject else self.config.label
+
+    @property
+    def folder(self) -> Path:
+        """Where it is carried out."""
+        config = self.config
+        return Path(config.output, config.scale, self.label) if self.row.subject else config.folder
+
+
+def outstanding(asked: Sequence[Row], seeds: Iterable[int], results: Path) -> list[Task]:
+    """What is not among the results yet, whatever rows ask for it.
+
+    Raises:
+        UserError: as `kept`.
+    """
+    found = kept(results)
+    tasks: dict[str, Task] = {}
+    for seed in seeds:
+        for row in asked:
+            config = row.run(seed)
+            key = row.subject or config.id
+            task = tasks.get(key) or Task(row, config, (*row.words, f"seed={seed}", f"name={config.name}"), set())
+            folder = found.get(key) if row.subject is None else results / config.scale / task.label
+            wanted = row.config.paper.get("measures", ())
+            missing = {name for name in wanted if folder is None or not (folder / f"{name}.json").is_file()}
+            if folder is None or missing:
+                tasks.setdefault(key, task).measures.update(missing)
+    return list(tasks.values())
 
 
 def kept(results: Path) -> dict[str, Path]:
@@ -91,16 +146,22 @@ def config_of(record: Path) -> dict[str, Any]:
         raise UserError(f"{record}: not a run record ({type(error).__name__}: {error}); remove it") from error
 
 
-def keep(run: Path, results: Path, measures: Iterable[str] = ()) -> Path:
-    """Copy a run's record, in one line, and what was measured of it into the results; returns the folder there."""
-    target = results / run.parent.name / run.name
+def keep(folder: Path, results: Path, measures: Iterable[str] = ()) -> None:
+    """Copy a run's record, in one line, where it has one, and what was measured into the results.
+
+    Args:
+        folder: of the run, or of a public model, below one that is called like the scale.
+        results: its folder there is called the same.
+        measures: by name.
+    """
+    target = results / folder.parent.name / folder.name
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f".{RECORD}.partial"
-    partial.write_text(json.dumps(json.loads((run / RECORD).read_text()), separators=(",", ":")) + "\n")
-    partial.replace(target / RECORD)
+    if (record := folder / RECORD).is_file():
+        partial = target / f".{RECORD}.partial"
+        partial.write_text(json.dumps(json.loads(record.read_text()), separators=(",", ":")) + "\n")
+        partial.replace(target / RECORD)
     for name in measures:
-        shutil.copyfile(run / "measure" / f"{name}.json", target / f"{name}.json")
-    return target
+        shutil.copyfile(folder / MEASURED / f"{name}.json", target / f"{name}.json")
 
 
 # For the report --------------------------------------------------------------------------------------------------------

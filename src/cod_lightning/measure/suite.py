@@ -118,25 +118,25 @@ MEASURES: dict[str, tuple[str, Measure]] = {
 """Study and function of each measure. The costly ones take the first batch alone."""
 
 
-def measures_of(study: str, hidden: int = 0, widest: int = WIDEST_MAP) -> list[str]:
+def measures_of(study: str, hidden: int = 0, widest: int = WIDEST_MAP, only: Sequence[str] = ()) -> list[str]:
     """The names of the measures of a study, or of `all`, for a model of this hidden size.
 
     Args:
         study: its name.
         hidden: the model's.
         widest: up to which Jacobians are taken whole.
+        only: of these measures no others, and these whatever the size.
 
     Raises:
-        UserError: there is no such study.
+        UserError: there is no such study, or it has no such measure.
     """
     studies = list(dict.fromkeys(of for of, _ in MEASURES.values()))
     if study != "all" and study not in studies:
         raise UserError(f"{study!r} is not a study: {nearest(study, [*studies, 'all', 'compare', 'prune'])}")
-    return [
-        name
-        for name, (of, _) in MEASURES.items()
-        if study in (of, "all") and (name != "jacobian_map" or hidden <= widest)
-    ]
+    names = [name for name, (of, _) in MEASURES.items() if study in (of, "all")]
+    if wrong := next((name for name in only if name not in names), None):
+        raise UserError(f"only={wrong!r} is not a measure of {study}: {nearest(wrong, names)}")
+    return [name for name in names if name in only or (not only and (name != "jacobian_map" or hidden <= widest))]
 
 
 def options_for(names: Iterable[str]) -> dict[str, Any]:

@@ -34,6 +34,12 @@ class DecoderConfig:
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2.5)."""
     tie_word_embeddings: bool = False
+    init: str = "normal"
+    """`normal`: every linear weight starts with standard deviation `init_std`, the embeddings with `embedding_std`;
+    `fan_in`: with 1/sqrt(inputs), the embeddings with 1/sqrt(hidden_size). A strategy's own factor comes on top: with
+    norm=ds_init `fan_in` is OLMo's scaled initialisation ("mitchell")."""
+    init_cutoff: float | None = None
+    """Initial draws end at so many standard deviations of the normal distribution (OLMo: 3); None: nowhere."""
     init_std: float = 0.02
     """Standard deviation of every linear weight at initialisation, before a strategy's own factor."""
     embedding_std: float = 0.02
@@ -50,7 +56,11 @@ class DecoderConfig:
     def problems(self) -> list[str]:
         """Every reason why no decoder can be built from this, each naming its field."""
         found = []
-        positive = [f.name for f in fields(self) if f.type.startswith("int")] + ["norm_eps", "rope_theta"]
+        positive = [f.name for f in fields(self) if f.type.startswith("int")] + [
+            "norm_eps",
+            "rope_theta",
+            "init_cutoff",
+        ]
         for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -60,6 +70,8 @@ class DecoderConfig:
                 found.append(f"model.{name}={getattr(self, name)} must not be negative")
         if self.norm not in ("rms", "layer"):
             found.append(f"model.norm={self.norm!r} is not a norm; known: layer, rms")
+        if self.init not in ("normal", "fan_in"):
+            found.append(f"model.init={self.init!r} is not an initialisation; known: fan_in, normal")
         if self.norm_backend not in ("auto", "torch", "triton"):
             found.append(f"model.norm_backend={self.norm_backend!r} is not a backend; known: auto, torch, triton")
         if found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, Norm, Residual
@@ -33,14 +33,15 @@ def build_decoder(config: DecoderConfig, specs: list[BlockSpec], seed: int, devi
 def initialise(decoder: Decoder, seed: int) -> None:
     """Set every parameter of `decoder` in place.
 
-    A weight is its standard deviation times standard-normal numbers that depend on `seed` and on its name alone, so
-    that two strategies compared under one seed start from the same draws.
+    A weight is its standard deviation times standard-normal numbers that depend on `seed` and on its name alone (and on
+    `init_cutoff`), so that two strategies compared under one seed start from the same draws.
     """
     decoder.tie()
-    std = decoder.config.init_std
-    draw_(decoder, "model.embed_tokens.weight", decoder.config.embedding_std, seed)
-    if not decoder.config.tie_word_embeddings:
-        draw_(decoder, "lm_head.weight", std, seed)
+    config = decoder.config
+    std = base_std(config, config.hidden_size, config.embedding_std)
+    draw_(decoder, "model.embed_tokens.weight", std, seed)
+    if not config.tie_word_embeddings:
+        draw_(decoder, "lm_head.weight", base_std(config, config.hidden_size, config.init_std), seed)
     initialise_blocks(decoder, "model.layers", seed)
     shape, vocabulary = (PROFILE_ROWS, PROFILE_LENGTH), decoder.model.embed_tokens.num_embeddings
     profile_skips(decoder, torch.randint(vocabulary, shape, generator=profile_generator(seed), device="cpu"))
@@ -82,7 +83,6 @@ def initialise_vit(vit: VisionTransformer, seed: int) -> None:
 
 def initialise_blocks(model: Decoder | VisionTransformer, prefix: str, seed: int) -> None:
     """Set the parameters of all blocks, named from `prefix` on, and of the final norm."""
-    std = model.config.init_std
     for index, block in enumerate(model.blocks):
         for part, sublayer, spec in (
             ("self_attn", block.self_attn, block.spec.attention),
@@ -93,7 +93,7 @@ def initialise_blocks(model: Decoder | VisionTransformer, prefix: str, seed: int
                     weight.zero_()
                 else:
                     full_name = f"{prefix}.{index}.{part}.{name}"
-                    draw_(model, full_name, projection_std(weight, name, spec, std), seed)
+                    draw_(model, full_name, projection_std(weight, name, spec, model.config), seed)
         if block.gate is not None:
             block.gate.zero_()
     for module in model.modules():
@@ -106,21 +106,31 @@ def initialise_blocks(model: Decoder | VisionTransformer, prefix: str, seed: int
                 module.skip.fill_(module.spec.skip)
 
 
-def projection_std(weight: Tensor, name: str, spec: SublayerSpec, std: float) -> float:
+def base_std(config: DecoderConfig, inputs: int, std: float) -> float:
+    """Standard deviation before a strategy's factor of a weight that has `inputs` inputs, or else `std`."""
+    return inputs**-0.5 if config.init == "fan_in" else std
+
+
+def projection_std(weight: Tensor, name: str, spec: SublayerSpec, config: DecoderConfig) -> float:
     """Standard deviation of a projection's weight under a strategy; `name` is such as "o_proj.weight"."""
     name = name.removesuffix(".weight")
     fan_out, fan_in = weight.shape
     if spec.xavier is not None:
         gain = 1.0 if name in ("q_proj", "k_proj") else spec.xavier
         return gain * (2 / (fan_in + fan_out)) ** 0.5
+    std = base_std(config, fan_in, config.init_std)
     return std * spec.output_init if name in ("o_proj", "down_proj") else std
 
 
-def draw_(model: nn.Module, name: str, std: float, seed: int) -> None:
+def draw_(model: Decoder | VisionTransformer, name: str, std: float, seed: int) -> None:
     parameter = model.get_parameter(name)
     generator = torch.Generator().manual_seed(seed_of(seed, name))
     # Named, because Lightning makes the accelerator and its precision the defaults while a model is built.
-    normal = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
+    normal = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
+    if (cutoff := model.config.init_cutoff) is None:
+        normal.normal_(generator=generator)
+    else:
+        torch.nn.init.trunc_normal_(normal, a=-cutoff, b=cutoff, generator=generator)
     parameter.copy_(normal * std)
 
 

@@ -41,7 +41,8 @@ def figures(record: Record, config: Record) -> dict[str, str]:
     shown = {name: f"{record[name]:{form}}" for name, form in FIGURES.items() if name in record}
     published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
-        shown["published (full size and tokens)"] = f"{published:.2f}"
+        several = published if isinstance(published, Mapping) else {"": published}
+        shown |= {f"{name} published (full size and tokens)".strip(): f"{value:.2f}" for name, value in several.items()}
     return shown | {
         "steps": f"{record['steps']:,}",
         "tokens": f"{record['tokens']:,}",

@@ -63,9 +63,9 @@ class OptimConfig:
     warmup_steps: int | None = None
     """Instead of `warmup_ratio`."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at this share of `lr`."""
+    """The schedule ends at this share of `lr`."""
     schedule: str = "cosine"
-    """`cosine`, or `cosine_released`, one update behind it: the released code's first update has rate 0."""
+    """`cosine`; `cosine_released`, one update behind it: the released code's first update has rate 0; or `linear`."""
     weighting: str = "tokens"
     """`tokens`: every target of a step counts the same; `micro_batches`: the mean of micro-batch means (paper)."""
     lisa_layers: int = 0
@@ -79,7 +79,7 @@ class OptimConfig:
 
     def problems(self, max_steps: int) -> list[str]:
         found = one_of("optim.name", self.name, ("adam", "adamw"))
-        found += one_of("optim.schedule", self.schedule, ("cosine", "cosine_released"))
+        found += one_of("optim.schedule", self.schedule, ("cosine", "cosine_released", "linear"))
         found += one_of("optim.weighting", self.weighting, ("tokens", "micro_batches"))
         if not self.lr > 0:
             found.append(f"optim.lr={self.lr} must be positive")

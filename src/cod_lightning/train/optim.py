@@ -16,16 +16,18 @@ from cod_lightning.nn.init import seed_of
 from cod_lightning.train.config import OptimConfig
 
 
-def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, released: bool) -> float:
+def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str) -> float:
     """Share of the peak rate that update number `update`, counted from 0, is made with.
 
-    Linear warm-up to 1 over `warmup` updates, then a cosine that reaches `floor` with the last of `total` updates.
-    With `released` every rate comes one update later, so that the first update has rate 0.
+    Linear warm-up to 1 over `warmup` updates, then a cosine, or a line, that reaches `floor` with the last of `total`
+    updates. With `cosine_released` every rate comes one update later, so that the first update has rate 0.
     """
-    k = update if released else update + 1
+    k = update if schedule == "cosine_released" else update + 1
     if k < warmup:
         return k / warmup
     progress = min((k - warmup) / max(total - warmup, 1), 1.0)
+    if schedule == "linear":
+        return floor + (1 - floor) * (1 - progress)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -48,7 +50,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
         warmup=config.warmup(max_steps),
         total=max_steps,
         floor=config.min_lr_ratio,
-        released=config.schedule == "cosine_released",
+        schedule=config.schedule,
     )
     return optimizer, LambdaLR(optimizer, multiplier)
 
