@@ -17,7 +17,8 @@ from cod_lightning.errors import UserError, nearest
 from cod_lightning.report.claims import Experiment, Run
 from cod_lightning.report.claims import Row as ReportedRow
 
-RECORD = "record.json"
+RECORD, FAILURE = "record.json", "failed.json"
+"""What a run leaves in its folder: its record, or why there is none."""
 RESULTS = Path("experiments/results")
 """Where results are kept, from the top of a checkout: {scale}/{label of the run}/record.json, and what was measured."""
 
@@ -76,12 +77,18 @@ def rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) 
 
 
 def kept(results: Path) -> dict[str, Path]:
-    """The folders of all results below a folder, by the id of the run.
+    """The folders of all results below a folder, by the id of the run; of runs that diverged too.
 
     Raises:
         UserError: a record cannot be read.
     """
-    return {from_plain(config_of(path), path).id: path.parent for path in sorted(results.glob(f"*/*/{RECORD}"))}
+    paths = [path for name in (FAILURE, RECORD) for path in sorted(results.glob(f"*/*/{name}"))]
+    return {from_plain(config_of(path), path).id: path.parent for path in paths}
+
+
+def outcome(folder: Path) -> Path:
+    """The file that says how a run ended."""
+    return folder / (RECORD if (folder / RECORD).exists() else FAILURE)
 
 
 def config_of(record: Path) -> dict[str, Any]:
@@ -92,18 +99,19 @@ def config_of(record: Path) -> dict[str, Any]:
 
 
 def keep(run: Path, results: Path, measures: Iterable[str] = ()) -> Path:
-    """Copy a run's record, in one line, and what was measured of it into the results; returns the folder there."""
+    """Copy how a run ended, in one line, and what was measured of it into the results; returns the folder there."""
     target = results / run.parent.name / run.name
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f".{RECORD}.partial"
-    partial.write_text(json.dumps(json.loads((run / RECORD).read_text()), separators=(",", ":")) + "\n")
-    partial.replace(target / RECORD)
+    ended = outcome(run)
+    partial = target / f".{ended.name}.partial"
+    partial.write_text(json.dumps(json.loads(ended.read_text()), separators=(",", ":")) + "\n")
+    partial.replace(target / ended.name)
     for name in measures:
         shutil.copyfile(run / "measure" / f"{name}.json", target / f"{name}.json")
     return target
 
 
-# For the report --------------------------------------------------------------------------------------------------------
+# For the report ------------------------------------------------------------------------------------------------------
 
 
 def with_rows() -> list[str]:
@@ -118,7 +126,7 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     Raises:
         UserError: a result cannot be read.
     """
-    found = {run: (folder, read(folder / RECORD)) for run, folder in kept(results).items()}
+    found = {run: (folder, read(outcome(folder))) for run, folder in kept(results).items()}
     seeds = sorted({record["seed"] for _, record in found.values()})
     return [
         experiment(list(group), found, seeds)
@@ -126,7 +134,9 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     ]
 
 
-def experiment(asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]) -> Experiment:
+def experiment(
+    asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]
+) -> Experiment:
     """The rows of one experiment at one scale as the report takes them.
 
     Args:
@@ -143,6 +153,7 @@ def experiment(asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, A
         target=paper.get("target", first.experiment),
         column=str(paper.get("column", "")),
         size=published.model.num_parameters(published.data.vocab_size),
+        title=first.config.description,
         setting=setting(first.config),
         paper=paper,
         rows=tuple(reported(row, found, seeds) for row in asked),
@@ -166,7 +177,7 @@ def reported(row: Row, found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: 
             Run(
                 seed,
                 record,
-                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path.name != RECORD},
+                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path != outcome(folder)},
             )
             for seed, (folder, record) in runs
         ),
@@ -180,8 +191,9 @@ def setting(config: Config) -> str:
     rows = data.batch_size * data.seq_len
     return (
         f"{model.num_hidden_layers} blocks of width {model.hidden_size}, "
-        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; {data.source}, rows of {data.seq_len} tokens; "
-        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all; protocol={config.protocol}"
+        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; "
+        f"{data.source}, rows of {data.seq_len} tokens, protocol={config.protocol}; "
+        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all"
     )
 
 
