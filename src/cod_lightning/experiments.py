@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,8 @@ from cod_lightning.errors import UserError, nearest
 from cod_lightning.report.claims import Experiment, Run
 from cod_lightning.report.claims import Row as ReportedRow
 
-RECORD = "record.json"
+RECORD, FAILURE = "record.json", "failed.json"
+"""What a run leaves in its folder: its record, or why there is none."""
 MEASURED = "measure"
 """Where inside its folder the measures of a run are written."""
 RESULTS = Path("experiments/results")
@@ -123,6 +124,8 @@ def outstanding(asked: Sequence[Row], seeds: Iterable[int], results: Path) -> li
             key = row.subject or config.id
             task = tasks.get(key) or Task(row, config, (*row.words, f"seed={seed}", f"name={config.name}"), set())
             folder = found.get(key) if row.subject is None else results / config.scale / task.label
+            if folder is not None and (folder / FAILURE).is_file():
+                continue  # the same configuration would diverge again
             wanted = row.config.paper.get("measures", ())
             missing = {name for name in wanted if folder is None or not (folder / f"{name}.json").is_file()}
             if folder is None or missing:
@@ -131,12 +134,18 @@ def outstanding(asked: Sequence[Row], seeds: Iterable[int], results: Path) -> li
 
 
 def kept(results: Path) -> dict[str, Path]:
-    """The folders of all results below a folder, by the id of the run.
+    """The folders of all results below a folder, by the id of the run; of runs that diverged too.
 
     Raises:
         UserError: a record cannot be read.
     """
-    return {from_plain(config_of(path), path).id: path.parent for path in sorted(results.glob(f"*/*/{RECORD}"))}
+    paths = [path for name in (FAILURE, RECORD) for path in sorted(results.glob(f"*/*/{name}"))]
+    return {from_plain(config_of(path), path).id: path.parent for path in paths}
+
+
+def outcome(folder: Path) -> Path:
+    """The file that says how a run ended."""
+    return folder / (RECORD if (folder / RECORD).exists() else FAILURE)
 
 
 def config_of(record: Path) -> dict[str, Any]:
@@ -146,8 +155,8 @@ def config_of(record: Path) -> dict[str, Any]:
         raise UserError(f"{record}: not a run record ({type(error).__name__}: {error}); remove it") from error
 
 
-def keep(folder: Path, results: Path, measures: Iterable[str] = ()) -> None:
-    """Copy a run's record, in one line, where it has one, and what was measured into the results.
+def keep(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
+    """Copy how a run ended, in one line, and what was measured into the results; nothing of one that did not end.
 
     Args:
         folder: of the run, or of a public model, below one that is called like the scale.
@@ -155,16 +164,19 @@ def keep(folder: Path, results: Path, measures: Iterable[str] = ()) -> None:
         measures: by name.
     """
     target = results / folder.parent.name / folder.name
+    ended = outcome(folder)
+    if not ended.is_file() and not measures:
+        return
     target.mkdir(parents=True, exist_ok=True)
-    if (record := folder / RECORD).is_file():
-        partial = target / f".{RECORD}.partial"
-        partial.write_text(json.dumps(json.loads(record.read_text()), separators=(",", ":")) + "\n")
-        partial.replace(target / RECORD)
+    if ended.is_file():
+        partial = target / f".{ended.name}.partial"
+        partial.write_text(json.dumps(json.loads(ended.read_text()), separators=(",", ":")) + "\n")
+        partial.replace(target / ended.name)
     for name in measures:
         shutil.copyfile(folder / MEASURED / f"{name}.json", target / f"{name}.json")
 
 
-# For the report --------------------------------------------------------------------------------------------------------
+# For the report ------------------------------------------------------------------------------------------------------
 
 
 def with_rows() -> list[str]:
@@ -179,7 +191,7 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     Raises:
         UserError: a result cannot be read.
     """
-    found = {run: (folder, read(folder / RECORD)) for run, folder in kept(results).items()}
+    found = {run: (folder, read(outcome(folder))) for run, folder in kept(results).items()}
     seeds = sorted({record["seed"] for _, record in found.values()})
     return [
         experiment(list(group), found, seeds)
@@ -187,7 +199,9 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     ]
 
 
-def experiment(asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]) -> Experiment:
+def experiment(
+    asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]
+) -> Experiment:
     """The rows of one experiment at one scale as the report takes them.
 
     Args:
@@ -204,6 +218,7 @@ def experiment(asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, A
         target=paper.get("target", first.experiment),
         column=str(paper.get("column", "")),
         size=published.model.num_parameters(published.data.vocab_size),
+        title=first.config.description,
         setting=setting(first.config),
         paper=paper,
         rows=tuple(reported(row, found, seeds) for row in asked),
@@ -227,7 +242,7 @@ def reported(row: Row, found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: 
             Run(
                 seed,
                 record,
-                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path.name != RECORD},
+                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path != outcome(folder)},
             )
             for seed, (folder, record) in runs
         ),
@@ -241,8 +256,9 @@ def setting(config: Config) -> str:
     rows = data.batch_size * data.seq_len
     return (
         f"{model.num_hidden_layers} blocks of width {model.hidden_size}, "
-        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; {data.source}, rows of {data.seq_len} tokens; "
-        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all; protocol={config.protocol}"
+        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; "
+        f"{data.source}, rows of {data.seq_len} tokens, protocol={config.protocol}; "
+        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all"
     )
 
 
