@@ -116,7 +116,7 @@ def test_the_bias_of_the_released_evaluation_is_undone(value, batches, whole):
 
 
 def test_accuracies_have_no_such_bias_and_are_per_cent():
-    rows = [row("none", {"accuracy": 67.91}), row("lns", {"accuracy": 68.75}, Run(1, {"accuracy": 0.5}, {}))]
+    rows = [row("none", {"accuracy": 67.91}), row("lns", {"accuracy": 68.75}, Run(1, {"accuracy": 50.0}, {}))]
     found = line(Column((table(*rows, evaluation_batches=727),)), "lns")
     assert found.sample == Sample(1, 50.0, None)
     assert found.claims[0].undone is None
@@ -290,7 +290,7 @@ def test_several_metrics_are_one_table_of_a_size():
     published = {"mmlu": 24.93, "boolq": 38.35}
     rows = [
         row("pre_ln", published),
-        row("lns", {"mmlu": 27.08, "boolq": 58.17}, Run(1, {**run(1, 2.0).record, "mmlu": 0.25}, {})),
+        row("lns", {"mmlu": 27.08, "boolq": 58.17}, Run(1, {**run(1, 2.0).record, "mmlu": 25.0}, {})),
     ]
     made = tables_of(report([table(*rows, scale="paper", target="Table 2", column="250M")]).markdown)
     assert made["### Table 2: published figures, and ours at scale=paper"][2:] == [

@@ -89,8 +89,12 @@ class Experiment:
 
     @property
     def metrics(self) -> list[Metric]:
-        """What the paper prints of its rows."""
-        return [Metric(name) for name in dict.fromkeys(name for row in self.rows for name in row.published)]
+        """What the paper prints of its rows, and what is compared of runs where that is something else."""
+        printed = dict.fromkeys(name for row in self.rows for name in row.published)
+        own = self.paper.get("metric", "")
+        if printed and any(own in run.record for row in self.rows for run in row.runs):
+            printed[own] = None
+        return [Metric(name) for name in printed]
 
     @property
     def baseline(self) -> int:
@@ -135,7 +139,7 @@ class Metric:
     def of(self, record: Mapping[str, Any]) -> float | None:
         """The record's figure, None where it has none; accuracies are shares there."""
         value = record.get(self.name)
-        return None if value is None else float(value) if self.lower else 100 * float(value)
+        return None if value is None else float(value)
 
     def difference(self, value: float, base: float) -> float:
         """In `unit`."""
