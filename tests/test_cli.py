@@ -42,7 +42,18 @@ def finished(toy, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["fit"], ["prepare"], ["evaluate"], ["generate"], ["export"], ["import"], ["measure"], ["experiments"]],
+    [
+        [],
+        ["fit"],
+        ["prepare"],
+        ["evaluate"],
+        ["generate"],
+        ["export"],
+        ["import"],
+        ["measure"],
+        ["estimate"],
+        ["experiments"],
+    ],
 )
 def test_help_needs_neither_torch_nor_hydra(command):
     script = (
@@ -146,7 +157,7 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
 def test_a_run_and_its_export_measure_the_same(finished, corpus, tmp_path):
     pytest.importorskip("transformers")
     folder, _ = finished
-    process = run("measure", "variance", folder, "--rows", "4", cwd=tmp_path)
+    process = run("measure", "variance", folder, "rows=4", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == str(folder / "measure")
     assert sorted(path.name for path in (folder / "measure").iterdir()) == [
@@ -164,16 +175,88 @@ def test_a_run_and_its_export_measure_the_same(finished, corpus, tmp_path):
     assert twins[0] == pytest.approx(twins[1], rel=1e-5)
 
 
+def test_options_of_measures_are_words(finished, tmp_path):
+    folder, _ = finished
+    words = ["token=last", "tokens=3", "normalise=released", "rows=4", f"output={tmp_path / 'found'}"]
+    process = run("measure", "angular", folder, *words, "data.micro_batch_size=2")
+    assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "found/angular.json").read_text())
+    assert (found["token"], found["tokens"], found["normalise"]) == ("last", 3, "released")
+
+
+def loss_of(model, batches, pad_id=None):
+    from cod_lightning.measure.layered import Layered
+    from cod_lightning.measure.tokens import evaluate
+
+    return evaluate(Layered(model), batches, pad_id)[0]
+
+
+def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from cod_lightning.cli import open_subject
+    from cod_lightning.measure.prune import removed
+
+    folder, _ = finished
+    small = tmp_path / "small"
+    process = run("measure", "prune", folder, "layers=2,3", "--rows", "5", "--output", small)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == str(small)
+    result = json.loads((small / "prune.json").read_text())
+    assert f"{result['loss_after']:.4g}" in process.stdout
+    subject = open_subject(str(folder), [], "last", 5)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(small).eval()
+    expected = removed(subject.model, [2, 3])
+    tokens = subject.batches[0]
+    with torch.no_grad():
+        torch.testing.assert_close(twin(tokens).logits, expected.logits(tokens), rtol=1e-5, atol=1e-5)
+    assert result["loss_before"] == pytest.approx(loss_of(subject.model.model, subject.batches, subject.pad_id))
+    assert result["loss_after"] == pytest.approx(loss_of(twin, subject.batches, subject.pad_id), rel=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small)
+    assert tokenizer("the norm").input_ids == decoder_of(folder)[1].encode(["the norm"])[0][:-1]
+    names = {path.name for path in small.iterdir()}
+    assert {"prune.csv", "prune.png", "model.safetensors", "generation_config.json"} <= names
+    again = run("measure", "prune", folder, "by=removal", "blocks=1", f"output={small}")
+    assert again.returncode == 2
+    assert "not an empty folder" in again.stderr
+
+
+def test_a_pruned_model_of_transformers_loads_there_again(finished, corpus, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from cod_lightning.cli import open_subject
+    from cod_lightning.nn.exchange import hf_tokenizer
+
+    _, tokenizer = decoder_of(finished[0])
+    torch.manual_seed(0)
+    shape = {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    config = transformers.GPT2Config(vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=1, **shape)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    hf_tokenizer(tokenizer, tokenizer.vocab_size, 64).save_pretrained(tmp_path / "gpt2")
+    words = ["data=files", f"data.files={corpus}/*.jsonl", "data.seq_len=32", "trainer.accelerator=cpu"]
+    chosen = ["sparsity=0.5", "allocation=alpha_pruning", "method=magnitude"]
+    process = run("measure", "prune", tmp_path / "gpt2", *chosen, *words, "rows=4", f"output={tmp_path / 'sparse'}")
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "sparse/prune.json").read_text())
+    assert result["how"] == "magnitude, alpha_pruning"
+    assert result["zeros_after"] == pytest.approx(0.5, abs=0.02)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").eval()
+    batches = open_subject(str(tmp_path / "gpt2"), words, "last", 4).batches
+    assert result["loss_after"] == pytest.approx(loss_of(twin, batches), rel=1e-5)
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")
+    assert found("the norm").input_ids == tokenizer.encode(["the norm"])[0][:-1]
+
+
 def test_runs_are_laid_over_each_other_on_one_page(finished, toy, tmp_path):
     folder, _ = finished
     words = [*toy, f"output={tmp_path}", "norm=pre_ln", "name=plain"]
     assert run("fit", *words).returncode == 0
-    process = run("measure", "compare", folder, tmp_path / "plain", "--rows", "2", "--output", tmp_path / "page")
+    words = ["probes=2", "iterations=1", "--rows", "2", "--output", tmp_path / "page"]
+    process = run("measure", "compare", folder, tmp_path / "plain", *words)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == str(tmp_path / "page" / "compare.html")
     page = (tmp_path / "page" / "compare.html").read_text()
     assert f"<h1>{folder.name} beside plain</h1>" in page
     assert (tmp_path / "page" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "page/plain/jacobian.json").read_text())["probes"] == 2
 
 
 def test_a_model_without_a_pad_can_be_evaluated(finished, corpus, tmp_path):
@@ -205,6 +288,10 @@ def test_a_strategy_without_a_place_in_llama_is_not_exported(toy, tmp_path):
     assert process.returncode == 2
     assert re.findall(r"error: (\w+)=", process.stderr) == ["branch_norm", "entry_norm"]
     assert not (tmp_path / "peri/hf").exists()
+    process = run("measure", "prune", tmp_path / "peri", "by=influence", "blocks=1", "--output", tmp_path / "small")
+    assert process.returncode == 2
+    assert "peri cannot be written as a checkpoint of transformers\nerror: branch_norm=True" in process.stderr
+    assert not (tmp_path / "small").exists()
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
@@ -350,6 +437,7 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["fit", "data=files", "data.files=nothing/*.jsonl"], ["data.files"]),
         (["fit", "data=c4"], ["c4", "data=files"]),
         (["fit", "data.folder=nowhere"], ["nowhere"]),
+        (["fit", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
         (["evaluate", "nowhere"], ["nowhere: not a run folder", "config.yaml"]),
         (["generate", "nowhere", "text"], ["nowhere: not a run folder"]),
         (["export", "nowhere"], ["nowhere: not a run folder"]),
@@ -362,6 +450,16 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["measure", "compare", "one"], ["at least two models, 1 given"]),
         (["measure", "compare", "a/one", "b/one"], ["two models are called one"]),
         (["measure", "variance", "nowhere", "--rows", "0"], ["--rows=0"]),
+        (["measure", "variance", "nowhere", "rows=many"], ["rows=many: expected a whole number"]),
+        (
+            ["measure", "jacobian", "nowhere", "probs=32", "exact=yes"],
+            ["probs is not an option of measure jacobian: did you mean 'probes'? known: exact,", "exact=yes: expected"],
+        ),
+        (["measure", "angular", "nowhere", "token=lst"], ["token=lst: did you mean 'last'? known: all, last"]),
+        (["measure", "all", "nowhere", "tokens=4"], ["tokens is not an option of measure all", "threshold"]),
+        (["measure", "variance", "nowhere", "data.seqlen=3"], ["did you mean 'seq_len'"]),
+        (["measure", "prune", "nowhere", "layers=1"], ["name its new folder, as in --output FOLDER"]),
+        (["measure", "prune", "nowhere", "by=bi", "--output", "x"], ["by=bi: known: influence, removal, streamline"]),
         (["prepare", "data.vocab_size=1"], ["data.vocab_size=1"]),
     ],
 )

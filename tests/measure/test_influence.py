@@ -76,7 +76,9 @@ def test_influence_is_its_definition(causal_lm, family):
             else:
                 assert value == pytest.approx(1 - np.mean(cosines[layer, layer + n]), abs=1e-6)
     best = max(range(3), key=lambda i: np.mean(cosines[i, i + 2]))
-    assert found.best(2) == (best + 1, best + 2)
+    assert found.best[1] == (best + 1, best + 2)
+    assert found.best[3] == (1, 4)
+    assert found.tokens == len(cosines[0, 1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,7 +112,7 @@ def test_readout_is_its_definition(causal_lm, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_coalition_is_the_model_with_only_its_blocks(causal_lm, family):
     model, total, count = causal_lm(family), 0.0, 0
-    losses = coalition_losses(model, [(), (2,), (1, 3), (1, 2, 3, 4)], batches(), PAD)
+    losses, targets = coalition_losses(model, [(), (2,), (1, 3), (1, 2, 3, 4)], batches(), PAD)
     blocks = model.blocks
     for coalition, loss in losses.items():
         total, count = 0.0, 0
@@ -127,6 +129,7 @@ def test_a_coalition_is_the_model_with_only_its_blocks(causal_lm, family):
                         total -= log_softmax(logits[row, position])[tokens[row, position + 1]]
                         count += 1
         assert loss == pytest.approx(total / count, rel=1e-5)
+        assert targets == count
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,7 +137,7 @@ def test_exact_importance_is_the_mean_over_all_orders(causal_lm, family):
     model = causal_lm(family)
     found = layer_importance(model, batches(), PAD, permutations=None)
     subsets = [s for size in range(5) for s in itertools.combinations(range(1, 5), size)]
-    losses = coalition_losses(model, subsets, batches(), PAD)
+    losses, _ = coalition_losses(model, subsets, batches(), PAD)
     gains = np.zeros((24, 4))
     for number, order in enumerate(itertools.permutations(range(1, 5))):
         for place, layer in enumerate(order):
@@ -164,7 +167,7 @@ def test_a_useless_block_is_found(causal_lm, family):
     influence = block_influence(model, tokens)
     assert influence.influence[2] == 0 == min(influence.influence)
     assert sorted(influence.influence)[1] > 1e-3
-    assert influence.best(1) == (3, 3)
+    assert influence.best[0] == (3, 3)
     for permutations in (None, 12):
         importance = layer_importance(model, tokens, permutations=permutations)
         for values in (importance.shapley, importance.leave_one_out):
@@ -196,7 +199,13 @@ def test_results_are_saved_and_progress_is_told(causal_lm, tmp_path):
         result = measure(model, batches(), PAD, lambda done, total, told=told: told.append((done, total)))
         save(result, tmp_path, measure.__name__)
         assert told[-1][0] == told[-1][1] == len(told) <= steps
-        assert [row["layer"] for row in result.rows()] == [1, 2, 3, 4]
+        if measure is block_influence:
+            runs = [(row["n"], row["first"]) for row in result.rows()]
+            assert runs == [(n, first) for n in range(1, 5) for first in range(1, 6 - n)]
+            best = [(row["first"], row["first"] + row["n"] - 1) for row in result.rows() if row["best"]]
+            assert best == result.best
+        else:
+            assert [row["layer"] for row in result.rows()] == [1, 2, 3, 4]
 
 
 def test_batches_of_pads_are_passed_over(causal_lm):
@@ -213,8 +222,7 @@ def test_influence_of_short_runs_alone(causal_lm):
     everything, short = block_influence(model, batches()), block_influence(model, batches(), longest=2)
     assert short.influence == everything.influence
     assert short.distance == everything.distance[:2]
-    with pytest.raises(UserError, match="length=3 blocks were not measured: expected 1 to 2"):
-        short.best(3)
+    assert short.best == everything.best[:2]
 
 
 def test_what_cannot_be_measured_is_refused(causal_lm):

@@ -78,11 +78,13 @@ def test_a_compiled_decoder_is_measured_uncompiled():
 def test_the_first_bad_layer_is_named(name, where):
     model = decoder()
     model.get_parameter(name).data.fill_(float("nan"))
-    assert first_bad_layer(model, torch.randint(31, (2, 5))) == where
+    tokens = torch.randint(31, (2, 5))
+    assert first_bad_layer(model, tokens, next_tokens(tokens)) == where
 
 
 def test_a_sound_decoder_has_no_bad_layer():
-    assert first_bad_layer(decoder(), torch.randint(31, (2, 5))) is None
+    tokens = torch.randint(31, (2, 5))
+    assert first_bad_layer(decoder(), tokens, next_tokens(tokens)) is None
 
 
 def test_the_plot_has_one_line_per_layer():

@@ -91,8 +91,9 @@ def test_it_is_saved_and_tells_its_progress(causal_lm, tmp_path):
     calls = []
     found = moments(causal_lm("ours", depth=2), tokens().split(2), progress=lambda *call: calls.append(call))
     assert calls == [(1, 3), (2, 3), (3, 3)]
-    assert [row["layer"] for row in found.rows()] == [1, 2]
-    assert found.rows()[1]["ffn_kurtosis"] == found.ffn.kurtosis[1]
+    places = [(row["layer"], row["of"]) for row in found.rows()]
+    assert places == [(layer, of) for layer in (1, 2) for of in ("residual", "attention", "ffn")]
+    assert found.rows()[5]["kurtosis"] == found.ffn.kurtosis[1]
     assert len(found.plot().axes) == 3
     assert all(path.stat().st_size for path in save(found, tmp_path, "moments"))
 

@@ -18,7 +18,7 @@ class Example:
         return [{"layer": layer, "value": value} for layer, value in enumerate(self.values, start=1)]
 
     def plot(self):
-        made, (left, right) = figure(columns=2)
+        made, (left, right) = figure(self.name, columns=2)
         layer_lines(left, {"a": self.values, "b": self.values}, "value", log=True)
         heat_map(right, [[1.0, None], [0.5, 2.0]], "x", "y", "colour")
         return made
@@ -44,7 +44,7 @@ def test_what_is_no_finite_number_is_null_in_json(tmp_path):
 
 def test_a_heat_map_is_numbered_from_its_first_row_and_column():
     for options, expected in (({}, (0.5, 3.5, 0.5, 2.5)), ({"first": 0}, (-0.5, 2.5, -0.5, 1.5))):
-        _, (axes,) = figure()
+        _, (axes,) = figure("x")
         heat_map(axes, [[1.0, 2.0, 3.0], [4.0, 5.0, None]], "x", "y", "colour", **options)
         assert tuple(axes.images[0].get_extent()) == expected
 

@@ -112,6 +112,8 @@ def test_a_theory_is_put_together_and_saved(tmp_path, lns):
     assert (found.log_m is None) == lns
     assert found.fitted_log_bound[0] == pytest.approx(math.log(1.1))
     assert len(found.fitted_log_bound) == 79
+    assert any("Lemma 4.1" in remark and "3/2 - epsilon/2" in remark for remark in found.disagreements) == lns
+    assert any("Theorem 3.3" in remark for remark in found.disagreements) != lns
     rows = found.rows()
     assert len(rows) == 80
     assert "gain" in rows[78]

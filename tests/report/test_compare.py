@@ -14,7 +14,7 @@ def found(scale):
         "jacobian": {"distance": layers, "largest_singular_value": layers},
         "angular": {"distances": [layers, layers[1:]]},
         "removal": {"loss": 2.0, "losses": [2 + value for value in layers]},
-        "linear_replacement": {"loss": 2.0, "losses": [2.0, 2.1, 2.3, 3.0]},
+        "linear_replacement": {"usefulness": 0.5},
         "influence": {"influence": layers},
     }
 

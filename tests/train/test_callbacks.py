@@ -17,8 +17,9 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train import config
-from cod_lightning.train.callbacks import FIGURES, IN_TRAINING, SERIES, few_jacobians, share, whole
+from cod_lightning.train.callbacks import IN_TRAINING, MOST_FIGURES, SERIES, few_jacobians, whole
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
+from cod_lightning.train.module import share
 from cod_lightning.train.run import build, checkpoint_of, load_run
 
 DEPTH, PAD = 3, 0
@@ -127,7 +128,7 @@ def test_a_long_run_draws_no_more_figures_than_a_short_one(train):
     assert len(record["history"]["angular"]["step"]) == 25
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
-    steps = [24 * part // FIGURES for part in range(FIGURES + 1)]
+    steps = [24 * part // MOST_FIGURES for part in range(MOST_FIGURES + 1)]
     assert [image.step for image in events.Images("angular")] == steps
     assert [image.step for image in events.Images("variance by layer")] == steps[1:]
 

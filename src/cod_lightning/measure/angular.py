@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError
 from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.options import one_of
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map
 from cod_lightning.measure.tokens import streams, walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TOKENS = ("all", "last")
-NORMALISATIONS = ("raw", "released")
+Which = Literal["all", "last"]
+Scale = Literal["raw", "released"]
 CHUNK = 64
 """Tokens of which all layers exist in float64 at one time: 70 MB in a model of 32 layers and width 4096."""
 
@@ -48,10 +49,9 @@ class AngularDistance:
 
     def plot(self) -> Figure:
         """Layers to the right, distances between them upwards, as in Figure 2."""
-        made, (axes,) = figure()
-        label = "angular distance" + (", scaled for each n" if self.normalise == "released" else "")
-        heat_map(axes, self.distances, "layer", "n", label)
-        axes.set_title(self.model)
+        made, (axes,) = figure(self.model)
+        label = "scaled for each n" if self.normalise == "released" else "angle / pi"
+        heat_map(axes, self.distances, "layer", "layers further on, n", f"angular distance ({label})")
         return made
 
 
@@ -63,8 +63,8 @@ def angular_distance(
     progress: Progress | None = None,
     *,
     tokens: int = 256 * 1024,
-    token: str = "all",
-    normalise: str = "raw",
+    token: Which = "all",
+    normalise: Scale = "raw",
 ) -> AngularDistance:
     """d(l, l + n) = arccos(cos(x_l, x_{l+n})) / pi of the inputs x_l of the layers, averaged over tokens.
 
@@ -82,9 +82,8 @@ def angular_distance(
     Raises:
         UserError: an option is unknown, or there is no token.
     """
-    for option, value, known in (("token", token, TOKENS), ("normalise", normalise, NORMALISATIONS)):
-        if value not in known:
-            raise UserError(f"{option}={value!r}: {nearest(value, known)}")
+    one_of(Which, token=token)
+    one_of(Scale, normalise=normalise)
     if tokens < 1:
         raise UserError(f"tokens={tokens}: at least 1 is needed")
     depth, mean = model.depth, Mean()

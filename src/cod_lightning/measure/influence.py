@@ -19,7 +19,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, tokens_at_once
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines
+from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
 from cod_lightning.measure.tokens import streams, walk, walk_targets, wide
 
 if TYPE_CHECKING:
@@ -33,36 +33,37 @@ EXACT_DEPTH = 16
 class BlockInfluence:
     """Directions of the stream before and after blocks."""
 
+    model: str
+    tokens: int
     influence: list[float]
     """BI_l = 1 - E_t[cos(x_{l,t}, x_{l+1,t})] of each block l, x_l being its input (ShortGPT); 0 to 2."""
     error: list[float]
     """Standard error over tokens."""
     distance: list[list[float | None]]
     """1 - E_t[cos(x_{l,t}, x_{l+n,t})] at [n - 1][l - 1]; None where no n blocks follow (LLM-Streamline)."""
-
-    def best(self, length: int) -> tuple[int, int]:
-        """First and last of the `length` contiguous blocks that turn the stream least, counting from 1.
-
-        Raises:
-            UserError: so many blocks were not measured.
-        """
-        if not 1 <= length <= len(self.distance):
-            raise UserError(f"length={length} blocks were not measured: expected 1 to {len(self.distance)}")
-        row = [value for value in self.distance[length - 1] if value is not None]
-        first = row.index(min(row)) + 1
-        return first, first + length - 1
+    best: list[tuple[int, int]]
+    """First and last of the n contiguous blocks that turn the stream least at [n - 1]: LLM-Streamline removes them."""
 
     def rows(self) -> list[dict[str, Any]]:
+        """One row for each run of blocks, those of a single block first."""
         return [
-            {"layer": layer, "influence": value, "error": error}
-            | {f"distance_{n}": row[layer - 1] for n, row in enumerate(self.distance, start=1)}
-            for layer, (value, error) in enumerate(zip(self.influence, self.error, strict=True), start=1)
+            {"first": first, "n": n, "distance": value, "best": best[0] == first}
+            | ({"error": self.error[first - 1]} if n == 1 else {})
+            for n, (row, best) in enumerate(zip(self.distance, self.best, strict=True), start=1)
+            for first, value in enumerate(row, start=1)
+            if value is not None
         ]
 
     def plot(self) -> Figure:
-        made, (left, right) = figure(columns=2)
-        layer_lines(left, {"BI": self.influence}, "block influence")
-        heat_map(right, self.distance, "first layer", "number of layers", "1 - mean cosine")
+        """Influence of each block, and the distance over every run with the best of each length marked."""
+        made, (left, right) = figure(self.model, columns=2)
+        layer_lines(
+            left, {"BI": self.influence}, "block influence, 1 - mean cosine", log=True, errors={"BI": self.error}
+        )
+        heat_map(right, self.distance, "first block", "number of blocks", "1 - mean cosine", log=True)
+        firsts = [first for first, _ in self.best]
+        right.plot(firsts, range(1, len(firsts) + 1), "wo", mec="black", ms=4, label="best run of its length")
+        legend(right)
         return made
 
 
@@ -99,14 +100,25 @@ def block_influence(
         units = [F.normalize(wide(x), dim=-1) for x in streams(model, tokens, keep)]
         means.add(torch.stack([(units[i] - units[j]).square().sum(-1) / 2 for i, j in pairs], dim=-1))
     mean, error = dict(zip(pairs, means.mean.tolist(), strict=True)), means.error.tolist()
-    distance = [[mean.get((first, first + n)) for first in range(depth)] for n in range(1, longest + 1)]
-    return BlockInfluence([mean[layer, layer + 1] for layer in range(depth)], error[:depth], distance)
+    lengths = range(1, longest + 1)
+    best = [min(range(1, depth - n + 2), key=lambda first, n=n: mean[first - 1, first - 1 + n]) for n in lengths]
+    return BlockInfluence(
+        model=model.name,
+        tokens=means.count,
+        influence=[mean[layer, layer + 1] for layer in range(depth)],
+        error=error[:depth],
+        distance=[[mean.get((first, first + n)) for first in range(depth)] for n in lengths],
+        best=[(first, first + n - 1) for n, first in zip(lengths, best, strict=True)],
+    )
 
 
 @dataclass(frozen=True)
 class Readout:
     """What the final norm and the head predict from the output of each block, averaged over target tokens; in nats."""
 
+    model: str
+    tokens: int
+    """Targets."""
     loss: list[float]
     """Cross-entropy of the next token (the logit lens)."""
     kl: list[float]
@@ -119,9 +131,11 @@ class Readout:
         return [{"layer": layer, "loss": a, "kl": b, "js": c} for layer, (a, b, c) in enumerate(values, start=1)]
 
     def plot(self) -> Figure:
-        made, (left, right) = figure(columns=2)
+        made, (left, right) = figure(self.model, columns=2)
         layer_lines(left, {"loss": self.loss}, "loss read from the layer (nats)")
-        layer_lines(right, {"KL(final || layer)": self.kl, "Jensen-Shannon": self.js}, "divergence (nats)")
+        lines = {"KL(last || layer)": self.kl[:-1], "Jensen-Shannon": self.js[:-1]}
+        layer_lines(right, lines, "divergence from the last layer (nats)", log=True)
+        legend(right)
         return made
 
 
@@ -148,7 +162,7 @@ def readout(
             final = log_probabilities(model, outputs[-1][part])
             layers = [divergences(final, log_probabilities(model, x[part]), wanted[part]) for x in outputs]
             means.add(torch.stack(layers, dim=1))
-    return Readout(*means.mean.T.tolist())
+    return Readout(model.name, means.count, *means.mean.T.tolist())
 
 
 def divergences(final: Tensor, layer: Tensor, targets: Tensor) -> Tensor:
@@ -170,6 +184,9 @@ def divergences(final: Tensor, layer: Tensor, targets: Tensor) -> Tensor:
 class LayerImportance:
     """What each block takes off the loss per token, in nats; the value of a set of blocks is minus its model's loss."""
 
+    model: str
+    tokens: int
+    """Targets."""
     shapley: list[float]
     """Mean over orders of the blocks of what a block takes off when it joins those before it; adds up to
     `empty_loss - loss`."""
@@ -192,9 +209,10 @@ class LayerImportance:
         ]
 
     def plot(self) -> Figure:
-        made, (axes,) = figure()
-        layer_lines(axes, {"Shapley": self.shapley, "leave one out": self.leave_one_out}, "loss taken off (nats)")
-        axes.errorbar(range(1, len(self.shapley) + 1), self.shapley, self.error, fmt="none", ecolor="C0", capsize=2)
+        made, (axes,) = figure(self.model)
+        lines = {"Shapley value": self.shapley, "leave one out": self.leave_one_out}
+        layer_lines(axes, lines, "loss taken off (nats)", errors={"Shapley value": self.error})
+        legend(axes)
         return made
 
 
@@ -235,7 +253,7 @@ def layer_importance(
         needed = {coalition for size in range(depth + 1) for coalition in combinations(whole, size)}
     else:
         needed = {tuple(sorted(order[:size])) for order in orders for size in range(depth + 1)} | set(leaving)
-    losses = coalition_losses(model, needed, batches, pad_id, progress)
+    losses, tokens = coalition_losses(model, needed, batches, pad_id, progress)
 
     def gain(layer: int, before: Collection[int]) -> float:
         return losses[tuple(sorted(before))] - losses[tuple(sorted([*before, layer]))]
@@ -252,6 +270,8 @@ def layer_importance(
         gains = [[gain(layer, order[: order.index(layer)]) for layer in whole] for order in orders]
         means.add(torch.tensor(gains, dtype=torch.float64))
     return LayerImportance(
+        model=model.name,
+        tokens=tokens,
         shapley=means.mean.tolist(),
         error=means.error.tolist(),
         leave_one_out=[gain(layer, rest) for layer, rest in zip(whole, leaving, strict=True)],
@@ -268,8 +288,11 @@ def coalition_losses(
     batches: Iterable[Tensor],
     pad_id: int | None = None,
     progress: Progress | None = None,
-) -> dict[tuple[int, ...], float]:
-    """Mean loss per target of the model with only the blocks of each coalition, ascending tuples of layers from 1."""
+) -> tuple[dict[tuple[int, ...], float], int]:
+    """Mean loss per target of the model with only the blocks of each coalition, and the number of targets.
+
+    Coalitions are ascending tuples of layers, from 1.
+    """
     order = sorted(set(coalitions))  # neighbours begin with the same blocks, whose outputs are kept
     totals, targets_seen = dict.fromkeys(order, 0.0), 0
     known = list(walk_targets(model, batches, pad_id))
@@ -289,7 +312,7 @@ def coalition_losses(
             run = coalition
             if progress is not None:
                 progress(done * len(order) + number, len(known) * len(order))
-    return {coalition: total / targets_seen for coalition, total in totals.items()}
+    return {coalition: total / targets_seen for coalition, total in totals.items()}, targets_seen
 
 
 def stream_loss(model: Layered, x: Tensor, targets: Tensor) -> float:

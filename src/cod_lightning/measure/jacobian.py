@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines
+from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
 from cod_lightning.measure.tokens import walk
 
 if TYPE_CHECKING:
@@ -75,24 +75,21 @@ class Jacobian:
         ]
 
     def plot(self) -> Figure:
-        made, (left, right) = figure(columns=2)
-        layer_lines(
-            left,
-            {r"$\|J\|_2$": self.largest_singular_value, r"$\|J\|_F/\sqrt{d}$": self.frobenius},
-            f"size of the Jacobian of {self.model}",
-            log=True,  # the first block of a model with small embeddings lies far above all others
-            layers=self.layers,
+        made, axes = figure(self.model, columns=3)
+        panels = (
+            ("size of the Jacobian J", {"largest_singular_value": r"$\|J\|_2$", "frobenius": r"$\|J\|_F/\sqrt{d}$"}),
+            ("distance from the identity", {"distance": r"$\|J-I\|_F/\sqrt{d}$"}),
+            (
+                "diagonal of J",
+                {"mean_diagonal": r"$\mathrm{tr}(J)/d$", "diagonal_share": r"share, $(\Sigma J_{ii}^2)^{1/2}/\|J\|_F$"},
+            ),
         )
-        layer_lines(
-            right,
-            {
-                r"$\|J-I\|_F/\sqrt{d}$": self.distance,
-                r"$\mathrm{tr}(J)/d$": self.mean_diagonal,
-                "share of the diagonal": self.diagonal_share,
-            },
-            "nearness to the identity",
-            layers=self.layers,
-        )
+        for place, (label, names) in zip(axes, panels, strict=True):
+            lines = {shown: getattr(self, name) for name, shown in names.items()}
+            errors = {shown: self.errors[name] for name, shown in names.items()}
+            # the first block of a model with small embeddings lies far above all others
+            layer_lines(place, lines, label, log="diagonal_share" not in names, layers=self.layers, errors=errors)
+            legend(place)
         return made
 
 
@@ -123,10 +120,13 @@ class MeanJacobian:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def plot(self) -> Figure:
-        made, axes = figure(4.4, 4.0, columns=len(self.layers))
-        for place, layer, matrix in zip(axes, self.layers, self.matrices, strict=True):
-            heat_map(place, matrix, "input", "output", "mean of dy/dx", first=0)
-            place.set_title(f"{self.model}, layer {layer}")
+        columns = min(len(self.layers), 3)
+        made, axes = figure(self.model, columns, rows=-(-len(self.layers) // columns))
+        for place, layer, matrix in zip(axes, self.layers, self.matrices, strict=False):
+            heat_map(place, matrix, "input", "output", "mean of dy/dx", first=0, signed=True)
+            place.set(title=f"layer {layer}", aspect="equal")
+        for place in axes[len(self.layers) :]:
+            place.set_axis_off()
         return made
 
 
@@ -156,15 +156,11 @@ class Gain:
         ]
 
     def plot(self) -> Figure:
-        made, (axes,) = figure()
-        for values, errors, label in (
-            (self.spectral, self.spectral_error, r"$\|\partial y_l/\partial x_1\|_2$"),
-            (self.frobenius, self.frobenius_error, r"$\|\partial y_l/\partial x_1\|_F/\sqrt{nd}$"),
-        ):
-            axes.errorbar(self.layers, values, errors, marker="o", ms=3, lw=1.4, label=label)
-        axes.set(xlabel="layer", ylabel=f"gain of {self.model}", yscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend()
+        made, (axes,) = figure(self.model)
+        two, f = r"$\|\partial y_l/\partial x_1\|_2$", r"$\|\partial y_l/\partial x_1\|_F/\sqrt{nd}$"
+        lines, errors = {two: self.spectral, f: self.frobenius}, {two: self.spectral_error, f: self.frobenius_error}
+        layer_lines(axes, lines, "gain from the first block's input", log=True, layers=self.layers, errors=errors)
+        legend(axes)
         return made
 
 

@@ -1,4 +1,4 @@
-"""Per-layer statistics of a decoder on a fixed batch of tokens: one forward pass, and one backward pass for gradients.
+"""Per-layer statistics of a model on a fixed batch: one forward pass, and one backward pass for gradients.
 
 The paper does not define its "output variance"; this is the definition that its authors' later code uses: the unbiased
 variance over the hidden dimension for each token, averaged over the tokens.
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +56,29 @@ def layer_statistics(
         gradients: also run the backward pass.
         total: sums a tensor over the ranks that have parts of the rows each; all of them then find what one would.
     """
-    depth = decoder.config.num_hidden_layers
     weight = torch.ones_like(tokens, dtype=torch.float32) if pad_id is None else (tokens != pad_id).float()
+    return statistics_of(decoder, tokens, next_tokens(tokens, pad_id), weight, gradients, total)
+
+
+def image_statistics(
+    vit: VisionTransformer, images: Tensor, labels: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x
+) -> LayerStatistics:
+    """`layer_statistics` on images [rows, 3, size, size] that have a label; all tokens but the class token count."""
+    weight = torch.ones(len(images), len(vit.embedding.positions), device=images.device)
+    weight[:, 0] = 0
+    weight[labels == IGNORE] = 0
+    return statistics_of(vit, images, labels, weight, True, total)
+
+
+def statistics_of(
+    model: Decoder | VisionTransformer,
+    rows: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    gradients: bool,
+    total: Callable[[Tensor], Tensor],
+) -> LayerStatistics:
+    """`layer_statistics` on `rows` and their `targets`; a token with weight 0, of [rows, length], does not count."""
     variances: dict[str, list[Tensor]] = {"residual": [], "attention": [], "ffn": []}
     unread: list[Tensor] = []
     """The output of the last block, until it is known whether the norm that reads it has its variance at hand."""
@@ -70,10 +92,10 @@ def layer_statistics(
         elif what in variances:
             variances[what].append(token_variances(x))
 
-    blocks = [[p for p in block.parameters() if p.requires_grad] for block in decoder.blocks]
+    blocks = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
     norms: list[float] = []
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
-        loss = decoder(tokens, next_tokens(tokens, pad_id), tap)
+        loss = model(rows, targets, tap)
         if unread:
             variances["residual"].append(token_variances(unread.pop()))
         if gradients:
@@ -82,13 +104,13 @@ def layer_statistics(
             none = weight.new_zeros(1)  # of a frozen block
             wholes = [total(torch.cat([none, *(next(grads).float().flatten() for _ in block)])) for block in blocks]
             norms = torch.stack([whole.norm() for whole in wholes]).tolist()
-    assert all(len(values) == depth for values in variances.values())
+    assert all(len(values) == len(blocks) for values in variances.values())
     values = torch.stack([torch.stack(values) for values in variances.values()])
     means = total((values * weight).sum((2, 3))) / total(weight.sum())
     return LayerStatistics(**dict(zip(variances, means.tolist(), strict=True)), gradient_norm=norms)
 
 
-def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:
+def first_bad_layer(model: Decoder | VisionTransformer, rows: Tensor, targets: Tensor) -> str | None:
     """Where a forward pass first leaves the finite numbers, such as "layer 3 attention"; None if it does not."""
     bad: list[str] = []
 
@@ -97,8 +119,9 @@ def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:
             bad.append("embedding" if layer == 0 else f"layer {layer} {what}")
 
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        loss = decoder(tokens, next_tokens(tokens), tap)
-    return bad[0] if bad else None if torch.isfinite(loss.total) else "lm_head"
+        loss = model(rows, targets, tap)
+    head = [name for name, _ in model.named_children()][-1]
+    return bad[0] if bad else None if torch.isfinite(loss.total) else head
 
 
 def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> Figure:

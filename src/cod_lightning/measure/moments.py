@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.result import Mean, Progress, figure, layer_lines
+from cod_lightning.measure.result import Mean, Progress, figure, layer_lines, legend
 from cod_lightning.measure.tokens import walk, wide
 
 if TYPE_CHECKING:
@@ -51,23 +51,22 @@ class Moments:
     ffn: Statistics
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each layer."""
-        columns = {
-            f"{what}_{statistic}": values for what in PLACES for statistic, values in vars(getattr(self, what)).items()
-        }
-        depth = len(self.residual.variance)
+        """One row for each place in each layer."""
         return [
-            {"layer": index + 1, **{column: values[index] for column, values in columns.items()}}
-            for index in range(depth)
+            {"layer": index + 1, "of": what}
+            | {statistic: values[index] for statistic, values in vars(getattr(self, what)).items()}
+            for index in range(len(self.residual.variance))
+            for what in PLACES
         ]
 
     def plot(self) -> Figure:
         """Variance, kurtosis and largest value over layers."""
-        made, axes = figure(columns=3)
+        made, axes = figure(self.model, columns=3)
         labels = {"variance": "variance", "kurtosis": "kurtosis", "maximum": "largest absolute value"}
         for panel, (statistic, label) in zip(axes, labels.items(), strict=True):
-            layer_lines(panel, {what: getattr(getattr(self, what), statistic) for what in PLACES}, label, log=True)
-        made.suptitle(self.model)
+            lines = {what: getattr(getattr(self, what), statistic) for what in PLACES}
+            layer_lines(panel, lines, label, log=statistic != "kurtosis")
+            legend(panel)
         return made
 
 

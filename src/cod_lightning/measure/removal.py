@@ -12,24 +12,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError
 from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.options import one_of
 from cod_lightning.measure.perplexity import exp
-from cod_lightning.measure.result import Progress, figure, heat_map, layer_lines
+from cod_lightning.measure.result import Progress, figure, heat_map, layer_lines, legend
 from cod_lightning.measure.tokens import evaluate, walk, wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAIRS = ("neighbours", "all")
+Pairs = Literal["neighbours", "all"]
 USEFUL = 1.1
 """A layer is useful where its linear replacement raises the loss above this multiple."""
+RISE = "rise of the loss when removed (nats)"
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,8 @@ class Removal:
 
     def plot(self) -> Figure:
         """Cost of each layer."""
-        made, (axes,) = figure()
-        layer_lines(axes, {"removed": [loss - self.loss for loss in self.losses]}, "rise of the loss when removed")
-        axes.set_title(self.model)
+        made, (axes,) = figure(self.model)
+        layer_lines(axes, {"removed": [loss - self.loss for loss in self.losses]}, RISE)
         return made
 
 
@@ -78,11 +79,11 @@ class RunRemoval:
 
     def plot(self) -> Figure:
         """Cost over the first block removed, one line for each n."""
-        made, (axes,) = figure()
+        made, (axes,) = figure(self.model)
         pairs = zip(self.sizes, self.losses, strict=True)
-        lines = {f"n = {n}": [loss - self.loss for loss in losses] for n, losses in pairs}
-        layer_lines(axes, lines, "rise of the loss when removed")
-        axes.set(xlabel="first layer removed", title=self.model)
+        layer_lines(axes, {f"n = {n}": [loss - self.loss for loss in losses] for n, losses in pairs}, RISE)
+        axes.set_xlabel("first layer removed")
+        legend(axes, columns=4)
         return made
 
 
@@ -112,17 +113,16 @@ class Swaps:
 
     def plot(self) -> Figure:
         """Score of each pair: a line where all are neighbours, else a map."""
-        made, (axes,) = figure()
+        made, (axes,) = figure(f"{self.model}, permutation score {self.score:.3g}")
         label = "|loss - loss when exchanged| / loss"
         if all(second == first + 1 for first, second in self.pairs):
-            layer_lines(axes, {"swapped": self.scores}, label)
+            layer_lines(axes, {"swapped": self.scores}, label, log=True)
             axes.set_xlabel("layer exchanged with the next")
         else:
             scores = dict(zip(self.pairs, self.scores, strict=True))
             layers = range(1, max(second for _, second in self.pairs) + 1)
             matrix = [[scores.get((first, second)) for first in layers] for second in layers]
-            heat_map(axes, matrix, "layer", "exchanged with layer", label)
-        axes.set_title(f"{self.model}, permutation score {self.score:.3g}")
+            heat_map(axes, matrix, "layer", "exchanged with layer", label, log=True)
         return made
 
 
@@ -150,10 +150,10 @@ class LinearReplacement:
 
     def plot(self) -> Figure:
         """Relative cost of each replacement, and where it makes a layer useful."""
-        made, (axes,) = figure()
-        layer_lines(axes, {"linear": [loss / self.loss for loss in self.losses]}, "loss when linear / loss")
-        axes.axhline(USEFUL, color="black", lw=1, ls=":")
-        axes.set_title(f"{self.model}, usefulness {self.usefulness:.3g}")
+        made, (axes,) = figure(f"{self.model}, usefulness {self.usefulness:.3g}")
+        axes.axhline(USEFUL, color="black", lw=1, ls=":", label="useful from here")
+        layer_lines(axes, {"made linear": [loss / self.loss for loss in self.losses]}, "loss when linear / loss")
+        legend(axes)
         return made
 
 
@@ -171,17 +171,16 @@ class CausalScore:
     """Mean over all pairs."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each layer, with its mean effect and that on every later layer."""
+        """One row for each layer skipped: the mean over all later layers, and the effect on each of them."""
         return [
-            {"layer": layer, "score": score, **{f"on_{later}": effect for later, effect in enumerate(row, start=1)}}
+            {"skipped": layer, "score": score, **{f"on_{later}": effect for later, effect in enumerate(row, start=1)}}
             for layer, (score, row) in enumerate(zip(self.scores, self.effects, strict=True), start=1)
         ]
 
     def plot(self) -> Figure:
         """Effects of all layers on all later ones."""
-        made, (axes,) = figure()
-        heat_map(axes, self.effects, "later layer", "layer skipped", "relative change")
-        axes.set_title(self.model)
+        made, (axes,) = figure(self.model + ("" if self.score is None else f", causal score {self.score:.3g}"))
+        heat_map(axes, self.effects, "later layer", "layer skipped", "relative change of what it adds", log=True)
         return made
 
 
@@ -254,15 +253,14 @@ def swaps(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    pairs: str = "neighbours",
+    pairs: Pairs = "neighbours",
 ) -> Swaps:
     """Exchange two blocks: all "neighbours", or "all" pairs, of which the published permutation score is the mean.
 
     Raises:
         UserError: `pairs` is unknown, the model has one block only, or there is no target.
     """
-    if pairs not in PAIRS:
-        raise UserError(f"pairs={pairs!r}: {nearest(pairs, PAIRS)}")
+    one_of(Pairs, pairs=pairs)
     layers = range(1, model.depth + 1)
     chosen = [pair for pair in combinations(layers, 2) if pairs == "all" or pair[1] == pair[0] + 1]
     if not chosen:

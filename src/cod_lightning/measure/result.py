@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from cod_lightning.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Progress = Callable[[int, int], object]
@@ -37,19 +40,25 @@ def save(result: Any, folder: Path, name: str) -> list[Path]:
     """Write `name`.json, .csv and .png into `folder`, which is made where it is missing; each whole or not at all.
 
     What is infinite or not a number is null in the JSON, which knows neither.
+
+    Raises:
+        UserError: they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png")]
     partial = [path.with_name(f".{path.name}.partial") for path in paths]
-    partial[0].write_text(json.dumps(finite(asdict(result)), indent=1, allow_nan=False) + "\n")
-    rows = result.rows()
-    with open(partial[1], "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    result.plot().savefig(partial[2], dpi=120, format="png")
-    for before, after in zip(partial, paths, strict=True):
-        before.replace(after)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial[0].write_text(json.dumps(finite(asdict(result)), indent=1, allow_nan=False) + "\n")
+        rows = result.rows()
+        with open(partial[1], "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        result.plot().savefig(partial[2], dpi=120, format="png")
+        for before, after in zip(partial, paths, strict=True):
+            before.replace(after)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     return paths
 
 
@@ -62,11 +71,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def figure(width: float = 6.4, height: float = 4.0, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, no state shared with pyplot, and its axes from left to right and top to bottom."""
+def figure(title: str, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of its own, no state shared with pyplot, and its axes from left to right and top to bottom.
+
+    It is no wider than 13 inches, so that its text can be read where a page makes it 800 pixels wide.
+    """
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    width = {1: 6.4, 2: 5.4}.get(columns, 13 / columns)
+    made = Figure(figsize=(width * columns, 3.9 * rows), layout="constrained")
+    made.suptitle(title)
     return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -76,26 +90,80 @@ def layer_lines(
     ylabel: str,
     log: bool = False,
     layers: Sequence[int] | None = None,
+    errors: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """One line for each of `series`, over `layers`, or else over the layers from 1."""
+    """One line for each of `series`, over `layers` or else the layers from 1, with bars for the errors that there are.
+
+    On a logarithmic axis what is zero or negative has no place and is left out.
+    """
     for name, values in series.items():
-        axes.plot(layers or range(1, len(values) + 1), values, marker="o", ms=3, lw=1.4, label=name)
+        error = (errors or {}).get(name)
+        places = layers or range(1, len(values) + 1)
+        shown = [value if value > 0 or not log else math.nan for value in values]
+        axes.errorbar(places, shown, error, marker="o", ms=3, lw=1.4, capsize=2, label=name)
     axes.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
+    grid(axes)
+
+
+def grid(axes: Axes) -> None:
+    """A grid, and layers marked by whole numbers."""
     axes.grid(alpha=0.3)
-    if len(series) > 1:
-        axes.legend()
+    whole(axes.xaxis)
+
+
+def whole(axis: Axis) -> None:
+    """Ticks at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def legend(axes: Axes, columns: int = 3) -> None:
+    """Above the axes, where it hides nothing."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axes.legend(**place, ncols=columns, frameon=False, handlelength=1.5, columnspacing=1.2)
 
 
 def heat_map(
-    axes: Axes, matrix: Sequence[Sequence[float | None]], xlabel: str, ylabel: str, label: str, first: int = 1
+    axes: Axes,
+    matrix: Sequence[Sequence[float | None]],
+    xlabel: str,
+    ylabel: str,
+    label: str,
+    first: int = 1,
+    log: bool = False,
+    signed: bool = False,
 ) -> None:
-    """A matrix with a colour bar; None is left blank. Rows, upwards, and columns are numbered from `first`."""
+    """A matrix with a colour bar; None is left blank. Rows, upwards, and columns are numbered from `first`.
+
+    Args:
+        axes: to draw on.
+        matrix: [rows][columns].
+        xlabel: of the columns.
+        ylabel: of the rows.
+        label: of the colours.
+        first: number of the first row and column.
+        log: colours are logarithmic; what is not positive gets that of the least positive value.
+        signed: white is zero, and both signs reach equally far.
+    """
+    from matplotlib.colors import LogNorm
+
     values = torch.tensor([[float("nan") if value is None else value for value in row] for row in matrix])
     rows, columns = values.shape
     start = first - 0.5
+    colours: dict[str, Any] = {}
+    if log and (positive := values[values > 0]).numel():
+        colours = {"norm": LogNorm(float(positive.min()), float(positive.max()), clip=True)}
+    elif signed:
+        most = float(values.abs().max())
+        colours = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
     extent = (start, start + columns, start, start + rows)
-    image = axes.imshow(values.numpy(), aspect="auto", origin="lower", interpolation="nearest", extent=extent)
+    image = axes.imshow(
+        values.numpy(), aspect="auto", origin="lower", interpolation="nearest", extent=extent, **colours
+    )
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    for axis in (axes.xaxis, axes.yaxis):
+        whole(axis)
     axes.figure.colorbar(image, ax=axes, label=label)
 
 

@@ -7,26 +7,29 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.result import Progress, figure, layer_lines
+from cod_lightning.measure.options import one_of
+from cod_lightning.measure.result import Progress, figure, layer_lines, legend
 from cod_lightning.measure.tokens import walk, wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METHODS = ("magnitude", "wanda")
+Method = Literal["wanda", "magnitude"]
 
 
 @dataclass(frozen=True)
 class LayerSparsity:
     """One number per block, first block first."""
 
+    model: str
+    tokens: int
     sparsity: float
     """Wanted mean share of weights to remove."""
     outlier_ratio: list[float]
@@ -46,10 +49,12 @@ class LayerSparsity:
         ]
 
     def plot(self) -> Figure:
-        made, (left, middle, right) = figure(columns=3)
+        made, (left, middle, right) = figure(self.model, columns=3)
         layer_lines(left, {"outlier ratio": self.outlier_ratio}, "share of outliers (OWL)")
         layer_lines(middle, {"alpha": self.alpha}, "PL_Alpha_Hill (AlphaPruning)")
         layer_lines(right, {"OWL": self.owl, "AlphaPruning": self.alpha_pruning}, "share of weights to remove")
+        right.axhline(self.sparsity, color="black", lw=1, ls=":", label="mean")
+        legend(right)
         return made
 
 
@@ -62,7 +67,7 @@ def layer_sparsity(
     *,
     sparsity: float = 0.7,
     threshold: float = 5.0,
-    lambda_: float = 0.08,
+    owl_lambda: float = 0.08,
     epsilon: float = 0.3,
 ) -> LayerSparsity:
     """The signals and sparsities of OWL and of AlphaPruning, which needs no tokens.
@@ -74,18 +79,21 @@ def layer_sparsity(
         progress: told of every batch.
         sparsity: wanted mean over the blocks.
         threshold: OWL's M.
-        lambda_: OWL's, see `owl_sparsities`.
+        owl_lambda: OWL's, see `owl_sparsities`.
         epsilon: AlphaPruning's, see `alpha_sparsities`.
 
     Raises:
         UserError: there are no tokens, or a sparsity leaves [0, 1].
     """
+    batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)
     alphas = layer_alphas(model)
     return LayerSparsity(
+        model=model.name,
+        tokens=sum(int(keep.sum()) for _, keep in walk(model, batches, pad_id)),
         sparsity=sparsity,
         outlier_ratio=ratios,
-        owl=owl_sparsities(ratios, sparsity, lambda_),
+        owl=owl_sparsities(ratios, sparsity, owl_lambda),
         alpha=alphas,
         alpha_pruning=alpha_sparsities(alphas, sparsity, epsilon),
     )
@@ -162,20 +170,20 @@ def outlier_ratios(model: Layered, norms: Sequence[dict[str, Tensor]], threshold
     return ratios
 
 
-def owl_sparsities(ratios: Sequence[float], sparsity: float, lambda_: float = 0.08) -> list[float]:
+def owl_sparsities(ratios: Sequence[float], sparsity: float, owl_lambda: float = 0.08) -> list[float]:
     """Blocks with more outliers keep more: ratios scaled to [0, 2 lambda], minus their mean, plus 1 - S, are kept.
 
     Args:
         ratios: from `outlier_ratios`.
         sparsity: S, the mean over the blocks.
-        lambda_: half of how far the sparsities differ.
+        owl_lambda: half of how far the sparsities differ.
 
     Raises:
         UserError: a sparsity leaves [0, 1].
     """
-    scaled = [2 * lambda_ * x for x in unit_range(ratios)]
+    scaled = [2 * owl_lambda * x for x in unit_range(ratios)]
     mean = fmean(scaled)
-    return checked([sparsity - (x - mean) for x in scaled], sparsity, f"lambda={lambda_}")
+    return checked([sparsity - (x - mean) for x in scaled], sparsity, f"owl_lambda={owl_lambda}")
 
 
 def pl_alpha_hill(weight: Tensor) -> float:
@@ -246,7 +254,7 @@ def checked(sparsities: list[float], sparsity: float, option: str) -> list[float
 def sparsified(
     model: Layered,
     sparsities: Sequence[float],
-    method: str = "wanda",
+    method: Method = "wanda",
     norms: Sequence[dict[str, Tensor]] | None = None,
 ) -> Layered:
     """A copy of the model without the least weights of the linear layers of its blocks.
@@ -261,8 +269,7 @@ def sparsified(
     Raises:
         UserError: no such method, no norms for it, or not one sparsity in [0, 1] for each block.
     """
-    if method not in METHODS:
-        raise UserError(f"method={method!r} does not exist: {nearest(method, METHODS)}")
+    one_of(Method, method=method)
     if method == "wanda" and norms is None:
         raise UserError("method='wanda' needs norms, the input norms of every linear layer: pass those of input_norms")
     if len(sparsities) != model.depth or not all(0 <= share <= 1 for share in sparsities):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,11 +12,19 @@ from torch import Tensor
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.influence import block_influence, layer_importance, readout
-from cod_lightning.measure.jacobian import end_to_end_gain, jacobian, mean_jacobian
+from cod_lightning.measure.jacobian import MeanJacobian, end_to_end_gain, jacobian, mean_jacobian
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.layers import token_variances
 from cod_lightning.measure.moments import moments
-from cod_lightning.measure.removal import causal_score, linear_replacement, removal, run_removal, swaps
+from cod_lightning.measure.options import options_of
+from cod_lightning.measure.removal import (
+    RunRemoval,
+    causal_score,
+    linear_replacement,
+    removal,
+    run_removal,
+    swaps,
+)
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.sparsity import layer_sparsity, matrices
 from cod_lightning.measure.theory import Shapes, Theory, theory
@@ -24,29 +33,65 @@ from cod_lightning.nn.decoder import Decoder
 
 GAIN_ROWS = 2
 """Rows that the gain up to every layer is taken on: its time grows with the square of the depth."""
+WIDEST_MAP = 256
+"""Up to this hidden size the Jacobians are taken whole, with one backward pass for each of their rows."""
 
 Batches = Sequence[Tensor]
 """Tokens [rows, length] each."""
-Measure = Callable[[Layered, Batches, int | None, Progress], Result]
-"""(model in evaluation mode, batches, pad_id, progress) -> result."""
+Measure = Callable[..., Result]
+"""(model in evaluation mode, batches, pad_id, progress, *, options) -> result."""
 
 
-def mean_jacobians(model: Layered, batches: Batches, pad_id: int | None, progress: Progress) -> Any:
-    """Of five layers from the first to the last, as in Figure 5."""
-    return mean_jacobian(model, batches[:1], model.spaced(5), pad_id, progress)
+def first_rows(measure: Callable[..., Any], rows: int | None = None) -> Measure:
+    """The measure, with its options, on so many rows of the first batch alone; None: all of that batch."""
+
+    @wraps(measure)
+    def taken(model: Layered, batches: Batches, *rest: Any, **options: Any) -> Any:
+        return measure(model, [batches[0][:rows]], *rest, **options)
+
+    return taken
 
 
-def runs_of_blocks(model: Layered, batches: Batches, pad_id: int | None, progress: Progress) -> Any:
-    sizes = [size for size in (1, 2, 4) if size < model.depth] or [1]
-    return run_removal(model, batches, pad_id, progress, sizes=sizes)
+def mean_jacobians(
+    model: Layered,
+    batches: Batches,
+    pad_id: int | None,
+    progress: Progress,
+    *,
+    layers: Sequence[int] | None = None,
+    tokens: int = 1,
+    seed: int = 0,
+    widest: int = WIDEST_MAP,
+) -> MeanJacobian:
+    """Of `layers`, or of five from the first to the last, as in Figure 5; the options are those of `mean_jacobian`."""
+    chosen = model.spaced(5) if layers is None else layers
+    return mean_jacobian(model, batches, chosen, pad_id, progress, tokens=tokens, seed=seed, widest=widest)
 
 
-def measured_theory(model: Layered, batches: Batches, pad_id: int | None, progress: Progress) -> Theory:
-    """The paper's lemma and theorem, of Pre-LN or of LNS as the model is, over what is measured of it."""
+def runs_of_blocks(
+    model: Layered,
+    batches: Batches,
+    pad_id: int | None,
+    progress: Progress,
+    *,
+    sizes: Sequence[int] | None = None,
+) -> RunRemoval:
+    """Of `sizes` blocks, or of 1, 2 and 4 where the model has more."""
+    chosen = [size for size in (1, 2, 4) if size < model.depth] or [1]
+    return run_removal(model, batches, pad_id, progress, sizes=chosen if sizes is None else sizes)
+
+
+def measured_theory(
+    model: Layered, batches: Batches, pad_id: int | None, progress: Progress, *, lns: bool | None = None
+) -> Theory:
+    """The paper's lemma and theorem, of Pre-LN or of LNS, over what is measured of a model.
+
+    Whether it has LNS can be seen of ours; an exported model, which has it folded, needs `lns`.
+    """
     behind = moments(model, batches, pad_id).residual.variance
     return theory(
         [embedding_variance(model, batches, pad_id), *behind],
-        lns=scaled(model),
+        lns=scaled(model) if lns is None else lns,
         shapes=shapes(model, batches[0].shape[1]),
         gains=end_to_end_gain(model, [batches[0][:GAIN_ROWS]], pad_id, progress).spectral,
         model=model.name,
@@ -55,9 +100,9 @@ def measured_theory(model: Layered, batches: Batches, pad_id: int | None, progre
 
 MEASURES: dict[str, tuple[str, Measure]] = {
     "variance": ("variance", moments),
-    "jacobian": ("jacobian", lambda model, batches, *rest: jacobian(model, batches[:1], *rest)),
-    "gain": ("jacobian", lambda model, batches, *rest: end_to_end_gain(model, [batches[0][:GAIN_ROWS]], *rest)),
-    "jacobian_map": ("jacobian", mean_jacobians),
+    "jacobian": ("jacobian", first_rows(jacobian)),
+    "gain": ("jacobian", first_rows(end_to_end_gain, GAIN_ROWS)),
+    "jacobian_map": ("jacobian", first_rows(mean_jacobians)),
     "angular": ("angular", angular_distance),
     "removal": ("removal", removal),
     "run_removal": ("removal", runs_of_blocks),
@@ -66,30 +111,45 @@ MEASURES: dict[str, tuple[str, Measure]] = {
     "causal": ("removal", causal_score),
     "influence": ("influence", block_influence),
     "readout": ("influence", readout),
-    "importance": ("influence", lambda model, batches, *rest: layer_importance(model, batches[:1], *rest)),
+    "importance": ("influence", first_rows(layer_importance)),
     "sparsity": ("influence", layer_sparsity),
     "theory": ("theory", measured_theory),
 }
 """Study and function of each measure. The costly ones take the first batch alone."""
 
-WIDEST_MAP = 256
-"""Up to this hidden size the Jacobians are taken whole, with one backward pass for each of their rows."""
 
-
-def measures_of(study: str, hidden: int) -> list[str]:
+def measures_of(study: str, hidden: int = 0, widest: int = WIDEST_MAP, only: Sequence[str] = ()) -> list[str]:
     """The names of the measures of a study, or of `all`, for a model of this hidden size.
 
+    Args:
+        study: its name.
+        hidden: the model's.
+        widest: up to which Jacobians are taken whole.
+        only: of these measures no others, and these whatever the size.
+
     Raises:
-        UserError: there is no such study.
+        UserError: there is no such study, or it has no such measure.
     """
     studies = list(dict.fromkeys(of for of, _ in MEASURES.values()))
     if study != "all" and study not in studies:
-        raise UserError(f"{study!r} is not a study: {nearest(study, [*studies, 'all', 'compare'])}")
-    return [
-        name
-        for name, (of, _) in MEASURES.items()
-        if study in (of, "all") and (name != "jacobian_map" or hidden <= WIDEST_MAP)
-    ]
+        raise UserError(f"{study!r} is not a study: {nearest(study, [*studies, 'all', 'compare', 'prune'])}")
+    names = [name for name, (of, _) in MEASURES.items() if study in (of, "all")]
+    if wrong := next((name for name in only if name not in names), None):
+        raise UserError(f"only={wrong!r} is not a measure of {study}: {nearest(wrong, names)}")
+    return [name for name in names if name in only or (not only and (name != "jacobian_map" or hidden <= widest))]
+
+
+def options_for(names: Iterable[str]) -> dict[str, Any]:
+    """The options of measures, with their types.
+
+    Left out are those that more than one study has: `tokens` is not the same to jacobian and to angular.
+    """
+    studies: dict[str, dict[str, Any]] = {}
+    for name in names:
+        study, measure = MEASURES[name]
+        studies.setdefault(study, {}).update(options_of(measure))
+    found = [option for options in studies.values() for option in options]
+    return {name: kind for options in studies.values() for name, kind in options.items() if found.count(name) == 1}
 
 
 @torch.no_grad()

@@ -8,18 +8,7 @@ block, x_{L+1}, may be the last entry. sigma_{x_l} is the root.
     Theorem 3.3, 4.2    ||d y_l / d x_1||_2 <= prod_{k<l} (1 + A / (g_k^2 sigma_{x_k}) + B / (g_k^4 sigma_{x_k}^2))
 
 with g_k = 1 for Pre-LN (3.2, 3.3) and sqrt(k) for LayerNorm Scaling (4.1, 4.2). The paper has c = 1 inside a Theta;
-here it may be fitted too. Where the paper's proofs disagree with these equations:
-
-- The bound for L blocks has L - 1 factors, so that the first block alone would have a gain of at most 1.
-- Lemma 3.2 allows variances up to exp(L), from sigma >= 1. But fed with its own result the recursion is
-  d sigma^2 / dl = c sigma, so that sigma^2 grows as (c l / 2)^2, neither of the two rates that Theorem 3.3 is about.
-- M takes sigma_{x_l} = e^l, a variance of e^(2l), and log(1 + u) = u - u^2 / 2 with u = A e^-l + B e^-2l. That is less
-  than log(1 + u): M is neither the limit of the bound nor above it.
-- For sigma^2 ~ l Theorem 3.3 says Theta(L); its product, of 1 + A / sqrt(l), grows as exp(2 A sqrt(L)).
-- Lemma 4.1 allows L^(2 - epsilon), for which 1 / (sqrt(k) sigma_k) is k^-(3/2 - epsilon/2); the proof writes the
-  exponent 2 - epsilon/2. Fed with its own result that recursion gives sigma^2 ~ c^2 l, the growth the paper asks for.
-- Theorem 4.2 says omega(1) for sigma^2 ~ l^(2 - epsilon) and Theta(L) for sigma^2 ~ l. The sums of A / (l sigma_l) are
-  those of l^-(2 - epsilon/2) and l^-(3/2); both converge, and the products stay bounded.
+here it may be fitted too. `DISAGREEMENTS` is where the paper's proofs disagree with these equations.
 """
 
 from __future__ import annotations
@@ -33,10 +22,30 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.result import figure
+from cod_lightning.measure.result import figure, grid, legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+DISAGREEMENTS = {
+    False: [
+        "The bound for L blocks has L - 1 factors, so that the first block alone would have a gain of at most 1.",
+        "Lemma 3.2 allows variances up to exp(L), from sigma >= 1. Fed with its own result its recursion is "
+        "d sigma^2 / dl = c sigma, so that sigma^2 grows as (c l / 2)^2: neither rate that Theorem 3.3 is about.",
+        "M of Theorem 3.3 takes sigma_{x_l} = e^l, a variance of e^(2l), and log(1 + u) = u - u^2 / 2 with "
+        "u = A e^-l + B e^-2l. That is less than log(1 + u): M is neither the limit of the bound nor above it.",
+        "For sigma^2 ~ l Theorem 3.3 says Theta(L); its product, of 1 + A / sqrt(l), grows as exp(2 A sqrt(L)).",
+    ],
+    True: [
+        "The bound for L blocks has L - 1 factors, so that the first block alone would have a gain of at most 1.",
+        "Lemma 4.1 allows L^(2 - epsilon), for which 1 / (sqrt(k) sigma_k) is k^-(3/2 - epsilon/2); the proof writes "
+        "the exponent 2 - epsilon/2. Fed with its own result its recursion gives sigma^2 ~ c^2 l.",
+        "Theorem 4.2 says omega(1) for sigma^2 ~ l^(2 - epsilon) and Theta(L) for sigma^2 ~ l. The sums of "
+        "A / (l sigma_l) are those of l^-(2 - epsilon/2) and l^-(3/2): both converge, and the products stay bounded.",
+    ],
+}
+"""Where the paper's proofs do not give what its lemmas and theorems state: of Pre-LN, and of LayerNorm Scaling."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,8 @@ class Theory:
     """A and B fitted to the logarithms of the gains relative to the first, not negative; empty without gains."""
     fitted_log_bound: list[float]
     """Natural logarithm of the first gain times the theorem's product with these."""
+    disagreements: list[str]
+    """Where the paper's proofs do not give what it states of such a model."""
 
     def rows(self) -> list[dict[str, Any]]:
         columns: dict[str, Sequence[float]] = {
@@ -120,34 +131,33 @@ class Theory:
         ]
 
     def plot(self) -> Figure:
-        bounds = bool(self.gains or self.shape_log_bound)
-        made, axes = figure(columns=1 + bounds)
+        """Variance over the lemma; gradient norm over the theorem, fitted, and on an axis of its own from shapes."""
+        theorem = f"Theorem {'4.2' if self.lns else '3.3'}"
+        bounds = {"fitted": self.fitted_log_bound, "from shapes": self.shape_log_bound}
+        bounds = {label: values for label, values in bounds.items() if values}
+        made, axes = figure(self.model, columns=1 + len(bounds))
+        layers = range(1, len(self.variances) + 1)
         curves = {
             f"Lemma {'4.1' if self.lns else '3.2'}, c = 1": self.lemma,
             f"the same, c = {self.c:.3g}": self.lemma_fitted,
-            f"exp({self.growth.rate:.3g} l), $R^2$ = {self.growth.rate_r2:.3f}": self.growth.exponential,
-            f"$l^{{{self.growth.power:.3g}}}$, $R^2$ = {self.growth.power_r2:.3f}": self.growth.polynomial,
+            f"exp({self.growth.rate:.3g} l), $R^2$ = {self.growth.rate_r2:.2f}": self.growth.exponential,
+            f"$l^{{{self.growth.power:.3g}}}$, $R^2$ = {self.growth.power_r2:.2f}": self.growth.polynomial,
         }
-        layers = range(1, len(self.variances) + 1)
-        axes[0].plot(layers, self.variances, "o", color="black", label=f"{self.model}, measured")
+        axes[0].plot(layers, self.variances, "o", ms=4, color="black", label="measured")
         for (label, values), style in zip(curves.items(), ("-", "-", "--", ":"), strict=True):
             axes[0].plot(layers, values, style, label=label)
-        axes[0].set(xlabel="layer", ylabel="variance of the block's input", yscale="log")
-        if bounds:
-            if self.gains:
-                measured = [math.log10(gain) for gain in self.gains]
-                axes[1].plot(layers[: len(measured)], measured, "o", color="black", label=f"{self.model}, measured")
-            for values, label in ((self.shape_log_bound, "from shapes"), (self.fitted_log_bound, "fitted")):
-                if values:
-                    axes[1].plot(
-                        layers[: len(values)],
-                        [value / math.log(10) for value in values],
-                        label=f"Theorem {'4.2' if self.lns else '3.3'}, A and B {label}",
-                    )
-            axes[1].set(xlabel="layer", ylabel=r"$\log_{10}$ of the gain")
-        for place in axes:
-            place.grid(alpha=0.3)
-            place.legend()
+        axes[0].set(xlabel="layer l", ylabel="variance of the block's input", yscale="log")
+        for place, (label, values) in zip(axes[1:], bounds.items(), strict=True):
+            # as logarithms, since the bound from shapes is beyond the numbers that an axis can hold
+            if gains := [math.log10(gain) for gain in self.gains]:
+                place.plot(layers[: len(gains)], gains, "o", ms=4, color="black", label="measured")
+            bound = [value / math.log(10) for value in values]
+            place.plot(layers[: len(bound)], bound, label=f"{theorem}, A and B {label}")
+            norm = r"$\log_{10}$ of the gradient norm $\|\partial y_l/\partial x_1\|_2$"
+            place.set(xlabel="layer l", ylabel=norm)
+        for place, columns in zip(axes, (2, 1, 1), strict=False):
+            grid(place)
+            legend(place, columns)
         return made
 
 
@@ -200,6 +210,7 @@ def theory(
         fitted_log_bound=[offset + value for value in log_bound(variances, *fitted, lns=lns)[: len(gains)]]
         if fitted
         else [],
+        disagreements=DISAGREEMENTS[lns],
     )
 
 

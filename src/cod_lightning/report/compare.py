@@ -36,9 +36,10 @@ def comparison_figure(runs: Mapping[str, Found]) -> Figure:
     """One panel for each quantity, one line in it for each run."""
     drawn = {label: panels(found) for label, found in runs.items()}
     titles = next(iter(drawn.values()))
-    made, axes = figure(columns=3, rows=2, width=5.2, height=3.6)
+    made, axes = figure("", columns=3, rows=2)
     for place, (title, (_, log)) in zip(axes, titles.items(), strict=True):
         layer_lines(place, {label: values[title][0] for label, values in drawn.items()}, title, log)
+    made.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return made
 
 
@@ -48,15 +49,13 @@ def headline(found: Found) -> dict[str, str]:
     removed = found["removal"]
     costs = [loss - removed["loss"] for loss in removed["losses"]]
     deep = costs[len(costs) // 2 :]
-    replaced = found["linear_replacement"]
-    useful = sum(loss > 1.1 * replaced["loss"] for loss in replaced["losses"]) / len(replaced["losses"])
     return {
         "loss": f"{removed['loss']:.4f}",
         "variance, first block": f"{variance[0]:.3g}",
         "variance, last block": f"{variance[-1]:.3g}",
         "last over first": f"{variance[-1] / variance[0]:.3g}",
         "loss added by removing a block of the deeper half, mean": f"{sum(deep) / len(deep):.4f}",
-        "usefulness (share of layers that are not linear)": f"{useful:.2f}",
+        "usefulness (share of layers that are not linear)": f"{found['linear_replacement']['usefulness']:.2f}",
     }
 
 

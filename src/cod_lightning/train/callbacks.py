@@ -21,11 +21,12 @@ from torch.distributed.tensor import DTensor
 from cod_lightning.errors import UserError
 from cod_lightning.measure.jacobian import STATISTICS, Jacobian, jacobian
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.layers import layer_statistics, plot_variance
+from cod_lightning.measure.layers import plot_variance
 from cod_lightning.measure.moments import PLACES
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.suite import MEASURES, Measure
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.train.config import COUNTS, FIGURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ History = dict[str, dict[str, list[Any]]]
 """Series by kind (`train`, `val`, `layers`, and the names of measures); each holds equally long lists, `step` among
 them. An entry of a measure is a list over the blocks `layer`, or over all from the first where there is no `layer`."""
 
-FIGURES = 8
+MOST_FIGURES = 8
 """TensorBoard gets so many figures of a measure over a run, and one of its start (see `worth_a_figure`)."""
 
 
@@ -107,8 +108,8 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.history.get("val", {}).get("step", [None])[-1] == trainer.global_step:
             return
-        names = ("val_loss", "ppl", "ppl_paper_protocol", "val_tokens")
-        self.add(trainer, "val", **{name: float(trainer.callback_metrics[name]) for name in names})
+        found = trainer.callback_metrics
+        self.add(trainer, "val", **{name: float(found[name]) for name in (*FIGURES, *COUNTS) if name in found})
 
     def final(self) -> dict[str, Any]:
         """The last validation's figures, tokens and speed."""
@@ -116,7 +117,7 @@ class Recorder(Callback):
         tokens = int(self.history["train"]["tokens"][-1])
         return {
             **last,
-            "val_tokens": int(last["val_tokens"]),
+            **{name: int(last[name]) for name in COUNTS if name in last},
             "train_loss": self.history["train"]["loss"][-1],
             "tokens": tokens,
             "tokens_per_second": tokens / self.train_seconds,
@@ -132,11 +133,11 @@ class ProbeCallback(Callback):
 
     Args:
         recorder: keeps what is found.
-        probe: tokens [rows, length], the same on every rank.
+        probe: rows of the data's `probe_batch`, the same on every rank.
         every: steps between measurements.
     """
 
-    def __init__(self, recorder: Recorder, probe: Tensor, every: int):
+    def __init__(self, recorder: Recorder, probe: Any, every: int):
         self.recorder, self.probe, self.every = recorder, probe, every
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,15 +152,15 @@ class ProbeCallback(Callback):
 
     def undisturbed(self, trainer: Trainer, pl_module: Any) -> None:
         began = time.perf_counter()
-        decoder = whole(pl_module.decoder)
-        mode = decoder.training
+        network = whole(pl_module.network)
+        mode = network.training
         with isolate_rng():
-            self.measure(trainer, pl_module, decoder.eval())
-        decoder.train(mode)
+            self.measure(trainer, pl_module, network.eval())
+        network.train(mode)
         self.recorder.measure_seconds += time.perf_counter() - began
 
-    def measure(self, trainer: Trainer, pl_module: Any, decoder: Decoder) -> None:
-        """Measure `decoder` and record it; every rank calls this at the same steps."""
+    def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
+        """Measure `network` and record it; every rank calls this at the same steps."""
         raise NotImplementedError
 
     def draw(self, trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
@@ -177,12 +178,9 @@ class LayerStatisticsCallback(ProbeCallback):
     Every rank takes its share of the rows, and all find the statistics of the whole probe.
     """
 
-    def measure(self, trainer: Trainer, pl_module: Any, decoder: Decoder) -> None:
-        rows = share(self.probe, trainer.global_rank, trainer.world_size, pl_module.pad_id).to(pl_module.device)
+    def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
         with trainer.precision_plugin.forward_context():
-            found = layer_statistics(
-                decoder, rows, pl_module.pad_id, total=lambda values: pl_module.sum_over_ranks(values)[0]
-            )
+            found = pl_module.statistics(network, pl_module.transfer_batch_to_device(self.probe, pl_module.device, 0))
         self.recorder.add(
             trainer,
             "layers",
@@ -215,13 +213,13 @@ class MeasureCallback(ProbeCallback):
         super().__init__(recorder, probe, every)
         self.name = name
 
-    def measure(self, trainer: Trainer, pl_module: Any, decoder: Decoder) -> None:
-        """Measure `decoder` and record it.
+    def measure(self, trainer: Trainer, pl_module: Any, network: Decoder) -> None:
+        """Measure `network` and record it.
 
         Raises:
             UserError: decoder or probe are none for this measure; once steps have been made, that is a warning.
         """
-        model, batches = Layered(decoder, f"step {trainer.global_step}"), self.probe.split(pl_module.micro_batch_size)
+        model, batches = Layered(network, f"step {trainer.global_step}"), self.probe.split(pl_module.micro_batch_size)
         try:
             result = IN_TRAINING[self.name](model, batches, pl_module.pad_id, lambda done, total: None)
         except UserError as error:
@@ -235,35 +233,30 @@ class MeasureCallback(ProbeCallback):
 
 
 def worth_a_figure(step: int, every: int, max_steps: int) -> bool:
-    """Whether a measurement is the first in one of `FIGURES` equal parts of the run, or its last one.
+    """Whether a measurement is the first in one of `MOST_FIGURES` equal parts of the run, or its last one.
 
-    So there are at most `FIGURES` + 1 figures, however long the run and however often it is measured.
+    So there are at most `MOST_FIGURES` + 1 figures, however long the run and however often it is measured.
 
     Args:
         step: of the measurement.
         every: steps since the one before.
         max_steps: of the run.
     """
-    return step * FIGURES // max_steps > (step - every) * FIGURES // max_steps
+    return step * MOST_FIGURES // max_steps > (step - every) * MOST_FIGURES // max_steps
 
 
-def share(probe: Tensor, rank: int, world_size: int, pad_id: int) -> Tensor:
-    """A rank's rows of a probe, one of pads where there are fewer rows than ranks."""
-    rows = probe[rank::world_size]
-    return rows if len(rows) else torch.full_like(probe[:1], pad_id)
+def whole(network: Any) -> Any:
+    """The model that is trained, or, where its weights are sharded over ranks, a copy with all of them.
 
-
-def whole(decoder: Decoder) -> Decoder:
-    """The decoder, or, where its weights are sharded over ranks, a copy of it with all of them; all ranks call this.
-
-    A copy, because `fully_shard` gathers weights in hooks, which neither `torch.func` nor gradients with respect to
-    chosen parameters see through. It takes the memory of the weights once more for as long as it is measured.
+    All ranks call this. A copy, because `fully_shard` gathers weights in hooks, which neither `torch.func` nor
+    gradients with respect to chosen parameters see through. It takes the memory of the weights once more for as long
+    as it is measured.
     """
-    state = decoder.state_dict()
+    state = network.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
-        return decoder
+        return network
     with torch.device("meta"):
-        copy = Decoder(decoder.config, [block.spec for block in decoder.blocks])
+        copy = Decoder(network.config, [block.spec for block in network.blocks])
     gathered = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
     copy.load_state_dict(gathered, assign=True)
     copy.tie()
@@ -295,7 +288,11 @@ def columns(*names: str) -> Series:
 
 
 SERIES: dict[str, Series] = {
-    "variance": columns(*(f"{place}_{what}" for place in PLACES for what in ("variance", "kurtosis", "maximum"))),
+    "variance": lambda result: {
+        f"{place}_{what}": getattr(getattr(result, place), what)
+        for place in PLACES
+        for what in ("variance", "kurtosis", "maximum")
+    },
     "jacobian": columns("layer", *STATISTICS),
     "gain": columns("layer", "spectral", "frobenius"),
     "jacobian_map": columns("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share"),
@@ -308,7 +305,7 @@ SERIES: dict[str, Series] = {
     "swaps": columns("score"),
     "linear_replacement": columns("delta_loss"),
     "causal": columns("score"),
-    "influence": columns("influence"),
+    "influence": lambda result: {"influence": result.influence},
     "readout": columns("loss", "kl", "js"),
     "importance": columns("shapley", "leave_one_out"),
     "sparsity": columns("outlier_ratio", "owl", "alpha", "alpha_pruning"),
@@ -345,11 +342,8 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         figures = trainer.callback_metrics
-        self.say(
-            trainer,
-            f"step {trainer.global_step:>6}/{trainer.max_steps}  val_loss {figures['val_loss']:.4f}  "
-            f"ppl {figures['ppl']:.2f}  ppl_paper_protocol {figures['ppl_paper_protocol']:.2f}",
-        )
+        words = [f"{name} {figures[name]:{form}}" for name, form in FIGURES.items() if name in figures]
+        self.say(trainer, "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *words]))
 
 
 class ProgressBar(RichProgressBar):

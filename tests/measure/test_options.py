@@ -1,0 +1,84 @@
+"""Words of a command line as the keywords of functions."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from torch import Tensor
+
+from cod_lightning.errors import UserError
+from cod_lightning.measure.options import one_of, options_of, read_options
+
+Colour = Literal["red", "green"]
+
+
+def example(
+    model: Any,
+    tokens: int = 4,
+    *,
+    count: int = 8,
+    share: float = 0.5,
+    exact: bool = False,
+    name: str = "x",
+    colour: Colour | None = None,
+    sizes: Sequence[int] | None = (1, 2),
+    depth: int | None = None,
+    fit: Iterable[Tensor] | None = None,
+    folder: Path = Path(),
+    export: Callable[[Any], object] = print,
+) -> None: ...
+
+
+def test_options_are_the_keywords_that_a_word_can_give():
+    assert list(options_of(example)) == ["count", "share", "exact", "name", "colour", "sizes", "depth"]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("count=32", 32),
+        ("share=1e-3", 0.001),
+        ("share=1", 1.0),
+        ("exact=true", True),
+        ("exact=False", False),
+        ("name=a b=c", "a b=c"),
+        ("colour=green", "green"),
+        ("colour=none", None),
+        ("sizes=[1, 2,4]", [1, 2, 4]),
+        ("sizes=17,18,19", [17, 18, 19]),
+        ("sizes=3", [3]),
+        ("sizes=null", None),
+        ("depth=none", None),
+        ("depth=3", 3),
+    ],
+)
+def test_words_become_values_of_their_types(word, value):
+    found = read_options([word], options_of(example), "measure example")
+    assert found == {word.partition("=")[0]: value}
+    assert type(next(iter(found.values()))) is type(value)
+
+
+def test_every_wrong_word_is_named_with_what_would_be_right():
+    words = ["cuont=3", "count=many", "count=none", "share=half", "exact=1", "colour=rde", "sizes=[1,b]", "sizes="]
+    with pytest.raises(UserError) as error:
+        read_options(words, options_of(example), "measure example")
+    assert str(error.value).splitlines() == [
+        "cuont is not an option of measure example: did you mean 'count'? known: colour, count, depth, exact, name, "
+        "share, sizes",
+        "count=many: expected a whole number",
+        "count=none: expected a whole number",
+        "share=half: expected a number",
+        "exact=1: expected true or false",
+        "colour=rde: did you mean 'red'? known: green, red",
+        "sizes=[1,b]: expected a whole number",
+        "sizes=: expected a whole number",
+    ]
+    with pytest.raises(UserError, match="x is not an option of measure variance: it has none"):
+        read_options(["x=1"], {}, "measure variance")
+
+
+def test_a_choice_is_checked_where_it_is_used():
+    one_of(Colour, colour="red")
+    with pytest.raises(UserError, match=r"colour='gren': did you mean 'green'\? known: green, red"):
+        one_of(Colour, colour="gren")
