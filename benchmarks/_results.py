@@ -1,10 +1,11 @@
-"""What the benchmarks share: the clock, and files of results named after the hardware and the day."""
+"""What the benchmarks share: clock, count of memory, and files of results named after the hardware and the day."""
 
 from __future__ import annotations
 
 import csv
 import ctypes
 import datetime
+import gc
 import os
 import platform
 import random
@@ -12,6 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from cod_lightning.train.record import hardware
 
@@ -90,3 +93,18 @@ def milliseconds(variants: Mapping[str, Callable[[], object]], budget: float = 0
             function()
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most bytes that `function` has allocated at one time, beyond those that were before."""
+    gc.collect()  # what was left in cycles would else be freed, and subtracted, on the way
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        function()
+    # `seen.events()` leaves out what operators allocate inside.
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))

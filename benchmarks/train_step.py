@@ -6,9 +6,8 @@ A step is the forward pass, the loss, the backward pass and AdamW, on random tok
 the default is a toy, and two more contestants: the same decoder with the norm written out as in the code released with
 the paper, and `transformers.LlamaForCausalLM` (Pre-LN) of the same shape.
 
-MFU counts 6 operations per token for each weight of a matrix product and 12 * layers * length * width for attention
-(causality not discounted), over the hardware's peak: the data sheet's for dense bfloat16 where it is known, else that
-of a large matrix product measured in the same run.
+MFU counts operations as `cod_lightning.report.estimate.flops_per_token` does, over the hardware's peak: the data
+sheet's for dense bfloat16 where it is known, else that of a large matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -31,12 +30,10 @@ from cod_lightning.nn import decoder as decoder_module
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.report.estimate import GPUS, flops_per_token, matmul_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = Path(__file__).parents[1] / "configs" / "model"
-PEAK = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12}
-"""Operations per second in dense bfloat16, from the data sheets (SXM)."""
-
 TOY = DecoderConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, vocab_size=4096)
 
 
@@ -111,21 +108,14 @@ def transformers_llama(
     )
 
 
-def flops_per_token(config: DecoderConfig, length: int) -> float:
-    embeddings = (config.vocab_size or 0) * config.hidden_size
-    weights = config.num_parameters() - (0 if config.tie_word_embeddings else embeddings)
-    return 6 * weights + 12 * config.num_hidden_layers * config.hidden_size * length
-
-
 def peak_flops() -> tuple[float, str]:
     if DEVICE == "cuda":
-        name = torch.cuda.get_device_name()
-        known = next((peak for chip, peak in PEAK.items() if chip in name), None)
+        name = torch.cuda.get_device_name().lower()
+        known = next((gpu.bf16 for chip, gpu in GPUS.items() if chip in name), None)
         if known is not None:
             return known, "data sheet"
-    size, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / (milliseconds({"mm": lambda: a @ b})["mm"] / 1000), "measured"
+        return matmul_rate(DEVICE, torch.bfloat16, size=8192), "measured"
+    return matmul_rate(DEVICE, torch.float32), "measured"
 
 
 def measure(name: str, config: DecoderConfig, options: argparse.Namespace) -> list[dict[str, Any]]:

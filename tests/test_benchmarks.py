@@ -17,6 +17,17 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("norm.py", "--rows 8 --widths 64 --seconds 0", ["nn.RMSNorm", "inductor", "add_norm"]),
         ("loss.py", "--tokens 64 --vocabulary 100 --seconds 0", ["ours", "all logits"]),
         ("train_step.py", "--rows 1 --length 8 --seconds 0", ["torch norms, compiled", "transformers"]),
+        (
+            "estimate.py",
+            "--models tiny --rows 2 --length 16 --vocabulary 300 --seconds 0",
+            ["tiny", "post_ln", "32-true"],
+        ),
+        (
+            "measures.py",
+            "--experiments quickstart --seconds 0 --set model=tiny data.seq_len=8 data.batch_size=2 "
+            "data.micro_batch_size=2 data.vocab_size=300 trainer.probe_rows=5",
+            ["layer statistics", "importance", "all by default"],
+        ),
         ("prepare.py", "--characters 400000 --vocab-size 300 --workers 1 --repeats 1", ["prepare / raw, 1"]),
     ],
 )
@@ -25,6 +36,8 @@ def test_benchmarks_run(script, words, shown):
         "norm.py",
         "loss.py",
         "train_step.py",
+        "estimate.py",
+        "measures.py",
         "prepare.py",
         "kernel_resources.py",  # in tests/kernels
     }

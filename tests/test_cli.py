@@ -42,7 +42,18 @@ def finished(toy, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["fit"], ["prepare"], ["evaluate"], ["generate"], ["export"], ["import"], ["measure"], ["experiments"]],
+    [
+        [],
+        ["fit"],
+        ["prepare"],
+        ["evaluate"],
+        ["generate"],
+        ["export"],
+        ["import"],
+        ["measure"],
+        ["estimate"],
+        ["experiments"],
+    ],
 )
 def test_help_needs_neither_torch_nor_hydra(command):
     script = (
@@ -397,7 +408,7 @@ def test_killed_and_started_again_a_run_ends_to_the_bit_as_if_never_stopped(toy,
 @pytest.mark.parametrize("protocol", ["strict", "paper"])
 def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
     words = [*toy, f"protocol={protocol}", "data.layout=document", "data.micro_batch_size=2", "trainer.max_steps=4"]
-    words += ["optim.warmup_ratio=0"]
+    words += ["optim.warmup_ratio=0", "trainer.probe_rows=3", "trainer.measures={angular: 2, removal: 4}"]
     one = run("fit", *words, f"output={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
     two = run("fit", *words, f"output={tmp_path / 'two'}", "trainer=ddp", "trainer.accelerator=cpu")
@@ -409,6 +420,10 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         assert found[name] == pytest.approx(expected[name], rel=1e-5)
     assert found["tokens"] == expected["tokens"]
     assert found["val_tokens"] == expected["val_tokens"]
+    for kind in ("layers", "jacobian", "angular", "removal"):
+        for name, values in expected["history"][kind].items():
+            for one_rank, two_ranks in zip(values, found["history"][kind][name], strict=True):
+                assert two_ranks == pytest.approx(one_rank, rel=1e-3, abs=1e-6), (kind, name)
 
 
 @pytest.mark.parametrize(
@@ -422,6 +437,7 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["fit", "data=files", "data.files=nothing/*.jsonl"], ["data.files"]),
         (["fit", "data=c4"], ["c4", "data=files"]),
         (["fit", "data.folder=nowhere"], ["nowhere"]),
+        (["fit", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
         (["evaluate", "nowhere"], ["nowhere: not a run folder", "config.yaml"]),
         (["generate", "nowhere", "text"], ["nowhere: not a run folder"]),
         (["export", "nowhere"], ["nowhere: not a run folder"]),

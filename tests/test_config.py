@@ -25,42 +25,13 @@ def test_every_strategy_has_its_config_and_every_option_its_default():
         assert build_all(norm, 4) == build_all({"name": name}, 4), name
 
 
-@pytest.mark.parametrize("name", choices("experiments"))
-def test_every_experiment_composes_under_both_protocols(name):
-    for protocol in choices("protocol"):
-        config = compose([f"experiments={name}", f"protocol={protocol}"])
-        assert config.experiment == name
-        assert config.description
-        assert config.protocol == protocol
-        paper = protocol == "paper"
-        assert config.data.layout == ("document" if paper else "packed")
-        assert config.optim.weighting == ("micro_batches" if paper else "tokens")
-
-
-# Table 1 and the released run scripts, typed in again from the paper's facts.
-# Peak rate, steps, warm-up; perplexities of Post-LN, DeepNorm, Mix-LN, Pre-LN, LNS.
-TABLE_1 = {
-    "table1_130m": (1e-3, 20_000, 2_000, [26.95, 27.17, 26.07, 26.73, 25.76]),
-    "table1_250m": (1e-3, 40_000, 4_000, [1409.79, 22.77, 21.39, 21.92, 20.35]),
-    "table1_350m": (5e-4, 60_000, 6_000, [1368.33, 1362.59, 1363.21, 19.58, 18.20]),
-    "table1_1b": (5e-4, 100_000, 1_000, [1390.75, 1409.08, 1414.78, 17.02, 15.71]),
-}
-ROWS = ("post_ln", "deep_norm", "mix_ln", "pre_ln", "lns")
-
-
-@pytest.mark.parametrize("name", TABLE_1)
-def test_table_1_has_the_released_hyperparameters_and_the_published_cells(name):
-    config = compose([f"experiments={name}"])
-    lr, steps, warmup, cells = TABLE_1[name]
-    assert config.optim.lr == lr
-    assert config.trainer.max_steps == steps
-    assert config.optim.warmup(steps) == warmup
-    assert {name: row["published"] for name, row in config.paper["rows"].items()} == dict(zip(ROWS, cells, strict=True))
-    assert compose([f"experiments={name}", "row=deep_norm"]).norm["name"] == "deep_norm_released"
-    assert (config.data.batch_size, config.data.seq_len, config.optim.clip) == (512, 256, 0)
-    assert (config.optim.name, config.optim.weight_decay, config.optim.betas) == ("adam", 0, [0.9, 0.999])
-    assert (config.data.source, config.data.tokenizer, config.model.vocab_size) == ("c4", "t5-base", 32000)
-    assert config.protocol == "paper"
+@pytest.mark.parametrize("word", ["trainer.measures.angular=50", "trainer.measures={angular: 50}"])
+def test_a_measure_is_added_to_those_of_the_experiment(tmp_path, word):
+    usual = compose().trainer.measures
+    config = compose([word, f"output={tmp_path}"])
+    assert config.trainer.measures == usual | {"angular": 50}
+    claim(config)
+    assert load(config.folder, ["trainer.measures.jacobian=0"]).trainer.measures == {"jacobian": 0, "angular": 50}
 
 
 def test_the_command_line_wins_over_the_experiment():
@@ -79,6 +50,7 @@ def test_the_run_folder_is_a_function_of_what_is_computed():
         "data.workers=2",
         "trainer.threads=1",
         "trainer.log_every=1",
+        "trainer.measures={angular: 50}",
     ):
         assert compose([same]).folder == base.folder, same
     for other in (
@@ -163,7 +135,7 @@ def test_a_strategy_of_ones_own_takes_its_options(tmp_path, monkeypatch):
         (["experiments=table1_350"], ["experiments='table1_350'", "did you mean 'table1_350m'"]),
         (["norm=mixln"], ["norm='mixln'", "did you mean 'mix_ln'"]),
         (["model=llama_2b"], ["model='llama_2b'", "llama_1b"]),
-        (["data=wiki"], ["data='wiki'", "known: c4, docs, files"]),
+        (["data=wiki"], ["data='wiki'", "known: c4, commonsense170k, docs"]),
         (["protocol=papr"], ["protocol='papr'", "did you mean 'paper'"]),
         (["optim.lrr=1"], ["optim.lrr is not a field", "did you mean 'lr'"]),
         (["optimm.lr=1"], ["optimm is not a field", "did you mean 'optim'"]),
@@ -191,6 +163,10 @@ def test_a_strategy_of_ones_own_takes_its_options(tmp_path, monkeypatch):
         (["trainer=ddp"], ["data.batch_size=16", "x 2 rank(s) = 32"]),
         (["trainer.devices=2", "data.micro_batch_size=8"], ["trainer.strategy='auto'", "trainer=ddp"]),
         (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
+        (["trainer.measures.jacobain=9"], ["trainer.measures='jacobain'", "did you mean 'jacobian'"]),
+        (["trainer.measures={angular: -1}"], ["trainer.measures.angular=-1", "must not be negative"]),
+        (["trainer.measures.angular=often"], ["trainer.measures.angular=often", "Integer"]),
+        (["trainer.measures=9"], ["trainer.measures=9", "Dict"]),
         (["trainer.precision=fp8"], ["trainer.precision='fp8'", "bf16-mixed"]),
         (["eval.paper_batch=0"], ["eval.paper_batch=0", "at least 1"]),
         (["logger=wandb"], ["logger='wandb'", "known: none, tensorboard"]),

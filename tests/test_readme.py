@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cod_lightning.cli import parser
+from cod_lightning.cli import ESTIMATE_SETTINGS, parser
 from cod_lightning.config import choices, compose, groups, sweep
 from cod_lightning.nn.strategies import STRATEGIES
 
@@ -30,7 +30,8 @@ def example(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("example")
 def test_every_command_is_understood(command):
     arguments = parser().parse_args(shlex.split(command))
-    words = [word for word in getattr(arguments, "overrides", []) if not word.startswith("tasks=")]
+    known = {"tasks", *(ESTIMATE_SETTINGS if arguments.command == "estimate" else ())}
+    words = [word for word in getattr(arguments, "overrides", []) if word.partition("=")[0] not in known]
     if arguments.command == "prepare":
         words = [word for word in words if not word.startswith("data.files")] + ["data.files=texts/a.txt"]
     for run in sweep(words):
@@ -38,7 +39,8 @@ def test_every_command_is_understood(command):
 
 
 def test_there_is_a_command_of_every_kind():
-    known = {"fit", "prepare", "evaluate", "generate", "export", "import", "measure", "reproduce", "experiments"}
+    known = {"fit", "prepare", "evaluate", "generate", "export", "import"}
+    known |= {"measure", "reproduce", "estimate", "experiments"}
     assert {command.split()[0] for command in COMMANDS} == known
 
 

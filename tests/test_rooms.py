@@ -21,6 +21,7 @@ OWNERS = {
     "triton": ("kernels",),
     "litdata": ("data",),
     "lightning": ("data", "train"),
+    "PIL": ("data",),
     "pytorch_lightning": (),  # the same code under its old name: a second Trainer class, of which isinstance is false
     "matplotlib": ("measure", "train", "report"),
     "hydra": ("config.py", "cli.py"),

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import Diverged, UserError, nearest
 
 if TYPE_CHECKING:
     from cod_lightning.config import Config
@@ -32,6 +32,7 @@ measures, all other key=value overrides, which choose the text and its rows:
   measure variance runs/quickstart/lns-seed1-...
   measure angular meta-llama/Llama-2-7b-hf tokens=262144 rows=2048 data=files 'data.files=texts/*.json.gz'
   measure jacobian runs/quickstart/lns-seed1-... probes=32 layers=1,12,24
+  measure all runs/quickstart/lns-seed1-... only=angular,swaps
   measure compare runs/quickstart/pre_ln-seed1-... runs/quickstart/lns-seed1-...
 
 prune writes a model that stock transformers loads, without some blocks or weights, and its loss before and after:
@@ -41,12 +42,24 @@ prune writes a model that stock transformers loads, without some blocks or weigh
                                                  (or allocation=alpha_pruning, uniform; method=magnitude)
 """
 
+ESTIMATE = """\
+Beside overrides it takes hardware=a100|h100|h200|cpu (default: h100), mfu=, gpus=, strategy=single|ddp|fsdp and
+checkpointing=none|selective|full; several values make several columns. Examples:
+  estimate experiments=table1_350m norm=lns gpus=4
+  estimate experiments=table1_130m,table1_1b hardware=a100,h200 mfu=0.35 trainer.precision=bf16-mixed
+  estimate experiments=quickstart hardware=cpu --json
+"""
+
+ESTIMATE_SETTINGS = {"hardware": str, "mfu": float, "gpus": int, "strategy": str, "checkpointing": str}
+"""Words of `estimate` that are no overrides, and their types."""
+
 
 REPRODUCE = """\
 Examples:
   reproduce table1_350m                                 # every row at the paper's size
   reproduce table1 table6 scale=toy seeds=3 -j 2        # a small stand-in, on two cores
   reproduce figure7 scale=toy seeds=3                   # the same runs, measured
+  reproduce table8 row=lns,before_ln scale=toy          # some rows alone
 """
 
 
@@ -120,6 +133,10 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
     measure.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
 
+    estimate = command("estimate", "Say what a run will need: parameters, memory, data, hours.", ESTIMATE)
+    estimate.add_argument("--json", dest="as_json", action="store_true", help="print a JSON list, an entry for a run")
+    add_overrides(estimate)
+
     reproduce = command(
         "reproduce",
         "Carry out every row of some experiments, going on where it was stopped, and show them beside the paper's.",
@@ -128,6 +145,12 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument("words", nargs="+", metavar="experiment|key=value", help="such as table1 scale=toy seeds=3")
     reproduce.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: 1)")
     reproduce.add_argument("--results", type=Path, help="where records are kept (default: experiments/results)")
+
+    report = command(
+        "report", "Write REPRODUCTION.md, a page of HTML, CSV and figures of all that the paper claims and runs showed."
+    )
+    report.add_argument("--results", type=Path, help="where records are kept (default: experiments/results)")
+    report.add_argument("--output", type=Path, default=Path(), help="top of the files (default: here)")
 
     command("experiments", "List the experiments: size, tokens, what they reproduce, published figures.")
     return top
@@ -156,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "export": export,
             "import": import_model,
             "measure": measure,
+            "estimate": estimate,
             "reproduce": reproduce,
+            "report": report,
             "experiments": experiments,
         }[command](**arguments)
     except UserError as error:
@@ -174,14 +199,18 @@ def sections(config: Config) -> Any:
     from cod_lightning.train.run import Sections
 
     return Sections(
+        task=config.task,
         model=config.model,
         norm=config.norm,
         data=config.data,
+        images=config.images,
         optim=config.optim,
         evaluation=config.eval,
         trainer=config.trainer,
         logger=config.logger,
         seed=config.seed,
+        init_from=config.init_from,
+        resume=config.resume,
         config=plain(config),
     )
 
@@ -222,7 +251,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     """
     from filelock import FileLock, Timeout
 
-    from cod_lightning.config import check_folder, claim
+    from cod_lightning.config import check_folder, check_source, claim, plain
     from cod_lightning.nn.strategies import build_all, warnings
 
     folder = check_folder(config)
@@ -231,19 +260,24 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
         for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
             print(f"warning: {warning}", file=sys.stderr)
-    from cod_lightning.train.record import read_record
+    from cod_lightning.train.record import read_record, write_failure
     from cod_lightning.train.run import fit
 
     if config.resume and (finished := read_record(folder)) is not None:
         if first:
             print("this run is finished; resume=false trains it anew", file=sys.stderr)
         return finished, folder
+    check_source(config)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         if first:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         return fit(sections(config), folder, lambda: claim(config) if first else folder), folder
+    except Diverged as error:
+        if first:
+            write_failure(folder, plain(config), str(error))
+        raise
     except Timeout:
         raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
     except OSError as error:
@@ -265,8 +299,7 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
     configs = [compose(words) for words in runs]
     if len({config.folder for config in configs}) < len(configs):
         raise UserError("two runs of the sweep would be the same run: vary something that changes what is computed")
-    fixed = set.intersection(*(set(words) for words in runs))
-    labels = [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
+    labels = varied(runs)
     with ThreadPoolExecutor(jobs) as pool:
         statuses = list(pool.map(lambda words, label: run_marked(["fit", *words], label, jobs), runs, labels))
 
@@ -282,6 +315,12 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
         )
     )
     return max(statuses, key=abs)
+
+
+def varied(runs: Sequence[Sequence[str]]) -> list[str]:
+    """For each run of a sweep the words that others do not share."""
+    fixed = set.intersection(*(set(words) for words in runs))
+    return [" ".join(word for word in words if word not in fixed) or "the run" for words in runs]
 
 
 def run_marked(words: Sequence[str], label: str, jobs: int) -> int:
@@ -308,7 +347,10 @@ def prepare(overrides: Sequence[str]) -> int:
     from cod_lightning.config import compose
     from cod_lightning.data.prepare import prepare as prepare_data
 
-    print(prepare_data(compose(overrides).data))
+    config = compose(overrides)
+    if config.task != "language":
+        raise UserError(f"task={config.task} needs no preparation: images are read as they are")
+    print(prepare_data(config.data))
     return 0
 
 
@@ -325,17 +367,20 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
         return evaluate_tasks(config, run, checkpoint, tasks, task_folder, limit)
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit are for tasks=")
+    from cod_lightning.train.config import COUNTS
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
     path = checkpoint_of(run, checkpoint)
     if changes_text(overrides):
+        if config.task != "language":
+            raise UserError(f"{run} is a run of task={config.task}: it reads images.folder=, not data=")
         # Other data has to be read with the tokens that the model knows.
         config.data.tokenizer = str(run / TOKENIZER)
     figures = validate(sections(config), path)
     if is_first_rank():
         for name, value in figures.items():
-            print(f"{name} {value:.6g}" if name != "val_tokens" else f"{name} {value:.0f}")
+            print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
     return 0
 
 
@@ -473,6 +518,7 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
         return compare(models, options, overrides, checkpoint, rows, output)
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, {len(models)} are given; measure compare takes several")
+    from cod_lightning.measure.suite import measures_of
     from cod_lightning.nn.exchange import check_new
     from cod_lightning.report.studies import carry_out, carry_out_prune
 
@@ -480,6 +526,8 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
         check_new(output)
+    elif "only" in options:
+        measures_of(study, only=options["only"])  # what is unknown is refused before anything is loaded
     subject = open_subject(models[0], overrides, checkpoint, rows)
     model = Path(models[0])
     folder = output or (model / "measure" if is_run(models[0]) else Path("measure") / model.name)
@@ -498,6 +546,7 @@ def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
     from cod_lightning.report.studies import options_of_study
 
     known = {**options_of_study(study), "rows": int, "output": str}
+    known |= {} if study in ("compare", "prune") else {"only": Sequence[str]}
     others = fields_and_groups() - known.keys()
 
     def is_option(word: str) -> bool:
@@ -562,42 +611,115 @@ def compare(
     return 0
 
 
+def estimate(overrides: Sequence[str], as_json: bool) -> int:
+    import json
+
+    from cod_lightning.config import compose, sweep
+
+    runs = list(sweep(overrides))
+    settings = [estimate_settings(words) for words in runs]
+    configs = [compose([word for word in words if word.partition("=")[0] not in ESTIMATE_SETTINGS]) for words in runs]
+    if any(config.task != "language" for config in configs):
+        raise UserError("task='vision' has no estimate yet: only decoders have one")
+    from cod_lightning.report.estimate import estimate as needs
+    from cod_lightning.report.terminal import estimate_table, show
+
+    found = [
+        needs(
+            config.model,
+            config.norm,
+            config.data,
+            config.trainer,
+            published_tokens=config.paper.get("tokens") if config.scale == "paper" else None,
+            **chosen,
+        )
+        for config, chosen in zip(configs, settings, strict=True)
+    ]
+    if as_json:
+        entries = [{"overrides": words} | figures.plain() for words, figures in zip(runs, found, strict=True)]
+        print(json.dumps(entries, indent=1))
+    else:
+        show(estimate_table(list(zip(varied(runs), found, strict=True))))
+    return 0
+
+
+def estimate_settings(words: Sequence[str]) -> dict[str, Any]:
+    """The words of `estimate` that are no overrides, as arguments."""
+    settings = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ESTIMATE_SETTINGS:
+            try:
+                settings[name] = ESTIMATE_SETTINGS[name](value)
+            except ValueError:
+                kind = "whole number" if ESTIMATE_SETTINGS[name] is int else "number"
+                raise UserError(f"{name}={value!r} must be a {kind}") from None
+    return settings
+
+
 def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
-    from cod_lightning.experiments import RESULTS, keep, kept, named, rows
+    from cod_lightning.experiments import MEASURED, RESULTS, Task, claims, keep, named, outstanding, rows
 
     at_least("jobs", jobs, 1)
-    chosen = dict(word.split("=", 1) for word in words if word.startswith(("scale=", "seeds=")))
-    overrides = [word for word in words if "=" in word and not word.startswith(("scale=", "seeds="))]
-    if not chosen.get("seeds", "1").isdecimal() or int(chosen.get("seeds", "1")) < 1:
-        raise UserError(f"seeds={chosen['seeds']} must be a number of seeds, at least 1")
-    seeds = range(1, int(chosen.get("seeds", "1")) + 1)
-    results = results or RESULTS
-    asked = list(rows(named([w for w in words if "=" not in w]), chosen.get("scale", "paper"), overrides))
-    found = kept(results)
-    wanted: dict[str, tuple[list[str], Config, set[str]]] = {}
-    for seed in seeds:
-        for row in asked:
-            config = row.run(seed)
-            done = found.get(config.id)
-            measures = {m for m in row.config.paper.get("measures", ()) if not (done and (done / f"{m}.json").exists())}
-            if done is None or measures:
-                told = [*row.words, f"seed={seed}", f"name={config.name}"]
-                wanted.setdefault(config.id, (told, config, set()))[2].update(measures)
+    own = {"scale": "paper", "seeds": "1", "row": ""}
+    own |= dict(word.split("=", 1) for word in words if word.partition("=")[0] in own)
+    overrides = [word for word in words if "=" in word and word.partition("=")[0] not in own]
+    if not own["seeds"].isdecimal() or int(own["seeds"]) < 1:
+        raise UserError(f"seeds={own['seeds']} must be a number of seeds, at least 1")
+    asked = list(rows(named([word for word in words if "=" not in word]), own["scale"], overrides))
+    if own["row"]:
+        known = dict.fromkeys(row.name for row in asked)
+        wanted = own["row"].split(",")
+        if wrong := next((name for name in wanted if name not in known), None):
+            raise UserError(f"row={wrong!r} is not a row: {nearest(wrong, known)}")
+        asked = [row for row in asked if row.name in wanted]
+    seeds = range(1, int(own["seeds"]) + 1)
+    target = results or RESULTS
+    tasks = outstanding(asked, seeds, target)
 
-    def carry_out_one(item: tuple[list[str], Config, set[str]]) -> int:
-        told, config, measures = item
-        status = run_marked(["fit", *told], config.label, jobs)
-        for name in sorted(measures) if status == 0 else ():
-            command = ["measure", name, str(config.folder), f"--rows={MEASURED_ROWS}"]
-            status = status or run_marked(command, config.label, jobs)
-        if status == 0:
-            keep(config.folder, results, measures)
+    def carry_out_one(task: Task) -> int:
+        model, status = task.row.subject or str(task.folder), 0
+        if task.row.subject is None:
+            status = run_marked(["fit", *task.words], task.label, jobs)
+            keep(task.folder, target)
+        if status == 0 and task.measures:
+            command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
+            if task.row.subject is not None:
+                command += [f"output={task.folder / MEASURED}", *task.row.words]
+            status = run_marked(command, task.label, jobs)
+            if status == 0:
+                keep(task.folder, target, task.measures)
         return status
 
-    print(f"{len(wanted)} runs to carry out, {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
+    print(f"{len(tasks)} to carry out, of {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = list(pool.map(carry_out_one, wanted.values()))
+        statuses = list(pool.map(carry_out_one, tasks))
+
+    from cod_lightning.report.terminal import reproduced, show
+
+    show(reproduced(claims(asked, target)))
     return max(statuses, key=abs, default=0)
+
+
+def report(results: Path | None, output: Path) -> int:
+    from cod_lightning.experiments import RECORD, RESULTS, claims, rows, with_rows
+    from cod_lightning.report.claims import SCALES
+    from cod_lightning.report.reproduction import CSV, FIGURES, HTML, MARKDOWN
+    from cod_lightning.report.reproduction import report as write
+
+    if results is not None and not results.is_dir():
+        raise UserError(f"--results={results} is not a folder")
+    results = results or RESULTS
+    run = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
+    made = write(claims((row for scale in run for row in rows(with_rows(), scale)), results))
+    files = {MARKDOWN: made.markdown.encode(), HTML: made.html.encode(), CSV: made.csv.encode()}
+    files |= {f"{FIGURES}/{name}": image for name, image in made.figures.items()}
+    for name, content in files.items():
+        path = output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        print(path)
+    return 0
 
 
 MEASURED_ROWS = 64
@@ -606,23 +728,45 @@ MEASURED_ROWS = 64
 
 def experiments() -> int:
     from cod_lightning.config import choices, compose
+    from cod_lightning.nn.config import num_vit_parameters
     from cod_lightning.report.terminal import experiments_table, show
 
     rows = []
     for name in choices("experiments"):
         config = compose([f"experiments={name}"])
-        model, data = config.model, config.data
-        positions = config.trainer.max_steps * data.batch_size * data.seq_len
-        published = {name: row.get("published") for name, row in config.paper.get("rows", {}).items()}
+        model, data, images = config.model, config.data, config.images
+        if config.task == "vision":
+            length = images.patches
+            parameters = num_vit_parameters(model, images.size, images.patch_size, images.classes or 0)
+        else:
+            length, parameters = data.seq_len, model.num_parameters(data.vocab_size)
+        positions = config.trainer.max_steps * data.batch_size * length
+        claims = config.paper.get("rows", {})
+        published = [f"{name} {figure}" for name, row in claims.items() for figure in figures_of(row.get("published"))]
         rows.append(
             {
                 "experiment": name,
                 "reproduces": config.description,
                 "model": f"{model.num_hidden_layers} x {model.hidden_size}",
-                "parameters": f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M",
-                "token positions": f"{positions / 1e9:.2f}B" if positions >= 1e8 else f"{positions / 1e6:.2f}M",
-                "published": "\n".join(f"{norm} {value:.2f}" for norm, value in published.items()) or "none",
+                "parameters": f"{parameters / 1e6:,.1f}M",
+                "token positions": "none, measured"
+                if any("subject" in row for row in claims.values())
+                else f"{positions / 1e9:.2f}B"
+                if positions >= 1e8
+                else f"{positions / 1e6:.2f}M",
+                "published": "\n".join(published) or "none",
             }
         )
     show(experiments_table(rows))
     return 0
+
+
+def figures_of(published: float | dict[str, float] | None) -> list[str]:
+    """Published figures of a row: one number, several by name, of which the average stands for all, or none."""
+    if published is None:
+        return []
+    if not isinstance(published, dict):
+        return [f"{published:.2f}"]
+    return [
+        f"{name} {value:.2f}" for name, value in published.items() if "average" not in published or name == "average"
+    ]

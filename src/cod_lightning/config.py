@@ -22,12 +22,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cod_lightning.data.config import DataConfig
+from cod_lightning.data.config import DataConfig, ImageConfig, image_problems
 from cod_lightning.data.config import problems as data_problems
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.nn import strategies
 from cod_lightning.nn.config import RUNTIME, DecoderConfig
-from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig, one_of
+from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, one_of, run_of
 
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
@@ -43,8 +43,13 @@ class Config:
     """`paper`: as published; `mini` and `toy` keep what is compared and shrink the rest."""
     row: str | None = field(default=None, metadata=RUNTIME)
     """Which of the experiment's rows this is; None: the settings decide (see `row_of`)."""
+    task: str = "language"
+    """`language`, or `vision`: a Vision Transformer on `images` (Table 5) in the place of a decoder on `data`."""
     protocol: str = "strict"
     """`paper`, or `strict`: which of the two procedures the settings follow."""
+    init_from: str | None = None
+    """Where the weights come from, at step 0: a run folder (its last checkpoint; same `model` and `norm`) or a .ckpt
+    file. Its run's tokenizer stands for `data.tokenizer=bpe`; None: weights are drawn."""
     seed: int = 1
     """Of the initialisation and of the order of the data."""
     output: str = field(default="runs", metadata=RUNTIME)
@@ -59,6 +64,7 @@ class Config:
     norm: dict[str, Any] = field(default_factory=dict)
     """`name` of the strategy, and its options."""
     data: DataConfig = field(default_factory=DataConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -98,10 +104,14 @@ class Config:
         ]
         if strange:
             return strange
-        found = [*self.model.problems(), *data_problems(data), *trainer.problems(), *self.eval.problems()]
+        found = [*self.model.problems(), *data_problems(data), *image_problems(self.images)]
+        found += [*trainer.problems(), *self.eval.problems()]
         found += self.optim.problems(trainer.max_steps)
         found += one_of("logger", self.logger, ("tensorboard", "none"))
         found += one_of("protocol", self.protocol, ("paper", "strict"))
+        found += one_of("task", self.task, ("language", "vision"))
+        if self.task == "vision" and self.init_from is not None:
+            found.append("init_from starts a decoder: leave it out, or task=vision")
         rows = data.micro_batch_size * trainer.world_size
         if min(data.batch_size, rows) > 0 and data.batch_size % rows:
             found.append(
@@ -115,6 +125,11 @@ class Config:
             found.append(
                 f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's: "
                 f"data.vocab_size={data.vocab_size}"
+            )
+        if self.optim.lisa_layers > self.model.num_hidden_layers:
+            found.append(
+                f"optim.lisa_layers={self.optim.lisa_layers} is more than "
+                f"model.num_hidden_layers={self.model.num_hidden_layers}"
             )
         for field_name in ("experiment", "name"):
             value = getattr(self, field_name)
@@ -315,16 +330,16 @@ def value_problem(base: DictConfig, word: str) -> str | None:
     (override,) = OverridesParser.create().parse_overrides([word])
     node: Any = base
     parts = override.key_or_group.split(".")
-    if parts[0] in ("norm", "paper") and len(parts) > 1:
-        return None
     try:
         for depth, part in enumerate(parts):
+            if OmegaConf.get_type(node) is dict:
+                break  # a dictionary takes any key; what the keys mean is for the section's own check
             known = [str(key) for key in node] if isinstance(node, DictConfig) else []
             if part not in known:
                 where = ".".join(parts[: depth + 1])
                 return f"{where} is not a field: {nearest(part, known) if known else 'it has no fields'}"
             node = node[part]
-        OmegaConf.update(base.copy(), override.key_or_group, override.value())
+        OmegaConf.update(base.copy(), override.key_or_group, override.value(), force_add=True)
     except OmegaConfBaseException as error:
         return f"{word}: {first_line(error)}"
     return None
@@ -338,8 +353,15 @@ def first_line(error: BaseException) -> str:
 
 
 def as_config(node: DictConfig) -> Config:
+    """The configuration as an object, with the tokenizer that comes with `init_from`."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
+    if config.init_from is not None:
+        source = Path(config.init_from)
+        config.init_from = str(source)
+        if config.data.tokenizer == "bpe":
+            # Tokens of one trained anew would have nothing to do with the rows of the embedding.
+            config.data.tokenizer = str(run_of(source) / TOKENIZER)
     return config
 
 
@@ -354,6 +376,8 @@ def plain(config: Config) -> dict[str, Any]:
 def identity(config: Config) -> dict[str, Any]:
     """What makes two runs the same: every field that is not marked as a matter of carrying the run out."""
     kept = marked(config)
+    if config.task == "vision":  # which reads nothing else of `data`
+        kept["data"] = {"batch_size": config.data.batch_size}
     if config.optim.weighting == "micro_batches":
         # A mean of means depends on what is in each.
         kept["data"]["micro_batch_size"] = config.data.micro_batch_size
@@ -441,18 +465,41 @@ def check_folder(config: Config) -> Path:
         UserError: it holds a run of another configuration.
     """
     folder = config.folder
-    if (folder / CONFIG).exists():
-        before, now = flatten(identity(load(folder))), flatten(identity(config))
-        differing = [
-            f"{name}={before.get(name)!r} there, {now.get(name)!r} here"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-        ]
-        if differing:
-            raise UserError(
-                f"{folder} holds a run of another configuration ({'; '.join(differing)}): choose another name="
-            )
+    differing = differences(identity(load(folder)), identity(config)) if (folder / CONFIG).exists() else ""
+    if differing:
+        raise UserError(f"{folder} holds a run of another configuration ({differing}): choose another name=")
     return folder
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Every field that differs, with both values; empty where none does."""
+    before, now = flatten(there), flatten(here)
+    return "; ".join(
+        f"{name}={before.get(name)!r} there, {now.get(name)!r} here"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
+
+
+def check_source(config: Config) -> None:
+    """Compare the decoder with that of the run folder `init_from`, of which weights alone do not tell all.
+
+    Raises:
+        UserError: they compute something else.
+    """
+    if config.init_from is None or not (Path(config.init_from) / CONFIG).is_file():
+        return
+
+    def computed(run: Config) -> dict[str, Any]:
+        # How weights are drawn does not matter, and the vocabulary is compared with the weights themselves.
+        model = {k: v for k, v in marked(run.model).items() if k not in ("vocab_size", "init_std", "embedding_std")}
+        return {"model": model, "norm": run.norm}
+
+    if differing := differences(computed(load(Path(config.init_from))), computed(config)):
+        raise UserError(
+            f"init_from={config.init_from} has another decoder ({differing}): choose its model= and norm=, or name its "
+            ".ckpt file to take the weights all the same"
+        )
 
 
 def claim(config: Config) -> Path:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.config import Config, choices, compose, from_plain, with_row
-from cod_lightning.errors import UserError, nearest
+import yaml
 
-RECORD = "record.json"
+from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, with_row
+from cod_lightning.errors import UserError, nearest
+from cod_lightning.report.claims import Experiment, Run
+from cod_lightning.report.claims import Row as ReportedRow
+
+RECORD, FAILURE = "record.json", "failed.json"
+"""What a run leaves in its folder: its record, or why there is none."""
+MEASURED = "measure"
+"""Where inside its folder the measures of a run are written."""
 RESULTS = Path("experiments/results")
 """Where results are kept, from the top of a checkout: {scale}/{label of the run}/record.json, and what was measured."""
 
@@ -31,6 +39,11 @@ class Row:
     def claim(self) -> dict[str, Any]:
         """What the experiment's file says of it: `label`, `published`, `note`."""
         return self.config.paper["rows"][self.name]
+
+    @property
+    def subject(self) -> str | None:
+        """The public model that is measured in the place of a run; at the smaller scales a run stands in for it."""
+        return self.claim.get("subject") if self.config.scale == "paper" else None
 
     def run(self, seed: int) -> Config:
         """The configuration of one of its runs, kept under its label whatever experiment asked for it first."""
@@ -59,8 +72,11 @@ def rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) 
     """Every row of some experiments.
 
     Raises:
-        UserError: as `compose`; an experiment without rows.
+        UserError: as `compose`; an experiment without rows; overrides that choose what the rows choose.
     """
+    for override in parse(overrides):
+        if override.key_or_group in ("norm", "row", "seed", "name"):
+            raise UserError(f"{override.input_line}: every row of an experiment has its own {override.key_or_group}")
     for name in experiments:
         words = (f"experiments={name}", f"scale={scale}", *overrides)
         base = compose(words)
@@ -70,13 +86,66 @@ def rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) 
             yield Row(name, row, (*words, f"row={row}"), with_row(base, row, overrides))
 
 
+@dataclass
+class Task:
+    """What is left to do for one run, or for a public model that is measured."""
+
+    row: Row
+    """The first that asked for it."""
+    config: Config
+    """Of the run; of no effect for a public model."""
+    words: tuple[str, ...]
+    """What the command line says to train it."""
+    measures: set[str]
+    """What is to be measured of it, by the names of `measure.suite.MEASURES`."""
+
+    @property
+    def label(self) -> str:
+        return Path(self.row.subject).name if self.row.subject else self.config.label
+
+    @property
+    def folder(self) -> Path:
+        """Where it is carried out."""
+        config = self.config
+        return Path(config.output, config.scale, self.label) if self.row.subject else config.folder
+
+
+def outstanding(asked: Sequence[Row], seeds: Iterable[int], results: Path) -> list[Task]:
+    """What is not among the results yet, whatever rows ask for it.
+
+    Raises:
+        UserError: as `kept`.
+    """
+    found = kept(results)
+    tasks: dict[str, Task] = {}
+    for seed in seeds:
+        for row in asked:
+            config = row.run(seed)
+            key = row.subject or config.id
+            task = tasks.get(key) or Task(row, config, (*row.words, f"seed={seed}", f"name={config.name}"), set())
+            folder = found.get(key) if row.subject is None else results / config.scale / task.label
+            if folder is not None and (folder / FAILURE).is_file():
+                continue  # the same configuration would diverge again
+            wanted = row.config.paper.get("measures", ())
+            missing = {name for name in wanted if folder is None or not (folder / f"{name}.json").is_file()}
+            if folder is None or missing:
+                tasks.setdefault(key, task).measures.update(missing)
+    return list(tasks.values())
+
+
 def kept(results: Path) -> dict[str, Path]:
-    """The folders of all results below a folder, by the id of the run.
+    """The folders of all results below a folder, by the id of the run; of runs that diverged too.
 
     Raises:
         UserError: a record cannot be read.
     """
-    return {from_plain(config_of(path), path).id: path.parent for path in sorted(results.glob(f"*/*/{RECORD}"))}
+    paths = [path for name in (FAILURE, RECORD) for path in sorted(results.glob(f"*/*/{name}"))]
+    return {from_plain(config_of(path), path).id: path.parent for path in paths}
+
+
+def outcome(folder: Path) -> Path:
+    """The file that says how a run ended."""
+    return folder / (RECORD if (folder / RECORD).exists() else FAILURE)
 
 
 def config_of(record: Path) -> dict[str, Any]:
@@ -86,13 +155,127 @@ def config_of(record: Path) -> dict[str, Any]:
         raise UserError(f"{record}: not a run record ({type(error).__name__}: {error}); remove it") from error
 
 
-def keep(run: Path, results: Path, measures: Iterable[str] = ()) -> Path:
-    """Copy a run's record, in one line, and what was measured of it into the results; returns the folder there."""
-    target = results / run.parent.name / run.name
+def keep(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
+    """Copy how a run ended, in one line, and what was measured into the results; nothing of one that did not end.
+
+    Args:
+        folder: of the run, or of a public model, below one that is called like the scale.
+        results: its folder there is called the same.
+        measures: by name.
+    """
+    target = results / folder.parent.name / folder.name
+    ended = outcome(folder)
+    if not ended.is_file() and not measures:
+        return
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f".{RECORD}.partial"
-    partial.write_text(json.dumps(json.loads((run / RECORD).read_text()), separators=(",", ":")) + "\n")
-    partial.replace(target / RECORD)
+    if ended.is_file():
+        partial = target / f".{ended.name}.partial"
+        partial.write_text(json.dumps(json.loads(ended.read_text()), separators=(",", ":")) + "\n")
+        partial.replace(target / ended.name)
     for name in measures:
-        shutil.copyfile(run / "measure" / f"{name}.json", target / f"{name}.json")
-    return target
+        shutil.copyfile(folder / MEASURED / f"{name}.json", target / f"{name}.json")
+
+
+# For the report ------------------------------------------------------------------------------------------------------
+
+
+def with_rows() -> list[str]:
+    """Every experiment that has rows to reproduce."""
+    files = {name: config_folder() / "experiments" / f"{name}.yaml" for name in choices("experiments")}
+    return [name for name, path in files.items() if yaml.safe_load(path.read_text()).get("paper", {}).get("rows")]
+
+
+def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
+    """What the paper prints of some rows, beside all results that are kept of them.
+
+    Raises:
+        UserError: a result cannot be read.
+    """
+    found = {run: (folder, read(outcome(folder))) for run, folder in kept(results).items()}
+    seeds = sorted({record["seed"] for _, record in found.values()})
+    return [
+        experiment(list(group), found, seeds)
+        for _, group in groupby(asked, key=lambda row: (row.experiment, row.config.scale))
+    ]
+
+
+def experiment(
+    asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]
+) -> Experiment:
+    """The rows of one experiment at one scale as the report takes them.
+
+    Args:
+        asked: the rows.
+        found: folders and records by the id of the run.
+        seeds: of any of them.
+    """
+    first = asked[0]
+    published = compose([f"experiments={first.experiment}"])
+    paper = first.config.paper
+    return Experiment(
+        name=first.experiment,
+        scale=first.config.scale,
+        target=paper.get("target", first.experiment),
+        column=str(paper.get("column", "")),
+        size=published.model.num_parameters(published.data.vocab_size),
+        title=first.config.description,
+        setting=setting(first.config),
+        paper=paper,
+        rows=tuple(reported(row, found, seeds) for row in asked),
+    )
+
+
+def reported(row: Row, found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]) -> ReportedRow:
+    figures = row.claim.get("published")
+    runs = [(seed, found[run]) for seed in seeds if (run := row.run(seed).id) in found]
+    return ReportedRow(
+        name=row.name,
+        label=row.claim.get("label", row.name),
+        published={}
+        if figures is None
+        else dict(figures)
+        if isinstance(figures, Mapping)
+        else {row.config.paper.get("metric", "ppl"): figures},
+        note=row.claim.get("note"),
+        computes=row.run(0).id,
+        runs=tuple(
+            Run(
+                seed,
+                record,
+                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path != outcome(folder)},
+            )
+            for seed, (folder, record) in runs
+        ),
+        gpu_hours=None,
+    )
+
+
+def setting(config: Config) -> str:
+    """Shape, text and tokens of a run, in words."""
+    model, data, steps = config.model, config.data, config.trainer.max_steps
+    rows = data.batch_size * data.seq_len
+    return (
+        f"{model.num_hidden_layers} blocks of width {model.hidden_size}, "
+        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; "
+        f"{data.source}, rows of {data.seq_len} tokens, protocol={config.protocol}; "
+        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all"
+    )
+
+
+def amount(tokens: float) -> str:
+    return f"{tokens / 1e9:.2f}B" if tokens >= 1e8 else f"{tokens / 1e6:.2f}M"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file of the results.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no result; remove it")
+    return found

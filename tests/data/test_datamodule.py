@@ -142,7 +142,7 @@ def test_a_checkpoint_of_another_set_is_refused(packed, documents, tmp_path):
     trainer = trainer_for(tmp_path, 1)
     trainer.fit(Recorder(), TokenDataModule(packed, 1))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(UserError, match="the checkpoint was trained on a prepared set with fingerprint"):
+    with pytest.raises(UserError, match="the checkpoint was trained on a set with fingerprint"):
         trainer_for(tmp_path, 2).fit(Recorder(), TokenDataModule(documents, 1), ckpt_path=tmp_path / "one.ckpt")
     early = TokenDataModule(documents, 1)
     early.load_state_dict(opened(packed).state_dict())

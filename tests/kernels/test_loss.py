@@ -51,6 +51,29 @@ def test_targets_leave_the_tokens_as_they_are():
     assert tokens.tolist() == [[5, 0, 7, 0]]
 
 
+def test_a_prompt_is_no_target():
+    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0], [5, 6, 7, 8]])
+    _ = IGNORE
+    assert next_tokens(tokens, 0, torch.tensor([1, 2, 4])).tolist() == [[6, 7, 8, _], [_, 7, _, _], [_, _, _, _]]
+    assert next_tokens(tokens, 0, torch.tensor([0, 0, 0])).tolist() == next_tokens(tokens, 0).tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 10**6])
+def test_hits_are_the_targets_with_the_largest_logit(monkeypatch, chunk):
+    monkeypatch.setattr(module, "tokens_at_once", lambda device, vocabulary: chunk)
+    hidden, weight = inputs()
+    best = (hidden @ weight.T).argmax(-1)
+    targets = torch.where(torch.rand(3, 6) < 0.5, best, torch.randint(11, (3, 6)))
+    targets[1, 2:] = IGNORE
+    with torch.no_grad():
+        found = linear_cross_entropy(hidden, weight, targets).hits
+    assert found.tolist() == [
+        sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(targets, best, strict=True)
+    ]
+    assert torch.equal(found, reference_linear_cross_entropy(hidden, weight, targets).hits)
+    assert linear_cross_entropy(hidden, weight, targets).hits is None
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 9, 10**6])
 def test_gradients_equal_those_of_all_logits_at_once_whatever_the_chunk(monkeypatch, chunk):
     monkeypatch.setattr(module, "tokens_at_once", lambda device, vocabulary: chunk)

@@ -10,6 +10,7 @@ from cod_lightning.nn.strategies import build_all
 
 VOCABULARY, HIDDEN, DEPTH = 37, 16, 4
 HF = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2", "gpt2": "GPT2"}
+HF |= {"qwen2_5_vl": "Qwen2_5_VL", "bert": "Bert"}
 FAMILIES = ("ours", "ours-lns", *HF)
 """DeepSeek-LLM is a Llama."""
 
@@ -48,6 +49,12 @@ def causal_lm():
         if family == "gpt2":
             shape |= {"n_embd": HIDDEN, "n_layer": depth, "n_head": 2, "n_inner": 24, "n_positions": 64}
         torch.manual_seed(0)
+        if family == "qwen2_5_vl":
+            # Of a head's 4 pairs of angles 1 is for time, 1 for height and 2 for width; on text all are the same.
+            shape["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+            eye = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]}
+            config = transformers.Qwen2_5_VLConfig(text_config=shape, vision_config=eye)
+            return Layered(transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), family)
         config = getattr(transformers, f"{HF[family]}Config")(**shape)
         return Layered(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
 

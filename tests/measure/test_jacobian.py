@@ -13,9 +13,10 @@ from cod_lightning.measure.jacobian import (
     end_to_end_gain,
     entries,
     jacobian,
+    largest_singular_value,
     mean_jacobian,
     probed,
-    push,
+    products,
     sampled,
     transposed,
 )
@@ -124,6 +125,43 @@ def test_the_estimates_of_squares_are_unbiased_with_two_probes():
         assert float(values.mean()) == pytest.approx(float(value), abs=4 * float(values.std()) / len(values) ** 0.5)
 
 
+def test_the_largest_singular_value_is_met_from_below():
+    draw = torch.Generator().manual_seed(0)
+    near_identity = torch.eye(40).double() + 0.02 * torch.randn(3, 40, 40, generator=draw, dtype=torch.float64)
+    start = torch.randn(3, 40, generator=draw, dtype=torch.float64)
+
+    def found(matrices, iterations, start=start):
+        return largest_singular_value(
+            lambda v: torch.einsum("rij,rj->ri", matrices, v),
+            lambda v: torch.einsum("rij,ri->rj", matrices, v),
+            start,
+            iterations,
+        )
+
+    exact = torch.linalg.matrix_norm(near_identity, 2)
+    steps = torch.stack([found(near_identity, iterations) for iterations in range(0, 13, 3)])
+    assert (steps.diff(dim=0) >= 0).all()
+    assert (steps <= exact * (1 + 1e-12)).all()
+    torch.testing.assert_close(steps[-1], exact, rtol=1e-3, atol=0)
+    # More iterations than the space has dimensions, or the matrix different singular values.
+    torch.testing.assert_close(
+        found(near_identity[:, :5, :5], 20, start[:, :5]).double(),
+        torch.linalg.matrix_norm(near_identity[:, :5, :5], 2),
+    )
+    torch.testing.assert_close(found(7 * torch.eye(40).double().expand(3, -1, -1), 9), torch.full((3,), 7.0).double())
+    assert found(torch.zeros(3, 40, 40).double(), 2).tolist() == [0, 0, 0]
+    near_identity[1, 2, 3] = torch.inf
+    assert found(near_identity, 2).isnan().tolist() == [False, True, False]
+
+
+def test_chosen_blocks_are_measured_as_all_are(causal_lm):
+    model = causal_lm("ours")
+    every = jacobian(model, [tokens()], exact=True, tokens=2)
+    some = jacobian(model, [tokens()], exact=True, tokens=2, layers=[4, 2])
+    assert (every.layers, some.layers) == ([1, 2, 3, 4], [4, 2])
+    assert some.rows() == [every.rows()[3], every.rows()[1]]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_probes_agree_with_every_entry(causal_lm, family):
     model, batches = causal_lm(family), [tokens(16, seed=seed) for seed in (0, 1)]
@@ -144,9 +182,8 @@ def test_every_entry_agrees_with_torch(causal_lm, family):
         whole = torch.autograd.functional.jacobian(function, x)
         matrices.append(torch.stack([whole[0, t, :, 0, t] for t in range(4)]).double())
         with differentiable():
-            torch.testing.assert_close(
-                push(function, x, torch.ones_like(x)), whole.double().sum((3, 4, 5)), rtol=1e-4, atol=1e-4
-            )
+            forward = products(function, x)[0](torch.ones_like(x))
+        torch.testing.assert_close(forward, whole.double().sum((3, 4, 5)), rtol=1e-4, atol=1e-4)
     found = jacobian(model, [batch], exact=True, tokens=4)
     for layer, matrix in enumerate(matrices):
         square = matrix.square().sum((1, 2)).mean()
@@ -166,7 +203,7 @@ def test_every_entry_agrees_with_torch(causal_lm, family):
 
 
 @pytest.mark.parametrize("strategy", ["gpas", "deep_norm", "peri_ln", "mix_ln"])
-def test_both_directions_give_one_matrix_under_every_wiring(strategy):
+def test_both_directions_are_those_of_one_matrix_under_every_wiring(strategy):
     config = DecoderConfig(
         hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, vocab_size=37, init_std=0.3
     )
@@ -177,9 +214,9 @@ def test_both_directions_give_one_matrix_under_every_wiring(strategy):
             nn.init.constant_(parameter, 0.7)
     with differentiable():
         for x, function in zip(inputs, functions, strict=True):
-            v, w = torch.randn_like(x).double(), torch.randn_like(x).double()
-            forwards, backwards = (push(function, x, v) * w).sum(), (transposed(function, x)(w) * v).sum()
-            torch.testing.assert_close(forwards, backwards, rtol=1e-4, atol=1e-4)
+            v = torch.randn_like(x)
+            expected = torch.func.jvp(function, (x,), (v,))[1].double()
+            torch.testing.assert_close(products(function, x)[0](v.double()), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,8 +293,9 @@ def test_what_cannot_be_measured_is_refused(causal_lm):
         jacobian(model, [batch], tokens=0)
     with pytest.raises(UserError, match=r"hidden size 16 is more than widest=8; .* raise widest"):
         mean_jacobian(model, [batch], [1], widest=8)
-    with pytest.raises(UserError, match="layers 1 to 4, not 5"):
-        mean_jacobian(model, [batch], [5])
+    for measure in (mean_jacobian, jacobian, end_to_end_gain):
+        with pytest.raises(UserError, match="layers 1 to 4, not 5"):
+            measure(model, [batch], layers=[5])
     with pytest.raises(UserError, match="each once"):
         end_to_end_gain(model, [batch], layers=[1, 1])
     for measure in (jacobian, end_to_end_gain):

@@ -78,11 +78,13 @@ def test_a_compiled_decoder_is_measured_uncompiled():
 def test_the_first_bad_layer_is_named(name, where):
     model = decoder()
     model.get_parameter(name).data.fill_(float("nan"))
-    assert first_bad_layer(model, torch.randint(31, (2, 5))) == where
+    tokens = torch.randint(31, (2, 5))
+    assert first_bad_layer(model, tokens, next_tokens(tokens)) == where
 
 
 def test_a_sound_decoder_has_no_bad_layer():
-    assert first_bad_layer(decoder(), torch.randint(31, (2, 5))) is None
+    tokens = torch.randint(31, (2, 5))
+    assert first_bad_layer(decoder(), tokens, next_tokens(tokens)) is None
 
 
 def test_the_plot_has_one_line_per_layer():
@@ -104,8 +106,8 @@ def test_the_variance_that_a_layer_norm_has_at_hand_is_that_of_the_stream(monkey
         specs[2] = replace(specs[2], entry_norm=True)
     model = build_decoder(config, specs, seed=0)
     tokens, passes = torch.randint(1, 31, (3, 10)), []
-    counted = layers.token_variance
-    monkeypatch.setattr(layers, "token_variance", lambda x, weight: passes.append(x) or counted(x, weight))
+    counted = layers.token_variances
+    monkeypatch.setattr(layers, "token_variances", lambda x: passes.append(x) or counted(x))
     streams = []
     model(tokens, tap=lambda what, layer, x: streams.append(x.detach()) if what == "residual" else None)
     found = layer_statistics(model, tokens, pad_id=tokens[0, 0].item())

@@ -8,7 +8,7 @@ from cod_lightning.measure.result import save
 from cod_lightning.measure.suite import MEASURES, embedding_variance, measures_of, scaled, shapes
 
 
-@pytest.mark.parametrize("family", ["ours-lns", "gpt2", "olmo2"])
+@pytest.mark.parametrize("family", ["ours-lns", "gpt2", "olmo2", "qwen2_5_vl", "bert"])
 def test_every_measure_runs_and_is_saved(causal_lm, family, tmp_path):
     model = causal_lm(family)
     batches, calls = [torch.randint(3, 37, (2, 8)) for _ in range(2)], []
@@ -24,8 +24,11 @@ def test_studies_are_parts_of_all():
     assert measures_of("removal", 16) == ["removal", "run_removal", "swaps", "linear_replacement", "causal"]
     assert measures_of("all", 16) == list(MEASURES)
     assert "jacobian_map" not in measures_of("all", 4096)
+    assert measures_of("all", 4096, only=["jacobian_map", "angular"]) == ["jacobian_map", "angular"]
     with pytest.raises(UserError, match="'varianc' is not a study: did you mean 'variance'"):
         measures_of("varianc", 16)
+    with pytest.raises(UserError, match="'removl' is not a measure of removal: did you mean 'removal'"):
+        measures_of("removal", only=["removl"])
 
 
 def test_what_the_theory_is_fed_with(causal_lm):

@@ -132,6 +132,8 @@ def test_parameters_are_counted_for_every_option(changes):
         ({"norm": "batch"}, "model.norm='batch'"),
         ({"vocab_size": None}, "model.vocab_size"),
         ({"init_std": -1.0}, "model.init_std"),
+        ({"init": "mitchell"}, "model.init='mitchell'"),
+        ({"init_cutoff": 0.0}, "model.init_cutoff=0.0"),
     ],
 )
 def test_impossible_shapes_are_refused_by_field(changes, word):

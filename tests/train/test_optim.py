@@ -17,8 +17,8 @@ def released(update, num, warmup, floor=0.1):
 @pytest.mark.parametrize(("total", "warmup"), [(20, 2), (20, 0), (100, 10), (7, 6)])
 def test_rates_of_every_update(total, warmup):
     settings = {"warmup": warmup, "total": total, "floor": 0.1}
-    strict = [lr_multiplier(k, released=False, **settings) for k in range(total)]
-    paper = [lr_multiplier(k, released=True, **settings) for k in range(total)]
+    strict = [lr_multiplier(k, schedule="cosine", **settings) for k in range(total)]
+    paper = [lr_multiplier(k, schedule="cosine_released", **settings) for k in range(total)]
     assert paper == pytest.approx([released(k, total, warmup) for k in range(total)])
     assert strict == pytest.approx([released(k + 1, total, warmup) for k in range(total)])
     assert paper[0] == (0 if warmup else 1)
@@ -26,6 +26,11 @@ def test_rates_of_every_update(total, warmup):
     assert max(strict) <= 1
     assert min(strict) > 0
     assert sorted(strict[warmup:], reverse=True) == strict[warmup:]
+
+
+def test_a_linear_decay_falls_by_the_same_amount_every_update():
+    rates = [lr_multiplier(k, warmup=2, total=6, floor=0.2, schedule="linear") for k in range(6)]
+    assert rates == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
 
 
 @pytest.mark.parametrize(("name", "decoupled"), [("adam", False), ("adamw", True)])

@@ -18,9 +18,11 @@ class DataConfig:
     """
 
     source: str = "docs"
-    """`docs` (documentation that every installation carries), `files`, or `c4` (allenai/c4 `en` from the hub)."""
+    """`docs` (documentation that every installation carries), `files`, or `c4` (allenai/c4 `en` from the hub); for
+    fine-tuning on answers `instructions` (files), or `drawn_instructions` (questions that the package makes up)."""
     files: Any = None
-    """`source=files`: glob or list of globs of .txt, .jsonl, .json, each also .gz (JSON lines with a `text` field)."""
+    """Glob or list of globs. `source=files`: .txt, .jsonl, .json, each also .gz (JSON lines with a `text` field).
+    `source=instructions`: .jsonl, .json, each also .gz, of Commonsense170K's records, as lines or as one list."""
     val_files: Any = None
     """Like `files`, for validation; without it one document in `val_every` is held out."""
     val_every: int = 50
@@ -31,7 +33,8 @@ class DataConfig:
     vocab_size: int = 4096
     """Vocabulary of the trained `bpe` tokenizer; ignored for others."""
     layout: str = "packed"
-    """`packed`: documents joined by EOS and cut into rows; `document`: one document per row, cut or padded (paper)."""
+    """`packed`: documents joined by EOS and cut into rows; `document`: one document per row, cut or padded (paper).
+    Without effect on instructions, which have one example per row."""
     seq_len: int = 128
     """Tokens per row; a row has `seq_len - 1` targets."""
     val_tokens: int = 10_000_000
@@ -49,8 +52,15 @@ class DataConfig:
     loader_workers: int = field(default=0, metadata=RUNTIME)
     """DataLoader workers; 0 reads in the main process."""
 
+    @property
+    def row_layout(self) -> str:
+        """What rows are made of: `layout`, or `instructions`."""
+        return "instructions" if self.source in INSTRUCTION_SOURCES else self.layout
 
-SOURCES = ("docs", "files", "c4")
+
+INSTRUCTION_SOURCES = ("instructions", "drawn_instructions")
+FILE_SOURCES = ("files", "instructions")
+SOURCES = ("docs", "files", "c4", *INSTRUCTION_SOURCES)
 LAYOUTS = ("packed", "document")
 SMALLEST_BPE = 258
 """256 bytes, pad and EOS."""
@@ -76,10 +86,10 @@ def problems(config: DataConfig) -> list[str]:
             continue
         if not isinstance(value, Iterable) or not all(isinstance(glob, str) and glob for glob in patterns(value)):
             found.append(f"data.{key}={value!r}: must be a glob or a list of globs")
-        elif config.source in SOURCES and config.source != "files":
+        elif config.source in SOURCES and config.source not in FILE_SOURCES:
             found.append(f"data.{key} is set, but data.source={config.source} does not read it: use data.source=files")
-    if config.source == "files" and not config.files:
-        found.append("data.files is empty: data.source=files needs a glob, like data.files='corpus/*.jsonl.gz'")
+    if config.source in FILE_SOURCES and not config.files and config.folder is None:
+        found.append(f"data.files is empty: data.source={config.source} needs a glob, like data.files='text/*.json.gz'")
     least = {
         "val_every": 2,
         "seq_len": 2,
@@ -100,4 +110,49 @@ def problems(config: DataConfig) -> list[str]:
     ]
     if not config.tokenizer:
         found.append("data.tokenizer is empty: bpe, a folder with tokenizer.json, or a name on the hub")
+    return found
+
+
+@dataclass
+class ImageConfig:
+    """Where images come from and how they are cut into tokens, for `task=vision`.
+
+    Of `DataConfig` that task takes the batch sizes and `loader_workers`; a row is an image.
+    """
+
+    source: str = "drawn"
+    """`drawn` (small pictures of stripes and shapes that the package draws itself), or `folder`."""
+    folder: str | None = None
+    """`source=folder`: holds train/CLASS/ and val/CLASS/ with .jpg, .jpeg and .png files."""
+    classes: int | None = None
+    """`source=folder`: how many there must be, so that an incomplete copy is found; None: as many as there are."""
+    size: int = 32
+    """Side in pixels of what the model sees."""
+    patch_size: int = 8
+    """Side in pixels of a patch, which is one token."""
+    min_crop: float = 0.08
+    """Smallest share of an image that a training crop shows; 1: all of it."""
+
+    @property
+    def patches(self) -> int:
+        """Tokens of an image, without the class token."""
+        return (self.size // self.patch_size) ** 2
+
+
+IMAGE_SOURCES = ("drawn", "folder")
+
+
+def image_problems(config: ImageConfig) -> list[str]:
+    """Return what is wrong with the values of `config`, one line for each field, nothing when all is well."""
+    found = []
+    if config.source not in IMAGE_SOURCES:
+        found.append(f"images.source={config.source!r}: {nearest(str(config.source), IMAGE_SOURCES)}")
+    if config.source == "folder" and not config.folder:
+        found.append("images.folder is empty: images.source=folder needs one that holds train/CLASS/ and val/CLASS/")
+    if config.classes is not None and config.classes < 1:
+        found.append(f"images.classes={config.classes}: must be at least 1")
+    if config.patch_size < 1 or config.size < 1 or config.size % config.patch_size:
+        found.append(f"images.size={config.size}: must be a multiple of images.patch_size={config.patch_size}")
+    if not 0 < config.min_crop <= 1:
+        found.append(f"images.min_crop={config.min_crop}: must lie above 0 and not above 1")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import glob
 import gzip
 import importlib
@@ -17,23 +18,29 @@ import string
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from html.parser import HTMLParser
+from io import BufferedIOBase
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.data.config import SOURCES, DataConfig, patterns
+from cod_lightning.data.config import FILE_SOURCES, SOURCES, DataConfig, patterns
 from cod_lightning.data.hub import require_hub
+from cod_lightning.data.instructions import DRAWN_RECIPE, PROMPT_RECIPE, Example, drawn, prompt_of
 from cod_lightning.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two streams of documents, each of which can be read again from its start and is the same every time."""
+    """Two streams of documents, each of which can be read again from its start and is the same every time.
+
+    Those of a source of instructions are each an `Example`.
+    """
 
     train: Callable[[], Iterator[str]]
     val: Callable[[], Iterator[str]]
@@ -46,15 +53,19 @@ def open_corpus(config: DataConfig, workers: int = 1) -> Corpus:
     `max_documents` bounds the training documents only, so that runs on less text are validated on the same text.
 
     Raises:
-        UserError: Unknown source, no files, or the hub cannot be used; while reading, as `read_file`.
+        UserError: Unknown source, no files, or the hub cannot be used; while reading, as `read_file`, `read_examples`.
     """
     if config.source == "docs":
         documents = docs(workers)
         corpus = held_out(lambda: iter(documents), config.val_every)
     elif config.source == "files":
-        corpus = _files(config)
+        corpus = _files(config, read_file)
     elif config.source == "c4":
         corpus = _c4()
+    elif config.source == "instructions":
+        corpus = _files(config, read_examples)
+    elif config.source == "drawn_instructions":
+        corpus = held_out(lambda: (_example("drawn", record) for record in drawn()), config.val_every)
     else:
         raise UserError(f"data.source={config.source!r}: {nearest(config.source, SOURCES)}")
     if config.max_documents is None:
@@ -74,11 +85,13 @@ def identity(config: DataConfig) -> dict[str, Any]:
         for name in ("botocore", *DOCS_PACKAGES):
             if importlib.util.find_spec(name):
                 facts["versions"][name] = importlib.metadata.version(name)
-    elif config.source == "files":
+    elif config.source in FILE_SOURCES:
         facts["files"] = [_stamp(path) for path in find_files("data.files", config.files)]
         if config.val_files:
             facts["val_files"] = [_stamp(path) for path in find_files("data.val_files", config.val_files)]
-    if config.source == "docs" or (config.source == "files" and not config.val_files):
+    if config.row_layout == "instructions":
+        facts["recipes"] = {"prompt": PROMPT_RECIPE, "drawn": DRAWN_RECIPE}
+    if config.source != "c4" and not config.val_files:
         facts["val_every"] = config.val_every
     return facts
 
@@ -102,12 +115,14 @@ def held_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
 FILE_KINDS = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
 
 
-def _files(config: DataConfig) -> Corpus:
-    files = find_files("data.files", config.files)
+def _files(config: DataConfig, read: Callable[[Path], Iterator[str]]) -> Corpus:
+    def stream(files: list[Path]) -> Callable[[], Iterator[str]]:
+        return lambda: (document for path in files for document in read(path))
+
+    files = stream(find_files("data.files", config.files))
     if not config.val_files:
-        return held_out(lambda: _read_all(files), config.val_every)
-    val_files = find_files("data.val_files", config.val_files)
-    return Corpus(train=lambda: _read_all(files), val=lambda: _read_all(val_files))
+        return held_out(files, config.val_every)
+    return Corpus(train=files, val=stream(find_files("data.val_files", config.val_files)))
 
 
 def find_files(field: str, value: Any) -> list[Path]:
@@ -129,11 +144,6 @@ def find_files(field: str, value: Any) -> list[Path]:
     return sorted(found)
 
 
-def _read_all(files: Iterable[Path]) -> Iterator[str]:
-    for path in files:
-        yield from read_file(path)
-
-
 def read_file(path: Path) -> Iterator[str]:
     """Yield the documents of one file: a `.txt` is one, a `.jsonl` or `.json` has one per line, in the field `text`.
 
@@ -143,35 +153,78 @@ def read_file(path: Path) -> Iterator[str]:
         UserError: Names the file, and the line where there are lines: not readable, damaged gzip, not UTF-8, not JSON,
             or without `text`.
     """
-    opened = gzip.open if path.suffix == ".gz" else open
+    with _opened(path) as file:
+        if path.name.endswith((".txt", ".txt.gz")):
+            texts: Iterable[str] = [file.read().decode("utf-8-sig")]
+        else:
+            texts = (_string(where, record, "text") for where, record in _json_lines(path, file))
+        for text in texts:
+            if text and not text.isspace():
+                yield text
+
+
+def read_examples(path: Path) -> Iterator[Example]:
+    """Yield the examples of a `.json` or `.jsonl` of instructions: one list of records, or one record per line.
+
+    Raises:
+        UserError: Names the file, and the line or record: not readable, damaged gzip, not JSON, text, or without an
+            instruction or an output.
+    """
+    if path.name.endswith((".txt", ".txt.gz")):
+        raise UserError(f"data.source=instructions: {path} is none of .jsonl, .json, .jsonl.gz, .json.gz")
+    with _opened(path) as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
+    if content.lstrip()[:1] == b"[":
+        records = ((f"{path}, record {n}", record) for n, record in enumerate(_json(str(path), content), 1))
+    else:
+        records = _json_lines(path, content.splitlines(keepends=True))
+    yield from (_example(where, record) for where, record in records)
+
+
+def _example(where: str, record: Any) -> Example:
+    instruction, output = _string(where, record, "instruction"), _string(where, record, "output")
+    for name, text in (("instruction", instruction), ("output", output)):
+        if not text or text.isspace():
+            raise UserError(f'{where}: the field "{name}" is empty')
+    return Example(prompt_of(instruction, _string(where, {"input": "", **record}, "input")), output)
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[BufferedIOBase, None, None]:
+    """The bytes of a file, unpacked; what goes wrong with them names it."""
     try:
-        with opened(path, "rb") as file:
-            lines = not path.name.endswith((".txt", ".txt.gz"))
-            for text in _json_lines(path, file) if lines else [file.read().decode("utf-8-sig")]:
-                if text and not text.isspace():
-                    yield text
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
+def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    """The record of each line that is not blank, and where it stands."""
     for number, line in enumerate(lines, 1):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f'{path}, line {number}: no string in the field "text"')
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-            raise UserError(f"{path}, line {number}: not valid Unicode ({error})") from error
-        yield text
+        if not line.isspace():
+            where = f"{path}, line {number}"
+            yield where, _json(where, line)
+
+
+def _json(where: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+
+
+def _string(where: str, record: Any, name: str) -> str:
+    text = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{where}: no string in the field "{name}"')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        raise UserError(f"{where}: not valid Unicode ({error})") from error
+    return text
 
 
 # --- c4 ---------------------------------------------------------------------------------------------------------------

@@ -10,13 +10,23 @@ from typing import Any
 
 from cod_lightning.errors import UserError
 
-FORMAT = 1
-"""Version of the layout of a prepared set; a reader refuses newer ones."""
+FORMAT = 2
+"""Newest version of the layout of a prepared set; a reader refuses newer ones."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 INDEX = "index.json"
 """litdata's own list of chunks, one per split."""
 SPLITS = ("train", "val")
+
+
+def format_of(layout: str) -> int:
+    """The version that a set of such rows has: `instructions` came with the second, the others are as in the first."""
+    return 2 if layout == "instructions" else 1
+
+
+def width_of(layout: str, seq_len: int) -> int:
+    """Numbers of a stored row: `seq_len` ids, behind which `instructions` have the length of the prompt."""
+    return seq_len + (layout == "instructions")
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """The text: name of the corpus, SHA-256 of the documents read, and their number per split."""
+    """The text: name of the corpus, SHA-256 of the documents read, and their number per split.
+
+    Of instructions that is more than rows where some have no room for an answer.
+    """
 
     name: str
     sha256: str
@@ -75,6 +88,10 @@ class Manifest:
     dtype: str
     train: Split
     val: Split
+
+    @property
+    def width(self) -> int:
+        return width_of(self.layout, self.seq_len)
 
     @property
     def fingerprint(self) -> str:

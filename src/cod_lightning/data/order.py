@@ -78,6 +78,11 @@ def _window_rows(seed: int, epoch: int, window: int, rows_per_chunk: tuple[int, 
     return rows[_permutation(rows.size, seed, epoch, 1 + window)]
 
 
+def uniform(count: int, *key: int) -> np.ndarray:
+    """Return `count` numbers in [0, 1) that depend on `key` only, from raw output as below: float64 [count]."""
+    return (np.random.PCG64(np.random.SeedSequence(key)).random_raw(count) >> np.uint64(11)) * 2.0**-53
+
+
 def _permutation(count: int, *key: int) -> np.ndarray:
     """A permutation of `count` that depends on `key` only.
 

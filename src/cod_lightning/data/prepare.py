@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 from filelock import FileLock
@@ -30,8 +30,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cod_lightning.data.config import DataConfig, problems
 from cod_lightning.data.corpora import identity, open_corpus
+from cod_lightning.data.instructions import Example
 from cod_lightning.data.manifest import (
-    FORMAT,
     MANIFEST,
     TOKENIZER,
     Chunk,
@@ -40,7 +40,9 @@ from cod_lightning.data.manifest import (
     Split,
     TokenizerRecord,
     damage,
+    format_of,
     read_manifest,
+    width_of,
 )
 from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
@@ -104,10 +106,10 @@ def prepared_folder(config: DataConfig) -> Path:
         UserError: `data.files` match nothing, or the tokenizer's folder cannot be read.
     """
     settings = {
-        "format": FORMAT,
+        "format": format_of(config.row_layout),
         "text": identity(config),
         "tokenizer": _tokenizer_identity(config),
-        "rows": [config.layout, config.seq_len],
+        "rows": [config.row_layout, config.seq_len],
         "val_tokens": max(config.val_tokens, PREPARED_VAL_TOKENS),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -137,14 +139,13 @@ def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
     Raises:
         UserError: Made with another tokenizer, layout or row length; names every difference and both values.
     """
-    differences = [
-        f"data.{key}={wanted!r}, but the set has {found!r}"
-        for key, wanted, found in (
-            ("layout", config.layout, manifest.layout),
-            ("seq_len", config.seq_len, manifest.seq_len),
-        )
-        if wanted != found
-    ]
+    differences = []
+    if config.row_layout != manifest.layout:
+        # Which rows are instructions is a matter of the source.
+        key = "source" if "instructions" in (config.row_layout, manifest.layout) else "layout"
+        differences.append(f"data.{key}={getattr(config, key)!r}, but the set has {manifest.layout!r}")
+    if config.seq_len != manifest.seq_len:
+        differences.append(f"data.seq_len={config.seq_len}, but the set has {manifest.seq_len}")
     record = manifest.tokenizer
     if config.tokenizer != record.name:
         # The same tokenizer may be reached by another name: a folder is compared by content.
@@ -169,7 +170,7 @@ def _write_set(config: DataConfig, partial_folder: Path, folder: Path, progress:
             tokenizer = train_bpe(corpus.train(), config.vocab_size)
         else:
             tokenizer = load_tokenizer(config.tokenizer)
-        encoder = Encoder(tokenizer, config.layout, config.seq_len)
+        encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
         text = _TextRecord()
         with _pool(encoder, workers) as encode_all:
             splits = {}
@@ -183,7 +184,7 @@ def _write_set(config: DataConfig, partial_folder: Path, folder: Path, progress:
                     f"data.seq_len={config.seq_len} tokens{_ADVICE[name]}"
                 )
         manifest = Manifest(
-            format=FORMAT,
+            format=format_of(encoder.layout),
             tokenizer=TokenizerRecord(
                 name=config.tokenizer,
                 sha256=tokenizer.sha256,
@@ -193,14 +194,18 @@ def _write_set(config: DataConfig, partial_folder: Path, folder: Path, progress:
                 requested=config.vocab_size if config.tokenizer == "bpe" else None,
             ),
             source=Source(config.source, text.sha256.hexdigest(), text.documents),
-            layout=config.layout,
+            layout=encoder.layout,
             seq_len=config.seq_len,
             dtype=encoder.dtype.name,
             **splits,
         )
         (partial_folder / TOKENIZER).write_text(tokenizer.json, "utf-8")
         (partial_folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
-        report.done(f"prepared {folder}: {manifest.train.rows:,} training and {manifest.val.rows:,} validation rows")
+        line = f"prepared {folder}: {manifest.train.rows:,} training and {manifest.val.rows:,} validation rows"
+        if encoder.layout == "instructions":
+            left_out = sum(text.documents.values()) - manifest.train.rows - manifest.val.rows
+            line += f" ({left_out:,} examples left out, whose prompts take all of data.seq_len={config.seq_len})"
+        report.done(line)
 
 
 _ADVICE = {"train": "", "val": ": give more text, a smaller data.val_every, or data.val_files"}
@@ -218,33 +223,56 @@ class Encoder:
     seq_len: int
 
     @property
+    def width(self) -> int:
+        return width_of(self.layout, self.seq_len)
+
+    @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32)
+        numbers = max(self.tokenizer.vocab_size, self.seq_len if self.layout == "instructions" else 0)
+        return np.dtype(np.uint16 if numbers <= 2**16 else np.uint32)
 
     def __call__(self, documents: list[str]) -> Encoded:
-        """Encode `documents` to a flat run of ids.
+        """Encode `documents` to a flat run of numbers.
 
         `packed`: each document and its EOS, one after the other. `document`: one row of `seq_len` ids each, padded at
         the end; one that is too long is cut and keeps its EOS as the last id, as the published runs had it.
+        `instructions`: likewise one row for each `Example`, of the prompt, the answer and EOS, but one that is too long
+        loses its EOS, as the answer does not end there, and one without room for a token of the answer is left out.
+        Behind the ids stands the length of the prompt. Prompt and answer are encoded apart: no token is of both.
         """
+        if self.layout == "instructions":
+            return self.rows(*self.examples(documents))
         encoded = self.tokenizer.encode(documents)
         if self.layout == "packed":
             flat = np.fromiter((id for ids in encoded for id in ids), self.dtype, sum(map(len, encoded)))
             return Encoded(flat, tokens=flat.size, max_id=int(flat.max()))
-        rows = np.full((len(encoded), self.seq_len), self.tokenizer.pad_id, self.dtype)
+        last = self.seq_len - 1
+        return self.rows([ids if len(ids) <= last else [*ids[:last], self.tokenizer.eos_id] for ids in encoded])
+
+    def examples(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
+        """The ids of each example that has room for a token of its answer, and the length of its prompt."""
+        parts = [cast(Example, document).parts for document in documents]
+        prompts = [ids[:-1] for ids in self.tokenizer.encode([prompt for prompt, _ in parts])]
+        answers = self.tokenizer.encode([answer for _, answer in parts])
+        kept = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(p) < self.seq_len]
+        return [[*prompt, *answer][: self.seq_len] for prompt, answer in kept], [len(prompt) for prompt, _ in kept]
+
+    def rows(self, encoded: list[list[int]], prompts: list[int] | None = None) -> Encoded:
+        """One row each of at most `seq_len` ids, padded; behind it a number of `prompts`."""
+        rows = np.full((len(encoded), self.width), self.tokenizer.pad_id, self.dtype)
         tokens = max_id = 0
         for row, ids in zip(rows, encoded, strict=True):
-            if len(ids) > self.seq_len:
-                ids = [*ids[: self.seq_len - 1], self.tokenizer.eos_id]
             row[: len(ids)] = ids
             tokens += len(ids)
             max_id = max(max_id, *ids)
+        if prompts is not None:
+            rows[:, -1] = prompts
         return Encoded(rows.reshape(-1), tokens, max_id)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Flat ids of a batch of documents, how many of them are not pad, and the largest that is not pad."""
+    """Flat rows of a batch of documents, how many of their ids are not pad, and the largest that is not pad."""
 
     ids: np.ndarray
     tokens: int
@@ -340,9 +368,9 @@ def _encode_in_worker(documents: list[str]) -> Encoded:
 
 def _write_split(folder: Path, encoded: Iterable[Encoded], encoder: Encoder) -> Split:
     """Cut the ids to rows and write them to litdata chunks; a tail that does not fill a row is dropped."""
-    seq_len = encoder.seq_len
-    chunk_tokens = max(1, CHUNK_TOKENS // seq_len) * seq_len
-    writer = _ChunkWriter(folder, chunk_tokens, seq_len)
+    width = encoder.width
+    chunk_tokens = max(1, CHUNK_TOKENS // width) * width
+    writer = _ChunkWriter(folder, chunk_tokens, width)
     waiting: list[np.ndarray] = []
     size = tokens = max_id = 0
     for batch in encoded:
@@ -355,7 +383,7 @@ def _write_split(folder: Path, encoded: Iterable[Encoded], encoder: Encoder) -> 
             for chunk in ids[:full].reshape(-1, chunk_tokens):
                 writer.write(chunk)
             waiting, size = [ids[full:]], size - full
-    tail = size % seq_len  # 0 in `document`, which comes in whole rows
+    tail = size % width  # 0 but in `packed`: the others come in whole rows
     if size > tail:
         writer.write(np.concatenate(waiting)[: size - tail])
     chunks = writer.close()
@@ -363,22 +391,22 @@ def _write_split(folder: Path, encoded: Iterable[Encoded], encoder: Encoder) -> 
 
 
 class _ChunkWriter:
-    """Writes runs of whole rows, each as one chunk that litdata's TokensLoader reads in rows of `seq_len`."""
+    """Writes runs of whole rows, each as one chunk that litdata's TokensLoader reads in rows of `width`."""
 
-    def __init__(self, folder: Path, chunk_tokens: int, seq_len: int) -> None:
+    def __init__(self, folder: Path, chunk_tokens: int, width: int) -> None:
         from litdata.streaming.item_loader import TokensLoader
         from litdata.streaming.writer import BinaryWriter
 
-        self.writer = BinaryWriter(str(folder), chunk_size=chunk_tokens, item_loader=TokensLoader(block_size=seq_len))
+        self.writer = BinaryWriter(str(folder), chunk_size=chunk_tokens, item_loader=TokensLoader(block_size=width))
         # litdata would number the chunks by the distributed rank, and wait for the other ranks to write theirs.
         self.writer._rank = 0
-        self.seq_len = seq_len
+        self.width = width
         self.rows: list[int] = []
         self.chunks: list[Chunk] = []
 
     def write(self, ids: np.ndarray) -> None:
         path = self.writer.add_item(len(self.rows), ids)
-        self.rows.append(ids.size // self.seq_len)
+        self.rows.append(ids.size // self.width)
         if path is not None:  # the chunk before: litdata writes one when the next has come
             self._written(path)
 

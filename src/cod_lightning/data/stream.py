@@ -71,7 +71,7 @@ class TokenRows(Dataset):
         self.source = f"{source.rstrip('/')}/{split}"
         self.cache = str(cache / manifest.fingerprint[:16] / split) if cache and is_remote(source) else None
         self.split: Split = manifest.split(split)
-        self.seq_len = manifest.seq_len
+        self.width = manifest.width
         self.dtype = np.dtype(manifest.dtype)
         self.ends = np.cumsum([chunk.rows for chunk in self.split.chunks])
         self._open()
@@ -92,7 +92,7 @@ class TokenRows(Dataset):
         return self.split.rows
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return row `index`: int64 [seq_len]."""
+        """Return row `index`: int64 [width]."""
         return self.read(np.array([index]))[0]
 
     def __getitems__(self, rows: Any) -> list[Tensor]:
@@ -100,7 +100,7 @@ class TokenRows(Dataset):
         return list(self.read(np.asarray(rows)))
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """Return the rows numbered `rows` [n], in that order: int64 [n, seq_len].
+        """Return the rows numbered `rows` [n], in that order: int64 [n, width], as `width_of` has it.
 
         Raises:
             IndexError: A number is negative or too large.
@@ -108,7 +108,7 @@ class TokenRows(Dataset):
         """
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.source}, which has {len(self)}")
-        out = np.empty((rows.size, self.seq_len), np.int64)
+        out = np.empty((rows.size, self.width), np.int64)
         chunk_of = np.searchsorted(self.ends, rows, side="right")
         for chunk in np.unique(chunk_of):
             wanted = chunk_of == chunk
@@ -116,7 +116,7 @@ class TokenRows(Dataset):
         return torch.from_numpy(out)
 
     def _chunk(self, chunk: int) -> np.ndarray:
-        """All rows of one chunk: [rows, seq_len], mapped."""
+        """All rows of one chunk: [rows, width], mapped."""
         if chunk in self._chunks:
             self._chunks.move_to_end(chunk)
             return self._chunks[chunk]
@@ -125,7 +125,7 @@ class TokenRows(Dataset):
                 self._dataset = litdata.StreamingDataset(
                     self.source,
                     cache_dir=self.cache,
-                    item_loader=TokensLoader(self.split, self.seq_len, self.dtype),
+                    item_loader=TokensLoader(self.split, self.width, self.dtype),
                     max_cache_size=CACHE_SHARE,
                 )
             index = int(self.ends[chunk]) - self.split.chunks[chunk].rows
@@ -146,15 +146,15 @@ class TokensLoader(LitdataTokensLoader):
     A chunk once mapped stays readable as long as its array lives, whatever litdata evicts from its cache meanwhile.
     """
 
-    def __init__(self, split: Split, seq_len: int, dtype: np.dtype) -> None:
-        super().__init__(block_size=seq_len)
-        self.split, self.seq_len, self.dtype = split, seq_len, dtype
+    def __init__(self, split: Split, width: int, dtype: np.dtype) -> None:
+        super().__init__(block_size=width)
+        self.split, self.width, self.dtype = split, width, dtype
         self.verified: set[int] = set()
 
     def load_item_from_chunk(
         self, index: int, chunk_index: int, chunk_filepath: str, begin: int, filesize_bytes: int
     ) -> Any:
-        """Return the rows of a chunk: array [rows, seq_len] of the stored type, mapped from the file."""
+        """Return the rows of a chunk: array [rows, width] of the stored type, mapped from the file."""
         # A file appears by a rename, so it is complete when it exists; waiting for its size would wait in vain for one
         # that is too short. The comparison below is what decides.
         self._wait_until_chunk_ready(chunk_index, chunk_filepath, filesize_bytes=1)
@@ -169,7 +169,7 @@ class TokensLoader(LitdataTokensLoader):
                 raise UserError(f"{chunk_filepath} is damaged: its SHA-256 is not that of the manifest; {_REMEDY}")
             self.verified.add(chunk_index)
         header = 4 * (self._chunks[chunk_index]["chunk_size"] + 2)
-        return content[header:].view(self.dtype).reshape(-1, self.seq_len)
+        return content[header:].view(self.dtype).reshape(-1, self.width)
 
     def pre_load_chunk(self, chunk_index: int, chunk_filepath: str) -> None:
         """Nothing: litdata calls this from its download thread, where an error would be lost."""

@@ -29,20 +29,25 @@ class TokenLoss(NamedTuple):
     """Summed over each row [rows], without gradient."""
     counts: Tensor
     """Number of targets of each row [rows], int64."""
+    hits: Tensor | None = None
+    """How many of them have the largest logit [rows], int64; None where `linear_cross_entropy` makes gradients."""
 
 
-def next_tokens(tokens: Tensor, pad_id: int | None = None) -> Tensor:
-    """What position t is to predict: token t + 1, nothing at the end of a row and where that is a pad.
+def next_tokens(tokens: Tensor, pad_id: int | None = None, prompt: Tensor | None = None) -> Tensor:
+    """What position t is to predict: token t + 1, nothing at the end of a row, where that is a pad or in the prompt.
 
     Args:
         tokens: [rows, length], integers.
         pad_id: the padding token, None if there is none.
+        prompt: how many tokens at the start of each row are given [rows], None for none.
 
     Returns:
         [rows, length], `IGNORE` where there is no target.
     """
     targets = tokens.roll(-1, dims=1)
     targets[:, -1] = IGNORE
+    if prompt is not None:
+        targets.masked_fill_(torch.arange(1, tokens.shape[1] + 1, device=tokens.device) < prompt[:, None], IGNORE)
     return targets if pad_id is None else targets.masked_fill_(targets == pad_id, IGNORE)
 
 
@@ -52,7 +57,7 @@ def reference_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tens
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
     rows = losses.view(targets.shape).sum(-1)
-    return TokenLoss(rows.sum(), rows.detach(), (targets != IGNORE).sum(-1))
+    return TokenLoss(rows.sum(), rows.detach(), (targets != IGNORE).sum(-1), (logits.argmax(-1) == targets).sum(-1))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenLoss:
@@ -72,28 +77,30 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tok
         return reference_linear_cross_entropy(hidden, weight, targets)
     if not torch.is_grad_enabled():  # a parameter wants a gradient even then
         hidden, weight = hidden.detach(), weight.detach()
-    total, rows = LinearCrossEntropy.apply(hidden, weight, targets)
-    return TokenLoss(total, rows, (targets != IGNORE).sum(-1))
+    total, rows, hits = LinearCrossEntropy.apply(hidden, weight, targets)
+    return TokenLoss(total, rows, (targets != IGNORE).sum(-1), hits)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, targets) -> (total, rows)."""
+    """(hidden, weight, targets) -> (total, rows, hits)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         flat, head, wanted = hidden.flatten(0, 1), weight.to(hidden.dtype), targets.flatten()
         chunk = tokens_at_once(hidden.device, len(weight))
         losses = torch.empty(wanted.shape, dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
+        hits = torch.empty_like(wanted, dtype=torch.bool) if dhidden is None and dweight is None else None
         for first in range(0, len(flat), chunk):
             part = slice(first, first + chunk)
             ignored = wanted[part] == IGNORE
             index = wanted[part].masked_fill(ignored, 0)[:, None]
             logs = F.log_softmax(flat[part] @ head.T, -1, dtype=wide)
             losses[part] = logs.gather(1, index)[:, 0].neg().masked_fill_(ignored, 0)
-            if dhidden is None and dweight is None:
+            if hits is not None:
+                hits[part] = logs.argmax(-1) == wanted[part]
                 continue
             gradient = logs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
             gradient = gradient.masked_fill_(ignored[:, None], 0).to(hidden.dtype)
@@ -107,7 +114,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.shape, ctx.dtype = hidden.shape, weight.dtype
         rows = losses.view(targets.shape).sum(-1)
         ctx.mark_non_differentiable(rows)
-        return rows.sum(), rows
+        return rows.sum(), rows, None if hits is None else hits.view(targets.shape).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -13,8 +13,8 @@ With Rademacher vectors v, v_i = +-1, all of the following are unbiased for each
     sum_i J_ii^2    mean of a_k . a_m over all pairs of different probes k, m, where a = v * (J^T v)
 
 Their means over tokens are unbiased too. The roots that are reported are taken after those means, and so are biased by
-the order of 1 / tokens only, not by the number of probes. The largest singular value comes from power iteration on
-J^T J, which approaches it from below: it is biased low as long as it has not converged.
+the order of 1 / tokens only, not by the number of probes. The largest singular value comes from Lanczos iterations on
+J^T J, which approach it from below: it is biased low as long as they have not converged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +44,11 @@ STATISTICS = ("frobenius", "distance", "mean_diagonal", "diagonal_share", "large
 
 @dataclass(frozen=True)
 class Jacobian:
-    """Of the token-wise Jacobian J of every block, first block first; d is the hidden size."""
+    """Of the token-wise Jacobians J of blocks; d is the hidden size."""
 
     model: str
+    layers: list[int]
+    """The blocks, counting from 1."""
     tokens: int
     """How many tokens were measured."""
     probes: int | None
@@ -67,10 +68,10 @@ class Jacobian:
 
     def rows(self) -> list[dict[str, Any]]:
         return [
-            {"layer": layer + 1}
-            | {name: getattr(self, name)[layer] for name in STATISTICS}
-            | {f"{name}_error": self.errors[name][layer] for name in STATISTICS}
-            for layer in range(len(self.frobenius))
+            {"layer": layer}
+            | {name: getattr(self, name)[place] for name in STATISTICS}
+            | {f"{name}_error": self.errors[name][place] for name in STATISTICS}
+            for place, layer in enumerate(self.layers)
         ]
 
     def plot(self) -> Figure:
@@ -87,7 +88,7 @@ class Jacobian:
             lines = {shown: getattr(self, name) for name, shown in names.items()}
             errors = {shown: self.errors[name] for name, shown in names.items()}
             # the first block of a model with small embeddings lies far above all others
-            layer_lines(place, lines, label, log="diagonal_share" not in names, errors=errors)
+            layer_lines(place, lines, label, log="diagonal_share" not in names, layers=self.layers, errors=errors)
             legend(place)
         return made
 
@@ -139,7 +140,7 @@ class Gain:
     layers: list[int]
     """The l, counting from 1; the last layer is the left side of Theorems 3.3 and 4.2."""
     spectral: list[float]
-    """||d y_l / d x_1||_2, mean over rows; by power iteration, so approached from below."""
+    """||d y_l / d x_1||_2, mean over rows; by Lanczos iterations, so approached from below."""
     spectral_error: list[float]
     """Standard error over rows."""
     frobenius: list[float]
@@ -169,63 +170,68 @@ def jacobian(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
+    layers: Sequence[int] | None = None,
     probes: int = 8,
     tokens: int = 4,
-    iterations: int = 20,
+    iterations: int = 8,
     exact: bool = False,
     seed: int = 0,
 ) -> Jacobian:
-    """Measure the token-wise Jacobian of every block.
+    """Measure the token-wise Jacobians of blocks.
 
-    A block costs, for each batch and sampled position, `probes` backward passes and `iterations` forward and backward
-    ones; `exact` costs as many backward passes as the hidden size.
+    A block costs, for each batch and sampled position, `probes` + 2 `iterations` backward passes; `exact` costs as many
+    as the hidden size.
 
     Args:
         model: in any dtype; the statistics are taken in float64.
         batches: of tokens [rows, length].
         pad_id: tokens that are never sampled.
         progress: called with (blocks done, of how many), over all batches.
+        layers: blocks, counting from 1; None: all.
         probes: random vectors for each token, at least 2.
         tokens: positions sampled in each row, without replacement. A row counts by its number of tokens that are not
             pads, so that the mean is one over all tokens.
-        iterations: of the power iteration.
+        iterations: towards the largest singular value.
         exact: compute every entry of J instead, for small models.
         seed: of positions and probes.
 
     Raises:
-        UserError: too few probes, positions or iterations, or nothing but pads.
+        UserError: too few probes, positions or iterations, no such layer, or nothing but pads.
     """
     positive(tokens=tokens, iterations=iterations)
+    chosen = checked_layers(model, layers)
     if probes < 2:
         raise UserError(f"probes={probes}: the share of the diagonal is estimated from pairs, give at least 2")
     draw = torch.Generator().manual_seed(seed)
     known = list(walk(model, batches, pad_id))
-    samples: list[list[Tensor]] = [[] for _ in model.blocks]
+    samples: list[list[Tensor]] = [[] for _ in chosen]
     weights: list[Tensor] = []
     with differentiable():
         for number, (batch, keep) in enumerate(known):
             positions, weight = sampled(keep.cpu(), tokens, draw)
             counts = weight.flatten() > 0
             weights.append(weight.flatten()[counts])
-            for layer, (x, function) in enumerate(zip(*model.block_functions(batch), strict=True)):
-                pull = transposed(function, x)
+            inputs, functions = model.block_functions(batch)
+            for place, layer in enumerate(chosen):
+                x = inputs[layer - 1]
+                both = products(functions[layer - 1], x)
                 found = []
                 for position in positions.T:
-                    backward = at_token(pull, x, position)
+                    forward, backward = (at_token(product, x, position) for product in both)
                     if exact:
                         found.append(statistics(entries(backward, x)))
                         continue
-                    forward = at_token(partial(push, function, x), x, position)
                     start = torch.randn(len(x), x.shape[-1], generator=draw, dtype=torch.float64).to(x.device)
                     sigma = largest_singular_value(forward, backward, start, iterations)
                     found.append(torch.cat((probed(backward, x, probes, draw), sigma[:, None]), dim=1))
-                samples[layer].append(torch.stack(found, dim=1).flatten(0, 1).cpu()[counts])
+                samples[place].append(torch.stack(found, dim=1).flatten(0, 1).cpu()[counts])
                 if progress is not None:
-                    progress(number * model.depth + layer + 1, len(known) * model.depth)
+                    progress(number * len(chosen) + place + 1, len(known) * len(chosen))
     weight = torch.cat(weights)
     values, errors = zip(*(summary(torch.cat(layer), weight) for layer in samples), strict=True)
     return Jacobian(
         model=model.name,
+        layers=chosen,
         tokens=len(weight),
         probes=None if exact else probes,
         **{name: [value[place] for value in values] for place, name in enumerate(STATISTICS)},
@@ -262,14 +268,14 @@ def mean_jacobian(
         UserError: a wider model, no such layer, or nothing but pads.
     """
     positive(tokens=tokens)
-    check_layers(model, layers)
+    chosen = checked_layers(model, layers)
     if model.hidden > widest:
         raise UserError(
             f"{model.name}: hidden size {model.hidden} is more than widest={widest}; a full Jacobian takes a "
             "backward pass for each row of it, at each position, and holds its square of numbers; raise widest to do it"
         )
     draw = torch.Generator().manual_seed(seed)
-    known, chosen = list(walk(model, batches, pad_id)), list(layers)
+    known = list(walk(model, batches, pad_id))
     totals = torch.zeros(len(chosen), model.hidden, model.hidden, dtype=torch.float64)
     count, total = 0, 0.0
     with differentiable():
@@ -295,14 +301,15 @@ def end_to_end_gain(
     *,
     layers: Sequence[int] | None = None,
     probes: int = 8,
-    iterations: int = 20,
+    iterations: int = 12,
     seed: int = 0,
 ) -> Gain:
     """Measure the norms of d y_l / d x_1, the left side of Theorems 3.3 and 4.2, one row at a time.
 
     Unlike `jacobian` it takes all tokens of a row together, so what attention carries between them is in it. Pads are
-    neither perturbed nor read. Only one block is differentiated at a time, so memory does not grow with depth; each of
-    `layers` costs `iterations` forward and backward passes through the blocks up to it.
+    neither perturbed nor read. Each of `layers` costs 2 `iterations` backward passes through the blocks up to it, so
+    the time for all grows with the square of the depth. All blocks are differentiated once, and what that takes is kept
+    for one batch: about three times the memory of a training step on it.
 
     Args:
         model: in any dtype; norms are taken in float64.
@@ -311,15 +318,14 @@ def end_to_end_gain(
         progress: called with (layers done, of how many), over all batches.
         layers: the l of d y_l / d x_1, counting from 1; None: all.
         probes: random vectors for each row, for the Frobenius norm, whose square they estimate without bias.
-        iterations: of the power iteration.
+        iterations: towards the largest singular value.
         seed: of the probes.
 
     Raises:
         UserError: too few probes or iterations, no such layer, or nothing but pads.
     """
     positive(probes=probes, iterations=iterations)
-    chosen = list(range(1, model.depth + 1)) if layers is None else list(layers)
-    check_layers(model, chosen)
+    chosen = checked_layers(model, layers)
     draw = torch.Generator().manual_seed(seed)
     known = list(walk(model, batches, pad_id))
     spectral, squares = Mean(), Mean()
@@ -327,20 +333,19 @@ def end_to_end_gain(
         for number, (batch, keep) in enumerate(known):
             batch, keep = batch[keep.any(1)], keep[keep.any(1)]
             inputs, functions = model.block_functions(batch)
+            blocks = [products(*block) for block in zip(functions[: max(chosen)], inputs, strict=False)]
             mask = keep[:, :, None].double()
             square = torch.zeros(len(batch), len(chosen), dtype=torch.float64, device=model.device)
             for _ in range(probes):
                 v = rademacher(inputs[0].shape, draw, model.device) * mask
-                for layer, (x, function) in enumerate(zip(inputs, functions, strict=True), start=1):
-                    v = push(function, x, v)
+                for layer, (forward, _) in enumerate(blocks, start=1):
+                    v = forward(v)
                     if layer in chosen:
                         square[:, chosen.index(layer)] += (v * mask).square().sum((1, 2)) / probes
-                    if layer == max(chosen):
-                        break
             squares.add(square / (keep.sum(1, keepdim=True) * model.hidden))
             columns = []
             for place, layer in enumerate(chosen):
-                forward, backward = chain(inputs[:layer], functions[:layer], mask)
+                forward, backward = chain(blocks[:layer], mask)
                 start = torch.randn(inputs[0].shape, generator=draw, dtype=torch.float64).to(model.device) * mask
                 columns.append(largest_singular_value(forward, backward, start, iterations))
                 if progress is not None:
@@ -368,28 +373,33 @@ def differentiable() -> Generator[None]:
         yield
 
 
-def push(function: Product, x: Tensor, v: Tensor) -> Tensor:
-    """The Jacobian of `function` at x, times v, in float64."""
-    return torch.func.jvp(function, (x,), (v.to(x.dtype),))[1].double()
-
-
 def transposed(function: Product, x: Tensor) -> Product:
     """The product with the transposed Jacobian of `function` at x, in float64; the forward pass is run once."""
     pull = torch.func.vjp(function, x)[1]
     return lambda v: pull(v.to(x.dtype))[0].double()
 
 
-def chain(inputs: list[Tensor], functions: list[Product], mask: Tensor) -> tuple[Product, Product]:
+def products(function: Product, x: Tensor) -> tuple[Product, Product]:
+    """Products with the Jacobian of `function` at x, and with its transpose, in float64.
+
+    The former is the transpose of the latter, which is linear. On a CPU that takes a fifth of the time of forward-mode
+    differentiation, whose rules for sums and products are in Python.
+    """
+    backward = transposed(function, x)
+    return transposed(backward, torch.zeros_like(x, dtype=torch.float64)), backward
+
+
+def chain(blocks: Sequence[tuple[Product, Product]], mask: Tensor) -> tuple[Product, Product]:
     """Products with the Jacobian of blocks in a row, and with its transpose, between the tokens of `mask`."""
 
     def forward(v: Tensor) -> Tensor:
-        for x, function in zip(inputs, functions, strict=True):
-            v = push(function, x, v)
+        for push, _ in blocks:
+            v = push(v)
         return v * mask
 
     def backward(v: Tensor) -> Tensor:
-        for x, function in zip(reversed(inputs), reversed(functions), strict=True):
-            v = transposed(function, x)(v)
+        for _, pull in reversed(blocks):
+            v = pull(v)
         return v * mask
 
     return forward, backward
@@ -470,23 +480,37 @@ def statistics(matrices: Tensor) -> Tensor:
 
 
 def largest_singular_value(forward: Product, backward: Product, start: Tensor, iterations: int) -> Tensor:
-    """||M||_2 for each row [rows], from below, by power iteration on M^T M.
+    """||M||_2 for each row [rows], from below; NaN where M has entries that are not finite.
+
+    After n iterations it is the largest ||M v|| over unit vectors v in the span of s, M^T M s, ..., (M^T M)^n s:
+    Lanczos' method. The power iteration takes the last of these vectors alone: on blocks of a trained Pre-LN model of
+    width 96 it is 0 to 2.4% low after 20 iterations; this is 0 to 0.8% low after 3, and 0 to 0.2% after 8.
 
     Args:
         forward: the product with M.
         backward: the product with M^T.
-        start: [rows, ...], random.
+        start: the s [rows, ...], random.
         iterations: each costs both products.
     """
 
     def unit(v: Tensor) -> Tensor:
-        size = v.flatten(1).norm(dim=1).clamp(min=torch.finfo(v.dtype).tiny)
-        return v / size.view(-1, *[1] * (v.ndim - 1))
+        return v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
 
-    v = unit(start)
+    def image(v: Tensor) -> Tensor:
+        return forward(v.view_as(start)).flatten(1)
+
+    basis = unit(start.flatten(1))[:, None]
+    images = image(basis[:, 0])[:, None]
     for _ in range(iterations):
-        v = unit(backward(unit(forward(v))))
-    return forward(v).flatten(1).norm(dim=1)
+        v = unit(backward(images[:, -1].view_as(start)).flatten(1))
+        for _ in range(2):  # once leaves as much of the basis as rounding has brought in
+            v = v - ((basis @ v[:, :, None]) * basis).sum(1)
+        v = unit(v) * (v.norm(dim=1, keepdim=True) > 1e-10)  # nothing is left where the span is all of the space
+        basis, images = torch.cat((basis, v[:, None]), dim=1), torch.cat((images, image(v)[:, None]), dim=1)
+    squares = images @ images.mT
+    finite = squares.isfinite().all(2).all(1)
+    largest = torch.linalg.eigvalsh(squares.where(finite[:, None, None], 0))[:, -1].clamp(min=0).sqrt()
+    return largest.where(finite, torch.nan)
 
 
 def summary(samples: Tensor, weight: Tensor) -> tuple[list[float], list[float]]:
@@ -523,8 +547,12 @@ def positive(**counts: int) -> None:
             raise UserError(f"{name}={count}: expected at least 1")
 
 
-def check_layers(model: Layered, layers: Sequence[int]) -> None:
+def checked_layers(model: Layered, layers: Sequence[int] | None) -> list[int]:
+    """The layers that are asked for, all where none are named."""
+    if layers is None:
+        return list(range(1, model.depth + 1))
     if wrong := [layer for layer in layers if not 1 <= layer <= model.depth]:
         raise UserError(f"layers={list(layers)}: {model.name} has layers 1 to {model.depth}, not {wrong[0]}")
     if not layers or len(set(layers)) < len(layers):
         raise UserError(f"layers={list(layers)}: give at least one layer, and each once")
+    return list(layers)

@@ -20,8 +20,14 @@ Visit = Callable[[str, int, Tensor], object]
 1, the embedding is layer 0. `attention` and `ffn` are what a sub-layer adds to the stream, `residual` is a block's
 output."""
 
-PLACES = (("model", "layers", "norm"), ("transformer", "h", "ln_f"))
-"""Where models of `transformers` keep their stack, its blocks and its final norm: LLaMA and kin, GPT-2."""
+PLACES = (
+    ("model", "layers", "norm"),
+    ("model.language_model", "layers", "norm"),
+    ("transformer", "h", "ln_f"),
+    ("bert.encoder", "layer", None),
+)
+"""Where models of `transformers` keep their stack, its blocks and its final norm: LLaMA and kin, the language branch of
+Qwen2.5-VL, GPT-2, and BERT, whose blocks end with norms of their own."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Layered:
 
     Args:
         model: a `Decoder`, or a causal language model of `transformers` (Llama, Mistral, Qwen2, Qwen3, DeepSeek-LLM,
-            OLMo2, GPT-2, and others that are laid out as one of these).
+            OLMo2, Qwen2.5-VL on text, GPT-2, and others that are laid out as one of these), or BERT, whose logits are
+            not of the next token.
         name: for tables and figures.
 
     Raises:
@@ -44,17 +51,21 @@ class Layered:
         if self.place is None:
             raise UserError(
                 f"{self.name}: {type(self.model).__name__} is not laid out as a model that can be measured: expected "
-                "blocks at model.layers (Llama, Mistral, Qwen2, Qwen3, DeepSeek-LLM, OLMo2) or transformer.h (GPT-2)"
+                "blocks at model.layers (Llama, Mistral, Qwen2, Qwen3, DeepSeek-LLM, OLMo2), transformer.h (GPT-2), "
+                "model.language_model.layers (Qwen2.5-VL) or bert.encoder.layer (BERT)"
             )
 
     @property
     def place(self) -> tuple[nn.Module, str, nn.Module] | None:
-        """The stack, the name of its list of blocks, and its final norm."""
-        for stack_name, blocks, norm_name in PLACES:
-            stack = getattr(self.model, stack_name, None)
-            norm = getattr(stack, norm_name, None)
-            found = isinstance(getattr(stack, blocks, None), nn.ModuleList)
-            if found and isinstance(stack, nn.Module) and isinstance(norm, nn.Module):
+        """The stack, the name of its list of blocks, and its final norm, which may do nothing."""
+        for path, blocks, norm_name in PLACES:
+            try:
+                stack = self.model.get_submodule(path)
+                norm = stack.get_submodule(norm_name) if norm_name else nn.Identity()
+                found = stack.get_submodule(blocks)
+            except AttributeError:
+                continue
+            if isinstance(found, nn.ModuleList):
                 return stack, blocks, norm
         return None
 
@@ -67,6 +78,10 @@ class Layered:
     def depth(self) -> int:
         return len(self.blocks)
 
+    def spaced(self, count: int) -> list[int]:
+        """At most `count` layers, evenly from the first to the last."""
+        return sorted({1 + place * (self.depth - 1) // max(count - 1, 1) for place in range(count)})
+
     @property
     def hidden(self) -> int:
         return self.head_weight.shape[1]
@@ -74,9 +89,8 @@ class Layered:
     @property
     def head_weight(self) -> Tensor:
         """[vocabulary, hidden]."""
-        head = self.model.lm_head
-        assert isinstance(head, nn.Linear)
-        return head.weight
+        model: Any = self.model
+        return (model.lm_head if hasattr(model, "lm_head") else model.get_output_embeddings()).weight
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +100,8 @@ class Layered:
         """Logits [..., vocabulary] of a stream [..., hidden], through the final norm."""
         assert self.place is not None
         y = self.place[2](x)
-        return self.model.get_submodule("lm_head")(y[1] if isinstance(y, tuple) else y)
+        head = self.model.get_submodule("lm_head" if hasattr(self.model, "lm_head") else "cls")
+        return head(y[1] if isinstance(y, tuple) else y)
 
     def logits(self, tokens: Tensor, visit: Visit | None = None) -> Tensor:
         """Logits [rows, length, vocabulary] of tokens [rows, length]; `visit` sees every layer on the way."""
@@ -164,6 +179,8 @@ def sublayers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The modules of a `transformers` block whose outputs are added to the stream."""
     if hasattr(block, "post_feedforward_layernorm"):  # OLMo2: norms stand behind the sub-layers
         return block.get_submodule("post_attention_layernorm"), block.get_submodule("post_feedforward_layernorm")
+    if hasattr(block, "intermediate"):  # BERT: the sub-layers' last modules add the stream themselves
+        return block.get_submodule("attention.output.dense"), block.get_submodule("output.dense")
     return block.get_submodule("self_attn" if hasattr(block, "self_attn") else "attn"), block.get_submodule("mlp")
 
 
@@ -176,7 +193,10 @@ def load_hf(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     transformers = library(name)
     try:
         with quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+            config = transformers.AutoConfig.from_pretrained(name)
+            sees = hasattr(config, "vision_config")
+            kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+            model = kind.from_pretrained(name, dtype=dtype).to(device).eval()
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: not a causal language model of transformers: {str(error).splitlines()[0]}") from error

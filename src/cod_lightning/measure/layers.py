@@ -1,4 +1,4 @@
-"""Per-layer statistics of a decoder on a fixed batch of tokens: one forward pass, and one backward pass for gradients.
+"""Per-layer statistics of a model on a fixed batch: one forward pass, and one backward pass for gradients.
 
 The paper does not define its "output variance"; this is the definition that its authors' later code uses: the unbiased
 variance over the hidden dimension for each token, averaged over the tokens.
@@ -6,15 +6,16 @@ variance over the hidden dimension for each token, averaged over the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,26 +35,17 @@ class LayerStatistics:
     """L2 norm of the gradient of the mean loss with respect to the block's parameters; empty if not asked for."""
 
 
-def token_variance(x: Tensor, weight: Tensor) -> Tensor:
-    """Unbiased variance over the hidden dimension of each token, averaged over tokens, in float32.
-
-    Args:
-        x: [rows, length, hidden].
-        weight: [rows, length], 1 for tokens that count and 0 for pads.
-
-    Returns:
-        0-dimensional tensor.
-    """
-    return token_mean(x.detach().float().var(-1), weight)
-
-
-def token_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the tokens that count, of values [rows, length] with weights likewise."""
-    return (values * weight).sum() / weight.sum()
+def token_variances(x: Tensor) -> Tensor:
+    """Unbiased variance over the hidden dimension of each token, in float32: [..., hidden] -> [...]."""
+    return x.detach().float().var(-1)
 
 
 def layer_statistics(
-    decoder: Decoder, tokens: Tensor, pad_id: int | None = None, gradients: bool = True
+    decoder: Decoder,
+    tokens: Tensor,
+    pad_id: int | None = None,
+    gradients: bool = True,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> LayerStatistics:
     """Measure every block of `decoder` on `tokens`; its parameters and their `.grad` are left as they are.
 
@@ -62,9 +54,31 @@ def layer_statistics(
         tokens: [rows, length].
         pad_id: tokens that do not count.
         gradients: also run the backward pass.
+        total: sums a tensor over the ranks that have parts of the rows each; all of them then find what one would.
     """
-    depth = decoder.config.num_hidden_layers
     weight = torch.ones_like(tokens, dtype=torch.float32) if pad_id is None else (tokens != pad_id).float()
+    return statistics_of(decoder, tokens, next_tokens(tokens, pad_id), weight, gradients, total)
+
+
+def image_statistics(
+    vit: VisionTransformer, images: Tensor, labels: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x
+) -> LayerStatistics:
+    """`layer_statistics` on images [rows, 3, size, size] that have a label; all tokens but the class token count."""
+    weight = torch.ones(len(images), len(vit.embedding.positions), device=images.device)
+    weight[:, 0] = 0
+    weight[labels == IGNORE] = 0
+    return statistics_of(vit, images, labels, weight, True, total)
+
+
+def statistics_of(
+    model: Decoder | VisionTransformer,
+    rows: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    gradients: bool,
+    total: Callable[[Tensor], Tensor],
+) -> LayerStatistics:
+    """`layer_statistics` on `rows` and their `targets`; a token with weight 0, of [rows, length], does not count."""
     variances: dict[str, list[Tensor]] = {"residual": [], "attention": [], "ffn": []}
     unread: list[Tensor] = []
     """The output of the last block, until it is known whether the norm that reads it has its variance at hand."""
@@ -72,32 +86,31 @@ def layer_statistics(
     def tap(what: str, layer: int, x: Tensor) -> None:
         if unread:
             stream = unread.pop()
-            variances["residual"].append(
-                token_mean(x.detach(), weight) if what == "variance" else token_variance(stream, weight)
-            )
+            variances["residual"].append(x.detach() if what == "variance" else token_variances(stream))
         if what == "residual":
             unread.append(x)
         elif what in variances:
-            variances[what].append(token_variance(x, weight))
+            variances[what].append(token_variances(x))
 
-    blocks = [[p for p in block.parameters() if p.requires_grad] for block in decoder.blocks]
+    blocks = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
     norms: list[float] = []
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
-        loss = decoder(tokens, next_tokens(tokens, pad_id), tap)
+        loss = model(rows, targets, tap)
         if unread:
-            variances["residual"].append(token_variance(unread.pop(), weight))
+            variances["residual"].append(token_variances(unread.pop()))
         if gradients:
-            mean = loss.total / loss.counts.sum()
+            mean = loss.total / total(loss.counts.sum())
             grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))
-            squares = [sum(next(grads).float().square().sum() for _ in block) for block in blocks]
-            norms = torch.stack([torch.as_tensor(square) for square in squares]).sqrt().tolist()
-    assert all(len(values) == depth for values in variances.values())
-    return LayerStatistics(
-        **{what: torch.stack(values).tolist() for what, values in variances.items()}, gradient_norm=norms
-    )
+            none = weight.new_zeros(1)  # of a frozen block
+            wholes = [total(torch.cat([none, *(next(grads).float().flatten() for _ in block)])) for block in blocks]
+            norms = torch.stack([whole.norm() for whole in wholes]).tolist()
+    assert all(len(values) == len(blocks) for values in variances.values())
+    values = torch.stack([torch.stack(values) for values in variances.values()])
+    means = total((values * weight).sum((2, 3))) / total(weight.sum())
+    return LayerStatistics(**dict(zip(variances, means.tolist(), strict=True)), gradient_norm=norms)
 
 
-def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:
+def first_bad_layer(model: Decoder | VisionTransformer, rows: Tensor, targets: Tensor) -> str | None:
     """Where a forward pass first leaves the finite numbers, such as "layer 3 attention"; None if it does not."""
     bad: list[str] = []
 
@@ -106,8 +119,9 @@ def first_bad_layer(decoder: Decoder, tokens: Tensor) -> str | None:
             bad.append("embedding" if layer == 0 else f"layer {layer} {what}")
 
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        loss = decoder(tokens, next_tokens(tokens), tap)
-    return bad[0] if bad else None if torch.isfinite(loss.total) else "lm_head"
+        loss = model(rows, targets, tap)
+    head = [name for name, _ in model.named_children()][-1]
+    return bad[0] if bad else None if torch.isfinite(loss.total) else head
 
 
 def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> Figure:

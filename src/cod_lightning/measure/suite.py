@@ -14,7 +14,7 @@ from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.influence import block_influence, layer_importance, readout
 from cod_lightning.measure.jacobian import MeanJacobian, end_to_end_gain, jacobian, mean_jacobian
 from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.layers import token_variance
+from cod_lightning.measure.layers import token_variances
 from cod_lightning.measure.moments import moments
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.removal import (
@@ -64,8 +64,7 @@ def mean_jacobians(
     widest: int = WIDEST_MAP,
 ) -> MeanJacobian:
     """Of `layers`, or of five from the first to the last, as in Figure 5; the options are those of `mean_jacobian`."""
-    depth = model.depth
-    chosen = sorted({1, (depth + 3) // 4, (depth + 1) // 2, (3 * depth + 3) // 4, depth}) if layers is None else layers
+    chosen = model.spaced(5) if layers is None else layers
     return mean_jacobian(model, batches, chosen, pad_id, progress, tokens=tokens, seed=seed, widest=widest)
 
 
@@ -119,25 +118,25 @@ MEASURES: dict[str, tuple[str, Measure]] = {
 """Study and function of each measure. The costly ones take the first batch alone."""
 
 
-def measures_of(study: str, hidden: int = 0, widest: int = WIDEST_MAP) -> list[str]:
+def measures_of(study: str, hidden: int = 0, widest: int = WIDEST_MAP, only: Sequence[str] = ()) -> list[str]:
     """The names of the measures of a study, or of `all`, for a model of this hidden size.
 
     Args:
         study: its name.
         hidden: the model's.
         widest: up to which Jacobians are taken whole.
+        only: of these measures no others, and these whatever the size.
 
     Raises:
-        UserError: there is no such study.
+        UserError: there is no such study, or it has no such measure.
     """
     studies = list(dict.fromkeys(of for of, _ in MEASURES.values()))
     if study != "all" and study not in studies:
         raise UserError(f"{study!r} is not a study: {nearest(study, [*studies, 'all', 'compare', 'prune'])}")
-    return [
-        name
-        for name, (of, _) in MEASURES.items()
-        if study in (of, "all") and (name != "jacobian_map" or hidden <= widest)
-    ]
+    names = [name for name, (of, _) in MEASURES.items() if study in (of, "all")]
+    if wrong := next((name for name in only if name not in names), None):
+        raise UserError(f"only={wrong!r} is not a measure of {study}: {nearest(wrong, names)}")
+    return [name for name in names if name in only or (not only and (name != "jacobian_map" or hidden <= widest))]
 
 
 def options_for(names: Iterable[str]) -> dict[str, Any]:
@@ -161,7 +160,7 @@ def embedding_variance(model: Layered, batches: Sequence[Tensor], pad_id: int | 
     for tokens, keep in walk(model, batches, pad_id):
         found: list[Tensor] = []
         model.logits(tokens, lambda what, layer, x, found=found: what == "embedding" and found.append(x))
-        total += float(token_variance(found[0], keep.float())) * int(keep.sum())
+        total += float(token_variances(found[0])[keep].sum())
         count += int(keep.sum())
     return total / count
 

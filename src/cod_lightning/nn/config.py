@@ -34,6 +34,12 @@ class DecoderConfig:
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2.5)."""
     tie_word_embeddings: bool = False
+    init: str = "normal"
+    """`normal`: every linear weight starts with standard deviation `init_std`, the embeddings with `embedding_std`;
+    `fan_in`: with 1/sqrt(inputs), the embeddings with 1/sqrt(hidden_size). A strategy's own factor comes on top: with
+    norm=ds_init `fan_in` is OLMo's scaled initialisation ("mitchell")."""
+    init_cutoff: float | None = None
+    """Initial draws end at so many standard deviations of the normal distribution (OLMo: 3); None: nowhere."""
     init_std: float = 0.02
     """Standard deviation of every linear weight at initialisation, before a strategy's own factor."""
     embedding_std: float = 0.02
@@ -50,7 +56,11 @@ class DecoderConfig:
     def problems(self) -> list[str]:
         """Every reason why no decoder can be built from this, each naming its field."""
         found = []
-        positive = [f.name for f in fields(self) if f.type.startswith("int")] + ["norm_eps", "rope_theta"]
+        positive = [f.name for f in fields(self) if f.type.startswith("int")] + [
+            "norm_eps",
+            "rope_theta",
+            "init_cutoff",
+        ]
         for name in positive:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -60,6 +70,8 @@ class DecoderConfig:
                 found.append(f"model.{name}={getattr(self, name)} must not be negative")
         if self.norm not in ("rms", "layer"):
             found.append(f"model.norm={self.norm!r} is not a norm; known: layer, rms")
+        if self.init not in ("normal", "fan_in"):
+            found.append(f"model.init={self.init!r} is not an initialisation; known: fan_in, normal")
         if self.norm_backend not in ("auto", "torch", "triton"):
             found.append(f"model.norm_backend={self.norm_backend!r} is not a backend; known: auto, torch, triton")
         if found:
@@ -95,3 +107,13 @@ class DecoderConfig:
         norm = d if self.norm_affine else 0
         block = attention + 3 * d * self.intermediate_size + 2 * norm
         return self.num_hidden_layers * block + norm + vocab * d * (1 if self.tie_word_embeddings else 2)
+
+
+def num_vit_parameters(config: DecoderConfig, image_size: int, patch_size: int, classes: int) -> int:
+    """`DecoderConfig.num_parameters` of a `VisionTransformer`."""
+    d, kv, ffn = config.hidden_size, config.key_value_heads * config.head_dim, config.intermediate_size
+    attention = 2 * d * d + 2 * d * kv + d + (d + 2 * kv if config.qkv_bias else 0)
+    mlp = 2 * d * ffn + ffn + d
+    norm = d if config.norm_affine else 0
+    embedding = 3 * patch_size**2 * d + 2 * d + (1 + (image_size // patch_size) ** 2) * d
+    return embedding + config.num_hidden_layers * (attention + mlp + 2 * norm) + norm + (d + 1) * classes

@@ -78,23 +78,26 @@ class NoNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary embeddings and grouped key/value heads."""
+    """Self-attention with grouped key/value heads; the decoder's is causal and has rotary embeddings."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, causal: bool = True, output_bias: bool = False):
         super().__init__()
+        self.causal = causal
         d, kv, self.head_dim = config.hidden_size, config.key_value_heads * config.head_dim, config.head_dim
         self.grouped = config.key_value_heads != config.num_attention_heads
         self.q_proj = nn.Linear(d, d, bias=config.qkv_bias)
         self.k_proj = nn.Linear(d, kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d, kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=output_bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=self.grouped)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 
@@ -143,22 +146,24 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, wired by the coefficients of a `BlockSpec`."""
+    """Attention and feed-forward network, wired by the coefficients of a `BlockSpec`; the decoder's unless given."""
 
-    def __init__(self, config: DecoderConfig, spec: BlockSpec):
+    def __init__(
+        self, config: DecoderConfig, spec: BlockSpec, attention: Attention | None = None, mlp: nn.Module | None = None
+    ):
         super().__init__()
         self.spec = spec
         self.entry_norm = Norm(config) if spec.entry_norm else None
         self.input_layernorm = pre_norm(config, spec.attention)
-        self.self_attn = Attention(config)
+        self.self_attn = attention or Attention(config)
         self.attention_residual = Residual(config, spec.attention)
         self.post_attention_layernorm = pre_norm(config, spec.ffn)
-        self.mlp = FeedForward(config)
+        self.mlp = mlp or FeedForward(config)
         self.ffn_residual = Residual(config, spec.ffn)
         self.gate = nn.Parameter(torch.empty(())) if any(s.gate != "no" for s in spec.sublayers) else None
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], tap: Callable[[str, Tensor], object] | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, tap: Callable[[str, Tensor], object] | None = None
     ) -> Tensor:
         if self.entry_norm is None:
             x, y = self.input_layernorm(x, tap=tap)
@@ -228,18 +233,23 @@ class Decoder(nn.Module):
         Returns:
             Logits [rows, length, vocabulary]; with targets, a `TokenLoss`.
         """
-
-        def at(layer: int) -> Callable[[str, Tensor], object] | None:
-            return None if tap is None else lambda what, x: tap(what, layer, x)
-
         x = self.model.embed_tokens(tokens)
-        if tap is not None:
-            tap("embedding", 0, x)
         rope = rotary(tokens.shape[1], self.config.head_dim, self.config.rope_theta, x)
-        for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, rope, at(layer))
-        x = self.model.norm(x, tap=at(len(self.model.layers) + 1))[1]
+        x = through(self.blocks, self.model.norm, x, rope, tap)
         return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+
+
+def through(blocks: list[Block], norm: Norm, x: Tensor, rope: tuple[Tensor, Tensor] | None, tap: Tap | None) -> Tensor:
+    """The embeddings x [rows, length, hidden] behind all blocks and the final norm."""
+
+    def at(layer: int) -> Callable[[str, Tensor], object] | None:
+        return None if tap is None else lambda what, x: tap(what, layer, x)
+
+    if tap is not None:
+        tap("embedding", 0, x)
+    for layer, block in enumerate(blocks, start=1):
+        x = block(x, rope, at(layer))
+    return norm(x, tap=at(len(blocks) + 1))[1]
 
 
 def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | NoNorm:

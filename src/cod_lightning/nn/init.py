@@ -10,9 +10,10 @@ from torch import Tensor
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, Norm, Residual
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
+from cod_lightning.nn.vit import VisionTransformer
 
 PROFILE_ROWS, PROFILE_LENGTH = 4, 64
-"""The random tokens that Admin is profiled on."""
+"""The random tokens that Admin is profiled on; of images, the same number of rows."""
 
 
 def build_decoder(config: DecoderConfig, specs: list[BlockSpec], seed: int, device: str = "cpu") -> Decoder:
@@ -32,15 +33,57 @@ def build_decoder(config: DecoderConfig, specs: list[BlockSpec], seed: int, devi
 def initialise(decoder: Decoder, seed: int) -> None:
     """Set every parameter of `decoder` in place.
 
-    A weight is its standard deviation times standard-normal numbers that depend on `seed` and on its name alone, so
-    that two strategies compared under one seed start from the same draws.
+    A weight is its standard deviation times standard-normal numbers that depend on `seed` and on its name alone (and on
+    `init_cutoff`), so that two strategies compared under one seed start from the same draws.
     """
     decoder.tie()
-    std = decoder.config.init_std
-    draw_(decoder, "model.embed_tokens.weight", decoder.config.embedding_std, seed)
-    if not decoder.config.tie_word_embeddings:
-        draw_(decoder, "lm_head.weight", std, seed)
-    for index, block in enumerate(decoder.blocks):
+    config = decoder.config
+    std = base_std(config, config.hidden_size, config.embedding_std)
+    draw_(decoder, "model.embed_tokens.weight", std, seed)
+    if not config.tie_word_embeddings:
+        draw_(decoder, "lm_head.weight", base_std(config, config.hidden_size, config.init_std), seed)
+    initialise_blocks(decoder, "model.layers", seed)
+    shape, vocabulary = (PROFILE_ROWS, PROFILE_LENGTH), decoder.model.embed_tokens.num_embeddings
+    profile_skips(decoder, torch.randint(vocabulary, shape, generator=profile_generator(seed), device="cpu"))
+
+
+def build_vit(
+    config: DecoderConfig,
+    specs: list[BlockSpec],
+    seed: int,
+    *,
+    image_size: int,
+    patch_size: int,
+    classes: int,
+    device: str = "cpu",
+) -> VisionTransformer:
+    """`build_decoder` for images.
+
+    Raises:
+        ValueError: as `VisionTransformer`.
+    """
+    with torch.device("meta"):
+        vit = VisionTransformer(config, specs, image_size, patch_size, classes)
+    vit.to_empty(device=device)
+    initialise_vit(vit, seed)
+    return vit
+
+
+@torch.no_grad()
+def initialise_vit(vit: VisionTransformer, seed: int) -> None:
+    """`initialise` for images: class token, positions and every weight with `init_std`, biases 0."""
+    for name in ("embedding.projection.weight", "embedding.class_token", "embedding.positions", "head.weight"):
+        draw_(vit, name, vit.config.init_std, seed)
+    for layer in (vit.embedding.projection, vit.head):
+        layer.bias.zero_()
+    initialise_blocks(vit, "layers", seed)
+    shape = (PROFILE_ROWS, 3, vit.image_size, vit.image_size)
+    profile_skips(vit, torch.randn(shape, generator=profile_generator(seed), device="cpu", dtype=torch.float32))
+
+
+def initialise_blocks(model: Decoder | VisionTransformer, prefix: str, seed: int) -> None:
+    """Set the parameters of all blocks, named from `prefix` on, and of the final norm."""
+    for index, block in enumerate(model.blocks):
         for part, sublayer, spec in (
             ("self_attn", block.self_attn, block.spec.attention),
             ("mlp", block.mlp, block.spec.ffn),
@@ -49,11 +92,11 @@ def initialise(decoder: Decoder, seed: int) -> None:
                 if name.endswith("bias"):
                     weight.zero_()
                 else:
-                    full_name = f"model.layers.{index}.{part}.{name}"
-                    draw_(decoder, full_name, projection_std(weight, name, spec, std), seed)
+                    full_name = f"{prefix}.{index}.{part}.{name}"
+                    draw_(model, full_name, projection_std(weight, name, spec, model.config), seed)
         if block.gate is not None:
             block.gate.zero_()
-    for module in decoder.modules():
+    for module in model.modules():
         if isinstance(module, Norm) and module.weight is not None:
             module.weight.fill_(module.initial_weight)
         if isinstance(module, Residual):
@@ -61,24 +104,33 @@ def initialise(decoder: Decoder, seed: int) -> None:
                 module.branch_scale.fill_(module.spec.branch_scale)
             if module.skip is not None:
                 module.skip.fill_(module.spec.skip)
-    profile_skips(decoder, seed)
 
 
-def projection_std(weight: Tensor, name: str, spec: SublayerSpec, std: float) -> float:
+def base_std(config: DecoderConfig, inputs: int, std: float) -> float:
+    """Standard deviation before a strategy's factor of a weight that has `inputs` inputs, or else `std`."""
+    return inputs**-0.5 if config.init == "fan_in" else std
+
+
+def projection_std(weight: Tensor, name: str, spec: SublayerSpec, config: DecoderConfig) -> float:
     """Standard deviation of a projection's weight under a strategy; `name` is such as "o_proj.weight"."""
     name = name.removesuffix(".weight")
     fan_out, fan_in = weight.shape
     if spec.xavier is not None:
         gain = 1.0 if name in ("q_proj", "k_proj") else spec.xavier
         return gain * (2 / (fan_in + fan_out)) ** 0.5
+    std = base_std(config, fan_in, config.init_std)
     return std * spec.output_init if name in ("o_proj", "down_proj") else std
 
 
-def draw_(decoder: Decoder, name: str, std: float, seed: int) -> None:
-    parameter = decoder.get_parameter(name)
+def draw_(model: Decoder | VisionTransformer, name: str, std: float, seed: int) -> None:
+    parameter = model.get_parameter(name)
     generator = torch.Generator().manual_seed(seed_of(seed, name))
     # Named, because Lightning makes the accelerator and its precision the defaults while a model is built.
-    normal = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=torch.float32)
+    normal = torch.empty(parameter.shape, device="cpu", dtype=torch.float32)
+    if (cutoff := model.config.init_cutoff) is None:
+        normal.normal_(generator=generator)
+    else:
+        torch.nn.init.trunc_normal_(normal, a=-cutoff, b=cutoff, generator=generator)
     parameter.copy_(normal * std)
 
 
@@ -87,9 +139,13 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
 
 
-def profile_skips(decoder: Decoder, seed: int) -> None:
-    """Admin: with all w = 1, run random tokens and set w_i = sqrt(1 + sum over j < i of Var[f_j])."""
-    residuals = [r for block in decoder.blocks for r in (block.attention_residual, block.ffn_residual)]
+def profile_generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(seed, "admin profile"))
+
+
+def profile_skips(model: Decoder | VisionTransformer, rows: Tensor) -> None:
+    """Admin: with all w = 1, run random `rows` and set w_i = sqrt(1 + sum over j < i of Var[f_j])."""
+    residuals = [r for block in model.blocks for r in (block.attention_residual, block.ffn_residual)]
     if all(residual.skip is None for residual in residuals):
         return
     variances: list[Tensor] = []
@@ -98,10 +154,7 @@ def profile_skips(decoder: Decoder, seed: int) -> None:
         if what in ("attention", "ffn"):
             variances.append(branch.float().var())
 
-    generator = torch.Generator().manual_seed(seed_of(seed, "admin profile"))
-    shape = (PROFILE_ROWS, PROFILE_LENGTH)
-    tokens = torch.randint(decoder.model.embed_tokens.num_embeddings, shape, generator=generator, device="cpu")
-    decoder(tokens.to(decoder.lm_head.weight.device), tap=tap)
+    model(rows.to(next(model.parameters()).device), tap=tap)
     total = torch.ones_like(variances[0])
     for residual, variance in zip(residuals, variances, strict=True):
         if residual.skip is not None:

@@ -91,12 +91,13 @@ def open_model(name: str, run: Sections, rows: int) -> Subject:
 
 
 def carry_out(study: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
-    """Carry out the measures of a study with those of the options that they have; each is written, and shown.
+    """Carry out the measures of a study, or `only` some, with those of the options that they have; each is written, and
+    shown.
 
     Raises:
         UserError: as the measures, or the folder cannot be written to.
     """
-    for name in measures_of(study, subject.model.hidden, options.get("widest", WIDEST_MAP)):
+    for name in measures_of(study, subject.model.hidden, options.get("widest", WIDEST_MAP), options.get("only", ())):
         report(subject, name, measured(name, subject, options, folder))
 
 

@@ -1,14 +1,21 @@
-"""What a run and a sweep print when they end."""
+"""Tables on the terminal: of a run and a sweep when they end, of an estimate before they begin."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+
+from cod_lightning.report.claims import Experiment, by_target, columns
+from cod_lightning.report.words import compared, conclusion
+from cod_lightning.train.config import FIGURES
+
+if TYPE_CHECKING:
+    from cod_lightning.report.estimate import Estimate
 
 Record = Mapping[str, Any]
 WIDTH = 120
@@ -33,14 +40,11 @@ def summary(record: Record, folder: Path) -> Group:
 
 
 def figures(record: Record, config: Record) -> dict[str, str]:
-    shown = {
-        "val_loss": f"{record['val_loss']:.4f}",
-        "ppl": f"{record['ppl']:.2f}",
-        "ppl_paper_protocol": f"{record['ppl_paper_protocol']:.2f}",
-    }
+    shown = {name: f"{record[name]:{form}}" for name, form in FIGURES.items() if name in record}
     published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
-        shown["published (full size and tokens)"] = f"{published:.2f}"
+        several = published if isinstance(published, Mapping) else {"": published}
+        shown |= {f"{name} published (full size and tokens)".strip(): f"{value:.2f}" for name, value in several.items()}
     return shown | {
         "steps": f"{record['steps']:,}",
         "tokens": f"{record['tokens']:,}",
@@ -74,8 +78,8 @@ def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
     """
     table = Table(title="runs by validation loss", title_justify="left")
     table.add_column("run")
-    names = ("val_loss", "ppl", "ppl_paper_protocol", "last-layer variance", "tokens", "tokens/s", "wall time")
-    for name in names:
+    shown = [name for name in FIGURES if any(record and name in record for _, record in records)]
+    for name in (*shown, "last-layer variance", "tokens", "tokens/s", "wall time"):
         table.add_column(name, justify="right")
     for label, record in sorted(records, key=lambda item: item[1]["val_loss"] if item[1] else float("inf")):
         if record is None:
@@ -84,9 +88,7 @@ def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
         layers = record["history"].get("layers")
         table.add_row(
             label,
-            f"{record['val_loss']:.4f}",
-            f"{record['ppl']:.2f}",
-            f"{record['ppl_paper_protocol']:.2f}",
+            *(f"{record[name]:{FIGURES[name]}}" if name in record else "" for name in shown),
             f"{layers['variance'][-1][-1]:.4g}" if layers else "not measured",
             f"{record['tokens']:,}",
             f"{record['tokens_per_second']:,.0f}",
@@ -103,6 +105,73 @@ def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
+
+
+def estimate_table(estimates: Sequence[tuple[str, Estimate]]) -> Table:
+    """One column for each run, under what was varied; a line that is empty for all is left out."""
+    table = Table(title="what a run will need", title_justify="left")
+    table.add_column("")
+    for label, _ in estimates:
+        table.add_column(label, justify="right", overflow="fold")
+    for section in zip(*(estimate_lines(estimate) for _, estimate in estimates), strict=True):
+        for name in section[0]:
+            values = [lines[name] for lines in section]
+            if any(values):
+                table.add_row(name, *values)
+        table.add_section()
+    return table
+
+
+def estimate_lines(estimate: Estimate) -> list[dict[str, str]]:
+    """The sections of an estimate's table; what does not apply is empty."""
+    memory, documents = estimate.memory, estimate.documents
+    published = estimate.published_tokens
+    return [
+        {
+            "parameters": f"{estimate.parameters:,}",
+            "without embeddings and head": f"{estimate.non_embedding:,}",
+            "token positions": f"{estimate.positions:,}",
+            "tokens, as published": f"{published:,.0f}" if published else "",
+            "FLOPs per token": f"{estimate.flops_per_token:.4g}",
+            "FLOPs": f"{estimate.flops:.4g}",
+        },
+        {
+            "hardware": f"{estimate.gpus} x {estimate.hardware}, {estimate.strategy}",
+            "precision": estimate.precision,
+            "activation checkpointing": estimate.checkpointing,
+            "rows of a micro-batch": f"{estimate.micro_batch_size:,}",
+            "rows that fit": f"{estimate.max_micro_batch_size:,}",
+        },
+        {
+            "weights": size(memory.weights),
+            "gradients": size(memory.gradients),
+            "Adam's moments": size(memory.moments),
+            "bfloat16 copies": size(memory.copies),
+            "communication": size(memory.communication),
+            "activations": size(memory.activations),
+            "loss or recomputation": size(memory.work),
+            "memory per device": f"{size(memory.total)} of {size(estimate.device_memory)}",
+        },
+        {
+            "prepared tokens": size(estimate.token_bytes),
+            "documents of C4": f"{documents:,}" if documents else "",
+            "their text": size(estimate.text_bytes),
+            "compressed": size(estimate.download_bytes),
+        },
+        {
+            "MFU": f"{estimate.mfu:g}",
+            "time": duration(3600 * estimate.hours),
+            "GPU-hours": f"{estimate.gpu_hours:,.4g}",
+        },
+    ]
+
+
+def size(count: int | None) -> str:
+    """Bytes in the unit that leaves one to three digits before the point, "" for none."""
+    if not count:
+        return ""
+    power = min((len(str(count)) - 1) // 3, 5)
+    return f"{count / 1000**power:.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
 def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Table:
@@ -130,6 +199,22 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Ta
     if left_out:
         table.caption = f"{', '.join(left_out)}; the file has all"
     return table
+
+
+def reproduced(experiments: Sequence[Experiment]) -> Group:
+    """What was asked for, ours beside the paper's, and what the differences say."""
+    parts: list[Any] = []
+    for target, scales in by_target(experiments).items():
+        for scale, group in scales.items():
+            for column in columns(group):
+                found = compared(column, published=True)
+                table = Table(title=f"{target}, scale={scale}: {column.heading}", title_justify="left")
+                for name in found.head:
+                    table.add_column(name, justify="left" if name == "row" else "right")
+                for row in found.rows:
+                    table.add_row(*(Text(cell.strip("*"), "bold" if cell.startswith("**") else "") for cell in row))
+                parts += [table, Text(conclusion(column) + "\n")]
+    return Group(*parts)
 
 
 def show(renderable: Any) -> None:

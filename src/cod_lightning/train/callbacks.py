@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from cod_lightning.measure.layers import layer_statistics, plot_variance
+from cod_lightning.errors import UserError
+from cod_lightning.measure.jacobian import STATISTICS, Jacobian, jacobian
+from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layers import plot_variance
+from cod_lightning.measure.moments import PLACES
+from cod_lightning.measure.result import Progress
+from cod_lightning.measure.suite import MEASURES, Measure
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.train.config import COUNTS, FIGURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 History = dict[str, dict[str, list[Any]]]
-"""Series by kind (`train`, `val`, `layers`); each holds equally long lists, `step` among them."""
+"""Series by kind (`train`, `val`, `layers`, and the names of measures); each holds equally long lists, `step` among
+them. An entry of a measure is a list over the blocks `layer`, or over all from the first where there is no `layer`."""
+
+MOST_FIGURES = 8
+"""TensorBoard gets so many figures of a measure over a run, and one of its start (see `worth_a_figure`)."""
 
 
 class Recorder(Callback):
@@ -30,6 +51,7 @@ class Recorder(Callback):
         self.history: History = {}
         self.tokens = 0.0
         self.train_seconds = 0.0
+        self.measure_seconds = 0.0
         self.wall_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -37,6 +59,7 @@ class Recorder(Callback):
             "history": self.history,
             "tokens": self.tokens,
             "train_seconds": self.train_seconds,
+            "measure_seconds": self.measure_seconds,
             "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
         }
 
@@ -44,6 +67,7 @@ class Recorder(Callback):
         self.history = state_dict["history"]
         self.tokens = state_dict["tokens"]
         self.train_seconds = state_dict["train_seconds"]
+        self.measure_seconds = state_dict.get("measure_seconds", 0.0)
         self.wall_seconds = state_dict["wall_seconds"]
 
     def add(self, trainer: Trainer, kind: str, **values: Any) -> None:
@@ -53,9 +77,11 @@ class Recorder(Callback):
             series.setdefault(name, []).append(value)
         for logger in trainer.loggers:
             numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-            lists = {name: value for name, value in values.items() if isinstance(value, list)}
+            lists = {name: value for name, value in values.items() if isinstance(value, list) and name != "layer"}
             for name, value in lists.items():
-                numbers |= {f"{name}/layer_{layer:02d}": number for layer, number in enumerate(value, start=1)}
+                group = name if kind == "layers" else f"{kind}_{name}"
+                by_layer = zip(values.get("layer") or count(1), value, strict=False)
+                numbers |= {f"{group}/layer_{layer:02d}": number for layer, number in by_layer if number is not None}
             logger.log_metrics(numbers, step=trainer.global_step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,8 +108,8 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.history.get("val", {}).get("step", [None])[-1] == trainer.global_step:
             return
-        names = ("val_loss", "ppl", "ppl_paper_protocol", "val_tokens")
-        self.add(trainer, "val", **{name: float(trainer.callback_metrics[name]) for name in names})
+        found = trainer.callback_metrics
+        self.add(trainer, "val", **{name: float(found[name]) for name in (*FIGURES, *COUNTS) if name in found})
 
     def final(self) -> dict[str, Any]:
         """The last validation's figures, tokens and speed."""
@@ -91,39 +117,70 @@ class Recorder(Callback):
         tokens = int(self.history["train"]["tokens"][-1])
         return {
             **last,
-            "val_tokens": int(last["val_tokens"]),
+            **{name: int(last[name]) for name in COUNTS if name in last},
             "train_loss": self.history["train"]["loss"][-1],
             "tokens": tokens,
             "tokens_per_second": tokens / self.train_seconds,
+            "measure_seconds": self.measure_seconds,
             "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
         }
 
 
-class LayerStatisticsCallback(Callback):
-    """Measures every layer on a fixed probe batch, before the first step, every `every` steps and after the last one.
+class ProbeCallback(Callback):
+    """Measures the decoder on a fixed batch before the first step, every `every` steps and after the last one.
+
+    Training goes on as if it had not been measured, to the bit: random states and the decoder's mode are put back.
 
     Args:
-        recorder: keeps the series `layers`.
-        probe: tokens [rows, length].
+        recorder: keeps what is found.
+        probe: rows of the data's `probe_batch`, the same on every rank.
         every: steps between measurements.
     """
 
-    def __init__(self, recorder: Recorder, probe: Tensor, every: int):
+    def __init__(self, recorder: Recorder, probe: Any, every: int):
         self.recorder, self.probe, self.every = recorder, probe, every
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
-            self.measure(trainer, pl_module)
+            self.undisturbed(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            self.measure(trainer, pl_module)
+            self.undisturbed(trainer, pl_module)
 
-    def measure(self, trainer: Trainer, pl_module: Any) -> None:
+    def undisturbed(self, trainer: Trainer, pl_module: Any) -> None:
+        began = time.perf_counter()
+        network = whole(pl_module.network)
+        mode = network.training
+        with isolate_rng():
+            self.measure(trainer, pl_module, network.eval())
+        network.train(mode)
+        self.recorder.measure_seconds += time.perf_counter() - began
+
+    def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
+        """Measure `network` and record it; every rank calls this at the same steps."""
+        raise NotImplementedError
+
+    def draw(self, trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
+        """Draw what was just measured into TensorBoard, where it is `worth_a_figure`."""
+        step = trainer.global_step
+        if trainer.is_global_zero and worth_a_figure(step, self.every, trainer.max_steps):
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure(name, plot(), global_step=step)
+
+
+class LayerStatisticsCallback(ProbeCallback):
+    """Variances and gradient norms of every layer, as the series `layers`.
+
+    Every rank takes its share of the rows, and all find the statistics of the whole probe.
+    """
+
+    def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
         with trainer.precision_plugin.forward_context():
-            found = layer_statistics(pl_module.decoder, self.probe.to(pl_module.device), pl_module.pad_id)
+            found = pl_module.statistics(network, pl_module.transfer_batch_to_device(self.probe, pl_module.device, 0))
         self.recorder.add(
             trainer,
             "layers",
@@ -132,11 +189,132 @@ class LayerStatisticsCallback(Callback):
             ffn_variance=found.ffn,
             gradient_norm=found.gradient_norm,
         )
-        series = self.recorder.history["layers"]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                figure = plot_variance(series["step"], series["variance"])
-                logger.experiment.add_figure("variance by layer", figure, global_step=trainer.global_step)
+        if trainer.global_step:
+            series = self.recorder.history["layers"]
+            self.draw(trainer, "variance by layer", lambda: plot_variance(series["step"], series["variance"]))
+
+
+class MeasureCallback(ProbeCallback):
+    """One of `IN_TRAINING`, as a series of its name: what it finds of each layer, not what it finds of pairs.
+
+    Every rank measures all rows. Largest values, spectra and standard errors are no sums over rows, and each rank has
+    all that it takes: so all find the same in the time that one alone would need, and none waits for another.
+
+    The decoder is measured in the precision of its weights, as the command `measure` does it with a checkpoint.
+
+    Args:
+        recorder: keeps what is found.
+        probe: tokens [rows, length], the same on every rank.
+        every: steps between measurements.
+        name: of the measure.
+    """
+
+    def __init__(self, recorder: Recorder, probe: Tensor, every: int, name: str):
+        super().__init__(recorder, probe, every)
+        self.name = name
+
+    def measure(self, trainer: Trainer, pl_module: Any, network: Decoder) -> None:
+        """Measure `network` and record it.
+
+        Raises:
+            UserError: decoder or probe are none for this measure; once steps have been made, that is a warning.
+        """
+        model, batches = Layered(network, f"step {trainer.global_step}"), self.probe.split(pl_module.micro_batch_size)
+        try:
+            result = IN_TRAINING[self.name](model, batches, pl_module.pad_id, lambda done, total: None)
+        except UserError as error:
+            if trainer.global_step == 0:
+                raise UserError(f"trainer.measures.{self.name}: {error}") from error
+            rank_zero_warn(f"step {trainer.global_step}, {self.name} is left out: {error}")
+            return
+        self.recorder.add(trainer, self.name, **SERIES[self.name](result))
+        if self.name in MAPS:
+            self.draw(trainer, self.name, result.plot)
+
+
+def worth_a_figure(step: int, every: int, max_steps: int) -> bool:
+    """Whether a measurement is the first in one of `MOST_FIGURES` equal parts of the run, or its last one.
+
+    So there are at most `MOST_FIGURES` + 1 figures, however long the run and however often it is measured.
+
+    Args:
+        step: of the measurement.
+        every: steps since the one before.
+        max_steps: of the run.
+    """
+    return step * MOST_FIGURES // max_steps > (step - every) * MOST_FIGURES // max_steps
+
+
+def whole(network: Any) -> Any:
+    """The model that is trained, or, where its weights are sharded over ranks, a copy with all of them.
+
+    All ranks call this. A copy, because `fully_shard` gathers weights in hooks, which neither `torch.func` nor
+    gradients with respect to chosen parameters see through. It takes the memory of the weights once more for as long
+    as it is measured.
+    """
+    state = network.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return network
+    with torch.device("meta"):
+        copy = Decoder(network.config, [block.spec for block in network.blocks])
+    gathered = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+    copy.load_state_dict(gathered, assign=True)
+    copy.tie()
+    return copy
+
+
+def few_jacobians(model: Layered, batches: Sequence[Tensor], pad_id: int | None, progress: Progress) -> Jacobian:
+    """Jacobians of eight layers at one token of four rows.
+
+    Tokens and probes are the same at every step, so that what changes is the model. Two iterations leave the largest
+    singular value 1 to 2% low, in the first layer up to 12%.
+    """
+    rows = torch.cat(tuple(batches))[:4]
+    return jacobian(model, [rows], pad_id, progress, layers=model.spaced(8), tokens=1, probes=4, iterations=2)
+
+
+IN_TRAINING: dict[str, Measure] = {name: measure for name, (_, measure) in MEASURES.items()} | {
+    "jacobian": few_jacobians
+}
+"""The measures by name, as they are taken while a model trains."""
+
+Series = Callable[[Any], dict[str, list[Any]]]
+"""From the result of a measure lists with one entry for each layer."""
+
+
+def columns(*names: str) -> Series:
+    """Columns of the table of a result that has one row for each layer."""
+    return lambda result: {name: [row.get(name) for row in result.rows()] for name in names}
+
+
+SERIES: dict[str, Series] = {
+    "variance": lambda result: {
+        f"{place}_{what}": getattr(getattr(result, place), what)
+        for place in PLACES
+        for what in ("variance", "kurtosis", "maximum")
+    },
+    "jacobian": columns("layer", *STATISTICS),
+    "gain": columns("layer", "spectral", "frobenius"),
+    "jacobian_map": columns("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share"),
+    "angular": lambda result: {"distance": result.distances[0]},
+    "removal": columns("delta_loss"),
+    "run_removal": lambda result: {
+        f"delta_loss_{n}": [loss - result.loss for loss in losses]
+        for n, losses in zip(result.sizes, result.losses, strict=True)
+    },
+    "swaps": columns("score"),
+    "linear_replacement": columns("delta_loss"),
+    "causal": columns("score"),
+    "influence": lambda result: {"influence": result.influence},
+    "readout": columns("loss", "kl", "js"),
+    "importance": columns("shapley", "leave_one_out"),
+    "sparsity": columns("outlier_ratio", "owl", "alpha", "alpha_pruning"),
+    "theory": columns("variance", "lemma", "lemma_fitted", "recursion", "gain"),
+}
+"""What a run records of each measure; pairs count by the first layer, and angles are those to the next layer."""
+
+MAPS = ("jacobian_map", "angular", "causal", "influence")
+"""The measures of pairs, which TensorBoard gets as figures."""
 
 
 class ProgressLines(Callback):
@@ -164,11 +342,8 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         figures = trainer.callback_metrics
-        self.say(
-            trainer,
-            f"step {trainer.global_step:>6}/{trainer.max_steps}  val_loss {figures['val_loss']:.4f}  "
-            f"ppl {figures['ppl']:.2f}  ppl_paper_protocol {figures['ppl_paper_protocol']:.2f}",
-        )
+        words = [f"{name} {figures[name]:{form}}" for name, form in FIGURES.items() if name in figures]
+        self.say(trainer, "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *words]))
 
 
 class ProgressBar(RichProgressBar):

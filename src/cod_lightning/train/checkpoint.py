@@ -49,14 +49,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; nothing in the file is executed.
+
+    Args:
+        path: of the file.
+        mmap: read a tensor when it is used, of a file that stays: for a decoder without its optimizer.
 
     Raises:
         UserError: the file is missing, damaged, or holds more than plain data.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict) or not {"state_dict", "tokens"} <= checkpoint.keys():
             raise ValueError("it holds no decoder")
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:

@@ -3,9 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cod_lightning.errors import nearest
 from cod_lightning.nn.config import RUNTIME
+
+FIGURES = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
+"""Figures of a validation and how they are printed; a task has some of them."""
+COUNTS = ("val_tokens", "val_images")
+"""What a validation was made on."""
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer inside a run folder."""
+
+MEASURES = (
+    "variance",
+    "jacobian",
+    "gain",
+    "jacobian_map",
+    "angular",
+    "removal",
+    "run_removal",
+    "swaps",
+    "linear_replacement",
+    "causal",
+    "influence",
+    "readout",
+    "importance",
+    "sparsity",
+    "theory",
+)
+"""The names of `measure.suite.MEASURES`, which imports torch."""
+
+
+def run_of(source: Path) -> Path:
+    """The run folder that `init_from` names by itself or by a file in its `checkpoints/`."""
+    return source.parent.parent if source.suffix == ".ckpt" else source
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:
@@ -30,11 +63,15 @@ class OptimConfig:
     warmup_steps: int | None = None
     """Instead of `warmup_ratio`."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at this share of `lr`."""
+    """The schedule ends at this share of `lr`."""
     schedule: str = "cosine"
-    """`cosine`, or `cosine_released`, one update behind it: the released code's first update has rate 0."""
+    """`cosine`; `cosine_released`, one update behind it: the released code's first update has rate 0; or `linear`."""
     weighting: str = "tokens"
     """`tokens`: every target of a step counts the same; `micro_batches`: the mean of micro-batch means (paper)."""
+    lisa_layers: int = 0
+    """LISA (Pan et al., 2024): train only so many blocks at a time, besides embeddings, head and final norm; 0: all."""
+    lisa_interval: int = 3
+    """Steps between draws of these blocks."""
 
     def warmup(self, max_steps: int) -> int:
         """Warm-up in steps."""
@@ -42,7 +79,7 @@ class OptimConfig:
 
     def problems(self, max_steps: int) -> list[str]:
         found = one_of("optim.name", self.name, ("adam", "adamw"))
-        found += one_of("optim.schedule", self.schedule, ("cosine", "cosine_released"))
+        found += one_of("optim.schedule", self.schedule, ("cosine", "cosine_released", "linear"))
         found += one_of("optim.weighting", self.weighting, ("tokens", "micro_batches"))
         if not self.lr > 0:
             found.append(f"optim.lr={self.lr} must be positive")
@@ -64,6 +101,10 @@ class OptimConfig:
                 f"optim.{name}={getattr(self, name)} warms up for {self.warmup(max_steps)} steps, "
                 f"but trainer.max_steps={max_steps}: it must end before the run does"
             )
+        if self.lisa_layers < 0:
+            found.append(f"optim.lisa_layers={self.lisa_layers} must not be negative")
+        if self.lisa_interval < 1:
+            found.append(f"optim.lisa_interval={self.lisa_interval} must be at least 1")
         return found
 
 
@@ -105,8 +146,10 @@ class TrainerConfig:
     """Steps between logged values."""
     stats_every: int = field(default=100, metadata=RUNTIME)
     """Steps between layer statistics; 0: none."""
+    measures: dict[str, int] = field(default_factory=lambda: {"jacobian": 1000}, metadata=RUNTIME)
+    """Steps between other measures of a decoder's layers, by name (`measure.suite.MEASURES`); 0: none."""
     probe_rows: int = field(default=8, metadata=RUNTIME)
-    """Validation rows that the layer statistics are measured on."""
+    """Validation rows that layer statistics and measures are taken on."""
     checkpoint_every: int = field(default=1000, metadata=RUNTIME)
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = field(default=2, metadata=RUNTIME)
@@ -130,4 +173,8 @@ class TrainerConfig:
             for n in ("threads", "stats_every")
             if getattr(self, n) < 0
         ]
+        for name, every in self.measures.items():
+            found += one_of("trainer.measures", name, MEASURES)
+            if every < 0:
+                found.append(f"trainer.measures.{name}={every} must not be negative")
         return found

@@ -13,93 +13,108 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.layers import first_bad_layer
+from cod_lightning.errors import Diverged
+from cod_lightning.kernels.loss import IGNORE, next_tokens
+from cod_lightning.measure.answers import AnswerAccuracy
+from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer_statistics
 from cod_lightning.measure.perplexity import Perplexity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.config import EvalConfig, OptimConfig
-from cod_lightning.train.optim import build_optimizer
+from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
 
 
-class DecoderModule(LightningModule):
-    """Trains a decoder on rows of tokens.
+class StepModule(LightningModule):
+    """Trains a model with one optimizer step per batch; a child says what the model and its batches are.
 
-    A training batch is a rank's share of one optimizer step, [rows, length]; it is cut into micro-batches here, so that
-    the trainer's step, the optimizer's update and the data's step are one number.
+    A training batch is a rank's share of one optimizer step; it is cut into micro-batches here, so that the trainer's
+    step, the optimizer's update and the data's step are one number.
 
     Args:
-        model: shape of the decoder, with `vocab_size` filled in.
+        model: shape of the blocks.
         norm: the strategy's `name` and options.
-        optim, evaluation: settings.
+        optim: settings.
         seed: of the initialisation.
         max_steps: length of the schedule.
         micro_batch_size: rows per forward pass.
-        pad_id: padding token, None if rows have none.
-        val_rows: number of validation rows over all ranks.
     """
-
-    decoder: Decoder
 
     def __init__(
         self,
         model: DecoderConfig,
         norm: Mapping[str, Any],
         optim: OptimConfig,
-        evaluation: EvalConfig,
         *,
         seed: int,
         max_steps: int,
         micro_batch_size: int,
-        pad_id: int | None,
-        val_rows: int,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.model_config, self.norm, self.optim = model, norm, optim
         self.seed, self.max_steps = seed, max_steps
-        self.micro_batch_size, self.pad_id = micro_batch_size, pad_id
-        self.perplexity = Perplexity(val_rows, evaluation.paper_batch, evaluation.paper_ranks)
+        self.micro_batch_size = micro_batch_size
+        self.origin: dict[str, Any] | None = None
+        """The checkpoint whose weights the run started from, and its step."""
+        self.initial: Mapping[str, Tensor] | None = None
+        """Weights to start from, instead of drawn ones."""
         self.tokens = 0
         """Tokens read so far that are not padding, over all ranks."""
 
-    def configure_model(self) -> None:
-        if not hasattr(self, "decoder"):
-            specs = build_all(self.norm, self.model_config.num_hidden_layers)
-            self.decoder = build_decoder(self.model_config, specs, self.seed)
+    @property
+    def network(self) -> Any:
+        """What is trained: `network(rows, targets)` is a `TokenLoss`."""
+        raise NotImplementedError
+
+    def rows_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The rows of a training batch, and what is to be predicted of each, `IGNORE` where nothing is."""
+        raise NotImplementedError
+
+    def count_tokens(self, rows: Tensor) -> Tensor:
+        """How many tokens rows have that are not padding, 0-dimensional."""
+        raise NotImplementedError
+
+    def statistics(self, network: Any, probe: Any) -> LayerStatistics:
+        """Every layer of `network`, which is this one's or a copy, measured on the data's `probe_batch`.
+
+        Every rank takes its share of the rows, and all find the statistics of the whole probe.
+        """
+        raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = build_optimizer(self.decoder, self.optim, self.max_steps)
+        optimizer, schedule = build_optimizer(self.network, self.optim, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
-        """One optimizer step over `batch` [rows of this rank, length].
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """One optimizer step over `batch`.
 
         Returns:
             `loss`, the step's mean over all ranks as it was weighted; `lr`; `tokens`, read so far.
 
         Raises:
-            UserError: the loss is not finite; the parameters are as they were before this step.
+            Diverged: the loss is not finite; the parameters are as they were before this step.
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(schedule, LRScheduler)
         step = self.trainer.global_step + 1
-        micro_batches = batch.split(self.micro_batch_size)
-        present = torch.ones_like(batch) if self.pad_id is None else batch != self.pad_id
-        targets, tokens = self.sum_over_ranks(present[:, 1:].sum(), present.sum()).tolist()
-        total = torch.zeros((), device=batch.device, dtype=torch.float64)
+        resting = resting_blocks(step - 1, len(self.network.blocks), self.optim, self.seed)
+        idle = [self.network.blocks[index] for index in resting]
+        rows, targets = self.rows_and_targets(batch)
+        size = self.micro_batch_size
+        micro_batches = list(zip(rows.split(size), targets.split(size), strict=True))
+        count, tokens = self.sum_over_ranks((targets != IGNORE).sum(), self.count_tokens(rows)).tolist()
+        total = torch.zeros((), device=rows.device, dtype=torch.float64)
         strategy = self.trainer.strategy
         optimizer.zero_grad()
-        for number, rows in enumerate(micro_batches, start=1):
+        for number, part in enumerate(micro_batches, start=1):
             waiting = number < len(micro_batches) and isinstance(strategy, ParallelStrategy)
-            with strategy.block_backward_sync() if waiting else nullcontext():
-                found = self.decoder(rows, next_tokens(rows, self.pad_id))
+            with frozen(idle), strategy.block_backward_sync() if waiting else nullcontext():
+                found = self.network(*part)
                 if self.optim.weighting == "tokens":
-                    loss = found.total / max(targets, 1)
+                    loss = found.total / max(count, 1)
                 else:
                     loss = found.total / found.counts.sum().clamp(min=1) / len(micro_batches) / self.trainer.world_size
                 total += loss.detach()
@@ -108,9 +123,9 @@ class DecoderModule(LightningModule):
         (total,) = self.sum_over_ranks(total)
         value = float(total)
         if not torch.isfinite(total):
-            places = (first_bad_layer(self.decoder, rows) for rows in micro_batches)
+            places = (first_bad_layer(self.network, *part) for part in micro_batches)
             bad = next((place for place in places if place), "the loss, or on another rank")
-            raise UserError(
+            raise Diverged(
                 f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. "
                 "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
             )
@@ -126,24 +141,99 @@ class DecoderModule(LightningModule):
         stacked = torch.stack(values)
         return self.trainer.strategy.reduce(stacked, reduce_op="sum") if self.trainer.world_size > 1 else stacked
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        rows, index = batch
-        found = self.decoder(rows, next_tokens(rows, self.pad_id))
-        self.perplexity.update(found.rows, found.counts, index)
+    def share(self, rows: Tensor, filler: int) -> Tensor:
+        return share(rows, self.trainer.global_rank, self.trainer.world_size, filler)
 
-    def on_validation_epoch_end(self) -> None:
-        figures = self.perplexity.compute()
-        self.perplexity.reset()
-        self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
+    def total(self, values: Tensor) -> Tensor:
+        return self.sum_over_ranks(values)[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        bad = [name for name, p in self.decoder.named_parameters() if not torch.isfinite(p).all()]
+        bad = [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]
         if bad:
-            raise UserError(
+            raise Diverged(
                 f"{bad[0]} is not finite after step {self.trainer.global_step}: no checkpoint is written, the last one "
                 "is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
             )
         checkpoint["tokens"] = self.tokens
+        checkpoint["init_from"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens = checkpoint["tokens"]
+        self.origin = checkpoint.get("init_from")
+
+
+class DecoderModule(StepModule):
+    """Trains a decoder on rows of tokens, or of prompts with answers on the answers.
+
+    Args:
+        model: shape of the decoder, with `vocab_size` filled in.
+        evaluation: what `ppl_paper_protocol` emulates.
+        seq_len: tokens of a row; a row of instructions has one more number, the length of its prompt.
+        pad_id: padding token, None if rows have none.
+        val_rows: number of validation rows over all ranks.
+        settings: of `StepModule`.
+    """
+
+    decoder: Decoder
+
+    def __init__(
+        self,
+        model: DecoderConfig,
+        *,
+        evaluation: EvalConfig,
+        seq_len: int,
+        pad_id: int | None,
+        val_rows: int,
+        **settings: Any,
+    ):
+        super().__init__(model, **settings)
+        self.seq_len, self.pad_id = seq_len, pad_id
+        self.perplexity = Perplexity(val_rows, evaluation.paper_batch, evaluation.paper_ranks)
+        self.accuracy = AnswerAccuracy()
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "decoder"):
+            specs = build_all(self.norm, self.model_config.num_hidden_layers)
+            self.decoder = build_decoder(self.model_config, specs, self.seed)
+            if self.initial is not None:
+                self.decoder.load_state_dict(self.initial)
+                self.initial = None
+
+    @property
+    def network(self) -> Decoder:
+        return self.decoder
+
+    def rows_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of stored rows and what they are to predict, which a prompt has no part in: [rows, seq_len]."""
+        tokens = batch[:, : self.seq_len]
+        return tokens, next_tokens(tokens, self.pad_id, batch[:, self.seq_len] if self.has_prompts(batch) else None)
+
+    def has_prompts(self, batch: Tensor) -> bool:
+        return batch.shape[1] > self.seq_len
+
+    def count_tokens(self, rows: Tensor) -> Tensor:
+        return (torch.ones_like(rows) if self.pad_id is None else rows != self.pad_id).sum()
+
+    def statistics(self, network: Decoder, probe: Tensor) -> LayerStatistics:
+        return layer_statistics(network, self.share(probe, self.pad_id or 0), self.pad_id, total=self.total)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        rows, index = batch
+        found = self.decoder(*self.rows_and_targets(rows))
+        self.perplexity.update(found.rows, found.counts, index)
+        if self.has_prompts(rows):
+            self.accuracy.update(found)
+
+    def on_validation_epoch_end(self) -> None:
+        figures = self.perplexity.compute()
+        if self.accuracy.update_called:
+            figures["accuracy"] = 100 * self.accuracy.compute()
+        self.perplexity.reset()
+        self.accuracy.reset()
+        self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
+
+
+def share(rows: Tensor, rank: int, world_size: int, filler: int) -> Tensor:
+    """A rank's part of rows that all ranks have, or one row of `filler` where there are fewer rows than ranks."""
+    part = rows[rank::world_size]
+    return part if len(part) else torch.full_like(rows[:1], filler)

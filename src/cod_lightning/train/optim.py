@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -10,19 +12,22 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from cod_lightning.nn.init import seed_of
 from cod_lightning.train.config import OptimConfig
 
 
-def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, released: bool) -> float:
+def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str) -> float:
     """Share of the peak rate that update number `update`, counted from 0, is made with.
 
-    Linear warm-up to 1 over `warmup` updates, then a cosine that reaches `floor` with the last of `total` updates.
-    With `released` every rate comes one update later, so that the first update has rate 0.
+    Linear warm-up to 1 over `warmup` updates, then a cosine, or a line, that reaches `floor` with the last of `total`
+    updates. With `cosine_released` every rate comes one update later, so that the first update has rate 0.
     """
-    k = update if released else update + 1
+    k = update if schedule == "cosine_released" else update + 1
     if k < warmup:
         return k / warmup
     progress = min((k - warmup) / max(total - warmup, 1), 1.0)
+    if schedule == "linear":
+        return floor + (1 - floor) * (1 - progress)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -45,6 +50,30 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
         warmup=config.warmup(max_steps),
         total=max_steps,
         floor=config.min_lr_ratio,
-        released=config.schedule == "cosine_released",
+        schedule=config.schedule,
     )
     return optimizer, LambdaLR(optimizer, multiplier)
+
+
+def resting_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list[int]:
+    """The blocks, counted from 0, that step number `step`, counted from 0, leaves alone: a function of seed and step.
+
+    LISA (Pan et al., 2024): every `lisa_interval` steps `lisa_layers` of `depth` blocks are drawn, the others rest.
+    """
+    if not config.lisa_layers:
+        return []
+    generator = torch.Generator().manual_seed(seed_of(seed, f"lisa {step // config.lisa_interval}"))
+    return sorted(torch.randperm(depth, generator=generator)[config.lisa_layers :].tolist())
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Parameters of `modules` get no gradient meanwhile, so that an optimizer leaves them and their moments alone."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -19,42 +19,51 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
-from cod_lightning.data.config import DataConfig
-from cod_lightning.data.datamodule import TokenDataModule
+from cod_lightning.data.config import DataConfig, ImageConfig
+from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
+from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.callbacks import LayerStatisticsCallback, ProgressBar, Recorder, progress
+from cod_lightning.train.callbacks import (
+    LayerStatisticsCallback,
+    MeasureCallback,
+    ProgressBar,
+    Recorder,
+    progress,
+)
 from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
-from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig
+from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import environment, write_record
-
-TOKENIZER = "tokenizer"
-"""Folder of the tokenizer inside a run folder."""
+from cod_lightning.train.vision import VisionModule
 
 
 @dataclass(frozen=True)
 class Sections:
     """What a run is made of, section by section; `config` is all of it as plain data, for the record."""
 
+    task: str
     model: DecoderConfig
     norm: Mapping[str, Any]
     data: DataConfig
+    images: ImageConfig
     optim: OptimConfig
     evaluation: EvalConfig
     trainer: TrainerConfig
     logger: str
     seed: int
+    init_from: str | None
+    resume: bool
     config: Mapping[str, Any]
 
 
 def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, Any]:
-    """Train to the last step, going on from the newest checkpoint in `folder`.
+    """Train to the last step, going on from the newest checkpoint in `folder`, or else starting from `run.init_from`.
 
     Args:
         run: the settings.
@@ -65,15 +74,16 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         The run's record, as written to `record.json`.
 
     Raises:
-        UserError: data, checkpoints or a device that cannot be had, or a loss that is not finite.
+        UserError: data, checkpoints or a device that cannot be had.
+        Diverged: a loss that is not finite.
     """
     with library_chatter_off():
+        going_on = run.resume and checkpoints(folder / "checkpoints")
+        origin, weights = (None, None) if run.init_from is None or going_on else initial(run, Path(run.init_from))
         data, module = build(run)
+        module.origin, module.initial = origin, weights
         recorder = Recorder(run.trainer.log_every)
-        callbacks: list[Callback] = [recorder]
-        if run.trainer.stats_every:
-            probe = data.probe_batch(run.trainer.probe_rows)
-            callbacks.append(LayerStatisticsCallback(recorder, probe, run.trainer.stats_every))
+        callbacks: list[Callback] = [recorder, *probes(run.trainer, data, recorder)]
         if run.trainer.progress:
             callbacks.append(progress(recorder, sys.stderr.isatty()))
         steps = Checkpoints(
@@ -86,7 +96,8 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
             # What was logged past the checkpoint will be logged again.
             purge = int(found[-1].stem.removeprefix("step-")) + 1 if found else None
             trainer.logger = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=purge)
-        keep_tokenizer(data, folder)
+        if isinstance(data, TokenDataModule):
+            keep_tokenizer(data, folder)
         log_config(trainer, run.config)
         here = environment()
         trainer.fit(module, data, ckpt_path=found[-1] if found else None, weights_only=True)
@@ -95,11 +106,12 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         record = {
             **recorder.final(),
             "steps": run.trainer.max_steps,
-            "parameters": sum(p.numel() for p in module.decoder.parameters()),
+            "parameters": sum(p.numel() for p in module.network.parameters()),
             "precision": trainer.precision,
             "world_size": trainer.world_size,
             "seed": run.seed,
             "data_fingerprint": data.fingerprint,
+            "init_from": module.origin,
             **here,
             "config": run.config,
             "history": recorder.history,
@@ -108,6 +120,24 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         if trainer.is_global_zero:
             write_record(folder, record)
     return record
+
+
+def probes(settings: TrainerConfig, data: TokenDataModule | ImageDataModule, recorder: Recorder) -> list[Callback]:
+    """What measures the layers as they train; of images there are layer statistics alone.
+
+    Raises:
+        UserError: there are fewer validation rows than `probe_rows`.
+    """
+    measures = {name: every for name, every in settings.measures.items() if every}
+    if not settings.stats_every and not measures:
+        return []
+    probe = data.probe_batch(settings.probe_rows)
+    found: list[Callback] = []
+    if settings.stats_every:
+        found.append(LayerStatisticsCallback(recorder, probe, settings.stats_every))
+    if isinstance(probe, Tensor):
+        found += [MeasureCallback(recorder, probe, every, name) for name, every in measures.items()]
+    return found
 
 
 def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:
@@ -125,14 +155,32 @@ def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
-    """The data, prepared where it was not, and the module that fits it.
+def build(run: Sections) -> tuple[TokenDataModule, DecoderModule] | tuple[ImageDataModule, VisionModule]:
+    """The data, prepared where it was not, and the module that fits it, of the run's task.
 
     Raises:
         UserError: data that cannot be had, is damaged or fits other settings; a vocabulary smaller than it needs.
     """
     if run.trainer.threads:
         torch.set_num_threads(run.trainer.threads)
+    settings: dict[str, Any] = {
+        "norm": run.norm,
+        "optim": run.optim,
+        "seed": run.seed,
+        "max_steps": run.trainer.max_steps,
+        "micro_batch_size": run.data.micro_batch_size,
+    }
+    if run.task == "vision":
+        images = ImageDataModule(run.images, run.data, run.seed)
+        images.setup("fit")
+        return images, VisionModule(
+            run.model,
+            image_size=run.images.size,
+            patch_size=run.images.patch_size,
+            classes=len(images.classes),
+            val_images=images.val_count,
+            **settings,
+        )
     data = TokenDataModule(run.data, run.seed)
     data.prepare_data()
     data.setup("fit")
@@ -145,25 +193,77 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule]:
         )
     module = DecoderModule(
         replace(run.model, vocab_size=vocab_size),
-        run.norm,
-        run.optim,
-        run.evaluation,
-        seed=run.seed,
-        max_steps=run.trainer.max_steps,
-        micro_batch_size=run.data.micro_batch_size,
+        evaluation=run.evaluation,
+        seq_len=run.data.seq_len,
         pad_id=data.pad_id,
         val_rows=data.val_count,
+        **settings,
     )
     return data, module
 
 
+def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The weights to start from, and where they are found: `checkpoint` and its `step`.
+
+    Args:
+        run: that is to start from them.
+        source: a run folder, of which it is the last checkpoint, or a .ckpt file.
+
+    Raises:
+        UserError: there is none, it has another shape than the run's decoder, or its run another tokenizer.
+    """
+    if not source.exists():
+        raise UserError(f"init_from={source}: no such run folder or .ckpt file")
+    path = checkpoint_of(source) if source.is_dir() else source
+    theirs, ours = run_of(source) / TOKENIZER, run.data.tokenizer
+    if str(theirs) == ours and not theirs.is_dir():
+        raise UserError(f"init_from={source}: there is no tokenizer at {theirs}; name one with data.tokenizer=")
+    tokenizer = tokenizer_of(run.data)
+    if theirs.is_dir() and load_tokenizer(str(theirs)).sha256 != tokenizer.sha256:
+        raise UserError(
+            f"data.tokenizer={ours!r} is not the tokenizer of init_from={source}: data.tokenizer={theirs} is"
+        )
+    checkpoint = read_checkpoint(path, mmap=True)
+    weights = decoder_state(checkpoint)
+    with torch.device("meta"):
+        decoder = decoder_for(run, run.model.vocab_size or tokenizer.vocab_size)
+    here, there = (
+        {name: list(tensor.shape) for name, tensor in state.items()} for state in (decoder.state_dict(), weights)
+    )
+    differing = [
+        f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"init_from={source}: {len(differing)} parameters have another shape than this run's ({differing[0]}): "
+            "choose its model= and norm="
+        )
+    return {"checkpoint": str(path), "step": checkpoint.get("global_step", 0)}, weights
+
+
+def decoder_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    state = checkpoint["state_dict"]
+    return {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
+
+
+def decoder_for(run: Sections, vocab_size: int) -> Decoder:
+    """A decoder of the run's shape, not initialised."""
+    return Decoder(replace(run.model, vocab_size=vocab_size), build_all(run.norm, run.model.num_hidden_layers))
+
+
 def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, DocumentTokenizer]:
-    """The decoder of a checkpoint on the CPU, and the run's tokenizer; the data is not needed."""
+    """The decoder of a checkpoint on the CPU, and the run's tokenizer; the data is not needed.
+
+    Raises:
+        UserError: a checkpoint that cannot be read, or a run of images.
+    """
+    if run.task != "language":
+        raise UserError(f"{folder} is a run of task={run.task}: only fit and evaluate can read it")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    state = read_checkpoint(checkpoint)["state_dict"]
-    state = {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
-    model = replace(run.model, vocab_size=len(state["lm_head.weight"]))
-    decoder = Decoder(model, build_all(run.norm, model.num_hidden_layers))
+    state = decoder_state(read_checkpoint(checkpoint))
+    decoder = decoder_for(run, len(state["lm_head.weight"]))
     load_state(decoder, state, checkpoint)
     return decoder, tokenizer
 
@@ -200,12 +300,15 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
         UserError: the machine does not have what `trainer.*` asks for.
     """
     settings = run.trainer
+    strategy = settings.strategy
+    if strategy == "ddp" and run.optim.lisa_layers:
+        strategy = "ddp_find_unused_parameters_true"  # plain DDP waits for the gradients of the blocks that rest
     try:
         return Trainer(
             accelerator=accelerator(settings),
             devices=settings.devices,
             num_nodes=settings.num_nodes,
-            strategy=settings.strategy,
+            strategy=strategy,
             precision=precision(settings),
             max_steps=settings.max_steps,
             max_epochs=-1,
@@ -257,6 +360,7 @@ def log_hyperparameters(trainer: Trainer, config: Mapping[str, Any], record: Map
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams(chosen, metrics={"hp/val_loss": record["val_loss"]})
+            logger.experiment.flush()  # training, which flushes at its end, is over
 
 
 def write_imported(decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:

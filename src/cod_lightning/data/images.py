@@ -1,0 +1,289 @@
+"""Images with a class each: read from folders, or drawn here; every training crop is a function of (seed, sample)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cod_lightning.data.config import DataConfig, ImageConfig, image_problems
+from cod_lightning.data.datamodule import StepDataModule
+from cod_lightning.data.order import samples, uniform
+from cod_lightning.errors import UserError
+from cod_lightning.kernels.loss import IGNORE
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+MEAN, STD = (np.array(values, np.float32) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+"""Of ImageNet's channels, as everyone normalises with."""
+VAL_CROP = 0.875
+"""Side of the centre that is validated on, of the shorter side: 224 of 256."""
+ASPECTS = (3 / 4, 4 / 3)
+"""Least and greatest width / height of a training crop."""
+CROP_TRIES = 10
+CROPS, DRAWINGS = 1, 2
+"""Which random numbers a key is for; the last of four, as shorter keys are those of the order."""
+
+Box = tuple[float, float, float, float]
+"""Left, upper, right, lower, in pixels."""
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+class ImageFolder:
+    """The images below ROOT/SPLIT/CLASS/; classes and files in the order of their names.
+
+    Raises:
+        UserError: there is no such folder, or a class has no image.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.folder = root / split
+        try:
+            self.classes = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+        except OSError as error:
+            raise UserError(f"images.folder={root}: {split}/ cannot be read ({error.strerror})") from error
+        if not self.classes:
+            raise UserError(f"images.folder={root}: {split}/ holds no folders, expected one for each class")
+        self.files: list[str] = []
+        self.bytes: list[int] = []
+        self.labels: list[int] = []
+        for label, name in enumerate(self.classes):
+            found = [entry for entry in os.scandir(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
+            if not found:
+                raise UserError(f"{self.folder / name} holds no image; known: {', '.join(SUFFIXES)}")
+            for entry in sorted(found, key=lambda entry: entry.name):
+                self.files.append(f"{name}/{entry.name}")
+                self.bytes.append(entry.stat().st_size)
+                self.labels.append(label)
+
+    @property
+    def content(self) -> Any:
+        """What tells this set from another: names and sizes, not every pixel."""
+        return [self.files, self.bytes]
+
+    def read(self, number: int) -> Image.Image:
+        """Return image `number`, in RGB.
+
+        Raises:
+            UserError: It cannot be decoded.
+        """
+        path = self.folder / self.files[number]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} is not an image that can be read ({error}): replace it or remove it") from error
+
+
+DRAWN_CLASSES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
+DRAWN = {"train": 4096, "val": 256}
+"""How many images there are of each split."""
+
+
+class DrawnImages:
+    """Stripes and shapes of random place, size and colours under noise; image n of a split is a function of n alone."""
+
+    def __init__(self, split: str, size: int) -> None:
+        self.split, self.size = split, size
+        self.classes = list(DRAWN_CLASSES)
+        self.labels = [number % len(DRAWN_CLASSES) for number in range(DRAWN[split])]
+
+    @property
+    def content(self) -> Any:
+        return ["drawn", self.split, self.size, len(self.labels)]
+
+    def read(self, number: int) -> Image.Image:
+        shape = (self.size, self.size, 3)
+        numbers = uniform(9 + self.size**2 * 3, list(DRAWN).index(self.split), number, 0, DRAWINGS)
+        (left, up, large, fine, turn, slope, *colour), noise = numbers[:9], numbers[9:].reshape(shape)
+        y, x = np.mgrid[0 : self.size, 0 : self.size] * (2 / self.size) - 1
+        y, x, radius = y + 0.6 * (up - 0.5), x + 0.6 * (left - 0.5), 0.4 + 0.3 * large
+
+        def striped(z: np.ndarray) -> np.ndarray:
+            return np.sin((4 + 6 * fine) * z + 2 * np.pi * turn) > 0
+
+        far, near = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
+        ink = {
+            "checks": lambda: striped(x) ^ striped(y),
+            "cross": lambda: (near < 0.15) & (far < radius),
+            "diagonals": lambda: striped(y + x if slope < 0.5 else y - x),
+            "disc": lambda: np.hypot(x, y) < radius,
+            "horizontals": lambda: striped(y),
+            "ring": lambda: np.abs(np.hypot(x, y) - radius) < 0.15,
+            "square": lambda: far < radius,
+            "verticals": lambda: striped(x),
+        }[self.classes[self.labels[number]]]()
+        paper = np.array(colour)
+        pixels = np.where(ink[..., None], (paper + 0.5) % 1, paper) + 0.4 * (noise - 0.5)
+        return Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
+
+
+# What the model sees -------------------------------------------------------------------------------------------------
+
+
+def random_crop(width: int, height: int, min_crop: float, numbers: np.ndarray) -> Box:
+    """Return the first of `CROP_TRIES` boxes of random area, aspect and place that lies within the image.
+
+    Args:
+        width: of the image.
+        height: of the image.
+        min_crop: least share of its area; the greatest is 1. The logarithm of the aspect is uniform.
+        numbers: uniform in [0, 1) [4 * CROP_TRIES].
+
+    Returns:
+        Whole pixels; where no try fits, the largest centre with an aspect that is allowed.
+    """
+    low, high = ASPECTS
+    for share, aspect, left, up in numbers.reshape(CROP_TRIES, 4):
+        area = width * height * (min_crop + (1 - min_crop) * share)
+        ratio = low * (high / low) ** aspect
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(left * (width - w + 1)), int(up * (height - h + 1))
+            return x, y, x + w, y + h
+    w, h = min(width, round(height * high)), min(height, round(width / low))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def centre(width: int, height: int) -> Box:
+    side = VAL_CROP * min(width, height)
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
+def pixels(image: Image.Image, size: int, box: Box, flip: bool = False) -> Tensor:
+    """Return the part of an image inside `box`, bicubic with antialiasing and normalised: float32 [3, size, size]."""
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    values = (np.asarray(image, np.float32) / 255 - MEAN) / STD
+    return torch.from_numpy(np.ascontiguousarray((values[:, ::-1] if flip else values).transpose(2, 0, 1)))
+
+
+class TrainImages(Dataset):
+    """Asked for (image, sample), samples counting all that a run takes: a crop, flipped or not, and its label."""
+
+    def __init__(self, images: ImageFolder | DrawnImages, config: ImageConfig, seed: int) -> None:
+        self.images, self.config, self.seed = images, config, seed
+
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, int]:
+        number, sample = index
+        image = self.images.read(number)
+        flip, *numbers = uniform(1 + 4 * CROP_TRIES, self.seed, sample, 0, CROPS)
+        box = random_crop(*image.size, self.config.min_crop, np.array(numbers))
+        return pixels(image, self.config.size, box, bool(flip < 0.5)), self.images.labels[number]
+
+
+class ValImages(Dataset):
+    """Asked for a number: the centre of that image, its label, and the number; of -1 nothing, with `IGNORE`."""
+
+    def __init__(self, images: ImageFolder | DrawnImages, config: ImageConfig) -> None:
+        self.images, self.config = images, config
+
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        size = self.config.size
+        if index < 0:
+            return torch.zeros(3, size, size), IGNORE, index
+        image = self.images.read(index)
+        return pixels(image, size, centre(*image.size)), self.images.labels[index], index
+
+
+class ImageDataModule(StepDataModule):
+    """Batches of images and labels.
+
+    Training: (float32 [batch_size / world_size, 3, size, size], int64 [...]), one for each optimizer step.
+
+    Validation: (float32 [m, 3, size, size], int64 [m], int64 [m]) with m = `micro_batch_size`: images, labels and
+    numbers in the whole split; the image with the number -1 has the label `IGNORE`.
+
+    Attributes, after `setup`: `classes`, `train_rows`, `val_rows`.
+    """
+
+    classes: list[str]
+    train_rows: TrainImages
+    val_rows: ValImages
+
+    def __init__(
+        self, images: ImageConfig, config: DataConfig, seed: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(config, seed, rank=rank, world_size=world_size)
+        self.images = images
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images of both splits.
+
+        Raises:
+            UserError: Bad settings; folders that are missing, empty or of other classes; a batch that cannot be shared
+                equally among the ranks; another set than that of the checkpoint to resume.
+        """
+        if found := image_problems(self.images) + self.share_problems():
+            raise UserError("\n".join(found))
+        if not hasattr(self, "source"):  # Lightning calls again, and a million files take a while to list
+            self._open(self.images)
+        self._check_resumed()
+
+    def _open(self, config: ImageConfig) -> None:
+        if config.source == "folder":
+            train, val = (ImageFolder(Path(config.folder or ""), split) for split in ("train", "val"))
+            if odd := sorted(set(train.classes) ^ set(val.classes)):
+                raise UserError(f"images.folder={config.folder}: only one of train/ and val/ has {', '.join(odd[:5])}")
+            if config.classes not in (None, len(train.classes)):
+                raise UserError(f"images.folder={config.folder} has {len(train.classes)}, not {config.classes} classes")
+        else:
+            train, val = (DrawnImages(split, config.size) for split in ("train", "val"))
+        self.classes = train.classes
+        self.train_rows, self.val_rows = TrainImages(train, config, self.seed), ValImages(val, config)
+        self._fingerprint = hashlib.sha256(json.dumps([train.content, val.content]).encode()).hexdigest()
+        self.source = f"images.source={config.source}" + (f", {config.folder}" if config.source == "folder" else "")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of names and sizes of all images; a resumed run must have the same."""
+        return self._fingerprint
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Return (image, sample) of one step on this rank: int64 [batch_size / world_size, 2]."""
+        share = self.config.batch_size // self.world_size
+        first = step * self.config.batch_size + self.rank * share
+        numbers = samples(first, share, seed=self.seed, rows_per_chunk=(len(self.train_rows),))
+        return np.stack((numbers, first + np.arange(share)), axis=1)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the batches of the steps that are left; without a trainer, those of one pass over the images.
+
+        Raises:
+            UserError: The trainer has no `max_steps`.
+        """
+        return self.step_loader(self.train_rows, self.rows_of)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return this rank's share of the validation images."""
+        return self.numbered_loader(self.val_rows, self.val_count, self.config.loader_workers)
+
+    @property
+    def val_count(self) -> int:
+        return len(self.val_rows)
+
+    def probe_batch(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return `n` validation images, evenly spread, and their labels: [n, 3, size, size] and int64 [n].
+
+        Raises:
+            UserError: There are fewer.
+        """
+        if n > self.val_count:
+            raise UserError(f"a probe of {n} images is asked for, but there are {self.val_count} for validation")
+        rows = [self.val_rows[number] for number in np.linspace(0, self.val_count - 1, n).round().astype(int)]
+        return torch.stack([row[0] for row in rows]), torch.tensor([row[1] for row in rows])

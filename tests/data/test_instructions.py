@@ -1,0 +1,255 @@
+"""From records of instructions to rows: the prompt, where the answer begins, what is cut, and what is refused."""
+
+import gzip
+import hashlib
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cod_lightning.data.config import DataConfig
+from cod_lightning.data.corpora import identity, open_corpus, read_examples
+from cod_lightning.data.datamodule import TokenDataModule
+from cod_lightning.data.instructions import ALIVE, LIFELESS, Example, drawn, prompt_of
+from cod_lightning.data.manifest import read_manifest
+from cod_lightning.data.prepare import Encoder, check_against, prepare, prepared_folder
+from cod_lightning.data.tokenizer import DocumentTokenizer
+from cod_lightning.errors import UserError
+from cod_lightning.kernels.loss import IGNORE, next_tokens
+
+RECORDS = [
+    {"instruction": f"Is {n} even?", "input": "", "output": f"the correct answer is {n % 2 == 0}", "answer": "x"}
+    for n in range(40)
+]
+
+
+def write(path, records, kind="list"):
+    text = json.dumps(records) if kind == "list" else "\n".join(json.dumps(record) for record in records) + "\n\n"
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+class Numbers(DocumentTokenizer):
+    """Texts are numbers, which are their own ids."""
+
+    vocab_size = 1000
+
+    def encode(self, documents):
+        return [[*map(int, document.split()), self.eos_id] for document in documents]
+
+
+def test_the_prompt_is_that_of_stanford_alpaca():
+    assert prompt_of("Add.", "1 and 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
+        "### Response:\n"
+    )
+    assert prompt_of("Add 1 and 2.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd 1 and 2.\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.json", "list"), ("a.json.gz", "list"), ("a.jsonl", "lines"), ("a.json.gz", "lines")]
+)
+def test_records_are_read_from_a_list_and_from_lines(tmp_path, name, kind):
+    records = [*RECORDS[:3], {"instruction": "Add.", "input": "1\n2", "output": "3"}]
+    found = list(read_examples(write(tmp_path / name, records, kind)))
+    assert [example.parts for example in found] == [
+        *((prompt_of(record["instruction"]), record["output"]) for record in records[:3]),
+        (prompt_of("Add.", "1\n2"), "3"),
+    ]
+
+
+def test_an_example_is_a_text_that_survives_a_copy():
+    example = Example("a prompt, ", "an answer")
+    copy = pickle.loads(pickle.dumps(example))
+    assert example == copy == "a prompt, an answer"
+    assert copy.parts == ("a prompt, ", "an answer")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[{", r"a\.json: not JSON"),
+        ('{"instruction": "a", "output": "b"}\n{', r"a\.json, line 2: not JSON"),
+        ('[{"instruction": "a", "output": "b"}, 3]', r'a\.json, record 2: no string in the field "instruction"'),
+        ('{"instruction": "a", "answer": "b"}', r'a\.json, line 1: no string in the field "output"'),
+        ('{"instruction": "a", "input": 3, "output": "b"}', r'line 1: no string in the field "input"'),
+        ('{"instruction": " ", "output": "b"}', r'line 1: the field "instruction" is empty'),
+        ('{"instruction": "a", "output": ""}', r'line 1: the field "output" is empty'),
+        ('{"instruction": "a", "output": "\\ud800"}', r"line 1: not valid Unicode"),
+    ],
+)
+def test_what_is_no_record_is_refused_by_place_and_field(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_examples(tmp_path / "a.json"))
+
+
+def test_a_text_file_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    config = DataConfig(source="instructions", files=str(tmp_path / "a.txt"))
+    with pytest.raises(UserError, match=r"a\.txt is none of \.jsonl, \.json"):
+        list(open_corpus(config).train())
+
+
+def test_rows_are_prompt_answer_eos_pads_and_the_length_of_the_prompt():
+    encoder = Encoder(Numbers("", pad_id=0, eos_id=1), "instructions", 6)
+    parts = [
+        ("5 6 7", "8 9"),
+        ("5", "8"),
+        ("5 6 7 8", "9 10 11"),
+        ("5 6 7 8 9", "10"),
+        ("2 3 4 5 6 7", "999"),
+        ("2", "3"),
+    ]
+    found = encoder([Example(*pair) for pair in parts])
+    assert found.ids.reshape(-1, 7).tolist() == [
+        [5, 6, 7, 8, 9, 1, 3],
+        [5, 8, 1, 0, 0, 0, 1],
+        [5, 6, 7, 8, 9, 10, 4],  # cut: the answer does not end here, so there is no EOS
+        [5, 6, 7, 8, 9, 10, 5],
+        # The fifth has no room for its answer.
+        [2, 3, 1, 0, 0, 0, 1],
+    ]
+    assert (found.tokens, found.max_id) == (6 + 3 + 6 + 6 + 3, 10)
+    assert encoder([Example("2 3 4 5 6 7", "8")]).ids.size == 0
+
+
+def test_targets_are_the_answer_and_its_eos():
+    rows = torch.tensor([[5, 6, 7, 8, 9, 1, 3], [5, 8, 1, 0, 0, 0, 1], [5, 6, 7, 8, 9, 10, 5]])
+    _ = IGNORE
+    assert next_tokens(rows[:, :6], 0, rows[:, 6]).tolist() == [
+        [_, _, 8, 9, 1, _],
+        [8, 1, _, _, _, _],
+        [_, _, _, _, 10, _],
+    ]
+
+
+def test_a_prompt_longer_than_16_bits_is_kept():
+    assert Encoder(Numbers("", 0, 1), "instructions", 2**16).dtype == np.uint16
+    assert Encoder(Numbers("", 0, 1), "instructions", 2**16 + 1).dtype == np.uint32
+    assert Encoder(Numbers("", 0, 1), "document", 2**16 + 1).dtype == np.uint16
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory):
+    """The settings of a prepared set, of which one example has a prompt that is too long. Read only."""
+    folder = tmp_path_factory.mktemp("instructions")
+    write(folder / "a.json", [*RECORDS, {"instruction": "word " * 300, "output": "no room"}])
+    config = DataConfig(
+        source="instructions", files=str(folder / "*.json"), root=str(folder), val_every=10, vocab_size=300,
+        seq_len=100, batch_size=8, micro_batch_size=4, workers=1,
+    )  # fmt: skip
+    prepare(config, progress=False)
+    return config
+
+
+def test_a_prepared_set_holds_every_example_and_where_its_answer_begins(instructions):
+    data = TokenDataModule(instructions, 1)
+    data.setup()
+    rows = data.train_rows.read(np.arange(len(data.train_rows)))
+    assert rows.shape == (36, 101)
+    backend, found = data.tokenizer(), []
+    for row in rows.tolist():
+        *ids, start = row
+        end = ids.index(data.eos_id)
+        assert set(ids[end + 1 :]) <= {data.pad_id}
+        found.append((backend.decode(ids[:start]), backend.decode(ids[start:end])))
+    examples = [Example(prompt_of(record["instruction"]), record["output"]) for record in RECORDS]
+    assert found == [example.parts for number, example in enumerate(examples, 1) if number % 10]
+
+
+def test_the_manifest_counts_what_was_left_out_and_has_the_second_format(instructions, packed):
+    manifest = read_manifest(prepared_folder(instructions))
+    assert (manifest.format, manifest.layout, manifest.seq_len, manifest.width) == (2, "instructions", 100, 101)
+    assert manifest.source.documents == {"train": 37, "val": 4}
+    assert (manifest.train.rows, manifest.val.rows) == (36, 4)
+    text = read_manifest(prepared_folder(packed))
+    assert (text.format, text.width) == (1, text.seq_len)
+
+
+def test_the_report_says_what_was_left_out(instructions, tmp_path, capfd):
+    prepare(replace(instructions, root=str(tmp_path)))
+    assert "36 training and 4 validation rows (1 examples left out, whose prompts" in capfd.readouterr().err
+
+
+def test_several_workers_make_the_same_set(instructions, tmp_path):
+    two = prepare(replace(instructions, root=str(tmp_path), workers=2), progress=False)
+    assert read_manifest(two) == read_manifest(prepared_folder(instructions))
+
+
+def test_sets_of_other_sources_keep_their_place():
+    """As before there were instructions; `layout` means nothing to these."""
+    c4 = DataConfig(source="c4", layout="document", seq_len=256, tokenizer="t5-base")
+    assert prepared_folder(c4).name == "c4-043278c65601"
+    assert prepared_folder(DataConfig(source="c4")).name == "c4-e8ce030ff821"
+    one, other = (DataConfig(source="drawn_instructions", layout=layout) for layout in ("packed", "document"))
+    assert prepared_folder(one) == prepared_folder(other)
+    assert prepared_folder(replace(one, val_every=7)) != prepared_folder(one)
+
+
+def test_instructions_and_text_are_not_taken_for_each_other(instructions, packed):
+    with pytest.raises(UserError, match=r"data\.source='files', but the set has 'instructions'"):
+        check_against(packed, read_manifest(prepared_folder(instructions)), "here")
+    with pytest.raises(UserError, match=r"data\.source='instructions', but the set has 'packed'"):
+        check_against(replace(instructions, seq_len=32), read_manifest(prepared_folder(packed)), "here")
+    given = replace(instructions, files=None, folder=str(prepared_folder(instructions)))
+    TokenDataModule(given, 1).setup()
+
+
+def test_batches_carry_the_prompt_and_the_probe_does_not(instructions):
+    data = TokenDataModule(instructions, 1, world_size=2)
+    data.setup()
+    assert next(iter(data.train_dataloader())).shape == (4, 101)
+    (rows, index), *more = data.val_dataloader()
+    assert not more
+    assert index.tolist() == [0, 2, -1, -1]
+    assert (rows[2:] == data.pad_id).all()
+    assert torch.equal(data.probe_batch(4), data.val_rows.read(np.arange(4))[:, :100])
+    tokens = (data.probe_batch(4) != data.pad_id).sum(1)
+    bounded = TokenDataModule(replace(instructions, val_tokens=int(tokens[:3].sum())), 1)
+    bounded.setup()
+    assert bounded.val_count == 3
+
+
+def test_too_short_rows_are_refused(instructions, tmp_path):
+    with pytest.raises(UserError, match=r"37 documents do not fill one train row of data\.seq_len=5 tokens"):
+        prepare(replace(instructions, root=str(tmp_path), seq_len=5), progress=False)
+
+
+def test_drawn_questions_are_right_balanced_and_always_the_same():
+    records = list(drawn())
+    assert len(records) == 4_000
+    content = json.dumps(records).encode()
+    assert hashlib.sha256(content).hexdigest() == "ab325d54fe2f883c03a1f32cba7aac4087ab1d03d78de5033f5be49b79931420"
+    assert json.dumps(list(drawn(seed=2))).encode() != content
+    answers = [record["answer"] for record in records]
+    for answer in ("true", "false", "answer1", "answer2", "answer3", "answer4"):
+        assert answers.count(answer) / 4_000 == pytest.approx(1 / 4 if answer in ("true", "false") else 1 / 8, abs=0.02)
+    for record in records:
+        assert record["output"] == f"the correct answer is {record['answer']}"
+        question, _, options = record["instruction"].partition("\n\nAnswer format: ")
+        assert record["answer"] in options.split("/")
+        words = question.replace("?", "").split()
+        if "true" in options:
+            thing = words[words.index("the") + 1]
+            assert thing in (ALIVE if record["answer"] == "true" else LIFELESS)
+        else:
+            things = [words[words.index(f"{option.title()}:") + 1] for option in options.split("/")]
+            assert [thing in ALIVE for thing in things] == [o == record["answer"] for o in options.split("/")]
+
+
+def test_what_is_held_out_has_questions_of_both_kinds():
+    config = DataConfig(source="drawn_instructions", val_every=10, max_documents=7)
+    corpus = open_corpus(config)
+    assert len(list(corpus.train())) == 7
+    held = [example.parts[1] for example in corpus.val()]
+    assert len(held) == 400
+    assert 120 < sum(answer.endswith(("true", "false")) for answer in held) < 280
+    assert identity(config)["val_every"] == 10

@@ -1,0 +1,132 @@
+"""Training on images: it learns, resumes to the bit, and is recorded as a run of text is."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cod_lightning.cli import main, sections
+from cod_lightning.config import compose, load
+from cod_lightning.measure.layers import image_statistics
+from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
+from cod_lightning.train.run import build
+
+VISION = ("task=vision", "model=vit_tiny", "images.min_crop=1")
+
+
+@pytest.fixture
+def train_images(train):
+    return lambda *words: train(*VISION, *words)
+
+
+def restored(folder):
+    """The data and the model of a finished run."""
+    data, module = build(sections(load(folder)))
+    module.configure_model()
+    module.load_state_dict(read_checkpoint(checkpoints(folder / "checkpoints")[-1])["state_dict"])
+    return data, module
+
+
+def test_drawn_images_are_told_apart(train_images):
+    words = ("trainer.max_steps=100", "data.batch_size=32", "data.micro_batch_size=32", "optim.lr=3e-3")
+    record, folder = train_images(*words, "eval.every=100", "trainer.stats_every=50", "trainer.checkpoint_every=100")
+    assert record["accuracy"] > 30  # chance is 12.5
+    assert record["val_images"] == 256
+    assert "ppl" not in record
+    assert record["tokens"] == 100 * 32 * 16
+    assert record["history"]["layers"]["step"] == [0, 50, 100]
+    assert all(len(layers) == 4 for layers in record["history"]["layers"]["gradient_norm"])
+    assert not (folder / "tokenizer").exists()
+    data, module = restored(folder)
+    with torch.no_grad():
+        rows = [data.val_rows[number] for number in range(256)]
+        labels = torch.tensor([label for _, label, _ in rows])
+        logits = module.vit(torch.stack([image for image, _, _ in rows]))
+    assert record["val_loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-5)
+    assert record["accuracy"] == pytest.approx(100 * (logits.argmax(-1) == labels).double().mean().item(), rel=1e-6)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_to_the_bit(train_images):
+    whole, _ = train_images("name=whole")
+    _, folder = train_images("name=parts")
+    (folder / "record.json").unlink()
+    for path in checkpoints(folder / "checkpoints")[1:]:
+        path.unlink()
+    again, _ = train_images("name=parts")
+    for kind in ("train", "val", "layers"):
+        for name, values in whole["history"][kind].items():
+            if name != "tokens_per_second":
+                assert again["history"][kind][name] == values, (kind, name)
+    assert (again["accuracy"], again["val_loss"]) == (whole["accuracy"], whole["val_loss"])
+
+
+def test_accumulation_and_weighting_do_not_change_a_step(train_images):
+    words = ("trainer.max_steps=3", "trainer.stats_every=0", "eval.every=100")
+    first, *others = [
+        train_images(*words, f"data.micro_batch_size={size}", f"optim.weighting={weight}", f"name={weight}{size}")[0]
+        for size, weight in ((8, "tokens"), (2, "tokens"), (4, "micro_batches"))
+    ]
+    for other in others:
+        assert other["history"]["train"]["loss"] == pytest.approx(first["history"]["train"]["loss"], rel=1e-5)
+        assert other["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
+
+
+def test_layers_are_measured_over_patches_not_the_class_token(train_images):
+    record, folder = train_images("norm=lns", "norm.position=after_branch")
+    data, module = restored(folder)
+    images, labels = data.probe_batch(4)
+    stream = []
+    loss = module.vit(images, labels, lambda what, layer, x: stream.append(x) if what == "residual" else None)
+    expected = [x[:, 1:].double().var(-1).mean().item() for x in stream]
+    found = image_statistics(module.vit, images, labels)
+    assert found.residual == pytest.approx(expected, rel=1e-5)
+    assert record["history"]["layers"]["variance"][-1] == pytest.approx(expected, rel=1e-5)
+    (loss.total / 4).backward()
+    norms = [torch.cat([p.grad.flatten() for p in block.parameters()]).norm().item() for block in module.vit.blocks]
+    assert found.gradient_norm == pytest.approx(norms, rel=1e-4)
+
+
+def test_table_5_is_what_the_paper_says_and_names_the_rest():
+    config = compose(["experiments=table5_vit_s"])
+    assert (config.task, config.images.classes, config.images.size, config.images.patch_size) == (
+        "vision",
+        1000,
+        224,
+        16,
+    )
+    assert (config.model.num_hidden_layers, config.model.hidden_size, config.model.num_attention_heads) == (36, 384, 6)
+    assert config.trainer.max_steps == 30_000
+    rows = {"pre_ln": (67.91, None), "after_ln": (66.43, "after_ln"), "after_branch": (68.75, "after_branch")}
+    assert config.paper["rows"].keys() == rows.keys()
+    for name, (published, position) in rows.items():
+        assert config.paper["rows"][name]["published"] == published
+        assert compose(["experiments=table5_vit_s", f"row={name}"]).norm.get("position") == position
+
+
+def test_the_command_line_trains_evaluates_and_says_what_is_for_text(toy, tmp_path, capsys):
+    words = [*toy, *VISION, f"output={tmp_path}", "name=seen", "trainer.max_steps=2", "trainer.progress=true"]
+    process = subprocess.run([sys.executable, "-m", "cod_lightning", "fit", *words], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    run = tmp_path / "seen"
+    record = json.loads((run / "record.json").read_text())
+    assert f"{record['accuracy']:.2f}" in process.stdout
+    assert f"accuracy {record['accuracy']:.2f}" in process.stderr
+    assert "Warning" not in process.stderr
+    assert main(["evaluate", str(run)]) == 0
+    figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(figures["val_loss"]) == pytest.approx(record["val_loss"], rel=1e-5)
+    assert float(figures["accuracy"]) == pytest.approx(record["accuracy"], rel=1e-5)
+    assert figures["val_images"] == "256"
+    for command in (
+        ["evaluate", run, "data.folder=x"],
+        ["generate", run, "a"],
+        ["export", run],
+        ["measure", "all", run],
+    ):
+        assert main([str(word) for word in command]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {run} is a run of task=vision")
+    assert main(["prepare", "task=vision"]) == 2
+    assert "task=vision needs no preparation" in capsys.readouterr().err
