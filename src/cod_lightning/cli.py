@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import Diverged, UserError, nearest
 
 if TYPE_CHECKING:
     from cod_lightning.config import Config
@@ -146,6 +146,12 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: 1)")
     reproduce.add_argument("--results", type=Path, help="where records are kept (default: experiments/results)")
 
+    report = command(
+        "report", "Write REPRODUCTION.md, a page of HTML, CSV and figures of all that the paper claims and runs showed."
+    )
+    report.add_argument("--results", type=Path, help="where records are kept (default: experiments/results)")
+    report.add_argument("--output", type=Path, default=Path(), help="top of the files (default: here)")
+
     command("experiments", "List the experiments: size, tokens, what they reproduce, published figures.")
     return top
 
@@ -175,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "measure": measure,
             "estimate": estimate,
             "reproduce": reproduce,
+            "report": report,
             "experiments": experiments,
         }[command](**arguments)
     except UserError as error:
@@ -244,7 +251,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     """
     from filelock import FileLock, Timeout
 
-    from cod_lightning.config import check_folder, check_source, claim
+    from cod_lightning.config import check_folder, check_source, claim, plain
     from cod_lightning.nn.strategies import build_all, warnings
 
     folder = check_folder(config)
@@ -253,7 +260,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
         for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
             print(f"warning: {warning}", file=sys.stderr)
-    from cod_lightning.train.record import read_record
+    from cod_lightning.train.record import read_record, write_failure
     from cod_lightning.train.run import fit
 
     if config.resume and (finished := read_record(folder)) is not None:
@@ -267,6 +274,10 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         return fit(sections(config), folder, lambda: claim(config) if first else folder), folder
+    except Diverged as error:
+        if first:
+            write_failure(folder, plain(config), str(error))
+        raise
     except Timeout:
         raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
     except OSError as error:
@@ -376,7 +387,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
 def evaluate_tasks(
     config: Config, run: Path, checkpoint: str, tasks: str, task_folder: Path | None, limit: int | None
 ) -> int:
-    from cod_lightning.measure.tasks import PAPER_TASKS, score, task_manager
+    from cod_lightning.measure.tasks import PAPER_TASKS, keep_scores, score, task_manager
 
     at_least("limit", limit, 1)
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
@@ -397,6 +408,8 @@ def evaluate_tasks(
     for task, figures in scores.items():
         for name, value in figures.items():
             print(f"{task} {name} {value:.6g}")
+    if limit is None:
+        keep_scores(run, scores)
     return 0
 
 
@@ -647,7 +660,7 @@ def estimate_settings(words: Sequence[str]) -> dict[str, Any]:
 
 
 def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
-    from cod_lightning.experiments import MEASURED, RESULTS, Task, keep, named, outstanding, rows
+    from cod_lightning.experiments import MEASURED, RESULTS, Task, claims, keep, named, outstanding, rows
 
     at_least("jobs", jobs, 1)
     own = {"scale": "paper", "seeds": "1", "row": ""}
@@ -670,8 +683,9 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
         model, status = task.row.subject or str(task.folder), 0
         if task.row.subject is None:
             status = run_marked(["fit", *task.words], task.label, jobs)
-            if status == 0:
-                keep(task.folder, target)
+            if status == 0 and task.row.tasks is not None:
+                status = run_marked(["evaluate", model, f"tasks={task.row.tasks}"], task.label, jobs)
+            keep(task.folder, target)
         if status == 0 and task.measures:
             command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
             if task.row.subject is not None:
@@ -683,8 +697,35 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
 
     print(f"{len(tasks)} to carry out, of {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = list(pool.map(carry_out_one, tasks))
+        # What a run starts from has to be there before it.
+        waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
+        statuses = [status for wave in waves for status in pool.map(carry_out_one, wave)]
+
+    from cod_lightning.report.terminal import reproduced, show
+
+    show(reproduced(claims(asked, target)))
     return max(statuses, key=abs, default=0)
+
+
+def report(results: Path | None, output: Path) -> int:
+    from cod_lightning.experiments import RECORD, RESULTS, claims, rows, with_rows
+    from cod_lightning.report.claims import SCALES
+    from cod_lightning.report.reproduction import CSV, FIGURES, HTML, MARKDOWN
+    from cod_lightning.report.reproduction import report as write
+
+    if results is not None and not results.is_dir():
+        raise UserError(f"--results={results} is not a folder")
+    results = results or RESULTS
+    run = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
+    made = write(claims((row for scale in run for row in rows(with_rows(), scale)), results))
+    files = {MARKDOWN: made.markdown.encode(), HTML: made.html.encode(), CSV: made.csv.encode()}
+    files |= {f"{FIGURES}/{name}": image for name, image in made.figures.items()}
+    for name, content in files.items():
+        path = output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        print(path)
+    return 0
 
 
 MEASURED_ROWS = 64

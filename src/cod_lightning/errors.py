@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """A run left the finite numbers: what it was asked to do cannot be done as it stands."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean X? " for the closest of `known`, followed by all of them."""
     known = sorted(known)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
-from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, with_row
+from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, started, with_row
 from cod_lightning.errors import UserError, nearest
+from cod_lightning.measure.tasks import SCORES
 from cod_lightning.report.claims import Experiment, Run
 from cod_lightning.report.claims import Row as ReportedRow
 
-RECORD = "record.json"
+RECORD, FAILURE = "record.json", "failed.json"
+"""What a run leaves in its folder: its record, or why there is none."""
 MEASURED = "measure"
 """Where inside its folder the measures of a run are written."""
 RESULTS = Path("experiments/results")
@@ -33,6 +36,8 @@ class Row:
     words: tuple[str, ...]
     """What the command line says to get it, but for the seed."""
     config: Config
+    source: Row | None = None
+    """Where its runs start from: those of the same row and seed of another experiment."""
 
     @property
     def claim(self) -> dict[str, Any]:
@@ -44,10 +49,22 @@ class Row:
         """The public model that is measured in the place of a run; at the smaller scales a run stands in for it."""
         return self.claim.get("subject") if self.config.scale == "paper" else None
 
+    @property
+    def tasks(self) -> str | None:
+        """What its runs are scored on by lm-evaluation-harness, at the paper's scale; others have too little to say."""
+        return self.config.paper.get("tasks") if self.config.scale == "paper" else None
+
     def run(self, seed: int) -> Config:
         """The configuration of one of its runs, kept under its label whatever experiment asked for it first."""
         config = replace(self.config, seed=seed)
+        if self.source is not None:
+            config = started(config, self.source.run(seed).folder)
         return replace(config, name=f"{config.scale}/{config.label}")
+
+    def told(self, seed: int) -> tuple[str, ...]:
+        """What the command line says to get that run."""
+        start = () if self.source is None else (f"init_from={self.source.run(seed).folder}",)
+        return (*self.words, *start, f"seed={seed}", f"name={self.run(seed).name}")
 
 
 def named(names: Sequence[str]) -> list[str]:
@@ -81,8 +98,10 @@ def rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) 
         base = compose(words)
         if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce: train it with fit experiments={name}")
+        start = base.paper.get("start")
+        sources = {row.name: row for row in rows([start], scale, overrides)} if start else {}
         for row in base.paper["rows"]:
-            yield Row(name, row, (*words, f"row={row}"), with_row(base, row, overrides))
+            yield Row(name, row, (*words, f"row={row}"), with_row(base, row, overrides), sources.get(row))
 
 
 @dataclass
@@ -110,33 +129,47 @@ class Task:
 
 
 def outstanding(asked: Sequence[Row], seeds: Iterable[int], results: Path) -> list[Task]:
-    """What is not among the results yet, whatever rows ask for it.
+    """What is not among the results yet, whatever rows ask for it; what a run starts from stands before it.
 
     Raises:
         UserError: as `kept`.
     """
     found = kept(results)
     tasks: dict[str, Task] = {}
+
+    def add(row: Row, seed: int, again: bool = False) -> None:
+        config = row.run(seed)
+        key = row.subject or config.id
+        folder = found.get(key) if row.subject is None else results / config.scale / Path(row.subject).name
+        if folder is not None and (folder / FAILURE).is_file():
+            return  # the same configuration would diverge again
+        wanted = row.config.paper.get("measures", ())
+        missing = {name for name in wanted if folder is None or not (folder / f"{name}.json").is_file()}
+        if folder is None or missing or again:
+            if row.source is not None:
+                # Its weights are needed, which the results do not keep.
+                add(row.source, seed, again=not (row.source.run(seed).folder / "checkpoints").is_dir())
+            tasks.setdefault(key, Task(row, config, row.told(seed), set())).measures.update(missing)
+
     for seed in seeds:
         for row in asked:
-            config = row.run(seed)
-            key = row.subject or config.id
-            task = tasks.get(key) or Task(row, config, (*row.words, f"seed={seed}", f"name={config.name}"), set())
-            folder = found.get(key) if row.subject is None else results / config.scale / task.label
-            wanted = row.config.paper.get("measures", ())
-            missing = {name for name in wanted if folder is None or not (folder / f"{name}.json").is_file()}
-            if folder is None or missing:
-                tasks.setdefault(key, task).measures.update(missing)
+            add(row, seed)
     return list(tasks.values())
 
 
 def kept(results: Path) -> dict[str, Path]:
-    """The folders of all results below a folder, by the id of the run.
+    """The folders of all results below a folder, by the id of the run; of runs that diverged too.
 
     Raises:
         UserError: a record cannot be read.
     """
-    return {from_plain(config_of(path), path).id: path.parent for path in sorted(results.glob(f"*/*/{RECORD}"))}
+    paths = [path for name in (FAILURE, RECORD) for path in sorted(results.glob(f"*/*/{name}"))]
+    return {from_plain(config_of(path), path).id: path.parent for path in paths}
+
+
+def outcome(folder: Path) -> Path:
+    """The file that says how a run ended."""
+    return folder / (RECORD if (folder / RECORD).exists() else FAILURE)
 
 
 def config_of(record: Path) -> dict[str, Any]:
@@ -146,8 +179,8 @@ def config_of(record: Path) -> dict[str, Any]:
         raise UserError(f"{record}: not a run record ({type(error).__name__}: {error}); remove it") from error
 
 
-def keep(folder: Path, results: Path, measures: Iterable[str] = ()) -> None:
-    """Copy a run's record, in one line, where it has one, and what was measured into the results.
+def keep(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
+    """Copy how a run ended, in one line, and what was measured into the results; nothing of one that did not end.
 
     Args:
         folder: of the run, or of a public model, below one that is called like the scale.
@@ -155,16 +188,21 @@ def keep(folder: Path, results: Path, measures: Iterable[str] = ()) -> None:
         measures: by name.
     """
     target = results / folder.parent.name / folder.name
+    ended = outcome(folder)
+    if not ended.is_file() and not measures:
+        return
     target.mkdir(parents=True, exist_ok=True)
-    if (record := folder / RECORD).is_file():
-        partial = target / f".{RECORD}.partial"
-        partial.write_text(json.dumps(json.loads(record.read_text()), separators=(",", ":")) + "\n")
-        partial.replace(target / RECORD)
+    if ended.is_file():
+        partial = target / f".{ended.name}.partial"
+        partial.write_text(json.dumps(json.loads(ended.read_text()), separators=(",", ":")) + "\n")
+        partial.replace(target / ended.name)
+    if (folder / SCORES).is_file():
+        shutil.copyfile(folder / SCORES, target / SCORES)
     for name in measures:
         shutil.copyfile(folder / MEASURED / f"{name}.json", target / f"{name}.json")
 
 
-# For the report --------------------------------------------------------------------------------------------------------
+# For the report ------------------------------------------------------------------------------------------------------
 
 
 def with_rows() -> list[str]:
@@ -179,7 +217,7 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     Raises:
         UserError: a result cannot be read.
     """
-    found = {run: (folder, read(folder / RECORD)) for run, folder in kept(results).items()}
+    found = {run: (folder, read(outcome(folder))) for run, folder in kept(results).items()}
     seeds = sorted({record["seed"] for _, record in found.values()})
     return [
         experiment(list(group), found, seeds)
@@ -187,7 +225,9 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     ]
 
 
-def experiment(asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]) -> Experiment:
+def experiment(
+    asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]
+) -> Experiment:
     """The rows of one experiment at one scale as the report takes them.
 
     Args:
@@ -204,6 +244,7 @@ def experiment(asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, A
         target=paper.get("target", first.experiment),
         column=str(paper.get("column", "")),
         size=published.model.num_parameters(published.data.vocab_size),
+        title=first.config.description,
         setting=setting(first.config),
         paper=paper,
         rows=tuple(reported(row, found, seeds) for row in asked),
@@ -226,13 +267,21 @@ def reported(row: Row, found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: 
         runs=tuple(
             Run(
                 seed,
-                record,
-                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path.name != RECORD},
+                record | accuracies(folder / SCORES),
+                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path != outcome(folder)},
             )
             for seed, (folder, record) in runs
         ),
         gpu_hours=None,
     )
+
+
+def accuracies(scores: Path) -> dict[str, float]:
+    """Percentages by task, and their mean as `average`; empty where a run was scored on nothing."""
+    if not scores.is_file():
+        return {}
+    found = {task: 100 * figures["acc"] for task, figures in read(scores).items() if "acc" in figures}
+    return found | {"average": fmean(found.values())} if found else {}
 
 
 def setting(config: Config) -> str:
@@ -241,8 +290,9 @@ def setting(config: Config) -> str:
     rows = data.batch_size * data.seq_len
     return (
         f"{model.num_hidden_layers} blocks of width {model.hidden_size}, "
-        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; {data.source}, rows of {data.seq_len} tokens; "
-        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all; protocol={config.protocol}"
+        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; "
+        f"{data.source}, rows of {data.seq_len} tokens, protocol={config.protocol}; "
+        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all"
     )
 
 

@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
+
+S = TypeVar("S", bound="Sample")
 
 BASELINE = "pre_ln"
 """The row that others are compared with; where there is none, the first."""
 
 UNTRAINED = 1.0
-"""Nats above the best row of its column from which on a run counts as one that did not train. Published runs that
+"""Nats above the best row of its column from which on a published run counts as one that did not train. Those that
 stayed at the frequencies of words lie 4 above the best, all others within 0.15."""
+
+STUCK = 0.03
+"""A run of ours did not train if its validation loss fell by less in its second half. At toy scale runs that stay at
+the frequencies of words gain 0.015 nats there, the slowest of the others 0.05 and most of them 0.4."""
 
 QUANTILES = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -37,6 +43,11 @@ class Run:
     """As `train.run.fit` returns it; of a run that failed, `failure` and what is known of where it ran."""
     measures: Mapping[str, Mapping[str, Any]]
     """What was measured of it, by name, as the JSON files hold it."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended early, and has no figures."""
+        return "failure" in self.record
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class Experiment:
     """Its heading within the target."""
     size: int
     """Parameters at the paper's scale: columns are ordered by it."""
+    title: str
+    """What it reproduces, in a sentence."""
     setting: str
     """Shape, text and tokens at this scale, in words."""
     paper: Mapping[str, Any]
@@ -76,8 +89,12 @@ class Experiment:
 
     @property
     def metrics(self) -> list[Metric]:
-        """What the paper prints of its rows."""
-        return [Metric(name) for name in dict.fromkeys(name for row in self.rows for name in row.published)]
+        """What the paper prints of its rows, and what is compared of runs where that is something else."""
+        printed = dict.fromkeys(name for row in self.rows for name in row.published)
+        own = self.paper.get("metric", "")
+        if printed and any(own in run.record for row in self.rows for run in row.runs):
+            printed[own] = None
+        return [Metric(name) for name in printed]
 
     @property
     def baseline(self) -> int:
@@ -101,6 +118,11 @@ class Metric:
         return {"ppl": "perplexity", "val_loss": "loss"}.get(self.name, self.name)
 
     @property
+    def digits(self) -> int:
+        """Behind the point."""
+        return 3 if self.name.endswith("loss") else 2
+
+    @property
     def unit(self) -> str:
         """Of differences."""
         return "nats" if self.lower else "points"
@@ -117,7 +139,7 @@ class Metric:
     def of(self, record: Mapping[str, Any]) -> float | None:
         """The record's figure, None where it has none; accuracies are shares there."""
         value = record.get(self.name)
-        return None if value is None else float(value) if self.lower else 100 * float(value)
+        return None if value is None else float(value)
 
     def difference(self, value: float, base: float) -> float:
         """In `unit`."""
@@ -143,7 +165,7 @@ class Sample:
     sd: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Sample:
+    def of(cls: type[S], values: Sequence[float]) -> S:
         return cls(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
 
 
@@ -223,16 +245,19 @@ class Column:
     def seeds(self) -> list[int]:
         return sorted({run.seed for row in self.rows for run in row.runs})
 
+    @property
+    def metrics(self) -> list[Metric]:
+        """What the paper prints of any of its experiments."""
+        return list(dict.fromkeys(metric for experiment in self.experiments for metric in experiment.metrics))
+
     @cached_property
     def lines(self) -> list[Line]:
         """Metric by metric, every row in the paper's order."""
-        metrics = dict.fromkeys(metric for experiment in self.experiments for metric in experiment.metrics)
-        return [line for metric in metrics for line in self.lines_of(metric)]
+        return [line for metric in self.metrics for line in self.lines_of(metric)]
 
     def lines_of(self, metric: Metric) -> list[Line]:
         found = [values(row, metric) for row in self.rows]
         base = found[self.experiments[0].baseline]
-        finite = [value for row in found for value in row.values() if math.isfinite(value)]
         lines = []
         for index, (row, mine) in enumerate(zip(self.rows, found, strict=True)):
             pairs = [metric.difference(mine[seed], base[seed]) for seed in mine.keys() & base.keys()]
@@ -242,8 +267,8 @@ class Column:
                     row,
                     metric,
                     Sample.of(list(mine.values())) if mine else None,
-                    sum(untrained(metric, value, finite) for value in mine.values()),
-                    tuple(str(run.record["failure"]) for run in row.runs if "failure" in run.record),
+                    sum(stuck(run.record) for run in row.runs if run.seed in mine) if metric.lower else 0,
+                    tuple(str(run.record["failure"]) for run in row.runs if run.failed),
                     compared if compared and math.isfinite(compared.mean) else None,
                     tuple(claim(experiment, index, metric, compared) for experiment in self.experiments),
                 )
@@ -258,10 +283,20 @@ def values(row: Row, metric: Metric) -> dict[int, float]:
 
 
 def untrained(metric: Metric, value: float, column: Sequence[float]) -> bool:
-    """Whether a value lies more than `UNTRAINED` above the best of its column, or is no number."""
-    if not metric.lower:
+    """Whether a published value lies more than `UNTRAINED` above the best of its column."""
+    return metric.lower and metric.difference(value, min(column)) > UNTRAINED
+
+
+def stuck(record: Mapping[str, Any]) -> bool:
+    """Whether a run learned next to nothing in its second half, or ended without a finite loss."""
+    if not math.isfinite(record["val_loss"]):
+        return True
+    validations = record["history"].get("val", {"step": []})
+    if len(validations["step"]) < 2:
         return False
-    return not math.isfinite(value) or metric.difference(value, min(column)) > UNTRAINED
+    steps, losses = validations["step"], validations["val_loss"]
+    halfway = min(range(len(steps)), key=lambda index: abs(steps[index] - steps[-1] / 2))
+    return losses[halfway] - losses[-1] < STUCK
 
 
 def claim(experiment: Experiment, index: int, metric: Metric, ours: Difference | None) -> Claim:
@@ -271,7 +306,9 @@ def claim(experiment: Experiment, index: int, metric: Metric, ours: Difference |
     undone = [None if value is None or batches is None else metric.undone(value, batches) for value in printed]
     best = [value if whole is None else whole for value, whole in zip(printed, undone, strict=True)]
     value, base = best[index], best[experiment.baseline]
-    difference = None if value is None or base is None or index == experiment.baseline else metric.difference(value, base)
+    difference = (
+        None if value is None or base is None or index == experiment.baseline else metric.difference(value, base)
+    )
     return Claim(
         experiment,
         printed[index],
@@ -305,7 +342,7 @@ def columns(experiments: Iterable[Experiment]) -> list[Column]:
 
 
 def by_target(experiments: Iterable[Experiment]) -> dict[str, dict[str, list[Experiment]]]:
-    """Experiments by target, in the paper's order (tables, then figures), and within it by scale; smallest size first."""
+    """Experiments by target, tables before figures as the paper numbers them, then by scale; smallest size first."""
     ordered = sorted(experiments, key=lambda e: (order(e.target), SCALES.index(e.scale), e.size, e.name))
     return {
         target: {scale: list(group) for scale, group in groupby(of_target, key=lambda e: e.scale)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -21,13 +22,14 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from cod_lightning.report.claims import Column, Experiment, Metric, Row, Run
+from cod_lightning.report.claims import Column, Line, Metric, Row
 
 WIDTH, DPI = 7.5, 120
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -83,7 +85,7 @@ def sd_of(arrays: Iterable[Any]) -> np.ndarray:
     return np.std(found, axis=0, ddof=1) if len(found) > 1 else np.zeros_like(found[0])
 
 
-# Tables ----------------------------------------------------------------------------------------------------------------
+# Tables --------------------------------------------------------------------------------------------------------------
 
 
 def headline(column: Column) -> Metric | None:
@@ -91,6 +93,16 @@ def headline(column: Column) -> Metric | None:
     experiment = column.experiments[0]
     metrics = experiment.metrics
     return next((m for m in metrics if m.name == experiment.paper.get("metric")), metrics[-1] if metrics else None)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A difference to the baseline."""
+
+    value: float
+    margin: float | None
+    """Half of its interval."""
+    trained: bool
 
 
 @styled
@@ -102,103 +114,79 @@ def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     """
     published = scales["paper"]
     metric = headline(published[0])
-    if metric is None:
-        return None
-    ours = {scale: [c for c in group if any(line.difference for line in c.lines_of(metric))] for scale, group in scales.items()}
-    ours = {scale: group for scale, group in ours.items() if group}
     rows = [row for row in published[0].rows if row is not published[0].baseline]
-    panels: list[tuple[str, list[tuple[str, list[tuple[float, float | None, bool] | None]]]]] = []
-    series = []
-    for column in published:
-        lines = {line.row.name: line.claims[0] for line in column.lines_of(metric)}
-        found = [lines[row.name] if row.name in lines else None for row in rows]
-        points = [(c.difference, None, c.trained) if c and c.difference is not None else None for c in found]
-        series.append((column.heading, points))
-    panels.append(("published", series))
-    for scale, group in ours.items():
-        series = []
-        for column in group:
-            named = {line.row.name: line for line in column.lines_of(metric)}
-            found = [named.get(row.name) for row in rows]
-            points = [
-                (line.difference.mean, line.difference.margin, not line.untrained) if line and line.difference else None
-                for line in found
-            ]
-            series.append((column.heading, points))
-        panels.append((f"ours, scale={scale}, {seeds_of(group[0])}", series))
+    if metric is None or not rows:
+        return None
 
-    figure, axes = blank(1.1 + 0.3 * len(rows) + 0.12 * len(published), columns=len(panels), sharey=True)
-    for place, (title, series) in zip(axes[0], panels, strict=True):
-        forest(place, series, [row.label for row in rows], title)
+    def series(
+        group: Sequence[Column], point: Callable[[Line], Point | None], metric: Metric = metric
+    ) -> list[tuple[str, list[Point | None]]]:
+        named = [(column.heading, {line.row.name: line for line in column.lines_of(metric)}) for column in group]
+        return [(name, [point(found[r.name]) if r.name in found else None for r in rows]) for name, found in named]
+
+    panels = [("published", series(published, printed))]
+    for scale, group in scales.items():
+        found = series(group, ours)
+        if any(point for _, points in found for point in points):
+            panels.append((f"ours, scale={scale}, {seeds_of(group[0])}", found))
+    figure, axes = blank(1.4 + (0.22 + 0.09 * len(published)) * len(rows), columns=len(panels), sharey=True)
+    for place, (title, found) in zip(axes[0], panels, strict=True):
+        forest(place, found, [row.label for row in rows], title)
     figure.supxlabel(
-        f"difference to {published[0].baseline.label} in {metric.unit}, "
-        f"{'less' if metric.lower else 'more'} is better; bars: 95 % interval of paired differences",
+        f"difference to {published[0].baseline.label} in {metric.unit}, {'less' if metric.lower else 'more'} is better"
+        " (bars: 95 % interval over seeds; triangles: did not train)",
         fontsize=9,
     )
     return figure
 
 
-def forest(
-    axes: Axes,
-    series: Sequence[tuple[str, Sequence[tuple[float, float | None, bool] | None]]],
-    labels: Sequence[str],
-    title: str,
-) -> None:
-    """Points with intervals, one line for each label from top to bottom; what did not train is an arrow at the edge.
+def forest(axes: Axes, series: Sequence[tuple[str, Sequence[Point | None]]], labels: Sequence[str], title: str) -> None:
+    """Points with intervals, one line for each label from top to bottom; what did not train stands at the right edge.
 
     Args:
         axes: to draw in.
-        series: names, and for each label (value, half the interval or None, whether it trained), or None.
+        series: names, and a point or None for each label.
         labels: of the lines.
         title: of the panel.
     """
     shades = matplotlib.colormaps[LAYERS]
-    seen = [
-        value + sign * (margin or 0)
-        for _, points in series
-        for point in points
-        if point is not None and point[2]
-        for value, margin, _ in [point]
-        for sign in (-1, 1)
-    ]
-    low, high = min([0.0, *seen]), max([0.0, *seen])
+    points = [point for _, found in series for point in found if point is not None]
+    ends = [point.value + sign * (point.margin or 0) for point in points if point.trained for sign in (-1, 1)]
+    low, high = min([0.0, *ends]), max([0.0, *ends])
     room = 0.08 * (high - low) or 0.1
-    for index, (name, points) in enumerate(series):
+    edge = high + (room if all(point.trained for point in points) else 3.5 * room)
+    for index, (name, found) in enumerate(series):
         tint = shades(0.85 * index / max(len(series) - 1, 1)) if len(series) > 1 else COLOURS[0]
-        shift = 0.6 * ((index + 0.5) / len(series) - 0.5)
-        shown = False
-        for line, point in enumerate(points):
+        shift = 0.7 * ((index + 0.5) / len(series) - 0.5)
+        for line, point in enumerate(found):
             if point is None:
                 continue
-            value, margin, trained = point
-            if trained:
-                axes.errorbar(
-                    value,
-                    line + shift,
-                    xerr=margin,
-                    fmt="o",
-                    ms=5,
-                    mfc=tint if margin is not None or title == "published" else "white",
-                    color=tint,
-                    capsize=2,
-                    label=None if shown else name,
-                )
-                shown = True
+            if point.trained:
+                axes.errorbar(point.value, line + shift, xerr=point.margin, fmt="o", ms=5, color=tint, capsize=2)
             else:
-                text = f"did not train: {value:+.1f}"
-                axes.annotate(
-                    text, (high + room, line + shift), color=tint, fontsize=7, ha="right", va="center", clip_on=False
-                )
+                axes.plot(edge - 0.3 * room, line + shift, ">", ms=5, color=tint)
+                place = (edge - 0.7 * room, line + shift)
+                axes.text(*place, f"{point.value:+.1f}", va="center", ha="right", fontsize=8, color=tint)
+        axes.plot([], [], "o", ms=5, color=tint, label=name)
     axes.axvline(0, color="black", lw=0.8)
-    axes.set_xlim(low - room, high + room)
+    axes.set(xlim=(low - room, edge), ylim=(len(labels) - 0.5, -0.5), title=title)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     if len(series) > 1:
-        axes.legend(ncols=min(len(series), 4), loc="upper center", bbox_to_anchor=(0.5, -0.12), handletextpad=0.2)
+        axes.legend(ncols=min(len(series), 4), loc="upper center", bbox_to_anchor=(0.5, -0.12), handletextpad=0.1)
 
 
-# Figure 1 --------------------------------------------------------------------------------------------------------------
+def printed(line: Line) -> Point | None:
+    claim = line.claims[0]
+    return None if claim.difference is None else Point(claim.difference, None, claim.trained)
+
+
+def ours(line: Line) -> Point | None:
+    found = line.difference
+    return None if found is None else Point(found.mean, found.margin, not line.untrained)
+
+
+# Figure 1 ------------------------------------------------------------------------------------------------------------
 
 
 def fit_sizes(sizes: Sequence[float], losses: Sequence[float]) -> tuple[str, Callable[[np.ndarray], np.ndarray]] | None:
@@ -264,7 +252,7 @@ def sizes(scales: Mapping[str, Sequence[Column]]) -> Figure:
     return figure
 
 
-# Layers ----------------------------------------------------------------------------------------------------------------
+# Layers --------------------------------------------------------------------------------------------------------------
 
 
 def measured(row: Row, name: str) -> list[Mapping[str, Any]]:
@@ -278,7 +266,11 @@ def layers(column: Column) -> Figure | None:
     rows = [row for row in column.rows if measured(row, "angular") or measured(row, "removal")]
     if not rows:
         return None
-    maps = {row.name: mean_of(found["distances"] for found in measured(row, "angular")) for row in rows if measured(row, "angular")}
+    maps = {
+        row.name: mean_of(found["distances"] for found in measured(row, "angular"))
+        for row in rows
+        if measured(row, "angular")
+    }
     rises = {
         row.name: [[loss - found["loss"] for loss in found["losses"]] for found in measured(row, "removal")]
         for row in rows
@@ -311,21 +303,31 @@ def layers(column: Column) -> Figure | None:
             if row.name in rises:
                 mean, sd = mean_of(rises[row.name]), sd_of(rises[row.name])
                 place.bar(np.arange(1, len(mean) + 1), mean, color=colour(row, rows), yerr=sd if sd.any() else None)
-            place.set(xlabel="layer removed", yscale="log", **({} if maps else {"title": row.label}))
+            place.set_yscale("symlog", linthresh=1e-3)
+            place.set(xlabel="layer removed", **({} if maps else {"title": row.label}))
         axes[-1][0].set_ylabel("rise of the loss, nats")
     return figure
 
 
 def with_layers(column: Column) -> list[Row]:
     """The rows whose runs recorded their layers over time."""
-    return [row for row in column.rows if any(run.record.get("history", {}).get("layers") for run in row.runs)]
+    return [row for row in column.rows if layer_series(row)]
+
+
+def layer_series(row: Row) -> list[Mapping[str, Any]]:
+    return [run.record["history"]["layers"] for run in row.runs if not run.failed and "layers" in run.record["history"]]
 
 
 def variances(row: Row) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Steps, and the mean and standard deviation over seeds of the variance of the stream [steps, layers]."""
-    series = [run.record["history"]["layers"] for run in row.runs if run.record.get("history", {}).get("layers")]
+    series = layer_series(row)
     found = [layers["variance"] for layers in series]
     return series[0]["step"], mean_of(found), sd_of(found)
+
+
+def nearest_step(steps: Sequence[int], fraction: float) -> int:
+    """Where among the recorded steps a fraction of the run comes nearest."""
+    return min(range(len(steps)), key=lambda index: abs(steps[index] - fraction * steps[-1]))
 
 
 @styled
@@ -343,7 +345,9 @@ def over_steps(column: Column) -> Figure | None:
     for place, row, (steps, mean, _) in zip(axes.flat, rows, found, strict=False):
         for layer in range(depth):
             place.plot(steps, mean[:, layer], color=shades(norm(layer + 1)), lw=1)
-        place.set(yscale="log", xlabel="step", title=f"{row.label}, last layer at the end: {mean[-1, -1]:.3g}")
+        place.set(yscale="log", xlabel="step", title=row.label)
+        last = f"last layer at the end: {mean[-1, -1]:.3g}"
+        place.text(0.97, 0.03, last, transform=place.transAxes, ha="right", fontsize=8)
     for place in axes.flat[len(rows) :]:
         place.set_visible(False)
     for place in axes[:, 0]:
@@ -363,7 +367,7 @@ def by_layer(column: Column) -> Figure | None:
     for place, row in zip(axes[0], rows, strict=True):
         steps, mean, sd = variances(row)
         for index, fraction in enumerate(FRACTIONS):
-            at = min(range(len(steps)), key=lambda i: abs(steps[i] - fraction * steps[-1]))
+            at = nearest_step(steps, fraction)
             along, tint = np.arange(1, mean.shape[1] + 1), shades(0.85 * index / (len(FRACTIONS) - 1))
             label = f"step {steps[at]:,} of {steps[-1]:,} ({steps[at] / steps[-1]:.0%})"
             place.plot(along, mean[at], color=tint, marker="o", ms=3, label=label)
@@ -382,7 +386,7 @@ def jacobians(column: Column) -> Figure | None:
         return None
     maps = [measured(row, "jacobian_map")[0] for row in rows]
     across = max(len(found["layers"]) for found in maps)
-    figure, axes = blank(0.6 + 1.6 * len(rows), rows=len(rows), columns=across, sharex=True, sharey=True)
+    figure, axes = blank(0.4 + 1.5 * len(rows), rows=len(rows), columns=across, sharex=True, sharey=True)
     norm = SymLogNorm(0.01, vmin=-1, vmax=1)
     for line, (row, found) in enumerate(zip(rows, maps, strict=True)):
         for place, layer, matrix in zip(axes[line], found["layers"], found["matrices"], strict=True):
@@ -396,52 +400,61 @@ def jacobians(column: Column) -> Figure | None:
     return figure
 
 
-# Training --------------------------------------------------------------------------------------------------------------
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+Curves = dict[int, tuple[np.ndarray, np.ndarray]]
+"""Steps and losses by seed."""
 
 
 @styled
 def curves(column: Column) -> Figure | None:
     """Figure 6: training loss over the steps, published and ours, and below it the difference to the baseline."""
-    rows, base = column.rows, column.baseline
-    panels: list[tuple[str, dict[str, tuple[np.ndarray, list[np.ndarray]]]]] = []
     published = column.experiments[0].paper.get("published_curves") or {}
-    if published:
-        points = {name: np.array(curve, dtype=float) for name, curve in published.items()}
-        panels.append(("published", {name: (curve[:, 0], [curve[:, 1]]) for name, curve in points.items()}))
-    histories = {row.name: [r.record["history"]["train"] for r in row.runs if "history" in r.record] for row in rows}
-    ours = {
-        name: (np.array(found[0]["step"], dtype=float), [np.array(series["loss"]) for series in found])
-        for name, found in histories.items()
-        if found
+    printed = {name: np.array(curve, dtype=float) for name, curve in published.items()}
+    ours = {row.name: training_curves(row) for row in column.rows}
+    panels: dict[str, dict[str, Curves]] = {
+        "published": {name: {0: (curve[:, 0], curve[:, 1])} for name, curve in printed.items()},
+        f"ours, scale={column.experiments[0].scale}, {seeds_of(column)}": {
+            n: found for n, found in ours.items() if found
+        },
     }
-    if ours:
-        scale = column.experiments[0].scale
-        panels.append((f"ours, scale={scale}, {seeds_of(column)}", ours))
+    panels = {title: found for title, found in panels.items() if found}
     if not panels:
         return None
     figure, axes = blank(5.0, rows=2, columns=len(panels), sharex="col", height_ratios=(2, 1))
-    for (top, bottom), (title, found) in zip(axes.T, panels, strict=True):
-        for row in rows:
-            if row.name not in found:
-                continue
-            steps, losses = found[row.name]
-            tint = colour(row, rows)
-            top.plot(steps, mean_of(losses), color=tint, label=row.label, marker="o" if title == "published" else None, ms=3)
-            if row is base or base.name not in found:
-                continue
-            ground, theirs = found[base.name]
-            common = np.isin(steps, ground)
-            pairs = [loss[common] - other[np.isin(ground, steps)] for loss, other in zip(losses, theirs, strict=False)]
-            mean, sd = mean_of(pairs), sd_of(pairs)
-            bottom.plot(steps[common], mean, color=tint)
-            bottom.fill_between(steps[common], mean - sd, mean + sd, color=tint, alpha=0.25, lw=0)
+    for (top, bottom), (title, found) in zip(axes.T, panels.items(), strict=True):
+        base = found.get(column.baseline.name, {})
+        for row in (row for row in column.rows if row.name in found):
+            tint, mark = colour(row, column.rows), "o" if title == "published" else None
+            mine = found[row.name]
+            steps = next(iter(mine.values()))[0]
+            top.plot(
+                steps, mean_of(losses for _, losses in mine.values()), color=tint, label=row.label, marker=mark, ms=3
+            )
+            pairs = [minus(mine[seed], base[seed]) for seed in mine if seed in base]
+            if row is not column.baseline and pairs:
+                mean, sd = mean_of(losses for _, losses in pairs), sd_of(losses for _, losses in pairs)
+                bottom.plot(pairs[0][0], mean, color=tint, marker=mark, ms=3)
+                bottom.fill_between(pairs[0][0], mean - sd, mean + sd, color=tint, alpha=0.25, lw=0)
         bottom.axhline(0, color="black", lw=0.8)
         top.set(ylabel="training loss, nats", title=title)
         top.legend()
-        bottom.set(xlabel="step", ylabel=f"minus {base.label}")
+        bottom.set(xlabel="step", ylabel=f"minus {column.baseline.label}")
         bottom.xaxis.set_major_locator(MaxNLocator(5))
         bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return figure
+
+
+def training_curves(row: Row) -> Curves:
+    series = {run.seed: run.record["history"]["train"] for run in row.runs if not run.failed}
+    return {seed: (np.array(one["step"]), np.array(one["loss"], dtype=float)) for seed, one in series.items()}
+
+
+def minus(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The difference of two curves at the steps that both have."""
+    steps, here, there = np.intersect1d(one[0], other[0], return_indices=True)
+    return steps, one[1][here] - other[1][there]
 
 
 @styled
@@ -470,16 +483,13 @@ def theory(rows: Sequence[Row]) -> Figure | None:
             continue
         band(right, [one["gains"] for one in found], "measured")
         logs = mean_of(one["fitted_log_bound"] for one in found)
-        constants = ", ".join(f"{name} = {value:.2g}" for name, value in zip("AB", mean_of(one["fitted_constants"] for one in found), strict=True))
-        right.plot(range(1, len(logs) + 1), np.exp(logs), "--", color=COLOURS[1], label=f"Theorem {theorem}, fitted: {constants}")
+        a, b = mean_of(one["fitted_constants"] for one in found)
+        label = f"Theorem {theorem}, fitted: A = {a:.2g}, B = {b:.2g}"
+        right.plot(range(1, len(logs) + 1), np.exp(logs), "--", color=COLOURS[1], label=label)
         shapes = mean_of(one["shape_log_bound"] for one in found)
-        note = f"with A and B from the shapes: e^{shapes[-1]:.0f} at the last layer" if shapes.size else ""
-        right.set(
-            yscale="log",
-            xlabel="layer $l$",
-            ylabel=r"$\|dy_l/dx_1\|_2$",
-            title=f"{row.label}: gain" + (f"\n{note}" if note else ""),
-        )
+        if shapes.size:
+            right.plot([], [], " ", label=f"with A, B of the shapes, last layer: $e^{{{shapes[-1]:.0f}}}$")
+        right.set(yscale="log", xlabel="layer $l$", ylabel=r"$\|dy_l/dx_1\|_2$", title=f"{row.label}: gain")
         right.legend()
     return figure
 

@@ -10,6 +10,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from cod_lightning.report.claims import Experiment, by_target, columns
+from cod_lightning.report.words import compared, conclusion
 from cod_lightning.train.config import FIGURES
 
 if TYPE_CHECKING:
@@ -197,6 +199,22 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Ta
     if left_out:
         table.caption = f"{', '.join(left_out)}; the file has all"
     return table
+
+
+def reproduced(experiments: Sequence[Experiment]) -> Group:
+    """What was asked for, ours beside the paper's, and what the differences say."""
+    parts: list[Any] = []
+    for target, scales in by_target(experiments).items():
+        for scale, group in scales.items():
+            for column in columns(group):
+                found = compared(column, published=True)
+                table = Table(title=f"{target}, scale={scale}: {column.heading}", title_justify="left")
+                for name in found.head:
+                    table.add_column(name, justify="left" if name == "row" else "right")
+                for row in found.rows:
+                    table.add_row(*(Text(cell.strip("*"), "bold" if cell.startswith("**") else "") for cell in row))
+                parts += [table, Text(conclusion(column) + "\n")]
+    return Group(*parts)
 
 
 def show(renderable: Any) -> None:

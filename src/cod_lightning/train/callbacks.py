@@ -249,8 +249,8 @@ def whole(network: Any) -> Any:
     """The model that is trained, or, where its weights are sharded over ranks, a copy with all of them.
 
     All ranks call this. A copy, because `fully_shard` gathers weights in hooks, which neither `torch.func` nor
-    gradients with respect to chosen parameters see through. It takes the memory of the weights once more for as long as it is
-    measured.
+    gradients with respect to chosen parameters see through. It takes the memory of the weights once more for as long
+    as it is measured.
     """
     state = network.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import Diverged
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.answers import AnswerAccuracy
 from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer_statistics
@@ -94,7 +94,7 @@ class StepModule(LightningModule):
             `loss`, the step's mean over all ranks as it was weighted; `lr`; `tokens`, read so far.
 
         Raises:
-            UserError: the loss is not finite; the parameters are as they were before this step.
+            Diverged: the loss is not finite; the parameters are as they were before this step.
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -125,7 +125,7 @@ class StepModule(LightningModule):
         if not torch.isfinite(total):
             places = (first_bad_layer(self.network, *part) for part in micro_batches)
             bad = next((place for place in places if place), "the loss, or on another rank")
-            raise UserError(
+            raise Diverged(
                 f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. "
                 "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
             )
@@ -150,7 +150,7 @@ class StepModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         bad = [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]
         if bad:
-            raise UserError(
+            raise Diverged(
                 f"{bad[0]} is not finite after step {self.trainer.global_step}: no checkpoint is written, the last one "
                 "is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
             )

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,8 @@ import cod_lightning
 from cod_lightning.errors import UserError
 
 RECORD = "record.json"
+FAILURE = "failed.json"
+"""Instead of a record, where the loss left the finite numbers."""
 PACKAGES = ("torch", "lightning", "torchmetrics", "litdata", "tokenizers", "triton", "numpy", "pillow")
 
 
@@ -71,9 +74,18 @@ def hardware() -> dict[str, Any]:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write `record.json` into a run folder, whole or not at all."""
-    partial = folder / f".{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, folder / RECORD)
+    write(folder / RECORD, record)
+
+
+def write_failure(folder: Path, config: Mapping[str, Any], reason: str) -> None:
+    """Write `failed.json` into a run folder: what was asked for, where it ran, and why there is no record."""
+    write(folder / FAILURE, {"failure": reason, "seed": config["seed"], **environment(), "config": config})
+
+
+def write(path: Path, values: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

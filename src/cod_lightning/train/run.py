@@ -74,7 +74,8 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         The run's record, as written to `record.json`.
 
     Raises:
-        UserError: data, checkpoints or a device that cannot be had, or a loss that is not finite.
+        UserError: data, checkpoints or a device that cannot be had.
+        Diverged: a loss that is not finite.
     """
     with library_chatter_off():
         going_on = run.resume and checkpoints(folder / "checkpoints")

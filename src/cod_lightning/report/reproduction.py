@@ -1,0 +1,314 @@
+"""Claims and runs as one document: REPRODUCTION.md, a page of HTML, CSV, and the figures that both show."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cod_lightning.report import figures
+from cod_lightning.report.claims import (
+    NOISE,
+    ONE_SEED,
+    OPPOSITE,
+    SAME,
+    SCALES,
+    STUCK,
+    UNTRAINED,
+    Column,
+    Experiment,
+    Run,
+    by_target,
+    columns,
+)
+from cod_lightning.report.document import Block, Heading, Image, Items, Table, Text, markdown, page
+from cod_lightning.report.quantities import quantities
+from cod_lightning.report.words import NOT_RUN, compared, conclusion, listed, printed
+
+MARKDOWN, FIGURES = "REPRODUCTION.md", "experiments/results/figures"
+HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reproduction.csv"
+"""Where the files lie, from the top of a checkout."""
+
+SEEDS = 3
+"""That a command asks for where nothing was run yet at a smaller scale."""
+
+ByScale = Mapping[str, Sequence[Experiment]]
+"""The experiments of one target; those of the paper's scale are always there."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Files by what they hold; `figures` by name."""
+
+    markdown: str
+    html: str
+    csv: str
+    figures: Mapping[str, bytes]
+
+
+def report(experiments: Sequence[Experiment], hardware: str = "") -> Report:
+    """Everything that the experiments' files claim and their runs show.
+
+    Args:
+        experiments: at the paper's scale, run or not, and at every other scale that was run.
+        hardware: what the estimated hours are meant for, such as "H100".
+    """
+    images: dict[str, bytes] = {}
+    targets = by_target(experiments)
+    sections = [block for target, scales in targets.items() for block in section(target, scales, images)]
+    blocks = [
+        Heading(1, "Reproduction"),
+        *introduction(),
+        *overview(targets),
+        *sections,
+        *theory(experiments, images),
+        *not_run(experiments, hardware),
+        *environments(experiments),
+    ]
+    return Report(markdown(blocks, FIGURES), page("Reproduction", blocks, images), table_csv(targets), images)
+
+
+def introduction() -> list[Block]:
+    return [
+        Text(
+            "What *The Curse of Depth in Large Language Models* (arXiv 2502.05795v5) prints, and what was measured "
+            "here. `python -m cod_lightning report` writes this file from `experiments/*.yaml` and the run records "
+            "below `experiments/results/`; what was not run says so."
+        ),
+        Items(
+            [
+                "**Scales.** `paper` is the published shape, data and number of steps. `mini` and `toy` keep what is "
+                "compared and shrink the rest; their perplexities are those of other models on other text and stand "
+                "in tables of their own. Only signs and orders can be compared across scales.",
+                "**Published.** The released evaluation divides the sum of N batch means by N + 1, and is low by an "
+                "amount that depends on the number of GPUs. `N + 1 undone` is the loss times (N + 1) / N.",
+                "**Ours.** Summed loss over summed tokens of the validation set; mean ± standard deviation over n "
+                "seeds.",
+                "**Differences.** To the row in the same column that is called the baseline, between runs of the same "
+                "seed: the logarithm of the ratio of perplexities, which is a difference of losses in nats. ± is half "
+                "of the 95 % interval of Student's t for their mean; **bold** where it leaves zero out, which is what "
+                "counts as more than noise here. There is no correction for the number of rows.",
+                f"**Direction.** `{SAME}` or `{OPPOSITE}` sign as the published difference, `{NOISE}` where our "
+                f"interval holds zero, `{ONE_SEED}` where there is no interval. The paper prints one run of each and "
+                "no error bars, so that the noise of its differences is not known.",
+                f"**Did not train.** Ours: the loss is not finite at the end, or fell by less than {STUCK} nats in the "
+                f"second half of the run. Published: more than {UNTRAINED:g} nat above the best of its column.",
+            ]
+        ),
+    ]
+
+
+def overview(targets: Mapping[str, ByScale]) -> list[Block]:
+    """How many of the comparisons agree, by table and scale."""
+    rows = []
+    for target, scales in targets.items():
+        for scale, experiments in scales.items():
+            found = [
+                claim.direction for column in columns(experiments) for line in column.lines for claim in line.claims
+            ]
+            counts = [found.count(kind) for kind in (SAME, OPPOSITE, NOISE, ONE_SEED)]
+            if any(counts):
+                seeds = max(len(row.runs) for experiment in experiments for row in experiment.rows)
+                rows.append([target, scale, str(seeds), str(sum(counts)), *map(str, counts)])
+    if not rows:
+        return [Text("Nothing has been run yet.")]
+    head = ["target", "scale", "seeds", "differences compared", "same direction", OPPOSITE, NOISE, ONE_SEED]
+    return [Heading(2, "At a glance"), Table(head, rows)]
+
+
+# One table or figure of the paper ------------------------------------------------------------------------------------
+
+
+def section(target: str, scales: ByScale, images: dict[str, bytes]) -> Iterator[Block]:
+    """Adds its figures to `images`."""
+    published = scales["paper"]
+    yield Heading(2, target)
+    for finding in dict.fromkeys(e.paper["finding"] for e in published if e.paper.get("finding")):
+        yield Text(f"What the paper shows: {finding}")
+    grouped = {scale: columns(experiments) for scale, experiments in scales.items()}
+    for name, alt, figure in drawn(target, grouped):
+        images[name] = figures.png(figure)
+        yield Image(name, alt)
+    if any(experiment.metrics for experiment in published):
+        titles = dict.fromkeys(metric.title for experiment in published for metric in experiment.metrics)
+        what = titles.popitem()[0] if len(titles) == 1 else "figures"
+        yield Heading(3, f"{target}: published {what}, and ours at scale=paper")
+        yield from printed(grouped["paper"])
+    yield Items([f"{column.experiments[0].title} {described(column, 'paper')}" for column in grouped["paper"]])
+    notes: dict[tuple[str, str], list[str]] = {}
+    for experiment in published:
+        for row in experiment.rows:
+            if row.note:
+                notes.setdefault((row.label, row.note), []).append(experiment.source)
+    if notes:
+        yield Text("Notes on published figures and rows:")
+        yield Items([f"{label} ({listed(sizes)}): {note}" for (label, note), sizes in notes.items()])
+    for scale in SCALES:
+        if not any(row.runs for column in grouped.get(scale, []) for row in column.rows):
+            command = reproduce(published, scale, SEEDS if scale != "paper" else 1)
+            yield Text(f"scale={scale}: {NOT_RUN}. `{command}` runs it.")
+            continue
+        yield Heading(3, f"{target}: ours at scale={scale}")
+        for column in grouped[scale]:
+            yield Text(described(column, scale))
+            if column.lines:
+                yield compared(column)
+                yield Text(conclusion(column))
+            if (found := quantities(target, column)) is not None:
+                yield found
+
+
+def drawn(target: str, grouped: Mapping[str, Sequence[Column]]) -> Iterator[tuple[str, str, Any]]:
+    """File names, descriptions and figures of a target."""
+    slug = target.lower().replace(" ", "")
+    if target == "Figure 1":
+        yield f"{slug}.png", f"{target}: loss over parameters", figures.sizes(grouped)
+    elif (figure := figures.differences(grouped)) is not None:
+        yield f"{slug}.png", f"{target}: differences to the baseline, published and ours", figure
+    for scale, group in grouped.items():
+        for column in group:
+            if target in figures.DRAWN and (figure := figures.DRAWN[target](column)) is not None:
+                which = slug if len(group) == 1 else column.experiments[0].name
+                yield f"{which}_{scale}.png", f"{target} at scale={scale}, {column.heading}", figure
+
+
+def reproduce(experiments: Sequence[Experiment], scale: str, seeds: int) -> str:
+    """The command that carries out experiments, by their common name where they have one."""
+    names = [experiment.name for experiment in experiments]
+    starts = {name.split("_")[0] for name in names}
+    words = [*(starts if len(starts) == 1 and len(names) > 1 else names)]
+    words += [f"scale={scale}"] * (scale != "paper") + [f"seeds={seeds}"] * (seeds > 1)
+    return f"python -m cod_lightning reproduce {' '.join(words)}"
+
+
+def described(column: Column, scale: str) -> str:
+    """What a column is: shape, text, tokens and command."""
+    tokens = [e.paper.get("tokens") for e in column.experiments] if scale == "paper" else []
+    counted = "".join(f"; {count / 1e9:g}B tokens by the paper's count" for count in tokens if count)
+    seeds = max(column.seeds, default=1)
+    return (
+        f"{column.heading}: {column.experiments[0].setting}{counted}. `{reproduce(column.experiments, scale, seeds)}`"
+    )
+
+
+# The rest ------------------------------------------------------------------------------------------------------------
+
+
+def theory(experiments: Sequence[Experiment], images: dict[str, bytes]) -> list[Block]:
+    """Lemmas and theorems over what is measured of Pre-LN and LNS, at every scale that has it."""
+    blocks: list[Block] = []
+    for scale in SCALES:
+        found = {
+            row.name: row for e in experiments for row in e.rows if e.scale == scale and figures.measured(row, "theory")
+        }
+        rows = [found[name] for name in ("pre_ln", "lns") if name in found]
+        if (figure := figures.theory(rows)) is not None:
+            name = f"theory_{scale}.png"
+            images[name] = figures.png(figure)
+            blocks.append(Image(name, f"Variances and gains beside the theory, scale={scale}"))
+    return [Heading(2, "Lemmas 3.2 and 4.1, Theorems 3.3 and 4.2"), *blocks] if blocks else []
+
+
+def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
+    """What the paper's own scale would take."""
+    rows, hours = [], dict[str, float]()
+    for experiment in sorted(
+        (e for group in by_target(experiments).values() for e in group["paper"]), key=lambda e: e.name
+    ):
+        missing = [row for row in experiment.rows if not row.runs]
+        if not missing:
+            continue
+        known = {row.computes: row.gpu_hours for row in missing if row.gpu_hours is not None}
+        hours |= known
+        rows.append(
+            [
+                experiment.name,
+                f"{len(missing)} of {len(experiment.rows)}",
+                f"{sum(known.values()):,.0f}" if known else "not estimated",
+                f"`{reproduce([experiment], 'paper', 1)}`",
+            ]
+        )
+    if not rows:
+        return []
+    total = (
+        f" Rows that several experiments share are trained once: {sum(hours.values()):,.0f} hours of {hardware} in all."
+        if hours
+        else ""
+    )
+    head = ["experiment", "rows not run", f"hours of {hardware}" if hours else "hours", "command"]
+    return [
+        Heading(2, "What was not run"),
+        Text(f"At scale=paper, one seed.{total}"),
+        Table(head, rows),
+    ]
+
+
+def environments(experiments: Sequence[Experiment]) -> list[Block]:
+    """Where, with what and when the runs were made."""
+    runs = {(e.scale, row.computes, run.seed): run for e in experiments for row in e.rows for run in row.runs}
+    places: dict[tuple[str, ...], list[Run]] = {}
+    for (scale, _, _), run in sorted(runs.items(), key=lambda item: (SCALES.index(item[0][0]), *item[0][1:])):
+        places.setdefault((scale, *environment(run.record)), []).append(run)
+    rows = [
+        [scale, where, versions, commit, str(len(found)), dates(found), f"{wall(found):.1f}"]
+        for (scale, where, versions, commit), found in sorted(places.items())
+    ]
+    head = ["scale", "hardware", "versions", "commit", "runs", "dates", "hours in all"]
+    return [Heading(2, "Where the runs were made"), Table(head, rows)] if rows else []
+
+
+def environment(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Hardware, versions and commit."""
+    hardware = record["hardware"]
+    gpus = ", ".join(sorted(hardware["gpus"]))
+    where = gpus or f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} thread(s) a run"
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    commit, changes = (record["git_commit"] or "unknown").partition("+")[::2]
+    return where, versions, commit[:12] + (f"+{changes}" if changes else "")
+
+
+def dates(runs: Sequence[Run]) -> str:
+    days = sorted({run.record["date"][:10] for run in runs})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def wall(runs: Sequence[Run]) -> float:
+    """Hours of all runs together."""
+    return sum(run.record.get("wall_seconds", 0.0) for run in runs) / 3600
+
+
+FIELDS = (
+    *("target", "experiment", "column", "row", "label", "metric", "scale"),
+    *("published", "undone", "published_difference", "published_trained"),
+    *("n", "mean", "sd", "did_not_train", "failed", "difference", "margin_95", "beyond_noise", "direction"),
+)
+
+
+def table_csv(targets: Mapping[str, ByScale]) -> str:
+    """One line for each row of each experiment, metric and scale."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for target, scales in targets.items():
+        for scale, experiments in scales.items():
+            for column in columns(experiments):
+                for line in column.lines:
+                    sample, ours = line.sample, line.difference
+                    for claim in line.claims:
+                        values = [claim.value, claim.undone, claim.difference, claim.trained]
+                        values += [sample.n, sample.mean, sample.sd] if sample else [0, None, None]
+                        values += [line.untrained, len(line.failures)]
+                        values += [ours.mean, ours.margin, ours.beyond_noise] if ours else [None, None, None]
+                        writer.writerow(
+                            [
+                                *(target, claim.experiment.name, claim.experiment.source, line.row.name),
+                                *(line.row.label, line.metric.name, scale, *map(plain, values), claim.direction or ""),
+                            ]
+                        )
+    return file.getvalue()
+
+
+def plain(value: float | bool | None) -> str:
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:.6g}"

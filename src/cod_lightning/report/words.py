@@ -1,0 +1,155 @@
+"""Tables and sentences of claims and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from cod_lightning.report.claims import NOISE, OPPOSITE, SAME, Claim, Column, Line, Metric, Sample
+from cod_lightning.report.document import Block, Table
+
+NOT_RUN = "not run"
+
+
+def printed(group: Sequence[Column]) -> Iterator[Block]:
+    """Published figures beside ours at the paper's scale: sizes side by side, or several metrics of a size."""
+    if all(len(e.metrics) == 1 for column in group for e in column.experiments):
+        names = dict.fromkeys(row.name for column in group for row in column.rows)
+        labels = {row.name: row.label for column in group for row in column.rows}
+        head, cells = ["row"], {name: [labels[name]] for name in names}
+        for column in group:
+            lines = {line.row.name: line for line in column.lines}
+            (metric,) = column.experiments[0].metrics
+            biased = bool(column.experiments[0].paper.get("evaluation_batches"))
+            head += [f"{column.heading}, published", *["N + 1 undone"] * biased, "ours"]
+            for name in names:
+                line = lines.get(name)
+                claim = line.claims[0] if line else None
+                cells[name] += [
+                    number(metric, claim.value if claim else None),
+                    *[number(metric, claim.undone if claim else None)] * biased,
+                    outcome(line) if line else "",
+                ]
+        yield Table(head, list(cells.values()))
+        return
+    for column in group:
+        metrics = column.experiments[0].metrics
+        found = {metric: {line.row.name: line for line in column.lines_of(metric)} for metric in metrics}
+        rows = []
+        for row in column.rows:
+            lines = [found[metric][row.name] for metric in metrics]
+            rows.append([f"{row.label}, published", *(number(line.metric, line.claims[0].value) for line in lines)])
+            rows.append([f"{row.label}, ours", *(outcome(line) for line in lines)])
+        yield Table([column.heading, *(metric.title for metric in metrics)], rows)
+
+
+def compared(column: Column, published: bool = False) -> Table:
+    """Ours at one scale, differences to the baseline, and beside each the paper's by size.
+
+    Args:
+        column: of ours.
+        published: also the figures that the paper prints.
+    """
+    lines = [line for line in column.lines if line.sample or line.failures or len(column.metrics) == 1]
+    several = len({line.metric for line in lines}) > 1
+    titles = dict.fromkeys(line.metric.title for line in lines)
+    units = dict.fromkeys(line.metric.unit for line in lines)
+    head = [
+        "row",
+        *["metric"] * several,
+        f"{' or '.join(titles)}, mean ± sd",
+        "n",
+        f"difference to {column.baseline.label}, {' or '.join(units)} (95 %)",
+        *(f"{experiment.source}: published, direction" for experiment in column.experiments),
+    ]
+    rows = [
+        [
+            line.row.label,
+            *[line.metric.title] * several,
+            outcome(line),
+            str(line.sample.n if line.sample else 0),
+            "baseline" if line.row is column.baseline else difference(line),
+            *(beside(line.metric, claim, published) for claim in line.claims),
+        ]
+        for line in lines
+    ]
+    return Table(head, rows)
+
+
+def number(metric: Metric, value: float | None) -> str:
+    """A published figure; empty where there is none."""
+    return "" if value is None else f"{value:.{metric.digits}f}"
+
+
+def outcome(line: Line) -> str:
+    """Ours: mean ± sd, and what did not train."""
+    parts = [spread(line.sample, line.metric.digits)] if line.sample else []
+    if line.untrained and line.sample:
+        parts.append(f"(did not train: {line.untrained} of {line.sample.n})")
+    parts += [f"(failed: {reason})" for reason in dict.fromkeys(line.failures)]
+    return " ".join(parts) or NOT_RUN
+
+
+def spread(sample: Sample, digits: int) -> str:
+    sd = "" if sample.sd is None else f" ± {sample.sd:.{digits}f}"
+    return f"{sample.mean:.{digits}f}{sd}"
+
+
+def difference(line: Line) -> str:
+    """Our difference with half its interval, bold beyond noise."""
+    if line.difference is None:
+        return ""
+    margin = line.difference.margin
+    text = f"{line.difference.mean:+.3f}" + ("" if margin is None else f" ± {margin:.3f}")
+    return f"**{text}**" if line.difference.beyond_noise else text
+
+
+def beside(metric: Metric, claim: Claim, published: bool) -> str:
+    """The published difference, and whether ours points the same way."""
+    parts = [number(metric, claim.value)] * published
+    if claim.difference is not None:
+        parts.append(f"{claim.difference:+.3f}{'' if claim.trained else ' (did not train)'}")
+        parts.append(claim.direction or NOT_RUN)
+    return ", ".join(parts)
+
+
+def conclusion(column: Column) -> str:
+    """What the differences of a column say, in words."""
+    metrics = dict.fromkeys(line.metric for line in column.lines if line.sample)
+    found = " ".join(sentence for metric in metrics for sentence in conclusions(column, metric))
+    return found[:1].upper() + found[1:]
+
+
+def conclusions(column: Column, metric: Metric) -> Iterator[str]:
+    lines, base = column.lines_of(metric), column.baseline.label
+    title = "" if len(column.metrics) == 1 else f"{metric.title}: "
+    parted = [(line, line.difference) for line in lines if line.difference]
+    if any(difference.margin is not None for _, difference in parted):
+        beyond = [f"{line.row.label} ({found.mean:+.3f})" for line, found in parted if found.beyond_noise]
+        verb = "differ" if len(beyond) > 1 else "differs"
+        yield f"{title}{listed(beyond or ['nothing'])} {verb} from {base} by more than noise."
+        for index, experiment in enumerate(column.experiments):
+            groups = {
+                kind: [line.row.label for line in lines if line.claims[index].direction == kind]
+                for kind in (SAME, OPPOSITE, NOISE)
+            }
+            if parts := [f"{kind} for {listed(labels)}" for kind, labels in groups.items() if labels]:
+                yield f"Direction beside the paper's {experiment.source}: {'; '.join(parts)}."
+    elif parted:
+        yield f"{title}one seed, so that no difference can be told from noise."
+    if untrained := [line.row.label for line in lines if line.untrained]:
+        yield f"Here {listed(untrained)} did not train."
+    best = min if metric.lower else max
+    theirs: dict[str, list[str]] = {}
+    for index, experiment in enumerate(column.experiments):
+        known = [(value, line.row.label) for line in lines if (value := line.claims[index].value) is not None]
+        if known:
+            theirs.setdefault(best(known)[1], []).append(experiment.source)
+    _, ours = best((line.sample.mean, line.row.label) for line in lines if line.sample)
+    printed = [f"{label} ({', '.join(sizes)})" for label, sizes in theirs.items()]
+    paper = f"{listed(printed)} in the paper" if printed else "not in the paper"
+    yield f"{'Lowest' if metric.lower else 'Highest'} {metric.title}: {ours} here, {paper}."
+
+
+def listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
