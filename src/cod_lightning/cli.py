@@ -717,7 +717,8 @@ def report(results: Path | None, output: Path) -> int:
         raise UserError(f"--results={results} is not a folder")
     results = results or RESULTS
     run = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
-    made = write(claims((row for scale in run for row in rows(with_rows(), scale)), results))
+    found = claims((row for scale in run for row in rows(with_rows(), scale)), results)
+    made = write(found, ESTIMATED_FOR)
     files = {MARKDOWN: made.markdown.encode(), HTML: made.html.encode(), CSV: made.csv.encode()}
     files |= {f"{FIGURES}/{name}": image for name, image in made.figures.items()}
     for name, content in files.items():
@@ -728,25 +729,22 @@ def report(results: Path | None, output: Path) -> int:
     return 0
 
 
+ESTIMATED_FOR = "one H100 at 40 % of its peak"
+"""What `estimate` takes by default."""
 MEASURED_ROWS = 64
 """Held-out rows that the measures of an experiment are taken on."""
 
 
 def experiments() -> int:
     from cod_lightning.config import choices, compose
-    from cod_lightning.nn.config import num_vit_parameters
+    from cod_lightning.experiments import amount, num_parameters, row_length
     from cod_lightning.report.terminal import experiments_table, show
 
     rows = []
     for name in choices("experiments"):
         config = compose([f"experiments={name}"])
-        model, data, images = config.model, config.data, config.images
-        if config.task == "vision":
-            length = images.patches
-            parameters = num_vit_parameters(model, images.size, images.patch_size, images.classes or 0)
-        else:
-            length, parameters = data.seq_len, model.num_parameters(data.vocab_size)
-        positions = config.trainer.max_steps * data.batch_size * length
+        model = config.model
+        positions = config.trainer.max_steps * config.data.batch_size * row_length(config)
         claims = config.paper.get("rows", {})
         published = [f"{name} {figure}" for name, row in claims.items() for figure in figures_of(row.get("published"))]
         rows.append(
@@ -754,12 +752,10 @@ def experiments() -> int:
                 "experiment": name,
                 "reproduces": config.description,
                 "model": f"{model.num_hidden_layers} x {model.hidden_size}",
-                "parameters": f"{parameters / 1e6:,.1f}M",
+                "parameters": f"{num_parameters(config) / 1e6:,.1f}M",
                 "token positions": "none, measured"
                 if any("subject" in row for row in claims.values())
-                else f"{positions / 1e9:.2f}B"
-                if positions >= 1e8
-                else f"{positions / 1e6:.2f}M",
+                else amount(positions),
                 "published": "\n".join(published) or "none",
             }
         )

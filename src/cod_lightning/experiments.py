@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,8 +16,10 @@ import yaml
 from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, started, with_row
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.measure.tasks import SCORES
+from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.report.claims import Experiment, Run
 from cod_lightning.report.claims import Row as ReportedRow
+from cod_lightning.report.estimate import estimate
 
 RECORD, FAILURE = "record.json", "failed.json"
 """What a run leaves in its folder: its record, or why there is none."""
@@ -219,60 +221,50 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     """
     found = {run: (folder, read(outcome(folder))) for run, folder in kept(results).items()}
     seeds = sorted({record["seed"] for _, record in found.values()})
+
+    def runs(row: Row) -> Iterator[Run]:
+        if row.subject is not None:
+            if measures := measured(results / row.config.scale / Path(row.subject).name):
+                yield Run(0, {}, measures)
+            return
+        for seed in seeds:
+            if (done := found.get(row.run(seed).id)) is not None:
+                folder, record = done
+                yield Run(seed, record | accuracies(folder / SCORES), measured(folder))
+
     return [
-        experiment(list(group), found, seeds)
-        for _, group in groupby(asked, key=lambda row: (row.experiment, row.config.scale))
+        experiment(list(group), runs) for _, group in groupby(asked, key=lambda row: (row.experiment, row.config.scale))
     ]
 
 
-def experiment(
-    asked: Sequence[Row], found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]
-) -> Experiment:
-    """The rows of one experiment at one scale as the report takes them.
-
-    Args:
-        asked: the rows.
-        found: folders and records by the id of the run.
-        seeds: of any of them.
-    """
-    first = asked[0]
-    published = compose([f"experiments={first.experiment}"])
-    paper = first.config.paper
+def experiment(asked: Sequence[Row], runs: Callable[[Row], Iterable[Run]]) -> Experiment:
+    """The rows of one experiment at one scale as the report takes them."""
+    name, config = asked[0].experiment, asked[0].config
     return Experiment(
-        name=first.experiment,
-        scale=first.config.scale,
-        target=paper.get("target", first.experiment),
-        column=str(paper.get("column", "")),
-        size=published.model.num_parameters(published.data.vocab_size),
-        title=first.config.description,
-        setting=setting(first.config),
-        paper=paper,
-        rows=tuple(reported(row, found, seeds) for row in asked),
+        name=name,
+        scale=config.scale,
+        target=config.paper.get("target", name),
+        column=str(config.paper.get("column", "")),
+        size=num_parameters(config if config.scale == "paper" else compose([f"experiments={name}"])),
+        title=config.description,
+        setting=setting(asked[0]),
+        paper=config.paper,
+        rows=tuple(reported(row, tuple(runs(row))) for row in asked),
     )
 
 
-def reported(row: Row, found: Mapping[str, tuple[Path, dict[str, Any]]], seeds: Sequence[int]) -> ReportedRow:
+def reported(row: Row, runs: tuple[Run, ...]) -> ReportedRow:
     figures = row.claim.get("published")
-    runs = [(seed, found[run]) for seed in seeds if (run := row.run(seed).id) in found]
+    if figures is not None and not isinstance(figures, Mapping):
+        figures = {row.config.paper.get("metric", "ppl"): figures}
     return ReportedRow(
         name=row.name,
         label=row.claim.get("label", row.name),
-        published={}
-        if figures is None
-        else dict(figures)
-        if isinstance(figures, Mapping)
-        else {row.config.paper.get("metric", "ppl"): figures},
+        published=dict(figures or {}),
         note=row.claim.get("note"),
-        computes=row.run(0).id,
-        runs=tuple(
-            Run(
-                seed,
-                record | accuracies(folder / SCORES),
-                {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path != outcome(folder)},
-            )
-            for seed, (folder, record) in runs
-        ),
-        gpu_hours=None,
+        computes=row.subject or row.run(0).id,
+        runs=runs,
+        gpu_hours=gpu_hours(row),
     )
 
 
@@ -284,16 +276,51 @@ def accuracies(scores: Path) -> dict[str, float]:
     return found | {"average": fmean(found.values())} if found else {}
 
 
-def setting(config: Config) -> str:
-    """Shape, text and tokens of a run, in words."""
+def measured(folder: Path) -> dict[str, Any]:
+    """What was measured, by name."""
+    paths = sorted(path for path in folder.glob("*.json") if path.name not in (RECORD, FAILURE, SCORES))
+    return {path.stem: read(path) for path in paths}
+
+
+def gpu_hours(row: Row) -> float | None:
+    """Of one run at the paper's scale; None where nothing is trained, and of what has no estimate."""
+    config = row.config
+    if config.scale != "paper" or row.subject is not None or config.task != "language":
+        return None
+    return estimate(config.model, config.norm, config.data, config.trainer).gpu_hours
+
+
+def setting(row: Row) -> str:
+    """Shape, data and length of a run, in words."""
+    config = row.config
     model, data, steps = config.model, config.data, config.trainer.max_steps
-    rows = data.batch_size * data.seq_len
+    parameters = f"{num_parameters(config) / 1e6:,.1f}M parameters"
+    shape = f"{model.num_hidden_layers} blocks of width {model.hidden_size}, {parameters}"
+    if row.subject is not None:
+        return f"{row.subject}, {shape}; {data.source}, rows of {data.seq_len} tokens"
+    if config.task == "vision":
+        text = f"{config.images.source} images of {config.images.size} pixels"
+    else:
+        text = f"{data.source}, rows of {data.seq_len} tokens"
+    positions = data.batch_size * row_length(config)
+    stand_in = "a stand-in for public models; " if "subject" in row.claim else ""
     return (
-        f"{model.num_hidden_layers} blocks of width {model.hidden_size}, "
-        f"{model.num_parameters(data.vocab_size) / 1e6:,.1f}M parameters; "
-        f"{data.source}, rows of {data.seq_len} tokens, protocol={config.protocol}; "
-        f"{steps:,} steps of {rows:,} token positions, {amount(steps * rows)} in all"
+        f"{stand_in}{shape}; {text}, protocol={config.protocol}; {steps:,} steps of {positions:,} token positions, "
+        f"{amount(steps * positions)} in all"
     )
+
+
+def num_parameters(config: Config) -> int:
+    """Of the model under Pre-LN; strategies with learnable scales or more norms add theirs."""
+    if config.task == "vision":
+        images = config.images
+        return num_vit_parameters(config.model, images.size, images.patch_size, images.classes or 0)
+    return config.model.num_parameters(config.data.vocab_size)
+
+
+def row_length(config: Config) -> int:
+    """Tokens of a row, or of an image."""
+    return config.images.patches if config.task == "vision" else config.data.seq_len
 
 
 def amount(tokens: float) -> str:

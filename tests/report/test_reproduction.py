@@ -195,6 +195,23 @@ def test_sizes_that_are_the_same_runs_are_one_column():
     assert len(columns([small, other])) == 2
 
 
+def test_sizes_of_their_own_are_one_table_with_a_paragraph_each():
+    sizes = [
+        table(
+            row("pre_ln", {"val_loss": 3.67}, run(1, 5.0), run(2, 5.1), computes=f"pre-{size}"),
+            row("lns", {"val_loss": 3.56}, run(1, 4.0), run(2, 4.2), computes=f"lns-{size}"),
+            **{"name": f"figure1_{size}m", "target": "Figure 1", "column": f"{size}M", "size": size},
+        )
+        for size in (60, 150)
+    ]
+    published = [replace(e, scale="paper", rows=tuple(replace(r, runs=()) for r in e.rows)) for e in sizes]
+    made = report([*published, *sizes]).markdown
+    rows = tables_of(made)["### Figure 1: ours at scale=toy"]
+    assert rows[0][-1] == "published, direction |"
+    assert rows[3] == ["| 60M: lns", "4.100 ± 0.141", "2", "-0.950 ± 0.635".join(("**", "**")), "-0.110, same |"]
+    assert "- 150M: Lns (-0.950) differs from pre_ln by more than noise." in made
+
+
 def test_the_baseline_is_pre_ln_or_else_the_first_row():
     assert Column((table(row("lns", 1.0), row("pre_ln", 2.0)),)).baseline.name == "pre_ln"
     assert Column((table(row("scaled_init", 1.0), row("lns", 2.0)),)).baseline.name == "scaled_init"
@@ -301,47 +318,55 @@ def test_several_metrics_are_one_table_of_a_size():
     ]
 
 
-def figure_experiments(*numbers):
-    """One experiment for each of these figures, run and measured at toy scale."""
-    distances = [[0.3, 0.2, 0.1, 0.1], [0.4, 0.3, 0.2, None], [0.4, 0.3, None, None], [0.5, None, None, None]]
+def figure_experiments(*targets):
+    """One experiment for each, run and measured at toy scale."""
     theory = {
-        "lns": False,
-        "c": 1.0,
-        "gains": [1.0, 2.0, 3.0],
-        "fitted_constants": [1.0, 0.5],
-        "fitted_log_bound": [0.0, 0.5, 1.0],
-        "shape_log_bound": [0.0, 10.0, 20.0],
+        **{"lns": False, "c": 1.0, "gains": [1.0, 2.0, 3.0], "growth": {"power": 2.0, "power_r2": 0.9}},
+        **{"fitted_constants": [1.0, 0.5], "fitted_log_bound": [0.0, 0.5, 1.0], "shape_log_bound": [0.0, 9.0, 20.0]},
         **{name: [1.0, 2.0, 3.0] for name in ("variances", "lemma", "lemma_fitted", "recursion")},
     }
     measures = {
-        "angular": {"distances": distances},
+        "angular": {
+            "distances": [[0.3, 0.2, 0.1, 0.1], [0.4, 0.3, 0.2, None], [0.4, 0.3, None, None], [0.5] + 3 * [None]]
+        },
         "removal": {"loss": 2.0, "losses": [3.0, 2.5, 2.1, 1.99]},
+        "jacobian": {"distance": [3.0, 0.2, 0.1, 0.1]},
         "jacobian_map": {"layers": [1, 2, 3, 4], "matrices": [np.eye(3).tolist()] * 4},
         "theory": theory,
     }
-    rows = {
-        scale: [
-            row(name, value, *(replace(run(s, 5.0 - s), measures=measures) for s in (1, 2) if scale == "toy"))
-            for name, value in (("pre_ln", {"val_loss": 3.67}), ("lns", {"val_loss": 3.56}))
-        ]
-        for scale in ("paper", "toy")
+    paper = {
+        "Figure 6": {"published_curves": {"pre_ln": [[0, 3.4], [10, 3.0]], "lns": [[0, 3.5], [10, 2.9]]}},
+        "Figure 9": {"fractions": [0.25, 0.5]},
     }
-    curves = {"pre_ln": [[0, 3.4], [10, 3.0]], "lns": [[0, 3.5], [10, 2.9]]}
+
+    def rows(target, scale):
+        for name, loss in (("pre_ln", 3.67), ("lns", 3.56)):
+            runs = [replace(run(seed, 5.0 - seed), measures=measures) for seed in (1, 2) if scale == "toy"]
+            yield row(name, {"val_loss": loss} if target == "Figure 1" else None, *runs)
+
     return [
-        table(*rows[scale], scale=scale, target=f"Figure {number}", name=f"figure{number}", published_curves=curves)
-        for number in numbers
+        table(*rows(target, scale), target=target, name=slug(target), scale=scale, **paper.get(target, {}))
+        for target in targets
         for scale in ("paper", "toy")
     ]
 
 
+def slug(target):
+    return target.lower().replace(" ", "")
+
+
+FIGURE_TARGETS = ("Figure 1", "Figure 4", "Figure 5", "Figure 6", "Figure 7", "Figure 9", "Theory")
+"""Every drawing once."""
+
+
 @pytest.fixture(scope="module")
 def all_figures():
-    return report(figure_experiments(*range(1, 11)))
+    return report(figure_experiments(*FIGURE_TARGETS))
 
 
 def test_every_figure_is_drawn(all_figures):
-    expected = {"figure1.png", "figure6_paper.png", "theory_toy.png", *(f"figure{n}_toy.png" for n in range(2, 11))}
-    assert expected <= set(all_figures.figures)
+    expected = {"figure1.png", *(f"{slug(target)}_toy.png" for target in FIGURE_TARGETS[1:])}
+    assert set(all_figures.figures) == expected
     for name, image in all_figures.figures.items():
         assert image[:8] == b"\x89PNG\r\n\x1a\n"
         assert int.from_bytes(image[16:20], "big") == 900, name
@@ -349,9 +374,37 @@ def test_every_figure_is_drawn(all_figures):
 
 
 def test_figures_are_numbers_too(all_figures):
-    found = tables_of(all_figures.markdown)
-    assert found["### Figure 7: ours at scale=toy"][2][1:3] == ["0.1 ± 0", "0.045 ± 0"]
-    assert found["### Figure 4: ours at scale=toy"][2][1:] == ["24 ± 0", "24 ± 0", "1.14 ± 0", "2 |"]
+    found = {heading: rows[2][1:] for heading, rows in tables_of(all_figures.markdown).items() if "ours at" in heading}
+    assert found["### Figure 7: ours at scale=toy"] == ["0.1 ± 0", "0.045 ± 0", "2 |"]
+    assert found["### Figure 4: ours at scale=toy"] == ["24 ± 0", "24 ± 0", "1.14 ± 0", "2 |"]
+    assert found["### Figure 5: ours at scale=toy"] == ["0.2 ± 0", "0.1 ± 0", "1 ± 0", "2 |"]
+    assert found["### Figure 9: ours at scale=toy"] == ["9 ± 0", "14 ± 0", "2 |"]
+    assert found["### Theory: ours at scale=toy"] == ["2 ± 0", "0.9 ± 0", "1 ± 0", "3 ± 0", "2 |"]
+
+
+def test_what_was_run_but_not_measured_says_so():
+    rows = [row("pre_ln", None, run(1, 5.0))]
+    made = report([table(*rows, target="Figure 7", name="figure7", scale=scale) for scale in ("paper", "toy")])
+    assert "130M: not measured yet." in made.markdown
+    assert made.figures == {}
+
+
+def test_a_public_model_is_measured_and_not_trained():
+    measured = Run(0, {}, {"removal": {"loss": 2.0, "losses": [3.0, 2.5, 2.1, 2.3]}})
+    rows = [row("pre_ln", None, measured, label="LLaMA2-13B")]
+    made = report([table(*rows, target="Figure 2", name="figure2_llama2_13b", scale="paper")])
+    assert set(made.figures) == {"figure2_paper.png"}
+    assert "| LLaMA2-13B | not measured | 0.2 | 1 |" in made.markdown
+    assert "Where the runs were made" not in made.markdown
+
+
+def test_rows_of_different_names_that_are_the_same_runs_carry_all_names():
+    made = [
+        table(row("pre_ln", None, run(1, 5.0), label=label), target="Figure 2", name=label, column=label)
+        for label in ("Qwen3-8B", "LLaMA2-13B")
+    ]
+    (column,) = columns(made)
+    assert [row.label for row in column.rows] == ["Qwen3-8B, LLaMA2-13B"]
 
 
 def test_the_page_needs_no_other_file(all_figures):
@@ -368,8 +421,8 @@ def test_the_page_escapes_what_it_is_given():
 
 
 def test_the_same_records_give_the_same_bytes(experiments, all_figures):
-    made = report([*experiments, *figure_experiments(1, 7)])
-    assert report([*experiments, *figure_experiments(1, 7)]) == made
+    made = report([*experiments, *figure_experiments("Figure 1", "Figure 7")])
+    assert report([*experiments, *figure_experiments("Figure 1", "Figure 7")]) == made
     assert made.figures["figure7_toy.png"] == all_figures.figures["figure7_toy.png"]
 
 

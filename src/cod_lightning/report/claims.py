@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from statistics import fmean, stdev
@@ -36,18 +36,23 @@ QUANTILES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or failed run."""
+    """A finished or failed run, or a public model that was measured."""
 
     seed: int
     record: Mapping[str, Any]
-    """As `train.run.fit` returns it; of a run that failed, `failure` and what is known of where it ran."""
+    """As `train.run.fit` returns it; of a run that failed, `failure` and where that was; of a public model, empty."""
     measures: Mapping[str, Mapping[str, Any]]
     """What was measured of it, by name, as the JSON files hold it."""
 
     @property
-    def failed(self) -> bool:
-        """Whether it ended early, and has no figures."""
-        return "failure" in self.record
+    def failure(self) -> str | None:
+        """Why it ended early and has no figures."""
+        return self.record.get("failure")
+
+    @property
+    def history(self) -> Mapping[str, Mapping[str, Any]]:
+        """What it recorded over its steps; empty where there is nothing."""
+        return self.record.get("history", {})
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Metric:
         return self.name.startswith("ppl")
 
     def of(self, record: Mapping[str, Any]) -> float | None:
-        """The record's figure, None where it has none; accuracies are shares there."""
+        """The record's figure, None where it has none."""
         value = record.get(self.name)
         return None if value is None else float(value)
 
@@ -229,11 +234,18 @@ class Column:
 
     experiments: tuple[Experiment, ...]
 
-    @property
+    @cached_property
     def rows(self) -> tuple[Row, ...]:
-        return self.experiments[0].rows
+        """Of the first experiment, under the labels of all."""
+        labels = [
+            list(dict.fromkeys(row.label for row in same))
+            for same in zip(*(e.rows for e in self.experiments), strict=True)
+        ]
+        return tuple(
+            replace(row, label=", ".join(names)) for row, names in zip(self.experiments[0].rows, labels, strict=True)
+        )
 
-    @property
+    @cached_property
     def baseline(self) -> Row:
         return self.rows[self.experiments[0].baseline]
 
@@ -268,7 +280,7 @@ class Column:
                     metric,
                     Sample.of(list(mine.values())) if mine else None,
                     sum(stuck(run.record) for run in row.runs if run.seed in mine) if metric.lower else 0,
-                    tuple(str(run.record["failure"]) for run in row.runs if run.failed),
+                    tuple(run.failure for run in row.runs if run.failure),
                     compared if compared and math.isfinite(compared.mean) else None,
                     tuple(claim(experiment, index, metric, compared) for experiment in self.experiments),
                 )
@@ -291,7 +303,7 @@ def stuck(record: Mapping[str, Any]) -> bool:
     """Whether a run learned next to nothing in its second half, or ended without a finite loss."""
     if not math.isfinite(record["val_loss"]):
         return True
-    validations = record["history"].get("val", {"step": []})
+    validations = record.get("history", {}).get("val", {"step": []})
     if len(validations["step"]) < 2:
         return False
     steps, losses = validations["step"], validations["val_loss"]

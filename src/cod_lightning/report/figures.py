@@ -41,8 +41,6 @@ COLOURS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#2e4057", "#8d6a9f", "#a
 """Of rows, the baseline second."""
 LAYERS = "viridis"
 """Colour map over depth."""
-FRACTIONS = (0.05, 0.15, 0.3)
-"""Of a run, at which Figure 9 is taken: steps 1,000, 3,000 and 6,000 of 20,000."""
 
 
 styled = rc_context(STYLE)
@@ -89,10 +87,9 @@ def sd_of(arrays: Iterable[Any]) -> np.ndarray:
 
 
 def headline(column: Column) -> Metric | None:
-    """What a table's figure shows: the metric that its file names, or the last one that the paper prints."""
-    experiment = column.experiments[0]
-    metrics = experiment.metrics
-    return next((m for m in metrics if m.name == experiment.paper.get("metric")), metrics[-1] if metrics else None)
+    """What a table's figure shows: the metric that its file names, the average, or the last one that is printed."""
+    named = (column.experiments[0].paper.get("metric"), "average")
+    return next((metric for metric in column.metrics if metric.name in named), (column.metrics or [None])[-1])
 
 
 @dataclass(frozen=True)
@@ -315,7 +312,7 @@ def with_layers(column: Column) -> list[Row]:
 
 
 def layer_series(row: Row) -> list[Mapping[str, Any]]:
-    return [run.record["history"]["layers"] for run in row.runs if not run.failed and "layers" in run.record["history"]]
+    return [run.history["layers"] for run in row.runs if "layers" in run.history]
 
 
 def variances(row: Row) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -358,17 +355,17 @@ def over_steps(column: Column) -> Figure | None:
 
 @styled
 def by_layer(column: Column) -> Figure | None:
-    """Figure 9: variance of the stream over the layers at three fractions of the run, one panel for each row."""
-    rows = with_layers(column)
+    """Figure 9: variance of the stream over the layers at fractions of the run, one panel for each row."""
+    rows, fractions = with_layers(column), column.experiments[0].paper["fractions"]
     if not rows:
         return None
     figure, axes = blank(3.2, columns=len(rows), sharey=True)
     shades = matplotlib.colormaps[LAYERS]
     for place, row in zip(axes[0], rows, strict=True):
         steps, mean, sd = variances(row)
-        for index, fraction in enumerate(FRACTIONS):
+        for index, fraction in enumerate(fractions):
             at = nearest_step(steps, fraction)
-            along, tint = np.arange(1, mean.shape[1] + 1), shades(0.85 * index / (len(FRACTIONS) - 1))
+            along, tint = np.arange(1, mean.shape[1] + 1), shades(0.85 * index / max(len(fractions) - 1, 1))
             label = f"step {steps[at]:,} of {steps[-1]:,} ({steps[at] / steps[-1]:.0%})"
             place.plot(along, mean[at], color=tint, marker="o", ms=3, label=label)
             place.fill_between(along, mean[at] - sd[at], mean[at] + sd[at], color=tint, alpha=0.25, lw=0)
@@ -447,7 +444,7 @@ def curves(column: Column) -> Figure | None:
 
 
 def training_curves(row: Row) -> Curves:
-    series = {run.seed: run.record["history"]["train"] for run in row.runs if not run.failed}
+    series = {run.seed: run.history["train"] for run in row.runs if "train" in run.history}
     return {seed: (np.array(one["step"]), np.array(one["loss"], dtype=float)) for seed, one in series.items()}
 
 
@@ -458,9 +455,9 @@ def minus(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarra
 
 
 @styled
-def theory(rows: Sequence[Row]) -> Figure | None:
+def theory(column: Column) -> Figure | None:
     """Variances and gains of Pre-LN and LNS over the layers, beside what the paper derives of them."""
-    rows = [row for row in rows if measured(row, "theory")]
+    rows = [row for row in column.rows if measured(row, "theory")]
     if not rows:
         return None
     figure, axes = blank(0.4 + 2.9 * len(rows), rows=len(rows), columns=2)
@@ -513,4 +510,5 @@ DRAWN: dict[str, Callable[[Column], Figure | None]] = {
     "Figure 9": by_layer,
     "Figure 10": layers,
 }
-"""How the figures are drawn that show the runs of one column; `differences` and `sizes` show all of a target."""
+"""How the figures are drawn that show the runs of one column; `differences` and `sizes` show all of a target. What is
+neither a table nor one of these shows theory."""

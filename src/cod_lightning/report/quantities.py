@@ -29,7 +29,7 @@ def of_layers(found: Callable[[list[int], np.ndarray], float]) -> Quantity:
     """Of the steps and the variances [steps, layers] that a run recorded."""
 
     def quantity(run: Run) -> float | None:
-        layers = {} if run.failed else run.record["history"].get("layers")
+        layers = run.history.get("layers")
         return found(layers["step"], np.array(layers["variance"])) if layers else None
 
     return quantity
@@ -62,22 +62,30 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
     **dict.fromkeys(("Figure 2", "Figure 3", "Figure 7", "Figure 10"), REMOVED),
     **dict.fromkeys(("Figure 4", "Figure 8"), GROWN),
     "Figure 5": {
-        "share of the diagonal in the mean Jacobian, first layer": of_measure(
-            "jacobian_map", lambda found: diagonal(found["matrices"][0])
+        "distance of the Jacobian from I, second layer": of_measure("jacobian", lambda found: found["distance"][1]),
+        "last layer": of_measure("jacobian", lambda found: found["distance"][-1]),
+        "share of the diagonal in the mean Jacobian, last layer": of_measure(
+            "jacobian_map", lambda found: diagonal(found["matrices"][-1])
         ),
-        "last layer": of_measure("jacobian_map", lambda found: diagonal(found["matrices"][-1])),
     },
-    "Figure 6": {"validation loss at the end": lambda run: None if run.failed else run.record["val_loss"]},
-    "Figure 9": {
-        f"variance behind the last layer at {fraction:.0%} of the run": of_layers(at_fraction(fraction))
-        for fraction in figures.FRACTIONS
-    },
+    "Figure 6": {"validation loss at the end": lambda run: run.record.get("val_loss")},
+}
+THEORY: dict[str, Quantity] = {
+    "p of a variance ~ l^p": of_measure("theory", lambda found: found["growth"]["power"]),
+    "its R^2": of_measure("theory", lambda found: found["growth"]["power_r2"]),
+    "c of the lemma, fitted": of_measure("theory", lambda found: found["c"]),
+    "gain to the last layer": of_measure("theory", lambda found: found["gains"][-1]),
 }
 
 
 def quantities(target: str, column: Column) -> Table | None:
     """Numbers of a figure, mean ± sd over seeds; None where nothing is drawn or measured."""
-    wanted = QUANTITIES.get(target, {})
+    wanted = QUANTITIES.get(target, {} if target.startswith(("Table", "Figure")) else THEORY)
+    if fractions := column.experiments[0].paper.get("fractions"):
+        wanted = {
+            f"variance behind the last layer at {part:.0%} of the run": of_layers(at_fraction(part))
+            for part in fractions
+        }
     rows = []
     for row in column.rows:
         found = [[value for run in row.runs if (value := quantity(run)) is not None] for quantity in wanted.values()]

@@ -25,7 +25,7 @@ from cod_lightning.report.claims import (
 )
 from cod_lightning.report.document import Block, Heading, Image, Items, Table, Text, markdown, page
 from cod_lightning.report.quantities import quantities
-from cod_lightning.report.words import NOT_RUN, compared, conclusion, listed, printed
+from cod_lightning.report.words import NOT_RUN, comparisons, conclusion, listed, printed
 
 MARKDOWN, FIGURES = "REPRODUCTION.md", "experiments/results/figures"
 HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reproduction.csv"
@@ -63,7 +63,6 @@ def report(experiments: Sequence[Experiment], hardware: str = "") -> Report:
         *introduction(),
         *overview(targets),
         *sections,
-        *theory(experiments, images),
         *not_run(experiments, hardware),
         *environments(experiments),
     ]
@@ -151,36 +150,50 @@ def section(target: str, scales: ByScale, images: dict[str, bytes]) -> Iterator[
             yield Text(f"scale={scale}: {NOT_RUN}. `{command}` runs it.")
             continue
         yield Heading(3, f"{target}: ours at scale={scale}")
+        yield Items([described(column, scale) for column in grouped[scale]])
+        if any(column.lines for column in grouped[scale]):
+            yield from comparisons(grouped[scale])
+            yield from conclusions(grouped[scale])
         for column in grouped[scale]:
-            yield Text(described(column, scale))
-            if column.lines:
-                yield compared(column)
-                yield Text(conclusion(column))
             if (found := quantities(target, column)) is not None:
                 yield found
+            elif not column.lines:
+                yield Text(f"{column.heading}: not measured yet.")
+
+
+def conclusions(group: Sequence[Column]) -> Iterator[Block]:
+    """A closing paragraph, or one for each column."""
+    if len(group) == 1:
+        yield Text(conclusion(group[0]))
+    else:
+        yield Items([f"{column.heading}: {conclusion(column)}" for column in group])
 
 
 def drawn(target: str, grouped: Mapping[str, Sequence[Column]]) -> Iterator[tuple[str, str, Any]]:
     """File names, descriptions and figures of a target."""
-    slug = target.lower().replace(" ", "")
+    slug = common_name([experiment for column in grouped["paper"] for experiment in column.experiments])
     if target == "Figure 1":
         yield f"{slug}.png", f"{target}: loss over parameters", figures.sizes(grouped)
     elif (figure := figures.differences(grouped)) is not None:
         yield f"{slug}.png", f"{target}: differences to the baseline, published and ours", figure
     for scale, group in grouped.items():
         for column in group:
-            if target in figures.DRAWN and (figure := figures.DRAWN[target](column)) is not None:
+            draw = figures.DRAWN.get(target) if target.startswith(("Table", "Figure")) else figures.theory
+            if draw and any(row.runs for row in column.rows) and (figure := draw(column)) is not None:
                 which = slug if len(group) == 1 else column.experiments[0].name
                 yield f"{which}_{scale}.png", f"{target} at scale={scale}, {column.heading}", figure
 
 
 def reproduce(experiments: Sequence[Experiment], scale: str, seeds: int) -> str:
-    """The command that carries out experiments, by their common name where they have one."""
-    names = [experiment.name for experiment in experiments]
-    starts = {name.split("_")[0] for name in names}
-    words = [*(starts if len(starts) == 1 and len(names) > 1 else names)]
+    """The command that carries out experiments of one target."""
+    words = [experiments[0].name if len(experiments) == 1 else common_name(experiments)]
     words += [f"scale={scale}"] * (scale != "paper") + [f"seeds={seeds}"] * (seeds > 1)
     return f"python -m cod_lightning reproduce {' '.join(words)}"
+
+
+def common_name(experiments: Sequence[Experiment]) -> str:
+    """What the names of the experiments of one target begin with, such as `table1`."""
+    return experiments[0].name.split("_")[0]
 
 
 def described(column: Column, scale: str) -> str:
@@ -194,21 +207,6 @@ def described(column: Column, scale: str) -> str:
 
 
 # The rest ------------------------------------------------------------------------------------------------------------
-
-
-def theory(experiments: Sequence[Experiment], images: dict[str, bytes]) -> list[Block]:
-    """Lemmas and theorems over what is measured of Pre-LN and LNS, at every scale that has it."""
-    blocks: list[Block] = []
-    for scale in SCALES:
-        found = {
-            row.name: row for e in experiments for row in e.rows if e.scale == scale and figures.measured(row, "theory")
-        }
-        rows = [found[name] for name in ("pre_ln", "lns") if name in found]
-        if (figure := figures.theory(rows)) is not None:
-            name = f"theory_{scale}.png"
-            images[name] = figures.png(figure)
-            blocks.append(Image(name, f"Variances and gains beside the theory, scale={scale}"))
-    return [Heading(2, "Lemmas 3.2 and 4.1, Theorems 3.3 and 4.2"), *blocks] if blocks else []
 
 
 def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
@@ -226,7 +224,7 @@ def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
             [
                 experiment.name,
                 f"{len(missing)} of {len(experiment.rows)}",
-                f"{sum(known.values()):,.0f}" if known else "not estimated",
+                f"{sum(known.values()):,.0f}" if known else "no estimate",
                 f"`{reproduce([experiment], 'paper', 1)}`",
             ]
         )
@@ -247,7 +245,13 @@ def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
 
 def environments(experiments: Sequence[Experiment]) -> list[Block]:
     """Where, with what and when the runs were made."""
-    runs = {(e.scale, row.computes, run.seed): run for e in experiments for row in e.rows for run in row.runs}
+    runs = {
+        (e.scale, row.computes, run.seed): run
+        for e in experiments
+        for row in e.rows
+        for run in row.runs
+        if "hardware" in run.record
+    }
     places: dict[tuple[str, ...], list[Run]] = {}
     for (scale, _, _), run in sorted(runs.items(), key=lambda item: (SCALES.index(item[0][0]), *item[0][1:])):
         places.setdefault((scale, *environment(run.record)), []).append(run)

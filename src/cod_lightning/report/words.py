@@ -18,17 +18,18 @@ def printed(group: Sequence[Column]) -> Iterator[Block]:
         head, cells = ["row"], {name: [labels[name]] for name in names}
         for column in group:
             lines = {line.row.name: line for line in column.lines}
-            (metric,) = column.experiments[0].metrics
-            biased = bool(column.experiments[0].paper.get("evaluation_batches"))
-            head += [f"{column.heading}, published", *["N + 1 undone"] * biased, "ours"]
-            for name in names:
-                line = lines.get(name)
-                claim = line.claims[0] if line else None
-                cells[name] += [
-                    number(metric, claim.value if claim else None),
-                    *[number(metric, claim.undone if claim else None)] * biased,
-                    outcome(line) if line else "",
-                ]
+            for index, experiment in enumerate(column.experiments):
+                (metric,) = experiment.metrics
+                biased = "evaluation_batches" in experiment.paper
+                head += [f"{experiment.source}, published", *["N + 1 undone"] * biased, "ours"]
+                for name in names:
+                    line = lines.get(name)
+                    claim = line.claims[index] if line else None
+                    cells[name] += [
+                        number(metric, claim.value if claim else None),
+                        *[number(metric, claim.undone if claim else None)] * biased,
+                        outcome(line) if line else "",
+                    ]
         yield Table(head, list(cells.values()))
         return
     for column in group:
@@ -75,6 +76,21 @@ def compared(column: Column, published: bool = False) -> Table:
     return Table(head, rows)
 
 
+def comparisons(group: Sequence[Column]) -> Iterator[Table]:
+    """`compared` of the columns of one target and scale, as one table where each stands beside one published column."""
+    found = [compared(column) for column in group]
+    heads = {tuple(table.head[:-1]) for table in found}
+    if len(found) == 1 or len(heads) > 1 or any(len(column.experiments) > 1 for column in group):
+        yield from found
+        return
+    rows = [
+        [f"{column.heading}: {label}", *cells]
+        for column, table in zip(group, found, strict=True)
+        for label, *cells in table.rows
+    ]
+    yield Table([*found[0].head[:-1], "published, direction"], rows)
+
+
 def number(metric: Metric, value: float | None) -> str:
     """A published figure; empty where there is none."""
     return "" if value is None else f"{value:.{metric.digits}f}"
@@ -115,11 +131,11 @@ def beside(metric: Metric, claim: Claim, published: bool) -> str:
 def conclusion(column: Column) -> str:
     """What the differences of a column say, in words."""
     metrics = dict.fromkeys(line.metric for line in column.lines if line.sample)
-    found = " ".join(sentence for metric in metrics for sentence in conclusions(column, metric))
+    found = " ".join(sentence for metric in metrics for sentence in sentences(column, metric))
     return found[:1].upper() + found[1:]
 
 
-def conclusions(column: Column, metric: Metric) -> Iterator[str]:
+def sentences(column: Column, metric: Metric) -> Iterator[str]:
     lines, base = column.lines_of(metric), column.baseline.label
     title = "" if len(column.metrics) == 1 else f"{metric.title}: "
     parted = [(line, line.difference) for line in lines if line.difference]
