@@ -72,12 +72,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def milliseconds(variants: Mapping[str, Callable[[], object]], budget: float = 0.5) -> dict[str, float]:
+def milliseconds(
+    variants: Mapping[str, Callable[[], object]],
+    budget: float = 0.5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """The median time of each variant; on a CPU they take turns in changing order, to share other load and caches.
 
     Args:
         variants: functions by name.
         budget: seconds for each, at least five runs.
+        clock: in seconds, on a CPU.
     """
     if torch.cuda.is_available():
         from triton.testing import do_bench
@@ -86,12 +91,12 @@ def milliseconds(variants: Mapping[str, Callable[[], object]], budget: float = 0
     times: dict[str, list[float]] = {name: [] for name in variants}
     for function in variants.values():
         function()
-    started, draw = time.perf_counter(), random.Random(0)
-    while min(map(len, times.values())) < 5 or time.perf_counter() - started < budget * len(variants):
+    started, draw = clock(), random.Random(0)
+    while min(map(len, times.values())) < 5 or clock() - started < budget * len(variants):
         for name, function in draw.sample(list(variants.items()), len(variants)):
-            start = time.perf_counter()
+            start = clock()
             function()
-            times[name].append(1000 * (time.perf_counter() - start))
+            times[name].append(1000 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -3,12 +3,13 @@
     python benchmarks/measures.py [--experiments quickstart table1_130m] [--rows 2] [--set key=value ...] [--save]
 
 A step is the forward pass, the loss, the backward pass and Adam on `data.batch_size` rows of random tokens, without
-data or logging. Where it has more than one micro-batch, it is taken as so many times the forward and backward pass of
-`--rows` rows as make up the batch, and only what is measured by default is timed. Measures are those that run in
-training, on as many rows as there; a share counts how often each is due, and drawing the figures for TensorBoard.
+data or logging. Measures are those that run in training, on as many rows as there; a share counts how often each is
+due, and drawing the figures for TensorBoard. Steps and what is measured by default take turns, at least five times
+each. All others are run once each, between two steps.
 
-Steps and what is measured by default take turns, at least five times each. All others are run once each, between two
-steps.
+Where a step has more than one micro-batch, it is taken as so many times the forward and backward pass of `--rows` rows
+as make up the batch, and only what is measured by default is timed, once. On a CPU the time is the processor's, which
+other processes stretch less than the clock's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import IN_TRAINING, worth_a_figure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STATISTICS = "layer statistics"
+CLOCK = time.perf_counter if DEVICE == "cuda" else time.process_time
 
 
 def training_step(config: Config, decoder: Decoder, rows: int) -> tuple[Callable[[], None], float]:
@@ -58,11 +59,11 @@ def training_step(config: Config, decoder: Decoder, rows: int) -> tuple[Callable
 
 def once(function: Callable[[], object]) -> float:
     """Milliseconds of one call."""
-    began = time.perf_counter()
+    began = CLOCK()
     function()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (CLOCK() - began)
 
 
 def measured_steps(every: int, max_steps: int) -> list[int]:
@@ -77,58 +78,54 @@ def measure(config: Config, rows: int, seconds: float) -> list[dict[str, Any]]:
     step, parts = training_step(config, decoder, rows)
     probe = torch.randint(vocabulary, (trainer.probe_rows, config.data.seq_len), device=DEVICE)
     batches, model = probe.split(config.data.micro_batch_size), Layered(decoder)
-    measures: dict[str, Callable[[], object]] = {STATISTICS: partial(layer_statistics, decoder, probe)}
-    measures |= {
-        name: partial(function, model, batches, None, lambda done, total: None)
-        for name, function in IN_TRAINING.items()
-    }
-    due = {STATISTICS: trainer.stats_every, **trainer.measures}
-    usual = {name: function for name, function in measures.items() if due.get(name)}
+    measures: dict[str, Callable[[], object]] = {"layer statistics": partial(layer_statistics, decoder, probe)}
+    for name, function in IN_TRAINING.items():
+        measures[name] = partial(function, model, batches, None, lambda done, total: None)
+    steps = {"layer statistics": measured_steps(trainer.stats_every, trainer.max_steps)}
+    steps |= {name: measured_steps(every, trainer.max_steps) for name, every in trainer.measures.items() if every}
+    drawn = [
+        at for at in steps["layer statistics"] if at and worth_a_figure(at, trainer.stats_every, trainer.max_steps)
+    ]
 
-    steps = measured_steps(trainer.stats_every, trainer.max_steps)
-    variances = [[1.0 + layer for layer in range(model.depth)]] * len(steps)
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-
-        def figure() -> None:
-            writer.add_figure("variance by layer", plot_variance(steps, variances))
-
-        first_figure = once(figure)
-        times = milliseconds({"step": step, "figure": figure, **usual}, seconds)
+        variances = [[1.0 + layer for layer in range(model.depth)]] * len(drawn)
+        usual: dict[str, Callable[[], object]] = {
+            "step": step,
+            "figure": lambda: writer.add_figure("variance by layer", plot_variance(drawn, variances)),
+            **{name: measures[name] for name in steps},
+        }
+        first_figure = once(usual["figure"])  # brings in matplotlib
+        if parts == 1:
+            times = milliseconds(usual, seconds, CLOCK)
+        else:
+            step()
+            times = {name: once(function) for name, function in usual.items()}
     a_step = times["step"] * parts
-    drawn = sum(worth_a_figure(at, trainer.stats_every, trainer.max_steps) for at in steps if at)
-    counts = {name: len(measured_steps(due[name], trainer.max_steps)) for name in usual}
-    costs = {name: times[name] * counts[name] for name in usual}
-    costs["figure"] = first_figure + times["figure"] * (drawn - 1)
-    relative = {"step": 1.0, "figure": times["figure"] / a_step, **{name: times[name] / a_step for name in usual}}
+    relative = {name: value / a_step for name, value in times.items()} | {"step": 1.0}
     if parts == 1:
         before = once(step)
-        for name in measures.keys() - usual.keys():
-            times[name] = once(measures[name])
-            after = once(step)
-            relative[name] = times[name] / ((before + after) / 2)
-            before = after
-    common = {
-        "experiment": config.experiment,
-        "layers": model.depth,
-        "width": shape.hidden_size,
-        "steps": trainer.max_steps,
-    }
-    found = [
-        {
-            **common,
-            "what": name,
-            "ms": round(a_step if name == "step" else times[name], 1),
-            "over_step": round(relative[name], 4),
-            "times": {"figure": drawn, **counts}.get(name, ""),
-            "share": round(costs[name] / a_step / trainer.max_steps, 6) if name in costs else "",
-        }
-        for name in ["step", "figure", *measures]
-        if name in relative
-    ]
-    share = sum(costs.values()) / a_step / trainer.max_steps
+        for name in [name for name in measures if name not in usual]:
+            times[name], after = once(measures[name]), once(step)
+            relative[name], before = 2 * times[name] / (before + after), after
+    counts = {name: len(due) for name, due in steps.items()} | {"figure": len(drawn)}
+    shares = {name: relative[name] * count / trainer.max_steps for name, count in counts.items()}
+    shares["figure"] += (first_figure - times["figure"]) / a_step / trainer.max_steps
+    shares["all by default"] = sum(shares.values())
+    times["step"] = a_step
+    lines = [(name, times[name], relative[name]) for name in ("step", "figure", *measures) if name in times]
     return [
-        *found,
-        {**common, "what": "all by default", "ms": "", "over_step": "", "times": "", "share": round(share, 6)},
+        {
+            "experiment": config.experiment,
+            "layers": model.depth,
+            "width": shape.hidden_size,
+            "steps": trainer.max_steps,
+            "what": name,
+            "ms": ms and round(ms, 1),
+            "over_step": over and round(over, 5),
+            "times": counts.get(name, ""),
+            "share": f"{shares[name]:.1e}" if name in shares else "",
+        }
+        for name, ms, over in [*lines, ("all by default", "", "")]
     ]
 
 

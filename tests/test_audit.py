@@ -13,9 +13,7 @@ from cod_lightning.config import Config, choices, compose, flatten, plain, sweep
 
 PATH = Path(__file__).parents[1] / "docs" / "audit.md"
 TEXT = PATH.read_text()
-SECTIONS = {
-    title: body for title, body in re.findall(r"^#{2,3} (.*?)\n(.*?)(?=^##|\Z)", TEXT, re.DOTALL | re.MULTILINE)
-}
+SECTIONS = dict(re.findall(r"^#{2,3} (.*?)\n(.*?)(?=^##|\Z)", TEXT, re.DOTALL | re.MULTILINE))
 ROWS = re.findall(r"^\| (\d+) \| \[.*?\]\(#(.*?)\) \| (.*?) \| (.*?) \|$", TEXT, re.MULTILINE)
 TOY = re.search(r'^    TOY="(.*?)"$', TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = re.findall(r"^    python -m cod_lightning (.*)$", TEXT, re.MULTILINE)

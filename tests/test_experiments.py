@@ -25,13 +25,31 @@ BASELINES = ("post_ln", "deep_norm", "mix_ln", "pre_ln", "lns")
 SCALING = ("pre_ln", "layer_scale", "skip_init", "ds_init", "scaled_init", "lns", "lns_scaled_init")
 NORMS = ("pre_ln", "admin", "group_ln", "sandwich_ln", "mix_ln", "lns")
 POSITIONS = ("pre_ln", "before_ln", "after_branch", "after_residual", "only_attention", "only_ffn", "lns")
+TASKS = ("mmlu", "boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande", "average")
+TABLE_2_250M = [
+    [22.95, 37.83, 26.94, 52.72, 26.17, 11.60, 49.56, 32.54],
+    [23.60, 37.86, 36.62, 61.10, 25.69, 15.00, 49.57, 35.63],
+    [26.53, 56.12, 41.68, 66.34, 30.16, 18.00, 50.56, 41.34],
+    [24.93, 38.35, 40.15, 63.55, 26.34, 16.20, 49.01, 36.93],
+    [27.08, 58.17, 45.24, 67.38, 32.81, 18.80, 52.49, 43.14],
+]
+TABLE_2_1B = [
+    [22.95, 37.82, 25.08, 49.51, 25.04, 13.80, 49.57, 31.96],
+    [23.35, 37.83, 27.06, 52.94, 26.19, 11.80, 49.49, 32.67],
+    [23.19, 37.83, 25.08, 49.51, 25.04, 11.80, 49.57, 31.72],
+    [26.54, 62.20, 45.70, 67.79, 30.96, 17.40, 50.51, 43.01],
+    [28.69, 61.80, 48.85, 67.92, 33.94, 18.60, 54.30, 44.87],
+]
 TABLES = {
     "table1_130m": (BASELINES, [26.95, 27.17, 26.07, 26.73, 25.76]),
     "table1_250m": (BASELINES, [1409.79, 22.77, 21.39, 21.92, 20.35]),
     "table1_350m": (BASELINES, [1368.33, 1362.59, 1363.21, 19.58, 18.20]),
     "table1_1b": (BASELINES, [1390.75, 1409.08, 1414.78, 17.02, 15.71]),
+    "table2_250m": (BASELINES, [dict(zip(TASKS, row, strict=True)) for row in TABLE_2_250M]),
+    "table2_1b": (BASELINES, [dict(zip(TASKS, row, strict=True)) for row in TABLE_2_1B]),
     "table3_olmo_1b": (("scaled_init", "lns"), [{"val_loss": 2.96, "ppl": 19.30}, {"val_loss": 2.85, "ppl": 17.28}]),
     "table4_qwen2_5_0_5b": (("pre_ln", "lns"), [20.62, 19.57]),
+    "table5_vit_s": (("pre_ln", "after_ln", "after_branch"), [67.91, 66.43, 68.75]),
     "table6_130m": (SCALING, [26.73, 27.93, 27.41, 26.95, 26.04, 25.76, 25.80]),
     "table6_250m": (SCALING, [21.92, 23.45, 22.29, 21.50, 20.98, 20.35, 20.79]),
     "table7_130m": (NORMS, [26.73, 27.91, 28.01, 26.51, 26.07, 25.76]),
@@ -52,6 +70,7 @@ WITHOUT_FIGURES = {
     "figure5": ("pre_ln",),
     "figure6": ("pre_ln", "lns"),
     "figure7": ("pre_ln", "lns"),
+    "figure8": ("pre_ln", "after_branch"),
     "figure9": ("pre_ln",),
     "figure10": ("language",),
     "theory": ("pre_ln", "lns"),
@@ -65,6 +84,8 @@ CURVES = {
     "figure9": {"pre_ln": [[1000, 3000, 6000], [5, 85, 175]]},
 }
 EXPERIMENTS = [*TABLES, *WITHOUT_FIGURES]
+VISION = ("table5_vit_s", "figure8")
+LANGUAGE = [name for name in EXPERIMENTS if name not in VISION]
 SCALES = ("paper", "mini", "toy")
 
 
@@ -94,7 +115,7 @@ def test_the_published_figures_are_those_of_the_paper(name):
 
 
 KEYS = {"target", "column", "source", "metric", "tokens", "evaluation_batches", "rows", "start", "measures", "finding"}
-KEYS |= {"published_curves", "fractions", "settings", "unknown"}
+KEYS |= {"published_curves", "fractions", "settings", "unknown", "tasks"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -107,7 +128,7 @@ def test_an_experiment_says_where_all_of_it_comes_from(name):
     assert paper["source"].startswith("The Curse of Depth in Large Language Models, arXiv 2502.05795v5")
     assert config.description.startswith(paper["target"])
     assert paper["settings"].keys() <= {*flatten(values), *values}
-    assert paper["settings"].keys() >= {"model", "data"}
+    assert paper["settings"].keys() >= {"model", "images" if name in VISION else "data"}
     assert all(isinstance(text, str) and text for text in [*paper["settings"].values(), *paper["unknown"]])
     assert set(paper.get("measures", ())) <= MEASURES.keys()
     assert (paper.get("metric") is None) == (name in WITHOUT_FIGURES)
@@ -212,7 +233,7 @@ def own_parameters(config, specs):
     return total
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", LANGUAGE)
 def test_every_row_builds_with_the_parameters_that_are_counted(name):
     for row in (row for row in all_rows("paper").values() if row.experiment == name):
         config = row.config.model
@@ -232,6 +253,7 @@ def test_every_row_builds_with_the_parameters_that_are_counted(name):
         ("figure7", ["table1_130m"]),
         ("figure9", ["table1_130m"]),
         ("theory", ["table1_130m"]),
+        ("figure8", ["table5_vit_s"]),
         ("table6_130m", ["table1_130m"]),
         ("table7_130m", ["table1_130m"]),
         ("table8_130m", ["table1_130m"]),
@@ -253,6 +275,20 @@ def test_table_3_and_figure_1_share_the_run_with_lns_and_no_other():
         found = all_rows(scale)
         assert found["table3_olmo_1b", "lns"].config.id == found["figure1_1b", "lns"].config.id
         assert found["table3_olmo_1b", "scaled_init"].config.id != found["figure1_1b", "pre_ln"].config.id
+
+
+def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(tmp_path):
+    for scale in SCALES:
+        found = all_rows(scale)
+        row, source = found["table2_250m", "mix_ln"], found["table1_250m", "mix_ln"].run(2)
+        config = row.run(2)
+        assert config.init_from == str(source.folder)
+        assert config.data.tokenizer == str(source.folder / "tokenizer")
+        # Its words say the same, but name a run folder that has to be there.
+        assert f"init_from={source.folder}" in row.told(2)
+        assert row.tasks == ("paper" if scale == "paper" else None)
+        first, second = outstanding([row], [2], tmp_path)
+        assert (first.config.id, second.config.id) == (source.id, config.id)
 
 
 SUBJECTS = [name for name in WITHOUT_FIGURES if name.startswith("figure2_") or name in ("figure5", "figure10")]
@@ -302,7 +338,7 @@ def small(toy, tmp_path):
 def test_every_row_trains(small):
     """Two steps of each at toy scale, made smaller still; those that become the same run but once."""
     done = set()
-    for row in all_rows("toy").values():
+    for row in (row for (name, _), row in all_rows("toy").items() if name in LANGUAGE):
         config = with_row(row.config, row.name, small)
         if config.id not in done:
             done.add(config.id)

@@ -387,7 +387,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
 def evaluate_tasks(
     config: Config, run: Path, checkpoint: str, tasks: str, task_folder: Path | None, limit: int | None
 ) -> int:
-    from cod_lightning.measure.tasks import PAPER_TASKS, score, task_manager
+    from cod_lightning.measure.tasks import PAPER_TASKS, keep_scores, score, task_manager
 
     at_least("limit", limit, 1)
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
@@ -408,6 +408,8 @@ def evaluate_tasks(
     for task, figures in scores.items():
         for name, value in figures.items():
             print(f"{task} {name} {value:.6g}")
+    if limit is None:
+        keep_scores(run, scores)
     return 0
 
 
@@ -681,6 +683,8 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
         model, status = task.row.subject or str(task.folder), 0
         if task.row.subject is None:
             status = run_marked(["fit", *task.words], task.label, jobs)
+            if status == 0 and task.row.tasks is not None:
+                status = run_marked(["evaluate", model, f"tasks={task.row.tasks}"], task.label, jobs)
             keep(task.folder, target)
         if status == 0 and task.measures:
             command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
@@ -693,7 +697,9 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
 
     print(f"{len(tasks)} to carry out, of {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        statuses = list(pool.map(carry_out_one, tasks))
+        # What a run starts from has to be there before it.
+        waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
+        statuses = [status for wave in waves for status in pool.map(carry_out_one, wave)]
 
     from cod_lightning.report.terminal import reproduced, show
 

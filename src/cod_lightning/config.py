@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -356,13 +356,16 @@ def as_config(node: DictConfig) -> Config:
     """The configuration as an object, with the tokenizer that comes with `init_from`."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
-    if config.init_from is not None:
-        source = Path(config.init_from)
-        config.init_from = str(source)
-        if config.data.tokenizer == "bpe":
-            # Tokens of one trained anew would have nothing to do with the rows of the embedding.
-            config.data.tokenizer = str(run_of(source) / TOKENIZER)
-    return config
+    return config if config.init_from is None else started(config, Path(config.init_from))
+
+
+def started(config: Config, source: Path) -> Config:
+    """A configuration that starts from the weights at `source`, and reads text with the tokenizer that lies there."""
+    data = config.data
+    if data.tokenizer == "bpe":
+        # Tokens of one trained anew would have nothing to do with the rows of the embedding.
+        data = replace(data, tokenizer=str(run_of(source) / TOKENIZER))
+    return replace(config, init_from=str(source), data=data)
 
 
 # Saving, identity ----------------------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
-from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, with_row
+from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, started, with_row
 from cod_lightning.errors import UserError, nearest
+from cod_lightning.measure.tasks import SCORES
 from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.report.claims import Experiment, Run
 from cod_lightning.report.claims import Row as ReportedRow
@@ -36,6 +38,8 @@ class Row:
     words: tuple[str, ...]
     """What the command line says to get it, but for the seed."""
     config: Config
+    source: Row | None = None
+    """Where its runs start from: those of the same row and seed of another experiment."""
 
     @property
     def claim(self) -> dict[str, Any]:
@@ -47,10 +51,22 @@ class Row:
         """The public model that is measured in the place of a run; at the smaller scales a run stands in for it."""
         return self.claim.get("subject") if self.config.scale == "paper" else None
 
+    @property
+    def tasks(self) -> str | None:
+        """What its runs are scored on by lm-evaluation-harness, at the paper's scale; others have too little to say."""
+        return self.config.paper.get("tasks") if self.config.scale == "paper" else None
+
     def run(self, seed: int) -> Config:
         """The configuration of one of its runs, kept under its label whatever experiment asked for it first."""
         config = replace(self.config, seed=seed)
+        if self.source is not None:
+            config = started(config, self.source.run(seed).folder)
         return replace(config, name=f"{config.scale}/{config.label}")
+
+    def told(self, seed: int) -> tuple[str, ...]:
+        """What the command line says to get that run."""
+        start = () if self.source is None else (f"init_from={self.source.run(seed).folder}",)
+        return (*self.words, *start, f"seed={seed}", f"name={self.run(seed).name}")
 
 
 def named(names: Sequence[str]) -> list[str]:
@@ -84,8 +100,10 @@ def rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) 
         base = compose(words)
         if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce: train it with fit experiments={name}")
+        start = base.paper.get("start")
+        sources = {row.name: row for row in rows([start], scale, overrides)} if start else {}
         for row in base.paper["rows"]:
-            yield Row(name, row, (*words, f"row={row}"), with_row(base, row, overrides))
+            yield Row(name, row, (*words, f"row={row}"), with_row(base, row, overrides), sources.get(row))
 
 
 @dataclass
@@ -113,25 +131,31 @@ class Task:
 
 
 def outstanding(asked: Sequence[Row], seeds: Iterable[int], results: Path) -> list[Task]:
-    """What is not among the results yet, whatever rows ask for it.
+    """What is not among the results yet, whatever rows ask for it; what a run starts from stands before it.
 
     Raises:
         UserError: as `kept`.
     """
     found = kept(results)
     tasks: dict[str, Task] = {}
+
+    def add(row: Row, seed: int, again: bool = False) -> None:
+        config = row.run(seed)
+        key = row.subject or config.id
+        folder = found.get(key) if row.subject is None else results / config.scale / Path(row.subject).name
+        if folder is not None and (folder / FAILURE).is_file():
+            return  # the same configuration would diverge again
+        wanted = row.config.paper.get("measures", ())
+        missing = {name for name in wanted if folder is None or not (folder / f"{name}.json").is_file()}
+        if folder is None or missing or again:
+            if row.source is not None:
+                # Its weights are needed, which the results do not keep.
+                add(row.source, seed, again=not (row.source.run(seed).folder / "checkpoints").is_dir())
+            tasks.setdefault(key, Task(row, config, row.told(seed), set())).measures.update(missing)
+
     for seed in seeds:
         for row in asked:
-            config = row.run(seed)
-            key = row.subject or config.id
-            task = tasks.get(key) or Task(row, config, (*row.words, f"seed={seed}", f"name={config.name}"), set())
-            folder = found.get(key) if row.subject is None else results / config.scale / task.label
-            if folder is not None and (folder / FAILURE).is_file():
-                continue  # the same configuration would diverge again
-            wanted = row.config.paper.get("measures", ())
-            missing = {name for name in wanted if folder is None or not (folder / f"{name}.json").is_file()}
-            if folder is None or missing:
-                tasks.setdefault(key, task).measures.update(missing)
+            add(row, seed)
     return list(tasks.values())
 
 
@@ -174,6 +198,8 @@ def keep(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
         partial = target / f".{ended.name}.partial"
         partial.write_text(json.dumps(json.loads(ended.read_text()), separators=(",", ":")) + "\n")
         partial.replace(target / ended.name)
+    if (folder / SCORES).is_file():
+        shutil.copyfile(folder / SCORES, target / SCORES)
     for name in measures:
         shutil.copyfile(folder / MEASURED / f"{name}.json", target / f"{name}.json")
 
@@ -205,7 +231,7 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
         for seed in seeds:
             if (done := found.get(row.run(seed).id)) is not None:
                 folder, record = done
-                yield Run(seed, record, measured(folder))
+                yield Run(seed, record | accuracies(folder / SCORES), measured(folder))
 
     sizes = {row.experiment: num_parameters(row.config) for row in asked if row.config.scale == "paper"}
     for row in asked:
@@ -246,9 +272,17 @@ def reported(row: Row, runs: tuple[Run, ...]) -> ReportedRow:
     )
 
 
+def accuracies(scores: Path) -> dict[str, float]:
+    """Percentages by task, and their mean as `average`; empty where a run was scored on nothing."""
+    if not scores.is_file():
+        return {}
+    found = {task: 100 * figures["acc"] for task, figures in read(scores).items() if "acc" in figures}
+    return found | {"average": fmean(found.values())} if found else {}
+
+
 def measured(folder: Path) -> dict[str, Any]:
     """What was measured, by name."""
-    paths = sorted(path for path in folder.glob("*.json") if path.name not in (RECORD, FAILURE))
+    paths = sorted(path for path in folder.glob("*.json") if path.name not in (RECORD, FAILURE, SCORES))
     return {path.stem: read(path) for path in paths}
 
 

@@ -18,7 +18,7 @@ from cod_lightning.nn.exchange import export
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
 
-HF = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2")
+HF = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2", "qwen2_5_vl")
 FAMILIES = ("ours", "ours-lns", *HF)
 PAD = 0
 
@@ -41,10 +41,12 @@ def save_hf(model, folder):
 
 def reloaded(folder):
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    sees = hasattr(transformers.AutoConfig.from_pretrained(folder), "vision_config")
+    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    return kind.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "bert"])
 def test_blocks_are_removed_from_a_copy(causal_lm, family):
     model = causal_lm(family)
     whole, blocks = logits(model), model.blocks
@@ -56,8 +58,8 @@ def test_blocks_are_removed_from_a_copy(causal_lm, family):
         for parameter in smaller.model.parameters():
             parameter.zero_()
     assert torch.equal(logits(model), whole)
-    assert (model.depth, model.model.config.num_hidden_layers) == (4, 4)
-    assert (smaller.depth, smaller.model.config.num_hidden_layers) == (2, 2)
+    assert (model.depth, model.config.num_hidden_layers) == (4, 4)
+    assert (smaller.depth, smaller.config.num_hidden_layers) == (2, 2)
     assert removed(model, []).depth == 4
 
 
@@ -80,7 +82,7 @@ def test_a_pruned_checkpoint_reloads(causal_lm, family, tmp_path):
     result = prune(model, batches(), PAD, layers=[2], folder=tmp_path / "deep" / "small", export=save_hf)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["small"]
     again, smaller = reloaded(tmp_path / "deep" / "small"), removed(model, [2])
-    assert again.config.num_hidden_layers == 3
+    assert Layered(again).config.num_hidden_layers == 3
     assert torch.equal(logits(Layered(again)), logits(smaller))
     for pruned in (again, smaller.model):  # its key/value cache has a place for each layer that is left
         tokens = batches()[1][:, :4]

@@ -245,11 +245,12 @@ def test_a_cell_of_table_1():
     assert found.download_bytes == pytest.approx(326.8e9 * found.documents / 364.87e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in choices("experiments") if not name.startswith("table5")])
-def test_every_experiment_fits_one_gpu(name):
+@pytest.mark.parametrize("name", [name for name in choices("experiments") if name != "table5_vit_s"])
+def test_every_experiment_is_estimated_and_every_table_fits_one_gpu(name):
     found = of(f"experiments={name}")
-    assert 0 < found.memory.total < found.device_memory == 80e9
-    assert found.max_micro_batch_size >= found.micro_batch_size
+    fits = found.memory.total <= found.device_memory == 80e9
+    assert fits == (found.max_micro_batch_size >= found.micro_batch_size)
+    assert fits or not name.startswith("table")
 
 
 def test_packed_rows_take_as_many_documents_as_their_tokens_and_no_more_than_there_are():

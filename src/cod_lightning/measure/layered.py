@@ -83,6 +83,12 @@ class Layered:
         return sorted({1 + place * (self.depth - 1) // max(count - 1, 1) for place in range(count)})
 
     @property
+    def config(self) -> Any:
+        """What says the shape of the blocks: of a model that also sees, the part of its configuration on language."""
+        config: Any = self.model.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
     def hidden(self) -> int:
         return self.head_weight.shape[1]
 

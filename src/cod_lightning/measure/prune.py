@@ -143,7 +143,7 @@ def removed(model: Layered, layers: Collection[int]) -> Layered:
 
 def renumber(model: Layered, kept: list[int], depth: int) -> None:
     """Let the configuration and attention of a `transformers` model fit the blocks `kept` of `depth`, in place."""
-    config: Any = model.model.config
+    config = model.config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UserError(
             f"{model.name}: scale_attn_by_inverse_layer_idx divides attention by the number of its layer, so that a "

@@ -173,7 +173,7 @@ def scaled(model: Layered) -> bool:
 
 def shapes(model: Layered, length: int) -> Shapes:
     """What the theorems' constants are computed from; `std` is that of all weights of the blocks' matrices."""
-    config: Any = model.model.config
+    config = model.config
     hidden = model.hidden
     weights = [weight.detach().float().flatten() for block in model.blocks for _, weight in matrices(block).values()]
     return Shapes(

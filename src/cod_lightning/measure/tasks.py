@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from cod_lightning.nn.exchange import export, obstacles, quiet
 
 PAPER_TASKS = ("mmlu", "boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande")
 """The columns of Table 2, in its order, by their names in the harness."""
+SCORES = "tasks.json"
+"""Where a run keeps what it scored on whole tasks."""
 
 
 def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
@@ -87,6 +90,14 @@ def score(
         except OSError as error:
             raise UserError(f"tasks={','.join(tasks)}: the data of a task cannot be had: {error}") from error
     return {task: plain(results["results"][task]) for task in tasks}
+
+
+def keep_scores(folder: Path, scores: dict[str, dict[str, float]]) -> None:
+    """Write scores into `tasks.json` of a run folder, beside those of other tasks there; whole or not at all."""
+    path, partial = folder / SCORES, folder / f".{SCORES}.partial"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    partial.write_text(json.dumps(before | scores, indent=1) + "\n")
+    partial.replace(path)
 
 
 def plain(figures: dict[str, Any]) -> dict[str, float]:

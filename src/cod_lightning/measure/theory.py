@@ -150,11 +150,10 @@ class Theory:
         for place, (label, values) in zip(axes[1:], bounds.items(), strict=True):
             # as logarithms, since the bound from shapes is beyond the numbers that an axis can hold
             if gains := [math.log10(gain) for gain in self.gains]:
-                place.plot(layers[: len(gains)], gains, "o", ms=4, color="black", label="measured")
+                place.plot(layers[: len(gains)], gains, "o", ms=4, color="black", label="gradient norm, measured")
             bound = [value / math.log(10) for value in values]
             place.plot(layers[: len(bound)], bound, label=f"{theorem}, A and B {label}")
-            norm = r"$\log_{10}$ of the gradient norm $\|\partial y_l/\partial x_1\|_2$"
-            place.set(xlabel="layer l", ylabel=norm)
+            place.set(xlabel="layer l", ylabel=r"$\log_{10}\,\|\partial y_l/\partial x_1\|_2$")
         for place, columns in zip(axes, (2, 1, 1), strict=False):
             grid(place)
             legend(place, columns)

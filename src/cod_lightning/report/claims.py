@@ -94,8 +94,12 @@ class Experiment:
 
     @property
     def metrics(self) -> list[Metric]:
-        """What the paper prints of its rows, in its order."""
-        return [Metric(name) for name in dict.fromkeys(name for row in self.rows for name in row.published)]
+        """What the paper prints of its rows, and what is compared of runs where that is something else."""
+        printed = dict.fromkeys(name for row in self.rows for name in row.published)
+        own = self.paper.get("metric", "")
+        if printed and any(own in run.record for row in self.rows for run in row.runs):
+            printed[own] = None
+        return [Metric(name) for name in printed]
 
     @property
     def baseline(self) -> int:

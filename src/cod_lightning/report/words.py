@@ -161,8 +161,9 @@ def sentences(column: Column, metric: Metric) -> Iterator[str]:
         if known:
             theirs.setdefault(best(known)[1], []).append(experiment.source)
     _, ours = best((line.sample.mean, line.row.label) for line in lines if line.sample)
-    printed = listed(f"{label} ({', '.join(sizes)})" for label, sizes in theirs.items())
-    yield f"{'Lowest' if metric.lower else 'Highest'} {metric.title}: {ours} here, {printed} in the paper."
+    printed = [f"{label} ({', '.join(sizes)})" for label, sizes in theirs.items()]
+    paper = f"{listed(printed)} in the paper" if printed else "not in the paper"
+    yield f"{'Lowest' if metric.lower else 'Highest'} {metric.title}: {ours} here, {paper}."
 
 
 def listed(words: Iterable[str]) -> str:
