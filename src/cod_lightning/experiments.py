@@ -219,6 +219,7 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     Raises:
         UserError: a result cannot be read.
     """
+    asked = list(asked)
     found = {run: (folder, read(outcome(folder))) for run, folder in kept(results).items()}
     seeds = sorted({record["seed"] for _, record in found.values()})
 
@@ -232,12 +233,15 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
                 folder, record = done
                 yield Run(seed, record | accuracies(folder / SCORES), measured(folder))
 
-    return [
-        experiment(list(group), runs) for _, group in groupby(asked, key=lambda row: (row.experiment, row.config.scale))
-    ]
+    sizes = {row.experiment: num_parameters(row.config) for row in asked if row.config.scale == "paper"}
+    for row in asked:
+        if row.experiment not in sizes:
+            sizes[row.experiment] = num_parameters(compose([f"experiments={row.experiment}"]))
+    groups = groupby(asked, key=lambda row: (row.experiment, row.config.scale))
+    return [experiment(list(group), sizes[name], runs) for (name, _), group in groups]
 
 
-def experiment(asked: Sequence[Row], runs: Callable[[Row], Iterable[Run]]) -> Experiment:
+def experiment(asked: Sequence[Row], size: int, runs: Callable[[Row], Iterable[Run]]) -> Experiment:
     """The rows of one experiment at one scale as the report takes them."""
     name, config = asked[0].experiment, asked[0].config
     return Experiment(
@@ -245,7 +249,7 @@ def experiment(asked: Sequence[Row], runs: Callable[[Row], Iterable[Run]]) -> Ex
         scale=config.scale,
         target=config.paper.get("target", name),
         column=str(config.paper.get("column", "")),
-        size=num_parameters(config if config.scale == "paper" else compose([f"experiments={name}"])),
+        size=size,
         title=config.description,
         setting=setting(asked[0]),
         paper=config.paper,

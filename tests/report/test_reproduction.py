@@ -269,10 +269,8 @@ def test_what_it_would_take_is_told(made):
     rows = tables_of(made.markdown)["## What was not run"]
     assert rows[0] == ["| experiment", "rows not run", "hours of H100", "command |"]
     assert rows[2] == ["| table1_130m", "5 of 5", "50", "`python -m cod_lightning reproduce table1_130m` |"]
-    assert (
-        "scale=mini: not run. `python -m cod_lightning reproduce table1_130m scale=mini seeds=3` runs it."
-        in made.markdown
-    )
+    command = "python -m cod_lightning reproduce table1_130m"
+    assert f"Not run: scale=paper (`{command}`) and scale=mini (`{command} scale=mini seeds=3`)." in made.markdown
 
 
 def test_a_row_of_two_tables_is_counted_once(experiments):

@@ -240,7 +240,16 @@ def sizes(scales: Mapping[str, Sequence[Column]]) -> Figure:
             tint = colour(row, rows)
             curve = fit_sizes(size, loss)
             label = row.label + (f": {curve[0]}" if curve else "")
-            place.errorbar(size, loss, yerr=[s or 0 for s in sd], fmt="o", ms=5, color=tint, capsize=2, label=label)
+            place.errorbar(
+                size,
+                loss,
+                yerr=[s or 0 for s in sd] if any(sd) else None,
+                fmt="o",
+                ms=5,
+                color=tint,
+                capsize=2,
+                label=label,
+            )
             if curve:
                 along = np.geomspace(min(size), max(size), 100)
                 place.plot(along, curve[1](along), color=tint)

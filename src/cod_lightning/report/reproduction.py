@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,36 +121,24 @@ def overview(targets: Mapping[str, ByScale]) -> list[Block]:
 
 
 def section(target: str, scales: ByScale, images: dict[str, bytes]) -> Iterator[Block]:
-    """Adds its figures to `images`."""
-    published = scales["paper"]
-    yield Heading(2, target)
-    for finding in dict.fromkeys(e.paper["finding"] for e in published if e.paper.get("finding")):
-        yield Text(f"What the paper shows: {finding}")
+    """What the paper has and what was run of one target; adds the figures to `images`."""
     grouped = {scale: columns(experiments) for scale, experiments in scales.items()}
+    yield Heading(2, target)
+    for (finding,), sources in annotated(
+        (e.source, [e.paper["finding"]]) for e in scales["paper"] if "finding" in e.paper
+    ):
+        yield Text(f"**Published ({listed(sources)}).** {finding}")
     for name, alt, figure in drawn(target, grouped):
         images[name] = figures.png(figure)
         yield Image(name, alt)
-    if any(experiment.metrics for experiment in published):
-        titles = dict.fromkeys(metric.title for experiment in published for metric in experiment.metrics)
-        what = titles.popitem()[0] if len(titles) == 1 else "figures"
-        yield Heading(3, f"{target}: published {what}, and ours at scale=paper")
-        yield from printed(grouped["paper"])
-    yield Items([f"{column.experiments[0].title} {described(column, 'paper')}" for column in grouped["paper"]])
-    notes: dict[tuple[str, str], list[str]] = {}
-    for experiment in published:
-        for row in experiment.rows:
-            if row.note:
-                notes.setdefault((row.label, row.note), []).append(experiment.source)
-    if notes:
-        yield Text("Notes on published figures and rows:")
-        yield Items([f"{label} ({listed(sizes)}): {note}" for (label, note), sizes in notes.items()])
+    yield from published(target, grouped["paper"])
+    absent = []
     for scale in SCALES:
         if not any(row.runs for column in grouped.get(scale, []) for row in column.rows):
-            command = reproduce(published, scale, SEEDS if scale != "paper" else 1)
-            yield Text(f"scale={scale}: {NOT_RUN}. `{command}` runs it.")
+            absent.append(f"scale={scale} (`{reproduce(scales['paper'], scale, SEEDS if scale != 'paper' else 1)}`)")
             continue
         yield Heading(3, f"{target}: ours at scale={scale}")
-        yield Items([described(column, scale) for column in grouped[scale]])
+        yield Items([described(column) for column in grouped[scale]])
         if any(column.lines for column in grouped[scale]):
             yield from comparisons(grouped[scale])
             yield from conclusions(grouped[scale])
@@ -159,6 +147,32 @@ def section(target: str, scales: ByScale, images: dict[str, bytes]) -> Iterator[
                 yield found
             elif not column.lines:
                 yield Text(f"{column.heading}: not measured yet.")
+    if absent:
+        yield Text(f"{NOT_RUN.capitalize()}: {listed(absent)}.")
+
+
+def published(target: str, group: Sequence[Column]) -> Iterator[Block]:
+    """The paper's figures, beside ours at its scale, with what must be known of them and of the runs."""
+    titles = list(dict.fromkeys(metric.title for column in group for metric in column.metrics))
+    if titles:
+        yield Heading(3, f"{target}: published {titles[0] if len(titles) == 1 else 'figures'}, and ours at scale=paper")
+        yield from printed(group)
+    yield Items(
+        [f"{experiment.title} {described(column)}" for column in group for experiment in column.experiments[:1]]
+    )
+    notes = annotated(
+        (e.source, [row.label, row.note]) for c in group for e in c.experiments for row in e.rows if row.note
+    )
+    if notes := list(notes):
+        yield Items([f"{label} ({listed(sources)}): {note}" for (label, note), sources in notes])
+
+
+def annotated(found: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Texts, each once, and the columns of the paper that they belong to."""
+    sources: dict[tuple[str, ...], list[str]] = {}
+    for source, texts in found:
+        sources.setdefault(tuple(texts), []).append(source)
+    yield from sources.items()
 
 
 def conclusions(group: Sequence[Column]) -> Iterator[Block]:
@@ -196,14 +210,13 @@ def common_name(experiments: Sequence[Experiment]) -> str:
     return experiments[0].name.split("_")[0]
 
 
-def described(column: Column, scale: str) -> str:
-    """What a column is: shape, text, tokens and command."""
-    tokens = [e.paper.get("tokens") for e in column.experiments] if scale == "paper" else []
-    counted = "".join(f"; {count / 1e9:g}B tokens by the paper's count" for count in tokens if count)
-    seeds = max(column.seeds, default=1)
-    return (
-        f"{column.heading}: {column.experiments[0].setting}{counted}. `{reproduce(column.experiments, scale, seeds)}`"
-    )
+def described(column: Column) -> str:
+    """What a column is: shape, data, length and command."""
+    first = column.experiments[0]
+    tokens = first.paper.get("tokens") if first.scale == "paper" else None
+    counted = f"; {tokens / 1e9:g}B tokens by the paper's count" if tokens else ""
+    command = reproduce(column.experiments, first.scale, max(column.seeds, default=1))
+    return f"{column.heading}: {first.setting}{counted}. `{command}`"
 
 
 # The rest ------------------------------------------------------------------------------------------------------------
@@ -212,9 +225,7 @@ def described(column: Column, scale: str) -> str:
 def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
     """What the paper's own scale would take."""
     rows, hours = [], dict[str, float]()
-    for experiment in sorted(
-        (e for group in by_target(experiments).values() for e in group["paper"]), key=lambda e: e.name
-    ):
+    for experiment in (e for scales in by_target(experiments).values() for e in scales["paper"]):
         missing = [row for row in experiment.rows if not row.runs]
         if not missing:
             continue
@@ -238,7 +249,10 @@ def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
     head = ["experiment", "rows not run", f"hours of {hardware}" if hours else "hours", "command"]
     return [
         Heading(2, "What was not run"),
-        Text(f"At scale=paper, one seed.{total}"),
+        Text(
+            f"At scale=paper, one seed.{total} `python -m cod_lightning estimate experiments=NAME` says how the hours "
+            "of one run come about; public models are measured and not trained."
+        ),
         Table(head, rows),
     ]
 
