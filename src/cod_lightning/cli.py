@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.errors import Diverged, UserError, nearest
+from cod_lightning.errors import TRY_AGAIN, Diverged, Stopped, UserError, nearest
 
 if TYPE_CHECKING:
     from cod_lightning.config import Config
@@ -115,6 +115,11 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     export.add_argument("--max-length", type=int, help="max_position_embeddings (default: the run's data.seq_len)")
 
+    consolidate = command("consolidate", "Write a sharded checkpoint of a run as one file.")
+    consolidate.add_argument("run", type=Path, help="run folder")
+    consolidate.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    consolidate.add_argument("--output", type=Path, help="new .ckpt file (default: whole-STEP.ckpt in checkpoints/)")
+
     take = command("import", "Make a run folder of a Llama, Mistral or Qwen2 checkpoint, for evaluate and generate.")
     take.add_argument("model", help="folder of the checkpoint, or its name on the hub")
     take.add_argument("--output", type=Path, required=True, help="new run folder")
@@ -157,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, or 2 for input that can be corrected."""
+    """Run a command; returns its exit status: 0, 2 for input that can be corrected, `TRY_AGAIN` for a stopped run."""
     # libgomp's threads spin while they wait for each other. With another process on the cores that made a step 18
     # times slower (2 threads, 2 cores); with this bound it is 2 to 3 times, and as fast as before on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -177,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "evaluate": evaluate,
             "generate": generate,
             "export": export,
+            "consolidate": consolidate,
             "import": import_model,
             "measure": measure,
             "estimate": estimate,
@@ -186,8 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         }[command](**arguments)
     except UserError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            sys.stderr.write(f"error: {line}\n")  # in one piece, as other ranks may write theirs
         return 2
+    except Stopped as reason:
+        print(f"{reason}\nrun the same command again to go on", file=sys.stderr)
+        # Lightning kills this process where one that it launched reports a failure; they all stop, and this one tells.
+        return TRY_AGAIN if os.environ.get("LOCAL_RANK", "0") == "0" else 0
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130
@@ -392,7 +402,8 @@ def evaluate_tasks(
     at_least("limit", limit, 1)
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
     manager = task_manager(names, task_folder)
-    from cod_lightning.train.run import accelerator, checkpoint_of, load_run
+    from cod_lightning.train.run import checkpoint_of, load_run
+    from cod_lightning.train.strategy import accelerator
 
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
     scores = score(
@@ -429,6 +440,23 @@ def export(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str,
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
     write(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.data.seq_len)
     print(folder)
+    return 0
+
+
+def consolidate(run: Path, checkpoint: str, output: Path | None) -> int:
+    from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
+    from cod_lightning.train.run import checkpoint_of
+
+    path = checkpoint_of(run, checkpoint)
+    content = read_checkpoint(path)
+    target = output or path.with_name(f"whole-{content['global_step']:08d}.ckpt")
+    if target.exists():
+        raise UserError(f"{target} exists: name a new file with --output")
+    io = AtomicCheckpointIO()
+    io.save_checkpoint(content, target)
+    if io.failure:
+        raise UserError(io.failure)
+    print(target)
     return 0
 
 

@@ -25,7 +25,8 @@ from cod_lightning.measure.suite import MEASURES, WIDEST_MAP, measures_of, optio
 from cod_lightning.nn.exchange import export, quiet
 from cod_lightning.report.compare import NEEDED, comparison_page
 from cod_lightning.report.terminal import result_table, show
-from cod_lightning.train.run import Sections, accelerator, load_run
+from cod_lightning.train.run import Sections, load_run
+from cod_lightning.train.strategy import accelerator
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,32 +15,37 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import DistError
 
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
-from cod_lightning.errors import UserError
+from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.parallel import load, misfits
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
     ProgressBar,
     Recorder,
+    StopSignal,
     progress,
 )
 from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
 from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import environment, write_record
+from cod_lightning.train.strategy import accelerator, precision, strategy_of
 from cod_lightning.train.vision import VisionModule
 
 
@@ -76,14 +82,16 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
     Raises:
         UserError: data, checkpoints or a device that cannot be had.
         Diverged: a loss that is not finite.
+        Stopped: by a signal, or because another rank is gone.
     """
     with library_chatter_off():
         going_on = run.resume and checkpoints(folder / "checkpoints")
-        origin, weights = (None, None) if run.init_from is None or going_on else initial(run, Path(run.init_from))
+        start = None if run.init_from is None or going_on else initial(run, Path(run.init_from))
         data, module = build(run)
-        module.origin, module.initial = origin, weights
+        if start is not None:
+            module.origin, module.initial = start[0], (start[1], start[0]["checkpoint"])
         recorder = Recorder(run.trainer.log_every)
-        callbacks: list[Callback] = [recorder, *probes(run.trainer, data, recorder)]
+        callbacks: list[Callback] = [recorder, StopSignal(), *probes(run.trainer, data, recorder)]
         if run.trainer.progress:
             callbacks.append(progress(recorder, sys.stderr.isatty()))
         steps = Checkpoints(
@@ -100,9 +108,10 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
             keep_tokenizer(data, folder)
         log_config(trainer, run.config)
         here = environment()
-        trainer.fit(module, data, ckpt_path=found[-1] if found else None, weights_only=True)
-        if recorder.history.get("val", {}).get("step", [None])[-1] != trainer.global_step:
-            trainer.validate(module, data, verbose=False)
+        with others_at_hand(run.trainer):
+            trainer.fit(module, data, ckpt_path=found[-1] if found else None, weights_only=True)
+            if recorder.history.get("val", {}).get("step", [None])[-1] != trainer.global_step:
+                trainer.validate(module, data, verbose=False)
         record = {
             **recorder.final(),
             "steps": run.trainer.max_steps,
@@ -148,8 +157,8 @@ def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:
     """
     with library_chatter_off():
         data, module = build(run)
-        module.configure_model()
-        load_state(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
+        state = read_checkpoint(checkpoint)["state_dict"]
+        module.initial = {name.partition(".")[2]: tensor for name, tensor in state.items()}, str(checkpoint)
         trainer = build_trainer(run)
         trainer.validate(module, data, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -167,7 +176,7 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule] | tuple[ImageD
         "norm": run.norm,
         "optim": run.optim,
         "seed": run.seed,
-        "max_steps": run.trainer.max_steps,
+        "settings": run.trainer,
         "micro_batch_size": run.data.micro_batch_size,
     }
     if run.task == "vision":
@@ -214,7 +223,7 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
     """
     if not source.exists():
         raise UserError(f"init_from={source}: no such run folder or .ckpt file")
-    path = checkpoint_of(source) if source.is_dir() else source
+    path = source if source.suffix == ".ckpt" else checkpoint_of(source)
     theirs, ours = run_of(source) / TOKENIZER, run.data.tokenizer
     if str(theirs) == ours and not theirs.is_dir():
         raise UserError(f"init_from={source}: there is no tokenizer at {theirs}; name one with data.tokenizer=")
@@ -227,14 +236,7 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
     weights = decoder_state(checkpoint)
     with torch.device("meta"):
         decoder = decoder_for(run, run.model.vocab_size or tokenizer.vocab_size)
-    here, there = (
-        {name: list(tensor.shape) for name, tensor in state.items()} for state in (decoder.state_dict(), weights)
-    )
-    differing = [
-        f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
-    ]
+    differing = misfits(decoder, weights)
     if differing:
         raise UserError(
             f"init_from={source}: {len(differing)} parameters have another shape than this run's ({differing[0]}): "
@@ -264,17 +266,8 @@ def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Do
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     state = decoder_state(read_checkpoint(checkpoint))
     decoder = decoder_for(run, len(state["lm_head.weight"]))
-    load_state(decoder, state, checkpoint)
+    load(decoder, state, str(checkpoint))
     return decoder, tokenizer
-
-
-def load_state(module: nn.Module, state: Mapping[str, Any], checkpoint: Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{checkpoint}: its decoder has another shape than the run's configuration ({error})"
-        ) from error
 
 
 def checkpoint_of(folder: Path, which: str = "last") -> Path:
@@ -288,7 +281,7 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
         UserError: there is none.
     """
     found = checkpoints(folder / "checkpoints") if which == "last" else [folder / "checkpoints" / BEST]
-    if not found or not found[-1].is_file():
+    if not found or not found[-1].exists():
         raise UserError(f"{folder}: no {which} checkpoint below checkpoints/; train it first with fit")
     return found[-1]
 
@@ -300,15 +293,13 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
         UserError: the machine does not have what `trainer.*` asks for.
     """
     settings = run.trainer
-    strategy = settings.strategy
-    if strategy == "ddp" and run.optim.lisa_layers:
-        strategy = "ddp_find_unused_parameters_true"  # plain DDP waits for the gradients of the blocks that rest
     try:
         return Trainer(
             accelerator=accelerator(settings),
             devices=settings.devices,
             num_nodes=settings.num_nodes,
-            strategy=strategy,
+            # Plain DDP waits for the gradients of the blocks that rest.
+            strategy=strategy_of(settings, unused=run.optim.lisa_layers > 0),
             precision=precision(settings),
             max_steps=settings.max_steps,
             max_epochs=-1,
@@ -322,7 +313,7 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
             enable_checkpointing=io is not None,
             callbacks=list(callbacks),
             logger=False,
-            plugins=[io or AtomicCheckpointIO()],
+            plugins=[io or AtomicCheckpointIO(), *environments()],
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(
@@ -330,19 +321,9 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
         ) from error
 
 
-def accelerator(settings: TrainerConfig) -> str:
-    """Lightning's name for the accelerator; its own "auto" would take an Apple GPU, which has no float64 for sums."""
-    if settings.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
-
-
-def precision(settings: TrainerConfig) -> Any:
-    """`precision=auto` resolved: `auto_cuda` on a CUDA device that has bfloat16, float32 elsewhere."""
-    if settings.precision != "auto":
-        return settings.precision
-    cuda = accelerator(settings) == "cuda" and torch.cuda.is_bf16_supported()
-    return settings.auto_cuda if cuda else "32-true"
+def environments() -> list[Any]:
+    """Slurm's, without what Lightning would do there on its own: `StopSignal` and the job's script do it."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
@@ -392,6 +373,26 @@ def save_tokenizer(tokenizer: Tokenizer, eos_id: int, pad_id: int, folder: Path)
 
 
 @contextlib.contextmanager
+def others_at_hand(settings: TrainerConfig) -> Generator[None]:
+    """Where another rank does not answer, or is gone, or a signal ends a run outside of its steps, say so."""
+    try:
+        yield
+    except SIGTERMException as error:  # Lightning's, before the first step or after the last; as it is, a success
+        raise Stopped("stopped as asked") from error
+    except RuntimeError as error:
+        if settings.world_size == 1 or not (isinstance(error, DistError) or re.search(GONE, str(error))):
+            raise
+        raise Stopped(
+            f"another of the {settings.world_size} ranks is gone, or did not answer for "
+            f"trainer.timeout={settings.timeout:g} s ({str(error).splitlines()[0]})"
+        ) from error
+
+
+GONE = r"(?i)gloo|connection (closed|reset|refused)|timed out|broken pipe"
+"""What messages of a lost connection have in common."""
+
+
+@contextlib.contextmanager
 def library_chatter_off() -> Generator[None]:
     """Silence what Lightning says about choices that are made on purpose here."""
     lightning = logging.getLogger("lightning.pytorch")
@@ -405,6 +406,8 @@ def library_chatter_off() -> Generator[None]:
             r".*resuming from a checkpoint that ended before the epoch ended.*",
             # Every rank reads its own share of the validation rows.
             r".*Your `IterableDataset` has `__len__` defined.*",
+            # Every rank logs the same figures, which metrics have summed over all.
+            r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
             # Lightning calls what torch has deprecated.
             r".*isinstance\(treespec, LeafSpec\).*",
         ):
