@@ -258,18 +258,28 @@ def experiment(asked: Sequence[Row], size: int, runs: Callable[[Row], Iterable[R
 
 
 def reported(row: Row, runs: tuple[Run, ...]) -> ReportedRow:
-    figures = row.claim.get("published")
-    if figures is not None and not isinstance(figures, Mapping):
-        figures = {row.config.paper.get("metric", "ppl"): figures}
     return ReportedRow(
         name=row.name,
         label=row.claim.get("label", row.name),
-        published=dict(figures or {}),
+        published=published(row),
         note=row.claim.get("note"),
         computes=row.subject or row.run(0).id,
         runs=runs,
         gpu_hours=gpu_hours(row),
     )
+
+
+def published(row: Row) -> dict[str, float]:
+    """What the paper prints of a row, by the key of the record that it is compared with.
+
+    At the smaller scales there are no tasks: what the record has instead stands beside their average.
+    """
+    figures, metric = row.claim.get("published"), row.config.paper.get("metric", "ppl")
+    if figures is None:
+        return {}
+    if not isinstance(figures, Mapping):
+        return {metric: figures}
+    return {metric: figures["average"]} if "average" in figures and row.tasks is None else dict(figures)
 
 
 def accuracies(scores: Path) -> dict[str, float]:
@@ -308,6 +318,8 @@ def setting(row: Row) -> str:
         text = f"{data.source}, rows of {data.seq_len} tokens"
     positions = data.batch_size * row_length(config)
     stand_in = "a stand-in for public models; " if "subject" in row.claim else ""
+    if "tasks" in config.paper and row.tasks is None:
+        text += ", accuracy of held-out answers beside the published average over tasks"
     return (
         f"{stand_in}{shape}; {text}, protocol={config.protocol}; {steps:,} steps of {positions:,} token positions, "
         f"{amount(steps * positions)} in all"

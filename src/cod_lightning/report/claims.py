@@ -128,6 +128,11 @@ class Metric:
         return 3 if self.name.endswith("loss") else 2
 
     @property
+    def difference_digits(self) -> int:
+        """Likewise, of differences."""
+        return 3 if self.lower else 2
+
+    @property
     def unit(self) -> str:
         """Of differences."""
         return "nats" if self.lower else "points"

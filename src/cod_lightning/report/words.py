@@ -69,7 +69,7 @@ def compared(column: Column, published: bool = False) -> Table:
             outcome(line),
             str(line.sample.n if line.sample else 0),
             "baseline" if line.row is column.baseline else difference(line),
-            *(beside(line.metric, claim, published) for claim in line.claims),
+            *(beside(line, claim, published) for claim in line.claims),
         ]
         for line in lines
     ]
@@ -114,17 +114,19 @@ def difference(line: Line) -> str:
     """Our difference with half its interval, bold beyond noise."""
     if line.difference is None:
         return ""
-    margin = line.difference.margin
-    text = f"{line.difference.mean:+.3f}" + ("" if margin is None else f" ± {margin:.3f}")
+    margin, digits = line.difference.margin, line.metric.difference_digits
+    text = f"{line.difference.mean:+.{digits}f}" + ("" if margin is None else f" ± {margin:.{digits}f}")
     return f"**{text}**" if line.difference.beyond_noise else text
 
 
-def beside(metric: Metric, claim: Claim, published: bool) -> str:
+def beside(line: Line, claim: Claim, published: bool) -> str:
     """The published difference, and whether ours points the same way."""
-    parts = [number(metric, claim.value)] * published
+    parts = [number(line.metric, claim.value)] * published
     if claim.difference is not None:
-        parts.append(f"{claim.difference:+.3f}{'' if claim.trained else ' (did not train)'}")
-        parts.append(claim.direction or NOT_RUN)
+        parts.append(
+            f"{claim.difference:+.{line.metric.difference_digits}f}{'' if claim.trained else ' (did not train)'}"
+        )
+        parts.append(claim.direction or ("failed" if line.failures else NOT_RUN))
     return ", ".join(parts)
 
 
@@ -138,18 +140,23 @@ def conclusion(column: Column) -> str:
 def sentences(column: Column, metric: Metric) -> Iterator[str]:
     lines, base = column.lines_of(metric), column.baseline.label
     title = "" if len(column.metrics) == 1 else f"{metric.title}: "
+    digits = metric.difference_digits
     parted = [(line, line.difference) for line in lines if line.difference]
     if any(difference.margin is not None for _, difference in parted):
-        beyond = [f"{line.row.label} ({found.mean:+.3f})" for line, found in parted if found.beyond_noise]
+        beyond = [f"{line.row.label} ({change.mean:+.{digits}f})" for line, change in parted if change.beyond_noise]
         verb = "differ" if len(beyond) > 1 else "differs"
         yield f"{title}{listed(beyond or ['nothing'])} {verb} from {base} by more than noise."
+        found: dict[str, list[str]] = {}
         for index, experiment in enumerate(column.experiments):
             groups = {
                 kind: [line.row.label for line in lines if line.claims[index].direction == kind]
                 for kind in (SAME, OPPOSITE, NOISE)
             }
-            if parts := [f"{kind} for {listed(labels)}" for kind, labels in groups.items() if labels]:
-                yield f"Direction beside the paper's {experiment.source}: {'; '.join(parts)}."
+            parts = [f"{kind} for {listed(labels)}" for kind, labels in groups.items() if labels]
+            found.setdefault("; ".join(parts), []).append(experiment.source)
+        for directions, sources in found.items():
+            if directions:
+                yield f"Direction beside the paper's {listed(sources)}: {directions}."
     elif parted:
         yield f"{title}one seed, so that no difference can be told from noise."
     if untrained := [line.row.label for line in lines if line.untrained]:
