@@ -64,4 +64,4 @@ def test_every_command_is_understood(command):
     words = shlex.split(command.replace("$TOY", TOY[1].replace("\\\n", " ")))
     arguments = parser().parse_args(words)
     for run in sweep(arguments.overrides):
-        assert compose(run).trainer.max_steps == 64
+        assert compose(run).trainer.max_steps == 128

@@ -689,7 +689,7 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
         if status == 0 and task.measures:
             command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
             if task.row.subject is not None:
-                command += [f"output={task.folder / MEASURED}", *task.row.words]
+                command += [*task.row.words, f"output={task.folder / MEASURED}"]  # the last one counts
             status = run_marked(command, task.label, jobs)
             if status == 0:
                 keep(task.folder, target, task.measures)

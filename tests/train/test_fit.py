@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 
 from cod_lightning.cli import carry_out, sections
-from cod_lightning.config import choices, compose
+from cod_lightning.config import compose
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.strategies import STRATEGIES
@@ -113,10 +113,8 @@ def test_golden_losses_of_every_strategy(train):
 
 
 @pytest.mark.parametrize("protocol", ["paper", "strict"])
-@pytest.mark.parametrize("experiment", choices("experiments"))
-def test_every_experiment_runs_two_steps_at_toy_size(train, experiment, protocol):
-    words = ("trainer.max_steps=2", "optim.warmup_steps=1")
-    record, _ = train(f"experiments={experiment}", f"protocol={protocol}", *words)
+def test_a_protocol_decides_rows_and_first_rate(train, protocol):
+    record, _ = train("experiments=table1_130m", f"protocol={protocol}", "trainer.max_steps=2", "optim.warmup_steps=1")
     assert record["steps"] == 2
     assert math.isfinite(record["val_loss"])
     assert record["config"]["data"]["layout"] == ("document" if protocol == "paper" else "packed")
