@@ -317,11 +317,10 @@ def setting(row: Row) -> str:
     else:
         text = f"{data.source}, rows of {data.seq_len} tokens"
     positions = data.batch_size * row_length(config)
-    stand_in = "a stand-in for public models; " if "subject" in row.claim else ""
     if "tasks" in config.paper and row.tasks is None:
         text += ", accuracy of held-out answers beside the published average over tasks"
     return (
-        f"{stand_in}{shape}; {text}, protocol={config.protocol}; {steps:,} steps of {positions:,} token positions, "
+        f"{shape}; {text}, protocol={config.protocol}; {steps:,} steps of {positions:,} token positions, "
         f"{amount(steps * positions)} in all"
     )
 

@@ -440,3 +440,10 @@ def test_a_fit_does_not_go_below_zero():
     equation, curve = fit_sizes(sizes, 9 - np.log10(sizes))
     assert equation.startswith("0.00 + ")
     assert curve(np.array([1e15])) > 0
+
+
+def test_what_stands_in_for_a_public_model_says_so():
+    paper = {"rows": {"pre_ln": {"subject": "meta-llama/Llama-2-13b-hf"}}}
+    made = {scale: table(row("pre_ln", None, label="LLaMA2-13B"), scale=scale, **paper) for scale in ("paper", "toy")}
+    assert Column((made["paper"],)).rows[0].label == "LLaMA2-13B"
+    assert Column((made["toy"],)).rows[0].label == "stand-in for LLaMA2-13B"

@@ -242,12 +242,13 @@ class Column:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """Of the first experiment, under the labels of all."""
-        labels = [
-            list(dict.fromkeys(row.label for row in same))
-            for same in zip(*(e.rows for e in self.experiments), strict=True)
-        ]
+        same = zip(*(experiment.rows for experiment in self.experiments), strict=True)
+        names = [", ".join(dict.fromkeys(row.label for row in rows)) for rows in same]
+        first = self.experiments[0]
+        public = {name for name, row in first.paper.get("rows", {}).items() if "subject" in row}
         return tuple(
-            replace(row, label=", ".join(names)) for row, names in zip(self.experiments[0].rows, labels, strict=True)
+            replace(row, label=f"stand-in for {name}" if row.name in public and first.scale != "paper" else name)
+            for row, name in zip(first.rows, names, strict=True)
         )
 
     @cached_property

@@ -488,7 +488,10 @@ def theory(column: Column) -> Figure | None:
         shapes = mean_of(one["shape_log_bound"] for one in found)
         if shapes.size:
             right.plot([], [], " ", label=f"with A, B of the shapes, last layer: $e^{{{shapes[-1]:.0f}}}$")
-        right.set(yscale="log", xlabel="layer $l$", ylabel=r"$\|dy_l/dx_1\|_2$", title=f"{row.label}: gain")
+        right.set(xlabel="layer $l$", ylabel=r"$\|dy_l/dx_1\|_2$", title=f"{row.label}: gain")
+        low, high = right.get_ylim()
+        if low <= 0 or high > 5 * low:
+            right.set_yscale("log")
         right.legend()
     return figure
 
