@@ -20,6 +20,7 @@ from cod_lightning.report.claims import (
     Sample,
     by_target,
     columns,
+    seed_counts,
 )
 from cod_lightning.report.figures import fit_sizes
 from cod_lightning.report.reproduction import FIGURES, report
@@ -215,6 +216,13 @@ def test_sizes_of_their_own_are_one_table_with_a_paragraph_each():
 def test_the_baseline_is_pre_ln_or_else_the_first_row():
     assert Column((table(row("lns", 1.0), row("pre_ln", 2.0)),)).baseline.name == "pre_ln"
     assert Column((table(row("scaled_init", 1.0), row("lns", 2.0)),)).baseline.name == "scaled_init"
+
+
+def test_rows_of_more_and_fewer_seeds_are_counted_apart():
+    rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)), row("lns", 19.0, run(1, 4.0)), row("admin", 21.0)]
+    assert seed_counts(rows) == "1 to 2"
+    assert seed_counts(rows[:1]) == "2"
+    assert seed_counts(rows[2:]) == "0"
 
 
 def test_targets_are_in_the_papers_order():

@@ -294,6 +294,13 @@ class Column:
         return lines
 
 
+def seed_counts(rows: Iterable[Row]) -> str:
+    """How many seeds the rows that were run have, such as "3" or "1 to 3"."""
+    counts = [len(row.runs) for row in rows if row.runs]
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(high) if low == high else f"{low} to {high}"
+
+
 def values(row: Row, metric: Metric) -> dict[int, float]:
     """By seed, of the runs that have it."""
     found = {run.seed: metric.of(run.record) for run in row.runs}

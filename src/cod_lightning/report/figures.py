@@ -22,7 +22,7 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from cod_lightning.report.claims import Column, Line, Metric, Row
+from cod_lightning.report.claims import Column, Line, Metric, Row, seed_counts
 
 WIDTH, DPI = 7.5, 120
 STYLE: dict[Any, Any] = {
@@ -68,8 +68,8 @@ def colour(row: Row, rows: Sequence[Row]) -> str:
 
 
 def seeds_of(column: Column) -> str:
-    count = max((len(row.runs) for row in column.rows), default=0)
-    return f"{count} seed{'s' * (count > 1)}"
+    counts = seed_counts(column.rows)
+    return f"{counts} seed{'s' * (counts != '1')}"
 
 
 def mean_of(arrays: Iterable[Any]) -> np.ndarray:

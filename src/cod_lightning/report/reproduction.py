@@ -22,6 +22,7 @@ from cod_lightning.report.claims import (
     Run,
     by_target,
     columns,
+    seed_counts,
 )
 from cod_lightning.report.document import Block, Heading, Image, Items, Table, Text, markdown, page
 from cod_lightning.report.quantities import quantities
@@ -109,8 +110,8 @@ def overview(targets: Mapping[str, ByScale]) -> list[Block]:
             ]
             counts = [found.count(kind) for kind in (SAME, OPPOSITE, NOISE, ONE_SEED)]
             if any(counts):
-                seeds = max(len(row.runs) for experiment in experiments for row in experiment.rows)
-                rows.append([target, scale, str(seeds), str(sum(counts)), *map(str, counts)])
+                seeds = seed_counts(row for experiment in experiments for row in experiment.rows)
+                rows.append([target, scale, seeds, str(sum(counts)), *map(str, counts)])
     if not rows:
         return [Text("Nothing has been run yet.")]
     head = ["target", "scale", "seeds", "differences compared", "same direction", OPPOSITE, NOISE, ONE_SEED]
