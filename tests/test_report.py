@@ -65,10 +65,26 @@ def test_results_find_their_rows_and_their_measures(results, toys):
     assert {line.row.name for line in Column((found,)).lines if line.sample} == {"pre_ln", "lns"}
 
 
-def test_figures_by_task_are_compared_where_there_are_tasks():
-    paper, toy = (claims(rows(["table2_250m"], scale), experiments.RESULTS)[0] for scale in ("paper", "toy"))
-    assert paper.rows[-1].published["boolq"] == 58.17
-    assert toy.rows[-1].published == {"accuracy": 43.14}
+def test_a_published_figure_is_compared_with_the_same_metric_alone(tmp_path):
+    for scale in SCALES:
+        (found,) = claims(rows(["table2_250m"], scale), tmp_path)
+        assert (found.rows[-1].published["boolq"], found.rows[-1].published["average"]) == (58.17, 43.14)
+        assert "accuracy" not in found.rows[-1].published
+    (images,) = claims(rows(["table5_vit_s"], "toy"), tmp_path)
+    assert images.rows[0].published == {"accuracy": 67.91}
+
+
+def test_what_is_kept_is_one_line_and_maps_have_four_digits(tmp_path):
+    loss = 5.567581105229306
+    measures = {"removal": {"loss": loss, "losses": [loss + 1e-7, None]}, "jacobian_map": {"matrices": [[loss, 1]]}}
+    (tmp_path / "toy/run/measure").mkdir(parents=True)
+    for name, found in measures.items():
+        (tmp_path / f"toy/run/measure/{name}.json").write_text(json.dumps(found, indent=1))
+    experiments.keep(tmp_path / "toy/run", tmp_path / "results", measures)
+    kept = tmp_path / "results/toy/run"
+    assert experiments.measured(kept) == {**measures, "jacobian_map": {"matrices": [[5.568, 1]]}}
+    assert all(path.read_text().count("\n") == 1 and ", " not in path.read_text() for path in kept.iterdir())
+    assert len(list(kept.iterdir())) == 2
 
 
 def test_hours_are_estimated_of_what_is_trained_at_the_papers_scale(toys):
