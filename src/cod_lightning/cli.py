@@ -621,8 +621,6 @@ def estimate(overrides: Sequence[str], as_json: bool) -> int:
     runs = list(sweep(overrides))
     settings = [estimate_settings(words) for words in runs]
     configs = [compose([word for word in words if word.partition("=")[0] not in ESTIMATE_SETTINGS]) for words in runs]
-    if any(config.task != "language" for config in configs):
-        raise UserError("task='vision' has no estimate yet: only decoders have one")
     from cod_lightning.report.estimate import estimate as needs
     from cod_lightning.report.terminal import estimate_table, show
 
@@ -632,6 +630,7 @@ def estimate(overrides: Sequence[str], as_json: bool) -> int:
             config.norm,
             config.data,
             config.trainer,
+            config.images if config.task == "vision" else None,
             published_tokens=config.paper.get("tokens") if config.scale == "paper" else None,
             **chosen,
         )

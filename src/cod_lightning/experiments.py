@@ -311,11 +311,12 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def gpu_hours(row: Row) -> float | None:
-    """Of one run at the paper's scale; None where nothing is trained, and of what has no estimate."""
+    """Of one run at the paper's scale; None where nothing is trained."""
     config = row.config
-    if config.scale != "paper" or row.subject is not None or config.task != "language":
+    if config.scale != "paper" or row.subject is not None:
         return None
-    return estimate(config.model, config.norm, config.data, config.trainer).gpu_hours
+    images = config.images if config.task == "vision" else None
+    return estimate(config.model, config.norm, config.data, config.trainer, images).gpu_hours
 
 
 def setting(row: Row) -> str:
@@ -343,7 +344,7 @@ def num_parameters(config: Config) -> int:
     """Of the model under Pre-LN; strategies with learnable scales or more norms add theirs."""
     if config.task == "vision":
         images = config.images
-        return num_vit_parameters(config.model, images.size, images.patch_size, images.classes or 0)
+        return num_vit_parameters(config.model, images.size, images.patch_size, images.known_classes or 0)
     return config.model.num_parameters(config.data.vocab_size)
 
 
