@@ -576,6 +576,8 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
         from cod_lightning.train.run import TOKENIZER, checkpoint_of
 
         if changes_text(overrides):
+            if config.task != "language":
+                raise UserError(f"{run} is a run of task={config.task}: it reads images.folder=, not data=")
             config.data.tokenizer = str(run / TOKENIZER)
         return open_run(sections(config), run, checkpoint_of(run, checkpoint), rows)
     config = compose(overrides)
