@@ -183,6 +183,16 @@ def test_what_did_not_train_and_what_failed_is_told():
     assert "(failed: the loss is nan at step 3)" in everything.markdown
 
 
+def test_what_did_not_train_says_so_where_it_agrees():
+    rows = [
+        row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)),
+        row("deep_norm", 20.1, run(1, 6.99, halfway=7.0), run(2, 6.99, halfway=7.0)),
+    ]
+    published = table(*(replace(r, runs=()) for r in rows), scale="paper")
+    (found,) = tables_of(report([published, table(*rows)]).markdown)["## At a glance"][2:]
+    assert found == ["| Table 1", "toy", "2", "deep_norm (did not train here) |"]
+
+
 def test_sizes_that_are_the_same_runs_are_one_column():
     small, large = (
         table(*(replace(r, published={"ppl": value}) for r, value in zip(rows_at("toy"), figures, strict=True)), **rest)

@@ -158,7 +158,7 @@ SUMMED = {
 def agreements(target: str, group: Sequence[Column]) -> list[tuple[str, str, str]]:
     """Direction, row or finding, and column of the paper, of all that was compared; of a table in one metric."""
     found = [
-        (claim.direction, line.row.label, claim.experiment.source)
+        (claim.direction, line.row.label + " (did not train here)" * bool(line.untrained), claim.experiment.source)
         for column in group
         if (metric := figures.headline(column)) is not None
         for line in column.lines_of(metric)
