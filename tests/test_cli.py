@@ -52,6 +52,8 @@ def finished(toy, tmp_path_factory):
         ["import"],
         ["measure"],
         ["estimate"],
+        ["reproduce"],
+        ["report"],
         ["experiments"],
     ],
 )
@@ -532,6 +534,8 @@ def test_a_loss_that_is_not_finite_exits_with_status_2_and_keeps_the_checkpoint(
     )
     assert list((tmp_path / "diverges" / "checkpoints").glob("step-*.ckpt"))
     assert "Traceback" not in process.stderr
+    failure = json.loads((tmp_path / "diverges" / "failed.json").read_text())
+    assert f"error: {failure['failure']}\n" in process.stderr
 
 
 def test_without_a_terminal_no_escape_codes_are_printed(finished):

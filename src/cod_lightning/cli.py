@@ -604,6 +604,8 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
         from cod_lightning.train.run import TOKENIZER, checkpoint_of
 
         if changes_text(overrides):
+            if config.task != "language":
+                raise UserError(f"{run} is a run of task={config.task}: it reads images.folder=, not data=")
             config.data.tokenizer = str(run / TOKENIZER)
         return open_run(sections(config), run, checkpoint_of(run, checkpoint), rows)
     config = compose(overrides)
@@ -649,8 +651,6 @@ def estimate(overrides: Sequence[str], as_json: bool) -> int:
     runs = list(sweep(overrides))
     settings = [estimate_settings(words) for words in runs]
     configs = [compose([word for word in words if word.partition("=")[0] not in ESTIMATE_SETTINGS]) for words in runs]
-    if any(config.task != "language" for config in configs):
-        raise UserError("task='vision' has no estimate yet: only decoders have one")
     from cod_lightning.report.estimate import estimate as needs
     from cod_lightning.report.terminal import estimate_table, show
 
@@ -660,6 +660,7 @@ def estimate(overrides: Sequence[str], as_json: bool) -> int:
             config.norm,
             config.data,
             config.trainer,
+            config.images if config.task == "vision" else None,
             published_tokens=config.paper.get("tokens") if config.scale == "paper" else None,
             **chosen,
         )

@@ -138,7 +138,13 @@ class ImageConfig:
         """Tokens of an image, without the class token."""
         return (self.size // self.patch_size) ** 2
 
+    @property
+    def known_classes(self) -> int | None:
+        """Their number; None where only the folder knows it."""
+        return len(DRAWN_CLASSES) if self.source == "drawn" else self.classes
 
+
+DRAWN_CLASSES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
 IMAGE_SOURCES = ("drawn", "folder")
 
 

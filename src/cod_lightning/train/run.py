@@ -33,6 +33,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.parallel import load, misfits
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
@@ -233,7 +234,7 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
             f"data.tokenizer={ours!r} is not the tokenizer of init_from={source}: data.tokenizer={theirs} is"
         )
     checkpoint = read_checkpoint(path, mmap=True)
-    weights = decoder_state(checkpoint)
+    weights = network_state(checkpoint, "decoder")
     with torch.device("meta"):
         decoder = decoder_for(run, run.model.vocab_size or tokenizer.vocab_size)
     differing = misfits(decoder, weights)
@@ -245,9 +246,10 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
     return {"checkpoint": str(path), "step": checkpoint.get("global_step", 0)}, weights
 
 
-def decoder_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = checkpoint["state_dict"]
-    return {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
+def network_state(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The weights of a run's `decoder` or `vit`."""
+    state, prefix = checkpoint["state_dict"], f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def decoder_for(run: Sections, vocab_size: int) -> Decoder:
@@ -262,12 +264,25 @@ def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Do
         UserError: a checkpoint that cannot be read, or a run of images.
     """
     if run.task != "language":
-        raise UserError(f"{folder} is a run of task={run.task}: only fit and evaluate can read it")
+        raise UserError(f"{folder} is a run of task={run.task}: only fit, evaluate and measure can read it")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    state = decoder_state(read_checkpoint(checkpoint))
+    state = network_state(read_checkpoint(checkpoint), "decoder")
     decoder = decoder_for(run, len(state["lm_head.weight"]))
     load(decoder, state, str(checkpoint))
     return decoder, tokenizer
+
+
+def load_vision_run(run: Sections, checkpoint: Path) -> VisionTransformer:
+    """The Vision Transformer of a checkpoint, on the CPU; the images are not needed.
+
+    Raises:
+        UserError: a checkpoint that cannot be read.
+    """
+    state = network_state(read_checkpoint(checkpoint), "vit")
+    specs, classes = build_all(run.norm, run.model.num_hidden_layers), len(state["head.weight"])
+    vit = VisionTransformer(run.model, specs, run.images.size, run.images.patch_size, classes)
+    load(vit, state, str(checkpoint))
+    return vit
 
 
 def checkpoint_of(folder: Path, which: str = "last") -> Path:
