@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from cod_lightning.cli import main
 from cod_lightning.config import compose
 
 PYTHON = [sys.executable, "-m", "cod_lightning"]
@@ -343,6 +344,17 @@ def test_experiments_are_listed_with_their_published_figures():
         assert word in process.stdout
 
 
+def test_shards_are_prepared_and_merged_by_words(toy, tmp_path, capsys):
+    words = ["prepare", *toy, f"data.root={tmp_path}"]
+    for shard in ("shard=1/2", "shard=0/2"):
+        assert main([*words, shard]) == 0
+    assert main([*words, "merge=2"]) == 0
+    first, second, folder = capsys.readouterr().out.split()
+    assert (first, second) == (f"{folder}.parts-2/1", f"{folder}.parts-2/0")
+    assert main(words) == 0
+    assert capsys.readouterr().out.split() == [folder]
+
+
 def test_prepare_makes_what_fit_would_use(toy, tmp_path):
     process = run("prepare", *toy, f"data.root={tmp_path}")
     assert process.returncode == 0, process.stderr
@@ -463,6 +475,9 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         (["measure", "prune", "nowhere", "layers=1"], ["name its new folder, as in --output FOLDER"]),
         (["measure", "prune", "nowhere", "by=bi", "--output", "x"], ["by=bi: known: influence, removal, streamline"]),
         (["prepare", "data.vocab_size=1"], ["data.vocab_size=1"]),
+        (["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),
+        (["prepare", "merge=0"], ["merge=0: must be the number"]),
+        (["prepare", "shard=0/4", "merge=4"], ["the merge comes when all shards are finished"]),
     ],
 )
 def test_bad_input_is_one_error_with_status_2_and_nothing_written(words, expected, tmp_path):

@@ -42,6 +42,13 @@ prune writes a model that stock transformers loads, without some blocks or weigh
                                                  (or allocation=alpha_pruning, uniform; method=magnitude)
 """
 
+PREPARE = """\
+Several machines prepare a share of the files each, in any order; the merge then makes the very set that one machine
+would make. Shards are numbered from 0; one that is finished, or killed, can be started again:
+  prepare OVERRIDES shard=0/64     ...     prepare OVERRIDES shard=63/64
+  prepare OVERRIDES merge=64
+"""
+
 ESTIMATE = """\
 Beside overrides it takes hardware=a100|h100|h200|cpu (default: h100), mfu=, gpus=, strategy=single|ddp|fsdp and
 checkpointing=none|selective|full; several values make several columns. Examples:
@@ -84,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
     add_overrides(fit)
 
-    prepare = command("prepare", "Tokenize the data of a run into litdata chunks.", OVERRIDES)
+    prepare = command("prepare", "Tokenize the data of a run into litdata chunks.", f"{OVERRIDES}\n{PREPARE}")
     add_overrides(prepare)
 
     evaluate = command(
@@ -355,21 +362,37 @@ def run_marked(words: Sequence[str], label: str, jobs: int) -> int:
 
 def prepare(overrides: Sequence[str]) -> int:
     from cod_lightning.config import compose
+    from cod_lightning.data import shards
     from cod_lightning.data.prepare import prepare as prepare_data
 
+    shard, overrides = taken("shard", overrides)
+    merge, overrides = taken("merge", overrides)
+    if shard is not None and merge is not None:
+        raise UserError(f"shard={shard} and merge={merge}: the merge comes when all shards are finished")
+    share = None if shard is None else shards.shard_of(shard)
+    count = None if merge is None else shards.count_of(merge)
     config = compose(overrides)
     if config.task != "language":
         raise UserError(f"task={config.task} needs no preparation: images are read as they are")
-    print(prepare_data(config.data))
+    if share is not None:
+        print(shards.prepare_shard(config.data, *share))
+    elif count is not None:
+        print(shards.merge_shards(config.data, count))
+    else:
+        print(prepare_data(config.data))
     return 0
+
+
+def taken(name: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of the first word `name=`, None without one, and the words without it: it is no override."""
+    value = next((word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")), None)
+    return value, [word for word in words if not word.startswith(f"{name}=")]
 
 
 def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path | None, limit: int | None) -> int:
     from cod_lightning.config import changes_text, load
 
-    # tasks=a,b is no field of the configuration, and its comma no sweep.
-    tasks = next((word.removeprefix("tasks=") for word in overrides if word.startswith("tasks=")), None)
-    overrides = [word for word in overrides if not word.startswith("tasks=")]
+    tasks, overrides = taken("tasks", overrides)
     config = load(run, overrides)
     if tasks is not None:
         if changes_text(overrides):

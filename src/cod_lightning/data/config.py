@@ -60,6 +60,8 @@ class DataConfig:
 
 INSTRUCTION_SOURCES = ("instructions", "drawn_instructions")
 FILE_SOURCES = ("files", "instructions")
+SHARDED_SOURCES = (*FILE_SOURCES, "c4")
+"""Made of files, so that several machines can prepare a share each."""
 SOURCES = ("docs", "files", "c4", *INSTRUCTION_SOURCES)
 LAYOUTS = ("packed", "document")
 SMALLEST_BPE = 258
