@@ -293,6 +293,19 @@ class Checkpoints(Checkpoint):
         """The last step that was."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clear away what was begun and not finished, and compare what the ranks see.
+
+        Raises:
+            UserError: they would go on from different steps.
+        """
+        if stage == "fit":
+            mine = [path.name for path in checkpoints(self.folder)[-1:]]
+            first = trainer.strategy.broadcast(mine)
+            if trainer.strategy.reduce(torch.tensor(float(mine != first)), reduce_op="sum"):
+                raise UserError(
+                    f"{self.folder}: the first rank sees {first[0] if first else 'no checkpoint'} there, another "
+                    f"{mine[0] if mine else 'none'}: the run's folder must be on a file system that all nodes share"
+                )
         if trainer.is_global_zero:
             for partial in self.folder.glob(".*.partial"):
                 remove(partial)  # of a process that was killed while writing
