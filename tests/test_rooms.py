@@ -11,7 +11,7 @@ PACKAGE = "cod_lightning"
 COMMON = ("__init__", "_torchvision", "errors")
 """Top-level modules that everyone may import; they import only each other."""
 
-TOP = ("config", "experiments", "cli", "__main__")
+TOP = ("config", "experiments", "launch", "cli", "__main__")
 """Top-level modules that make up the last room."""
 
 ROOMS = ("common", "kernels", "nn", "data", "measure", "train", "report", "top")

@@ -61,6 +61,13 @@ ESTIMATE_SETTINGS = {"hardware": str, "mfu": float, "gpus": int, "strategy": str
 """Words of `estimate` that are no overrides, and their types."""
 
 
+LAUNCH = """\
+Examples:
+  launch slurm experiments=table1_350m trainer=ddp trainer.devices=4                        # one node, printed
+  launch slurm experiments=table1_1b trainer=fsdp trainer.devices=8 trainer.num_nodes=4 --time 12:00:00 --submit
+The run's folder must be on a file system that all nodes share. Prepare its data first: see prepare.
+"""
+
 REPRODUCE = """\
 Examples:
   reproduce table1_350m                                 # every row at the paper's size
@@ -149,6 +156,20 @@ def parser() -> argparse.ArgumentParser:
     estimate.add_argument("--json", dest="as_json", action="store_true", help="print a JSON list, an entry for a run")
     add_overrides(estimate)
 
+    launch = command(
+        "launch",
+        "Print, write or submit a job script that carries out a run and queues it again until its end.",
+        LAUNCH,
+    )
+    launch.add_argument("scheduler", choices=("slurm",))
+    launch.add_argument("--time", default="24:00:00", help="limit of the job (default: 24:00:00)")
+    launch.add_argument("--grace", type=int, default=300, help="seconds to save in before the limit (default: 300)")
+    for name in ("partition", "account", "qos", "constraint", "cpus-per-task", "mem"):
+        launch.add_argument(f"--{name}", help="as for sbatch")
+    launch.add_argument("--output", type=Path, help="new file for the script (default: print it)")
+    launch.add_argument("--submit", action="store_true", help="give it to sbatch")
+    add_overrides(launch)
+
     reproduce = command(
         "reproduce",
         "Carry out every row of some experiments, going on where it was stopped, and show them beside the paper's.",
@@ -193,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "import": import_model,
             "measure": measure,
             "estimate": estimate,
+            "launch": launch,
             "reproduce": reproduce,
             "report": report,
             "experiments": experiments,
@@ -709,6 +731,29 @@ def estimate_settings(words: Sequence[str]) -> dict[str, Any]:
                 kind = "whole number" if ESTIMATE_SETTINGS[name] is int else "number"
                 raise UserError(f"{name}={value!r} must be a {kind}") from None
     return settings
+
+
+def launch(
+    scheduler: str, overrides: Sequence[str], grace: int, output: Path | None, submit: bool, **options: str | None
+) -> int:
+    from cod_lightning.config import compose
+    from cod_lightning.launch import slurm
+
+    at_least("grace", grace, 1)
+    script = slurm(compose(overrides), overrides, grace=grace, **options)
+    if output is not None:
+        if output.exists():
+            raise UserError(f"--output={output} exists: name a new file")
+        output.write_text(script)
+        print(output)
+    if submit:
+        try:
+            return subprocess.run(["sbatch"], input=script, text=True).returncode
+        except FileNotFoundError:
+            raise UserError("--submit: there is no sbatch on this machine; print the script and submit it") from None
+    if output is None:
+        print(script, end="")
+    return 0
 
 
 def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:

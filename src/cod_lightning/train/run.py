@@ -423,6 +423,8 @@ def library_chatter_off() -> Generator[None]:
             r".*Your `IterableDataset` has `__len__` defined.*",
             # Every rank logs the same figures, which metrics have summed over all.
             r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
+            # A run of one process on a machine that has Slurm is meant so.
+            r".*`srun` command is available on your system but is not used.*",
             # Lightning calls what torch has deprecated.
             r".*isinstance\(treespec, LeafSpec\).*",
         ):

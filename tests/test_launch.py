@@ -1,0 +1,96 @@
+"""Job scripts, carried out by stand-ins for the scheduler's programs."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cod_lightning.cli import main
+
+SBATCH = """#!/bin/bash
+script=$(mktemp); cat > "$script"
+export SLURM_JOB_ID=7 SLURM_JOB_NAME=a_job SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NODELIST=localhost
+while true; do
+    rm -f requeued
+    bash "$script"
+    status=$?
+    [ -e requeued ] || exit $status
+done
+"""
+SRUN = """#!/bin/bash
+export SLURM_NODEID=0
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
+    echo $! > task$rank
+done
+most=0
+for task in $(jobs -p); do
+    wait $task; status=$?
+    [ $status -gt $most ] && most=$status
+done
+exit $most
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >> requeued
+echo "$@" >> requests
+"""
+
+
+@pytest.fixture
+def scheduler(tmp_path, monkeypatch):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_job_that_is_told_to_stop_is_queued_again_until_its_end(scheduler, toy, train):
+    words = ["trainer.max_steps=60", "data.micro_batch_size=4", "eval.every=30", "trainer.stats_every=0"]
+    words += ["trainer.measures.jacobian=0", "trainer.checkpoint_every=1000"]
+    alone, _ = train(*words, "name=alone")
+    words = [*toy, *words, "trainer=ddp", "trainer.accelerator=cpu", "trainer.progress=true", "name=job", "output=runs"]
+    log = scheduler / "log"
+    with open(log, "w") as out:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "cod_lightning", "launch", "slurm", *words, "--submit"], stdout=out, stderr=out
+        )
+    end = time.time() + 240
+    while "step      9/" not in log.read_text():
+        assert job.poll() is None, log.read_text()
+        assert time.time() < end
+        time.sleep(0.02)
+    for rank in range(2):  # as the scheduler does before the limit
+        os.kill(int((scheduler / f"task{rank}").read_text()), 15)
+    assert job.wait(240) == 0, log.read_text()
+    assert (scheduler / "requests").read_text() == "requeue 7\n"
+    record = json.loads((scheduler / "runs" / "job" / "record.json").read_text())
+    assert record["history"]["train"]["loss"] == pytest.approx(alone["history"]["train"]["loss"], rel=1e-5)
+
+
+def test_scripts_say_what_the_configuration_says(capsys, tmp_path):
+    words = ["launch", "slurm", "experiments=table1_1b", "trainer=fsdp", "trainer.devices=8", "trainer.num_nodes=4"]
+    assert main([*words, "--time", "2:00:00", "--partition", "long", "data.micro_batch_size=16", "output=a b"]) == 0
+    script = capsys.readouterr().out
+    for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=2:00:00", "--partition=long"):
+        assert f"#SBATCH {line}\n" in script
+    assert "#SBATCH --signal=TERM@300\n" in script
+    assert "'output=a b'" in script
+    assert "--account" not in script
+    assert main(["launch", "slurm", "trainer=cpu", f"--output={tmp_path / 'job.sh'}"]) == 0
+    assert "--gpus-per-node" not in (tmp_path / "job.sh").read_text()
+    assert subprocess.run(["bash", "-n", tmp_path / "job.sh"]).returncode == 0
+
+
+def test_a_script_is_not_written_over_and_not_made_of_a_bad_configuration(capsys, tmp_path):
+    (tmp_path / "job.sh").write_text("mine")
+    assert main(["launch", "slurm", f"--output={tmp_path / 'job.sh'}"]) == 2
+    assert (tmp_path / "job.sh").read_text() == "mine"
+    assert main(["launch", "slurm", "norm=none"]) == 2
