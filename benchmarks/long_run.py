@@ -54,7 +54,7 @@ def main() -> None:
             largest = max(largest, memory)
             lines = LINE.findall(log.read_text())
             step = int(lines[-1][0]) if lines else 0
-            if step < arguments.steps * (len(rows) + 1) / arguments.parts or not memory:
+            if step < arguments.steps * (len(rows) + 1) / arguments.parts or step == reached or not memory:
                 continue
             rates = [float(rate.replace(",", "")) for number, rate in lines if reached < int(number) <= step]
             size = sum(path.stat().st_size for path in (folder / "run" / "tensorboard").glob("*"))

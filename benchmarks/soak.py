@@ -1,6 +1,6 @@
 """A run killed at random moments, and started again by the same command, against one that was left alone.
 
-    python benchmarks/soak.py [--kills 50] [--steps 3000] [--seed 0] [--save]
+    python benchmarks/soak.py [--kills 50] [--steps 3000] [--seed 0] [--save] [overrides ...]
 
 Each life ends by SIGKILL: at a random moment after its first step, while a checkpoint is being written, or in a
 validation, in turn. In the end every loss, validation figure and layer statistic must equal those of the run that was
@@ -32,9 +32,9 @@ PATIENCE = 300.0
 """Seconds until a process must have come to its first step, or to its end."""
 
 
-def command(folder: Path, steps: int, name: str) -> list[str]:
+def command(folder: Path, steps: int, name: str, overrides: list[str]) -> list[str]:
     where = [f"output={folder}", f"data.root={folder / 'data'}", f"trainer.max_steps={steps}", f"name={name}"]
-    return [sys.executable, "-m", "cod_lightning", "fit", *WORDS, *where]
+    return [sys.executable, "-m", "cod_lightning", "fit", *WORDS, *where, *overrides]
 
 
 def last_step(log: Path) -> int:
@@ -77,12 +77,13 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=3000)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--save", action="store_true")
+    options.add_argument("overrides", nargs="*")
     arguments = options.parse_args()
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        subprocess.run(command(folder, arguments.steps, "alone"), check=True, capture_output=True)
-        words, lives = command(folder, arguments.steps, "killed"), []
+        subprocess.run(command(folder, arguments.steps, "alone", arguments.overrides), check=True, capture_output=True)
+        words, lives = command(folder, arguments.steps, "killed", arguments.overrides), []
         for number in range(arguments.kills):
             kind, step, cut = one_life(words, folder, KINDS[number % len(KINDS)], draw)
             if kind == "ended":

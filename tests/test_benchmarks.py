@@ -10,6 +10,9 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+FILES = "data=files data.files={corpus}/*.jsonl data.vocab_size=300 data.workers=1"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "words", "shown"),
@@ -28,10 +31,16 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
             "data.micro_batch_size=2 data.vocab_size=300 trainer.probe_rows=5",
             ["layer statistics", "importance", "all by default"],
         ),
+        ("soak.py", f"--kills 3 --steps 120 {FILES}", ["checkpoint", "True"]),
+        (
+            "long_run.py",
+            f"--steps 400 --parts 4 model=tiny {FILES} data.seq_len=32 data.val_tokens=512 eval.paper_batch=4 data.batch_size=4 data.micro_batch_size=4",
+            ["largest MiB: second half over first half"],
+        ),
         ("prepare.py", "--characters 400000 --vocab-size 300 --workers 1 --repeats 1", ["prepare / raw, 1"]),
     ],
 )
-def test_benchmarks_run(script, words, shown):
+def test_benchmarks_run(script, words, shown, corpus):
     assert {path.name for path in BENCHMARKS.glob("[a-z]*.py")} == {
         "norm.py",
         "loss.py",
@@ -39,11 +48,16 @@ def test_benchmarks_run(script, words, shown):
         "estimate.py",
         "measures.py",
         "prepare.py",
+        "soak.py",
+        "long_run.py",
         "kernel_resources.py",  # in tests/kernels
     }
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
     run = subprocess.run(
-        [sys.executable, BENCHMARKS / script, *words.split()], env=environment, capture_output=True, text=True
+        [sys.executable, BENCHMARKS / script, *words.replace("{corpus}", str(corpus)).split()],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     for word in shown:
