@@ -34,7 +34,8 @@ FILES = "data=files data.files={corpus}/*.jsonl data.vocab_size=300 data.workers
         ("soak.py", f"--kills 3 --steps 120 {FILES}", ["checkpoint", "True"]),
         (
             "long_run.py",
-            f"--steps 400 --parts 4 model=tiny {FILES} data.seq_len=32 data.val_tokens=512 eval.paper_batch=4 data.batch_size=4 data.micro_batch_size=4",
+            f"--steps 400 --parts 4 model=tiny {FILES} data.seq_len=32 data.val_tokens=512 eval.paper_batch=4 "
+            "data.batch_size=4 data.micro_batch_size=4",
             ["largest MiB: second half over first half"],
         ),
         ("prepare.py", "--characters 400000 --vocab-size 300 --workers 1 --repeats 1", ["prepare / raw, 1"]),

@@ -112,7 +112,21 @@ def test_a_run_goes_on_on_any_number_of_ranks_and_under_any_strategy(toy, train,
             shutil.copytree(tmp_path / source / "checkpoints", tmp_path / name / "checkpoints")
     again = [("on2", "fsdp"), ("ddp", "ddp"), ("file", "fsdp")]
     run_all(tmp_path, [[*all_words, *world(strategy), f"name={name}"] for name, strategy in again], ranks=2)
-    run_all(tmp_path, [[*all_words, *world("fsdp", 4), "name=on4"]], ranks=4)
+    # Four ranks on two nodes, each of which has all of the model: our launcher starts the second rank of a node.
+    nodes = [*all_words, *world("fsdp"), "trainer.num_nodes=2", "trainer.hybrid=true", "name=on4"]
+    both = [
+        subprocess.Popen(
+            command("fit", *nodes),
+            env=environment() | node(rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in both:
+        said, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, said
     train(*words, "name=on1")
     for name in ("on1", "on2", "on4", "ddp", "file"):
         again = record_of(tmp_path / name)

@@ -1,0 +1,83 @@
+"""What a model is wrapped in leaves its results alone."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cod_lightning.errors import UserError
+from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.measure.layers import layer_statistics
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.parallel import bare, load, parallelise
+from cod_lightning.nn.strategies import build_all
+
+CONFIG = DecoderConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, vocab_size=37)
+TOKENS = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def made(norm="lns", wrap=lambda decoder: None, **changes):
+    return build_decoder(dataclasses.replace(CONFIG, **changes), build_all({"name": norm}, 4), seed=1, wrap=wrap)
+
+
+def step(decoder):
+    """Loss and gradients by name."""
+    loss = decoder(TOKENS, next_tokens(TOKENS, None)).total
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in decoder.named_parameters()}
+
+
+compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings that it provokes itself
+
+
+@compiles
+@pytest.mark.parametrize("norm", ["lns", "admin", "gpas"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_wrapped_it_computes_the_same(norm, checkpointing, backend):
+    expected, gradients = step(made(norm))
+    wrapped = made(norm, lambda decoder: parallelise(decoder, checkpointing=checkpointing, backend=backend))
+    loss, found = step(wrapped)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputing_keeps_fewer_activations():
+    def kept(checkpointing):
+        total = 0
+
+        def count(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        wrapped = made(wrap=lambda decoder: parallelise(decoder, checkpointing=checkpointing))
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            wrapped(TOKENS, next_tokens(TOKENS, None))
+        return total
+
+    assert kept("full") < kept("none")
+
+
+@compiles
+def test_a_bare_model_shares_the_weights_and_can_be_tapped_and_transformed():
+    wrapped = made(
+        wrap=lambda decoder: parallelise(decoder, checkpointing="selective", backend="aot_eager"),
+        tie_word_embeddings=True,
+    )
+    step(wrapped)
+    copy = bare(wrapped)
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+    assert copy.lm_head.weight.data_ptr() == wrapped.lm_head.weight.data_ptr()
+    expected = layer_statistics(made(tie_word_embeddings=True), TOKENS, None)
+    assert layer_statistics(copy, TOKENS, None) == expected
+    torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0, -1])(torch.ones(1, 3, 16))
+
+
+def test_weights_of_another_shape_are_named():
+    weights = made().state_dict()
+    with pytest.raises(UserError, match=r"here: 1 parameters have another shape .*lm_head.weight is missing there"):
+        load(made(), {name: weight for name, weight in weights.items() if name != "lm_head.weight"}, "here")
