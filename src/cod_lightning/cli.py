@@ -184,8 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "report": report,
             "experiments": experiments,
         }[command](**arguments)
-    except UserError as error:
-        for line in str(error).splitlines():
+    except (UserError, OSError) as error:  # a file or folder that cannot be read or written names itself
+        named = isinstance(error, OSError) and error.filename is not None
+        for line in (f"{error.filename}: {error.strerror}" if named else str(error)).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -494,7 +495,7 @@ def generate(
     from cod_lightning.train.run import checkpoint_of, load_run
 
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
-    ids = tokenizer.backend.encode(prompt, add_special_tokens=False).ids
+    ids = tokenizer.encode([prompt])[0][:-1]
     if not ids:
         raise UserError("prompt='' is empty: give at least one character to continue")
     ids += sample(

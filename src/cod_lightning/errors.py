@@ -15,6 +15,10 @@ class Diverged(UserError):
     """A run left the finite numbers: what it was asked to do cannot be done as it stands."""
 
 
+DAMAGED = (OSError, ValueError, RecursionError)
+"""What reading a JSON file can raise: it is missing, is not UTF-8 or not JSON, or lists lie in lists without end."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean X? " for the closest of `known`, followed by all of them."""
     known = sorted(known)

@@ -6,9 +6,10 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -60,6 +61,30 @@ def save(result: Any, folder: Path, name: str) -> list[Path]:
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     return paths
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is what `save` writes of a type; fields that a type got later may be missing.
+
+    Args:
+        value: as `json.loads` gives it.
+        kind: a result's class, or the type of one of its fields.
+    """
+    if is_dataclass(kind):
+        types = get_type_hints(kind)
+        return isinstance(value, dict) and all(fits(value.get(name), hint) for name, hint in types.items())
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(fits(part, inner[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(part, inner[1]) for part in value.values())
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind in (float, NoneType) and value is None:
+        return True
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def finite(value: Any) -> Any:

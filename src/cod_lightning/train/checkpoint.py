@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from cod_lightning.errors import UserError
 
@@ -46,11 +48,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        return resumable(Path(path))
+
+
+RESUMED = ("pytorch-lightning_version", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+"""What Lightning needs besides the weights to go on."""
+
+
+def resumable(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint that a run can go on from; arguments and errors are those of `read_checkpoint`.
+
+    Raises:
+        UserError: also, it has weights alone.
+    """
+    checkpoint = read_checkpoint(path, mmap)
+    if missing := [name for name in RESUMED if name not in checkpoint]:
+        raise UserError(
+            f"{path}: holds weights, but not {missing[0]}, without which no run goes on: remove it, or start another "
+            f"run from it with init_from={path}"
+        )
+    return checkpoint
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU; nothing in the file is executed.
+    """The content of a checkpoint, on the CPU; nothing in the file is executed, and a byte that changed is found.
 
     Args:
         path: of the file.
@@ -60,16 +81,41 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         UserError: the file is missing, damaged, or holds more than plain data.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:  # torch writes checksums and does not compare them
+                raise ValueError(f"the checksum of {damaged} is not that of its bytes")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if not isinstance(checkpoint, dict) or not {"state_dict", "tokens"} <= checkpoint.keys():
+        if not is_checkpoint(checkpoint):
             raise ValueError("it holds no decoder")
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes raise nearly everything, in zipfile, in torch and in its unpickler
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: not a readable checkpoint ({reason}); remove it to go on from an earlier one, or start anew with "
             "resume=false"
         ) from error
     return checkpoint
+
+
+def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """Every parameter that does not have the same shape in both, with its shapes."""
+    here, there = ({name: list(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs))
+    return [
+        f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether content that was read has the weights, by name, and the number of tokens that they have seen."""
+    if not isinstance(content, dict):
+        return False
+    state, tokens = content.get("state_dict"), content.get("tokens")
+    return (
+        isinstance(tokens, int)
+        and isinstance(state, dict)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items())
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:

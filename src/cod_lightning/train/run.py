@@ -36,7 +36,15 @@ from cod_lightning.train.callbacks import (
     Recorder,
     progress,
 )
-from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
+from cod_lightning.train.checkpoint import (
+    BEST,
+    AtomicCheckpointIO,
+    Checkpoints,
+    checkpoints,
+    differing,
+    read_checkpoint,
+    resumable,
+)
 from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import environment, write_record
@@ -81,6 +89,9 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         going_on = run.resume and checkpoints(folder / "checkpoints")
         origin, weights = (None, None) if run.init_from is None or going_on else initial(run, Path(run.init_from))
         data, module = build(run)
+        if going_on:  # what is wrong with it is said before anything is written
+            state = resumable(going_on[-1], mmap=True)
+            data.load_state_dict(state.get(data.__class__.__qualname__, {"fingerprint": None}))
         module.origin, module.initial = origin, weights
         recorder = Recorder(run.trainer.log_every)
         callbacks: list[Callback] = [recorder, *probes(run.trainer, data, recorder)]
@@ -227,17 +238,9 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
     weights = decoder_state(checkpoint)
     with torch.device("meta"):
         decoder = decoder_for(run, run.model.vocab_size or tokenizer.vocab_size)
-    here, there = (
-        {name: list(tensor.shape) for name, tensor in state.items()} for state in (decoder.state_dict(), weights)
-    )
-    differing = [
-        f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
-    ]
-    if differing:
+    if found := differing(decoder.state_dict(), weights):
         raise UserError(
-            f"init_from={source}: {len(differing)} parameters have another shape than this run's ({differing[0]}): "
+            f"init_from={source}: {len(found)} parameters have another shape than this run's ({found[0]}): "
             "choose its model= and norm="
         )
     return {"checkpoint": str(path), "step": checkpoint.get("global_step", 0)}, weights
@@ -263,18 +266,20 @@ def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Do
         raise UserError(f"{folder} is a run of task={run.task}: only fit and evaluate can read it")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     state = decoder_state(read_checkpoint(checkpoint))
-    decoder = decoder_for(run, len(state["lm_head.weight"]))
+    head = state.get("lm_head.weight")
+    if head is None or head.ndim != 2:
+        raise UserError(f"{checkpoint}: holds no decoder: lm_head.weight is missing, or no matrix")
+    decoder = decoder_for(run, len(head))
     load_state(decoder, state, checkpoint)
     return decoder, tokenizer
 
 
-def load_state(module: nn.Module, state: Mapping[str, Any], checkpoint: Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
+def load_state(module: nn.Module, state: Mapping[str, Tensor], checkpoint: Path) -> None:
+    if found := differing(module.state_dict(), state):
         raise UserError(
-            f"{checkpoint}: its decoder has another shape than the run's configuration ({error})"
-        ) from error
+            f"{checkpoint}: {len(found)} parameters have another shape than the run's configuration says ({found[0]})"
+        )
+    module.load_state_dict(state)
 
 
 def checkpoint_of(folder: Path, which: str = "last") -> Path:
