@@ -217,8 +217,51 @@ def sections(config: Config) -> Any:
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes and prints for all; launchers (torchrun, Slurm, Lightning) number the others."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
+    """Whether this process writes and prints for all; launchers (torchrun, Slurm, Lightning) number the others.
+
+    Raises:
+        UserError: a number that they set is none.
+    """
+    return not any(map(rank, RANKS))
+
+
+RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+"""Environment variables that number processes."""
+
+
+def rank(name: str, unset: int = 0) -> int:
+    """The number that an environment variable holds.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    value = os.environ.get(name, str(unset))
+    if not value.isdecimal():
+        raise UserError(f"{name}={value!r} in the environment must be a whole number, as a launcher sets it: unset it")
+    return int(value)
+
+
+def check_ranks(config: Config) -> None:
+    """Compare the environment that a launcher sets with the ranks that are asked for.
+
+    Raises:
+        UserError: they differ, or several nodes are asked for and nothing says which this is.
+    """
+    asked, started = config.trainer.world_size, rank("WORLD_SIZE", config.trainer.world_size)
+    if started != asked:
+        raise UserError(
+            f"WORLD_SIZE={started} in the environment, but trainer.devices={config.trainer.devices} x "
+            f"trainer.num_nodes={config.trainer.num_nodes} is {asked}: set them to what the launcher starts"
+        )
+    if rank("RANK") >= asked:
+        raise UserError(
+            f"RANK={rank('RANK')} in the environment is not one of {asked} rank(s), which are 0 to {asked - 1}"
+        )
+    if config.trainer.num_nodes > 1 and not any(name in os.environ for name in RANKS):
+        raise UserError(
+            f"trainer.num_nodes={config.trainer.num_nodes}: nothing says which node this is; start all of them with "
+            "torchrun or Slurm, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
+        )
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
@@ -255,6 +298,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     from cod_lightning.config import check_folder, check_source, claim, plain
     from cod_lightning.nn.strategies import build_all, warnings
 
+    check_ranks(config)
     folder = check_folder(config)
     first = is_first_rank()
     if first:
@@ -281,6 +325,13 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         raise
     except Timeout:
         raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"the memory does not suffice ({str(error).splitlines()[0]}): lower data.micro_batch_size, or the model; "
+            "`estimate` with the same words says what a run takes"
+        ) from error
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     except SystemExit as stop:
@@ -372,6 +423,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
+    check_ranks(config)
     path = checkpoint_of(run, checkpoint)
     if changes_text(overrides):
         if config.task != "language":

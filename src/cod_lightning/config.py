@@ -500,7 +500,7 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
         at_fault = as_config(saved).problems()
     except (*DAMAGED, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
-    wanted = parse(overrides)
+    wanted, saved_as = parse(overrides), saved.copy()
     foreign = [
         override
         for override in wanted
@@ -516,9 +516,18 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise UserError("\n".join([*found, first_line(error)])) from error
     found += [f"{path}: {problem}" if problem in at_fault else problem for problem in config.problems()]
+    before = as_config(saved_as)
+    for section, now in (("model", config.model), ("norm", config.norm)):
+        if differing := differences(computed(getattr(before, section)), computed(now)):
+            found.append(f"{section}: the weights of {folder} were trained otherwise ({differing}): leave it as it is")
     if found:
         raise UserError("\n".join(found))
     return config
+
+
+def computed(section: Any) -> Mapping[str, Any]:
+    """What of a section decides what is computed."""
+    return marked(section) if is_dataclass(section) else section
 
 
 def changes_text(overrides: Sequence[str]) -> bool:

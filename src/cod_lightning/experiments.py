@@ -22,7 +22,7 @@ from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.report.claims import Experiment, Run
 from cod_lightning.report.claims import Row as ReportedRow
 from cod_lightning.report.estimate import estimate
-from cod_lightning.train.record import FAILURE, RECORD, check
+from cod_lightning.train.record import FAILURE, RECORD, check, is_number
 
 MEASURED = "measure"
 """Where inside its folder the measures of a run are written."""
@@ -227,8 +227,8 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     Raises:
         UserError: a result cannot be read.
     """
-    asked = list(asked)
     found = {run: (folder, read(outcome(folder))) for run, folder in kept(results).items()}
+    asked = list(asked)  # an experiment is composed for each, which takes a while
     seeds = sorted({record["seed"] for _, record in found.values()})
 
     def runs(row: Row) -> Iterator[Run]:
@@ -285,9 +285,9 @@ def accuracies(scores: Path) -> dict[str, float]:
     if not scores.is_file():
         return {}
     tasks = read(scores)
-    if not fits(tasks, dict[str, dict[str, float]]):
+    if not all(isinstance(part, dict) and is_number(part.get("acc", 0.0)) for part in tasks.values()):
         raise UserError(f"{scores}: not scores by task and figure; remove it")
-    found = {task: 100 * figures["acc"] for task, figures in tasks.items() if "acc" in figures}
+    found = {task: 100.0 * figures["acc"] for task, figures in tasks.items() if "acc" in figures}
     return found | {"average": fmean(found.values())} if found else {}
 
 

@@ -170,8 +170,10 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule] | tuple[ImageD
     """The data, prepared where it was not, and the module that fits it, of the run's task.
 
     Raises:
-        UserError: data that cannot be had, is damaged or fits other settings; a vocabulary smaller than it needs.
+        UserError: data that cannot be had, is damaged or fits other settings; a vocabulary smaller than it needs; a
+            device that is not there.
     """
+    accelerator(run.trainer)  # before text is prepared for hours
     if run.trainer.threads:
         torch.set_num_threads(run.trainer.threads)
     settings: dict[str, Any] = {
@@ -336,9 +338,15 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
 
 
 def accelerator(settings: TrainerConfig) -> str:
-    """Lightning's name for the accelerator; its own "auto" would take an Apple GPU, which has no float64 for sums."""
+    """Lightning's name for the accelerator; its own "auto" would take an Apple GPU, which has no float64 for sums.
+
+    Raises:
+        UserError: torch finds no CUDA device, and one is asked for.
+    """
     if settings.accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator='gpu', but torch finds no CUDA device here: trainer.accelerator=cpu")
     return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
 
 
