@@ -321,7 +321,8 @@ RUNS = [
     (with_run(resaved(reshaped)), LOADED, [LAST, "parameters have another shape", "there", "here"]),
     (with_run(lambda folder: shutil.rmtree(folder / "checkpoints")), LOADED, ["no last checkpoint", "fit"]),
     (with_run(removed("checkpoints/best.ckpt")), [*LOADED, "--checkpoint", "best"], ["run: no best checkpoint"]),
-    (with_run(), ["evaluate", "run", "norm.position=before_ln"], ["norm: the weights of run were trained otherwise", "before_ln"]),
+    (with_run(), ["evaluate", "run", "norm.position=before_ln"],
+     ["norm: the weights of run were trained otherwise", "before_ln"]),
     (unfinished(lambda path: path.write_bytes(b"")), RESUMED, DAMAGED),
     (unfinished(lambda path: path.write_bytes(flipped(path.read_bytes()))), RESUMED, ["the checksum of", *DAMAGED]),
     (unfinished(resaved(reshaped)), RESUMED, ["of another shape than this run's", "resume=false"]),
@@ -485,7 +486,7 @@ def test_bad_input_is_one_error_with_status_2_and_nothing_written(
         (["fit", "norm=mixln"], "error: norm='mixln' does not exist: did you mean 'mix_ln'?"),
         (["fit", "optim.lr=${oc.env:HOME}"], "error: optim.lr=${oc.env:HOME}: ${...} is not filled in here"),
         (["evaluate", "nowhere"], "error: nowhere: not a run folder"),
-        (["report", "--results", "."], "error: /dev/null/made"),
+        (["report", "--results", "."], "error: --output=/dev/null/made cannot be written: /dev/null is a file"),
     ],
 )
 def test_a_process_says_the_same(words, expected, tmp_path):
@@ -513,3 +514,11 @@ def test_nothing_of_a_models_folder_is_executed(command, weights, toy, tmp_path,
         Path("model/mine.py").write_text("import pathlib\npathlib.Path('executed').touch()\n")
         edited("config.json", model_type="mine", auto_map={"AutoConfig": "mine.C"})(Path("model"))
     assert "model: not a c" in complaint(command, capsys, monkeypatch, toy)
+
+
+def test_too_large_a_model_says_what_would_help(toy, tmp_path, capsys):
+    words = ["fit", *toy, f"output={tmp_path}", "model.intermediate_size=99999999999"]
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the memory does not suffice")
+    assert "lower data.micro_batch_size, or the model; `estimate`" in said

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: real processes, killed and started again, several ranks, bad input."""
+"""The command line as a person meets it: real processes, killed and started again, several ranks."""
 
 import json
 import os

@@ -264,15 +264,17 @@ def asked():
     return [row for scale in ("paper", "toy") for row in rows(["table1_130m", "figure5"], scale)]
 
 
-@few(30)
-@given(st.data())
-def test_results_are_compared_or_an_error(here, asked, data):
+FILES = {path.name: json.loads(path.read_text()) for path in FOLDERS[0].parent.glob("*.json")}
+
+
+@few(25)
+@given(st.one_of([st.tuples(st.just(name), changed(FILES[name])) for name in sorted(FILES)]))
+def test_results_are_compared_or_an_error(here, asked, one):
+    name, content = one
     folder = here / "results/toy/a"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in FOLDERS[0].parent.glob("*.json"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    name = data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
-    (folder / name).write_text(json.dumps(data.draw(changed(json.loads((folder / name).read_text())))))
+    for other, whole in FILES.items():
+        (folder / other).write_text(json.dumps(content if other == name else whole))
     found = answer(claims, asked, here / "results")
     if isinstance(found, UserError):
         assert str(folder / name) in str(found)

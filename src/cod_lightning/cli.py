@@ -768,6 +768,9 @@ def report(results: Path | None, output: Path) -> int:
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
+    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--output={output} cannot be written: {place} is a file, or nothing may be made in it")
     results = results or RESULTS
     run = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
     found = claims((row for scale in run for row in rows(with_rows(), scale)), results)

@@ -518,14 +518,14 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     found += [f"{path}: {problem}" if problem in at_fault else problem for problem in config.problems()]
     before = as_config(saved_as)
     for section, now in (("model", config.model), ("norm", config.norm)):
-        if differing := differences(computed(getattr(before, section)), computed(now)):
+        if differing := differences(deciding(getattr(before, section)), deciding(now)):
             found.append(f"{section}: the weights of {folder} were trained otherwise ({differing}): leave it as it is")
     if found:
         raise UserError("\n".join(found))
     return config
 
 
-def computed(section: Any) -> Mapping[str, Any]:
+def deciding(section: Any) -> Mapping[str, Any]:
     """What of a section decides what is computed."""
     return marked(section) if is_dataclass(section) else section
 
