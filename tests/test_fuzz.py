@@ -4,6 +4,7 @@ import io
 import json
 import os
 from dataclasses import fields, is_dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def test_a_record_is_shown_or_an_error(here, content):
         Console(file=io.StringIO()).print(summary(found, here))
 
 
-@pytest.fixture(scope="module")
+@cache
 def asked():
     """The rows whose runs were measured; those of the paper's size save composing them again and again."""
     return [row for scale in ("paper", "toy") for row in rows(["table1_130m", "figure5"], scale)]
@@ -269,13 +270,13 @@ FILES = {path.name: json.loads(path.read_text()) for path in FOLDERS[0].parent.g
 
 @few(25)
 @given(st.one_of([st.tuples(st.just(name), changed(FILES[name])) for name in sorted(FILES)]))
-def test_results_are_compared_or_an_error(here, asked, one):
+def test_results_are_compared_or_an_error(here, one):
     name, content = one
     folder = here / "results/toy/a"
     folder.mkdir(parents=True, exist_ok=True)
     for other, whole in FILES.items():
         (folder / other).write_text(json.dumps(content if other == name else whole))
-    found = answer(claims, asked, here / "results")
+    found = answer(claims, asked(), here / "results")
     if isinstance(found, UserError):
         assert str(folder / name) in str(found)
         return

@@ -15,7 +15,7 @@ import yaml
 
 from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, started, with_row
 from cod_lightning.errors import DAMAGED, UserError, nearest
-from cod_lightning.measure.result import fits
+from cod_lightning.measure.result import restored
 from cod_lightning.measure.suite import MEASURES
 from cod_lightning.measure.tasks import SCORES
 from cod_lightning.nn.config import num_vit_parameters
@@ -297,10 +297,13 @@ def measured(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file holds something else than the measure of its name gives.
     """
-    found = {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path.stem in MEASURES}
-    for name, result in found.items():
-        if not fits(result, get_type_hints(MEASURES[name][1])["return"]):
-            raise UserError(f"{folder / name}.json: not what the measure {name} gives; remove it and measure again")
+    found = {}
+    for path in sorted(path for path in folder.glob("*.json") if path.stem in MEASURES):
+        try:
+            found[path.stem] = restored(read(path), get_type_hints(MEASURES[path.stem][1])["return"])
+        except ValueError as error:
+            wrong = f"not what the measure {path.stem} gives ({str(error)[:80]})"
+            raise UserError(f"{path}: {wrong}; remove it and measure again") from error
     return found
 
 

@@ -63,28 +63,35 @@ def save(result: Any, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is what `save` writes of a type; fields that a type got later may be missing.
+def restored(value: Any, kind: Any) -> Any:
+    """What `save` wrote of a type: its JSON value, with NaN again for the null of a number that is not finite.
 
     Args:
         value: as `json.loads` gives it.
         kind: a result's class, or the type of one of its fields.
+
+    Raises:
+        ValueError: it is of another type, or lacks a field.
     """
-    if is_dataclass(kind):
-        types = get_type_hints(kind)
-        return isinstance(value, dict) and all(fits(value.get(name), hint) for name, hint in types.items())
     origin, inner = get_origin(kind), get_args(kind)
-    if origin in (list, tuple):
-        return isinstance(value, list) and all(fits(part, inner[0]) for part in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(part, inner[1]) for part in value.values())
-    if origin is Literal:
-        return value in inner
+    if is_dataclass(kind) and isinstance(value, dict):
+        types = get_type_hints(kind)
+        if missing := types.keys() - value.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        return {name: restored(value[name], hint) for name, hint in types.items()}
+    if origin in (list, tuple) and isinstance(value, list):
+        return [restored(part, inner[0]) for part in value]
+    if origin is dict and isinstance(value, dict):
+        return {name: restored(part, inner[1]) for name, part in value.items()}
     if origin in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
-    if kind in (float, NoneType) and value is None:
-        return True
-    return type(value) in ((int, float) if kind is float else (kind,))
+        if value is None and NoneType in inner:
+            return None
+        return restored(value, next(one for one in inner if one is not NoneType))
+    if kind is float and value is None:
+        return math.nan
+    if (value in inner) if origin is Literal else type(value) in ((int, float) if kind is float else (kind,)):
+        return value
+    raise ValueError(f"{value!r} is not {kind}")
 
 
 def finite(value: Any) -> Any:
