@@ -2,9 +2,10 @@
 
     python benchmarks/estimate.py [--models deep_narrow llama_130m] [--norms pre_ln gpas] [--rows 16] [--save]
 
-A step is two micro-batches and the optimizer's update, on random tokens, without data or logging; the default is the
-quickstart's. Memory is the most that tensors take at one time: on a GPU what torch counts, on a CPU the allocations and
-deallocations that its profiler sees. Time depends on the assumed MFU; the measured one stands beside it.
+A step is two micro-batches and the optimizer's update, on random tokens or images, without data or logging; the default
+is the quickstart's. Memory is the most that tensors take at one time: on a GPU what torch counts, on a CPU the
+allocations and deallocations that its profiler sees. Time depends on the assumed MFU; the measured one stands beside
+it.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ import torch
 import yaml
 from _results import milliseconds, peak_bytes, save, show
 
-from cod_lightning.data.config import DataConfig
+from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.init import build_decoder, build_vit
+from cod_lightning.nn.strategies import BlockSpec, build_all
 from cod_lightning.report.estimate import GPUS, estimate
 from cod_lightning.train.config import OptimConfig, TrainerConfig
 from cod_lightning.train.optim import build_optimizer
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Rows of tokens or images, and their targets."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMAGES = {
+    "vit_tiny": ImageConfig(),
+    "vit_s": ImageConfig(source="folder", classes=1000, size=224, patch_size=16),
+}
+"""What the shapes of Vision Transformers see; all others are decoders."""
 SHAPES = Path(__file__).parents[1] / "configs" / "model"
 
 
@@ -42,14 +49,28 @@ def hardware() -> str:
     return known or exit(f"{name} is not among the GPUs that estimate knows: {', '.join(GPUS)}")
 
 
-def step(decoder: Decoder, optimizer: torch.optim.Optimizer, micro_batches: torch.Tensor, autocast: bool) -> None:
+def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], autocast: bool) -> None:
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        for tokens in micro_batches:
-            found = decoder(tokens, next_tokens(tokens))
+        for rows, targets in batches:
+            found = network(rows, targets)
             (found.total / found.counts.sum()).backward()
             del found
     optimizer.step()
     optimizer.zero_grad()
+
+
+def built(
+    model: DecoderConfig, specs: list[BlockSpec], images: ImageConfig | None, rows: int, length: int
+) -> tuple[torch.nn.Module, list[Batch]]:
+    """The model, and two micro-batches for it."""
+    if images is None:
+        tokens = torch.randint(model.vocab_size or 0, (2, rows, length), device=DEVICE)
+        return build_decoder(model, specs, seed=1, device=DEVICE), [(part, next_tokens(part)) for part in tokens]
+    classes = images.known_classes or 0
+    sides = {"image_size": images.size, "patch_size": images.patch_size}
+    network = build_vit(model, specs, seed=1, **sides, classes=classes, device=DEVICE)
+    pixels = torch.randn(2, rows, 3, images.size, images.size, device=DEVICE)
+    return network, list(zip(pixels, torch.randint(classes, (2, rows), device=DEVICE), strict=True))
 
 
 def measure(name: str, norm: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -57,16 +78,17 @@ def measure(name: str, norm: str, options: argparse.Namespace) -> dict[str, Any]
     model.vocab_size = model.vocab_size or options.vocabulary
     data = DataConfig(seq_len=options.length, micro_batch_size=options.rows, batch_size=2 * options.rows)
     trainer = TrainerConfig(max_steps=1, precision=options.precision)
-    expected = estimate(model, {"name": norm}, data, trainer, hardware=hardware(), mfu=options.mfu)
+    images = IMAGES.get(name)
+    expected = estimate(model, {"name": norm}, data, trainer, images, hardware=hardware(), mfu=options.mfu)
 
-    decoder = build_decoder(model, build_all({"name": norm}, model.num_hidden_layers), seed=1, device=DEVICE)
+    specs = build_all({"name": norm}, model.num_hidden_layers)
+    network, batches = built(model, specs, images, options.rows, options.length)
     if options.precision == "bf16-true":
-        decoder.bfloat16()
-    optimizer, _ = build_optimizer(decoder, OptimConfig(), max_steps=100)
-    micro_batches = torch.randint(model.vocab_size, (2, options.rows, options.length), device=DEVICE)
-    run = partial(step, decoder, optimizer, micro_batches, options.precision == "bf16-mixed")
+        network.bfloat16()
+    optimizer, _ = build_optimizer(network, OptimConfig(), max_steps=100)
+    run = partial(step, network, optimizer, batches, options.precision == "bf16-mixed")
     run()  # makes the moments
-    state = [*decoder.parameters(), *(t for moments in optimizer.state.values() for t in moments.values())]
+    state = [*network.parameters(), *(t for moments in optimizer.state.values() for t in moments.values())]
     memory = sum(tensor.nbytes for tensor in state) + peak_bytes(run)
     ms = milliseconds({"step": run}, options.seconds)["step"]
     return {
@@ -74,7 +96,7 @@ def measure(name: str, norm: str, options: argparse.Namespace) -> dict[str, Any]
         "norm": norm,
         "precision": options.precision,
         "rows": options.rows,
-        "length": options.length,
+        "length": options.length if images is None else images.patches + 1,
         "estimated_mb": round(expected.memory.total / 1e6, 1),
         "measured_mb": round(memory / 1e6, 1),
         "memory_ratio": round(expected.memory.total / memory, 3),

@@ -19,8 +19,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("train_step.py", "--rows 1 --length 8 --seconds 0", ["torch norms, compiled", "transformers"]),
         (
             "estimate.py",
-            "--models tiny --rows 2 --length 16 --vocabulary 300 --seconds 0",
-            ["tiny", "post_ln", "32-true"],
+            "--models tiny vit_tiny --rows 2 --length 16 --vocabulary 300 --seconds 0",
+            ["vit_tiny", "post_ln", "32-true"],
         ),
         (
             "measures.py",

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from cod_lightning.cli import main
 from cod_lightning.config import compose
 
 PYTHON = [sys.executable, "-m", "cod_lightning"]
@@ -52,6 +53,8 @@ def finished(toy, tmp_path_factory):
         ["import"],
         ["measure"],
         ["estimate"],
+        ["reproduce"],
+        ["report"],
         ["experiments"],
     ],
 )
@@ -341,6 +344,17 @@ def test_experiments_are_listed_with_their_published_figures():
         assert word in process.stdout
 
 
+def test_shards_are_prepared_and_merged_by_words(toy, tmp_path, capsys):
+    words = ["prepare", *toy, f"data.root={tmp_path}"]
+    for shard in ("shard=1/2", "shard=0/2"):
+        assert main([*words, shard]) == 0
+    assert main([*words, "merge=2"]) == 0
+    first, second, folder = capsys.readouterr().out.split()
+    assert (first, second) == (f"{folder}.parts-2/1", f"{folder}.parts-2/0")
+    assert main(words) == 0
+    assert capsys.readouterr().out.split() == [folder]
+
+
 def test_prepare_makes_what_fit_would_use(toy, tmp_path):
     process = run("prepare", *toy, f"data.root={tmp_path}")
     assert process.returncode == 0, process.stderr
@@ -485,6 +499,8 @@ def test_a_loss_that_is_not_finite_exits_with_status_2_and_keeps_the_checkpoint(
     )
     assert list((tmp_path / "diverges" / "checkpoints").glob("step-*.ckpt"))
     assert "Traceback" not in process.stderr
+    failure = json.loads((tmp_path / "diverges" / "failed.json").read_text())
+    assert f"error: {failure['failure']}\n" in process.stderr
 
 
 def test_without_a_terminal_no_escape_codes_are_printed(finished):

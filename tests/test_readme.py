@@ -30,7 +30,7 @@ def example(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("example")
 def test_every_command_is_understood(command):
     arguments = parser().parse_args(shlex.split(command))
-    known = {"tasks", *(ESTIMATE_SETTINGS if arguments.command == "estimate" else ())}
+    known = {"tasks", "shard", "merge", *(ESTIMATE_SETTINGS if arguments.command == "estimate" else ())}
     words = [word for word in getattr(arguments, "overrides", []) if word.partition("=")[0] not in known]
     if arguments.command == "prepare":
         words = [word for word in words if not word.startswith("data.files")] + ["data.files=texts/a.txt"]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.errors import Diverged, UserError, nearest
+from cod_lightning.errors import TRY_AGAIN, Diverged, Stopped, UserError, nearest
 
 if TYPE_CHECKING:
     from cod_lightning.config import Config
@@ -40,6 +40,13 @@ prune writes a model that stock transformers loads, without some blocks or weigh
   measure prune RUN by=influence blocks=4 --output FOLDER         (or by=streamline, by=removal)
   measure prune RUN sparsity=0.5 allocation=owl method=wanda --output FOLDER
                                                  (or allocation=alpha_pruning, uniform; method=magnitude)
+"""
+
+PREPARE = """\
+Several machines prepare a share of the files each, in any order; the merge then makes the very set that one machine
+would make. Shards are numbered from 0; one that is finished, or killed, can be started again:
+  prepare OVERRIDES shard=0/64     ...     prepare OVERRIDES shard=63/64
+  prepare OVERRIDES merge=64
 """
 
 ESTIMATE = """\
@@ -84,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
     add_overrides(fit)
 
-    prepare = command("prepare", "Tokenize the data of a run into litdata chunks.", OVERRIDES)
+    prepare = command("prepare", "Tokenize the data of a run into litdata chunks.", f"{OVERRIDES}\n{PREPARE}")
     add_overrides(prepare)
 
     evaluate = command(
@@ -114,6 +121,11 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--checkpoint", choices=("last", "best"), default="last")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     export.add_argument("--max-length", type=int, help="max_position_embeddings (default: the run's data.seq_len)")
+
+    consolidate = command("consolidate", "Write a sharded checkpoint of a run as one file.")
+    consolidate.add_argument("run", type=Path, help="run folder")
+    consolidate.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    consolidate.add_argument("--output", type=Path, help="new .ckpt file (default: whole-STEP.ckpt in checkpoints/)")
 
     take = command("import", "Make a run folder of a Llama, Mistral or Qwen2 checkpoint, for evaluate and generate.")
     take.add_argument("model", help="folder of the checkpoint, or its name on the hub")
@@ -157,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, or 2 for input that can be corrected."""
+    """Run a command; returns its exit status: 0, 2 for input that can be corrected, `TRY_AGAIN` for a stopped run."""
     # libgomp's threads spin while they wait for each other. With another process on the cores that made a step 18
     # times slower (2 threads, 2 cores); with this bound it is 2 to 3 times, and as fast as before on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -177,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "evaluate": evaluate,
             "generate": generate,
             "export": export,
+            "consolidate": consolidate,
             "import": import_model,
             "measure": measure,
             "estimate": estimate,
@@ -187,8 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:  # a file or folder that cannot be read or written names itself
         named = isinstance(error, OSError) and error.filename is not None
         for line in (f"{error.filename}: {error.strerror}" if named else str(error)).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            sys.stderr.write(f"error: {line}\n")  # in one piece, as other ranks may write theirs
         return 2
+    except Stopped as reason:
+        print(f"{reason}\nrun the same command again to go on", file=sys.stderr)
+        # Lightning kills this process where one that it launched reports a failure; they all stop, and this one tells.
+        return TRY_AGAIN if os.environ.get("LOCAL_RANK", "0") == "0" else 0
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130
@@ -397,21 +414,37 @@ def run_marked(words: Sequence[str], label: str, jobs: int) -> int:
 
 def prepare(overrides: Sequence[str]) -> int:
     from cod_lightning.config import compose
+    from cod_lightning.data import shards
     from cod_lightning.data.prepare import prepare as prepare_data
 
+    shard, overrides = taken("shard", overrides)
+    merge, overrides = taken("merge", overrides)
+    if shard is not None and merge is not None:
+        raise UserError(f"shard={shard} and merge={merge}: the merge comes when all shards are finished")
+    share = None if shard is None else shards.shard_of(shard)
+    count = None if merge is None else shards.count_of(merge)
     config = compose(overrides)
     if config.task != "language":
         raise UserError(f"task={config.task} needs no preparation: images are read as they are")
-    print(prepare_data(config.data))
+    if share is not None:
+        print(shards.prepare_shard(config.data, *share))
+    elif count is not None:
+        print(shards.merge_shards(config.data, count))
+    else:
+        print(prepare_data(config.data))
     return 0
+
+
+def taken(name: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of the first word `name=`, None without one, and the words without it: it is no override."""
+    value = next((word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")), None)
+    return value, [word for word in words if not word.startswith(f"{name}=")]
 
 
 def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path | None, limit: int | None) -> int:
     from cod_lightning.config import changes_text, load
 
-    # tasks=a,b is no field of the configuration, and its comma no sweep.
-    tasks = next((word.removeprefix("tasks=") for word in overrides if word.startswith("tasks=")), None)
-    overrides = [word for word in overrides if not word.startswith("tasks=")]
+    tasks, overrides = taken("tasks", overrides)
     config = load(run, overrides)
     if tasks is not None:
         if changes_text(overrides):
@@ -445,7 +478,8 @@ def evaluate_tasks(
     at_least("limit", limit, 1)
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
     manager = task_manager(names, task_folder)
-    from cod_lightning.train.run import accelerator, checkpoint_of, load_run
+    from cod_lightning.train.run import checkpoint_of, load_run
+    from cod_lightning.train.strategy import accelerator
 
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
     scores = score(
@@ -482,6 +516,23 @@ def export(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str,
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
     write(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.data.seq_len)
     print(folder)
+    return 0
+
+
+def consolidate(run: Path, checkpoint: str, output: Path | None) -> int:
+    from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
+    from cod_lightning.train.run import checkpoint_of
+
+    path = checkpoint_of(run, checkpoint)
+    content = read_checkpoint(path)
+    target = output or path.with_name(f"whole-{content['global_step']:08d}.ckpt")
+    if target.exists():
+        raise UserError(f"{target} exists: name a new file with --output")
+    io = AtomicCheckpointIO()
+    io.save_checkpoint(content, target)
+    if io.failure:
+        raise UserError(io.failure)
+    print(target)
     return 0
 
 
@@ -629,6 +680,8 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
         from cod_lightning.train.run import TOKENIZER, checkpoint_of
 
         if changes_text(overrides):
+            if config.task != "language":
+                raise UserError(f"{run} is a run of task={config.task}: it reads images.folder=, not data=")
             config.data.tokenizer = str(run / TOKENIZER)
         return open_run(sections(config), run, checkpoint_of(run, checkpoint), rows)
     config = compose(overrides)
@@ -674,8 +727,6 @@ def estimate(overrides: Sequence[str], as_json: bool) -> int:
     runs = list(sweep(overrides))
     settings = [estimate_settings(words) for words in runs]
     configs = [compose([word for word in words if word.partition("=")[0] not in ESTIMATE_SETTINGS]) for words in runs]
-    if any(config.task != "language" for config in configs):
-        raise UserError("task='vision' has no estimate yet: only decoders have one")
     from cod_lightning.report.estimate import estimate as needs
     from cod_lightning.report.terminal import estimate_table, show
 
@@ -685,6 +736,7 @@ def estimate(overrides: Sequence[str], as_json: bool) -> int:
             config.norm,
             config.data,
             config.trainer,
+            config.images if config.task == "vision" else None,
             published_tokens=config.paper.get("tokens") if config.scale == "paper" else None,
             **chosen,
         )

@@ -123,7 +123,11 @@ class Config:
                 f"x {trainer.world_size} rank(s) = {rows}"
             )
         if trainer.world_size > 1 and trainer.strategy == "auto":
-            found.append(f"trainer.strategy='auto' is one rank, but {trainer.world_size} are asked for: trainer=ddp")
+            found.append(
+                f"trainer.strategy='auto' is one rank, but {trainer.world_size} are asked for: trainer=ddp or fsdp"
+            )
+        if trainer.strategy == "fsdp" and self.optim.lisa_layers:
+            found.append("optim.lisa_layers rests blocks by the step, which sharded ones cannot: trainer=ddp can")
         trained = data.tokenizer == "bpe" and data.folder is None
         if trained and self.model.vocab_size is not None and self.model.vocab_size < data.vocab_size:
             found.append(

@@ -15,6 +15,16 @@ class Diverged(UserError):
     """A run left the finite numbers: what it was asked to do cannot be done as it stands."""
 
 
+class Stopped(Exception):
+    """A run did not come to its end, for a reason outside of it: the same command goes on with it.
+
+    The command line prints it and exits with status `TRY_AGAIN`.
+    """
+
+
+TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: what a scheduler may take as a reason to queue the job again."""
+
 DAMAGED = (OSError, ValueError, RecursionError)
 """What reading a JSON file can raise: it is missing, is not UTF-8 or not JSON, or lists lie in lists without end."""
 

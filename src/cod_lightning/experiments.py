@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -26,6 +25,9 @@ from cod_lightning.train.record import FAILURE, RECORD, check, is_number
 
 MEASURED = "measure"
 """Where inside its folder the measures of a run are written."""
+DIGITS = {"jacobian_map": 4}
+"""Significant digits that are kept of a measure, where not all: matrices, of which the report draws colours and takes
+norms, and which would take most of the room of all results. Rises of the loss are small differences: they need all."""
 RESULTS = Path("experiments/results")
 """Where results are kept, from the top of a checkout: {scale}/{label of the run}/record.json, and what was measured."""
 
@@ -190,7 +192,7 @@ def config_of(record: Path) -> dict[str, Any]:
 
 
 def keep(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
-    """Copy how a run ended, in one line, and what was measured into the results; nothing of one that did not end.
+    """Copy how a run ended and what was measured into the results, in one line each; nothing of one that did not end.
 
     Args:
         folder: of the run, or of a public model, below one that is called like the scale.
@@ -203,13 +205,27 @@ def keep(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
         return
     target.mkdir(parents=True, exist_ok=True)
     if ended.is_file():
-        partial = target / f".{ended.name}.partial"
-        partial.write_text(json.dumps(json.loads(ended.read_text()), separators=(",", ":")) + "\n")
-        partial.replace(target / ended.name)
+        copy(ended, target)
     if (folder / SCORES).is_file():
-        shutil.copyfile(folder / SCORES, target / SCORES)
+        copy(folder / SCORES, target)
     for name in measures:
-        shutil.copyfile(folder / MEASURED / f"{name}.json", target / f"{name}.json")
+        copy(folder / MEASURED / f"{name}.json", target, DIGITS.get(name))
+
+
+def copy(file: Path, folder: Path, digits: int | None = None) -> None:
+    """Write a JSON file into a folder in one line, whole or not at all, with so many significant digits if given."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+    found = json.loads(file.read_text())
+    partial = folder / f".{file.name}.partial"
+    partial.write_text(json.dumps(found if digits is None else rounded(found), separators=(",", ":")) + "\n")
+    partial.replace(folder / file.name)
 
 
 # For the report ------------------------------------------------------------------------------------------------------
@@ -266,18 +282,26 @@ def experiment(asked: Sequence[Row], size: int, runs: Callable[[Row], Iterable[R
 
 
 def reported(row: Row, runs: tuple[Run, ...]) -> ReportedRow:
-    figures = row.claim.get("published")
-    if figures is not None and not isinstance(figures, Mapping):
-        figures = {row.config.paper.get("metric", "ppl"): figures}
     return ReportedRow(
         name=row.name,
         label=row.claim.get("label", row.name),
-        published=dict(figures or {}),
+        published=published(row),
         note=row.claim.get("note"),
         computes=row.subject or row.run(0).id,
         runs=runs,
         gpu_hours=gpu_hours(row),
     )
+
+
+def published(row: Row) -> dict[str, float]:
+    """What the paper prints of a row, by the key of the record that holds the same figure of a run.
+
+    What a run has besides, such as the accuracy of answers where the paper prints that of tasks, has none beside it.
+    """
+    figures = row.claim.get("published")
+    if figures is None:
+        return {}
+    return dict(figures) if isinstance(figures, Mapping) else {row.config.paper.get("metric", "ppl"): figures}
 
 
 def accuracies(scores: Path) -> dict[str, float]:
@@ -308,11 +332,12 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def gpu_hours(row: Row) -> float | None:
-    """Of one run at the paper's scale; None where nothing is trained, and of what has no estimate."""
+    """Of one run at the paper's scale; None where nothing is trained."""
     config = row.config
-    if config.scale != "paper" or row.subject is not None or config.task != "language":
+    if config.scale != "paper" or row.subject is not None:
         return None
-    return estimate(config.model, config.norm, config.data, config.trainer).gpu_hours
+    images = config.images if config.task == "vision" else None
+    return estimate(config.model, config.norm, config.data, config.trainer, images).gpu_hours
 
 
 def setting(row: Row) -> str:
@@ -328,9 +353,10 @@ def setting(row: Row) -> str:
     else:
         text = f"{data.source}, rows of {data.seq_len} tokens"
     positions = data.batch_size * row_length(config)
-    stand_in = "a stand-in for public models; " if "subject" in row.claim else ""
+    if "tasks" in config.paper and row.tasks is None:
+        text += ", scored by its accuracy on held-out answers, not by the paper's tasks"
     return (
-        f"{stand_in}{shape}; {text}, protocol={config.protocol}; {steps:,} steps of {positions:,} token positions, "
+        f"{shape}; {text}, protocol={config.protocol}; {steps:,} steps of {positions:,} token positions, "
         f"{amount(steps * positions)} in all"
     )
 
@@ -339,7 +365,7 @@ def num_parameters(config: Config) -> int:
     """Of the model under Pre-LN; strategies with learnable scales or more norms add theirs."""
     if config.task == "vision":
         images = config.images
-        return num_vit_parameters(config.model, images.size, images.patch_size, images.classes or 0)
+        return num_vit_parameters(config.model, images.size, images.patch_size, images.known_classes or 0)
     return config.model.num_parameters(config.data.vocab_size)
 
 

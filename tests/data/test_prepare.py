@@ -13,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cod_lightning.data import encode
 from cod_lightning.data import prepare as preparation
+from cod_lightning.data.encode import DOCUMENT, Encoded, Encoder, until
 from cod_lightning.data.manifest import FORMAT, Manifest, damage, read_manifest
-from cod_lightning.data.prepare import Encoded, Encoder, check_against, is_whole, prepare, prepared_folder
+from cod_lightning.data.prepare import check_against, is_whole, prepare, prepared_folder
 from cod_lightning.data.tokenizer import DocumentTokenizer
 from cod_lightning.errors import UserError
 
@@ -119,7 +121,7 @@ def test_document_sets_count_tokens_without_pads(documents):
 def test_rows_do_not_depend_on_the_number_of_workers(make_config, tmp_path, packed):
     one = read_manifest(prepare(make_config(tmp_path / "one"), progress=False))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "BATCH_CHARACTERS", 2**14)
+        patch.setattr(encode, "BATCH_CHARACTERS", 2**14)
         three = read_manifest(prepare(make_config(tmp_path / "three", workers=3), progress=False))
     assert one == three == read_manifest(prepared_folder(packed))
     assert one.fingerprint == three.fingerprint
@@ -165,7 +167,7 @@ def test_a_touched_file_is_another_set(make_config, tmp_path):
 
 def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 100)
-    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)
     one = read_manifest(prepare(make_config(tmp_path / "one", val_tokens=400), progress=False))
     assert 400 - 32 < one.val.tokens < 1500
     assert one.source.documents["val"] < 20
@@ -204,11 +206,12 @@ def test_progress_is_one_line_where_there_is_no_terminal(make_config, tmp_path, 
 
 SLOW = """
 import sys
+from cod_lightning.data import encode
 from cod_lightning.data import prepare as preparation
 from cod_lightning.data.config import DataConfig
 
 preparation.CHUNK_TOKENS = 2048
-preparation.BATCH_CHARACTERS = 2**13
+encode.BATCH_CHARACTERS = 2**13
 
 if __name__ == "__main__":
     config = DataConfig(source="files", files=sys.argv[1], root=sys.argv[2], vocab_size=300, seq_len=32, val_every=10)
@@ -238,7 +241,7 @@ def running(group: int) -> list[str]:
 
 def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/\S+: the prepared set cannot be written \(.*\)"):
+    with pytest.raises(UserError, match=r"file/\S+ cannot be written \(.*\)"):
         prepare(make_config(tmp_path / "file"), progress=False)
 
 
@@ -334,6 +337,6 @@ def test_a_tokenizer_folder_is_compared_by_content(make_config, word_level, tmp_
 
 
 def test_encoded_batches_stop_at_the_bound():
-    batches = [(["text"], Encoded(np.zeros(5), 5, 0))] * 10
-    assert len(list(preparation._until(iter(batches), 11))) == 3
-    assert len(list(preparation._until(iter(batches), None))) == 10
+    batches = [Encoded(np.zeros(5), np.array([(9, 5, 5, 0, b"")], DOCUMENT))] * 10
+    assert len(list(until(batches, 11))) == 3
+    assert len(list(until(batches, None))) == 10

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import make_dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -14,14 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cod_lightning.cli import main
 from cod_lightning.config import choices, compose
+from cod_lightning.data.config import ImageConfig
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.init import build_decoder, build_vit
 from cod_lightning.nn.strategies import STRATEGIES, build_all
+from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.report import estimate as module
-from cod_lightning.report.estimate import estimate, flops_per_token, memory, parameters
+from cod_lightning.report.estimate import (
+    estimate,
+    flops_per_image,
+    flops_per_token,
+    memory,
+    outer_parameters,
+    parameters,
+)
 from cod_lightning.train.config import OptimConfig, TrainerConfig
 from cod_lightning.train.optim import build_optimizer
 
@@ -53,7 +63,24 @@ def composed(*overrides):
 
 def of(*overrides, **settings):
     config = composed(*overrides)
-    return estimate(config.model, config.norm, config.data, config.trainer, **settings)
+    images = config.images if config.task == "vision" else None
+    return estimate(config.model, config.norm, config.data, config.trainer, images, **settings)
+
+
+IMAGES = ImageConfig(source="folder", classes=11, size=20, patch_size=4)
+
+
+def vit_shape(**changes) -> DecoderConfig:
+    return shape(**({"norm": "layer", "qkv_bias": True, "num_key_value_heads": None, "vocab_size": None} | changes))
+
+
+def vit_of(model: DecoderConfig, norm: dict, images: ImageConfig = IMAGES) -> VisionTransformer:
+    sides = {"image_size": images.size, "patch_size": images.patch_size, "classes": images.classes}
+    return build_vit(model, build_all(norm, model.num_hidden_layers), 0, **sides)
+
+
+def drawn(rows: int, images: ImageConfig = IMAGES) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, 3, images.size, images.size), torch.randint(images.classes, (rows,))
 
 
 # Parameters and operations -------------------------------------------------------------------------------------------
@@ -76,7 +103,7 @@ def test_parameters_are_those_of_the_decoder(norm, changes):
     sizes = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
     assert parameters(model, specs) == sum(sizes.values())
     inside = sum(size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name)
-    assert parameters(model, specs) - module.vocabulary_parameters(model) == inside
+    assert parameters(model, specs) - outer_parameters(model) == inside
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -91,12 +118,35 @@ def test_operations_are_those_that_torch_counts(tied):
     assert counter.get_total_flops() == 32 * (flops_per_token(model, 16) - 6 * norms)
 
 
+@pytest.mark.parametrize("norm", NORMS, ids=LOOKS)
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False, "norm_affine": False}])
+def test_parameters_are_those_of_the_vision_transformer(norm, changes):
+    model = vit_shape(**changes)
+    with torch.device("meta"):
+        vit = VisionTransformer(model, build_all(norm, 4), IMAGES.size, IMAGES.patch_size, IMAGES.classes)
+    sizes = {name: parameter.numel() for name, parameter in vit.named_parameters()}
+    assert parameters(model, build_all(norm, 4), IMAGES) == sum(sizes.values())
+    outside = sum(size for name, size in sizes.items() if name.startswith(("embedding", "head")))
+    assert outer_parameters(model, IMAGES) == outside
+
+
+def test_operations_of_images_are_those_that_torch_counts():
+    model = vit_shape()
+    vit = vit_of(model, {"name": "lns"}).bfloat16()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        vit(*drawn(3)).total.backward()
+    vectors = sum(
+        p.numel() for name, p in vit.named_parameters() if p.ndim == 1 and name.startswith(("layers", "norm"))
+    )
+    assert counter.get_total_flops() == 3 * (flops_per_image(model, IMAGES) - 6 * (IMAGES.patches + 1) * vectors)
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def saved_bytes(decoder: Decoder, rows: int, length: int, autocast: bool) -> int:
+def saved_bytes(network: torch.nn.Module, inputs: tuple, autocast: bool) -> int:
     """Bytes of all storages that a forward pass saves for the backward pass and that are not parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     held = {}
 
     def keep(tensor):
@@ -104,12 +154,11 @@ def saved_bytes(decoder: Decoder, rows: int, length: int, autocast: bool) -> int
         held[storage.data_ptr()] = (tensor, storage.nbytes())
         return tensor
 
-    tokens = torch.randint(decoder.config.vocab_size, (rows, length))
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        total = decoder(tokens, next_tokens(tokens)).total
+        total = network(*inputs).total
     assert total.requires_grad
     return sum(size for place, (_, size) in held.items() if place not in own)
 
@@ -124,9 +173,44 @@ def saved_as_estimated(model: DecoderConfig, norm: dict, rows: int, length: int,
     compute, stream = (4 if precision == "32-true" else 2), (2 if precision == "bf16-true" else 4)
     loss = rows * length * model.hidden_size * compute + model.vocab_size * model.hidden_size * 4  # two gradients
     rotary = 2 * length * model.head_dim * stream
-    return (found.activations + found.copies + loss + rotary) / saved_bytes(
-        decoder, rows, length, precision == "bf16-mixed"
+    tokens = torch.randint(model.vocab_size, (rows, length))
+    saved = saved_bytes(decoder, (tokens, next_tokens(tokens)), precision == "bf16-mixed")
+    return (found.activations + found.copies + loss + rotary) / saved
+
+
+def saved_of_images(model: DecoderConfig, norm: dict, rows: int, precision: str, cpu: bool) -> float:
+    """Likewise, of images."""
+    vit = vit_of(model, norm)
+    if precision == "bf16-true":
+        vit.bfloat16()
+    found = memory(
+        model,
+        build_all(norm, model.num_hidden_layers),
+        rows=rows,
+        length=IMAGES.patches + 1,
+        images=IMAGES,
+        precision=precision,
+        cpu=cpu,
     )
+    loss = rows * (IMAGES.classes * 4 + 8) + 4  # logarithms and labels
+    # Copies that autocast keeps, but no backward pass reads: biases, and the first weight.
+    unread = [p for name, p in vit.named_parameters() if name.endswith("bias") or "projection.weight" in name]
+    copies = found.copies and found.copies - 2 * sum(p.numel() for p in unread)
+    return (found.activations + copies + loss) / saved_bytes(vit, drawn(rows), precision == "bf16-mixed")
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=LOOKS)
+def test_a_cpu_saves_of_images_what_is_estimated(norm):
+    assert saved_of_images(vit_shape(), norm, 3, "32-true", cpu=True) == pytest.approx(1, abs=0.005)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are interpreted only where there is no GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("name", ["lns", "gpas admin"])
+def test_the_kernels_of_a_gpu_save_of_images_what_is_estimated(name, precision):
+    norm = dict(zip(("name", "base"), name.split(), strict=False))
+    model = vit_shape(norm_backend="triton", num_hidden_layers=2)
+    assert saved_of_images(model, norm, 1, precision, cpu=False) == pytest.approx(1, abs=0.005)
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=LOOKS)
@@ -168,11 +252,22 @@ def test_weights_gradients_and_moments_take_their_tensors_bytes(precision):
     assert found.moments == sum(moment.nbytes for moment in moments)
 
 
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 def policy(context, operator, *arguments, **options):
     return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_blocks(network: Decoder | VisionTransformer, checkpointing: str) -> None:
+    options = {} if checkpointing == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+    if checkpointing != "none":
+        for block in network.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +289,7 @@ def test_the_most_that_a_step_holds_is_what_is_estimated(precision, checkpointin
     decoder = build_decoder(model, specs, seed=0)
     if precision == "bf16-true":
         decoder.bfloat16()
-    options = {} if checkpointing == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
-    if checkpointing != "none":
-        for block in decoder.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+    checkpoint_blocks(decoder, checkpointing)
     rows, length = 2, 128
     tokens = torch.randint(101, (2, rows, length))
 
@@ -214,6 +306,49 @@ def test_the_most_that_a_step_holds_is_what_is_estimated(precision, checkpointin
     assert peak_bytes(step) == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "tolerance"),
+    [
+        ("32-true", "none", 0.01),
+        ("bf16-mixed", "none", 0.03),
+        ("bf16-true", "none", 0.03),
+        ("32-true", "full", 0.03),
+        ("32-true", "selective", 0.03),
+    ],
+)
+def test_the_most_that_a_step_of_images_holds_is_what_is_estimated(precision, checkpointing, tolerance, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from _results import peak_bytes
+
+    model = vit_shape(hidden_size=128, intermediate_size=512, num_attention_heads=4)
+    images, rows = ImageConfig(source="folder", classes=10, size=64, patch_size=8), 3
+    vit = vit_of(model, {"name": "lns"}, images)
+    if precision == "bf16-true":
+        vit.bfloat16()
+    checkpoint_blocks(vit, checkpointing)
+    batches = [drawn(rows, images) for _ in range(2)]
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            for batch in batches:
+                vit(*batch).total.backward()
+
+    step()
+    vit.zero_grad()
+    found = memory(
+        model,
+        build_all({"name": "lns"}, 4),
+        rows=rows,
+        length=images.patches + 1,
+        images=images,
+        precision=precision,
+        checkpointing=checkpointing,
+        cpu=True,
+    )
+    expected = found.total - found.weights - found.moments
+    assert peak_bytes(step) == pytest.approx(expected, rel=tolerance)
+
+
 def test_strategies_share_and_add_what_they_should():
     sizes = {"rows": 2, "length": 16, "precision": "32-true"}
     model, specs = shape(), build_all({"name": "lns"}, 4)
@@ -225,6 +360,12 @@ def test_strategies_share_and_add_what_they_should():
     block = (parameters(model, specs) - 2 * 101 * 48) // 4
     assert fsdp.communication == 2 * 4 * (2 * 101 * 48 + 2 * block)
     assert fsdp.activations == ddp.activations == single.activations
+    sizes |= {"images": IMAGES, "length": IMAGES.patches + 1}
+    model = vit_shape()
+    images = memory(model, specs, strategy="fsdp", ranks=4, **sizes)
+    whole, outside = parameters(model, specs, IMAGES), outer_parameters(model, IMAGES)
+    assert images.weights == images.gradients == images.moments // 2 == whole
+    assert images.communication == 2 * 4 * (outside + 2 * ((whole - outside) // 4))
 
 
 # The whole estimate --------------------------------------------------------------------------------------------------
@@ -245,7 +386,25 @@ def test_a_cell_of_table_1():
     assert found.download_bytes == pytest.approx(326.8e9 * found.documents / 364.87e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in choices("experiments") if name != "table5_vit_s"])
+def test_a_vision_transformer():
+    found = of("experiments=table5_vit_s", gpus=4)
+    assert found.positions == 30_000 * 1024 * 196
+    assert found.parameters == 64_609_768
+    assert found.non_embedding == 64_609_768 - (384 * (3 * 256 + 1) + 198 * 384 + 385 * 1000)
+    assert found.flops == 30_000 * 1024 * flops_per_image(composed("experiments=table5_vit_s").model, VIT_S)
+    assert found.flops_per_token == round(found.flops / found.positions)
+    assert (found.token_bytes, found.documents) == (None, None)
+    assert found.gpu_hours == pytest.approx(found.flops / (0.4 * 989.4e12) / 3600)
+    small = of("experiments=table5_vit_s", "scale=toy", hardware="cpu")
+    assert small.parameters > small.non_embedding
+    with pytest.raises(UserError, match=r"images\.classes is open, and images\.folder='data/imagenet'"):
+        of("experiments=table5_vit_s", "images.classes=null")
+
+
+VIT_S = ImageConfig(source="folder", classes=1000, size=224, patch_size=16)
+
+
+@pytest.mark.parametrize("name", choices("experiments"))
 def test_every_experiment_is_estimated_and_every_table_fits_one_gpu(name):
     found = of(f"experiments={name}")
     fits = found.memory.total <= found.device_memory == 80e9
@@ -330,6 +489,11 @@ def test_ranks_are_those_of_the_trainer_unless_given():
     trainer = TrainerConfig(devices=2, num_nodes=2, strategy="ddp")
     found = estimate(config.model, config.norm, config.data, trainer)
     assert (found.gpus, found.strategy) == (4, "ddp")
+    sharded = estimate(config.model, config.norm, config.data, replace(trainer, strategy="fsdp"))
+    assert (sharded.strategy, sharded.checkpointing) == ("fsdp", "none")
+    saving = make_dataclass("Saving", [("checkpointing", str, "full")], bases=(TrainerConfig,))()
+    assert estimate(config.model, config.norm, config.data, saving).checkpointing == "full"
+    assert estimate(config.model, config.norm, config.data, trainer, gpus=1, strategy="single").strategy == "single"
 
 
 # The command line ----------------------------------------------------------------------------------------------------
@@ -383,7 +547,7 @@ def test_several_runs_are_columns(capsys):
         (["gpus=1.5"], "error: gpus='1.5' must be a whole number"),
         (["mfu=40"], "error: mfu=40.0 must lie in (0, 1]"),
         (["hardwear=h100"], "hardwear"),
-        (["experiments=table5_vit_s"], "task='vision' has no estimate"),
+        (["experiments=table5_vit_s", "images.classes=null"], "images.classes is open"),
         (["norm=lms"], "lns"),
     ],
 )

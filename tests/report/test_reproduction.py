@@ -20,8 +20,11 @@ from cod_lightning.report.claims import (
     Sample,
     by_target,
     columns,
+    seed_counts,
 )
+from cod_lightning.report.document import Table, Text, page
 from cod_lightning.report.figures import fit_sizes
+from cod_lightning.report.quantities import verdicts
 from cod_lightning.report.reproduction import FIGURES, report
 from cod_lightning.report.words import compared, conclusion
 
@@ -180,6 +183,16 @@ def test_what_did_not_train_and_what_failed_is_told():
     assert "(failed: the loss is nan at step 3)" in everything.markdown
 
 
+def test_what_did_not_train_says_so_where_it_agrees():
+    rows = [
+        row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)),
+        row("deep_norm", 20.1, run(1, 6.99, halfway=7.0), run(2, 6.99, halfway=7.0)),
+    ]
+    published = table(*(replace(r, runs=()) for r in rows), scale="paper")
+    (found,) = tables_of(report([published, table(*rows)]).markdown)["## At a glance"][2:]
+    assert found == ["| Table 1", "toy", "2", "deep_norm (did not train here) |"]
+
+
 def test_sizes_that_are_the_same_runs_are_one_column():
     small, large = (
         table(*(replace(r, published={"ppl": value}) for r, value in zip(rows_at("toy"), figures, strict=True)), **rest)
@@ -217,6 +230,13 @@ def test_the_baseline_is_pre_ln_or_else_the_first_row():
     assert Column((table(row("scaled_init", 1.0), row("lns", 2.0)),)).baseline.name == "scaled_init"
 
 
+def test_rows_of_more_and_fewer_seeds_are_counted_apart():
+    rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)), row("lns", 19.0, run(1, 4.0)), row("admin", 21.0)]
+    assert seed_counts(rows) == "1 to 2"
+    assert seed_counts(rows[:1]) == "2"
+    assert seed_counts(rows[2:]) == "0"
+
+
 def test_targets_are_in_the_papers_order():
     made = [table(target=target, name=target) for target in ("Theory", "Figure 10", "Table 10", "Figure 2", "Table 2")]
     assert list(by_target(made)) == ["Table 2", "Table 10", "Figure 2", "Figure 10", "Theory"]
@@ -226,12 +246,12 @@ def test_targets_are_in_the_papers_order():
 
 
 def tables_of(markdown):
-    """Head and rows of every table, by the heading above it."""
+    """Head and rows of the first table below every heading."""
     found, heading = {}, ""
     for block in markdown.split("\n\n"):
         heading = block if block.startswith("#") else heading
         if block.startswith("| "):
-            found[heading] = [[cell.strip() for cell in line.split(" | ")] for line in block.splitlines()]
+            found.setdefault(heading, [[cell.strip() for cell in line.split(" | ")] for line in block.splitlines()])
     return found
 
 
@@ -255,6 +275,32 @@ def test_scales_are_never_mixed(experiments):
         assert not any(other in text for name, other in perplexity.items() if name not in (scale, "paper"))
 
 
+def test_what_agrees_with_the_paper_stands_at_the_top(made):
+    head, _, found = tables_of(made.markdown)["## At a glance"]
+    assert head == ["| target", "scale", "seeds", "as in the paper", "opposite", "within noise |"]
+    assert found == ["| Table 1", "toy", "3", "lns", "post_ln", "mix_ln |"]
+    first, second = made.markdown.split("\n\n")[3:5]
+    assert first.startswith("**lns against pre_ln** (Table 1, scale=toy, n = 3): -0.367 ± 0.143 nats; in the paper")
+    assert first.endswith(" -0.037.")
+    assert second.startswith(
+        "Of 3 comparisons at scale=toy, 1 point as in the paper, 1 the opposite way and 1 lie within noise. Nothing "
+        "has been compared at scale=paper and scale=mini."
+    )
+
+
+def test_of_a_row_the_columns_are_named_where_not_all_agree():
+    sizes = [
+        table(*(replace(r, published={"ppl": value}) for r, value in zip(rows_at("toy"), figures, strict=True)), **rest)
+        for figures, rest in (
+            (PUBLISHED.values(), {"column": "130M"}),
+            ((20.0, 21.39, 21.92, 20.35, 23.0), {"column": "250M", "name": "table1_250m"}),
+        )
+    ]
+    papers = [replace(e, scale="paper", rows=tuple(replace(r, runs=()) for r in e.rows)) for e in sizes]
+    (found,) = tables_of(report([*papers, *sizes]).markdown)["## At a glance"][2:]
+    assert found == ["| Table 1", "toy", "3", "post_ln (250M); lns", "post_ln (130M)", "mix_ln |"]
+
+
 def test_marks_and_rows_of_the_comparison(made):
     head, _, *rows = tables_of(made.markdown)["### Table 1: ours at scale=toy"]
     assert head[3:] == ["difference to pre_ln, nats (95 %)", "130M: published, direction |"]
@@ -267,10 +313,10 @@ def test_marks_and_rows_of_the_comparison(made):
 
 def test_what_it_would_take_is_told(made):
     rows = tables_of(made.markdown)["## What was not run"]
-    assert rows[0] == ["| experiment", "rows not run", "hours of H100", "command |"]
-    assert rows[2] == ["| table1_130m", "5 of 5", "50", "`python -m cod_lightning reproduce table1_130m` |"]
-    command = "python -m cod_lightning reproduce table1_130m"
-    assert f"Not run: scale=paper (`{command}`) and scale=mini (`{command} scale=mini seeds=3`)." in made.markdown
+    assert rows[0] == ["| experiment", "rows not run", "hours of H100 |"]
+    assert rows[2] == ["| table1_130m", "5 of 5", "50 |"]
+    assert "Not run: scale=paper and scale=mini." in made.markdown
+    assert made.markdown.count("`python -m cod_lightning reproduce table1_130m`") == 1
 
 
 def test_a_row_of_two_tables_is_counted_once(experiments):
@@ -310,10 +356,25 @@ def test_several_metrics_are_one_table_of_a_size():
     made = tables_of(report([table(*rows, scale="paper", target="Table 2", column="250M")]).markdown)
     assert made["### Table 2: published figures, and ours at scale=paper"][2:] == [
         ["| pre_ln, published", "24.93", "38.35 |"],
-        ["| pre_ln, ours", "not run", "not run |"],
         ["| lns, published", "27.08", "58.17 |"],
         ["| lns, ours", "25.00", "not run |"],
+        ["| pre_ln, ours", "not run", "not run |"],
     ]
+
+
+def test_a_figure_that_the_paper_does_not_print_has_none_beside_it():
+    rows = [
+        row("pre_ln", {"average": 36.93}, *(Run(seed, {"accuracy": 20.0 + seed}, {}) for seed in (1, 2))),
+        row("lns", {"average": 43.14}, *(Run(seed, {"accuracy": 30.0 + seed}, {}) for seed in (1, 2))),
+    ]
+    scored = [table(*rows, metric="accuracy", target="Table 2", scale=scale) for scale in ("toy", "paper")]
+    made = report([scored[0], replace(scored[1], rows=tuple(replace(r, runs=()) for r in rows))])
+    head, _, *cells = tables_of(made.markdown)["### Table 2: ours at scale=toy"]
+    assert head == ["| row", "accuracy, mean ± sd", "n", "difference to pre_ln, points (95 %) |"]
+    assert cells[1] == ["| lns", "31.50 ± 0.71", "2", "+10.00 ± 0.00".join(("**", "** |"))]
+    assert not re.search(r"toy.*43\.14|43\.14.*toy", made.markdown)
+    assert "Highest accuracy: lns here, which the paper does not print." in made.markdown
+    assert all(found.direction is None for line in Column((scored[0],)).lines for found in line.claims)
 
 
 def figure_experiments(*targets):
@@ -380,6 +441,38 @@ def test_figures_are_numbers_too(all_figures):
     assert found["### Theory: ours at scale=toy"] == ["2 ± 0", "0.9 ± 0", "1 ± 0", "3 ± 0", "2 |"]
 
 
+def test_what_the_paper_finds_in_a_figure_is_compared(all_figures):
+    found = {target: found for found, target in findings_of(all_figures.markdown)}
+    assert found["Figure 4"] == [["| LNS: less variance at the end than Pre-LN", "+0 ± 0", "2", "within noise |"]]
+    assert found["Figure 5"] == [["| Pre-LN: Jacobians come nearer to I with depth", "**+0.693 ± 0**", "2", "same |"]]
+    assert found["Figure 9"][0][1:] == ["**+0.134 ± 0**", "2", "same |"]
+    assert [row[-1] for row in found["Figure 7"]] == ["within noise |", "within noise |"]
+    glance = {row[0]: row[3:] for row in tables_of(all_figures.markdown)["## At a glance"][2:]}
+    assert glance["| Figure 5"] == ["Pre-LN: Jacobians come nearer to I with depth", "|"]
+
+
+def findings_of(markdown):
+    """Rows of the tables of findings, and their figures."""
+    target = ""
+    for block in markdown.split("\n\n"):
+        target = block[4:].partition(":")[0] if block.startswith("### ") else target
+        if block.startswith("| the paper's finding"):
+            yield [[cell.strip() for cell in line.split(" | ")] for line in block.splitlines()[2:]], target
+
+
+@pytest.mark.parametrize(
+    ("losses", "directions"),
+    [([3.0, 2.5, 2.1, 2.1], [SAME, OPPOSITE]), ([2.1, 2.1, 2.5, 3.0], [OPPOSITE, SAME])],
+)
+def test_halves_of_the_layers_are_compared(losses, directions):
+    runs = [replace(run(seed, 5.0), measures={"removal": {"loss": 2.0, "losses": losses}}) for seed in (1, 2)]
+    column = Column((table(row("pre_ln", None, *runs), row("post_ln", None, *runs), target="Figure 3"),))
+    cost_of_pre, turn, cost_of_post, _ = verdicts("Figure 3", column)
+    assert [cost_of_pre.direction, cost_of_post.direction] == directions
+    assert (turn.difference, turn.direction) == (None, None)
+    assert verdicts("Figure 3", Column((table(row("lns", None, *runs), target="Figure 3"),))) == []
+
+
 def test_what_was_run_but_not_measured_says_so():
     rows = [row("pre_ln", None, run(1, 5.0))]
     made = report([table(*rows, target="Figure 7", name="figure7", scale=scale) for scale in ("paper", "toy")])
@@ -412,6 +505,12 @@ def test_the_page_needs_no_other_file(all_figures):
     assert "url(" not in all_figures.html
 
 
+def test_marks_are_set_in_html_but_not_inside_code():
+    made = page("", [Text("*A title* of `a/*.yaml` and `*`, **bold**, 2 * 3 * 4"), Table(["a", "b"], [["x", "1"]])], {})
+    assert "<i>A title</i> of <code>a/*.yaml</code> and <code>*</code>, <b>bold</b>, 2 * 3 * 4" in made
+    assert '<td class="text">x</td><td>1</td>' in made
+
+
 def test_the_page_escapes_what_it_is_given():
     made = report([table(row("pre_ln", 20.0, label="<b>Pre & LN"), scale="paper")])
     assert "&lt;b&gt;Pre &amp; LN" in made.html
@@ -440,3 +539,10 @@ def test_a_fit_does_not_go_below_zero():
     equation, curve = fit_sizes(sizes, 9 - np.log10(sizes))
     assert equation.startswith("0.00 + ")
     assert curve(np.array([1e15])) > 0
+
+
+def test_what_stands_in_for_a_public_model_says_so():
+    paper = {"rows": {"pre_ln": {"subject": "meta-llama/Llama-2-13b-hf"}}}
+    made = {scale: table(row("pre_ln", None, label="LLaMA2-13B"), scale=scale, **paper) for scale in ("paper", "toy")}
+    assert Column((made["paper"],)).rows[0].label == "LLaMA2-13B"
+    assert Column((made["toy"],)).rows[0].label == "stand-in for LLaMA2-13B"

@@ -124,9 +124,18 @@ def test_the_command_line_trains_evaluates_and_says_what_is_for_text(toy, tmp_pa
         ["evaluate", run, "data.folder=x"],
         ["generate", run, "a"],
         ["export", run],
-        ["measure", "all", run],
+        ["measure", "variance", run, "data.folder=x"],
     ):
         assert main([str(word) for word in command]) == 2
         assert capsys.readouterr().err.startswith(f"error: {run} is a run of task=vision")
+    for study, *more in (("theory",), ("prune", "blocks=1", "--output", str(tmp_path / "pruned"))):
+        assert main(["measure", study, str(run), *more]) == 2
+        assert capsys.readouterr().err.startswith("error: seen is a model of images: ")
+    assert not (tmp_path / "pruned").exists()
+    assert main(["measure", "removal", str(run), "rows=6", "only=[removal,linear_replacement]"]) == 0
+    assert "linear_replacement: left out, " in capsys.readouterr().out
+    found = json.loads((run / "measure/removal.json").read_text())
+    assert (found["tokens"], len(found["losses"])) == (6, 4)
+    assert not (run / "measure/linear_replacement.json").exists()
     assert main(["prepare", "task=vision"]) == 2
     assert "task=vision needs no preparation" in capsys.readouterr().err

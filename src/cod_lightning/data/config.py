@@ -59,6 +59,8 @@ class DataConfig:
 
 INSTRUCTION_SOURCES = ("instructions", "drawn_instructions")
 FILE_SOURCES = ("files", "instructions")
+SHARDED_SOURCES = (*FILE_SOURCES, "c4")
+"""Made of files, so that several machines can prepare a share each."""
 SOURCES = ("docs", "files", "c4", *INSTRUCTION_SOURCES)
 LAYOUTS = ("packed", "document")
 SMALLEST_BPE = 258
@@ -139,7 +141,13 @@ class ImageConfig:
         """Tokens of an image, without the class token."""
         return (self.size // self.patch_size) ** 2
 
+    @property
+    def known_classes(self) -> int | None:
+        """Their number; None where only the folder knows it."""
+        return len(DRAWN_CLASSES) if self.source == "drawn" else self.classes
 
+
+DRAWN_CLASSES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
 IMAGE_SOURCES = ("drawn", "folder")
 
 

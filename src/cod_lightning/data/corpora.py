@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from functools import partial
 from html.parser import HTMLParser
 from io import BufferedIOBase
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cod_lightning.data.config import FILE_SOURCES, SOURCES, DataConfig, patterns
 from cod_lightning.data.hub import require_hub
@@ -57,20 +57,44 @@ def open_corpus(config: DataConfig, workers: int = 1) -> Corpus:
     """
     if config.source == "docs":
         documents = docs(workers)
-        corpus = held_out(lambda: iter(documents), config.val_every)
-    elif config.source == "files":
-        corpus = _files(config, read_file)
-    elif config.source == "c4":
-        corpus = _c4()
-    elif config.source == "instructions":
-        corpus = _files(config, read_examples)
+        texts: Texts = {"train": lambda: iter(documents)}
     elif config.source == "drawn_instructions":
-        corpus = held_out(lambda: (_example("drawn", record) for record in drawn()), config.val_every)
+        texts = {"train": lambda: (_example("drawn", record) for record in drawn())}
     else:
-        raise UserError(f"data.source={config.source!r}: {nearest(config.source, SOURCES)}")
+        texts = texts_of_shard(config, 0, 1)
+    corpus = Corpus(**texts) if "val" in texts else held_out(texts["train"], config.val_every)
     if config.max_documents is None:
         return corpus
     return Corpus(train=lambda: islice(corpus.train(), config.max_documents), val=corpus.val)
+
+
+Texts: TypeAlias = dict[str, Callable[[], Iterator[str]]]
+"""Streams of documents: `train`, and `val` unless that is to be held out of the other."""
+
+
+def texts_of_shard(config: DataConfig, index: int, count: int) -> Texts:
+    """Return the share `index` (from 0) of `count` of the files of a corpus: those of all shards in turn are all of it.
+
+    Nothing is held out and nothing is bounded yet, as that takes the number of a document among all. The source has to
+    be one of `SHARDED_SOURCES`.
+
+    Raises:
+        UserError: As `open_corpus`.
+    """
+    if config.source == "c4":
+        return _c4(index, count)
+    if config.source not in FILE_SOURCES:
+        raise UserError(f"data.source={config.source!r}: {nearest(config.source, SOURCES)}")
+    read = read_file if config.source == "files" else read_examples
+
+    def stream(field: str, value: Any) -> Callable[[], Iterator[str]]:
+        files = share(find_files(field, value), index, count)
+        return lambda: (document for path in files for document in read(path))
+
+    texts: Texts = {"train": stream("data.files", config.files)}
+    if config.val_files:
+        texts["val"] = stream("data.val_files", config.val_files)
+    return texts
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
@@ -115,14 +139,13 @@ def held_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
 FILE_KINDS = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
 
 
-def _files(config: DataConfig, read: Callable[[Path], Iterator[str]]) -> Corpus:
-    def stream(files: list[Path]) -> Callable[[], Iterator[str]]:
-        return lambda: (document for path in files for document in read(path))
-
-    files = stream(find_files("data.files", config.files))
-    if not config.val_files:
-        return held_out(files, config.val_every)
-    return Corpus(train=files, val=stream(find_files("data.val_files", config.val_files)))
+def share(files: list[Path], index: int, count: int) -> list[Path]:
+    """Return the share `index` (from 0) of `count`: files that follow each other, with about the same bytes for all."""
+    sizes = [path.stat().st_size for path in files]
+    total = max(sum(sizes), 1)
+    # A file belongs to the share in which its middle lies.
+    middles = ((2 * end - size) * count // (2 * total) for size, end in zip(sizes, accumulate(sizes), strict=True))
+    return [path for path, middle in zip(files, middles, strict=True) if min(middle, count - 1) == index]
 
 
 def find_files(field: str, value: Any) -> list[Path]:
@@ -230,19 +253,22 @@ def _string(where: str, record: Any, name: str) -> str:
 # --- c4 ---------------------------------------------------------------------------------------------------------------
 
 
-def _c4() -> Corpus:
+def _c4(index: int, count: int) -> Texts:
     instead = "Files that are already here are read with data=files data.files='c4-train.*.json.gz'."
     if importlib.util.find_spec("datasets") is None:
         raise UserError(f"data.source=c4 needs the package datasets: pip install 'cod_lightning[hf]'. {instead}")
     require_hub("data.source=c4", instead)
 
     def stream(split: str) -> Iterator[str]:
-        load_dataset = importlib.import_module("datasets").load_dataset
-        for record in load_dataset("allenai/c4", "en", split=split, streaming=True):
+        records = importlib.import_module("datasets").load_dataset("allenai/c4", "en", split=split, streaming=True)
+        if count > 1:
+            shares = min(count, records.num_shards)  # files; datasets refuses to make more shares than that
+            records = records.shard(shares, index, contiguous=True) if index < shares else ()
+        for record in records:
             if record["text"] and not record["text"].isspace():
                 yield record["text"]
 
-    return Corpus(train=partial(stream, "train"), val=partial(stream, "validation"))
+    return {"train": partial(stream, "train"), "val": partial(stream, "validation")}
 
 
 # --- docs -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cod_lightning.data.config import DataConfig, ImageConfig, image_problems
+from cod_lightning.data.config import DRAWN_CLASSES, DataConfig, ImageConfig, image_problems
 from cod_lightning.data.datamodule import StepDataModule
 from cod_lightning.data.order import samples, uniform
 from cod_lightning.errors import UserError
@@ -84,7 +84,6 @@ class ImageFolder:
             raise UserError(f"{path} is not an image that can be read ({error}): replace it or remove it") from error
 
 
-DRAWN_CLASSES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
 DRAWN = {"train": 4096, "val": 256}
 """How many images there are of each split."""
 

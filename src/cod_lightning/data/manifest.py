@@ -52,9 +52,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """The text: name of the corpus, SHA-256 of the documents read, and their number per split.
+    """The text: name of the corpus, a SHA-256 of the documents read, and their number per split.
 
-    Of instructions that is more than rows where some have no room for an answer.
+    The hash is of the documents' SHA-256 digests, one after the other, those of training first; in the first sets, made
+    before 0.1.0, of the documents themselves, each with a zero byte behind it. Of instructions there are more documents
+    than rows where some have no room for an answer.
     """
 
     name: str

@@ -10,18 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -29,10 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cod_lightning.data.config import DataConfig, problems
-from cod_lightning.data.corpora import identity, open_corpus
-from cod_lightning.data.instructions import Example
+from cod_lightning.data.corpora import Corpus, identity, open_corpus
+from cod_lightning.data.encode import Encoded, Encoder, batches, cores, pool, until
 from cod_lightning.data.manifest import (
     MANIFEST,
+    SPLITS,
     TOKENIZER,
     Chunk,
     Manifest,
@@ -42,15 +36,12 @@ from cod_lightning.data.manifest import (
     damage,
     format_of,
     read_manifest,
-    width_of,
 )
 from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
 
 CHUNK_TOKENS = 2**23
 """Tokens per chunk, rounded down to whole rows: 16 MB of 16-bit ids, one object to fetch from a store."""
-BATCH_CHARACTERS = 2**18
-"""Text that one worker gets at a time: about 60,000 tokens, 0.1 s of work."""
 PREPARED_VAL_TOKENS = 10_000_000
 """So much validation is kept even if `val_tokens` is less, so that lowering it does not prepare the set anew."""
 
@@ -66,54 +57,80 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
         UserError: Bad settings, text or tokenizer that cannot be read, too little text for a row of each split, or a
             disk that cannot be written.
     """
+    check_settings(config)
+    folder = prepared_folder(config)
+    if not is_whole(folder):
+        make_folder(folder, is_whole, lambda partial_folder: _make_set(config, partial_folder, folder, progress))
+    return folder
+
+
+def check_settings(config: DataConfig) -> None:
+    """Check the settings of a set that is to be made.
+
+    Raises:
+        UserError: Bad settings, or they name a set that is there already.
+    """
     found = problems(config)
     if config.folder is not None:
         found.append(f"data.folder={config.folder!r} names a set that is prepared already: leave it out to prepare one")
     if found:
         raise UserError("\n".join(found))
-    folder = prepared_folder(config)
-    if is_whole(folder):
-        return folder
+
+
+def make_folder(folder: Path, is_done: Callable[[Path], bool], make: Callable[[Path], None]) -> None:
+    """Let `make` write a folder beside the place of `folder`, under a lock, and rename it; nothing if it is done.
+
+    Raises:
+        UserError: The disk cannot be written; or what `make` raises. Neither leaves anything but the lock's file.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not is_whole(folder):
-                _make_set(config, folder, progress)
+            if is_done(folder):
+                return
+            for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
+                shutil.rmtree(leftover)  # whoever made it held the lock, so it is dead
+            partial_folder = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+            partial_folder.mkdir()
+            try:
+                make(partial_folder)
+                if folder.exists():
+                    shutil.rmtree(folder)  # damaged, as it is not done
+                partial_folder.rename(folder)
+            finally:
+                shutil.rmtree(partial_folder, ignore_errors=True)
     except OSError as error:  # a full disk, a folder that may not be written
-        raise UserError(f"{folder}: the prepared set cannot be written ({error}); nothing of it is kept") from error
-    return folder
-
-
-def _make_set(config: DataConfig, folder: Path, progress: bool) -> None:
-    """Write the set beside its place and rename it; the caller holds the lock."""
-    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
-        shutil.rmtree(leftover)  # whoever made it held the lock, so it is dead
-    partial_folder = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial_folder.mkdir()
-    try:
-        _write_set(config, partial_folder, folder, progress)
-        if folder.exists():
-            shutil.rmtree(folder)  # damaged, as it is not whole
-        partial_folder.rename(folder)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written ({error}); nothing of it is kept") from error
 
 
 def prepared_folder(config: DataConfig) -> Path:
-    """Return where the set that `config` describes is kept: it follows from the settings that decide its rows.
+    """Return where the set that `config` describes is kept: it follows from `set_settings`.
+
+    Raises:
+        UserError: As `set_settings`.
+    """
+    digest = hashlib.sha256(json.dumps(set_settings(config), sort_keys=True).encode()).hexdigest()
+    return Path(config.root) / f"{config.source}-{digest[:12]}"
+
+
+def set_settings(config: DataConfig) -> dict[str, Any]:
+    """Return the settings and facts that decide the rows of a set.
 
     Raises:
         UserError: `data.files` match nothing, or the tokenizer's folder cannot be read.
     """
-    settings = {
+    return {
         "format": format_of(config.row_layout),
         "text": identity(config),
         "tokenizer": _tokenizer_identity(config),
         "rows": [config.row_layout, config.seq_len],
-        "val_tokens": max(config.val_tokens, PREPARED_VAL_TOKENS),
+        "val_tokens": val_limit(config),
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return Path(config.root) / f"{config.source}-{digest[:12]}"
+
+
+def val_limit(config: DataConfig) -> int:
+    """Return how many validation tokens are prepared, a batch of documents more or less."""
+    return max(config.val_tokens, PREPARED_VAL_TOKENS)
 
 
 def _tokenizer_identity(config: DataConfig) -> list[str | int]:
@@ -158,209 +175,85 @@ def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
         raise UserError(f"{where} was prepared with other settings: {'; '.join(differences)}")
 
 
-def _write_set(config: DataConfig, partial_folder: Path, folder: Path, progress: bool) -> None:
-    workers = config.workers or _cores()
-    with _Report(progress) as report:
+def _make_set(config: DataConfig, partial_folder: Path, folder: Path, progress: bool) -> None:
+    workers = config.workers or cores()
+    with Report(progress) as report:
         report.stage("gathering text")
         corpus = open_corpus(config, workers)
         report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
-        if next(corpus.train(), None) is None:
-            raise UserError(f"data.source={config.source}: the corpus has no training documents")
-        if config.tokenizer == "bpe":
-            tokenizer = train_bpe(corpus.train(), config.vocab_size)
-        else:
-            tokenizer = load_tokenizer(config.tokenizer)
-        encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
-        text = _TextRecord()
-        with _pool(encoder, workers) as encode_all:
-            splits = {}
-            for name, limit in (("train", None), ("val", max(config.val_tokens, PREPARED_VAL_TOKENS))):
-                encoded = text.record(name, _until(encode_all(_batches(getattr(corpus, name)())), limit))
-                splits[name] = _write_split(partial_folder / name, report.watch(name, encoded), encoder)
-        for name, split in splits.items():
-            if not split.rows:
-                raise UserError(
-                    f"data.source={config.source}: {text.documents[name]} documents do not fill one {name} row of "
-                    f"data.seq_len={config.seq_len} tokens{_ADVICE[name]}"
-                )
-        manifest = Manifest(
-            format=format_of(encoder.layout),
-            tokenizer=TokenizerRecord(
-                name=config.tokenizer,
-                sha256=tokenizer.sha256,
-                vocab_size=tokenizer.vocab_size,
-                pad_id=tokenizer.pad_id,
-                eos_id=tokenizer.eos_id,
-                requested=config.vocab_size if config.tokenizer == "bpe" else None,
-            ),
-            source=Source(config.source, text.sha256.hexdigest(), text.documents),
-            layout=encoder.layout,
-            seq_len=config.seq_len,
-            dtype=encoder.dtype.name,
-            **splits,
-        )
-        (partial_folder / TOKENIZER).write_text(tokenizer.json, "utf-8")
-        (partial_folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
-        line = f"prepared {folder}: {manifest.train.rows:,} training and {manifest.val.rows:,} validation rows"
-        if encoder.layout == "instructions":
-            left_out = sum(text.documents.values()) - manifest.train.rows - manifest.val.rows
-            line += f" ({left_out:,} examples left out, whose prompts take all of data.seq_len={config.seq_len})"
-        report.done(line)
+        encoder = Encoder(tokenizer_for(config, corpus), config.row_layout, config.seq_len)
+        with pool(encoder, workers) as encode_all:
+            train = encode_all(batches(corpus.train()))
+            val = until(encode_all(batches(corpus.val())), val_limit(config))
+            write_set(config, encoder, {"train": train, "val": val}, partial_folder, folder, report)
+
+
+def tokenizer_for(config: DataConfig, corpus: Corpus) -> DocumentTokenizer:
+    """Train the tokenizer on the training text, or load it.
+
+    Raises:
+        UserError: There is no training text; or as `load_tokenizer`.
+    """
+    if next(corpus.train(), None) is None:
+        raise UserError(f"data.source={config.source}: the corpus has no training documents")
+    if config.tokenizer == "bpe":
+        return train_bpe(corpus.train(), config.vocab_size)
+    return load_tokenizer(config.tokenizer)
+
+
+def write_set(
+    config: DataConfig,
+    encoder: Encoder,
+    encoded: Mapping[str, Iterable[Encoded]],
+    partial_folder: Path,
+    folder: Path,
+    report: Report,
+) -> None:
+    """Write chunks, tokenizer and manifest of the documents `encoded` of each split into `partial_folder`.
+
+    `folder` is where the set will stand: for the last line of the report.
+
+    Raises:
+        UserError: A split has too little text for a row.
+    """
+    text = _TextRecord()
+    splits = {
+        name: _write_split(partial_folder / name, report.watch(name, text.record(name, encoded[name])), encoder)
+        for name in SPLITS
+    }
+    for name, split in splits.items():
+        if not split.rows:
+            raise UserError(
+                f"data.source={config.source}: {text.documents[name]} documents do not fill one {name} row of "
+                f"data.seq_len={config.seq_len} tokens{_ADVICE[name]}"
+            )
+    tokenizer = encoder.tokenizer
+    manifest = Manifest(
+        format=format_of(encoder.layout),
+        tokenizer=TokenizerRecord(
+            name=config.tokenizer,
+            sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
+            requested=config.vocab_size if config.tokenizer == "bpe" else None,
+        ),
+        source=Source(config.source, text.sha256.hexdigest(), text.documents),
+        layout=encoder.layout,
+        seq_len=config.seq_len,
+        dtype=encoder.dtype.name,
+        **splits,
+    )
+    (partial_folder / TOKENIZER).write_text(tokenizer.json, "utf-8")
+    (partial_folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    line = f"prepared {folder}: {manifest.train.rows:,} training and {manifest.val.rows:,} validation rows"
+    if encoder.layout == "instructions":
+        left_out = sum(text.documents.values()) - manifest.train.rows - manifest.val.rows
+        line += f" ({left_out:,} examples left out, whose prompts take all of data.seq_len={config.seq_len})"
+    report.done(line)
 
 
 _ADVICE = {"train": "", "val": ": give more text, a smaller data.val_every, or data.val_files"}
-
-
-# --- text -> ids, in other processes ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """What a worker needs to turn documents into rows."""
-
-    tokenizer: DocumentTokenizer
-    layout: str
-    seq_len: int
-
-    @property
-    def width(self) -> int:
-        return width_of(self.layout, self.seq_len)
-
-    @property
-    def dtype(self) -> np.dtype:
-        numbers = max(self.tokenizer.vocab_size, self.seq_len if self.layout == "instructions" else 0)
-        return np.dtype(np.uint16 if numbers <= 2**16 else np.uint32)
-
-    def __call__(self, documents: list[str]) -> Encoded:
-        """Encode `documents` to a flat run of numbers.
-
-        `packed`: each document and its EOS, one after the other. `document`: one row of `seq_len` ids each, padded at
-        the end; one that is too long is cut and keeps its EOS as the last id, as the published runs had it.
-        `instructions`: likewise one row for each `Example`, of the prompt, the answer and EOS, but one that is too long
-        loses its EOS, as the answer does not end there, and one without room for a token of the answer is left out.
-        Behind the ids stands the length of the prompt. Prompt and answer are encoded apart: no token is of both.
-        """
-        if self.layout == "instructions":
-            return self.rows(*self.examples(documents))
-        encoded = self.tokenizer.encode(documents)
-        if self.layout == "packed":
-            flat = np.fromiter((id for ids in encoded for id in ids), self.dtype, sum(map(len, encoded)))
-            return Encoded(flat, tokens=flat.size, max_id=int(flat.max()))
-        last = self.seq_len - 1
-        return self.rows([ids if len(ids) <= last else [*ids[:last], self.tokenizer.eos_id] for ids in encoded])
-
-    def examples(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
-        """The ids of each example that has room for a token of its answer, and the length of its prompt."""
-        parts = [cast(Example, document).parts for document in documents]
-        prompts = [ids[:-1] for ids in self.tokenizer.encode([prompt for prompt, _ in parts])]
-        answers = self.tokenizer.encode([answer for _, answer in parts])
-        kept = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(p) < self.seq_len]
-        return [[*prompt, *answer][: self.seq_len] for prompt, answer in kept], [len(prompt) for prompt, _ in kept]
-
-    def rows(self, encoded: list[list[int]], prompts: list[int] | None = None) -> Encoded:
-        """One row each of at most `seq_len` ids, padded; behind it a number of `prompts`."""
-        rows = np.full((len(encoded), self.width), self.tokenizer.pad_id, self.dtype)
-        tokens = max_id = 0
-        for row, ids in zip(rows, encoded, strict=True):
-            row[: len(ids)] = ids
-            tokens += len(ids)
-            max_id = max(max_id, *ids)
-        if prompts is not None:
-            rows[:, -1] = prompts
-        return Encoded(rows.reshape(-1), tokens, max_id)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Flat rows of a batch of documents, how many of their ids are not pad, and the largest that is not pad."""
-
-    ids: np.ndarray
-    tokens: int
-    max_id: int
-
-
-Batch: TypeAlias = tuple[list[str], Encoded]
-"""Documents and what they are encoded to."""
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents to about `BATCH_CHARACTERS`; the grouping follows from the text alone."""
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _until(batches: Iterable[Batch], tokens: int | None) -> Iterator[Batch]:
-    """The leading batches, to and including the one that reaches `tokens`; all without a limit."""
-    read = 0
-    for documents, encoded in batches:
-        yield documents, encoded
-        read += encoded.tokens
-        if tokens is not None and read >= tokens:
-            return
-
-
-@contextmanager
-def _pool(encoder: Encoder, workers: int) -> Generator[Callable[[Iterable[list[str]]], Iterator[Batch]], None, None]:
-    """Give a function that encodes batches of documents, in order, in `workers` processes."""
-    threads = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker, also when the worker is this process
-    try:
-        if workers == 1:
-            yield lambda batches: ((documents, encoder(documents)) for documents in batches)
-        else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as executor:
-                yield partial(_ordered_map, executor, 4 * workers)
-    finally:
-        if threads is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = threads
-
-
-def _ordered_map(executor: ProcessPoolExecutor, ahead: int, batches: Iterable[list[str]]) -> Iterator[Batch]:
-    """Like `executor.map`, but takes from `batches` only `ahead` more than were given out: text may be endless."""
-    pending: deque = deque()
-    try:
-        for documents in batches:
-            pending.append((documents, executor.submit(_encode_in_worker, documents)))
-            if len(pending) >= ahead:
-                documents, future = pending.popleft()
-                yield documents, future.result()
-        while pending:
-            documents, future = pending.popleft()
-            yield documents, future.result()
-    finally:
-        for _, future in pending:
-            future.cancel()
-
-
-_encoder: Encoder
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-    # An executor's workers outlive a parent that is killed, waiting for work for ever.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _encode_in_worker(documents: list[str]) -> Encoded:
-    return _encoder(documents)
 
 
 # --- ids -> chunks ----------------------------------------------------------------------------------------------------
@@ -435,16 +328,15 @@ class _TextRecord:
         self.sha256 = hashlib.sha256()
         self.documents: dict[str, int] = {}
 
-    def record(self, split: str, batches: Iterable[Batch]) -> Iterator[Encoded]:
+    def record(self, split: str, encoded: Iterable[Encoded]) -> Iterator[Encoded]:
         self.documents[split] = 0
-        for documents, encoded in batches:
-            self.documents[split] += len(documents)
-            for document in documents:
-                self.sha256.update(document.encode() + b"\0")
-            yield encoded
+        for batch in encoded:
+            self.documents[split] += len(batch.documents)
+            self.sha256.update(batch.documents["sha256"].tobytes())
+            yield batch
 
 
-class _Report:
+class Report:
     """Progress on stderr: a live line on a terminal, and one line at the end; nothing if not `enabled`."""
 
     def __init__(self, enabled: bool) -> None:
@@ -459,7 +351,7 @@ class _Report:
         )
         self.task = self.progress.add_task("", total=None)
 
-    def __enter__(self) -> _Report:
+    def __enter__(self) -> Report:
         self.progress.start()
         return self
 
@@ -473,7 +365,7 @@ class _Report:
         tokens = 0
         for batch in encoded:
             tokens += batch.tokens
-            self.stage(f"tokenizing, {split}: {tokens / 1e6:,.1f}M tokens")
+            self.stage(f"{split}: {tokens / 1e6:,.1f}M tokens")
             yield batch
 
     def done(self, line: str) -> None:

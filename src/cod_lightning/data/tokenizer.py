@@ -83,7 +83,12 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(_first(documents, BPE_CHARACTERS), trainer)
-    return DocumentTokenizer(backend.to_str(), pad_id=0, eos_id=1)
+    return trained_bpe(backend.to_str())
+
+
+def trained_bpe(json: str) -> DocumentTokenizer:
+    """Return the tokenizer that `train_bpe` made, of its JSON."""
+    return DocumentTokenizer(json, pad_id=0, eos_id=1)
 
 
 def _first(documents: Iterable[str], characters: int) -> Iterable[str]:

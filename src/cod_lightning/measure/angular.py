@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layered import Batch, Images, Layered
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map
 from cod_lightning.measure.tokens import streams, walk
@@ -58,7 +58,7 @@ class AngularDistance:
 @torch.no_grad()
 def angular_distance(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -91,6 +91,8 @@ def angular_distance(
     for batch, keep in walk(model, batches, pad_id, progress):
         if mean.count >= tokens:
             break
+        if token == "last" and isinstance(batch, Images):
+            raise UserError("token=last: the last patch of an image is one like any other: token=all")
         keep = last(keep) if token == "last" else keep
         inputs = [x[: tokens - mean.count] for x in streams(model, batch, keep)]
         for parts in zip(*(x.split(CHUNK) for x in inputs), strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, tokens_at_once
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layered import Batch, Layered
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
 from cod_lightning.measure.tokens import streams, walk, walk_targets, wide
 
@@ -70,7 +70,7 @@ class BlockInfluence:
 @torch.no_grad()
 def block_influence(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -141,7 +141,7 @@ class Readout:
 
 @torch.no_grad()
 def readout(
-    model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
+    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Readout:
     """Read every block's output with the model's own final norm and head.
 
@@ -219,7 +219,7 @@ class LayerImportance:
 @torch.no_grad()
 def layer_importance(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -285,7 +285,7 @@ def layer_importance(
 def coalition_losses(
     model: Layered,
     coalitions: Collection[tuple[int, ...]],
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[tuple[int, ...], float], int]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layered import Batch, Layered
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
 from cod_lightning.measure.tokens import walk
 
@@ -166,7 +166,7 @@ class Gain:
 
 def jacobian(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -241,7 +241,7 @@ def jacobian(
 
 def mean_jacobian(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     layers: Sequence[int],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -295,7 +295,7 @@ def mean_jacobian(
 
 def end_to_end_gain(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,

@@ -1,4 +1,7 @@
-"""Any causal language model as an embedding, blocks and a head: our decoder, or one of `transformers`."""
+"""Any causal language model as an embedding, blocks and a head: our decoder, or one of `transformers`.
+
+And our Vision Transformer, whose tokens are the patches of images: see `Images`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.exchange import library, quiet
+from cod_lightning.nn.vit import VisionTransformer
 
 Visit = Callable[[str, int, Tensor], object]
 """Called with (`embedding` | `attention` | `ffn` | `residual`, layer, tensor [rows, length, hidden]); layers count from
@@ -31,13 +35,40 @@ Qwen2.5-VL, GPT-2, and BERT, whose blocks end with norms of their own."""
 
 
 @dataclass(frozen=True)
+class Images:
+    """Images with labels, which stand in the place of a batch of tokens [rows, length] for a Vision Transformer.
+
+    Its patches count as tokens, but for the class token; its targets are the labels, which are read at the class
+    token, so that losses are nats per image.
+    """
+
+    pixels: Tensor
+    """[rows, 3, size, size]."""
+    labels: Tensor
+    """[rows]; `IGNORE`: neither the image nor its patches count."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Any) -> Images:
+        return Images(self.pixels[rows], self.labels[rows])
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+Batch = Tensor | Images
+"""Tokens [rows, length], or images."""
+
+
+@dataclass(frozen=True)
 class Layered:
-    """A causal language model, taken apart.
+    """A causal language model, or a Vision Transformer, taken apart.
 
     Args:
-        model: a `Decoder`, or a causal language model of `transformers` (Llama, Mistral, Qwen2, Qwen3, DeepSeek-LLM,
-            OLMo2, Qwen2.5-VL on text, GPT-2, and others that are laid out as one of these), or BERT, whose logits are
-            not of the next token.
+        model: a `Decoder`, a `VisionTransformer`, or a causal language model of `transformers` (Llama, Mistral, Qwen2,
+            Qwen3, DeepSeek-LLM, OLMo2, Qwen2.5-VL on text, GPT-2, and others that are laid out as one of these), or
+            BERT, whose logits are not of the next token.
         name: for tables and figures.
 
     Raises:
@@ -58,6 +89,8 @@ class Layered:
     @property
     def place(self) -> tuple[nn.Module, str, nn.Module] | None:
         """The stack, the name of its list of blocks, and its final norm, which may do nothing."""
+        if isinstance(self.model, VisionTransformer):
+            return self.model, "layers", self.model.norm
         for path, blocks, norm_name in PLACES:
             try:
                 stack = self.model.get_submodule(path)
@@ -94,8 +127,10 @@ class Layered:
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocabulary, hidden]."""
+        """[vocabulary or classes, hidden]."""
         model: Any = self.model
+        if isinstance(model, VisionTransformer):
+            return model.head.weight
         return (model.lm_head if hasattr(model, "lm_head") else model.get_output_embeddings()).weight
 
     @property
@@ -106,14 +141,20 @@ class Layered:
         """Logits [..., vocabulary] of a stream [..., hidden], through the final norm."""
         assert self.place is not None
         y = self.place[2](x)
-        head = self.model.get_submodule("lm_head" if hasattr(self.model, "lm_head") else "cls")
-        return head(y[1] if isinstance(y, tuple) else y)
+        name = next(name for name in ("lm_head", "head", "cls") if hasattr(self.model, name))
+        return self.model.get_submodule(name)(y[1] if isinstance(y, tuple) else y)
 
-    def logits(self, tokens: Tensor, visit: Visit | None = None) -> Tensor:
-        """Logits [rows, length, vocabulary] of tokens [rows, length]; `visit` sees every layer on the way."""
+    def logits(self, tokens: Batch, visit: Visit | None = None) -> Tensor:
+        """Logits [rows, length, vocabulary] of tokens [rows, length]; `visit` sees every layer on the way.
+
+        Of images those of the class token alone, [rows, 1, classes].
+        """
+        tap = visit and (lambda what, layer, x: what in STREAM and visit(what, layer, x))
         with torch.compiler.set_stance("force_eager"):
+            if isinstance(tokens, Images):
+                return self.model(tokens.pixels, tap=tap)[:, None]
             if isinstance(self.model, Decoder):
-                return self.model(tokens, tap=visit and (lambda w, layer, x: w in STREAM and visit(w, layer, x)))
+                return self.model(tokens, tap=tap)
             handles = [] if visit is None else self.hooks(visit)
             try:
                 return self.model(input_ids=tokens, use_cache=False).logits
@@ -137,7 +178,7 @@ class Layered:
                 handles.append(module.register_forward_hook(hook))
         return handles
 
-    def block_functions(self, tokens: Tensor) -> tuple[list[Tensor], list[Callable[[Tensor], Tensor]]]:
+    def block_functions(self, tokens: Batch) -> tuple[list[Tensor], list[Callable[[Tensor], Tensor]]]:
         """The inputs of all blocks [rows, length, hidden] on `tokens`, and every block as a function of its input.
 
         The functions hold what else a block is given (rotary embeddings, masks) for rows of this number and length.

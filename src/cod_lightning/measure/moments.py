@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layered import Batch, Layered
 from cod_lightning.measure.result import Mean, Progress, figure, layer_lines, legend
 from cod_lightning.measure.tokens import walk, wide
 
@@ -72,7 +72,7 @@ class Moments:
 
 @torch.no_grad()
 def moments(
-    model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
+    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Moments:
     """Measure every layer of `model`; statistics are in float32, or float64 where the model is, sums in float64.
 

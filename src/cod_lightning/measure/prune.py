@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
 from cod_lightning.errors import UserError
 from cod_lightning.measure.influence import block_influence
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layered import Batch, Layered
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.perplexity import exp
 from cod_lightning.measure.removal import RISE, removal
@@ -164,7 +162,7 @@ def renumber(model: Layered, kept: list[int], depth: int) -> None:
 
 def prune(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -269,7 +267,7 @@ def prune(
 
 def without_blocks(
     model: Layered,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     pad_id: int | None,
     progress: Progress | None,
     by: Signal,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layered import Batch, Layered
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.perplexity import exp
 from cod_lightning.measure.result import Progress, figure, heat_map, layer_lines, legend
@@ -190,7 +190,7 @@ def cost(loss: float, whole: float) -> dict[str, float]:
 
 def evaluate_arranged(
     model: Layered,
-    batches: list[Tensor],
+    batches: list[Batch],
     pad_id: int | None,
     progress: Progress | None,
     arrangements: Sequence[Sequence[int]],
@@ -208,7 +208,7 @@ def evaluate_arranged(
 
 
 def removal(
-    model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
+    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Removal:
     """Remove each block alone; one evaluation of `batches` for each, after which `progress` is called.
 
@@ -223,7 +223,7 @@ def removal(
 
 def run_removal(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -249,7 +249,7 @@ def run_removal(
 
 def swaps(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -273,11 +273,11 @@ def swaps(
 
 def linear_replacement(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    fit: Iterable[Tensor] | None = None,
+    fit: Iterable[Batch] | None = None,
 ) -> LinearReplacement:
     """Replace each block alone by the linear map that is nearest to it on the tokens of `fit`.
 
@@ -310,7 +310,7 @@ def linear_replacement(
 
 @torch.no_grad()
 def fit_linear(
-    model: Layered, layer: int, batches: Iterable[Tensor], pad_id: int | None = None
+    model: Layered, layer: int, batches: Iterable[Batch], pad_id: int | None = None
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """The function x + W x + b nearest to a block in least squares, and the number of tokens that it was fitted to.
 
@@ -366,7 +366,7 @@ def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Generato
 
 @torch.no_grad()
 def causal_score(
-    model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
+    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> CausalScore:
     """Skip each layer s and see how what every later layer l adds, h_{l+1} - h_l, changes.
 

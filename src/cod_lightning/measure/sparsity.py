@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layered import Batch, Layered
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.result import Progress, figure, layer_lines, legend
 from cod_lightning.measure.tokens import walk, wide
@@ -61,7 +61,7 @@ class LayerSparsity:
 @torch.no_grad()
 def layer_sparsity(
     model: Layered,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -118,7 +118,7 @@ def matrices(block: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
 
 @torch.no_grad()
 def input_norms(
-    model: Layered, batches: Iterable[Tensor], pad_id: int | None = None, progress: Progress | None = None
+    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> list[dict[str, Tensor]]:
     """||X_j||_2 over all tokens but pads of every input channel j of every linear layer, in one pass.
 

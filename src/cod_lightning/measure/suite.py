@@ -13,7 +13,7 @@ from cod_lightning.errors import UserError, nearest
 from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.influence import block_influence, layer_importance, readout
 from cod_lightning.measure.jacobian import MeanJacobian, end_to_end_gain, jacobian, mean_jacobian
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.layered import Batch, Layered
 from cod_lightning.measure.layers import token_variances
 from cod_lightning.measure.moments import moments
 from cod_lightning.measure.options import options_of
@@ -36,8 +36,8 @@ GAIN_ROWS = 2
 WIDEST_MAP = 256
 """Up to this hidden size the Jacobians are taken whole, with one backward pass for each of their rows."""
 
-Batches = Sequence[Tensor]
-"""Tokens [rows, length] each."""
+Batches = Sequence[Batch]
+"""Tokens [rows, length] each, or images."""
 Measure = Callable[..., Result]
 """(model in evaluation mode, batches, pad_id, progress, *, options) -> result."""
 
@@ -82,7 +82,7 @@ def runs_of_blocks(
 
 
 def measured_theory(
-    model: Layered, batches: Batches, pad_id: int | None, progress: Progress, *, lns: bool | None = None
+    model: Layered, batches: Sequence[Tensor], pad_id: int | None, progress: Progress, *, lns: bool | None = None
 ) -> Theory:
     """The paper's lemma and theorem, of Pre-LN or of LNS, over what is measured of a model.
 
@@ -116,6 +116,11 @@ MEASURES: dict[str, tuple[str, Measure]] = {
     "theory": ("theory", measured_theory),
 }
 """Study and function of each measure. The costly ones take the first batch alone."""
+NOT_OF_IMAGES = {
+    "linear_replacement": "its map would be fitted to patches, and what is read is the class token",
+    "theory": "the paper's lemmas and theorems are about decoders",
+}
+"""Measures that would mean nothing, and why."""
 
 
 def measures_of(study: str, hidden: int = 0, widest: int = WIDEST_MAP, only: Sequence[str] = ()) -> list[str]:

@@ -122,7 +122,8 @@ class Residual(nn.Module):
         self.spec = spec
         self.branch_norm = Norm(config) if spec.branch_norm else None
         self.sum_norm = Norm(config) if spec.sum_norm else None
-        shape = {"no": None, "scalar": (), "channel": (config.hidden_size,)}[spec.learned_branch_scale]
+        # Not 0-dimensional, which `fully_shard` refuses.
+        shape = {"no": None, "scalar": (1,), "channel": (config.hidden_size,)}[spec.learned_branch_scale]
         self.branch_scale = None if shape is None else nn.Parameter(torch.empty(shape))
         self.skip = nn.Parameter(torch.empty(config.hidden_size)) if spec.learned_skip else None
 
@@ -160,7 +161,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = pre_norm(config, spec.ffn)
         self.mlp = mlp or FeedForward(config)
         self.ffn_residual = Residual(config, spec.ffn)
-        self.gate = nn.Parameter(torch.empty(())) if any(s.gate != "no" for s in spec.sublayers) else None
+        self.gate = nn.Parameter(torch.empty(1)) if any(s.gate != "no" for s in spec.sublayers) else None
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, tap: Callable[[str, Tensor], object] | None = None
@@ -217,6 +218,10 @@ class Decoder(nn.Module):
         """Make head and embeddings one parameter where the shape says so; leaving the meta device separates them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def twin(self) -> Decoder:
+        """One more of the same shape, not initialised."""
+        return Decoder(self.config, [block.spec for block in self.blocks])
 
     @property
     def blocks(self) -> list[Block]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, Norm, Residual
+from cod_lightning.nn.parallel import Model, put_
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -16,14 +20,28 @@ PROFILE_ROWS, PROFILE_LENGTH = 4, 64
 """The random tokens that Admin is profiled on; of images, the same number of rows."""
 
 
-def build_decoder(config: DecoderConfig, specs: list[BlockSpec], seed: int, device: str = "cpu") -> Decoder:
+def build_decoder(
+    config: DecoderConfig,
+    specs: list[BlockSpec],
+    seed: int,
+    device: torch.device | str = "cpu",
+    wrap: Callable[[Decoder], object] = lambda decoder: None,
+) -> Decoder:
     """An initialised decoder. It is built on the meta device, so that nothing is allocated or drawn twice.
+
+    Args:
+        config: its shape.
+        specs: one for each block.
+        seed: of the draws.
+        device: to build it on.
+        wrap: changes the decoder in place while it is on the meta device, such as `parallelise`.
 
     Raises:
         ValueError: as `Decoder`.
     """
     with torch.device("meta"):
         decoder = Decoder(config, specs)
+    wrap(decoder)
     decoder.to_empty(device=device)
     initialise(decoder, seed)
     return decoder
@@ -44,7 +62,8 @@ def initialise(decoder: Decoder, seed: int) -> None:
         draw_(decoder, "lm_head.weight", base_std(config, config.hidden_size, config.init_std), seed)
     initialise_blocks(decoder, "model.layers", seed)
     shape, vocabulary = (PROFILE_ROWS, PROFILE_LENGTH), decoder.model.embed_tokens.num_embeddings
-    profile_skips(decoder, torch.randint(vocabulary, shape, generator=profile_generator(seed), device="cpu"))
+    rows = torch.randint(vocabulary, shape, generator=profile_generator(seed), device="cpu")
+    profile_skips(decoder, rows, seed, initialise)
 
 
 def build_vit(
@@ -55,7 +74,8 @@ def build_vit(
     image_size: int,
     patch_size: int,
     classes: int,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
+    wrap: Callable[[VisionTransformer], object] = lambda vit: None,
 ) -> VisionTransformer:
     """`build_decoder` for images.
 
@@ -64,6 +84,7 @@ def build_vit(
     """
     with torch.device("meta"):
         vit = VisionTransformer(config, specs, image_size, patch_size, classes)
+    wrap(vit)
     vit.to_empty(device=device)
     initialise_vit(vit, seed)
     return vit
@@ -78,10 +99,11 @@ def initialise_vit(vit: VisionTransformer, seed: int) -> None:
         layer.bias.zero_()
     initialise_blocks(vit, "layers", seed)
     shape = (PROFILE_ROWS, 3, vit.image_size, vit.image_size)
-    profile_skips(vit, torch.randn(shape, generator=profile_generator(seed), device="cpu", dtype=torch.float32))
+    rows = torch.randn(shape, generator=profile_generator(seed), device="cpu", dtype=torch.float32)
+    profile_skips(vit, rows, seed, initialise_vit)
 
 
-def initialise_blocks(model: Decoder | VisionTransformer, prefix: str, seed: int) -> None:
+def initialise_blocks(model: Model, prefix: str, seed: int) -> None:
     """Set the parameters of all blocks, named from `prefix` on, and of the final norm."""
     for index, block in enumerate(model.blocks):
         for part, sublayer, spec in (
@@ -122,7 +144,7 @@ def projection_std(weight: Tensor, name: str, spec: SublayerSpec, config: Decode
     return std * spec.output_init if name in ("o_proj", "down_proj") else std
 
 
-def draw_(model: Decoder | VisionTransformer, name: str, std: float, seed: int) -> None:
+def draw_(model: Model, name: str, std: float, seed: int) -> None:
     parameter = model.get_parameter(name)
     generator = torch.Generator().manual_seed(seed_of(seed, name))
     # Named, because Lightning makes the accelerator and its precision the defaults while a model is built.
@@ -131,7 +153,7 @@ def draw_(model: Decoder | VisionTransformer, name: str, std: float, seed: int) 
         normal.normal_(generator=generator)
     else:
         torch.nn.init.trunc_normal_(normal, a=-cutoff, b=cutoff, generator=generator)
-    parameter.copy_(normal * std)
+    put_(parameter, (normal * std).to(parameter.dtype))
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -143,10 +165,23 @@ def profile_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(seed, "admin profile"))
 
 
-def profile_skips(model: Decoder | VisionTransformer, rows: Tensor) -> None:
-    """Admin: with all w = 1, run random `rows` and set w_i = sqrt(1 + sum over j < i of Var[f_j])."""
-    residuals = [r for block in model.blocks for r in (block.attention_residual, block.ffn_residual)]
-    if all(residual.skip is None for residual in residuals):
+def profile_skips(model: Model, rows: Tensor, seed: int, initialise: Callable[[Any, int], None]) -> None:
+    """Admin: with all w = 1, run random `rows` and set w_i = sqrt(1 + sum over j < i of Var[f_j]).
+
+    A sharded model takes them from a whole one, which every rank draws on the CPU: in memory for that long, and in
+    float32 under any precision.
+    """
+    skips = [r.skip for block in model.blocks for r in (block.attention_residual, block.ffn_residual)]
+    if all(skip is None for skip in skips):
+        return
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        with torch.device("meta"):
+            whole = model.twin()
+        initialise(whole.to_empty(device="cpu"), seed)
+        found = [r.skip for block in whole.blocks for r in (block.attention_residual, block.ffn_residual)]
+        for skip, values in zip(skips, found, strict=True):
+            if skip is not None and values is not None:
+                put_(skip, values)
         return
     variances: list[Tensor] = []
 
@@ -154,9 +189,10 @@ def profile_skips(model: Decoder | VisionTransformer, rows: Tensor) -> None:
         if what in ("attention", "ffn"):
             variances.append(branch.float().var())
 
-    model(rows.to(next(model.parameters()).device), tap=tap)
+    with torch.compiler.set_stance("force_eager"):
+        model(rows.to(next(model.parameters()).device), tap=tap)
     total = torch.ones_like(variances[0])
-    for residual, variance in zip(residuals, variances, strict=True):
-        if residual.skip is not None:
-            residual.skip.fill_(total.sqrt())
+    for skip, variance in zip(skips, variances, strict=True):
+        if skip is not None:
+            skip.fill_(total.sqrt())
         total = total + variance

@@ -65,13 +65,18 @@ class VisionTransformer(nn.Module):
             found.append(f"patches of {patch_size} pixels do not fill an image of {image_size}")
         if found:
             raise ValueError("; ".join(found))
-        self.config, self.image_size = config, image_size
+        self.config, self.image_size, self.patch_size = config, image_size, patch_size
         self.embedding = PatchEmbedding(config.hidden_size, image_size, patch_size)
         self.layers = nn.ModuleList(
             Block(config, spec, Attention(config, causal=False, output_bias=True), Mlp(config)) for spec in specs
         )
         self.norm = Norm(config, projected=True)
         self.head = nn.Linear(config.hidden_size, classes)
+
+    def twin(self) -> VisionTransformer:
+        """One more of the same shape, not initialised."""
+        specs = [block.spec for block in self.blocks]
+        return VisionTransformer(self.config, specs, self.image_size, self.patch_size, self.head.out_features)
 
     @property
     def blocks(self) -> list[Block]:

@@ -128,6 +128,11 @@ class Metric:
         return 3 if self.name.endswith("loss") else 2
 
     @property
+    def difference_digits(self) -> int:
+        """Likewise, of differences."""
+        return 3 if self.lower else 2
+
+    @property
     def unit(self) -> str:
         """Of differences."""
         return "nats" if self.lower else "points"
@@ -237,12 +242,13 @@ class Column:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """Of the first experiment, under the labels of all."""
-        labels = [
-            list(dict.fromkeys(row.label for row in same))
-            for same in zip(*(e.rows for e in self.experiments), strict=True)
-        ]
+        same = zip(*(experiment.rows for experiment in self.experiments), strict=True)
+        names = [", ".join(dict.fromkeys(row.label for row in rows)) for rows in same]
+        first = self.experiments[0]
+        public = {name for name, row in first.paper.get("rows", {}).items() if "subject" in row}
         return tuple(
-            replace(row, label=", ".join(names)) for row, names in zip(self.experiments[0].rows, labels, strict=True)
+            replace(row, label=f"stand-in for {name}" if row.name in public and first.scale != "paper" else name)
+            for row, name in zip(first.rows, names, strict=True)
         )
 
     @cached_property
@@ -286,6 +292,13 @@ class Column:
                 )
             )
         return lines
+
+
+def seed_counts(rows: Iterable[Row]) -> str:
+    """How many seeds the rows that were run have, such as "3" or "1 to 3"."""
+    counts = [len(row.runs) for row in rows if row.runs]
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(high) if low == high else f"{low} to {high}"
 
 
 def values(row: Row, metric: Metric) -> dict[int, float]:

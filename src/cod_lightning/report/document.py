@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ STYLE = (
     "body{font:15px system-ui,sans-serif;max-width:1250px;margin:2em auto;padding:0 1em}img{max-width:100%}"
     "table{border-collapse:collapse;display:block;overflow-x:auto}"
     "td,th{padding:.3em 1em;border-bottom:1px solid #ccc;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}code{background:#f3f3f3;padding:0 .2em}"
+    ".text{text-align:left}code{background:#f3f3f3;padding:0 .2em}"
 )
 
 
@@ -25,7 +25,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `code` and **bold** are marked as in Markdown, here and in tables."""
+    """A paragraph; `code`, **bold** and *italics* are marked as in Markdown, here and in tables."""
 
     text: str
 
@@ -39,10 +39,12 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """The first column is text, the others are figures."""
+    """Figures to the right, words to the left."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: Collection[int] = (0,)
+    """Columns of words."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def _markdown(block: Block, images: str) -> str:
             return "\n".join(f"- {text}" for text in texts)
         case Image(name, alt):
             return f"![{alt}]({images}/{name})"
-        case Table(head, rows):
-            rule = ["---", *["---:"] * (len(head) - 1)]
+        case Table(head, rows, words):
+            rule = ["---" if index in words else "---:" for index in range(len(head))]
             lines = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
             return "\n".join(f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:]))
 
@@ -107,12 +109,22 @@ def _html(block: Block, images: Mapping[str, bytes]) -> str:
         case Image(name, alt):
             data = base64.b64encode(images[name]).decode()
             return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-        case Table(head, rows):
-            lines = [f"<tr>{''.join(f'<th>{_inline(cell)}</th>' for cell in head)}</tr>"]
-            lines += [f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows]
-            return f"<table>{''.join(lines)}</table>"
+        case Table(head, rows, words):
+            styles = [' class="text"' if index in words else "" for index in range(len(head))]
+
+            def line(tag: str, row: Sequence[str]) -> str:
+                cells = zip(styles, row, strict=True)
+                return f"<tr>{''.join(f'<{tag}{style}>{_inline(cell)}</{tag}>' for style, cell in cells)}</tr>"
+
+            return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
 
 
 def _inline(text: str) -> str:
-    parts = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
-    return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", parts)
+    found = []
+    for part in re.split(r"(`[^`]+`)", html.escape(text, quote=False)):
+        if part.startswith("`") and len(part) > 1:
+            found.append(f"<code>{part[1:-1]}</code>")
+        else:
+            bold = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", part)
+            found.append(re.sub(r"\*([^*\s](?:[^*]*[^*\s])?)\*", r"<i>\1</i>", bold))
+    return "".join(found)

@@ -20,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
-from cod_lightning.report.claims import Column, Line, Metric, Row
+from cod_lightning.report.claims import Column, Line, Metric, Row, seed_counts
 
 WIDTH, DPI = 7.5, 120
 STYLE: dict[Any, Any] = {
@@ -68,8 +68,8 @@ def colour(row: Row, rows: Sequence[Row]) -> str:
 
 
 def seeds_of(column: Column) -> str:
-    count = max((len(row.runs) for row in column.rows), default=0)
-    return f"{count} seed{'s' * (count > 1)}"
+    counts = seed_counts(column.rows)
+    return f"{counts} seed{'s' * (counts != '1')}"
 
 
 def mean_of(arrays: Iterable[Any]) -> np.ndarray:
@@ -115,11 +115,9 @@ def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     if metric is None or not rows:
         return None
 
-    def series(
-        group: Sequence[Column], point: Callable[[Line], Point | None], metric: Metric = metric
-    ) -> list[tuple[str, list[Point | None]]]:
-        named = [(column.heading, {line.row.name: line for line in column.lines_of(metric)}) for column in group]
-        return [(name, [point(found[r.name]) if r.name in found else None for r in rows]) for name, found in named]
+    def series(group: Sequence[Column], point: Callable[[Line], Point | None]) -> list[tuple[str, list[Point | None]]]:
+        lines = [(c.heading, {line.row.name: line for line in c.lines if line.metric == headline(c)}) for c in group]
+        return [(name, [point(found[r.name]) if r.name in found else None for r in rows]) for name, found in lines]
 
     panels = [("published", series(published, printed))]
     for scale, group in scales.items():
@@ -240,20 +238,15 @@ def sizes(scales: Mapping[str, Sequence[Column]]) -> Figure:
             tint = colour(row, rows)
             curve = fit_sizes(size, loss)
             label = row.label + (f": {curve[0]}" if curve else "")
-            place.errorbar(
-                size,
-                loss,
-                yerr=[s or 0 for s in sd] if any(sd) else None,
-                fmt="o",
-                ms=5,
-                color=tint,
-                capsize=2,
-                label=label,
-            )
+            bars = [s or 0 for s in sd] if any(sd) else None
+            place.errorbar(size, loss, yerr=bars, fmt="o", ms=5, color=tint, capsize=2, label=label)
             if curve:
                 along = np.geomspace(min(size), max(size), 100)
                 place.plot(along, curve[1](along), color=tint)
         place.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token", title=title)
+        ticks = sorted({size for points in found.values() for size, _, _ in points})
+        place.set_xticks(ticks, [f"{n / 1e9:.2g}B" if n >= 1e9 else f"{n / 1e6:.3g}M" for n in ticks])
+        place.xaxis.set_minor_locator(NullLocator())
         place.legend()
     return figure
 
@@ -397,9 +390,9 @@ def jacobians(column: Column) -> Figure | None:
     for line, (row, found) in enumerate(zip(rows, maps, strict=True)):
         for place, layer, matrix in zip(axes[line], found["layers"], found["matrices"], strict=True):
             image = place.imshow(np.array(matrix), cmap="RdBu_r", norm=norm, interpolation="nearest")
-            place.set(title=f"{row.label}, layer {layer}", xticks=[], yticks=[])
+            place.set(title=f"layer {layer}", xticks=[], yticks=[])
             place.grid(False)
-        axes[line][0].set_ylabel("output")
+        axes[line][0].set_ylabel(f"{row.label}\noutput")
     for place in axes[-1]:
         place.set_xlabel("input")
     figure.colorbar(image, ax=axes, label="mean of $dy/dx$", extend="both")
@@ -495,7 +488,10 @@ def theory(column: Column) -> Figure | None:
         shapes = mean_of(one["shape_log_bound"] for one in found)
         if shapes.size:
             right.plot([], [], " ", label=f"with A, B of the shapes, last layer: $e^{{{shapes[-1]:.0f}}}$")
-        right.set(yscale="log", xlabel="layer $l$", ylabel=r"$\|dy_l/dx_1\|_2$", title=f"{row.label}: gain")
+        right.set(xlabel="layer $l$", ylabel=r"$\|dy_l/dx_1\|_2$", title=f"{row.label}: gain")
+        low, high = right.get_ylim()
+        if low <= 0 or high > 5 * low:
+            right.set_yscale("log")
         right.legend()
     return figure
 

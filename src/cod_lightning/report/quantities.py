@@ -1,15 +1,17 @@
-"""What the paper's figures show, as numbers of our runs."""
+"""What the paper's figures show, as numbers of our runs, and whether these show the same."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
+from dataclasses import dataclass
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 from cod_lightning.report import figures
-from cod_lightning.report.claims import Column, Run, Sample
+from cod_lightning.report.claims import Column, Difference, Run, Sample, direction
 from cod_lightning.report.document import Table
 
 Quantity = Callable[[Run], float | None]
@@ -76,6 +78,146 @@ THEORY: dict[str, Quantity] = {
     "c of the lemma, fitted": of_measure("theory", lambda found: found["c"]),
     "gain to the last layer": of_measure("theory", lambda found: found["gains"][-1]),
 }
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the paper says of a figure, as a number of runs of one seed that is above zero where it holds."""
+
+    statement: str
+    rows: tuple[str, ...]
+    """Names of those that it is about."""
+    number: Callable[..., float | None]
+    """Of a run of each; None where that was not measured."""
+
+
+def smaller(statement: str, less: str, more: str, quantity: Quantity) -> Finding:
+    """That a row has less of a positive quantity than another: the logarithm of their ratio."""
+
+    def number(one: Run, other: Run) -> float | None:
+        a, b = quantity(one), quantity(other)
+        return None if a is None or b is None else math.log(b / a)
+
+    return Finding(statement, (less, more), number)
+
+
+def minus(quantity: Quantity) -> Quantity:
+    return lambda run: None if (value := quantity(run)) is None else -value
+
+
+def difference(one: Quantity, other: Quantity) -> Callable[[Run, Run], float | None]:
+    """Of a quantity of one run and one of another."""
+
+    def number(first: Run, second: Run) -> float | None:
+        a, b = one(first), other(second)
+        return None if a is None or b is None else a - b
+
+    return number
+
+
+def halves(values: Sequence[float | None]) -> float:
+    """Median over the deeper half of the layers less that over the other half; a mean would be that of one layer."""
+    known = [value for value in values if value is not None]
+    return median(known[len(known) // 2 :]) - median(known[: len(known) // 2])
+
+
+TURNED = of_measure("angular", lambda found: halves(found["distances"][0]))
+COST = of_measure("removal", lambda found: halves([loss - found["loss"] for loss in found["losses"]]))
+LAST = GROWN["variance behind the last layer, at the end"]
+DEEP_TURN, DEEP_COST = REMOVED.values()
+NEARER = of_measure("jacobian", lambda found: math.log(found["distance"][1] / found["distance"][-1]))
+"""The first block, which reads the embeddings, is far from I in any model: the second is compared with the last."""
+
+
+def deeper_variance(steps: list[int], variance: np.ndarray) -> float:
+    """Behind the last layer over behind the first, at the end, as a logarithm."""
+    return math.log(variance[-1][-1] / variance[-1][0])
+
+
+def later_variance(steps: list[int], variance: np.ndarray) -> float:
+    """Behind the last layer at 30 % of the run over that at 5 %, as a logarithm: the moments that are drawn."""
+    return math.log(at_fraction(0.3)(steps, variance) / at_fraction(0.05)(steps, variance))
+
+
+def idle(row: str, label: str) -> tuple[Finding, Finding]:
+    """That the deep blocks of a row do less than the others."""
+    return (
+        Finding(f"{label}: deep blocks cost less to leave out", (row,), minus(COST)),
+        Finding(f"{label}: deep blocks turn the stream less", (row,), minus(TURNED)),
+    )
+
+
+def busy(row: str, label: str) -> tuple[Finding, Finding]:
+    """That they do more."""
+    return (
+        Finding(f"{label}: deep blocks cost more to leave out", (row,), COST),
+        Finding(f"{label}: deep blocks turn the stream more", (row,), TURNED),
+    )
+
+
+BOTH = ("lns", "pre_ln")
+FINDINGS: dict[str, tuple[Finding, ...]] = {
+    "Figure 2": (*idle("pre_ln", "Pre-LN"), *busy("post_ln", "Post-LN")),
+    "Figure 3": (*idle("pre_ln", "Pre-LN"), *busy("post_ln", "Post-LN")),
+    "Figure 4": (
+        smaller("LNS: less variance at the end than Pre-LN", "lns", "pre_ln", LAST),
+        smaller("LNS: less variance at the end than Scaled Initialization", "lns", "scaled_init", LAST),
+    ),
+    "Figure 5": (Finding("Pre-LN: Jacobians come nearer to I with depth", ("pre_ln",), NEARER),),
+    "Figure 6": (smaller("LNS: lower loss at the end", "lns", "pre_ln", lambda run: run.record.get("val_loss")),),
+    "Figure 7": (
+        Finding("LNS: deep blocks cost more to leave out than under Pre-LN", BOTH, difference(DEEP_COST, DEEP_COST)),
+        Finding("LNS: deep blocks turn the stream more than under Pre-LN", BOTH, difference(DEEP_TURN, DEEP_TURN)),
+    ),
+    "Figure 8": (smaller("LNS: less variance at the end", "after_branch", "pre_ln", LAST),),
+    "Figure 9": (
+        Finding("Pre-LN: the variance grows with depth", ("pre_ln",), of_layers(deeper_variance)),
+        Finding("Pre-LN: the variance grows with training", ("pre_ln",), of_layers(later_variance)),
+    ),
+    "Figure 10": idle("language", "Pre-LN"),
+}
+"""By figure; of the theory's bounds nothing of the kind can be said."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finding of the paper and ours."""
+
+    statement: str
+    difference: Difference | None
+    """Above zero where it holds; None where it was not measured."""
+    direction: str | None
+    """As `claims.direction` names it."""
+
+
+def verdicts(target: str, column: Column) -> list[Verdict]:
+    """Of the findings of a figure about rows that the column has and that were run."""
+    found = []
+    rows = {row.name: {run.seed: run for run in row.runs} for row in column.rows if row.runs}
+    for finding in FINDINGS.get(target, ()):
+        if not set(finding.rows) <= rows.keys():
+            continue
+        runs = [rows[name] for name in finding.rows]
+        seeds = sorted(set.intersection(*(set(one) for one in runs)))
+        numbers = [number for seed in seeds if (number := finding.number(*(one[seed] for one in runs))) is not None]
+        ours = Difference.of(numbers) if numbers else None
+        found.append(Verdict(finding.statement, ours, direction(ours, 1.0)))
+    return found
+
+
+def shown(target: str, column: Column) -> Table | None:
+    """The verdicts of a figure; None where there are none."""
+    rows = []
+    for verdict in verdicts(target, column):
+        ours = verdict.difference
+        if ours is not None:
+            margin = "" if ours.margin is None else f" ± {ours.margin:.2g}"
+            text = f"{ours.mean:+.3g}{margin}"
+            rows.append(
+                [verdict.statement, f"**{text}**" if ours.beyond_noise else text, str(ours.n), verdict.direction or ""]
+            )
+    head = ["the paper's finding", "ours, above 0 where it holds (95 %)", "n", "direction"]
+    return Table(head, rows, words=(0, 3)) if rows else None
 
 
 def quantities(target: str, column: Column) -> Table | None:

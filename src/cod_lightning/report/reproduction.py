@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cod_lightning.report import figures
 from cod_lightning.report.claims import (
+    BASELINE,
     NOISE,
     ONE_SEED,
     OPPOSITE,
@@ -22,17 +24,15 @@ from cod_lightning.report.claims import (
     Run,
     by_target,
     columns,
+    seed_counts,
 )
 from cod_lightning.report.document import Block, Heading, Image, Items, Table, Text, markdown, page
-from cod_lightning.report.quantities import quantities
+from cod_lightning.report.quantities import quantities, shown, verdicts
 from cod_lightning.report.words import NOT_RUN, comparisons, conclusion, listed, printed
 
 MARKDOWN, FIGURES = "REPRODUCTION.md", "experiments/results/figures"
 HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reproduction.csv"
 """Where the files lie, from the top of a checkout."""
-
-SEEDS = 3
-"""That a command asks for where nothing was run yet at a smaller scale."""
 
 ByScale = Mapping[str, Sequence[Experiment]]
 """The experiments of one target; those of the paper's scale are always there."""
@@ -62,6 +62,7 @@ def report(experiments: Sequence[Experiment], hardware: str = "") -> Report:
         Heading(1, "Reproduction"),
         *introduction(),
         *overview(targets),
+        *how_to_read(),
         *sections,
         *not_run(experiments, hardware),
         *environments(experiments),
@@ -74,13 +75,22 @@ def introduction() -> list[Block]:
         Text(
             "What *The Curse of Depth in Large Language Models* (arXiv 2502.05795v5) prints, and what was measured "
             "here. `python -m cod_lightning report` writes this file from `experiments/*.yaml` and the run records "
-            "below `experiments/results/`; what was not run says so."
-        ),
+            "below `experiments/results/`; what was not run says so, and `python -m cod_lightning reproduce NAME "
+            "scale=SCALE seeds=3` runs it."
+        )
+    ]
+
+
+def how_to_read() -> list[Block]:
+    return [
+        Heading(2, "How to read this"),
         Items(
             [
                 "**Scales.** `paper` is the published shape, data and number of steps. `mini` and `toy` keep what is "
                 "compared and shrink the rest; their perplexities are those of other models on other text and stand "
-                "in tables of their own. Only signs and orders can be compared across scales.",
+                "in tables of their own. Only signs and orders can be compared across scales, and these with care: a "
+                "run at toy scale sees less than a thousandth of the paper's tokens and shows how training begins, not "
+                "where it ends.",
                 "**Published.** The released evaluation divides the sum of N batch means by N + 1, and is low by an "
                 "amount that depends on the number of GPUs. `N + 1 undone` is the loss times (N + 1) / N.",
                 "**Ours.** Summed loss over summed tokens of the validation set; mean ± standard deviation over n "
@@ -91,7 +101,11 @@ def introduction() -> list[Block]:
                 "counts as more than noise here. There is no correction for the number of rows.",
                 f"**Direction.** `{SAME}` or `{OPPOSITE}` sign as the published difference, `{NOISE}` where our "
                 f"interval holds zero, `{ONE_SEED}` where there is no interval. The paper prints one run of each and "
-                "no error bars, so that the noise of its differences is not known.",
+                "no error bars, so that the noise of its differences is not known. Of a figure, what the paper says of "
+                "it is a number of ours that is above zero where it holds: a difference, or of variances, distances "
+                "from I and losses the logarithm of a ratio. Deep blocks are those of the deeper half: under one "
+                "strategy their median beside that of the others, which no single layer sways; between two, their "
+                "means.",
                 f"**Did not train.** Ours: the loss is not finite at the end, or fell by less than {STUCK} nats in the "
                 f"second half of the run. Published: more than {UNTRAINED:g} nat above the best of its column.",
             ]
@@ -100,21 +114,99 @@ def introduction() -> list[Block]:
 
 
 def overview(targets: Mapping[str, ByScale]) -> list[Block]:
-    """How many of the comparisons agree, by table and scale."""
-    rows = []
+    """Where ours agrees with the paper and where not, by table or figure and scale."""
+    rows, counts = [], dict[str, Counter[str]]()
     for target, scales in targets.items():
         for scale, experiments in scales.items():
-            found = [
-                claim.direction for column in columns(experiments) for line in column.lines for claim in line.claims
-            ]
-            counts = [found.count(kind) for kind in (SAME, OPPOSITE, NOISE, ONE_SEED)]
-            if any(counts):
-                seeds = max(len(row.runs) for experiment in experiments for row in experiment.rows)
-                rows.append([target, scale, str(seeds), str(sum(counts)), *map(str, counts)])
+            found = agreements(target, columns(experiments))
+            if found:
+                seeds = seed_counts(row for experiment in experiments for row in experiment.rows)
+                texts = {kind: "; ".join(named(found, kind)) for kind in KINDS}
+                rows.append([target, scale, seeds, *texts.values()])
+                counts.setdefault(scale, Counter()).update(kind for kind, _, _ in found)
     if not rows:
         return [Text("Nothing has been run yet.")]
-    head = ["target", "scale", "seeds", "differences compared", "same direction", OPPOSITE, NOISE, ONE_SEED]
-    return [Heading(2, "At a glance"), Table(head, rows)]
+    told = [kind for index, kind in enumerate(KINDS, start=3) if any(row[index] for row in rows)]
+    head = ["target", "scale", "seeds", *(HEADINGS[kind] for kind in told)]
+    shown = [[*row[:3], *(row[3 + KINDS.index(kind)] for kind in told)] for row in rows]
+    absent = [scale for scale in SCALES if scale not in counts]
+    sentences = [
+        f"Of {sum(found.values())} comparisons at scale={scale}, "
+        f"{listed(f'{found[kind]} {SUMMED[kind]}' for kind in KINDS if found[kind])}."
+        for scale, found in counts.items()
+    ]
+    if absent:
+        sentences.append(f"Nothing has been compared at {listed(f'scale={scale}' for scale in absent)}.")
+    return [
+        Heading(2, "At a glance"),
+        *[Text(sentence) for sentence in central(targets)],
+        Text(" ".join(sentences) + " A run counts in every table that has it."),
+        Table(head, shown, words=(0, 1, *range(3, len(head)))),
+    ]
+
+
+KINDS = (SAME, OPPOSITE, NOISE, ONE_SEED)
+HEADINGS = {SAME: "as in the paper", OPPOSITE: "opposite", NOISE: NOISE, ONE_SEED: "one seed, not told from noise"}
+SUMMED = {
+    SAME: "point as in the paper",
+    OPPOSITE: "the opposite way",
+    NOISE: "lie within noise",
+    ONE_SEED: "have one seed",
+}
+
+
+def agreements(target: str, group: Sequence[Column]) -> list[tuple[str, str, str]]:
+    """Direction, row or finding, and column of the paper, of all that was compared; of a table in one metric."""
+    found = [
+        (claim.direction, line.row.label + " (did not train here)" * bool(line.untrained), claim.experiment.source)
+        for column in group
+        if (metric := figures.headline(column)) is not None
+        for line in column.lines_of(metric)
+        for claim in line.claims
+        if claim.direction
+    ]
+    return found + [
+        (verdict.direction, verdict.statement, column.heading)
+        for column in group
+        for verdict in verdicts(target, column)
+        if verdict.direction
+    ]
+
+
+def named(found: Sequence[tuple[str, str, str]], kind: str) -> list[str]:
+    """What has a direction, with the columns where only some of those compared have it."""
+    sources: dict[str, list[str]] = {}
+    for direction, label, source in found:
+        if direction == kind:
+            sources.setdefault(label, []).append(source)
+    whole = Counter(label for _, label, _ in found)
+    return [label if len(own) == whole[label] else f"{label} ({', '.join(own)})" for label, own in sources.items()]
+
+
+def central(targets: Mapping[str, ByScale]) -> Iterator[str]:
+    """What the paper is about: LNS against Pre-LN, of the first table that has both, at each scale that was run."""
+    for target, scales in targets.items():
+        done = False
+        for scale, experiments in scales.items():
+            for column in columns(experiments):
+                metric = figures.headline(column)
+                if metric is None or not metric.lower or column.baseline.name != BASELINE:
+                    continue
+                line = next((line for line in column.lines_of(metric) if line.row.name == "lns"), None)
+                if line is None or line.difference is None:
+                    continue
+                done = True
+                printed = [claim.difference for claim in line.claims if claim.difference is not None]
+                ends = (min(printed), max(printed)) if printed else ()
+                span = " to ".join(dict.fromkeys(f"{value:+.3f}" for value in ends))
+                margin = line.difference.margin
+                ours = f"{line.difference.mean:+.3f}" + ("" if margin is None else f" ± {margin:.3f}")
+                yield (
+                    f"**{line.row.label} against {column.baseline.label}** ({target}, scale={scale}, n = "
+                    f"{line.difference.n}): {ours} nats; in the paper, at its scale, {span or 'no figure'}."
+                )
+        if done:
+            return
 
 
 # One table or figure of the paper ------------------------------------------------------------------------------------
@@ -135,16 +227,18 @@ def section(target: str, scales: ByScale, images: dict[str, bytes]) -> Iterator[
     absent = []
     for scale in SCALES:
         if not any(row.runs for column in grouped.get(scale, []) for row in column.rows):
-            absent.append(f"scale={scale} (`{reproduce(scales['paper'], scale, SEEDS if scale != 'paper' else 1)}`)")
+            absent.append(f"scale={scale}")
             continue
         yield Heading(3, f"{target}: ours at scale={scale}")
-        yield Items([described(column) for column in grouped[scale]])
+        yield Items([f"{column.heading}: {described(column)}" for column in grouped[scale]])
         if any(column.lines for column in grouped[scale]):
             yield from comparisons(grouped[scale])
             yield from conclusions(grouped[scale])
         for column in grouped[scale]:
             if (found := quantities(target, column)) is not None:
                 yield found
+                if (compared := shown(target, column)) is not None:
+                    yield compared
             elif not column.lines:
                 yield Text(f"{column.heading}: not measured yet.")
     if absent:
@@ -157,9 +251,7 @@ def published(target: str, group: Sequence[Column]) -> Iterator[Block]:
     if titles:
         yield Heading(3, f"{target}: published {titles[0] if len(titles) == 1 else 'figures'}, and ours at scale=paper")
         yield from printed(group)
-    yield Items(
-        [f"{experiment.title} {described(column)}" for column in group for experiment in column.experiments[:1]]
-    )
+    yield Items([f"{column.experiments[0].title} {described(column)}" for column in group])
     notes = annotated(
         (e.source, [row.label, row.note]) for c in group for e in c.experiments for row in e.rows if row.note
     )
@@ -216,7 +308,7 @@ def described(column: Column) -> str:
     tokens = first.paper.get("tokens") if first.scale == "paper" else None
     counted = f"; {tokens / 1e9:g}B tokens by the paper's count" if tokens else ""
     command = reproduce(column.experiments, first.scale, max(column.seeds, default=1))
-    return f"{column.heading}: {first.setting}{counted}. `{command}`"
+    return f"{first.setting[:1].upper()}{first.setting[1:]}{counted}. `{command}`"
 
 
 # The rest ------------------------------------------------------------------------------------------------------------
@@ -236,7 +328,6 @@ def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
                 experiment.name,
                 f"{len(missing)} of {len(experiment.rows)}",
                 f"{sum(known.values()):,.0f}" if known else "no estimate",
-                f"`{reproduce([experiment], 'paper', 1)}`",
             ]
         )
     if not rows:
@@ -246,12 +337,13 @@ def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
         if hours
         else ""
     )
-    head = ["experiment", "rows not run", f"hours of {hardware}" if hours else "hours", "command"]
+    head = ["experiment", "rows not run", f"hours of {hardware}" if hours else "hours"]
     return [
         Heading(2, "What was not run"),
         Text(
-            f"At scale=paper, one seed.{total} `python -m cod_lightning estimate experiments=NAME` says how the hours "
-            "of one run come about; public models are measured and not trained."
+            f"At scale=paper, one seed; `python -m cod_lightning reproduce NAME` runs an experiment.{total} `python -m "
+            "cod_lightning estimate experiments=NAME` says how the hours of one run come about; public models are "
+            "measured and not trained."
         ),
         Table(head, rows),
     ]
@@ -274,7 +366,7 @@ def environments(experiments: Sequence[Experiment]) -> list[Block]:
         for (scale, where, versions, commit), found in sorted(places.items())
     ]
     head = ["scale", "hardware", "versions", "commit", "runs", "dates", "hours in all"]
-    return [Heading(2, "Where the runs were made"), Table(head, rows)] if rows else []
+    return [Heading(2, "Where the runs were made"), Table(head, rows, words=(0, 1, 2, 3, 5))] if rows else []
 
 
 def environment(record: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,21 +11,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from cod_lightning.data.corpora import open_corpus
 from cod_lightning.data.datamodule import TokenDataModule
+from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Layered, load_hf
+from cod_lightning.measure.layered import Batch, Images, Layered, load_hf
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.prune import Export, prune
 from cod_lightning.measure.result import save
-from cod_lightning.measure.suite import MEASURES, WIDEST_MAP, measures_of, options_for
+from cod_lightning.measure.suite import MEASURES, NOT_OF_IMAGES, WIDEST_MAP, measures_of, options_for
 from cod_lightning.nn.exchange import export, quiet
 from cod_lightning.report.compare import NEEDED, comparison_page
 from cod_lightning.report.terminal import result_table, show
-from cod_lightning.train.run import Sections, accelerator, load_run
+from cod_lightning.train.run import Sections, load_run, load_vision_run
+from cod_lightning.train.strategy import accelerator
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Subject:
 
     model: Layered
     """In evaluation mode, where it is to be run."""
-    batches: list[Tensor]
+    batches: Sequence[Batch]
     """Held-out rows, so many at a time as are run at once."""
     pad_id: int | None
-    export: Export
-    """Writes a model of this kind, with its tokenizer, for stock `transformers`."""
+    export: Export | None
+    """Writes a model of this kind, with its tokenizer, for stock `transformers`; None: there is no such model."""
 
 
 def options_of_study(study: str) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def open_run(run: Sections, folder: Path, checkpoint: Path, rows: int) -> Subjec
     Raises:
         UserError: as `load_run`, or data that cannot be had.
     """
+    if run.task == "vision":
+        return open_vision_run(run, folder, checkpoint, rows)
     decoder, tokenizer = load_run(run, folder, checkpoint)
     data = TokenDataModule(run.data, run.seed)
     data.prepare_data()
@@ -67,6 +70,16 @@ def open_run(run: Sections, folder: Path, checkpoint: Path, rows: int) -> Subjec
     return Subject(
         layered, list(batches), data.pad_id, partial(export, tokenizer=tokenizer, max_length=run.data.seq_len)
     )
+
+
+def open_vision_run(run: Sections, folder: Path, checkpoint: Path, rows: int) -> Subject:
+    """`open_run` of a run of images."""
+    vit = load_vision_run(run, checkpoint)
+    data = ImageDataModule(run.images, run.data, run.seed)
+    data.setup("fit")
+    parts = [part.split(run.data.micro_batch_size) for part in data.probe_batch(min(rows, data.val_count))]
+    layered = Layered(vit.to(accelerator(run.trainer)).eval(), folder.name)
+    return Subject(layered, [Images(*part) for part in zip(*parts, strict=True)], None, None)
 
 
 def open_model(name: str, run: Sections, rows: int) -> Subject:
@@ -97,8 +110,15 @@ def carry_out(study: str, subject: Subject, options: Mapping[str, Any], folder: 
     Raises:
         UserError: as the measures, or the folder cannot be written to.
     """
-    for name in measures_of(study, subject.model.hidden, options.get("widest", WIDEST_MAP), options.get("only", ())):
-        report(subject, name, measured(name, subject, options, folder))
+    names = measures_of(study, subject.model.hidden, options.get("widest", WIDEST_MAP), options.get("only", ()))
+    refused = {name: NOT_OF_IMAGES[name] for name in names if subject.export is None and name in NOT_OF_IMAGES}
+    if len(refused) == len(names):
+        raise UserError(f"{subject.model.name} is a model of images: {'; '.join(refused.values())}")
+    for name in names:
+        if name in refused:
+            print(f"{name}: left out, {refused[name]}")
+        else:
+            report(subject, name, measured(name, subject, options, folder))
 
 
 def carry_out_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
@@ -107,6 +127,8 @@ def carry_out_prune(subject: Subject, options: Mapping[str, Any], folder: Path) 
     Raises:
         UserError: as `prune`.
     """
+    if subject.export is None:
+        raise UserError(f"{subject.model.name} is a model of images: stock transformers has none to write it as")
     result = with_progress("prune", prune, subject, options, folder=folder, export=subject.export)
     save(result, folder, "prune")
     report(subject, "prune", result)
@@ -123,6 +145,8 @@ def compare(subjects: Mapping[str, Callable[[], Subject]], options: Mapping[str,
     found = {}
     for name, opened in subjects.items():
         subject = opened()
+        if subject.export is None:
+            raise UserError(f"{name} is a model of images: measure compare takes models of text")
         for result in NEEDED:
             measured(result, subject, options, folder / name)
         found[name] = {result: json.loads((folder / name / f"{result}.json").read_text()) for result in NEEDED}

@@ -39,7 +39,11 @@ def printed(group: Sequence[Column]) -> Iterator[Block]:
         for row in column.rows:
             lines = [found[metric][row.name] for metric in metrics]
             rows.append([f"{row.label}, published", *(number(line.metric, line.claims[0].value) for line in lines)])
-            rows.append([f"{row.label}, ours", *(outcome(line) for line in lines)])
+            if row.runs:
+                rows.append([f"{row.label}, ours", *(outcome(line) for line in lines)])
+        if absent := [row.label for row in column.rows if not row.runs]:
+            which = "ours" if len(absent) == len(column.rows) else f"{listed(absent)}, ours"
+            rows.append([which, *[NOT_RUN] * len(metrics)])
         yield Table([column.heading, *(metric.title for metric in metrics)], rows)
 
 
@@ -52,6 +56,9 @@ def compared(column: Column, published: bool = False) -> Table:
     """
     lines = [line for line in column.lines if line.sample or line.failures or len(column.metrics) == 1]
     several = len({line.metric for line in lines}) > 1
+    beside_ours = [
+        index for index in range(len(column.experiments)) if any(line.claims[index].value is not None for line in lines)
+    ]
     titles = dict.fromkeys(line.metric.title for line in lines)
     units = dict.fromkeys(line.metric.unit for line in lines)
     head = [
@@ -60,7 +67,7 @@ def compared(column: Column, published: bool = False) -> Table:
         f"{' or '.join(titles)}, mean ± sd",
         "n",
         f"difference to {column.baseline.label}, {' or '.join(units)} (95 %)",
-        *(f"{experiment.source}: published, direction" for experiment in column.experiments),
+        *(f"{column.experiments[index].source}: published, direction" for index in beside_ours),
     ]
     rows = [
         [
@@ -69,18 +76,22 @@ def compared(column: Column, published: bool = False) -> Table:
             outcome(line),
             str(line.sample.n if line.sample else 0),
             "baseline" if line.row is column.baseline else difference(line),
-            *(beside(line.metric, claim, published) for claim in line.claims),
+            *(beside(line, line.claims[index], published) for index in beside_ours),
         ]
         for line in lines
     ]
-    return Table(head, rows)
+    return Table(head, rows, words=(0, 1) if several else (0,))
 
 
 def comparisons(group: Sequence[Column]) -> Iterator[Table]:
     """`compared` of the columns of one target and scale, as one table where each stands beside one published column."""
     found = [compared(column) for column in group]
     heads = {tuple(table.head[:-1]) for table in found}
-    if len(found) == 1 or len(heads) > 1 or any(len(column.experiments) > 1 for column in group):
+    one_each = all(
+        len(column.experiments) == 1 and "direction" in table.head[-1]
+        for column, table in zip(group, found, strict=True)
+    )
+    if len(found) == 1 or len(heads) > 1 or not one_each:
         yield from found
         return
     rows = [
@@ -114,17 +125,19 @@ def difference(line: Line) -> str:
     """Our difference with half its interval, bold beyond noise."""
     if line.difference is None:
         return ""
-    margin = line.difference.margin
-    text = f"{line.difference.mean:+.3f}" + ("" if margin is None else f" ± {margin:.3f}")
+    margin, digits = line.difference.margin, line.metric.difference_digits
+    text = f"{line.difference.mean:+.{digits}f}" + ("" if margin is None else f" ± {margin:.{digits}f}")
     return f"**{text}**" if line.difference.beyond_noise else text
 
 
-def beside(metric: Metric, claim: Claim, published: bool) -> str:
+def beside(line: Line, claim: Claim, published: bool) -> str:
     """The published difference, and whether ours points the same way."""
-    parts = [number(metric, claim.value)] * published
+    parts = [number(line.metric, claim.value)] * published
     if claim.difference is not None:
-        parts.append(f"{claim.difference:+.3f}{'' if claim.trained else ' (did not train)'}")
-        parts.append(claim.direction or NOT_RUN)
+        parts.append(
+            f"{claim.difference:+.{line.metric.difference_digits}f}{'' if claim.trained else ' (did not train)'}"
+        )
+        parts.append(claim.direction or ("failed" if line.failures else NOT_RUN))
     return ", ".join(parts)
 
 
@@ -138,18 +151,23 @@ def conclusion(column: Column) -> str:
 def sentences(column: Column, metric: Metric) -> Iterator[str]:
     lines, base = column.lines_of(metric), column.baseline.label
     title = "" if len(column.metrics) == 1 else f"{metric.title}: "
+    digits = metric.difference_digits
     parted = [(line, line.difference) for line in lines if line.difference]
     if any(difference.margin is not None for _, difference in parted):
-        beyond = [f"{line.row.label} ({found.mean:+.3f})" for line, found in parted if found.beyond_noise]
+        beyond = [f"{line.row.label} ({change.mean:+.{digits}f})" for line, change in parted if change.beyond_noise]
         verb = "differ" if len(beyond) > 1 else "differs"
         yield f"{title}{listed(beyond or ['nothing'])} {verb} from {base} by more than noise."
+        found: dict[str, list[str]] = {}
         for index, experiment in enumerate(column.experiments):
             groups = {
                 kind: [line.row.label for line in lines if line.claims[index].direction == kind]
                 for kind in (SAME, OPPOSITE, NOISE)
             }
-            if parts := [f"{kind} for {listed(labels)}" for kind, labels in groups.items() if labels]:
-                yield f"Direction beside the paper's {experiment.source}: {'; '.join(parts)}."
+            parts = [f"{kind} for {listed(labels)}" for kind, labels in groups.items() if labels]
+            found.setdefault("; ".join(parts), []).append(experiment.source)
+        for directions, sources in found.items():
+            if directions:
+                yield f"Direction beside the paper's {listed(sources)}: {directions}."
     elif parted:
         yield f"{title}one seed, so that no difference can be told from noise."
     if untrained := [line.row.label for line in lines if line.untrained]:
@@ -162,7 +180,7 @@ def sentences(column: Column, metric: Metric) -> Iterator[str]:
             theirs.setdefault(best(known)[1], []).append(experiment.source)
     _, ours = best((line.sample.mean, line.row.label) for line in lines if line.sample)
     printed = [f"{label} ({', '.join(sizes)})" for label, sizes in theirs.items()]
-    paper = f"{listed(printed)} in the paper" if printed else "not in the paper"
+    paper = f"{listed(printed)} in the paper" if printed else "which the paper does not print"
     yield f"{'Lowest' if metric.lower else 'Highest'} {metric.title}: {ours} here, {paper}."
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -16,9 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import Stopped, UserError
 from cod_lightning.measure.jacobian import STATISTICS, Jacobian, jacobian
 from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.layers import plot_variance
@@ -26,6 +27,7 @@ from cod_lightning.measure.moments import PLACES
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.suite import MEASURES, Measure
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.parallel import bare
 from cod_lightning.train.config import COUNTS, FIGURES
 
 if TYPE_CHECKING:
@@ -126,10 +128,33 @@ class Recorder(Callback):
         }
 
 
+class StopSignal(Callback):
+    """Takes SIGTERM, with which schedulers announce the end, for a wish to stop after the step or validation batch.
+
+    All ranks learn of it together. After a step `Checkpoints` saves and stops; before a validation it saved already.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.listen(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.listen(pl_module)
+
+    def listen(self, pl_module: Any) -> None:
+        """In the place of Lightning's own handler, which talks to other ranks in the middle of anything."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: setattr(pl_module, "stop_asked", True))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *arguments: Any, **named: Any) -> None:
+        if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_asked), device=pl_module.device)).item():
+            raise Stopped(f"stopped as asked, in the validation after step {trainer.global_step}")
+
+
 class ProbeCallback(Callback):
     """Measures the decoder on a fixed batch before the first step, every `every` steps and after the last one.
 
-    Training goes on as if it had not been measured, to the bit: random states and the decoder's mode are put back.
+    Training goes on as if it had not been measured, to the bit: what is measured is a `bare` model with its weights,
+    and random states are put back. Where weights are sharded, that takes the memory of all of them meanwhile.
 
     Args:
         recorder: keeps what is found.
@@ -152,11 +177,8 @@ class ProbeCallback(Callback):
 
     def undisturbed(self, trainer: Trainer, pl_module: Any) -> None:
         began = time.perf_counter()
-        network = whole(pl_module.network)
-        mode = network.training
         with isolate_rng():
-            self.measure(trainer, pl_module, network.eval())
-        network.train(mode)
+            self.measure(trainer, pl_module, bare(pl_module.network).eval())
         self.recorder.measure_seconds += time.perf_counter() - began
 
     def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
@@ -243,24 +265,6 @@ def worth_a_figure(step: int, every: int, max_steps: int) -> bool:
         max_steps: of the run.
     """
     return step * MOST_FIGURES // max_steps > (step - every) * MOST_FIGURES // max_steps
-
-
-def whole(network: Any) -> Any:
-    """The model that is trained, or, where its weights are sharded over ranks, a copy with all of them.
-
-    All ranks call this. A copy, because `fully_shard` gathers weights in hooks, which neither `torch.func` nor
-    gradients with respect to chosen parameters see through. It takes the memory of the weights once more for as long
-    as it is measured.
-    """
-    state = network.state_dict()
-    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
-        return network
-    with torch.device("meta"):
-        copy = Decoder(network.config, [block.spec for block in network.blocks])
-    gathered = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
-    copy.load_state_dict(gathered, assign=True)
-    copy.tie()
-    return copy
 
 
 def few_jacobians(model: Layered, batches: Sequence[Tensor], pad_id: int | None, progress: Progress) -> Jacobian:

@@ -139,7 +139,18 @@ class TrainerConfig:
     """Ranks per node."""
     num_nodes: int = field(default=1, metadata=RUNTIME)
     strategy: str = field(default="auto", metadata=RUNTIME)
-    """`auto` (one rank) or `ddp`."""
+    """`auto` (one rank); `ddp`, each rank has all of the model; `fsdp`, each has a part of every parameter (FSDP2)."""
+    hybrid: bool = field(default=False, metadata=RUNTIME)
+    """Under `fsdp`: shard within a node, and replicate over the nodes."""
+    offload: bool = field(default=False, metadata=RUNTIME)
+    """Under `fsdp`: parameters and moments rest in the host's memory."""
+    checkpointing: str = field(default="none", metadata=RUNTIME)
+    """Activations made again in the backward pass: `none`; `selective`, all but what matrix products and attention
+    return; `full`, all of a block but its input."""
+    compile: bool | None = field(default=None, metadata=RUNTIME)
+    """Compile the blocks, each as one graph; None: on CUDA."""
+    timeout: float = field(default=1800.0, metadata=RUNTIME)
+    """Seconds that a rank waits for another before it gives up."""
     threads: int = field(default=0, metadata=RUNTIME)
     """CPU threads of one rank; 0: torch's default."""
     log_every: int = field(default=10, metadata=RUNTIME)
@@ -165,7 +176,14 @@ class TrainerConfig:
         found = one_of("trainer.precision", self.precision, ("auto", *precisions))
         found += one_of("trainer.auto_cuda", self.auto_cuda, precisions)
         found += one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        found += one_of("trainer.strategy", self.strategy, ("auto", "ddp"))
+        found += one_of("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        found += one_of("trainer.checkpointing", self.checkpointing, ("none", "selective", "full"))
+        if self.strategy != "fsdp":
+            found += [
+                f"trainer.{n}=true is for trainer.strategy=fsdp" for n in ("hybrid", "offload") if getattr(self, n)
+            ]
+        if not self.timeout > 0:
+            found.append(f"trainer.timeout={self.timeout} must be positive")
         at_least_one = ("max_steps", "devices", "num_nodes", "log_every", "probe_rows", "checkpoint_every", "keep_last")
         found += [f"trainer.{n}={getattr(self, n)} must be at least 1" for n in at_least_one if getattr(self, n) < 1]
         found += [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from cod_lightning.measure.perplexity import Perplexity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.parallel import load, local, misfits, parallelise
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.checkpoint import differing
-from cod_lightning.train.config import EvalConfig, OptimConfig
+from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig
 from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
+from cod_lightning.train.strategy import Sharded, backend
 
 
 class StepModule(LightningModule):
@@ -37,8 +39,8 @@ class StepModule(LightningModule):
         model: shape of the blocks.
         norm: the strategy's `name` and options.
         optim: settings.
+        settings: how long the schedule is, and how the model is wrapped.
         seed: of the initialisation.
-        max_steps: length of the schedule.
         micro_batch_size: rows per forward pass.
     """
 
@@ -48,19 +50,23 @@ class StepModule(LightningModule):
         norm: Mapping[str, Any],
         optim: OptimConfig,
         *,
+        settings: TrainerConfig,
         seed: int,
-        max_steps: int,
         micro_batch_size: int,
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.model_config, self.norm, self.optim = model, norm, optim
-        self.seed, self.max_steps = seed, max_steps
+        self.model_config, self.norm, self.optim, self.settings = model, norm, optim, settings
+        self.seed = seed
         self.micro_batch_size = micro_batch_size
         self.origin: dict[str, Any] | None = None
         """The checkpoint whose weights the run started from, and its step."""
-        self.initial: Mapping[str, Tensor] | None = None
-        """Weights to start from, instead of drawn ones."""
+        self.initial: tuple[Mapping[str, Tensor], str] | None = None
+        """Weights to start from, instead of drawn ones, and where they are found."""
+        self.stop_asked = False
+        """This process was told to stop."""
+        self.stopping = False
+        """Some rank was told to: all know it with the same step."""
         self.tokens = 0
         """Tokens read so far that are not padding, over all ranks."""
 
@@ -84,8 +90,35 @@ class StepModule(LightningModule):
         """
         raise NotImplementedError
 
+    def build(self, device: torch.device, wrap: Callable[[Any], None]) -> None:
+        """Set the initialised model: built on the meta device, wrapped there, drawn on `device`."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Build the model, and shard it where the trainer's strategy does; a second call does nothing.
+
+        Raises:
+            UserError: `initial` has other parameters.
+        """
+        if self.built:
+            return
+        settings, device = self.settings, torch.device("cpu")
+        wrapping: dict[str, Any] = {"checkpointing": settings.checkpointing, "backend": backend(settings)}
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, Sharded):
+            wrapping |= strategy.sharding(settings)
+            device = torch.device("cpu") if settings.offload else strategy.root_device
+        self.build(device, partial(parallelise, **wrapping))
+        if self.initial is not None:
+            load(self.network, *self.initial)
+            self.initial = None
+
+    @property
+    def built(self) -> bool:
+        return any(True for _ in self.parameters())
+
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = build_optimizer(self.network, self.optim, self.max_steps)
+        optimizer, schedule = build_optimizer(self.network, self.optim, self.settings.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -106,7 +139,9 @@ class StepModule(LightningModule):
         rows, targets = self.rows_and_targets(batch)
         size = self.micro_batch_size
         micro_batches = list(zip(rows.split(size), targets.split(size), strict=True))
-        count, tokens = self.sum_over_ranks((targets != IGNORE).sum(), self.count_tokens(rows)).tolist()
+        asked = torch.tensor(int(self.stop_asked), device=rows.device)
+        count, tokens, stops = self.sum_over_ranks((targets != IGNORE).sum(), self.count_tokens(rows), asked).tolist()
+        self.stopping = stops > 0
         total = torch.zeros((), device=rows.device, dtype=torch.float64)
         strategy = self.trainer.strategy
         optimizer.zero_grad()
@@ -149,7 +184,9 @@ class StepModule(LightningModule):
         return self.sum_over_ranks(values)[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        bad = [name for name, p in self.network.named_parameters() if not torch.isfinite(p).all()]
+        finite = {name: torch.isfinite(local(p)).all() for name, p in self.network.named_parameters()}
+        counts = self.sum_over_ranks(*(flag.long() for flag in finite.values())).tolist()
+        bad = [name for name, count in zip(finite, counts, strict=True) if count < self.trainer.world_size]
         if bad:
             raise Diverged(
                 f"{bad[0]} is not finite after step {self.trainer.global_step}: no checkpoint is written, the last one "
@@ -159,7 +196,7 @@ class StepModule(LightningModule):
         checkpoint["init_from"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if found := differing(self.state_dict(), checkpoint["state_dict"]):
+        if found := misfits(self, checkpoint["state_dict"]):
             raise UserError(
                 f"the newest checkpoint has {len(found)} parameters of another shape than this run's ({found[0]}): it "
                 "is another run's; remove it to go on from an earlier one, or start anew with resume=false"
@@ -197,13 +234,9 @@ class DecoderModule(StepModule):
         self.perplexity = Perplexity(val_rows, evaluation.paper_batch, evaluation.paper_ranks)
         self.accuracy = AnswerAccuracy()
 
-    def configure_model(self) -> None:
-        if not hasattr(self, "decoder"):
-            specs = build_all(self.norm, self.model_config.num_hidden_layers)
-            self.decoder = build_decoder(self.model_config, specs, self.seed)
-            if self.initial is not None:
-                self.decoder.load_state_dict(self.initial)
-                self.initial = None
+    def build(self, device: torch.device, wrap: Callable[[Decoder], None]) -> None:
+        specs = build_all(self.norm, self.model_config.num_hidden_layers)
+        self.decoder = build_decoder(self.model_config, specs, self.seed, device, wrap)
 
     @property
     def network(self) -> Decoder:

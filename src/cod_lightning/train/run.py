@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,26 +15,31 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import DistError
 
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
-from cod_lightning.errors import UserError
+from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.parallel import load, misfits
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
     ProgressBar,
     Recorder,
+    StopSignal,
     progress,
 )
 from cod_lightning.train.checkpoint import (
@@ -41,13 +47,13 @@ from cod_lightning.train.checkpoint import (
     AtomicCheckpointIO,
     Checkpoints,
     checkpoints,
-    differing,
     read_checkpoint,
     resumable,
 )
 from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import environment, write_record
+from cod_lightning.train.strategy import accelerator, precision, strategy_of
 from cod_lightning.train.vision import VisionModule
 
 
@@ -84,17 +90,19 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
     Raises:
         UserError: data, checkpoints or a device that cannot be had.
         Diverged: a loss that is not finite.
+        Stopped: by a signal, or because another rank is gone.
     """
     with library_chatter_off():
         going_on = run.resume and checkpoints(folder / "checkpoints")
-        origin, weights = (None, None) if run.init_from is None or going_on else initial(run, Path(run.init_from))
+        start = None if run.init_from is None or going_on else initial(run, Path(run.init_from))
         data, module = build(run)
         if going_on:  # what is wrong with it is said before anything is written
-            state = resumable(going_on[-1], mmap=True)
+            state = resumable(going_on[-1])
             data.load_state_dict(state.get(data.__class__.__qualname__, {"fingerprint": None}))
-        module.origin, module.initial = origin, weights
+        if start is not None:
+            module.origin, module.initial = start[0], (start[1], start[0]["checkpoint"])
         recorder = Recorder(run.trainer.log_every)
-        callbacks: list[Callback] = [recorder, *probes(run.trainer, data, recorder)]
+        callbacks: list[Callback] = [recorder, StopSignal(), *probes(run.trainer, data, recorder)]
         if run.trainer.progress:
             callbacks.append(progress(recorder, sys.stderr.isatty()))
         steps = Checkpoints(
@@ -111,9 +119,10 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
             keep_tokenizer(data, folder)
         log_config(trainer, run.config)
         here = environment()
-        trainer.fit(module, data, ckpt_path=found[-1] if found else None, weights_only=True)
-        if recorder.history.get("val", {}).get("step", [None])[-1] != trainer.global_step:
-            trainer.validate(module, data, verbose=False)
+        with others_at_hand(run.trainer):
+            trainer.fit(module, data, ckpt_path=found[-1] if found else None, weights_only=True)
+            if recorder.history.get("val", {}).get("step", [None])[-1] != trainer.global_step:
+                trainer.validate(module, data, verbose=False)
         record = {
             **recorder.final(),
             "steps": run.trainer.max_steps,
@@ -159,8 +168,8 @@ def evaluate(run: Sections, checkpoint: Path) -> dict[str, float]:
     """
     with library_chatter_off():
         data, module = build(run)
-        module.configure_model()
-        load_state(module, read_checkpoint(checkpoint)["state_dict"], checkpoint)
+        state = read_checkpoint(checkpoint)["state_dict"]
+        module.initial = {name.partition(".")[2]: tensor for name, tensor in state.items()}, str(checkpoint)
         trainer = build_trainer(run)
         trainer.validate(module, data, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -180,7 +189,7 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule] | tuple[ImageD
         "norm": run.norm,
         "optim": run.optim,
         "seed": run.seed,
-        "max_steps": run.trainer.max_steps,
+        "settings": run.trainer,
         "micro_batch_size": run.data.micro_batch_size,
     }
     if run.task == "vision":
@@ -227,7 +236,7 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
     """
     if not source.exists():
         raise UserError(f"init_from={source}: no such run folder or .ckpt file")
-    path = checkpoint_of(source) if source.is_dir() else source
+    path = source if source.suffix == ".ckpt" else checkpoint_of(source)
     theirs, ours = run_of(source) / TOKENIZER, run.data.tokenizer
     if str(theirs) == ours and not theirs.is_dir():
         raise UserError(f"init_from={source}: there is no tokenizer at {theirs}; name one with data.tokenizer=")
@@ -237,10 +246,10 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
             f"data.tokenizer={ours!r} is not the tokenizer of init_from={source}: data.tokenizer={theirs} is"
         )
     checkpoint = read_checkpoint(path, mmap=True)
-    weights = decoder_state(checkpoint)
+    weights = network_state(checkpoint, "decoder")
     with torch.device("meta"):
         decoder = decoder_for(run, run.model.vocab_size or tokenizer.vocab_size)
-    if found := differing(decoder.state_dict(), weights):
+    if found := misfits(decoder, weights):
         raise UserError(
             f"init_from={source}: {len(found)} parameters have another shape than this run's ({found[0]}): "
             "choose its model= and norm="
@@ -248,9 +257,10 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
     return {"checkpoint": str(path), "step": checkpoint.get("global_step", 0)}, weights
 
 
-def decoder_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = checkpoint["state_dict"]
-    return {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
+def network_state(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The weights of a run's `decoder` or `vit`."""
+    state, prefix = checkpoint["state_dict"], f"{name}."
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def decoder_for(run: Sections, vocab_size: int) -> Decoder:
@@ -265,23 +275,31 @@ def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Do
         UserError: a checkpoint that cannot be read, or a run of images.
     """
     if run.task != "language":
-        raise UserError(f"{folder} is a run of task={run.task}: only fit and evaluate can read it")
+        raise UserError(f"{folder} is a run of task={run.task}: only fit, evaluate and measure can read it")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    state = decoder_state(read_checkpoint(checkpoint))
+    state = network_state(read_checkpoint(checkpoint), "decoder")
     head = state.get("lm_head.weight")
     if head is None or head.ndim != 2:
         raise UserError(f"{checkpoint}: holds no decoder: lm_head.weight is missing, or no matrix")
     decoder = decoder_for(run, len(head))
-    load_state(decoder, state, checkpoint)
+    load(decoder, state, str(checkpoint))
     return decoder, tokenizer
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], checkpoint: Path) -> None:
-    if found := differing(module.state_dict(), state):
-        raise UserError(
-            f"{checkpoint}: {len(found)} parameters have another shape than the run's configuration says ({found[0]})"
-        )
-    module.load_state_dict(state)
+def load_vision_run(run: Sections, checkpoint: Path) -> VisionTransformer:
+    """The Vision Transformer of a checkpoint, on the CPU; the images are not needed.
+
+    Raises:
+        UserError: a checkpoint that cannot be read.
+    """
+    state = network_state(read_checkpoint(checkpoint), "vit")
+    head = state.get("head.weight")
+    if head is None or head.ndim != 2:
+        raise UserError(f"{checkpoint}: holds no Vision Transformer: head.weight is missing, or no matrix")
+    specs = build_all(run.norm, run.model.num_hidden_layers)
+    vit = VisionTransformer(run.model, specs, run.images.size, run.images.patch_size, len(head))
+    load(vit, state, str(checkpoint))
+    return vit
 
 
 def checkpoint_of(folder: Path, which: str = "last") -> Path:
@@ -295,7 +313,7 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
         UserError: there is none.
     """
     found = checkpoints(folder / "checkpoints") if which == "last" else [folder / "checkpoints" / BEST]
-    if not found or not found[-1].is_file():
+    if not found or not found[-1].exists():
         raise UserError(f"{folder}: no {which} checkpoint below checkpoints/; train it first with fit")
     return found[-1]
 
@@ -307,15 +325,13 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
         UserError: the machine does not have what `trainer.*` asks for.
     """
     settings = run.trainer
-    strategy = settings.strategy
-    if strategy == "ddp" and run.optim.lisa_layers:
-        strategy = "ddp_find_unused_parameters_true"  # plain DDP waits for the gradients of the blocks that rest
     try:
         return Trainer(
             accelerator=accelerator(settings),
             devices=settings.devices,
             num_nodes=settings.num_nodes,
-            strategy=strategy,
+            # Plain DDP waits for the gradients of the blocks that rest.
+            strategy=strategy_of(settings, unused=run.optim.lisa_layers > 0),
             precision=precision(settings),
             max_steps=settings.max_steps,
             max_epochs=-1,
@@ -329,7 +345,7 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
             enable_checkpointing=io is not None,
             callbacks=list(callbacks),
             logger=False,
-            plugins=[io or AtomicCheckpointIO()],
+            plugins=[io or AtomicCheckpointIO(), *environments()],
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(
@@ -337,25 +353,9 @@ def build_trainer(run: Sections, callbacks: Sequence[Callback] = (), io: AtomicC
         ) from error
 
 
-def accelerator(settings: TrainerConfig) -> str:
-    """Lightning's name for the accelerator; its own "auto" would take an Apple GPU, which has no float64 for sums.
-
-    Raises:
-        UserError: torch finds no CUDA device, and one is asked for.
-    """
-    if settings.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator='gpu', but torch finds no CUDA device here: trainer.accelerator=cpu")
-    return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
-
-
-def precision(settings: TrainerConfig) -> Any:
-    """`precision=auto` resolved: `auto_cuda` on a CUDA device that has bfloat16, float32 elsewhere."""
-    if settings.precision != "auto":
-        return settings.precision
-    cuda = accelerator(settings) == "cuda" and torch.cuda.is_bf16_supported()
-    return settings.auto_cuda if cuda else "32-true"
+def environments() -> list[Any]:
+    """Slurm's, without what Lightning would do there on its own: `StopSignal` and the job's script do it."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
@@ -405,6 +405,26 @@ def save_tokenizer(tokenizer: Tokenizer, eos_id: int, pad_id: int, folder: Path)
 
 
 @contextlib.contextmanager
+def others_at_hand(settings: TrainerConfig) -> Generator[None]:
+    """Where another rank does not answer, or is gone, or a signal ends a run outside of its steps, say so."""
+    try:
+        yield
+    except SIGTERMException as error:  # Lightning's, before the first step or after the last; as it is, a success
+        raise Stopped("stopped as asked") from error
+    except RuntimeError as error:
+        if settings.world_size == 1 or not (isinstance(error, DistError) or re.search(GONE, str(error))):
+            raise
+        raise Stopped(
+            f"another of the {settings.world_size} ranks is gone, or did not answer for "
+            f"trainer.timeout={settings.timeout:g} s ({str(error).splitlines()[0]})"
+        ) from error
+
+
+GONE = r"(?i)gloo|connection (closed|reset|refused)|timed out|broken pipe"
+"""What messages of a lost connection have in common."""
+
+
+@contextlib.contextmanager
 def library_chatter_off() -> Generator[None]:
     """Silence what Lightning says about choices that are made on purpose here."""
     lightning = logging.getLogger("lightning.pytorch")
@@ -418,6 +438,8 @@ def library_chatter_off() -> Generator[None]:
             r".*resuming from a checkpoint that ended before the epoch ended.*",
             # Every rank reads its own share of the validation rows.
             r".*Your `IterableDataset` has `__len__` defined.*",
+            # Every rank logs the same figures, which metrics have summed over all.
+            r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
             # Lightning calls what torch has deprecated.
             r".*isinstance\(treespec, LeafSpec\).*",
         ):

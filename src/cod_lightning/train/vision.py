@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +41,9 @@ class VisionModule(StepModule):
         self.losses = Perplexity(val_images, paper_batch=val_images)
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE, validate_args=False)
 
-    def configure_model(self) -> None:
-        if not hasattr(self, "vit"):
-            specs = build_all(self.norm, self.model_config.num_hidden_layers)
-            self.vit = build_vit(self.model_config, specs, self.seed, **self.shape)
+    def build(self, device: torch.device, wrap: Callable[[VisionTransformer], None]) -> None:
+        specs = build_all(self.norm, self.model_config.num_hidden_layers)
+        self.vit = build_vit(self.model_config, specs, self.seed, **self.shape, device=device, wrap=wrap)
 
     @property
     def network(self) -> VisionTransformer:

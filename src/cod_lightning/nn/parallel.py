@@ -1,0 +1,137 @@
+"""What a model is wrapped in to train: recomputed activations, compiled blocks, sharded weights, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.vit import VisionTransformer
+
+Model = Decoder | VisionTransformer
+
+aten = torch.ops.aten
+KEPT = {
+    *(aten.mm.default, aten.bmm.default, aten.addmm.default),
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+"""Operations whose results checkpointing="selective" keeps: those that would cost most to repeat."""
+
+
+def parallelise(
+    model: Model,
+    *,
+    checkpointing: str = "none",
+    backend: str | None = None,
+    mesh: DeviceMesh | None = None,
+    dtype: torch.dtype | None = None,
+    offload: bool = False,
+) -> None:
+    """Wrap `model` in place; names of parameters and results stay what they are. It may be on the meta device.
+
+    Args:
+        model: with all its blocks.
+        checkpointing: activations that are computed again in the backward pass: `none`; `full`, all of a block but
+            its input; `selective`, all but the results of matrix products and attention.
+        backend: that compiles each block as one graph, such as "inductor"; None: not compiled.
+        mesh: over which parameters, gradients and moments are sharded: one dimension, or (replicas, shards); None: not.
+        dtype: in which the weights of blocks are gathered, None: as they are. Sums of gradients are in float32.
+        offload: shards rest in the memory of the host.
+    """
+    for block in model.blocks:
+        if checkpointing != "none":
+            block.forward = recomputed(block.forward, checkpointing)
+        if backend is not None:
+            block.compile(fullgraph=True, backend=backend)
+    if mesh is None:
+        return
+    rest: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    for block in model.blocks:
+        # The residual stream that enters keeps its dtype.
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(block, mp_policy=policy, **rest)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), **rest)
+
+
+def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
+    """A block's `forward` that keeps fewer activations; one that is tapped keeps all."""
+    selective = partial(create_selective_checkpoint_contexts, policy)
+    contexts: dict[str, Any] = {"context_fn": selective} if how == "selective" else {}
+
+    def run(x: Tensor, rope: tuple[Tensor, Tensor] | None, tap: Any = None) -> Tensor:
+        if tap is not None or not torch.is_grad_enabled():
+            return forward(x, rope, tap)
+        return checkpoint(forward, x, rope, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+    return run
+
+
+def policy(context: AbstractContextManager, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def bare(model: Model) -> Model:
+    """A model with the weights of `model` and nothing of what `parallelise` did to it, for transforms and taps.
+
+    It shares the weights, or has a copy of all of them where they are sharded: then all ranks call this together.
+    """
+    with torch.device("meta"):
+        copy = model.twin()
+    weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    if isinstance(copy, Decoder):
+        copy.tie()
+    return copy
+
+
+def shard_of(values: Tensor, like: Tensor) -> Tensor:
+    """Of `values`, which all ranks have, the part of this one where `like` is sharded; all of it elsewhere."""
+    if not isinstance(like, DTensor):
+        return values
+    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put_(parameter: Tensor, values: Tensor) -> None:
+    """Set a parameter, sharded or not, to values that all ranks have."""
+    local(parameter).copy_(shard_of(values, parameter))
+
+
+def load(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Set all parameters, sharded or not, to weights by name.
+
+    Raises:
+        UserError: names or shapes that do not fit; says of what, and the first of them.
+    """
+    if found := misfits(model, weights):
+        raise UserError(f"{where}: {len(found)} parameters have another shape than this run's: {found[0]}")
+    for name, parameter in model.named_parameters():
+        put_(parameter, weights[name])
+
+
+def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Names whose shape in `model` is not that in `weights`, with both."""
+    here, there = ({n: list(t.shape) for n, t in state.items()} for state in (model.state_dict(), weights))
+    return [
+        f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]

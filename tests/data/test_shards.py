@@ -1,0 +1,323 @@
+import contextlib
+import gzip
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cod_lightning.data import corpora, encode, shards
+from cod_lightning.data import prepare as preparation
+from cod_lightning.data.corpora import share
+from cod_lightning.data.encode import Encoded
+from cod_lightning.data.manifest import read_manifest
+from cod_lightning.data.prepare import is_whole, prepare, prepared_folder
+from cod_lightning.data.shards import count_of, merge_shards, parts_folder, prepare_shard, shard_of
+from cod_lightning.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Chunks, batches and blocks so small that every boundary falls inside a shard."""
+    monkeypatch.setattr(preparation, "CHUNK_TOKENS", 2048)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(shards, "READ_DOCUMENTS", 50)
+    monkeypatch.setattr(shards, "READ_NUMBERS", 4000)
+
+
+@pytest.fixture
+def uneven(corpus, tmp_path) -> Path:
+    """Five files of very different sizes, one of them without a document."""
+    folder = tmp_path / "uneven"
+    folder.mkdir()
+    records = [record for path in sorted(corpus.iterdir()) for record in corpora.read_file(path)]
+    for number, (start, end) in enumerate([(0, 7), (7, 7), (7, 300), (300, 310), (310, 600)]):
+        lines = (json.dumps({"text": record}) + "\n" for record in records[start:end])
+        (folder / f"{number}.json.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a set, without the time that litdata writes into its index."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: re.sub(rb'"updated_at": "[0-9.]+"', b"", data) for name, data in found.items()}
+
+
+def prepare_all(config, count: int) -> Path:
+    for index in reversed(range(count)):
+        prepare_shard(config, index, count, progress=False)
+    return merge_shards(config, count, progress=False)
+
+
+HELD_OUT = {"val_every": 7}
+OWN_FILES = {"val_files": "[023].json.gz"}
+BOUNDED = {"max_documents": 173}
+LIMITED = {"val_tokens": 600}
+
+
+@pytest.mark.parametrize("layout", ["packed", "document"])
+@pytest.mark.parametrize("split", [HELD_OUT, OWN_FILES], ids=["held out", "own files"])
+@pytest.mark.parametrize("bound", [{}, BOUNDED, LIMITED], ids=["all", "bounded", "limited"])
+def test_shards_make_the_set_of_one_machine(make_config, uneven, tmp_path, monkeypatch, layout, split, bound):
+    changes = {"corpus": uneven, "layout": layout, **split, **bound}
+    if bound == LIMITED:
+        monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 600)
+    if "val_files" in changes:
+        changes["val_files"] = str(uneven / changes["val_files"])
+    config = make_config(tmp_path / "one", **changes)
+    one = prepare(config, progress=False)
+    manifest = read_manifest(one)
+    assert manifest.source.documents["train"] == (
+        173 if "max_documents" in changes else 600 - 85 * ("val_every" in changes)
+    )
+    assert (manifest.val.tokens < 2500) is (bound == LIMITED)
+    several = prepare_all(replace(config, root=str(tmp_path / "three")), 3)
+    assert several.name == one.name
+    assert content(several) == content(one)
+    assert read_manifest(several).fingerprint == manifest.fingerprint
+
+
+def test_more_shards_than_files_and_workers_change_nothing(make_config, tmp_path):
+    config = make_config(tmp_path / "one")
+    one = prepare(config, progress=False)
+    config = replace(config, root=str(tmp_path / "seven"))
+    for index in range(7):
+        part = prepare_shard(replace(config, workers=1 + (index == 3)), index, 7, progress=False)
+    assert (part / "train.documents").stat().st_size == 0
+    assert content(merge_shards(config, 7, progress=False)) == content(one)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_documents": 20}])
+def test_instructions_are_split_likewise(tmp_path, changes):
+    from cod_lightning.data.config import DataConfig
+    from cod_lightning.data.instructions import drawn
+
+    records = list(drawn(count=90))
+    records[3]["instruction"] *= 9  # no room for an answer
+    for number in range(3):
+        lines = map(json.dumps, records[30 * number : 30 * number + 30])
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    files = str(tmp_path / "*.jsonl")
+    config = DataConfig(
+        source="instructions",
+        files=files,
+        root=str(tmp_path / "one"),
+        val_every=7,
+        vocab_size=400,
+        seq_len=160,
+        workers=1,
+    )
+    config = replace(config, **changes)
+    one = prepare(config, progress=False)
+    manifest = read_manifest(one)
+    assert 0 < manifest.train.rows < manifest.source.documents["train"]
+    assert content(prepare_all(replace(config, root=str(tmp_path / "two")), 2)) == content(one)
+
+
+class Streamed(list):
+    """As much of a streamed data set as is used: files of records, which can be shared."""
+
+    @property
+    def num_shards(self) -> int:
+        return len(self)
+
+    def shard(self, num_shards: int, index: int, contiguous: bool):
+        assert contiguous
+        assert index < num_shards <= len(self)
+        start, stop = (place * len(self) // num_shards for place in (index, index + 1))
+        return Streamed(self[start:stop])
+
+    def __iter__(self):
+        return ({"text": text} for file in super().__iter__() for text in file)
+
+
+def test_c4_is_split_by_its_files(corpus, make_config, tmp_path, monkeypatch):
+    records = np.array([record for path in sorted(corpus.iterdir()) for record in corpora.read_file(path)], object)
+    splits = {
+        "train": Streamed(records[:500].reshape(5, 100).tolist()),
+        "validation": Streamed([records[500:].tolist()]),
+    }
+    load = types.SimpleNamespace(load_dataset=lambda path, name, split, streaming: splits[split], __spec__=object())
+    monkeypatch.setitem(sys.modules, "datasets", load)
+    monkeypatch.setattr(corpora, "require_hub", lambda *_: None)
+    config = make_config(tmp_path / "one", source="c4", files=None, max_documents=333)
+    one = prepare(config, progress=False)
+    assert read_manifest(one).source.documents == {"train": 333, "val": 100}
+    assert content(prepare_all(replace(config, root=str(tmp_path / "three")), 3)) == content(one)
+
+
+def test_a_finished_shard_is_kept_and_nothing_but_the_set_is_left(make_config, tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+    part = prepare_shard(config, 1, 2, progress=False)
+    assert [path.name for path in part.parent.iterdir() if path.is_dir()] == ["1"]
+    before = content(part)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_make_part", None)
+        assert prepare_shard(config, 1, 2, progress=False) == part
+    (part / "train.ids").write_bytes(before["train.ids"][:-1])
+    assert prepare_shard(config, 1, 2, progress=False) == part
+    assert content(part) == before
+    prepare_shard(config, 0, 2, progress=False)
+    folder = merge_shards(config, 2, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, f"{folder.name}.lock"]
+    assert prepare_shard(config, 0, 2, progress=False) == merge_shards(config, 2, progress=False) == folder
+
+
+def test_the_tokenizer_is_trained_once(make_config, tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+    prepare_shard(config, 2, 3, progress=False)
+    monkeypatch.setattr(shards, "tokenizer_for", None)
+    prepare_shard(config, 0, 3, progress=False)
+
+
+def test_a_tokenizer_of_a_folder_is_taken(make_config, word_level, tmp_path):
+    tokenizer = word_level(tmp_path / "words", ["<pad>", "</s>"])
+    config = make_config(tmp_path / "one", tokenizer=tokenizer)
+    one = prepare(config, progress=False)
+    assert content(prepare_all(replace(config, root=str(tmp_path / "two")), 2)) == content(one)
+
+
+def test_parts_that_are_missing_or_differ_are_all_named(make_config, tmp_path):
+    config = make_config(tmp_path)
+    for index in (1, 2, 3):
+        prepare_shard(config, index, 5, progress=False)
+    prepare_shard(replace(config, seq_len=64), 4, 5, progress=False)
+    parts = parts_folder(config, 5)
+    with open(parts / "1" / "train.ids", "ab") as file:
+        file.write(b"xx")
+    for index, change in (
+        (2, lambda record: record["settings"]["text"].update(val_every=11)),
+        (3, lambda record: record["tokenizer"].update(sha256="another")),
+    ):
+        path = parts / str(index) / "part.json"
+        record = json.loads(path.read_text())
+        change(record)
+        path.write_text(json.dumps(record))
+    with pytest.raises(UserError) as error:
+        merge_shards(config, 5, progress=False)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "part 0/5 is missing: prepare with shard=0/5 makes it"
+    assert lines[1].startswith("part 4/5 is missing: prepare with shard=4/5 makes it; ")
+    assert lines[1].endswith('was made with other settings: rows ["packed", 64] instead of ["packed", 32]')
+    assert lines[2].startswith("part 1/5 is damaged: train.ids has ")
+    assert lines[3].startswith("part 2/5 was made with other settings: val_every 11 instead of 10; remove ")
+    assert lines[4].startswith("part 3/5 was made with another tokenizer than part 1/5; remove ")
+    assert not prepared_folder(config).exists()
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def test_an_altered_part_is_found_while_it_is_merged(make_config, tmp_path):
+    config = make_config(tmp_path)
+    for index in range(2):
+        part = prepare_shard(config, index, 2, progress=False)
+    ids = bytearray((part / "train.ids").read_bytes())
+    ids[100] ^= 1
+    (part / "train.ids").write_bytes(ids)
+    with pytest.raises(UserError, match=r"1/train.ids is damaged: its SHA-256 is not that of part.json; remove "):
+        merge_shards(config, 2, progress=False)
+    assert not is_whole(prepared_folder(config))
+
+
+def test_blocks_are_bounded_also_where_documents_are_long(make_config, tmp_path):
+    config = make_config(tmp_path)
+    part = prepare_shard(config, 0, 1, progress=False)
+    blocks = list(shards._blocks(part, "train", shards._read_part(part)))
+    longest = max(int(block.documents["numbers"].max()) for block in blocks)
+    assert max(block.ids.size for block in blocks) < 4000 + longest
+    assert sum(len(block.documents) for block in blocks) == 600
+    ids = np.concatenate([one.ids for block in blocks for one in block.each()])
+    assert ids.tobytes() == (part / "train.ids").read_bytes()
+
+
+SHARD = """
+import sys
+from cod_lightning.data import encode
+from cod_lightning.data.config import DataConfig
+from cod_lightning.data.shards import prepare_shard
+
+encode.BATCH_CHARACTERS = 3000
+
+if __name__ == "__main__":
+    config = DataConfig(source="files", files=sys.argv[1], root=sys.argv[2], vocab_size=300, seq_len=32, val_every=10)
+    config.workers = 1
+    prepare_shard(config, 0, 2, progress=False)
+"""
+
+
+def test_a_killed_shard_leaves_no_part_and_can_be_started_again(corpus, make_config, tmp_path):
+    script = tmp_path / "shard.py"
+    script.write_text(SHARD)
+    config = make_config(tmp_path / "root")
+    command = [sys.executable, str(script), str(config.files), config.root]
+    part = parts_folder(config, 2) / "0"
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 100
+        while not any(path.stat().st_size for path in part.parent.glob("0.partial-*/train.ids")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            with contextlib.suppress(FileNotFoundError):
+                time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert not part.exists()
+    assert len(list(part.parent.glob("0.partial-*"))) == 1
+    prepare_shard(config, 1, 2, progress=False)
+    with pytest.raises(UserError, match=r"part 0/2 is missing"):
+        merge_shards(config, 2, progress=False)
+    prepare_shard(config, 0, 2, progress=False)
+    assert not list(part.parent.glob("*.partial-*"))
+    assert is_whole(merge_shards(config, 2, progress=False))
+
+
+@pytest.mark.parametrize("text", ["5/4", "4/4", "0/0", "a/b", "-1/4", "1", "1/", "", "1/4/2", "0.5/4"])
+def test_what_is_no_shard_is_refused(text):
+    with pytest.raises(UserError, match=rf"shard={text}: must be K/N, where N shards are numbered from 0"):
+        shard_of(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "a", "", "1/4"])
+def test_what_is_no_number_of_shards_is_refused(text):
+    with pytest.raises(UserError, match=rf"merge={text}: must be the number of shards"):
+        count_of(text)
+
+
+def test_shards_are_spelled_from_zero():
+    assert [shard_of(f"{index}/3") for index in range(3)] == [(0, 3), (1, 3), (2, 3)]
+    assert count_of("64") == 64
+
+
+@pytest.mark.parametrize("source", ["docs", "drawn_instructions"])
+def test_sources_that_are_no_files_are_refused(make_config, tmp_path, source):
+    with pytest.raises(UserError, match=f"data.source={source} is not made of files"):
+        prepare_shard(make_config(tmp_path, source=source, files=None), 0, 2, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sizes", [[10, 9, 11], [0, 0, 0], [1, 1000, 1, 1, 1], [5] * 64, []])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_the_files_in_order_and_of_similar_size(tmp_path, sizes, count):
+    files = [tmp_path / f"{number:02}" for number in range(len(sizes))]
+    for path, size in zip(files, sizes, strict=True):
+        path.write_bytes(b"x" * size)
+    shares = [share(files, index, count) for index in range(count)]
+    assert [path for part in shares for path in part] == files
+    for part in shares:
+        total = sum(path.stat().st_size for path in part)
+        assert total <= sum(sizes) / count + max(sizes, default=0)
+
+
+def test_documents_are_taken_apart_and_joined():
+    records = np.zeros(3, encode.DOCUMENT)
+    records["numbers"] = [2, 0, 3]
+    encoded = Encoded(np.arange(5), records)
+    assert [one.ids.tolist() for one in encoded.each()] == [[0, 1], [], [2, 3, 4]]
+    assert encode.joined(list(encoded.each())).ids.tolist() == [0, 1, 2, 3, 4]
+    assert encoded.where(np.array([False, True, True])).ids.tolist() == [2, 3, 4]
+    assert list(Encoded(np.arange(0), records[:0]).each()) == []

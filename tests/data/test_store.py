@@ -1,0 +1,262 @@
+"""Sets in a store that speaks S3: a server of moto's, and before it a proxy that fails as it is told."""
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+
+from cod_lightning.data import stream
+from cod_lightning.data.config import DataConfig
+from cod_lightning.data.datamodule import TokenDataModule
+from cod_lightning.data.manifest import read_manifest
+from cod_lightning.data.prepare import prepared_folder
+from cod_lightning.data.stream import TokenRows, open_set
+from cod_lightning.errors import UserError
+
+CHUNK = "chunk-0-3.bin"
+ROWS = 64
+"""Of a chunk."""
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "someone",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="session")
+def moto(packed, tmp_path_factory):
+    """Address of a server whose bucket `sets` holds the packed set under `packed`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with open(log, "w") as output:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 100
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            time.sleep(0.05)
+        names = {name.lower(): value for name, value in ENVIRONMENT.items() if "KEY" in name}
+        store = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1", **names)
+        store.create_bucket(Bucket="sets")
+        folder = prepared_folder(packed)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                store.upload_file(str(path), "sets", f"packed/{path.relative_to(folder)}")
+        store.close()
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on to `port`, but answers those for a name in `faults` with its next fault."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.port = port
+        self.faults: dict[str, list[str]] = {}
+        self.asked: Counter[str] = Counter()
+        self.stopped = threading.Event()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Proxy
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        self.server.asked[name] += 1
+        faults = self.server.faults.get(name, [])
+        fault = (faults.pop(0) if len(faults) > 1 or faults[-1:] == ["once"] else faults[0]) if faults else ""
+        if fault == "503":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "silent":
+            self.server.stopped.wait(60)
+            self.close_connection = True
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port)
+        connection.request(self.command, self.path, headers=dict(self.headers))
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        self.send_response(answer.status)
+        for key, value in answer.getheaders():
+            if key.lower() not in ("connection", "date", "server") and "checksum" not in key.lower():
+                self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "altered":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self.wfile.write(content[: len(content) // 2] if fault in ("stall", "cut") else content)
+        if fault == "stall":
+            self.wfile.flush()
+            self.server.stopped.wait(60)
+        self.close_connection = fault in ("stall", "cut")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(moto, monkeypatch):
+    """The way to the store for this process, and short waits."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    server = Proxy(moto)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(stream, "TIMEOUT", 2.0)
+    monkeypatch.setattr(stream, "PAUSE", 0.01)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.stopped.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+SOURCE = "s3://sets/packed"
+
+
+@pytest.fixture
+def local(packed) -> TokenRows:
+    folder = prepared_folder(packed)
+    return TokenRows(str(folder), read_manifest(folder), "train")
+
+
+def opened(tmp_path: Path) -> TokenRows:
+    return TokenRows(SOURCE, open_set(SOURCE)[0], "train", tmp_path / "cache")
+
+
+def cached(tmp_path: Path, name: str = CHUNK) -> list[str]:
+    """What the cache has of a chunk, but for locks."""
+    files = (path.name for path in (tmp_path / "cache").rglob(f"{name}*"))
+    return [name for name in files if not name.endswith((".lock", ".fetch", ".cnt"))]
+
+
+def test_a_set_in_a_store_is_the_local_one(proxy, local, packed, tmp_path):
+    folder = prepared_folder(packed)
+    assert open_set(SOURCE + "/") == open_set(str(folder))
+    rows = opened(tmp_path)
+    everything = range(len(rows))
+    assert torch.equal(torch.stack(rows.__getitems__(everything)), torch.stack(local.__getitems__(everything)))
+    assert {proxy.asked[chunk.name] for chunk in rows.split.chunks} == {1}
+    again = opened(tmp_path)
+    assert torch.equal(again[3 * ROWS], local[3 * ROWS])
+    assert proxy.asked[CHUNK] == 1  # from the cache
+
+
+def test_the_data_module_reads_from_a_store(proxy, packed, tmp_path):
+    batches = []
+    for folder in (SOURCE, str(prepared_folder(packed))):
+        config = DataConfig(folder=folder, root=str(tmp_path), vocab_size=300, seq_len=32, batch_size=8)
+        config.micro_batch_size = 4
+        data = TokenDataModule(config, seed=3)
+        data.prepare_data()
+        data.setup()
+        batches.append([*list(data.train_dataloader())[:20], *(batch for batch, _ in data.val_dataloader())])
+    assert len(batches[0]) > 20
+    for ours, theirs in zip(*batches, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("fault", ["503", "silent", "stall", "cut", "altered"])
+def test_a_passing_failure_is_repeated(proxy, local, tmp_path, fault):
+    proxy.faults = {CHUNK: [fault, "503", ""]}
+    rows = opened(tmp_path)
+    assert torch.equal(rows[3 * ROWS], local[3 * ROWS])
+    assert proxy.asked[CHUNK] == 3
+    assert cached(tmp_path) == [CHUNK]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("503", "503"),
+        ("silent", "Read timeout"),
+        ("stall", "[Tt]ime"),
+        ("cut", "bytes"),
+        ("altered", "is damaged: its SHA-256 is not that of the manifest"),
+    ],
+)
+def test_a_lasting_failure_is_named_and_leaves_no_chunk(proxy, local, tmp_path, monkeypatch, fault, reason):
+    monkeypatch.setattr(stream, "TIMEOUT", 0.5)
+    proxy.faults = {CHUNK: [fault]}
+    rows = opened(tmp_path)
+    with pytest.raises(UserError, match=rf"^{SOURCE}/train/{CHUNK} (?s:.)*{reason}(?s:.)* \(4 attempts\)$"):
+        rows[3 * ROWS]
+    assert proxy.asked[CHUNK] == stream.ATTEMPTS == 4
+    assert cached(tmp_path) == []
+    assert torch.equal(rows[0], local[0])  # other chunks are read
+    proxy.faults = {}
+    assert torch.equal(rows[3 * ROWS], local[3 * ROWS])
+
+
+def test_what_no_attempt_cures_is_tried_once(proxy):
+    with pytest.raises(UserError, match=r"s3://sets/none is not a prepared set .*manifest.json.*404.* \(1 attempt\)"):
+        open_set("s3://sets/none")
+    assert proxy.asked["manifest.json"] == 1
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.json"])
+def test_small_files_are_repeated_and_named_likewise(proxy, local, tmp_path, name):
+    proxy.faults = {name: ["503", "503", ""]}
+    assert torch.equal(opened(tmp_path)[0], local[0])
+    proxy.faults = {name: ["503"]}
+    with pytest.raises(UserError, match=rf"{name} cannot be read: .*503.* \(4 attempts\)"):
+        opened(tmp_path / "other")[0]
+
+
+def test_a_chunk_altered_in_the_cache_is_fetched_anew(proxy, local, tmp_path):
+    assert torch.equal(opened(tmp_path)[3 * ROWS], local[3 * ROWS])
+    (path,) = (tmp_path / "cache").rglob(CHUNK)
+    path.write_bytes(path.read_bytes()[:-2])
+    assert torch.equal(opened(tmp_path)[3 * ROWS], local[3 * ROWS])
+    assert proxy.asked[CHUNK] == 2
+
+
+def test_a_run_from_a_store_has_the_losses_of_the_local_set(moto, packed, tmp_path):
+    environment = {**os.environ, **ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{moto}"}
+    found = []
+    for name, folder in (("local", str(prepared_folder(packed))), ("store", SOURCE)):
+        words = [f"output={tmp_path}/{name}", f"data.folder={folder}", f"data.root={tmp_path}", "model=tiny"]
+        words += ["data.vocab_size=300", "data.seq_len=32", "data.batch_size=8", "data.micro_batch_size=8"]
+        words += ["trainer.accelerator=cpu", "trainer.threads=1", "trainer.max_steps=4", "trainer.log_every=1"]
+        words += ["trainer.progress=false", "trainer.stats_every=0", "eval.every=2", "logger=none"]
+        command = [sys.executable, "-m", "cod_lightning", "fit", *words]
+        process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr
+        (path,) = (tmp_path / name).rglob("record.json")
+        found.append(json.loads(path.read_text()))
+    assert len(found[0]["history"]["train"]["loss"]) == 4
+    for split, key in (("train", "loss"), ("val", "val_loss")):
+        assert found[0]["history"][split][key] == found[1]["history"][split][key]
