@@ -1,4 +1,4 @@
-"""The command line as a person meets it: real processes, killed and started again, several ranks, bad input."""
+"""The command line as a person meets it: real processes, killed and started again, several ranks."""
 
 import json
 import os
@@ -438,56 +438,6 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
         for name, values in expected["history"][kind].items():
             for one_rank, two_ranks in zip(values, found["history"][kind][name], strict=True):
                 assert two_ranks == pytest.approx(one_rank, rel=1e-3, abs=1e-6), (kind, name)
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["fit", "experiments=table1_350"], ["experiments='table1_350'", "did you mean 'table1_350m'"]),
-        (["fit", "norm=mixln", "optim.lrr=2"], ["did you mean 'mix_ln'", "did you mean 'lr'"]),
-        (["fit", "-m", "norm=lns,mixln"], ["norm='mixln'"]),
-        (["fit", "-m", "trainer.log_every=1,2"], ["would be the same run"]),
-        (["fit", "-j", "2"], ["--jobs=2", "-m"]),
-        (["fit", "data=files", "data.files=nothing/*.jsonl"], ["data.files"]),
-        (["fit", "data=c4"], ["c4", "data=files"]),
-        (["fit", "data.folder=nowhere"], ["nowhere"]),
-        (["fit", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
-        (["evaluate", "nowhere"], ["nowhere: not a run folder", "config.yaml"]),
-        (["generate", "nowhere", "text"], ["nowhere: not a run folder"]),
-        (["export", "nowhere"], ["nowhere: not a run folder"]),
-        (["import", "nowhere", "--output", "x"], ["nowhere needs the Hugging Face hub", "Give a folder"]),
-        (["import", "../nowhere", "--output", "x"], ["neither a folder nor a name on the hub"]),
-        (["evaluate", "nowhere", "tasks=piqa,boolq"], ["nowhere: not a run folder"]),
-        (["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
-        (["measure", "variance", "nowhere"], ["nowhere needs the Hugging Face hub", "Give a run folder"]),
-        (["measure", "variance", "one", "two"], ["measure variance takes one model, 2 are given"]),
-        (["measure", "compare", "one"], ["at least two models, 1 given"]),
-        (["measure", "compare", "a/one", "b/one"], ["two models are called one"]),
-        (["measure", "variance", "nowhere", "--rows", "0"], ["--rows=0"]),
-        (["measure", "variance", "nowhere", "rows=many"], ["rows=many: expected a whole number"]),
-        (
-            ["measure", "jacobian", "nowhere", "probs=32", "exact=yes"],
-            ["probs is not an option of measure jacobian: did you mean 'probes'? known: exact,", "exact=yes: expected"],
-        ),
-        (["measure", "angular", "nowhere", "token=lst"], ["token=lst: did you mean 'last'? known: all, last"]),
-        (["measure", "all", "nowhere", "tokens=4"], ["tokens is not an option of measure all", "threshold"]),
-        (["measure", "variance", "nowhere", "data.seqlen=3"], ["did you mean 'seq_len'"]),
-        (["measure", "prune", "nowhere", "layers=1"], ["name its new folder, as in --output FOLDER"]),
-        (["measure", "prune", "nowhere", "by=bi", "--output", "x"], ["by=bi: known: influence, removal, streamline"]),
-        (["prepare", "data.vocab_size=1"], ["data.vocab_size=1"]),
-        (["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),
-        (["prepare", "merge=0"], ["merge=0: must be the number"]),
-        (["prepare", "shard=0/4", "merge=4"], ["the merge comes when all shards are finished"]),
-    ],
-)
-def test_bad_input_is_one_error_with_status_2_and_nothing_written(words, expected, tmp_path):
-    process = run(*words, cwd=tmp_path)
-    assert process.returncode == 2, process.stderr
-    assert "Traceback" not in process.stderr
-    assert all(word in process.stderr for word in expected), process.stderr
-    assert all(line.startswith("error: ") for line in process.stderr.splitlines()[-1:])
-    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    assert not left, left
 
 
 def test_ctrl_c_says_how_to_go_on(toy, tmp_path):

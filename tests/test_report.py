@@ -33,6 +33,7 @@ def keep(results, row, seed, name="record.json", **values):
     known = {
         **{"seed": seed, "config": plain(config), "git_commit": None, "date": "2026-11-24T10:00:00+00:00"},
         **{"hardware": {"cpu": "abacus", "cores": 2, "threads": 1, "gpus": []}, "versions": {"torch": "2.13"}},
+        **dict.fromkeys(("steps", "tokens", "tokens_per_second", "parameters", "wall_seconds"), 0),
     }
     (folder / name).write_text(json.dumps(known | values))
     return folder
@@ -54,11 +55,12 @@ def test_every_scale_is_known():
 
 def test_results_find_their_rows_and_their_measures(results, toys):
     folder = results / toys["lns"].run(2).name
-    (folder / "removal.json").write_text('{"loss": 1.0}')
+    removal = {"model": "lns", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25]}
+    (folder / "removal.json").write_text(json.dumps(removal))
     (found,) = claims(toys.values(), results)
     assert (found.target, found.column, found.scale, found.size) == ("Table 7", "130M", "toy", 134_105_856)
     by_name = {row.name: row for row in found.rows}
-    assert [(run.seed, run.measures) for run in by_name["lns"].runs] == [(1, {}), (2, {"removal": {"loss": 1.0}})]
+    assert [(run.seed, run.measures) for run in by_name["lns"].runs] == [(1, {}), (2, {"removal": removal})]
     assert [run.failure for run in by_name["admin"].runs] == ["the loss is nan at step 3"]
     assert by_name["group_ln"].runs == ()
     assert by_name["lns"].published == {"ppl": 25.76}
@@ -76,13 +78,20 @@ def test_a_published_figure_is_compared_with_the_same_metric_alone(tmp_path):
 
 def test_what_is_kept_is_one_line_and_maps_have_four_digits(tmp_path):
     loss = 5.567581105229306
-    measures = {"removal": {"loss": loss, "losses": [loss + 1e-7, None]}, "jacobian_map": {"matrices": [[loss, 1]]}}
+    of = {"model": "m", "tokens": 9}
+    measures = {
+        "removal": {**of, "loss": loss, "losses": [loss + 1e-7, 2.0]},
+        "jacobian_map": {**of, "layers": [1], "matrices": [[[loss, 1]]]},
+    }
     (tmp_path / "toy/run/measure").mkdir(parents=True)
     for name, found in measures.items():
         (tmp_path / f"toy/run/measure/{name}.json").write_text(json.dumps(found, indent=1))
     experiments.keep(tmp_path / "toy/run", tmp_path / "results", measures)
     kept = tmp_path / "results/toy/run"
-    assert experiments.measured(kept) == {**measures, "jacobian_map": {"matrices": [[5.568, 1]]}}
+    assert experiments.measured(kept) == {
+        **measures,
+        "jacobian_map": {**of, "layers": [1], "matrices": [[[5.568, 1]]]},
+    }
     assert all(path.read_text().count("\n") == 1 and ", " not in path.read_text() for path in kept.iterdir())
     assert len(list(kept.iterdir())) == 2
 

@@ -219,8 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "report": report,
             "experiments": experiments,
         }[command](**arguments)
-    except UserError as error:
-        for line in str(error).splitlines():
+    except (UserError, OSError) as error:  # a file or folder that cannot be read or written names itself
+        named = isinstance(error, OSError) and error.filename is not None
+        for line in (f"{error.filename}: {error.strerror}" if named else str(error)).splitlines():
             sys.stderr.write(f"error: {line}\n")  # in one piece, as other ranks may write theirs
         return 2
     except Stopped as reason:
@@ -255,8 +256,51 @@ def sections(config: Config) -> Any:
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes and prints for all; launchers (torchrun, Slurm, Lightning) number the others."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
+    """Whether this process writes and prints for all; launchers (torchrun, Slurm, Lightning) number the others.
+
+    Raises:
+        UserError: a number that they set is none.
+    """
+    return not any(map(rank, RANKS))
+
+
+RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+"""Environment variables that number processes."""
+
+
+def rank(name: str, unset: int = 0) -> int:
+    """The number that an environment variable holds.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    value = os.environ.get(name, str(unset))
+    if not value.isdecimal():
+        raise UserError(f"{name}={value!r} in the environment must be a whole number, as a launcher sets it: unset it")
+    return int(value)
+
+
+def check_ranks(config: Config) -> None:
+    """Compare the environment that a launcher sets with the ranks that are asked for.
+
+    Raises:
+        UserError: they differ, or several nodes are asked for and nothing says which this is.
+    """
+    asked, started = config.trainer.world_size, rank("WORLD_SIZE", config.trainer.world_size)
+    if started != asked:
+        raise UserError(
+            f"WORLD_SIZE={started} in the environment, but trainer.devices={config.trainer.devices} x "
+            f"trainer.num_nodes={config.trainer.num_nodes} is {asked}: set them to what the launcher starts"
+        )
+    if rank("RANK") >= asked:
+        raise UserError(
+            f"RANK={rank('RANK')} in the environment is not one of {asked} rank(s), which are 0 to {asked - 1}"
+        )
+    if config.trainer.num_nodes > 1 and not any(name in os.environ for name in RANKS):
+        raise UserError(
+            f"trainer.num_nodes={config.trainer.num_nodes}: nothing says which node this is; start all of them with "
+            "torchrun or Slurm, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
+        )
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
@@ -293,6 +337,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     from cod_lightning.config import check_folder, check_source, claim, plain
     from cod_lightning.nn.strategies import build_all, warnings
 
+    check_ranks(config)
     folder = check_folder(config)
     first = is_first_rank()
     if first:
@@ -319,6 +364,13 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         raise
     except Timeout:
         raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"the memory does not suffice ({str(error).splitlines()[0]}): lower data.micro_batch_size, or the model; "
+            "`estimate` with the same words says what a run takes"
+        ) from error
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     except SystemExit as stop:
@@ -426,6 +478,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
+    check_ranks(config)
     path = checkpoint_of(run, checkpoint)
     if changes_text(overrides):
         if config.task != "language":
@@ -567,7 +620,7 @@ def generate(
     from cod_lightning.train.run import checkpoint_of, load_run
 
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
-    ids = tokenizer.backend.encode(prompt, add_special_tokens=False).ids
+    ids = tokenizer.encode([prompt])[0][:-1]
     if not ids:
         raise UserError("prompt='' is empty: give at least one character to continue")
     ids += sample(
@@ -812,6 +865,9 @@ def report(results: Path | None, output: Path) -> int:
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
+    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--output={output} cannot be written: {place} is a file, or nothing may be made in it")
     results = results or RESULTS
     run = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
     found = claims((row for scale in run for row in rows(with_rows(), scale)), results)

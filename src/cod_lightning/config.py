@@ -24,9 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cod_lightning.data.config import DataConfig, ImageConfig, image_problems
 from cod_lightning.data.config import problems as data_problems
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import DAMAGED, UserError, nearest
 from cod_lightning.nn import strategies
-from cod_lightning.nn.config import RUNTIME, DecoderConfig
+from cod_lightning.nn.config import MOST_LAYERS, RUNTIME, DecoderConfig
 from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, one_of, run_of
 
 CONFIG = "config.yaml"
@@ -97,19 +97,23 @@ class Config:
     def problems(self) -> list[str]:
         """Everything that keeps this run from working, each naming its field and what would be right."""
         data, trainer = self.data, self.trainer
-        strange = [
-            f"{name}={value} must be a finite number"
+        if strange := [
+            f"{name}={value!r} {reason}"
             for name, value in flatten(plain(self)).items()
-            if isinstance(value, float) and not math.isfinite(value)
-        ]
-        if strange:
+            for part in (value if isinstance(value, list) else [value])
+            if (reason := strangeness(part)) is not None
+        ]:
             return strange
+        if wrong := self.misshapen():
+            return wrong
         found = [*self.model.problems(), *data_problems(data), *image_problems(self.images)]
         found += [*trainer.problems(), *self.eval.problems()]
         found += self.optim.problems(trainer.max_steps)
         found += one_of("logger", self.logger, ("tensorboard", "none"))
         found += one_of("protocol", self.protocol, ("paper", "strict"))
         found += one_of("task", self.task, ("language", "vision"))
+        if self.seed < 0:
+            found.append(f"seed={self.seed} must not be negative")
         if self.task == "vision" and self.init_from is not None:
             found.append("init_from starts a decoder: leave it out, or task=vision")
         rows = data.micro_batch_size * trainer.world_size
@@ -130,7 +134,8 @@ class Config:
                 f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's: "
                 f"data.vocab_size={data.vocab_size}"
             )
-        if self.optim.lisa_layers > self.model.num_hidden_layers:
+        depth = min(max(self.model.num_hidden_layers, 1), MOST_LAYERS)
+        if self.optim.lisa_layers > depth:
             found.append(
                 f"optim.lisa_layers={self.optim.lisa_layers} is more than "
                 f"model.num_hidden_layers={self.model.num_hidden_layers}"
@@ -140,7 +145,7 @@ class Config:
             if value is not None and (not Path(value).parts or Path(value).is_absolute() or ".." in Path(value).parts):
                 found.append(f"{field_name}={value!r} must be a folder below output")
         try:
-            specs = strategies.build_all(self.norm, max(self.model.num_hidden_layers, 1))
+            specs = strategies.build_all(self.norm, depth)
         except UserError as error:
             return [*found, str(error)]
         width = self.model.hidden_size
@@ -149,6 +154,31 @@ class Config:
         if not self.model.norm_affine and any(s.pre_norm_weight != 1 for spec in specs for s in spec.sublayers):
             found.append(f"norm={self.norm['name']} needs norms with a weight: model.norm_affine=true")
         return found
+
+    def misshapen(self) -> list[str]:
+        """What of `paper` and `scales`, which hold anything, is not as it is read."""
+        rows = self.paper.get("rows", {})
+        if not isinstance(rows, Mapping) or not all(isinstance(row, Mapping) for row in rows.values()):
+            return [f"paper.rows={rows!r} must hold a mapping for each row, as in paper.rows={{lns: {{label: LNS}}}}"]
+        return [
+            f"{name}={value!r} must be a mapping of overrides, as in {name}={{optim.lr: 0.001}}"
+            for name, value in [
+                *((f"paper.rows.{row}.set", settings.get("set")) for row, settings in rows.items()),
+                *((f"scales.{scale}", settings) for scale, settings in self.scales.items()),
+            ]
+            if value is not None and not isinstance(value, Mapping)
+        ]
+
+
+def strangeness(value: Any) -> str | None:
+    """Why no field can have this value, None if some can."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "is too large: whole numbers have 64 bits"
+    if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
+        return "must be text that UTF-8 can spell, without NUL"
+    return None
 
 
 # Composition ---------------------------------------------------------------------------------------------------------
@@ -178,19 +208,35 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """Hydra's reading of the words of a command line.
 
     Raises:
-        UserError: a word is not `key=value`.
+        UserError: a word is not `key=value`, or its value is to be taken from elsewhere, as ${oc.env:HOME} is.
     """
     try:
-        return OverridesParser.create().parse_overrides([custom_norm(word) for word in overrides])
+        words = OverridesParser.create().parse_overrides([custom_norm(word) for word in overrides])
     except HydraException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason}; expected key=value, such as norm=pre_ln or trainer.max_steps=100") from error
+    if found := [f"{word.input_line}: {INTERPOLATED}" for word in words if interpolated(word.value())]:
+        raise UserError("\n".join(found))
+    return words
+
+
+INTERPOLATED = "${...} is not filled in here: write the value itself"
+"""A run is what its words say, on every machine; and a folder of someone else's reads nothing of the environment."""
+
+
+def interpolated(value: Any) -> bool:
+    """Whether OmegaConf would put something in the place of a string inside."""
+    if isinstance(value, Mapping):
+        return any(interpolated(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(map(interpolated, value))
+    return "${" in str(value)
 
 
 def custom_norm(word: str) -> str:
     """`norm=package.module:function` names no file of the group norm/; quoted, it stays one value."""
     key, _, value = word.partition("=")
-    return f"{key}='{value}'" if key == "norm" and ":" in value and not set(value) & set(",'\"") else word
+    return f"{key}='{value}'" if key == "norm" and ":" in value and not set(value) & set(",'\"{}[]()") else word
 
 
 def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -231,9 +277,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     picked = {override.key_or_group: override.value() for override in words}
     found += amend(node, settings(node.scales.get(node.scale) or {}))
     if (row := picked.get("row")) is not None:
-        known = node.paper.get("rows") or {}
+        row, known = str(row), node.paper.get("rows") or {}
         if row not in known:
-            hint = nearest(str(row), known) if known else f"{node.experiment} has none"
+            hint = nearest(row, known) if known else f"{node.experiment} has none"
             raise UserError("\n".join([*found, f"row={row!r} is not a row: {hint}"]))
         if "norm" in picked:
             found.append("row= and norm= both choose the strategy: leave one out")
@@ -316,6 +362,10 @@ def translate(overrides: Iterable[Override]) -> tuple[list[Override], list[str]]
             found.append(f"{word}: nothing can be left out of a run; set {key}= to what it shall be")
         elif override.is_sweep_override():
             found.append(f"{word}: several values are a sweep, which needs -m")
+        elif override.package is not None:
+            found.append(f"{word}: what is chosen has its place already: {key}=")
+        elif key in groups() and override.is_add():
+            found.append(f"{word}: {key} has a choice already: leave out the +")
         elif key in groups():
             value = str(override.value())
             if key == "norm" and ":" in value:
@@ -353,7 +403,7 @@ def first_line(error: BaseException) -> str:
     """The reason at the bottom of a chain of Hydra's errors, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def as_config(node: DictConfig) -> Config:
@@ -422,9 +472,22 @@ def from_plain(values: Mapping[str, Any], path: Path) -> Config:
         UserError: it is none.
     """
     try:
-        return as_config(DictConfig(OmegaConf.merge(OmegaConf.structured(Config), values)))
-    except (ValueError, OmegaConfBaseException) as error:
+        return as_config(merged(values))
+    except (*DAMAGED, TypeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
+
+
+def merged(values: Any) -> DictConfig:
+    """The defaults with `values`, of a file, in their place.
+
+    Raises:
+        ValueError: they are no mapping, or are to be taken from elsewhere.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError("it holds no sections")
+    if interpolated(values):
+        raise ValueError(INTERPOLATED)
+    return DictConfig(OmegaConf.merge(OmegaConf.structured(Config), values))
 
 
 def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
@@ -437,26 +500,38 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
     try:
-        saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        assert isinstance(saved, DictConfig)
-        as_config(saved).problems()
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        saved = merged(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
+        at_fault = as_config(saved).problems()
+    except (*DAMAGED, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
-    wanted = parse(overrides)
+    wanted, saved_as = parse(overrides), saved.copy()
     foreign = [
         override
         for override in wanted
         if override.is_sweep_override()
         or override.is_delete()
+        or override.package is not None
         or (override.key_or_group in groups() and override.key_or_group not in ("data", "trainer"))
     ]
     found = [f"{o.input_line}: a finished run takes data=, trainer= and section.field=value" for o in foreign]
     found += amend(saved, [override for override in wanted if override not in foreign])
-    config = as_config(saved)
-    found += config.problems()
+    try:
+        config = as_config(saved)
+    except OmegaConfBaseException as error:
+        raise UserError("\n".join([*found, first_line(error)])) from error
+    found += [f"{path}: {problem}" if problem in at_fault else problem for problem in config.problems()]
+    before = as_config(saved_as)
+    for section, now in (("model", config.model), ("norm", config.norm)):
+        if differing := differences(deciding(getattr(before, section)), deciding(now)):
+            found.append(f"{section}: the weights of {folder} were trained otherwise ({differing}): leave it as it is")
     if found:
         raise UserError("\n".join(found))
     return config
+
+
+def deciding(section: Any) -> Mapping[str, Any]:
+    """What of a section decides what is computed."""
+    return marked(section) if is_dataclass(section) else section
 
 
 def changes_text(overrides: Sequence[str]) -> bool:

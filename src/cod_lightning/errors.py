@@ -25,6 +25,9 @@ class Stopped(Exception):
 TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: what a scheduler may take as a reason to queue the job again."""
 
+DAMAGED = (OSError, ValueError, RecursionError)
+"""What reading a JSON file can raise: it is missing, is not UTF-8 or not JSON, or lists lie in lists without end."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean X? " for the closest of `known`, followed by all of them."""

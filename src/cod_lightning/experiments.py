@@ -8,20 +8,21 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
 from cod_lightning.config import Config, choices, compose, config_folder, from_plain, parse, started, with_row
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import DAMAGED, UserError, nearest
+from cod_lightning.measure.result import restored
+from cod_lightning.measure.suite import MEASURES
 from cod_lightning.measure.tasks import SCORES
 from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.report.claims import Experiment, Run
 from cod_lightning.report.claims import Row as ReportedRow
 from cod_lightning.report.estimate import estimate
+from cod_lightning.train.record import FAILURE, RECORD, check, is_number
 
-RECORD, FAILURE = "record.json", "failed.json"
-"""What a run leaves in its folder: its record, or why there is none."""
 MEASURED = "measure"
 """Where inside its folder the measures of a run are written."""
 DIGITS = {"jacobian_map": 4}
@@ -177,10 +178,17 @@ def outcome(folder: Path) -> Path:
 
 
 def config_of(record: Path) -> dict[str, Any]:
+    """What a run was asked for.
+
+    Raises:
+        UserError: the file is no record of a run.
+    """
+    found = read(record)
     try:
-        return json.loads(record.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record}: not a run record ({type(error).__name__}: {error}); remove it") from error
+        check(found)
+    except ValueError as error:
+        raise UserError(f"{record}: not a run record ({error}); remove it") from error
+    return found["config"]
 
 
 def keep(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
@@ -235,8 +243,8 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
     Raises:
         UserError: a result cannot be read.
     """
-    asked = list(asked)
     found = {run: (folder, read(outcome(folder))) for run, folder in kept(results).items()}
+    asked = list(asked)  # an experiment is composed for each, which takes a while
     seeds = sorted({record["seed"] for _, record in found.values()})
 
     def runs(row: Row) -> Iterator[Run]:
@@ -300,14 +308,27 @@ def accuracies(scores: Path) -> dict[str, float]:
     """Percentages by task, and their mean as `average`; empty where a run was scored on nothing."""
     if not scores.is_file():
         return {}
-    found = {task: 100 * figures["acc"] for task, figures in read(scores).items() if "acc" in figures}
+    tasks = read(scores)
+    if not all(isinstance(part, dict) and is_number(part.get("acc", 0.0)) for part in tasks.values()):
+        raise UserError(f"{scores}: not scores by task and figure; remove it")
+    found = {task: 100.0 * figures["acc"] for task, figures in tasks.items() if "acc" in figures}
     return found | {"average": fmean(found.values())} if found else {}
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What was measured, by name."""
-    paths = sorted(path for path in folder.glob("*.json") if path.name not in (RECORD, FAILURE, SCORES))
-    return {path.stem: read(path) for path in paths}
+    """What was measured, by name.
+
+    Raises:
+        UserError: a file holds something else than the measure of its name gives.
+    """
+    found = {}
+    for path in sorted(path for path in folder.glob("*.json") if path.stem in MEASURES):
+        try:
+            found[path.stem] = restored(read(path), get_type_hints(MEASURES[path.stem][1])["return"])
+        except ValueError as error:
+            wrong = f"not what the measure {path.stem} gives ({str(error)[:80]})"
+            raise UserError(f"{path}: {wrong}; remove it and measure again") from error
+    return found
 
 
 def gpu_hours(row: Row) -> float | None:
@@ -364,8 +385,8 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it is none.
     """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text("utf-8"))
+    except DAMAGED as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no result; remove it")

@@ -2,11 +2,12 @@ import csv
 import json
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
 
-from cod_lightning.measure.result import Mean, figure, finite, heat_map, layer_lines, save
+from cod_lightning.measure.result import Mean, figure, finite, heat_map, layer_lines, restored, save
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,23 @@ def test_weights_of_zero_do_not_count():
     assert float(mean.mean) == pytest.approx(2)
     assert float(mean.error) == pytest.approx(torch.tensor([1.0, 3.0]).std().item() / 2**0.5)
     assert mean.count == 2
+
+
+def test_what_was_saved_is_read_again_and_nothing_else(tmp_path):
+    @dataclass(frozen=True)
+    class Found:
+        model: str
+        losses: list[float]
+        pairs: list[tuple[int, int]]
+        by_name: dict[str, float | None]
+        token: Literal["all", "last"]
+
+    saved = {"model": "m", "losses": [1, None, 2.5], "pairs": [[1, 2]], "by_name": {"a": None}, "token": "last"}
+    found = restored(saved, Found)
+    assert math.isnan(found["losses"][1])
+    assert found | {"losses": saved["losses"]} == saved
+    for name, wrong in {"model": 3, "losses": [True], "pairs": [[1.5]], "by_name": [], "token": "first"}.items():
+        with pytest.raises(ValueError, match="is not"):
+            restored(saved | {name: wrong}, Found)
+        with pytest.raises(ValueError, match=f"{name} is missing"):
+            restored({key: value for key, value in saved.items() if key != name}, Found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +85,7 @@ def problems(config: DataConfig) -> list[str]:
         value = getattr(config, key)
         if value is None:
             continue
-        if not isinstance(value, Iterable) or not all(isinstance(glob, str) and glob for glob in patterns(value)):
+        if not isinstance(value, str | list) or not all(isinstance(glob, str) and glob for glob in patterns(value)):
             found.append(f"data.{key}={value!r}: must be a glob or a list of globs")
         elif config.source in SOURCES and config.source not in FILE_SOURCES:
             found.append(f"data.{key} is set, but data.source={config.source} does not read it: use data.source=files")
@@ -110,6 +109,8 @@ def problems(config: DataConfig) -> list[str]:
         for key, bound in least.items()
         if getattr(config, key) < bound
     ]
+    if config.folder == "":
+        found.append("data.folder is empty: a prepared set, or null for the one that the settings describe")
     if not config.tokenizer:
         found.append("data.tokenizer is empty: bpe, a folder with tokenizer.json, or a name on the hub")
     return found

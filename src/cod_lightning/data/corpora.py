@@ -235,7 +235,7 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]
 def _json(where: str, content: bytes) -> Any:
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from error
 
 

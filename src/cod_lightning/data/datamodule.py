@@ -73,7 +73,7 @@ class StepDataModule(LightningDataModule):
         return {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the fingerprint of the set that a checkpoint was trained on.
+        """Take the fingerprint of the set that a checkpoint was trained on; None if it does not say.
 
         Raises:
             UserError: It is not that of this set.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from cod_lightning.errors import UserError
+from cod_lightning.data.config import LAYOUTS
+from cod_lightning.errors import DAMAGED, UserError
 
 FORMAT = 2
 """Newest version of the layout of a prepared set; a reader refuses newer ones."""
@@ -111,8 +112,13 @@ class Manifest:
     def split(self, name: str) -> Split:
         return {"train": self.train, "val": self.val}[name]
 
+    @property
+    def sha256(self) -> str:
+        """Of all that it holds: numbers of rows and tokens too, of which the fingerprint knows nothing."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
     def to_json(self) -> str:
-        return json.dumps({"fingerprint": self.fingerprint, **asdict(self)}, indent=1) + "\n"
+        return json.dumps({"fingerprint": self.fingerprint, "sha256": self.sha256, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
@@ -124,31 +130,54 @@ class Manifest:
         try:
             record = json.loads(text)
             version = int(record["format"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (*DAMAGED, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{where} is damaged ({error!r}); remove the set and prepare it again") from error
         if version > FORMAT:
             raise UserError(f"{where} has format {version}, newer than {FORMAT}, the newest known here; upgrade")
         try:
-            manifest = cls(
-                format=version,
-                tokenizer=TokenizerRecord(**record["tokenizer"]),
-                source=Source(**record["source"]),
-                layout=record["layout"],
-                seq_len=record["seq_len"],
-                dtype=record["dtype"],
-                train=_split(record["train"]),
-                val=_split(record["val"]),
-            )
-            if record["fingerprint"] != manifest.fingerprint:
+            fingerprint, sha256 = record.pop("fingerprint"), record.pop("sha256", None)  # early sets have no SHA-256
+            manifest = _as(cls, record)
+            manifest.check()
+            if fingerprint != manifest.fingerprint or sha256 not in (None, manifest.sha256):
                 raise ValueError("its fingerprint does not fit its content")
-        except (ValueError, KeyError, TypeError) as error:
+        except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where} is damaged ({error!r}); remove the set and prepare it again") from error
         return manifest
 
+    def check(self) -> None:
+        """Compare numbers that depend on each other.
 
-def _split(record: dict[str, Any]) -> Split:
-    chunks = tuple(Chunk(**chunk) for chunk in record["chunks"])
-    return Split(rows=record["rows"], tokens=record["tokens"], max_id=record["max_id"], chunks=chunks)
+        Raises:
+            ValueError: they do not fit.
+        """
+        if self.dtype not in ("uint16", "uint32") or self.seq_len < 2 or self.layout not in (*LAYOUTS, "instructions"):
+            raise ValueError(f"no rows are {self.layout!r}, {self.seq_len} long and {self.dtype!r}")
+        row = self.width * int(self.dtype.removeprefix("uint")) // 8
+        for name in SPLITS:
+            split = self.split(name)
+            if split.rows != sum(chunk.rows for chunk in split.chunks):
+                raise ValueError(f"{name} has not as many rows as its chunks")
+            for chunk in split.chunks:
+                if chunk.rows < 1 or chunk.bytes < chunk.rows * row or Path(chunk.name).name != chunk.name:
+                    raise ValueError(f"{chunk.name!r} cannot hold {chunk.rows} rows in {chunk.bytes} bytes")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """A JSON value as one of a type: a dataclass of this file, a tuple or dictionary of other types, or a plain one.
+
+    Raises:
+        TypeError: it is none, or has other fields.
+    """
+    if is_dataclass(kind):
+        types = get_type_hints(kind)
+        return kind(**{name: _as(types.get(name), part) for name, part in dict(value).items()})
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_as(get_args(kind)[0], part) for part in value)
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {name: _as(get_args(kind)[1], part) for name, part in value.items()}
+    if get_origin(kind) in (tuple, dict) or type(value) not in (get_args(kind) or (kind,)):
+        raise TypeError(f"{value!r} is not {kind}")
+    return value
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -160,7 +189,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = (folder / MANIFEST).read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a prepared set ({MANIFEST} cannot be read: {error})") from error
+        raise UserError(
+            f"{folder} is not a prepared set ({MANIFEST} cannot be read: {error}): name the folder that prepare printed"
+        ) from error
     return Manifest.from_json(text, str(folder / MANIFEST))
 
 

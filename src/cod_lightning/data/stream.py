@@ -54,20 +54,28 @@ def open_set(source: str) -> tuple[Manifest, str]:
     """
     if is_remote(source):
         with tempfile.TemporaryDirectory() as folder:
-            text = _download(source, MANIFEST, folder)
-            return Manifest.from_json(text, f"{source}/{MANIFEST}"), _download(source, TOKENIZER, folder)
+            text = _download(source, MANIFEST, folder).decode(errors="replace")
+            manifest = Manifest.from_json(text, f"{source}/{MANIFEST}")
+            return manifest, _tokenizer(manifest, _download(source, TOKENIZER, folder), f"{source}/{TOKENIZER}")
     manifest = read_manifest(Path(source))
     missing = damage(Path(source), manifest)
     if missing:
         raise UserError("\n".join([f"the prepared set {source} is not whole; prepare it again:", *missing]))
-    return manifest, (Path(source) / TOKENIZER).read_text("utf-8")
+    path = Path(source) / TOKENIZER
+    return manifest, _tokenizer(manifest, path.read_bytes(), str(path))
 
 
-def _download(source: str, name: str, folder: str) -> str:
+def _tokenizer(manifest: Manifest, content: bytes, where: str) -> str:
+    if hashlib.sha256(content).hexdigest() != manifest.tokenizer.sha256:
+        raise UserError(f"{where} is damaged: its SHA-256 is not that of the manifest; {_REMEDY}")
+    return content.decode()
+
+
+def _download(source: str, name: str, folder: str) -> bytes:
     target = Path(folder) / name
     url = f"{source.rstrip('/')}/{name}"
 
-    def get() -> str:
+    def get() -> bytes:
         downloader = _downloader(source, folder)
         if source.startswith("s3://"):
             # Its download_file takes a client that speaks no http:// and repeats a request for minutes.
@@ -75,7 +83,7 @@ def _download(source: str, name: str, folder: str) -> str:
                 downloader.download_fileobj(url, file)
         else:
             downloader.download_file(url, str(target))
-        return target.read_text("utf-8")
+        return target.read_bytes()
 
     try:
         return attempts(url, get)
@@ -286,8 +294,9 @@ class TokensLoader(LitdataTokensLoader):
             except _Damaged as error:
                 raise UserError(f"{chunk_filepath} {error}") from error
             self.verified.add(chunk_index)
-        header = 4 * (self._chunks[chunk_index]["chunk_size"] + 2)
-        return content[header:].view(self.dtype).reshape(-1, self.width)
+        # Rows end with the file; what stands before them is litdata's own.
+        rows = content[content.size - chunk.rows * self.width * self.dtype.itemsize :]
+        return rows.view(self.dtype).reshape(chunk.rows, self.width)
 
     def pre_load_chunk(self, chunk_index: int, chunk_filepath: str) -> None:
         """Nothing: litdata calls this from its download thread, where an error would be lost."""

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.manifest import TOKENIZER
-from cod_lightning.errors import UserError
+from cod_lightning.errors import DAMAGED, UserError
 
 PAD, EOS = "<pad>", "<eos>"
 """The specials of the trained BPE, ids 0 and 1; `PAD` is also what is added to a tokenizer that has no pad."""
@@ -54,8 +54,15 @@ class DocumentTokenizer:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     def encode(self, documents: list[str]) -> list[list[int]]:
-        """Return the ids of each document, one EOS at the end of each."""
-        encodings = self.backend.encode_batch_fast(documents, add_special_tokens=False)
+        """Return the ids of each document, one EOS at the end of each.
+
+        Raises:
+            UserError: It has no token for some of the text, and none for what is unknown.
+        """
+        try:
+            encodings = self.backend.encode_batch_fast(documents, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"the tokenizer cannot encode the text: {error}; choose another data.tokenizer=") from error
         return [[*encoding.ids, self.eos_id] for encoding in encodings]
 
 
@@ -181,11 +188,15 @@ def _named_specials(folder: Path) -> dict[str, str]:
             record = json.loads((folder / file).read_text("utf-8"))
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except DAMAGED as error:
             raise UserError(f"{folder / file} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise UserError(f'{folder / file} must hold a JSON object, as in {{"eos_token": "</s>"}}')
         for role in ("eos_token", "pad_token"):
             token = record.get(role)
             token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise UserError(f'{folder / file}: {role}={token!r} must be a token, as in "</s>"')
             if token:
                 named[role] = token
     return named
@@ -204,7 +215,7 @@ def _converted(folder: Path, name: str) -> DocumentTokenizer:
         raise UserError(f"{setting} has no {TOKENIZER}; pip install 'cod_lightning[hf]' to convert it") from error
     with tempfile.TemporaryDirectory() as converted:
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             tokenizer.save_pretrained(converted)
         except Exception as error:  # transformers raises many kinds
             raise UserError(f"{setting} has no {TOKENIZER} and cannot be converted: {error}") from error

@@ -240,11 +240,12 @@ def load_hf(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     transformers = library(name)
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             sees = hasattr(config, "vision_config")
             kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-            model = kind.from_pretrained(name, dtype=dtype).to(device).eval()
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: not a causal language model of transformers: {str(error).splitlines()[0]}") from error
+            model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers and safetensors raise many kinds on files that are damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: not a causal language model of transformers: {reason}") from error
     return Layered(model, Path(name).name), tokenizer

@@ -6,9 +6,10 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -60,6 +61,37 @@ def save(result: Any, folder: Path, name: str) -> list[Path]:
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     return paths
+
+
+def restored(value: Any, kind: Any) -> Any:
+    """What `save` wrote of a type: its JSON value, with NaN again for the null of a number that is not finite.
+
+    Args:
+        value: as `json.loads` gives it.
+        kind: a result's class, or the type of one of its fields.
+
+    Raises:
+        ValueError: it is of another type, or lacks a field.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind) and isinstance(value, dict):
+        types = get_type_hints(kind)
+        if missing := types.keys() - value.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        return {name: restored(value[name], hint) for name, hint in types.items()}
+    if origin in (list, tuple) and isinstance(value, list):
+        return [restored(part, inner[0]) for part in value]
+    if origin is dict and isinstance(value, dict):
+        return {name: restored(part, inner[1]) for name, part in value.items()}
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        return restored(value, next(one for one in inner if one is not NoneType))
+    if kind is float and value is None:
+        return math.nan
+    if (value in inner) if origin is Literal else type(value) in ((int, float) if kind is float else (kind,)):
+        return value
+    raise ValueError(f"{value!r} is not {kind}")
 
 
 def finite(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.data.tokenizer import DocumentTokenizer
-from cod_lightning.errors import UserError
+from cod_lightning.errors import DAMAGED, UserError
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.exchange import export, obstacles, quiet
 
@@ -95,7 +95,10 @@ def score(
 def keep_scores(folder: Path, scores: dict[str, dict[str, float]]) -> None:
     """Write scores into `tasks.json` of a run folder, beside those of other tasks there; whole or not at all."""
     path, partial = folder / SCORES, folder / f".{SCORES}.partial"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        before = dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (*DAMAGED, TypeError) as error:
+        raise UserError(f"{path}: not readable scores ({error}); remove it, and evaluate again") from error
     partial.write_text(json.dumps(before | scores, indent=1) + "\n")
     partial.replace(path)
 

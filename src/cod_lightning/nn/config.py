@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields
 RUNTIME = {"identity": False}
 """Metadata of fields that change how a run is carried out but not what it computes."""
 
+MOST_LAYERS = 10_000
+"""Deeper than any model that was trained; a mistyped depth is an error, and not a list that fills the memory."""
+
 
 @dataclass
 class DecoderConfig:
@@ -65,6 +68,8 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 found.append(f"model.{name}={value} must be positive")
+        if self.num_hidden_layers > MOST_LAYERS:
+            found.append(f"model.num_hidden_layers={self.num_hidden_layers} must be at most {MOST_LAYERS}")
         for name in ("init_std", "embedding_std"):
             if getattr(self, name) < 0:
                 found.append(f"model.{name}={getattr(self, name)} must not be negative")

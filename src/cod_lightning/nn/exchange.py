@@ -219,15 +219,15 @@ def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
         UserError: no such checkpoint; or it computes something that the decoder does not, with every field at fault.
     """
     transformers = library("importing")
-    from safetensors import SafetensorError
-
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             shape = shape_of(config, name)
             model = transformers.AutoModelForCausalLM
-            twin, info = model.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            twin, info = model.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many kinds on files that are damaged
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: not a checkpoint of a causal language model: {reason}") from error
     if missing := sorted(info["missing_keys"]):

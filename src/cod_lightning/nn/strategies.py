@@ -20,7 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from cod_lightning.errors import UserError, nearest
 
@@ -96,7 +96,7 @@ def choice(option: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def number(option: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value):
         raise UserError(f"norm.{option}={value!r} must be a number")
     return value
 
@@ -260,16 +260,25 @@ def resolve(name: str) -> Strategy:
     module_name, _, function_name = name.partition(":")
     try:
         strategy = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"norm={name!r}: {error}; expected an importable package.module:function") from error
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        raise UserError(
+            f"norm={name!r}: {type(error).__name__}: {error}; expected an importable package.module:function"
+        ) from error
     if not callable(strategy):
         raise UserError(f"norm={name!r} is not a function (layer, depth, **options) -> BlockSpec")
     return strategy
 
 
 def options_of(strategy: Strategy) -> dict[str, Any]:
-    """The named options of a strategy with their defaults."""
-    parameters = list(inspect.signature(strategy).parameters.values())[2:]
+    """The named options of a strategy with their defaults.
+
+    Raises:
+        UserError: it does not say what it takes, as some functions written in C.
+    """
+    try:
+        parameters = list(inspect.signature(strategy).parameters.values())[2:]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"norm: {error}; expected a function (layer, depth, **options) -> BlockSpec") from error
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
 
 
@@ -277,7 +286,8 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     """Block `layer` of `depth` under the strategy `name`.
 
     Raises:
-        UserError: an unknown strategy, an option that it does not have or does not take, or a result of another type.
+        UserError: an unknown strategy, an option that it does not have or does not take, one that raises, or a result
+            that is no BlockSpec or has coefficients of other types.
     """
     strategy = resolve(name)
     known = options_of(strategy)
@@ -298,9 +308,50 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
         spec = strategy(layer, depth, **options)
     except TypeError as error:
         raise UserError(f"norm={name!r} cannot be called as (layer, depth, **options): {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever one's own function raises
+        where = f"layer={layer}, depth={depth}"
+        raise UserError(f"norm={name!r} raised {type(error).__name__} for {where}: {error}") from error
     if not isinstance(spec, BlockSpec):
         raise UserError(f"norm={name!r} returned {type(spec).__name__}, expected a BlockSpec")
+    if found := spec_problems(spec):
+        raise UserError("\n".join(f"norm={name!r} returned {problem} for layer={layer}" for problem in found))
     return spec
+
+
+def spec_problems(spec: BlockSpec) -> list[str]:
+    """What of a block is not of the type that the coefficient has, nothing where all is well."""
+    found = []
+    for part in ("attention", "ffn"):
+        sublayer = getattr(spec, part)
+        if not isinstance(sublayer, SublayerSpec):
+            found.append(f"{part}={sublayer!r}, expected a SublayerSpec,")
+            continue
+        for field, (kind, right) in COEFFICIENTS.items():
+            if not right(value := getattr(sublayer, field)):
+                found.append(f"{part}.{field}={value!r}, expected {kind},")
+    return found
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def coefficient(hint: Any) -> tuple[str, Callable[[Any], bool]]:
+    """What a coefficient of a type can be, in words and as a test."""
+    if hint is bool:
+        return "true or false", lambda value: isinstance(value, bool)
+    if hint is int:
+        return "a whole number from 1", lambda value: type(value) is int and value > 0
+    if words := [word for word in get_args(hint) if isinstance(word, str)]:
+        return f"one of {', '.join(words)}", lambda value: value in words
+    optional = type(None) in get_args(hint)
+    return "a finite number", lambda value: is_number(value) or (optional and value is None)
+
+
+COEFFICIENTS = {name: coefficient(hint) for name, hint in get_type_hints(SublayerSpec).items()}
+"""By field of a SublayerSpec."""
 
 
 def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:

@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
+RESUMED = ("pytorch-lightning_version", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+"""What Lightning needs besides the weights to go on."""
+
+
+def resumable(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that a run can go on from, read when it is used; of a folder what is no tensor.
+
+    Raises:
+        UserError: as `read_checkpoint`, or it has weights alone.
+    """
+    checkpoint = plain_data(path / REST, path) if path.is_dir() else plain_data(path, path, mmap=True)
+    if missing := [name for name in RESUMED if name not in checkpoint]:
+        raise UserError(
+            f"{path}: holds weights, but not {missing[0]}, without which no run goes on: remove it, or start another "
+            f"run from it with init_from={path}"
+        )
+    return checkpoint
+
+
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The content of a checkpoint, file or folder, whole and on the CPU; nothing in it is executed.
+
+    A byte of a file that changed is found; of a folder only in `rest.pt`.
 
     Args:
         path: of the file or folder.
@@ -104,10 +126,13 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 def plain_data(path: Path, checkpoint: Path, mmap: bool = False) -> dict[str, Any]:
     """What a file at `path` of a checkpoint holds."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:  # torch writes checksums and does not compare them
+                raise ValueError(f"the checksum of {damaged} is not that of its bytes")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if not isinstance(content, dict) or not {"state_dict", "tokens"} <= content.keys():
+        if not is_checkpoint(content):
             raise ValueError("it holds no decoder")
-    except READ_ERRORS as error:
+    except Exception as error:  # damaged bytes raise nearly everything, in zipfile, in torch and in its unpickler
         raise unreadable(checkpoint, error) from error
     return content
 
@@ -270,6 +295,18 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether content that was read has the weights, by name, and the number of tokens that they have seen."""
+    if not isinstance(content, dict):
+        return False
+    state, tokens = content.get("state_dict"), content.get("tokens")
+    return (
+        isinstance(tokens, int)
+        and isinstance(state, dict)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items())
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:

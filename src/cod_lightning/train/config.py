@@ -83,7 +83,7 @@ class OptimConfig:
         found += one_of("optim.weighting", self.weighting, ("tokens", "micro_batches"))
         if not self.lr > 0:
             found.append(f"optim.lr={self.lr} must be positive")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
             found.append(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
         for name in ("weight_decay", "clip"):
             if getattr(self, name) < 0:

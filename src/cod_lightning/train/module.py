@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from cod_lightning.errors import Diverged
+from cod_lightning.errors import Diverged, UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.answers import AnswerAccuracy
 from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer_statistics
@@ -22,7 +22,7 @@ from cod_lightning.measure.perplexity import Perplexity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.parallel import load, local, parallelise
+from cod_lightning.nn.parallel import load, local, misfits, parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig
 from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
@@ -196,6 +196,11 @@ class StepModule(LightningModule):
         checkpoint["init_from"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if found := misfits(self, checkpoint["state_dict"]):
+            raise UserError(
+                f"the newest checkpoint has {len(found)} parameters of another shape than this run's ({found[0]}): it "
+                "is another run's; remove it to go on from an earlier one, or start anew with resume=false"
+            )
         self.tokens = checkpoint["tokens"]
         self.origin = checkpoint.get("init_from")
 

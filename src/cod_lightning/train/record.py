@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 import cod_lightning
-from cod_lightning.errors import UserError
+from cod_lightning.errors import DAMAGED, UserError
+from cod_lightning.train.config import FIGURES
 
 RECORD = "record.json"
 FAILURE = "failed.json"
@@ -92,12 +93,80 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a finished run, None if it has none yet.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or holds something else.
     """
     path = folder / RECORD
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads(path.read_text("utf-8"))
+        check(record)
+    except DAMAGED as error:
         raise UserError(f"{path}: not a readable run record ({error}); remove it and run again") from error
+    return record
+
+
+NUMBERS = ("seed", "steps", "tokens", "tokens_per_second", "wall_seconds", "parameters", "val_loss")
+"""What every record of a finished run has, besides the figures of its task."""
+
+
+def check(record: Any) -> None:
+    """Compare what was read of a finished or failed run with what is written of one.
+
+    Raises:
+        ValueError: names the first field that is missing or of another type.
+    """
+
+    def has(name: str, right: Callable[[Any], bool], holder: Any = record) -> None:
+        if not isinstance(holder, dict) or not right(holder.get(name)):
+            raise ValueError(f"{name} is missing, or not what a run writes")
+
+    def is_mapping(value: Any) -> bool:
+        return isinstance(value, dict)
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    for name in ("config", "versions", "hardware"):
+        has(name, is_mapping)
+    for name in ("norm", "paper"):
+        has(name, is_mapping, record["config"])
+    has("name", is_text, record["config"]["norm"])
+    has("experiment", is_text, record["config"])
+    has("date", is_text)
+    has("git_commit", lambda value: value is None or is_text(value))
+    has("cpu", is_text, record["hardware"])
+    has("gpus", lambda value: isinstance(value, list) and all(map(is_text, value)), record["hardware"])
+    for name in ("cores", "threads"):
+        has(name, is_number, record["hardware"])
+    if "failure" in record:
+        has("seed", is_number)
+        has("failure", is_text)
+        return
+    for name in (*NUMBERS, *(name for name in FIGURES if name in record)):
+        has(name, is_number)
+    has("history", is_mapping)
+    for kind, name in READ.items():
+        if kind in record["history"]:
+            series = record["history"][kind]
+            has("step", is_series, series)
+            has(name, is_series, series)
+            if len(series[name]) != len(series["step"]):
+                raise ValueError(f"{name} is not as long as the steps that it was taken at")
+
+
+READ = {"train": "loss", "val": "val_loss", "layers": "variance"}
+"""Of the series of a history those that tables and figures are made of."""
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_series(value: Any) -> bool:
+    """Whether a value is a list of numbers, or of lists of them that are all as long; not an empty one."""
+    if not isinstance(value, list) or not value:
+        return False
+    if isinstance(value[0], list):
+        return all(is_series(part) and len(part) == len(value[0]) for part in value)
+    return all(map(is_number, value))

@@ -42,7 +42,14 @@ from cod_lightning.train.callbacks import (
     StopSignal,
     progress,
 )
-from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, Checkpoints, checkpoints, read_checkpoint
+from cod_lightning.train.checkpoint import (
+    BEST,
+    AtomicCheckpointIO,
+    Checkpoints,
+    checkpoints,
+    read_checkpoint,
+    resumable,
+)
 from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import environment, write_record
@@ -89,6 +96,9 @@ def fit(run: Sections, folder: Path, claim: Callable[[], object]) -> dict[str, A
         going_on = run.resume and checkpoints(folder / "checkpoints")
         start = None if run.init_from is None or going_on else initial(run, Path(run.init_from))
         data, module = build(run)
+        if going_on:  # what is wrong with it is said before anything is written
+            state = resumable(going_on[-1])
+            data.load_state_dict(state.get(data.__class__.__qualname__, {"fingerprint": None}))
         if start is not None:
             module.origin, module.initial = start[0], (start[1], start[0]["checkpoint"])
         recorder = Recorder(run.trainer.log_every)
@@ -169,8 +179,10 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule] | tuple[ImageD
     """The data, prepared where it was not, and the module that fits it, of the run's task.
 
     Raises:
-        UserError: data that cannot be had, is damaged or fits other settings; a vocabulary smaller than it needs.
+        UserError: data that cannot be had, is damaged or fits other settings; a vocabulary smaller than it needs; a
+            device that is not there.
     """
+    accelerator(run.trainer)  # before text is prepared for hours
     if run.trainer.threads:
         torch.set_num_threads(run.trainer.threads)
     settings: dict[str, Any] = {
@@ -237,10 +249,9 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
     weights = network_state(checkpoint, "decoder")
     with torch.device("meta"):
         decoder = decoder_for(run, run.model.vocab_size or tokenizer.vocab_size)
-    differing = misfits(decoder, weights)
-    if differing:
+    if found := misfits(decoder, weights):
         raise UserError(
-            f"init_from={source}: {len(differing)} parameters have another shape than this run's ({differing[0]}): "
+            f"init_from={source}: {len(found)} parameters have another shape than this run's ({found[0]}): "
             "choose its model= and norm="
         )
     return {"checkpoint": str(path), "step": checkpoint.get("global_step", 0)}, weights
@@ -267,7 +278,10 @@ def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Do
         raise UserError(f"{folder} is a run of task={run.task}: only fit, evaluate and measure can read it")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
     state = network_state(read_checkpoint(checkpoint), "decoder")
-    decoder = decoder_for(run, len(state["lm_head.weight"]))
+    head = state.get("lm_head.weight")
+    if head is None or head.ndim != 2:
+        raise UserError(f"{checkpoint}: holds no decoder: lm_head.weight is missing, or no matrix")
+    decoder = decoder_for(run, len(head))
     load(decoder, state, str(checkpoint))
     return decoder, tokenizer
 
@@ -279,8 +293,11 @@ def load_vision_run(run: Sections, checkpoint: Path) -> VisionTransformer:
         UserError: a checkpoint that cannot be read.
     """
     state = network_state(read_checkpoint(checkpoint), "vit")
-    specs, classes = build_all(run.norm, run.model.num_hidden_layers), len(state["head.weight"])
-    vit = VisionTransformer(run.model, specs, run.images.size, run.images.patch_size, classes)
+    head = state.get("head.weight")
+    if head is None or head.ndim != 2:
+        raise UserError(f"{checkpoint}: holds no Vision Transformer: head.weight is missing, or no matrix")
+    specs = build_all(run.norm, run.model.num_hidden_layers)
+    vit = VisionTransformer(run.model, specs, run.images.size, run.images.patch_size, len(head))
     load(vit, state, str(checkpoint))
     return vit
 

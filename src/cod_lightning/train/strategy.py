@@ -43,9 +43,15 @@ def backend(settings: TrainerConfig) -> str | None:
 
 
 def accelerator(settings: TrainerConfig) -> str:
-    """Lightning's name for the accelerator; its own "auto" would take an Apple GPU, which has no float64 for sums."""
+    """Lightning's name for the accelerator; its own "auto" would take an Apple GPU, which has no float64 for sums.
+
+    Raises:
+        UserError: torch finds no CUDA device, and one is asked for.
+    """
     if settings.accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator='gpu', but torch finds no CUDA device here: trainer.accelerator=cpu")
     return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
 
 

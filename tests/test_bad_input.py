@@ -1,0 +1,528 @@
+"""What a person can get wrong is one error that names it: status 2, no traceback, nothing written."""
+
+import gzip
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cod_lightning.cli import RANKS, carry_out, main
+from cod_lightning.config import compose, load, save
+from cod_lightning.data.prepare import prepared_folder
+from cod_lightning.train.checkpoint import checkpoints
+
+
+class Malicious:
+    """Unpickled, it writes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    """The folder of a finished run, and that of the set it was trained on."""
+    config = compose([*toy, f"output={tmp_path_factory.mktemp('finished')}", "name=run"])
+    return carry_out(config)[1], prepared_folder(config.data)
+
+
+# What lies in the folder that a case is carried out in: functions of a finished run and a prepared set.
+
+
+def nothing(run, prepared):
+    pass
+
+
+def put(**contents):
+    """Files, `_` in a name standing for a point."""
+
+    def made(run, prepared):
+        for name, content in contents.items():
+            path = Path(name.replace("_", "."))
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return made
+
+
+def with_run(change=lambda folder: None):
+    """A copy of the run, `run`, with a change made to it."""
+
+    def made(run, prepared):
+        shutil.copytree(run, "run")
+        change(Path("run"))
+
+    return made
+
+
+def with_set(change=lambda folder: None):
+    """A copy of the prepared set, `set`, with a change made to it."""
+
+    def made(run, prepared):
+        shutil.copytree(prepared, "set")
+        change(Path("set"))
+
+    return made
+
+
+def unfinished(change):
+    """A copy of the run where `fit` looks for it, stopped at its last checkpoint, with a change made to that."""
+
+    def made(run, prepared):
+        shutil.copytree(run, "out/run")
+        Path("out/run/record.json").unlink()
+        save(replace(load(run), output="out"), Path("out/run"))
+        change(checkpoints(Path("out/run/checkpoints"))[-1])
+
+    return made
+
+
+def overwritten(path, content):
+    """In a folder, a file with another content: text, bytes, or a function of the bytes that it had."""
+
+    def change(folder):
+        target = next(folder.glob(path))
+        if callable(content):
+            target.write_bytes(content(target.read_bytes()))
+        else:
+            target.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def removed(path):
+    return lambda folder: next(folder.glob(path)).unlink()
+
+
+def edited(path, **changes):
+    """In a folder, a JSON file with other values, their keys joined by `__`; None takes a key away."""
+
+    def change(folder):
+        target = folder / path
+        content = json.loads(target.read_text())
+        for keys, value in changes.items():
+            *way, last = keys.split("__")
+            place = content
+            for key in way:
+                place = place[int(key) if key.isdecimal() else key]
+            if value is None:
+                del place[last]
+            else:
+                place[last] = value
+        target.write_text(json.dumps(content))
+
+    return change
+
+
+def resaved(change):
+    """A checkpoint with its content changed; of a run folder, its last."""
+
+    def made(path):
+        path = checkpoints(path / "checkpoints")[-1] if path.is_dir() else path
+        content = torch.load(path, weights_only=True)
+        torch.save(change(content), path)
+
+    return made
+
+
+def flipped(content):
+    """One bit in the middle of the weights."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+def half(content):
+    return content[: len(content) // 2]
+
+
+def reshaped(content):
+    state = content["state_dict"]
+    return content | {"state_dict": {name: tensor[:1] if tensor.ndim else tensor for name, tensor in state.items()}}
+
+
+def strategy(body):
+    """A module `norms_under_test` with the function `f`."""
+    return lambda run, prepared: Path("norms_under_test.py").write_text(body)
+
+
+DATA = ["data=files", "data.vocab_size=300", "data.seq_len=32", "data.workers=1", "data.root=made"]
+LONG = "word " * 400
+MINE = "norm=norms_under_test:f"
+LOADED = ("evaluate", "run")
+RESUMED = ("toy", "name=run")
+SET = ("toy", "data.folder=set")
+TEXT = ("prepare", *DATA)
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+CONFIGS = [
+    (nothing, ["fit", "experiments=table1_350"], ["experiments='table1_350'", "did you mean 'table1_350m'"]),
+    (nothing, ["fit", "norm=mixln", "optim.lrr=2"], ["did you mean 'mix_ln'", "did you mean 'lr'"]),
+    (nothing, ["fit", "-m", "norm=lns,mixln"], ["norm='mixln'"]),
+    (nothing, ["fit", "-m", "trainer.log_every=1,2"], ["would be the same run"]),
+    (nothing, ["fit", "-m", "seed=interval(1,3)"], ["a sweep takes a,b,c"]),
+    (nothing, ["fit", "-j", "2"], ["--jobs=2", "-m"]),
+    (nothing, ["fit", "-m", "-j", "0", "seed=1,2"], ["--jobs=0 must be at least 1"]),
+    (nothing, ["fit", "-j", "two"], ["argument -j/--jobs: invalid int value: 'two'"]),
+    (nothing, ["fit", "--nonsense"], ["unrecognized arguments: --nonsense"]),
+    (nothing, ["fit", "trainer.max_steps"], ["expected key=value"]),
+    (nothing, ["fit", "seed=1e400", "optim.lr=nan"], ["seed=1e400", "Integer"]),
+    (nothing, ["fit", "optim.lr=inf", "optim.betas=[0.9,nan]"], ["optim.lr=inf must be a finite", "optim.betas=["]),
+    (nothing, ["fit", "seed=99999999999999999999"], ["seed=99999999999999999999 is too large", "64 bits"]),
+    (nothing, ["fit", "seed=-1"], ["seed=-1 must not be negative"]),
+    (nothing, ["fit", "model.num_hidden_layers=1000000000"], ["model.num_hidden_layers=1000000000 must be at most"]),
+    (nothing, ["fit", "optim.betas=[[1],2]"], ["optim.betas=[[1], 2.0] must be two numbers"]),
+    (nothing, ["fit", "row=[lns]"], ["row=\"['lns']\" is not a row"]),
+    (nothing, ["fit", "experiments=table1_350m", "row=lns", "norm=lns"], ["row= and norm= both choose"]),
+    (nothing, ["fit", "paper.rows=3"], ["paper.rows=3 must hold a mapping for each row"]),
+    (nothing, ["fit", "paper.rows={a: {set: 3}}"], ["paper.rows.a.set=3 must be a mapping of overrides"]),
+    (nothing, ["fit", "scales={toy: 3}"], ["scales.toy=3 must be a mapping of overrides"]),
+    (nothing, ["fit", "output=${oc.env:HOME}"], ["output=${oc.env:HOME}: ${...} is not filled in here"]),
+    (nothing, ["fit", "paper.x=[{a: '${oc.env:HOME}'}]"], ["${...} is not filled in here: write the value itself"]),
+    (nothing, ["fit", "output=$\\{seed\\}"], ["${...} is not filled in here"]),
+    (nothing, ["fit", "data@norm=docs"], ["data@norm=docs: what is chosen has its place already: data="]),
+    (nothing, ["fit", "+norm=lns"], ["+norm=lns: norm has a choice already: leave out the +"]),
+    (nothing, ["fit", "hydra.run.dir=x"], ["hydra is not a field"]),
+    (nothing, ["fit", "name='a\0b'"], ["name='a\\x00b' must be text that UTF-8 can spell, without NUL"]),
+    (nothing, ["fit", "name=" + "a" * 300], ["a" * 300, "File name too long"]),
+    (nothing, ["fit", "data.folder=''"], ["data.folder is empty"]),
+    (nothing, ["fit", "data=files", "data.files={a: b}"], ["data.files={'a': 'b'}: must be a glob"]),
+    (nothing, ["fit", "task=vision", "images.source=folder"], ["images.folder is empty"]),
+    (nothing, ["prepare", "data.vocab_size=1"], ["data.vocab_size=1: must be at least 258"]),
+    (nothing, ["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),
+    (nothing, ["prepare", "merge=0"], ["merge=0: must be the number"]),
+    (nothing, ["prepare", "shard=0/4", "merge=4"], ["the merge comes when all shards are finished"]),
+    (nothing, ["prepare", "task=vision"], ["task=vision needs no preparation"]),
+    (nothing, ["prepare", "data.folder=x"], ["data.folder='x' names a set that is prepared already"]),
+]
+
+# --- ranks and devices ----------------------------------------------------------------------------------------------
+
+WORLDS = [
+    (nothing, ["toy", "data.batch_size=9"], ["data.batch_size=9 is not divisible by data.micro_batch_size=8"]),
+    (nothing, ["toy", "trainer=ddp", "trainer.devices=0"], ["trainer.devices=0 must be at least 1"]),
+    (nothing, ["toy", "trainer.devices=2", "data.micro_batch_size=4"], ["trainer.strategy='auto' is one rank"]),
+    (nothing, ["toy", "trainer.strategy=fspd"], ["trainer.strategy='fspd'", "did you mean 'fsdp'"]),
+    (nothing, ["toy", "trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2", "data.micro_batch_size=4"],
+     ["trainer.num_nodes=2: nothing says which node this is", "MASTER_ADDR"]),
+    (nothing, ["RANK=x", "toy"], ["RANK='x' in the environment must be a whole number"]),
+    (nothing, ["RANK=", "toy"], ["RANK='' in the environment must be a whole number"]),
+    (nothing, ["RANK=5", "toy"], ["RANK=5 in the environment is not one of 1 rank(s)"]),
+    (nothing, ["WORLD_SIZE=4", "toy"], ["WORLD_SIZE=4 in the environment, but trainer.devices=1 x"]),
+    (nothing, ["WORLD_SIZE=-1", "toy"], ["WORLD_SIZE='-1' in the environment must be"]),
+    (nothing, ["LOCAL_RANK=first", "toy"], ["LOCAL_RANK='first'"]),
+    (with_run(), ["SLURM_PROCID=x", *LOADED], ["SLURM_PROCID='x'"]),
+]  # fmt: skip
+if not torch.cuda.is_available():
+    WORLDS.append(
+        (nothing, ["toy", "trainer.accelerator=gpu"], ["trainer.accelerator='gpu'", "trainer.accelerator=cpu"])
+    )
+
+# --- strategies -----------------------------------------------------------------------------------------------------
+
+RETURNS = "from cod_lightning.nn.strategies import BlockSpec, block\ndef f(layer, depth):\n    return "
+STRATEGIES = [
+    (nothing, ["fit", "norm=nowhere.norms:f"], ["No module named 'nowhere'", "package.module:function"]),
+    (nothing, ["fit", "norm=.norms:f"], ["norm='.norms:f'", "expected an importable package.module:function"]),
+    (nothing, ["fit", "norm=math:nothing"], ["math", "has no attribute 'nothing'", "package.module:function"]),
+    (nothing, ["fit", "norm=math:pi"], ["norm='math:pi' is not a function (layer, depth, **options) -> BlockSpec"]),
+    (nothing, ["fit", "norm=builtins:min"], ["expected a function (layer, depth, **options) -> BlockSpec"]),
+    (nothing, ["fit", "norm.name=null"], ["norm=None is not the name of a strategy"]),
+    (nothing, ["fit", "norm=mix_ln", "norm.fraction=2"], ["norm.fraction=2 must lie between 0 and 1"]),
+    (nothing, ["fit", "norm=mix_ln", "norm.fraction=true"], ["norm.fraction=True has the wrong type"]),
+    (nothing, ["fit", "norm=group_ln", "norm.groups=0"], ["norm.groups=0 must be at least 1"]),
+    (nothing, ["fit", "norm.foo=1"], ["norm.foo is not an option of 'lns'", "position"]),
+    (strategy("def f(:"), ["fit", MINE], ["SyntaxError", "package.module:function"]),
+    (strategy("import sys\nsys.exit(0)"), ["fit", MINE], ["SystemExit", "package.module:function"]),
+    (
+        strategy("def f(layer, depth):\n    return 1 / 0"),
+        ["fit", MINE],
+        ["raised ZeroDivisionError for layer=1, depth"],
+    ),
+    (strategy("def f(layer, depth):\n    return 3"), ["fit", MINE], ["returned int, expected a BlockSpec"]),
+    (strategy("def f():\n    return 3"), ["fit", MINE], ["cannot be called as (layer, depth, **options)"]),
+    (strategy(f"{RETURNS}block()"), ["fit", MINE, "norm.power=2"], ["norm.power is not an option", "it has none"]),
+    (strategy(f"{RETURNS}BlockSpec(1, 2)"), ["fit", MINE], ["attention=1, expected a SublayerSpec", "ffn=2"]),
+    (strategy(f"{RETURNS}block(gain='x')"), ["fit", MINE], ["attention.gain='x', expected a finite number"]),
+    (strategy(f"{RETURNS}block(skip=float('nan'))"), ["fit", MINE], ["attention.skip=nan, expected a finite number"]),
+    (strategy(f"{RETURNS}block(groups=0)"), ["fit", MINE], ["attention.groups=0, expected a whole number from 1"]),
+    (strategy(f"{RETURNS}block(gate='in')"), ["fit", MINE], ["gate='in', expected one of no, output, input"]),
+    (strategy(f"{RETURNS}block(pre_norm=1)"), ["fit", MINE], ["pre_norm=1, expected true or false"]),
+]
+
+# --- text and prepared sets -----------------------------------------------------------------------------------------
+
+SETS = [
+    (nothing, ["fit", "data=c4"], ["c4", "data=files"]),
+    (nothing, [*TEXT, "data.files=nothing/*.jsonl"], ["data.files: no file matches 'nothing/*.jsonl'"]),
+    (put(a_csv="a"), [*TEXT, "data.files=a.csv"], ["data.files: a.csv is none of .txt"]),
+    (put(a_jsonl="{'text': 1}"), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
+    (put(a_jsonl="[" * 100000), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
+    (put(a_jsonl='{"text": 3}'), [*TEXT, "data.files=a.jsonl"], ['a.jsonl, line 1: no string in the field "text"']),
+    (put(a_jsonl='{"text": ""}\n'), [*TEXT, "data.files=a.jsonl"], ["the corpus has no training documents"]),
+    (put(a_txt=""), [*TEXT, "data.files=a.txt"], ["the corpus has no training documents"]),
+    (put(a_txt="few words"), [*TEXT, "data.files=a.txt"], ["do not fill one", "data.seq_len=32"]),
+    (put(a_txt=bytes(range(256)) * 9), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
+    (put(a_txt=LONG.encode("utf-16")), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
+    (put(a_jsonl_gz="no gzip"), [*TEXT, "data.files=a.jsonl.gz"], ["a.jsonl.gz cannot be read: Not a gzipped file"]),
+    (put(a_txt_gz=gzip.compress(LONG.encode())[:-9]), [*TEXT, "data.files=a.txt.gz"], ["a.txt.gz cannot be read"]),
+    (put(a_txt=LONG), [*TEXT, "data.files=a.txt", "data.root=a.txt/x"], ["a.txt/x", "cannot be written"]),
+    (
+        nothing,
+        ["toy", "data.folder=nowhere"],
+        ["nowhere is not a prepared set", "name the folder that prepare printed"],
+    ),
+    (with_set(removed("manifest.json")), SET, ["set is not a prepared set (manifest.json cannot be read"]),
+    (with_set(overwritten("manifest.json", "")), SET, ["manifest.json is damaged", "prepare it again"]),
+    (with_set(overwritten("manifest.json", b"\xff\xfe")), SET, ["manifest.json cannot be read"]),
+    (with_set(overwritten("manifest.json", "[]")), SET, ["manifest.json is damaged", "prepare it again"]),
+    (with_set(overwritten("manifest.json", "[" * 100000)), SET, ["manifest.json is damaged", "prepare it again"]),
+    (with_set(edited("manifest.json", format=99)), SET, ["has format 99, newer than", "upgrade"]),
+    (with_set(edited("manifest.json", train__rows=7)), SET, ["manifest.json is damaged", "prepare it again"]),
+    (with_set(edited("manifest.json", val__max_id=9)), SET, ["its fingerprint does not fit its content"]),
+    (with_set(edited("manifest.json", source__name=3)), SET, ["3 is not <class 'str'>"]),
+    (with_set(edited("manifest.json", sha256=None, train__chunks__0__name="../val/x.bin")), SET, ["cannot hold"]),
+    (with_set(edited("manifest.json", sha256=None, dtype="float16")), SET, ["'float16'"]),
+    (with_set(removed("train/*.bin")), SET, ["set is not whole", ".bin: missing"]),
+    (with_set(overwritten("train/*.bin", half)), SET, [".bin: ", "bytes instead of"]),
+    (with_set(overwritten("val/*.bin", flipped)), SET, [".bin is damaged: its SHA-256"]),
+    (with_set(removed("train/index.json")), SET, ["index.json: missing"]),
+    (with_set(overwritten("val/index.json", "{}")), SET, ["set/val/", "cannot be read"]),
+    (with_set(overwritten("tokenizer.json", half)), SET, ["tokenizer.json is damaged: its SHA-256"]),
+    (with_set(), [*SET, "data.seq_len=64", "data.vocab_size=400"], ["data.seq_len=64, but the set has 32", "400"]),
+    (with_set(), [*SET, "model.vocab_size=299", "data.vocab_size=300"], ["model.vocab_size=299 is smaller"]),
+]
+
+# --- checkpoints, and the rest of a run folder ----------------------------------------------------------------------
+
+DAMAGED = ["not a readable checkpoint", "remove it to go on from an earlier one"]
+LAST = "checkpoints/step-00000006.ckpt"
+RUNS = [
+    *((nothing, [*words], ["nowhere: not a run folder", "config.yaml"]) for words in (
+        ["evaluate", "nowhere"], ["generate", "nowhere", "text"], ["export", "nowhere"],
+        ["evaluate", "nowhere", "tasks=piqa,boolq"],
+    )),
+    *((with_run(overwritten(LAST, content)), words, [f"run/{LAST}", *DAMAGED]) for content, words in (
+        ("", LOADED),
+        ("text", ["generate", "run", "the norm"]),
+        (half, ["export", "run", "--output", "x"]),
+        (flipped, LOADED),
+        (pickle.dumps(Malicious()), LOADED),
+        (b"\x00" * 5000, ["measure", "variance", "run"]),
+    )),
+    (with_run(resaved(lambda content: [])), LOADED, [*DAMAGED, "it holds no decoder"]),
+    (with_run(resaved(lambda content: {"state_dict": {"a": 1}, "tokens": 0})), LOADED, ["it holds no decoder"]),
+    (with_run(resaved(lambda content: {"state_dict": {"a": Malicious()}, "tokens": 0})), LOADED, DAMAGED),
+    (with_run(resaved(lambda content: {"state_dict": {}, "tokens": 0})), ["generate", "run", "the norm"],
+     ["holds no decoder: lm_head.weight is missing"]),
+    (with_run(resaved(reshaped)), LOADED, [LAST, "parameters have another shape", "there", "here"]),
+    (with_run(lambda folder: shutil.rmtree(folder / "checkpoints")), LOADED, ["no last checkpoint", "fit"]),
+    (with_run(removed("checkpoints/best.ckpt")), [*LOADED, "--checkpoint", "best"], ["run: no best checkpoint"]),
+    (with_run(), ["evaluate", "run", "norm.position=before_ln"],
+     ["norm: the weights of run were trained otherwise", "before_ln"]),
+    (unfinished(lambda path: path.write_bytes(b"")), RESUMED, DAMAGED),
+    (unfinished(lambda path: path.write_bytes(flipped(path.read_bytes()))), RESUMED, ["the checksum of", *DAMAGED]),
+    (unfinished(resaved(reshaped)), RESUMED, ["of another shape than this run's", "resume=false"]),
+    (unfinished(resaved(lambda content: {name: content[name] for name in ("state_dict", "tokens")})), RESUMED,
+     ["holds weights, but not pytorch-lightning_version", "init_from="]),
+    (unfinished(resaved(lambda content: content | {"TokenDataModule": {"fingerprint": "0" * 64}})), RESUMED,
+     ["trained on a set with fingerprint 0000000000000000...", "resume with the same data"]),
+    (unfinished(lambda path: None), [*RESUMED, "seed=2"], ["out/run holds a run of another configuration (seed=1"]),
+    (with_run(overwritten("record.json", "[]")), ["toy", "output=.", "name=run"], ["run/record.json: not a readable"]),
+    (with_run(edited("record.json", history__val__step=[])), ["toy", "output=.", "name=run"], ["step is missing"]),
+    (with_run(overwritten("config.yaml", "a: [b")), LOADED, ["run/config.yaml: not a saved configuration"]),
+    (with_run(overwritten("config.yaml", b"\xff\x00")), LOADED, ["run/config.yaml: not a saved configuration"]),
+    (with_run(overwritten("config.yaml", "output: ${oc.env:HOME}")), LOADED, ["config.yaml", "not filled in here"]),
+    (with_run(overwritten("config.yaml", "name: !!python/object/apply:os.mkdir [executed]")), LOADED, ["config.yaml"]),
+    (with_run(overwritten("config.yaml", "{norm: {name: lns}, seed: -1}")), LOADED, ["run/config.yaml: seed=-1 must"]),
+    (with_run(overwritten("config.yaml", "a: " + "[" * 50000)), LOADED, ["run/config.yaml: not a saved configuration"]),
+    (with_run(overwritten("tokenizer/tokenizer.json", "{}")), ["generate", "run", "x"],
+     ["tokenizer.json cannot be read"]),
+    (with_run(overwritten("tokenizer/tokenizer.json", half)), ["generate", "run", "x"],
+     ["tokenizer.json cannot be read"]),
+    (with_run(overwritten("tokenizer/special_tokens_map.json", "[]")), ["generate", "run", "x"],
+     ["special_tokens_map.json must hold a JSON object"]),
+    (with_run(overwritten("tokenizer/special_tokens_map.json", '{"eos_token": 5}')), ["generate", "run", "x"],
+     ["eos_token=5 must be a token"]),
+    (with_run(), ["toy", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
+    (with_run(overwritten(LAST, half)), ["toy", "init_from=run"], DAMAGED),
+    (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["another decoder", "choose its model= and norm="]),
+]  # fmt: skip
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+RECORDS = Path("results/toy/a")
+
+
+def kept(change):
+    """Results with the record of one run, with a change made to its folder."""
+
+    def made(run, prepared):
+        RECORDS.mkdir(parents=True)
+        shutil.copy(run / "record.json", RECORDS)
+        change(RECORDS)
+
+    return made
+
+
+REPORT = ["report", "--results", "results", "--output", "made"]
+COMMANDS = [
+    (nothing, ["nonsense"], ["invalid choice: 'nonsense'"]),
+    (nothing, [], ["the following arguments are required: command"]),
+    (with_run(), ["generate", "run", ""], ["prompt='' is empty"]),
+    (with_run(), ["generate", "run", "x", "--temperature", "nan"], ["--temperature=nan must lie between 0"]),
+    (with_run(), ["generate", "run", "x", "--max-tokens", "0"], ["--max-tokens=0 must lie between 1"]),
+    (with_run(), ["generate", "run", "x", "--top-k", "-1"], ["--top-k=-1 must lie between 1"]),
+    (with_run(), ["generate", "run", "x", "--seed", str(2**64)], ["--seed=18446744073709551616 must lie between"]),
+    (with_run(), ["evaluate", "run", "--limit", "3"], ["--task-folder and --limit are for tasks="]),
+    (with_run(), ["evaluate", "run", "tasks=piqa", "data.files=x"], ["tasks= brings its own text"]),
+    (with_run(), ["evaluate", "run", "tasks=piqa", "--limit", "0"], ["--limit=0 must be at least 1"]),
+    (with_run(), ["evaluate", "run", "protocol=paper"], ["protocol=paper: a finished run takes data=, trainer="]),
+    (with_run(), ["evaluate", "run", "data.folder=nowhere"], ["nowhere is not a prepared set"]),
+    (with_run(), ["export", "run", "--max-length", "0"], ["--max-length=0 must be at least 1"]),
+    (with_run(), ["export", "run", "--output", "run"], ["run exists already and is not an empty folder"]),
+    (with_run(), ["export", "run", "--output", "run/config.yaml/x"], ["run/config.yaml", "Not a directory"]),
+    (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
+    (nothing, ["import", "nowhere", "--output", "x"], ["nowhere needs the Hugging Face hub", "Give a folder"]),
+    (nothing, ["import", "../nowhere", "--output", "x"], ["neither a folder nor a name on the hub"]),
+    (put(x="file"), ["import", ".", "--output", "x"], ["x exists already and is not an empty folder"]),
+    (nothing, ["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
+    (nothing, ["measure", "variance", "nowhere"], ["nowhere needs the Hugging Face hub", "Give a run folder"]),
+    (nothing, ["measure", "variance", "one", "two"], ["measure variance takes one model, 2 are given"]),
+    (nothing, ["measure", "compare", "one"], ["at least two models, 1 given"]),
+    (nothing, ["measure", "compare", "a/one", "b/one"], ["two models are called one"]),
+    (nothing, ["measure", "variance", "nowhere", "--rows", "0"], ["--rows=0"]),
+    (nothing, ["measure", "variance", "nowhere", "rows=many"], ["rows=many: expected a whole number"]),
+    (nothing, ["measure", "jacobian", "nowhere", "probs=32", "exact=yes"],
+     ["probs is not an option of measure jacobian: did you mean 'probes'? known: exact,", "exact=yes: expected"]),
+    (nothing, ["measure", "angular", "nowhere", "token=lst"], ["token=lst: did you mean 'last'? known: all, last"]),
+    (nothing, ["measure", "all", "nowhere", "tokens=4"], ["tokens is not an option of measure all", "threshold"]),
+    (nothing, ["measure", "variance", "nowhere", "data.seqlen=3"], ["did you mean 'seq_len'"]),
+    (nothing, ["measure", "prune", "nowhere", "layers=1"], ["name its new folder, as in --output FOLDER"]),
+    (nothing, ["measure", "prune", "nowhere", "by=bi", "--output", "x"], ["by=bi: known: influence, removal, stream"]),
+    (with_run(), ["measure", "variance", "run", "output=run/config.yaml"], ["run/config.yaml is a file"]),
+    (with_run(), ["measure", "jacobian", "run", "layers=99", "rows=2"], ["layers", "99"]),
+    (with_run(), ["measure", "jacobian", "run", "probes=0", "rows=2"], ["probes=0"]),
+    (with_run(), ["measure", "angular", "run", "tokens=0", "rows=2"], ["tokens=0"]),
+    (with_run(), ["measure", "removal", "run", "sizes=[0,99]", "only=run_removal", "rows=2"], ["sizes"]),
+    (with_run(), ["measure", "prune", "run", "layers=99", "output=x", "rows=2"], ["layers", "99"]),
+    (with_run(), ["measure", "prune", "run", "sparsity=2", "output=x", "rows=2"], ["sparsity=2"]),
+    (nothing, ["estimate", "hardware=abacus"], ["hardware='abacus'", "h100"]),
+    (nothing, ["estimate", "gpus=many"], ["gpus='many' must be a whole number"]),
+    (nothing, ["reproduce", "table99"], ["'table99' is no experiment"]),
+    (nothing, ["reproduce", "table1", "scale=huge"], ["scale='huge' does not exist", "mini, paper, toy"]),
+    (nothing, ["reproduce", "table1", "seeds=none"], ["seeds=none must be a number of seeds"]),
+    (nothing, ["reproduce", "table1_130m", "row=mixln"], ["row='mixln' is not a row: did you mean 'mix_ln'"]),
+    (nothing, ["reproduce", "table1", "-j", "0"], ["--jobs=0 must be at least 1"]),
+    (nothing, ["report", "--results", "nowhere"], ["--results=nowhere is not a folder"]),
+    (kept(overwritten("record.json", "")), REPORT, ["results/toy/a/record.json", "remove it"]),
+    (kept(overwritten("record.json", b"\xff")), REPORT, ["results/toy/a/record.json", "remove it"]),
+    (kept(overwritten("record.json", "[" * 100000)), REPORT, ["results/toy/a/record.json", "remove it"]),
+    (kept(edited("record.json", val_loss="low")), REPORT, ["record.json: not a run record (val_loss is missing, or"]),
+    (kept(edited("record.json", config__seed="x")), REPORT, ["record.json: not a saved configuration"]),
+    (kept(edited("record.json", config__output="${oc.env:HOME}")), REPORT, ["record.json", "not filled in here"]),
+]  # fmt: skip
+
+
+def folder_content():
+    """Every file below the current folder but locks, with its bytes."""
+    return {
+        path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.suffix not in (".lock", ".pyc")
+    }
+
+
+def complaint(words, capsys, monkeypatch, toy):
+    """What a command says on stderr, which has to be an error and nothing else that looks like one."""
+    words = list(map(str, words))
+    for name in (*RANKS, "WORLD_SIZE"):  # what a run in this process left behind
+        monkeypatch.delenv(name, raising=False)
+    while words and words[0].partition("=")[0].isupper():
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
+    if words[:1] == ["toy"]:
+        words[:1] = ["fit", *toy, "output=out"]
+    before = folder_content()
+    capsys.readouterr()
+    try:
+        status = main(words)
+    except SystemExit as stop:  # argparse's
+        status = stop.code
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert status == 2, printed.err
+    errors = [line for line in lines if line.startswith(("error: ", "cod_lightning")) and "error: " in line]
+    assert errors, printed.err
+    assert lines[-len(errors) :] == errors
+    assert not [line for line in lines[: -len(errors)] if "rror" in line or "Traceback" in line or "arning" in line]
+    assert "executed" not in os.listdir()
+    after = folder_content()
+    assert after.keys() == before.keys(), after.keys() ^ before.keys()
+    assert after == before
+    return "\n".join(errors)
+
+
+ALL = [*CONFIGS, *WORLDS, *STRATEGIES, *SETS, *RUNS, *COMMANDS]
+
+
+NAMES = [ascii(f"{number} {' '.join(words)[:60]}") for number, (_, words, _) in enumerate(ALL)]
+
+
+@pytest.mark.parametrize(("prepare", "words", "expected"), ALL, ids=NAMES)
+def test_bad_input_is_one_error_with_status_2_and_nothing_written(
+    prepare, words, expected, finished, toy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "norms_under_test", raising=False)
+    prepare(*finished)
+    found = complaint(words, capsys, monkeypatch, toy)
+    assert all(word in found for word in expected), found
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fit", "norm=mixln"], "error: norm='mixln' does not exist: did you mean 'mix_ln'?"),
+        (["fit", "optim.lr=${oc.env:HOME}"], "error: optim.lr=${oc.env:HOME}: ${...} is not filled in here"),
+        (["evaluate", "nowhere"], "error: nowhere: not a run folder"),
+        (["report", "--results", "."], "error: --output=/dev/null/made cannot be written: /dev/null is a file"),
+    ],
+)
+def test_a_process_says_the_same(words, expected, tmp_path):
+    words = [*words, "--output", "/dev/null/made"] if words[0] == "report" else words
+    command = [sys.executable, "-m", "cod_lightning", *words]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith(expected)
+    assert all(line.startswith("error: ") for line in process.stderr.splitlines())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["import", "model", "--output", "x"], ["measure", "variance", "model"]])
+@pytest.mark.parametrize("weights", ["pickle", "zip", "code"])
+def test_nothing_of_a_models_folder_is_executed(command, weights, toy, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaConfig(vocab_size=300, **shape).save_pretrained("model")
+    if weights == "pickle":
+        Path("model/pytorch_model.bin").write_bytes(pickle.dumps({"model.embed_tokens.weight": Malicious()}))
+    elif weights == "zip":
+        torch.save({"model.embed_tokens.weight": Malicious()}, "model/pytorch_model.bin")
+    else:
+        Path("model/mine.py").write_text("import pathlib\npathlib.Path('executed').touch()\n")
+        edited("config.json", model_type="mine", auto_map={"AutoConfig": "mine.C"})(Path("model"))
+    assert "model: not a c" in complaint(command, capsys, monkeypatch, toy)
+
+
+def test_too_large_a_model_says_what_would_help(toy, tmp_path, capsys):
+    words = ["fit", *toy, f"output={tmp_path}", "model.intermediate_size=99999999999"]
+    assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the memory does not suffice")
+    assert "lower data.micro_batch_size, or the model; `estimate`" in said
