@@ -17,7 +17,7 @@ from cod_lightning.cli import main
 from cod_lightning.config import compose
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES
-from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
+from cod_lightning.train.checkpoint import AtomicCheckpointIO, checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 240
@@ -143,22 +143,35 @@ def test_a_run_goes_on_on_any_number_of_ranks_and_under_any_strategy(toy, train,
     assert main(["evaluate", str(tmp_path / "two"), "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1"]) == 0
 
 
-@pytest.mark.parametrize("damage", ["malicious", "bytes", "cut", "no list"])
-def test_nothing_in_a_sharded_checkpoint_is_executed(toy, tmp_path, damage):
-    from cod_lightning.train.checkpoint import AtomicCheckpointIO
+def write_parts(path, store):
+    """Save a checkpoint as a folder, in a group of one process; returns why it could not be, or None."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    try:
+        checkpoint = {"state_dict": {"decoder.weight": torch.ones(3)}, "tokens": 3, "optimizer_states": []}
+        io = AtomicCheckpointIO()
+        io.save_parts(checkpoint, path, True, lambda failure: failure)
+        return io.failure
+    finally:
+        torch.distributed.destroy_process_group()
 
+
+def test_a_sharded_checkpoint_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    failure = write_parts(tmp_path / "file" / "step-00000001.ckpt", tmp_path / "store")
+    assert "step-00000001.ckpt: the checkpoint cannot be written" in failure
+
+
+@pytest.mark.parametrize("damage", ["malicious", "bytes", "cut", "no list"])
+def test_nothing_in_a_sharded_checkpoint_is_executed(tmp_path, damage):
     class Malicious:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
     path = tmp_path / "step-00000001.ckpt"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        checkpoint = {"state_dict": {"decoder.weight": torch.ones(3)}, "tokens": 3, "optimizer_states": []}
-        AtomicCheckpointIO().save_parts(checkpoint, path, True, lambda: None)
-    finally:
-        torch.distributed.destroy_process_group()
+    for _ in range(2):  # the second takes the place of the first
+        assert write_parts(path, tmp_path / "store") is None
     assert torch.equal(read_checkpoint(path)["state_dict"]["decoder.weight"], torch.ones(3))
+    assert [child.name for child in tmp_path.glob(".*")] == []
     listed = path / ".metadata"
     if damage == "malicious":
         listed.write_bytes(pickle.dumps(Malicious()))

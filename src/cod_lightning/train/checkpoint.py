@@ -59,32 +59,49 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
             raise
 
-    def save_parts(self, checkpoint: dict[str, Any], path: Path, first: bool, barrier: Callable[[], object]) -> None:
+    def save_parts(
+        self, checkpoint: dict[str, Any], path: Path, first: bool, broadcast: Callable[[str | None], str | None]
+    ) -> None:
         """Write a folder in which each rank puts its part of the tensors; all ranks call this.
 
         Args:
             checkpoint: as Lightning makes it, its tensors sharded.
             path: of the folder; another checkpoint there is replaced.
             first: whether this is the rank that writes what all have.
-            barrier: waits for all ranks.
+            broadcast: gives all ranks what the first one has.
         """
         partial = path.with_name(f".{path.name}.partial")
         rest, tensors = taken_apart(checkpoint)
-        try:
-            if first:
-                remove(partial)
-                partial.mkdir(parents=True)
-                torch.save(rest, partial / REST)
-            barrier()
-            dcp.save(tensors, storage_writer=PlainWriter(partial))
-            if first:
-                put_in_place(partial, path)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            self.failure = f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are kept"
-        barrier()
+
+        def begin() -> None:
+            remove(partial)
+            partial.mkdir(parents=True)
+            torch.save(rest, partial / REST)
+
+        def on_first(act: Callable[[], None]) -> bool:
+            """Whether the first rank could do its part, which the others wait for."""
+            failure = attempt(act, path) if first else None
+            self.failure = broadcast(failure)
+            return self.failure is None
+
+        if not on_first(begin):
+            return
+        # What fails on one rank is raised on all of them.
+        self.failure = attempt(lambda: dcp.save(tensors, storage_writer=PlainWriter(partial)), path)
+        if self.failure is None:
+            on_first(lambda: put_in_place(partial, path))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))
+
+
+def attempt(act: Callable[[], object], path: Path) -> str | None:
+    """Why a checkpoint could not be written, None if it could."""
+    try:
+        act()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        return f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are kept"
+    return None
 
 
 RESUMED = ("pytorch-lightning_version", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")

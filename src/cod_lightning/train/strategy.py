@@ -103,7 +103,7 @@ class Sharded(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert isinstance(self.checkpoint_io, AtomicCheckpointIO)
-        self.checkpoint_io.save_parts(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero, self.barrier)
+        self.checkpoint_io.save_parts(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero, self.broadcast)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Set the parameters, and the optimizer's state while fitting; returns the rest of the checkpoint.
