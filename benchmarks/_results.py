@@ -13,6 +13,8 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,21 @@ def milliseconds(
         from triton.testing import do_bench
 
         return {name: do_bench(f, rep=int(1000 * budget), return_mode="median") for name, f in variants.items()}
+    return {name: statistics.median(values) for name, values in rounds(variants, budget, clock).items()}
+
+
+def rounds(
+    variants: Mapping[str, Callable[[], object]],
+    budget: float = 0.5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds of each variant in every round; in a round each runs once, in changing order.
+
+    Args:
+        variants: functions by name.
+        budget: seconds for each, at least five runs.
+        clock: in seconds.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for function in variants.values():
         function()
@@ -97,7 +114,12 @@ def milliseconds(
             start = clock()
             function()
             times[name].append(1000 * (clock() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Those of packages, empty where one is not installed."""
+    return {name: metadata.version(name) if find_spec(name) else "" for name in names}
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

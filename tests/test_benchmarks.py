@@ -19,7 +19,17 @@ FILES = "data=files data.files={corpus}/*.jsonl data.vocab_size=300 data.workers
     [
         ("norm.py", "--rows 8 --widths 64 --seconds 0", ["nn.RMSNorm", "inductor", "add_norm"]),
         ("loss.py", "--tokens 64 --vocabulary 100 --seconds 0", ["ours", "all logits"]),
-        ("train_step.py", "--rows 1 --length 8 --seconds 0", ["torch norms, compiled", "transformers"]),
+        (
+            "train_step.py",
+            "--models toy --rows 1 --length 8 --seconds 0",
+            ["torch norms, compiled", "released norms", "transformers"],
+        ),
+        (
+            "startup.py",
+            "--repeats 1 --steps 2 --set data.root={folder} model=tiny data.vocab_size=300 data.seq_len=8 "
+            "data.batch_size=2 data.micro_batch_size=2 data.max_documents=300 data.val_tokens=400 trainer.probe_rows=5",
+            ["--help", "first step", "loading"],
+        ),
         (
             "estimate.py",
             "--models tiny vit_tiny --rows 2 --length 16 --vocabulary 300 --seconds 0",
@@ -41,7 +51,7 @@ FILES = "data=files data.files={corpus}/*.jsonl data.vocab_size=300 data.workers
         ("prepare.py", "--characters 400000 --vocab-size 300 --workers 1 --repeats 1", ["prepare / raw, 1"]),
     ],
 )
-def test_benchmarks_run(script, words, shown, corpus):
+def test_benchmarks_run(script, words, shown, corpus, tmp_path):
     assert {path.name for path in BENCHMARKS.glob("[a-z]*.py")} == {
         "norm.py",
         "loss.py",
@@ -51,11 +61,12 @@ def test_benchmarks_run(script, words, shown, corpus):
         "prepare.py",
         "soak.py",
         "long_run.py",
+        "startup.py",
         "kernel_resources.py",  # in tests/kernels
     }
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
     run = subprocess.run(
-        [sys.executable, BENCHMARKS / script, *words.replace("{corpus}", str(corpus)).split()],
+        [sys.executable, BENCHMARKS / script, *words.format(folder=tmp_path, corpus=corpus).split()],
         env=environment,
         capture_output=True,
         text=True,

@@ -10,15 +10,18 @@ import sys
 from importlib import metadata
 
 
-class _NoTorchvision(metadata.DistributionFinder):
-    """Finds nothing, and ends the search for torchvision's metadata."""
+class Hidden(metadata.DistributionFinder):
+    """Finds nothing, and ends the search for the metadata of some distributions."""
+
+    def __init__(self, *names):
+        self.names = names
 
     def find_spec(self, name, path=None, target=None):
         return None
 
     def find_distributions(self, context=metadata.DistributionFinder.Context()):  # noqa: B008 (signature of the base)
-        if context.name == "torchvision":
-            raise metadata.PackageNotFoundError("torchvision")
+        if context.name in self.names:
+            raise metadata.PackageNotFoundError(context.name)
         return []
 
 
@@ -35,5 +38,5 @@ def hide_if_unusable() -> bool:
     if "torchvision" in sys.modules or not torch.endswith("+cpu") or torchvision.endswith("+cpu"):
         return False
     sys.modules["torchvision"] = None  # ty: ignore[invalid-assignment]  # `import torchvision` is a ModuleNotFoundError
-    sys.meta_path.insert(0, _NoTorchvision())
+    sys.meta_path.insert(0, Hidden("torchvision"))
     return True

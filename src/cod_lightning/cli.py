@@ -344,6 +344,9 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
         for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
             print(f"warning: {warning}", file=sys.stderr)
+    from cod_lightning._torchmetrics import import_without_unused
+
+    import_without_unused()
     from cod_lightning.train.record import read_record, write_failure
     from cod_lightning.train.run import fit
 

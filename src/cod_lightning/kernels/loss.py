@@ -102,14 +102,17 @@ class LinearCrossEntropy(torch.autograd.Function):
             if hits is not None:
                 hits[part] = logs.argmax(-1) == wanted[part]
                 continue
-            gradient = logs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-            gradient = gradient.masked_fill_(ignored[:, None], 0).to(hidden.dtype)
+            gradient = logs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide)).to(hidden.dtype)
             if dhidden is not None:
-                torch.mm(gradient, head, out=dhidden[part])
-            if dweight is not None and dweight.dtype == gradient.dtype:
-                dweight.addmm_(gradient.T, flat[part])
-            elif dweight is not None:
-                dweight += gradient.T @ flat[part]
+                # Here and below, not in the gradient of the logits, which has a vocabulary's width.
+                torch.mm(gradient, head, out=dhidden[part]).masked_fill_(ignored[:, None], 0)
+            if dweight is None:
+                continue
+            counted = flat[part].masked_fill(ignored[:, None], 0)
+            if dweight.dtype == gradient.dtype:
+                dweight.addmm_(gradient.T, counted)
+            else:
+                dweight += gradient.T @ counted
         ctx.save_for_backward(dhidden, dweight)
         ctx.shape, ctx.dtype = hidden.shape, weight.dtype
         rows = losses.view(targets.shape).sum(-1)

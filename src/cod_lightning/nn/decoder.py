@@ -278,14 +278,17 @@ def gpas(x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def rotary(length: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, head_dim] of the rotary angles, computed in float32, in the dtype of `like`."""
+    """Cosines and signed sines of the rotary angles, as `rotate` takes them.
+
+    Both are [length, head_dim], computed in float32, in the dtype of `like`; the first half of the sines is negative.
+    """
     exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
     angles = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), 1 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    cosines, sines = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Apply rotary embeddings to x [rows, heads, length, head_dim], halves paired as in LLaMA."""
     first, second = x.chunk(2, dim=-1)
-    return x * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]
+    return x * rope[0] + torch.cat((second, first), dim=-1) * rope[1]

@@ -1,0 +1,28 @@
+"""What is not used is not imported on the way to the first step, and can be imported after it."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from cod_lightning._torchmetrics import UNUSED, import_without_unused
+import_without_unused()
+import torchmetrics
+from cod_lightning.train import run
+assert not {*UNUSED} & {*sys.modules}, {*UNUSED} & {*sys.modules}
+from importlib import metadata
+from lightning_utilities.core.imports import package_available
+assert package_available("transformers")
+assert metadata.version("transformers")
+import transformers
+import_without_unused()
+assert sys.modules["transformers"] is transformers
+"""
+
+
+def test_torchmetrics_is_imported_without_scipy_and_transformers():
+    pytest.importorskip("transformers")
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
