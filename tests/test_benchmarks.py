@@ -26,8 +26,8 @@ FILES = "data=files data.files={corpus}/*.jsonl data.vocab_size=300 data.workers
         ),
         (
             "startup.py",
-            "--repeats 1 --steps 2 --set data.root={folder} model=tiny data.vocab_size=300 data.seq_len=8 "
-            "data.batch_size=2 data.micro_batch_size=2 data.max_documents=300 data.val_tokens=400 trainer.probe_rows=5",
+            f"--repeats 1 --steps 2 --set data.root={{folder}} {FILES} model=tiny data.seq_len=8 data.batch_size=2 "
+            "data.micro_batch_size=2 data.val_tokens=400 trainer.probe_rows=5",
             ["--help", "first step", "loading"],
         ),
         (
