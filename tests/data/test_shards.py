@@ -259,7 +259,7 @@ def test_a_killed_shard_leaves_no_part_and_can_be_started_again(corpus, make_con
     command = [sys.executable, str(script), str(config.files), config.root]
     part = parts_folder(config, 2) / "0"
     with subprocess.Popen(command) as process:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not any(path.stat().st_size for path in part.parent.glob("0.partial-*/train.ids")):
             assert process.poll() is None
             assert time.monotonic() < deadline
