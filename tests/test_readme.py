@@ -40,7 +40,7 @@ def test_every_command_is_understood(command):
 
 def test_there_is_a_command_of_every_kind():
     known = {"fit", "prepare", "evaluate", "generate", "export", "import", "report"}
-    known |= {"measure", "reproduce", "estimate", "experiments"}
+    known |= {"measure", "reproduce", "estimate", "experiments", "consolidate", "launch"}
     assert {command.split()[0] for command in COMMANDS} == known
 
 
