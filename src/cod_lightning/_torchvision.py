@@ -19,8 +19,8 @@ class Hidden(metadata.DistributionFinder):
     def find_spec(self, name, path=None, target=None):
         return None
 
-    def find_distributions(self, context=metadata.DistributionFinder.Context()):  # noqa: B008 (signature of the base)
-        if context.name in self.names:
+    def find_distributions(self, context=None):
+        if context is not None and context.name in self.names:
             raise metadata.PackageNotFoundError(context.name)
         return []
 

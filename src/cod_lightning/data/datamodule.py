@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ SCANNED_ROWS = 1024
 """Rows read at a time where validation is cut to fewer tokens than the set has."""
 
 
-class StepDataModule(LightningDataModule):
+class StepDataModule(LightningDataModule, ABC):
     """What all rows have in common, of tokens or of pixels: steps, ranks, and a fingerprint that a resumed run keeps.
 
     Build the Trainer with `use_distributed_sampler=False`: the rows of a rank are chosen here, and Lightning stops with
@@ -65,9 +66,9 @@ class StepDataModule(LightningDataModule):
         return []
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 of the rows and of what they were made with; a resumed run must have the same."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint}
