@@ -97,11 +97,11 @@ def bare(model: Model) -> Model:
     return copy
 
 
-def shard_of(values: Tensor, like: Tensor) -> Tensor:
-    """Of `values`, which all ranks have, the part of this one where `like` is sharded; all of it elsewhere."""
-    if not isinstance(like, DTensor):
+def cut(values: Tensor, like: Tensor) -> Tensor:
+    """Values that all ranks have, sharded as `like` is; as they are where it is not, or they are already."""
+    if not isinstance(like, DTensor) or isinstance(values, DTensor):
         return values
-    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def local(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def put_(parameter: Tensor, values: Tensor) -> None:
     """Set a parameter, sharded or not, to values that all ranks have."""
-    local(parameter).copy_(shard_of(values, parameter))
+    local(parameter).copy_(local(cut(values, parameter)))
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -146,11 +147,11 @@ class StopSignal(Callback):
             signal.signal(signal.SIGTERM, lambda number, frame: setattr(pl_module, "stop_asked", True))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *arguments: Any, **named: Any) -> None:
-        if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_asked), device=pl_module.device)).item():
+        if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_asked))).item():
             raise Stopped(f"stopped as asked, in the validation after step {trainer.global_step}")
 
 
-class ProbeCallback(Callback):
+class ProbeCallback(Callback, ABC):
     """Measures the decoder on a fixed batch before the first step, every `every` steps and after the last one.
 
     Training goes on as if it had not been measured, to the bit: what is measured is a `bare` model with its weights,
@@ -178,12 +179,12 @@ class ProbeCallback(Callback):
     def undisturbed(self, trainer: Trainer, pl_module: Any) -> None:
         began = time.perf_counter()
         with isolate_rng():
-            self.measure(trainer, pl_module, bare(pl_module.network).eval())
+            self.measure(trainer, pl_module, bare(pl_module.network).to(trainer.strategy.root_device).eval())
         self.recorder.measure_seconds += time.perf_counter() - began
 
+    @abstractmethod
     def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
         """Measure `network` and record it; every rank calls this at the same steps."""
-        raise NotImplementedError
 
     def draw(self, trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
         """Draw what was just measured into TensorBoard, where it is `worth_a_figure`."""
@@ -202,7 +203,9 @@ class LayerStatisticsCallback(ProbeCallback):
 
     def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
         with trainer.precision_plugin.forward_context():
-            found = pl_module.statistics(network, pl_module.transfer_batch_to_device(self.probe, pl_module.device, 0))
+            found = pl_module.statistics(
+                network, pl_module.transfer_batch_to_device(self.probe, trainer.strategy.root_device, 0)
+            )
         self.recorder.add(
             trainer,
             "layers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -29,7 +30,7 @@ from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
 from cod_lightning.train.strategy import Sharded, backend
 
 
-class StepModule(LightningModule):
+class StepModule(LightningModule, ABC):
     """Trains a model with one optimizer step per batch; a child says what the model and its batches are.
 
     A training batch is a rank's share of one optimizer step; it is cut into micro-batches here, so that the trainer's
@@ -71,28 +72,28 @@ class StepModule(LightningModule):
         """Tokens read so far that are not padding, over all ranks."""
 
     @property
+    @abstractmethod
     def network(self) -> Any:
         """What is trained: `network(rows, targets)` is a `TokenLoss`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The rows of a training batch, and what is to be predicted of each, `IGNORE` where nothing is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count_tokens(self, rows: Tensor) -> Tensor:
         """How many tokens rows have that are not padding, 0-dimensional."""
-        raise NotImplementedError
 
+    @abstractmethod
     def statistics(self, network: Any, probe: Any) -> LayerStatistics:
         """Every layer of `network`, which is this one's or a copy, measured on the data's `probe_batch`.
 
         Every rank takes its share of the rows, and all find the statistics of the whole probe.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, device: torch.device, wrap: Callable[[Any], None]) -> None:
         """Set the initialised model: built on the meta device, wrapped there, drawn on `device`."""
-        raise NotImplementedError
 
     def configure_model(self) -> None:
         """Build the model, and shard it where the trainer's strategy does; a second call does nothing.
@@ -102,12 +103,12 @@ class StepModule(LightningModule):
         """
         if self.built:
             return
-        settings, device = self.settings, torch.device("cpu")
-        wrapping: dict[str, Any] = {"checkpointing": settings.checkpointing, "backend": backend(settings)}
+        device = torch.device("cpu")
+        wrapping: dict[str, Any] = {"checkpointing": self.settings.checkpointing, "backend": backend(self.settings)}
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, Sharded):
-            wrapping |= strategy.sharding(settings)
-            device = torch.device("cpu") if settings.offload else strategy.root_device
+            wrapping |= strategy.sharding()
+            device = strategy.resting_device
         self.build(device, partial(parallelise, **wrapping))
         if self.initial is not None:
             load(self.network, *self.initial)
@@ -175,7 +176,10 @@ class StepModule(LightningModule):
 
     def sum_over_ranks(self, *values: Tensor) -> Tensor:
         stacked = torch.stack(values)
-        return self.trainer.strategy.reduce(stacked, reduce_op="sum") if self.trainer.world_size > 1 else stacked
+        if self.trainer.world_size == 1:
+            return stacked
+        # Parameters, and what is found of them, may rest where ranks do not talk.
+        return self.trainer.strategy.reduce(stacked.to(self.trainer.strategy.root_device), reduce_op="sum")
 
     def share(self, rows: Tensor, filler: int) -> Tensor:
         return share(rows, self.trainer.global_rank, self.trainer.world_size, filler)

@@ -12,11 +12,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from cod_lightning.errors import UserError
-from cod_lightning.nn.parallel import load
+from cod_lightning.nn.parallel import cut, load
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_parts
 from cod_lightning.train.config import TrainerConfig
 
@@ -27,12 +26,16 @@ def strategy_of(settings: TrainerConfig, *, unused: bool = False) -> Any:
     Args:
         settings: of the trainer.
         unused: some parameters get no gradient in some steps.
+
+    Raises:
+        UserError: offloading, and no GPU whose memory it could spare.
     """
-    timeout = timedelta(seconds=settings.timeout)
+    if settings.offload and accelerator(settings) == "cpu":
+        raise UserError("trainer.offload=true keeps in the host's memory what GPUs need not hold: it needs GPUs")
     if settings.strategy == "fsdp":
-        return Sharded(data_parallel_size=settings.world_size, tensor_parallel_size=1, timeout=timeout)
+        return Sharded(settings)
     if settings.strategy == "ddp":
-        return DDPStrategy(timeout=timeout, find_unused_parameters=unused)
+        return DDPStrategy(timeout=timedelta(seconds=settings.timeout), find_unused_parameters=unused)
     return settings.strategy
 
 
@@ -70,25 +73,35 @@ class Sharded(ModelParallelStrategy):
     it: `read_checkpoint` gives a folder as the one file that a single process would have written.
     """
 
-    def sharding(self, settings: TrainerConfig) -> dict[str, Any]:
-        """The arguments of `parallelise` that shard a model over this strategy's ranks.
+    def __init__(self, settings: TrainerConfig):
+        super().__init__(
+            data_parallel_size=settings.world_size,
+            tensor_parallel_size=1,
+            # What is offloaded is summed and gathered where it rests.
+            process_group_backend="cuda:nccl,cpu:gloo" if settings.offload else None,
+            timeout=timedelta(seconds=settings.timeout),
+        )
+        self.settings = settings
 
-        Raises:
-            UserError: there is no GPU whose memory could be spared.
-        """
-        device = self.root_device.type
-        if settings.offload and device == "cpu":
-            raise UserError("trainer.offload=true keeps in the host's memory what GPUs need not hold: it needs GPUs")
+    def sharding(self) -> dict[str, Any]:
+        """The arguments of `parallelise` that shard a model over the ranks."""
         mesh = self.device_mesh["data_parallel"]
-        if settings.hybrid:
-            mesh = init_device_mesh(
-                device, (settings.num_nodes, settings.devices), mesh_dim_names=("replicas", "shards")
-            )
-        mixed = precision(settings) == "bf16-mixed"
-        return {"mesh": mesh, "offload": settings.offload, "dtype": torch.bfloat16 if mixed else None}
+        if self.settings.hybrid:
+            shape = (self.settings.num_nodes, self.settings.devices)
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicas", "shards"))
+        mixed = precision(self.settings) == "bf16-mixed"
+        return {"mesh": mesh, "offload": self.settings.offload, "dtype": torch.bfloat16 if mixed else None}
+
+    @property
+    def resting_device(self) -> torch.device:
+        """Where parameters are between their uses."""
+        return torch.device("cpu") if self.settings.offload else self.root_device
 
     def model_to_device(self) -> None:
-        """The parameters are where they belong; what metrics hold moves."""
+        """Move all but parameters that rest elsewhere: then what metrics hold."""
+        if not self.settings.offload:
+            super().model_to_device()
+            return
         assert self.lightning_module is not None
         for child in self.lightning_module.children():
             if not any(True for _ in child.parameters()):
@@ -121,7 +134,11 @@ class Sharded(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             moments = {
-                number: {name: sharded(value, parameters[number]) for name, value in values.items()}
+                # Those of a file are whole; a step is a number of its own.
+                number: {
+                    name: cut(value, parameters[number]) if value.shape == parameters[number].shape else value
+                    for name, value in values.items()
+                }
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict(state | {"state": moments})
@@ -130,10 +147,3 @@ class Sharded(ModelParallelStrategy):
     def moments(self) -> list[Mapping[int, Tensor]]:
         """For each optimizer its parameters by number, whose shards its moments share."""
         return [dict(enumerate(p for g in o.param_groups for p in g["params"])) for o in self.optimizers]
-
-
-def sharded(value: Any, like: Tensor) -> Any:
-    """A whole moment cut like its parameter; steps, and what is cut already, as they are."""
-    if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
-        return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
