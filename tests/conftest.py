@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums of one thread are reproducible, and two 2-thread workers on 2 cores collapse
 os.environ["HF_HUB_OFFLINE"] = "1"  # without network a name on the hub takes 23-51 s to fail, with this no time at all
@@ -86,3 +87,17 @@ def train(toy, tmp_path):
         return carry_out(compose([*toy, f"output={tmp_path}", *overrides]))
 
     return run
+
+
+@pytest.fixture
+def wait_for():
+    """`wait_for(condition, process, log)` returns when the condition holds; a process that ends before is a failure."""
+
+    def wait(condition, process, log):
+        end = time.monotonic() + 300
+        while not condition():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.02)
+
+    return wait

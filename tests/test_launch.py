@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -52,7 +51,7 @@ def scheduler(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_job_that_is_told_to_stop_is_queued_again_until_its_end(scheduler, toy, train):
+def test_a_job_that_is_told_to_stop_is_queued_again_until_its_end(scheduler, toy, train, wait_for):
     words = ["trainer.max_steps=60", "data.micro_batch_size=4", "eval.every=30", "trainer.stats_every=0"]
     words += ["trainer.measures.jacobian=0", "trainer.checkpoint_every=1000"]
     alone, _ = train(*words, "name=alone")
@@ -62,11 +61,7 @@ def test_a_job_that_is_told_to_stop_is_queued_again_until_its_end(scheduler, toy
         job = subprocess.Popen(
             [sys.executable, "-m", "cod_lightning", "launch", "slurm", *words, "--submit"], stdout=out, stderr=out
         )
-    end = time.time() + 240
-    while "step      9/" not in log.read_text():
-        assert job.poll() is None, log.read_text()
-        assert time.time() < end
-        time.sleep(0.02)
+    wait_for(lambda: "step      9/" in log.read_text(), job, log)
     for rank in range(2):  # as the scheduler does before the limit
         os.kill(int((scheduler / f"task{rank}").read_text()), 15)
     assert job.wait(240) == 0, log.read_text()

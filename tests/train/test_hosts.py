@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -58,7 +57,7 @@ def start(host, rank, words, log):
         return subprocess.Popen(process, env=os.environ | environment, stdout=out, stderr=out)
 
 
-def test_a_host_that_is_cut_off_ends_the_other_in_time_and_both_go_on_together(hosts, toy, train, tmp_path):
+def test_a_host_that_is_cut_off_ends_the_other_in_time_and_both_go_on_together(hosts, toy, train, tmp_path, wait_for):
     words = ["trainer.max_steps=150", "data.micro_batch_size=4", "eval.every=50", "trainer.checkpoint_every=10"]
     words += ["trainer.stats_every=0", "trainer.measures.jacobian=0"]
     alone, _ = train(*words, "name=alone")
@@ -71,11 +70,7 @@ def test_a_host_that_is_cut_off_ends_the_other_in_time_and_both_go_on_together(h
 
     both = start_both()
     try:
-        end = time.time() + TIMEOUT
-        while "step     12/" not in logs[0].read_text():
-            assert both[0].poll() is None, logs[0].read_text()
-            assert time.time() < end
-            time.sleep(0.02)
+        wait_for(lambda: "step     12/" in logs[0].read_text(), both[0], logs[0])
         assert ip("-n", hosts[1], "link", "set", hosts[1], "down").returncode == 0
         assert both[0].wait(TIMEOUT) == 75, logs[0].read_text()
         assert "another of the 2 ranks is gone, or did not answer" in logs[0].read_text()

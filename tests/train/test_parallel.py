@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -21,6 +20,10 @@ from cod_lightning.train.checkpoint import AtomicCheckpointIO, checkpoints, read
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 240
+BETA = 0.9
+"""Of Adam's first moment."""
+CLIP = 0.01
+"""Largest norm of a gradient, below that of every strategy."""
 
 RUNS = """
 import json, sys
@@ -60,6 +63,17 @@ def node(rank):
     return {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29400 + os.getpid() % 500)}
 
 
+def on_two_nodes(words_of):
+    """Start `fit` with `words_of(rank)` on each; returns their statuses and what they said."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [
+        subprocess.Popen(command("fit", *words_of(rank)), env=environment() | node(rank), **streams)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=TIMEOUT)[0] for process in both]
+    return [(process.returncode, text) for process, text in zip(both, said, strict=True)]
+
+
 def record_of(folder):
     return json.loads((folder / "record.json").read_text())
 
@@ -73,7 +87,7 @@ def test_first_losses_and_gradients_of_every_strategy_are_those_of_one_process(t
     """A moment of Adam after one step is the gradient, as it was clipped, times 1 - beta."""
     words = [
         *("trainer.max_steps=1", "trainer.stats_every=0", "trainer.measures.jacobian=0", "eval.every=100"),
-        *("optim.clip=0.5", "optim.warmup_ratio=0", "data.micro_batch_size=2", "data.val_tokens=512"),
+        *(f"optim.clip={CLIP}", "optim.warmup_ratio=0", "data.micro_batch_size=2", "data.val_tokens=512"),
     ]
     there = [*toy, *words, *world(strategy), f"output={tmp_path / strategy}"]
     run_all(tmp_path, [[*there, f"norm={name}", f"name={name}"] for name in STRATEGIES], ranks=2)
@@ -88,6 +102,8 @@ def test_first_losses_and_gradients_of_every_strategy_are_those_of_one_process(t
         assert found["state_dict"].keys() == expected["state_dict"].keys()
         expected, found = (state["optimizer_states"][0]["state"] for state in (expected, found))
         assert expected.keys() == found.keys()
+        norm = sum(float(moments["exp_avg"].square().sum()) for moments in found.values()) ** 0.5 / (1 - BETA)
+        assert norm == pytest.approx(CLIP, rel=1e-3), name
         largest = max(float(moments["exp_avg"].abs().max()) for moments in expected.values())
         for number, moments in expected.items():
             # Sums of other orders: what cancels in a parameter is as exact as the largest gradient.
@@ -100,7 +116,14 @@ def test_a_run_goes_on_on_any_number_of_ranks_and_under_any_strategy(toy, train,
     one, _ = train(*words, "name=one")
     losses = one["history"]["train"]["loss"]
     all_words = [*toy, *words, f"output={tmp_path}"]
-    run_all(tmp_path, [[*all_words, *world("fsdp"), "name=two"]], ranks=2)
+    mixed = ["trainer.precision=bf16-mixed", "name=mixed"]
+    wrapped = [*world("fsdp"), "trainer.checkpointing=selective"]
+    run_all(tmp_path, [[*all_words, *world("fsdp"), "name=two"], [*all_words, *wrapped, *mixed]], ranks=2)
+    sharded = record_of(tmp_path / "mixed")["history"]["train"]["loss"]
+    assert sharded == pytest.approx(
+        train(*words, *mixed[:1], "name=mixed_on1")[0]["history"]["train"]["loss"], rel=1e-3
+    )
+    assert sharded != pytest.approx(losses, rel=1e-6)
     two = record_of(tmp_path / "two")
     assert two["history"]["train"]["loss"] == pytest.approx(losses, rel=1e-5)
     for layer, measured in one["history"]["layers"].items():
@@ -114,19 +137,8 @@ def test_a_run_goes_on_on_any_number_of_ranks_and_under_any_strategy(toy, train,
     run_all(tmp_path, [[*all_words, *world(strategy), f"name={name}"] for name, strategy in again], ranks=2)
     # Four ranks on two nodes, each of which has all of the model: our launcher starts the second rank of a node.
     nodes = [*all_words, *world("fsdp"), "trainer.num_nodes=2", "trainer.hybrid=true", "name=on4"]
-    both = [
-        subprocess.Popen(
-            command("fit", *nodes),
-            env=environment() | node(rank),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in both:
-        said, _ = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, said
+    for status, said in on_two_nodes(lambda rank: nodes):
+        assert status == 0, said
     train(*words, "name=on1")
     for name in ("on1", "on2", "on4", "ddp", "file"):
         again = record_of(tmp_path / name)
@@ -200,16 +212,8 @@ def test_recomputed_activations_change_nothing(train, checkpointing):
     assert again["history"]["jacobian"] == plain["history"]["jacobian"]
 
 
-def wait_for(condition, process):
-    end = time.time() + TIMEOUT
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < end
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_stops_and_the_same_command_goes_on(toy, train, tmp_path, ranks):
+def test_sigterm_saves_stops_and_the_same_command_goes_on(toy, train, tmp_path, wait_for, ranks):
     words = ["trainer.max_steps=60", "trainer.checkpoint_every=1000", "data.micro_batch_size=4", "eval.every=20"]
     words += ["trainer.stats_every=0", "trainer.measures.jacobian=0"]
     whole, _ = train(*words, "name=whole")
@@ -217,7 +221,7 @@ def test_sigterm_saves_stops_and_the_same_command_goes_on(toy, train, tmp_path, 
     log = tmp_path / "log"
     with open(log, "w") as out:
         process = subprocess.Popen(command(*words, "trainer.progress=true"), env=environment(), stdout=out, stderr=out)
-    wait_for(lambda: "step      7/" in log.read_text(), process)
+    wait_for(lambda: "step      7/" in log.read_text(), process, log)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT) == 75, log.read_text()
     assert "run the same command again to go on" in log.read_text()
@@ -253,7 +257,7 @@ def test_a_run_stopped_before_a_validation_begins_with_it(train, monkeypatch):
     assert again["history"]["train"]["loss"] == whole["history"]["train"]["loss"]
 
 
-def test_a_rank_that_dies_ends_the_others_with_a_clear_error(toy, tmp_path):
+def test_a_rank_that_dies_ends_the_others_with_a_clear_error(toy, tmp_path, wait_for):
     words = ["fit", *toy, *world("ddp"), f"output={tmp_path}", "data.micro_batch_size=4", "trainer.max_steps=100000"]
     log = tmp_path / "log"
     with open(log, "w") as out:
@@ -267,7 +271,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_clear_error(toy, tmp_path):
             for rank in range(2)
         )
     try:
-        wait_for(lambda: "step      3/" in log.read_text(), first)
+        wait_for(lambda: "step      3/" in log.read_text(), first, log)
         second.kill()
         assert first.wait(TIMEOUT) == 75, log.read_text()
     finally:
@@ -277,24 +281,14 @@ def test_a_rank_that_dies_ends_the_others_with_a_clear_error(toy, tmp_path):
     assert "another of the 2 ranks is gone" in log.read_text()
 
 
-def test_ranks_that_see_different_checkpoints_do_not_start(toy, tmp_path):
+def test_ranks_that_see_different_checkpoints_do_not_start(toy, train, tmp_path):
     """As on nodes that do not share the run's folder."""
-    words = ["fit", *toy, *world("ddp"), "data.micro_batch_size=4", "trainer.num_nodes=2", "trainer.devices=1"]
-    (tmp_path / "0" / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "0" / "run" / "checkpoints" / "step-00000002.ckpt").touch()
-    both = [
-        subprocess.Popen(
-            command(*words, f"output={tmp_path / str(rank)}", "name=run"),
-            env=environment() | node(rank),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in both:
-        said, _ = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 2, said
+    words = ["data.micro_batch_size=4", "trainer.stats_every=0", "trainer.measures.jacobian=0"]
+    _, folder = train(*words, "name=run")
+    shutil.copytree(folder / "checkpoints", tmp_path / "0" / "run" / "checkpoints")
+    words = [*toy, *words, *world("ddp"), "trainer.num_nodes=2", "trainer.devices=1"]
+    for status, said in on_two_nodes(lambda rank: [*words, f"output={tmp_path / str(rank)}", "name=run"]):
+        assert status == 2, said
         assert "must be on a file system that all nodes share" in said
 
 
