@@ -220,9 +220,14 @@ WORLDS = [
     (with_run(), ["SLURM_PROCID=x", *LOADED], ["SLURM_PROCID='x'"]),
 ]  # fmt: skip
 if not torch.cuda.is_available():
-    WORLDS.append(
-        (nothing, ["toy", "trainer.accelerator=gpu"], ["trainer.accelerator='gpu'", "trainer.accelerator=cpu"])
-    )
+    WORLDS += [
+        (nothing, ["toy", "trainer.accelerator=gpu"], ["trainer.accelerator='gpu'", "trainer.accelerator=cpu"]),
+        (
+            nothing,
+            ["toy", "trainer=fsdp", "trainer.offload=true", "data.micro_batch_size=4"],
+            ["trainer.offload=true keeps in the host's memory what GPUs need not hold: it needs GPUs"],
+        ),
+    ]
 
 # --- strategies -----------------------------------------------------------------------------------------------------
 
