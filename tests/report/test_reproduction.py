@@ -466,11 +466,24 @@ def findings_of(markdown):
 )
 def test_halves_of_the_layers_are_compared(losses, directions):
     runs = [replace(run(seed, 5.0), measures={"removal": {"loss": 2.0, "losses": losses}}) for seed in (1, 2)]
-    column = Column((table(row("pre_ln", None, *runs), row("post_ln", None, *runs), target="Figure 3"),))
-    cost_of_pre, turn, cost_of_post, _ = verdicts("Figure 3", column)
+    column = Column((table(row("pre_ln", None, *runs), row("post_ln", None, *runs), target="Figure 2"),))
+    cost_of_pre, turn, cost_of_post, _ = verdicts("Figure 2", column)
     assert [cost_of_pre.direction, cost_of_post.direction] == directions
     assert (turn.difference, turn.direction) == (None, None)
-    assert verdicts("Figure 3", Column((table(row("lns", None, *runs), target="Figure 3"),))) == []
+    assert verdicts("Figure 2", Column((table(row("lns", None, *runs), target="Figure 2"),))) == []
+
+
+def test_layers_matter_more_evenly_where_the_costliest_has_less_of_the_cost():
+    """Of 1.0 + 0.1 + 0.1 + 0.0 the first block has 1 / 1.2, of four times 0.5 a quarter."""
+    uneven, even = (
+        [replace(run(seed, 5.0), measures={"removal": {"loss": 2.0, "losses": losses}}) for seed in (1, 2)]
+        for losses in ([3.0, 2.1, 2.1, 2.0], [2.5] * 4)
+    )
+    for lns, pre_ln, expected in ((even, uneven, SAME), (uneven, even, OPPOSITE)):
+        column = Column((table(row("pre_ln", None, *pre_ln), row("lns", None, *lns), target="Figure 7"),))
+        verdict = verdicts("Figure 7", column)[0]
+        assert verdict.direction == expected
+        assert abs(verdict.difference.mean) == pytest.approx(math.log(4 / 1.2))
 
 
 def test_what_was_run_but_not_measured_says_so():

@@ -70,7 +70,12 @@ def on_two_nodes(words_of):
         subprocess.Popen(command("fit", *words_of(rank)), env=environment() | node(rank), **streams)
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=TIMEOUT)[0] for process in both]
+    try:
+        said = [process.communicate(timeout=TIMEOUT)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
     return [(process.returncode, text) for process, text in zip(both, said, strict=True)]
 
 
