@@ -8,7 +8,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 PACKAGE = "cod_lightning"
 
-COMMON = ("__init__", "_torchmetrics", "_torchvision", "errors")
+COMMON = ("__init__", "_torchmetrics", "_torchvision", "errors", "files")
 """Top-level modules that everyone may import; they import only each other."""
 
 TOP = ("config", "experiments", "launch", "cli", "__main__")

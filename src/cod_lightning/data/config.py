@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,11 @@ class DataConfig:
     val_files: Any = None
     """Like `files`, for validation; without it one document in `val_every` is held out."""
     val_every: int = 50
+    sha256: str | None = None
+    """SHA-256 of the documents, as the manifest of a prepared set has it: other text is refused. The text is then known
+    by it, and no longer by the names of its files. None: any text."""
+    repeat: bool = field(default=True, metadata=RUNTIME)
+    """False: refuse a run that would read a training row a second time."""
     max_documents: int | None = None
     """Stop after so many training documents (None: all; `c4` has 364,868,892)."""
     tokenizer: str = "bpe"
@@ -109,6 +115,8 @@ def problems(config: DataConfig) -> list[str]:
         for key, bound in least.items()
         if getattr(config, key) < bound
     ]
+    if config.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", config.sha256):
+        found.append(f"data.sha256={config.sha256!r}: must be 64 hexadecimal digits, as in a set's manifest.json")
     if config.folder == "":
         found.append("data.folder is empty: a prepared set, or null for the one that the settings describe")
     if not config.tokenizer:

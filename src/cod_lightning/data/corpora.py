@@ -308,7 +308,7 @@ def docs(workers: int = 1) -> list[str]:
     is_new = NearDuplicates()
     documents: list[str] = []
     for unit in paragraphs:
-        documents += _join(paragraph for paragraph in unit if is_new(paragraph))
+        documents += join_paragraphs(paragraph for paragraph in unit if is_new(paragraph))
     return _bounded(documents, DOCS_CHARACTERS)
 
 
@@ -439,7 +439,7 @@ def _node_docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.Asy
             yield from _node_docstrings(child)
 
 
-def _join(paragraphs: Iterable[str]) -> Iterator[str]:
+def join_paragraphs(paragraphs: Iterable[str]) -> Iterator[str]:
     """Join paragraphs, in order, to documents of `DOCUMENT_CHARACTERS`."""
     least, enough = DOCUMENT_CHARACTERS
     parts: list[str] = []

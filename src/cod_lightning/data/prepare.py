@@ -173,6 +173,20 @@ def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
         differences.append(f"data.vocab_size={config.vocab_size}, but the set has {record.requested}")
     if differences:
         raise UserError(f"{where} was prepared with other settings: {'; '.join(differences)}")
+    check_text(config, manifest.source.sha256, where)
+
+
+def check_text(config: DataConfig, sha256: str, where: str) -> None:
+    """Compare the SHA-256 of the documents with `data.sha256`, if that is set.
+
+    Raises:
+        UserError: They differ.
+    """
+    if config.sha256 not in (None, sha256):
+        raise UserError(
+            f"data.sha256={config.sha256[:16]}..., but {where} has {sha256[:16]}...: give the corpus that results are "
+            "compared on, or pass data.sha256=null for another one"
+        )
 
 
 def _make_set(config: DataConfig, partial_folder: Path, folder: Path, progress: bool) -> None:
@@ -227,6 +241,7 @@ def write_set(
                 f"data.source={config.source}: {text.documents[name]} documents do not fill one {name} row of "
                 f"data.seq_len={config.seq_len} tokens{_ADVICE[name]}"
             )
+    check_text(config, text.sha256.hexdigest(), "the text")
     tokenizer = encoder.tokenizer
     manifest = Manifest(
         format=format_of(encoder.layout),

@@ -375,7 +375,7 @@ def by_target(experiments: Iterable[Experiment]) -> dict[str, dict[str, list[Exp
     }
 
 
-SCALES = ("paper", "mini", "toy")
+SCALES = ("paper", "mini", "small", "toy")
 """From the published size down."""
 
 

@@ -213,6 +213,7 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule] | tuple[ImageD
             f"model.vocab_size={vocab_size} is smaller than the tokenizer's: token {max_id} occurs in the data; "
             f"set model.vocab_size={data.vocab_size} or leave it null"
         )
+    check_repetition(run, data.manifest.train.rows)
     module = DecoderModule(
         replace(run.model, vocab_size=vocab_size),
         evaluation=run.evaluation,
@@ -222,6 +223,20 @@ def build(run: Sections) -> tuple[TokenDataModule, DecoderModule] | tuple[ImageD
         **settings,
     )
     return data, module
+
+
+def check_repetition(run: Sections, rows: int) -> None:
+    """Compare the rows that a run reads with those of its set, unless `data.repeat`.
+
+    Raises:
+        UserError: there are fewer; names both numbers of tokens.
+    """
+    steps, batch_size, seq_len = run.trainer.max_steps, run.data.batch_size, run.data.seq_len
+    if not run.data.repeat and steps * batch_size > rows:
+        raise UserError(
+            f"data.repeat=false: trainer.max_steps={steps} reads {steps * batch_size * seq_len:,} training tokens, but "
+            f"the set has {rows * seq_len:,}: use fewer steps or more text, or pass data.repeat=true"
+        )
 
 
 def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
