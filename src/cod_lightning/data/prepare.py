@@ -61,6 +61,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
     folder = prepared_folder(config)
     if not is_whole(folder):
         make_folder(folder, is_whole, lambda partial_folder: _make_set(config, partial_folder, folder, progress))
+    check_text(config, read_manifest(folder).source.sha256, str(folder))
     return folder
 
 
