@@ -20,13 +20,13 @@ import torch
 import yaml
 from _results import milliseconds, peak_bytes, save, show
 
+from cod_lightning.config.schema import OptimConfig, TrainerConfig
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder, build_vit
 from cod_lightning.nn.strategies import BlockSpec, build_all
-from cod_lightning.report.estimate import GPUS, estimate
-from cod_lightning.train.config import OptimConfig, TrainerConfig
+from cod_lightning.train.estimate import GPUS, estimate
 from cod_lightning.train.optim import build_optimizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]

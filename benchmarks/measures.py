@@ -27,9 +27,9 @@ import torch
 from _results import milliseconds, save, show
 from torch.utils.tensorboard import SummaryWriter
 
-from cod_lightning.config import Config, compose
+from cod_lightning.config.compose import Config, compose
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.adapter import Layered
 from cod_lightning.measure.layers import layer_statistics, plot_variance
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder

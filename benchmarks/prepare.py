@@ -26,7 +26,7 @@ from cod_lightning.data.config import DataConfig
 from cod_lightning.data.corpora import docs
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepare
-from cod_lightning.data.tokenizer import DocumentTokenizer, train_bpe
+from cod_lightning.data.tokenizers import DocumentTokenizer, train_bpe
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -15,7 +15,7 @@ logging. Contestants, each with the optimizer that its trainer takes by default:
 
 On a CPU all take turns within each round, and `over_...` is the median over the rounds of the ratio to the first.
 
-MFU counts operations as `cod_lightning.report.estimate.flops_per_token` does, over the hardware's peak: the data
+MFU counts operations as `cod_lightning.train.estimate.flops_per_token` does, over the hardware's peak: the data
 sheet's for dense bfloat16 where it is known, else that of a large matrix product measured in the same run.
 """
 
@@ -39,14 +39,14 @@ import yaml
 from _results import milliseconds, rounds, save, show, versions
 from torch import Tensor, nn
 
-from cod_lightning.config import compose
+from cod_lightning.config.compose import compose
+from cod_lightning.config.schema import OptimConfig
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn import decoder as decoder_module
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.report.estimate import GPUS, flops_per_token, matmul_rate
-from cod_lightning.train.config import OptimConfig
+from cod_lightning.train.estimate import GPUS, flops_per_token, matmul_rate
 from cod_lightning.train.optim import build_optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -81,7 +81,7 @@ def train(toy, tmp_path):
     """`train(*overrides)` runs a toy fit in this process and returns its record and folder."""
 
     from cod_lightning.cli import carry_out
-    from cod_lightning.config import compose
+    from cod_lightning.config.compose import compose
 
     def run(*overrides):
         return carry_out(compose([*toy, f"output={tmp_path}", *overrides]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cod_lightning.cli import parser
-from cod_lightning.config import Config, choices, compose, flatten, plain, sweep
+from cod_lightning.config.compose import Config, choices, compose, flatten, plain, sweep
 
 PATH = Path(__file__).parents[1] / "docs" / "audit.md"
 TEXT = PATH.read_text()

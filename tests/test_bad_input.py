@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cod_lightning.cli import RANKS, carry_out, main
-from cod_lightning.config import compose, load, save
+from cod_lightning.config.compose import compose, load, save
 from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.train.checkpoint import checkpoints
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from cod_lightning.cli import main
-from cod_lightning.config import compose
+from cod_lightning.config.compose import compose
 
 PYTHON = [sys.executable, "-m", "cod_lightning"]
 
@@ -119,7 +119,7 @@ def test_generate_continues_the_prompt_the_same_way_under_one_seed(finished):
 
 def decoder_of(folder):
     from cod_lightning.cli import sections
-    from cod_lightning.config import load
+    from cod_lightning.config.compose import load
     from cod_lightning.train.run import checkpoint_of, load_run
 
     return load_run(sections(load(folder)), folder, checkpoint_of(folder))
@@ -188,8 +188,8 @@ def test_options_of_measures_are_words(finished, tmp_path):
 
 
 def loss_of(model, batches, pad_id=None):
-    from cod_lightning.measure.layered import Layered
-    from cod_lightning.measure.tokens import evaluate
+    from cod_lightning.measure.adapter import Layered
+    from cod_lightning.measure.batches import evaluate
 
     return evaluate(Layered(model), batches, pad_id)[0]
 
@@ -197,7 +197,7 @@ def loss_of(model, batches, pad_id=None):
 def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
     transformers = pytest.importorskip("transformers")
     from cod_lightning.cli import open_subject
-    from cod_lightning.measure.prune import removed
+    from cod_lightning.measure.pruning import removed
 
     folder, _ = finished
     small = tmp_path / "small"
@@ -226,7 +226,7 @@ def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
 def test_a_pruned_model_of_transformers_loads_there_again(finished, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
     from cod_lightning.cli import open_subject
-    from cod_lightning.nn.exchange import hf_tokenizer
+    from cod_lightning.nn.huggingface import hf_tokenizer
 
     _, tokenizer = decoder_of(finished[0])
     torch.manual_seed(0)

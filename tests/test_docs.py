@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cod_lightning.cli import ESTIMATE_SETTINGS, parser
-from cod_lightning.config import compose, sweep
-from cod_lightning.report.estimate import estimate
+from cod_lightning.config.compose import compose, sweep
+from cod_lightning.train.estimate import estimate
 
 ROOT = Path(__file__).parents[1]
 SCALING, TROUBLE = ((ROOT / "docs" / name).read_text() for name in ("scaling.md", "troubleshooting.md"))
@@ -109,7 +109,7 @@ def test_every_link_leads_somewhere(name):
 
 
 def test_the_guides_name_existing_settings_and_the_readme_leads_to_them():
-    from cod_lightning.config import Config, flatten, plain
+    from cod_lightning.config.compose import Config, flatten, plain
 
     fields = flatten(plain(Config())).keys() | {"trainer.measures.jacobian"}
     named = set(re.findall(r"\b((?:model|data|optim|trainer)\.[a-z_]+(?:\.[a-z]+)?)=", SCALING + TROUBLE))

@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cod_lightning.config import Config, compose, fields_and_groups, load, to_yaml
+from cod_lightning.commands.terminal import summary
+from cod_lightning.config.compose import Config, compose, fields_and_groups, load, to_yaml
 from cod_lightning.data.manifest import Chunk, Manifest, Source, Split, TokenizerRecord
-from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer, train_bpe
+from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
-from cod_lightning.experiments import accuracies, claims, config_folder, rows
-from cod_lightning.report.claims import columns
-from cod_lightning.report.quantities import QUANTITIES, quantities
-from cod_lightning.report.terminal import summary
+from cod_lightning.paper.claims import columns
+from cod_lightning.paper.experiments import accuracies, claims, config_folder, rows
+from cod_lightning.paper.findings import QUANTITIES, quantities
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
 from cod_lightning.train.record import RECORD, read_record
 

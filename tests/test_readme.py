@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cod_lightning.cli import ESTIMATE_SETTINGS, parser
-from cod_lightning.config import choices, compose, groups, sweep
+from cod_lightning.config.compose import choices, compose, groups, sweep
 from cod_lightning.nn.strategies import STRATEGIES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cod_lightning.errors import TRY_AGAIN, Diverged, Stopped, UserError, nearest
 
 if TYPE_CHECKING:
-    from cod_lightning.config import Config
+    from cod_lightning.config.compose import Config
 
 OVERRIDES = """\
 Overrides are Hydra's: group=choice (experiments, model, norm, data, optim, protocol, trainer, logger) or
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sections(config: Config) -> Any:
     """The configuration as the training room takes it."""
-    from cod_lightning.config import plain
+    from cod_lightning.config.compose import plain
     from cod_lightning.train.run import Sections
 
     return Sections(
@@ -304,7 +304,7 @@ def check_ranks(config: Config) -> None:
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
-    from cod_lightning.config import compose, row_of, sweep, to_yaml
+    from cod_lightning.config.compose import compose, row_of, sweep, to_yaml
 
     if jobs < 1:
         raise UserError(f"--jobs={jobs} must be at least 1")
@@ -320,7 +320,7 @@ def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     config.row = row_of(config)
     record, folder = carry_out(config)
     if is_first_rank():
-        from cod_lightning.report.terminal import show, summary
+        from cod_lightning.commands.terminal import show, summary
 
         show(summary(record, folder))
     return 0
@@ -334,7 +334,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     """
     from filelock import FileLock, Timeout
 
-    from cod_lightning.config import check_folder, check_source, claim, plain
+    from cod_lightning.config.compose import check_folder, check_source, claim, plain
     from cod_lightning.nn.strategies import build_all, warnings
 
     check_ranks(config)
@@ -387,7 +387,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
 
 def fit_all(overrides: Sequence[str], jobs: int) -> int:
     """Every run of a sweep in a process of its own, then a table that compares them."""
-    from cod_lightning.config import compose, sweep
+    from cod_lightning.config.compose import compose, sweep
 
     runs = list(sweep(overrides))
     configs = [compose(words) for words in runs]
@@ -397,7 +397,7 @@ def fit_all(overrides: Sequence[str], jobs: int) -> int:
     with ThreadPoolExecutor(jobs) as pool:
         statuses = list(pool.map(lambda words, label: run_marked(["fit", *words], label, jobs), runs, labels))
 
-    from cod_lightning.report.terminal import comparison, show
+    from cod_lightning.commands.terminal import comparison, show
     from cod_lightning.train.record import read_record
 
     show(
@@ -438,7 +438,7 @@ def run_marked(words: Sequence[str], label: str, jobs: int) -> int:
 
 
 def prepare(overrides: Sequence[str]) -> int:
-    from cod_lightning.config import compose
+    from cod_lightning.config.compose import compose
     from cod_lightning.data import shards
     from cod_lightning.data.prepare import prepare as prepare_data
 
@@ -467,7 +467,7 @@ def taken(name: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path | None, limit: int | None) -> int:
-    from cod_lightning.config import changes_text, load
+    from cod_lightning.config.compose import changes_text, load
 
     tasks, overrides = taken("tasks", overrides)
     config = load(run, overrides)
@@ -477,7 +477,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
         return evaluate_tasks(config, run, checkpoint, tasks, task_folder, limit)
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit are for tasks=")
-    from cod_lightning.train.config import COUNTS
+    from cod_lightning.config.schema import COUNTS
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
@@ -498,7 +498,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
 def evaluate_tasks(
     config: Config, run: Path, checkpoint: str, tasks: str, task_folder: Path | None, limit: int | None
 ) -> int:
-    from cod_lightning.measure.tasks import PAPER_TASKS, keep_scores, score, task_manager
+    from cod_lightning.evaluate.lm_eval import PAPER_TASKS, keep_scores, score, task_manager
 
     at_least("limit", limit, 1)
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
@@ -526,14 +526,14 @@ def evaluate_tasks(
 
 
 def export(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str, max_length: int | None) -> int:
-    from cod_lightning.config import load
+    from cod_lightning.config.compose import load
 
     config = load(run)
     at_least("max-length", max_length, 1)
     import torch
 
-    from cod_lightning.nn.exchange import check_new
-    from cod_lightning.nn.exchange import export as write
+    from cod_lightning.nn.huggingface import check_new
+    from cod_lightning.nn.huggingface import export as write
     from cod_lightning.train.run import checkpoint_of, load_run
 
     folder = output or run / to
@@ -563,15 +563,15 @@ def consolidate(run: Path, checkpoint: str, output: Path | None) -> int:
 
 def import_model(model: str, output: Path) -> int:
     """Everything that is not the checkpoint's is a default; `evaluate` without data= takes `docs`, its rows packed."""
-    from cod_lightning.config import Config, save
+    from cod_lightning.config.compose import Config, save
     from cod_lightning.data.config import DataConfig
 
     if not Path(model).is_dir():
         from cod_lightning.data.hub import require_cached_or_hub
 
         require_cached_or_hub(model, "Give a folder with config.json, weights and tokenizer.")
-    from cod_lightning.data.tokenizer import load_tokenizer, with_pad_below
-    from cod_lightning.nn.exchange import check_new, import_hf, new_folder
+    from cod_lightning.data.tokenizers import load_tokenizer, with_pad_below
+    from cod_lightning.nn.huggingface import check_new, import_hf, new_folder
     from cod_lightning.train.run import TOKENIZER, write_imported
 
     check_new(output)
@@ -608,7 +608,7 @@ def at_least(option: str, value: int | None, bound: int) -> None:
 def generate(
     run: Path, prompt: str, checkpoint: str, max_tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> int:
-    from cod_lightning.config import load
+    from cod_lightning.config.compose import load
 
     config = load(run)
     for name, value, least, most in (
@@ -619,7 +619,7 @@ def generate(
     ):
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name}={value} must lie between {least} and {most}")
-    from cod_lightning.measure.generate import generate as sample
+    from cod_lightning.evaluate.generate import generate as sample
     from cod_lightning.train.run import checkpoint_of, load_run
 
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
@@ -649,9 +649,9 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
         return compare(models, options, overrides, checkpoint, rows, output)
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, {len(models)} are given; measure compare takes several")
-    from cod_lightning.measure.suite import measures_of
-    from cod_lightning.nn.exchange import check_new
-    from cod_lightning.report.studies import carry_out, carry_out_prune
+    from cod_lightning.commands.studies import carry_out, carry_out_prune
+    from cod_lightning.measure.registry import measures_of
+    from cod_lightning.nn.huggingface import check_new
 
     if study == "prune":
         if output is None:
@@ -672,9 +672,9 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
 
 def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], list[str]]:
     """The options among `key=value` words, and the rest: what a configuration could be asked for."""
-    from cod_lightning.config import fields_and_groups
+    from cod_lightning.commands.studies import options_of_study
+    from cod_lightning.config.compose import fields_and_groups
     from cod_lightning.measure.options import read_options
-    from cod_lightning.report.studies import options_of_study
 
     known = {**options_of_study(study), "rows": int, "output": str}
     known |= {} if study in ("compare", "prune") else {"only": Sequence[str]}
@@ -689,19 +689,19 @@ def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
 
 
 def is_run(model: str) -> bool:
-    from cod_lightning.config import CONFIG
+    from cod_lightning.config.compose import CONFIG
 
     return (Path(model) / CONFIG).is_file()
 
 
 def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: int) -> Any:
     """A run or a model of `transformers`, with held-out rows of the text that `overrides` ask for."""
-    from cod_lightning.config import changes_text, compose, load
+    from cod_lightning.config.compose import changes_text, compose, load
 
     if is_run(model):
         run = Path(model)
         config = load(run, overrides)
-        from cod_lightning.report.studies import open_run
+        from cod_lightning.commands.studies import open_run
         from cod_lightning.train.run import TOKENIZER, checkpoint_of
 
         if changes_text(overrides):
@@ -714,7 +714,7 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
         from cod_lightning.data.hub import require_cached_or_hub
 
         require_cached_or_hub(model, "Give a run folder, or a folder with config.json, weights and tokenizer.")
-    from cod_lightning.report.studies import open_model
+    from cod_lightning.commands.studies import open_model
 
     return open_model(model, sections(config), rows)
 
@@ -734,7 +734,7 @@ def compare(
         raise UserError(f"two models are called {max(names, key=names.count)}: rename a folder, to tell them apart")
     from functools import partial
 
-    from cod_lightning.report.studies import compare as lay_over
+    from cod_lightning.commands.studies import compare as lay_over
 
     subjects = {
         name: partial(open_subject, model, overrides, checkpoint, rows)
@@ -747,13 +747,13 @@ def compare(
 def estimate(overrides: Sequence[str], as_json: bool) -> int:
     import json
 
-    from cod_lightning.config import compose, sweep
+    from cod_lightning.config.compose import compose, sweep
 
     runs = list(sweep(overrides))
     settings = [estimate_settings(words) for words in runs]
     configs = [compose([word for word in words if word.partition("=")[0] not in ESTIMATE_SETTINGS]) for words in runs]
-    from cod_lightning.report.estimate import estimate as needs
-    from cod_lightning.report.terminal import estimate_table, show
+    from cod_lightning.commands.terminal import estimate_table, show
+    from cod_lightning.train.estimate import estimate as needs
 
     found = [
         needs(
@@ -792,8 +792,8 @@ def estimate_settings(words: Sequence[str]) -> dict[str, Any]:
 def launch(
     scheduler: str, overrides: Sequence[str], grace: int, output: Path | None, submit: bool, **options: str | None
 ) -> int:
-    from cod_lightning.config import compose
-    from cod_lightning.launch import slurm
+    from cod_lightning.commands.launch import slurm
+    from cod_lightning.config.compose import compose
 
     at_least("grace", grace, 1)
     script = slurm(compose(overrides), overrides, grace=grace, **options)
@@ -813,7 +813,7 @@ def launch(
 
 
 def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
-    from cod_lightning.experiments import MEASURED, RESULTS, Task, claims, keep, named, outstanding, rows
+    from cod_lightning.paper.experiments import MEASURED, RESULTS, Task, claims, keep, named, outstanding, rows
 
     at_least("jobs", jobs, 1)
     own = {"scale": "paper", "seeds": "1", "row": ""}
@@ -854,17 +854,17 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
         waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
         statuses = [status for wave in waves for status in pool.map(carry_out_one, wave)]
 
-    from cod_lightning.report.terminal import reproduced, show
+    from cod_lightning.commands.terminal import reproduced, show
 
     show(reproduced(claims(asked, target)))
     return max(statuses, key=abs, default=0)
 
 
 def report(results: Path | None, output: Path) -> int:
-    from cod_lightning.experiments import RECORD, RESULTS, claims, rows, with_rows
-    from cod_lightning.report.claims import SCALES
-    from cod_lightning.report.reproduction import CSV, FIGURES, HTML, MARKDOWN
-    from cod_lightning.report.reproduction import report as write
+    from cod_lightning.paper.claims import SCALES
+    from cod_lightning.paper.experiments import RECORD, RESULTS, claims, rows, with_rows
+    from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN
+    from cod_lightning.paper.report import report as write
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
@@ -892,9 +892,9 @@ MEASURED_ROWS = 64
 
 
 def experiments() -> int:
-    from cod_lightning.config import choices, compose
-    from cod_lightning.experiments import amount, num_parameters, row_length
-    from cod_lightning.report.terminal import experiments_table, show
+    from cod_lightning.commands.terminal import experiments_table, show
+    from cod_lightning.config.compose import choices, compose
+    from cod_lightning.paper.experiments import amount, num_parameters, row_length
 
     rows = []
     for name in choices("experiments"):

@@ -17,7 +17,7 @@ from cod_lightning.data.encode import Encoder
 from cod_lightning.data.instructions import ALIVE, LIFELESS, Example, drawn, prompt_of
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import check_against, prepare, prepared_folder
-from cod_lightning.data.tokenizer import DocumentTokenizer
+from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 

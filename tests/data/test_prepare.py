@@ -18,7 +18,7 @@ from cod_lightning.data import prepare as preparation
 from cod_lightning.data.encode import DOCUMENT, Encoded, Encoder, until
 from cod_lightning.data.manifest import FORMAT, Manifest, damage, read_manifest
 from cod_lightning.data.prepare import check_against, is_whole, prepare, prepared_folder
-from cod_lightning.data.tokenizer import DocumentTokenizer
+from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError
 
 

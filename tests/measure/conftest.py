@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.adapter import Layered
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cod_lightning.errors import UserError
+from cod_lightning.measure.adapter import Layered
 from cod_lightning.measure.jacobian import (
     STATISTICS,
     differentiable,
@@ -20,7 +21,6 @@ from cod_lightning.measure.jacobian import (
     sampled,
     transposed,
 )
-from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.result import save
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder

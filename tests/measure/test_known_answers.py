@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cod_lightning.measure.layered import Layered
-from cod_lightning.measure.prune import prune
+from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.pruning import prune
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.sparsity import matrices
-from cod_lightning.measure.suite import MEASURES
 
 USELESS = 3
 

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
+from cod_lightning.measure.ablation import causal_score, removal, swaps
+from cod_lightning.measure.activation_stats import moments
+from cod_lightning.measure.adapter import Images, Layered
 from cod_lightning.measure.angular import angular_distance
-from cod_lightning.measure.influence import block_influence, layer_importance, readout
+from cod_lightning.measure.batches import evaluate
+from cod_lightning.measure.importance import block_influence, layer_importance, readout
 from cod_lightning.measure.jacobian import jacobian
-from cod_lightning.measure.layered import Images, Layered
 from cod_lightning.measure.layers import image_statistics
-from cod_lightning.measure.moments import moments
-from cod_lightning.measure.removal import causal_score, removal, swaps
+from cod_lightning.measure.registry import MEASURES, NOT_OF_IMAGES
 from cod_lightning.measure.sparsity import layer_sparsity
-from cod_lightning.measure.suite import MEASURES, NOT_OF_IMAGES
-from cod_lightning.measure.tokens import evaluate
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_vit
 from cod_lightning.nn.strategies import build_all

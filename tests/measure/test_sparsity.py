@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure.adapter import Layered
 from cod_lightning.measure.result import save
 from cod_lightning.measure.sparsity import (
     alpha_sparsities,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cod_lightning.config import choices, compose
+from cod_lightning.config.compose import choices, compose
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder, seed_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cod_lightning.config import compose
+from cod_lightning.config.compose import compose
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.nn.config import DecoderConfig, num_vit_parameters
 from cod_lightning.nn.init import build_vit, seed_of

@@ -8,23 +8,23 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cod_lightning.cli import carry_out, sections
-from cod_lightning.config import compose, load
+from cod_lightning.config import schema
+from cod_lightning.config.compose import compose, load
 from cod_lightning.errors import UserError
-from cod_lightning.measure import suite
-from cod_lightning.measure.layered import Layered
+from cod_lightning.measure import registry
+from cod_lightning.measure.adapter import Layered
 from cod_lightning.measure.layers import layer_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import bare
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train import config
 from cod_lightning.train.callbacks import IN_TRAINING, MOST_FIGURES, SERIES, few_jacobians
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.module import share
 from cod_lightning.train.run import build, checkpoint_of, load_run
 
 DEPTH, PAD = 3, 0
-EVERY = [f"trainer.measures.{name}=4" for name in suite.MEASURES]
+EVERY = [f"trainer.measures.{name}=4" for name in registry.MEASURES]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def weights(folder):
 
 
 def test_the_measures_are_those_of_the_suite():
-    assert list(config.MEASURES) == list(suite.MEASURES) == list(SERIES) == list(IN_TRAINING)
+    assert list(schema.MEASURES) == list(registry.MEASURES) == list(SERIES) == list(IN_TRAINING)
 
 
 def test_training_is_the_same_to_the_bit_with_and_without_measures(measured, train):
@@ -58,7 +58,7 @@ def test_a_measure_that_draws_numbers_or_changes_the_mode_leaves_no_trace(train,
     def drawing(model, *_):
         modes.append(model.model.training)
         torch.rand(3)
-        return suite.block_influence(model, *_)
+        return registry.block_influence(model, *_)
 
     monkeypatch.setitem(IN_TRAINING, "influence", drawing)
     left = []
@@ -75,7 +75,7 @@ def test_every_measure_is_recorded_at_its_steps(measured):
     history = record["history"]
     assert json.loads((folder / "record.json").read_text())["history"] == json.loads(json.dumps(history))
     lengths = {"swaps": DEPTH - 1, "theory": DEPTH + 1}
-    for name in suite.MEASURES:
+    for name in registry.MEASURES:
         series = history[name]
         assert series["step"] == [0, 4, 6], name
         for column, entries in series.items():
@@ -94,7 +94,7 @@ def test_what_is_recorded_last_is_what_the_checkpoint_measures(measured, toy):
     decoder, _ = load_run(run, folder, checkpoint_of(folder))
     data, _ = build(run)
     batches, model = [data.probe_batch(4)], Layered(decoder.eval())
-    for name, (_, measure) in suite.MEASURES.items():
+    for name, (_, measure) in registry.MEASURES.items():
         measure = few_jacobians if name == "jacobian" else measure
         for column, values in SERIES[name](measure(model, batches, data.pad_id, lambda *_: None)).items():
             assert record["history"][name][column][-1] == values, (name, column)
@@ -142,7 +142,7 @@ def test_what_cannot_be_measured_stops_a_run_before_its_first_step_and_later_is_
     def once(model, *_):
         if model.name != "step 0":
             raise UserError("no spectrum")
-        return suite.layer_sparsity(model, *_)
+        return registry.layer_sparsity(model, *_)
 
     monkeypatch.setitem(IN_TRAINING, "sparsity", once)
     with pytest.warns(UserWarning, match="step 6, sparsity is left out: no spectrum"):

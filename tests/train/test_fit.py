@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 
 from cod_lightning.cli import carry_out, sections
-from cod_lightning.config import compose
+from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.strategies import STRATEGIES

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cod_lightning.train.config import OptimConfig
+from cod_lightning.config.schema import OptimConfig
 from cod_lightning.train.optim import build_optimizer, lr_multiplier
 
 

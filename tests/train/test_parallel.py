@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cod_lightning.cli import main
-from cod_lightning.config import compose
+from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, checkpoints, read_checkpoint
@@ -28,7 +28,7 @@ CLIP = 0.01
 RUNS = """
 import json, sys
 from cod_lightning.cli import carry_out
-from cod_lightning.config import compose
+from cod_lightning.config.compose import compose
 for words in json.load(open(sys.argv[1])):
     carry_out(compose(words))
 """

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from cod_lightning.cli import main, sections
-from cod_lightning.config import compose
-from cod_lightning.data.tokenizer import train_bpe
+from cod_lightning.config.compose import compose
+from cod_lightning.config.schema import OptimConfig
+from cod_lightning.data.tokenizers import train_bpe
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
-from cod_lightning.train.config import OptimConfig
 from cod_lightning.train.optim import resting_blocks
 from cod_lightning.train.run import build
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cod_lightning.cli import main, sections
-from cod_lightning.config import compose, load
+from cod_lightning.config.compose import compose, load
 from cod_lightning.measure.layers import image_statistics
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.run import build

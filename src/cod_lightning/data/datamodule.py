@@ -20,7 +20,7 @@ from cod_lightning.data.manifest import Manifest, TokenizerRecord
 from cod_lightning.data.order import rows_of_step
 from cod_lightning.data.prepare import check_against, is_whole, prepare, prepared_folder
 from cod_lightning.data.stream import TokenRows, open_set
-from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
+from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 
 SCANNED_ROWS = 1024

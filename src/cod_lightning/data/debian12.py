@@ -3,8 +3,8 @@
     apt-get download dict-gcide=0.48.5+nmu2 anarchism=15.3-3 debian-handbook=11.20220922
     python -m cod_lightning.data.debian12 *.deb
 
-writes corpora/debian12.jsonl.gz, 47 MB of text: Webster's dictionary of 1913 with its quotations, a long argued book, and
-a manual of system administration. Its licences (GPL, GFDL) are those of the packages.
+writes corpora/debian12.jsonl.gz, 47 MB of text: Webster's dictionary of 1913 with its quotations, a long argued book,
+and a manual of system administration. Its licences (GPL, GFDL) are those of the packages.
 """
 
 from __future__ import annotations

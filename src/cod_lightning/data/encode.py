@@ -18,7 +18,7 @@ import numpy as np
 
 from cod_lightning.data.instructions import Example
 from cod_lightning.data.manifest import width_of
-from cod_lightning.data.tokenizer import DocumentTokenizer
+from cod_lightning.data.tokenizers import DocumentTokenizer
 
 BATCH_CHARACTERS = 2**18
 """Text that one worker gets at a time: about 60,000 tokens, 0.1 s of work."""

@@ -37,7 +37,7 @@ from cod_lightning.data.manifest import (
     format_of,
     read_manifest,
 )
-from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer, train_bpe
+from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
 
 CHUNK_TOKENS = 2**23

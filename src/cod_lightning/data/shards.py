@@ -41,7 +41,7 @@ from cod_lightning.data.prepare import (
     val_limit,
     write_set,
 )
-from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer, trained_bpe
+from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, trained_bpe
 from cod_lightning.errors import UserError
 
 PART = "part.json"

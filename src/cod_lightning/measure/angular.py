@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Batch, Images, Layered
+from cod_lightning.measure.adapter import Batch, Images, Layered
+from cod_lightning.measure.batches import streams, walk
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map
-from cod_lightning.measure.tokens import streams, walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Batch, Layered
+from cod_lightning.measure.adapter import Batch, Layered
+from cod_lightning.measure.batches import walk
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
-from cod_lightning.measure.tokens import walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.layered import Batch, Layered
+from cod_lightning.measure.adapter import Batch, Layered
+from cod_lightning.measure.batches import walk, wide
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.result import Progress, figure, layer_lines, legend
-from cod_lightning.measure.tokens import walk, wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

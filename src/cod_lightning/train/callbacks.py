@@ -20,16 +20,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn
 from torch import Tensor
 
+from cod_lightning.config.schema import COUNTS, FIGURES
 from cod_lightning.errors import Stopped, UserError
+from cod_lightning.measure.activation_stats import PLACES
+from cod_lightning.measure.adapter import Layered
 from cod_lightning.measure.jacobian import STATISTICS, Jacobian, jacobian
-from cod_lightning.measure.layered import Layered
 from cod_lightning.measure.layers import plot_variance
-from cod_lightning.measure.moments import PLACES
+from cod_lightning.measure.registry import MEASURES, Measure
 from cod_lightning.measure.result import Progress
-from cod_lightning.measure.suite import MEASURES, Measure
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.parallel import bare
-from cod_lightning.train.config import COUNTS, FIGURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,17 +15,17 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from cod_lightning.config.schema import EvalConfig, OptimConfig, TrainerConfig
 from cod_lightning.errors import Diverged, UserError
+from cod_lightning.evaluate.exact_match import AnswerAccuracy
+from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
-from cod_lightning.measure.answers import AnswerAccuracy
 from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer_statistics
-from cod_lightning.measure.perplexity import Perplexity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import load, local, misfits, parallelise
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.config import EvalConfig, OptimConfig, TrainerConfig
 from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
 from cod_lightning.train.strategy import Sharded, backend
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from cod_lightning.config.schema import OptimConfig
 from cod_lightning.nn.init import seed_of
-from cod_lightning.train.config import OptimConfig
 
 
 def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str) -> float:

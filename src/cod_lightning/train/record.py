@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import cod_lightning
+from cod_lightning.config.schema import FIGURES
 from cod_lightning.errors import DAMAGED, UserError
-from cod_lightning.train.config import FIGURES
 
 RECORD = "record.json"
 FAILURE = "failed.json"

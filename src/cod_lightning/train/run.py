@@ -24,10 +24,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed import DistError
 
+from cod_lightning.config.schema import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.images import ImageDataModule
-from cod_lightning.data.tokenizer import DocumentTokenizer, load_tokenizer
+from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
@@ -50,7 +51,6 @@ from cod_lightning.train.checkpoint import (
     read_checkpoint,
     resumable,
 )
-from cod_lightning.train.config import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, run_of
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import environment, write_record
 from cod_lightning.train.strategy import accelerator, precision, strategy_of

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
+from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
 from cod_lightning.nn.parallel import cut, load
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_parts
-from cod_lightning.train.config import TrainerConfig
 
 
 def strategy_of(settings: TrainerConfig, *, unused: bool = False) -> Any:

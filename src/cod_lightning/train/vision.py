@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.layers import LayerStatistics, image_statistics
-from cod_lightning.measure.perplexity import Perplexity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_vit
 from cod_lightning.nn.strategies import build_all

@@ -1,0 +1,225 @@
+"""Tables on the terminal: of a run and a sweep when they end, of an estimate before they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from cod_lightning.config.schema import FIGURES
+from cod_lightning.paper.claims import Experiment, by_target, columns
+from cod_lightning.paper.tables import compared, conclusion
+
+if TYPE_CHECKING:
+    from cod_lightning.train.estimate import Estimate
+
+Record = Mapping[str, Any]
+WIDTH = 120
+"""Columns of what is printed where there is no terminal."""
+
+
+def summary(record: Record, folder: Path) -> Group:
+    """A run's figures, its variance by layer, and where it lies."""
+    config = record["config"]
+    table = Table(
+        title=f"{config['experiment']}, {config['norm']['name']}, seed {record['seed']}", title_justify="left"
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in figures(record, config).items():
+        table.add_row(name, value)
+    parts: list[Any] = [table]
+    if layers := record["history"].get("layers"):
+        parts.append(variance_chart(layers["variance"][-1]))
+    parts.append(Text(f"run folder: {folder}"))
+    return Group(*parts)
+
+
+def figures(record: Record, config: Record) -> dict[str, str]:
+    shown = {name: f"{record[name]:{form}}" for name, form in FIGURES.items() if name in record}
+    published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
+    if published is not None:
+        several = published if isinstance(published, Mapping) else {"": published}
+        shown |= {f"{name} published (full size and tokens)".strip(): f"{value:.2f}" for name, value in several.items()}
+    return shown | {
+        "steps": f"{record['steps']:,}",
+        "tokens": f"{record['tokens']:,}",
+        "tokens/s": f"{record['tokens_per_second']:,.0f}",
+        "wall time": duration(record["wall_seconds"]),
+        "parameters": f"{record['parameters']:,}",
+    }
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def variance_chart(variance: Sequence[float], width: int = 48) -> Text:
+    """One bar per layer, as long as the layer's share of the largest variance."""
+    lines = ["variance of the residual stream after each layer"]
+    top = max(variance)
+    for layer, value in enumerate(variance, start=1):
+        bar = "█" * max(round(width * value / top), 1) if top > 0 else ""
+        lines.append(f"{layer:>5}  {bar} {value:.4g}")
+    return Text("\n".join(lines))
+
+
+def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
+    """The runs of a sweep, best first; a run that did not finish says so.
+
+    Args:
+        records: what was varied, such as "norm=lns seed=1", and the record, None where a run failed.
+    """
+    table = Table(title="runs by validation loss", title_justify="left")
+    table.add_column("run")
+    shown = [name for name in FIGURES if any(record and name in record for _, record in records)]
+    for name in (*shown, "last-layer variance", "tokens", "tokens/s", "wall time"):
+        table.add_column(name, justify="right")
+    for label, record in sorted(records, key=lambda item: item[1]["val_loss"] if item[1] else float("inf")):
+        if record is None:
+            table.add_row(label, "failed")
+            continue
+        layers = record["history"].get("layers")
+        table.add_row(
+            label,
+            *(f"{record[name]:{FIGURES[name]}}" if name in record else "" for name in shown),
+            f"{layers['variance'][-1][-1]:.4g}" if layers else "not measured",
+            f"{record['tokens']:,}",
+            f"{record['tokens_per_second']:,.0f}",
+            duration(record["wall_seconds"]),
+        )
+    return table
+
+
+def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Experiments as `cod_lightning experiments` lists them; every row has the same keys."""
+    table = Table(show_lines=True)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def estimate_table(estimates: Sequence[tuple[str, Estimate]]) -> Table:
+    """One column for each run, under what was varied; a line that is empty for all is left out."""
+    table = Table(title="what a run will need", title_justify="left")
+    table.add_column("")
+    for label, _ in estimates:
+        table.add_column(label, justify="right", overflow="fold")
+    for section in zip(*(estimate_lines(estimate) for _, estimate in estimates), strict=True):
+        for name in section[0]:
+            values = [lines[name] for lines in section]
+            if any(values):
+                table.add_row(name, *values)
+        table.add_section()
+    return table
+
+
+def estimate_lines(estimate: Estimate) -> list[dict[str, str]]:
+    """The sections of an estimate's table; what does not apply is empty."""
+    memory, documents = estimate.memory, estimate.documents
+    published = estimate.published_tokens
+    return [
+        {
+            "parameters": f"{estimate.parameters:,}",
+            "without embeddings and head": f"{estimate.non_embedding:,}",
+            "token positions": f"{estimate.positions:,}",
+            "tokens, as published": f"{published:,.0f}" if published else "",
+            "FLOPs per token": f"{estimate.flops_per_token:.4g}",
+            "FLOPs": f"{estimate.flops:.4g}",
+        },
+        {
+            "hardware": f"{estimate.gpus} x {estimate.hardware}, {estimate.strategy}",
+            "precision": estimate.precision,
+            "activation checkpointing": estimate.checkpointing,
+            "rows of a micro-batch": f"{estimate.micro_batch_size:,}",
+            "rows that fit": f"{estimate.max_micro_batch_size:,}",
+        },
+        {
+            "weights": size(memory.weights),
+            "gradients": size(memory.gradients),
+            "Adam's moments": size(memory.moments),
+            "bfloat16 copies": size(memory.copies),
+            "communication": size(memory.communication),
+            "activations": size(memory.activations),
+            "loss or recomputation": size(memory.work),
+            "memory per device": f"{size(memory.total)} of {size(estimate.device_memory)}",
+        },
+        {
+            "prepared tokens": size(estimate.token_bytes),
+            "documents of C4": f"{documents:,}" if documents else "",
+            "their text": size(estimate.text_bytes),
+            "compressed": size(estimate.download_bytes),
+        },
+        {
+            "MFU": f"{estimate.mfu:g}",
+            "time": duration(3600 * estimate.hours),
+            "GPU-hours": f"{estimate.gpu_hours:,.4g}",
+        },
+    ]
+
+
+def size(count: int | None) -> str:
+    """Bytes in the unit that leaves one to three digits before the point, "" for none."""
+    if not count:
+        return ""
+    power = min((len(str(count)) - 1) // 3, 5)
+    return f"{count / 1000**power:.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
+
+
+def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Table:
+    """The rows of a measure, the first `most` of them, and as many of their columns as `WIDTH` holds."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = {
+        name: [
+            f"{value:.4g}" if isinstance(value, float) else str(value)
+            for value in (row.get(name, "") for row in rows[:most])
+        ]
+        for name in columns
+    }
+    widths = {name: max(map(len, [name, *values])) + 3 for name, values in cells.items()}
+    shown = [name for index, name in enumerate(columns) if sum(widths[c] for c in columns[: index + 1]) < WIDTH]
+    table = Table(title=title, title_justify="left")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for row in zip(*(cells[name] for name in shown), strict=True):
+        table.add_row(*row)
+    left_out = [
+        f"{part} of {whole:,} {what}"
+        for part, whole, what in ((most, len(rows), "rows"), (len(shown), len(columns), "columns"))
+        if part < whole
+    ]
+    if left_out:
+        table.caption = f"{', '.join(left_out)}; the file has all"
+    return table
+
+
+def reproduced(experiments: Sequence[Experiment]) -> Group:
+    """What was asked for, ours beside the paper's, and what the differences say."""
+    parts: list[Any] = []
+    for target, scales in by_target(experiments).items():
+        for scale, group in scales.items():
+            for column in columns(group):
+                found = compared(column, published=True)
+                table = Table(title=f"{target}, scale={scale}: {column.heading}", title_justify="left")
+                for name in found.head:
+                    table.add_column(name, justify="left" if name == "row" else "right")
+                for row in found.rows:
+                    table.add_row(*(Text(cell.strip("*"), "bold" if cell.startswith("**") else "") for cell in row))
+                parts += [table, Text(conclusion(column) + "\n")]
+    return Group(*parts)
+
+
+def show(renderable: Any) -> None:
+    """Print to standard output, at a fixed width where that is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(renderable)

@@ -1,0 +1,1 @@
+"""The configuration of a run: its schema, validation, composition by Hydra, and saving."""

@@ -1,0 +1,1 @@
+"""What a trained decoder scores: perplexity, exact match, lm-evaluation-harness, sampling."""

@@ -1,0 +1,118 @@
+"""Variance, mean, size and outliers of the residual stream and of what attention and FFN add to it, layer by layer.
+
+The variance is the one of `layers.py`, over the hidden dimension of each token; here it is averaged over any number of
+tokens, with its standard error, for any model that is `Layered`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cod_lightning.measure.adapter import Batch, Layered
+from cod_lightning.measure.batches import walk, wide
+from cod_lightning.measure.result import Mean, Progress, figure, layer_lines, legend
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLACES = ("residual", "attention", "ffn")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One number per layer, first layer first; taken over the hidden dimension, averaged over tokens."""
+
+    variance: list[float]
+    """Unbiased variance."""
+    variance_error: list[float]
+    """Standard error of the variance's mean over tokens, as if these were independent."""
+    mean: list[float]
+    rms: list[float]
+    """Root mean square."""
+    kurtosis: list[float]
+    """E[(x - m)^4] / E[(x - m)^2]^2: 3 for a Gaussian, at least 1; 0 for a token that does not vary."""
+    maximum: list[float]
+    """Largest absolute value of any token, not averaged."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Statistics of the stream behind each block, and of what its attention and its FFN add (Figures 4 and 9)."""
+
+    model: str
+    tokens: int
+    residual: Statistics
+    attention: Statistics
+    ffn: Statistics
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each place in each layer."""
+        return [
+            {"layer": index + 1, "of": what}
+            | {statistic: values[index] for statistic, values in vars(getattr(self, what)).items()}
+            for index in range(len(self.residual.variance))
+            for what in PLACES
+        ]
+
+    def plot(self) -> Figure:
+        """Variance, kurtosis and largest value over layers."""
+        made, axes = figure(self.model, columns=3)
+        labels = {"variance": "variance", "kurtosis": "kurtosis", "maximum": "largest absolute value"}
+        for panel, (statistic, label) in zip(axes, labels.items(), strict=True):
+            lines = {what: getattr(getattr(self, what), statistic) for what in PLACES}
+            layer_lines(panel, lines, label, log=statistic != "kurtosis")
+            legend(panel)
+        return made
+
+
+@torch.no_grad()
+def moments(
+    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+) -> Moments:
+    """Measure every layer of `model`; statistics are in float32, or float64 where the model is, sums in float64.
+
+    Args:
+        model: in any dtype.
+        batches: tokens [rows, length] each.
+        pad_id: tokens that do not count; they follow the others in a row.
+        progress: called after each batch.
+
+    Raises:
+        UserError: there is no token.
+    """
+    means = {(what, layer): Mean() for what in PLACES for layer in range(1, model.depth + 1)}
+    largest = dict.fromkeys(means, 0.0)
+    count = 0
+    for tokens, keep in walk(model, batches, pad_id, progress):
+
+        def visit(what: str, layer: int, x: Tensor, keep: Tensor = keep) -> None:
+            if what in PLACES:
+                x = wide(x[keep])
+                means[what, layer].add(token_moments(x))
+                largest[what, layer] = max(largest[what, layer], float(x.abs().max()))
+
+        model.logits(tokens, visit)
+        count += int(keep.sum())
+
+    def statistics(what: str) -> Statistics:
+        layers = [means[what, layer] for layer in range(1, model.depth + 1)]
+        variance, mean, rms, kurtosis = torch.stack([layer.mean for layer in layers], dim=1).tolist()
+        errors = [float(layer.error[0]) for layer in layers]
+        maximum = [largest[what, layer] for layer in range(1, model.depth + 1)]
+        return Statistics(variance, errors, mean, rms, kurtosis, maximum)
+
+    return Moments(model.name, count, *(statistics(what) for what in PLACES))
+
+
+def token_moments(x: Tensor) -> Tensor:
+    """Unbiased variance, mean, RMS and kurtosis over the last dimension: [..., hidden] -> [..., 4]."""
+    mean = x.mean(-1, keepdim=True)
+    deviation = (x - mean).square().mean(-1, keepdim=True).sqrt()
+    # The quotient comes before the fourth power, which in float32 overflows from 4e9.
+    kurtosis = torch.where(deviation > 0, (x - mean) / deviation, 0).pow(4).mean(-1)
+    return torch.stack([x.var(-1), mean.squeeze(-1), x.square().mean(-1).sqrt(), kurtosis], dim=-1)

@@ -1,0 +1,233 @@
+"""Composition: what overrides give, what is refused and how, where runs go."""
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from cod_lightning.config.compose import choices, claim, compose, identity, load, plain, sweep, to_yaml
+from cod_lightning.errors import UserError
+from cod_lightning.nn.strategies import STRATEGIES, build_all
+
+
+def test_the_quickstart_is_the_default():
+    config = compose()
+    assert config.experiment == "quickstart"
+    assert config.norm == {"name": "lns", "position": "after_ln"}
+    assert config.protocol == "strict"
+    assert config.model.num_hidden_layers >= 24
+
+
+def test_every_strategy_has_its_config_and_every_option_its_default():
+    assert set(choices("norm")) == set(STRATEGIES)
+    for name in STRATEGIES:
+        norm = compose([f"norm={name}"]).norm
+        assert build_all(norm, 4) == build_all({"name": name}, 4), name
+
+
+@pytest.mark.parametrize("word", ["trainer.measures.angular=50", "trainer.measures={angular: 50}"])
+def test_a_measure_is_added_to_those_of_the_experiment(tmp_path, word):
+    usual = compose().trainer.measures
+    config = compose([word, f"output={tmp_path}"])
+    assert config.trainer.measures == usual | {"angular": 50}
+    claim(config)
+    assert load(config.folder, ["trainer.measures.jacobian=0"]).trainer.measures == {"jacobian": 0, "angular": 50}
+
+
+def test_the_command_line_wins_over_the_experiment():
+    config = compose(["experiments=table1_350m", "model=tiny", "optim.lr=0.01", "data=files", "data.files=x/*.gz"])
+    assert config.model.hidden_size == 32
+    assert config.optim.lr == 0.01
+    assert (config.data.source, config.data.tokenizer) == ("files", "bpe")
+
+
+def test_the_run_folder_is_a_function_of_what_is_computed():
+    base = compose()
+    assert compose().folder == base.folder
+    for same in (
+        "output=runs",
+        "trainer.checkpoint_every=7",
+        "data.workers=2",
+        "trainer.threads=1",
+        "trainer.log_every=1",
+        "trainer.measures={angular: 50}",
+    ):
+        assert compose([same]).folder == base.folder, same
+    for other in (
+        "seed=2",
+        "data.folder=elsewhere",
+        "norm=pre_ln",
+        "optim.lr=0.1",
+        "trainer.max_steps=9",
+        "data.seq_len=64",
+    ):
+        assert compose([other]).folder != base.folder, other
+    paper = compose(["protocol=paper"]).folder
+    assert compose(["protocol=paper", "data.micro_batch_size=8"]).folder != paper
+    assert compose(["data.micro_batch_size=8"]).folder == base.folder
+    assert compose(["output=/tmp/x"]).folder.parent.parent.as_posix() == "/tmp/x"
+    assert compose(["name=mine"]).folder.as_posix() == "runs/mine"
+
+
+def test_a_saved_configuration_loads_as_it_was(tmp_path):
+    config = compose([f"output={tmp_path}", "norm=gpas", "experiments=table1_1b"])
+    folder = claim(config)
+    assert load(folder) == config
+    assert OmegaConf.to_container(OmegaConf.create(to_yaml(config))) == plain(config)
+    amended = load(folder, ["data=files", "data.files=[a,b]", "trainer.threads=3"])
+    assert (amended.data.source, amended.data.files, amended.trainer.threads) == ("files", ["a", "b"], 3)
+
+
+def test_a_folder_of_another_configuration_is_left_alone(tmp_path):
+    folder = claim(compose([f"output={tmp_path}", "name=mine"]))
+    before = (folder / "config.yaml").read_text()
+    assert claim(compose([f"output={tmp_path}", "name=mine", "trainer.threads=1"])) == folder
+    claim(compose([f"output={tmp_path}", "name=mine"]))
+    with pytest.raises(UserError, match=r"seed=1 there, 2 here.*choose another name="):
+        claim(compose([f"output={tmp_path}", "name=mine", "seed=2"]))
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_starting_anew_puts_the_earlier_run_aside(tmp_path):
+    words = [f"output={tmp_path}", "name=mine"]
+    (claim(compose(words)) / "mark").touch()
+    assert (claim(compose(words)) / "mark").exists()
+    assert not (claim(compose([*words, "resume=false"])) / "mark").exists()
+    assert (tmp_path / "mine.previous-1" / "mark").exists()
+
+
+def test_identity_leaves_out_what_only_carries_a_run_out():
+    kept = identity(compose())
+    assert {"experiment", "output", "name", "resume", "logger", "paper", "scale", "row"}.isdisjoint(kept)
+    assert {"devices", "threads", "checkpoint_every"}.isdisjoint(kept["trainer"])
+    assert {"root", "micro_batch_size", "workers"}.isdisjoint(kept["data"])
+    assert kept["norm"] == {"name": "lns", "position": "after_ln"}
+
+
+def test_sweeps_expand_in_the_order_of_hydra():
+    assert list(sweep(["norm=pre_ln,lns", "seed=1,2", "trainer.max_steps=3"])) == [
+        ["norm=pre_ln", "seed=1", "trainer.max_steps=3"],
+        ["norm=pre_ln", "seed=2", "trainer.max_steps=3"],
+        ["norm=lns", "seed=1", "trainer.max_steps=3"],
+        ["norm=lns", "seed=2", "trainer.max_steps=3"],
+    ]
+    assert list(sweep(["seed=range(1,4)"])) == [["seed=1"], ["seed=2"], ["seed=3"]]
+    with pytest.raises(UserError, match="a sweep takes a,b,c"):
+        list(sweep(["seed=interval(1,3)"]))
+
+
+def test_a_strategy_of_ones_own_takes_its_options(tmp_path, monkeypatch):
+    (tmp_path / "norms_of_mine.py").write_text(
+        "from cod_lightning.nn.strategies import block\n"
+        "def steeper(layer, depth, power=1.0):\n    return block(gain=layer**-power)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = compose(["norm=norms_of_mine:steeper", "norm.power=0.5"])
+    assert config.norm == {"name": "norms_of_mine:steeper", "power": 0.5}
+    with pytest.raises(UserError, match=r"norm\.powre is not an option.*did you mean 'power'"):
+        compose(["norm=norms_of_mine:steeper", "norm.powre=0.5"])
+    assert list(sweep(["norm=lns,norms_of_mine:steeper"])) == [["norm=lns"], ["norm=norms_of_mine:steeper"]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["experiments=table1_350"], ["experiments='table1_350'", "did you mean 'table1_350m'"]),
+        (["norm=mixln"], ["norm='mixln'", "did you mean 'mix_ln'"]),
+        (["model=llama_2b"], ["model='llama_2b'", "llama_1b"]),
+        (["data=wiki"], ["data='wiki'", "known: c4, commonsense170k, docs"]),
+        (["protocol=papr"], ["protocol='papr'", "did you mean 'paper'"]),
+        (["optim.lrr=1"], ["optim.lrr is not a field", "did you mean 'lr'"]),
+        (["optimm.lr=1"], ["optimm is not a field", "did you mean 'optim'"]),
+        (["sed=1"], ["sed is not a field", "did you mean 'seed'"]),
+        (["seed.x=1"], ["seed.x is not a field"]),
+        (["trainer.max_steps=many"], ["trainer.max_steps=many", "Integer"]),
+        (["data.seq_len=null"], ["data.seq_len=null"]),
+        (["resume=perhaps"], ["resume=perhaps", "bool"]),
+        (["optim.betas=0.9"], ["optim.betas=0.9"]),
+        (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two numbers"]),
+        (["steps"], ["expected key=value"]),
+        (["norm=pre_ln,lns"], ["norm=pre_ln,lns", "needs -m"]),
+        (["norm.position=after"], ["norm.position='after'", "after_ln"]),
+        (["norm.fraction=0.5"], ["norm.fraction is not an option of 'lns'", "position"]),
+        (["norm=nowhere.norms:f"], ["nowhere", "package.module:function"]),
+        (["model.num_attention_heads=5"], ["model.num_attention_heads=5", "model.hidden_size=96"]),
+        (["model.norm=batch"], ["model.norm='batch'", "known: layer, rms"]),
+        (["model.vocab_size=100"], ["model.vocab_size=100 is smaller", "data.vocab_size=4096"]),
+        (["norm=group_ln", "norm.groups=7"], ["norm.groups=7", "model.hidden_size=96"]),
+        (["optim.warmup_steps=250"], ["optim.warmup_steps=250", "trainer.max_steps=250"]),
+        (["optim.warmup_ratio=1"], ["optim.warmup_ratio=1", "trainer.max_steps=250"]),
+        (["optim.lr=0"], ["optim.lr=0", "positive"]),
+        (["optim.name=sgd"], ["optim.name='sgd'", "known: adam, adamw"]),
+        (["data.batch_size=24"], ["data.batch_size=24", "data.micro_batch_size=16", "1 rank(s)"]),
+        (["trainer=ddp"], ["data.batch_size=16", "x 2 rank(s) = 32"]),
+        (["trainer.devices=2", "data.micro_batch_size=8"], ["trainer.strategy='auto'", "trainer=ddp"]),
+        (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
+        (["trainer.measures.jacobain=9"], ["trainer.measures='jacobain'", "did you mean 'jacobian'"]),
+        (["trainer.measures={angular: -1}"], ["trainer.measures.angular=-1", "must not be negative"]),
+        (["trainer.measures.angular=often"], ["trainer.measures.angular=often", "Integer"]),
+        (["trainer.measures=9"], ["trainer.measures=9", "Dict"]),
+        (["trainer.precision=fp8"], ["trainer.precision='fp8'", "bf16-mixed"]),
+        (["eval.paper_batch=0"], ["eval.paper_batch=0", "at least 1"]),
+        (["logger=wandb"], ["logger='wandb'", "known: none, tensorboard"]),
+        (["name=../elsewhere"], ["name='../elsewhere'", "below output"]),
+        (["data.layout=ragged"], ["data.layout='ragged'", "packed"]),
+        (["data.seq_len=1"], ["data.seq_len=1"]),
+        (["data=files"], ["data.files"]),
+        (["~norm"], ["~norm", "nothing can be left out"]),
+        (["+foo=1"], ["foo is not a field"]),
+        (["++optim.lrr=1"], ["optim.lrr is not a field", "did you mean 'lr'"]),
+        (["norm=custom"], ["norm='custom' does not exist"]),
+        (["norm.positon=after_ln"], ["norm.positon", "did you mean 'position'"]),
+        (["norm=gpas", "norm.base=3"], ["norm=3 is not the name of a strategy"]),
+        (["norm=skip_init", "norm.init=x"], ["norm.init='x' must be a number"]),
+        (["norm=scaled_init", "norm.base=deep_norm"], ["norm='scaled_init'", "norm.base", "xavier"]),
+        (["norm=skip_init", "norm.base=layer_scale"], ["norm='skip_init'", "branch_scale"]),
+        (["norm=lns_learnable", "model.norm_affine=false"], ["norm=lns_learnable", "model.norm_affine=true"]),
+        (["optim.warmup_ratio=nan"], ["optim.warmup_ratio=nan", "finite"]),
+        (["optim.lr=inf"], ["optim.lr=inf", "finite"]),
+        (["experiment=../x"], ["experiment='../x'", "below output"]),
+        (["name=."], ["name='.'", "below output"]),
+    ],
+)  # fmt: skip
+def test_bad_overrides_are_refused_by_field(overrides, words):
+    with pytest.raises(UserError) as error:
+        compose(overrides)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_all_problems_are_reported_together():
+    overrides = ["norm=mixln", "optim.lrr=1", "trainer.max_steps=x", "data.batch_size=24", "eval.every=0"]
+    with pytest.raises(UserError) as error:
+        compose(overrides)
+    assert len(str(error.value).splitlines()) == len(overrides)
+
+
+def test_options_of_a_base_strategy_are_taken():
+    config = compose(["norm=gpas", "norm.base=mix_ln", "norm.fraction=0.5"])
+    assert config.norm == {"name": "gpas", "base": "mix_ln", "fraction": 0.5}
+    assert compose(["norm='cod_lightning.nn.strategies:pre_ln'"]).norm == {"name": "cod_lightning.nn.strategies:pre_ln"}
+
+
+@pytest.mark.parametrize("content", ["", "a: [b", "norm: {}", "optim: {lr: x}", "no_such_field: 1"])
+def test_a_damaged_saved_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"(config\.yaml: not a saved configuration|norm\.name is missing)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["protocol=paper", "logger=none", "seed=1,2", "~data", "data=wiki", "optim.lrr=1"])
+def test_a_finished_run_takes_only_what_can_change(tmp_path, word):
+    folder = claim(compose([f"output={tmp_path}"]))
+    with pytest.raises(UserError, match=r"(takes data=, trainer=|does not exist|is not a field)"):
+        load(folder, [word])
+
+
+def test_an_output_that_cannot_be_written_is_an_os_error_with_its_name():
+    with pytest.raises(OSError, match="/dev/null"):
+        claim(compose(["output=/dev/null/x"]))
+
+
+def test_configurations_compare_by_value():
+    assert compose(["seed=3"]) == compose(["seed=3"])
+    assert dataclasses.replace(compose(), seed=3) == compose(["seed=3"])

@@ -1,0 +1,112 @@
+import json
+
+import pytest
+from tokenizers import Tokenizer
+
+from cod_lightning.data import tokenizer as tokenizers_room
+from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe, with_pad_below
+from cod_lightning.errors import UserError
+
+TEXT = ["the quick brown fox jumps over the lazy dog"] * 50 + ["ein schönes Wörtchen, ça va? 你好"] * 5
+
+
+def test_bpe_is_byte_identical_when_repeated():
+    first, second = train_bpe(TEXT, 300), train_bpe(iter(TEXT), 300)
+    assert first == second
+    assert (first.pad_id, first.eos_id, first.vocab_size) == (0, 1, 300)
+    assert first.sha256 == second.sha256
+    assert first.sha256 != train_bpe(TEXT, 290).sha256
+
+
+def test_bpe_encodes_any_text_and_ends_it_once():
+    tokenizer = train_bpe(TEXT, 300)
+    documents = ["the fox", "never seen: \u2603 \x00", "a <eos> in <pad> text"]
+    for document, ids in zip(documents, tokenizer.encode(documents), strict=True):
+        assert ids[-1] == tokenizer.eos_id
+        assert not {tokenizer.eos_id, tokenizer.pad_id} & set(ids[:-1])
+        assert tokenizer.backend.decode(ids[:-1]) == document
+
+
+def test_an_added_pad_without_a_row_gives_way_to_a_special_token_that_no_text_yields():
+    bpe = train_bpe(TEXT, 300)
+    assert with_pad_below(bpe, 300) is bpe
+    backend = Tokenizer.from_str(bpe.json)
+    backend.add_special_tokens(["[added]"])
+    found = with_pad_below(DocumentTokenizer(backend.to_str(), pad_id=300, eos_id=1), 300)
+    assert (found.pad_id, found.eos_id) == (0, 1)
+    assert 0 not in found.encode(["the <pad> fox"])[0]
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != 0]
+    with pytest.raises(UserError, match=r"no special token but EOS .* below the 300"):
+        with_pad_below(DocumentTokenizer(json.dumps(content), pad_id=300, eos_id=1), 300)
+
+
+def test_bpe_trains_on_a_bounded_part(monkeypatch):
+    monkeypatch.setattr(tokenizers_room, "BPE_CHARACTERS", 100)
+
+    def endless():
+        while True:
+            yield "some words and some more words"
+
+    assert train_bpe(endless(), 300).vocab_size < 300
+
+
+def test_a_t5_like_folder_keeps_its_own_pad_and_ends_once(word_level, tmp_path):
+    tokenizer = load_tokenizer(word_level(tmp_path, ["<pad>", "</s>"], {"eos_token": {"content": "</s>"}}))
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+    ids = tokenizer.encode(["the quick brown fox jumps"])[0]
+    assert len(ids) == 6  # neither truncated nor padded as the file asks, and one EOS
+    assert ids.count(1) == 1
+
+
+def test_a_llama_like_folder_gets_a_pad(word_level, tmp_path):
+    name = word_level(tmp_path, ["<s>", "</s>"], {"eos_token": "</s>", "pad_token": "</s>"})
+    plain = Tokenizer.from_file(f"{name}/tokenizer.json").get_vocab_size()
+    tokenizer = load_tokenizer(name)
+    assert tokenizer.eos_id == 1
+    assert (tokenizer.pad_id, tokenizer.vocab_size) == (plain, plain + 1)
+    assert load_tokenizer(name).sha256 == tokenizer.sha256
+
+
+def test_eos_is_found_by_its_spelling_without_configuration(word_level, tmp_path):
+    assert load_tokenizer(word_level(tmp_path, ["<|endoftext|>"])).eos_id == 0
+
+
+def test_a_tokenizer_without_eos_is_refused(word_level, tmp_path):
+    with pytest.raises(UserError, match="no end-of-sequence token: name one as eos_token"):
+        load_tokenizer(word_level(tmp_path, ["<start>"]))
+
+
+def test_another_format_is_converted(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.encode(["ab"]) == [[3, 0]]
+    assert tokenizer.pad_id not in (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("./nowhere", "no such folder"), ("a/b/c", "no such folder"), ("no such name", "neither a folder nor a name")],
+)
+def test_a_name_that_cannot_be_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(name)
+
+
+def test_an_unreachable_hub_fails_at_once(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"data.tokenizer='google-t5/t5-base' needs the Hugging Face hub"):
+        load_tokenizer("google-t5/t5-base")
+
+
+def test_damaged_files_are_named(word_level, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
+        load_tokenizer(str(tmp_path))
+    word_level(tmp_path, ["</s>"])
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config.json is not JSON"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,496 @@
+"""Every experiment of the paper: what it publishes, composes to, builds and trains; and `reproduce`."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+
+import pytest
+import torch
+
+from cod_lightning.cli import carry_out, main
+from cod_lightning.config.compose import choices, compose, flatten, plain, with_row
+from cod_lightning.errors import UserError
+from cod_lightning.measure.registry import MEASURES
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.strategies import build_all
+from cod_lightning.paper.experiments import named, outstanding, rows
+
+# The published figures, typed in again from the paper's facts.
+BASELINES = ("post_ln", "deep_norm", "mix_ln", "pre_ln", "lns")
+SCALING = ("pre_ln", "layer_scale", "skip_init", "ds_init", "scaled_init", "lns", "lns_scaled_init")
+NORMS = ("pre_ln", "admin", "group_ln", "sandwich_ln", "mix_ln", "lns")
+TABLE_1 = ("post_ln", "deep_norm", "deep_norm_deepnet", "mix_ln", "pre_ln", "lns")
+"""Table 1's rows, and DeepNorm with the constants it was published with, which the paper does not have."""
+POSITIONS = ("pre_ln", "before_ln", "after_branch", "after_residual", "only_attention", "only_ffn", "lns")
+TASKS = ("mmlu", "boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande", "average")
+TABLE_2_250M = [
+    [22.95, 37.83, 26.94, 52.72, 26.17, 11.60, 49.56, 32.54],
+    [23.60, 37.86, 36.62, 61.10, 25.69, 15.00, 49.57, 35.63],
+    [26.53, 56.12, 41.68, 66.34, 30.16, 18.00, 50.56, 41.34],
+    [24.93, 38.35, 40.15, 63.55, 26.34, 16.20, 49.01, 36.93],
+    [27.08, 58.17, 45.24, 67.38, 32.81, 18.80, 52.49, 43.14],
+]
+TABLE_2_1B = [
+    [22.95, 37.82, 25.08, 49.51, 25.04, 13.80, 49.57, 31.96],
+    [23.35, 37.83, 27.06, 52.94, 26.19, 11.80, 49.49, 32.67],
+    [23.19, 37.83, 25.08, 49.51, 25.04, 11.80, 49.57, 31.72],
+    [26.54, 62.20, 45.70, 67.79, 30.96, 17.40, 50.51, 43.01],
+    [28.69, 61.80, 48.85, 67.92, 33.94, 18.60, 54.30, 44.87],
+]
+TABLES = {
+    "table1_130m": (TABLE_1, [26.95, 27.17, None, 26.07, 26.73, 25.76]),
+    "table1_250m": (TABLE_1, [1409.79, 22.77, None, 21.39, 21.92, 20.35]),
+    "table1_350m": (TABLE_1, [1368.33, 1362.59, None, 1363.21, 19.58, 18.20]),
+    "table1_1b": (TABLE_1, [1390.75, 1409.08, None, 1414.78, 17.02, 15.71]),
+    "table2_250m": (BASELINES, [dict(zip(TASKS, row, strict=True)) for row in TABLE_2_250M]),
+    "table2_1b": (BASELINES, [dict(zip(TASKS, row, strict=True)) for row in TABLE_2_1B]),
+    "table3_olmo_1b": (("scaled_init", "lns"), [{"val_loss": 2.96, "ppl": 19.30}, {"val_loss": 2.85, "ppl": 17.28}]),
+    "table4_qwen2_5_0_5b": (("pre_ln", "lns"), [20.62, 19.57]),
+    "table5_vit_s": (("pre_ln", "after_ln", "after_branch"), [67.91, 66.43, 68.75]),
+    "table6_130m": (SCALING, [26.73, 27.93, 27.41, 26.95, 26.04, 25.76, 25.80]),
+    "table6_250m": (SCALING, [21.92, 23.45, 22.29, 21.50, 20.98, 20.35, 20.79]),
+    "table7_130m": (NORMS, [26.73, 27.91, 28.01, 26.51, 26.07, 25.76]),
+    "table8_130m": (POSITIONS, [26.73, 26.97, 26.53, 1358.11, 26.89, 26.43, 25.76]),
+    "figure1_60m": (("pre_ln", "lns"), [3.67, 3.56]),
+    "figure1_150m": (("pre_ln", "lns"), [3.44, 3.24]),
+    "figure1_300m": (("pre_ln", "lns"), [3.29, 3.14]),
+    "figure1_1b": (("pre_ln", "lns"), [3.15, 2.85]),
+    "figure1_7b": (("pre_ln", "lns"), [2.69, 2.50]),
+}
+WITHOUT_FIGURES = {
+    "figure2_bert_large": ("post_ln",),
+    "figure2_deepseek_7b": ("pre_ln",),
+    "figure2_llama2_13b": ("pre_ln",),
+    "figure2_qwen3_8b": ("pre_ln",),
+    "figure3": ("post_ln", "pre_ln"),
+    "figure4": ("pre_ln", "scaled_init", "lns"),
+    "figure5": ("pre_ln",),
+    "figure6": ("pre_ln", "lns"),
+    "figure7": ("pre_ln", "lns"),
+    "figure8": ("pre_ln", "after_branch"),
+    "figure9": ("pre_ln",),
+    "figure10": ("language",),
+    "theory": ("pre_ln", "lns"),
+}
+BEYOND = {f"embedding_{name}": TABLE_1 for name in ("0_02", "0_632", "1")}
+"""Experiments that the paper does not have, and their rows."""
+STEPS = [3100, 5000, 10000, 15000, 20000, 25000, 30000, 35000, 38000]
+CURVES = {
+    "figure6": {
+        "pre_ln": [STEPS, [3.43, 3.25, 3.01, 2.91, 2.83, 2.77, 2.72, 2.685, 2.665]],
+        "lns": [STEPS, [3.48, 3.28, 3.03, 2.89, 2.79, 2.72, 2.65, 2.60, 2.57]],
+    },
+    "figure9": {"pre_ln": [[1000, 3000, 6000], [5, 85, 175]]},
+}
+EXPERIMENTS = [*TABLES, *WITHOUT_FIGURES]
+VISION = ("table5_vit_s", "figure8")
+LANGUAGE = [name for name in EXPERIMENTS if name not in VISION]
+SCALES = ("paper", "mini", "small", "toy")
+
+
+@cache
+def all_rows(scale):
+    """Every row of every experiment, by (experiment, row)."""
+    return {(row.experiment, row.name): row for row in rows(EXPERIMENTS, scale)}
+
+
+def composed(name, scale="paper"):
+    """An experiment, as the first of its rows."""
+    return next(row.config for (experiment, _), row in all_rows(scale).items() if experiment == name)
+
+
+def test_there_is_nothing_but_what_is_tested_here():
+    assert set(choices("experiments")) == {"quickstart", *EXPERIMENTS, *BEYOND}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_published_figures_are_those_of_the_paper(name):
+    claims = composed(name).paper
+    names, figures = TABLES.get(name) or (WITHOUT_FIGURES[name], [None] * len(WITHOUT_FIGURES[name]))
+    assert list(claims["rows"]) == list(names)
+    assert [row.get("published") for row in claims["rows"].values()] == figures
+    curves = {row: [list(points) for points in zip(*curve, strict=True)] for row, curve in CURVES.get(name, {}).items()}
+    assert claims.get("published_curves", {}) == curves
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_an_experiment_beyond_the_paper_claims_no_published_figure(name):
+    paper = compose([f"experiments={name}"]).paper
+    assert list(paper["rows"]) == list(BEYOND[name])
+    assert paper["source"].startswith("not in the paper")
+    assert not any("published" in row for row in paper["rows"].values())
+
+
+KEYS = {"target", "column", "source", "metric", "tokens", "evaluation_batches", "rows", "start", "measures", "finding"}
+KEYS |= {"published_curves", "fractions", "settings", "unknown", "tasks"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_says_where_all_of_it_comes_from(name):
+    config = composed(name)
+    paper, values = config.paper, plain(config)
+    assert config.experiment == name
+    assert config.description
+    assert paper.keys() <= KEYS
+    assert paper["source"].startswith("The Curse of Depth in Large Language Models, arXiv 2502.05795v5")
+    assert config.description.startswith(paper["target"])
+    assert paper["settings"].keys() <= {*flatten(values), *values}
+    assert paper["settings"].keys() >= {"model", "images" if name in VISION else "data"}
+    assert all(isinstance(text, str) and text for text in [*paper["settings"].values(), *paper["unknown"]])
+    assert set(paper.get("measures", ())) <= MEASURES.keys()
+    assert (paper.get("metric") is None) == (name in WITHOUT_FIGURES)
+    for row in paper["rows"].values():
+        assert row.keys() <= {"label", "set", "published", "note", "subject"}
+        assert row["label"]
+        assert "norm" in row["set"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "table1_130m", "table4_qwen2_5_0_5b", "figure1_60m", "figure5"])
+def test_an_experiment_of_every_recipe_composes_under_both_protocols(name):
+    for protocol in choices("protocol"):
+        config = compose([f"experiments={name}", f"protocol={protocol}"])
+        assert config.protocol == protocol
+        paper = protocol == "paper"
+        assert config.data.layout == ("document" if paper else "packed")
+        assert config.optim.weighting == ("micro_batches" if paper else "tokens")
+
+
+@pytest.mark.parametrize(("name", "scale"), list(zip(EXPERIMENTS, itertools.cycle(SCALES))))
+def test_a_row_is_what_the_command_line_makes_of_its_words(name, scale):
+    row = [row for row in all_rows(scale).values() if row.experiment == name][-1]
+    config = compose(row.words)
+    assert config == row.config
+    assert config.scale == scale
+
+
+# Peak rate, steps, warm-up of the released run scripts.
+RELEASED = {
+    "table1_130m": (1e-3, 20_000, 2_000),
+    "table1_250m": (1e-3, 40_000, 4_000),
+    "table1_350m": (5e-4, 60_000, 6_000),
+    "table1_1b": (5e-4, 100_000, 1_000),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_table_1_has_the_released_hyperparameters(name):
+    config = composed(name)
+    lr, steps, warmup = RELEASED[name]
+    assert (config.optim.lr, config.trainer.max_steps, config.optim.warmup(steps)) == (lr, steps, warmup)
+    assert (config.data.batch_size, config.data.seq_len, config.optim.clip) == (512, 256, 0)
+    assert (config.optim.name, config.optim.weight_decay, config.optim.betas) == ("adam", 0, [0.9, 0.999])
+    assert (config.data.source, config.data.tokenizer, config.model.vocab_size) == ("c4", "t5-base", 32000)
+    assert config.protocol == "paper"
+    assert all_rows("paper")[name, "deep_norm"].config.norm["name"] == "deep_norm_released"
+
+
+# Width, heads, blocks; width of the SwiGLU, half of mlp_ratio 8 or of mlp_hidden_size; rate, warm-up.
+OLMO = {
+    "figure1_60m": (512, 8, 8, 512 * 8 // 2, 6e-4, 5000),
+    "figure1_150m": (768, 12, 12, 768 * 8 // 2, 6e-4, 5000),
+    "figure1_300m": (1024, 16, 16, 1024 * 8 // 2, 6e-4, 5000),
+    "figure1_1b": (2048, 16, 16, 2048 * 8 // 2, 4e-4, 2000),
+    "figure1_7b": (4096, 32, 32, 22016 // 2, 3e-4, 5000),
+}
+
+
+@pytest.mark.parametrize("name", OLMO)
+def test_the_olmo_ladder_has_the_official_shapes_and_sees_20b_tokens(name):
+    config = composed(name)
+    model, optim = config.model, config.optim
+    shape = (model.hidden_size, model.num_attention_heads, model.num_hidden_layers, model.intermediate_size)
+    assert (*shape, optim.lr, optim.warmup_steps) == OLMO[name]
+    large = name in ("figure1_1b", "figure1_7b")
+    assert (model.norm, model.norm_affine) == (("layer", False) if large else ("rms", True))
+    assert (model.norm_eps, model.vocab_size, model.tie_word_embeddings) == (1e-6, 50280, name == "figure1_1b")
+    assert config.data.seq_len == (2048 if large else 4096)
+    per_step = config.data.batch_size * config.data.seq_len
+    assert per_step == 524_288
+    assert 20e9 <= config.trainer.max_steps * per_step < 20e9 + per_step
+    assert (optim.name, optim.weight_decay, optim.betas, optim.eps, optim.clip) == ("adamw", 0.1, [0.9, 0.95], 1e-8, 1)
+    assert optim.schedule == ("linear" if name == "figure1_7b" else "cosine")
+    assert (model.init, model.init_std, model.embedding_std, model.init_cutoff) == ("normal", 0.02, 0.02, 3)
+    assert config.protocol == "strict"
+
+
+def test_a_size_is_what_it_is_called():
+    """Within a fifth; OLMo counts one of two embeddings."""
+    for name, size in {
+        **{"figure1_60m": 60e6, "figure1_150m": 150e6, "figure1_300m": 300e6, "figure1_1b": 1e9, "figure1_7b": 7e9},
+        **{"figure2_deepseek_7b": 7e9, "figure2_qwen3_8b": 8e9, "figure2_llama2_13b": 13e9, "figure5": 7e9},
+        **{"table4_qwen2_5_0_5b": 0.5e9, "figure10": 7e9, "figure2_bert_large": 0.34e9},
+    }.items():
+        model = composed(name).model
+        one = (
+            0 if model.tie_word_embeddings or not name.startswith("figure1_") else model.vocab_size * model.hidden_size
+        )
+        assert model.num_parameters() - one == pytest.approx(size, rel=0.2), name
+
+
+def own_parameters(config, specs):
+    """What a strategy has beyond two pre-norms in every block."""
+    d, weights = config.hidden_size, config.norm_affine * config.hidden_size
+    learned = {"no": 0, "scalar": 1, "channel": d}
+    total = 0
+    for spec in specs:
+        total += spec.entry_norm * weights + any(s.gate != "no" for s in spec.sublayers)
+        for s in spec.sublayers:
+            total += (s.pre_norm + s.branch_norm + s.sum_norm - 1) * weights
+            total += learned[s.learned_branch_scale] + s.learned_skip * d
+    return total
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_every_row_builds_with_the_parameters_that_are_counted(name):
+    for row in (row for row in all_rows("paper").values() if row.experiment == name):
+        config = row.config.model
+        specs = build_all(row.config.norm, config.num_hidden_layers)
+        with torch.device("meta"):
+            decoder = Decoder(config, specs)
+        count = sum(parameter.numel() for parameter in decoder.parameters())
+        assert count == config.num_parameters() + own_parameters(config, specs), row.name
+
+
+@pytest.mark.parametrize(
+    ("experiment", "others"),
+    [
+        ("figure3", ["table1_130m"]),
+        ("figure4", ["table1_130m", "table6_130m"]),
+        ("figure6", ["figure1_7b"]),
+        ("figure7", ["table1_130m"]),
+        ("figure9", ["table1_130m"]),
+        ("theory", ["table1_130m"]),
+        ("figure8", ["table5_vit_s"]),
+        ("table6_130m", ["table1_130m"]),
+        ("table7_130m", ["table1_130m"]),
+        ("table8_130m", ["table1_130m"]),
+    ],
+)
+def test_rows_that_compute_the_same_are_one_run(experiment, others):
+    for scale in SCALES:
+        found = all_rows(scale)
+        for name in composed(experiment).paper["rows"]:
+            elsewhere = [found[other, name] for other in others if (other, name) in found]
+            assert elsewhere or experiment.startswith("table"), name
+            for other in elsewhere:
+                assert found[experiment, name].run(2).folder == other.run(2).folder, (scale, name)
+                assert found[experiment, name].run(2).id != other.run(1).id
+
+
+def test_table_3_and_figure_1_share_the_run_with_lns_and_no_other():
+    for scale in SCALES:
+        found = all_rows(scale)
+        assert found["table3_olmo_1b", "lns"].config.id == found["figure1_1b", "lns"].config.id
+        assert found["table3_olmo_1b", "scaled_init"].config.id != found["figure1_1b", "pre_ln"].config.id
+
+
+def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(tmp_path):
+    for scale in SCALES:
+        found = all_rows(scale)
+        row, source = found["table2_250m", "mix_ln"], found["table1_250m", "mix_ln"].run(2)
+        config = row.run(2)
+        assert config.init_from == str(source.folder)
+        assert config.data.tokenizer == str(source.folder / "tokenizer")
+        # Its words say the same, but name a run folder that has to be there.
+        assert f"init_from={source.folder}" in row.told(2)
+        assert row.tasks == ("paper" if scale == "paper" else None)
+        first, second = outstanding([row], [2], tmp_path)
+        assert (first.config.id, second.config.id) == (source.id, config.id)
+
+
+SUBJECTS = [name for name in WITHOUT_FIGURES if name.startswith("figure2_") or name in ("figure5", "figure10")]
+
+
+def test_what_stands_in_for_a_public_model_is_a_run_of_table_1():
+    for name in SUBJECTS:
+        for scale in SCALES:
+            found = all_rows(scale)
+            ((key, row),) = [item for item in found.items() if item[0][0] == name]
+            assert (row.subject is not None) == (scale == "paper")
+            if scale != "paper":
+                assert row.config.id == found["table1_130m", row.config.norm["name"]].config.id, key
+
+
+def test_the_sizes_of_figure_1_are_apart_at_every_scale():
+    """Growing, so that a curve can be laid through the losses; at the smaller scales nothing else differs in size."""
+    for scale in SCALES:
+        configs = [all_rows(scale)[name, "lns"].config for name in OLMO]
+        widths = [config.model.hidden_size for config in configs]
+        assert all(small < large for small, large in itertools.pairwise(widths))
+        if scale != "paper":
+            shared = {(c.model.num_hidden_layers, c.optim.lr, c.optim.schedule, c.trainer.max_steps) for c in configs}
+            assert len(shared) == 1
+
+
+SMALL = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 48,
+    "model.num_hidden_layers": 4,
+    "model.num_attention_heads": 2,
+    "data.source": "files",
+    "trainer.max_steps": 2,
+    "trainer.stats_every": 0,
+    "eval.every": 2,
+}
+
+
+@pytest.fixture
+def small(toy, tmp_path):
+    """Overrides that make a run of moments of any experiment at toy scale."""
+    own = [word for word in toy if "." in word.partition("=")[0] or word == "logger=none"]
+    values = dict(word.split("=", 1) for word in own) | {key: str(value) for key, value in SMALL.items()}
+    return [f"{key}={value}" for key, value in values.items()] + [f"output={tmp_path}"]
+
+
+def test_every_row_trains(small):
+    """Two steps of each at toy scale, made smaller still; those that become the same run but once."""
+    done = set()
+    for row in (row for (name, _), row in all_rows("toy").items() if name in LANGUAGE):
+        config = with_row(row.config, row.name, small)
+        if config.id not in done:
+            done.add(config.id)
+            record, folder = carry_out(config)
+            assert record["steps"] == 2
+            assert record["history"]["train"]["loss"][0] == pytest.approx(5.7, abs=0.9), (row.experiment, row.name)
+            assert folder == config.folder
+    assert len(done) >= 24
+
+
+# Reproducing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reproduce(capfd):
+    """`reproduce(*words)` gives the exit status and what was printed, also by the processes that it began."""
+
+    def run(*words):
+        status = main(["reproduce", *map(str, words)])
+        return status, capfd.readouterr().err
+
+    return run
+
+
+def test_killed_and_repeated_it_goes_on_and_does_nothing_twice(small, tmp_path, reproduce):
+    results = tmp_path / "results"
+    words = ["table1_130m", "table7_130m", "row=pre_ln,lns", "scale=toy", "--results", results, *small]
+    words += ["trainer.max_steps=40", "trainer.checkpoint_every=2", "eval.every=40", "trainer.progress=true"]
+    command = [sys.executable, "-m", "cod_lightning", "reproduce", *map(str, words)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    first = second = None
+    end = time.monotonic() + 200
+    while second is None:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        first = first or next(results.glob("toy/*/record.json"), None)
+        second = first and next(
+            (path for path in tmp_path.glob("toy/*/checkpoints/step-*.ckpt") if first.parent.name not in path.parts),
+            None,
+        )
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert [path.parent for path in results.rglob("record.json")] == [first.parent]
+    written = first.stat().st_mtime_ns
+
+    status, printed = reproduce(*words)
+    assert status == 0, printed
+    assert "1 to carry out, of 4 asked for" in printed
+    steps = [int(line.split()[1].split("/")[0]) for line in printed.splitlines() if line.startswith("step ")]
+    assert min(steps) > 2
+    assert max(steps) == 40
+    assert first.stat().st_mtime_ns == written
+    records = {path.parent.name: json.loads(path.read_text()) for path in results.rglob("record.json")}
+    assert len(records) == 2
+    assert {record["config"]["norm"]["name"] for record in records.values()} == {"pre_ln", "lns"}
+    for label, record in records.items():
+        assert record["history"]["train"]["step"] == list(range(1, 41))
+        assert record["config"]["name"] == f"toy/{label}"
+    assert all(path.read_text().count("\n") == 1 for path in results.rglob("record.json"))
+
+    # What was measured comes beside the record of the run that is there already.
+    measured = ["figure9", *words[3:-1], "trainer.progress=false"]
+    status, printed = reproduce(*measured)
+    assert status == 0, printed
+    assert "1 to carry out, of 1 asked for" in printed
+    (variance,) = results.rglob("variance.json")
+    assert (variance.parent / "record.json").is_file()
+    assert len(json.loads(variance.read_text())["residual"]["variance"]) == 4
+    status, printed = reproduce(*measured)
+    assert (status, printed) == (0, "0 to carry out, of 1 asked for\n")
+
+
+def test_a_public_model_is_measured_and_not_trained(corpus, tmp_path, reproduce):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    results, model = tmp_path / "results", tmp_path / "Public-Model"
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_attention_heads=2)).save_pretrained(model)
+    words = {word: number for number, word in enumerate(["?", "the", "norm", "of", "a", "deep", "block", "grows"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    words = ["figure2_llama2_13b", f"paper.rows.pre_ln.subject={model}", "data=files", f"data.files={corpus}/*.jsonl"]
+    words += ["data.seq_len=16", "trainer.accelerator=cpu", f"output={tmp_path / 'runs'}", "--results", results]
+    status, printed = reproduce(*words)
+    assert status == 0, printed
+    assert {path.name for path in (results / "paper/Public-Model").iterdir()} == {"angular.json", "removal.json"}
+    removal = json.loads((results / "paper/Public-Model/removal.json").read_text())
+    assert len(removal["losses"]) == 3
+    assert not list(tmp_path.rglob("record.json"))
+    assert reproduce(*words) == (0, "0 to carry out, of 1 asked for\n")
+
+
+def test_a_public_model_that_cannot_be_had_is_named(tmp_path, reproduce, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, printed = reproduce("figure5")
+    assert status == 2
+    assert "meta-llama/Llama-2-7b-hf needs the Hugging Face hub" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):
+    asked = list(rows(["figure5"], "paper"))
+    (task,) = outstanding(asked, [1, 2, 3], tmp_path)
+    assert (task.label, task.measures) == ("Llama-2-7b-hf", {"jacobian"})
+    tasks = outstanding(list(rows(["figure5", "figure9"], "toy")), [1, 2, 3], tmp_path)
+    assert [task.config.seed for task in tasks] == [1, 2, 3]
+    assert all(task.measures == {"jacobian", "jacobian_map", "variance"} for task in tasks)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["table9"], ["'table9' is no experiment", "did you mean"]),
+        (["table1_350"], ["did you mean 'table1_350m'"]),
+        (["quickstart"], ["quickstart has no rows"]),
+        (["theory", "row=lns,ln"], ["row='ln' is not a row", "did you mean 'lns'"]),
+        (["theory", "seeds=0"], ["seeds=0 must be a number of seeds, at least 1"]),
+        (["theory", "-j", "0"], ["--jobs=0 must be at least 1"]),
+    ],
+)
+def test_what_cannot_be_reproduced_is_refused(names, words, reproduce):
+    status, printed = reproduce(*names)
+    assert status == 2
+    assert all(word in printed for word in words), printed
+
+
+def test_a_prefix_names_all_of_a_table_or_figure():
+    assert named(["figure1"]) == ["figure1_150m", "figure1_1b", "figure1_300m", "figure1_60m", "figure1_7b"]
+    assert named(["table1", "table1_130m"]) == ["table1_130m", "table1_1b", "table1_250m", "table1_350m"]
+
+
+@pytest.mark.parametrize("word", ["norm=lns", "norm.position=before_ln", "row=lns", "seed=2", "name=mine"])
+def test_what_rows_and_seeds_choose_cannot_be_overridden(word):
+    if word == "norm.position=before_ln":
+        with pytest.raises(UserError, match=r"norm\.position is not an option of 'pre_ln'"):
+            list(rows(["theory"], "toy", [word]))
+    else:
+        with pytest.raises(UserError, match=f"{word}: every row of an experiment has its own {word.split('=')[0]}"):
+            list(rows(["theory"], "toy", [word]))
