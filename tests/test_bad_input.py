@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cod_lightning.cli import RANKS, carry_out, main
+from cod_lightning.cli import carry_out, main
 from cod_lightning.config.compose import compose, load, save
 from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.train.checkpoint import checkpoints
+from cod_lightning.train.ranks import RANK_VARIABLES
 
 
 class Malicious:
@@ -210,12 +211,12 @@ WORLDS = [
     (nothing, ["toy", "trainer.devices=2", "data.micro_batch_size=4"], ["trainer.strategy='auto' is one rank"]),
     (nothing, ["toy", "trainer.strategy=fspd"], ["trainer.strategy='fspd'", "did you mean 'fsdp'"]),
     (nothing, ["toy", "trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2", "data.micro_batch_size=4"],
-     ["trainer.num_nodes=2: nothing says which node this is", "MASTER_ADDR"]),
-    (nothing, ["RANK=x", "toy"], ["RANK='x' in the environment must be a whole number"]),
-    (nothing, ["RANK=", "toy"], ["RANK='' in the environment must be a whole number"]),
-    (nothing, ["RANK=5", "toy"], ["RANK=5 in the environment is not one of 1 rank(s)"]),
+     ["trainer.num_nodes=2, but no environment variable numbers this node", "MASTER_ADDR"]),
+    (nothing, ["RANK=x", "toy"], ["RANK='x' in the environment is not an integer"]),
+    (nothing, ["RANK=", "toy"], ["RANK='' in the environment is not an integer"]),
+    (nothing, ["RANK=5", "toy"], ["RANK=5 in the environment is out of range"]),
     (nothing, ["WORLD_SIZE=4", "toy"], ["WORLD_SIZE=4 in the environment, but trainer.devices=1 x"]),
-    (nothing, ["WORLD_SIZE=-1", "toy"], ["WORLD_SIZE='-1' in the environment must be"]),
+    (nothing, ["WORLD_SIZE=-1", "toy"], ["WORLD_SIZE='-1' in the environment is not an integer"]),
     (nothing, ["LOCAL_RANK=first", "toy"], ["LOCAL_RANK='first'"]),
     (with_run(), ["SLURM_PROCID=x", *LOADED], ["SLURM_PROCID='x'"]),
 ]  # fmt: skip
@@ -445,7 +446,7 @@ def folder_content():
 def complaint(words, capsys, monkeypatch, toy):
     """What a command says on stderr, which has to be an error and nothing else that looks like one."""
     words = list(map(str, words))
-    for name in (*RANKS, "WORLD_SIZE"):  # what a run in this process left behind
+    for name in (*RANK_VARIABLES, "WORLD_SIZE"):  # what a run in this process left behind
         monkeypatch.delenv(name, raising=False)
     while words and words[0].partition("=")[0].isupper():
         monkeypatch.setenv(*words.pop(0).split("=", 1))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning.errors import TRY_AGAIN, Diverged, Stopped, UserError, nearest
+from cod_lightning.train.ranks import check_ranks, is_first_on_node, is_first_rank
 
 if TYPE_CHECKING:
     from cod_lightning.config.compose import Config
@@ -227,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as reason:
         print(f"{reason}\nrun the same command again to go on", file=sys.stderr)
         # Lightning kills this process where one that it launched reports a failure; they all stop, and this one tells.
-        return TRY_AGAIN if os.environ.get("LOCAL_RANK", "0") == "0" else 0
+        return TRY_AGAIN if is_first_on_node() else 0
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130
@@ -253,54 +254,6 @@ def sections(config: Config) -> Any:
         resume=config.resume,
         config=plain(config),
     )
-
-
-def is_first_rank() -> bool:
-    """Whether this process writes and prints for all; launchers (torchrun, Slurm, Lightning) number the others.
-
-    Raises:
-        UserError: a number that they set is none.
-    """
-    return not any(map(rank, RANKS))
-
-
-RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
-"""Environment variables that number processes."""
-
-
-def rank(name: str, unset: int = 0) -> int:
-    """The number that an environment variable holds.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    value = os.environ.get(name, str(unset))
-    if not value.isdecimal():
-        raise UserError(f"{name}={value!r} in the environment must be a whole number, as a launcher sets it: unset it")
-    return int(value)
-
-
-def check_ranks(config: Config) -> None:
-    """Compare the environment that a launcher sets with the ranks that are asked for.
-
-    Raises:
-        UserError: they differ, or several nodes are asked for and nothing says which this is.
-    """
-    asked, started = config.trainer.world_size, rank("WORLD_SIZE", config.trainer.world_size)
-    if started != asked:
-        raise UserError(
-            f"WORLD_SIZE={started} in the environment, but trainer.devices={config.trainer.devices} x "
-            f"trainer.num_nodes={config.trainer.num_nodes} is {asked}: set them to what the launcher starts"
-        )
-    if rank("RANK") >= asked:
-        raise UserError(
-            f"RANK={rank('RANK')} in the environment is not one of {asked} rank(s), which are 0 to {asked - 1}"
-        )
-    if config.trainer.num_nodes > 1 and not any(name in os.environ for name in RANKS):
-        raise UserError(
-            f"trainer.num_nodes={config.trainer.num_nodes}: nothing says which node this is; start all of them with "
-            "torchrun or Slurm, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
-        )
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
@@ -337,7 +290,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     from cod_lightning.config.compose import check_folder, check_source, claim, plain
     from cod_lightning.nn.strategies import build_all, warnings
 
-    check_ranks(config)
+    check_ranks(config.trainer)
     folder = check_folder(config)
     first = is_first_rank()
     if first:
@@ -481,7 +434,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
     from cod_lightning.train.run import TOKENIZER, checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
-    check_ranks(config)
+    check_ranks(config.trainer)
     path = checkpoint_of(run, checkpoint)
     if changes_text(overrides):
         if config.task != "language":

@@ -24,7 +24,7 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder, build_vit
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.nn.vit import VisionTransformer
-from cod_lightning.report import estimate as module
+from cod_lightning.train import estimate as module
 from cod_lightning.train.estimate import (
     estimate,
     flops_per_image,

@@ -437,7 +437,7 @@ def identity(config: Config) -> dict[str, Any]:
     if config.task == "vision":  # which reads nothing else of `data`
         kept["data"] = {"batch_size": config.data.batch_size}
     if config.data.sha256 is not None:
-        kept["data"] |= {"files": None, "val_files": None}
+        kept["data"] = {**kept["data"], "files": None, "val_files": None}
     if config.optim.weighting == "micro_batches":
         # A mean of means depends on what is in each.
         kept["data"]["micro_batch_size"] = config.data.micro_batch_size
