@@ -3,7 +3,7 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from cod_lightning.data import tokenizer as tokenizers_room
+from cod_lightning.data import tokenizers as tokenizers_room
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe, with_pad_below
 from cod_lightning.errors import UserError
 
