@@ -157,7 +157,7 @@ def test_docstrings_are_parsed_and_joined(tmp_path):
     paragraphs = corpora._unit_paragraphs([tmp_path / "module.py"])
     assert paragraphs[0] == prose + "."
     assert len(paragraphs) == 7
-    assert [text.count("\n") for text in corpora._join(paragraphs * 3)] == [10, 9]
+    assert [text.count("\n") for text in corpora.join_paragraphs(paragraphs * 3)] == [10, 9]
 
 
 def test_too_much_text_is_thinned_evenly():
@@ -177,7 +177,7 @@ def test_docs_are_prose_of_a_bounded_size_and_the_same_each_time():
 
 
 def test_preparing_modules_do_not_import_torch():
-    names = ["config", "corpora", "hub", "manifest", "prepare", "tokenizer"]
+    names = ["config", "corpora", "hub", "manifest", "prepare", "tokenizers"]
     code = f"""
 import importlib, sys
 for name in {names}:
