@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.errors import TRY_AGAIN, Diverged, Stopped, UserError, nearest
+from cod_lightning.errors import TRY_AGAIN, Diverged, Stopped, UserError, first_line, nearest
 from cod_lightning.train.ranks import check_ranks, is_first_on_node, is_first_rank
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise UserError(
-            f"the memory does not suffice ({str(error).splitlines()[0]}): lower data.micro_batch_size, or the model; "
+            f"the memory does not suffice ({first_line(error)}): lower data.micro_batch_size, or the model; "
             "`estimate` with the same words says what a run takes"
         ) from error
     except OSError as error:

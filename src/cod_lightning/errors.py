@@ -29,6 +29,11 @@ DAMAGED = (OSError, ValueError, RecursionError)
 """What reading a JSON file can raise: it is missing, is not UTF-8 or not JSON, or lists lie in lists without end."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type if it has no message."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean X? " for the closest of `known`, followed by all of them."""
     known = sorted(known)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from cod_lightning.errors import Stopped, UserError
+from cod_lightning.errors import Stopped, UserError, first_line
 
 BEST = "best.ckpt"
 REST = "rest.pt"
@@ -198,10 +198,6 @@ def unreadable(path: Path, error: BaseException) -> UserError:
         f"{path}: not a readable checkpoint ({first_line(error)}); remove it to go on from an earlier one, or start "
         "anew with resume=false"
     )
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class PlainWriter(FileSystemWriter):

@@ -29,7 +29,7 @@ from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
-from cod_lightning.errors import Stopped, UserError
+from cod_lightning.errors import Stopped, UserError, first_line
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.parallel import load, misfits
@@ -431,7 +431,7 @@ def others_at_hand(settings: TrainerConfig) -> Generator[None]:
             raise
         raise Stopped(
             f"another of the {settings.world_size} ranks is gone, or did not answer for "
-            f"trainer.timeout={settings.timeout:g} s ({str(error).splitlines()[0]})"
+            f"trainer.timeout={settings.timeout:g} s ({first_line(error)})"
         ) from error
 
 

@@ -1,0 +1,103 @@
+"""Read JSON into dataclasses; an error names the field.
+
+@dataclass(frozen=True)
+class Chunk:
+    name: str
+    rows: int
+
+@dataclass(frozen=True)
+class Split:
+    chunks: tuple[Chunk, ...]
+    loss: float | None = None  # a field with a default may be missing
+
+read_json(path, Split, "prepare the set again")  # UserError: "train.json: chunks[0].rows: expected int, ..."
+from_json(Split, json.loads(text))  # the same check on a parsed value; ValueError without the file name
+read_json(path, dict[str, Any], "run again")  # only the outermost type is checked
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from cod_lightning.errors import DAMAGED, UserError, first_line
+
+T = TypeVar("T")
+
+
+def read_json(path: Path, kind: type[T], remedy: str, *, ignore_unknown: bool = False) -> T:
+    """Read the JSON file at `path` as a value of type `kind`; see `from_json`.
+
+    Args:
+        path: a UTF-8 file.
+        kind: a dataclass, or another type that `from_json` supports.
+        remedy: tells the user what to do with a bad file; the last part of the message.
+        ignore_unknown: skip fields that a dataclass does not have.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or has a missing, unknown or wrongly typed field.
+    """
+    try:
+        return from_json(kind, json.loads(path.read_text("utf-8")), ignore_unknown=ignore_unknown)
+    except DAMAGED as error:
+        raise UserError(f"{path}: {first_line(error)}; {remedy}") from error
+
+
+def from_json(kind: type[T], value: Any, *, ignore_unknown: bool = False) -> T:
+    """Convert a value of `json.loads` to type `kind`.
+
+    Supports dataclasses, unions, `Literal`, `list[X]`, `tuple[X, ...]`, `dict[str, X]`, the types of JSON and `Any`.
+    A `float` accepts an integer, and null as NaN, which JSON cannot express.
+
+    Raises:
+        ValueError: names the first field that is missing, unknown or wrongly typed.
+    """
+    return cast(T, _convert(kind, value, "", ignore_unknown))
+
+
+def _convert(kind: Any, value: Any, field: str, ignore_unknown: bool) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in arguments:
+            return None
+        first, *others = (option for option in arguments if option is not types.NoneType)
+        for option in others:
+            with suppress(ValueError):
+                return _convert(option, value, field, ignore_unknown)
+        return _convert(first, value, field, ignore_unknown)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _convert_dataclass(kind, value, field, ignore_unknown)
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_convert(arguments[0], item, f"{field}[{n}]", ignore_unknown) for n, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, _join(field, key), ignore_unknown) for key, item in value.items()}
+    if kind is float and value is None:
+        return math.nan
+    if kind is float and type(value) is int:
+        return float(value)
+    if value in arguments if origin is Literal else type(value) is kind:
+        return value
+    name = "object" if is_dataclass(kind) else getattr(kind, "__name__", kind) if origin is None else kind
+    raise ValueError(f"{field + ': ' if field else ''}expected {name}, got {repr(value)[:80]}")
+
+
+def _convert_dataclass(kind: Any, value: dict[str, Any], field: str, ignore_unknown: bool) -> Any:
+    hints = get_type_hints(kind)
+    required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
+    if missing := sorted(required - value.keys()):
+        raise ValueError(f"{_join(field, missing[0])} is missing")
+    if not ignore_unknown and (unknown := sorted(value.keys() - hints.keys())):
+        raise ValueError(f"{_join(field, unknown[0])} is unknown")
+    known = {name: item for name, item in value.items() if name in hints}
+    return kind(**{n: _convert(hints[n], item, _join(field, n), ignore_unknown) for n, item in known.items()})
+
+
+def _join(field: str, name: str) -> str:
+    return f"{field}.{name}" if field else name
