@@ -24,7 +24,7 @@ def test_variance_is_taken_over_the_hidden_dimension_of_each_token_that_counts()
     model, tokens = decoder(), torch.randint(1, 31, (3, 10))
     tokens[2, 6:] = 0
     seen = {}
-    model(tokens, tap=lambda what, layer, x: seen.__setitem__((what, layer), x.detach()))
+    model(tokens, hook=lambda what, layer, x: seen.__setitem__((what, layer), x.detach()))
     found = layer_statistics(model, tokens, pad_id=0)
     real = tokens != 0
     for what in ("residual", "attention", "ffn"):
@@ -109,7 +109,7 @@ def test_the_variance_that_a_layer_norm_has_at_hand_is_that_of_the_stream(monkey
     counted = layers.token_variances
     monkeypatch.setattr(layers, "token_variances", lambda x: passes.append(x) or counted(x))
     streams = []
-    model(tokens, tap=lambda what, layer, x: streams.append(x.detach()) if what == "residual" else None)
+    model(tokens, hook=lambda what, layer, x: streams.append(x.detach()) if what == "residual" else None)
     found = layer_statistics(model, tokens, pad_id=tokens[0, 0].item())
     weight = (tokens != tokens[0, 0]).double()
     for variance, x in zip(found.residual, streams, strict=True):

@@ -64,7 +64,7 @@ def test_autocast_rounds_what_enters_a_projection_and_leaves_the_stream_alone(ba
         if name.endswith(("q_proj", "up_proj", "lm_head")):
             module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].dtype}))
     with torch.autocast("cpu", torch.bfloat16):
-        decoder(tokens(), tap=lambda what, layer, x: stream.add(x.dtype) if what == "residual" else None)
+        decoder(tokens(), hook=lambda what, layer, x: stream.add(x.dtype) if what == "residual" else None)
         loss = decoder(tokens(), next_tokens(tokens())).total
     assert stream == {torch.float32}
     assert list(seen.values()) == 5 * [torch.bfloat16]

@@ -90,7 +90,7 @@ def test_logits_equal_a_transcription(position, inside, outside):
 def test_under_every_strategy_every_layer_changes_its_input_and_learns(norm):
     model = vit(norm)
     stream = []
-    model(images(), tap=lambda what, layer, x: stream.append(x) if what in ("embedding", "residual") else None)
+    model(images(), hook=lambda what, layer, x: stream.append(x) if what in ("embedding", "residual") else None)
     assert len(stream) == DEPTH + 1
     for before, after in itertools.pairwise(stream):
         assert after.isfinite().all()

@@ -324,11 +324,11 @@ def fit_linear(
     for tokens, keep in walk(model, batches, pad_id):
         ends: list[Tensor] = []
 
-        def visit(what: str, at: int, x: Tensor, keep: Tensor = keep, ends: list[Tensor] = ends) -> None:
-            if what in ("embedding", "residual") and at in (layer - 1, layer):
+        def hook(name: str, at: int, x: Tensor, keep: Tensor = keep, ends: list[Tensor] = ends) -> None:
+            if name in ("embedding", "residual") and at in (layer - 1, layer):
                 ends.append(x[keep].double())
 
-        model.logits(tokens, visit)
+        model.logits(tokens, hook)
         x, y = ends
         inputs = F.pad(x, (0, 1), value=1.0)
         gram += inputs.T @ inputs

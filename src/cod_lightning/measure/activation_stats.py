@@ -90,13 +90,13 @@ def moments(
     count = 0
     for tokens, keep in walk(model, batches, pad_id, progress):
 
-        def visit(what: str, layer: int, x: Tensor, keep: Tensor = keep) -> None:
-            if what in PLACES:
+        def hook(name: str, layer: int, x: Tensor, keep: Tensor = keep) -> None:
+            if name in PLACES:
                 x = wide(x[keep])
-                means[what, layer].add(token_moments(x))
-                largest[what, layer] = max(largest[what, layer], float(x.abs().max()))
+                means[name, layer].add(token_moments(x))
+                largest[name, layer] = max(largest[name, layer], float(x.abs().max()))
 
-        model.logits(tokens, visit)
+        model.logits(tokens, hook)
         count += int(keep.sum())
 
     def statistics(what: str) -> Statistics:

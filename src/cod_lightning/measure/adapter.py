@@ -15,14 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.decoder import ActivationHook, Decoder
 from cod_lightning.nn.huggingface import library, quiet
 from cod_lightning.nn.vit import VisionTransformer
-
-Visit = Callable[[str, int, Tensor], object]
-"""Called with (`embedding` | `attention` | `ffn` | `residual`, layer, tensor [rows, length, hidden]); layers count from
-1, the embedding is layer 0. `attention` and `ffn` are what a sub-layer adds to the stream, `residual` is a block's
-output."""
 
 PLACES = (
     ("model", "layers", "norm"),
@@ -144,38 +139,38 @@ class Layered:
         name = next(name for name in ("lm_head", "head", "cls") if hasattr(self.model, name))
         return self.model.get_submodule(name)(y[1] if isinstance(y, tuple) else y)
 
-    def logits(self, tokens: Batch, visit: Visit | None = None) -> Tensor:
-        """Logits [rows, length, vocabulary] of tokens [rows, length]; `visit` sees every layer on the way.
+    def logits(self, tokens: Batch, hook: ActivationHook | None = None) -> Tensor:
+        """Logits [rows, length, vocabulary] of tokens [rows, length]; `hook` gets every layer's activations.
 
         Of images those of the class token alone, [rows, 1, classes].
         """
-        tap = visit and (lambda what, layer, x: what in STREAM and visit(what, layer, x))
+        inner = hook and (lambda name, layer, x: name in STREAM and hook(name, layer, x))
         with torch.compiler.set_stance("force_eager"):
             if isinstance(tokens, Images):
-                return self.model(tokens.pixels, tap=tap)[:, None]
+                return self.model(tokens.pixels, hook=inner)[:, None]
             if isinstance(self.model, Decoder):
-                return self.model(tokens, tap=tap)
-            handles = [] if visit is None else self.hooks(visit)
+                return self.model(tokens, hook=inner)
+            handles = [] if hook is None else self.register_hooks(hook)
             try:
                 return self.model(input_ids=tokens, use_cache=False).logits
             finally:
                 for handle in handles:
                     handle.remove()
 
-    def hooks(self, visit: Visit) -> list[Any]:
-        """Hooks on a model of `transformers` that call `visit`."""
+    def register_hooks(self, hook: ActivationHook) -> list[Any]:
+        """Register hooks on a model of `transformers` that call `hook`, without `variance`."""
 
         def first(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            visit("embedding", 0, args[0] if args else kwargs["hidden_states"])
+            hook("embedding", 0, args[0] if args else kwargs["hidden_states"])
 
         handles: list[Any] = [self.blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
         for layer, block in enumerate(self.blocks, start=1):
-            for what, module in zip(("attention", "ffn", "residual"), (*sublayers(block), block), strict=True):
+            for name, module in zip(("attention", "ffn", "residual"), (*sublayers(block), block), strict=True):
 
-                def hook(module: nn.Module, args: Any, y: Any, what: str = what, layer: int = layer) -> None:
-                    visit(what, layer, y[0] if isinstance(y, tuple) else y)
+                def after(module: nn.Module, args: Any, y: Any, name: str = name, layer: int = layer) -> None:
+                    hook(name, layer, y[0] if isinstance(y, tuple) else y)
 
-                handles.append(module.register_forward_hook(hook))
+                handles.append(module.register_forward_hook(after))
         return handles
 
     def block_functions(self, tokens: Batch) -> tuple[list[Tensor], list[Callable[[Tensor], Tensor]]]:

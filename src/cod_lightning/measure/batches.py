@@ -111,11 +111,11 @@ def streams(model: Layered, tokens: Batch, keep: Tensor) -> list[Tensor]:
     """The embedding and the output of every block, each [kept tokens, hidden]; keep [rows, length]."""
     found: list[Tensor] = []
 
-    def visit(what: str, layer: int, x: Tensor) -> None:
-        if what in ("embedding", "residual"):
+    def hook(name: str, layer: int, x: Tensor) -> None:
+        if name in ("embedding", "residual"):
             found.append(x[keep])
 
-    model.logits(tokens, visit)
+    model.logits(tokens, hook)
     return found
 
 

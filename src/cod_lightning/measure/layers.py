@@ -83,19 +83,19 @@ def statistics_of(
     unread: list[Tensor] = []
     """The output of the last block, until it is known whether the norm that reads it has its variance at hand."""
 
-    def tap(what: str, layer: int, x: Tensor) -> None:
+    def hook(name: str, layer: int, x: Tensor) -> None:
         if unread:
             stream = unread.pop()
-            variances["residual"].append(x.detach() if what == "variance" else token_variances(stream))
-        if what == "residual":
+            variances["residual"].append(x.detach() if name == "variance" else token_variances(stream))
+        if name == "residual":
             unread.append(x)
-        elif what in variances:
-            variances[what].append(token_variances(x))
+        elif name in variances:
+            variances[name].append(token_variances(x))
 
     blocks = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
     norms: list[float] = []
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
-        loss = model(rows, targets, tap)
+        loss = model(rows, targets, hook)
         if unread:
             variances["residual"].append(token_variances(unread.pop()))
         if gradients:
@@ -114,12 +114,12 @@ def first_bad_layer(model: Decoder | VisionTransformer, rows: Tensor, targets: T
     """Where a forward pass first leaves the finite numbers, such as "layer 3 attention"; None if it does not."""
     bad: list[str] = []
 
-    def tap(what: str, layer: int, x: Tensor) -> None:
+    def hook(name: str, layer: int, x: Tensor) -> None:
         if not bad and not torch.isfinite(x).all():
-            bad.append("embedding" if layer == 0 else f"layer {layer} {what}")
+            bad.append("embedding" if layer == 0 else f"layer {layer} {name}")
 
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        loss = model(rows, targets, tap)
+        loss = model(rows, targets, hook)
     head = [name for name, _ in model.named_children()][-1]
     return bad[0] if bad else None if torch.isfinite(loss.total) else head
 

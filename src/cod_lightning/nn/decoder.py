@@ -16,11 +16,12 @@ from cod_lightning.kernels.norm import norm
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 
-Tap = Callable[[str, int, Tensor], object]
-"""Called with (what, layer, tensor), layers counting from 1, in the order of the forward pass: `embedding` of layer 0;
-for each block `variance` [rows, length], the unbiased variance over the hidden dimension of the stream that enters it,
-where its pre-norm has it at hand; `attention` and `ffn`, what the sub-layers add to the stream; `residual`, the
-output of the block [rows, length, hidden]; and `variance` of what the final norm reads, as that of one more layer."""
+ActivationHook = Callable[[str, int, Tensor], object]
+"""Called as hook(name, layer, tensor) during a forward pass, in order; layers count from 1.
+
+`embedding` (layer 0), `attention` and `ffn` (the scaled branch of each sub-layer) and `residual` (the output of the
+block) are [rows, length, hidden]. `variance` [rows, length] is the unbiased variance over the hidden dimension of the
+input of block `layer`, or of the final norm as layer depth + 1; only norms that compute it call the hook with it."""
 
 
 class Norm(nn.Module):
@@ -42,7 +43,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_affine else None
 
     def forward(
-        self, x: Tensor, branch: Tensor | None = None, tap: Callable[[str, Tensor], object] | None = None
+        self, x: Tensor, branch: Tensor | None = None, hook: Callable[[str, Tensor], object] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The stream, x with the branch added to it, and its norm."""
         device = x.device.type
@@ -58,9 +59,9 @@ class Norm(nn.Module):
             dtype=torch.get_autocast_dtype(device) if cast else None,
             backend=self.backend,
         )
-        if tap is not None and rstd is not None and self.kind == "layer" and self.groups == 1:
+        if hook is not None and rstd is not None and self.kind == "layer" and self.groups == 1:
             width = x.shape[-1]
-            tap("variance", (rstd.squeeze(-1) ** -2 - self.eps) * (width / (width - 1)))
+            hook("variance", (rstd.squeeze(-1) ** -2 - self.eps) * (width / (width - 1)))
         return stream, y
 
     def extra_repr(self) -> str:
@@ -71,7 +72,7 @@ class NoNorm(nn.Module):
     """In the place of a pre-norm where the strategy has none."""
 
     def forward(
-        self, x: Tensor, branch: Tensor | None = None, tap: Callable[[str, Tensor], object] | None = None
+        self, x: Tensor, branch: Tensor | None = None, hook: Callable[[str, Tensor], object] | None = None
     ) -> tuple[Tensor, Tensor]:
         stream = total(x, branch)
         return stream, stream
@@ -164,20 +165,20 @@ class Block(nn.Module):
         self.gate = nn.Parameter(torch.empty(1)) if any(s.gate != "no" for s in spec.sublayers) else None
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, tap: Callable[[str, Tensor], object] | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, hook: Callable[[str, Tensor], object] | None = None
     ) -> Tensor:
         if self.entry_norm is None:
-            x, y = self.input_layernorm(x, tap=tap)
+            x, y = self.input_layernorm(x, hook=hook)
         else:
             x, y = self.input_layernorm(self.entry_norm(x)[1])
         attention = self.attention_residual.branch(self.self_attn(y, rope))
         x, y = self.post_attention_layernorm(*self.attention_residual(x, attention, self.gate))
         ffn = self.ffn_residual.branch(self.mlp(y))
         x = total(*self.ffn_residual(x, ffn, self.gate))
-        if tap is not None:
-            tap("attention", attention)
-            tap("ffn", ffn)
-            tap("residual", x)
+        if hook is not None:
+            hook("attention", attention)
+            hook("ffn", ffn)
+            hook("residual", x)
         return x
 
 
@@ -227,34 +228,38 @@ class Decoder(nn.Module):
     def blocks(self) -> list[Block]:
         return [block for block in self.model.layers if isinstance(block, Block)]
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, tap: Tap | None = None) -> Tensor | TokenLoss:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, hook: ActivationHook | None = None
+    ) -> Tensor | TokenLoss:
         """Logits of tokens [rows, length], or their loss against `targets`, which never holds all logits at once.
 
         Args:
             tokens: [rows, length], integers.
             targets: [rows, length], from `next_tokens`, or None.
-            tap: sees every layer's tensors on the way.
+            hook: called with the activations of every layer.
 
         Returns:
             Logits [rows, length, vocabulary]; with targets, a `TokenLoss`.
         """
         x = self.model.embed_tokens(tokens)
         rope = rotary(tokens.shape[1], self.config.head_dim, self.config.rope_theta, x)
-        x = through(self.blocks, self.model.norm, x, rope, tap)
+        x = run_blocks(self.blocks, self.model.norm, x, rope, hook)
         return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
 
 
-def through(blocks: list[Block], norm: Norm, x: Tensor, rope: tuple[Tensor, Tensor] | None, tap: Tap | None) -> Tensor:
+def run_blocks(
+    blocks: list[Block], norm: Norm, x: Tensor, rope: tuple[Tensor, Tensor] | None, hook: ActivationHook | None
+) -> Tensor:
     """The embeddings x [rows, length, hidden] behind all blocks and the final norm."""
 
     def at(layer: int) -> Callable[[str, Tensor], object] | None:
-        return None if tap is None else lambda what, x: tap(what, layer, x)
+        return None if hook is None else lambda name, x: hook(name, layer, x)
 
-    if tap is not None:
-        tap("embedding", 0, x)
+    if hook is not None:
+        hook("embedding", 0, x)
     for layer, block in enumerate(blocks, start=1):
         x = block(x, rope, at(layer))
-    return norm(x, tap=at(len(blocks) + 1))[1]
+    return norm(x, hook=at(len(blocks) + 1))[1]
 
 
 def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | NoNorm:

@@ -185,12 +185,12 @@ def profile_skips(model: Model, rows: Tensor, seed: int, initialise: Callable[[A
         return
     variances: list[Tensor] = []
 
-    def tap(what: str, layer: int, branch: Tensor) -> None:
-        if what in ("attention", "ffn"):
+    def hook(name: str, layer: int, branch: Tensor) -> None:
+        if name in ("attention", "ffn"):
             variances.append(branch.float().var())
 
     with torch.compiler.set_stance("force_eager"):
-        model(rows.to(next(model.parameters()).device), tap=tap)
+        model(rows.to(next(model.parameters()).device), hook=hook)
     total = torch.ones_like(variances[0])
     for skip, variance in zip(skips, variances, strict=True):
         if skip is not None:

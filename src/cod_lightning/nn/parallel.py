@@ -67,13 +67,13 @@ def parallelise(
 
 
 def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
-    """A block's `forward` that keeps fewer activations; one that is tapped keeps all."""
+    """A block's `forward` that keeps fewer activations; with a hook it keeps all."""
     selective = partial(create_selective_checkpoint_contexts, policy)
     contexts: dict[str, Any] = {"context_fn": selective} if how == "selective" else {}
 
-    def run(x: Tensor, rope: tuple[Tensor, Tensor] | None, tap: Any = None) -> Tensor:
-        if tap is not None or not torch.is_grad_enabled():
-            return forward(x, rope, tap)
+    def run(x: Tensor, rope: tuple[Tensor, Tensor] | None, hook: Any = None) -> Tensor:
+        if hook is not None or not torch.is_grad_enabled():
+            return forward(x, rope, hook)
         return checkpoint(forward, x, rope, use_reentrant=False, preserve_rng_state=False, **contexts)
 
     return run
@@ -84,7 +84,7 @@ def policy(context: AbstractContextManager, operation: Any, *arguments: Any, **n
 
 
 def bare(model: Model) -> Model:
-    """A model with the weights of `model` and nothing of what `parallelise` did to it, for transforms and taps.
+    """A model with the weights of `model` and nothing of what `parallelise` did to it, for transforms and hooks.
 
     It shares the weights, or has a copy of all of them where they are sharded: then all ranks call this together.
     """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cod_lightning.kernels.loss import IGNORE, TokenLoss
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Attention, Block, Norm, Tap, through
+from cod_lightning.nn.decoder import ActivationHook, Attention, Block, Norm, run_blocks
 from cod_lightning.nn.strategies import BlockSpec
 
 
@@ -82,18 +82,20 @@ class VisionTransformer(nn.Module):
     def blocks(self) -> list[Block]:
         return [block for block in self.layers if isinstance(block, Block)]
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, tap: Tap | None = None) -> Tensor | TokenLoss:
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, hook: ActivationHook | None = None
+    ) -> Tensor | TokenLoss:
         """Logits of images [rows, 3, size, size], or their loss against `labels`.
 
         Args:
             images: [rows, 3, size, size], in any floating dtype.
             labels: [rows], or None.
-            tap: sees every layer's tensors on the way; position 0 is the class token.
+            hook: called with the activations of every layer; position 0 is the class token.
 
         Returns:
             Logits [rows, classes]; with labels, a `TokenLoss` with one target per row.
         """
-        x = through(self.blocks, self.norm, self.embedding(images), None, tap)
+        x = run_blocks(self.blocks, self.norm, self.embedding(images), None, hook)
         logits = self.head(x[:, 0])
         return logits if labels is None else label_loss(logits, labels)
 
