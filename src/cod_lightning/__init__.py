@@ -2,6 +2,6 @@
 
 from cod_lightning._torchvision import hide_if_unusable
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 hide_if_unusable()  # here, so that it comes before every import of lightning, also in spawned workers
