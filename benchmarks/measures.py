@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cod_lightning.config.compose import Config, compose
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.layers import layer_statistics, plot_variance
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
@@ -77,7 +77,7 @@ def measure(config: Config, rows: int, seconds: float) -> list[dict[str, Any]]:
     decoder = build_decoder(shape, build_all(config.norm, shape.num_hidden_layers), seed=1, device=DEVICE)
     step, parts = training_step(config, decoder, rows)
     probe = torch.randint(vocabulary, (trainer.probe_rows, config.data.seq_len), device=DEVICE)
-    batches, model = probe.split(config.data.micro_batch_size), Layered(decoder)
+    batches, model = probe.split(config.data.micro_batch_size), ModelAdapter(decoder)
     measures: dict[str, Callable[[], object]] = {"layer statistics": partial(layer_statistics, decoder, probe)}
     for name, function in IN_TRAINING.items():
         measures[name] = partial(function, model, batches, None, lambda done, total: None)

@@ -602,7 +602,7 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
         return compare(models, options, overrides, checkpoint, rows, output)
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, {len(models)} are given; measure compare takes several")
-    from cod_lightning.commands.studies import carry_out, carry_out_prune
+    from cod_lightning.commands.measure_runner import run_prune, run_study
     from cod_lightning.measure.registry import measures_of
     from cod_lightning.nn.huggingface import check_new
 
@@ -616,20 +616,20 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
     model = Path(models[0])
     folder = output or (model / "measure" if is_run(models[0]) else Path("measure") / model.name)
     if study == "prune":
-        carry_out_prune(subject, options, folder)
+        run_prune(subject, options, folder)
     else:
-        carry_out(study, subject, options, folder)
+        run_study(study, subject, options, folder)
     print(folder)
     return 0
 
 
 def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], list[str]]:
     """The options among `key=value` words, and the rest: what a configuration could be asked for."""
-    from cod_lightning.commands.studies import options_of_study
+    from cod_lightning.commands.measure_runner import study_options
     from cod_lightning.config.compose import fields_and_groups
     from cod_lightning.measure.options import read_options
 
-    known = {**options_of_study(study), "rows": int, "output": str}
+    known = {**study_options(study), "rows": int, "output": str}
     known |= {} if study in ("compare", "prune") else {"only": Sequence[str]}
     others = fields_and_groups() - known.keys()
 
@@ -654,7 +654,7 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
     if is_run(model):
         run = Path(model)
         config = load(run, overrides)
-        from cod_lightning.commands.studies import open_run
+        from cod_lightning.commands.measure_runner import open_run
         from cod_lightning.train.run import TOKENIZER, checkpoint_of
 
         if changes_text(overrides):
@@ -667,7 +667,7 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
         from cod_lightning.data.hub import require_cached_or_hub
 
         require_cached_or_hub(model, "Give a run folder, or a folder with config.json, weights and tokenizer.")
-    from cod_lightning.commands.studies import open_model
+    from cod_lightning.commands.measure_runner import open_model
 
     return open_model(model, sections(config), rows)
 
@@ -687,13 +687,13 @@ def compare(
         raise UserError(f"two models are called {max(names, key=names.count)}: rename a folder, to tell them apart")
     from functools import partial
 
-    from cod_lightning.commands.studies import compare as lay_over
+    from cod_lightning.commands.measure_runner import compare as compare_models
 
     subjects = {
         name: partial(open_subject, model, overrides, checkpoint, rows)
         for name, model in zip(names, models, strict=True)
     }
-    print(lay_over(subjects, options, output or Path("measure") / "-".join(["compare", *names])))
+    print(compare_models(subjects, options, output or Path("measure") / "-".join(["compare", *names])))
     return 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
@@ -17,7 +17,7 @@ FAMILIES = ("ours", "ours-lns", *HF)
 
 @pytest.fixture
 def causal_lm():
-    """`causal_lm(family)`: a random `Layered` model with a lively, not tiny, residual stream."""
+    """`causal_lm(family)`: a random `ModelAdapter` model with a lively, not tiny, residual stream."""
 
     def made(family, depth=DEPTH):
         if family.startswith("ours"):
@@ -31,7 +31,7 @@ def causal_lm():
                 embedding_std=1.0,
             )
             norm = "lns" if family.endswith("lns") else "pre_ln"
-            return Layered(build_decoder(config, build_all({"name": norm}, depth), seed=0).eval(), family)
+            return ModelAdapter(build_decoder(config, build_all({"name": norm}, depth), seed=0).eval(), family)
         transformers = pytest.importorskip("transformers")
         shape = {
             "vocab_size": VOCABULARY,
@@ -54,8 +54,8 @@ def causal_lm():
             shape["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
             eye = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]}
             config = transformers.Qwen2_5_VLConfig(text_config=shape, vision_config=eye)
-            return Layered(transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), family)
+            return ModelAdapter(transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), family)
         config = getattr(transformers, f"{HF[family]}Config")(**shape)
-        return Layered(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
+        return ModelAdapter(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
 
     return made

@@ -184,7 +184,7 @@ def test_effects_on_later_layers(causal_lm, family):
 
     def streams(blocks):
         seen = {}
-        with torch.no_grad(), model.arranged(blocks):
+        with torch.no_grad(), model.with_blocks(blocks):
             model.logits(batch, lambda what, layer, x: seen.__setitem__((what, layer), x.double()))
         return [seen["embedding", 0], *(seen["residual", layer + 1] for layer in range(len(blocks)))]
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Layered, load_hf
+from cod_lightning.measure.adapter import ModelAdapter, load_pretrained
 
 FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2", "qwen2_5_vl", "bert")
 
@@ -49,7 +49,7 @@ def test_blocks_are_rearranged_for_a_while(causal_lm, family):
     with torch.no_grad():
         whole = model.logits(tokens())
         blocks = model.blocks
-        with model.arranged([blocks[0], *blocks[2:]]):
+        with model.with_blocks([blocks[0], *blocks[2:]]):
             assert model.depth == 3
             inputs, functions = model.block_functions(tokens())
             without = model.logits(tokens())
@@ -69,7 +69,7 @@ def test_a_model_that_is_more_than_a_decoder_is_loaded(causal_lm, family, tmp_pa
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(37)}, unk_token="w0")
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    loaded, tokenizer = load_hf(str(tmp_path))
+    loaded, tokenizer = load_pretrained(str(tmp_path))
     with torch.no_grad():
         torch.testing.assert_close(loaded.logits(tokens()), made.logits(tokens()))
     assert tokenizer("w7", add_special_tokens=False)["input_ids"] == [7]
@@ -87,10 +87,10 @@ def test_only_bert_sees_later_tokens(causal_lm):
 
 def test_a_model_of_another_kind_is_refused():
     with pytest.raises(UserError, match=r"odd: Linear is not laid out .* expected blocks at model\.layers"):
-        Layered(nn.Linear(2, 2), "odd")
+        ModelAdapter(nn.Linear(2, 2), "odd")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="not a causal language model of transformers"):
-        load_hf(str(tmp_path))
+        load_pretrained(str(tmp_path))

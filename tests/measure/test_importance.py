@@ -42,7 +42,7 @@ def silence(model, layers):
 
 
 @torch.no_grad()
-def streams(model, tokens):
+def hidden_states(model, tokens):
     """Embedding and block outputs [rows, length, hidden] in float64."""
     seen = {}
     model.logits(tokens, lambda what, layer, x: seen.__setitem__((what, layer), x.double().numpy()))
@@ -60,7 +60,7 @@ def test_influence_is_its_definition(causal_lm, family):
     found = block_influence(model, batches(), PAD)
     cosines = {(i, j): [] for i in range(5) for j in range(i + 1, 5)}
     for tokens in batches():
-        x = streams(model, tokens)
+        x = hidden_states(model, tokens)
         for row, position in zip(*np.nonzero(tokens.numpy() != PAD), strict=True):
             for i, j in cosines:
                 a, b = x[i][row, position], x[j][row, position]
@@ -87,7 +87,7 @@ def test_readout_is_its_definition(causal_lm, family):
     found = readout(model, batches(), PAD)
     wanted = [[] for _ in range(4)]
     for tokens in batches():
-        x = streams(model, tokens)[1:]
+        x = hidden_states(model, tokens)[1:]
         with torch.no_grad():
             logits = [model.head(torch.from_numpy(y).float()).double().numpy() for y in x]
         for row in range(tokens.shape[0]):
@@ -118,11 +118,11 @@ def test_a_coalition_is_the_model_with_only_its_blocks(causal_lm, family):
         total, count = 0.0, 0
         for tokens in batches():
             if coalition:
-                with torch.no_grad(), model.arranged([blocks[layer - 1] for layer in coalition]):
+                with torch.no_grad(), model.with_blocks([blocks[layer - 1] for layer in coalition]):
                     logits = model.logits(tokens).double().numpy()
             else:
                 with torch.no_grad():
-                    logits = model.head(torch.from_numpy(streams(model, tokens)[0]).float()).double().numpy()
+                    logits = model.head(torch.from_numpy(hidden_states(model, tokens)[0]).float()).double().numpy()
             for row in range(tokens.shape[0]):
                 for position in range(tokens.shape[1] - 1):
                     if tokens[row, position + 1] != PAD:

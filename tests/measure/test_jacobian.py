@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.jacobian import (
     STATISTICS,
     differentiable,
@@ -97,7 +97,7 @@ def test_blocks_that_add_nothing_are_the_identity(causal_lm, family, exact):
 
 def test_a_planted_matrix_is_found_whatever_other_tokens_add():
     matrices = [weight(1), weight(2)]
-    model = Layered(Linear(matrices, [weight(3), weight(4)]))
+    model = ModelAdapter(Linear(matrices, [weight(3), weight(4)]))
     exact = jacobian(model, [tokens()], exact=True, tokens=3)
     probes = jacobian(model, [tokens(32)], probes=64, tokens=7, iterations=60)
     mean = mean_jacobian(model, [tokens()], [2, 1])
@@ -207,7 +207,7 @@ def test_both_directions_are_those_of_one_matrix_under_every_wiring(strategy):
     config = DecoderConfig(
         hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, vocab_size=37, init_std=0.3
     )
-    model = Layered(build_decoder(config, build_all({"name": strategy}, 2), seed=0))
+    model = ModelAdapter(build_decoder(config, build_all({"name": strategy}, 2), seed=0))
     inputs, functions = model.block_functions(tokens(1, 3))
     for name, parameter in model.model.named_parameters():
         if name.endswith("gate"):
@@ -245,7 +245,7 @@ def test_pads_are_never_measured():
     batch[0, 4:], batch[1, 1:], batch[2] = PAD, PAD, PAD
     scale = torch.where(batch == PAD, 1e6, 1.0)
     matrices = [weight(1), weight(2)]
-    model = Layered(Linear(matrices, [torch.zeros(WIDTH, WIDTH)] * 2, scale))
+    model = ModelAdapter(Linear(matrices, [torch.zeros(WIDTH, WIDTH)] * 2, scale))
     for exact in (True, False):
         found = jacobian(model, [batch], pad_id=PAD, exact=exact, tokens=6, iterations=60)
         assert found.tokens == 4 + 1 + 0 + 6
@@ -253,7 +253,7 @@ def test_pads_are_never_measured():
     mean = mean_jacobian(model, [batch], [1], pad_id=PAD, tokens=6)
     torch.testing.assert_close(torch.tensor(mean.matrices[0]), matrices[0])
     rows = [0, 1, 3]
-    model = Layered(Linear(matrices, [torch.zeros(WIDTH, WIDTH)] * 2, scale[rows]))
+    model = ModelAdapter(Linear(matrices, [torch.zeros(WIDTH, WIDTH)] * 2, scale[rows]))
     gain = end_to_end_gain(model, [batch], pad_id=PAD, probes=200, iterations=60)
     assert gain.sequences == 3
     assert gain.spectral[1] == pytest.approx(float(torch.linalg.svdvals(matrices[1] @ matrices[0])[0]), rel=1e-4)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.sparsity import matrices
@@ -129,7 +129,7 @@ class Stack(nn.Module):
 @pytest.mark.parametrize("rate", [0.25, 1.0])
 def test_a_stack_of_exponential_variance_gives_its_exponent_back(rate):
     torch.manual_seed(0)
-    model = Layered(Stack(7, math.exp(rate / 2)).eval(), "planted")
+    model = ModelAdapter(Stack(7, math.exp(rate / 2)).eval(), "planted")
     variance = measured(model, "variance").residual.variance
     growth = [math.log(after / before) for before, after in pairwise(variance)]
     assert growth == pytest.approx([rate] * 6, rel=1e-4)

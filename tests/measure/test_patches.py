@@ -11,7 +11,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.ablation import causal_score, removal, swaps
 from cod_lightning.measure.activation_stats import moments
-from cod_lightning.measure.adapter import Images, Layered
+from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.batches import evaluate
 from cod_lightning.measure.importance import block_influence, layer_importance, readout
@@ -32,7 +32,7 @@ def model():
     config = DecoderConfig(**shape, norm="layer", init_std=0.3)
     specs = build_all({"name": "lns"}, DEPTH)
     vit = build_vit(config, specs, seed=0, image_size=12, patch_size=4, classes=CLASSES)
-    return Layered(vit.double().eval(), "vit")
+    return ModelAdapter(vit.double().eval(), "vit")
 
 
 @pytest.fixture(scope="module")

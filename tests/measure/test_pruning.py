@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal
-from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import evaluate
 from cod_lightning.measure.importance import block_influence, coalition_losses
 from cod_lightning.measure.pruning import prune, removed
@@ -51,7 +51,7 @@ def test_blocks_are_removed_from_a_copy(causal_lm, family):
     model = causal_lm(family)
     whole, blocks = logits(model), model.blocks
     smaller = removed(model, [1, 3, 3])
-    with model.arranged([blocks[1], blocks[3]]):
+    with model.with_blocks([blocks[1], blocks[3]]):
         assert torch.equal(logits(smaller), logits(model))
     assert not torch.equal(logits(smaller), whole)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_ours_keeps_what_its_blocks_were_trained_with(causal_lm, family):
         assert [spec.attention.gain for spec in specs] == pytest.approx([1, 3**-0.5, 4**-0.5])
     again = Decoder(smaller.model.config, specs).eval()
     again.load_state_dict(smaller.model.state_dict())
-    assert torch.equal(logits(Layered(again)), logits(smaller))
+    assert torch.equal(logits(ModelAdapter(again)), logits(smaller))
 
 
 @pytest.mark.parametrize("family", HF)
@@ -82,8 +82,8 @@ def test_a_pruned_checkpoint_reloads(causal_lm, family, tmp_path):
     result = prune(model, batches(), PAD, layers=[2], folder=tmp_path / "deep" / "small", export=save_hf)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["small"]
     again, smaller = reloaded(tmp_path / "deep" / "small"), removed(model, [2])
-    assert Layered(again).config.num_hidden_layers == 3
-    assert torch.equal(logits(Layered(again)), logits(smaller))
+    assert ModelAdapter(again).config.num_hidden_layers == 3
+    assert torch.equal(logits(ModelAdapter(again)), logits(smaller))
     for pruned in (again, smaller.model):  # its key/value cache has a place for each layer that is left
         tokens = batches()[1][:, :4]
         mask = torch.ones_like(tokens)
@@ -94,7 +94,7 @@ def test_a_pruned_checkpoint_reloads(causal_lm, family, tmp_path):
         torch.testing.assert_close(torch.stack(made.logits, dim=1), plain, rtol=1e-4, atol=1e-4)
     assert (result.removed, result.layers_before, result.layers_after) == ([2], 4, 3)
     assert result.loss_before == pytest.approx(evaluate(model, batches(), PAD)[0])
-    assert result.loss_after == pytest.approx(evaluate(Layered(again), batches(), PAD)[0])
+    assert result.loss_after == pytest.approx(evaluate(ModelAdapter(again), batches(), PAD)[0])
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -105,13 +105,13 @@ def test_every_block_keeps_its_kind_of_attention(causal_lm, family, tmp_path):
     config.sliding_window, config.use_sliding_window = 2, True
     config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     torch.manual_seed(0)
-    model = Layered(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
+    model = ModelAdapter(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
     expected = coalition_losses(model, [(2, 3)], batches(), PAD)[0][2, 3]
     assert evaluate(removed(model, [1, 4]), batches(), PAD)[0] == pytest.approx(expected, rel=1e-5)
     prune(model, batches(), PAD, layers=[1, 4], folder=tmp_path / "small", export=save_hf)
     again = reloaded(tmp_path / "small")
     assert again.config.layer_types == ["sliding_attention", "full_attention"]
-    assert evaluate(Layered(again), batches(), PAD)[0] == pytest.approx(expected, rel=1e-5)
+    assert evaluate(ModelAdapter(again), batches(), PAD)[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,8 +136,8 @@ def test_ours_is_folded_for_transformers(causal_lm, family, tmp_path):
         model, batches(), PAD, lambda *step: told.append(step), layers=[3], folder=tmp_path / "small", export=export
     )
     again, smaller = reloaded(tmp_path / "small"), removed(model, [3])
-    torch.testing.assert_close(logits(Layered(again)), logits(smaller), rtol=1e-5, atol=1e-5)
-    assert result.loss_after == pytest.approx(evaluate(Layered(again), batches(), PAD)[0], rel=1e-6)
+    torch.testing.assert_close(logits(ModelAdapter(again)), logits(smaller), rtol=1e-5, atol=1e-5)
+    assert result.loss_after == pytest.approx(evaluate(ModelAdapter(again), batches(), PAD)[0], rel=1e-6)
     assert result.ppl_after == pytest.approx(math.exp(result.loss_after))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     save(result, tmp_path / "small", "prune")
@@ -187,7 +187,7 @@ def test_weights_are_removed_by_an_allocation(causal_lm, family, method, allocat
     assert found.signal == pytest.approx(shares)
     norms = input_norms(model, batches(), PAD)
     expected = sparsified(model, shares, method or "wanda", norms)
-    again = Layered(reloaded(tmp_path / "small"))
+    again = ModelAdapter(reloaded(tmp_path / "small"))
     torch.testing.assert_close(logits(again), logits(expected), rtol=1e-5, atol=1e-5)
     assert found.loss_after == pytest.approx(evaluate(again, batches(), PAD)[0], rel=1e-5)
     for block, share in zip(again.blocks, shares, strict=True):
@@ -250,7 +250,7 @@ def test_a_strategy_that_has_no_place_is_refused_before_anything_is_computed(tmp
     config = DecoderConfig(
         hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2, vocab_size=37
     )
-    model = Layered(build_decoder(config, build_all({"name": "sandwich_ln"}, 3), seed=0), "sandwich")
+    model = ModelAdapter(build_decoder(config, build_all({"name": "sandwich_ln"}, 3), seed=0), "sandwich")
 
     def unread():
         raise AssertionError

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.result import save
 from cod_lightning.measure.sparsity import (
     alpha_sparsities,
@@ -208,4 +208,4 @@ def test_what_cannot_be_pruned_is_refused(causal_lm):
         layer_sparsity(model, [])
     with pytest.raises(UserError, match="Identity has no linear layers"):
         matrices(torch.nn.Identity())
-    assert isinstance(sparsified(model, [0.5] * 4, "magnitude"), Layered)
+    assert isinstance(sparsified(model, [0.5] * 4, "magnitude"), ModelAdapter)

@@ -12,7 +12,7 @@ from cod_lightning.config import schema
 from cod_lightning.config.compose import compose, load
 from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
-from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.layers import layer_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
@@ -37,7 +37,7 @@ def weights(folder):
     return read_checkpoint(checkpoints(folder / "checkpoints")[-1])["state_dict"]
 
 
-def test_the_measures_are_those_of_the_suite():
+def test_config_names_the_registered_measures():
     assert list(schema.MEASURES) == list(registry.MEASURES) == list(SERIES) == list(IN_TRAINING)
 
 
@@ -93,7 +93,7 @@ def test_what_is_recorded_last_is_what_the_checkpoint_measures(measured, toy):
     run = sections(load(folder))
     decoder, _ = load_run(run, folder, checkpoint_of(folder))
     data, _ = build(run)
-    batches, model = [data.probe_batch(4)], Layered(decoder.eval())
+    batches, model = [data.probe_batch(4)], ModelAdapter(decoder.eval())
     for name, (_, measure) in registry.MEASURES.items():
         measure = few_jacobians if name == "jacobian" else measure
         for column, values in SERIES[name](measure(model, batches, data.pad_id, lambda *_: None)).items():
@@ -181,7 +181,7 @@ def two_ranks(rank, port, folder):
         fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     found.append(statistics_of_a_rank(bare(sharded), 5, rank))
-    jacobians = few_jacobians(Layered(bare(sharded).eval()), [probe(5)], PAD, lambda *_: None)
+    jacobians = few_jacobians(ModelAdapter(bare(sharded).eval()), [probe(5)], PAD, lambda *_: None)
     torch.save([*map(vars, found), vars(jacobians)], folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -194,7 +194,7 @@ def test_two_ranks_find_what_one_does_also_of_a_sharded_decoder(tmp_path):
     torch.multiprocessing.spawn(two_ranks, (port, tmp_path), nprocs=2)
     decoder = tiny()
     expected = [vars(layer_statistics(decoder, probe(rows), PAD)) for rows in (1, 2, 5, 5)]
-    jacobians = vars(few_jacobians(Layered(decoder.eval()), [probe(5)], PAD, lambda *_: None))
+    jacobians = vars(few_jacobians(ModelAdapter(decoder.eval()), [probe(5)], PAD, lambda *_: None))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for one, two in zip(expected, found[:-1], strict=True):

@@ -33,7 +33,7 @@ MEASURES = (
     "sparsity",
     "theory",
 )
-"""The names of `measure.suite.MEASURES`, which imports torch."""
+"""The names of `measure.registry.MEASURES`, which imports torch."""
 
 
 def run_of(source: Path) -> Path:
@@ -158,7 +158,7 @@ class TrainerConfig:
     stats_every: int = field(default=100, metadata=RUNTIME)
     """Steps between layer statistics; 0: none."""
     measures: dict[str, int] = field(default_factory=lambda: {"jacobian": 1000}, metadata=RUNTIME)
-    """Steps between other measures of a decoder's layers, by name (`measure.suite.MEASURES`); 0: none."""
+    """Steps between other measures of a decoder's layers, by name (`measure.registry.MEASURES`); 0: none."""
     probe_rows: int = field(default=8, metadata=RUNTIME)
     """Validation rows that layer statistics and measures are taken on."""
     checkpoint_every: int = field(default=1000, metadata=RUNTIME)

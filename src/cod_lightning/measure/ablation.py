@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import exp
-from cod_lightning.measure.adapter import Batch, Layered
-from cod_lightning.measure.batches import evaluate, walk, wide
+from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.batches import at_least_fp32, evaluate, iter_batches
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.result import Progress, figure, heat_map, layer_lines, legend
 
@@ -189,7 +189,7 @@ def cost(loss: float, whole: float) -> dict[str, float]:
 
 
 def evaluate_arranged(
-    model: Layered,
+    model: ModelAdapter,
     batches: list[Batch],
     pad_id: int | None,
     progress: Progress | None,
@@ -200,7 +200,7 @@ def evaluate_arranged(
     loss, tokens = evaluate(model, batches, pad_id)
     losses = []
     for done, layers in enumerate(arrangements, start=1):
-        with model.arranged([blocks[layer - 1] for layer in layers]):
+        with model.with_blocks([blocks[layer - 1] for layer in layers]):
             losses.append(evaluate(model, batches, pad_id)[0])
         if progress is not None:
             progress(done, len(arrangements))
@@ -208,7 +208,7 @@ def evaluate_arranged(
 
 
 def removal(
-    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Removal:
     """Remove each block alone; one evaluation of `batches` for each, after which `progress` is called.
 
@@ -222,7 +222,7 @@ def removal(
 
 
 def run_removal(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -248,7 +248,7 @@ def run_removal(
 
 
 def swaps(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -272,7 +272,7 @@ def swaps(
 
 
 def linear_replacement(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -310,7 +310,7 @@ def linear_replacement(
 
 @torch.no_grad()
 def fit_linear(
-    model: Layered, layer: int, batches: Iterable[Batch], pad_id: int | None = None
+    model: ModelAdapter, layer: int, batches: Iterable[Batch], pad_id: int | None = None
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """The function x + W x + b nearest to a block in least squares, and the number of tokens that it was fitted to.
 
@@ -321,7 +321,7 @@ def fit_linear(
     gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
     cross = torch.zeros(width, width - 1, dtype=torch.float64, device=model.device)
     count = 0
-    for tokens, keep in walk(model, batches, pad_id):
+    for tokens, keep in iter_batches(model, batches, pad_id):
         ends: list[Tensor] = []
 
         def hook(name: str, at: int, x: Tensor, keep: Tensor = keep, ends: list[Tensor] = ends) -> None:
@@ -343,7 +343,7 @@ def fit_linear(
     scale = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     solution = torch.linalg.pinv(gram / scale / scale[:, None], hermitian=True) @ (cross / scale[:, None])
     solution = (solution / scale[:, None]).to(torch.promote_types(model.head_weight.dtype, torch.float32))
-    return lambda x: x + F.linear(wide(x), solution[:-1].T, solution[-1]).to(x.dtype), count
+    return lambda x: x + F.linear(at_least_fp32(x), solution[:-1].T, solution[-1]).to(x.dtype), count
 
 
 @contextmanager
@@ -366,7 +366,7 @@ def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Generato
 
 @torch.no_grad()
 def causal_score(
-    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> CausalScore:
     """Skip each layer s and see how what every later layer l adds, h_{l+1} - h_l, changes.
 
@@ -385,13 +385,13 @@ def causal_score(
     depth, count = model.depth, 0
     changes = torch.zeros(depth, depth, dtype=torch.float64, device=model.device)
     sizes = torch.zeros(depth, dtype=torch.float64, device=model.device)
-    for tokens, keep in walk(model, batches, pad_id, progress):
+    for tokens, keep in iter_batches(model, batches, pad_id, progress):
         with torch.compiler.set_stance("force_eager"):
             inputs, blocks = model.block_functions(tokens)
             streams = [*inputs, blocks[-1](inputs[-1])]
 
             def added(before: Tensor, after: Tensor, keep: Tensor = keep) -> Tensor:
-                return wide(after[keep]) - wide(before[keep])
+                return at_least_fp32(after[keep]) - at_least_fp32(before[keep])
 
             for later in range(depth):
                 sizes[later] += added(streams[later], streams[later + 1]).norm(dim=-1).double().sum()

@@ -1,7 +1,7 @@
 """Variance, mean, size and outliers of the residual stream and of what attention and FFN add to it, layer by layer.
 
 The variance is the one of `layers.py`, over the hidden dimension of each token; here it is averaged over any number of
-tokens, with its standard error, for any model that is `Layered`.
+tokens, with its standard error, for any model that is `ModelAdapter`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cod_lightning.measure.adapter import Batch, Layered
-from cod_lightning.measure.batches import walk, wide
+from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.batches import at_least_fp32, iter_batches
 from cod_lightning.measure.result import Mean, Progress, figure, layer_lines, legend
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Moments:
 
 @torch.no_grad()
 def moments(
-    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Moments:
     """Measure every layer of `model`; statistics are in float32, or float64 where the model is, sums in float64.
 
@@ -88,11 +88,11 @@ def moments(
     means = {(what, layer): Mean() for what in PLACES for layer in range(1, model.depth + 1)}
     largest = dict.fromkeys(means, 0.0)
     count = 0
-    for tokens, keep in walk(model, batches, pad_id, progress):
+    for tokens, keep in iter_batches(model, batches, pad_id, progress):
 
         def hook(name: str, layer: int, x: Tensor, keep: Tensor = keep) -> None:
             if name in PLACES:
-                x = wide(x[keep])
+                x = at_least_fp32(x[keep])
                 means[name, layer].add(token_moments(x))
                 largest[name, layer] = max(largest[name, layer], float(x.abs().max()))
 

@@ -57,7 +57,7 @@ Batch = Tensor | Images
 
 
 @dataclass(frozen=True)
-class Layered:
+class ModelAdapter:
     """A causal language model, or a Vision Transformer, taken apart.
 
     Args:
@@ -106,7 +106,7 @@ class Layered:
     def depth(self) -> int:
         return len(self.blocks)
 
-    def spaced(self, count: int) -> list[int]:
+    def evenly_spaced(self, count: int) -> list[int]:
         """At most `count` layers, evenly from the first to the last."""
         return sorted({1 + place * (self.depth - 1) // max(count - 1, 1) for place in range(count)})
 
@@ -202,7 +202,7 @@ class Layered:
         return inputs, functions
 
     @contextmanager
-    def arranged(self, blocks: Sequence[nn.Module]) -> Generator[None]:
+    def with_blocks(self, blocks: Sequence[nn.Module]) -> Generator[None]:
         """Let the model consist of `blocks`, in their order, inside the `with`; they keep what they have learned."""
         assert self.place is not None
         stack, name, _ = self.place
@@ -226,7 +226,7 @@ def sublayers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     return block.get_submodule("self_attn" if hasattr(block, "self_attn") else "attn"), block.get_submodule("mlp")
 
 
-def load_hf(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Layered, Any]:
+def load_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ModelAdapter, Any]:
     """A causal language model of `transformers` with its tokenizer, from a folder or by its name on the hub.
 
     Raises:
@@ -243,4 +243,4 @@ def load_hf(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     except Exception as error:  # transformers and safetensors raise many kinds on files that are damaged
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: not a causal language model of transformers: {reason}") from error
-    return Layered(model, Path(name).name), tokenizer
+    return ModelAdapter(model, Path(name).name), tokenizer

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Batch, Images, Layered
-from cod_lightning.measure.batches import streams, walk
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.batches import hidden_states, iter_batches
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map
 
@@ -57,7 +57,7 @@ class AngularDistance:
 
 @torch.no_grad()
 def angular_distance(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -88,13 +88,13 @@ def angular_distance(
         raise UserError(f"tokens={tokens}: at least 1 is needed")
     depth, mean = model.depth, Mean()
     first, second = torch.triu_indices(depth + 1, depth + 1, offset=1)
-    for batch, keep in walk(model, batches, pad_id, progress):
+    for batch, keep in iter_batches(model, batches, pad_id, progress):
         if mean.count >= tokens:
             break
         if token == "last" and isinstance(batch, Images):
             raise UserError("token=last: the last patch of an image is one like any other: token=all")
         keep = last(keep) if token == "last" else keep
-        inputs = [x[: tokens - mean.count] for x in streams(model, batch, keep)]
+        inputs = [x[: tokens - mean.count] for x in hidden_states(model, batch, keep)]
         for parts in zip(*(x.split(CHUNK) for x in inputs), strict=True):
             mean.add(angles(torch.stack(parts, dim=1))[:, first, second])
     pairs = dict(zip(zip(first.tolist(), second.tolist(), strict=True), mean.mean.tolist(), strict=True))

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens
-from cod_lightning.measure.adapter import Batch, Images, Layered
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.vit import VisionTransformer
 
 
-def walk(
-    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+def iter_batches(
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[Batch, Tensor]]:
     """The batches that hold tokens, on the model's device, each with a mask [rows, length] of what is not a pad.
 
@@ -38,7 +38,7 @@ def walk(
         raise UserError(f"{model.name}: no tokens to measure on: the batches are empty or hold only pads")
 
 
-def counted(model: Layered, batch: Batch, pad_id: int | None) -> Tensor:
+def counted(model: ModelAdapter, batch: Batch, pad_id: int | None) -> Tensor:
     """What counts, [rows, length]: tokens that are no pads, patches of images that have a label."""
     if isinstance(batch, Images):
         keep = (batch.labels != IGNORE)[:, None].repeat(1, positions(model))
@@ -47,7 +47,7 @@ def counted(model: Layered, batch: Batch, pad_id: int | None) -> Tensor:
     return torch.ones_like(batch, dtype=torch.bool) if pad_id is None else batch != pad_id
 
 
-def targets_of(model: Layered, batch: Batch, pad_id: int | None) -> Tensor:
+def targets_of(model: ModelAdapter, batch: Batch, pad_id: int | None) -> Tensor:
     """What is to be predicted, [rows, length], `IGNORE` where nothing is: next tokens, at the class token the label."""
     if isinstance(batch, Images):
         targets = torch.full((len(batch), positions(model)), IGNORE, device=batch.labels.device)
@@ -56,22 +56,22 @@ def targets_of(model: Layered, batch: Batch, pad_id: int | None) -> Tensor:
     return next_tokens(batch, pad_id)
 
 
-def positions(model: Layered) -> int:
+def positions(model: ModelAdapter) -> int:
     """Of an image: the class token and the patches."""
     assert isinstance(model.model, VisionTransformer)
     return len(model.model.embedding.positions)
 
 
-def walk_targets(
-    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+def iter_targets(
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Like `walk`, each batch with its targets [rows, length], `IGNORE` where there is none.
+    """Like `iter_batches`, each batch with its targets [rows, length], `IGNORE` where there is none.
 
     Raises:
         UserError: no token has a next one.
     """
     found = False
-    for tokens, _ in walk(model, batches, pad_id, progress):
+    for tokens, _ in iter_batches(model, batches, pad_id, progress):
         targets = targets_of(model, tokens, pad_id)
         if (targets != IGNORE).any():
             found = True
@@ -82,7 +82,7 @@ def walk_targets(
 
 @torch.no_grad()
 def evaluate(
-    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> tuple[float, int]:
     """Mean loss in nats per target, the next token or an image's label, and the number of targets.
 
@@ -98,16 +98,16 @@ def evaluate(
         UserError: there is no target.
     """
     total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for tokens, targets in walk_targets(model, batches, pad_id, progress):
+    for tokens, targets in iter_targets(model, batches, pad_id, progress):
         for logits, row in zip(model.logits(tokens), targets, strict=True):
-            total += (
-                F.cross_entropy(wide(logits), row[: len(logits)], ignore_index=IGNORE, reduction="none").double().sum()
-            )
+            logits = at_least_fp32(logits)
+            losses = F.cross_entropy(logits, row[: len(logits)], ignore_index=IGNORE, reduction="none")
+            total += losses.double().sum()
         count += int((targets != IGNORE).sum())
     return float(total) / count, count
 
 
-def streams(model: Layered, tokens: Batch, keep: Tensor) -> list[Tensor]:
+def hidden_states(model: ModelAdapter, tokens: Batch, keep: Tensor) -> list[Tensor]:
     """The embedding and the output of every block, each [kept tokens, hidden]; keep [rows, length]."""
     found: list[Tensor] = []
 
@@ -119,6 +119,6 @@ def streams(model: Layered, tokens: Batch, keep: Tensor) -> list[Tensor]:
     return found
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """`x` in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, tokens_at_once
-from cod_lightning.measure.adapter import Batch, Layered
-from cod_lightning.measure.batches import streams, walk, walk_targets, wide
+from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_batches, iter_targets
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class BlockInfluence:
 
 @torch.no_grad()
 def block_influence(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -96,8 +96,8 @@ def block_influence(
         raise UserError(f"longest={longest} is not a number of blocks: the model has 1 to {depth}")
     pairs = [(first, first + n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     means = Mean()
-    for tokens, keep in walk(model, batches, pad_id, progress):
-        units = [F.normalize(wide(x), dim=-1) for x in streams(model, tokens, keep)]
+    for tokens, keep in iter_batches(model, batches, pad_id, progress):
+        units = [F.normalize(at_least_fp32(x), dim=-1) for x in hidden_states(model, tokens, keep)]
         means.add(torch.stack([(units[i] - units[j]).square().sum(-1) / 2 for i, j in pairs], dim=-1))
     mean, error = dict(zip(pairs, means.mean.tolist(), strict=True)), means.error.tolist()
     lengths = range(1, longest + 1)
@@ -141,7 +141,7 @@ class Readout:
 
 @torch.no_grad()
 def readout(
-    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Readout:
     """Read every block's output with the model's own final norm and head.
 
@@ -155,9 +155,9 @@ def readout(
         UserError: there is no target.
     """
     means = Mean()
-    for tokens, targets in walk_targets(model, batches, pad_id, progress):
+    for tokens, targets in iter_targets(model, batches, pad_id, progress):
         keep = targets != IGNORE
-        outputs, wanted = streams(model, tokens, keep)[1:], targets[keep]
+        outputs, wanted = hidden_states(model, tokens, keep)[1:], targets[keep]
         for part in chunks(model, len(wanted)):
             final = log_probabilities(model, outputs[-1][part])
             layers = [divergences(final, log_probabilities(model, x[part]), wanted[part]) for x in outputs]
@@ -218,7 +218,7 @@ class LayerImportance:
 
 @torch.no_grad()
 def layer_importance(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -283,7 +283,7 @@ def layer_importance(
 
 @torch.no_grad()
 def coalition_losses(
-    model: Layered,
+    model: ModelAdapter,
     coalitions: Collection[tuple[int, ...]],
     batches: Iterable[Batch],
     pad_id: int | None = None,
@@ -295,7 +295,7 @@ def coalition_losses(
     """
     order = sorted(set(coalitions))  # neighbours begin with the same blocks, whose outputs are kept
     totals, targets_seen = dict.fromkeys(order, 0.0), 0
-    known = list(walk_targets(model, batches, pad_id))
+    known = list(iter_targets(model, batches, pad_id))
     for done, (tokens, targets) in enumerate(known):
         targets_seen += int((targets != IGNORE).sum())
         # each block with the masks of its own place: the stack would give it those of the place it moves up to
@@ -315,7 +315,7 @@ def coalition_losses(
     return {coalition: total / targets_seen for coalition, total in totals.items()}, targets_seen
 
 
-def stream_loss(model: Layered, x: Tensor, targets: Tensor) -> float:
+def stream_loss(model: ModelAdapter, x: Tensor, targets: Tensor) -> float:
     """Summed loss, in nats, of what the head reads from a stream [rows, length, hidden]; targets [rows, length]."""
     keep = targets != IGNORE
     x, wanted = x[keep], targets[keep]
@@ -326,13 +326,13 @@ def stream_loss(model: Layered, x: Tensor, targets: Tensor) -> float:
     return float(sum(losses))
 
 
-def log_probabilities(model: Layered, x: Tensor) -> Tensor:
+def log_probabilities(model: ModelAdapter, x: Tensor) -> Tensor:
     """Of the next token [tokens, vocabulary], at least in float32, read from a stream [tokens, hidden]."""
     logits = model.head(x.to(model.head_weight.dtype))
-    return wide(logits).log_softmax(-1)
+    return at_least_fp32(logits).log_softmax(-1)
 
 
-def chunks(model: Layered, tokens: int) -> Iterator[slice]:
+def chunks(model: ModelAdapter, tokens: int) -> Iterator[slice]:
     """Parts of so many tokens whose logits may exist together."""
     size = tokens_at_once(model.device, len(model.head_weight))
     return (slice(first, first + size) for first in range(0, tokens, size))

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Batch, Layered
-from cod_lightning.measure.batches import walk
+from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.batches import iter_batches
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Gain:
 
 
 def jacobian(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -203,7 +203,7 @@ def jacobian(
     if probes < 2:
         raise UserError(f"probes={probes}: the share of the diagonal is estimated from pairs, give at least 2")
     draw = torch.Generator().manual_seed(seed)
-    known = list(walk(model, batches, pad_id))
+    known = list(iter_batches(model, batches, pad_id))
     samples: list[list[Tensor]] = [[] for _ in chosen]
     weights: list[Tensor] = []
     with differentiable():
@@ -240,7 +240,7 @@ def jacobian(
 
 
 def mean_jacobian(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     layers: Sequence[int],
     pad_id: int | None = None,
@@ -275,7 +275,7 @@ def mean_jacobian(
             "backward pass for each row of it, at each position, and holds its square of numbers; raise widest to do it"
         )
     draw = torch.Generator().manual_seed(seed)
-    known = list(walk(model, batches, pad_id))
+    known = list(iter_batches(model, batches, pad_id))
     totals = torch.zeros(len(chosen), model.hidden, model.hidden, dtype=torch.float64)
     count, total = 0, 0.0
     with differentiable():
@@ -294,7 +294,7 @@ def mean_jacobian(
 
 
 def end_to_end_gain(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -327,7 +327,7 @@ def end_to_end_gain(
     positive(probes=probes, iterations=iterations)
     chosen = checked_layers(model, layers)
     draw = torch.Generator().manual_seed(seed)
-    known = list(walk(model, batches, pad_id))
+    known = list(iter_batches(model, batches, pad_id))
     spectral, squares = Mean(), Mean()
     with differentiable():
         for number, (batch, keep) in enumerate(known):
@@ -547,7 +547,7 @@ def positive(**counts: int) -> None:
             raise UserError(f"{name}={count}: expected at least 1")
 
 
-def checked_layers(model: Layered, layers: Sequence[int] | None) -> list[int]:
+def checked_layers(model: ModelAdapter, layers: Sequence[int] | None) -> list[int]:
     """The layers that are asked for, all where none are named."""
     if layers is None:
         return list(range(1, model.depth + 1))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import exp
 from cod_lightning.measure.ablation import RISE, removal
-from cod_lightning.measure.adapter import Batch, Layered
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import evaluate
 from cod_lightning.measure.importance import block_influence
 from cod_lightning.measure.options import one_of
@@ -102,14 +102,14 @@ class Pruned:
 class Choice:
     """A pruned copy of a model, and how it was chosen; see `Pruned`."""
 
-    model: Layered
+    model: ModelAdapter
     how: str
     removed: list[int]
     signal: list[float]
     label: str
 
 
-def removed(model: Layered, layers: Collection[int]) -> Layered:
+def removed(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
     """A copy of the model without some of its blocks; what remains keeps its weights and, in ours, its specs.
 
     The copy's configuration counts the blocks that are left. One of `transformers` also has its attention layers
@@ -130,8 +130,8 @@ def removed(model: Layered, layers: Collection[int]) -> Layered:
     kept = [layer for layer in range(1, depth + 1) if layer not in layers]
     if not kept:
         raise UserError(f"layers={sorted(set(layers))} are all that {model.name} has: at least one must stay")
-    with model.arranged([blocks[layer - 1] for layer in kept]):  # so that nothing else is copied
-        copy = Layered(deepcopy(model.model), model.name)
+    with model.with_blocks([blocks[layer - 1] for layer in kept]):  # so that nothing else is copied
+        copy = ModelAdapter(deepcopy(model.model), model.name)
     if isinstance(copy.model, Decoder):
         copy.model.config = dataclasses.replace(copy.model.config, num_hidden_layers=len(kept))
     else:
@@ -139,7 +139,7 @@ def removed(model: Layered, layers: Collection[int]) -> Layered:
     return copy
 
 
-def renumber(model: Layered, kept: list[int], depth: int) -> None:
+def renumber(model: ModelAdapter, kept: list[int], depth: int) -> None:
     """Let the configuration and attention of a `transformers` model fit the blocks `kept` of `depth`, in place."""
     config = model.config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -161,7 +161,7 @@ def renumber(model: Layered, kept: list[int], depth: int) -> None:
 
 
 def prune(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -266,7 +266,7 @@ def prune(
 
 
 def without_blocks(
-    model: Layered,
+    model: ModelAdapter,
     batches: Sequence[Batch],
     pad_id: int | None,
     progress: Progress | None,
@@ -297,7 +297,7 @@ def without_blocks(
     return Choice(removed(model, chosen), by, chosen, signal, label)
 
 
-def zeros(model: Layered) -> float:
+def zeros(model: ModelAdapter) -> float:
     """Share of zeros among the weights of the blocks' matrices."""
     weights = [weight for block in model.blocks for _, weight in matrices(block).values()]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

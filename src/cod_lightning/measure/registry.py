@@ -19,9 +19,9 @@ from cod_lightning.measure.ablation import (
     swaps,
 )
 from cod_lightning.measure.activation_stats import moments
-from cod_lightning.measure.adapter import Batch, Layered
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.angular import angular_distance
-from cod_lightning.measure.batches import walk
+from cod_lightning.measure.batches import iter_batches
 from cod_lightning.measure.importance import block_influence, layer_importance, readout
 from cod_lightning.measure.jacobian import MeanJacobian, end_to_end_gain, jacobian, mean_jacobian
 from cod_lightning.measure.layers import token_variances
@@ -46,14 +46,14 @@ def first_rows(measure: Callable[..., Any], rows: int | None = None) -> Measure:
     """The measure, with its options, on so many rows of the first batch alone; None: all of that batch."""
 
     @wraps(measure)
-    def taken(model: Layered, batches: Batches, *rest: Any, **options: Any) -> Any:
+    def taken(model: ModelAdapter, batches: Batches, *rest: Any, **options: Any) -> Any:
         return measure(model, [batches[0][:rows]], *rest, **options)
 
     return taken
 
 
 def mean_jacobians(
-    model: Layered,
+    model: ModelAdapter,
     batches: Batches,
     pad_id: int | None,
     progress: Progress,
@@ -64,12 +64,12 @@ def mean_jacobians(
     widest: int = WIDEST_MAP,
 ) -> MeanJacobian:
     """Of `layers`, or of five from the first to the last, as in Figure 5; the options are those of `mean_jacobian`."""
-    chosen = model.spaced(5) if layers is None else layers
+    chosen = model.evenly_spaced(5) if layers is None else layers
     return mean_jacobian(model, batches, chosen, pad_id, progress, tokens=tokens, seed=seed, widest=widest)
 
 
 def runs_of_blocks(
-    model: Layered,
+    model: ModelAdapter,
     batches: Batches,
     pad_id: int | None,
     progress: Progress,
@@ -82,7 +82,7 @@ def runs_of_blocks(
 
 
 def measured_theory(
-    model: Layered, batches: Sequence[Tensor], pad_id: int | None, progress: Progress, *, lns: bool | None = None
+    model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None, progress: Progress, *, lns: bool | None = None
 ) -> Theory:
     """The paper's lemma and theorem, of Pre-LN or of LNS, over what is measured of a model.
 
@@ -158,11 +158,11 @@ def options_for(names: Iterable[str]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def embedding_variance(model: Layered, batches: Sequence[Tensor], pad_id: int | None) -> float:
+def embedding_variance(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None) -> float:
     """Variance of what enters the first block, as `moments` defines it."""
     total, count = 0.0, 0
 
-    for tokens, keep in walk(model, batches, pad_id):
+    for tokens, keep in iter_batches(model, batches, pad_id):
         found: list[Tensor] = []
         model.logits(tokens, lambda what, layer, x, found=found: what == "embedding" and found.append(x))
         total += float(token_variances(found[0])[keep].sum())
@@ -170,13 +170,13 @@ def embedding_variance(model: Layered, batches: Sequence[Tensor], pad_id: int | 
     return total / count
 
 
-def scaled(model: Layered) -> bool:
+def scaled(model: ModelAdapter) -> bool:
     """Whether the pre-norms are scaled by layer (LayerNorm Scaling)."""
     blocks = model.model.blocks if isinstance(model.model, Decoder) else []
     return any(sublayer.gain != 1 for block in blocks for sublayer in block.spec.sublayers)
 
 
-def shapes(model: Layered, length: int) -> Shapes:
+def shapes(model: ModelAdapter, length: int) -> Shapes:
     """What the theorems' constants are computed from; `std` is that of all weights of the blocks' matrices."""
     config = model.config
     hidden = model.hidden

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Batch, Layered
-from cod_lightning.measure.batches import walk, wide
+from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.batches import at_least_fp32, iter_batches
 from cod_lightning.measure.options import one_of
 from cod_lightning.measure.result import Progress, figure, layer_lines, legend
 
@@ -60,7 +60,7 @@ class LayerSparsity:
 
 @torch.no_grad()
 def layer_sparsity(
-    model: Layered,
+    model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
@@ -90,7 +90,7 @@ def layer_sparsity(
     alphas = layer_alphas(model)
     return LayerSparsity(
         model=model.name,
-        tokens=sum(int(keep.sum()) for _, keep in walk(model, batches, pad_id)),
+        tokens=sum(int(keep.sum()) for _, keep in iter_batches(model, batches, pad_id)),
         sparsity=sparsity,
         outlier_ratio=ratios,
         owl=owl_sparsities(ratios, sparsity, owl_lambda),
@@ -118,7 +118,7 @@ def matrices(block: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
 
 @torch.no_grad()
 def input_norms(
-    model: Layered, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> list[dict[str, Tensor]]:
     """||X_j||_2 over all tokens but pads of every input channel j of every linear layer, in one pass.
 
@@ -134,11 +134,11 @@ def input_norms(
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = sums[name]) -> None:
                 x = args[0].flatten(0, -2)[keep]
-                total += wide(x).square().sum(0, dtype=torch.float64)
+                total += at_least_fp32(x).square().sum(0, dtype=torch.float64)
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        for tokens, counted in walk(model, batches, pad_id, progress):
+        for tokens, counted in iter_batches(model, batches, pad_id, progress):
             keep = counted.flatten()
             model.logits(tokens)
     finally:
@@ -149,11 +149,11 @@ def input_norms(
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
     """A = |W| * ||X||_2 of a weight [out, in] with input norms [in], at least in float32."""
-    sizes = wide(weight.abs())
+    sizes = at_least_fp32(weight.abs())
     return sizes * norms.to(sizes.dtype)
 
 
-def outlier_ratios(model: Layered, norms: Sequence[dict[str, Tensor]], threshold: float = 5.0) -> list[float]:
+def outlier_ratios(model: ModelAdapter, norms: Sequence[dict[str, Tensor]], threshold: float = 5.0) -> list[float]:
     """OWL's D_l: the share of entries of A beyond M times their mean, all linear layers of a block together.
 
     Args:
@@ -195,7 +195,7 @@ def pl_alpha_hill(weight: Tensor) -> float:
     Returns:
         Above 1; NaN where the eigenvalues are all equal or zero, so that there is no tail.
     """
-    weight = wide(weight)
+    weight = at_least_fp32(weight)
     values = torch.linalg.svdvals(weight).double()
     values = values[values > values.max() * max(weight.shape) * torch.finfo(weight.dtype).eps]
     logs = 2 * values.log().sort().values[len(values) // 2 :]
@@ -204,7 +204,7 @@ def pl_alpha_hill(weight: Tensor) -> float:
 
 
 @torch.no_grad()
-def layer_alphas(model: Layered) -> list[float]:
+def layer_alphas(model: ModelAdapter) -> list[float]:
     """Mean of `pl_alpha_hill` over the matrices of each block that have one.
 
     Raises:
@@ -252,11 +252,11 @@ def checked(sparsities: list[float], sparsity: float, option: str) -> list[float
 
 @torch.no_grad()
 def sparsified(
-    model: Layered,
+    model: ModelAdapter,
     sparsities: Sequence[float],
     method: Method = "wanda",
     norms: Sequence[dict[str, Tensor]] | None = None,
-) -> Layered:
+) -> ModelAdapter:
     """A copy of the model without the least weights of the linear layers of its blocks.
 
     Args:
@@ -274,7 +274,7 @@ def sparsified(
         raise UserError("method='wanda' needs norms, the input norms of every linear layer: pass those of input_norms")
     if len(sparsities) != model.depth or not all(0 <= share <= 1 for share in sparsities):
         raise UserError(f"sparsities={list(sparsities)}: expected {model.depth} numbers from 0 to 1, one a block")
-    copy = Layered(deepcopy(model.model), model.name)
+    copy = ModelAdapter(deepcopy(model.model), model.name)
     for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
         for name, (_, weight) in matrices(block).items():
             if norms is None or method == "magnitude":

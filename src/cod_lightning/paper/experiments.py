@@ -120,7 +120,7 @@ class Task:
     words: tuple[str, ...]
     """What the command line says to train it."""
     measures: set[str]
-    """What is to be measured of it, by the names of `measure.suite.MEASURES`."""
+    """What is to be measured of it, by the names of `measure.registry.MEASURES`."""
 
     @property
     def label(self) -> str:

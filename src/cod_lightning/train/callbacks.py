@@ -23,7 +23,7 @@ from torch import Tensor
 from cod_lightning.config.schema import COUNTS, FIGURES
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.measure.activation_stats import PLACES
-from cod_lightning.measure.adapter import Layered
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.jacobian import STATISTICS, Jacobian, jacobian
 from cod_lightning.measure.layers import plot_variance
 from cod_lightning.measure.registry import MEASURES, Measure
@@ -244,7 +244,10 @@ class MeasureCallback(ProbeCallback):
         Raises:
             UserError: decoder or probe are none for this measure; once steps have been made, that is a warning.
         """
-        model, batches = Layered(network, f"step {trainer.global_step}"), self.probe.split(pl_module.micro_batch_size)
+        model, batches = (
+            ModelAdapter(network, f"step {trainer.global_step}"),
+            self.probe.split(pl_module.micro_batch_size),
+        )
         try:
             result = IN_TRAINING[self.name](model, batches, pl_module.pad_id, lambda done, total: None)
         except UserError as error:
@@ -270,14 +273,14 @@ def worth_a_figure(step: int, every: int, max_steps: int) -> bool:
     return step * MOST_FIGURES // max_steps > (step - every) * MOST_FIGURES // max_steps
 
 
-def few_jacobians(model: Layered, batches: Sequence[Tensor], pad_id: int | None, progress: Progress) -> Jacobian:
+def few_jacobians(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None, progress: Progress) -> Jacobian:
     """Jacobians of eight layers at one token of four rows.
 
     Tokens and probes are the same at every step, so that what changes is the model. Two iterations leave the largest
     singular value 1 to 2% low, in the first layer up to 12%.
     """
     rows = torch.cat(tuple(batches))[:4]
-    return jacobian(model, [rows], pad_id, progress, layers=model.spaced(8), tokens=1, probes=4, iterations=2)
+    return jacobian(model, [rows], pad_id, progress, layers=model.evenly_spaced(8), tokens=1, probes=4, iterations=2)
 
 
 IN_TRAINING: dict[str, Measure] = {name: measure for name, (_, measure) in MEASURES.items()} | {

@@ -18,7 +18,7 @@ from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Batch, Images, Layered, load_hf
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter, load_pretrained
 from cod_lightning.measure.compare import NEEDED, comparison_page
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
@@ -33,7 +33,7 @@ from cod_lightning.train.strategy import accelerator
 class Subject:
     """What a study is carried out on."""
 
-    model: Layered
+    model: ModelAdapter
     """In evaluation mode, where it is to be run."""
     batches: Sequence[Batch]
     """Held-out rows, so many at a time as are run at once."""
@@ -42,7 +42,7 @@ class Subject:
     """Writes a model of this kind, with its tokenizer, for stock `transformers`; None: there is no such model."""
 
 
-def options_of_study(study: str) -> dict[str, Any]:
+def study_options(study: str) -> dict[str, Any]:
     """The options that a study takes, with their types.
 
     Raises:
@@ -66,10 +66,8 @@ def open_run(run: Sections, folder: Path, checkpoint: Path, rows: int) -> Subjec
     data.prepare_data()
     data.setup("fit")
     batches = data.probe_batch(min(rows, data.val_count)).split(run.data.micro_batch_size)
-    layered = Layered(decoder.to(accelerator(run.trainer)).eval(), folder.name)
-    return Subject(
-        layered, list(batches), data.pad_id, partial(export, tokenizer=tokenizer, max_length=run.data.seq_len)
-    )
+    model = ModelAdapter(decoder.to(accelerator(run.trainer)).eval(), folder.name)
+    return Subject(model, list(batches), data.pad_id, partial(export, tokenizer=tokenizer, max_length=run.data.seq_len))
 
 
 def open_vision_run(run: Sections, folder: Path, checkpoint: Path, rows: int) -> Subject:
@@ -78,17 +76,17 @@ def open_vision_run(run: Sections, folder: Path, checkpoint: Path, rows: int) ->
     data = ImageDataModule(run.images, run.data, run.seed)
     data.setup("fit")
     parts = [part.split(run.data.micro_batch_size) for part in data.probe_batch(min(rows, data.val_count))]
-    layered = Layered(vit.to(accelerator(run.trainer)).eval(), folder.name)
-    return Subject(layered, [Images(*part) for part in zip(*parts, strict=True)], None, None)
+    model = ModelAdapter(vit.to(accelerator(run.trainer)).eval(), folder.name)
+    return Subject(model, [Images(*part) for part in zip(*parts, strict=True)], None, None)
 
 
 def open_model(name: str, run: Sections, rows: int) -> Subject:
     """A causal language model of `transformers`, on rows of the text of `run` in its own tokens.
 
     Raises:
-        UserError: as `load_hf`, or text that cannot be had.
+        UserError: as `load_pretrained`, or text that cannot be had.
     """
-    layered, tokenizer = load_hf(name, device=accelerator(run.trainer))
+    model, tokenizer = load_pretrained(name, device=accelerator(run.trainer))
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -100,10 +98,10 @@ def open_model(name: str, run: Sections, rows: int) -> Subject:
 
     documents = open_corpus(run.data).val()
     tokens = packed(documents, encode, tokenizer.eos_token_id, rows, run.data.seq_len)
-    return Subject(layered, list(tokens.split(run.data.micro_batch_size)), None, write)
+    return Subject(model, list(tokens.split(run.data.micro_batch_size)), None, write)
 
 
-def carry_out(study: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
+def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
     """Carry out the measures of a study, or `only` some, with those of the options that they have; each is written, and
     shown.
 
@@ -121,7 +119,7 @@ def carry_out(study: str, subject: Subject, options: Mapping[str, Any], folder: 
             report(subject, name, measured(name, subject, options, folder))
 
 
-def carry_out_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
+def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
     """Write a pruned model into a new folder, and what became of its loss beside it; show that.
 
     Raises:
