@@ -10,8 +10,9 @@ from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.layers import layer_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.parallel import bare, load, parallelise
+from cod_lightning.nn.parallel import parallelise, unwrapped_copy
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.weights import load_weights
 
 CONFIG = DecoderConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, vocab_size=37)
 TOKENS = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -63,13 +64,13 @@ def test_recomputing_keeps_fewer_activations():
 
 
 @compiles
-def test_a_bare_model_shares_the_weights_and_can_be_tapped_and_transformed():
+def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
     wrapped = made(
         wrap=lambda decoder: parallelise(decoder, checkpointing="selective", backend="aot_eager"),
         tie_word_embeddings=True,
     )
     step(wrapped)
-    copy = bare(wrapped)
+    copy = unwrapped_copy(wrapped)
     assert copy.lm_head.weight is copy.model.embed_tokens.weight
     assert copy.lm_head.weight.data_ptr() == wrapped.lm_head.weight.data_ptr()
     expected = layer_statistics(made(tie_word_embeddings=True), TOKENS, None)
@@ -79,5 +80,5 @@ def test_a_bare_model_shares_the_weights_and_can_be_tapped_and_transformed():
 
 def test_weights_of_another_shape_are_named():
     weights = made().state_dict()
-    with pytest.raises(UserError, match=r"here: 1 parameters have another shape .*lm_head.weight is missing there"):
-        load(made(), {name: weight for name, weight in weights.items() if name != "lm_head.weight"}, "here")
+    with pytest.raises(UserError, match=r"here: 1 parameters .*: lm_head.weight is missing in the checkpoint"):
+        load_weights(made(), {name: weight for name, weight in weights.items() if name != "lm_head.weight"}, "here")

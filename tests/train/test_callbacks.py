@@ -16,7 +16,7 @@ from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.layers import layer_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.parallel import bare
+from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import IN_TRAINING, MOST_FIGURES, SERIES, few_jacobians
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
@@ -180,8 +180,8 @@ def two_ranks(rank, port, folder):
     for block in sharded.blocks:
         fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
-    found.append(statistics_of_a_rank(bare(sharded), 5, rank))
-    jacobians = few_jacobians(ModelAdapter(bare(sharded).eval()), [probe(5)], PAD, lambda *_: None)
+    found.append(statistics_of_a_rank(unwrapped_copy(sharded), 5, rank))
+    jacobians = few_jacobians(ModelAdapter(unwrapped_copy(sharded).eval()), [probe(5)], PAD, lambda *_: None)
     torch.save([*map(vars, found), vars(jacobians)], folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -205,6 +205,6 @@ def test_two_ranks_find_what_one_does_also_of_a_sharded_decoder(tmp_path):
 
 def test_a_decoder_that_is_not_sharded_is_measured_with_its_own_weights():
     decoder = tiny()
-    copy = bare(decoder)
+    copy = unwrapped_copy(decoder)
     assert copy.lm_head.weight.data_ptr() == decoder.lm_head.weight.data_ptr()
     assert all(parameter.requires_grad for parameter in copy.parameters())

@@ -176,7 +176,7 @@ def test_what_cannot_be_started_from_is_one_error_and_nothing_is_written(tune, t
         ([f"init_from={source}", f"data.tokenizer={tmp_path}/other"], "is not the tokenizer of init_from="),
         ([f"init_from={source}", "norm=pre_ln"], r"another decoder \(norm.name='lns' there, 'pre_ln' here; .*ckpt"),
         ([f"init_from={source}", "model.hidden_size=16"], r"another decoder \(model.hidden_size=32 there, 16 here\)"),
-        ([f"init_from={last}", "norm=peri_ln"], r"\d+ parameters have another shape .* is missing there"),
+        ([f"init_from={last}", "norm=peri_ln"], r"\d+ parameters have another shape .* is missing in the checkpoint"),
         ([f"init_from={last}", "model.hidden_size=16"], r"\d+ parameters have another shape than this run's"),
         ([f"init_from={last}", "model.vocab_size=600"], r"2 parameters .*\(lm_head.weight is \[\d+, 32\] there, \[600"),
     ):

@@ -220,8 +220,8 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def twin(self) -> Decoder:
-        """One more of the same shape, not initialised."""
+    def empty_like(self) -> Decoder:
+        """An uninitialised decoder of the same shape, on the default device."""
         return Decoder(self.config, [block.spec for block in self.blocks])
 
     @property

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, Norm, Residual
-from cod_lightning.nn.parallel import Model, put_
+from cod_lightning.nn.parallel import Model
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.nn.weights import copy_
 
 PROFILE_ROWS, PROFILE_LENGTH = 4, 64
 """The random tokens that Admin is profiled on; of images, the same number of rows."""
@@ -153,7 +154,7 @@ def draw_(model: Model, name: str, std: float, seed: int) -> None:
         normal.normal_(generator=generator)
     else:
         torch.nn.init.trunc_normal_(normal, a=-cutoff, b=cutoff, generator=generator)
-    put_(parameter, (normal * std).to(parameter.dtype))
+    copy_(parameter, (normal * std).to(parameter.dtype))
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -176,12 +177,12 @@ def profile_skips(model: Model, rows: Tensor, seed: int, initialise: Callable[[A
         return
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         with torch.device("meta"):
-            whole = model.twin()
+            whole = model.empty_like()
         initialise(whole.to_empty(device="cpu"), seed)
         found = [r.skip for block in whole.blocks for r in (block.attention_residual, block.ffn_residual)]
         for skip, values in zip(skips, found, strict=True):
             if skip is not None and values is not None:
-                put_(skip, values)
+                copy_(skip, values)
         return
     variances: list[Tensor] = []
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -83,55 +82,15 @@ def policy(context: AbstractContextManager, operation: Any, *arguments: Any, **n
     return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def bare(model: Model) -> Model:
-    """A model with the weights of `model` and nothing of what `parallelise` did to it, for transforms and hooks.
+def unwrapped_copy(model: Model) -> Model:
+    """A model with the weights of `model` and without the changes of `parallelise`, for transforms and hooks.
 
-    It shares the weights, or has a copy of all of them where they are sharded: then all ranks call this together.
+    It shares unsharded weights and gathers sharded ones, which all ranks must do together.
     """
     with torch.device("meta"):
-        copy = model.twin()
+        copy = model.empty_like()
     weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     if isinstance(copy, Decoder):
         copy.tie()
     return copy
-
-
-def cut(values: Tensor, like: Tensor) -> Tensor:
-    """Values that all ranks have, sharded as `like` is; as they are where it is not, or they are already."""
-    if not isinstance(like, DTensor) or isinstance(values, DTensor):
-        return values
-    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def put_(parameter: Tensor, values: Tensor) -> None:
-    """Set a parameter, sharded or not, to values that all ranks have."""
-    local(parameter).copy_(local(cut(values, parameter)))
-
-
-def load(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Set all parameters, sharded or not, to weights by name.
-
-    Raises:
-        UserError: names or shapes that do not fit; says of what, and the first of them.
-    """
-    if found := misfits(model, weights):
-        raise UserError(f"{where}: {len(found)} parameters have another shape than this run's: {found[0]}")
-    for name, parameter in model.named_parameters():
-        put_(parameter, weights[name])
-
-
-def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Names whose shape in `model` is not that in `weights`, with both."""
-    here, there = ({n: list(t.shape) for n, t in state.items()} for state in (model.state_dict(), weights))
-    return [
-        f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
-    ]

@@ -73,8 +73,8 @@ class VisionTransformer(nn.Module):
         self.norm = Norm(config, projected=True)
         self.head = nn.Linear(config.hidden_size, classes)
 
-    def twin(self) -> VisionTransformer:
-        """One more of the same shape, not initialised."""
+    def empty_like(self) -> VisionTransformer:
+        """An uninitialised model of the same shape, on the default device."""
         specs = [block.spec for block in self.blocks]
         return VisionTransformer(self.config, specs, self.image_size, self.patch_size, self.head.out_features)
 

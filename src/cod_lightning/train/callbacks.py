@@ -29,7 +29,7 @@ from cod_lightning.measure.layers import plot_variance
 from cod_lightning.measure.registry import MEASURES, Measure
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.parallel import bare
+from cod_lightning.nn.parallel import unwrapped_copy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,8 +154,8 @@ class StopSignal(Callback):
 class ProbeCallback(Callback, ABC):
     """Measures the decoder on a fixed batch before the first step, every `every` steps and after the last one.
 
-    Training goes on as if it had not been measured, to the bit: what is measured is a `bare` model with its weights,
-    and random states are put back. Where weights are sharded, that takes the memory of all of them meanwhile.
+    Training continues bit-identically: the measures see an `unwrapped_copy`, and random states are restored. Sharded
+    weights are gathered for it, which takes the memory of the whole model.
 
     Args:
         recorder: keeps what is found.
@@ -179,7 +179,7 @@ class ProbeCallback(Callback, ABC):
     def undisturbed(self, trainer: Trainer, pl_module: Any) -> None:
         began = time.perf_counter()
         with isolate_rng():
-            self.measure(trainer, pl_module, bare(pl_module.network).to(trainer.strategy.root_device).eval())
+            self.measure(trainer, pl_module, unwrapped_copy(pl_module.network).to(trainer.strategy.root_device).eval())
         self.recorder.measure_seconds += time.perf_counter() - began
 
     @abstractmethod

@@ -24,8 +24,9 @@ from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.parallel import load, local, misfits, parallelise
+from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
 from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
 from cod_lightning.train.strategy import Sharded, backend
 
@@ -111,7 +112,7 @@ class StepModule(LightningModule, ABC):
             device = strategy.resting_device
         self.build(device, partial(parallelise, **wrapping))
         if self.initial is not None:
-            load(self.network, *self.initial)
+            load_weights(self.network, *self.initial)
             self.initial = None
 
     @property
@@ -188,7 +189,7 @@ class StepModule(LightningModule, ABC):
         return self.sum_over_ranks(values)[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        finite = {name: torch.isfinite(local(p)).all() for name, p in self.network.named_parameters()}
+        finite = {name: torch.isfinite(to_local(p)).all() for name, p in self.network.named_parameters()}
         counts = self.sum_over_ranks(*(flag.long() for flag in finite.values())).tolist()
         bad = [name for name, count in zip(finite, counts, strict=True) if count < self.trainer.world_size]
         if bad:
@@ -200,7 +201,7 @@ class StepModule(LightningModule, ABC):
         checkpoint["init_from"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if found := misfits(self, checkpoint["state_dict"]):
+        if found := shape_mismatches(self, checkpoint["state_dict"]):
             raise UserError(
                 f"the newest checkpoint has {len(found)} parameters of another shape than this run's ({found[0]}): it "
                 "is another run's; remove it to go on from an earlier one, or start anew with resume=false"

@@ -32,9 +32,9 @@ from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import Stopped, UserError, first_line
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.parallel import load, misfits
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.nn.weights import load_weights, shape_mismatches
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
@@ -264,7 +264,7 @@ def initial(run: Sections, source: Path) -> tuple[dict[str, Any], dict[str, Tens
     weights = network_state(checkpoint, "decoder")
     with torch.device("meta"):
         decoder = decoder_for(run, run.model.vocab_size or tokenizer.vocab_size)
-    if found := misfits(decoder, weights):
+    if found := shape_mismatches(decoder, weights):
         raise UserError(
             f"init_from={source}: {len(found)} parameters have another shape than this run's ({found[0]}): "
             "choose its model= and norm="
@@ -297,7 +297,7 @@ def load_run(run: Sections, folder: Path, checkpoint: Path) -> tuple[Decoder, Do
     if head is None or head.ndim != 2:
         raise UserError(f"{checkpoint}: holds no decoder: lm_head.weight is missing, or no matrix")
     decoder = decoder_for(run, len(head))
-    load(decoder, state, str(checkpoint))
+    load_weights(decoder, state, str(checkpoint))
     return decoder, tokenizer
 
 
@@ -313,7 +313,7 @@ def load_vision_run(run: Sections, checkpoint: Path) -> VisionTransformer:
         raise UserError(f"{checkpoint}: holds no Vision Transformer: head.weight is missing, or no matrix")
     specs = build_all(run.norm, run.model.num_hidden_layers)
     vit = VisionTransformer(run.model, specs, run.images.size, run.images.patch_size, len(head))
-    load(vit, state, str(checkpoint))
+    load_weights(vit, state, str(checkpoint))
     return vit
 
 

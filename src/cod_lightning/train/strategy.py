@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
-from cod_lightning.nn.parallel import cut, load
+from cod_lightning.nn.weights import load_weights, shard_like
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_parts
 
 
@@ -130,13 +130,13 @@ class Sharded(ModelParallelStrategy):
             checkpoint = read_parts(path, module.state_dict(), self.moments())
         else:
             checkpoint = read_checkpoint(path, mmap=True)
-            load(module, checkpoint["state_dict"], str(path))
+            load_weights(module, checkpoint["state_dict"], str(path))
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             moments = {
                 # Those of a file are whole; a step is a number of its own.
                 number: {
-                    name: cut(value, parameters[number]) if value.shape == parameters[number].shape else value
+                    name: shard_like(value, parameters[number]) if value.shape == parameters[number].shape else value
                     for name, value in values.items()
                 }
                 for number, values in state["state"].items()

@@ -1,0 +1,51 @@
+"""Copying weights into models whose parameters may be sharded (`DTensor`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cod_lightning.errors import UserError
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """The shard of `tensor` that this rank holds; `tensor` itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(values: Tensor, like: Tensor) -> Tensor:
+    """Shard `values`, which all ranks hold whole, as `like` is sharded; return them unchanged if there is no need."""
+    if not isinstance(like, DTensor) or isinstance(values, DTensor):
+        return values
+    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def copy_(parameter: Tensor, values: Tensor) -> None:
+    """`parameter.copy_(values)` for a parameter that may be sharded and values that all ranks hold."""
+    to_local(parameter).copy_(to_local(shard_like(values, parameter)))
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy `weights` into all parameters of `model`, sharded or not, by name.
+
+    Raises:
+        UserError: names or shapes differ; the message starts with `source`.
+    """
+    if mismatches := shape_mismatches(model, weights):
+        raise UserError(f"{source}: {len(mismatches)} parameters have another shape than this run's: {mismatches[0]}")
+    for name, parameter in model.named_parameters():
+        copy_(parameter, weights[name])
+
+
+def shape_mismatches(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """One line for every name in `model` or in `weights` whose shapes differ; empty if all match."""
+    expected, loaded = ({n: list(t.shape) for n, t in state.items()} for state in (model.state_dict(), weights))
+    return [
+        f"{name} is {loaded.get(name, 'missing')} in the checkpoint, {expected.get(name, 'missing')} in this run"
+        for name in sorted(expected.keys() | loaded.keys())
+        if expected.get(name) != loaded.get(name)
+    ]
