@@ -334,7 +334,7 @@ def test_tasks_of_the_harness_are_scored_as_the_decoder_scores_them(finished, tm
     assert "toy_choice acc_stderr" in process.stdout
     process = run("evaluate", folder, *words, "tasks=toy_choise,arc_easy")
     assert process.returncode == 2
-    assert "'toy_choise' is not a task; near it: toy_choice" in process.stderr
+    assert "unknown task 'toy_choise'; similar: toy_choice" in process.stderr
 
 
 def test_experiments_are_listed_with_their_published_figures():

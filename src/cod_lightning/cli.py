@@ -451,7 +451,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
 def evaluate_tasks(
     config: Config, run: Path, checkpoint: str, tasks: str, task_folder: Path | None, limit: int | None
 ) -> int:
-    from cod_lightning.evaluate.lm_eval import PAPER_TASKS, keep_scores, score, task_manager
+    from cod_lightning.evaluate.lm_eval import PAPER_TASKS, save_scores, score_tasks, task_manager
 
     at_least("limit", limit, 1)
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
@@ -460,7 +460,7 @@ def evaluate_tasks(
     from cod_lightning.train.strategy import accelerator
 
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
-    scores = score(
+    scores = score_tasks(
         decoder,
         tokenizer,
         names,
@@ -474,7 +474,7 @@ def evaluate_tasks(
         for name, value in figures.items():
             print(f"{task} {name} {value:.6g}")
     if limit is None:
-        keep_scores(run, scores)
+        save_scores(run, scores)
     return 0
 
 

@@ -1,1 +1,1 @@
-"""What a trained decoder scores: perplexity, exact match, lm-evaluation-harness, sampling."""
+"""Evaluation of a trained decoder: perplexity, exact match, lm-evaluation-harness, sampling."""

@@ -1,4 +1,4 @@
-"""Accuracy of answers."""
+"""Exact match of answers under greedy decoding."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torchmetrics import Metric
 from cod_lightning.kernels.loss import TokenLoss
 
 
-class AnswerAccuracy(Metric):
-    """Share of rows whose every target is the likeliest token: greedy decoding of the prompt gives just the answer.
+class ExactMatch(Metric):
+    """Share of sequences whose every target is the most likely token, so that greedy decoding gives the answer.
 
-    One forward pass decides it, and it needs no list of the other answers. A row without targets does not count.
+    One teacher-forced forward pass decides it. Sequences without targets do not count.
     """
 
     full_state_update = False
-    right: Tensor
-    rows: Tensor
+    matches: Tensor
+    sequences: Tensor
 
     def __init__(self):
         super().__init__()
-        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("matches", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("sequences", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, found: TokenLoss) -> None:
-        """Add the rows of a loss that was taken without gradients."""
-        assert found.hits is not None
-        self.right += ((found.hits == found.counts) & (found.counts > 0)).sum()
-        self.rows += (found.counts > 0).sum()
+    def update(self, loss: TokenLoss) -> None:
+        """Add the sequences of a loss that was computed without gradients, which counts its `hits`."""
+        assert loss.hits is not None
+        self.matches += ((loss.hits == loss.counts) & (loss.counts > 0)).sum()
+        self.sequences += (loss.counts > 0).sum()
 
     def compute(self) -> float:
-        return int(self.right) / max(int(self.rows), 1)
+        return int(self.matches) / max(int(self.sequences), 1)

@@ -20,16 +20,17 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
 ) -> Iterator[int]:
-    """Yield the tokens that follow `prompt`, one by one, until `eos_id` or `max_tokens`.
+    """Yield the tokens that follow `prompt` until `eos_id` or `max_tokens`.
 
-    The whole sequence is run again for every token: exact for every strategy, and quick at the sizes trained here.
+    There is no key/value cache: each token costs a forward pass over the whole sequence, which is exact for every
+    strategy and fast enough at the sizes trained here.
 
     Args:
         decoder: on any device.
-        prompt: at least one token id.
-        max_tokens: number of tokens at the most.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among so many likeliest tokens; None: all.
+        prompt: token ids, at least one.
+        max_tokens: maximum number of new tokens.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: sample among the k most likely tokens; None: among all.
         seed: of the sampling.
         eos_id: ends the text; it is not yielded.
     """

@@ -1,4 +1,4 @@
-"""Validation loss and perplexity, exact and as the released evaluation computes it."""
+"""Validation loss and perplexity: exact, and by the protocol of the paper's released evaluation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torchmetrics import Metric
 
 
 class Perplexity(Metric):
-    """Loss per token over all rows, and the figure that the released evaluation would print for the same rows.
+    """Loss per token over all sequences, and the perplexity that the released evaluation would print for them.
 
     The released evaluation averages the mean losses of N batches but divides by N + 1, then averages over the ranks.
-    It is low by a factor N / (N + 1) that depends on the batch size and on the number of GPUs, so both are arguments
-    here and independent of what the rows are evaluated on.
+    Its perplexity is too low, by an amount that depends on the batch size and the number of GPUs. Both are arguments
+    here, so the result does not depend on how the sequences are batched.
 
     Args:
-        rows: number of validation rows, over all ranks.
-        paper_batch: rows per batch on one rank in the evaluation that is emulated.
+        sequences: number of validation sequences, over all ranks.
+        paper_batch: sequences per batch on one rank in the emulated evaluation.
         paper_ranks: its number of ranks.
     """
 
@@ -28,25 +28,25 @@ class Perplexity(Metric):
     losses: Tensor
     targets: Tensor
 
-    def __init__(self, rows: int, paper_batch: int, paper_ranks: int = 1):
+    def __init__(self, sequences: int, paper_batch: int, paper_ranks: int = 1):
         super().__init__()
-        self.rows, self.paper_batch, self.paper_ranks = rows, paper_batch, paper_ranks
-        self.paper_batches = math.ceil(math.ceil(rows / paper_ranks) / paper_batch)
+        self.paper_batch, self.paper_ranks = paper_batch, paper_ranks
+        self.paper_batches = math.ceil(math.ceil(sequences / paper_ranks) / paper_batch)
         shape = (paper_ranks * self.paper_batches,)
         self.add_state("losses", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("targets", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
-        """Follow the model to its device but not to its precision: sums in bfloat16 are off by percents."""
+        """Move with the model but keep the dtype: sums in bfloat16 would be wrong by percents."""
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
     def update(self, loss: Tensor, targets: Tensor, index: Tensor) -> None:
-        """Add rows.
+        """Add sequences.
 
         Args:
-            loss: summed loss of each row in nats [rows].
-            targets: number of targets of each row [rows].
-            index: number of each row in the validation set [rows]; -1 marks a row that only fills a batch.
+            loss: summed loss of each sequence in nats [sequences].
+            targets: number of targets of each sequence [sequences].
+            index: position of each sequence in the validation set [sequences]; -1 marks padding of a batch.
         """
         keep = index >= 0
         loss, targets, index = loss[keep], targets[keep], index[keep]
@@ -55,26 +55,26 @@ class Perplexity(Metric):
         self.targets.index_add_(0, batch, targets)
 
     def compute(self) -> dict[str, float]:
-        """`val_loss` in nats per token, `ppl` = exp(val_loss), `ppl_paper_protocol`, and `val_tokens`, the targets.
+        """Return `val_loss` in nats per token, `ppl`, `ppl_paper_protocol`, and `val_tokens`, the number of targets.
 
         Raises:
-            ValueError: no row has been added.
+            ValueError: there are no targets.
         """
         targets = int(self.targets.sum())
         if targets == 0:
-            raise ValueError("no validation token was seen")
+            raise ValueError("no validation tokens: call update first")
         loss = float(self.losses.sum()) / targets
         means = (self.losses / self.targets.clamp(min=1)).view(self.paper_ranks, self.paper_batches)
         batches = (self.targets > 0).view(self.paper_ranks, self.paper_batches).sum(-1)
-        paper = float((means.sum(-1) / (batches + 1)).mean())
+        paper_loss = float((means.sum(-1) / (batches + 1)).mean())
         return {
             "val_loss": loss,
-            "ppl": exp(loss),
-            "ppl_paper_protocol": exp(paper),
+            "ppl": perplexity_of(loss),
+            "ppl_paper_protocol": perplexity_of(paper_loss),
             "val_tokens": targets,
         }
 
 
-def exp(loss: float) -> float:
-    """Return e^loss, infinite where a float cannot hold it."""
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss), or infinity where it overflows a float."""
     return math.exp(loss) if loss < 709 else math.inf

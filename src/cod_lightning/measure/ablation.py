@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate.perplexity import exp
+from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, evaluate, iter_batches
 from cod_lightning.measure.options import one_of
@@ -185,7 +185,7 @@ class CausalScore:
 
 
 def cost(loss: float, whole: float) -> dict[str, float]:
-    return {"loss": loss, "delta_loss": loss - whole, "perplexity": exp(loss)}
+    return {"loss": loss, "delta_loss": loss - whole, "perplexity": perplexity_of(loss)}
 
 
 def evaluate_arranged(

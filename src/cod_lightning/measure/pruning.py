@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate.perplexity import exp
+from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.ablation import RISE, removal
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import evaluate
@@ -260,8 +260,8 @@ def prune(
         zeros_after=zeros(choice.model),
         loss_before=losses[0],
         loss_after=losses[1],
-        ppl_before=exp(losses[0]),
-        ppl_after=exp(losses[1]),
+        ppl_before=perplexity_of(losses[0]),
+        ppl_after=perplexity_of(losses[1]),
     )
 
 

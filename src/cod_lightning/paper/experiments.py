@@ -14,7 +14,7 @@ import yaml
 
 from cod_lightning.config.compose import Config, choices, compose, config_folder, from_plain, parse, started, with_row
 from cod_lightning.errors import DAMAGED, UserError, nearest
-from cod_lightning.evaluate.lm_eval import SCORES
+from cod_lightning.evaluate.lm_eval import SCORES_FILE
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import restored
 from cod_lightning.nn.config import num_vit_parameters
@@ -206,8 +206,8 @@ def keep(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
     target.mkdir(parents=True, exist_ok=True)
     if ended.is_file():
         copy(ended, target)
-    if (folder / SCORES).is_file():
-        copy(folder / SCORES, target)
+    if (folder / SCORES_FILE).is_file():
+        copy(folder / SCORES_FILE, target)
     for name in measures:
         copy(folder / MEASURED / f"{name}.json", target, DIGITS.get(name))
 
@@ -255,7 +255,7 @@ def claims(asked: Iterable[Row], results: Path) -> list[Experiment]:
         for seed in seeds:
             if (done := found.get(row.run(seed).id)) is not None:
                 folder, record = done
-                yield Run(seed, record | accuracies(folder / SCORES), measured(folder))
+                yield Run(seed, record | accuracies(folder / SCORES_FILE), measured(folder))
 
     sizes = {row.experiment: num_parameters(row.config) for row in asked if row.config.scale == "paper"}
     for row in asked:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cod_lightning.config.schema import EvalConfig, OptimConfig, TrainerConfig
 from cod_lightning.errors import Diverged, UserError
-from cod_lightning.evaluate.exact_match import AnswerAccuracy
+from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer_statistics
@@ -237,7 +237,7 @@ class DecoderModule(StepModule):
         super().__init__(model, **settings)
         self.seq_len, self.pad_id = seq_len, pad_id
         self.perplexity = Perplexity(val_rows, evaluation.paper_batch, evaluation.paper_ranks)
-        self.accuracy = AnswerAccuracy()
+        self.accuracy = ExactMatch()
 
     def build(self, device: torch.device, wrap: Callable[[Decoder], None]) -> None:
         specs = build_all(self.norm, self.model_config.num_hidden_layers)

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from cod_lightning.evaluate.generate import generate
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.strategies import build_all
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    config = DecoderConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=9, init_std=0.5
+    )
+    return build_decoder(config, build_all({"name": "lns"}, 2), seed=0).eval()
+
+
+@torch.no_grad()
+def greedy(decoder, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(decoder(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_temperature_zero_is_greedy_decoding(decoder):
+    assert list(generate(decoder, [1, 2], max_tokens=6, temperature=0)) == greedy(decoder, [1, 2], 6)
+
+
+def test_top_1_is_greedy_decoding(decoder):
+    assert list(generate(decoder, [1, 2], max_tokens=6, temperature=5, top_k=1)) == greedy(decoder, [1, 2], 6)
+
+
+def test_the_seed_determines_the_sample(decoder):
+    samples = [tuple(generate(decoder, [1], max_tokens=12, seed=seed)) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
+
+
+def test_generation_stops_before_the_end_token(decoder):
+    tokens = greedy(decoder, [1], 1)
+    assert list(generate(decoder, [1], max_tokens=6, temperature=0, eos_id=tokens[0])) == []
