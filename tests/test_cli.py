@@ -226,14 +226,14 @@ def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
 def test_a_pruned_model_of_transformers_loads_there_again(finished, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
     from cod_lightning.cli import open_subject
-    from cod_lightning.nn.huggingface import hf_tokenizer
+    from cod_lightning.nn.huggingface import to_hf_tokenizer
 
     _, tokenizer = decoder_of(finished[0])
     torch.manual_seed(0)
     shape = {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
     config = transformers.GPT2Config(vocab_size=tokenizer.vocab_size, bos_token_id=1, eos_token_id=1, **shape)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    hf_tokenizer(tokenizer, tokenizer.vocab_size, 64).save_pretrained(tmp_path / "gpt2")
+    to_hf_tokenizer(tokenizer, tokenizer.vocab_size, 64).save_pretrained(tmp_path / "gpt2")
     words = ["data=files", f"data.files={corpus}/*.jsonl", "data.seq_len=32", "trainer.accelerator=cpu"]
     chosen = ["sparsity=0.5", "allocation=alpha_pruning", "method=magnitude"]
     process = run("measure", "prune", tmp_path / "gpt2", *chosen, *words, "rows=4", f"output={tmp_path / 'sparse'}")

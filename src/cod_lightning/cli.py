@@ -485,12 +485,12 @@ def export(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str,
     at_least("max-length", max_length, 1)
     import torch
 
-    from cod_lightning.nn.huggingface import check_new
+    from cod_lightning.files import check_new_folder
     from cod_lightning.nn.huggingface import export as write
     from cod_lightning.train.run import checkpoint_of, load_run
 
     folder = output or run / to
-    check_new(folder)
+    check_new_folder(folder)
     decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
     write(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.data.seq_len)
     print(folder)
@@ -524,10 +524,11 @@ def import_model(model: str, output: Path) -> int:
 
         require_cached_or_hub(model, "Give a folder with config.json, weights and tokenizer.")
     from cod_lightning.data.tokenizers import load_tokenizer, with_pad_below
-    from cod_lightning.nn.huggingface import check_new, import_hf, new_folder
+    from cod_lightning.files import check_new_folder, new_folder
+    from cod_lightning.nn.huggingface import import_hf
     from cod_lightning.train.run import TOKENIZER, write_imported
 
-    check_new(output)
+    check_new_folder(output)
     decoder = import_hf(model)
     tokenizer = with_pad_below(load_tokenizer(model), decoder.lm_head.out_features)
     config = Config(
@@ -603,13 +604,13 @@ def measure(study: str, words: Sequence[str], checkpoint: str, rows: int, output
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, {len(models)} are given; measure compare takes several")
     from cod_lightning.commands.measure_runner import run_prune, run_study
+    from cod_lightning.files import check_new_folder
     from cod_lightning.measure.registry import measures_of
-    from cod_lightning.nn.huggingface import check_new
 
     if study == "prune":
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
-        check_new(output)
+        check_new_folder(output)
     elif "only" in options:
         measures_of(study, only=options["only"])  # what is unknown is refused before anything is loaded
     subject = open_subject(models[0], overrides, checkpoint, rows)

@@ -9,9 +9,10 @@ import torch
 
 from cod_lightning.data.tokenizers import PAD, DocumentTokenizer, train_bpe
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_new_folder
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.huggingface import check_new, export, import_hf, to_hf
+from cod_lightning.nn.huggingface import export, import_hf, to_hf
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, block, build_all
 
@@ -184,7 +185,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_a_failure(tmp_path, monke
             export(decoder, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     (tmp_path / "model").mkdir()
-    check_new(tmp_path / "model")
+    check_new_folder(tmp_path / "model")
     export(decoder, tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "taken"]
 

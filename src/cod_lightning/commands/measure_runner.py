@@ -24,7 +24,7 @@ from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MEASURES, NOT_OF_IMAGES, WIDEST_MAP, measures_of, options_for
 from cod_lightning.measure.result import save
-from cod_lightning.nn.huggingface import export, quiet
+from cod_lightning.nn.huggingface import export, quiet_transformers
 from cod_lightning.train.run import Sections, load_run, load_vision_run
 from cod_lightning.train.strategy import accelerator
 
@@ -92,7 +92,7 @@ def open_model(name: str, run: Sections, rows: int) -> Subject:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def write(model: Any, folder: Path) -> None:
-        with quiet():
+        with quiet_transformers():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 

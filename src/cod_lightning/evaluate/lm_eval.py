@@ -14,7 +14,7 @@ from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import DAMAGED, UserError
 from cod_lightning.files import write_atomic
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.huggingface import export, obstacles, quiet
+from cod_lightning.nn.huggingface import export, quiet_transformers, unsupported_features
 
 PAPER_TASKS = ("mmlu", "boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande")
 """The columns of Table 2, in its order, by their names in the harness."""
@@ -77,11 +77,11 @@ def score_tasks(
     Raises:
         UserError: the decoder cannot be exported, or the data of a task is not available.
     """
-    if unsupported := obstacles(decoder):
+    if unsupported := unsupported_features(decoder):
         raise UserError("\n".join(["tasks= evaluates the exported model, and this model has no export:", *unsupported]))
     harness = importlib.import_module("lm_eval")
     model_class = importlib.import_module("lm_eval.models.huggingface").HFLM
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         export(decoder, Path(folder), tokenizer, max_length=max_length)
         model = model_class(pretrained=folder, dtype="float32", device=device, batch_size=batch_size)
         try:

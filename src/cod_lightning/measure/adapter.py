@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import ActivationHook, Decoder
-from cod_lightning.nn.huggingface import library, quiet
+from cod_lightning.nn.huggingface import import_transformers, quiet_transformers
 from cod_lightning.nn.vit import VisionTransformer
 
 PLACES = (
@@ -232,9 +232,9 @@ def load_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str =
     Raises:
         UserError: transformers is not installed, or there is no such model.
     """
-    transformers = library(name)
+    transformers = import_transformers(name)
     try:
-        with quiet():
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             sees = hasattr(config, "vision_config")
             kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM

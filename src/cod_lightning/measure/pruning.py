@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
+from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.measure.ablation import RISE, removal
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import evaluate
@@ -29,7 +30,7 @@ from cod_lightning.measure.sparsity import (
     sparsified,
 )
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.huggingface import check_new, new_folder, obstacles
+from cod_lightning.nn.huggingface import unsupported_features
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -213,8 +214,8 @@ def prune(
         raise UserError("by= says which blocks and blocks= how many: give both, or layers= or sparsity=")
     if sparsity is None and (allocation is not None or method is not None):
         raise UserError("allocation= and method= are for sparsity=")
-    check_new(folder)
-    if isinstance(model.model, Decoder) and (found := obstacles(model.model)):
+    check_new_folder(folder)
+    if isinstance(model.model, Decoder) and (found := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *found]))
     batches = list(batches)
     if layers is not None:

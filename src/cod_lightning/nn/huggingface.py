@@ -8,8 +8,6 @@ the decoder computes, up to the rounding of one product per weight; what cannot 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import SublayerSpec, build_all
@@ -36,7 +35,7 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """What can be imported, by `model_type`; DeepSeek-LLM is a Llama."""
 
 
-class Tokens(Protocol):
+class TokenizerLike(Protocol):
     """What is asked of a tokenizer; `data.tokenizer.DocumentTokenizer` has it."""
 
     @property
@@ -50,7 +49,7 @@ class Tokens(Protocol):
 # To Hugging Face -----------------------------------------------------------------------------------------------------
 
 
-def obstacles(decoder: Decoder) -> list[str]:
+def unsupported_features(decoder: Decoder) -> list[str]:
     """Why a decoder has no equal among Llama checkpoints, one line for each coefficient; nothing if it has one."""
     specs, plain, found = [block.spec for block in decoder.blocks], SublayerSpec(), []
     if decoder.config.norm != "rms":
@@ -74,13 +73,13 @@ def obstacles(decoder: Decoder) -> list[str]:
 
 
 @torch.no_grad()
-def folded(decoder: Decoder, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def to_llama_state_dict(decoder: Decoder, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The state of the Llama that computes what `decoder` does, on the CPU; products are rounded once, to `dtype`.
 
     Raises:
         UserError: there is none; names every coefficient that is in the way.
     """
-    if found := obstacles(decoder):
+    if found := unsupported_features(decoder):
         raise UserError("\n".join(found))
     state = {name: tensor.cpu() for name, tensor in decoder.state_dict().items() if "_residual." not in name}
     ones = torch.ones(decoder.config.hidden_size)
@@ -100,7 +99,7 @@ def folded(decoder: Decoder, dtype: torch.dtype = torch.float32) -> dict[str, Te
 
 
 def to_hf(
-    decoder: Decoder, tokenizer: Tokens | None = None, dtype: torch.dtype = torch.float32, max_length: int = 2048
+    decoder: Decoder, tokenizer: TokenizerLike | None = None, dtype: torch.dtype = torch.float32, max_length: int = 2048
 ) -> Any:
     """The `LlamaForCausalLM` (`Qwen2ForCausalLM` with `qkv_bias`) that gives the decoder's logits, on the CPU.
 
@@ -111,10 +110,10 @@ def to_hf(
         max_length: `max_position_embeddings`, the longest row in tokens that the model is meant for.
 
     Raises:
-        UserError: as `folded`, or transformers is not installed.
+        UserError: as `to_llama_state_dict`, or transformers is not installed.
     """
-    transformers = library("exporting")
-    state, shape = folded(decoder, dtype), decoder.config
+    transformers = import_transformers("exporting")
+    state, shape = to_llama_state_dict(decoder, dtype), decoder.config
     rows = len(state["model.embed_tokens.weight"])
     family = "Qwen2" if shape.qkv_bias else "Llama"
     config = getattr(transformers, f"{family}Config")(
@@ -131,11 +130,11 @@ def to_hf(
         max_position_embeddings=max_length,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,
-        pad_token_id=pad_of(tokenizer, rows) if tokenizer else None,
+        pad_token_id=pad_token_id(tokenizer, rows) if tokenizer else None,
     )
     # Version 5 writes it inside `rope_parameters` alone; version 4 and other programs look for it here.
     config.rope_theta = shape.rope_theta
-    with quiet():
+    with quiet_transformers():
         model = getattr(transformers, f"{family}ForCausalLM")
         return model.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
@@ -143,7 +142,7 @@ def to_hf(
 def export(
     decoder: Decoder,
     folder: Path,
-    tokenizer: Tokens | None = None,
+    tokenizer: TokenizerLike | None = None,
     dtype: torch.dtype = torch.float32,
     max_length: int = 2048,
 ) -> None:
@@ -159,24 +158,24 @@ def export(
     Raises:
         UserError: as `to_hf`; something is in `folder`, or it cannot be written.
     """
-    check_new(folder)
+    check_new_folder(folder)
     model = to_hf(decoder, tokenizer, dtype, max_length)
     from safetensors import SafetensorError
 
-    with new_folder(folder) as partial, quiet():
+    with new_folder(folder) as partial, quiet_transformers():
         try:
             model.save_pretrained(partial)
         except SafetensorError as error:
             raise UserError(f"{folder} cannot be written: {error}") from error
         if tokenizer is not None:
-            hf_tokenizer(tokenizer, model.config.vocab_size, max_length).save_pretrained(partial)
+            to_hf_tokenizer(tokenizer, model.config.vocab_size, max_length).save_pretrained(partial)
             # Version 5 writes a class that version 4 does not have; both have this one.
             path = partial / "tokenizer_config.json"
             content = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
             path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def hf_tokenizer(tokenizer: Tokens, rows: int, max_length: int) -> Any:
+def to_hf_tokenizer(tokenizer: TokenizerLike, rows: int, max_length: int) -> Any:
     """The tokenizer as a `PreTrainedTokenizerFast`, for an embedding of so many rows.
 
     It adds no special token to a text, as rows have none before or inside a document here.
@@ -193,14 +192,14 @@ def hf_tokenizer(tokenizer: Tokens, rows: int, max_length: int) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=backend.id_to_token(tokenizer.eos_id),
-        pad_token=backend.id_to_token(pad_of(tokenizer, rows)),
+        pad_token=backend.id_to_token(pad_token_id(tokenizer, rows)),
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
 
 
-def pad_of(tokenizer: Tokens, rows: int) -> int:
+def pad_token_id(tokenizer: TokenizerLike, rows: int) -> int:
     """The pad where the embedding has a row for it, else the EOS."""
     return tokenizer.pad_id if tokenizer.pad_id < rows else tokenizer.eos_id
 
@@ -218,11 +217,11 @@ def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
     Raises:
         UserError: no such checkpoint; or it computes something that the decoder does not, with every field at fault.
     """
-    transformers = library("importing")
+    transformers = import_transformers("importing")
     try:
-        with quiet():
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            shape = shape_of(config, name)
+            shape = config_from_hf(config, name)
             model = transformers.AutoModelForCausalLM
             twin, info = model.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     except UserError:
@@ -239,7 +238,7 @@ def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return decoder
 
 
-def shape_of(config: Any, name: str | Path) -> DecoderConfig:
+def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
     """The shape that a configuration of `transformers` describes.
 
     Raises:
@@ -287,7 +286,7 @@ def shape_of(config: Any, name: str | Path) -> DecoderConfig:
 # Both ----------------------------------------------------------------------------------------------------------------
 
 
-def library(purpose: str) -> Any:
+def import_transformers(purpose: str) -> Any:
     """`transformers`, which is needed for nothing but this.
 
     Raises:
@@ -301,7 +300,7 @@ def library(purpose: str) -> Any:
 
 
 @contextmanager
-def quiet() -> Generator[None]:
+def quiet_transformers() -> Generator[None]:
     """Keep progress bars and remarks of `transformers` off the terminal."""
     from transformers.utils import logging
 
@@ -314,33 +313,3 @@ def quiet() -> Generator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def check_new(folder: Path) -> None:
-    """Nothing may be overwritten.
-
-    Raises:
-        UserError: there is something at `folder`, other than an empty folder.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists already and is not an empty folder: choose another output")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Generator[Path]:
-    """A folder to write to, which takes the place of `folder` when all is written and is gone where that fails.
-
-    Raises:
-        UserError: as `check_new`, or it cannot be written.
-    """
-    check_new(folder)
-    folder = Path(os.path.abspath(folder))
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(folder)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
