@@ -27,7 +27,8 @@ import torch
 from _results import milliseconds, save, show
 from torch.utils.tensorboard import SummaryWriter
 
-from cod_lightning.config.compose import Config, compose
+from cod_lightning.config.compose import compose
+from cod_lightning.config.schema import Config
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.layers import layer_statistics, plot_variance

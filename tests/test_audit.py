@@ -3,13 +3,15 @@
 import doctest
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from cod_lightning.cli import parser
-from cod_lightning.config.compose import Config, choices, compose, flatten, plain, sweep
+from cod_lightning.config.compose import choices, compose, sweep
+from cod_lightning.config.schema import Config, flatten
 
 PATH = Path(__file__).parents[1] / "docs" / "audit.md"
 TEXT = PATH.read_text()
@@ -50,7 +52,7 @@ def test_every_link_leads_somewhere():
 
 
 def test_every_setting_exists():
-    fields = flatten(plain(Config())).keys() | {f"norm.{option}" for option in ("init", "base", "position")}
+    fields = flatten(asdict(Config())).keys() | {f"norm.{option}" for option in ("init", "base", "position")}
     named = re.findall(r"`((?:model|data|optim|trainer|eval|norm)\.\w+)\b", TEXT)
     assert len(named) > 15
     assert set(named) <= fields, set(named) - fields

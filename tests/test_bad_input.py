@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cod_lightning.cli import carry_out, main
-from cod_lightning.config.compose import compose, load, save
+from cod_lightning.config.compose import compose
+from cod_lightning.config.saved import load, save
 from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.train.checkpoint import checkpoints
 from cod_lightning.train.ranks import RANK_VARIABLES

@@ -119,7 +119,7 @@ def test_generate_continues_the_prompt_the_same_way_under_one_seed(finished):
 
 def decoder_of(folder):
     from cod_lightning.cli import sections
-    from cod_lightning.config.compose import load
+    from cod_lightning.config.saved import load
     from cod_lightning.train.run import checkpoint_of, load_run
 
     return load_run(sections(load(folder)), folder, checkpoint_of(folder))

@@ -109,9 +109,11 @@ def test_every_link_leads_somewhere(name):
 
 
 def test_the_guides_name_existing_settings_and_the_readme_leads_to_them():
-    from cod_lightning.config.compose import Config, flatten, plain
+    from dataclasses import asdict
 
-    fields = flatten(plain(Config())).keys() | {"trainer.measures.jacobian"}
+    from cod_lightning.config.schema import Config, flatten
+
+    fields = flatten(asdict(Config())).keys() | {"trainer.measures.jacobian"}
     named = set(re.findall(r"\b((?:model|data|optim|trainer)\.[a-z_]+(?:\.[a-z]+)?)=", SCALING + TROUBLE))
     assert named <= fields, named - fields
     for guide in ("docs/scaling.md", "docs/troubleshooting.md"):

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cod_lightning.commands.terminal import summary
-from cod_lightning.config.compose import Config, compose, fields_and_groups, load, to_yaml
+from cod_lightning.config.compose import compose, fields_and_groups
+from cod_lightning.config.saved import load, to_yaml
+from cod_lightning.config.schema import Config
 from cod_lightning.data.manifest import Chunk, Manifest, Source, Split, TokenizerRecord
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError

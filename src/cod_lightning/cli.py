@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from cod_lightning.errors import TRY_AGAIN, Diverged, Stopped, UserError, first_
 from cod_lightning.train.ranks import check_ranks, is_first_on_node, is_first_rank
 
 if TYPE_CHECKING:
-    from cod_lightning.config.compose import Config
+    from cod_lightning.config.schema import Config
 
 OVERRIDES = """\
 Overrides are Hydra's: group=choice (experiments, model, norm, data, optim, protocol, trainer, logger) or
@@ -236,7 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sections(config: Config) -> Any:
     """The configuration as the training room takes it."""
-    from cod_lightning.config.compose import plain
     from cod_lightning.train.run import Sections
 
     return Sections(
@@ -252,12 +252,13 @@ def sections(config: Config) -> Any:
         seed=config.seed,
         init_from=config.init_from,
         resume=config.resume,
-        config=plain(config),
+        config=asdict(config),
     )
 
 
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
-    from cod_lightning.config.compose import compose, row_of, sweep, to_yaml
+    from cod_lightning.config.compose import compose, row_of, sweep
+    from cod_lightning.config.saved import to_yaml
 
     if jobs < 1:
         raise UserError(f"--jobs={jobs} must be at least 1")
@@ -287,7 +288,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
     """
     from filelock import FileLock, Timeout
 
-    from cod_lightning.config.compose import check_folder, check_source, claim, plain
+    from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder
     from cod_lightning.nn.strategies import build_all, warnings
 
     check_ranks(config.trainer)
@@ -307,16 +308,16 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         if first:
             print("this run is finished; resume=false trains it anew", file=sys.stderr)
         return finished, folder
-    check_source(config)
+    check_init_from(config)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         if first:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        return fit(sections(config), folder, lambda: claim(config) if first else folder), folder
+        return fit(sections(config), folder, lambda: create_run_folder(config) if first else folder), folder
     except Diverged as error:
         if first:
-            write_failure(folder, plain(config), str(error))
+            write_failure(folder, asdict(config), str(error))
         raise
     except Timeout:
         raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
@@ -420,7 +421,8 @@ def taken(name: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path | None, limit: int | None) -> int:
-    from cod_lightning.config.compose import changes_text, load
+    from cod_lightning.config.compose import changes_text
+    from cod_lightning.config.saved import load
 
     tasks, overrides = taken("tasks", overrides)
     config = load(run, overrides)
@@ -479,7 +481,7 @@ def evaluate_tasks(
 
 
 def export(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str, max_length: int | None) -> int:
-    from cod_lightning.config.compose import load
+    from cod_lightning.config.saved import load
 
     config = load(run)
     at_least("max-length", max_length, 1)
@@ -516,7 +518,9 @@ def consolidate(run: Path, checkpoint: str, output: Path | None) -> int:
 
 def import_model(model: str, output: Path) -> int:
     """Everything that is not the checkpoint's is a default; `evaluate` without data= takes `docs`, its rows packed."""
-    from cod_lightning.config.compose import Config, save
+    from cod_lightning.config.saved import save
+    from cod_lightning.config.schema import Config
+    from cod_lightning.config.validate import problems
     from cod_lightning.data.config import DataConfig
 
     if not Path(model).is_dir():
@@ -545,7 +549,7 @@ def import_model(model: str, output: Path) -> int:
             micro_batch_size=1,
         ),
     )
-    if found := config.problems():
+    if found := problems(config):
         raise UserError("\n".join(found))
     with new_folder(output) as partial:
         save(config, partial)
@@ -562,7 +566,7 @@ def at_least(option: str, value: int | None, bound: int) -> None:
 def generate(
     run: Path, prompt: str, checkpoint: str, max_tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> int:
-    from cod_lightning.config.compose import load
+    from cod_lightning.config.saved import load
 
     config = load(run)
     for name, value, least, most in (
@@ -643,14 +647,15 @@ def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
 
 
 def is_run(model: str) -> bool:
-    from cod_lightning.config.compose import CONFIG
+    from cod_lightning.config.saved import CONFIG
 
     return (Path(model) / CONFIG).is_file()
 
 
 def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: int) -> Any:
     """A run or a model of `transformers`, with held-out rows of the text that `overrides` ask for."""
-    from cod_lightning.config.compose import changes_text, compose, load
+    from cod_lightning.config.compose import changes_text, compose
+    from cod_lightning.config.saved import load
 
     if is_run(model):
         run = Path(model)

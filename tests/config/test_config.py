@@ -1,11 +1,14 @@
 """Composition: what overrides give, what is refused and how, where runs go."""
 
 import dataclasses
+from dataclasses import asdict
 
 import pytest
 from omegaconf import OmegaConf
 
-from cod_lightning.config.compose import choices, claim, compose, identity, load, plain, sweep, to_yaml
+from cod_lightning.config.compose import choices, compose, sweep
+from cod_lightning.config.saved import create_run_folder, load, to_yaml
+from cod_lightning.config.schema import identity
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 
@@ -30,7 +33,7 @@ def test_a_measure_is_added_to_those_of_the_experiment(tmp_path, word):
     usual = compose().trainer.measures
     config = compose([word, f"output={tmp_path}"])
     assert config.trainer.measures == usual | {"angular": 50}
-    claim(config)
+    create_run_folder(config)
     assert load(config.folder, ["trainer.measures.jacobian=0"]).trainer.measures == {"jacobian": 0, "angular": 50}
 
 
@@ -71,28 +74,28 @@ def test_the_run_folder_is_a_function_of_what_is_computed():
 
 def test_a_saved_configuration_loads_as_it_was(tmp_path):
     config = compose([f"output={tmp_path}", "norm=gpas", "experiments=table1_1b"])
-    folder = claim(config)
+    folder = create_run_folder(config)
     assert load(folder) == config
-    assert OmegaConf.to_container(OmegaConf.create(to_yaml(config))) == plain(config)
+    assert OmegaConf.to_container(OmegaConf.create(to_yaml(config))) == asdict(config)
     amended = load(folder, ["data=files", "data.files=[a,b]", "trainer.threads=3"])
     assert (amended.data.source, amended.data.files, amended.trainer.threads) == ("files", ["a", "b"], 3)
 
 
 def test_a_folder_of_another_configuration_is_left_alone(tmp_path):
-    folder = claim(compose([f"output={tmp_path}", "name=mine"]))
+    folder = create_run_folder(compose([f"output={tmp_path}", "name=mine"]))
     before = (folder / "config.yaml").read_text()
-    assert claim(compose([f"output={tmp_path}", "name=mine", "trainer.threads=1"])) == folder
-    claim(compose([f"output={tmp_path}", "name=mine"]))
+    assert create_run_folder(compose([f"output={tmp_path}", "name=mine", "trainer.threads=1"])) == folder
+    create_run_folder(compose([f"output={tmp_path}", "name=mine"]))
     with pytest.raises(UserError, match=r"seed=1 there, 2 here.*choose another name="):
-        claim(compose([f"output={tmp_path}", "name=mine", "seed=2"]))
+        create_run_folder(compose([f"output={tmp_path}", "name=mine", "seed=2"]))
     assert (folder / "config.yaml").read_text() == before
 
 
 def test_starting_anew_puts_the_earlier_run_aside(tmp_path):
     words = [f"output={tmp_path}", "name=mine"]
-    (claim(compose(words)) / "mark").touch()
-    assert (claim(compose(words)) / "mark").exists()
-    assert not (claim(compose([*words, "resume=false"])) / "mark").exists()
+    (create_run_folder(compose(words)) / "mark").touch()
+    assert (create_run_folder(compose(words)) / "mark").exists()
+    assert not (create_run_folder(compose([*words, "resume=false"])) / "mark").exists()
     assert (tmp_path / "mine.previous-1" / "mark").exists()
 
 
@@ -218,14 +221,14 @@ def test_a_damaged_saved_configuration_is_named(tmp_path, content):
 
 @pytest.mark.parametrize("word", ["protocol=paper", "logger=none", "seed=1,2", "~data", "data=wiki", "optim.lrr=1"])
 def test_a_finished_run_takes_only_what_can_change(tmp_path, word):
-    folder = claim(compose([f"output={tmp_path}"]))
+    folder = create_run_folder(compose([f"output={tmp_path}"]))
     with pytest.raises(UserError, match=r"(takes data=, trainer=|does not exist|is not a field)"):
         load(folder, [word])
 
 
 def test_an_output_that_cannot_be_written_is_an_os_error_with_its_name():
     with pytest.raises(OSError, match="/dev/null"):
-        claim(compose(["output=/dev/null/x"]))
+        create_run_folder(compose(["output=/dev/null/x"]))
 
 
 def test_configurations_compare_by_value():

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 
 import pytest
 import torch
 
 from cod_lightning.cli import carry_out, main
-from cod_lightning.config.compose import choices, compose, flatten, plain, with_row
+from cod_lightning.config.compose import choices, compose, with_row
+from cod_lightning.config.schema import flatten
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
@@ -134,7 +135,7 @@ KEYS |= {"published_curves", "fractions", "settings", "unknown", "tasks"}
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_says_where_all_of_it_comes_from(name):
     config = composed(name)
-    paper, values = config.paper, plain(config)
+    paper, values = config.paper, asdict(config)
     assert config.experiment == name
     assert config.description
     assert paper.keys() <= KEYS

@@ -4,11 +4,12 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
 from cod_lightning.cli import main
-from cod_lightning.config.compose import choices, plain
+from cod_lightning.config.compose import choices
 from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
 from cod_lightning.paper.experiments import claims, rows
@@ -31,7 +32,7 @@ def keep(results, row, seed, name="record.json", **values):
     folder = results / config.name
     folder.mkdir(parents=True)
     known = {
-        **{"seed": seed, "config": plain(config), "git_commit": None, "date": "2026-11-24T10:00:00+00:00"},
+        **{"seed": seed, "config": asdict(config), "git_commit": None, "date": "2026-11-24T10:00:00+00:00"},
         **{"hardware": {"cpu": "abacus", "cores": 2, "threads": 1, "gpus": []}, "versions": {"torch": "2.13"}},
         **dict.fromkeys(("steps", "tokens", "tokens_per_second", "parameters", "wall_seconds"), 0),
     }

@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cod_lightning.cli import carry_out, sections
 from cod_lightning.config import schema
-from cod_lightning.config.compose import compose, load
+from cod_lightning.config.compose import compose
+from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
 from cod_lightning.measure.adapter import ModelAdapter

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from cod_lightning.cli import main, sections
-from cod_lightning.config.compose import compose, load
+from cod_lightning.config.compose import compose
+from cod_lightning.config.saved import load
 from cod_lightning.measure.layers import image_statistics
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.run import build

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from cod_lightning.config.compose import Config
+from cod_lightning.config.schema import Config
 from cod_lightning.errors import TRY_AGAIN
 
 SLURM = """\

@@ -1,18 +1,13 @@
-"""A run's configuration: composed by Hydra from configs/ and experiments/, checked as a whole, then plain data."""
+"""Composition by Hydra from the files of configs/ and experiments/ and from the command line."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -22,166 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cod_lightning.config.schema import TOKENIZER, EvalConfig, OptimConfig, TrainerConfig, one_of, run_of
-from cod_lightning.data.config import DataConfig, ImageConfig, image_problems
-from cod_lightning.data.config import problems as data_problems
-from cod_lightning.errors import DAMAGED, UserError, nearest
-from cod_lightning.nn import strategies
-from cod_lightning.nn.config import MOST_LAYERS, RUNTIME, DecoderConfig
-
-CONFIG = "config.yaml"
-"""The composed configuration, in every run folder."""
-
-
-@dataclass
-class Config:
-    """Everything a run is made of; each section is owned by the room that acts on it."""
-
-    experiment: str = field(default="none", metadata=RUNTIME)
-    description: str = field(default="", metadata=RUNTIME)
-    scale: str = field(default="paper", metadata=RUNTIME)
-    """`paper`: as published; `mini` and `toy` keep what is compared and shrink the rest."""
-    row: str | None = field(default=None, metadata=RUNTIME)
-    """Which of the experiment's rows this is; None: the settings decide (see `row_of`)."""
-    task: str = "language"
-    """`language`, or `vision`: a Vision Transformer on `images` (Table 5) in the place of a decoder on `data`."""
-    protocol: str = "strict"
-    """`paper`, or `strict`: which of the two procedures the settings follow."""
-    init_from: str | None = None
-    """Where the weights come from, at step 0: a run folder (its last checkpoint; same `model` and `norm`) or a .ckpt
-    file. Its run's tokenizer stands for `data.tokenizer=bpe`; None: weights are drawn."""
-    seed: int = 1
-    """Of the initialisation and of the order of the data."""
-    output: str = field(default="runs", metadata=RUNTIME)
-    """Root of all run folders."""
-    name: str | None = field(default=None, metadata=RUNTIME)
-    """Of the run folder below `output`; None: derived from the configuration."""
-    resume: bool = field(default=True, metadata=RUNTIME)
-    """False: put an earlier run of the same configuration aside and start anew."""
-    logger: str = field(default="tensorboard", metadata=RUNTIME)
-    """`tensorboard` or `none`; `record.json` holds every figure in any case."""
-    model: DecoderConfig = field(default_factory=DecoderConfig)
-    norm: dict[str, Any] = field(default_factory=dict)
-    """`name` of the strategy, and its options."""
-    data: DataConfig = field(default_factory=DataConfig)
-    images: ImageConfig = field(default_factory=ImageConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    paper: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
-    """What the experiment reproduces: its rows, their published figures, the source of each setting."""
-    scales: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
-    """By scale, what the experiment sets there beyond what the scale does."""
-
-    @property
-    def id(self) -> str:
-        """Eight hexadecimal digits that stand for everything a run computes.
-
-        Two experiments that ask for the same computation give the same id, and so does a configuration saved before a
-        field was added: only what differs from the defaults counts.
-        """
-        kept, plain_defaults = flatten(identity(self)), flatten(identity(Config()))
-        changed = {name: value for name, value in kept.items() if value != plain_defaults.get(name)}
-        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
-
-    @property
-    def label(self) -> str:
-        """Strategy, seed and id: what a run is called."""
-        return f"{re.sub(r'[^a-zA-Z0-9]+', '_', self.norm['name'])}-seed{self.seed}-{self.id}"
-
-    @property
-    def folder(self) -> Path:
-        """Where the run lives: a pure function of the configuration."""
-        return Path(self.output, self.name or f"{self.experiment}/{self.label}")
-
-    def problems(self) -> list[str]:
-        """Everything that keeps this run from working, each naming its field and what would be right."""
-        data, trainer = self.data, self.trainer
-        if strange := [
-            f"{name}={value!r} {reason}"
-            for name, value in flatten(plain(self)).items()
-            for part in (value if isinstance(value, list) else [value])
-            if (reason := strangeness(part)) is not None
-        ]:
-            return strange
-        if wrong := self.misshapen():
-            return wrong
-        found = [*self.model.problems(), *data_problems(data), *image_problems(self.images)]
-        found += [*trainer.problems(), *self.eval.problems()]
-        found += self.optim.problems(trainer.max_steps)
-        found += one_of("logger", self.logger, ("tensorboard", "none"))
-        found += one_of("protocol", self.protocol, ("paper", "strict"))
-        found += one_of("task", self.task, ("language", "vision"))
-        if self.seed < 0:
-            found.append(f"seed={self.seed} must not be negative")
-        if self.task == "vision" and self.init_from is not None:
-            found.append("init_from starts a decoder: leave it out, or task=vision")
-        rows = data.micro_batch_size * trainer.world_size
-        if min(data.batch_size, rows) > 0 and data.batch_size % rows:
-            found.append(
-                f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size={data.micro_batch_size} "
-                f"x {trainer.world_size} rank(s) = {rows}"
-            )
-        if trainer.world_size > 1 and trainer.strategy == "auto":
-            found.append(
-                f"trainer.strategy='auto' is one rank, but {trainer.world_size} are asked for: trainer=ddp or fsdp"
-            )
-        if trainer.strategy == "fsdp" and self.optim.lisa_layers:
-            found.append("optim.lisa_layers rests blocks by the step, which sharded ones cannot: trainer=ddp can")
-        trained = data.tokenizer == "bpe" and data.folder is None
-        if trained and self.model.vocab_size is not None and self.model.vocab_size < data.vocab_size:
-            found.append(
-                f"model.vocab_size={self.model.vocab_size} is smaller than the tokenizer's: "
-                f"data.vocab_size={data.vocab_size}"
-            )
-        depth = min(max(self.model.num_hidden_layers, 1), MOST_LAYERS)
-        if self.optim.lisa_layers > depth:
-            found.append(
-                f"optim.lisa_layers={self.optim.lisa_layers} is more than "
-                f"model.num_hidden_layers={self.model.num_hidden_layers}"
-            )
-        for field_name in ("experiment", "name"):
-            value = getattr(self, field_name)
-            if value is not None and (not Path(value).parts or Path(value).is_absolute() or ".." in Path(value).parts):
-                found.append(f"{field_name}={value!r} must be a folder below output")
-        try:
-            specs = strategies.build_all(self.norm, depth)
-        except UserError as error:
-            return [*found, str(error)]
-        width = self.model.hidden_size
-        if wrong := {s.groups for spec in specs for s in spec.sublayers if width % s.groups}:
-            found.append(f"norm.groups={wrong.pop()} does not divide model.hidden_size={width}")
-        if not self.model.norm_affine and any(s.pre_norm_weight != 1 for spec in specs for s in spec.sublayers):
-            found.append(f"norm={self.norm['name']} needs norms with a weight: model.norm_affine=true")
-        return found
-
-    def misshapen(self) -> list[str]:
-        """What of `paper` and `scales`, which hold anything, is not as it is read."""
-        rows = self.paper.get("rows", {})
-        if not isinstance(rows, Mapping) or not all(isinstance(row, Mapping) for row in rows.values()):
-            return [f"paper.rows={rows!r} must hold a mapping for each row, as in paper.rows={{lns: {{label: LNS}}}}"]
-        return [
-            f"{name}={value!r} must be a mapping of overrides, as in {name}={{optim.lr: 0.001}}"
-            for name, value in [
-                *((f"paper.rows.{row}.set", settings.get("set")) for row, settings in rows.items()),
-                *((f"scales.{scale}", settings) for scale, settings in self.scales.items()),
-            ]
-            if value is not None and not isinstance(value, Mapping)
-        ]
-
-
-def strangeness(value: Any) -> str | None:
-    """Why no field can have this value, None if some can."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "must be a finite number"
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "is too large: whole numbers have 64 bits"
-    if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
-        return "must be text that UTF-8 can spell, without NUL"
-    return None
-
-
-# Composition ---------------------------------------------------------------------------------------------------------
+from cod_lightning.config.schema import Config, init_from_run
+from cod_lightning.config.validate import problems
+from cod_lightning.errors import UserError, nearest
 
 
 def config_folder() -> Path:
@@ -290,7 +128,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         config = as_config(node)
     except OmegaConfBaseException as error:
         raise UserError("\n".join([*found, first_line(error)])) from error
-    found += config.problems()
+    found += problems(config)
     if found:
         raise UserError("\n".join(found))
     return config
@@ -341,7 +179,7 @@ def with_row(config: Config, name: str, overrides: Sequence[str] = ()) -> Config
     found = amend(node, settings({"row": name} | config.paper["rows"][name].get("set", {})))
     found += amend(node, [o for o in parse(overrides) if o.key_or_group not in groups()])
     changed = as_config(node)
-    if found := found or changed.problems():
+    if found := found or problems(changed):
         raise UserError("\n".join(found))
     return changed
 
@@ -411,191 +249,10 @@ def as_config(node: DictConfig) -> Config:
     """The configuration as an object, with the tokenizer that comes with `init_from`."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
-    return config if config.init_from is None else started(config, Path(config.init_from))
-
-
-def started(config: Config, source: Path) -> Config:
-    """A configuration that starts from the weights at `source`, and reads text with the tokenizer that lies there."""
-    data = config.data
-    if data.tokenizer == "bpe":
-        # Tokens of one trained anew would have nothing to do with the rows of the embedding.
-        data = replace(data, tokenizer=str(run_of(source) / TOKENIZER))
-    return replace(config, init_from=str(source), data=data)
-
-
-# Saving, identity ----------------------------------------------------------------------------------------------------
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """The configuration as plain data."""
-    return asdict(config)
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """What makes two runs the same: every field that is not marked as a matter of carrying the run out."""
-    kept = marked(config)
-    if config.task == "vision":  # which reads nothing else of `data`
-        kept["data"] = {"batch_size": config.data.batch_size}
-    if config.data.sha256 is not None:
-        kept["data"] = {**kept["data"], "files": None, "val_files": None}
-    if config.optim.weighting == "micro_batches":
-        # A mean of means depends on what is in each.
-        kept["data"]["micro_batch_size"] = config.data.micro_batch_size
-    return kept
-
-
-def marked(section: Any) -> dict[str, Any]:
-    values = {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("identity", True)}
-    return {name: marked(value) if is_dataclass(value) else value for name, value in values.items()}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
-
-
-def save(config: Config, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{CONFIG}.partial"
-    partial.write_text(to_yaml(config))
-    partial.replace(folder / CONFIG)
-
-
-def from_plain(values: Mapping[str, Any], path: Path) -> Config:
-    """The configuration that `plain` gave, read from a file at `path`; fields it does not have keep their defaults.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        return as_config(merged(values))
-    except (*DAMAGED, TypeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
-
-
-def merged(values: Any) -> DictConfig:
-    """The defaults with `values`, of a file, in their place.
-
-    Raises:
-        ValueError: they are no mapping, or are to be taken from elsewhere.
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError("it holds no sections")
-    if interpolated(values):
-        raise ValueError(INTERPOLATED)
-    return DictConfig(OmegaConf.merge(OmegaConf.structured(Config), values))
-
-
-def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration saved in a run folder, amended by `overrides`; of the groups, `data` and `trainer` can change.
-
-    Raises:
-        UserError: no run folder, a damaged file, or overrides that mean nothing there.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
-    try:
-        saved = merged(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
-        at_fault = as_config(saved).problems()
-    except (*DAMAGED, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
-    wanted, saved_as = parse(overrides), saved.copy()
-    foreign = [
-        override
-        for override in wanted
-        if override.is_sweep_override()
-        or override.is_delete()
-        or override.package is not None
-        or (override.key_or_group in groups() and override.key_or_group not in ("data", "trainer"))
-    ]
-    found = [f"{o.input_line}: a finished run takes data=, trainer= and section.field=value" for o in foreign]
-    found += amend(saved, [override for override in wanted if override not in foreign])
-    try:
-        config = as_config(saved)
-    except OmegaConfBaseException as error:
-        raise UserError("\n".join([*found, first_line(error)])) from error
-    found += [f"{path}: {problem}" if problem in at_fault else problem for problem in config.problems()]
-    before = as_config(saved_as)
-    for section, now in (("model", config.model), ("norm", config.norm)):
-        if differing := differences(deciding(getattr(before, section)), deciding(now)):
-            found.append(f"{section}: the weights of {folder} were trained otherwise ({differing}): leave it as it is")
-    if found:
-        raise UserError("\n".join(found))
-    return config
-
-
-def deciding(section: Any) -> Mapping[str, Any]:
-    """What of a section decides what is computed."""
-    return marked(section) if is_dataclass(section) else section
+    return config if config.init_from is None else init_from_run(config, Path(config.init_from))
 
 
 def changes_text(overrides: Sequence[str]) -> bool:
     """Whether overrides ask for other text than a run was trained on."""
     text = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
     return any(override.key_or_group in text for override in parse(overrides))
-
-
-def check_folder(config: Config) -> Path:
-    """The run's folder, which may not exist yet.
-
-    Raises:
-        UserError: it holds a run of another configuration.
-    """
-    folder = config.folder
-    differing = differences(identity(load(folder)), identity(config)) if (folder / CONFIG).exists() else ""
-    if differing:
-        raise UserError(f"{folder} holds a run of another configuration ({differing}): choose another name=")
-    return folder
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Every field that differs, with both values; empty where none does."""
-    before, now = flatten(there), flatten(here)
-    return "; ".join(
-        f"{name}={before.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    )
-
-
-def check_source(config: Config) -> None:
-    """Compare the decoder with that of the run folder `init_from`, of which weights alone do not tell all.
-
-    Raises:
-        UserError: they compute something else.
-    """
-    if config.init_from is None or not (Path(config.init_from) / CONFIG).is_file():
-        return
-
-    def computed(run: Config) -> dict[str, Any]:
-        # How weights are drawn does not matter, and the vocabulary is compared with the weights themselves.
-        model = {k: v for k, v in marked(run.model).items() if k not in ("vocab_size", "init_std", "embedding_std")}
-        return {"model": model, "norm": run.norm}
-
-    if differing := differences(computed(load(Path(config.init_from))), computed(config)):
-        raise UserError(
-            f"init_from={config.init_from} has another decoder ({differing}): choose its model= and norm=, or name its "
-            ".ckpt file to take the weights all the same"
-        )
-
-
-def claim(config: Config) -> Path:
-    """Make the run's folder and save the configuration there; with `resume=false`, put an earlier run aside first.
-
-    Raises:
-        UserError: as `check_folder`.
-    """
-    folder = check_folder(config)
-    if not config.resume and (folder / CONFIG).exists():
-        number = next(n for n in itertools.count(1) if not Path(f"{folder}.previous-{n}").exists())
-        folder.rename(f"{folder}.previous-{number}")
-    save(config, folder)
-    return folder

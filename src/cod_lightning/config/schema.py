@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.errors import nearest
-from cod_lightning.nn.config import RUNTIME
+from cod_lightning.nn.config import RUNTIME, DecoderConfig
 
 FIGURES = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
 """Figures of a validation and how they are printed; a task has some of them."""
@@ -196,3 +202,100 @@ class TrainerConfig:
             if every < 0:
                 found.append(f"trainer.measures.{name}={every} must not be negative")
         return found
+
+
+@dataclass
+class Config:
+    """Everything a run is made of; each section is owned by the room that acts on it."""
+
+    experiment: str = field(default="none", metadata=RUNTIME)
+    description: str = field(default="", metadata=RUNTIME)
+    scale: str = field(default="paper", metadata=RUNTIME)
+    """`paper`: as published; `mini` and `toy` keep what is compared and shrink the rest."""
+    row: str | None = field(default=None, metadata=RUNTIME)
+    """Which of the experiment's rows this is; None: the settings decide (see `row_of`)."""
+    task: str = "language"
+    """`language`, or `vision`: a Vision Transformer on `images` (Table 5) in the place of a decoder on `data`."""
+    protocol: str = "strict"
+    """`paper`, or `strict`: which of the two procedures the settings follow."""
+    init_from: str | None = None
+    """Where the weights come from, at step 0: a run folder (its last checkpoint; same `model` and `norm`) or a .ckpt
+    file. Its run's tokenizer stands for `data.tokenizer=bpe`; None: weights are drawn."""
+    seed: int = 1
+    """Of the initialisation and of the order of the data."""
+    output: str = field(default="runs", metadata=RUNTIME)
+    """Root of all run folders."""
+    name: str | None = field(default=None, metadata=RUNTIME)
+    """Of the run folder below `output`; None: derived from the configuration."""
+    resume: bool = field(default=True, metadata=RUNTIME)
+    """False: put an earlier run of the same configuration aside and start anew."""
+    logger: str = field(default="tensorboard", metadata=RUNTIME)
+    """`tensorboard` or `none`; `record.json` holds every figure in any case."""
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    norm: dict[str, Any] = field(default_factory=dict)
+    """`name` of the strategy, and its options."""
+    data: DataConfig = field(default_factory=DataConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    paper: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
+    """What the experiment reproduces: its rows, their published figures, the source of each setting."""
+    scales: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
+    """By scale, what the experiment sets there beyond what the scale does."""
+
+    @property
+    def id(self) -> str:
+        """Eight hexadecimal digits that stand for everything a run computes.
+
+        Two experiments that ask for the same computation give the same id, and so does a configuration saved before a
+        field was added: only what differs from the defaults counts.
+        """
+        kept, plain_defaults = flatten(identity(self)), flatten(identity(Config()))
+        changed = {name: value for name, value in kept.items() if value != plain_defaults.get(name)}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def label(self) -> str:
+        """Strategy, seed and id: what a run is called."""
+        return f"{re.sub(r'[^a-zA-Z0-9]+', '_', self.norm['name'])}-seed{self.seed}-{self.id}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives: a pure function of the configuration."""
+        return Path(self.output, self.name or f"{self.experiment}/{self.label}")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes two runs the same: every field that is not marked as a matter of carrying the run out."""
+    kept = identity_fields(config)
+    if config.task == "vision":  # which reads nothing else of `data`
+        kept["data"] = {"batch_size": config.data.batch_size}
+    if config.data.sha256 is not None:
+        kept["data"] = {**kept["data"], "files": None, "val_files": None}
+    if config.optim.weighting == "micro_batches":
+        # A mean of means depends on what is in each.
+        kept["data"]["micro_batch_size"] = config.data.micro_batch_size
+    return kept
+
+
+def identity_fields(section: Any) -> dict[str, Any]:
+    values = {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("identity", True)}
+    return {name: identity_fields(value) if is_dataclass(value) else value for name, value in values.items()}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def init_from_run(config: Config, source: Path) -> Config:
+    """A configuration that starts from the weights at `source`, and reads text with the tokenizer that lies there."""
+    data = config.data
+    if data.tokenizer == "bpe":
+        # Tokens of one trained anew would have nothing to do with the rows of the embedding.
+        data = replace(data, tokenizer=str(run_of(source) / TOKENIZER))
+    return replace(config, init_from=str(source), data=data)

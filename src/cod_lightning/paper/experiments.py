@@ -12,7 +12,9 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from cod_lightning.config.compose import Config, choices, compose, config_folder, from_plain, parse, started, with_row
+from cod_lightning.config.compose import choices, compose, config_folder, parse, with_row
+from cod_lightning.config.saved import from_dict
+from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.errors import DAMAGED, UserError, nearest
 from cod_lightning.evaluate.lm_eval import SCORES_FILE
 from cod_lightning.measure.registry import MEASURES
@@ -63,7 +65,7 @@ class Row:
         """The configuration of one of its runs, kept under its label whatever experiment asked for it first."""
         config = replace(self.config, seed=seed)
         if self.source is not None:
-            config = started(config, self.source.run(seed).folder)
+            config = init_from_run(config, self.source.run(seed).folder)
         return replace(config, name=f"{config.scale}/{config.label}")
 
     def told(self, seed: int) -> tuple[str, ...]:
@@ -169,7 +171,7 @@ def kept(results: Path) -> dict[str, Path]:
         UserError: a record cannot be read.
     """
     paths = [path for name in (FAILURE, RECORD) for path in sorted(results.glob(f"*/*/{name}"))]
-    return {from_plain(config_of(path), path).id: path.parent for path in paths}
+    return {from_dict(config_of(path), path).id: path.parent for path in paths}
 
 
 def outcome(folder: Path) -> Path:
