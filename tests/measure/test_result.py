@@ -1,53 +1,120 @@
 import csv
 import json
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
-from cod_lightning.measure.result import Mean, figure, finite, heat_map, layer_lines, restored, save
+from cod_lightning import plots
+from cod_lightning.errors import UserError
+from cod_lightning.measure.registry import MEASURES
+from cod_lightning.measure.result import Bars, HeatMap, Lines, Mean, Result, finite, save
+from cod_lightning.typed_json import from_json
+
+RESULTS = Path(__file__).parents[2] / "experiments/results"
+COMMITTED = sorted(path for path in RESULTS.glob("*/*/*.json") if path.stem in MEASURES)
 
 
 @dataclass(frozen=True)
-class Example:
-    name: str
-    values: list[float]
+class Example(Result):
+    tokens: int
+    loss: list[float]
+    gain: list[float]
 
-    def rows(self):
-        return [{"layer": layer, "value": value} for layer, value in enumerate(self.values, start=1)]
+    def panels(self):
+        return [
+            Lines("loss (nats)", {"loss": self.loss, "gain": self.gain}, log=True, level=("half", 0.5)),
+            HeatMap([[1.0, None], [0.5, 2.0]], "x", "y", "colour", points={"best": ([1], [2])}),
+            Bars("loss (nats)", {"before": 1.0, "after": 2.0}),
+            Lines("one line", {"loss": self.loss}, x=[2, 5]),
+        ]
 
-    def plot(self):
-        made, (left, right) = figure(self.name, columns=2)
-        layer_lines(left, {"a": self.values, "b": self.values}, "value", log=True)
-        heat_map(right, [[1.0, None], [0.5, 2.0]], "x", "y", "colour")
-        return made
+
+EXAMPLE = Example("small", 3, [0.5, 2.0], [1.0, math.nan])
 
 
-def test_a_result_is_saved_as_json_csv_and_figure(tmp_path):
-    paths = save(Example("x", [0.5, 2.0]), tmp_path / "new", "example")
-    assert json.loads(paths[0].read_text()) == {"name": "x", "values": [0.5, 2.0]}
-    assert list(csv.DictReader(paths[1].read_text().splitlines())) == [
-        {"layer": "1", "value": "0.5"},
-        {"layer": "2", "value": "2.0"},
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_committed_result_is_loaded_and_saved_again_unchanged(path):
+    saved = json.loads(path.read_text())
+    result = from_json(get_type_hints(MEASURES[path.stem][1])["return"], saved)
+    assert finite(asdict(result)) == saved
+
+
+def test_the_fields_are_the_keys_of_the_json_file(tmp_path):
+    path = save(EXAMPLE, tmp_path, "example")[0]
+    assert json.loads(path.read_text()) == {"model": "small", "tokens": 3, "loss": [0.5, 2.0], "gain": [1.0, None]}
+
+
+def test_the_lists_are_the_columns_of_the_table(tmp_path):
+    path = save(EXAMPLE, tmp_path, "example")[1]
+    assert list(csv.DictReader(path.read_text().splitlines())) == [
+        {"layer": "1", "loss": "0.5", "gain": "1.0"},
+        {"layer": "2", "loss": "2.0", "gain": "nan"},
     ]
-    assert paths[2].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_field_layers_numbers_the_rows():
+    @dataclass(frozen=True)
+    class Chosen(Result):
+        layers: list[int]
+        gain: list[float]
+
+    assert Chosen("m", [2, 5], [0.1, 0.2]).rows() == [{"layer": 2, "gain": 0.1}, {"layer": 5, "gain": 0.2}]
+
+
+def test_three_files_are_written_into_a_new_folder(tmp_path):
+    paths = save(EXAMPLE, tmp_path / "new", "example")
+    assert [path.name for path in paths] == ["example.json", "example.csv", "example.png"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
+    assert paths[2].read_bytes()[:4] == b"\x89PNG"
 
 
-def test_what_is_no_finite_number_is_null_in_json(tmp_path):
-    path = save(Example("x", [math.nan, math.inf, 2.0, -math.inf]), tmp_path, "example")[0]
-    assert json.loads(path.read_text(), parse_constant=pytest.fail)["values"] == [None, None, 2, None]
-    nested = {"a": [(1, math.nan)], "b": {"c": -math.inf, "d": True}, "e": "nan"}
-    assert finite(nested) == {"a": [[1, None]], "b": {"c": None, "d": True}, "e": "nan"}
+def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/below: Not a directory"):
+        save(EXAMPLE, tmp_path / "file/below", "example")
 
 
-def test_a_heat_map_is_numbered_from_its_first_row_and_column():
-    for options, expected in (({}, (0.5, 3.5, 0.5, 2.5)), ({"first": 0}, (-0.5, 2.5, -0.5, 1.5))):
-        _, (axes,) = figure("x")
-        heat_map(axes, [[1.0, 2.0, 3.0], [4.0, 5.0, None]], "x", "y", "colour", **options)
-        assert tuple(axes.images[0].get_extent()) == expected
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_null_in_json(value):
+    assert finite({"a": [(1, value)], "b": {"c": value, "d": True}, "e": "nan"}) == {
+        "a": [[1, None]],
+        "b": {"c": None, "d": True},
+        "e": "nan",
+    }
+
+
+def test_the_figure_has_a_panel_for_each_entry():
+    figure = EXAMPLE.plot()
+    drawn = [axes.get_ylabel() for axes in figure.axes if axes.axison]
+    assert drawn == ["loss (nats)", "y", "loss (nats)", "one line", "colour"]
+    assert figure.get_suptitle() == "small"
+
+
+def test_several_lines_and_marks_have_a_legend():
+    first, second, _, last = EXAMPLE.plot().axes[:4]
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["half", "loss", "gain"]
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["best"]
+    assert last.get_legend() is None
+
+
+def test_layers_are_the_x_of_lines():
+    line = EXAMPLE.plot().axes[3].lines[0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 5], [0.5, 2.0])
+
+
+@pytest.mark.parametrize(("first", "extent"), [(1, (0.5, 3.5, 0.5, 2.5)), (0, (-0.5, 2.5, -0.5, 1.5))])
+def test_a_heat_map_is_numbered_from_its_first_row_and_column(first, extent):
+    _, axes = plots.grid_figure(4, 4)
+    plots.heat_map(axes[0][0], [[1.0, 2.0, 3.0], [4.0, 5.0, None]], "x", "y", "colour", first=first)
+    assert tuple(axes[0][0].images[0].get_extent()) == extent
+
+
+def test_equal_figures_are_equal_files():
+    assert plots.png(EXAMPLE.plot()) == plots.png(EXAMPLE.plot())
 
 
 def test_mean_and_standard_error():
@@ -64,23 +131,3 @@ def test_weights_of_zero_do_not_count():
     assert float(mean.mean) == pytest.approx(2)
     assert float(mean.error) == pytest.approx(torch.tensor([1.0, 3.0]).std().item() / 2**0.5)
     assert mean.count == 2
-
-
-def test_what_was_saved_is_read_again_and_nothing_else(tmp_path):
-    @dataclass(frozen=True)
-    class Found:
-        model: str
-        losses: list[float]
-        pairs: list[tuple[int, int]]
-        by_name: dict[str, float | None]
-        token: Literal["all", "last"]
-
-    saved = {"model": "m", "losses": [1, None, 2.5], "pairs": [[1, 2]], "by_name": {"a": None}, "token": "last"}
-    found = restored(saved, Found)
-    assert math.isnan(found["losses"][1])
-    assert found | {"losses": saved["losses"]} == saved
-    for name, wrong in {"model": 3, "losses": [True], "pairs": [[1.5]], "by_name": [], "token": "first"}.items():
-        with pytest.raises(ValueError, match="is not"):
-            restored(saved | {name: wrong}, Found)
-        with pytest.raises(ValueError, match=f"{name} is missing"):
-            restored({key: value for key, value in saved.items() if key != name}, Found)

@@ -6,19 +6,16 @@ tokens, with its standard error, for any model that is `ModelAdapter`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches
-from cod_lightning.measure.result import Mean, Progress, figure, layer_lines, legend
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from cod_lightning.measure.result import Lines, Mean, Panel, Progress, Result, table_rows
 
 PLACES = ("residual", "attention", "ffn")
 
@@ -41,33 +38,36 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Result):
     """Statistics of the stream behind each block, and of what its attention and its FFN add (Figures 4 and 9)."""
 
-    model: str
     tokens: int
     residual: Statistics
     attention: Statistics
     ffn: Statistics
 
+    def series(self) -> dict[str, Sequence[Any]]:
+        layers = {"layer": range(1, len(self.residual.variance) + 1)}
+        return layers | {f"{place}_{name}": values for place in PLACES for name, values in vars(self.at(place)).items()}
+
     def rows(self) -> list[dict[str, Any]]:
         """One row for each place in each layer."""
+        tables = [table_rows(vars(self.at(place))) for place in PLACES]
         return [
-            {"layer": index + 1, "of": what}
-            | {statistic: values[index] for statistic, values in vars(getattr(self, what)).items()}
-            for index in range(len(self.residual.variance))
-            for what in PLACES
+            {"layer": layer, "of": place, **row}
+            for layer, rows in enumerate(zip(*tables, strict=True), start=1)
+            for place, row in zip(PLACES, rows, strict=True)
         ]
 
-    def plot(self) -> Figure:
-        """Variance, kurtosis and largest value over layers."""
-        made, axes = figure(self.model, columns=3)
+    def panels(self) -> list[Panel]:
         labels = {"variance": "variance", "kurtosis": "kurtosis", "maximum": "largest absolute value"}
-        for panel, (statistic, label) in zip(axes, labels.items(), strict=True):
-            lines = {what: getattr(getattr(self, what), statistic) for what in PLACES}
-            layer_lines(panel, lines, label, log=statistic != "kurtosis")
-            legend(panel)
-        return made
+        return [
+            Lines(label, {place: getattr(self.at(place), name) for place in PLACES}, log=name != "kurtosis")
+            for name, label in labels.items()
+        ]
+
+    def at(self, place: str) -> Statistics:
+        return getattr(self, place)
 
 
 @torch.no_grad()

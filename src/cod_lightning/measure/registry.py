@@ -26,7 +26,7 @@ from cod_lightning.measure.importance import block_influence, layer_importance, 
 from cod_lightning.measure.jacobian import MeanJacobian, end_to_end_gain, jacobian, mean_jacobian
 from cod_lightning.measure.layers import token_variances
 from cod_lightning.measure.options import options_of
-from cod_lightning.measure.result import Progress, Result
+from cod_lightning.measure.result import Progress
 from cod_lightning.measure.sparsity import layer_sparsity, matrices
 from cod_lightning.measure.theory import Shapes, Theory, theory
 from cod_lightning.nn.decoder import Decoder
@@ -38,7 +38,7 @@ WIDEST_MAP = 256
 
 Batches = Sequence[Batch]
 """Tokens [rows, length] each, or images."""
-Measure = Callable[..., Result]
+Measure = Callable[..., Any]
 """(model in evaluation mode, batches, pad_id, progress, *, options) -> result."""
 
 

@@ -1,20 +1,40 @@
-"""What every measure returns: a small dataclass that is saved as JSON, CSV and a figure."""
+"""The result of a measure: a frozen dataclass that is saved as JSON, CSV and PNG.
+
+Its fields are the keys of the JSON file. `series` and `panels` hold the contents of the table and of the figure as
+data, so that a measure neither formats nor draws:
+
+    @dataclass(frozen=True)
+    class LogitLens(Result):
+        tokens: int
+        loss: list[float]
+        kl: list[float]
+
+        def panels(self) -> list[Panel]:
+            return [
+                Lines("loss (nats)", {"loss": self.loss}),
+                Lines("divergence from the last layer (nats)", {"KL": self.kl}, log=True),
+            ]
+
+The table of this result has the columns layer, loss and kl. Override `series` if columns are computed from fields,
+`rows` if a row is not a layer, and `title` if the figure names a score besides the model.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError
+from cod_lightning.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,80 +42,181 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Progress = Callable[[int, int], object]
-"""Called with (done, of how many) as a long measure goes on."""
+"""Called with (done, total) during a long measure; total is 0 if unknown."""
+Values = Sequence[float | None]
+Points = tuple[Sequence[float], Sequence[float]]
+"""Their x and their y."""
 
 
-class Result(Protocol):
-    """A frozen dataclass of numbers, strings, and lists or dicts of them."""
+@dataclass(frozen=True)
+class Lines:
+    """A panel with lines over the layers."""
+
+    ylabel: str
+    """The quantity and its unit."""
+    lines: Mapping[str, Values]
+    """Values by label."""
+    log: bool = False
+    """Use a logarithmic y axis."""
+    x: Sequence[float] | None = None
+    """Layers of the values; None: 1, 2, ...."""
+    xlabel: str = "layer"
+    errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Standard errors of lines, by label."""
+    points: Mapping[str, Points] = field(default_factory=dict)
+    """Single points by label."""
+    level: tuple[str, float] | None = None
+    """Label and y of a horizontal line."""
+
+    def draw(self, axes: Axes) -> None:
+        from cod_lightning import plots
+
+        plots.layer_lines(axes, self.lines, self.ylabel, log=self.log, x=self.x, errors=self.errors)
+        axes.set_xlabel(self.xlabel)
+        if self.level is not None:
+            axes.axhline(self.level[1], color="black", lw=1, ls=":", label=self.level[0])
+        draw_points(axes, self.points)
+        if len(self.lines) + len(self.points) + (self.level is not None) > 1:
+            plots.legend_above(axes)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A panel with a matrix [rows][columns], rows upwards; None is left blank."""
+
+    matrix: Sequence[Values]
+    xlabel: str
+    ylabel: str
+    label: str
+    """Name of the colours."""
+    first: int = 1
+    """Number of the first row and column."""
+    log: bool = False
+    """Use logarithmic colours."""
+    signed: bool = False
+    """Use colours that are white at zero."""
+    title: str = ""
+    points: Mapping[str, Points] = field(default_factory=dict)
+    """Single points by label."""
+
+    def draw(self, axes: Axes) -> None:
+        from cod_lightning import plots
+
+        plots.heat_map(
+            axes, self.matrix, self.xlabel, self.ylabel, self.label, first=self.first, log=self.log, signed=self.signed
+        )
+        axes.set_title(self.title)
+        draw_points(axes, self.points)
+        if self.points:
+            plots.legend_above(axes)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A panel with one bar for each name, with its value written above it."""
+
+    ylabel: str
+    bars: Mapping[str, float]
+
+    def draw(self, axes: Axes) -> None:
+        axes.bar_label(axes.bar(list(self.bars), list(self.bars.values()), width=0.6), fmt="%.3f")
+        axes.set_ylabel(self.ylabel)
+        axes.margins(y=0.1)
+
+
+Panel = Lines | HeatMap | Bars
+
+
+def draw_points(axes: Axes, points: Mapping[str, Points]) -> None:
+    for label, (x, y) in points.items():
+        axes.plot(x, y, "wo", mec="black", ms=4, zorder=3, label=label)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Base of every result: numbers, strings, and lists or dicts of them."""
+
+    model: str
+    """Name of the measured model."""
+
+    def series(self) -> dict[str, Sequence[Any]]:
+        """Columns with one entry per layer, `layer` first: the table, and what a training run records of a measure.
+
+        By default the fields that are lists; the field `layers`, where there is one, says which layers they are.
+        """
+        lists = {each.name: getattr(self, each.name) for each in fields(self)}
+        lists = {name: values for name, values in lists.items() if isinstance(values, list)}
+        layers = lists.pop("layers", None) or range(1, len(next(iter(lists.values()))) + 1)
+        return {"layer": list(layers), **lists}
 
     def rows(self) -> list[dict[str, Any]]:
-        """A table, mostly one row for each layer."""
-        ...
+        """Rows of the table; by default one per layer, with the entries of `series`."""
+        return table_rows(self.series())
+
+    def panels(self) -> list[Panel]:
+        """Panels of the figure, from left to right."""
+        raise NotImplementedError
+
+    def title(self) -> str:
+        return self.model
 
     def plot(self) -> Figure:
-        """The figure that shows it."""
-        ...
+        """The figure: `panels` in rows of at most three.
+
+        It is at most 13 inches wide, so that its text stays readable where a page scales it to 800 pixels.
+        """
+        from cod_lightning import plots
+
+        panels = self.panels()
+        columns = min(len(panels), 3)
+        rows = math.ceil(len(panels) / columns)
+        width = {1: 6.4, 2: 5.4}.get(columns, 13 / columns)
+        with plots.style():
+            figure, axes = plots.grid_figure(width * columns, 3.9 * rows, rows, columns)
+            figure.suptitle(self.title())
+            for place, panel in zip(axes.flat, panels, strict=False):
+                panel.draw(place)
+            for place in axes.flat[len(panels) :]:
+                place.set_axis_off()
+        return figure
 
 
-def save(result: Any, folder: Path, name: str) -> list[Path]:
-    """Write `name`.json, .csv and .png into `folder`, which is made where it is missing; each whole or not at all.
+def save(result: Result, folder: Path, name: str) -> list[Path]:
+    """Write `name`.json, .csv and .png into `folder`, which is created; each file whole or not at all.
 
-    What is infinite or not a number is null in the JSON, which knows neither.
+    JSON has no NaN and no infinity: both become null.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the folder cannot be written to.
     """
-    paths = [folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png")]
-    partial = [path.with_name(f".{path.name}.partial") for path in paths]
+    from cod_lightning import plots
+
+    rows, table = result.rows(), io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    contents = {
+        "json": json.dumps(finite(asdict(result)), indent=1, allow_nan=False) + "\n",
+        "csv": table.getvalue(),
+        "png": plots.png(result.plot()),
+    }
+    paths = [folder / f"{name}.{suffix}" for suffix in contents]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial[0].write_text(json.dumps(finite(asdict(result)), indent=1, allow_nan=False) + "\n")
-        rows = result.rows()
-        with open(partial[1], "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-        result.plot().savefig(partial[2], dpi=120, format="png")
-        for before, after in zip(partial, paths, strict=True):
-            before.replace(after)
+        for path, content in zip(paths, contents.values(), strict=True):
+            write_atomic(path, content)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     return paths
 
 
-def restored(value: Any, kind: Any) -> Any:
-    """What `save` wrote of a type: its JSON value, with NaN again for the null of a number that is not finite.
-
-    Args:
-        value: as `json.loads` gives it.
-        kind: a result's class, or the type of one of its fields.
-
-    Raises:
-        ValueError: it is of another type, or lacks a field.
-    """
-    origin, inner = get_origin(kind), get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
-        types = get_type_hints(kind)
-        if missing := types.keys() - value.keys():
-            raise ValueError(f"{min(missing)} is missing")
-        return {name: restored(value[name], hint) for name, hint in types.items()}
-    if origin in (list, tuple) and isinstance(value, list):
-        return [restored(part, inner[0]) for part in value]
-    if origin is dict and isinstance(value, dict):
-        return {name: restored(part, inner[1]) for name, part in value.items()}
-    if origin in (Union, UnionType):
-        if value is None and NoneType in inner:
-            return None
-        return restored(value, next(one for one in inner if one is not NoneType))
-    if kind is float and value is None:
-        return math.nan
-    if (value in inner) if origin is Literal else type(value) in ((int, float) if kind is float else (kind,)):
-        return value
-    raise ValueError(f"{value!r} is not {kind}")
+def table_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Equally long columns as rows."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def finite(value: Any) -> Any:
-    """Numbers, or lists and dicts of them, with None for those that are infinite or not a number."""
+    """The value with None for every number in it that is infinite or NaN."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

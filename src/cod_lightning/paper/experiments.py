@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -18,12 +18,12 @@ from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.errors import DAMAGED, UserError, nearest
 from cod_lightning.evaluate.lm_eval import SCORES_FILE
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.result import restored
 from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.paper.claims import Experiment, Run
 from cod_lightning.paper.claims import Row as ReportedRow
 from cod_lightning.train.estimate import estimate
 from cod_lightning.train.record import FAILURE, RECORD, check, is_number
+from cod_lightning.typed_json import from_json
 
 MEASURED = "measure"
 """Where inside its folder the measures of a run are written."""
@@ -326,7 +326,8 @@ def measured(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(path for path in folder.glob("*.json") if path.stem in MEASURES):
         try:
-            found[path.stem] = restored(read(path), get_type_hints(MEASURES[path.stem][1])["return"])
+            result: Any = from_json(get_type_hints(MEASURES[path.stem][1])["return"], read(path))
+            found[path.stem] = asdict(result)
         except ValueError as error:
             wrong = f"not what the measure {path.stem} gives ({str(error)[:80]})"
             raise UserError(f"{path}: {wrong}; remove it and measure again") from error
