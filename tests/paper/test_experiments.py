@@ -79,7 +79,15 @@ WITHOUT_FIGURES = {
     "figure10": ("language",),
     "theory": ("pre_ln", "lns"),
 }
-BEYOND = {f"embedding_{name}": TABLE_1 for name in ("0_02", "0_632", "1")}
+BEYOND = {
+    **{f"embedding_{std}": TABLE_1 for std in ("0_02", "0_632", "1")},
+    **{f"depth_{blocks}": ("pre_ln", "lns") for blocks in (6, 12, 24, 48)},
+    **{f"length_{part}": ("pre_ln", "lns", "mix_ln", "layer_scale") for part in ("eighth", "half", "full", "fourfold")},
+    **{
+        f"rates_{factor}": (*TABLE_1, *(row for row in SCALING if row not in TABLE_1))
+        for factor in ("half", "same", "double", "fourfold")
+    },
+}
 """Experiments that the paper does not have, and their rows."""
 STEPS = [3100, 5000, 10000, 15000, 20000, 25000, 30000, 35000, 38000]
 CURVES = {
@@ -126,6 +134,27 @@ def test_an_experiment_beyond_the_paper_claims_no_published_figure(name):
     assert list(paper["rows"]) == list(BEYOND[name])
     assert paper["source"].startswith("not in the paper")
     assert not any("published" in row for row in paper["rows"].values())
+
+
+@pytest.mark.parametrize("name", ["length_full", "rates_same", "depth_24"])
+def test_an_experiment_beyond_the_paper_shares_its_middle_with_the_tables(name):
+    tables = all_rows("small")
+    for row in rows([name], "small"):
+        shared = tables.get(("table1_130m", row.name)) or tables["table6_130m", row.name]
+        assert row.config.id == shared.config.id
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "values"),
+    [
+        ("length", "trainer.max_steps", [256, 1024, 2048, 8192]),
+        ("rates", "optim.lr", [1.5e-3, 3e-3, 6e-3, 1.2e-2]),
+        ("depth", "model.num_hidden_layers", [6, 12, 24, 48]),
+    ],
+)
+def test_a_family_varies_one_field_at_scale_small(family, field, values):
+    configs = [flatten(asdict(row.config)) for row in rows(named([family]), "small") if row.name == "lns"]
+    assert sorted(config[field] for config in configs) == values
 
 
 KEYS = {"target", "column", "source", "metric", "tokens", "evaluation_batches", "rows", "start", "measures", "finding"}
