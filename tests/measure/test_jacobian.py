@@ -100,7 +100,7 @@ def test_a_planted_matrix_is_found_whatever_other_tokens_add():
     model = ModelAdapter(Linear(matrices, [weight(3), weight(4)]))
     exact = jacobian(model, [tokens()], exact=True, tokens=3)
     probes = jacobian(model, [tokens(32)], probes=64, tokens=7, iterations=60)
-    mean = mean_jacobian(model, [tokens()], [2, 1])
+    mean = mean_jacobian(model, [tokens()], layers=[2, 1])
     for layer, matrix in enumerate(matrices):
         torch.testing.assert_close(torch.tensor(mean.matrices[1 - layer]), matrix)
         for name, value in expected(matrix).items():
@@ -196,7 +196,7 @@ def test_every_entry_agrees_with_torch(causal_lm, family):
         assert found.diagonal_share[layer] == pytest.approx(float(share), rel=1e-5)
         sigma = torch.linalg.svdvals(matrix)[:, 0].mean()
         assert found.largest_singular_value[layer] == pytest.approx(float(sigma), rel=1e-5)
-    mean = mean_jacobian(model, [batch], [1, 2, 3, 4], tokens=4)
+    mean = mean_jacobian(model, [batch], layers=[1, 2, 3, 4], tokens=4)
     torch.testing.assert_close(
         torch.tensor(mean.matrices).double(), torch.stack(matrices).mean(1), rtol=1e-4, atol=1e-5
     )
@@ -250,7 +250,7 @@ def test_pads_are_never_measured():
         found = jacobian(model, [batch], pad_id=PAD, exact=exact, tokens=6, iterations=60)
         assert found.tokens == 4 + 1 + 0 + 6
         assert max(found.frobenius + found.largest_singular_value) < 10
-    mean = mean_jacobian(model, [batch], [1], pad_id=PAD, tokens=6)
+    mean = mean_jacobian(model, [batch], layers=[1], pad_id=PAD, tokens=6)
     torch.testing.assert_close(torch.tensor(mean.matrices[0]), matrices[0])
     rows = [0, 1, 3]
     model = ModelAdapter(Linear(matrices, [torch.zeros(WIDTH, WIDTH)] * 2, scale[rows]))
@@ -273,7 +273,7 @@ def test_results_are_saved_and_progress_is_told(causal_lm, tmp_path):
     options = {"progress": lambda done, total: told.append((done, total))}
     found = [
         jacobian(model, batches, probes=2, tokens=1, iterations=1, **options),
-        mean_jacobian(model, batches, [1, 4], **options),
+        mean_jacobian(model, batches, layers=[1, 4], **options),
         end_to_end_gain(model, batches, probes=1, iterations=1, layers=[3, 4], **options),
     ]
     counts = [(done, 8) for done in range(1, 9)], [(done, 4) for done in range(1, 5)]
@@ -292,7 +292,7 @@ def test_what_cannot_be_measured_is_refused(causal_lm):
     with pytest.raises(UserError, match="tokens=0: expected at least 1"):
         jacobian(model, [batch], tokens=0)
     with pytest.raises(UserError, match=r"hidden size 16 is more than widest=8; .* raise widest"):
-        mean_jacobian(model, [batch], [1], widest=8)
+        mean_jacobian(model, [batch], layers=[1], widest=8)
     for measure in (mean_jacobian, jacobian, end_to_end_gain):
         with pytest.raises(UserError, match="layers 1 to 4, not 5"):
             measure(model, [batch], layers=[5])
@@ -302,7 +302,7 @@ def test_what_cannot_be_measured_is_refused(causal_lm):
         with pytest.raises(UserError, match="hold only pads"):
             measure(model, [pads], pad_id=0)
     with pytest.raises(UserError, match="hold only pads"):
-        mean_jacobian(model, [pads], [1], pad_id=0)
+        mean_jacobian(model, [pads], layers=[1], pad_id=0)
 
 
 def test_entries_are_in_the_order_of_derivatives():

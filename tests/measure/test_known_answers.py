@@ -22,7 +22,7 @@ def tokens(rows=4, length=9):
 
 
 def measured(model, name, **options):
-    return MEASURES[name][1](model, [tokens()], None, lambda done, total: None, **options)
+    return MEASURES[name](model, [tokens()], None, lambda done, total: None, **options)
 
 
 def plant(model):

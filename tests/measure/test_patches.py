@@ -17,7 +17,7 @@ from cod_lightning.measure.batches import evaluate
 from cod_lightning.measure.importance import block_influence, layer_importance, readout
 from cod_lightning.measure.jacobian import jacobian
 from cod_lightning.measure.layers import image_statistics
-from cod_lightning.measure.registry import MEASURES, NOT_OF_IMAGES
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.sparsity import layer_sparsity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_vit
@@ -129,5 +129,5 @@ def test_jacobians_and_sparsities_are_of_the_patches(model, images):
     assert len(layer_sparsity(model, images).rows()) == DEPTH
 
 
-def test_what_means_nothing_for_images_is_a_measure():
-    assert set(NOT_OF_IMAGES) < set(MEASURES)
+def test_measures_of_tokens_do_not_apply_to_images():
+    assert [name for name, measure in MEASURES.items() if measure.not_for_images] == ["linear_replacement", "theory"]

@@ -4,19 +4,23 @@ import json
 import math
 
 import pytest
+import torch
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.result import save
 from cod_lightning.measure.theory import (
     Shapes,
     constants,
+    embedding_variance,
     fit_bound,
     fit_lemma,
     growth,
+    has_lns,
     lemma,
     log_bound,
     log_m,
     recursion,
+    shapes_of,
     theory,
 )
 
@@ -132,3 +136,20 @@ def test_what_cannot_be_compared_is_refused():
         theory(VARIANCES, gains=[1.0, math.nan, 2.0])
     with pytest.raises(UserError, match="8 gains for 7 variances: give from 3 to 7"):
         theory(VARIANCES, gains=[1.0] * 8)
+
+
+def test_lns_is_seen_in_our_models(causal_lm):
+    assert (has_lns(causal_lm("ours-lns")), has_lns(causal_lm("llama"))) == (True, False)
+
+
+def test_the_first_variance_is_that_of_the_embeddings(causal_lm):
+    model, tokens = causal_lm("llama"), torch.randint(3, 37, (3, 6))
+    tokens[1, 4:] = 0
+    x = model.model.model.embed_tokens(tokens)[tokens != 0].detach().double()
+    assert embedding_variance(model, [tokens[:2], tokens[2:]], 0) == pytest.approx(float(x.var(-1).mean()), rel=1e-5)
+
+
+def test_shapes_are_read_from_the_model(causal_lm):
+    shapes = shapes_of(causal_lm("llama"), 6)
+    assert (shapes.hidden, shapes.intermediate, shapes.heads, shapes.length) == (16, 24, 2, 6)
+    assert math.isclose(shapes.std, 0.3, rel_tol=0.05)

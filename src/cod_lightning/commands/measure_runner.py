@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from cod_lightning.measure.adapter import Batch, Images, ModelAdapter, load_pret
 from cod_lightning.measure.compare import NEEDED, comparison_page
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
-from cod_lightning.measure.registry import MEASURES, NOT_OF_IMAGES, WIDEST_MAP, measures_of, options_for
+from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures_of, options_for
 from cod_lightning.measure.result import save
 from cod_lightning.nn.huggingface import export, quiet_transformers
 from cod_lightning.train.run import Sections, load_run, load_vision_run
@@ -108,8 +108,9 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
     Raises:
         UserError: as the measures, or the folder cannot be written to.
     """
-    names = measures_of(study, subject.model.hidden, options.get("widest", WIDEST_MAP), options.get("only", ()))
-    refused = {name: NOT_OF_IMAGES[name] for name in names if subject.export is None and name in NOT_OF_IMAGES}
+    names = measures_of(study, subject.model.hidden, options.get("widest", MAX_FULL_JACOBIAN), options.get("only", ()))
+    reasons = {name: MEASURES[name].not_for_images for name in names if subject.export is None}
+    refused = {name: reason for name, reason in reasons.items() if reason}
     if len(refused) == len(names):
         raise UserError(f"{subject.model.name} is a model of images: {'; '.join(refused.values())}")
     for name in names:
@@ -127,7 +128,7 @@ def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> Non
     """
     if subject.export is None:
         raise UserError(f"{subject.model.name} is a model of images: stock transformers has none to write it as")
-    result = with_progress("prune", prune, subject, options, folder=folder, export=subject.export)
+    result = with_progress("prune", prune, options_of(prune), subject, options, folder=folder, export=subject.export)
     save(result, folder, "prune")
     report(subject, "prune", result)
 
@@ -158,16 +159,21 @@ def measured(name: str, subject: Subject, options: Mapping[str, Any], folder: Pa
     """Carry out one measure, and write its result."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose a folder for what is measured")
-    result = with_progress(name, MEASURES[name][1], subject, options)
+    result = with_progress(name, MEASURES[name], MEASURES[name].options, subject, options)
     save(result, folder, name)
     return result
 
 
 def with_progress(
-    name: str, measure: Callable[..., Any], subject: Subject, options: Mapping[str, Any], **others: Any
+    name: str,
+    measure: Callable[..., Any],
+    known: Collection[str],
+    subject: Subject,
+    options: Mapping[str, Any],
+    **others: Any,
 ) -> Any:
-    """The result of a measure, which is told those of the options that it has, under a progress bar."""
-    own = {option: options[option] for option in options_of(measure) if option in options}
+    """The result of a measure, called with those of `options` that are `known` to it, under a progress bar."""
+    own = {option: value for option, value in options.items() if option in known}
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(f"{subject.model.name}: {name}", total=None)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.errors import nearest
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.config import RUNTIME, DecoderConfig
 
 FIGURES = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
@@ -21,25 +22,6 @@ COUNTS = ("val_tokens", "val_images")
 
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer inside a run folder."""
-
-MEASURES = (
-    "variance",
-    "jacobian",
-    "gain",
-    "jacobian_map",
-    "angular",
-    "removal",
-    "run_removal",
-    "swaps",
-    "linear_replacement",
-    "causal",
-    "influence",
-    "readout",
-    "importance",
-    "sparsity",
-    "theory",
-)
-"""The names of `measure.registry.MEASURES`, which imports torch."""
 
 
 def run_of(source: Path) -> Path:
@@ -198,7 +180,7 @@ class TrainerConfig:
             if getattr(self, n) < 0
         ]
         for name, every in self.measures.items():
-            found += one_of("trainer.measures", name, MEASURES)
+            found += one_of("trainer.measures", name, tuple(MEASURES))
             if every < 0:
                 found.append(f"trainer.measures.{name}={every} must not be negative")
         return found

@@ -227,14 +227,18 @@ def run_removal(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    sizes: Sequence[int] = (1, 2, 4),
+    sizes: Sequence[int] | None = None,
 ) -> RunRemoval:
     """Remove n neighbouring blocks, from every first block, for every n of `sizes`.
+
+    Without `sizes`, n is 1, 2 and 4 as far as the model has more blocks.
 
     Raises:
         UserError: an n is no number of blocks of this model, or there is no target.
     """
     depth = model.depth
+    if sizes is None:
+        sizes = [size for size in (1, 2, 4) if size < depth] or [1]
     for n in sizes:
         if not 1 <= n <= depth:
             raise UserError(f"sizes: {n} neighbouring blocks cannot be removed from {depth}: 1 to {depth} can")

@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import iter_batches
+from cod_lightning.measure.registry import MAX_FULL_JACOBIAN
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map, layer_lines, legend
 
 if TYPE_CHECKING:
@@ -242,13 +243,13 @@ def jacobian(
 def mean_jacobian(
     model: ModelAdapter,
     batches: Iterable[Batch],
-    layers: Sequence[int],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
+    layers: Sequence[int] | None = None,
     tokens: int = 1,
     seed: int = 0,
-    widest: int = 1024,
+    widest: int = MAX_FULL_JACOBIAN,
 ) -> MeanJacobian:
     """Average the token-wise Jacobian over tokens, entry by entry, for the heat maps of Figure 5.
 
@@ -257,9 +258,9 @@ def mean_jacobian(
     Args:
         model: in any dtype; the average is taken in float64.
         batches: of tokens [rows, length].
-        layers: blocks, counting from 1.
         pad_id: tokens that are never sampled.
         progress: called with (blocks done, of how many), over all batches.
+        layers: blocks, counting from 1; None: five from the first to the last, as in Figure 5.
         tokens: positions sampled in each row, as for `jacobian`.
         seed: of the positions.
         widest: the largest hidden size that is not refused.
@@ -268,7 +269,7 @@ def mean_jacobian(
         UserError: a wider model, no such layer, or nothing but pads.
     """
     positive(tokens=tokens)
-    chosen = checked_layers(model, layers)
+    chosen = checked_layers(model, model.evenly_spaced(5) if layers is None else layers)
     if model.hidden > widest:
         raise UserError(
             f"{model.name}: hidden size {model.hidden} is more than widest={widest}; a full Jacobian takes a "

@@ -22,11 +22,20 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.result import figure, grid, legend
+from cod_lightning.measure.activation_stats import moments
+from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.batches import iter_batches
+from cod_lightning.measure.jacobian import end_to_end_gain
+from cod_lightning.measure.layers import token_variances
+from cod_lightning.measure.result import Progress, figure, grid, legend
+from cod_lightning.measure.sparsity import matrices
+from cod_lightning.nn.decoder import Decoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+GROWTH_ROWS = 2
+"""Sequences that the growth up to every layer is measured on: its time grows with the square of the depth."""
 
 DISAGREEMENTS = {
     False: [
@@ -353,3 +362,53 @@ def fit(terms: Tensor, logs: Sequence[float], steps: int = 500) -> list[float]:
         else:
             damp *= 4
     return (weights / scale).tolist()
+
+
+def measured_theory(
+    model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None, progress: Progress, *, lns: bool | None = None
+) -> Theory:
+    """The paper's lemma and theorem, of Pre-LN or of LNS, over what is measured of a model.
+
+    Whether it has LNS can be seen of ours; an exported model, which has it folded, needs `lns`.
+    """
+    behind = moments(model, batches, pad_id).residual.variance
+    return theory(
+        [embedding_variance(model, batches, pad_id), *behind],
+        lns=has_lns(model) if lns is None else lns,
+        shapes=shapes_of(model, batches[0].shape[1]),
+        gains=end_to_end_gain(model, [batches[0][:GROWTH_ROWS]], pad_id, progress).spectral,
+        model=model.name,
+    )
+
+
+@torch.no_grad()
+def embedding_variance(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None) -> float:
+    """Variance of what enters the first block, as `moments` defines it."""
+    total, count = 0.0, 0
+
+    for tokens, keep in iter_batches(model, batches, pad_id):
+        found: list[Tensor] = []
+        model.logits(tokens, lambda what, layer, x, found=found: what == "embedding" and found.append(x))
+        total += float(token_variances(found[0])[keep].sum())
+        count += int(keep.sum())
+    return total / count
+
+
+def has_lns(model: ModelAdapter) -> bool:
+    """Whether the pre-norms are scaled by layer (LayerNorm Scaling)."""
+    blocks = model.model.blocks if isinstance(model.model, Decoder) else []
+    return any(sublayer.gain != 1 for block in blocks for sublayer in block.spec.sublayers)
+
+
+def shapes_of(model: ModelAdapter, length: int) -> Shapes:
+    """What the theorems' constants are computed from; `std` is that of all weights of the blocks' matrices."""
+    config = model.config
+    hidden = model.hidden
+    weights = [weight.detach().float().flatten() for block in model.blocks for _, weight in matrices(block).values()]
+    return Shapes(
+        hidden=hidden,
+        intermediate=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
+        heads=config.num_attention_heads,
+        length=length,
+        std=float(torch.cat(weights).std()),
+    )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
@@ -326,7 +326,7 @@ def measured(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(path for path in folder.glob("*.json") if path.stem in MEASURES):
         try:
-            result: Any = from_json(get_type_hints(MEASURES[path.stem][1])["return"], read(path))
+            result: Any = from_json(MEASURES[path.stem].result_type, read(path))
             found[path.stem] = asdict(result)
         except ValueError as error:
             wrong = f"not what the measure {path.stem} gives ({str(error)[:80]})"

@@ -26,7 +26,7 @@ from cod_lightning.measure.activation_stats import PLACES
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.jacobian import STATISTICS, Jacobian, jacobian
 from cod_lightning.measure.layers import plot_variance
-from cod_lightning.measure.registry import MEASURES, Measure
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.parallel import unwrapped_copy
@@ -256,7 +256,7 @@ class MeasureCallback(ProbeCallback):
             rank_zero_warn(f"step {trainer.global_step}, {self.name} is left out: {error}")
             return
         self.recorder.add(trainer, self.name, **SERIES[self.name](result))
-        if self.name in MAPS:
+        if MEASURES[self.name].is_map:
             self.draw(trainer, self.name, result.plot)
 
 
@@ -283,9 +283,7 @@ def few_jacobians(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | 
     return jacobian(model, [rows], pad_id, progress, layers=model.evenly_spaced(8), tokens=1, probes=4, iterations=2)
 
 
-IN_TRAINING: dict[str, Measure] = {name: measure for name, (_, measure) in MEASURES.items()} | {
-    "jacobian": few_jacobians
-}
+IN_TRAINING: dict[str, Callable[..., Any]] = {**MEASURES, "jacobian": few_jacobians}
 """The measures by name, as they are taken while a model trains."""
 
 Series = Callable[[Any], dict[str, list[Any]]]
@@ -322,9 +320,6 @@ SERIES: dict[str, Series] = {
     "theory": columns("variance", "lemma", "lemma_fitted", "recursion", "gain"),
 }
 """What a run records of each measure; pairs count by the first layer, and angles are those to the next layer."""
-
-MAPS = ("jacobian_map", "angular", "causal", "influence")
-"""The measures of pairs, which TensorBoard gets as figures."""
 
 
 class ProgressLines(Callback):
