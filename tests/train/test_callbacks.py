@@ -142,7 +142,7 @@ def test_what_cannot_be_measured_stops_a_run_before_its_first_step_and_later_is_
     def once(model, *_):
         if model.name != "step 0":
             raise UserError("no spectrum")
-        return registry.layer_sparsity(model, *_)
+        return registry.MEASURES["sparsity"](model, *_)
 
     monkeypatch.setitem(IN_TRAINING, "sparsity", once)
     with pytest.warns(UserWarning, match="step 6, sparsity is left out: no spectrum"):
