@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from cod_lightning.data import chunks
 from cod_lightning.data import prepare as preparation
 from cod_lightning.data.config import DataConfig
 
@@ -68,7 +69,7 @@ def make_config(corpus):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 2,048 tokens, so that a small corpus has many."""
-    monkeypatch.setattr(preparation, "CHUNK_TOKENS", 2048)
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 2048)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +86,7 @@ def documents(make_config, tmp_path_factory) -> DataConfig:
 
 def _prepared(config: DataConfig) -> DataConfig:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "CHUNK_TOKENS", 2048)
+        patch.setattr(chunks, "CHUNK_TOKENS", 2048)
         preparation.prepare(config, progress=False)
     return config
 

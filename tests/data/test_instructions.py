@@ -168,16 +168,16 @@ def test_a_prepared_set_holds_every_example_and_where_its_answer_begins(instruct
 
 def test_the_manifest_counts_what_was_left_out_and_has_the_second_format(instructions, packed):
     manifest = read_manifest(prepared_folder(instructions))
-    assert (manifest.format, manifest.layout, manifest.seq_len, manifest.width) == (2, "instructions", 100, 101)
+    assert (manifest.format, manifest.layout, manifest.seq_len, manifest.row_width) == (2, "instructions", 100, 101)
     assert manifest.source.documents == {"train": 37, "val": 4}
     assert (manifest.train.rows, manifest.val.rows) == (36, 4)
     text = read_manifest(prepared_folder(packed))
-    assert (text.format, text.width) == (1, text.seq_len)
+    assert (text.format, text.row_width) == (1, text.seq_len)
 
 
 def test_the_report_says_what_was_left_out(instructions, tmp_path, capfd):
     prepare(replace(instructions, root=str(tmp_path)))
-    assert "36 training and 4 validation rows (1 examples left out, whose prompts" in capfd.readouterr().err
+    assert "36 training and 4 validation rows (1 examples skipped, whose prompts" in capfd.readouterr().err
 
 
 def test_several_workers_make_the_same_set(instructions, tmp_path):

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cod_lightning.data import encode
+from cod_lightning.data import chunks, encode
 from cod_lightning.data import prepare as preparation
-from cod_lightning.data.encode import DOCUMENT, Encoded, Encoder, until
-from cod_lightning.data.manifest import FORMAT, Manifest, damage, read_manifest
-from cod_lightning.data.prepare import check_against, is_whole, prepare, prepared_folder
+from cod_lightning.data.encode import DOCUMENT, Encoded, Encoder, take_tokens
+from cod_lightning.data.manifest import FORMAT, Manifest, find_damage, read_manifest
+from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
 from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError
 
@@ -54,7 +54,7 @@ def test_packed_rows_are_the_documents_joined_by_eos(tmp_path_factory, documents
     expected = [id for document in documents for id in (*document, 1)]
     folder = tmp_path_factory.mktemp("rows")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "CHUNK_TOKENS", chunk_tokens)
+        patch.setattr(chunks, "CHUNK_TOKENS", chunk_tokens)
         encoded = (encoder(texts[n : n + batch]) for n in range(0, len(texts), batch))
         split = preparation._write_split(folder, encoded, encoder)
     rows = len(expected) // seq_len
@@ -101,7 +101,7 @@ def test_a_set_is_described_and_read_back(packed):
     assert manifest.source.documents == {"train": 540, "val": 60}
     assert len(manifest.train.chunks) > 10
     assert {chunk.rows for chunk in manifest.train.chunks[:-1]} == {2048 // 32}
-    assert damage(folder, manifest) == []
+    assert find_damage(folder, manifest) == []
     rows = stored(folder, "train")
     assert rows.shape == (manifest.train.rows, 32)
     assert rows.max() == manifest.train.max_id < manifest.tokenizer.vocab_size == 300
@@ -136,9 +136,9 @@ def test_a_whole_set_is_kept_and_a_damaged_one_made_anew(make_config, tmp_path):
     assert (folder / "manifest.json").stat().st_mtime_ns == before
     fingerprint = read_manifest(folder).fingerprint
     (folder / "train" / "chunk-0-3.bin").unlink()
-    assert not is_whole(folder)
+    assert not is_complete(folder)
     assert read_manifest(prepare(config, progress=False)).fingerprint == fingerprint
-    assert is_whole(folder)
+    assert is_complete(folder)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +207,11 @@ def test_progress_is_one_line_where_there_is_no_terminal(make_config, tmp_path, 
 SLOW = """
 import sys
 from cod_lightning.data import encode
+from cod_lightning.data import chunks
 from cod_lightning.data import prepare as preparation
 from cod_lightning.data.config import DataConfig
 
-preparation.CHUNK_TOKENS = 2048
+chunks.CHUNK_TOKENS = 2048
 encode.BATCH_CHARACTERS = 2**13
 
 if __name__ == "__main__":
@@ -265,7 +266,7 @@ def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, 
         assert time.monotonic() < deadline, running(process.pid)
         time.sleep(0.05)
     assert prepare(config, progress=False) == folder
-    assert is_whole(folder)
+    assert is_complete(folder)
     assert not list(root.glob("*.partial-*"))
 
 
@@ -297,8 +298,11 @@ def test_the_fingerprint_is_of_the_content_alone(packed):
     ("change", "message"),
     [
         (lambda record: "{" + json.dumps(record), "is damaged"),
-        (lambda record: json.dumps({**record, "format": FORMAT + 1}), f"has format {FORMAT + 1}, newer than"),
-        (lambda record: json.dumps({**record, "seq_len": 8}), "fingerprint does not fit"),
+        (
+            lambda record: json.dumps({**record, "format": FORMAT + 1}),
+            f"has format {FORMAT + 1}, but this version reads up to",
+        ),
+        (lambda record: json.dumps({**record, "seq_len": 8}), "fingerprint does not match"),
         (lambda record: json.dumps({key: record[key] for key in record if key != "val"}), "is damaged"),
         (lambda record: "[]", "is damaged"),
     ],
@@ -338,5 +342,4 @@ def test_a_tokenizer_folder_is_compared_by_content(make_config, word_level, tmp_
 
 def test_encoded_batches_stop_at_the_bound():
     batches = [Encoded(np.zeros(5), np.array([(9, 5, 5, 0, b"")], DOCUMENT))] * 10
-    assert len(list(until(batches, 11))) == 3
-    assert len(list(until(batches, None))) == 10
+    assert len(list(take_tokens(batches, 11))) == 3

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cod_lightning.data import corpora, encode, shards
+from cod_lightning.data import chunks, corpora, encode, shards
 from cod_lightning.data import prepare as preparation
 from cod_lightning.data.corpora import share
 from cod_lightning.data.encode import Encoded
 from cod_lightning.data.manifest import read_manifest
-from cod_lightning.data.prepare import is_whole, prepare, prepared_folder
+from cod_lightning.data.prepare import is_complete, prepare, prepared_folder
 from cod_lightning.data.shards import count_of, merge_shards, parts_folder, prepare_shard, shard_of
 from cod_lightning.errors import UserError
 
@@ -26,7 +26,7 @@ from cod_lightning.errors import UserError
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Chunks, batches and blocks so small that every boundary falls inside a shard."""
-    monkeypatch.setattr(preparation, "CHUNK_TOKENS", 2048)
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 2048)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 3000)
     monkeypatch.setattr(shards, "READ_DOCUMENTS", 50)
     monkeypatch.setattr(shards, "READ_NUMBERS", 4000)
@@ -159,7 +159,7 @@ def test_a_finished_shard_is_kept_and_nothing_but_the_set_is_left(make_config, t
     assert [path.name for path in part.parent.iterdir() if path.is_dir()] == ["1"]
     before = content(part)
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_make_part", None)
+        patch.setattr(shards, "_prepare_part", None)
         assert prepare_shard(config, 1, 2, progress=False) == part
     (part / "train.ids").write_bytes(before["train.ids"][:-1])
     assert prepare_shard(config, 1, 2, progress=False) == part
@@ -204,12 +204,12 @@ def test_parts_that_are_missing_or_differ_are_all_named(make_config, tmp_path):
         merge_shards(config, 5, progress=False)
     lines = str(error.value).splitlines()
     assert len(lines) == 5
-    assert lines[0] == "part 0/5 is missing: prepare with shard=0/5 makes it"
-    assert lines[1].startswith("part 4/5 is missing: prepare with shard=4/5 makes it; ")
-    assert lines[1].endswith('was made with other settings: rows ["packed", 64] instead of ["packed", 32]')
-    assert lines[2].startswith("part 1/5 is damaged: train.ids has ")
-    assert lines[3].startswith("part 2/5 was made with other settings: val_every 11 instead of 10; remove ")
-    assert lines[4].startswith("part 3/5 was made with another tokenizer than part 1/5; remove ")
+    assert lines[0] == "part 0/5 is missing: run prepare with shard=0/5"
+    assert lines[1].startswith("part 4/5 is missing: run prepare with shard=4/5; ")
+    assert lines[1].endswith('was prepared with other settings: rows ["packed", 64] instead of ["packed", 32]')
+    assert re.match(r"part 1/5 is damaged: \S+/1/train.ids: [\d,]+ bytes instead of [\d,]+; remove ", lines[2])
+    assert lines[3].startswith("part 2/5 was prepared with other settings: val_every 11 instead of 10; remove ")
+    assert lines[4].startswith("part 3/5 was prepared with another tokenizer than part 1/5; remove ")
     assert not prepared_folder(config).exists()
     assert not list(tmp_path.glob("*.partial-*"))
 
@@ -221,9 +221,9 @@ def test_an_altered_part_is_found_while_it_is_merged(make_config, tmp_path):
     ids = bytearray((part / "train.ids").read_bytes())
     ids[100] ^= 1
     (part / "train.ids").write_bytes(ids)
-    with pytest.raises(UserError, match=r"1/train.ids is damaged: its SHA-256 is not that of part.json; remove "):
+    with pytest.raises(UserError, match=r"1/train.ids is damaged: its SHA-256 differs from part.json; remove "):
         merge_shards(config, 2, progress=False)
-    assert not is_whole(prepared_folder(config))
+    assert not is_complete(prepared_folder(config))
 
 
 def test_blocks_are_bounded_also_where_documents_are_long(make_config, tmp_path):
@@ -233,7 +233,7 @@ def test_blocks_are_bounded_also_where_documents_are_long(make_config, tmp_path)
     longest = max(int(block.documents["numbers"].max()) for block in blocks)
     assert max(block.ids.size for block in blocks) < 4000 + longest
     assert sum(len(block.documents) for block in blocks) == 600
-    ids = np.concatenate([one.ids for block in blocks for one in block.each()])
+    ids = np.concatenate([one.ids for block in blocks for one in block.split()])
     assert ids.tobytes() == (part / "train.ids").read_bytes()
 
 
@@ -273,7 +273,7 @@ def test_a_killed_shard_leaves_no_part_and_can_be_started_again(corpus, make_con
         merge_shards(config, 2, progress=False)
     prepare_shard(config, 0, 2, progress=False)
     assert not list(part.parent.glob("*.partial-*"))
-    assert is_whole(merge_shards(config, 2, progress=False))
+    assert is_complete(merge_shards(config, 2, progress=False))
 
 
 @pytest.mark.parametrize("text", ["5/4", "4/4", "0/0", "a/b", "-1/4", "1", "1/", "", "1/4/2", "0.5/4"])
@@ -295,7 +295,7 @@ def test_shards_are_spelled_from_zero():
 
 @pytest.mark.parametrize("source", ["docs", "drawn_instructions"])
 def test_sources_that_are_no_files_are_refused(make_config, tmp_path, source):
-    with pytest.raises(UserError, match=f"data.source={source} is not made of files"):
+    with pytest.raises(UserError, match=f"data.source={source} does not consist of files"):
         prepare_shard(make_config(tmp_path, source=source, files=None), 0, 2, progress=False)
     assert not list(tmp_path.iterdir())
 
@@ -317,7 +317,7 @@ def test_documents_are_taken_apart_and_joined():
     records = np.zeros(3, encode.DOCUMENT)
     records["numbers"] = [2, 0, 3]
     encoded = Encoded(np.arange(5), records)
-    assert [one.ids.tolist() for one in encoded.each()] == [[0, 1], [], [2, 3, 4]]
-    assert encode.joined(list(encoded.each())).ids.tolist() == [0, 1, 2, 3, 4]
-    assert encoded.where(np.array([False, True, True])).ids.tolist() == [2, 3, 4]
-    assert list(Encoded(np.arange(0), records[:0]).each()) == []
+    assert [one.ids.tolist() for one in encoded.split()] == [[0, 1], [], [2, 3, 4]]
+    assert encode.concatenate(list(encoded.split())).ids.tolist() == [0, 1, 2, 3, 4]
+    assert encoded.select(np.array([False, True, True])).ids.tolist() == [2, 3, 4]
+    assert list(Encoded(np.arange(0), records[:0]).split()) == []

@@ -17,7 +17,7 @@ import boto3
 import pytest
 import torch
 
-from cod_lightning.data import stream
+from cod_lightning.data import chunks
 from cod_lightning.data.config import DataConfig
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.manifest import read_manifest
@@ -133,8 +133,8 @@ def proxy(moto, monkeypatch):
         monkeypatch.setenv(name, value)
     server = Proxy(moto)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(stream, "TIMEOUT", 2.0)
-    monkeypatch.setattr(stream, "PAUSE", 0.01)
+    monkeypatch.setattr(chunks, "TIMEOUT", 2.0)
+    monkeypatch.setattr(chunks, "PAUSE", 0.01)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield server
@@ -160,7 +160,7 @@ def opened(tmp_path: Path) -> TokenRows:
 def cached(tmp_path: Path, name: str = CHUNK) -> list[str]:
     """What the cache has of a chunk, but for locks."""
     files = (path.name for path in (tmp_path / "cache").rglob(f"{name}*"))
-    return [name for name in files if not name.endswith((".lock", ".fetch", ".cnt"))]
+    return [name for name in files if not name.endswith(".lock")]
 
 
 def test_a_set_in_a_store_is_the_local_one(proxy, local, packed, tmp_path):
@@ -205,16 +205,16 @@ def test_a_passing_failure_is_repeated(proxy, local, tmp_path, fault):
         ("silent", "Read timeout"),
         ("stall", "[Tt]ime"),
         ("cut", "bytes"),
-        ("altered", "is damaged: its SHA-256 is not that of the manifest"),
+        ("altered", "is damaged: its SHA-256 differs from the manifest"),
     ],
 )
 def test_a_lasting_failure_is_named_and_leaves_no_chunk(proxy, local, tmp_path, monkeypatch, fault, reason):
-    monkeypatch.setattr(stream, "TIMEOUT", 0.5)
+    monkeypatch.setattr(chunks, "TIMEOUT", 0.5)
     proxy.faults = {CHUNK: [fault]}
     rows = opened(tmp_path)
     with pytest.raises(UserError, match=rf"^{SOURCE}/train/{CHUNK} (?s:.)*{reason}(?s:.)* \(4 attempts\)$"):
         rows[3 * ROWS]
-    assert proxy.asked[CHUNK] == stream.ATTEMPTS == 4
+    assert proxy.asked[CHUNK] == chunks.ATTEMPTS == 4
     assert cached(tmp_path) == []
     assert torch.equal(rows[0], local[0])  # other chunks are read
     proxy.faults = {}
@@ -227,7 +227,7 @@ def test_what_no_attempt_cures_is_tried_once(proxy):
     assert proxy.asked["manifest.json"] == 1
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "index.json"])
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
 def test_small_files_are_repeated_and_named_likewise(proxy, local, tmp_path, name):
     proxy.faults = {name: ["503", "503", ""]}
     assert torch.equal(opened(tmp_path)[0], local[0])

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cod_lightning.data.config import DataConfig, problems
 from cod_lightning.data.manifest import Manifest, TokenizerRecord
 from cod_lightning.data.order import rows_of_step
-from cod_lightning.data.prepare import check_against, is_whole, prepare, prepared_folder
+from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
 from cod_lightning.data.stream import TokenRows, open_set
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
@@ -259,7 +259,7 @@ def tokenizer_of(config: DataConfig) -> TokenizerRecord | DocumentTokenizer:
         UserError: As `prepared_folder`, `open_set`, `load_tokenizer`.
     """
     source = config.folder or str(prepared_folder(config))
-    if config.folder is not None or is_whole(Path(source)):
+    if config.folder is not None or is_complete(Path(source)):
         return open_set(source)[0].tokenizer
     return load_tokenizer(config.tokenizer)
 

@@ -1,4 +1,4 @@
-"""From text to ids: documents in batches, encoded in order by several processes."""
+"""Encode text as ids: documents in batches, in order, in several processes."""
 
 from __future__ import annotations
 
@@ -8,64 +8,64 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 
 from cod_lightning.data.instructions import Example
-from cod_lightning.data.manifest import width_of
+from cod_lightning.data.manifest import row_width
 from cod_lightning.data.tokenizers import DocumentTokenizer
 
 BATCH_CHARACTERS = 2**18
-"""Text that one worker gets at a time: about 60,000 tokens, 0.1 s of work."""
+"""Text per task of a worker: about 60,000 tokens, 0.1 s of work."""
 DOCUMENT: np.dtype = np.dtype(
     [("characters", "<u4"), ("numbers", "<u4"), ("tokens", "<u4"), ("max_id", "<u4"), ("sha256", "V32")]
 )
-"""What is kept of a document: the length of its text, how many numbers it is encoded to and how many of these are ids
-and not pad, the largest such id, and the SHA-256 of its text."""
+"""The record of a document: length of its text, numbers that it is encoded to, how many of these are non-pad ids, the
+largest such id, and the SHA-256 of its text."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as a flat run of numbers, and what each of them holds: `DOCUMENT` [documents]."""
+    """Encoded documents: a flat array of `ids`, and a record `DOCUMENT` for each document."""
 
     ids: np.ndarray
     documents: np.ndarray
 
     @property
     def tokens(self) -> int:
-        """Ids that are not pad."""
+        """Number of non-pad ids."""
         return int(self.documents["tokens"].sum(dtype=np.int64))
 
     @property
     def max_id(self) -> int:
-        """The largest id that is not pad."""
+        """The largest non-pad id."""
         return int(self.documents["max_id"].max(initial=0))
 
-    def where(self, mask: np.ndarray) -> Encoded:
-        """The documents at which `mask` [documents] is true."""
+    def select(self, mask: np.ndarray) -> Encoded:
+        """Return the documents at which `mask` [documents] is true."""
         return Encoded(self.ids[np.repeat(mask, self.documents["numbers"])], self.documents[mask])
 
-    def each(self) -> Iterator[Encoded]:
-        """Every document by itself."""
+    def split(self) -> Iterator[Encoded]:
+        """Yield every document by itself."""
         ends = np.cumsum(self.documents["numbers"], dtype=np.int64)
-        starts = ends - self.documents["numbers"]
-        for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            yield Encoded(self.ids[start:end], self.documents[number : number + 1])
+        for number, ids in enumerate(np.split(self.ids, ends[:-1]) if len(ends) else ()):
+            yield Encoded(ids, self.documents[number : number + 1])
 
 
-def joined(parts: list[Encoded]) -> Encoded:
-    """The documents of at least one `Encoded`, one after the other."""
+def concatenate(parts: list[Encoded]) -> Encoded:
+    """Join at least one `Encoded`."""
     return Encoded(np.concatenate([part.ids for part in parts]), np.concatenate([part.documents for part in parts]))
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What a worker needs to turn documents into rows."""
+    """Encodes documents as rows; plain data, so that workers can receive a copy."""
 
     tokenizer: DocumentTokenizer
     layout: str
@@ -73,7 +73,7 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        return width_of(self.layout, self.seq_len)
+        return row_width(self.layout, self.seq_len)
 
     @property
     def dtype(self) -> np.dtype:
@@ -81,17 +81,17 @@ class Encoder:
         return np.dtype(np.uint16 if numbers <= 2**16 else np.uint32)
 
     def __call__(self, documents: list[str]) -> Encoded:
-        """Encode `documents` to a flat run of numbers.
+        """Encode `documents` as a flat array.
 
         `packed`: each document and its EOS, one after the other. `document`: one row of `seq_len` ids each, padded at
-        the end; one that is too long is cut and keeps its EOS as the last id, as the published runs had it.
-        `instructions`: likewise one row for each `Example`, of the prompt, the answer and EOS, but one that is too long
-        loses its EOS, as the answer does not end there, and one without room for a token of the answer has no row.
-        Behind the ids stands the length of the prompt. Prompt and answer are encoded apart: no token is of both.
+        the end; a longer document is truncated and keeps EOS as its last id, as in the published runs.
+        `instructions`: one such row for each `Example`, of prompt, answer and EOS, followed by the length of the
+        prompt; a longer example loses its EOS, because the answer does not end there, and an example without room for
+        a token of the answer has no row. Prompt and answer are encoded separately, so no token spans both.
         """
         prompts = None
         if self.layout == "instructions":
-            encoded, prompts = self.examples(documents)
+            encoded, prompts = self._encode_examples(documents)
         else:
             encoded = self.tokenizer.encode(documents)
         if self.layout == "document":
@@ -105,36 +105,34 @@ class Encoder:
         records["sha256"] = np.frombuffer(digests, "V32")
         if self.layout == "packed":
             records["numbers"] = records["tokens"]
-            flat = np.fromiter((id for ids in encoded for id in ids), self.dtype, sum(map(len, encoded)))
-            return Encoded(flat, records)
+            return Encoded(np.fromiter(chain.from_iterable(encoded), self.dtype, sum(map(len, encoded))), records)
         records["numbers"] = [self.width if ids else 0 for ids in encoded]
-        return Encoded(self.rows(encoded, prompts), records)
+        return Encoded(self._pad(encoded, prompts), records)
 
-    def examples(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
-        """The ids of each example, none if it has no room for a token of its answer, and the length of its prompt."""
+    def _encode_examples(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
+        """Return the ids of each example, empty without room for its answer, and the lengths of the prompts."""
         parts = [cast(Example, document).parts for document in documents]
         prompts = [ids[:-1] for ids in self.tokenizer.encode([prompt for prompt, _ in parts])]
         answers = self.tokenizer.encode([answer for _, answer in parts])
-        room = [len(prompt) < self.seq_len for prompt in prompts]
         encoded = [
-            [*prompt, *answer][: self.seq_len] if fits else []
-            for prompt, answer, fits in zip(prompts, answers, room, strict=True)
+            [*prompt, *answer][: self.seq_len] if len(prompt) < self.seq_len else []
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
         return encoded, [len(prompt) for prompt in prompts]
 
-    def rows(self, encoded: list[list[int]], prompts: list[int] | None) -> np.ndarray:
-        """One row for each that has ids, padded; behind it its number of `prompts`. Flat."""
+    def _pad(self, encoded: list[list[int]], prompts: list[int] | None) -> np.ndarray:
+        """Return one padded row for each document that has ids, ending with its number of `prompts`: flat."""
         rows = np.full((len(encoded), self.width), self.tokenizer.pad_id, self.dtype)
-        kept = np.array([bool(ids) for ids in encoded], bool)
         for row, ids in zip(rows, encoded, strict=True):
             row[: len(ids)] = ids
+        has_row = np.array([bool(ids) for ids in encoded], bool)
         if prompts is not None:
-            rows[kept, -1] = np.array(prompts)[kept]
-        return rows[kept].reshape(-1)
+            rows[has_row, -1] = np.array(prompts)[has_row]
+        return rows[has_row].reshape(-1)
 
 
 def batches(documents: Iterable[Any], characters: Callable[[Any], int] = len) -> Iterator[list[Any]]:
-    """Group documents to about `BATCH_CHARACTERS`; the grouping follows from their lengths alone."""
+    """Group documents to about `BATCH_CHARACTERS`; the grouping depends on their lengths alone."""
     batch: list[Any] = []
     size = 0
     for document in documents:
@@ -147,25 +145,27 @@ def batches(documents: Iterable[Any], characters: Callable[[Any], int] = len) ->
         yield batch
 
 
-def until(encoded: Iterable[Encoded], tokens: int | None) -> Iterator[Encoded]:
-    """The leading batches, to and including the one that reaches `tokens`; all without a limit."""
+def take_tokens(encoded: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:
+    """Yield the leading batches, up to and including the one that reaches `tokens`."""
     read = 0
     for batch in encoded:
         yield batch
         read += batch.tokens
-        if tokens is not None and read >= tokens:
+        if read >= tokens:
             return
 
 
 # --- in other processes -----------------------------------------------------------------------------------------------
 
 
-def cores() -> int:
+def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def pool(encoder: Encoder, workers: int) -> Generator[Callable[[Iterable[list[str]]], Iterator[Encoded]], None, None]:
+def encoder_pool(
+    encoder: Encoder, workers: int
+) -> Generator[Callable[[Iterable[list[str]]], Iterator[Encoded]], None, None]:
     """Give a function that encodes batches of documents, in order, in `workers` processes."""
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker, also when the worker is this process
@@ -177,15 +177,14 @@ def pool(encoder: Encoder, workers: int) -> Generator[Callable[[Iterable[list[st
             with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as executor:
                 yield partial(_ordered_map, executor, 4 * workers)
     finally:
-        if threads is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if threads is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = threads
 
 
 def _ordered_map(executor: ProcessPoolExecutor, ahead: int, batches: Iterable[list[str]]) -> Iterator[Encoded]:
-    """Like `executor.map`, but takes from `batches` only `ahead` more than were given out: text may be endless."""
-    pending: deque = deque()
+    """Like `executor.map`, but reads only `ahead` batches in advance: text may be endless."""
+    pending: deque[Future[Encoded]] = deque()
     try:
         for documents in batches:
             pending.append(executor.submit(_encode_in_worker, documents))
@@ -204,7 +203,7 @@ _encoder: Encoder
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    # An executor's workers outlive a parent that is killed, waiting for work for ever.
+    # Workers of an executor survive a killed parent and wait for work forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,4 +1,4 @@
-"""From text to a prepared set: tokenize, lay out in rows, write litdata chunks, describe them in a manifest.
+"""Prepare a set: tokenize text, lay it out in rows, write chunks, and describe them in a manifest.
 
 {root}/{source}-{hash of the settings}/
     manifest.json  tokenizer.json
@@ -16,157 +16,155 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cod_lightning.data.chunks import ChunkWriter
 from cod_lightning.data.config import DataConfig, problems
 from cod_lightning.data.corpora import Corpus, identity, open_corpus
-from cod_lightning.data.encode import Encoded, Encoder, batches, cores, pool, until
+from cod_lightning.data.encode import Encoded, Encoder, available_cores, batches, encoder_pool, take_tokens
 from cod_lightning.data.manifest import (
     MANIFEST,
     SPLITS,
     TOKENIZER,
-    Chunk,
     Manifest,
     Source,
     Split,
     TokenizerRecord,
-    damage,
-    format_of,
+    find_damage,
+    format_version,
     read_manifest,
 )
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
 
-CHUNK_TOKENS = 2**23
-"""Tokens per chunk, rounded down to whole rows: 16 MB of 16-bit ids, one object to fetch from a store."""
 PREPARED_VAL_TOKENS = 10_000_000
-"""So much validation is kept even if `val_tokens` is less, so that lowering it does not prepare the set anew."""
+"""Validation tokens to prepare even if `val_tokens` is smaller, so that a smaller value reuses the set."""
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Path:
-    """Make the prepared set that `config` describes, unless it exists and is whole; return its folder.
+    """Prepare the set that `config` describes, unless it is complete; return its folder.
 
-    Rows are the same whatever the number of `workers`. The set appears under its name only when it is finished, so
-    that one interrupted at any point leaves nothing that passes for a set; of several processes that ask at once, one
-    makes it and the others wait. `progress` reports on stderr: a bar on a terminal, one line at the end elsewhere.
+    The rows do not depend on `workers`. The set appears under its name when it is finished, so an interrupted one is
+    never used; of several processes that ask at once, one prepares it and the others wait. `progress` reports on
+    stderr: a bar on a terminal, one line at the end elsewhere.
 
     Raises:
-        UserError: Bad settings, text or tokenizer that cannot be read, too little text for a row of each split, or a
-            disk that cannot be written.
+        UserError: bad settings, text or tokenizer that cannot be read, text that differs from `data.sha256`, too little
+            text for a row of each split, or a disk that cannot be written.
     """
     check_settings(config)
     folder = prepared_folder(config)
-    if not is_whole(folder):
-        make_folder(folder, is_whole, lambda partial_folder: _make_set(config, partial_folder, folder, progress))
-    check_text(config, read_manifest(folder).source.sha256, str(folder))
+    if not is_complete(folder):
+        build_folder(folder, is_complete, lambda partial: _prepare(config, partial, folder, progress))
+    check_sha256(config, read_manifest(folder).source.sha256, str(folder))
     return folder
 
 
 def check_settings(config: DataConfig) -> None:
-    """Check the settings of a set that is to be made.
+    """Check the settings of a set that is to be prepared.
 
     Raises:
-        UserError: Bad settings, or they name a set that is there already.
+        UserError: bad settings, or they name an existing set.
     """
-    found = problems(config)
+    errors = problems(config)
     if config.folder is not None:
-        found.append(f"data.folder={config.folder!r} names a set that is prepared already: leave it out to prepare one")
-    if found:
-        raise UserError("\n".join(found))
+        errors.append(f"data.folder={config.folder!r} names a set that is already prepared; omit it to prepare one")
+    if errors:
+        raise UserError("\n".join(errors))
 
 
-def make_folder(folder: Path, is_done: Callable[[Path], bool], make: Callable[[Path], None]) -> None:
-    """Let `make` write a folder beside the place of `folder`, under a lock, and rename it; nothing if it is done.
+def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> None:
+    """Let `build` write a partial folder, under a lock, and rename it to `folder`; do nothing if it is complete.
 
     Raises:
-        UserError: The disk cannot be written; or what `make` raises. Neither leaves anything but the lock's file.
+        UserError: the disk cannot be written; or as `build`. Only the file of the lock remains.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if is_done(folder):
+            if is_complete(folder):
                 return
             for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
-                shutil.rmtree(leftover)  # whoever made it held the lock, so it is dead
-            partial_folder = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-            partial_folder.mkdir()
+                shutil.rmtree(leftover)  # its process held the lock, so it is dead
+            partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+            partial.mkdir()
             try:
-                make(partial_folder)
+                build(partial)
                 if folder.exists():
-                    shutil.rmtree(folder)  # damaged, as it is not done
-                partial_folder.rename(folder)
+                    shutil.rmtree(folder)  # damaged
+                partial.rename(folder)
             finally:
-                shutil.rmtree(partial_folder, ignore_errors=True)
-    except OSError as error:  # a full disk, a folder that may not be written
-        raise UserError(f"{folder} cannot be written ({error}); nothing of it is kept") from error
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:  # a full disk, a folder without write permission
+        raise UserError(f"{folder} cannot be written ({error}); partial output removed") from error
+
+
+# --- which set --------------------------------------------------------------------------------------------------------
 
 
 def prepared_folder(config: DataConfig) -> Path:
-    """Return where the set that `config` describes is kept: it follows from `set_settings`.
+    """Return the folder of the set that `config` describes; its name is a hash of `set_identity`.
 
     Raises:
-        UserError: As `set_settings`.
+        UserError: as `set_identity`.
     """
-    digest = hashlib.sha256(json.dumps(set_settings(config), sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(set_identity(config), sort_keys=True).encode()).hexdigest()
     return Path(config.root) / f"{config.source}-{digest[:12]}"
 
 
-def set_settings(config: DataConfig) -> dict[str, Any]:
-    """Return the settings and facts that decide the rows of a set.
+def set_identity(config: DataConfig) -> dict[str, Any]:
+    """Return the settings and facts that determine the rows of a set.
 
     Raises:
         UserError: `data.files` match nothing, or the tokenizer's folder cannot be read.
     """
+    if config.tokenizer == "bpe":
+        tokenizer: list[str | int] = ["bpe", config.vocab_size]
+    elif Path(config.tokenizer).is_dir():
+        tokenizer = ["folder", load_tokenizer(config.tokenizer).sha256]
+    else:
+        tokenizer = ["hub", config.tokenizer]
     return {
-        "format": format_of(config.row_layout),
+        "format": format_version(config.row_layout),
         "text": identity(config),
-        "tokenizer": _tokenizer_identity(config),
+        "tokenizer": tokenizer,
         "rows": [config.row_layout, config.seq_len],
         "val_tokens": val_limit(config),
     }
 
 
 def val_limit(config: DataConfig) -> int:
-    """Return how many validation tokens are prepared, a batch of documents more or less."""
+    """Return the number of validation tokens to prepare; the last batch of documents may exceed it."""
     return max(config.val_tokens, PREPARED_VAL_TOKENS)
 
 
-def _tokenizer_identity(config: DataConfig) -> list[str | int]:
-    if config.tokenizer == "bpe":
-        return ["bpe", config.vocab_size]
-    if Path(config.tokenizer).is_dir():
-        return ["folder", load_tokenizer(config.tokenizer).sha256]
-    return ["hub", config.tokenizer]
-
-
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Return whether `folder` holds a finished set with all its files, judged by their sizes.
 
     Raises:
-        UserError: The set was made by a newer version, which this one must not overwrite.
+        UserError: a newer version prepared the set, which must not be overwritten.
     """
-    return (folder / MANIFEST).is_file() and not damage(folder, read_manifest(folder))
+    return (folder / MANIFEST).is_file() and not find_damage(folder, read_manifest(folder))
 
 
 def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
-    """Compare the set at `where` with the settings that decide what its rows are.
+    """Compare the set at `where` with the settings that determine its rows.
 
     Raises:
-        UserError: Made with another tokenizer, layout or row length; names every difference and both values.
+        UserError: another text, tokenizer, layout or row length; names every difference and both values.
     """
     differences = []
     if config.row_layout != manifest.layout:
-        # Which rows are instructions is a matter of the source.
+        # The source decides whether rows are instructions.
         key = "source" if "instructions" in (config.row_layout, manifest.layout) else "layout"
         differences.append(f"data.{key}={getattr(config, key)!r}, but the set has {manifest.layout!r}")
     if config.seq_len != manifest.seq_len:
         differences.append(f"data.seq_len={config.seq_len}, but the set has {manifest.seq_len}")
     record = manifest.tokenizer
     if config.tokenizer != record.name:
-        # The same tokenizer may be reached by another name: a folder is compared by content.
+        # The same tokenizer may have another name: compare a folder by content.
         path = Path(config.tokenizer) / TOKENIZER
         if not (path.is_file() and load_tokenizer(config.tokenizer).sha256 == record.sha256):
             differences.append(f"data.tokenizer={config.tokenizer!r}, but the set has {record.name!r}")
@@ -174,40 +172,43 @@ def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
         differences.append(f"data.vocab_size={config.vocab_size}, but the set has {record.requested}")
     if differences:
         raise UserError(f"{where} was prepared with other settings: {'; '.join(differences)}")
-    check_text(config, manifest.source.sha256, where)
+    check_sha256(config, manifest.source.sha256, where)
 
 
-def check_text(config: DataConfig, sha256: str, where: str) -> None:
+def check_sha256(config: DataConfig, sha256: str, where: str) -> None:
     """Compare the SHA-256 of the documents with `data.sha256`, if that is set.
 
     Raises:
-        UserError: They differ.
+        UserError: they differ.
     """
     if config.sha256 not in (None, sha256):
         raise UserError(
-            f"data.sha256={config.sha256[:16]}..., but {where} has {sha256[:16]}...: give the corpus that results are "
-            "compared on, or pass data.sha256=null for another one"
+            f"data.sha256={config.sha256[:16]}..., but {where} has {sha256[:16]}...: use the corpus that the results "
+            "are compared on, or pass data.sha256=null for another one"
         )
 
 
-def _make_set(config: DataConfig, partial_folder: Path, folder: Path, progress: bool) -> None:
-    workers = config.workers or cores()
+# --- text -> rows -----------------------------------------------------------------------------------------------------
+
+
+def _prepare(config: DataConfig, partial: Path, folder: Path, progress: bool) -> None:
+    workers = config.workers or available_cores()
     with Report(progress) as report:
         report.stage("gathering text")
         corpus = open_corpus(config, workers)
         report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
         encoder = Encoder(tokenizer_for(config, corpus), config.row_layout, config.seq_len)
-        with pool(encoder, workers) as encode_all:
+        with encoder_pool(encoder, workers) as encode_all:
             train = encode_all(batches(corpus.train()))
-            val = until(encode_all(batches(corpus.val())), val_limit(config))
-            write_set(config, encoder, {"train": train, "val": val}, partial_folder, folder, report)
+            val = take_tokens(encode_all(batches(corpus.val())), val_limit(config))
+            write_set(config, encoder, {"train": train, "val": val}, partial, folder, report)
 
 
 def tokenizer_for(config: DataConfig, corpus: Corpus) -> DocumentTokenizer:
     """Train the tokenizer on the training text, or load it.
 
     Raises:
-        UserError: There is no training text; or as `load_tokenizer`.
+        UserError: there is no training text; or as `load_tokenizer`.
     """
     if next(corpus.train(), None) is None:
         raise UserError(f"data.source={config.source}: the corpus has no training documents")
@@ -220,32 +221,38 @@ def write_set(
     config: DataConfig,
     encoder: Encoder,
     encoded: Mapping[str, Iterable[Encoded]],
-    partial_folder: Path,
+    partial: Path,
     folder: Path,
     report: Report,
 ) -> None:
-    """Write chunks, tokenizer and manifest of the documents `encoded` of each split into `partial_folder`.
+    """Write chunks, tokenizer and manifest of the `encoded` documents of each split into `partial`.
 
-    `folder` is where the set will stand: for the last line of the report.
+    `folder` is the final place of the set, for the last line of the report.
 
     Raises:
-        UserError: A split has too little text for a row.
+        UserError: a split has too little text for a row, or the text differs from `data.sha256`.
     """
-    text = _TextRecord()
-    splits = {
-        name: _write_split(partial_folder / name, report.watch(name, text.record(name, encoded[name])), encoder)
-        for name in SPLITS
-    }
+    sha256, documents, splits = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}
+
+    def hashed(name: str) -> Iterator[Encoded]:
+        for batch in report.watch(name, encoded[name]):
+            documents[name] += len(batch.documents)
+            sha256.update(batch.documents["sha256"].tobytes())
+            yield batch
+
+    for name in SPLITS:
+        splits[name] = _write_split(partial / name, hashed(name), encoder)
     for name, split in splits.items():
         if not split.rows:
             raise UserError(
-                f"data.source={config.source}: {text.documents[name]} documents do not fill one {name} row of "
-                f"data.seq_len={config.seq_len} tokens{_ADVICE[name]}"
+                f"data.source={config.source}: {documents[name]} documents do not fill one {name} row of "
+                f"data.seq_len={config.seq_len} tokens"
+                + (": give more text, a smaller data.val_every, or data.val_files" if name == "val" else "")
             )
-    check_text(config, text.sha256.hexdigest(), "the text")
+    check_sha256(config, sha256.hexdigest(), "the text")
     tokenizer = encoder.tokenizer
     manifest = Manifest(
-        format=format_of(encoder.layout),
+        format=format_version(encoder.layout),
         tokenizer=TokenizerRecord(
             name=config.tokenizer,
             sha256=tokenizer.sha256,
@@ -254,111 +261,39 @@ def write_set(
             eos_id=tokenizer.eos_id,
             requested=config.vocab_size if config.tokenizer == "bpe" else None,
         ),
-        source=Source(config.source, text.sha256.hexdigest(), text.documents),
+        source=Source(config.source, sha256.hexdigest(), documents),
         layout=encoder.layout,
         seq_len=config.seq_len,
         dtype=encoder.dtype.name,
         **splits,
     )
-    (partial_folder / TOKENIZER).write_text(tokenizer.json, "utf-8")
-    (partial_folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    (partial / TOKENIZER).write_text(tokenizer.json, "utf-8")
+    (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
     line = f"prepared {folder}: {manifest.train.rows:,} training and {manifest.val.rows:,} validation rows"
     if encoder.layout == "instructions":
-        left_out = sum(text.documents.values()) - manifest.train.rows - manifest.val.rows
-        line += f" ({left_out:,} examples left out, whose prompts take all of data.seq_len={config.seq_len})"
+        skipped = sum(documents.values()) - manifest.train.rows - manifest.val.rows
+        line += f" ({skipped:,} examples skipped, whose prompts fill all of data.seq_len={config.seq_len})"
     report.done(line)
 
 
-_ADVICE = {"train": "", "val": ": give more text, a smaller data.val_every, or data.val_files"}
-
-
-# --- ids -> chunks ----------------------------------------------------------------------------------------------------
-
-
 def _write_split(folder: Path, encoded: Iterable[Encoded], encoder: Encoder) -> Split:
-    """Cut the ids to rows and write them to litdata chunks; a tail that does not fill a row is dropped."""
-    width = encoder.width
-    chunk_tokens = max(1, CHUNK_TOKENS // width) * width
-    writer = _ChunkWriter(folder, chunk_tokens, width)
-    waiting: list[np.ndarray] = []
-    size = tokens = max_id = 0
+    """Write the ids as chunks of rows; drop a tail that does not fill a row, which only `packed` has."""
+    writer = ChunkWriter(folder, encoder.width)
+    tokens = max_id = 0
     for batch in encoded:
         tokens, max_id = tokens + batch.tokens, max(max_id, batch.max_id)
-        waiting.append(batch.ids)
-        size += batch.ids.size
-        if size >= chunk_tokens:
-            ids = np.concatenate(waiting)
-            full = size - size % chunk_tokens
-            for chunk in ids[:full].reshape(-1, chunk_tokens):
-                writer.write(chunk)
-            waiting, size = [ids[full:]], size - full
-    tail = size % width  # 0 but in `packed`: the others come in whole rows
-    if size > tail:
-        writer.write(np.concatenate(waiting)[: size - tail])
-    chunks = writer.close()
+        writer.write(batch.ids)
+    chunks, tail = writer.close()
     return Split(sum(chunk.rows for chunk in chunks), tokens - tail, max_id, chunks)
 
 
-class _ChunkWriter:
-    """Writes runs of whole rows, each as one chunk that litdata's TokensLoader reads in rows of `width`."""
-
-    def __init__(self, folder: Path, chunk_tokens: int, width: int) -> None:
-        from litdata.streaming.item_loader import TokensLoader
-        from litdata.streaming.writer import BinaryWriter
-
-        self.writer = BinaryWriter(str(folder), chunk_size=chunk_tokens, item_loader=TokensLoader(block_size=width))
-        # litdata would number the chunks by the distributed rank, and wait for the other ranks to write theirs.
-        self.writer._rank = 0
-        self.width = width
-        self.rows: list[int] = []
-        self.chunks: list[Chunk] = []
-
-    def write(self, ids: np.ndarray) -> None:
-        path = self.writer.add_item(len(self.rows), ids)
-        self.rows.append(ids.size // self.width)
-        if path is not None:  # the chunk before: litdata writes one when the next has come
-            self._written(path)
-
-    def close(self) -> tuple[Chunk, ...]:
-        for path in self.writer.done():
-            self._written(path)
-        self.writer._merge_no_wait()
-        return tuple(self.chunks)
-
-    def _written(self, path: str) -> None:
-        self.chunks.append(_describe(Path(path), self.rows[len(self.chunks)]))
-
-
-def _describe(path: Path, rows: int) -> Chunk:
-    content = path.read_bytes()
-    return Chunk(path.name, rows, len(content), hashlib.sha256(content).hexdigest())
-
-
-# --- what was read, and how far we are --------------------------------------------------------------------------------
-
-
-class _TextRecord:
-    """Counts and hashes the documents that are used, which with several workers are fewer than those that are read."""
-
-    def __init__(self) -> None:
-        self.sha256 = hashlib.sha256()
-        self.documents: dict[str, int] = {}
-
-    def record(self, split: str, encoded: Iterable[Encoded]) -> Iterator[Encoded]:
-        self.documents[split] = 0
-        for batch in encoded:
-            self.documents[split] += len(batch.documents)
-            self.sha256.update(batch.documents["sha256"].tobytes())
-            yield batch
-
-
 class Report:
-    """Progress on stderr: a live line on a terminal, and one line at the end; nothing if not `enabled`."""
+    """Progress on stderr: a live line on a terminal, and one line at the end; silent unless `enabled`."""
 
     def __init__(self, enabled: bool) -> None:
         self.console = Console(stderr=True, quiet=not enabled)
         self.progress = Progress(
-            BarColumn(bar_width=20),  # pulses: how much text a stream holds is known at its end
+            BarColumn(bar_width=20),  # pulses: the length of a stream is known only at its end
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
             console=self.console,

@@ -1,14 +1,14 @@
-"""One prepared set from many machines: each encodes a share of the files, and a merge lays all of it out in rows.
+"""Prepare one set on many machines: each encodes a share of the files, and a merge lays all of them out in rows.
 
-What depends on the whole corpus is left to the merge: which documents are held out or beyond `max_documents`, and where
-rows and chunks begin. So the set is, byte for byte, the one that `prepare` makes.
+The merge decides what depends on the whole corpus: which documents are held out or exceed `max_documents`, and where
+rows and chunks begin. So the set equals the one that `prepare` writes, byte for byte.
 
 {root}/{source}-{hash of the settings}.parts-{count}/
-    tokenizer.json                  trained by the shard that comes first, if it is to be trained
+    tokenizer.json                  trained by the first shard, if it is trained
     {shard}/
-        part.json  tokenizer.json   settings, sizes and hashes; the tokenizer that was used
+        part.json  tokenizer.json   settings, sizes and hashes; the tokenizer
         train.ids  train.documents  the numbers of all documents, and a record `DOCUMENT` of each
-        val.ids    val.documents    likewise, where validation text comes by itself
+        val.ids    val.documents    the same for validation text, if the source has some
 """
 
 from __future__ import annotations
@@ -28,34 +28,45 @@ from filelock import FileLock
 
 from cod_lightning.data.config import SHARDED_SOURCES, DataConfig
 from cod_lightning.data.corpora import open_corpus, texts_of_shard
-from cod_lightning.data.encode import DOCUMENT, Encoded, Encoder, batches, cores, joined, pool, until
-from cod_lightning.data.manifest import SPLITS, TOKENIZER
+from cod_lightning.data.encode import (
+    DOCUMENT,
+    Encoded,
+    Encoder,
+    available_cores,
+    batches,
+    concatenate,
+    encoder_pool,
+    take_tokens,
+)
+from cod_lightning.data.manifest import SPLITS, TOKENIZER, file_problems
 from cod_lightning.data.prepare import (
     Report,
+    build_folder,
     check_settings,
-    is_whole,
-    make_folder,
+    is_complete,
     prepared_folder,
-    set_settings,
+    set_identity,
     tokenizer_for,
     val_limit,
     write_set,
 )
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, trained_bpe
 from cod_lightning.errors import UserError
+from cod_lightning.files import write_atomic
+from cod_lightning.typed_json import read_json
 
 PART = "part.json"
 PART_FORMAT = 1
-"""Raise when the files of a part change: parts of another version are then named as made with other settings."""
+"""Increase when the files of a part change; the merge then rejects older parts as prepared with other settings."""
 READ_DOCUMENTS = 2**12
 """Records of documents that the merge reads at a time."""
 READ_NUMBERS = 2**22
-"""So many numbers and those of one document more are the most that the merge reads at a time: 8 MB of 16-bit ids."""
+"""Numbers that the merge reads at a time, plus at most one document: 8 MB of 16-bit ids."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The two files of one stream of a part: how many documents and numbers they hold, and their SHA-256."""
+    """The two files of one split of a part: their documents and numbers, and the SHA-256 of each file."""
 
     documents: int
     numbers: int
@@ -64,7 +75,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Part:
-    """The content of `part.json`. Parts that are merged agree in all but `streams`."""
+    """The content of `part.json`. Parts of one merge differ only in `streams`."""
 
     settings: dict[str, Any]
     tokenizer: dict[str, Any]
@@ -77,7 +88,7 @@ def shard_of(text: str) -> tuple[int, int]:
     """Parse "K/N", shard K of N, counted from 0.
 
     Raises:
-        UserError: Something else, or K is not below N.
+        UserError: another text, or K is not below N.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
@@ -91,7 +102,7 @@ def count_of(text: str) -> int:
     """Parse the number of shards to merge.
 
     Raises:
-        UserError: Not a number, or 0.
+        UserError: not a number, or 0.
     """
     if not re.fullmatch(r"\d+", text) or not int(text):
         raise UserError(f"merge={text}: must be the number of shards, such as merge=4 after shard=0/4 to shard=3/4")
@@ -99,10 +110,10 @@ def count_of(text: str) -> int:
 
 
 def parts_folder(config: DataConfig, count: int) -> Path:
-    """Return where `count` shards keep their parts: beside the set, under its name.
+    """Return the folder of the parts of `count` shards, beside the set.
 
     Raises:
-        UserError: As `set_settings`.
+        UserError: as `set_identity`.
     """
     folder = prepared_folder(config)
     return folder.with_name(f"{folder.name}.parts-{count}")
@@ -112,77 +123,72 @@ def parts_folder(config: DataConfig, count: int) -> Path:
 
 
 def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool = True) -> Path:
-    """Encode the share `index` (from 0) of `count` of the files; return the part's folder, or the set's if it is whole.
+    """Encode share `index` (from 0) of `count` of the files; return the part's folder, or that of a complete set.
 
-    The part appears under its name only when it is finished; one that is there and whole is kept. A shard needs nothing
-    of the others but a tokenizer that is to be trained: the first trains it for all, and the others wait for it.
+    The part appears under its name when it is finished; a complete one is kept. Shards are independent, except that
+    the first one to run trains a `bpe` tokenizer while the others wait for it.
 
     Raises:
-        UserError: As `prepare`, or the source is not made of files.
+        UserError: as `prepare`, or the source does not consist of files.
     """
     check_settings(config)
     if config.source not in SHARDED_SOURCES:
         raise UserError(
-            f"data.source={config.source} is not made of files that shards could share: prepare it without shard= "
-            f"(with shards: {', '.join(SHARDED_SOURCES)})"
+            f"data.source={config.source} does not consist of files that shards could divide: prepare it without "
+            f"shard= (sources with shards: {', '.join(SHARDED_SOURCES)})"
         )
     folder = prepared_folder(config)
-    if is_whole(folder):
+    if is_complete(folder):
         return folder
-    parts = parts_folder(config, count)
-    part = parts / str(index)
+    part = parts_folder(config, count) / str(index)
 
     def is_done(part: Path) -> bool:
         record = _read_part(part)
         return record is not None and record.settings == _settings(config) and not _damage(part, record)
 
     if not is_done(part):
-        make_folder(part, is_done, lambda partial: _make_part(config, index, count, partial, part, progress))
+        build_folder(part, is_done, lambda partial: _prepare_part(config, index, count, partial, part, progress))
     return part
 
 
-def _make_part(config: DataConfig, index: int, count: int, partial: Path, part: Path, progress: bool) -> None:
-    workers = config.workers or cores()
+def _prepare_part(config: DataConfig, index: int, count: int, partial: Path, part: Path, progress: bool) -> None:
+    workers = config.workers or available_cores()
     with Report(progress) as report:
         report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
         tokenizer = _shared_tokenizer(config, part.parent)
         encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
         texts = texts_of_shard(config, index, count)
         streams = {}
-        with pool(encoder, workers) as encode_all:
+        with encoder_pool(encoder, workers) as encode_all:
             for name, documents in texts.items():
+                # Without validation text, documents beyond `max_documents` may still be held out for validation.
+                bounded = name == "train" and "val" in texts
+                encoded = encode_all(batches(islice(documents(), config.max_documents if bounded else None)))
                 if name == "val":
-                    encoded = encode_all(batches(documents()))
                     # Batches of the whole corpus begin elsewhere: the last of them ends within one more of these.
-                    encoded = chain(until(encoded, val_limit(config)), islice(encoded, 1))
-                else:
-                    # Those beyond `max_documents` may be wanted for validation if that has no text of its own.
-                    most = config.max_documents if "val" in texts else None
-                    encoded = encode_all(batches(islice(documents(), most)))
+                    encoded = chain(take_tokens(encoded, val_limit(config)), islice(encoded, 1))
                 streams[name] = _write_stream(partial / name, report.watch(name, encoded))
         ids = {"sha256": tokenizer.sha256, "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
         record = Part(_settings(config), ids, encoder.dtype.name, streams)
         (partial / TOKENIZER).write_text(tokenizer.json, "utf-8")
         (partial / PART).write_text(json.dumps(asdict(record), indent=1) + "\n", "utf-8")
-        documents = sum(stream.documents for stream in streams.values())
-        report.done(f"prepared {part}: {documents:,} documents of shard {index}/{count}")
+        total = sum(stream.documents for stream in streams.values())
+        report.done(f"prepared {part}: {total:,} documents of shard {index}/{count}")
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """What parts have to agree in, as JSON gives it back."""
-    return json.loads(json.dumps({"part": PART_FORMAT, **set_settings(config)}))
+    """The settings in which parts must agree, in the form that JSON returns."""
+    return json.loads(json.dumps({"part": PART_FORMAT, **set_identity(config)}))
 
 
 def _shared_tokenizer(config: DataConfig, parts: Path) -> DocumentTokenizer:
-    """Load the tokenizer; one that is to be trained is trained once, under a lock, and kept with the parts."""
+    """Load the tokenizer; train a `bpe` once, under a lock, and keep it with the parts."""
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer)
     path = parts / TOKENIZER
     with FileLock(f"{path}.lock"):
         if not path.is_file():
-            beside = path.with_name(f"{TOKENIZER}.partial")
-            beside.write_text(tokenizer_for(config, open_corpus(config)).json, "utf-8")
-            beside.rename(path)
+            write_atomic(path, tokenizer_for(config, open_corpus(config)).json)
     return trained_bpe(path.read_text("utf-8"))
 
 
@@ -205,43 +211,38 @@ def _write_stream(path: Path, encoded: Iterable[Encoded]) -> Stream:
 
 
 def _read_part(part: Path) -> Part | None:
-    """The record of a part, None where there is none that can be read."""
+    """Return the record of a part, or None if it cannot be read."""
     try:
-        record = json.loads((part / PART).read_text("utf-8"))
-        streams = {name: Stream(**stream) for name, stream in record.pop("streams").items()}
-        return Part(streams=streams, **record)
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(part / PART, Part, "prepare its shard again")
+    except UserError:
         return None
 
 
 def _damage(part: Path, record: Part) -> list[str]:
-    """What is wrong with the files of a part, judged by their sizes."""
-    found = []
+    """Return what is wrong with the files of a part, judged by their sizes."""
+    sizes: dict[Path, int | None] = {}
     for name, stream in record.streams.items():
-        sizes = stream.documents * DOCUMENT.itemsize, stream.numbers * np.dtype(record.dtype).itemsize
-        for path, size in zip(_stream_paths(part / name), sizes, strict=True):
-            if not path.is_file():
-                found.append(f"{path.name} is missing")
-            elif path.stat().st_size != size:
-                found.append(f"{path.name} has {path.stat().st_size:,} bytes instead of {size:,}")
-    return found
+        documents, ids = _stream_paths(part / name)
+        sizes[documents] = stream.documents * DOCUMENT.itemsize
+        sizes[ids] = stream.numbers * np.dtype(record.dtype).itemsize
+    return file_problems(sizes)
 
 
 # --- the merge --------------------------------------------------------------------------------------------------------
 
 
 def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Path:
-    """Make the prepared set of the parts of `count` shards, unless it is whole; return its folder.
+    """Merge the parts of `count` shards into the prepared set, unless it is complete; return its folder.
 
-    Needs memory for some blocks of documents, whatever the size of the set. When the set stands, the parts are removed.
+    Memory holds a few blocks of documents, whatever the size of the set. The parts are removed afterwards.
 
     Raises:
-        UserError: Parts are missing, damaged or made with other settings, each of which is named; or as `prepare`.
+        UserError: parts are missing, damaged or prepared with other settings, each of which is named; or as `prepare`.
     """
     check_settings(config)
     folder = prepared_folder(config)
-    if not is_whole(folder):
-        make_folder(folder, is_whole, lambda partial: _merge(config, count, partial, folder, progress))
+    if not is_complete(folder):
+        build_folder(folder, is_complete, lambda partial: _merge(config, count, partial, folder, progress))
     shutil.rmtree(parts_folder(config, count), ignore_errors=True)
     return folder
 
@@ -249,98 +250,101 @@ def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Pa
 def _merge(config: DataConfig, count: int, partial: Path, folder: Path, progress: bool) -> None:
     parts = parts_folder(config, count)
     records = {index: _read_part(parts / str(index)) for index in range(count)}
-    found = {index: record for index, record in records.items() if record is not None}
-    problems = [_missing(config, parts, index, count) for index in range(count) if index not in found]
+    problems = [_missing(config, parts, index, count) for index, record in records.items() if record is None]
+    read = {index: record for index, record in records.items() if record is not None}
     settings = _settings(config)
-    first = min(found, default=0)
-    for index, record in found.items():
+    first = min(read, default=0)
+    for index, record in read.items():
         if record.settings != settings:
-            wrong = f"was made with other settings: {_differences(record.settings, settings)}"
-        elif (record.tokenizer, record.dtype) != (found[first].tokenizer, found[first].dtype):
-            wrong = f"was made with another tokenizer than part {first}/{count}"
+            problem = f"was prepared with other settings: {_differences(record.settings, settings)}"
+        elif (record.tokenizer, record.dtype) != (read[first].tokenizer, read[first].dtype):
+            problem = f"was prepared with another tokenizer than part {first}/{count}"
         elif damage := _damage(parts / str(index), record):
-            wrong = f"is damaged: {', '.join(damage)}"
+            problem = f"is damaged: {', '.join(damage)}"
         else:
             continue
-        problems.append(f"part {index}/{count} {wrong}; {_again(parts / str(index))}")
+        problems.append(f"part {index}/{count} {problem}; {_remedy(parts / str(index))}")
     if problems:
         raise UserError("\n".join(problems))
-    ids = {name: found[first].tokenizer[name] for name in ("pad_id", "eos_id")}
+    ids = {name: read[first].tokenizer[name] for name in ("pad_id", "eos_id")}
     tokenizer = DocumentTokenizer((parts / str(first) / TOKENIZER).read_text("utf-8"), **ids)
-    if tokenizer.sha256 != found[first].tokenizer["sha256"]:
-        raise UserError(f"{parts / str(first) / TOKENIZER} is damaged; {_again(parts / str(first))}")
+    if tokenizer.sha256 != read[first].tokenizer["sha256"]:
+        raise UserError(f"{parts / str(first) / TOKENIZER} is damaged; {_remedy(parts / str(first))}")
     encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
     with Report(progress) as report:
-        encoded = {split: _documents(config, split, parts, found) for split in SPLITS}
+        encoded = {split: _documents(config, split, parts, read) for split in SPLITS}
         write_set(config, encoder, encoded, partial, folder, report)
 
 
-def _again(part: Path) -> str:
+def _remedy(part: Path) -> str:
     return f"remove {part} and prepare its shard again"
 
 
 def _missing(config: DataConfig, parts: Path, index: int, count: int) -> str:
-    """Say that a part is missing, and where there are parts of the same number that were made with other settings."""
-    line = f"part {index}/{count} is missing: prepare with shard={index}/{count} makes it"
+    """Describe a missing part; name parts with the same number that were prepared with other settings."""
+    line = f"part {index}/{count} is missing: run prepare with shard={index}/{count}"
     for other in sorted(parts.parent.glob(f"{config.source}-*.parts-{count}/{index}")):
         record = _read_part(other)
         if record is not None:
-            line += f"; {other} was made with other settings: {_differences(record.settings, _settings(config))}"
+            line += f"; {other} was prepared with other settings: {_differences(record.settings, _settings(config))}"
     return line
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Name the settings in which two sets differ, with both values where they are short."""
-    named = []
-    for flat in ({**record, **record.get("text", {})} for record in (theirs, ours)):
-        named.append({key: json.dumps(value) for key, value in flat.items() if key != "text"})
-    keys = [key for key in sorted({*named[0], *named[1]}) if named[0].get(key) != named[1].get(key)]
-    return ", ".join(
-        f"{key} {theirs} instead of {ours}" if len(theirs + ours) < 80 else f"other {key}"
-        for key in keys
-        for theirs, ours in [(named[0].get(key, "none"), named[1].get(key, "none"))]
-    )
+    """Name the settings in which two sets differ, with both values if they are short."""
+
+    def flat(settings: dict[str, Any]) -> dict[str, str]:
+        return {key: json.dumps(value) for key, value in {**settings, **settings.get("text", {})}.items()}
+
+    their, our = flat(theirs), flat(ours)
+    lines = []
+    for key in sorted({*their, *our} - {"text"}):
+        one, other = their.get(key, "unset"), our.get(key, "unset")
+        if one != other:
+            lines.append(f"{key} {one} instead of {other}" if len(one + other) < 80 else f"another {key}")
+    return ", ".join(lines)
 
 
-def _documents(config: DataConfig, split: str, parts: Path, found: dict[int, Part]) -> Iterator[Encoded]:
-    """The documents of a split, in the order of the corpus, and those of validation in the batches of `prepare`.
+def _documents(config: DataConfig, split: str, parts: Path, records: dict[int, Part]) -> Iterator[Encoded]:
+    """Yield the documents of a split, in the order of the corpus, those of validation in the batches of `prepare`.
 
     Raises:
-        UserError: A file is not what `part.json` says.
+        UserError: a file differs from `part.json`.
     """
-    has_val = all("val" in part.streams for part in found.values())
+    has_val = all("val" in part.streams for part in records.values())
     stream = split if has_val else "train"
-    blocks = chain.from_iterable(_blocks(parts / str(index), stream, found[index]) for index in sorted(found))
+    blocks = chain.from_iterable(_blocks(parts / str(index), stream, records[index]) for index in sorted(records))
     if not has_val:
-        blocks = _numbered(blocks, config.val_every, split == "val")
+        blocks = _hold_out(blocks, config.val_every, split == "val")
     if split == "train":
-        return _first(blocks, config.max_documents)
-    each = chain.from_iterable(block.each() for block in blocks)
-    # How much is validated on ends with a batch, so the batches have to be the same.
-    return until(map(joined, batches(each, lambda one: int(one.documents["characters"][0]))), val_limit(config))
+        return _take_documents(blocks, config.max_documents)
+    documents = chain.from_iterable(block.split() for block in blocks)
+    # The limit on validation ends with a batch, so the batches must be the same.
+    grouped = batches(documents, lambda document: int(document.documents["characters"][0]))
+    return take_tokens(map(concatenate, grouped), val_limit(config))
 
 
-def _numbered(blocks: Iterable[Encoded], every: int, held: bool) -> Iterator[Encoded]:
-    """Those of the documents whose number, from 1, is divisible by `every`; the others unless `held`."""
+def _hold_out(blocks: Iterable[Encoded], every: int, held_out: bool) -> Iterator[Encoded]:
+    """Select the documents with a number (from 1) divisible by `every`, or all others."""
     number = 1
     for block in blocks:
         numbers = np.arange(number, number + len(block.documents))
         number += len(block.documents)
-        yield block.where((numbers % every == 0) == held)
+        yield block.select((numbers % every == 0) == held_out)
 
 
-def _first(blocks: Iterable[Encoded], most: int | None) -> Iterator[Encoded]:
-    """The leading `most` documents; all if None."""
+def _take_documents(blocks: Iterable[Encoded], limit: int | None) -> Iterator[Encoded]:
+    """Yield the first `limit` documents; all for None."""
     for block in blocks:
-        if most is not None and len(block.documents) >= most:
-            yield block.where(np.arange(len(block.documents)) < most)
+        if limit is not None and len(block.documents) >= limit:
+            yield block.select(np.arange(len(block.documents)) < limit)
             return
         yield block
-        most = None if most is None else most - len(block.documents)
+        limit = None if limit is None else limit - len(block.documents)
 
 
 def _blocks(part: Path, name: str, record: Part) -> Iterator[Encoded]:
-    """The documents of one stream of a part, read from start to end a block at a time."""
+    """Read the documents of one stream of a part, a block at a time; compare both files with their SHA-256."""
     hashes = [hashlib.sha256(), hashlib.sha256()]
     paths = _stream_paths(part / name)
     with open(paths[0], "rb") as records, open(paths[1], "rb") as numbers:
@@ -353,4 +357,4 @@ def _blocks(part: Path, name: str, record: Part) -> Iterator[Encoded]:
                 yield Encoded(ids, documents)
     for path, sha256, expected in zip(paths, hashes, record.streams[name].sha256, strict=True):
         if sha256.hexdigest() != expected:
-            raise UserError(f"{path} is damaged: its SHA-256 is not that of {PART}; {_again(part)}")
+            raise UserError(f"{path} is damaged: its SHA-256 differs from {PART}; {_remedy(part)}")

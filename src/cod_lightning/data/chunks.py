@@ -1,0 +1,198 @@
+"""Chunks of rows: files in litdata's format, written with its writer and fetched with its clients for stores.
+
+Reading is ours, because litdata's StreamingDataset gives one row at a time, does not compare checksums, and fetches in
+a thread whose failures end in a time-out without a reason. Any litdata reader can read the files, as a test shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cod_lightning.data.manifest import INDEX, Chunk
+from cod_lightning.errors import UserError
+
+CHUNK_TOKENS = 2**23
+"""Tokens per chunk, rounded down to whole rows: 16 MB of 16-bit ids, one object to fetch from a store."""
+REMEDY = "prepare the set again, or copy the file again"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class ChunkWriter:
+    """Writes one split into `folder`: chunks of whole rows of `width` numbers, and litdata's index.json.
+
+    For litdata a chunk holds one item, all its rows; its TokensLoader cuts them apart again.
+    """
+
+    def __init__(self, folder: Path, width: int) -> None:
+        from litdata.streaming.item_loader import TokensLoader
+        from litdata.streaming.writer import BinaryWriter
+
+        class Writer(BinaryWriter):
+            rank = 0  # litdata numbers chunks by the distributed rank; here every node writes the same names
+
+        self.folder, self.width = folder, width
+        self.chunk_tokens = max(1, CHUNK_TOKENS // width) * width
+        self.writer = Writer(str(folder), chunk_size=self.chunk_tokens, item_loader=TokensLoader(block_size=width))
+        self.buffer: list[np.ndarray] = []
+        self.buffered = 0
+        self.rows: list[int] = []
+        self.chunks: list[Chunk] = []
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append numbers [n]; they need not end with a row."""
+        self.buffer.append(ids)
+        self.buffered += ids.size
+        if self.buffered >= self.chunk_tokens:
+            self._flush(self.buffered - self.buffered % self.chunk_tokens)
+
+    def close(self) -> tuple[tuple[Chunk, ...], int]:
+        """Write the last rows and the index; return all chunks, and how many numbers do not fill a row and are lost."""
+        rest = self.buffered % self.width
+        if self.buffered > rest:
+            self._flush(self.buffered - rest)
+        for path in self.writer.done():
+            self._describe(Path(path))
+        if self.chunks:
+            # The index of the only writer is the index of the split; litdata's `merge` would wait for other ranks.
+            (self.folder / "0.index.json").rename(self.folder / INDEX)
+        return tuple(self.chunks), rest
+
+    def _flush(self, size: int) -> None:
+        """Write the first `size` numbers of the buffer, whole rows, as chunks."""
+        ids = np.concatenate(self.buffer)
+        for start in range(0, size, self.chunk_tokens):
+            chunk = ids[start : min(start + self.chunk_tokens, size)]
+            path = self.writer.add_item(len(self.rows), chunk)
+            self.rows.append(chunk.size // self.width)
+            if path is not None:  # of the previous chunk: litdata writes one when the next arrives
+                self._describe(Path(path))
+        self.buffer, self.buffered = [ids[size:]], ids.size - size
+
+    def _describe(self, path: Path) -> None:
+        content = path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        self.chunks.append(Chunk(path.name, self.rows[len(self.chunks)], len(content), sha256))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class DamagedChunkError(Exception):
+    """The bytes of a chunk differ from the manifest."""
+
+
+def check_chunk(content: bytes | memoryview, chunk: Chunk) -> None:
+    """Compare the bytes of a chunk with the manifest.
+
+    Raises:
+        DamagedChunkError: the size or the SHA-256 differs.
+    """
+    if len(content) != chunk.bytes:
+        raise DamagedChunkError(f"is damaged: {len(content):,} bytes instead of {chunk.bytes:,}; {REMEDY}")
+    if hashlib.sha256(content).hexdigest() != chunk.sha256:
+        raise DamagedChunkError(f"is damaged: its SHA-256 differs from the manifest; {REMEDY}")
+
+
+def rows_of_chunk(content: np.ndarray, chunk: Chunk, width: int, dtype: np.dtype) -> np.ndarray:
+    """View the bytes of a chunk as its rows: [rows, width] of the stored type. They end the file, after a header."""
+    return content[len(content) - chunk.rows * width * dtype.itemsize :].view(dtype).reshape(chunk.rows, width)
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+ATTEMPTS = 4
+"""Attempts per file of a store."""
+TIMEOUT = 30.0
+"""Seconds to connect, and to wait for the next byte, before an attempt at an `s3://` URL fails."""
+PAUSE = 1.0
+"""Seconds between the first two attempts; doubles for each further one."""
+TRANSIENT = (408, 429)
+"""HTTP statuses from 400 to 499 that a retry may cure."""
+
+
+def is_remote(source: str) -> bool:
+    """Return whether `source` is a URL for litdata (`s3://`, `gs://`, ..., `local:`) rather than a local folder."""
+    return re.match(r"[a-z][a-z0-9]+:", source) is not None
+
+
+class Store:
+    """Reads files below a URL with litdata's client, retrying a bounded number of times."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        from litdata.streaming.downloader import get_downloader
+
+        options = {}
+        if self.url.startswith("s3://"):
+            from botocore.config import Config
+
+            # One request per attempt; litdata's default retries a thousand times.
+            retries = {"total_max_attempts": 1}
+            options["config"] = Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries=retries)
+        self.downloader = get_downloader(self.url, "", [], options)
+
+    def read(self, name: str, chunk: Chunk | None = None) -> bytes:
+        """Return the content of a file; of a `chunk` it is compared with the manifest, as a part of each attempt.
+
+        Raises:
+            UserError: the last attempt failed, or one failed for good; names URL, reason and number of attempts.
+        """
+        url = f"{self.url}/{name}"
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                content = self._download(url, name, chunk)
+                if chunk is not None:
+                    check_chunk(content, chunk)
+                return content
+            except Exception as error:  # every store has its own exceptions
+                if attempt == ATTEMPTS or _is_final(error):
+                    damaged = isinstance(error, DamagedChunkError)
+                    reason = str(error) if damaged else f"cannot be read: {error or repr(error)}"
+                    count = "1 attempt" if attempt == 1 else f"{attempt} attempts"
+                    raise UserError(f"{url} {reason} ({count})") from error
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+        raise AssertionError
+
+    def _download(self, url: str, name: str, chunk: Chunk | None) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            if chunk is not None:
+                return self.downloader.download_bytes(url, 0, chunk.bytes, str(path))
+            if url.startswith("s3://"):
+                # Its `download_file` uses a client that supports no http:// and retries for minutes.
+                with open(path, "wb") as file:
+                    self.downloader.download_fileobj(url, file)
+            else:
+                self.downloader.download_file(url, str(path))
+            return path.read_bytes()
+
+
+def _is_final(error: Exception) -> bool:
+    from botocore.exceptions import ClientError
+
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        return 400 <= status < 500 and status not in TRANSIENT
+    return isinstance(error, FileNotFoundError)
+
+
+def make_room(folder: Path, needed: int, share: float) -> None:
+    """Delete the oldest chunks of a cache until `needed` more bytes fit into `share` of the disk open to it."""
+    chunks = sorted(folder.glob("*.bin"), key=lambda path: path.stat().st_mtime_ns)
+    sizes = [path.stat().st_size for path in chunks]
+    used = sum(sizes)
+    limit = share * (used + shutil.disk_usage(folder).free) - needed
+    for path, size in zip(chunks, sizes, strict=True):
+        if used <= limit:
+            return
+        path.unlink(missing_ok=True)
+        used -= size
