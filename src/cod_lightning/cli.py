@@ -632,7 +632,7 @@ def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
     """The options among `key=value` words, and the rest: what a configuration could be asked for."""
     from cod_lightning.commands.measure_runner import study_options
     from cod_lightning.config.compose import fields_and_groups
-    from cod_lightning.measure.options import read_options
+    from cod_lightning.measure.options import parse_options
 
     known = {**study_options(study), "rows": int, "output": str}
     known |= {} if study in ("compare", "prune") else {"only": Sequence[str]}
@@ -642,7 +642,7 @@ def measure_words(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
         key = word.partition("=")[0]
         return key.isidentifier() and key not in others
 
-    options = read_options(filter(is_option, words), known, f"measure {study}")
+    options = parse_options(filter(is_option, words), known, f"measure {study}")
     return options, [word for word in words if not is_option(word)]
 
 
@@ -693,13 +693,13 @@ def compare(
         raise UserError(f"two models are called {max(names, key=names.count)}: rename a folder, to tell them apart")
     from functools import partial
 
-    from cod_lightning.commands.measure_runner import compare as compare_models
+    from cod_lightning.commands.measure_runner import run_comparison
 
     subjects = {
         name: partial(open_subject, model, overrides, checkpoint, rows)
         for name, model in zip(names, models, strict=True)
     }
-    print(compare_models(subjects, options, output or Path("measure") / "-".join(["compare", *names])))
+    print(run_comparison(subjects, options, output or Path("measure") / "-".join(["compare", *names])))
     return 0
 
 

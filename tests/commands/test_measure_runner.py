@@ -51,7 +51,7 @@ def test_the_theory_says_where_the_paper_disagrees_with_itself(tmp_path, capsys)
 
 def test_where_results_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file: choose a folder"):
+    with pytest.raises(UserError, match="file is a file: choose a folder for the results"):
         run_study("variance", subject(), {}, tmp_path / "file")
     with pytest.raises(UserError, match="Not a directory"):
         run_study("variance", subject(), {}, tmp_path / "file/below")

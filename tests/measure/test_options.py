@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.options import one_of, options_of, read_options
+from cod_lightning.measure.options import options_of, parse_options, require_choice
 
 Colour = Literal["red", "green"]
 
@@ -54,7 +54,7 @@ def test_options_are_the_keywords_that_a_word_can_give():
     ],
 )
 def test_words_become_values_of_their_types(word, value):
-    found = read_options([word], options_of(example), "measure example")
+    found = parse_options([word], options_of(example), "measure example")
     assert found == {word.partition("=")[0]: value}
     assert type(next(iter(found.values()))) is type(value)
 
@@ -62,7 +62,7 @@ def test_words_become_values_of_their_types(word, value):
 def test_every_wrong_word_is_named_with_what_would_be_right():
     words = ["cuont=3", "count=many", "count=none", "share=half", "exact=1", "colour=rde", "sizes=[1,b]", "sizes="]
     with pytest.raises(UserError) as error:
-        read_options(words, options_of(example), "measure example")
+        parse_options(words, options_of(example), "measure example")
     assert str(error.value).splitlines() == [
         "cuont is not an option of measure example: did you mean 'count'? known: colour, count, depth, exact, name, "
         "share, sizes",
@@ -74,11 +74,11 @@ def test_every_wrong_word_is_named_with_what_would_be_right():
         "sizes=[1,b]: expected a whole number",
         "sizes=: expected a whole number",
     ]
-    with pytest.raises(UserError, match="x is not an option of measure variance: it has none"):
-        read_options(["x=1"], {}, "measure variance")
+    with pytest.raises(UserError, match="x is not an option of measure variance: it has no options"):
+        parse_options(["x=1"], {}, "measure variance")
 
 
 def test_a_choice_is_checked_where_it_is_used():
-    one_of(Colour, colour="red")
+    require_choice(Colour, colour="red")
     with pytest.raises(UserError, match=r"colour='gren': did you mean 'green'\? known: green, red"):
-        one_of(Colour, colour="gren")
+        require_choice(Colour, colour="gren")

@@ -22,7 +22,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, evaluate, iter_batches
-from cod_lightning.measure.options import one_of
+from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.result import Progress, figure, heat_map, layer_lines, legend
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def swaps(
     Raises:
         UserError: `pairs` is unknown, the model has one block only, or there is no target.
     """
-    one_of(Pairs, pairs=pairs)
+    require_choice(Pairs, pairs=pairs)
     layers = range(1, model.depth + 1)
     chosen = [pair for pair in combinations(layers, 2) if pairs == "all" or pair[1] == pair[0] + 1]
     if not chosen:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import hidden_states, iter_batches
-from cod_lightning.measure.options import one_of
+from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.result import Mean, Progress, figure, heat_map
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def angular_distance(
     Raises:
         UserError: an option is unknown, or there is no token.
     """
-    one_of(Which, token=token)
-    one_of(Scale, normalise=normalise)
+    require_choice(Which, token=token)
+    require_choice(Scale, normalise=normalise)
     if tokens < 1:
         raise UserError(f"tokens={tokens}: at least 1 is needed")
     depth, mean = model.depth, Mean()

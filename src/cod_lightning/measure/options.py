@@ -1,4 +1,4 @@
-"""Options of measures as words of a command line: their names and types are those of the functions' own keywords."""
+"""Options of measures on the command line: names and types are those of the functions' keyword-only parameters."""
 
 from __future__ import annotations
 
@@ -12,73 +12,75 @@ from cod_lightning.errors import UserError, nearest
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
-def one_of(known: Any, **options: Any) -> None:
-    """Refuse values that are not among those of a `Literal`.
+def require_choice(choices: Any, **options: Any) -> None:
+    """Check that options have values of the `Literal` type `choices`.
 
     Raises:
-        UserError: names the option and the values that it knows.
+        UserError: names the option and the known values.
     """
     for name, value in options.items():
-        if value not in get_args(known):
-            raise UserError(f"{name}={value!r}: {nearest(str(value), get_args(known))}")
+        if value not in get_args(choices):
+            raise UserError(f"{name}={value!r}: {nearest(str(value), get_args(choices))}")
 
 
-def options_of(measure: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only options of a function that a word can give, with their types."""
-    types = get_type_hints(measure)
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Names and types of the keyword-only parameters that can be given as text."""
+    types = get_type_hints(function)
     return {
         name: types[name]
-        for name, parameter in signature(measure).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and readable(types[name])
+        for name, parameter in signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and can_parse(types[name])
     }
 
 
-def read_options(words: Iterable[str], known: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """Words such as `probes=32`, `exact=true` or `sizes=[1,2,4]` as values of their types.
+def parse_options(words: Iterable[str], known: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Parse words such as `probes=32`, `exact=true` or `sizes=[1,2,4]`.
 
     Args:
         words: `option=value` each.
-        known: from `options_of`.
-        command: whose options they are, for errors.
+        known: names and types, from `options_of`.
+        command: the command that has the options, for errors.
 
     Raises:
-        UserError: names every word that is no option, or whose value is not of its type.
+        UserError: names every word whose option is unknown or whose value has the wrong type.
     """
-    options, found = {}, []
+    options, problems = {}, []
     for word in words:
         name, _, text = word.partition("=")
         if name not in known:
-            other = nearest(name, known) if known else "it has none"
-            found.append(f"{name} is not an option of {command}: {other}")
+            hint = nearest(name, known) if known else "it has no options"
+            problems.append(f"{name} is not an option of {command}: {hint}")
             continue
         try:
-            options[name] = read(known[name], text)
+            options[name] = parse(known[name], text)
         except ValueError as error:
-            found.append(f"{word}: {error}")
-    if found:
-        raise UserError("\n".join(found))
+            problems.append(f"{word}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
     return options
 
 
-def readable(kind: Any) -> bool:
-    """Whether `read` has values of this type: numbers, words, true and false, sequences of them, or None."""
-    kind = unless_none(kind)
-    return readable(get_args(kind)[0]) if get_origin(kind) is Sequence else kind in EXPECTED or is_choice(kind)
+def can_parse(kind: Any) -> bool:
+    """Whether `parse` supports a type: numbers, strings, booleans, `Literal`, sequences of them, and None."""
+    kind = without_none(kind)
+    if get_origin(kind) is Sequence:
+        return can_parse(get_args(kind)[0])
+    return kind in EXPECTED or get_origin(kind) is Literal
 
 
-def read(kind: Any, text: str) -> Any:
-    """The value of a type that a text spells.
+def parse(kind: Any, text: str) -> Any:
+    """Convert text to a type.
 
     Raises:
-        ValueError: it spells none; says what would.
+        ValueError: says what was expected.
     """
-    plain = unless_none(kind)
+    plain = without_none(kind)
     if plain is not kind and text.lower() in ("none", "null"):
         return None
     if get_origin(plain) is Sequence:
-        parts = text.removeprefix("[").removesuffix("]").split(",")
-        return [read(get_args(plain)[0], part.strip()) for part in parts]
-    if is_choice(plain):
+        items = text.removeprefix("[").removesuffix("]").split(",")
+        return [parse(get_args(plain)[0], item.strip()) for item in items]
+    if get_origin(plain) is Literal:
         if text not in get_args(plain):
             raise ValueError(nearest(text, get_args(plain)))
         return text
@@ -88,11 +90,7 @@ def read(kind: Any, text: str) -> Any:
         raise ValueError(f"expected {EXPECTED[plain]}") from None
 
 
-def is_choice(kind: Any) -> bool:
-    return get_origin(kind) is Literal
-
-
-def unless_none(kind: Any) -> Any:
-    """The X of X | None; any other type as it is."""
+def without_none(kind: Any) -> Any:
+    """X for X | None; other types unchanged."""
     others = [part for part in get_args(kind) if part is not NoneType]
     return others[0] if get_origin(kind) in (Union, UnionType) and len(others) == 1 else kind

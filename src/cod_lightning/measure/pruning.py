@@ -16,7 +16,7 @@ from cod_lightning.measure.ablation import RISE, removal
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import evaluate
 from cod_lightning.measure.importance import block_influence
-from cod_lightning.measure.options import one_of
+from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.result import Progress, figure, layer_lines, legend
 from cod_lightning.measure.sparsity import (
     Method,
@@ -225,8 +225,8 @@ def prune(
     else:
         assert sparsity is not None
         spread, rule = allocation or "owl", method or "wanda"
-        one_of(Allocation, allocation=spread)
-        one_of(Method, method=rule)
+        require_choice(Allocation, allocation=spread)
+        require_choice(Method, method=rule)
         needs_norms = spread == "owl" or rule == "wanda"
         norms = input_norms(model, batches, pad_id, progress) if needs_norms else []
         if spread == "owl":
@@ -279,7 +279,7 @@ def without_blocks(
     Raises:
         UserError: an unknown signal, or a number that leaves no block or removes none.
     """
-    one_of(Signal, by=by)
+    require_choice(Signal, by=by)
     if not 1 <= blocks < model.depth:
         raise UserError(f"blocks={blocks}: 1 to {model.depth - 1} of the {model.depth} of {model.name} can be removed")
     if by == "removal":

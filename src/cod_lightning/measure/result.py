@@ -161,24 +161,31 @@ class Result:
         return self.model
 
     def plot(self) -> Figure:
-        """The figure: `panels` in rows of at most three.
+        return draw_panels(self.panels(), self.title())
 
-        It is at most 13 inches wide, so that its text stays readable where a page scales it to 800 pixels.
-        """
-        from cod_lightning import plots
 
-        panels = self.panels()
-        columns = min(len(panels), 3)
-        rows = math.ceil(len(panels) / columns)
-        width = {1: 6.4, 2: 5.4}.get(columns, 13 / columns)
-        with plots.style():
-            figure, axes = plots.grid_figure(width * columns, 3.9 * rows, rows, columns)
-            figure.suptitle(self.title())
-            for place, panel in zip(axes.flat, panels, strict=False):
-                panel.draw(place)
-            for place in axes.flat[len(panels) :]:
-                place.set_axis_off()
-        return figure
+def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = False) -> Figure:
+    """Draw panels in rows of at most three; with `shared_legend`, the legend of the first is that of all.
+
+    The figure is at most 13 inches wide, so that its text stays readable where a page scales it to 800 pixels.
+    """
+    from cod_lightning import plots
+
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    width = {1: 6.4, 2: 5.4}.get(columns, 13 / columns)
+    with plots.style():
+        figure, axes = plots.grid_figure(width * columns, 3.9 * rows, rows, columns)
+        figure.suptitle(title)
+        for place, panel in zip(axes.flat, panels, strict=False):
+            panel.draw(place)
+            if shared_legend and (legend := place.get_legend()):
+                legend.remove()
+        for place in axes.flat[len(panels) :]:
+            place.set_axis_off()
+        if shared_legend:
+            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
 
 
 def save(result: Result, folder: Path, name: str) -> list[Path]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches
-from cod_lightning.measure.options import one_of
+from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.result import Progress, figure, layer_lines, legend
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def sparsified(
     Raises:
         UserError: no such method, no norms for it, or not one sparsity in [0, 1] for each block.
     """
-    one_of(Method, method=method)
+    require_choice(Method, method=method)
     if method == "wanda" and norms is None:
         raise UserError("method='wanda' needs norms, the input norms of every linear layer: pass those of input_norms")
     if len(sparsities) != model.depth or not all(0 <= share <= 1 for share in sparsities):
