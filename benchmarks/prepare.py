@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cod_lightning.data.config import DataConfig
-from cod_lightning.data.corpora import docs
+from cod_lightning.data.documentation import docs
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepare
 from cod_lightning.data.tokenizers import DocumentTokenizer, train_bpe

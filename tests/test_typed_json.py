@@ -44,15 +44,15 @@ def test_null_is_nan_for_a_number_and_none_for_an_optional_one():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "expected object, got []"),
+        ([], "expected an object, got []"),
         ({}, "chunks is missing"),
         ({"chunks": [], "rows": 1}, "rows is unknown"),
-        ({"chunks": {}}, "chunks: expected tuple"),
-        ({"chunks": [{"name": "a", "rows": True}]}, "chunks[0].rows: expected int, got True"),
-        ({"chunks": [{"name": "a", "rows": 1.0}]}, "chunks[0].rows: expected int, got 1.0"),
+        ({"chunks": {}}, "chunks: expected a list"),
+        ({"chunks": [{"name": "a", "rows": True}]}, "chunks[0].rows: expected an integer, got True"),
+        ({"chunks": [{"name": "a", "rows": 1.0}]}, "chunks[0].rows: expected an integer, got 1.0"),
         ({"chunks": [{"name": "a"}]}, "chunks[0].rows is missing"),
-        ({"chunks": [], "kind": "test"}, "kind: expected typing.Literal['train', 'val'], got 'test'"),
-        ({"chunks": [], "curve": {"x": ["y"]}}, "curve.x[0]: expected float, got 'y'"),
+        ({"chunks": [], "kind": "test"}, "kind: expected one of 'train', 'val', got 'test'"),
+        ({"chunks": [], "curve": {"x": ["y"]}}, "curve.x[0]: expected a number, got 'y'"),
     ],
 )
 def test_an_error_names_the_field(value, message):

@@ -10,7 +10,7 @@ class Split:
     chunks: tuple[Chunk, ...]
     loss: float | None = None  # a field with a default may be missing
 
-read_json(path, Split, "prepare the set again")  # UserError: "train.json: chunks[0].rows: expected int, ..."
+read_json(path, Split, "prepare the set again")  # UserError: "train.json: chunks[0].rows: expected an integer, ..."
 from_json(Split, json.loads(text))  # the same check on a parsed value; ValueError without the file name
 read_json(path, dict[str, Any], "run again")  # only the outermost type is checked
 """
@@ -84,8 +84,15 @@ def _convert(kind: Any, value: Any, field: str, ignore_unknown: bool) -> Any:
         return float(value)
     if value in arguments if origin is Literal else type(value) is kind:
         return value
-    name = "object" if is_dataclass(kind) else getattr(kind, "__name__", kind) if origin is None else kind
-    raise ValueError(f"{field + ': ' if field else ''}expected {name}, got {repr(value)[:80]}")
+    raise ValueError(f"{field + ': ' if field else ''}expected {_describe(kind)}, got {repr(value)[:80]}")
+
+
+def _describe(kind: Any) -> str:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list"}
+    return names.get(origin or kind, "a list" if origin is tuple else "an object")
 
 
 def _convert_dataclass(kind: Any, value: dict[str, Any], field: str, ignore_unknown: bool) -> Any:

@@ -95,7 +95,7 @@ def test_what_is_no_record_is_refused_by_place_and_field(tmp_path, content, mess
 def test_a_text_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     config = DataConfig(source="instructions", files=str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match=r"a\.txt is none of \.jsonl, \.json"):
+    with pytest.raises(UserError, match=r"a\.txt is not one of \.jsonl, \.json"):
         list(open_corpus(config).train())
 
 

@@ -51,6 +51,18 @@ def test_bpe_trains_on_a_bounded_part(monkeypatch):
     assert train_bpe(endless(), 300).vocab_size < 300
 
 
+def test_a_long_word_does_not_slow_down_training(monkeypatch):
+    monkeypatch.setattr(tokenizers_room, "_LONG_WORD", tokenizers_room.re.compile("(x{4})"))
+    assert tokenizers_room._split_long_words("xxxxxxxxx") == "xxxxxxxxx"
+    long = "a word " + "x" * 5000
+    assert max(map(len, tokenizers_room._split_long_words(long).split())) == 4
+
+
+def test_text_without_long_words_is_trained_on_unchanged():
+    text = "Zeichen, 你好。" * 3000 + "a-b_1" * 900
+    assert tokenizers_room._split_long_words(text) == text
+
+
 def test_a_t5_like_folder_keeps_its_own_pad_and_ends_once(word_level, tmp_path):
     tokenizer = load_tokenizer(word_level(tmp_path, ["<pad>", "</s>"], {"eos_token": {"content": "</s>"}}))
     assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
@@ -108,5 +120,5 @@ def test_damaged_files_are_named(word_level, tmp_path):
         load_tokenizer(str(tmp_path))
     word_level(tmp_path, ["</s>"])
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config.json is not JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: .*; it must hold a JSON object"):
         load_tokenizer(str(tmp_path))

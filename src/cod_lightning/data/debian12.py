@@ -20,7 +20,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cod_lightning.data.corpora import html_text, join_paragraphs
+from cod_lightning.data.documentation import html_text, join_paragraphs
 from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
 

@@ -1,11 +1,11 @@
-"""Tokenizers: trained byte-level BPE, or one read from a folder or the hub; one EOS per document, never a BOS."""
+"""Tokenizers: trained byte-level BPE, or one from a folder or the hub; one EOS per document, never a BOS."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,15 @@ from tokenizers import Tokenizer
 
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.manifest import TOKENIZER
-from cod_lightning.errors import DAMAGED, UserError
+from cod_lightning.errors import UserError
+from cod_lightning.typed_json import read_json
 
 PAD, EOS = "<pad>", "<eos>"
-"""The specials of the trained BPE, ids 0 and 1; `PAD` is also what is added to a tokenizer that has no pad."""
+"""Special tokens of the trained BPE, ids 0 and 1; `PAD` is also added to a tokenizer without a pad."""
 BPE_CHARACTERS = 32_000_000
-"""The BPE is trained on so much of the training text: all of `docs`, about 16,000 documents of C4."""
+"""Training text of the BPE: all of `docs`, about 16,000 documents of C4."""
+WORD_CHARACTERS = 4096
+"""The trainer's time is quadratic in the length of a word (200,000 letters take 30 s), so longer ones are split."""
 EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[EOS]")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 _HUB_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "tokenizer.model")
@@ -28,10 +31,7 @@ _HUB_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "sp
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """A tokenizer as plain data, with what it takes to make rows: the ids of pad and EOS.
-
-    `pad_id` is never the id of a token that text can yield.
-    """
+    """A tokenizer as plain data, with the ids of pad and EOS. No text encodes to `pad_id`."""
 
     json: str
     pad_id: int
@@ -39,14 +39,14 @@ class DocumentTokenizer:
 
     @cached_property
     def backend(self) -> Tokenizer:
-        """The `tokenizers` object, set so that a special token spelled out in a document stays ordinary text."""
+        """The `tokenizers` object; a special token that is spelled out in a document stays ordinary text."""
         backend = Tokenizer.from_str(self.json)
         backend.encode_special_tokens = True
         return backend
 
     @cached_property
     def vocab_size(self) -> int:
-        """The largest id plus one: rows of an embedding that can look up every token."""
+        """The largest id plus one, as an embedding needs it."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
@@ -54,10 +54,10 @@ class DocumentTokenizer:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     def encode(self, documents: list[str]) -> list[list[int]]:
-        """Return the ids of each document, one EOS at the end of each.
+        """Return the ids of each document, followed by EOS.
 
         Raises:
-            UserError: It has no token for some of the text, and none for what is unknown.
+            UserError: the tokenizer has no token for some of the text, and none for unknown text.
         """
         try:
             encodings = self.backend.encode_batch_fast(documents, add_special_tokens=False)
@@ -82,17 +82,17 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_first(documents, BPE_CHARACTERS), trainer)
+    backend.train_from_iterator(map(_split_long_words, _take_characters(documents, BPE_CHARACTERS)), trainer)
     return trained_bpe(backend.to_str())
 
 
 def trained_bpe(json: str) -> DocumentTokenizer:
-    """Return the tokenizer that `train_bpe` made, of its JSON."""
+    """Return the tokenizer that `train_bpe` produced, from its JSON."""
     return DocumentTokenizer(json, pad_id=0, eos_id=1)
 
 
-def _first(documents: Iterable[str], characters: int) -> Iterable[str]:
-    """The leading documents, to and including the one that reaches `characters`."""
+def _take_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield the leading documents, up to and including the one that reaches `characters`."""
     read = 0
     for document in documents:
         yield document
@@ -101,14 +101,24 @@ def _first(documents: Iterable[str], characters: int) -> Iterable[str]:
             return
 
 
+_LONG_WORD = re.compile("|".join(rf"{kind}{{{WORD_CHARACTERS}}}" for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]")))
+
+
+def _split_long_words(document: str) -> str:
+    """Break runs of letters, digits or symbols that are longer than any word of a language."""
+    if len(document) <= WORD_CHARACTERS or max(map(len, document.split()), default=0) <= WORD_CHARACTERS:
+        return document
+    return _LONG_WORD.sub(r"\g<0>\n", document)
+
+
 def load_tokenizer(name: str) -> DocumentTokenizer:
     """Load the tokenizer of a folder or of a repository on the hub.
 
-    Pad and EOS are those that its configuration names, else the well-known spellings. A tokenizer without a pad of its
-    own (Llama, GPT-2) gets `<pad>` as an additional last token, so its vocabulary is one larger than published.
+    Its configuration names pad and EOS; otherwise well-known spellings are tried. A tokenizer without a pad (Llama,
+    GPT-2) gets `<pad>` as an additional last token, so its vocabulary is one larger than published.
 
     Raises:
-        UserError: No such folder, hub not reachable, no tokenizer in it, or no EOS token.
+        UserError: no such folder, hub not reachable, no tokenizer in it, or no EOS token.
     """
     if Path(name).is_dir():
         return _from_folder(Path(name), name)
@@ -117,21 +127,22 @@ def load_tokenizer(name: str) -> DocumentTokenizer:
     return _from_folder(_download(name), name)
 
 
-def with_pad_below(tokenizer: DocumentTokenizer, rows: int) -> DocumentTokenizer:
-    """The tokenizer for an embedding of `rows` rows: a pad that was added, and has none, gives way to a special token.
+def with_pad_below(tokenizer: DocumentTokenizer, vocab_size: int) -> DocumentTokenizer:
+    """Return the tokenizer for an embedding of `vocab_size` rows; another special token replaces a pad beyond them.
 
-    Special tokens spelled out in a text stay text here, so that no text yields one.
+    No text encodes to a special token here, so any can serve as pad.
 
     Raises:
-        UserError: it has no special token but EOS.
+        UserError: EOS is the only special token.
     """
-    if tokenizer.pad_id < rows:
+    if tokenizer.pad_id < vocab_size:
         return tokenizer
     added = tokenizer.backend.get_added_tokens_decoder().items()
-    special = [token_id for token_id, token in added if token.special and token_id < rows]
-    special = [token_id for token_id in special if token_id != tokenizer.eos_id]
+    special = [id for id, token in added if token.special and id < vocab_size and id != tokenizer.eos_id]
     if not special:
-        raise UserError(f"the tokenizer has no special token but EOS to pad rows with, below the {rows} of the model")
+        raise UserError(
+            f"the tokenizer has no special token but EOS to pad rows with, below the {vocab_size} of the model"
+        )
     return replace(tokenizer, pad_id=max(special))
 
 
@@ -181,22 +192,17 @@ def _from_folder(folder: Path, name: str) -> DocumentTokenizer:
 
 
 def _named_specials(folder: Path) -> dict[str, str]:
-    """The special tokens that the folder's configuration names, as {"eos_token": "</s>", ...}."""
+    """Return the special tokens that the folder's configuration names, as {"eos_token": "</s>", ...}."""
     named: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            record = json.loads((folder / file).read_text("utf-8"))
-        except FileNotFoundError:
+        if not (folder / file).is_file():
             continue
-        except DAMAGED as error:
-            raise UserError(f"{folder / file} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise UserError(f'{folder / file} must hold a JSON object, as in {{"eos_token": "</s>"}}')
+        record = read_json(folder / file, dict[str, Any], 'it must hold a JSON object such as {"eos_token": "</s>"}')
         for role in ("eos_token", "pad_token"):
             token = record.get(role)
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None and not isinstance(token, str):
-                raise UserError(f'{folder / file}: {role}={token!r} must be a token, as in "</s>"')
+                raise UserError(f'{folder / file}: {role}={token!r} must be a token such as "</s>"')
             if token:
                 named[role] = token
     return named
