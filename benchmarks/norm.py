@@ -25,8 +25,8 @@ from _results import keep_freed_memory, milliseconds, path_of, save, show
 from torch import Tensor
 
 from cod_lightning.kernels import triton_norm
-from cod_lightning.kernels.norm import norm
-from cod_lightning.kernels.reference import reference_norm
+from cod_lightning.kernels.norm import add_norm
+from cod_lightning.kernels.reference import reference_add_norm
 
 EPS, GAIN = 1e-6, 7**-0.5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,7 +35,7 @@ Variant = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def ours(x: Tensor, weight: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-    return norm(x, weight, branch, eps=EPS, gain=GAIN)[:2]
+    return add_norm(x, weight, branch, eps=EPS, gain=GAIN)
 
 
 def plain(x: Tensor, weight: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def error(name: str, variant: Variant, width: int, dtype: torch.dtype, branched:
     results = []
     gain = 1.0 if name in FOLDED else GAIN
     leaves = leaves_of(name, leaves)
-    for function, cast in ((variant, dtype), (lambda *t: reference_norm(*t, eps=EPS, gain=gain)[:2], torch.float64)):
+    for function, cast in ((variant, dtype), (lambda *t: reference_add_norm(*t, eps=EPS, gain=gain), torch.float64)):
         cast_leaves = [None if leaf is None else leaf.detach().to(cast).requires_grad_() for leaf in leaves]
         stream, y = function(*cast_leaves)
         wanted = [leaf for leaf in cast_leaves if leaf is not None]

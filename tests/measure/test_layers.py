@@ -1,10 +1,7 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure import layers
 from cod_lightning.measure.layers import first_bad_layer, layer_statistics, plot_variance
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
@@ -94,26 +91,3 @@ def test_the_plot_has_one_line_per_layer():
         [0.2, 0.3, 0.5],
         [0.4, 0.9, 2.0],
     ]
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("norm", ["lns", "peri_ln", "post_ln", "gpas", "group_ln", "entered"])
-def test_the_variance_that_a_layer_norm_has_at_hand_is_that_of_the_stream(monkeypatch, norm, backend):
-    """A pre-norm's own statistics spare the pass over the stream, and only that."""
-    config = replace(CONFIG, norm="layer", norm_backend=backend)
-    specs = build_all({"name": "lns" if norm == "entered" else norm}, DEPTH)
-    if norm == "entered":  # the pre-norm of block 3 reads what another norm has changed
-        specs[2] = replace(specs[2], entry_norm=True)
-    model = build_decoder(config, specs, seed=0)
-    tokens, passes = torch.randint(1, 31, (3, 10)), []
-    counted = layers.token_variances
-    monkeypatch.setattr(layers, "token_variances", lambda x: passes.append(x) or counted(x))
-    streams = []
-    model(tokens, hook=lambda what, layer, x: streams.append(x.detach()) if what == "residual" else None)
-    found = layer_statistics(model, tokens, pad_id=tokens[0, 0].item())
-    weight = (tokens != tokens[0, 0]).double()
-    for variance, x in zip(found.residual, streams, strict=True):
-        assert variance == pytest.approx(float((x.double().var(-1) * weight).sum() / weight.sum()), rel=1e-4)
-    # The final norm reads the last block's output in any case; Group-LN's pre-norms know the variances of parts alone.
-    read = {"post_ln": 1, "group_ln": 1, "entered": DEPTH - 1}.get(norm, DEPTH)
-    assert len(passes) == 3 * DEPTH - read

@@ -116,7 +116,7 @@ def test_blocks_are_removed_and_exchanged(model, images):
 def test_labels_are_read_from_the_class_token_of_every_layer(model, images):
     known, vit = labelled(images), model.model
     x = [y[:, 0] for y in stream(vit, known.pixels)]
-    losses = [F.cross_entropy(vit.head(vit.norm(y)[1]), known.labels).item() for y in x]
+    losses = [F.cross_entropy(vit.head(vit.norm(y)), known.labels).item() for y in x]
     found = readout(model, images)
     assert (found.tokens, found.loss) == (4, pytest.approx(losses[1:], rel=1e-9))
     shares = layer_importance(model, images, permutations=None)

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.kernels.reference import reference_norm
+from cod_lightning.kernels.reference import reference_add_norm
 from cod_lightning.nn import decoder as decoder_module
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
@@ -52,7 +52,7 @@ def test_every_strategy_computes_the_same_with_triton(name, norm):
 def test_the_backend_is_a_matter_of_configuration_and_unknown_ones_are_refused():
     with pytest.raises(ValueError, match=r"model.norm_backend='cuda' is not a backend; known: auto, torch, triton"):
         made("cuda")
-    with pytest.raises(ValueError, match=r"norm_backend='triton' cannot be used here: torch.float64"):
+    with pytest.raises(ValueError, match=r"norm_backend='triton' does not support this: torch.float64"):
         made("triton").double()(tokens())
     assert made("auto").double()(tokens()).dtype == torch.float64
 
@@ -156,7 +156,7 @@ def test_fifty_steps_of_training_stay_within_the_error_of_the_reference(monkeypa
 
     triton = curve("triton")
     monkeypatch.setattr(
-        decoder_module, "norm", lambda *tensors, backend, **settings: reference_norm(*tensors, **settings)
+        decoder_module, "add_norm", lambda *tensors, backend, **settings: reference_add_norm(*tensors, **settings)
     )
     exact, plain = curve("torch", torch.float64), curve("torch")
     assert exact[-5:].mean() < 0.6 * exact[0]

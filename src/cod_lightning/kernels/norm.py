@@ -1,18 +1,18 @@
-"""The norm that the decoder calls: one function, and what carries it out."""
+"""The norm that the decoder calls: one function, and the choice of its backend."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cod_lightning.kernels.reference import reference_norm
+from cod_lightning.kernels.reference import reference_add_norm
 
 try:
-    from cod_lightning.kernels import triton_norm as fused
-except ImportError:  # Triton is made for Linux alone
-    fused = None
+    from cod_lightning.kernels import triton_norm
+except ImportError:  # Triton supports only Linux
+    triton_norm = None
 
 
-def norm(
+def add_norm(
     x: Tensor,
     weight: Tensor | None = None,
     branch: Tensor | None = None,
@@ -23,49 +23,48 @@ def norm(
     groups: int = 1,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`reference_norm`, fast: the stream x + branch, its norm times gain, and 1/sqrt(v + eps).
+) -> tuple[Tensor, Tensor]:
+    """`reference_add_norm`, fast: the residual stream x + branch, and its norm times gain.
 
-    Use the stream that is returned instead of x in what follows: its gradient is then added in the norm's own backward
-    pass. Under a transform of `torch.func` it is the reference itself.
+    Use the returned stream in place of x: the backward pass of the norm then adds its gradient. Transforms of
+    `torch.func` run the reference.
 
     Args:
         x: [..., hidden].
-        weight: [hidden], or None for a norm without parameters; torch's norms take it in the dtype of the stream.
-        branch: [..., hidden] to add to x first, or None.
+        weight: [hidden], or None for a norm without parameters; torch's norms cast it to the dtype of the stream.
+        branch: [..., hidden], added to x before the norm, or None.
         kind: `rms` or `layer`.
         eps: added to the mean square or variance.
         gain: constant factor of y.
-        groups: equal parts of the hidden dimension with statistics of their own.
+        groups: equal parts of the hidden dimension with their own statistics.
         dtype: of y; None: that of the stream.
-        backend: `triton`; `torch`; or `auto`, Triton for tensors on a GPU that it can take and torch for all others.
+        backend: `triton`; `torch`; or `auto`, Triton for the GPU tensors that it supports and torch for all others.
 
     Returns:
-        The stream [..., hidden]; y [..., hidden]; and 1/sqrt(v + eps) [..., groups] without gradient, or None from
-        torch's RMSNorm, which does not hand it out.
+        The stream [..., hidden] and y [..., hidden].
 
     Raises:
-        ValueError: an unknown kind or backend, or tensors that backend="triton" cannot take; says why.
+        ValueError: an unknown kind or backend, or tensors that backend="triton" does not support, with the reason.
     """
     if kind not in ("rms", "layer") or backend not in ("auto", "torch", "triton"):
         raise ValueError(f"kind={kind!r} must be rms or layer, backend={backend!r} must be auto, torch or triton")
     compiling = torch.compiler.is_compiling()
     if torch._C._are_functorch_transforms_active():
-        return reference_norm(x, weight, branch, kind=kind, eps=eps, gain=gain, groups=groups, dtype=dtype)
-    if backend == "torch" or (backend == "auto" and (not x.is_cuda or obstacle(x, weight, branch, groups))):
-        return torch_norm(x, weight, branch, kind, eps, gain, groups, dtype)
-    if why := obstacle(x, weight, branch, groups):
-        raise ValueError(f"norm_backend='triton' cannot be used here: {why}; norm_backend='auto' can")
-    assert fused is not None
-    numbers: tuple[float | Tensor, float | Tensor] = gain, eps
+        return reference_add_norm(x, weight, branch, kind=kind, eps=eps, gain=gain, groups=groups, dtype=dtype)
+    if backend == "torch" or (backend == "auto" and (not x.is_cuda or unsupported(x, weight, branch, groups))):
+        return torch_add_norm(x, weight, branch, kind, eps, gain, groups, dtype)
+    if reason := unsupported(x, weight, branch, groups):
+        raise ValueError(f"norm_backend='triton' does not support this: {reason}; use norm_backend='auto'")
+    assert triton_norm is not None
+    constants: tuple[float | Tensor, float | Tensor] = gain, eps
     if compiling:
-        # As tensors they are no constants of the compiled code, which all blocks then share.
+        # Floats would be compiled in; as tensors they let all blocks share one compilation.
         one = torch.ones((), dtype=torch.float32, device=x.device)
-        numbers = one * gain, one * eps
-    return fused.TritonNorm.apply(x, weight, branch, *numbers, kind == "layer", groups, dtype)
+        constants = one * gain, one * eps
+    return triton_norm.TritonAddNorm.apply(x, weight, branch, *constants, kind == "layer", groups, dtype)
 
 
-def torch_norm(
+def torch_add_norm(
     x: Tensor,
     weight: Tensor | None,
     branch: Tensor | None,
@@ -74,11 +73,11 @@ def torch_norm(
     gain: float,
     groups: int,
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`norm` by torch's own kernels, the gain folded into the weight so that it costs no pass over x.
+) -> tuple[Tensor, Tensor]:
+    """`add_norm` by torch's own kernels, with the gain folded into the weight so that it costs no pass over x.
 
-    Not in half precision, where weight * gain would be rounded to the same wrong gain for every token (by 2.5e-3 of it
-    in block 7 in bfloat16): there the gain multiplies the output.
+    Half precision would round weight * gain to the same wrong gain for every token (in bfloat16 by a relative 2.5e-3 in
+    block 7): there the gain multiplies the output.
     """
     stream = x if branch is None else x + branch
     folded = weight is not None and stream.dtype.itemsize >= 4
@@ -88,29 +87,24 @@ def torch_norm(
             weight = weight * gain
     parts = stream if groups == 1 else stream.unflatten(-1, (groups, -1))
     inside = weight if groups == 1 else None
-    rstd = None
     if kind == "rms":
         y = F.rms_norm(parts, parts.shape[-1:], inside, eps)
     else:
-        y, _, rstd = torch.native_layer_norm(parts, parts.shape[-1:], inside, None, eps)
-        # In half precision torch rounds it on some devices.
-        rstd = rstd.view(*x.shape[:-1], groups) if rstd.dtype.itemsize >= 4 else None
+        y = F.layer_norm(parts, parts.shape[-1:], inside, None, eps)
     if groups > 1:
         y = y.flatten(-2) if weight is None else y.flatten(-2) * weight
-    return stream, (y if folded or gain == 1 else y * gain).to(dtype or stream.dtype), rstd
+    return stream, (y if folded or gain == 1 else y * gain).to(dtype or stream.dtype)
 
 
-def obstacle(x: Tensor, weight: Tensor | None, branch: Tensor | None, groups: int) -> str | None:
-    """Why the Triton kernels cannot take these tensors, None if they can."""
+def unsupported(x: Tensor, weight: Tensor | None, branch: Tensor | None, groups: int) -> str | None:
+    """Why the Triton kernels do not support these tensors, or None if they do."""
     tensors = [tensor for tensor in (x, weight, branch) if tensor is not None]
-    if fused is None:
-        return "Triton is not installed; it is made for Linux alone"
-    if not x.is_cuda and not fused.INTERPRETED:
-        return (
-            f"the tensors are on {x.device.type}, not on a GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-        )
-    if wrong := [tensor.dtype for tensor in tensors if tensor.dtype not in fused.DTYPES]:
-        return f"{wrong[0]} is not among float32, bfloat16 and float16"
+    if triton_norm is None:
+        return "Triton is not installed; it supports only Linux"
+    if not x.is_cuda and not triton_norm.INTERPRETED:
+        return f"the tensors are on {x.device.type}, not on a GPU (TRITON_INTERPRET=1 runs slowly on the CPU)"
+    if dtypes := [tensor.dtype for tensor in tensors if tensor.dtype not in triton_norm.DTYPES]:
+        return f"{dtypes[0]} is not float32, bfloat16 or float16"
     shape, hidden = x.shape, x.shape[-1] if x.ndim else 0
     if hidden == 0 or hidden % groups:
         return f"groups={groups} does not divide the hidden dimension of {list(shape)}"
@@ -118,10 +112,10 @@ def obstacle(x: Tensor, weight: Tensor | None, branch: Tensor | None, groups: in
         return f"the weight has the shape {list(weight.shape)}, expected [{hidden}]"
     if branch is not None and branch.shape != shape:
         return f"the branch has the shape {list(branch.shape)}, x {list(shape)}"
-    if hidden // groups > fused.MAX_WIDTH:
-        return f"rows are {hidden // groups} wide, at most {fused.MAX_WIDTH} fit into the registers"
+    if hidden // groups > triton_norm.MAX_WIDTH:
+        return f"groups of {hidden // groups} channels exceed the maximum of {triton_norm.MAX_WIDTH}"
     if any(tensor.device != x.device for tensor in tensors):
         return "the tensors are on several devices"
-    if strange := [type(tensor) for tensor in tensors if type(tensor) not in (Tensor, nn.Parameter)]:
-        return f"the kernels take plain tensors, not {strange[0].__name__}"
+    if subclasses := [type(tensor) for tensor in tensors if type(tensor) not in (Tensor, nn.Parameter)]:
+        return f"the kernels need plain tensors, not {subclasses[0].__name__}"
     return None

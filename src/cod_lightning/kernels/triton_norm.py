@@ -1,11 +1,10 @@
-"""The norms as Triton kernels: `reference_norm` with one pass over memory in either direction.
+"""The norms as Triton kernels: `reference_add_norm` with one pass over memory in each direction.
 
-A forward pass reads the stream (or its two summands) and writes what is new; a backward pass reads the gradient of the
-normalised output, the stream and the gradient that reaches the stream from elsewhere, and writes their sum. In bfloat16
-that is 4 and 8 bytes an element for a norm, 8 and 8 with the residual addition. The gain multiplies the weight in
-registers. All arithmetic is in float32, every result is rounded once, and nothing depends on the order in which
-programs run: the weight's gradient is summed in float32 by each program over its own rows, then over the programs in
-the order of their numbers.
+The forward pass reads x and the branch, and writes the stream and y. The backward pass reads the stream and the
+gradients of both, and writes the gradient of x. In bfloat16 that is 4 and 8 bytes an element for a norm, 8 and 8 with
+the residual addition. The gain multiplies the weight in registers. All arithmetic is in float32 and every result is
+rounded once. Results do not depend on the order in which programs run: each program sums the weight's gradient in
+float32 over its own rows, and a second kernel adds these sums in the order of the programs.
 """
 
 from __future__ import annotations
@@ -20,18 +19,24 @@ from torch import Tensor, library
 from triton import knobs
 
 MAX_WIDTH = 16_384
-"""Widest row of one program: its tile must stay in registers."""
+"""Widest group of channels: the tile of a program must stay in registers."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = knobs.runtime.interpret
-"""Whether the kernels run on the CPU, under TRITON_INTERPRET=1."""
-
+"""Whether TRITON_INTERPRET=1 runs the kernels on the CPU."""
 
 COLUMNS = 16
-"""Channels whose gradient one program sums: 64 bytes, the least that a read of memory takes."""
+"""Channels whose weight gradient one program sums: 64 bytes, the smallest read of memory."""
 
 Number = float | Tensor
-"""A constant: a number, or a tensor of one float32 element on the device, which the kernels LOAD."""
+"""A constant: a number, or a float32 tensor of one element on the device, which the kernels LOAD."""
+
+
+@triton.jit
+def centred(s, inside, WIDTH: tl.constexpr):
+    """`s` minus its mean, 0 outside; removes the rounding error of a mean that was subtracted before."""
+    s = tl.where(inside, s, 0.0)
+    return tl.where(inside, s - (tl.sum(s, 1) / WIDTH)[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -39,7 +44,7 @@ def forward_kernel(
     x, branch, weight, stream, y, mean, rstd, rows, x_stride, branch_stride, eps, gain,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS rows of one group; `branch` with `stream`, `weight`, and for `rms` `mean` may be None."""
+    """One tile of ROWS rows of one group; None: `branch` and `stream`, `weight`, `mean` (of RMSNorm)."""
     if LOAD:
         gain, eps = tl.load(gain), tl.load(eps)
     group = tl.program_id(1)
@@ -59,7 +64,7 @@ def forward_kernel(
     if mean is not None:
         m = tl.sum(s, 1) / WIDTH
         tl.store(mean + row * GROUPS + group, m, row < rows)
-        s = tl.where(inside[None, :], s - m[:, None], 0.0)
+        s = centred(s - m[:, None], inside[None, :], WIDTH)
     r = 1 / tl.sqrt_rn(tl.sum(s * s, 1) / WIDTH + eps)
     tl.store(rstd + row * GROUPS + group, r, row < rows)
     factor = gain
@@ -94,7 +99,7 @@ def backward_kernel(
         r = tl.load(rstd + row * GROUPS + group, row < rows, other=0.0)[:, None]
         if mean is not None:
             s -= tl.load(mean + row * GROUPS + group, row < rows, other=0.0)[:, None]
-            s = tl.where(inside[None, :], s, 0.0)
+            s = centred(s, inside[None, :], WIDTH)
         normed = s * r
         if partial is not None:
             dweight += tl.sum(g * normed, 0)
@@ -132,28 +137,28 @@ def dweight_kernel(
 
 @lru_cache
 def constants(hidden: int, groups: int = 1, load: bool = False, backward: bool = False) -> dict[str, Any]:
-    """What a kernel is compiled for: the width of a group, a tile of ROWS rows and BLOCK columns, and its warps.
+    """The compile-time constants of a kernel: group width, tile of ROWS rows and BLOCK columns, number of warps.
 
-    16 elements a thread in both directions: two 16-byte loads of bfloat16 in flight for each operand.
+    Each thread has 16 elements in both directions: two 16-byte loads of bfloat16 in flight for each operand.
     """
     width = hidden // groups
     block = triton.next_power_of_2(width)
     rows = max(1, min(8, (2048 if backward else 4096) // block))
     shape: dict[str, Any] = {"WIDTH": width, "GROUPS": groups, "BLOCK": block, "ROWS": rows, "LOAD": load}
     if backward:
-        # The next tile waits in shared memory: 98 KB of float32 at 8,192 columns, more than many GPUs have at 16,384.
+        # The next tile is prefetched into shared memory: 98 KB of float32 at 8,192 columns; 16,384 exceed many GPUs.
         shape["STAGES"] = 2 if block <= 8192 else 1
     return shape | {"num_warps": max(1, min(16, rows * block // 512))}
 
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; when interpreted, few enough that every program has several tiles."""
+    """Number of multiprocessors of a GPU; 1 for the interpreter, so that a program has several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """The memory of [..., hidden] as rows whose elements lie side by side, and their distance; mostly x itself."""
+    """View x [..., hidden] as rows of contiguous elements, copied if necessary, and their stride."""
     if x.is_contiguous():
         return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
@@ -164,7 +169,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
 def forward_outputs(
     x: Tensor, branch: Tensor | None, layer: bool, groups: int, dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """Memory for y, rstd [..., groups], the mean likewise if `layer`, and the stream if there is a branch to add."""
+    """Allocate y, rstd [..., groups], for `layer` the mean [..., groups], and with a branch the stream."""
     stream = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     rstd = torch.empty((*x.shape[:-1], groups), dtype=torch.float32, device=x.device)
     outputs = [torch.empty(x.shape, dtype=dtype or stream, device=x.device), rstd]
@@ -185,7 +190,7 @@ def forward(
     groups: int,
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """`forward_outputs`, filled."""
+    """Compute `forward_outputs`."""
     outputs = forward_outputs(x, branch, layer, groups, dtype)
     y, rstd = outputs[:2]
     mean = outputs[2] if layer else None
@@ -205,7 +210,7 @@ def forward(
 def backward_outputs(
     stream: Tensor, weight: Tensor | None, dtype: torch.dtype, branch_dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """Memory for the gradients of x, of the branch where it has a dtype of its own, and of the weight unless None."""
+    """Allocate the gradients of x, of the branch if its dtype differs, and of the weight unless it is None."""
     dtypes = [dtype] if branch_dtype is None else [dtype, branch_dtype]
     outputs = [torch.empty(stream.shape, dtype=dtype, device=stream.device) for dtype in dtypes]
     return outputs if weight is None else [*outputs, torch.empty_like(weight)]
@@ -223,7 +228,7 @@ def backward(
     branch_dtype: torch.dtype | None,
     weighted: bool,
 ) -> list[Tensor]:
-    """`backward_outputs`, filled; the weight's gradient only if `weighted`."""
+    """Compute `backward_outputs`; the weight's gradient only if `weighted`."""
     outputs = backward_outputs(stream, weight if weighted else None, dtype, branch_dtype)
     dx, dbranch = outputs[0], None if branch_dtype is None else outputs[1]
     hidden, groups = stream.shape[-1], rstd.shape[-1]
@@ -246,8 +251,8 @@ def backward(
     return outputs
 
 
-# Called from compiled code, the kernels are opaque operators; their constants are then tensors, so that the blocks of a
-# model, whose gains differ, share one compilation.
+# Compiled code calls the kernels as custom operators with tensors as constants, so that the blocks of a model, whose
+# gains differ, share one compilation.
 forward_op = library.custom_op(
     "cod_lightning::norm",
     forward,
@@ -274,8 +279,8 @@ def _(stream, weight, mean, rstd, dy, dstream, gain, dtype, branch_dtype, weight
     return backward_outputs(stream, weight if weighted else None, dtype, branch_dtype)
 
 
-class TritonNorm(torch.autograd.Function):
-    """(x, weight, branch, gain, eps, layer, groups, dtype) -> (stream, y, rstd), as in `reference_norm`."""
+class TritonAddNorm(torch.autograd.Function):
+    """(x, weight, branch, gain, eps, layer, groups, dtype) -> (stream, y), as in `reference_add_norm`."""
 
     @staticmethod
     def forward(ctx, x, weight, branch, gain, eps, layer, groups, dtype):
@@ -289,18 +294,17 @@ class TritonNorm(torch.autograd.Function):
         ctx.branched = branch is not None
         ctx.branch_dtype = branch.dtype if ctx.branched and branch.dtype != x.dtype else None
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(rstd)
-        return stream, y, rstd
+        return stream, y
 
     @staticmethod
     def backward(ctx, *upstream):
-        dstream, dy, _ = upstream
+        dstream, dy = upstream
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("the Triton norm has no second derivative; norm_backend='torch' has")
         weighted = ctx.needs_input_grad[1]
         if dy is None and dstream is None:
             return (None,) * 8
-        if dy is None:  # the normalised output was not used
+        if dy is None:  # y was not used
             dx, dbranch, dweight = dstream.to(ctx.dtype), dstream.to(ctx.branch_dtype or ctx.dtype), None
         else:
             run = backward_op if torch.compiler.is_compiling() else backward

@@ -135,21 +135,19 @@ class ModelAdapter:
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of a stream [..., hidden], through the final norm."""
         assert self.place is not None
-        y = self.place[2](x)
         name = next(name for name in ("lm_head", "head", "cls") if hasattr(self.model, name))
-        return self.model.get_submodule(name)(y[1] if isinstance(y, tuple) else y)
+        return self.model.get_submodule(name)(self.place[2](x))
 
     def logits(self, tokens: Batch, hook: ActivationHook | None = None) -> Tensor:
         """Logits [rows, length, vocabulary] of tokens [rows, length]; `hook` gets every layer's activations.
 
         Of images those of the class token alone, [rows, 1, classes].
         """
-        inner = hook and (lambda name, layer, x: name in STREAM and hook(name, layer, x))
         with torch.compiler.set_stance("force_eager"):
             if isinstance(tokens, Images):
-                return self.model(tokens.pixels, hook=inner)[:, None]
+                return self.model(tokens.pixels, hook=hook)[:, None]
             if isinstance(self.model, Decoder):
-                return self.model(tokens, hook=inner)
+                return self.model(tokens, hook=hook)
             handles = [] if hook is None else self.register_hooks(hook)
             try:
                 return self.model(input_ids=tokens, use_cache=False).logits
@@ -158,7 +156,7 @@ class ModelAdapter:
                     handle.remove()
 
     def register_hooks(self, hook: ActivationHook) -> list[Any]:
-        """Register hooks on a model of `transformers` that call `hook`, without `variance`."""
+        """Register hooks on a model of `transformers` that call `hook`."""
 
         def first(module: nn.Module, args: tuple, kwargs: dict) -> None:
             hook("embedding", 0, args[0] if args else kwargs["hidden_states"])
@@ -212,9 +210,6 @@ class ModelAdapter:
             yield
         finally:
             setattr(stack, name, original)
-
-
-STREAM = ("embedding", "attention", "ffn", "residual")
 
 
 def sublayers(block: nn.Module) -> tuple[nn.Module, nn.Module]:

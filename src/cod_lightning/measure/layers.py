@@ -80,24 +80,15 @@ def statistics_of(
 ) -> LayerStatistics:
     """`layer_statistics` on `rows` and their `targets`; a token with weight 0, of [rows, length], does not count."""
     variances: dict[str, list[Tensor]] = {"residual": [], "attention": [], "ffn": []}
-    unread: list[Tensor] = []
-    """The output of the last block, until it is known whether the norm that reads it has its variance at hand."""
 
     def hook(name: str, layer: int, x: Tensor) -> None:
-        if unread:
-            stream = unread.pop()
-            variances["residual"].append(x.detach() if name == "variance" else token_variances(stream))
-        if name == "residual":
-            unread.append(x)
-        elif name in variances:
+        if name in variances:
             variances[name].append(token_variances(x))
 
     blocks = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
     norms: list[float] = []
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
         loss = model(rows, targets, hook)
-        if unread:
-            variances["residual"].append(token_variances(unread.pop()))
         if gradients:
             mean = loss.total / total(loss.counts.sum())
             grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))

@@ -1,6 +1,11 @@
-"""The decoder: LLaMA with the residual wiring of any strategy. Read it from top to bottom.
+"""The decoder: LLaMA with the residual connections of any strategy. Read it from top to bottom.
 
-Parameters are named as in `transformers.LlamaForCausalLM`; a Pre-LN or LNS decoder has exactly its parameters.
+Each block computes, for attention and then for the feed-forward network f,
+
+    y = gate( sum_norm( skip * x + branch_scale * branch_norm( f( gain * pre_norm(x) ) ) ) )
+
+Parameters have the names of `transformers.LlamaForCausalLM`; a Pre-LN or LNS decoder has exactly its parameters.
+Shape suffixes: B sequences, T tokens, D hidden size, H heads, G key/value heads, K head width.
 """
 
 from __future__ import annotations
@@ -12,46 +17,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.kernels.loss import TokenLoss, linear_cross_entropy
-from cod_lightning.kernels.norm import norm
+from cod_lightning.kernels.norm import add_norm
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 
 ActivationHook = Callable[[str, int, Tensor], object]
-"""Called as hook(name, layer, tensor) during a forward pass, in order; layers count from 1.
+"""Called as hook(name, layer, x_BTD): `embedding` (layer 0), then for each block, counted from 1, `attention` and `ffn`
+(the scaled branches) and `residual` (the output of the block)."""
 
-`embedding` (layer 0), `attention` and `ffn` (the scaled branch of each sub-layer) and `residual` (the output of the
-block) are [rows, length, hidden]. `variance` [rows, length] is the unbiased variance over the hidden dimension of the
-input of block `layer`, or of the final norm as layer depth + 1; only norms that compute it call the hook with it."""
+Rope = tuple[Tensor, Tensor]
+"""Cosines and signed sines [T, K] of the rotary embeddings."""
 
 
 class Norm(nn.Module):
     """gain * weight * norm(x); the gain is a constant of the strategy, a Python float and not state.
 
-    With `projected`, what follows is a matrix product: under autocast the output is rounded to its dtype at once.
+    With `before_matmul`, autocast rounds the output to its dtype, which the matrix product would do anyway.
     """
 
-    def __init__(self, config: DecoderConfig, spec: SublayerSpec | None = None, projected: bool = False):
+    def __init__(self, config: DecoderConfig, spec: SublayerSpec | None = None, before_matmul: bool = False):
         super().__init__()
         spec = spec or SublayerSpec()
         if config.hidden_size % spec.groups:
             raise ValueError(f"norm.groups={spec.groups} does not divide model.hidden_size={config.hidden_size}")
         self.kind, self.groups, self.gain = config.norm, spec.groups, spec.gain
-        # norm(s x) with eps is norm(x) with eps / s^2: scaling the input is a matter of eps alone.
+        # norm(s x) with eps equals norm(x) with eps / s^2, so that the input needs no multiplication.
         self.eps = config.norm_eps / spec.input_scale**2
-        self.projected, self.backend = projected, config.norm_backend
+        self.before_matmul, self.backend = before_matmul, config.norm_backend
         self.initial_weight = spec.pre_norm_weight
         self.weight = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_affine else None
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, hook: Callable[[str, Tensor], object] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The stream, x with the branch added to it, and its norm."""
-        device = x.device.type
-        cast = self.projected and torch.is_autocast_enabled(device)
-        stream, y, rstd = norm(
-            x,
+    def forward(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> Tensor:
+        """norm(x + branch)."""
+        return self.add_norm(x_BTD, branch_BTD)[1]
+
+    def add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + branch and norm(x + branch), in one kernel. Use the first in place of x: it collects the gradients."""
+        device = x_BTD.device.type
+        cast = self.before_matmul and torch.is_autocast_enabled(device)
+        return add_norm(
+            x_BTD,
             self.weight,
-            branch,
+            branch_BTD,
             kind=self.kind,
             eps=self.eps,
             gain=self.gain,
@@ -59,23 +66,20 @@ class Norm(nn.Module):
             dtype=torch.get_autocast_dtype(device) if cast else None,
             backend=self.backend,
         )
-        if hook is not None and rstd is not None and self.kind == "layer" and self.groups == 1:
-            width = x.shape[-1]
-            hook("variance", (rstd.squeeze(-1) ** -2 - self.eps) * (width / (width - 1)))
-        return stream, y
 
     def extra_repr(self) -> str:
         return f"{self.kind}, gain={self.gain:.4g}, groups={self.groups}, eps={self.eps:.3g}"
 
 
-class NoNorm(nn.Module):
-    """In the place of a pre-norm where the strategy has none."""
+class IdentityNorm(nn.Module):
+    """Replaces a `Norm` that the strategy does not have."""
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, hook: Callable[[str, Tensor], object] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        stream = total(x, branch)
-        return stream, stream
+    def forward(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> Tensor:
+        return x_BTD if branch_BTD is None else x_BTD + branch_BTD
+
+    def add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y_BTD = self(x_BTD, branch_BTD)
+        return y_BTD, y_BTD
 
 
 class Attention(nn.Module):
@@ -91,15 +95,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(d, d, bias=output_bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def forward(self, x_BTD: Tensor, rope: Rope | None) -> Tensor:
+        q_BHTK, k_BGTK, v_BGTK = (
+            projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))
+            q_BHTK, k_BGTK = rotate(q_BHTK, rope), rotate(k_BGTK, rope)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=self.causal, enable_gqa=self.grouped)
+        return self.o_proj(y_BHTK.transpose(1, 2).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -111,51 +115,56 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class Residual(nn.Module):
-    """gate( sum_norm( skip * x + branch ) ), branch = branch_scale * branch_norm(f(...)); no parameters in Pre-LN."""
+    """The outer part of the equation, from a sub-layer's output to y; without parameters in Pre-LN and LNS."""
 
     def __init__(self, config: DecoderConfig, spec: SublayerSpec):
         super().__init__()
         self.spec = spec
-        self.branch_norm = Norm(config) if spec.branch_norm else None
-        self.sum_norm = Norm(config) if spec.sum_norm else None
-        # Not 0-dimensional, which `fully_shard` refuses.
+        self.branch_norm = Norm(config) if spec.branch_norm else IdentityNorm()
+        self.sum_norm = Norm(config) if spec.sum_norm else IdentityNorm()
+        # [1] and not 0-dimensional, which `fully_shard` refuses.
         shape = {"no": None, "scalar": (1,), "channel": (config.hidden_size,)}[spec.learned_branch_scale]
         self.branch_scale = None if shape is None else nn.Parameter(torch.empty(shape))
         self.skip = nn.Parameter(torch.empty(config.hidden_size)) if spec.learned_skip else None
 
-    def branch(self, y: Tensor) -> Tensor:
-        if self.branch_norm is not None:
-            y = self.branch_norm(y)[1]
-        return scale(y, self.spec.branch_scale if self.branch_scale is None else self.branch_scale)
+    def scaled_branch(self, f_BTD: Tensor) -> Tensor:
+        """branch_scale * branch_norm(f)."""
+        branch_scale = self.spec.branch_scale if self.branch_scale is None else self.branch_scale
+        return scale(self.branch_norm(f_BTD), branch_scale)
 
-    def forward(self, x: Tensor, branch: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The result, as two summands wherever it is a sum, so that the norm that reads it can add them."""
-        if self.spec.gate == "input":
-            x = gpas(x, gate)
-        x = scale(x, self.spec.skip if self.skip is None else self.skip)
-        if self.sum_norm is not None:
-            y = self.sum_norm(x, branch)[1]
-        elif self.spec.gate == "output":
-            y = x + branch
-        else:
-            return x, branch
-        return (gpas(y, gate) if self.spec.gate == "output" else y), None
+    def scaled_skip(self, x_BTD: Tensor, gate: Tensor | None) -> Tensor:
+        """skip * x."""
+        x_BTD = gpas(x_BTD, gate) if self.spec.gate == "input" else x_BTD
+        return scale(x_BTD, self.spec.skip if self.skip is None else self.skip)
+
+    def forward(self, x_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None) -> Tensor:
+        """y = gate( sum_norm( skip * x + branch ) )."""
+        y_BTD = self.sum_norm(self.scaled_skip(x_BTD, gate), branch_BTD)
+        return gpas(y_BTD, gate) if self.spec.gate == "output" else y_BTD
+
+    def add_norm(
+        self, x_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None, norm: Norm | IdentityNorm
+    ) -> tuple[Tensor, Tensor]:
+        """y and norm(y); where y is only a sum, one kernel adds and normalises."""
+        if self.spec.sum_norm or self.spec.gate == "output":
+            return norm.add_norm(self(x_BTD, branch_BTD, gate))
+        return norm.add_norm(self.scaled_skip(x_BTD, gate), branch_BTD)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, wired by the coefficients of a `BlockSpec`; the decoder's unless given."""
+    """Attention and feed-forward network (the decoder's unless given) under the coefficients of a `BlockSpec`."""
 
     def __init__(
         self, config: DecoderConfig, spec: BlockSpec, attention: Attention | None = None, mlp: nn.Module | None = None
     ):
         super().__init__()
         self.spec = spec
-        self.entry_norm = Norm(config) if spec.entry_norm else None
+        self.entry_norm = Norm(config) if spec.entry_norm else nn.Identity()
         self.input_layernorm = pre_norm(config, spec.attention)
         self.self_attn = attention or Attention(config)
         self.attention_residual = Residual(config, spec.attention)
@@ -164,22 +173,18 @@ class Block(nn.Module):
         self.ffn_residual = Residual(config, spec.ffn)
         self.gate = nn.Parameter(torch.empty(1)) if any(s.gate != "no" for s in spec.sublayers) else None
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, hook: Callable[[str, Tensor], object] | None = None
-    ) -> Tensor:
-        if self.entry_norm is None:
-            x, y = self.input_layernorm(x, hook=hook)
-        else:
-            x, y = self.input_layernorm(self.entry_norm(x)[1])
-        attention = self.attention_residual.branch(self.self_attn(y, rope))
-        x, y = self.post_attention_layernorm(*self.attention_residual(x, attention, self.gate))
-        ffn = self.ffn_residual.branch(self.mlp(y))
-        x = total(*self.ffn_residual(x, ffn, self.gate))
+    def forward(self, x_BTD: Tensor, rope: Rope | None, hook: Callable[[str, Tensor], object] | None = None) -> Tensor:
+        # h = gain * pre_norm(x); branch = branch_scale * branch_norm( f(h) ); y = gate( sum_norm( skip * x + branch ) )
+        x_BTD, h_BTD = self.input_layernorm.add_norm(self.entry_norm(x_BTD))
+        attention_BTD = self.attention_residual.scaled_branch(self.self_attn(h_BTD, rope))
+        x_BTD, h_BTD = self.attention_residual.add_norm(x_BTD, attention_BTD, self.gate, self.post_attention_layernorm)
+        ffn_BTD = self.ffn_residual.scaled_branch(self.mlp(h_BTD))
+        y_BTD = self.ffn_residual(x_BTD, ffn_BTD, self.gate)
         if hook is not None:
-            hook("attention", attention)
-            hook("ffn", ffn)
-            hook("residual", x)
-        return x
+            hook("attention", attention_BTD)
+            hook("ffn", ffn_BTD)
+            hook("residual", y_BTD)
+        return y_BTD
 
 
 class Stack(nn.Module):
@@ -189,34 +194,32 @@ class Stack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size or 0, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, spec) for spec in specs)
-        self.norm = Norm(config, projected=True)
+        self.norm = Norm(config, before_matmul=True)
 
 
 class Decoder(nn.Module):
     """A decoder-only language model.
 
     Args:
-        config: its shape, with `vocab_size` filled in.
-        specs: one `BlockSpec` per block, from `strategies.build_all`.
+        config: its shape, with `vocab_size` set.
+        specs: one `BlockSpec` for each block, from `strategies.build_all`.
 
     Raises:
-        ValueError: the shape cannot be built, or the number of specs is not the number of blocks.
+        ValueError: the shape is impossible, or the number of specs is not the number of blocks.
     """
 
     def __init__(self, config: DecoderConfig, specs: list[BlockSpec]):
         super().__init__()
-        found = config.problems() + (["model.vocab_size is not set"] if config.vocab_size is None else [])
-        if len(specs) != config.num_hidden_layers:
-            found.append(f"{len(specs)} block specs for model.num_hidden_layers={config.num_hidden_layers}")
-        if found:
-            raise ValueError("; ".join(found))
+        unset = ["model.vocab_size is not set"] if config.vocab_size is None else []
+        if problems := config.problems(len(specs)) + unset:
+            raise ValueError("; ".join(problems))
         self.config = config
         self.model = Stack(config, specs)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size or 0, bias=False)
         self.tie()
 
     def tie(self) -> None:
-        """Make head and embeddings one parameter where the shape says so; leaving the meta device separates them."""
+        """Share one parameter between head and embeddings if the shape says so; leaving the meta device undoes it."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -231,43 +234,33 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, hook: ActivationHook | None = None
     ) -> Tensor | TokenLoss:
-        """Logits of tokens [rows, length], or their loss against `targets`, which never holds all logits at once.
+        """Logits of `tokens`, or the loss against `targets`, which never holds all logits at once.
 
         Args:
-            tokens: [rows, length], integers.
-            targets: [rows, length], from `next_tokens`, or None.
+            tokens: [B, T], integers.
+            targets: [B, T], from `next_tokens`, or None.
             hook: called with the activations of every layer.
 
         Returns:
-            Logits [rows, length, vocabulary]; with targets, a `TokenLoss`.
+            Logits [B, T, vocabulary]; with targets, a `TokenLoss`.
         """
-        x = self.model.embed_tokens(tokens)
-        rope = rotary(tokens.shape[1], self.config.head_dim, self.config.rope_theta, x)
-        x = run_blocks(self.blocks, self.model.norm, x, rope, hook)
-        return self.lm_head(x) if targets is None else linear_cross_entropy(x, self.lm_head.weight, targets)
+        x_BTD = self.model.embed_tokens(tokens)
+        rope = rotary(tokens.shape[1], self.config.head_dim, self.config.rope_theta, x_BTD)
+        y_BTD = self.model.norm(run_blocks(self.blocks, x_BTD, rope, hook))
+        return self.lm_head(y_BTD) if targets is None else linear_cross_entropy(y_BTD, self.lm_head.weight, targets)
 
 
-def run_blocks(
-    blocks: list[Block], norm: Norm, x: Tensor, rope: tuple[Tensor, Tensor] | None, hook: ActivationHook | None
-) -> Tensor:
-    """The embeddings x [rows, length, hidden] behind all blocks and the final norm."""
-
-    def at(layer: int) -> Callable[[str, Tensor], object] | None:
-        return None if hook is None else lambda name, x: hook(name, layer, x)
-
+def run_blocks(blocks: list[Block], x_BTD: Tensor, rope: Rope | None, hook: ActivationHook | None) -> Tensor:
+    """Run all blocks on the embeddings x, calling `hook`."""
     if hook is not None:
-        hook("embedding", 0, x)
+        hook("embedding", 0, x_BTD)
     for layer, block in enumerate(blocks, start=1):
-        x = block(x, rope, at(layer))
-    return norm(x, hook=at(len(blocks) + 1))[1]
+        x_BTD = block(x_BTD, rope, None if hook is None else lambda name, x, layer=layer: hook(name, layer, x))
+    return x_BTD
 
 
-def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | NoNorm:
-    return Norm(config, spec, projected=True) if spec.pre_norm else NoNorm()
-
-
-def total(x: Tensor, branch: Tensor | None) -> Tensor:
-    return x if branch is None else x + branch
+def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | IdentityNorm:
+    return Norm(config, spec, before_matmul=True) if spec.pre_norm else IdentityNorm()
 
 
 def scale(x: Tensor, factor: float | Tensor) -> Tensor:
@@ -277,13 +270,13 @@ def scale(x: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def gpas(x: Tensor, gate: Tensor | None) -> Tensor:
-    """X - silu(gate) * stop_gradient(x)."""
+    """x - silu(gate) * stop_gradient(x)."""
     assert gate is not None
     return x - F.silu(gate).to(x.dtype) * x.detach()
 
 
-def rotary(length: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of the rotary angles, as `rotate` takes them.
+def rotary(length: int, head_dim: int, theta: float, like: Tensor) -> Rope:
+    """Cosines and signed sines of the rotary angles, for `rotate`.
 
     Both are [length, head_dim], computed in float32, in the dtype of `like`; the first half of the sines is negative.
     """
@@ -293,7 +286,7 @@ def rotary(length: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tens
     return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary embeddings to x [rows, heads, length, head_dim], halves paired as in LLaMA."""
-    first, second = x.chunk(2, dim=-1)
-    return x * rope[0] + torch.cat((second, first), dim=-1) * rope[1]
+def rotate(x_BHTK: Tensor, rope: Rope) -> Tensor:
+    """Apply rotary embeddings, halves paired as in LLaMA."""
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return x_BHTK * rope[0] + torch.cat((second, first), dim=-1) * rope[1]

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.decoder import Decoder, Rope
 from cod_lightning.nn.vit import VisionTransformer
 
 Model = Decoder | VisionTransformer
@@ -70,7 +70,7 @@ def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor
     selective = partial(create_selective_checkpoint_contexts, policy)
     contexts: dict[str, Any] = {"context_fn": selective} if how == "selective" else {}
 
-    def run(x: Tensor, rope: tuple[Tensor, Tensor] | None, hook: Any = None) -> Tensor:
+    def run(x: Tensor, rope: Rope | None, hook: Any = None) -> Tensor:
         if hook is not None or not torch.is_grad_enabled():
             return forward(x, rope, hook)
         return checkpoint(forward, x, rope, use_reentrant=False, preserve_rng_state=False, **contexts)

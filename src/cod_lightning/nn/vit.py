@@ -58,19 +58,17 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: DecoderConfig, specs: list[BlockSpec], image_size: int, patch_size: int, classes: int):
         super().__init__()
-        found = config.problems()
-        if len(specs) != config.num_hidden_layers:
-            found.append(f"{len(specs)} block specs for model.num_hidden_layers={config.num_hidden_layers}")
+        problems = config.problems(len(specs))
         if image_size % patch_size:
-            found.append(f"patches of {patch_size} pixels do not fill an image of {image_size}")
-        if found:
-            raise ValueError("; ".join(found))
+            problems.append(f"patches of {patch_size} pixels do not fill an image of {image_size}")
+        if problems:
+            raise ValueError("; ".join(problems))
         self.config, self.image_size, self.patch_size = config, image_size, patch_size
         self.embedding = PatchEmbedding(config.hidden_size, image_size, patch_size)
         self.layers = nn.ModuleList(
             Block(config, spec, Attention(config, causal=False, output_bias=True), Mlp(config)) for spec in specs
         )
-        self.norm = Norm(config, projected=True)
+        self.norm = Norm(config, before_matmul=True)
         self.head = nn.Linear(config.hidden_size, classes)
 
     def empty_like(self) -> VisionTransformer:
@@ -95,8 +93,8 @@ class VisionTransformer(nn.Module):
         Returns:
             Logits [rows, classes]; with labels, a `TokenLoss` with one target per row.
         """
-        x = run_blocks(self.blocks, self.norm, self.embedding(images), None, hook)
-        logits = self.head(x[:, 0])
+        x_BTD = self.norm(run_blocks(self.blocks, self.embedding(images), None, hook))
+        logits = self.head(x_BTD[:, 0])
         return logits if labels is None else label_loss(logits, labels)
 
 
