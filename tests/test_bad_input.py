@@ -326,7 +326,7 @@ RUNS = [
     (with_run(resaved(lambda content: {"state_dict": {"a": 1}, "tokens": 0})), LOADED, ["it holds no decoder"]),
     (with_run(resaved(lambda content: {"state_dict": {"a": Malicious()}, "tokens": 0})), LOADED, DAMAGED),
     (with_run(resaved(lambda content: {"state_dict": {}, "tokens": 0})), ["generate", "run", "the norm"],
-     ["holds no decoder: lm_head.weight is missing"]),
+     ["not a checkpoint of a decoder: lm_head.weight is missing"]),
     (with_run(resaved(reshaped)), LOADED, [LAST, "parameters have another shape", "in the checkpoint", "in this run"]),
     (with_run(lambda folder: shutil.rmtree(folder / "checkpoints")), LOADED, ["no last checkpoint", "fit"]),
     (with_run(removed("checkpoints/best.ckpt")), [*LOADED, "--checkpoint", "best"], ["run: no best checkpoint"]),

@@ -118,11 +118,10 @@ def test_generate_continues_the_prompt_the_same_way_under_one_seed(finished):
 
 
 def decoder_of(folder):
-    from cod_lightning.cli import sections
     from cod_lightning.config.saved import load
-    from cod_lightning.train.run import checkpoint_of, load_run
+    from cod_lightning.train.load import checkpoint_of, load_decoder
 
-    return load_run(sections(load(folder)), folder, checkpoint_of(folder))
+    return load_decoder(load(folder), folder, checkpoint_of(folder))
 
 
 def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, corpus, tmp_path):

@@ -235,27 +235,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def sections(config: Config) -> Any:
-    """The configuration as the training room takes it."""
-    from cod_lightning.train.run import Sections
-
-    return Sections(
-        task=config.task,
-        model=config.model,
-        norm=config.norm,
-        data=config.data,
-        images=config.images,
-        optim=config.optim,
-        evaluation=config.eval,
-        trainer=config.trainer,
-        logger=config.logger,
-        seed=config.seed,
-        init_from=config.init_from,
-        resume=config.resume,
-        config=asdict(config),
-    )
-
-
 def fit(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     from cod_lightning.config.compose import compose, row_of, sweep
     from cod_lightning.config.saved import to_yaml
@@ -314,7 +293,7 @@ def carry_out(config: Config) -> tuple[dict[str, Any], Path]:
         if first:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        return fit(sections(config), folder, lambda: create_run_folder(config) if first else folder), folder
+        return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder
     except Diverged as error:
         if first:
             write_failure(folder, asdict(config), str(error))
@@ -432,8 +411,8 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
         return evaluate_tasks(config, run, checkpoint, tasks, task_folder, limit)
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit are for tasks=")
-    from cod_lightning.config.schema import COUNTS
-    from cod_lightning.train.run import TOKENIZER, checkpoint_of
+    from cod_lightning.config.schema import COUNTS, TOKENIZER
+    from cod_lightning.train.load import checkpoint_of
     from cod_lightning.train.run import evaluate as validate
 
     check_ranks(config.trainer)
@@ -443,7 +422,7 @@ def evaluate(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: 
             raise UserError(f"{run} is a run of task={config.task}: it reads images.folder=, not data=")
         # Other data has to be read with the tokens that the model knows.
         config.data.tokenizer = str(run / TOKENIZER)
-    figures = validate(sections(config), path)
+    figures = validate(config, path)
     if is_first_rank():
         for name, value in figures.items():
             print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
@@ -458,10 +437,10 @@ def evaluate_tasks(
     at_least("limit", limit, 1)
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
     manager = task_manager(names, task_folder)
-    from cod_lightning.train.run import checkpoint_of, load_run
+    from cod_lightning.train.load import checkpoint_of, load_decoder
     from cod_lightning.train.strategy import accelerator
 
-    decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
+    decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     scores = score_tasks(
         decoder,
         tokenizer,
@@ -489,11 +468,11 @@ def export(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str,
 
     from cod_lightning.files import check_new_folder
     from cod_lightning.nn.huggingface import export as write
-    from cod_lightning.train.run import checkpoint_of, load_run
+    from cod_lightning.train.load import checkpoint_of, load_decoder
 
     folder = output or run / to
     check_new_folder(folder)
-    decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
+    decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     write(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.data.seq_len)
     print(folder)
     return 0
@@ -501,7 +480,7 @@ def export(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str,
 
 def consolidate(run: Path, checkpoint: str, output: Path | None) -> int:
     from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
-    from cod_lightning.train.run import checkpoint_of
+    from cod_lightning.train.load import checkpoint_of
 
     path = checkpoint_of(run, checkpoint)
     content = read_checkpoint(path)
@@ -527,10 +506,11 @@ def import_model(model: str, output: Path) -> int:
         from cod_lightning.data.hub import require_cached_or_hub
 
         require_cached_or_hub(model, "Give a folder with config.json, weights and tokenizer.")
+    from cod_lightning.config.schema import TOKENIZER
     from cod_lightning.data.tokenizers import load_tokenizer, with_pad_below
     from cod_lightning.files import check_new_folder, new_folder
     from cod_lightning.nn.huggingface import import_hf
-    from cod_lightning.train.run import TOKENIZER, write_imported
+    from cod_lightning.train.load import write_imported
 
     check_new_folder(output)
     decoder = import_hf(model)
@@ -578,9 +558,9 @@ def generate(
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name}={value} must lie between {least} and {most}")
     from cod_lightning.evaluate.generate import generate as sample
-    from cod_lightning.train.run import checkpoint_of, load_run
+    from cod_lightning.train.load import checkpoint_of, load_decoder
 
-    decoder, tokenizer = load_run(sections(config), run, checkpoint_of(run, checkpoint))
+    decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     ids = tokenizer.encode([prompt])[0][:-1]
     if not ids:
         raise UserError("prompt='' is empty: give at least one character to continue")
@@ -661,13 +641,14 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
         run = Path(model)
         config = load(run, overrides)
         from cod_lightning.commands.measure_runner import open_run
-        from cod_lightning.train.run import TOKENIZER, checkpoint_of
+        from cod_lightning.config.schema import TOKENIZER
+        from cod_lightning.train.load import checkpoint_of
 
         if changes_text(overrides):
             if config.task != "language":
                 raise UserError(f"{run} is a run of task={config.task}: it reads images.folder=, not data=")
             config.data.tokenizer = str(run / TOKENIZER)
-        return open_run(sections(config), run, checkpoint_of(run, checkpoint), rows)
+        return open_run(config, run, checkpoint_of(run, checkpoint), rows)
     config = compose(overrides)
     if not Path(model).is_dir():
         from cod_lightning.data.hub import require_cached_or_hub
@@ -675,7 +656,7 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
         require_cached_or_hub(model, "Give a run folder, or a folder with config.json, weights and tokenizer.")
     from cod_lightning.commands.measure_runner import open_model
 
-    return open_model(model, sections(config), rows)
+    return open_model(model, config, rows)
 
 
 def compare(

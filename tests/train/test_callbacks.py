@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cod_lightning.cli import carry_out, sections
+from cod_lightning.cli import carry_out
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
@@ -20,8 +20,9 @@ from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import IN_TRAINING, MOST_FIGURES, SERIES, few_jacobians
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
+from cod_lightning.train.load import checkpoint_of, load_decoder
 from cod_lightning.train.module import share
-from cod_lightning.train.run import build, checkpoint_of, load_run
+from cod_lightning.train.run import build
 
 DEPTH, PAD = 3, 0
 EVERY = [f"trainer.measures.{name}=4" for name in registry.MEASURES]
@@ -90,8 +91,8 @@ def test_every_measure_is_recorded_at_its_steps(measured):
 
 def test_what_is_recorded_last_is_what_the_checkpoint_measures(measured, toy):
     record, folder = measured
-    run = sections(load(folder))
-    decoder, _ = load_run(run, folder, checkpoint_of(folder))
+    run = load(folder)
+    decoder, _ = load_decoder(run, folder, checkpoint_of(folder))
     data, _ = build(run)
     batches, model = [data.probe_batch(4)], ModelAdapter(decoder.eval())
     for name, measure in registry.MEASURES.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from cod_lightning.cli import carry_out, sections
+from cod_lightning.cli import carry_out
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
@@ -66,7 +66,7 @@ def test_accumulation_does_not_change_a_step(train, layout):
 def test_the_loss_of_a_step_is_weighted_as_asked(toy, train, weighting):
     words = ["data.layout=document", "data.micro_batch_size=2", f"optim.weighting={weighting}", "trainer.max_steps=1"]
     record, _ = train(*words)
-    data, module = build(sections(compose([*toy, *words])))
+    data, module = build(compose([*toy, *words]))
     module.configure_model()
     rows = next(iter(data.train_dataloader()))
     parts = [module.decoder(part, next_tokens(part, data.pad_id)) for part in rows.split(2)]

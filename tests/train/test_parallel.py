@@ -242,11 +242,11 @@ def test_sigterm_saves_stops_and_the_same_command_goes_on(toy, train, tmp_path, 
 
 def test_a_run_stopped_before_a_validation_begins_with_it(train, monkeypatch):
     from cod_lightning.errors import Stopped
-    from cod_lightning.train.callbacks import StopSignal
+    from cod_lightning.train.callbacks import StopOnSignal
 
     words = ("trainer.max_steps=6", "eval.every=2", "trainer.checkpoint_every=100")
     whole, _ = train(*words, "name=whole")
-    listen, calls = StopSignal.listen, []
+    listen, calls = StopOnSignal.listen, []
 
     def stop_in_the_second(self, module):
         calls.append(module)
@@ -254,7 +254,7 @@ def test_a_run_stopped_before_a_validation_begins_with_it(train, monkeypatch):
         listen(self, module)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "listen", stop_in_the_second)
+        patch.setattr(StopOnSignal, "listen", stop_in_the_second)
         with pytest.raises(Stopped, match="in the validation after step 4"):
             train(*words, "name=stopped")
     again, _ = train(*words, "name=stopped")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from cod_lightning.cli import main, sections
+from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.data.tokenizers import train_bpe
@@ -61,7 +61,7 @@ def history(record):
 def test_the_loss_is_that_of_the_answers_tokens(tuning, tune, weighting):
     words = ["data.micro_batch_size=4", f"optim.weighting={weighting}", "trainer.max_steps=1", "optim.lr=1e-30"]
     record, _ = tune(*words)
-    data, module = build(sections(compose([*tuning, *words])))
+    data, module = build(compose([*tuning, *words]))
     module.configure_model()
 
     @torch.no_grad()
@@ -172,13 +172,16 @@ def test_what_cannot_be_started_from_is_one_error_and_nothing_is_written(tune, t
         ([f"init_from={tmp_path}/nowhere"], "nowhere: no such run folder"),
         ([f"init_from={tmp_path}/untrained"], "untrained: no last checkpoint"),
         ([f"init_from={tmp_path}/untrained/x.ckpt"], r"x\.ckpt: no such run folder or \.ckpt file"),
-        ([f"init_from={tmp_path}/stray.ckpt"], r"stray\.ckpt: there is no tokenizer at \S+; name one with data\.tok"),
+        ([f"init_from={tmp_path}/stray.ckpt"], r"stray\.ckpt: no tokenizer at \S+; name one with data\.tok"),
         ([f"init_from={source}", f"data.tokenizer={tmp_path}/other"], "is not the tokenizer of init_from="),
         ([f"init_from={source}", "norm=pre_ln"], r"another decoder \(norm.name='lns' there, 'pre_ln' here; .*ckpt"),
         ([f"init_from={source}", "model.hidden_size=16"], r"another decoder \(model.hidden_size=32 there, 16 here\)"),
         ([f"init_from={last}", "norm=peri_ln"], r"\d+ parameters have another shape .* is missing in the checkpoint"),
         ([f"init_from={last}", "model.hidden_size=16"], r"\d+ parameters have another shape than this run's"),
-        ([f"init_from={last}", "model.vocab_size=600"], r"2 parameters .*\(lm_head.weight is \[\d+, 32\] there, \[600"),
+        (
+            [f"init_from={last}", "model.vocab_size=600"],
+            r"2 parameters .*\(lm_head.weight is \[\d+, 32\] in the checkpoint, \[600",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             tune("name=next", *words)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cod_lightning.cli import main, sections
+from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
 from cod_lightning.measure.layers import image_statistics
@@ -25,7 +25,7 @@ def train_images(train):
 
 def restored(folder):
     """The data and the model of a finished run."""
-    data, module = build(sections(load(folder)))
+    data, module = build(load(folder))
     module.configure_model()
     module.load_state_dict(read_checkpoint(checkpoints(folder / "checkpoints")[-1])["state_dict"])
     return data, module

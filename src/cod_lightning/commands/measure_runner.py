@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cod_lightning.commands.terminal import result_table, show
+from cod_lightning.config.schema import Config
 from cod_lightning.data.corpora import open_corpus
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
@@ -24,7 +25,7 @@ from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures_of, options_for
 from cod_lightning.measure.result import Result, save
 from cod_lightning.nn.huggingface import export, quiet_transformers
-from cod_lightning.train.run import Sections, load_run, load_vision_run
+from cod_lightning.train.load import load_decoder, load_vit
 from cod_lightning.train.strategy import accelerator
 
 
@@ -56,44 +57,44 @@ def study_options(study: str) -> dict[str, Any]:
     return options_for(COMPARED if study == "compare" else measures_of(study))
 
 
-def open_run(run: Sections, folder: Path, checkpoint: Path, rows: int) -> Subject:
+def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subject:
     """Open a trained run with `rows` sequences or images of its held-out data.
 
     Raises:
         UserError: the checkpoint or the data cannot be read.
     """
-    if run.task == "vision":
-        return open_vision_run(run, folder, checkpoint, rows)
-    decoder, tokenizer = load_run(run, folder, checkpoint)
-    data = TokenDataModule(run.data, run.seed)
+    if config.task == "vision":
+        return open_vision_run(config, folder, checkpoint, rows)
+    decoder, tokenizer = load_decoder(config, folder, checkpoint)
+    data = TokenDataModule(config.data, config.seed)
     data.prepare_data()
     data.setup("fit")
     tokens = data.probe_batch(min(rows, data.val_count))
     return Subject(
-        ModelAdapter(decoder.to(accelerator(run.trainer)).eval(), folder.name),
-        list(tokens.split(run.data.micro_batch_size)),
+        ModelAdapter(decoder.to(accelerator(config.trainer)).eval(), folder.name),
+        list(tokens.split(config.data.micro_batch_size)),
         data.pad_id,
-        partial(export, tokenizer=tokenizer, max_length=run.data.seq_len),
+        partial(export, tokenizer=tokenizer, max_length=config.data.seq_len),
     )
 
 
-def open_vision_run(run: Sections, folder: Path, checkpoint: Path, rows: int) -> Subject:
+def open_vision_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subject:
     """`open_run` for a Vision Transformer."""
-    vit = load_vision_run(run, checkpoint)
-    data = ImageDataModule(run.images, run.data, run.seed)
+    vit = load_vit(config, checkpoint)
+    data = ImageDataModule(config.images, config.data, config.seed)
     data.setup("fit")
-    pixels, labels = (part.split(run.data.micro_batch_size) for part in data.probe_batch(min(rows, data.val_count)))
+    pixels, labels = (part.split(config.data.micro_batch_size) for part in data.probe_batch(min(rows, data.val_count)))
     batches = [Images(*batch) for batch in zip(pixels, labels, strict=True)]
-    return Subject(ModelAdapter(vit.to(accelerator(run.trainer)).eval(), folder.name), batches, None, None)
+    return Subject(ModelAdapter(vit.to(accelerator(config.trainer)).eval(), folder.name), batches, None, None)
 
 
-def open_model(name: str, run: Sections, rows: int) -> Subject:
-    """Open a causal language model of `transformers` with `rows` sequences of the held-out text that `run` selects.
+def open_model(name: str, config: Config, rows: int) -> Subject:
+    """Open a causal language model of `transformers` with `rows` sequences of the held-out text that `config` selects.
 
     Raises:
         UserError: the model or the text cannot be read.
     """
-    model, tokenizer = load_pretrained(name, device=accelerator(run.trainer))
+    model, tokenizer = load_pretrained(name, device=accelerator(config.trainer))
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -103,8 +104,8 @@ def open_model(name: str, run: Sections, rows: int) -> Subject:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-    tokens = packed(open_corpus(run.data).val(), encode, tokenizer.eos_token_id, rows, run.data.seq_len)
-    return Subject(model, list(tokens.split(run.data.micro_batch_size)), None, write)
+    tokens = packed(open_corpus(config.data).val(), encode, tokenizer.eos_token_id, rows, config.data.seq_len)
+    return Subject(model, list(tokens.split(config.data.micro_batch_size)), None, write)
 
 
 def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> None:

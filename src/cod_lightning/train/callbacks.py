@@ -87,6 +87,11 @@ class Recorder(Callback):
                 numbers |= {f"{group}/layer_{layer:02d}": number for layer, number in by_layer if number is not None}
             logger.log_metrics(numbers, step=trainer.global_step)
 
+    @property
+    def last_validation(self) -> int | None:
+        """The step of the last recorded validation."""
+        return self.history["val"]["step"][-1] if "val" in self.history else None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.began = time.perf_counter()
@@ -109,7 +114,7 @@ class Recorder(Callback):
             self.add(trainer, "train", **outputs, tokens_per_second=rate)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.history.get("val", {}).get("step", [None])[-1] == trainer.global_step:
+        if self.last_validation == trainer.global_step:
             return
         found = trainer.callback_metrics
         self.add(trainer, "val", **{name: float(found[name]) for name in (*FIGURES, *COUNTS) if name in found})
@@ -129,7 +134,7 @@ class Recorder(Callback):
         }
 
 
-class StopSignal(Callback):
+class StopOnSignal(Callback):
     """Takes SIGTERM, with which schedulers announce the end, for a wish to stop after the step or validation batch.
 
     All ranks learn of it together. After a step `Checkpoints` saves and stops; before a validation it saved already.

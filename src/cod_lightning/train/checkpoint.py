@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from cod_lightning.errors import Stopped, UserError, first_line
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in a run folder."""
 BEST = "best.ckpt"
 REST = "rest.pt"
 """In a folder, the checkpoint without its tensors."""
@@ -108,7 +110,7 @@ RESUMED = ("pytorch-lightning_version", "global_step", "loops", "callbacks", "op
 """What Lightning needs besides the weights to go on."""
 
 
-def resumable(path: Path) -> dict[str, Any]:
+def read_resumable(path: Path) -> dict[str, Any]:
     """The content of a checkpoint that a run can go on from, read when it is used; of a folder what is no tensor.
 
     Raises:
@@ -310,10 +312,22 @@ def is_checkpoint(content: Any) -> bool:
     )
 
 
+STEP = re.compile(r"step-(\d+)\.ckpt")
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder by step, oldest first."""
-    found = ((re.fullmatch(r"step-(\d+)\.ckpt", path.name), path) for path in folder.glob("step-*.ckpt"))
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    return sorted((path for path in folder.glob("step-*.ckpt") if STEP.fullmatch(path.name)), key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the latest step in a folder, None if it has none."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is named after."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 class Checkpoints(Checkpoint):

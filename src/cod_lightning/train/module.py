@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,18 +15,18 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from cod_lightning.config.schema import EvalConfig, OptimConfig, TrainerConfig
+from cod_lightning.config.schema import Config
 from cod_lightning.errors import Diverged, UserError
 from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer_statistics
-from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
+from cod_lightning.train.load import InitialWeights
 from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
 from cod_lightning.train.strategy import Sharded, backend
 
@@ -38,33 +38,18 @@ class StepModule(LightningModule, ABC):
     step, the optimizer's update and the data's step are one number.
 
     Args:
-        model: shape of the blocks.
-        norm: the strategy's `name` and options.
-        optim: settings.
-        settings: how long the schedule is, and how the model is wrapped.
-        seed: of the initialisation.
-        micro_batch_size: rows per forward pass.
+        config: the run, with `model.vocab_size` filled in for a decoder.
     """
 
-    def __init__(
-        self,
-        model: DecoderConfig,
-        norm: Mapping[str, Any],
-        optim: OptimConfig,
-        *,
-        settings: TrainerConfig,
-        seed: int,
-        micro_batch_size: int,
-    ):
+    def __init__(self, config: Config):
         super().__init__()
         self.automatic_optimization = False
-        self.model_config, self.norm, self.optim, self.settings = model, norm, optim, settings
-        self.seed = seed
-        self.micro_batch_size = micro_batch_size
+        self.config, self.optim = config, config.optim
+        self.micro_batch_size = config.data.micro_batch_size
+        self.initial_weights: InitialWeights | None = None
+        """Replace the random initialisation."""
         self.origin: dict[str, Any] | None = None
-        """The checkpoint whose weights the run started from, and its step."""
-        self.initial: tuple[Mapping[str, Tensor], str] | None = None
-        """Weights to start from, instead of drawn ones, and where they are found."""
+        """The checkpoint that the initial weights came from, and its step."""
         self.stop_asked = False
         """This process was told to stop."""
         self.stopping = False
@@ -100,27 +85,28 @@ class StepModule(LightningModule, ABC):
         """Build the model, and shard it where the trainer's strategy does; a second call does nothing.
 
         Raises:
-            UserError: `initial` has other parameters.
+            UserError: `initial_weights` has other parameters.
         """
         if self.built:
             return
         device = torch.device("cpu")
-        wrapping: dict[str, Any] = {"checkpointing": self.settings.checkpointing, "backend": backend(self.settings)}
+        settings = self.config.trainer
+        wrapping: dict[str, Any] = {"checkpointing": settings.checkpointing, "backend": backend(settings)}
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, Sharded):
             wrapping |= strategy.sharding()
             device = strategy.resting_device
         self.build(device, partial(parallelise, **wrapping))
-        if self.initial is not None:
-            load_weights(self.network, *self.initial)
-            self.initial = None
+        if self.initial_weights is not None:
+            load_weights(self.network, self.initial_weights.weights, self.initial_weights.checkpoint)
+            self.origin, self.initial_weights = self.initial_weights.origin, None
 
     @property
     def built(self) -> bool:
         return any(True for _ in self.parameters())
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = build_optimizer(self.network, self.optim, self.settings.max_steps)
+        optimizer, schedule = build_optimizer(self.network, self.optim, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -136,7 +122,7 @@ class StepModule(LightningModule, ABC):
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(schedule, LRScheduler)
         step = self.trainer.global_step + 1
-        resting = resting_blocks(step - 1, len(self.network.blocks), self.optim, self.seed)
+        resting = resting_blocks(step - 1, len(self.network.blocks), self.optim, self.config.seed)
         idle = [self.network.blocks[index] for index in resting]
         rows, targets = self.rows_and_targets(batch)
         size = self.micro_batch_size
@@ -214,34 +200,23 @@ class DecoderModule(StepModule):
     """Trains a decoder on rows of tokens, or of prompts with answers on the answers.
 
     Args:
-        model: shape of the decoder, with `vocab_size` filled in.
-        evaluation: what `ppl_paper_protocol` emulates.
-        seq_len: tokens of a row; a row of instructions has one more number, the length of its prompt.
+        config: the run, with `model.vocab_size` filled in.
         pad_id: padding token, None if rows have none.
         val_rows: number of validation rows over all ranks.
-        settings: of `StepModule`.
     """
 
     decoder: Decoder
 
-    def __init__(
-        self,
-        model: DecoderConfig,
-        *,
-        evaluation: EvalConfig,
-        seq_len: int,
-        pad_id: int | None,
-        val_rows: int,
-        **settings: Any,
-    ):
-        super().__init__(model, **settings)
-        self.seq_len, self.pad_id = seq_len, pad_id
-        self.perplexity = Perplexity(val_rows, evaluation.paper_batch, evaluation.paper_ranks)
+    def __init__(self, config: Config, *, pad_id: int | None, val_rows: int):
+        super().__init__(config)
+        self.seq_len, self.pad_id = config.data.seq_len, pad_id
+        """A row of instructions has one more number than `seq_len`, the length of its prompt."""
+        self.perplexity = Perplexity(val_rows, config.eval.paper_batch, config.eval.paper_ranks)
         self.accuracy = ExactMatch()
 
     def build(self, device: torch.device, wrap: Callable[[Decoder], None]) -> None:
-        specs = build_all(self.norm, self.model_config.num_hidden_layers)
-        self.decoder = build_decoder(self.model_config, specs, self.seed, device, wrap)
+        specs = build_all(self.config.norm, self.config.model.num_hidden_layers)
+        self.decoder = build_decoder(self.config.model, specs, self.config.seed, device, wrap)
 
     @property
     def network(self) -> Decoder:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from cod_lightning.config.schema import Config
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.layers import LayerStatistics, image_statistics
-from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_vit
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer, label_loss
@@ -23,27 +22,27 @@ class VisionModule(StepModule):
     """Trains a Vision Transformer on images and labels; a step's tokens are the patches of its images.
 
     Args:
-        model: shape of the blocks.
-        image_size, patch_size: sides in pixels.
+        config: the run.
         classes: their number.
         val_images: number of validation images over all ranks.
-        settings: of `StepModule`.
     """
 
     vit: VisionTransformer
 
-    def __init__(
-        self, model: DecoderConfig, *, image_size: int, patch_size: int, classes: int, val_images: int, **settings: Any
-    ):
-        super().__init__(model, **settings)
-        self.shape = {"image_size": image_size, "patch_size": patch_size, "classes": classes}
+    def __init__(self, config: Config, *, classes: int, val_images: int):
+        super().__init__(config)
+        self.shape = {
+            "image_size": config.images.size,
+            "patch_size": config.images.patch_size,
+            "classes": classes,
+        }
         # For its exact sum of losses; what it makes of them beyond their mean is for text.
         self.losses = Perplexity(val_images, paper_batch=val_images)
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE, validate_args=False)
 
     def build(self, device: torch.device, wrap: Callable[[VisionTransformer], None]) -> None:
-        specs = build_all(self.norm, self.model_config.num_hidden_layers)
-        self.vit = build_vit(self.model_config, specs, self.seed, **self.shape, device=device, wrap=wrap)
+        specs = build_all(self.config.norm, self.config.model.num_hidden_layers)
+        self.vit = build_vit(self.config.model, specs, self.config.seed, **self.shape, device=device, wrap=wrap)
 
     @property
     def network(self) -> VisionTransformer:

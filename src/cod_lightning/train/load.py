@@ -1,0 +1,158 @@
+"""Load the model of a trained run, and write an imported model as a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from cod_lightning.config.schema import TOKENIZER, Config, run_of
+from cod_lightning.data.datamodule import tokenizer_of
+from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
+from cod_lightning.errors import UserError
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.nn.weights import load_weights, shape_mismatches
+from cod_lightning.train.checkpoint import BEST, CHECKPOINTS, AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights that replace the random initialisation."""
+
+    weights: Mapping[str, Tensor]
+    """By parameter name, without the name of the model."""
+    checkpoint: str
+    """The path that they were read from."""
+    step: int
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The entry `init_from` of a run record."""
+        return {"checkpoint": self.checkpoint, "step": self.step}
+
+
+def checkpoint_of(folder: Path, which: str = "last") -> Path:
+    """The `last` checkpoint of a run folder, or the `best` one by validation loss.
+
+    Raises:
+        UserError: the run folder has no such checkpoint.
+    """
+    path = newest_checkpoint(folder / CHECKPOINTS) if which == "last" else folder / CHECKPOINTS / BEST
+    if path is None or not path.exists():
+        raise UserError(f"{folder}: no {which} checkpoint in {CHECKPOINTS}/; train the run first with fit")
+    return path
+
+
+def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decoder, DocumentTokenizer]:
+    """The decoder of a checkpoint, on the CPU, and the run's tokenizer; does not read the data.
+
+    Raises:
+        UserError: the checkpoint is unreadable, or the run is one of images.
+    """
+    if config.task != "language":
+        raise UserError(f"{folder} is a run of task={config.task}: only fit, evaluate and measure can read it")
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    weights, rows = read_weights(checkpoint, "decoder", "lm_head.weight")
+    decoder = empty_decoder(config, vocab_size=rows)
+    load_weights(decoder, weights, str(checkpoint))
+    return decoder, tokenizer
+
+
+def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
+    """The Vision Transformer of a checkpoint, on the CPU; does not read the images.
+
+    Raises:
+        UserError: the checkpoint is unreadable.
+    """
+    weights, classes = read_weights(checkpoint, "vit", "head.weight")
+    specs = build_all(config.norm, config.model.num_hidden_layers)
+    vit = VisionTransformer(config.model, specs, config.images.size, config.images.patch_size, classes)
+    load_weights(vit, weights, str(checkpoint))
+    return vit
+
+
+def read_weights(checkpoint: Path, model: str, head: str) -> tuple[dict[str, Tensor], int]:
+    """The weights of a run's `decoder` or `vit`, and the number of outputs of its `head`.
+
+    Raises:
+        UserError: the checkpoint is unreadable, or has no such head.
+    """
+    weights = weights_of(read_checkpoint(checkpoint), model)
+    if head not in weights or weights[head].ndim != 2:
+        raise UserError(f"{checkpoint}: not a checkpoint of a {model}: {head} is missing or not a matrix")
+    return weights, len(weights[head])
+
+
+def weights_of(checkpoint: Mapping[str, Any], model: str) -> dict[str, Tensor]:
+    """The weights of a run's `decoder` or `vit` by parameter name."""
+    state, prefix = checkpoint["state_dict"], f"{model}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def empty_decoder(config: Config, vocab_size: int) -> Decoder:
+    """A decoder of the run's shape, without initialisation."""
+    specs = build_all(config.norm, config.model.num_hidden_layers)
+    return Decoder(replace(config.model, vocab_size=vocab_size), specs)
+
+
+def load_initial_weights(config: Config, source: Path) -> InitialWeights:
+    """The weights of `init_from`.
+
+    Args:
+        config: the run that starts from them.
+        source: a run folder, whose last checkpoint is read, or a .ckpt file.
+
+    Raises:
+        UserError: there is no checkpoint, or shapes or tokenizers differ.
+    """
+    if not source.exists():
+        raise UserError(f"init_from={source}: no such run folder or .ckpt file")
+    path = source if source.suffix == ".ckpt" else checkpoint_of(source)
+    source_tokenizer, name = run_of(source) / TOKENIZER, config.data.tokenizer
+    if str(source_tokenizer) == name and not source_tokenizer.is_dir():
+        raise UserError(f"init_from={source}: no tokenizer at {source_tokenizer}; name one with data.tokenizer=")
+    tokenizer = tokenizer_of(config.data)
+    if source_tokenizer.is_dir() and load_tokenizer(str(source_tokenizer)).sha256 != tokenizer.sha256:
+        raise UserError(
+            f"data.tokenizer={name!r} is not the tokenizer of init_from={source}: use data.tokenizer={source_tokenizer}"
+        )
+    checkpoint = read_checkpoint(path, mmap=True)
+    weights = weights_of(checkpoint, "decoder")
+    with torch.device("meta"):
+        decoder = empty_decoder(config, config.model.vocab_size or tokenizer.vocab_size)
+    if mismatches := shape_mismatches(decoder, weights):
+        raise UserError(
+            f"init_from={source}: {len(mismatches)} parameters have another shape than this run's ({mismatches[0]}): "
+            "choose the model= and norm= of that run"
+        )
+    return InitialWeights(weights, str(path), checkpoint.get("global_step", 0))
+
+
+def write_imported(decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:
+    """Write a checkpoint of step 0 and the tokenizer, so that `folder` with a configuration is a run folder.
+
+    Raises:
+        UserError: `folder` is not writable.
+    """
+    io = AtomicCheckpointIO()
+    state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    io.save_checkpoint({"state_dict": state, "tokens": 0}, folder / CHECKPOINTS / "step-00000000.ckpt")
+    if io.failure:
+        raise UserError(io.failure)
+    write_tokenizer(tokenizer.backend, tokenizer.eos_id, tokenizer.pad_id, folder / TOKENIZER)
+
+
+def write_tokenizer(tokenizer: Tokenizer, eos_id: int, pad_id: int, folder: Path) -> None:
+    """Write a tokenizer and the names of its special tokens into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": tokenizer.id_to_token(eos_id), "pad_token": tokenizer.id_to_token(pad_id)}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special) + "\n")

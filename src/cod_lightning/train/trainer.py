@@ -1,0 +1,139 @@
+"""Lightning's Trainer of a run, its TensorBoard logs, and what Lightning should not say."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch.distributed import DistError
+
+from cod_lightning.config.schema import Config, TrainerConfig
+from cod_lightning.errors import Stopped, UserError, first_line
+from cod_lightning.train.callbacks import ProgressBar
+from cod_lightning.train.checkpoint import AtomicCheckpointIO
+from cod_lightning.train.strategy import accelerator, precision, strategy_of
+
+
+def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: AtomicCheckpointIO | None = None) -> Trainer:
+    """The Trainer of a run; writes no files yet.
+
+    Raises:
+        UserError: the machine does not have what `trainer.*` asks for.
+    """
+    settings = config.trainer
+    try:
+        return Trainer(
+            accelerator=accelerator(settings),
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
+            # LISA: frozen blocks have no gradients, which plain DDP would wait for.
+            strategy=strategy_of(settings, unused=config.optim.lisa_layers > 0),
+            precision=precision(settings),
+            max_steps=settings.max_steps,
+            max_epochs=-1,
+            val_check_interval=config.eval.every,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+            enable_checkpointing=io is not None,
+            callbacks=list(callbacks),
+            logger=False,
+            plugins=[io or AtomicCheckpointIO(), *cluster_environments()],
+        )
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"trainer.accelerator={settings.accelerator!r}, trainer.devices={settings.devices}: {error}"
+        ) from error
+
+
+def cluster_environments() -> list[Any]:
+    """Slurm's, without Lightning's requeueing: `StopOnSignal` and the job script do it."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
+def tensorboard_logger(folder: Path, step: int | None) -> TensorBoardLogger:
+    """A logger below the run folder; events after `step`, from which the run resumes, are purged."""
+    return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=None if step is None else step + 1)
+
+
+def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
+    """Log the configuration as text."""
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    for logger in tensorboard_loggers(trainer):
+        logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
+
+
+def log_hyperparameters(trainer: Trainer, config: Mapping[str, Any], val_loss: float) -> None:
+    """Log the fields that distinguish runs, with the validation loss, for TensorBoard's hparams table."""
+    fields = {"norm": config["norm"]["name"], "seed": config["seed"], "protocol": config["protocol"]}
+    for section in ("model", "optim"):
+        fields |= {f"{section}.{key}": value for key, value in config[section].items()}
+    for logger in tensorboard_loggers(trainer):
+        logger.log_hyperparams(fields, metrics={"hp/val_loss": val_loss})
+        logger.experiment.flush()  # Lightning flushes at the end of training, which is over
+
+
+def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+LOST_CONNECTION = r"(?i)gloo|connection (closed|reset|refused)|timed out|broken pipe"
+"""Matches the messages of gloo and NCCL when another rank is gone."""
+
+
+@contextlib.contextmanager
+def translate_rank_failures(settings: TrainerConfig) -> Generator[None]:
+    """Raise `Stopped` where another rank is gone or silent, or where Lightning handles SIGTERM."""
+    try:
+        yield
+    except SIGTERMException as error:  # before the first step or after the last; uncaught it is a success
+        raise Stopped("interrupted by SIGTERM") from error
+    except RuntimeError as error:
+        lost = isinstance(error, DistError) or re.search(LOST_CONNECTION, str(error))
+        if settings.world_size == 1 or not lost:
+            raise
+        raise Stopped(
+            f"another of the {settings.world_size} ranks is gone, or did not answer for "
+            f"trainer.timeout={settings.timeout:g} s ({first_line(error)})"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Generator[None]:
+    """Silence Lightning's info messages, and its warnings about choices that are intended here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            # The main process reads the rows unless data.loader_workers says otherwise.
+            r".*does not have many workers.*",
+            # The order of the rows is a function of the step: the loader has no state to resume.
+            r".*resuming from a checkpoint that ended before the epoch ended.*",
+            # Every rank reads its own share of the validation rows.
+            r".*Your `IterableDataset` has `__len__` defined.*",
+            # Metrics are already summed over the ranks.
+            r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
+            # One process on a machine that has Slurm is intended.
+            r".*`srun` command is available on your system but is not used.*",
+            # Lightning calls a function that torch has deprecated.
+            r".*isinstance\(treespec, LeafSpec\).*",
+        ):
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
