@@ -14,9 +14,10 @@ from cod_lightning.measure.activation_stats import moments
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.batches import evaluate
-from cod_lightning.measure.importance import block_influence, layer_importance, readout
+from cod_lightning.measure.importance import block_influence, layer_importance
 from cod_lightning.measure.jacobian import jacobian
 from cod_lightning.measure.layers import image_statistics
+from cod_lightning.measure.logit_lens import logit_lens
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.sparsity import layer_sparsity
 from cod_lightning.nn.config import DecoderConfig
@@ -117,7 +118,7 @@ def test_labels_are_read_from_the_class_token_of_every_layer(model, images):
     known, vit = labelled(images), model.model
     x = [y[:, 0] for y in stream(vit, known.pixels)]
     losses = [F.cross_entropy(vit.head(vit.norm(y)), known.labels).item() for y in x]
-    found = readout(model, images)
+    found = logit_lens(model, images)
     assert (found.tokens, found.loss) == (4, pytest.approx(losses[1:], rel=1e-9))
     shares = layer_importance(model, images, permutations=None)
     assert (shares.empty_loss, shares.loss) == (pytest.approx(losses[0]), pytest.approx(losses[-1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +122,14 @@ def hidden_states(model: ModelAdapter, batch: Batch, keep: Tensor) -> list[Tenso
 def at_least_fp32(x: Tensor) -> Tensor:
     """`x` in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def step_counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    """Return a function that reports one more step of `total` to `progress` on each call."""
+    steps = iter(range(1, total + 1))
+
+    def advance() -> None:
+        if progress is not None:
+            progress(next(steps), total)
+
+    return advance

@@ -71,7 +71,7 @@ MEASURES: dict[str, Measure] = {
     # its time grows with the square of the depth
     "gain": Measure(
         "jacobian",
-        "jacobian:end_to_end_gain",
+        "jacobian:jacobian_growth",
         ("layer", "spectral", "frobenius"),
         first_batch=True,
         first_rows=2,
@@ -95,7 +95,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "causal": Measure("removal", "ablation:causal_score", ("score",), is_map=True),
     "influence": Measure("influence", "importance:block_influence", ("influence",), is_map=True),
-    "readout": Measure("influence", "importance:readout", ("loss", "kl", "js")),
+    "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js")),
     "importance": Measure("influence", "importance:layer_importance", ("shapley", "leave_one_out"), first_batch=True),
     "sparsity": Measure("influence", "sparsity:layer_sparsity", ("outlier_ratio", "owl", "alpha", "alpha_pruning")),
     "theory": Measure(

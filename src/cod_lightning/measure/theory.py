@@ -25,7 +25,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import moments
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import iter_batches
-from cod_lightning.measure.jacobian import end_to_end_gain
+from cod_lightning.measure.jacobian import jacobian_growth
 from cod_lightning.measure.layers import token_variances
 from cod_lightning.measure.result import Progress, figure, grid, legend
 from cod_lightning.measure.sparsity import matrices
@@ -376,7 +376,7 @@ def measured_theory(
         [embedding_variance(model, batches, pad_id), *behind],
         lns=has_lns(model) if lns is None else lns,
         shapes=shapes_of(model, batches[0].shape[1]),
-        gains=end_to_end_gain(model, [batches[0][:GROWTH_ROWS]], pad_id, progress).spectral,
+        gains=jacobian_growth(model, [batches[0][:GROWTH_ROWS]], pad_id, progress).spectral,
         model=model.name,
     )
 

@@ -1,0 +1,89 @@
+"""The logit lens: predictions that the final norm and the head read from every layer, with DoLa's divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cod_lightning.kernels.loss import IGNORE, tokens_at_once
+from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_targets
+from cod_lightning.measure.result import Lines, Mean, Panel, Progress, Result
+
+
+@dataclass(frozen=True)
+class LogitLens(Result):
+    """Predictions read from the output of each block, averaged over targets; in nats."""
+
+    tokens: int
+    """Number of targets."""
+    loss: list[float]
+    """Cross-entropy of the next token (the logit lens)."""
+    kl: list[float]
+    """KL(final || layer) of the next-token distributions."""
+    js: list[float]
+    """Jensen-Shannon divergence between layer and final (DoLa); at most log 2."""
+
+    def panels(self) -> list[Panel]:
+        lines = {"KL(last || layer)": self.kl[:-1], "Jensen-Shannon": self.js[:-1]}
+        return [
+            Lines("loss read from the layer (nats)", {"loss": self.loss}),
+            Lines("divergence from the last layer (nats)", lines, log=True),
+        ]
+
+
+@torch.no_grad()
+def logit_lens(
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+) -> LogitLens:
+    """Apply the final norm and the head to the output of every block.
+
+    Args:
+        model: in any dtype.
+        batches: tokens [rows, length] each.
+        pad_id: padding token, never a target.
+        progress: called after each batch.
+
+    Raises:
+        UserError: there are no targets.
+    """
+    means = Mean()
+    for tokens, targets in iter_targets(model, batches, pad_id, progress):
+        keep = targets != IGNORE
+        outputs, labels = hidden_states(model, tokens, keep)[1:], targets[keep]
+        for chunk in token_chunks(model, len(labels)):
+            final = log_probabilities(model, outputs[-1][chunk])
+            layers = [divergences(final, log_probabilities(model, x[chunk]), labels[chunk]) for x in outputs]
+            means.add(torch.stack(layers, dim=1))
+    return LogitLens(model.name, means.count, *means.mean.T.tolist())
+
+
+def divergences(final: Tensor, layer: Tensor, targets: Tensor) -> Tensor:
+    """Return loss, KL(final || layer) and Jensen-Shannon divergence of each token [tokens, 3], in nats.
+
+    Args:
+        final: log-probabilities of the last layer [tokens, vocabulary].
+        layer: log-probabilities of a layer [tokens, vocabulary].
+        targets: [tokens].
+    """
+    mixture = torch.logaddexp(final, layer) - math.log(2)
+    p, q = final.exp(), layer.exp()
+    kl = (p * (final - layer)).sum(-1)
+    js = ((p * (final - mixture)).sum(-1) + (q * (layer - mixture)).sum(-1)) / 2
+    return torch.stack((-layer.gather(1, targets[:, None])[:, 0], kl, js), dim=-1)
+
+
+def log_probabilities(model: ModelAdapter, x: Tensor) -> Tensor:
+    """Predict the next token: hidden states [tokens, hidden] -> log-probabilities [tokens, vocabulary], in >= fp32."""
+    logits = model.head(x.to(model.head_weight.dtype))
+    return at_least_fp32(logits).log_softmax(-1)
+
+
+def token_chunks(model: ModelAdapter, tokens: int) -> Iterator[slice]:
+    """Split tokens into chunks whose logits fit into memory."""
+    size = tokens_at_once(model.device, len(model.head_weight))
+    return (slice(first, first + size) for first in range(0, tokens, size))
