@@ -1,10 +1,9 @@
-"""LightningDataModules: rows, in the order that (seed, step) decides, for training and for validation."""
+"""LightningDataModules: batches in the order that (seed, step) determines, for training and for validation."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,24 @@ from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 
 SCANNED_ROWS = 1024
-"""Rows read at a time where validation is cut to fewer tokens than the set has."""
+"""Rows to read at a time while counting validation tokens."""
 
 
 class StepDataModule(LightningDataModule, ABC):
-    """What all rows have in common, of tokens or of pixels: steps, ranks, and a fingerprint that a resumed run keeps.
+    """Batches by step and rank, of tokens or of images, with a fingerprint that a resumed run must match.
 
-    Build the Trainer with `use_distributed_sampler=False`: the rows of a rank are chosen here, and Lightning stops with
-    a TypeError where it is to choose them again. Without a trainer, `rank` and `world_size` say which they are.
+    The training loader has one batch of `batch_size / world_size` samples for each optimizer step, from the trainer's
+    global step to `max_steps`; the training step splits it into micro-batches. There are no epochs.
+
+    Build the Trainer with `use_distributed_sampler=False`, because the samples of a rank are selected here; Lightning
+    raises a TypeError otherwise. Without a trainer, `rank` and `world_size` apply.
+
+    Attributes, after `setup`: `source` (folder or URL), `train_rows`, `val_rows`.
     """
 
     source: str
-    """Folder or URL of the rows, after `setup`."""
+    train_rows: Any
+    val_rows: Any
 
     def __init__(self, config: DataConfig, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
         super().__init__()
@@ -45,39 +50,42 @@ class StepDataModule(LightningDataModule, ABC):
         self._resumed: str | None = None
 
     @property
-    def rank(self) -> int:
-        return self._replica()[0]
-
-    @property
-    def world_size(self) -> int:
-        return self._replica()[1]
-
-    def _replica(self) -> tuple[int, int]:
-        """Rank and number among the processes that share the data: fewer than all, with model parallelism."""
+    def replica(self) -> tuple[int, int]:
+        """Rank and number of the processes that share the data; model parallelism makes them fewer than all."""
         if self.trainer is None:
             return self._rank, self._world_size
         shared = self.trainer.distributed_sampler_kwargs
         return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)
 
     def share_problems(self) -> list[str]:
-        """Return why a batch cannot be shared equally among the ranks, nothing if it can."""
-        if self.config.batch_size % self.world_size:
-            return [f"data.batch_size={self.config.batch_size} is not divisible by {self.world_size} processes"]
+        """Return an error line if the ranks cannot share a batch equally."""
+        world_size = self.replica[1]
+        if self.config.batch_size % world_size:
+            return [f"data.batch_size={self.config.batch_size} is not divisible by {world_size} processes"]
         return []
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 of the rows and of what they were made with; a resumed run must have the same."""
+        """SHA-256 of the data; a resumed run must have the same."""
+
+    @abstractmethod
+    def rows_of(self, step: int) -> np.ndarray:
+        """Return the keys of this rank's training samples of one step: [batch_size / world_size, ...]."""
+
+    @property
+    @abstractmethod
+    def val_count(self) -> int:
+        """Number of validation rows to use."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the fingerprint of the set that a checkpoint was trained on; None if it does not say.
+        """Remember the fingerprint of a checkpoint, which may be None.
 
         Raises:
-            UserError: It is not that of this set.
+            UserError: this set has another one.
         """
         self._resumed = state_dict["fingerprint"]
         if hasattr(self, "source"):
@@ -90,29 +98,33 @@ class StepDataModule(LightningDataModule, ABC):
                 f"{self.fingerprint[:16]}...: resume with the same data and settings"
             )
 
-    def step_loader(self, rows: Any, rows_of: Callable[[int], np.ndarray]) -> DataLoader:
-        """Return one batch for each step that is left; without a trainer, for those of one pass over the rows.
+    def train_dataloader(self) -> DataLoader:
+        """Return the batches of the remaining steps; without a trainer, those of one epoch.
 
         Raises:
-            UserError: The trainer has no `max_steps`.
+            UserError: the trainer has no `max_steps`.
         """
         trainer = self.trainer
         if trainer is None:
-            steps = max(1, len(rows) // self.config.batch_size)
+            steps = max(1, len(self.train_rows) // self.config.batch_size)
         elif trainer.max_steps < 1:
             raise UserError(f"trainer.max_steps={trainer.max_steps}: must be at least 1, training is counted in steps")
         else:
             steps = trainer.max_steps
-        sampler = StepSampler(rows_of, first=lambda: trainer.global_step if trainer else 0, steps=steps)
-        return StepLoader(rows, batch_sampler=sampler, **loader_options(self.config.loader_workers))
+        sampler = StepSampler(self.rows_of, first=lambda: trainer.global_step if trainer else 0, steps=steps)
+        return StepLoader(self.train_rows, batch_sampler=sampler, **loader_options(self.config.loader_workers))
 
-    def numbered_loader(self, rows: Dataset, count: int, workers: int = 0) -> DataLoader:
-        """Return this rank's share of the first `count` rows, `micro_batch_size` at a time.
+    def _val_loader(self, rows: Dataset, workers: int) -> DataLoader:
+        """Return this rank's share of the first `val_count` rows, `micro_batch_size` at a time.
 
-        Rank r of W has the rows r, r + W, ...; every rank has equally many batches, the missing rows being number -1.
+        Rank r of W has the rows r, r + W, ...; the number -1 fills up, so that all ranks have equally many batches.
         """
-        rank, world_size = self._replica()
-        sampler = ValSampler(count, self.config.micro_batch_size, rank=rank, world_size=world_size)
+        rank, world_size = self.replica
+        size = self.config.micro_batch_size
+        batches = -(-self.val_count // (world_size * size))
+        numbers = range(rank, batches * size * world_size, world_size)
+        numbers = [number if number < self.val_count else -1 for number in numbers]
+        sampler = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         return DataLoader(rows, batch_sampler=sampler, **loader_options(workers))
 
 
@@ -120,46 +132,85 @@ def loader_options(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,
-        # Not fork: by now there are threads (tokenizers, gloo, CUDA), and their locks would be copied locked.
+        # Not fork: by now threads exist (tokenizers, gloo, CUDA), whose locks would be copied in their locked state.
         "multiprocessing_context": "spawn" if workers else None,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
+class StepSampler(Sampler[list[int]]):
+    """Yields `rows_of(step)` from `first()`, called when the iteration begins, to `steps`.
+
+    The length includes the steps before `first()`: Lightning numbers the batches of a resumed run from there.
+    """
+
+    def __init__(self, rows_of: Callable[[int], np.ndarray], first: Callable[[], int], steps: int) -> None:
+        self.rows_of, self.first, self.steps = rows_of, first, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first(), self.steps):
+            yield self.rows_of(step).tolist()
+
+
+class StepLoader(DataLoader):
+    """A DataLoader that Lightning considers resumable; its position is the trainer's step, so its state is empty."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class NumberedRows(Dataset):
+    """Rows with their numbers; the row with the number -1 is all pad."""
+
+    def __init__(self, rows: TokenRows, pad_id: int) -> None:
+        self.rows, self.pad_id = rows, pad_id
+
+    def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int]]:
+        index = np.array(numbers)
+        rows = torch.full((len(numbers), self.rows.width), self.pad_id)
+        rows[torch.from_numpy(index >= 0)] = self.rows.read(index[index >= 0])
+        return list(zip(rows, numbers, strict=True))
+
+
 class TokenDataModule(StepDataModule):
-    """Batches of token rows.
+    """Batches of token rows of a prepared set.
 
-    Training: int64 [batch_size / world_size, seq_len], one for each optimizer step; splitting it in micro-batches is up
-    to the training step. The loader goes from the trainer's global step to `max_steps`, and knows no epochs.
+    Training: int64 [batch_size / world_size, width], see `Manifest.row_width`.
 
-    Validation: (int64 [m, seq_len], int64 [m]) with m = `micro_batch_size`, rows and their numbers in the whole split;
+    Validation: (int64 [m, width], int64 [m]) with m = `micro_batch_size`, rows and their numbers in the whole split;
     the row with the number -1 is all pad.
 
-    Attributes, after `setup`: `manifest`, `source` (folder or URL), `train_rows`, `val_rows`.
+    Attributes, after `setup`: `manifest` and those of `StepDataModule`.
     """
 
     manifest: Manifest
-
-    # --- life cycle ---------------------------------------------------------------------------------------------------
+    train_rows: TokenRows
+    val_rows: TokenRows
 
     def prepare_data(self) -> None:
-        """Make the prepared set, unless there is one or `folder` names one; on one process of each node.
+        """Prepare the set unless it exists or `folder` names one; Lightning calls this on one process per node.
 
         Raises:
-            UserError: As `prepare`.
+            UserError: as `prepare`.
         """
         if self.config.folder is None:
             prepare(self.config)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the prepared set and check that it is whole and fits the settings.
+        """Open the prepared set; check that it is complete and matches the settings.
 
         Raises:
-            UserError: Bad settings; no prepared set, a damaged one, or one made with other settings; a batch that
-                cannot be shared equally among the ranks; another set than that of the checkpoint to resume.
+            UserError: bad settings; a set that is missing, damaged or prepared with other settings; a batch that the
+                ranks cannot share equally; another set than that of the checkpoint to resume.
         """
-        if found := problems(self.config) + self.share_problems():
-            raise UserError("\n".join(found))
+        if errors := problems(self.config) + self.share_problems():
+            raise UserError("\n".join(errors))
         self.source = self.config.folder or str(prepared_folder(self.config))
         self.manifest, self._tokenizer_json = open_set(self.source)
         check_against(self.config, self.manifest, self.source)
@@ -169,8 +220,6 @@ class TokenDataModule(StepDataModule):
         self.val_rows = TokenRows(self.source, self.manifest, "val", cache)
         self._val_count: int | None = None
 
-    # --- what the set says --------------------------------------------------------------------------------------------
-
     @property
     def vocab_size(self) -> int:
         """The largest token id plus one."""
@@ -178,7 +227,7 @@ class TokenDataModule(StepDataModule):
 
     @property
     def pad_id(self) -> int:
-        """An id that no text yields: as a target it is no token."""
+        """An id that no text encodes to; the loss ignores it as a target."""
         return self.manifest.tokenizer.pad_id
 
     @property
@@ -191,35 +240,28 @@ class TokenDataModule(StepDataModule):
         return self.manifest.fingerprint
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that the set was made with."""
+        """Return the tokenizer of the set."""
         return Tokenizer.from_str(self._tokenizer_json)
 
-    # --- loaders ------------------------------------------------------------------------------------------------------
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the batches of the steps that are left; without a trainer, those of one pass over the rows.
-
-        Raises:
-            UserError: The trainer has no `max_steps`.
-        """
-        rank, world_size = self._replica()
-        rows_of = partial(
-            rows_of_step,
+    def rows_of(self, step: int) -> np.ndarray:
+        """Return the numbers of this rank's rows of one step: int64 [batch_size / world_size]."""
+        rank, world_size = self.replica
+        return rows_of_step(
+            step,
             seed=self.seed,
             batch_size=self.config.batch_size,
             rank=rank,
             world_size=world_size,
-            rows_per_chunk=tuple(chunk.rows for chunk in self.manifest.train.chunks),
+            rows_per_chunk=self.train_rows.rows_per_chunk,
         )
-        return self.step_loader(self.train_rows, rows_of)
 
     def val_dataloader(self) -> DataLoader:
         """Return this rank's share of the validation rows, at most `val_tokens` tokens over all ranks."""
-        return self.numbered_loader(NumberedRows(self.val_rows, self.pad_id), self.val_count)
+        return self._val_loader(NumberedRows(self.val_rows, self.pad_id), workers=0)
 
     @property
     def val_count(self) -> int:
-        """How many validation rows are used: as many of the first as have at most `val_tokens` non-pad tokens."""
+        """Number of leading validation rows that have at most `val_tokens` non-pad tokens."""
         if self._val_count is None:
             self._val_count = _rows_within(self.val_rows, self.config.val_tokens, self.manifest, self.pad_id)
         return self._val_count
@@ -228,10 +270,10 @@ class TokenDataModule(StepDataModule):
         """Return the tokens of the first `n` validation rows: int64 [n, seq_len].
 
         Raises:
-            UserError: There are fewer.
+            UserError: there are fewer.
         """
         if n > len(self.val_rows):
-            raise UserError(f"a probe of {n} rows is asked for, but the set has {len(self.val_rows)} validation rows")
+            raise UserError(f"a probe of {n} rows is larger than the set's {len(self.val_rows)} validation rows")
         return self.val_rows.read(np.arange(n))[:, : self.manifest.seq_len]
 
 
@@ -253,69 +295,12 @@ def _rows_within(rows: TokenRows, tokens: int, manifest: Manifest, pad_id: int) 
 
 
 def tokenizer_of(config: DataConfig) -> TokenizerRecord | DocumentTokenizer:
-    """The tokenizer of the set that `config` names or describes, which may be prepared already or not.
+    """Return the tokenizer of the set that `config` names or describes; the set need not be prepared.
 
     Raises:
-        UserError: As `prepared_folder`, `open_set`, `load_tokenizer`.
+        UserError: as `prepared_folder`, `open_set`, `load_tokenizer`.
     """
     source = config.folder or str(prepared_folder(config))
     if config.folder is not None or is_complete(Path(source)):
         return open_set(source)[0].tokenizer
     return load_tokenizer(config.tokenizer)
-
-
-class StepSampler(Sampler[list[int]]):
-    """`rows_of(step)`, step after step, from `first()` (asked when the iteration begins) to `steps`.
-
-    Its length counts the steps before `first()` too: Lightning numbers a resumed run's batches from where it stopped.
-    """
-
-    def __init__(self, rows_of: Callable[[int], np.ndarray], first: Callable[[], int], steps: int) -> None:
-        self.rows_of, self.first, self.steps = rows_of, first, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first(), self.steps):
-            yield self.rows_of(step).tolist()
-
-
-class StepLoader(DataLoader):
-    """A DataLoader that Lightning takes for resumable: its place is the trainer's step, so it has no state to save."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
-
-
-class ValSampler(Sampler[list[int]]):
-    """The numbers of one rank's rows, `size` at a time; -1 where other ranks have a row and this one has none."""
-
-    def __init__(self, count: int, size: int, *, rank: int, world_size: int) -> None:
-        self.count, self.size, self.rank, self.world_size = count, size, rank, world_size
-
-    def __len__(self) -> int:
-        """The same on every rank: what the rank with most rows needs."""
-        return -(-self.count // (self.world_size * self.size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(len(self)):
-            places = range(batch * self.size, (batch + 1) * self.size)
-            numbers = (self.rank + self.world_size * place for place in places)
-            yield [number if number < self.count else -1 for number in numbers]
-
-
-class NumberedRows(Dataset):
-    """Rows with their numbers; the row with the number -1 is all pad."""
-
-    def __init__(self, rows: TokenRows, pad_id: int) -> None:
-        self.rows, self.pad_id = rows, pad_id
-
-    def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int]]:
-        index = np.array(numbers)
-        rows = torch.full((len(numbers), self.rows.width), self.pad_id)
-        rows[torch.from_numpy(index >= 0)] = self.rows.read(index[index >= 0])
-        return list(zip(rows, numbers, strict=True))

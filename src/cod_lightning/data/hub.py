@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be used, asked once and quickly instead of after minutes of retries."""
+"""Check quickly whether the Hugging Face hub can be used, instead of failing after minutes of retries."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PROBE_SECONDS = 4.0
 def require_hub(what: str, instead: str) -> None:
     """Return if the hub answers within `PROBE_SECONDS`.
 
-    `what` is the setting that needs the hub and `instead` the way to do without it; both go into the message.
+    `what` names the setting that needs the hub, `instead` an alternative; both are part of the message.
 
     Raises:
-        UserError: The hub is switched off (`HF_HUB_OFFLINE`) or does not answer.
+        UserError: the hub is switched off (`HF_HUB_OFFLINE`) or does not answer.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}:
         raise UserError(f"{what} needs the Hugging Face hub, but HF_HUB_OFFLINE is set. {instead}")
@@ -29,7 +29,7 @@ def require_hub(what: str, instead: str) -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # an HTTP status, whatever it is, is an answer
+            pass  # any HTTP status is an answer
         except (OSError, ValueError):
             return
         answered.set()
@@ -43,10 +43,10 @@ def require_hub(what: str, instead: str) -> None:
 
 
 def require_cached_or_hub(name: str, instead: str) -> None:
-    """Return if a repository is in the local cache, by its config.json, or the hub can be asked for it.
+    """Return if the config.json of a repository is in the local cache, or the hub answers.
 
     Raises:
-        UserError: `name` cannot be one on the hub, or as `require_hub`.
+        UserError: `name` is not a valid name on the hub; or as `require_hub`.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -1,4 +1,4 @@
-"""Images with a class each: read from folders, or drawn here; every training crop is a function of (seed, sample)."""
+"""Labelled images from folders, or drawn here; every training crop is a function of (seed, sample)."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from cod_lightning.kernels.loss import IGNORE
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MEAN, STD = (np.array(values, np.float32) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-"""Of ImageNet's channels, as everyone normalises with."""
+"""Mean and deviation of ImageNet's channels, the usual normalisation."""
 VAL_CROP = 0.875
-"""Side of the centre that is validated on, of the shorter side: 224 of 256."""
+"""Side of the validation crop as a share of the shorter side: 224 of 256."""
 ASPECTS = (3 / 4, 4 / 3)
-"""Least and greatest width / height of a training crop."""
+"""Smallest and largest width / height of a training crop."""
 CROP_TRIES = 10
 CROPS, DRAWINGS = 1, 2
-"""Which random numbers a key is for; the last of four, as shorter keys are those of the order."""
+"""Last of the four parts of a random key: its purpose. The keys of the order are shorter."""
 
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower, in pixels."""
 
 
-# Sources -------------------------------------------------------------------------------------------------------------
+# --- sources ----------------------------------------------------------------------------------------------------------
 
 
 class ImageFolder:
-    """The images below ROOT/SPLIT/CLASS/; classes and files in the order of their names.
+    """The images in ROOT/SPLIT/CLASS/; classes and files sorted by name.
 
     Raises:
         UserError: there is no such folder, or a class has no image.
@@ -52,44 +52,44 @@ class ImageFolder:
         except OSError as error:
             raise UserError(f"images.folder={root}: {split}/ cannot be read ({error.strerror})") from error
         if not self.classes:
-            raise UserError(f"images.folder={root}: {split}/ holds no folders, expected one for each class")
+            raise UserError(f"images.folder={root}: {split}/ has no folders; expected one per class")
         self.files: list[str] = []
         self.bytes: list[int] = []
         self.labels: list[int] = []
         for label, name in enumerate(self.classes):
-            found = [entry for entry in os.scandir(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
-            if not found:
-                raise UserError(f"{self.folder / name} holds no image; known: {', '.join(SUFFIXES)}")
-            for entry in sorted(found, key=lambda entry: entry.name):
+            entries = [entry for entry in os.scandir(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
+            if not entries:
+                raise UserError(f"{self.folder / name} has no image; supported: {', '.join(SUFFIXES)}")
+            for entry in sorted(entries, key=lambda entry: entry.name):
                 self.files.append(f"{name}/{entry.name}")
                 self.bytes.append(entry.stat().st_size)
                 self.labels.append(label)
 
     @property
     def content(self) -> Any:
-        """What tells this set from another: names and sizes, not every pixel."""
+        """Content of the fingerprint: names and sizes, not pixels."""
         return [self.files, self.bytes]
 
     def read(self, number: int) -> Image.Image:
         """Return image `number`, in RGB.
 
         Raises:
-            UserError: It cannot be decoded.
+            UserError: it cannot be decoded.
         """
         path = self.folder / self.files[number]
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is not an image that can be read ({error}): replace it or remove it") from error
+            raise UserError(f"{path} is not a readable image ({error}); replace or remove it") from error
 
 
 DRAWN = {"train": 4096, "val": 256}
-"""How many images there are of each split."""
+"""Images per split."""
 
 
 class DrawnImages:
-    """Stripes and shapes of random place, size and colours under noise; image n of a split is a function of n alone."""
+    """Stripes and shapes with random position, size and colours, and noise; image n of a split depends on n alone."""
 
     def __init__(self, split: str, size: int) -> None:
         self.split, self.size = split, size
@@ -126,20 +126,20 @@ class DrawnImages:
         return Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
 
 
-# What the model sees -------------------------------------------------------------------------------------------------
+# --- model input ------------------------------------------------------------------------------------------------------
 
 
 def random_crop(width: int, height: int, min_crop: float, numbers: np.ndarray) -> Box:
-    """Return the first of `CROP_TRIES` boxes of random area, aspect and place that lies within the image.
+    """Return the first of `CROP_TRIES` boxes with random area, aspect and position that lies within the image.
 
     Args:
         width: of the image.
         height: of the image.
-        min_crop: least share of its area; the greatest is 1. The logarithm of the aspect is uniform.
+        min_crop: smallest share of its area; the largest is 1. The logarithm of the aspect is uniform.
         numbers: uniform in [0, 1) [4 * CROP_TRIES].
 
     Returns:
-        Whole pixels; where no try fits, the largest centre with an aspect that is allowed.
+        Whole pixels; if no box fits, the largest centre with an allowed aspect.
     """
     low, high = ASPECTS
     for share, aspect, left, up in numbers.reshape(CROP_TRIES, 4):
@@ -160,14 +160,14 @@ def centre(width: int, height: int) -> Box:
 
 
 def pixels(image: Image.Image, size: int, box: Box, flip: bool = False) -> Tensor:
-    """Return the part of an image inside `box`, bicubic with antialiasing and normalised: float32 [3, size, size]."""
+    """Resize the part of an image inside `box`, bicubic with antialiasing, and normalise: float32 [3, size, size]."""
     image = image.resize((size, size), Image.Resampling.BICUBIC, box)
     values = (np.asarray(image, np.float32) / 255 - MEAN) / STD
     return torch.from_numpy(np.ascontiguousarray((values[:, ::-1] if flip else values).transpose(2, 0, 1)))
 
 
 class TrainImages(Dataset):
-    """Asked for (image, sample), samples counting all that a run takes: a crop, flipped or not, and its label."""
+    """Maps (image, sample), where samples count all images that a run reads, to a random crop and its label."""
 
     def __init__(self, images: ImageFolder | DrawnImages, config: ImageConfig, seed: int) -> None:
         self.images, self.config, self.seed = images, config, seed
@@ -184,7 +184,7 @@ class TrainImages(Dataset):
 
 
 class ValImages(Dataset):
-    """Asked for a number: the centre of that image, its label, and the number; of -1 nothing, with `IGNORE`."""
+    """Maps a number to the centre of that image, its label, and the number; -1 to zeros with the label `IGNORE`."""
 
     def __init__(self, images: ImageFolder | DrawnImages, config: ImageConfig) -> None:
         self.images, self.config = images, config
@@ -203,12 +203,12 @@ class ValImages(Dataset):
 class ImageDataModule(StepDataModule):
     """Batches of images and labels.
 
-    Training: (float32 [batch_size / world_size, 3, size, size], int64 [...]), one for each optimizer step.
+    Training: (float32 [batch_size / world_size, 3, size, size], int64 [batch_size / world_size]).
 
     Validation: (float32 [m, 3, size, size], int64 [m], int64 [m]) with m = `micro_batch_size`: images, labels and
     numbers in the whole split; the image with the number -1 has the label `IGNORE`.
 
-    Attributes, after `setup`: `classes`, `train_rows`, `val_rows`.
+    Attributes, after `setup`: `classes` and those of `StepDataModule`.
     """
 
     classes: list[str]
@@ -225,20 +225,21 @@ class ImageDataModule(StepDataModule):
         """List the images of both splits.
 
         Raises:
-            UserError: Bad settings; folders that are missing, empty or of other classes; a batch that cannot be shared
-                equally among the ranks; another set than that of the checkpoint to resume.
+            UserError: bad settings; folders that are missing, empty or have different classes; a batch that the ranks
+                cannot share equally; another set than that of the checkpoint to resume.
         """
-        if found := image_problems(self.images) + self.share_problems():
-            raise UserError("\n".join(found))
-        if not hasattr(self, "source"):  # Lightning calls again, and a million files take a while to list
+        if errors := image_problems(self.images) + self.share_problems():
+            raise UserError("\n".join(errors))
+        if not hasattr(self, "source"):  # Lightning calls again, and listing a million files takes a while
             self._open(self.images)
         self._check_resumed()
 
     def _open(self, config: ImageConfig) -> None:
         if config.source == "folder":
             train, val = (ImageFolder(Path(config.folder or ""), split) for split in ("train", "val"))
-            if odd := sorted(set(train.classes) ^ set(val.classes)):
-                raise UserError(f"images.folder={config.folder}: only one of train/ and val/ has {', '.join(odd[:5])}")
+            if different := sorted(set(train.classes) ^ set(val.classes)):
+                names = ", ".join(different[:5])
+                raise UserError(f"images.folder={config.folder}: only one of train/ and val/ has {names}")
             if config.classes not in (None, len(train.classes)):
                 raise UserError(f"images.folder={config.folder} has {len(train.classes)}, not {config.classes} classes")
         else:
@@ -250,27 +251,20 @@ class ImageDataModule(StepDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of names and sizes of all images; a resumed run must have the same."""
+        """SHA-256 of the names and sizes of all images; a resumed run must have the same."""
         return self._fingerprint
 
     def rows_of(self, step: int) -> np.ndarray:
         """Return (image, sample) of one step on this rank: int64 [batch_size / world_size, 2]."""
-        share = self.config.batch_size // self.world_size
-        first = step * self.config.batch_size + self.rank * share
+        rank, world_size = self.replica
+        share = self.config.batch_size // world_size
+        first = step * self.config.batch_size + rank * share
         numbers = samples(first, share, seed=self.seed, rows_per_chunk=(len(self.train_rows),))
         return np.stack((numbers, first + np.arange(share)), axis=1)
 
-    def train_dataloader(self) -> DataLoader:
-        """Return the batches of the steps that are left; without a trainer, those of one pass over the images.
-
-        Raises:
-            UserError: The trainer has no `max_steps`.
-        """
-        return self.step_loader(self.train_rows, self.rows_of)
-
     def val_dataloader(self) -> DataLoader:
         """Return this rank's share of the validation images."""
-        return self.numbered_loader(self.val_rows, self.val_count, self.config.loader_workers)
+        return self._val_loader(self.val_rows, self.config.loader_workers)
 
     @property
     def val_count(self) -> int:
@@ -280,9 +274,9 @@ class ImageDataModule(StepDataModule):
         """Return `n` validation images, evenly spread, and their labels: [n, 3, size, size] and int64 [n].
 
         Raises:
-            UserError: There are fewer.
+            UserError: there are fewer.
         """
         if n > self.val_count:
-            raise UserError(f"a probe of {n} images is asked for, but there are {self.val_count} for validation")
+            raise UserError(f"a probe of {n} images is larger than the {self.val_count} validation images")
         rows = [self.val_rows[number] for number in np.linspace(0, self.val_count - 1, n).round().astype(int)]
         return torch.stack([row[0] for row in rows]), torch.tensor([row[1] for row in rows])

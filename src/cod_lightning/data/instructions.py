@@ -1,7 +1,7 @@
-"""Instructions with answers: the prompt, and questions that are made up here for tests and toy scale.
+"""Instructions with answers: the prompt, and generated questions for tests and toy scale.
 
-A record is Commonsense170K's (Hu et al., LLM-Adapters, EMNLP 2023): {"instruction", "input", "output", "answer"}, where
-the output is what the model is to say ("the correct answer is answer2") and the answer its last word.
+Records have the format of Commonsense170K (Hu et al., LLM-Adapters, EMNLP 2023): {"instruction", "input", "output",
+"answer"}. The output is the expected text ("the correct answer is answer2"), the answer its last word.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import random
 from collections.abc import Iterator
 
 PROMPT_RECIPE = 1
-"""Raise when `prompt_of` gives another text."""
+"""Increase when `prompt_of` returns another text."""
 DRAWN_RECIPE = 1
-"""Raise when `drawn` gives other records."""
+"""Increase when `drawn` yields other records."""
 DRAWN_RECORDS = 4_000
 DRAWN_SEED = 1
 
 
 class Example(str):
-    """A prompt and its answer as one text, for all that reads text, which knows where the answer begins."""
+    """A prompt and its answer as one string that knows where the answer begins."""
 
     start: int
 
@@ -36,7 +36,7 @@ class Example(str):
 
 
 def prompt_of(instruction: str, given: str = "") -> str:
-    """The prompt of Stanford Alpaca (Taori et al., 2023), with LLM-Adapters' line break before the answer."""
+    """Return the prompt of Stanford Alpaca (Taori et al., 2023), with LLM-Adapters' line break before the answer."""
     context = ", paired with an input that provides further context" if given else ""
     section = f"### Input:\n{given}\n\n" if given else ""
     return (
@@ -53,26 +53,26 @@ LIFELESS = ["bell", "cup", "door", "fork", "hat", "key", "lamp", "nail"]
 
 
 def drawn(seed: int = DRAWN_SEED, count: int = DRAWN_RECORDS) -> Iterator[dict[str, str]]:
-    """Questions about what is alive, half of them true or false, half with four answers, of which one is right.
+    """Yield questions about what is alive: half of them true or false, half with one right answer of four.
 
-    What a name means has to be learned: nothing in the question tells. Blind guesses are right in 3/8 of the cases.
+    The question does not reveal which names are alive; a model has to learn it. Guessing is right in 3/8 of the cases.
     """
     generator = random.Random(seed)
 
-    def one_of(words: list[str]) -> str:
-        # Of all its methods random() alone gives the same in every version of Python.
+    def draw(words: list[str]) -> str:
+        # random() is the only method with the same results in every version of Python.
         return words[int(generator.random() * len(words))]
 
     for _ in range(count):
         if generator.random() < 0.5:
             choices = ["true", "false"]
-            answer = one_of(choices)
-            thing = one_of(ALIVE if answer == "true" else LIFELESS)
+            answer = draw(choices)
+            thing = draw(ALIVE if answer == "true" else LIFELESS)
             question = f"Please answer with true or false: is the {thing} alive?"
         else:
             choices = ["answer1", "answer2", "answer3", "answer4"]
-            answer = one_of(choices)
-            things = [f"{choice.title()}: {one_of(ALIVE if choice == answer else LIFELESS)}" for choice in choices]
+            answer = draw(choices)
+            things = [f"{choice.title()}: {draw(ALIVE if choice == answer else LIFELESS)}" for choice in choices]
             question = f"Please choose what is alive.\n\n{' '.join(things)}"
         yield {
             "instruction": f"{question}\n\nAnswer format: {'/'.join(choices)}",

@@ -1,10 +1,11 @@
 """The order of training rows: a pure function of (seed, step), in numpy.
 
-Samples are numbered 0, 1, 2, ... over all epochs; step `s` takes the samples from `s * batch_size` on, and rank `r` of
-them a contiguous slice. So any number of processes sees the same batches, and a run resumes from its step alone.
+Samples are numbered 0, 1, 2, ... over all epochs. Step `s` uses `batch_size` samples from number `s * batch_size`,
+and each rank a contiguous slice of them. So any number of processes sees the same batches, and a run resumes from its
+step alone.
 
-An epoch holds every row once. Its chunks are permuted, then the rows within windows of `WINDOW_CHUNKS` consecutive
-chunks: a batch mixes rows of many chunks, while at any time only one window need be at hand.
+An epoch contains every row once. Its chunks are permuted, then the rows within windows of `WINDOW_CHUNKS` consecutive
+chunks: a batch mixes rows of many chunks, but only one window must be at hand at a time.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def rows_of_step(
     world_size: int,
     rows_per_chunk: Sequence[int],
 ) -> np.ndarray:
-    """Return the rows of one step and rank: int64 [batch_size / world_size], numbered over all chunks in their order.
+    """Return the row numbers of one step and rank, counted over all chunks in order: int64 [batch_size / world_size].
 
     Raises:
-        ValueError: `batch_size` is not divisible by `world_size`, `rank` out of range, or no rows.
+        ValueError: `batch_size` is not divisible by `world_size`, `rank` is out of range, or there are no rows.
     """
     if batch_size % world_size or not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size} has no equal share of a batch of {batch_size}")
@@ -64,14 +65,14 @@ def _chunk_order(seed: int, epoch: int, rows_per_chunk: tuple[int, ...]) -> np.n
 
 @lru_cache(maxsize=4)
 def _window_starts(seed: int, epoch: int, rows_per_chunk: tuple[int, ...]) -> np.ndarray:
-    """The position in the epoch at which each window begins."""
+    """Return the position in the epoch at which each window begins."""
     sizes = np.asarray(rows_per_chunk)[_chunk_order(seed, epoch, rows_per_chunk)]
     return np.concatenate([[0], np.cumsum(sizes)])[:-1:WINDOW_CHUNKS]
 
 
 @lru_cache(maxsize=4)
 def _window_rows(seed: int, epoch: int, window: int, rows_per_chunk: tuple[int, ...]) -> np.ndarray:
-    """The rows of one window in the order in which they are taken."""
+    """Return the rows of one window in the order in which they are used."""
     ends = np.cumsum(rows_per_chunk)
     chunks = _chunk_order(seed, epoch, rows_per_chunk)[window * WINDOW_CHUNKS : (window + 1) * WINDOW_CHUNKS]
     rows = np.concatenate([np.arange(ends[chunk] - rows_per_chunk[chunk], ends[chunk]) for chunk in chunks])
@@ -79,14 +80,14 @@ def _window_rows(seed: int, epoch: int, window: int, rows_per_chunk: tuple[int, 
 
 
 def uniform(count: int, *key: int) -> np.ndarray:
-    """Return `count` numbers in [0, 1) that depend on `key` only, from raw output as below: float64 [count]."""
+    """Return `count` numbers in [0, 1) that depend on `key` only; see `_permutation`: float64 [count]."""
     return (np.random.PCG64(np.random.SeedSequence(key)).random_raw(count) >> np.uint64(11)) * 2.0**-53
 
 
 def _permutation(count: int, *key: int) -> np.ndarray:
-    """A permutation of `count` that depends on `key` only.
+    """Return a permutation of `count` that depends on `key` only.
 
-    It sorts raw output of a bit generator, which numpy keeps the same between versions, as it does not for
-    `Generator.permutation`; the sort is stable, so that a tie of two 64-bit values is no matter of the platform.
+    It sorts the raw output of a bit generator, which is the same in all versions of numpy, unlike
+    `Generator.permutation`. The sort is stable, so ties do not depend on the platform.
     """
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable")

@@ -1,4 +1,4 @@
-"""Rows of tokens straight from documents, for models that come with a tokenizer of their own."""
+"""Rows of tokens directly from documents, for models with their own tokenizer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from cod_lightning.errors import UserError
 def packed(
     documents: Iterable[str], encode: Callable[[str], Sequence[int]], separator: int | None, rows: int, length: int
 ) -> Tensor:
-    """The first documents in full rows, one after the other with a separator between: int64 [rows, length].
+    """Return the first documents as full rows, one after the other with a separator between: int64 [rows, length].
 
     Args:
         documents: read only as far as needed.
-        encode: gives the tokens of a text.
-        separator: token behind every document, None for none.
-        rows: how many.
-        length: tokens in each.
+        encode: returns the tokens of a text.
+        separator: token after every document; None for none.
+        rows: largest number of rows to return.
+        length: tokens per row.
 
     Raises:
-        UserError: the documents do not fill one row; fewer rows than asked for are returned otherwise.
+        UserError: the documents do not fill one row.
     """
     tokens: list[int] = []
     for document in documents:

@@ -74,7 +74,8 @@ class TokenRows(Dataset):
             self.folder = (cache or Path("cache")) / manifest.fingerprint[:16] / split
         self.split = manifest.split(split)
         self.width, self.dtype = manifest.row_width, np.dtype(manifest.dtype)
-        self.ends = np.cumsum([chunk.rows for chunk in self.split.chunks])
+        self.rows_per_chunk = tuple(chunk.rows for chunk in self.split.chunks)
+        self.ends = np.cumsum(self.rows_per_chunk)
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
         self._verified: set[int] = set()
         self._store: Store | None = None
@@ -107,7 +108,7 @@ class TokenRows(Dataset):
         chunk_of = np.searchsorted(self.ends, rows, side="right")
         for number in np.unique(chunk_of).tolist():
             selected = chunk_of == number
-            first = self.ends[number] - self.split.chunks[number].rows
+            first = self.ends[number] - self.rows_per_chunk[number]
             out[selected] = self._rows(number)[rows[selected] - first]
         return torch.from_numpy(out)
 
