@@ -7,90 +7,129 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter, load_pretrained
 
 FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2", "qwen2_5_vl", "bert")
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def tokens(rows=2, length=7):
     return torch.randint(3, 37, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_parts_make_up_the_whole(causal_lm, family):
-    model, seen = causal_lm(family), {}
-    with torch.no_grad():
-        logits = model.logits(tokens(), lambda what, layer, x: seen.__setitem__((what, layer), x))
-        assert torch.equal(logits, model.logits(tokens()))
-        assert logits.shape == (2, 7, 37)
-        assert (model.depth, model.hidden) == (4, 16)
-        assert len(seen) == 1 + 3 * 4
-        for layer in range(1, 5):
-            total = seen["embedding", 0] if layer == 1 else seen["residual", layer - 1]
-            for branch in ("attention", "ffn"):
-                total = total + seen[branch, layer]
-                if family == "bert":  # Post-LN; a new norm's weight is 1, its bias 0
-                    total = F.layer_norm(total, (16,), eps=1e-12)
-            torch.testing.assert_close(total, seen["residual", layer], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(model.head(seen["residual", 4]), logits, rtol=1e-5, atol=1e-5)
+@torch.no_grad()
+def run(model):
+    """Logits, and activations by (name, layer)."""
+    activations = {}
+    logits = model.logits(tokens(), lambda name, layer, x: activations.__setitem__((name, layer), x))
+    return logits, activations
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_is_a_function_of_its_input(causal_lm, family):
-    model, seen = causal_lm(family), {}
-    with torch.no_grad():
-        model.logits(tokens(), lambda what, layer, x: seen.__setitem__((what, layer), x))
-        inputs, functions = model.block_functions(tokens())
-        for layer, (x, function) in enumerate(zip(inputs, functions, strict=True), start=1):
-            torch.testing.assert_close(function(x), seen["residual", layer], rtol=1e-5, atol=1e-5)
-            assert not torch.allclose(function(2 * x + 1), function(x))
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_are_rearranged_for_a_while(causal_lm, family):
+@every_family
+def test_sizes_are_read_from_the_model(causal_lm, family):
     model = causal_lm(family)
-    with torch.no_grad():
-        whole = model.logits(tokens())
-        blocks = model.blocks
-        with model.with_blocks([blocks[0], *blocks[2:]]):
-            assert model.depth == 3
-            inputs, functions = model.block_functions(tokens())
-            without = model.logits(tokens())
-        x = inputs[0]
-        for function in functions:
-            x = function(x)
-        torch.testing.assert_close(model.head(x), without, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(without, whole)
-        assert torch.equal(model.logits(tokens()), whole)
+    assert (model.depth, model.hidden, model.config.num_hidden_layers) == (4, 16, 4)
+    assert model.logits(tokens()).shape == (2, 7, 37)
+
+
+@every_family
+def test_a_hook_changes_no_logits_and_is_removed(causal_lm, family):
+    model = causal_lm(family)
+    logits, activations = run(model)
+    assert len(activations) == 1 + 3 * 4
+    activations.clear()
+    assert torch.equal(logits, model.logits(tokens()))
+    assert not activations
+
+
+@every_family
+def test_a_block_adds_its_branches_to_its_input(causal_lm, family):
+    _, activations = run(causal_lm(family))
+    for layer in range(1, 5):
+        x = activations["residual", layer - 1] if layer > 1 else activations["embedding", 0]
+        for branch in ("attention", "ffn"):
+            x = x + activations[branch, layer]
+            if family == "bert":  # Post-LN; a new norm's weight is 1, its bias 0
+                x = F.layer_norm(x, (16,), eps=1e-12)
+        close(x, activations["residual", layer])
+
+
+@every_family
+def test_the_head_gives_the_logits_of_the_last_block(causal_lm, family):
+    model = causal_lm(family)
+    logits, activations = run(model)
+    close(model.head(activations["residual", 4]), logits)
+
+
+@every_family
+@torch.no_grad()
+def test_a_block_is_a_function_of_its_input(causal_lm, family):
+    model = causal_lm(family)
+    _, activations = run(model)
+    for layer, (x, function) in enumerate(zip(*model.block_functions(tokens()), strict=True), start=1):
+        close(function(x), activations["residual", layer])
+        assert not torch.allclose(function(2 * x + 1), function(x))
+
+
+@every_family
+@torch.no_grad()
+def test_a_model_runs_with_other_blocks(causal_lm, family):
+    model = causal_lm(family)
+    whole, blocks = model.logits(tokens()), model.blocks
+    with model.with_blocks([blocks[0], *blocks[2:]]):
+        assert model.depth == 3
+        (x, *_), functions = model.block_functions(tokens())
+        without = model.logits(tokens())
+    for function in functions:
+        x = function(x)
+    close(model.head(x), without)
+    assert not torch.allclose(without, whole)
+
+
+@every_family
+@torch.no_grad()
+def test_the_blocks_come_back(causal_lm, family):
+    model = causal_lm(family)
+    whole = model.logits(tokens())
+    with pytest.raises(KeyError), model.with_blocks(model.blocks[:1]):
+        raise KeyError
+    assert torch.equal(model.logits(tokens()), whole)
+
+
+@pytest.mark.parametrize(("count", "layers"), [(1, [1]), (2, [1, 4]), (3, [1, 2, 4]), (9, [1, 2, 3, 4])])
+def test_layers_are_evenly_spaced(causal_lm, count, layers):
+    assert causal_lm("ours").evenly_spaced(count) == layers
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "bert"])
-def test_a_model_that_is_more_than_a_decoder_is_loaded(causal_lm, family, tmp_path):
+@torch.no_grad()
+def test_a_model_is_loaded_with_its_tokenizer(causal_lm, family, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    made = causal_lm(family)
-    made.model.save_pretrained(tmp_path)
+    saved = causal_lm(family)
+    saved.model.save_pretrained(tmp_path)
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(37)}, unk_token="w0")
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     loaded, tokenizer = load_pretrained(str(tmp_path))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.logits(tokens()), made.logits(tokens()))
+    torch.testing.assert_close(loaded.logits(tokens()), saved.logits(tokens()))
     assert tokenizer("w7", add_special_tokens=False)["input_ids"] == [7]
 
 
-def test_only_bert_sees_later_tokens(causal_lm):
-    changed = tokens()
+@pytest.mark.parametrize(("family", "causal"), [("llama", True), ("qwen2_5_vl", True), ("bert", False)])
+@torch.no_grad()
+def test_only_bert_sees_later_tokens(causal_lm, family, causal):
+    model, changed = causal_lm(family), tokens()
     changed[:, -1] = (changed[:, -1] + 1) % 37
-    with torch.no_grad():
-        for family in ("llama", "qwen2_5_vl", "bert"):
-            model = causal_lm(family)
-            same = torch.equal(model.logits(tokens())[:, :-1], model.logits(changed)[:, :-1])
-            assert same == (family != "bert")
+    assert torch.equal(model.logits(tokens())[:, :-1], model.logits(changed)[:, :-1]) == causal
 
 
-def test_a_model_of_another_kind_is_refused():
-    with pytest.raises(UserError, match=r"odd: Linear is not laid out .* expected blocks at model\.layers"):
+def test_a_model_with_an_unknown_layout_is_an_error():
+    with pytest.raises(UserError, match=r"odd: Linear has an unknown layout: expected blocks at model\.layers"):
         ModelAdapter(nn.Linear(2, 2), "odd")
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="not a causal language model of transformers"):
         load_pretrained(str(tmp_path))

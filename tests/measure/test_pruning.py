@@ -230,7 +230,7 @@ def test_what_cannot_be_pruned_is_refused(causal_lm, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no tokens to measure on"):
         prune(model, [], layers=[1], folder=tmp_path / "small", export=export)
     (tmp_path / "taken").write_text("")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
         prune(model, batches(), layers=[1], folder=tmp_path / "taken", export=export)
 
     def full(model, folder):

@@ -1,46 +1,48 @@
-"""Any causal language model as an embedding, blocks and a head: our decoder, or one of `transformers`.
+"""One view of every model that is measured: an embedding, blocks and a head.
 
-And our Vision Transformer, whose tokens are the patches of images: see `Images`.
+The models are our decoder, causal language models of `transformers`, and our Vision Transformer, whose tokens are the
+patches of images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import ActivationHook, Decoder
 from cod_lightning.nn.huggingface import import_transformers, quiet_transformers
 from cod_lightning.nn.vit import VisionTransformer
 
-PLACES = (
-    ("model", "layers", "norm"),
-    ("model.language_model", "layers", "norm"),
-    ("transformer", "h", "ln_f"),
-    ("bert.encoder", "layer", None),
+LAYOUTS = (
+    ("model", "layers", "norm"),  # Llama and models like it
+    ("model.language_model", "layers", "norm"),  # Qwen2.5-VL
+    ("transformer", "h", "ln_f"),  # GPT-2
+    ("bert.encoder", "layer", None),  # BERT, whose blocks end with their own norms
 )
-"""Where models of `transformers` keep their stack, its blocks and its final norm: LLaMA and kin, the language branch of
-Qwen2.5-VL, GPT-2, and BERT, whose blocks end with norms of their own."""
+"""Names of the stack, of its list of blocks and of its final norm in models of `transformers`."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images with labels, which stand in the place of a batch of tokens [rows, length] for a Vision Transformer.
+    """A batch of images with labels, for a Vision Transformer.
 
-    Its patches count as tokens, but for the class token; its targets are the labels, which are read at the class
-    token, so that losses are nats per image.
+    Patches count as tokens, the class token does not. The target is the label, predicted from the class token, so
+    losses are in nats per image.
     """
 
     pixels: Tensor
     """[rows, 3, size, size]."""
     labels: Tensor
-    """[rows]; `IGNORE`: neither the image nor its patches count."""
+    """[rows]; an image with label `IGNORE` does not count."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,61 +60,59 @@ Batch = Tensor | Images
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """A causal language model, or a Vision Transformer, taken apart.
+    """Access to the blocks of a model.
 
     Args:
-        model: a `Decoder`, a `VisionTransformer`, or a causal language model of `transformers` (Llama, Mistral, Qwen2,
-            Qwen3, DeepSeek-LLM, OLMo2, Qwen2.5-VL on text, GPT-2, and others that are laid out as one of these), or
-            BERT, whose logits are not of the next token.
+        model: a `Decoder`, a `VisionTransformer`, or a model of `transformers` with one of the `LAYOUTS`: Llama,
+            Mistral, Qwen2, Qwen3, DeepSeek-LLM, OLMo2, Qwen2.5-VL on text, GPT-2, or BERT, whose logits are not for the
+            next token.
         name: for tables and figures.
 
     Raises:
-        UserError: no blocks are found in `model`.
+        UserError: the model has none of the layouts.
     """
 
     model: nn.Module
     name: str = "model"
 
     def __post_init__(self):
-        if self.place is None:
-            raise UserError(
-                f"{self.name}: {type(self.model).__name__} is not laid out as a model that can be measured: expected "
-                "blocks at model.layers (Llama, Mistral, Qwen2, Qwen3, DeepSeek-LLM, OLMo2), transformer.h (GPT-2), "
-                "model.language_model.layers (Qwen2.5-VL) or bert.encoder.layer (BERT)"
-            )
+        _ = self.layout
 
-    @property
-    def place(self) -> tuple[nn.Module, str, nn.Module] | None:
-        """The stack, the name of its list of blocks, and its final norm, which may do nothing."""
+    @cached_property
+    def layout(self) -> tuple[nn.Module, str, nn.Module]:
+        """The stack, the name of its list of blocks, and the final norm."""
         if isinstance(self.model, VisionTransformer):
             return self.model, "layers", self.model.norm
-        for path, blocks, norm_name in PLACES:
+        for path, blocks, norm in LAYOUTS:
             try:
                 stack = self.model.get_submodule(path)
-                norm = stack.get_submodule(norm_name) if norm_name else nn.Identity()
-                found = stack.get_submodule(blocks)
+                final_norm = stack.get_submodule(norm) if norm else nn.Identity()
+                if isinstance(stack.get_submodule(blocks), nn.ModuleList):
+                    return stack, blocks, final_norm
             except AttributeError:
                 continue
-            if isinstance(found, nn.ModuleList):
-                return stack, blocks, norm
-        return None
+        raise UserError(
+            f"{self.name}: {type(self.model).__name__} has an unknown layout: expected blocks at model.layers (Llama, "
+            "Mistral, Qwen2, Qwen3, DeepSeek-LLM, OLMo2), transformer.h (GPT-2), model.language_model.layers "
+            "(Qwen2.5-VL) or bert.encoder.layer (BERT)"
+        )
 
     @property
     def blocks(self) -> list[nn.Module]:
-        assert self.place is not None
-        return list(getattr(self.place[0], self.place[1]))
+        stack, name, _ = self.layout
+        return list(getattr(stack, name))
 
     @property
     def depth(self) -> int:
         return len(self.blocks)
 
     def evenly_spaced(self, count: int) -> list[int]:
-        """At most `count` layers, evenly from the first to the last."""
-        return sorted({1 + place * (self.depth - 1) // max(count - 1, 1) for place in range(count)})
+        """At most `count` layers, counting from 1, evenly from the first to the last."""
+        return sorted({1 + index * (self.depth - 1) // max(count - 1, 1) for index in range(count)})
 
     @property
     def config(self) -> Any:
-        """What says the shape of the blocks: of a model that also sees, the part of its configuration on language."""
+        """The configuration of the blocks; for a multimodal model, that of its language model."""
         config: Any = self.model.config
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -133,77 +133,61 @@ class ModelAdapter:
         return self.head_weight.device
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits [..., vocabulary] of a stream [..., hidden], through the final norm."""
-        assert self.place is not None
+        """Logits [..., vocabulary] of hidden states [..., hidden]: final norm, then head."""
         name = next(name for name in ("lm_head", "head", "cls") if hasattr(self.model, name))
-        return self.model.get_submodule(name)(self.place[2](x))
+        return self.model.get_submodule(name)(self.layout[2](x))
 
-    def logits(self, tokens: Batch, hook: ActivationHook | None = None) -> Tensor:
-        """Logits [rows, length, vocabulary] of tokens [rows, length]; `hook` gets every layer's activations.
-
-        Of images those of the class token alone, [rows, 1, classes].
-        """
-        with torch.compiler.set_stance("force_eager"):
-            if isinstance(tokens, Images):
-                return self.model(tokens.pixels, hook=hook)[:, None]
+    def logits(self, batch: Batch, hook: ActivationHook | None = None) -> Tensor:
+        """Logits [rows, length, vocabulary], for images [rows, 1, classes]; `hook` gets every layer's activations."""
+        with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
+            if isinstance(batch, Images):
+                return self.model(batch.pixels, hook=hook)[:, None]
             if isinstance(self.model, Decoder):
-                return self.model(tokens, hook=hook)
-            handles = [] if hook is None else self.register_hooks(hook)
-            try:
-                return self.model(input_ids=tokens, use_cache=False).logits
-            finally:
-                for handle in handles:
-                    handle.remove()
+                return self.model(batch, hook=hook)
+            for handle in [] if hook is None else self.register_hooks(hook):
+                handles.enter_context(handle)
+            return self.model(input_ids=batch, use_cache=False).logits
 
-    def register_hooks(self, hook: ActivationHook) -> list[Any]:
-        """Register hooks on a model of `transformers` that call `hook`."""
+    def register_hooks(self, hook: ActivationHook) -> Iterator[RemovableHandle]:
+        """Register module hooks on a model of `transformers` that call `hook` as our models do."""
 
-        def first(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hook("embedding", 0, args[0] if args else kwargs["hidden_states"])
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            hook("embedding", 0, hidden_input(args, kwargs))
 
-        handles: list[Any] = [self.blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
+        yield self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
         for layer, block in enumerate(self.blocks, start=1):
             for name, module in zip(("attention", "ffn", "residual"), (*sublayers(block), block), strict=True):
 
                 def after(module: nn.Module, args: Any, y: Any, name: str = name, layer: int = layer) -> None:
-                    hook(name, layer, y[0] if isinstance(y, tuple) else y)
+                    hook(name, layer, first(y))
 
-                handles.append(module.register_forward_hook(after))
-        return handles
+                yield module.register_forward_hook(after)
 
-    def block_functions(self, tokens: Batch) -> tuple[list[Tensor], list[Callable[[Tensor], Tensor]]]:
-        """The inputs of all blocks [rows, length, hidden] on `tokens`, and every block as a function of its input.
+    @torch.no_grad()
+    def block_functions(self, batch: Batch) -> tuple[list[Tensor], list[Callable[[Tensor], Tensor]]]:
+        """The input of every block [rows, length, hidden] on a batch, and every block as a function of its input.
 
-        The functions hold what else a block is given (rotary embeddings, masks) for rows of this number and length.
+        The functions keep the other arguments of the blocks (rotary embeddings, masks), so they take hidden states
+        with the same number of rows and the same length.
         """
         inputs: list[Tensor] = []
         functions: list[Callable[[Tensor], Tensor]] = []
 
         def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            rest = args[1:]
-            named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            inputs.append(hidden_input(args, kwargs).detach())
+            functions.append(lambda x: first(module(x, *args[1:], **others)))
 
-            def function(x: Tensor) -> Tensor:
-                y = module(x, *rest, **named)
-                return y[0] if isinstance(y, tuple) else y
-
-            inputs.append((args[0] if args else kwargs["hidden_states"]).detach())
-            functions.append(function)
-
-        handles = [block.register_forward_pre_hook(capture, with_kwargs=True) for block in self.blocks]
-        try:
-            with torch.no_grad():
-                self.logits(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as handles:
+            for block in self.blocks:
+                handles.enter_context(block.register_forward_pre_hook(capture, with_kwargs=True))
+            self.logits(batch)
         return inputs, functions
 
     @contextmanager
     def with_blocks(self, blocks: Sequence[nn.Module]) -> Generator[None]:
-        """Let the model consist of `blocks`, in their order, inside the `with`; they keep what they have learned."""
-        assert self.place is not None
-        stack, name, _ = self.place
+        """Replace the model's blocks by `blocks`, in this order, inside the `with`."""
+        stack, name, _ = self.layout
         original = getattr(stack, name)
         setattr(stack, name, nn.ModuleList(blocks))
         try:
@@ -212,30 +196,40 @@ class ModelAdapter:
             setattr(stack, name, original)
 
 
+def hidden_input(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states among the arguments of a block."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def first(y: Any) -> Tensor:
+    """The hidden states that a block or a sub-layer returns; some return a tuple."""
+    return y[0] if isinstance(y, tuple) else y
+
+
 def sublayers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The modules of a `transformers` block whose outputs are added to the stream."""
-    if hasattr(block, "post_feedforward_layernorm"):  # OLMo2: norms stand behind the sub-layers
+    """The modules of a `transformers` block whose outputs are added to the residual stream."""
+    if hasattr(block, "post_feedforward_layernorm"):  # OLMo2 normalises the outputs of its sub-layers
         return block.get_submodule("post_attention_layernorm"), block.get_submodule("post_feedforward_layernorm")
-    if hasattr(block, "intermediate"):  # BERT: the sub-layers' last modules add the stream themselves
+    if hasattr(block, "intermediate"):  # BERT adds the residual stream inside its sub-layers
         return block.get_submodule("attention.output.dense"), block.get_submodule("output.dense")
     return block.get_submodule("self_attn" if hasattr(block, "self_attn") else "attn"), block.get_submodule("mlp")
 
 
 def load_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ModelAdapter, Any]:
-    """A causal language model of `transformers` with its tokenizer, from a folder or by its name on the hub.
+    """Load a causal language model of `transformers` and its tokenizer, from a folder or by its name on the hub.
 
     Raises:
-        UserError: transformers is not installed, or there is no such model.
+        UserError: transformers is not installed, or the model cannot be loaded.
     """
     transformers = import_transformers(name)
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            sees = hasattr(config, "vision_config")
-            kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+            multimodal = hasattr(config, "vision_config")
+            kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
             model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device).eval()
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers and safetensors raise many kinds on files that are damaged
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: not a causal language model of transformers: {reason}") from error
+    except Exception as error:  # transformers and safetensors raise many kinds on damaged files
+        message = f"{name}: not a causal language model of transformers: {first_line(error)}"
+        raise UserError(message) from error
     return ModelAdapter(model, Path(name).name), tokenizer
