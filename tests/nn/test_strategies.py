@@ -294,6 +294,12 @@ def test_constants_by_depth(depth):
     assert post == sorted(post, reverse=True)
 
 
+@pytest.mark.parametrize(("fraction", "depth", "post"), [(15 / 22, 22, 15), (0.29, 100, 29), (0.3, 8, 2), (1, 8, 8)])
+def test_mix_ln_counts_its_post_ln_blocks_without_rounding_errors(fraction, depth, post):
+    specs = build_all({"name": "mix_ln", "fraction": float(fraction)}, depth)
+    assert [not spec.attention.pre_norm for spec in specs] == [True] * post + [False] * (depth - post)
+
+
 def returns_nothing(layer, depth):
     return None
 

@@ -1,16 +1,16 @@
-"""Normalisation strategies: every one is a row of data for one equation.
+"""Normalisation strategies: each is a row of data for one equation.
 
     y = gate( sum_norm( skip * x + branch_scale * branch_norm( f( gain * pre_norm(x) ) ) ) )
 
-holds for both sub-layers of a block, f being attention or the feed-forward network. A strategy is a function
-`(layer, depth, **options) -> BlockSpec`; `layer` counts blocks from 1, `depth` is their number L. To add one:
+computes both sub-layers of a block, where f is attention or the feed-forward network. A strategy is a function
+`(layer, depth, **options) -> BlockSpec`; `layer` counts blocks from 1, `depth` is the number of blocks L. To add one:
 
     from cod_lightning.nn.strategies import block
 
     def my_strategy(layer, depth, power=0.25):
         return block(gain=layer**-power)
 
-and choose it with `norm=my_package.my_module:my_strategy norm.power=0.5`.
+and select it with `norm=my_package.my_module:my_strategy norm.power=0.5`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cod_lightning.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class SublayerSpec:
-    """The coefficients of the equation for one sub-layer, and how its parameters start.
+    """The coefficients of the equation for one sub-layer, and the initialisation of its parameters.
 
-    All numbers are constants of the forward pass unless a field says that they are learned; a constant is a Python
-    float, never a buffer: it has no dtype to be rounded to and nothing to lose when a model leaves the meta device.
+    Numbers are constants of the forward pass unless a field says that they are learned. A constant is a Python float
+    and never a buffer, which `.to(bfloat16)` would round and leaving the meta device would lose.
     """
 
     pre_norm: bool = True
@@ -41,26 +41,26 @@ class SublayerSpec:
     pre_norm_weight: float = 1.0
     """Initial value of the pre-norm's weight."""
     groups: int = 1
-    """The pre-norm takes its statistics over `groups` equal parts of the hidden dimension."""
+    """Equal parts of the hidden dimension over which the pre-norm takes its statistics."""
     branch_norm: bool = False
     branch_scale: float = 1.0
     learned_branch_scale: Literal["no", "scalar", "channel"] = "no"
-    """A parameter that starts at `branch_scale` instead of the constant: one number, or one per channel."""
+    """Replaces the constant by a parameter with initial value `branch_scale`: one number, or one per channel."""
     skip: float = 1.0
     learned_skip: bool = False
-    """A parameter [hidden_size] instead of the constant, set by profiling at initialisation (Admin)."""
+    """Replaces the constant by a parameter [hidden_size], initialised by profiling (Admin)."""
     sum_norm: bool = False
     gate: Literal["no", "output", "input"] = "no"
-    """GPAS: h - silu(a) * stop_gradient(h) with one learned a per block, on the output y or on the x of the skip."""
+    """GPAS: h - silu(a) * stop_gradient(h) with one learned a per block, for h = y or for the x of the skip."""
     output_init: float = 1.0
-    """Multiplies the initial standard deviation of the sub-layer's last projection (o_proj, down_proj)."""
+    """Multiplies the initial standard deviation of the last projection (o_proj, down_proj)."""
     xavier: float | None = None
-    """Xavier-normal initialisation with this gain on v, o and the feed-forward weights, and gain 1 on q and k."""
+    """Gain of a Xavier-normal initialisation of v, o and the feed-forward weights; that of q and k is 1."""
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The two sub-layers of a block; `entry_norm` normalises the block's input before them (Peri-LN's embeddings)."""
+    """The two sub-layers of a block; `entry_norm` normalises the input of the block (Peri-LN's embeddings)."""
 
     attention: SublayerSpec
     ffn: SublayerSpec
@@ -71,42 +71,33 @@ class BlockSpec:
         return self.attention, self.ffn
 
     def replace(self, **changes: Any) -> BlockSpec:
-        """The same block with `changes` made to both sub-layers."""
+        """A copy with `changes` to both sub-layers."""
         return replace(self, attention=replace(self.attention, **changes), ffn=replace(self.ffn, **changes))
 
 
 Strategy = Callable[..., BlockSpec]
 STRATEGIES: dict[str, Strategy] = {}
+ROUNDING = 1e-9
+"""Tolerance for a number of blocks: 15/22 of 22 is 14.999999999999998 in floating point."""
 
 
 def register(function: Strategy) -> Strategy:
-    """Make a strategy known under its function's name."""
+    """Register a strategy under the name of its function."""
     STRATEGIES[getattr(function, "__name__", "")] = function
     return function
 
 
 def block(**both: Any) -> BlockSpec:
-    """A block whose sub-layers share the same coefficients."""
+    """A block with the same coefficients for both sub-layers."""
     return BlockSpec(SublayerSpec(**both), SublayerSpec(**both))
 
 
-def choice(option: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"norm.{option}={value!r} does not exist: {nearest(str(value), known)}")
-
-
-def number(option: str, value: Any) -> float:
-    if not is_number(value):
-        raise UserError(f"norm.{option}={value!r} must be a number")
-    return value
-
-
-# Where the norm stands -----------------------------------------------------------------------------------------------
+# Norm placement ------------------------------------------------------------------------------------------------------
 
 
 @register
 def pre_ln(layer: int, depth: int) -> BlockSpec:
-    """X + f(LN(x)); eq. 2-3 of the paper."""
+    """x + f(LN(x)); eq. 2-3 of the paper."""
     return block()
 
 
@@ -118,13 +109,13 @@ def post_ln(layer: int, depth: int) -> BlockSpec:
 
 @register
 def sandwich_ln(layer: int, depth: int) -> BlockSpec:
-    """X + LN(f(LN(x)))."""
+    """x + LN(f(LN(x)))."""
     return block(branch_norm=True)
 
 
 @register
 def peri_ln(layer: int, depth: int, embedding_norm: bool = True) -> BlockSpec:
-    """X + LN(f(LN(x))), by default with the embeddings normalised as well."""
+    """x + LN(f(LN(x))), by default with the embeddings normalised as well."""
     return replace(sandwich_ln(layer, depth), entry_norm=embedding_norm and layer == 1)
 
 
@@ -133,12 +124,12 @@ def mix_ln(layer: int, depth: int, fraction: float = 0.25) -> BlockSpec:
     """Post-LN in the first `fraction` of the blocks, Pre-LN in the others."""
     if not 0 <= fraction <= 1:
         raise UserError(f"norm.fraction={fraction} must lie between 0 and 1")
-    return (post_ln if layer <= fraction * depth else pre_ln)(layer, depth)
+    return (post_ln if layer <= fraction * depth + ROUNDING else pre_ln)(layer, depth)
 
 
 @register
 def group_ln(layer: int, depth: int, groups: int = 8) -> BlockSpec:
-    """Pre-LN whose norms take their statistics per group of channels. The paper gives no number of groups."""
+    """Pre-LN with statistics per group of channels; the paper does not state the number of groups."""
     if groups < 1:
         raise UserError(f"norm.groups={groups} must be at least 1")
     return block(groups=groups)
@@ -164,23 +155,23 @@ def admin(layer: int, depth: int) -> BlockSpec:
 
 # LayerNorm Scaling ---------------------------------------------------------------------------------------------------
 
-LNS_POSITIONS = ("after_ln", "before_ln", "after_branch", "after_residual", "only_attention", "only_ffn")
+LNS_POSITIONS: dict[str, Callable[[float], BlockSpec]] = {
+    "after_ln": lambda scale: block(gain=scale),
+    "before_ln": lambda scale: block(input_scale=scale),
+    "after_branch": lambda scale: block(branch_scale=scale),
+    "after_residual": lambda scale: block(skip=scale, branch_scale=scale),
+    "only_attention": lambda scale: BlockSpec(SublayerSpec(gain=scale), SublayerSpec()),
+    "only_ffn": lambda scale: BlockSpec(SublayerSpec(), SublayerSpec(gain=scale)),
+}
+"""Where 1/sqrt(l) is applied: `after_ln` is the paper's choice, the others are those of Table 8."""
 
 
 @register
 def lns(layer: int, depth: int, position: str = "after_ln") -> BlockSpec:
-    """X + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper; the other positions are those of Table 8."""
-    choice("position", position, LNS_POSITIONS)
-    scale, plain = layer**-0.5, SublayerSpec()
-    scaled = replace(plain, gain=scale)
-    return {
-        "after_ln": BlockSpec(scaled, scaled),
-        "before_ln": block(input_scale=scale),
-        "after_branch": block(branch_scale=scale),
-        "after_residual": block(skip=scale, branch_scale=scale),
-        "only_attention": BlockSpec(scaled, plain),
-        "only_ffn": BlockSpec(plain, scaled),
-    }[position]
+    """x + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper."""
+    if position not in LNS_POSITIONS:
+        raise UserError(f"norm.position={position!r} does not exist: {nearest(str(position), LNS_POSITIONS)}")
+    return LNS_POSITIONS[position](layer**-0.5)
 
 
 @register
@@ -189,64 +180,64 @@ def lns_learnable(layer: int, depth: int) -> BlockSpec:
     return block(pre_norm_weight=layer**-0.5)
 
 
-# What can be put on top of another strategy: `base` names it, further options are the base's --------------------------
+# Strategies that change a base strategy; further options are those of the base ----------------------------------------
 
 
-def on_top(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
-    """The block with `changes`, refused where the base strategy has set the same coefficients itself.
+def change_base(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
+    """`spec` with `changes`.
 
     Raises:
-        UserError: names the coefficient.
+        UserError: the base strategy sets one of these coefficients; the message names it.
     """
-    untouched = SublayerSpec()
+    default = SublayerSpec()
     for sublayer in spec.sublayers:
-        taken = [field for field in changes if getattr(sublayer, field) != getattr(untouched, field)]
+        conflicts = [field for field in changes if getattr(sublayer, field) != getattr(default, field)]
         if "output_init" in changes and sublayer.xavier is not None:
-            taken.append("xavier")
-        if taken:
-            raise UserError(f"norm={name!r} cannot be put on this norm.base, which sets {', '.join(taken)} itself")
+            conflicts.append("xavier")
+        if conflicts:
+            raise UserError(f"norm={name!r} does not support this norm.base, which sets {', '.join(conflicts)} itself")
     return spec.replace(**changes)
 
 
 @register
 def layer_scale(layer: int, depth: int, init: float = 1e-4, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """X + diag(w) f(LN(x)), w learned and starting small; the paper does not give its value, CaiT's default is 1e-4."""
+    """x + diag(w) f(LN(x)), w learned with a small `init`; the paper does not state it, CaiT's default is 1e-4."""
     spec = build(base, layer, depth, options)
-    return on_top("layer_scale", spec, branch_scale=number("init", init), learned_branch_scale="channel")
+    return change_base("layer_scale", spec, branch_scale=init, learned_branch_scale="channel")
 
 
 @register
 def skip_init(layer: int, depth: int, init: float | None = None, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """X + a f(LN(x)), a learned, starting at 1/sqrt(L) (text of the paper) or `init` (0.001 in the released code)."""
+    """x + a f(LN(x)), a learned from 1/sqrt(L) (text of the paper) or `init` (0.001 in the released code)."""
     init = depth**-0.5 if init is None else number("init", init)
     spec = build(base, layer, depth, options)
-    return on_top("skip_init", spec, branch_scale=init, learned_branch_scale="scalar")
+    return change_base("skip_init", spec, branch_scale=init, learned_branch_scale="scalar")
 
 
 @register
 def ds_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """Depth-Scaled Initialisation: output projections start smaller by 1/sqrt(2l)."""
-    return on_top("ds_init", build(base, layer, depth, options), output_init=(2 * layer) ** -0.5)
+    """Depth-Scaled Initialisation: divides the initial output projections by sqrt(2l)."""
+    return change_base("ds_init", build(base, layer, depth, options), output_init=(2 * layer) ** -0.5)
 
 
 @register
 def scaled_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """Scaled Initialisation (GPT-2, Megatron): output projections start smaller by 1/sqrt(2L)."""
-    return on_top("scaled_init", build(base, layer, depth, options), output_init=(2 * depth) ** -0.5)
+    """Scaled Initialisation (GPT-2, Megatron): divides the initial output projections by sqrt(2L)."""
+    return change_base("scaled_init", build(base, layer, depth, options), output_init=(2 * depth) ** -0.5)
 
 
 @register
 def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """H - silu(a) stop_gradient(h) on the sums of pre-norm blocks, and on the skip's input of post-norm blocks."""
+    """h - silu(a) stop_gradient(h), for the sums of pre-norm blocks and the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)
-    return on_top("gpas", spec, gate="input" if spec.attention.sum_norm else "output")
+    return change_base("gpas", spec, gate="input" if spec.attention.sum_norm else "output")
 
 
-# Looking up and building ---------------------------------------------------------------------------------------------
+# Lookup and construction ---------------------------------------------------------------------------------------------
 
 
 def resolve(name: str) -> Strategy:
-    """The strategy called `name`, or the function at `package.module:function`.
+    """The registered strategy `name`, or the function at `package.module:function`.
 
     Raises:
         UserError: no such strategy, module or function.
@@ -260,7 +251,7 @@ def resolve(name: str) -> Strategy:
     module_name, _, function_name = name.partition(":")
     try:
         strategy = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise UserError(
             f"norm={name!r}: {type(error).__name__}: {error}; expected an importable package.module:function"
         ) from error
@@ -269,11 +260,11 @@ def resolve(name: str) -> Strategy:
     return strategy
 
 
-def options_of(strategy: Strategy) -> dict[str, Any]:
-    """The named options of a strategy with their defaults.
+def default_options(strategy: Strategy) -> dict[str, Any]:
+    """The options of a strategy by name, with their defaults.
 
     Raises:
-        UserError: it does not say what it takes, as some functions written in C.
+        UserError: the function has no readable signature, like some functions written in C.
     """
     try:
         parameters = list(inspect.signature(strategy).parameters.values())[2:]
@@ -282,80 +273,99 @@ def options_of(strategy: Strategy) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
 
 
+def check_options(name: str, strategy: Strategy, options: Mapping[str, Any]) -> None:
+    """Check names and types of `options`, which may be those of the base strategy.
+
+    Raises:
+        UserError: an unknown option, or one that has another type than its default.
+    """
+    known = default_options(strategy)
+    if "base" in known and (base := options.get("base", known["base"])) not in (name, None):
+        known = default_options(resolve(base)) | known
+    for option, value in options.items():
+        if option not in known:
+            hint = nearest(option, known) if known else "it has none"
+            raise UserError(f"norm.{option} is not an option of {name!r}: {hint}")
+        default = known[option]
+        types = (int, float) if isinstance(default, float) else type(default)
+        if isinstance(default, bool) != isinstance(value, bool) or (
+            isinstance(default, int | float | str) and not isinstance(value, types)
+        ):
+            raise UserError(f"norm.{option}={value!r} has the wrong type: expected one like {default!r}")
+
+
+def number(option: str, value: Any) -> float:
+    if mismatch(float, value):
+        raise UserError(f"norm.{option}={value!r} must be a number")
+    return value
+
+
 def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> BlockSpec:
     """Block `layer` of `depth` under the strategy `name`.
 
     Raises:
-        UserError: an unknown strategy, an option that it does not have or does not take, one that raises, or a result
-            that is no BlockSpec or has coefficients of other types.
+        UserError: an unknown strategy, an unsupported option, an exception of the strategy, or a result that is not a
+            BlockSpec with coefficients of the declared types.
     """
     strategy = resolve(name)
-    known = options_of(strategy)
-    if "base" in known and options.get("base", known["base"]) not in (name, None):
-        known = options_of(resolve(options.get("base", known["base"]))) | known
-    for option, value in options.items():
-        if option not in known:
-            raise UserError(
-                f"norm.{option} is not an option of {name!r}: {nearest(option, known) if known else 'it has none'}"
-            )
-        default = known[option]
-        if isinstance(default, bool) != isinstance(value, bool) or (
-            isinstance(default, int | float | str)
-            and not isinstance(value, (int, float) if isinstance(default, float) else type(default))
-        ):
-            raise UserError(f"norm.{option}={value!r} has the wrong type: expected one like {default!r}")
+    check_options(name, strategy, options)
     try:
         spec = strategy(layer, depth, **options)
     except TypeError as error:
         raise UserError(f"norm={name!r} cannot be called as (layer, depth, **options): {error}") from error
     except UserError:
         raise
-    except Exception as error:  # whatever one's own function raises
+    except Exception as error:  # a user's function may raise anything
         where = f"layer={layer}, depth={depth}"
         raise UserError(f"norm={name!r} raised {type(error).__name__} for {where}: {error}") from error
     if not isinstance(spec, BlockSpec):
         raise UserError(f"norm={name!r} returned {type(spec).__name__}, expected a BlockSpec")
-    if found := spec_problems(spec):
-        raise UserError("\n".join(f"norm={name!r} returned {problem} for layer={layer}" for problem in found))
+    if problems := spec_problems(spec):
+        raise UserError("\n".join(f"norm={name!r} returned {problem} for layer={layer}" for problem in problems))
     return spec
 
 
 def spec_problems(spec: BlockSpec) -> list[str]:
-    """What of a block is not of the type that the coefficient has, nothing where all is well."""
-    found = []
+    """One line for each coefficient of the wrong type."""
+    problems = []
     for part in ("attention", "ffn"):
         sublayer = getattr(spec, part)
         if not isinstance(sublayer, SublayerSpec):
-            found.append(f"{part}={sublayer!r}, expected a SublayerSpec,")
+            problems.append(f"{part}={sublayer!r}, expected a SublayerSpec,")
             continue
-        for field, (kind, right) in COEFFICIENTS.items():
-            if not right(value := getattr(sublayer, field)):
-                found.append(f"{part}.{field}={value!r}, expected {kind},")
-    return found
+        for field, hint in COEFFICIENTS.items():
+            value = getattr(sublayer, field)
+            if expected := mismatch(hint, value):
+                problems.append(f"{part}.{field}={value!r}, expected {expected},")
+    return problems
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+COEFFICIENTS = get_type_hints(SublayerSpec)
+"""Type hints of the coefficients."""
 
 
-def coefficient(hint: Any) -> tuple[str, Callable[[Any], bool]]:
-    """What a coefficient of a type can be, in words and as a test."""
+def mismatch(hint: Any, value: Any) -> str:
+    """A description of the type `hint` if `value` does not have it, else an empty string."""
     if hint is bool:
-        return "true or false", lambda value: isinstance(value, bool)
+        return "" if isinstance(value, bool) else "true or false"
     if hint is int:
-        return "a whole number from 1", lambda value: type(value) is int and value > 0
-    if words := [word for word in get_args(hint) if isinstance(word, str)]:
-        return f"one of {', '.join(words)}", lambda value: value in words
-    optional = type(None) in get_args(hint)
-    return "a finite number", lambda value: is_number(value) or (optional and value is None)
-
-
-COEFFICIENTS = {name: coefficient(hint) for name, hint in get_type_hints(SublayerSpec).items()}
-"""By field of a SublayerSpec."""
+        return "" if type(value) is int and value > 0 else "a whole number from 1"
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return "" if value in arguments else f"one of {', '.join(arguments)}"
+    if value is None and type(None) in arguments:
+        return ""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return "" if is_number else "a finite number"
 
 
 def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:
-    """The blocks 1..depth of a `norm` section: its `name`, and options as further entries."""
+    """The specs of blocks 1..depth.
+
+    Args:
+        norm: a `norm` section: `name`, and the options of the strategy as further entries.
+        depth: number of blocks.
+    """
     options = {key: value for key, value in norm.items() if key != "name"}
     if "name" not in norm:
         raise UserError(f"norm.name is missing: {nearest('', STRATEGIES)}")
@@ -363,11 +373,11 @@ def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:
 
 
 def warnings(specs: list[BlockSpec]) -> list[str]:
-    """Combinations that run but defeat themselves."""
+    """Warnings about combinations that defeat themselves."""
     sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
     if any(s.gain != 1 for s in sublayers) and any(s.output_init != 1 for s in sublayers):
         return [
-            "LayerNorm Scaling together with depth-scaled initialisation: both damp the deep branches, and the "
-            "paper finds the combination worse than LNS alone (Table 6); choose one"
+            "LayerNorm Scaling and depth-scaled initialisation both damp the deep blocks; together they are worse than "
+            "LNS alone (Table 6): choose one"
         ]
     return []
