@@ -94,7 +94,7 @@ def test_angles_and_influence_are_those_of_the_patches(model, images):
     found = angular_distance(model, images)
     assert found.distances[0] == pytest.approx([(c.acos() / torch.pi).mean().item() for c in cosines], rel=1e-6)
     assert block_influence(model, images).influence == pytest.approx([1 - c.mean().item() for c in cosines], rel=1e-6)
-    with pytest.raises(UserError, match="token=last: the last patch of an image"):
+    with pytest.raises(UserError, match="token=last does not apply to the patches"):
         angular_distance(model, images, token="last")
 
 

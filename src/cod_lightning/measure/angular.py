@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,31 +15,31 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import hidden_states, iter_batches
 from cod_lightning.measure.options import require_choice
-from cod_lightning.measure.result import Mean, Progress, figure, heat_map
+from cod_lightning.measure.result import HeatMap, Mean, Panel, Progress, Result
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Which = Literal["all", "last"]
-Scale = Literal["raw", "released"]
+TokenChoice = Literal["all", "last"]
+Normalisation = Literal["raw", "released"]
 CHUNK = 64
-"""Tokens of which all layers exist in float64 at one time: 70 MB in a model of 32 layers and width 4096."""
+"""Tokens whose hidden states of all layers are converted to float64 at once: 70 MB for 32 layers of width 4096."""
 
 
 @dataclass(frozen=True)
-class AngularDistance:
+class AngularDistance(Result):
     """d(l, l + n) for all layers l and distances n, from 0 (same direction) through 0.5 (orthogonal) to 1."""
 
-    model: str
     distances: list[list[float | None]]
-    """Of layers l and l + n at [n - 1][l - 1]; None where there is no layer l + n. L + 1 is the last block's output."""
+    """Between layers l and l + n at [n - 1][l - 1]; None if there is no layer l + n. Layer L + 1 is the output."""
     tokens: int
-    """Number of tokens averaged over."""
+    """Number of tokens in the average."""
     token: str
     normalise: str
 
+    def series(self) -> dict[str, Sequence[Any]]:
+        """The distance of each layer to the next."""
+        return {"layer": range(1, len(self.distances) + 1), "distance": self.distances[0]}
+
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each pair of layers."""
+        """One row per pair of layers."""
         return [
             {"layer": layer, "n": n, "distance": distance}
             for n, row in enumerate(self.distances, start=1)
@@ -47,12 +47,10 @@ class AngularDistance:
             if distance is not None
         ]
 
-    def plot(self) -> Figure:
+    def panels(self) -> list[Panel]:
         """Layers to the right, distances between them upwards, as in Figure 2."""
-        made, (axes,) = figure(self.model)
-        label = "scaled for each n" if self.normalise == "released" else "angle / pi"
-        heat_map(axes, self.distances, "layer", "layers further on, n", f"angular distance ({label})")
-        return made
+        unit = "scaled for each n" if self.normalise == "released" else "angle / pi"
+        return [HeatMap(self.distances, "layer", "layers further on, n", f"angular distance ({unit})")]
 
 
 @torch.no_grad()
@@ -63,68 +61,68 @@ def angular_distance(
     progress: Progress | None = None,
     *,
     tokens: int = 256 * 1024,
-    token: Which = "all",
-    normalise: Scale = "raw",
+    token: TokenChoice = "all",
+    normalise: Normalisation = "raw",
 ) -> AngularDistance:
-    """d(l, l + n) = arccos(cos(x_l, x_{l+n})) / pi of the inputs x_l of the layers, averaged over tokens.
+    """Average d(l, l + n) = arccos(cos(x_l, x_{l+n})) / pi of the layers' inputs x_l over tokens.
 
-    x_{L+1}, what the last block puts out, is taken before the final norm.
+    x_{L+1} is the last block's output before the final norm.
 
     Args:
-        model: in any dtype; angles are computed in float64.
+        model: in any dtype; angles are in float64.
         batches: tokens [rows, length] each.
-        pad_id: tokens that do not count; they follow the others in a row.
+        pad_id: padding token, not counted; it follows the other tokens of a row.
         progress: called after each batch.
-        tokens: stop after so many; the paper takes 256K.
-        token: "all" of a row, as the paper says, or its "last" that is not a pad, as Gromov et al. do.
-        normalise: "raw" angles, or scaled for each n as in the released code (see `released`).
+        tokens: maximum number of tokens; the paper uses 256K.
+        token: "all" of a row, as the paper says, or the "last" before the padding, as Gromov et al. do.
+        normalise: "raw" angles, or scaled for each n as in the released code (see `scale_as_released`).
 
     Raises:
-        UserError: an option is unknown, or there is no token.
+        UserError: an option is invalid, or there are no tokens.
     """
-    require_choice(Which, token=token)
-    require_choice(Scale, normalise=normalise)
+    require_choice(TokenChoice, token=token)
+    require_choice(Normalisation, normalise=normalise)
     if tokens < 1:
-        raise UserError(f"tokens={tokens}: at least 1 is needed")
+        raise UserError(f"tokens={tokens}: expected at least 1")
     depth, mean = model.depth, Mean()
     first, second = torch.triu_indices(depth + 1, depth + 1, offset=1)
     for batch, keep in iter_batches(model, batches, pad_id, progress):
         if mean.count >= tokens:
             break
         if token == "last" and isinstance(batch, Images):
-            raise UserError("token=last: the last patch of an image is one like any other: token=all")
-        keep = last(keep) if token == "last" else keep
-        inputs = [x[: tokens - mean.count] for x in hidden_states(model, batch, keep)]
-        for parts in zip(*(x.split(CHUNK) for x in inputs), strict=True):
-            mean.add(angles(torch.stack(parts, dim=1))[:, first, second])
+            raise UserError("token=last does not apply to the patches of an image; use token=all")
+        keep = last_token(keep) if token == "last" else keep
+        states = [x[: tokens - mean.count] for x in hidden_states(model, batch, keep)]
+        for chunk in zip(*(x.split(CHUNK) for x in states), strict=True):
+            mean.add(angles(torch.stack(chunk, dim=1))[:, first, second])
     pairs = dict(zip(zip(first.tolist(), second.tolist(), strict=True), mean.mean.tolist(), strict=True))
     matrix = [[pairs[layer, layer + n] for layer in range(depth + 1 - n)] for n in range(1, depth + 1)]
     if normalise == "released":
-        matrix = [released(row) for row in matrix]
+        matrix = [scale_as_released(row) for row in matrix]
     padded = [[*row, *[None] * (depth - len(row))] for row in matrix]
     return AngularDistance(model.name, padded, mean.count, token, normalise)
 
 
 def angles(x: Tensor) -> Tensor:
-    """Angles over pi between vectors: [..., vectors, hidden] -> [..., vectors, vectors], in float64.
+    """Return angles over pi between vectors [..., vectors, hidden] -> [..., vectors, vectors], in float64.
 
-    As 2 arcsin(|u - v| / 2) of unit vectors: exactly 0 for equal ones, where an arccos is wrong by the root of the
-    rounding error.
+    They are 2 arcsin(|u - v| / 2) of unit vectors: exactly 0 for equal vectors, for which an arccos has an error of the
+    root of the rounding error.
     """
     unit = F.normalize(x.double(), dim=-1)
     chord = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
     return 2 / math.pi * (chord / 2).clamp(max=1).asin()
 
 
-def last(keep: Tensor) -> Tensor:
-    """Of a mask [rows, length] only the last entry of each row that is set, if any."""
+def last_token(keep: Tensor) -> Tensor:
+    """Keep only the last True of each row of a mask [rows, length]."""
     return keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
 
 
-def released(values: list[float]) -> list[float]:
-    """Values clipped at their 1st and 99th percentile and scaled to [0, 1]; 0 where all are the same.
+def scale_as_released(values: list[float]) -> list[float]:
+    """Clip values at their 1st and 99th percentile and scale them to [0, 1]; 0 if all are equal.
 
-    So the released code makes its figures: their colours compare layers at the same n, and are no angles.
+    The figures of the released code are scaled like this: their colours compare layers at the same n and are no angles.
     """
     x = torch.tensor(values, dtype=torch.float64)
     x = x.clamp(x.quantile(0.01), x.quantile(0.99))

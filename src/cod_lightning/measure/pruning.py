@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.files import check_new_folder, new_folder
-from cod_lightning.measure.ablation import RISE, removal
+from cod_lightning.measure.ablation import LOSS_INCREASE, removal
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import evaluate
 from cod_lightning.measure.importance import block_influence
@@ -284,7 +284,7 @@ def without_blocks(
         raise UserError(f"blocks={blocks}: 1 to {model.depth - 1} of the {model.depth} of {model.name} can be removed")
     if by == "removal":
         found = removal(model, batches, pad_id, progress)
-        signal, label = [loss - found.loss for loss in found.losses], RISE
+        signal, label = [loss - found.loss for loss in found.losses], LOSS_INCREASE
     else:
         length = blocks if by == "streamline" else 1
         influence = block_influence(model, batches, pad_id, progress, longest=length)
