@@ -30,8 +30,8 @@ from torch.utils.tensorboard import SummaryWriter
 from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import Config
 from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.measure.activation_stats import layer_statistics, plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.layers import layer_statistics, plot_variance
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all

@@ -1,110 +1,186 @@
 import pytest
 import torch
+from tests.measure.builders import FAMILIES, PAD, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.activation_stats import moments, token_moments
-from cod_lightning.measure.layers import layer_statistics
+from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.measure.activation_stats import (
+    PLACES,
+    activation_stats,
+    first_bad_layer,
+    layer_statistics,
+    plot_variance,
+    token_statistics,
+)
 from cod_lightning.measure.result import save
 
-FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2")
-PAD = 0
-
-
-def tokens(rows=5, length=7):
-    return torch.randint(3, 37, (rows, length), generator=torch.Generator().manual_seed(0))
+TOKENS = tokens(5, 7)
 
 
 def close(actual, expected, rtol=2e-5, atol=1e-6):
-    torch.testing.assert_close(torch.as_tensor(actual).double(), expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        torch.as_tensor(actual).double(), torch.as_tensor(expected).double(), rtol=rtol, atol=atol
+    )
 
 
+@torch.no_grad()
+def activations(model, place):
+    """[layers, tokens, hidden] in float64."""
+    layers = {}
+    model.logits(TOKENS, lambda name, layer, x: name == place and layers.__setitem__(layer, x.double().flatten(0, 1)))
+    return torch.stack(list(layers.values()))
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_against_the_definitions(causal_lm, family):
-    model, seen = causal_lm(family), {}
-    found = moments(model, tokens().split(2))
-    with torch.no_grad():
-        model.logits(tokens(), lambda what, layer, x: seen.__setitem__((what, layer), x.double().flatten(0, 1)))
-    assert found.tokens == 35
-    for what in ("residual", "attention", "ffn"):
-        x = torch.stack([seen[what, layer] for layer in range(1, 5)])  # [layers, tokens, hidden]
-        statistics = getattr(found, what)
-        mean = x.mean(-1, keepdim=True)
-        variance = ((x - mean) ** 2).sum(-1) / 15
-        kurtosis = 16 * ((x - mean) ** 4).sum(-1) / ((x - mean) ** 2).sum(-1) ** 2
-        close(statistics.variance, variance.mean(-1))
-        close(statistics.variance_error, variance.std(-1) / 35**0.5)
-        close(statistics.mean, mean.mean((-1, -2)))
-        close(statistics.rms, (x**2).mean(-1).sqrt().mean(-1))
-        close(statistics.kurtosis, kurtosis.mean(-1))
-        close(statistics.maximum, x.abs().amax((-1, -2)))
+def test_statistics_are_those_of_their_definitions(causal_lm, family, place):
+    model = causal_lm(family)
+    statistics, x = getattr(activation_stats(model, TOKENS.split(2)), place), activations(model, place)
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).sum(-1) / 15
+    close(statistics.variance, variance.mean(-1))
+    close(statistics.variance_error, variance.std(-1) / 35**0.5)
+    close(statistics.mean, mean.mean((-1, -2)))
+    close(statistics.rms, (x**2).mean(-1).sqrt().mean(-1))
+    close(statistics.kurtosis, (16 * ((x - mean) ** 4).sum(-1) / ((x - mean) ** 2).sum(-1) ** 2).mean(-1))
+    close(statistics.maximum, x.abs().amax((-1, -2)))
 
 
-def test_the_variance_is_that_of_training(causal_lm):
-    model = causal_lm("ours")
-    expected = layer_statistics(model.model, tokens(), gradients=False)
-    found = moments(model, [tokens()])
-    for what in ("residual", "attention", "ffn"):
-        close(getattr(found, what).variance, torch.tensor(getattr(expected, what)).double())
-
-
-def test_known_moments():
+def test_statistics_of_known_vectors():
     x = torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 4.0], [2.0, 2.0, 2.0, 2.0]])
     expected = torch.tensor([[4 / 3, 0, 1, 1], [4, 1, 2, 7 / 3], [0, 2, 2, 0]])
-    torch.testing.assert_close(token_moments(x), expected)
-    gaussian = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
-    assert float(token_moments(gaussian)[3]) == pytest.approx(3, abs=0.02)
-    torch.testing.assert_close(token_moments(1e15 * gaussian)[3], token_moments(gaussian)[3])
+    torch.testing.assert_close(token_statistics(x), expected)
 
 
+def test_the_kurtosis_of_a_gaussian_is_3_at_any_scale():
+    x = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+    assert float(token_statistics(x)[3]) == pytest.approx(3, abs=0.02)
+    torch.testing.assert_close(token_statistics(1e15 * x)[3], token_statistics(x)[3])
+
+
+@pytest.mark.parametrize("split", ["rows", "padded", "padded rows"])
 @pytest.mark.parametrize("family", ["ours", "gpt2"])
-def test_neither_pads_nor_batches_matter(causal_lm, family):
-    model, batch = causal_lm(family), tokens()
-    padded = torch.cat([batch, torch.full((5, 3), PAD)], dim=1)
-    padded = torch.cat([padded, torch.full((1, 10), PAD)])
-    whole = moments(model, [batch], PAD)
-    for batches in (batch.split(1), [padded], padded.split(5)):
-        other = moments(model, batches, PAD)
-        assert other.tokens == whole.tokens
-        for what in ("residual", "attention", "ffn"):
-            for statistic, values in vars(getattr(whole, what)).items():
-                close(getattr(getattr(other, what), statistic), torch.tensor(values).double())
-    assert moments(model, [padded]).tokens == 60
+def test_padding_and_batches_change_nothing(causal_lm, family, split):
+    model, padded = causal_lm(family), torch.full((6, 10), PAD)
+    padded[:5, :7] = TOKENS
+    batches = {"rows": TOKENS.split(1), "padded": [padded], "padded rows": padded.split(5)}[split]
+    expected, result = activation_stats(model, [TOKENS], PAD), activation_stats(model, batches, PAD)
+    assert result.tokens == expected.tokens == 35
+    for name, values in expected.series().items():
+        close(result.series()[name], values)
 
 
-def test_a_silent_sublayer(causal_lm):
+def test_without_a_padding_token_all_tokens_count(causal_lm):
+    assert activation_stats(causal_lm("ours"), [torch.full((6, 10), PAD)]).tokens == 60
+
+
+def test_a_branch_that_adds_nothing_has_only_zeros(causal_lm):
     model = causal_lm("llama")
     nn.init.zeros_(model.blocks[1].self_attn.o_proj.weight)
-    found = moments(model, [tokens()])
-    assert [getattr(found.attention, what)[1] for what in vars(found.attention)] == [0] * 6
-    assert all(value > 0 for value in (*found.residual.variance, *found.ffn.variance, *found.residual.kurtosis))
+    attention = activation_stats(model, [TOKENS]).attention
+    assert [values[1] for values in vars(attention).values()] == [0] * 6
 
 
-def test_a_model_in_bfloat16(causal_lm):
+def test_a_model_in_bfloat16_is_measured_in_float32(causal_lm):
     model = causal_lm("llama")
-    exact = moments(model, [tokens()])
+    exact = activation_stats(model, [TOKENS])
     model.model.bfloat16()
-    close(moments(model, [tokens()]).residual.variance, torch.tensor(exact.residual.variance).double(), rtol=0.1)
+    close(activation_stats(model, [TOKENS]).residual.variance, exact.residual.variance, rtol=0.1)
 
 
-def test_it_is_saved_and_tells_its_progress(causal_lm, tmp_path):
+def test_the_table_has_a_row_for_each_place_in_each_layer(causal_lm, tmp_path):
+    result = activation_stats(causal_lm("ours", depth=2), [TOKENS])
+    assert [(row["layer"], row["of"]) for row in result.rows()] == [(n, place) for n in (1, 2) for place in PLACES]
+    assert result.rows()[5]["kurtosis"] == result.ffn.kurtosis[1]
+    assert all(path.stat().st_size for path in save(result, tmp_path, "variance"))
+
+
+def test_progress_counts_batches(causal_lm):
     calls = []
-    found = moments(causal_lm("ours", depth=2), tokens().split(2), progress=lambda *call: calls.append(call))
+    activation_stats(causal_lm("ours", depth=2), TOKENS.split(2), progress=lambda *call: calls.append(call))
     assert calls == [(1, 3), (2, 3), (3, 3)]
-    places = [(row["layer"], row["of"]) for row in found.rows()]
-    assert places == [(layer, of) for layer in (1, 2) for of in ("residual", "attention", "ffn")]
-    assert found.rows()[5]["kurtosis"] == found.ffn.kurtosis[1]
-    assert len(found.plot().axes) == 3
-    assert all(path.stat().st_size for path in save(found, tmp_path, "moments"))
 
 
-def test_a_stream_of_unknown_length(causal_lm):
+def test_the_total_of_a_generator_is_zero(causal_lm):
     calls = []
-    moments(causal_lm("ours", depth=2), iter(tokens().split(3)), progress=lambda *call: calls.append(call))
+    activation_stats(causal_lm("ours", depth=2), iter(TOKENS.split(3)), progress=lambda *call: calls.append(call))
     assert calls == [(1, 0), (2, 0)]
 
 
 @pytest.mark.parametrize("batches", [[], [torch.full((2, 3), PAD)]])
-def test_nothing_to_measure_on(causal_lm, batches):
+def test_batches_without_tokens_are_an_error(causal_lm, batches):
     with pytest.raises(UserError, match="ours: no tokens to measure on"):
-        moments(causal_lm("ours", depth=2), batches, PAD)
+        activation_stats(causal_lm("ours", depth=2), batches, PAD)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoder(causal_lm):
+    return causal_lm("ours-lns").model
+
+
+def test_a_training_run_records_the_same_variance(causal_lm):
+    padded = TOKENS.clone()
+    padded[2, 4:] = PAD
+    expected = activation_stats(causal_lm("ours"), [padded], PAD)
+    recorded = layer_statistics(causal_lm("ours").model, padded, PAD, gradients=False)
+    for place in PLACES:
+        close(getattr(recorded, place), getattr(expected, place).variance)
+
+
+def test_gradient_norms_are_those_of_a_training_step(decoder):
+    norms = layer_statistics(decoder, TOKENS).gradient_norm
+    loss = decoder(TOKENS, next_tokens(TOKENS))
+    (loss.total / loss.counts.sum()).backward()
+    expected = [torch.cat([p.grad.flatten() for p in block.parameters()]).norm() for block in decoder.blocks]
+    close(norms, torch.stack(expected), rtol=1e-4)
+
+
+def test_measuring_leaves_no_gradients(decoder):
+    layer_statistics(decoder, TOKENS)
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
+def test_a_frozen_block_has_gradient_norm_zero(decoder):
+    decoder.blocks[1].requires_grad_(False)
+    norms = layer_statistics(decoder, TOKENS).gradient_norm
+    assert [norm > 0 for norm in norms] == [True, False, True, True]
+
+
+def test_without_gradients_there_is_no_backward_pass(decoder):
+    assert layer_statistics(decoder, TOKENS, gradients=False).gradient_norm == []
+
+
+def test_a_compiled_decoder_is_measured_uncompiled(decoder):
+    expected, calls = layer_statistics(decoder, TOKENS), []
+    for block in decoder.blocks:
+        block.compile(backend=lambda graph, example: calls.append(graph) or graph.forward)
+    assert layer_statistics(decoder, TOKENS) == expected
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("model.layers.2.self_attn.o_proj.weight", "layer 3 attention"),
+        ("model.layers.1.mlp.up_proj.weight", "layer 2 ffn"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_the_first_layer_with_a_nan_is_named(decoder, name, place):
+    decoder.get_parameter(name).data.fill_(float("nan"))
+    assert first_bad_layer(decoder, TOKENS, next_tokens(TOKENS)) == place
+
+
+def test_a_finite_decoder_has_no_bad_layer(decoder):
+    assert first_bad_layer(decoder, TOKENS, next_tokens(TOKENS)) is None
+
+
+def test_the_plot_has_one_line_per_layer():
+    figure = plot_variance([0, 10, 20], [[0.1, 0.2, 0.4], [0.2, 0.3, 0.9], [0.3, 0.5, 2.0]])
+    lines = [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert lines == [[0.1, 0.2, 0.3], [0.2, 0.3, 0.5], [0.4, 0.9, 2.0]]

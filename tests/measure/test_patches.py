@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.ablation import causal_score, removal, swaps
-from cod_lightning.measure.activation_stats import moments
+from cod_lightning.measure.activation_stats import activation_stats, layer_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.angular import angular_distance
 from cod_lightning.measure.batches import evaluate
 from cod_lightning.measure.importance import block_influence, layer_importance
 from cod_lightning.measure.jacobian import jacobian
-from cod_lightning.measure.layers import image_statistics
 from cod_lightning.measure.logit_lens import logit_lens
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.sparsity import layer_sparsity
@@ -80,8 +79,8 @@ def test_the_loss_is_that_of_the_labels(model, images):
 
 
 def test_variances_are_those_of_training(model, images):
-    found, known = moments(model, images), labelled(images)
-    expected = image_statistics(model.model, known.pixels, known.labels)
+    found, known = activation_stats(model, images), labelled(images)
+    expected = layer_statistics(model.model, known)
     assert found.tokens == 4 * 9
     assert found.residual.variance == pytest.approx(expected.residual, rel=1e-5)
     assert found.ffn.variance == pytest.approx(expected.ffn, rel=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.layers import layer_statistics
+from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise, unwrapped_copy

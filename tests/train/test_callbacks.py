@@ -12,8 +12,8 @@ from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
+from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.layers import layer_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import unwrapped_copy
@@ -169,7 +169,7 @@ def statistics_of_a_rank(decoder, rows, rank):
         torch.distributed.all_reduce(x)
         return x
 
-    return layer_statistics(decoder, share(probe(rows), rank, 2, PAD), PAD, total=total)
+    return layer_statistics(decoder, share(probe(rows), rank, 2, PAD), PAD, sum_over_ranks=total)
 
 
 def two_ranks(rank, port, folder):

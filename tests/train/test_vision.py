@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
-from cod_lightning.measure.layers import image_statistics
+from cod_lightning.measure.activation_stats import layer_statistics
+from cod_lightning.measure.adapter import Images
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.run import build
 
@@ -82,7 +83,7 @@ def test_layers_are_measured_over_patches_not_the_class_token(train_images):
     stream = []
     loss = module.vit(images, labels, lambda what, layer, x: stream.append(x) if what == "residual" else None)
     expected = [x[:, 1:].double().var(-1).mean().item() for x in stream]
-    found = image_statistics(module.vit, images, labels)
+    found = layer_statistics(module.vit, Images(images, labels))
     assert found.residual == pytest.approx(expected, rel=1e-5)
     assert record["history"]["layers"]["variance"][-1] == pytest.approx(expected, rel=1e-5)
     (loss.total / 4).backward()

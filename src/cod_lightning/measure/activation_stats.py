@@ -1,45 +1,51 @@
-"""Variance, mean, size and outliers of the residual stream and of what attention and FFN add to it, layer by layer.
+"""Statistics of the residual stream and of what attention and FFN add to it, layer by layer (Figures 4 and 9).
 
-The variance is the one of `layers.py`, over the hidden dimension of each token; here it is averaged over any number of
-tokens, with its standard error, for any model that is `ModelAdapter`.
+The paper does not define its "output variance". Here it is the unbiased variance over the hidden dimension of each
+token, averaged over tokens, as in its authors' later code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import at_least_fp32, iter_batches
+from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.batches import at_least_fp32, iter_batches, token_mask
 from cod_lightning.measure.result import Lines, Mean, Panel, Progress, Result, table_rows
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.vit import VisionTransformer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLACES = ("residual", "attention", "ffn")
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """One number per layer, first layer first; taken over the hidden dimension, averaged over tokens."""
+    """One number per layer, first layer first: over the hidden dimension, averaged over tokens."""
 
     variance: list[float]
     """Unbiased variance."""
     variance_error: list[float]
-    """Standard error of the variance's mean over tokens, as if these were independent."""
+    """Standard error of the mean variance, as if tokens were independent."""
     mean: list[float]
     rms: list[float]
     """Root mean square."""
     kurtosis: list[float]
-    """E[(x - m)^4] / E[(x - m)^2]^2: 3 for a Gaussian, at least 1; 0 for a token that does not vary."""
+    """E[(x - m)^4] / E[(x - m)^2]^2: 3 for a Gaussian, at least 1; 0 for a token of variance zero."""
     maximum: list[float]
     """Largest absolute value of any token, not averaged."""
 
 
 @dataclass(frozen=True)
-class Moments(Result):
-    """Statistics of the stream behind each block, and of what its attention and its FFN add (Figures 4 and 9)."""
+class ActivationStats(Result):
+    """Statistics of each block's output, and of the branches of attention and FFN."""
 
     tokens: int
     residual: Statistics
@@ -71,48 +77,141 @@ class Moments(Result):
 
 
 @torch.no_grad()
-def moments(
+def activation_stats(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
-) -> Moments:
-    """Measure every layer of `model`; statistics are in float32, or float64 where the model is, sums in float64.
+) -> ActivationStats:
+    """Measure every layer; statistics are in float32, or float64 if the model is, and sums in float64.
 
     Args:
         model: in any dtype.
         batches: tokens [rows, length] each.
-        pad_id: tokens that do not count; they follow the others in a row.
+        pad_id: padding token, which follows the others of a row and does not count.
         progress: called after each batch.
 
     Raises:
-        UserError: there is no token.
+        UserError: all tokens are padding.
     """
-    means = {(what, layer): Mean() for what in PLACES for layer in range(1, model.depth + 1)}
+    means = {(place, layer): Mean() for place in PLACES for layer in range(1, model.depth + 1)}
     largest = dict.fromkeys(means, 0.0)
     count = 0
-    for tokens, keep in iter_batches(model, batches, pad_id, progress):
+    for batch, keep in iter_batches(model, batches, pad_id, progress):
 
         def hook(name: str, layer: int, x: Tensor, keep: Tensor = keep) -> None:
             if name in PLACES:
                 x = at_least_fp32(x[keep])
-                means[name, layer].add(token_moments(x))
+                means[name, layer].add(token_statistics(x))
                 largest[name, layer] = max(largest[name, layer], float(x.abs().max()))
 
-        model.logits(tokens, hook)
+        model.logits(batch, hook)
         count += int(keep.sum())
 
-    def statistics(what: str) -> Statistics:
-        layers = [means[what, layer] for layer in range(1, model.depth + 1)]
-        variance, mean, rms, kurtosis = torch.stack([layer.mean for layer in layers], dim=1).tolist()
-        errors = [float(layer.error[0]) for layer in layers]
-        maximum = [largest[what, layer] for layer in range(1, model.depth + 1)]
-        return Statistics(variance, errors, mean, rms, kurtosis, maximum)
+    def statistics(place: str) -> Statistics:
+        layers = [(place, layer) for layer in range(1, model.depth + 1)]
+        variance, mean, rms, kurtosis = torch.stack([means[layer].mean for layer in layers], dim=1).tolist()
+        errors = [float(means[layer].error[0]) for layer in layers]
+        return Statistics(variance, errors, mean, rms, kurtosis, [largest[layer] for layer in layers])
 
-    return Moments(model.name, count, *(statistics(what) for what in PLACES))
+    return ActivationStats(model.name, count, *map(statistics, PLACES))
 
 
-def token_moments(x: Tensor) -> Tensor:
+def token_variance(x: Tensor) -> Tensor:
+    """Unbiased variance over the hidden dimension, at least in float32: [..., hidden] -> [...]."""
+    return at_least_fp32(x.detach()).var(-1)
+
+
+def token_statistics(x: Tensor) -> Tensor:
     """Unbiased variance, mean, RMS and kurtosis over the last dimension: [..., hidden] -> [..., 4]."""
     mean = x.mean(-1, keepdim=True)
     deviation = (x - mean).square().mean(-1, keepdim=True).sqrt()
-    # The quotient comes before the fourth power, which in float32 overflows from 4e9.
+    # Divide before the fourth power, which overflows from 4e9 in float32.
     kurtosis = torch.where(deviation > 0, (x - mean) / deviation, 0).pow(4).mean(-1)
-    return torch.stack([x.var(-1), mean.squeeze(-1), x.square().mean(-1).sqrt(), kurtosis], dim=-1)
+    return torch.stack([token_variance(x), mean.squeeze(-1), x.square().mean(-1).sqrt(), kurtosis], dim=-1)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a training run records of every block, first block first."""
+
+    residual: list[float]
+    """Variance of the block's output."""
+    attention: list[float]
+    """Variance of the attention branch."""
+    ffn: list[float]
+    """Variance of the FFN branch."""
+    gradient_norm: list[float] = field(default_factory=list)
+    """L2 norm of the gradient of the mean loss with respect to the block's parameters; empty without gradients."""
+
+
+def layer_statistics(
+    model: Decoder | VisionTransformer,
+    batch: Batch,
+    pad_id: int | None = None,
+    *,
+    gradients: bool = True,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+) -> LayerStatistics:
+    """Measure every block in one forward and one backward pass; `.grad` of the parameters stays unchanged.
+
+    Args:
+        model: in any dtype.
+        batch: tokens [rows, length] or images; on several ranks, a part of the rows each.
+        pad_id: padding token, which does not count.
+        gradients: run the backward pass.
+        sum_over_ranks: adds up a tensor over the ranks, so that all get the statistics of all rows.
+    """
+    if isinstance(batch, Images):
+        inputs, targets = batch.pixels, batch.labels
+    else:
+        inputs, targets = batch, next_tokens(batch, pad_id)
+    weight = token_mask(ModelAdapter(model), batch, pad_id).float()
+    variances: dict[str, list[Tensor]] = {place: [] for place in PLACES}
+
+    def hook(name: str, layer: int, x: Tensor) -> None:
+        if name in variances:
+            variances[name].append(token_variance(x))
+
+    blocks = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
+    norms: list[float] = []
+    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
+        loss = model(inputs, targets, hook)
+        if gradients:
+            mean = loss.total / sum_over_ranks(loss.counts.sum())
+            grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))
+            zero = weight.new_zeros(1)  # the gradient of a frozen block
+            flat = [torch.cat([zero, *(next(grads).float().flatten() for _ in block)]) for block in blocks]
+            norms = torch.stack([sum_over_ranks(gradient).norm() for gradient in flat]).tolist()
+    values = torch.stack([torch.stack(layers) for layers in variances.values()])
+    means = sum_over_ranks((values * weight).sum((2, 3))) / sum_over_ranks(weight.sum())
+    return LayerStatistics(**dict(zip(variances, means.tolist(), strict=True)), gradient_norm=norms)
+
+
+def first_bad_layer(model: Decoder | VisionTransformer, inputs: Tensor, targets: Tensor) -> str | None:
+    """The place of the first NaN or infinity in a forward pass, such as "layer 3 attention"; None without one."""
+    bad: list[str] = []
+
+    def hook(name: str, layer: int, x: Tensor) -> None:
+        if not bad and not torch.isfinite(x).all():
+            bad.append("embedding" if layer == 0 else f"layer {layer} {name}")
+
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        loss = model(inputs, targets, hook)
+    if not bad and not torch.isfinite(loss.total):
+        bad = [name for name, _ in model.named_children()][-1:]
+    return bad[0] if bad else None
+
+
+def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> Figure:
+    """Variance of the residual stream over steps, one line per layer coloured by depth (Figure 4).
+
+    Args:
+        steps: optimizer steps [measurements].
+        residual: variances [measurements][layers].
+    """
+    from cod_lightning import plots
+
+    with plots.style():
+        figure, axes = plots.grid_figure(6.4, 4)
+        colours = plots.lines_by_depth(axes[0][0], steps, residual)
+        axes[0][0].set_ylabel("variance of the residual stream")
+        figure.colorbar(colours, ax=axes[0][0], label="layer")
+    return figure

@@ -61,7 +61,7 @@ def places(*statistics: str) -> tuple[str, ...]:
 
 
 MEASURES: dict[str, Measure] = {
-    "variance": Measure("variance", "activation_stats:moments", places("variance", "kurtosis", "maximum")),
+    "variance": Measure("variance", "activation_stats:activation_stats", places("variance", "kurtosis", "maximum")),
     "jacobian": Measure(
         "jacobian",
         "jacobian:jacobian",

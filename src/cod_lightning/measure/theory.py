@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.activation_stats import moments
+from cod_lightning.measure.activation_stats import activation_stats, token_variance
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import iter_batches
 from cod_lightning.measure.jacobian import jacobian_growth
-from cod_lightning.measure.layers import token_variances
 from cod_lightning.measure.result import Progress, figure, grid, legend
 from cod_lightning.measure.sparsity import matrices
 from cod_lightning.nn.decoder import Decoder
@@ -371,7 +370,7 @@ def measured_theory(
 
     Whether it has LNS can be seen of ours; an exported model, which has it folded, needs `lns`.
     """
-    behind = moments(model, batches, pad_id).residual.variance
+    behind = activation_stats(model, batches, pad_id).residual.variance
     return theory(
         [embedding_variance(model, batches, pad_id), *behind],
         lns=has_lns(model) if lns is None else lns,
@@ -383,13 +382,13 @@ def measured_theory(
 
 @torch.no_grad()
 def embedding_variance(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None) -> float:
-    """Variance of what enters the first block, as `moments` defines it."""
+    """Variance of what enters the first block, as `activation_stats` defines it."""
     total, count = 0.0, 0
 
     for tokens, keep in iter_batches(model, batches, pad_id):
         found: list[Tensor] = []
         model.logits(tokens, lambda what, layer, x, found=found: what == "embedding" and found.append(x))
-        total += float(token_variances(found[0])[keep].sum())
+        total += float(token_variance(found[0])[keep].sum())
         count += int(keep.sum())
     return total / count
 

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from cod_lightning.config.schema import COUNTS, FIGURES
 from cod_lightning.errors import Stopped, UserError
-from cod_lightning.measure.activation_stats import PLACES
+from cod_lightning.measure.activation_stats import PLACES, plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.jacobian import STATISTICS, Jacobian, jacobian
-from cod_lightning.measure.layers import plot_variance
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.decoder import Decoder

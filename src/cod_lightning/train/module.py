@@ -20,7 +20,7 @@ from cod_lightning.errors import Diverged, UserError
 from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
-from cod_lightning.measure.layers import LayerStatistics, first_bad_layer, layer_statistics
+from cod_lightning.measure.activation_stats import LayerStatistics, first_bad_layer, layer_statistics
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise
@@ -234,7 +234,7 @@ class DecoderModule(StepModule):
         return (torch.ones_like(rows) if self.pad_id is None else rows != self.pad_id).sum()
 
     def statistics(self, network: Decoder, probe: Tensor) -> LayerStatistics:
-        return layer_statistics(network, self.share(probe, self.pad_id or 0), self.pad_id, total=self.total)
+        return layer_statistics(network, self.share(probe, self.pad_id or 0), self.pad_id, sum_over_ranks=self.total)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         rows, index = batch

@@ -11,7 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from cod_lightning.config.schema import Config
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE
-from cod_lightning.measure.layers import LayerStatistics, image_statistics
+from cod_lightning.measure.activation_stats import LayerStatistics, layer_statistics
+from cod_lightning.measure.adapter import Images
 from cod_lightning.nn.init import build_vit
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer, label_loss
@@ -57,7 +58,7 @@ class VisionModule(StepModule):
 
     def statistics(self, network: VisionTransformer, probe: tuple[Tensor, Tensor]) -> LayerStatistics:
         images, labels = self.share(probe[0], 0), self.share(probe[1], IGNORE)
-        return image_statistics(network, images, labels, self.total)
+        return layer_statistics(network, Images(images, labels), sum_over_ranks=self.total)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         images, labels, index = batch
