@@ -1,10 +1,10 @@
-"""The corpus of `scale=small`: the text of three packages of Debian 12, which do not change.
+"""Build the corpus of `scale=small` from three packages of Debian 12, whose content never changes.
 
     apt-get download dict-gcide=0.48.5+nmu2 anarchism=15.3-3 debian-handbook=11.20220922
     python -m cod_lightning.data.debian12 *.deb
 
-writes corpora/debian12.jsonl.gz, 47 MB of text: Webster's dictionary of 1913 with its quotations, a long argued book,
-and a manual of system administration. Its licences (GPL, GFDL) are those of the packages.
+writes corpora/debian12.jsonl.gz, 47 MB of text: Webster's dictionary of 1913 with quotations, a book on politics, and a
+manual of system administration. The licences of the packages apply (GPL, GFDL).
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
 
 CORPUS = Path("corpora/debian12.jsonl.gz")
-"""Where `scale=small` looks for it, from the folder that a command runs in."""
+"""The file that `scale=small` reads, relative to the working directory."""
 PACKAGES = {
     "dict-gcide 0.48.5+nmu2": "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
     "anarchism 15.3-3": "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
     "debian-handbook 11.20220922": "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
 }
-"""SHA-256 of each package file."""
+"""SHA-256 of each package file, in the order of the corpus."""
 TEXT = re.compile(
     r"\./usr/share/(dictd/gcide\.dict\.dz|doc/anarchism/html/.*\.html|doc/debian-handbook/html/en-US/[^/]*\.html)"
 )
-"""The files inside the packages that hold the text."""
+"""The text files inside the packages."""
 
 
 def read_deb(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the name and content of every text file of a Debian package, sorted by name.
 
-    A .deb is an `ar` archive: members with a 60-byte header each, padded to even length; data.tar.xz is the last.
+    A .deb is an `ar` archive: 8 bytes of magic, then members with a 60-byte header, padded to even length.
     """
     content, start = path.read_bytes(), len(b"!<arch>\n")
     while start < len(content):
@@ -56,7 +56,7 @@ def read_deb(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def paragraphs(name: str, content: bytes) -> Iterator[str]:
-    """Yield the paragraphs of one text file, each in one line."""
+    """Yield the paragraphs of a compressed dictionary (.dz) or an HTML page, each as one line."""
     if name.endswith(".dz"):
         text = gzip.decompress(content).decode("utf-8", errors="replace")
         blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
@@ -66,14 +66,14 @@ def paragraphs(name: str, content: bytes) -> Iterator[str]:
 
 
 def documents(packages: Sequence[Path]) -> Iterator[str]:
-    """Yield the documents of the corpus, in order; `packages` may be given in any order.
+    """Yield the documents of the corpus, whatever the order of `packages`.
 
     Raises:
-        UserError: a package is missing, or another version of it is given.
+        UserError: a package is missing or has another version.
     """
     by_hash = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in packages}
     if missing := [name for name, sha256 in PACKAGES.items() if sha256 not in by_hash]:
-        raise UserError(f"not among the given files: {', '.join(missing)}; get them with apt-get download NAME=VERSION")
+        raise UserError(f"packages are missing: {', '.join(missing)}; run apt-get download NAME=VERSION")
     for sha256 in PACKAGES.values():
         for name, content in read_deb(by_hash[sha256]):
             yield from join_paragraphs(paragraphs(name, content))
