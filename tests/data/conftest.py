@@ -1,4 +1,4 @@
-"""Small corpora in the file format of C4, and sets prepared from them."""
+"""Small corpora in the file format of C4, sets prepared from them, and tokenizers."""
 
 import gzip
 import json
@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from cod_lightning.data import chunks
-from cod_lightning.data import prepare as preparation
 from cod_lightning.data.config import DataConfig
+from cod_lightning.data.prepare import prepare
+from cod_lightning.data.tokenizers import DocumentTokenizer
 
 SYLLABLES = ["ka", "ro", "mi", "ten", "sul", "ver", "do", "pal", "in", "gra", "o", "lux"]
 
@@ -43,25 +44,23 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def config_for(corpus: Path, root: Path, **changes) -> DataConfig:
-    settings: dict[str, Any] = {
-        "source": "files",
-        "files": str(corpus / "*.json.gz"),
-        "root": str(root),
-        "val_every": 10,
-        "vocab_size": 300,
-        "seq_len": 32,
-        "batch_size": 8,
-        "micro_batch_size": 4,
-        "workers": 1,
-    }
-    return DataConfig(**{**settings, **changes})
-
-
 @pytest.fixture(scope="session")
 def make_config(corpus):
+    """`make_config(root, **changes)` returns the settings of a set of `corpus`, or of the folder `corpus=`."""
+
     def make(root: Path, **changes) -> DataConfig:
-        return config_for(changes.pop("corpus", corpus), root, **changes)
+        settings: dict[str, Any] = {
+            "source": "files",
+            "files": str(changes.pop("corpus", corpus) / "*.json.gz"),
+            "root": str(root),
+            "val_every": 10,
+            "vocab_size": 300,
+            "seq_len": 32,
+            "batch_size": 8,
+            "micro_batch_size": 4,
+            "workers": 1,
+        }
+        return DataConfig(**{**settings, **changes})
 
     return make
 
@@ -87,8 +86,25 @@ def documents(make_config, tmp_path_factory) -> DataConfig:
 def _prepared(config: DataConfig) -> DataConfig:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_TOKENS", 2048)
-        preparation.prepare(config, progress=False)
+        prepare(config, progress=False)
     return config
+
+
+class Numbers(DocumentTokenizer):
+    """Documents are numbers, which are their own ids."""
+
+    def encode(self, documents):
+        return [[*map(int, document.split()), self.eos_id] for document in documents]
+
+
+@pytest.fixture(scope="session")
+def numbers():
+    """`numbers(vocab_size)` is a tokenizer of numbers, with pad 0 and EOS 1."""
+
+    def make(vocab_size: int = 1000) -> DocumentTokenizer:
+        return type("Numbers", (Numbers,), {"vocab_size": vocab_size})("", pad_id=0, eos_id=1)
+
+    return make
 
 
 FOX = "the quick brown fox jumps over the lazy dog"

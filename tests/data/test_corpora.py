@@ -58,7 +58,7 @@ def test_globs_must_match_readable_kinds(tmp_path):
         find_files("data.val_files", str(tmp_path / "*"))
 
 
-def test_validation_files_take_the_place_of_held_out_documents(tmp_path):
+def test_validation_files_replace_held_out_documents(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"t{n}"}) + "\n" for n in range(9)))
     (tmp_path / "val.jsonl").write_text('{"text": "v"}\n')
     config = DataConfig(source="files", files=str(tmp_path / "train.jsonl"), val_every=3)
@@ -95,7 +95,7 @@ def test_c4_without_datasets_says_what_to_install(monkeypatch):
         open_corpus(DataConfig(source="c4"))
 
 
-def test_c4_offline_fails_at_once(monkeypatch):
+def test_c4_offline_fails_immediately(monkeypatch):
     monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*data=files"):

@@ -57,7 +57,7 @@ def trainer_for(folder: Path, steps: int, limit_val_batches: float = 0) -> Train
     )
 
 
-def test_what_the_set_says_is_at_hand(packed):
+def test_tokenizer_and_probe_come_from_the_set(packed):
     data = opened(packed)
     assert (data.vocab_size, data.pad_id, data.eos_id) == (300, 0, 1)
     assert data.fingerprint == data.manifest.fingerprint
@@ -69,7 +69,7 @@ def test_what_the_set_says_is_at_hand(packed):
         data.probe_batch(999_999)
 
 
-def test_without_a_trainer_training_is_one_pass_in_order(packed):
+def test_without_a_trainer_training_is_one_epoch_in_order(packed):
     data = opened(packed)
     batches = list(data.train_dataloader())
     assert len(batches) == len(data.train_rows) // 8
@@ -122,7 +122,7 @@ def test_validation_is_cut_to_its_tokens(request, layout, bound):
     assert sum((index >= 0).sum() for _, index in data.val_dataloader()) == data.val_count
 
 
-def test_a_trainer_goes_from_its_step_to_the_last_and_resumes_there(packed, tmp_path):
+def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(packed, tmp_path):
     config = replace(packed, batch_size=512)  # more than an epoch
     whole = Recorder()
     trainer_for(tmp_path, 7).fit(whole, TokenDataModule(config, 1))
@@ -158,7 +158,7 @@ def test_a_trainer_validates_every_row(packed, tmp_path):
 
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-def test_lightning_cannot_choose_the_rows_of_a_rank_again(packed, loader):
+def test_lightning_cannot_inject_its_sampler(packed, loader):
     data = opened(packed)
     with pytest.raises(TypeError, match=r"can't inject a \(distributed\) sampler"):
         _update_dataloader(getattr(data, loader)(), DistributedSampler(data.train_rows, 2, 0))
@@ -184,7 +184,7 @@ def test_the_set_is_prepared_unless_a_folder_is_given(make_config, packed, tmp_p
     assert not (tmp_path / "none").exists()
 
 
-def test_settings_that_do_not_fit_are_reported_together(packed):
+def test_all_bad_settings_are_reported_together(packed):
     with pytest.raises(UserError, match=r"(?s)data.val_every=1.*data.batch_size=8 is not divisible by 3 processes"):
         opened(replace(packed, val_every=1), world_size=3)
     folder = str(prepared_folder(packed))

@@ -1,4 +1,4 @@
-"""Images: what a folder must hold, what a crop shows, and the order that any number of ranks sees."""
+"""Images: folders, crops, and one order for any number of ranks."""
 
 import pickle
 
@@ -85,7 +85,7 @@ def test_a_crop_is_a_function_of_seed_and_sample(root):
     assert not torch.equal(rows[3, 7][0], opened(root, seed=2).train_rows[3, 7][0])
 
 
-def test_what_is_seen_are_the_pixels_normalised(tmp_path):
+def test_pixels_are_normalised(tmp_path):
     noise = (255 * uniform(16 * 16 * 3, 0).reshape(16, 16, 3)).astype(np.uint8)
     for split in ("train", "val"):
         (tmp_path / split / "noise").mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_what_is_seen_are_the_pixels_normalised(tmp_path):
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (10, 400), (400, 10), (1, 1)])
 @pytest.mark.parametrize("min_crop", [0.08, 0.9, 1.0])
-def test_crops_lie_inside_and_are_of_the_area_and_aspect_asked_for(width, height, min_crop):
+def test_crops_lie_inside_with_the_requested_area_and_aspect(width, height, min_crop):
     shares = []
     for sample in range(50):
         left, up, right, low = random_crop(width, height, min_crop, uniform(40, sample))
@@ -174,7 +174,7 @@ def test_bad_settings_are_named(change, word):
         opened(**change)
 
 
-def test_a_run_resumes_on_the_same_images_alone(root):
+def test_a_run_resumes_only_on_the_same_images(root):
     before = opened(root).state_dict()
     opened(root).load_state_dict(before)
     (root / "train" / "bee" / "0.png").rename(root / "train" / "bee" / "9.png")

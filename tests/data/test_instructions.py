@@ -1,4 +1,4 @@
-"""From records of instructions to rows: the prompt, where the answer begins, what is cut, and what is refused."""
+"""Instructions: prompts, rows with the start of the answer, and bad records."""
 
 import gzip
 import hashlib
@@ -17,7 +17,6 @@ from cod_lightning.data.encode import Encoder
 from cod_lightning.data.instructions import ALIVE, LIFELESS, Example, drawn, prompt_of
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import check_against, prepare, prepared_folder
-from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 
@@ -31,15 +30,6 @@ def write(path, records, kind="list"):
     text = json.dumps(records) if kind == "list" else "\n".join(json.dumps(record) for record in records) + "\n\n"
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
-
-
-class Numbers(DocumentTokenizer):
-    """Texts are numbers, which are their own ids."""
-
-    vocab_size = 1000
-
-    def encode(self, documents):
-        return [[*map(int, document.split()), self.eos_id] for document in documents]
 
 
 def test_the_prompt_is_that_of_stanford_alpaca():
@@ -86,7 +76,7 @@ def test_an_example_is_a_text_that_survives_a_copy():
         ('{"instruction": "a", "output": "\\ud800"}', r"line 1: not valid Unicode"),
     ],
 )
-def test_what_is_no_record_is_refused_by_place_and_field(tmp_path, content, message):
+def test_a_bad_record_is_refused_by_place_and_field(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=message):
         list(read_examples(tmp_path / "a.json"))
@@ -99,8 +89,8 @@ def test_a_text_file_is_refused(tmp_path):
         list(open_corpus(config).train())
 
 
-def test_rows_are_prompt_answer_eos_pads_and_the_length_of_the_prompt():
-    encoder = Encoder(Numbers("", pad_id=0, eos_id=1), "instructions", 6)
+def test_rows_are_prompt_answer_eos_pads_and_the_length_of_the_prompt(numbers):
+    encoder = Encoder(numbers(), "instructions", 6)
     parts = [
         ("5 6 7", "8 9"),
         ("5", "8"),
@@ -132,26 +122,17 @@ def test_targets_are_the_answer_and_its_eos():
     ]
 
 
-def test_a_prompt_longer_than_16_bits_is_kept():
-    assert Encoder(Numbers("", 0, 1), "instructions", 2**16).dtype == np.uint16
-    assert Encoder(Numbers("", 0, 1), "instructions", 2**16 + 1).dtype == np.uint32
-    assert Encoder(Numbers("", 0, 1), "document", 2**16 + 1).dtype == np.uint16
-
-
 @pytest.fixture(scope="module")
-def instructions(tmp_path_factory):
-    """The settings of a prepared set, of which one example has a prompt that is too long. Read only."""
+def instructions(make_config, tmp_path_factory):
+    """The settings of a prepared set; the prompt of one example is too long. Read only."""
     folder = tmp_path_factory.mktemp("instructions")
     write(folder / "a.json", [*RECORDS, {"instruction": "word " * 300, "output": "no room"}])
-    config = DataConfig(
-        source="instructions", files=str(folder / "*.json"), root=str(folder), val_every=10, vocab_size=300,
-        seq_len=100, batch_size=8, micro_batch_size=4, workers=1,
-    )  # fmt: skip
+    config = make_config(folder, source="instructions", files=str(folder / "*.json"), seq_len=100)
     prepare(config, progress=False)
     return config
 
 
-def test_a_prepared_set_holds_every_example_and_where_its_answer_begins(instructions):
+def test_a_prepared_set_has_every_example_and_the_start_of_its_answer(instructions):
     data = TokenDataModule(instructions, 1)
     data.setup()
     rows = data.train_rows.read(np.arange(len(data.train_rows)))
@@ -166,7 +147,7 @@ def test_a_prepared_set_holds_every_example_and_where_its_answer_begins(instruct
     assert found == [example.parts for number, example in enumerate(examples, 1) if number % 10]
 
 
-def test_the_manifest_counts_what_was_left_out_and_has_the_second_format(instructions, packed):
+def test_the_manifest_counts_skipped_examples_and_has_format_2(instructions, packed):
     manifest = read_manifest(prepared_folder(instructions))
     assert (manifest.format, manifest.layout, manifest.seq_len, manifest.row_width) == (2, "instructions", 100, 101)
     assert manifest.source.documents == {"train": 37, "val": 4}
@@ -175,17 +156,17 @@ def test_the_manifest_counts_what_was_left_out_and_has_the_second_format(instruc
     assert (text.format, text.row_width) == (1, text.seq_len)
 
 
-def test_the_report_says_what_was_left_out(instructions, tmp_path, capfd):
+def test_the_report_counts_skipped_examples(instructions, tmp_path, capfd):
     prepare(replace(instructions, root=str(tmp_path)))
     assert "36 training and 4 validation rows (1 examples skipped, whose prompts" in capfd.readouterr().err
 
 
-def test_several_workers_make_the_same_set(instructions, tmp_path):
+def test_the_set_does_not_depend_on_workers(instructions, tmp_path):
     two = prepare(replace(instructions, root=str(tmp_path), workers=2), progress=False)
     assert read_manifest(two) == read_manifest(prepared_folder(instructions))
 
 
-def test_sets_of_other_sources_keep_their_place():
+def test_the_names_of_other_sets_are_stable():
     """As before there were instructions; `layout` means nothing to these."""
     c4 = DataConfig(source="c4", layout="document", seq_len=256, tokenizer="t5-base")
     assert prepared_folder(c4).name == "c4-043278c65601"
@@ -195,7 +176,7 @@ def test_sets_of_other_sources_keep_their_place():
     assert prepared_folder(replace(one, val_every=7)) != prepared_folder(one)
 
 
-def test_instructions_and_text_are_not_taken_for_each_other(instructions, packed):
+def test_instructions_and_text_are_not_confused(instructions, packed):
     with pytest.raises(UserError, match=r"data\.source='files', but the set has 'instructions'"):
         check_against(packed, read_manifest(prepared_folder(instructions)), "here")
     with pytest.raises(UserError, match=r"data\.source='instructions', but the set has 'packed'"):
@@ -204,7 +185,7 @@ def test_instructions_and_text_are_not_taken_for_each_other(instructions, packed
     TokenDataModule(given, 1).setup()
 
 
-def test_batches_carry_the_prompt_and_the_probe_does_not(instructions):
+def test_batches_include_the_length_of_the_prompt_and_the_probe_does_not(instructions):
     data = TokenDataModule(instructions, 1, world_size=2)
     data.setup()
     assert next(iter(data.train_dataloader())).shape == (4, 101)
@@ -246,7 +227,7 @@ def test_drawn_questions_are_right_balanced_and_always_the_same():
             assert [thing in ALIVE for thing in things] == [o == record["answer"] for o in options.split("/")]
 
 
-def test_what_is_held_out_has_questions_of_both_kinds():
+def test_both_kinds_of_questions_are_held_out():
     config = DataConfig(source="drawn_instructions", val_every=10, max_documents=7)
     corpus = open_corpus(config)
     assert len(list(corpus.train())) == 7

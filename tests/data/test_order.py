@@ -1,4 +1,3 @@
-import time
 from functools import partial
 
 import numpy as np
@@ -50,15 +49,6 @@ def test_seed_and_epoch_change_the_order():
 
 def test_the_order_is_the_same_everywhere():
     assert samples(0, 12, seed=32, rows_per_chunk=(5, 0, 4)).tolist() == [1, 7, 5, 6, 3, 8, 0, 4, 2, 2, 1, 5]
-
-
-def test_a_step_costs_microseconds():
-    chunks = (16384,) * 3000
-    rows_of_step(7, seed=1, batch_size=512, rank=0, world_size=1, rows_per_chunk=chunks)
-    start = time.perf_counter()
-    for step in range(8, 108):
-        rows_of_step(step, seed=1, batch_size=512, rank=0, world_size=1, rows_per_chunk=chunks)
-    assert (time.perf_counter() - start) / 100 < 1e-3
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 3), (2, 2), (-1, 2)])

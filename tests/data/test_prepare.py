@@ -1,5 +1,6 @@
+"""Preparing a set: its rows, its folder, what stops it, and what an interruption leaves."""
+
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -10,111 +11,46 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from cod_lightning.data import chunks, encode
+from cod_lightning.data import encode
 from cod_lightning.data import prepare as preparation
-from cod_lightning.data.encode import DOCUMENT, Encoded, Encoder, take_tokens
-from cod_lightning.data.manifest import FORMAT, Manifest, find_damage, read_manifest
+from cod_lightning.data.manifest import find_damage, read_manifest
 from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
-from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError
 
 
-class Numbers(DocumentTokenizer):
-    """Documents are numbers, which are their own ids."""
-
-    vocab_size = 1000
-
-    def encode(self, documents):
-        return [[*map(int, document.split()), self.eos_id] for document in documents]
-
-
 def stored(folder: Path, split: str) -> np.ndarray:
-    """The rows of a split, straight from the files."""
+    """Return the rows of a split, read directly from the files."""
     manifest = read_manifest(folder)
-    parts = []
-    for chunk in manifest.split(split).chunks:
-        content = (folder / split / chunk.name).read_bytes()
-        parts.append(np.frombuffer(content[12:], manifest.dtype).reshape(chunk.rows, manifest.seq_len))
-    return np.concatenate(parts)
+    contents = [(folder / split / chunk.name).read_bytes()[12:] for chunk in manifest.split(split).chunks]
+    return np.frombuffer(b"".join(contents), manifest.dtype).reshape(-1, manifest.seq_len)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    documents=st.lists(st.lists(st.integers(2, 999), max_size=40), min_size=1, max_size=30),
-    batch=st.integers(1, 5),
-    seq_len=st.integers(2, 9),
-    chunk_tokens=st.integers(1, 60),
-)
-def test_packed_rows_are_the_documents_joined_by_eos(tmp_path_factory, documents, batch, seq_len, chunk_tokens):
-    encoder = Encoder(Numbers("", pad_id=0, eos_id=1), "packed", seq_len)
-    texts = [" ".join(map(str, document)) for document in documents]
-    expected = [id for document in documents for id in (*document, 1)]
-    folder = tmp_path_factory.mktemp("rows")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "CHUNK_TOKENS", chunk_tokens)
-        encoded = (encoder(texts[n : n + batch]) for n in range(0, len(texts), batch))
-        split = preparation._write_split(folder, encoded, encoder)
-    rows = len(expected) // seq_len
-    assert (split.rows, split.tokens) == (rows, rows * seq_len)
-    contents = [(folder / chunk.name).read_bytes()[12:] for chunk in split.chunks]
-    assert np.frombuffer(b"".join(contents), np.uint16).tolist() == expected[: rows * seq_len]
-    assert all(chunk.rows == max(1, chunk_tokens // seq_len) for chunk in split.chunks[:-1])
-
-
-@given(st.lists(st.lists(st.integers(2, 999), max_size=12), min_size=1, max_size=9), st.integers(2, 8))
-def test_document_rows_are_cut_before_a_last_eos_or_padded(documents, seq_len):
-    encoder = Encoder(Numbers("", pad_id=0, eos_id=1), "document", seq_len)
-    encoded = encoder([" ".join(map(str, document)) for document in documents])
-    for row, document in zip(encoded.ids.reshape(-1, seq_len).tolist(), documents, strict=True):
-        kept = document[: seq_len - 1]
-        assert row == [*kept, 1] + [0] * (seq_len - 1 - len(kept))
-    assert encoded.tokens == np.count_nonzero(encoded.ids)
-    assert encoded.max_id == encoded.ids.max()
-
-
-def test_document_rows_are_those_of_hugging_face(word_level, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    folder = word_level(tmp_path, ["<pad>", "</s>"], {"eos_token": "</s>"})
-    tokenizer = preparation.load_tokenizer(folder)
-    texts = ["the quick brown fox jumps over the lazy dog", "the fox"]
-    reference = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=f"{folder}/tokenizer.json", pad_token="<pad>", eos_token="</s>"
-    )
-    expected = reference(texts, max_length=6, truncation=True, padding="max_length")["input_ids"]
-    assert Encoder(tokenizer, "document", 6)(texts).ids.reshape(-1, 6).tolist() == expected
-
-
-def test_large_vocabularies_are_stored_in_32_bits():
-    class Large(Numbers):
-        vocab_size = 2**16 + 1
-
-    assert Encoder(Large("", 0, 1), "packed", 4).dtype == np.uint32
-    assert Encoder(Numbers("", 0, 1), "packed", 4).dtype == np.uint16
-
-
-def test_a_set_is_described_and_read_back(packed):
-    folder = prepare(packed)
-    manifest = read_manifest(folder)
-    assert manifest.source.documents == {"train": 540, "val": 60}
-    assert len(manifest.train.chunks) > 10
-    assert {chunk.rows for chunk in manifest.train.chunks[:-1]} == {2048 // 32}
+def test_the_manifest_describes_the_stored_rows(packed):
+    folder = prepared_folder(packed)
+    manifest, rows = read_manifest(folder), stored(folder, "train")
     assert find_damage(folder, manifest) == []
-    rows = stored(folder, "train")
+    assert manifest.source.documents == {"train": 540, "val": 60}
     assert rows.shape == (manifest.train.rows, 32)
     assert rows.max() == manifest.train.max_id < manifest.tokenizer.vocab_size == 300
-    assert (rows == manifest.tokenizer.eos_id).sum() in (539, 540)  # the tail may hold the last
+    assert {chunk.rows for chunk in manifest.train.chunks[:-1]} == {2048 // 32}
+
+
+def test_packed_rows_have_an_eos_per_document_and_no_pad(packed):
+    manifest, rows = read_manifest(prepared_folder(packed)), stored(prepared_folder(packed), "train")
+    assert (rows == manifest.tokenizer.eos_id).sum() in (539, 540)  # the dropped tail may contain the last
     assert not (rows == manifest.tokenizer.pad_id).any()
-    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 
 def test_document_sets_count_tokens_without_pads(documents):
-    manifest = read_manifest(prepare(documents))
+    manifest, rows = read_manifest(prepared_folder(documents)), stored(prepared_folder(documents), "train")
     assert manifest.train.rows == 540
-    rows = stored(prepare(documents), "train")
     assert (rows != manifest.tokenizer.pad_id).sum() == manifest.train.tokens < rows.size
+
+
+def test_only_the_set_and_its_lock_remain(packed):
+    folder = prepared_folder(packed)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -128,7 +64,7 @@ def test_rows_do_not_depend_on_the_number_of_workers(make_config, tmp_path, pack
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_whole_set_is_kept_and_a_damaged_one_made_anew(make_config, tmp_path):
+def test_a_complete_set_is_kept_and_a_damaged_one_replaced(make_config, tmp_path):
     config = make_config(tmp_path)
     folder = prepare(config, progress=False)
     before = (folder / "manifest.json").stat().st_mtime_ns
@@ -157,7 +93,7 @@ def test_the_folder_follows_from_the_settings_that_decide_the_rows(packed, chang
     assert (prepared_folder(replace(packed, **changes)) == prepared_folder(packed)) is same
 
 
-def test_a_touched_file_is_another_set(make_config, tmp_path):
+def test_a_touched_file_leads_to_another_set(make_config, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     config = make_config(tmp_path, files=str(tmp_path / "a.txt"))
     before = prepared_folder(config)
@@ -185,7 +121,7 @@ def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeyp
         ({"a.txt": "words"}, {"folder": "somewhere"}, "data.folder='somewhere' names a set"),
     ],
 )
-def test_nothing_is_left_when_there_is_nothing_to_prepare(make_config, tmp_path, files, changes, message):
+def test_a_failed_preparation_leaves_nothing(make_config, tmp_path, files, changes, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     root = tmp_path / "root"
@@ -270,7 +206,7 @@ def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, 
     assert not list(root.glob("*.partial-*"))
 
 
-def test_two_processes_that_ask_at_once_make_it_once(corpus, tmp_path):
+def test_two_processes_at_once_prepare_the_set_once(corpus, tmp_path):
     processes = [start(tmp_path, corpus, workers=1) for _ in range(2)]
     outputs = {process.communicate(timeout=300)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
@@ -278,46 +214,33 @@ def test_two_processes_that_ask_at_once_make_it_once(corpus, tmp_path):
     assert len([path for path in (tmp_path / "root").iterdir() if path.is_dir()]) == 1
 
 
-# --- the manifest -----------------------------------------------------------------------------------------------------
+# --- data.sha256 ------------------------------------------------------------------------------------------------------
+
+OTHER = "0" * 64
 
 
-def test_a_manifest_survives_its_json(packed):
-    manifest = read_manifest(prepared_folder(packed))
-    assert Manifest.from_json(manifest.to_json(), "here") == manifest
+def test_a_text_with_the_given_sha256_is_prepared(make_config, packed, tmp_path):
+    sha256 = read_manifest(prepared_folder(packed)).source.sha256
+    assert is_complete(prepare(make_config(tmp_path, sha256=sha256), progress=False))
 
 
-def test_the_fingerprint_is_of_the_content_alone(packed):
-    manifest = read_manifest(prepared_folder(packed))
-    renamed = replace(manifest, source=replace(manifest.source, name="other"))
-    assert renamed.fingerprint == manifest.fingerprint
-    assert replace(manifest, seq_len=33).fingerprint != manifest.fingerprint
-    assert replace(manifest, val=manifest.train).fingerprint != manifest.fingerprint
+def test_another_text_is_refused_and_nothing_is_left(make_config, tmp_path):
+    with pytest.raises(UserError, match=r"data\.sha256=0{16}\.\.\., but the text has .*data\.sha256=null"):
+        prepare(make_config(tmp_path, sha256=OTHER), progress=False)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda record: "{" + json.dumps(record), "is damaged"),
-        (
-            lambda record: json.dumps({**record, "format": FORMAT + 1}),
-            f"has format {FORMAT + 1}, but this version reads up to",
-        ),
-        (lambda record: json.dumps({**record, "seq_len": 8}), "fingerprint does not match"),
-        (lambda record: json.dumps({key: record[key] for key in record if key != "val"}), "is damaged"),
-        (lambda record: "[]", "is damaged"),
-    ],
-    ids=range(5),
-)
-def test_a_bad_manifest_is_refused(packed, tmp_path, change, message):
-    record = json.loads((prepared_folder(packed) / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(change(record))
-    with pytest.raises(UserError, match=message):
-        read_manifest(tmp_path)
+def test_an_existing_set_of_another_text_is_refused(packed):
+    with pytest.raises(UserError, match=r"data\.sha256=0{16}\.\.\., but .*files-\w+ has"):
+        prepare(replace(packed, sha256=OTHER), progress=False)
 
 
-def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a prepared set"):
-        read_manifest(tmp_path)
+def test_a_set_given_as_folder_must_have_the_sha256(packed):
+    with pytest.raises(UserError, match=r"data\.sha256=0{16}\.\.\., but here has"):
+        check_against(replace(packed, sha256=OTHER), read_manifest(prepared_folder(packed)), "here")
+
+
+# --- settings that differ ---------------------------------------------------------------------------------------------
 
 
 def test_other_settings_are_named_with_both_values(packed, tmp_path):
@@ -338,8 +261,3 @@ def test_a_tokenizer_folder_is_compared_by_content(make_config, word_level, tmp_
     check_against(replace(config, tokenizer=word_level(tmp_path / "b", ["<pad>", "</s>"])), manifest, "here")
     with pytest.raises(UserError, match=r"data.tokenizer="):
         check_against(replace(config, tokenizer=word_level(tmp_path / "c", ["<eos>"])), manifest, "here")
-
-
-def test_encoded_batches_stop_at_the_bound():
-    batches = [Encoded(np.zeros(5), np.array([(9, 5, 5, 0, b"")], DOCUMENT))] * 10
-    assert len(list(take_tokens(batches, 11))) == 3

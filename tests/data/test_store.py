@@ -1,4 +1,4 @@
-"""Sets in a store that speaks S3: a server of moto's, and before it a proxy that fails as it is told."""
+"""Sets in an S3 store: a moto server behind a proxy that injects faults."""
 
 import contextlib
 import http.client
@@ -158,7 +158,7 @@ def opened(tmp_path: Path) -> TokenRows:
 
 
 def cached(tmp_path: Path, name: str = CHUNK) -> list[str]:
-    """What the cache has of a chunk, but for locks."""
+    """Return the files of a chunk in the cache, without locks."""
     files = (path.name for path in (tmp_path / "cache").rglob(f"{name}*"))
     return [name for name in files if not name.endswith(".lock")]
 
@@ -190,7 +190,7 @@ def test_the_data_module_reads_from_a_store(proxy, packed, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["503", "silent", "stall", "cut", "altered"])
-def test_a_passing_failure_is_repeated(proxy, local, tmp_path, fault):
+def test_a_transient_failure_is_retried(proxy, local, tmp_path, fault):
     proxy.faults = {CHUNK: [fault, "503", ""]}
     rows = opened(tmp_path)
     assert torch.equal(rows[3 * ROWS], local[3 * ROWS])
@@ -221,14 +221,14 @@ def test_a_lasting_failure_is_named_and_leaves_no_chunk(proxy, local, tmp_path, 
     assert torch.equal(rows[3 * ROWS], local[3 * ROWS])
 
 
-def test_what_no_attempt_cures_is_tried_once(proxy):
+def test_a_missing_object_is_requested_once(proxy):
     with pytest.raises(UserError, match=r"s3://sets/none is not a prepared set .*manifest.json.*404.* \(1 attempt\)"):
         open_set("s3://sets/none")
     assert proxy.asked["manifest.json"] == 1
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
-def test_small_files_are_repeated_and_named_likewise(proxy, local, tmp_path, name):
+def test_small_files_are_retried_and_named(proxy, local, tmp_path, name):
     proxy.faults = {name: ["503", "503", ""]}
     assert torch.equal(opened(tmp_path)[0], local[0])
     proxy.faults = {name: ["503"]}
@@ -236,7 +236,7 @@ def test_small_files_are_repeated_and_named_likewise(proxy, local, tmp_path, nam
         opened(tmp_path / "other")[0]
 
 
-def test_a_chunk_altered_in_the_cache_is_fetched_anew(proxy, local, tmp_path):
+def test_a_chunk_altered_in_the_cache_is_fetched_again(proxy, local, tmp_path):
     assert torch.equal(opened(tmp_path)[3 * ROWS], local[3 * ROWS])
     (path,) = (tmp_path / "cache").rglob(CHUNK)
     path.write_bytes(path.read_bytes()[:-2])

@@ -1,6 +1,5 @@
 import pickle
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from cod_lightning.data import stream
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepared_folder
-from cod_lightning.data.stream import TokenRows, is_remote, open_set
+from cod_lightning.data.stream import TokenRows, open_set
 from cod_lightning.errors import UserError
 
 CHUNK = "chunk-0-3.bin"
@@ -47,7 +46,7 @@ def test_rows_are_read_by_number_in_any_order(folder, tmp_path, prefix):
     assert rows.read(np.array([], np.int64)).shape == (0, 32)
 
 
-def test_no_more_chunks_are_kept_open_than_two_windows(folder, monkeypatch):
+def test_the_number_of_mapped_chunks_is_bounded(folder, monkeypatch):
     monkeypatch.setattr(stream, "OPEN_CHUNKS", 3)
     rows = TokenRows(str(folder), read_manifest(folder), "train")
     everything = torch.stack(rows.__getitems__(range(len(rows))))
@@ -83,7 +82,7 @@ def alter(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"), [(Path.unlink, f"{CHUNK}: missing"), (cut, f"{CHUNK}: 4,106 bytes instead of 4,108")]
 )
-def test_missing_and_cut_chunks_are_found_before_anything_is_read(folder, harm, message):
+def test_missing_and_cut_chunks_are_named_when_the_set_is_opened(folder, harm, message):
     harm(folder / "train" / CHUNK)
     with pytest.raises(UserError, match=message):
         open_set(str(folder))
@@ -94,34 +93,24 @@ def test_missing_and_cut_chunks_are_found_before_anything_is_read(folder, harm, 
     ("harm", "message"),
     [(Path.unlink, f"{CHUNK} cannot be read"), (cut, f"{CHUNK} is damaged: 4,106 bytes"), (alter, "its SHA-256")],
 )
-def test_damaged_chunks_are_found_when_they_are_read(folder, tmp_path, prefix, harm, message):
+def test_damaged_chunks_are_named_when_they_are_read(folder, tmp_path, prefix, harm, message):
     source = prefix + str(folder)
     manifest, _ = open_set(source)
     harm(folder / "train" / CHUNK)
     rows = TokenRows(source, manifest, "train", tmp_path / "cache")
     assert torch.equal(rows[0], rows[0])
-    start = time.monotonic()
     with pytest.raises(UserError, match=message) as error:
         rows[3 * 64]
     assert CHUNK in str(error.value)
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("prefix", ["", "local:"])
-def test_what_is_no_prepared_set_is_refused(tmp_path, prefix):
+def test_a_folder_without_a_set_is_refused(tmp_path, prefix):
     with pytest.raises(UserError, match=r"is not a prepared set \(.*manifest.json"):
         open_set(f"{prefix}{tmp_path}")
 
 
-def test_local_sets_lack_no_index(folder):
+def test_a_local_set_without_litdatas_index_is_refused(folder):
     (folder / "val" / "index.json").unlink()
     with pytest.raises(UserError, match=r"index.json: missing"):
         open_set(str(folder))
-
-
-@pytest.mark.parametrize(
-    ("source", "remote"),
-    [("s3://bucket/set", True), ("local:/a/b", True), ("/a/b", False), ("data/set", False), ("C:\\data", False)],
-)
-def test_urls_and_folders_are_told_apart(source, remote):
-    assert is_remote(source) is remote

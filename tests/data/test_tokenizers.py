@@ -103,12 +103,12 @@ def test_another_format_is_converted(tmp_path):
     ("name", "message"),
     [("./nowhere", "no such folder"), ("a/b/c", "no such folder"), ("no such name", "neither a folder nor a name")],
 )
-def test_a_name_that_cannot_be_is_refused(name, message):
+def test_an_impossible_name_is_refused(name, message):
     with pytest.raises(UserError, match=message):
         load_tokenizer(name)
 
 
-def test_an_unreachable_hub_fails_at_once(monkeypatch):
+def test_an_unreachable_hub_fails_immediately(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"data.tokenizer='google-t5/t5-base' needs the Hugging Face hub"):
         load_tokenizer("google-t5/t5-base")

@@ -1,0 +1,77 @@
+"""Chunks: their rows, litdata's format, and the room that a cache takes. Stores are in test_store."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import litdata
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from litdata.streaming.item_loader import TokensLoader
+
+from cod_lightning.data import chunks
+from cod_lightning.data.chunks import is_remote, make_room
+from cod_lightning.data.encode import Encoder
+from cod_lightning.data.manifest import read_manifest
+from cod_lightning.data.prepare import _write_split, prepared_folder
+from cod_lightning.data.stream import TokenRows
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.lists(st.lists(st.integers(2, 999), max_size=40), min_size=1, max_size=30),
+    batch=st.integers(1, 5),
+    seq_len=st.integers(2, 9),
+    chunk_tokens=st.integers(1, 60),
+)
+def test_packed_rows_are_the_documents_joined_by_eos(
+    numbers, tmp_path_factory, documents, batch, seq_len, chunk_tokens
+):
+    encoder = Encoder(numbers(), "packed", seq_len)
+    texts = [" ".join(map(str, document)) for document in documents]
+    expected = [id for document in documents for id in (*document, 1)]
+    folder = tmp_path_factory.mktemp("rows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CHUNK_TOKENS", chunk_tokens)
+        encoded = (encoder(texts[n : n + batch]) for n in range(0, len(texts), batch))
+        split = _write_split(folder, encoded, encoder)
+    rows = len(expected) // seq_len
+    assert (split.rows, split.tokens) == (rows, rows * seq_len)
+    contents = [(folder / chunk.name).read_bytes()[12:] for chunk in split.chunks]
+    assert np.frombuffer(b"".join(contents), np.uint16).tolist() == expected[: rows * seq_len]
+    assert all(chunk.rows == max(1, chunk_tokens // seq_len) for chunk in split.chunks[:-1])
+
+
+def test_litdata_reads_the_same_rows(packed):
+    folder = prepared_folder(packed)
+    rows = TokenRows(str(folder), read_manifest(folder), "val")
+    theirs = litdata.StreamingDataset(str(folder / "val"), item_loader=TokensLoader(block_size=32))
+    assert len(theirs) == len(rows)
+    assert np.array_equal(np.stack(list(theirs)), rows.read(np.arange(len(rows))))
+
+
+def test_every_rank_writes_the_same_names(numbers, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_OPTIMIZER_GLOBAL_RANK", "3")
+    encoder = Encoder(numbers(), "packed", 2)
+    split = _write_split(tmp_path, [encoder(["2 3 4"])], encoder)
+    assert [chunk.name for chunk in split.chunks] == ["chunk-0-0.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chunk-0-0.bin", "index.json"]
+
+
+def test_the_oldest_chunks_make_room(tmp_path, monkeypatch):
+    for age, name in enumerate(("new", "old", "older")):
+        (tmp_path / f"{name}.bin").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{name}.bin", (1000 - age, 1000 - age))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    make_room(tmp_path, 100, share=0.75)  # of 400 bytes
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+@pytest.mark.parametrize(
+    ("source", "remote"),
+    [("s3://bucket/set", True), ("local:/a/b", True), ("/a/b", False), ("data/set", False), ("C:\\data", False)],
+)
+def test_urls_and_folders_are_distinguished(source, remote):
+    assert is_remote(source) is remote

@@ -1,0 +1,60 @@
+"""The manifest: its fingerprint, and files that are damaged or newer."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from cod_lightning.data.manifest import FORMAT, Manifest, read_manifest
+from cod_lightning.data.prepare import prepared_folder
+from cod_lightning.errors import UserError
+
+
+@pytest.fixture
+def manifest(packed) -> Manifest:
+    return read_manifest(prepared_folder(packed))
+
+
+def test_a_manifest_survives_its_json(manifest):
+    assert Manifest.from_json(manifest.to_json(), "here") == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (lambda manifest: {"source": replace(manifest.source, name="other")}, True),
+        (lambda manifest: {"seq_len": 33}, False),
+        (lambda manifest: {"val": manifest.train}, False),
+    ],
+    ids=["name", "length", "rows"],
+)
+def test_the_fingerprint_covers_the_content_alone(manifest, change, same):
+    assert (replace(manifest, **change(manifest)).fingerprint == manifest.fingerprint) is same
+
+
+def test_a_set_without_sha256_is_read(manifest):
+    record = json.loads(manifest.to_json())
+    del record["sha256"]
+    assert Manifest.from_json(json.dumps(record), "here") == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: "{" + json.dumps(record), "here is damaged"),
+        (lambda record: json.dumps({**record, "format": FORMAT + 1}), f"has format {FORMAT + 1}, but this version"),
+        (lambda record: json.dumps({**record, "seq_len": 8}), "fingerprint does not match"),
+        (lambda record: json.dumps({**record, "new": 8}), r"here is damaged \(new is unknown\)"),
+        (lambda record: json.dumps({key: record[key] for key in record if key != "val"}), "val is missing"),
+        (lambda record: "[]", "here is damaged"),
+    ],
+    ids=["syntax", "newer", "altered", "unknown field", "missing field", "list"],
+)
+def test_a_bad_manifest_is_refused(manifest, change, message):
+    with pytest.raises(UserError, match=message):
+        Manifest.from_json(change(json.loads(manifest.to_json())), "here")
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a prepared set"):
+        read_manifest(tmp_path)
