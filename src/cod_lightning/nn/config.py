@@ -56,15 +56,9 @@ class DecoderConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    def problems(self, specs: int | None = None) -> list[str]:
-        """Every reason why this shape is impossible, each with the name of its field.
-
-        Args:
-            specs: number of block specs for the model, if they exist already.
-        """
+    def problems(self) -> list[str]:
+        """Every reason why no decoder can be built from this, each naming its field."""
         found = []
-        if specs not in (None, self.num_hidden_layers):
-            found.append(f"{specs} block specs for model.num_hidden_layers={self.num_hidden_layers}")
         positive = [f.name for f in fields(self) if f.type.startswith("int")] + [
             "norm_eps",
             "rope_theta",

@@ -210,8 +210,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, specs: list[BlockSpec]):
         super().__init__()
-        unset = ["model.vocab_size is not set"] if config.vocab_size is None else []
-        if problems := config.problems(len(specs)) + unset:
+        problems = config.problems() + (["model.vocab_size is not set"] if config.vocab_size is None else [])
+        if len(specs) != config.num_hidden_layers:
+            problems.append(f"{len(specs)} block specs for model.num_hidden_layers={config.num_hidden_layers}")
+        if problems:
             raise ValueError("; ".join(problems))
         self.config = config
         self.model = Stack(config, specs)

@@ -1,8 +1,8 @@
 """Exchange with Hugging Face: a decoder as a Llama or Qwen2 checkpoint that stock `transformers` loads, and back.
 
 A constant that multiplies a norm's output or a branch is part of the weights next to it: the gain of LayerNorm Scaling
-goes into the norm's weight, the scale of a branch into the rows of its last projection. What is folded computes what
-the decoder computes, up to the rounding of one product per weight; what cannot be folded is refused.
+goes into the norm's weight, the scale of a branch into the rows of its last projection. The exported model computes
+the same logits up to the rounding of one product per weight. A strategy that cannot be folded is an error.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, first_line
 from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
 FOLDED = ("gain", "branch_scale", "learned_branch_scale")
-INITIAL = ("pre_norm_weight", "output_init", "xavier")
-"""The coefficients of a sub-layer that go into weights, and those that only say how weights start.
+"""Coefficients of a sub-layer that are folded into weights."""
 
-A Llama checkpoint has no place for any other, which must be that of Pre-LN. `input_scale` is such a one because it is
-a matter of each norm's own eps, of which a checkpoint has one for all.
-"""
+INITIAL = ("pre_norm_weight", "output_init", "xavier")
+"""Coefficients that matter only at initialisation. All others must have the values of Pre-LN; `input_scale` too, which
+changes the eps of a norm, and a checkpoint has one eps for all norms."""
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-"""What can be imported, by `model_type`; DeepSeek-LLM is a Llama."""
+"""Importable families by `model_type`; DeepSeek-LLM is a Llama."""
 
 
 class TokenizerLike(Protocol):
-    """What is asked of a tokenizer; `data.tokenizer.DocumentTokenizer` has it."""
+    """The attributes of a tokenizer that an export reads; `data.tokenizers.DocumentTokenizer` has them."""
 
     @property
     def json(self) -> str: ...
@@ -46,41 +45,41 @@ class TokenizerLike(Protocol):
     def eos_id(self) -> int: ...
 
 
-# To Hugging Face -----------------------------------------------------------------------------------------------------
+# Export -----------------------------------------------------------------------------------------------------
 
 
 def unsupported_features(decoder: Decoder) -> list[str]:
-    """Why a decoder has no equal among Llama checkpoints, one line for each coefficient; nothing if it has one."""
-    specs, plain, found = [block.spec for block in decoder.blocks], SublayerSpec(), []
+    """One line for each coefficient that a Llama checkpoint cannot express; empty if `decoder` can be exported."""
+    specs, default, problems = [block.spec for block in decoder.blocks], SublayerSpec(), []
     if decoder.config.norm != "rms":
-        found.append(f"model.norm={decoder.config.norm!r} has no place in a Llama checkpoint, whose norms are 'rms'")
+        problems.append(f"model.norm={decoder.config.norm!r} has no place in a Llama checkpoint, whose norms are 'rms'")
     for name in [field.name for field in fields(SublayerSpec) if field.name not in FOLDED + INITIAL]:
         others = [
             (layer, value)
             for layer, spec in enumerate(specs, start=1)
             for sublayer in spec.sublayers
-            if (value := getattr(sublayer, name)) != getattr(plain, name)
+            if (value := getattr(sublayer, name)) != getattr(default, name)
         ]
         if others:
             layer, value = others[0]
-            found.append(
+            problems.append(
                 f"{name}={value!r} (layer {layer}, {len(others)} of {2 * len(specs)} sub-layers) has no place "
-                f"in a Llama checkpoint, where it is {getattr(plain, name)!r}"
+                f"in a Llama checkpoint, where it is {getattr(default, name)!r}"
             )
     if layers := [layer for layer, spec in enumerate(specs, start=1) if spec.entry_norm]:
-        found.append(f"entry_norm=True (layer {layers[0]}) has no place in a Llama checkpoint")
-    return found
+        problems.append(f"entry_norm=True (layer {layers[0]}) has no place in a Llama checkpoint")
+    return problems
 
 
 @torch.no_grad()
 def to_llama_state_dict(decoder: Decoder, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The state of the Llama that computes what `decoder` does, on the CPU; products are rounded once, to `dtype`.
+    """The state dict of the equivalent `LlamaForCausalLM`, on the CPU; products are rounded once, to `dtype`.
 
     Raises:
-        UserError: there is none; names every coefficient that is in the way.
+        UserError: a Llama checkpoint cannot express the decoder; names every coefficient at fault.
     """
-    if found := unsupported_features(decoder):
-        raise UserError("\n".join(found))
+    if problems := unsupported_features(decoder):
+        raise UserError("\n".join(problems))
     state = {name: tensor.cpu() for name, tensor in decoder.state_dict().items() if "_residual." not in name}
     ones = torch.ones(decoder.config.hidden_size)
     state.setdefault("model.norm.weight", ones)
@@ -93,7 +92,7 @@ def to_llama_state_dict(decoder: Decoder, dtype: torch.dtype = torch.float32) ->
             state[name] = state.get(name, ones).double() * gain
             scale = residual.spec.branch_scale if residual.branch_scale is None else residual.branch_scale.cpu()
             name = f"model.layers.{index}.{projection}.weight"
-            # [1] or [hidden, 1]: one factor for each row, which is a channel of the output.
+            # [1, 1] or [hidden, 1]: a row of the projection is a channel of its output.
             state[name] = (state[name].double() * torch.as_tensor(scale, dtype=torch.float64).view(-1, 1)).to(dtype)
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
@@ -101,13 +100,13 @@ def to_llama_state_dict(decoder: Decoder, dtype: torch.dtype = torch.float32) ->
 def to_hf(
     decoder: Decoder, tokenizer: TokenizerLike | None = None, dtype: torch.dtype = torch.float32, max_length: int = 2048
 ) -> Any:
-    """The `LlamaForCausalLM` (`Qwen2ForCausalLM` with `qkv_bias`) that gives the decoder's logits, on the CPU.
+    """The `LlamaForCausalLM` (`Qwen2ForCausalLM` with `qkv_bias`) with the logits of `decoder`, on the CPU.
 
     Args:
-        decoder: on any device; it is not changed.
-        tokenizer: its pad and EOS go into the configuration.
+        decoder: on any device; it does not change.
+        tokenizer: sets the pad and EOS tokens of the configuration.
         dtype: of the weights.
-        max_length: `max_position_embeddings`, the longest row in tokens that the model is meant for.
+        max_length: `max_position_embeddings`, the longest supported sequence in tokens.
 
     Raises:
         UserError: as `to_llama_state_dict`, or transformers is not installed.
@@ -132,7 +131,7 @@ def to_hf(
         eos_token_id=tokenizer.eos_id if tokenizer else None,
         pad_token_id=pad_token_id(tokenizer, rows) if tokenizer else None,
     )
-    # Version 5 writes it inside `rope_parameters` alone; version 4 and other programs look for it here.
+    # transformers 5 writes it only inside `rope_parameters`; version 4 and other programs read it here.
     config.rope_theta = shape.rope_theta
     with quiet_transformers():
         model = getattr(transformers, f"{family}ForCausalLM")
@@ -146,17 +145,17 @@ def export(
     dtype: torch.dtype = torch.float32,
     max_length: int = 2048,
 ) -> None:
-    """Write what `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load from `folder`; whole or not at all.
+    """Write a folder that `AutoModelForCausalLM` and, with a tokenizer, `AutoTokenizer` load.
 
     Args:
         decoder: as for `to_hf`.
-        folder: must not exist yet, or be empty.
-        tokenizer: goes along; without one the folder has none.
+        folder: must not exist, or be empty; on an error nothing is written.
+        tokenizer: also exported, if given.
         dtype: as for `to_hf`.
         max_length: as for `to_hf`.
 
     Raises:
-        UserError: as `to_hf`; something is in `folder`, or it cannot be written.
+        UserError: as `to_hf`, or `folder` is not empty or not writable.
     """
     check_new_folder(folder)
     model = to_hf(decoder, tokenizer, dtype, max_length)
@@ -169,16 +168,19 @@ def export(
             raise UserError(f"{folder} cannot be written: {error}") from error
         if tokenizer is not None:
             to_hf_tokenizer(tokenizer, model.config.vocab_size, max_length).save_pretrained(partial)
-            # Version 5 writes a class that version 4 does not have; both have this one.
+            # transformers 5 writes a class that version 4 lacks; both have this one.
             path = partial / "tokenizer_config.json"
             content = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
             path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def to_hf_tokenizer(tokenizer: TokenizerLike, rows: int, max_length: int) -> Any:
-    """The tokenizer as a `PreTrainedTokenizerFast`, for an embedding of so many rows.
+    """The tokenizer as a `PreTrainedTokenizerFast` that adds no special tokens to a text, as in training.
 
-    It adds no special token to a text, as rows have none before or inside a document here.
+    Args:
+        tokenizer: to convert.
+        rows: tokens in the embedding of the model; added tokens beyond it are dropped.
+        max_length: `model_max_length`, in tokens.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -186,7 +188,7 @@ def to_hf_tokenizer(tokenizer: TokenizerLike, rows: int, max_length: int) -> Any
     content = json.loads(tokenizer.json)
     if (content["post_processor"] or {}).get("type") in ("TemplateProcessing", "Sequence"):
         content["post_processor"] = None
-    # A pad that was added to a tokenizer without one has no row in a model that came with that tokenizer.
+    # A pad token that was added to the tokenizer of an imported model has no row in its embedding.
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
     backend = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(
@@ -200,22 +202,22 @@ def to_hf_tokenizer(tokenizer: TokenizerLike, rows: int, max_length: int) -> Any
 
 
 def pad_token_id(tokenizer: TokenizerLike, rows: int) -> int:
-    """The pad where the embedding has a row for it, else the EOS."""
+    """The pad token if the embedding has a row for it, else EOS."""
     return tokenizer.pad_id if tokenizer.pad_id < rows else tokenizer.eos_id
 
 
-# From Hugging Face ---------------------------------------------------------------------------------------------------
+# Import ---------------------------------------------------------------------------------------------------
 
 
 def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The decoder (`pre_ln`, its shape in `.config`) that gives the logits of a Llama, Mistral or Qwen2 checkpoint.
+    """A `pre_ln` decoder with the logits of a Llama, Mistral or Qwen2 checkpoint.
 
     Args:
         name: folder of the checkpoint, or its name on the hub.
-        dtype: of the weights; float32 holds those of every checkpoint exactly.
+        dtype: of the weights; float32 is exact for every checkpoint.
 
     Raises:
-        UserError: no such checkpoint; or it computes something that the decoder does not, with every field at fault.
+        UserError: no such checkpoint, or the decoder does not compute what it needs; names every field at fault.
     """
     transformers = import_transformers("importing")
     try:
@@ -223,30 +225,29 @@ def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             shape = config_from_hf(config, name)
             model = transformers.AutoModelForCausalLM
-            twin, info = model.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+            hf_model, info = model.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     except UserError:
         raise
-    except Exception as error:  # transformers and safetensors raise many kinds on files that are damaged
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: not a checkpoint of a causal language model: {reason}") from error
+    except Exception as error:  # transformers and safetensors raise many kinds on damaged files
+        raise UserError(f"{name}: not a checkpoint of a causal language model: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name}: the checkpoint lacks {len(missing)} weights of its model, {missing[0]} among them")
     with torch.device("meta"):
         decoder = Decoder(shape, build_all({"name": "pre_ln"}, shape.num_hidden_layers))
-    decoder.load_state_dict(twin.state_dict(), assign=True)
+    decoder.load_state_dict(hf_model.state_dict(), assign=True)
     decoder.tie()
     return decoder
 
 
 def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
-    """The shape that a configuration of `transformers` describes.
+    """The shape of a `transformers` configuration.
 
     Raises:
-        UserError: names every field that describes something else than a decoder of ours.
+        UserError: names every field that our decoder does not support.
     """
     if config.model_type not in FAMILIES:
         raise UserError(f"{name}: model_type={config.model_type!r} cannot be imported; known: {', '.join(FAMILIES)}")
-    # Version 5 keeps all in `rope_parameters`, version 4 the base in `rope_theta` and the rest in `rope_scaling`.
+    # transformers 5 has `rope_parameters`; version 4 has the base in `rope_theta` and the rest in `rope_scaling`.
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     head_dim = config.hidden_size // config.num_attention_heads
@@ -260,7 +261,7 @@ def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
         "mlp_bias": (getattr(config, "mlp_bias", False), False),
         "quantization_config": (getattr(config, "quantization_config", None), None),
     }
-    found = [
+    problems = [
         f"{name}: {field}={value!r} has no place in the decoder, where it is {ours!r}"
         for field, (value, ours) in expected.items()
         if value != ours
@@ -278,16 +279,16 @@ def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
         tie_word_embeddings=config.tie_word_embeddings,
         init_std=config.initializer_range,
     )
-    if found := found or [f"{name}: {problem}" for problem in shape.problems()]:
-        raise UserError("\n".join(found))
+    if problems := problems or [f"{name}: {problem}" for problem in shape.problems()]:
+        raise UserError("\n".join(problems))
     return shape
 
 
-# Both ----------------------------------------------------------------------------------------------------------------
+# Dependency ----------------------------------------------------------------------------------------------------------
 
 
 def import_transformers(purpose: str) -> Any:
-    """`transformers`, which is needed for nothing but this.
+    """The optional package `transformers`.
 
     Raises:
         UserError: it is not installed.
@@ -301,7 +302,7 @@ def import_transformers(purpose: str) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Keep progress bars and remarks of `transformers` off the terminal."""
+    """Silence the progress bars and warnings of `transformers`."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

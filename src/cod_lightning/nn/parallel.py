@@ -1,4 +1,4 @@
-"""What a model is wrapped in to train: recomputed activations, compiled blocks, sharded weights, in this order."""
+"""Wrap a model for training: activation checkpointing, torch.compile and FSDP2, in this order."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from cod_lightning.nn.vit import VisionTransformer
 Model = Decoder | VisionTransformer
 
 aten = torch.ops.aten
-KEPT = {
+SAVED = {
     *(aten.mm.default, aten.bmm.default, aten.addmm.default),
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Operations whose results checkpointing="selective" keeps: those that would cost most to repeat."""
+"""Operations whose results checkpointing="selective" saves: the most expensive ones to recompute."""
 
 
 def parallelise(
@@ -39,36 +39,36 @@ def parallelise(
     dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> None:
-    """Wrap `model` in place; names of parameters and results stay what they are. It may be on the meta device.
+    """Wrap `model` in place; parameter names and results do not change.
 
     Args:
-        model: with all its blocks.
-        checkpointing: activations that are computed again in the backward pass: `none`; `full`, all of a block but
-            its input; `selective`, all but the results of matrix products and attention.
-        backend: that compiles each block as one graph, such as "inductor"; None: not compiled.
-        mesh: over which parameters, gradients and moments are sharded: one dimension, or (replicas, shards); None: not.
-        dtype: in which the weights of blocks are gathered, None: as they are. Sums of gradients are in float32.
-        offload: shards rest in the memory of the host.
+        model: may be on the meta device.
+        checkpointing: activations that the backward pass recomputes: `none`; `full`, all of a block but its input;
+            `selective`, all but the results of matrix products and attention.
+        backend: compiles each block as one graph, such as "inductor"; None: no compilation.
+        mesh: shards parameters, gradients and optimizer states: [shards] or [replicas, shards]; None: no sharding.
+        dtype: of the gathered weights of blocks, None: that of the parameters. Gradients are reduced in float32.
+        offload: keep the shards in CPU memory.
     """
     for block in model.blocks:
         if checkpointing != "none":
-            block.forward = recomputed(block.forward, checkpointing)
+            block.forward = checkpointed(block.forward, checkpointing)
         if backend is not None:
             block.compile(fullgraph=True, backend=backend)
     if mesh is None:
         return
-    rest: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    shared: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     for block in model.blocks:
-        # The residual stream that enters keeps its dtype.
+        # `cast_forward_inputs` would round the residual stream.
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(block, mp_policy=policy, **rest)
-    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), **rest)
+        fully_shard(block, mp_policy=policy, **shared)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), **shared)
 
 
-def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
-    """A block's `forward` that keeps fewer activations; with a hook it keeps all."""
+def checkpointed(forward: Callable[..., Tensor], checkpointing: str) -> Callable[..., Tensor]:
+    """The `forward` of a block with activation checkpointing, which a call with a hook skips."""
     selective = partial(create_selective_checkpoint_contexts, policy)
-    contexts: dict[str, Any] = {"context_fn": selective} if how == "selective" else {}
+    contexts: dict[str, Any] = {"context_fn": selective} if checkpointing == "selective" else {}
 
     def run(x: Tensor, rope: Rope | None, hook: Any = None) -> Tensor:
         if hook is not None or not torch.is_grad_enabled():
@@ -78,8 +78,8 @@ def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor
     return run
 
 
-def policy(context: AbstractContextManager, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def policy(context: AbstractContextManager, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def unwrapped_copy(model: Model) -> Model:

@@ -1,7 +1,7 @@
-"""The Vision Transformer of Table 5: the decoder's blocks, under any strategy, over the patches of an image.
+"""The Vision Transformer of Table 5: the decoder's blocks, under any strategy, on the patches of an image.
 
-What differs from the decoder: attention sees all positions and has no rotary embeddings, positions are learned, the
-feed-forward network is GELU with biases, and a class token is read out. As in the decoder, LayerNorm has no bias.
+Unlike the decoder it has bidirectional attention, learned position embeddings, a GELU feed-forward network with biases,
+and a class token whose output the head classifies. As in the decoder, LayerNorm has no bias.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """The class token and a projection of each patch, plus learned positions: [rows, 1 + patches, hidden]."""
+    """The class token and a projection of each patch, plus position embeddings: [B, 1 + patches, D]."""
 
     def __init__(self, hidden_size: int, image_size: int, patch_size: int):
         super().__init__()
@@ -47,18 +47,20 @@ class VisionTransformer(nn.Module):
     """A classifier of square images.
 
     Args:
-        config: the shape of the blocks; what it says of tokens (`vocab_size`, `rope_theta`, ...) is not read.
-        specs: one `BlockSpec` per block, from `strategies.build_all`.
+        config: the shape of the blocks; fields about tokens (`vocab_size`, `rope_theta`, ...) are ignored.
+        specs: one `BlockSpec` for each block, from `strategies.build_all`.
         image_size, patch_size: sides in pixels.
         classes: their number.
 
     Raises:
-        ValueError: the shape cannot be built, or the number of specs is not the number of blocks.
+        ValueError: the shape is impossible, or the number of specs is not the number of blocks.
     """
 
     def __init__(self, config: DecoderConfig, specs: list[BlockSpec], image_size: int, patch_size: int, classes: int):
         super().__init__()
-        problems = config.problems(len(specs))
+        problems = config.problems()
+        if len(specs) != config.num_hidden_layers:
+            problems.append(f"{len(specs)} block specs for model.num_hidden_layers={config.num_hidden_layers}")
         if image_size % patch_size:
             problems.append(f"patches of {patch_size} pixels do not fill an image of {image_size}")
         if problems:
@@ -83,15 +85,15 @@ class VisionTransformer(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor | None = None, hook: ActivationHook | None = None
     ) -> Tensor | TokenLoss:
-        """Logits of images [rows, 3, size, size], or their loss against `labels`.
+        """Logits of `images`, or the loss against `labels`.
 
         Args:
-            images: [rows, 3, size, size], in any floating dtype.
-            labels: [rows], or None.
-            hook: called with the activations of every layer; position 0 is the class token.
+            images: [B, 3, size, size], in any floating dtype.
+            labels: [B], or None.
+            hook: called with the activations of every layer; token 0 is the class token.
 
         Returns:
-            Logits [rows, classes]; with labels, a `TokenLoss` with one target per row.
+            Logits [B, classes]; with labels, a `TokenLoss` with one target per image.
         """
         x_BTD = self.norm(run_blocks(self.blocks, self.embedding(images), None, hook))
         logits = self.head(x_BTD[:, 0])
@@ -99,13 +101,13 @@ class VisionTransformer(nn.Module):
 
 
 def patches(images: Tensor, side: int) -> Tensor:
-    """Cut images [rows, 3, height, width] into patches [rows, patches, 3 * side * side], row by row of the image."""
-    cut = images.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    """Split images [B, 3, height, width] into patches [B, patches, 3 * side * side], in the order of reading."""
+    grid = images.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> TokenLoss:
-    """Cross-entropy of logits [rows, classes] against labels [rows], `IGNORE` where there is none."""
+    """Cross-entropy of logits [B, classes] against labels [B]; `IGNORE` is no label."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     return TokenLoss(losses.sum(), losses.detach(), (labels != IGNORE).long())
