@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 
 import pytest
@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cod_lightning.commands.terminal import summary
-from cod_lightning.config.compose import compose, fields_and_groups
+from cod_lightning.config.compose import compose, config_folder, fields_and_groups
 from cod_lightning.config.saved import load, to_yaml
 from cod_lightning.config.schema import Config
 from cod_lightning.data.manifest import Chunk, Manifest, Source, Split, TokenizerRecord
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
-from cod_lightning.paper.claims import columns
-from cod_lightning.paper.experiments import accuracies, claims, config_folder, rows
-from cod_lightning.paper.findings import QUANTITIES, quantities
+from cod_lightning.paper.claims import Column, columns
+from cod_lightning.paper.experiments import experiment_rows, load_experiments
+from cod_lightning.paper.findings import QUANTITIES, quantity_rows
+from cod_lightning.paper.results import load_task_scores
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
 from cod_lightning.train.record import RECORD, read_record
 
@@ -264,7 +265,7 @@ def test_a_record_is_shown_or_an_error(here, content):
 @cache
 def asked():
     """The rows whose runs were measured; those of the paper's size save composing them again and again."""
-    return [row for scale in ("paper", "toy") for row in rows(["table1_130m", "figure5"], scale)]
+    return [row for scale in ("paper", "toy") for row in experiment_rows(["table1_130m", "figure5"], scale)]
 
 
 FILES = {path.name: json.loads(path.read_text()) for path in FOLDERS[0].parent.glob("*.json")}
@@ -278,20 +279,20 @@ def test_results_are_compared_or_an_error(here, one):
     folder.mkdir(parents=True, exist_ok=True)
     for other, whole in FILES.items():
         (folder / other).write_text(json.dumps(content if other == name else whole))
-    found = answer(claims, asked(), here / "results")
+    found = answer(load_experiments, asked(), here / "results")
     if isinstance(found, UserError):
         assert str(folder / name) in str(found)
         return
     for experiment in found:
         for column in columns([experiment]):
-            assert isinstance(column.lines, list)
-            for target in (*QUANTITIES, "theory"):
-                quantities(target, column)
+            assert isinstance(column.comparisons, list)
+            for target in QUANTITIES:
+                quantity_rows(Column((replace(column.first, target=target),)))
 
 
 @few(60)
 @given(st.one_of(changed({"piqa": {"acc": 0.5, "acc_stderr": 0.1}, "boolq": {"acc": 0.25}}), st.sampled_from(ODD)))
 def test_scores_are_numbers_or_an_error(here, content):
     (here / "tasks.json").write_text(json.dumps(content))
-    found = answer(accuracies, here / "tasks.json")
+    found = answer(load_task_scores, here / "tasks.json")
     assert "tasks.json" in str(found) or all(isinstance(value, float) for value in found.values())

@@ -8,7 +8,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 PACKAGE = "cod_lightning"
 
-COMMON = ("__init__", "_torchmetrics", "_torchvision", "errors", "files", "plots", "typed_json")
+COMMON = ("__init__", "_torchmetrics", "_torchvision", "errors", "files", "page", "plots", "typed_json")
 """Top-level modules that everyone may import; they import only each other."""
 
 TOP = ("cli", "__main__")
@@ -25,6 +25,8 @@ OWNERS = {
     "pytorch_lightning": (),  # the same code under its old name: a second Trainer class, of which isinstance is false
     "matplotlib": ("common", "measure", "train", "paper"),
     "hydra": ("config",),
+    "jinja2": ("common",),
+    "markdown_it": ("common",),
     "omegaconf": ("config",),
 }
 """Libraries that only these rooms or top-level files import."""

@@ -753,7 +753,14 @@ def launch(
 
 
 def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
-    from cod_lightning.paper.experiments import MEASURED, RESULTS, Task, claims, keep, named, outstanding, rows
+    from cod_lightning.paper.experiments import (
+        Task,
+        experiment_rows,
+        find_experiments,
+        load_experiments,
+        remaining_tasks,
+    )
+    from cod_lightning.paper.results import MEASURES_FOLDER, RESULTS, save_result
 
     at_least("jobs", jobs, 1)
     own = {"scale": "paper", "seeds": "1", "row": ""}
@@ -761,7 +768,8 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
     overrides = [word for word in words if "=" in word and word.partition("=")[0] not in own]
     if not own["seeds"].isdecimal() or int(own["seeds"]) < 1:
         raise UserError(f"seeds={own['seeds']} must be a number of seeds, at least 1")
-    asked = list(rows(named([word for word in words if "=" not in word]), own["scale"], overrides))
+    names = find_experiments([word for word in words if "=" not in word])
+    asked = list(experiment_rows(names, own["scale"], overrides))
     if own["row"]:
         known = dict.fromkeys(row.name for row in asked)
         wanted = own["row"].split(",")
@@ -770,22 +778,22 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
         asked = [row for row in asked if row.name in wanted]
     seeds = range(1, int(own["seeds"]) + 1)
     target = results or RESULTS
-    tasks = outstanding(asked, seeds, target)
+    tasks = remaining_tasks(asked, seeds, target)
 
     def carry_out_one(task: Task) -> int:
-        model, status = task.row.subject or str(task.folder), 0
-        if task.row.subject is None:
-            status = run_marked(["fit", *task.words], task.label, jobs)
+        model, status = task.row.public_model or str(task.folder), 0
+        if task.row.public_model is None:
+            status = run_marked(["fit", *task.cli_args], task.label, jobs)
             if status == 0 and task.row.tasks is not None:
                 status = run_marked(["evaluate", model, f"tasks={task.row.tasks}"], task.label, jobs)
-            keep(task.folder, target)
+            save_result(task.folder, target)
         if status == 0 and task.measures:
             command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
-            if task.row.subject is not None:
-                command += [*task.row.words, f"output={task.folder / MEASURED}"]  # the last one counts
+            if task.row.public_model is not None:
+                command += [*task.row.overrides, f"output={task.folder / MEASURES_FOLDER}"]  # the last one counts
             status = run_marked(command, task.label, jobs)
             if status == 0:
-                keep(task.folder, target, task.measures)
+                save_result(task.folder, target, task.measures)
         return status
 
     print(f"{len(tasks)} to carry out, of {len(asked) * len(seeds)} asked for", file=sys.stderr, flush=True)
@@ -796,15 +804,15 @@ def reproduce(words: Sequence[str], jobs: int, results: Path | None) -> int:
 
     from cod_lightning.commands.terminal import reproduced, show
 
-    show(reproduced(claims(asked, target)))
+    show(reproduced(load_experiments(asked, target)))
     return max(statuses, key=abs, default=0)
 
 
 def report(results: Path | None, output: Path) -> int:
     from cod_lightning.paper.claims import SCALES
-    from cod_lightning.paper.experiments import RECORD, RESULTS, claims, rows, with_rows
-    from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN
-    from cod_lightning.paper.report import report as write
+    from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
+    from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
+    from cod_lightning.paper.results import RECORD, RESULTS
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
@@ -813,8 +821,9 @@ def report(results: Path | None, output: Path) -> int:
         raise UserError(f"--output={output} cannot be written: {place} is a file, or nothing may be made in it")
     results = results or RESULTS
     run = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
-    found = claims((row for scale in run for row in rows(with_rows(), scale)), results)
-    made = write(found, ESTIMATED_FOR)
+    names = reproducible_experiments()
+    rows = (row for scale in run for row in experiment_rows(names, scale))
+    made = build_report(load_experiments(rows, results), ESTIMATED_FOR)
     files = {MARKDOWN: made.markdown.encode(), HTML: made.html.encode(), CSV: made.csv.encode()}
     files |= {f"{FIGURES}/{name}": image for name, image in made.figures.items()}
     for name, content in files.items():
@@ -834,13 +843,12 @@ MEASURED_ROWS = 64
 def experiments() -> int:
     from cod_lightning.commands.terminal import experiments_table, show
     from cod_lightning.config.compose import choices, compose
-    from cod_lightning.paper.experiments import amount, num_parameters, row_length
+    from cod_lightning.paper.experiments import format_tokens, num_parameters, training_tokens
 
     rows = []
     for name in choices("experiments"):
         config = compose([f"experiments={name}"])
         model = config.model
-        positions = config.trainer.max_steps * config.data.batch_size * row_length(config)
         claims = config.paper.get("rows", {})
         published = [f"{name} {figure}" for name, row in claims.items() for figure in figures_of(row.get("published"))]
         rows.append(
@@ -851,7 +859,7 @@ def experiments() -> int:
                 "parameters": f"{num_parameters(config) / 1e6:,.1f}M",
                 "token positions": "none, measured"
                 if any("subject" in row for row in claims.values())
-                else amount(positions),
+                else format_tokens(training_tokens(config)),
                 "published": "\n".join(published) or "none",
             }
         )

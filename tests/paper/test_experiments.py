@@ -20,7 +20,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.paper.experiments import named, outstanding, rows
+from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks
 
 # The published figures, typed in again from the paper's facts.
 BASELINES = ("post_ln", "deep_norm", "mix_ln", "pre_ln", "lns")
@@ -106,7 +106,7 @@ SCALES = ("paper", "mini", "small", "toy")
 @cache
 def all_rows(scale):
     """Every row of every experiment, by (experiment, row)."""
-    return {(row.experiment, row.name): row for row in rows(EXPERIMENTS, scale)}
+    return {(row.experiment, row.name): row for row in experiment_rows(EXPERIMENTS, scale)}
 
 
 def composed(name, scale="paper"):
@@ -139,7 +139,7 @@ def test_an_experiment_beyond_the_paper_claims_no_published_figure(name):
 @pytest.mark.parametrize("name", ["length_full", "rates_same", "depth_24"])
 def test_an_experiment_beyond_the_paper_shares_its_middle_with_the_tables(name):
     tables = all_rows("small")
-    for row in rows([name], "small"):
+    for row in experiment_rows([name], "small"):
         shared = tables.get(("table1_130m", row.name)) or tables["table6_130m", row.name]
         assert row.config.id == shared.config.id
 
@@ -153,11 +153,25 @@ def test_an_experiment_beyond_the_paper_shares_its_middle_with_the_tables(name):
     ],
 )
 def test_a_family_varies_one_field_at_scale_small(family, field, values):
-    configs = [flatten(asdict(row.config)) for row in rows(named([family]), "small") if row.name == "lns"]
+    configs = [
+        flatten(asdict(row.config)) for row in experiment_rows(find_experiments([family]), "small") if row.name == "lns"
+    ]
     assert sorted(config[field] for config in configs) == values
 
 
-KEYS = {"target", "column", "source", "metric", "tokens", "evaluation_batches", "rows", "start", "measures", "finding"}
+KEYS = {
+    "axis",
+    "target",
+    "column",
+    "source",
+    "metric",
+    "tokens",
+    "evaluation_batches",
+    "rows",
+    "start",
+    "measures",
+    "finding",
+}
 KEYS |= {"published_curves", "fractions", "settings", "unknown", "tasks"}
 
 
@@ -192,9 +206,9 @@ def test_an_experiment_of_every_recipe_composes_under_both_protocols(name):
 
 
 @pytest.mark.parametrize(("name", "scale"), list(zip(EXPERIMENTS, itertools.cycle(SCALES))))
-def test_a_row_is_what_the_command_line_makes_of_its_words(name, scale):
+def test_a_row_is_what_its_overrides_compose_to(name, scale):
     row = [row for row in all_rows(scale).values() if row.experiment == name][-1]
-    config = compose(row.words)
+    config = compose(row.overrides)
     assert config == row.config
     assert config.scale == scale
 
@@ -309,8 +323,8 @@ def test_rows_that_compute_the_same_are_one_run(experiment, others):
             elsewhere = [found[other, name] for other in others if (other, name) in found]
             assert elsewhere or experiment.startswith("table"), name
             for other in elsewhere:
-                assert found[experiment, name].run(2).folder == other.run(2).folder, (scale, name)
-                assert found[experiment, name].run(2).id != other.run(1).id
+                assert found[experiment, name].config_for(2).folder == other.config_for(2).folder, (scale, name)
+                assert found[experiment, name].config_for(2).id != other.config_for(1).id
 
 
 def test_table_3_and_figure_1_share_the_run_with_lns_and_no_other():
@@ -323,14 +337,14 @@ def test_table_3_and_figure_1_share_the_run_with_lns_and_no_other():
 def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(tmp_path):
     for scale in SCALES:
         found = all_rows(scale)
-        row, source = found["table2_250m", "mix_ln"], found["table1_250m", "mix_ln"].run(2)
-        config = row.run(2)
+        row, source = found["table2_250m", "mix_ln"], found["table1_250m", "mix_ln"].config_for(2)
+        config = row.config_for(2)
         assert config.init_from == str(source.folder)
         assert config.data.tokenizer == str(source.folder / "tokenizer")
         # Its words say the same, but name a run folder that has to be there.
-        assert f"init_from={source.folder}" in row.told(2)
+        assert f"init_from={source.folder}" in row.cli_args(2)
         assert row.tasks == ("paper" if scale == "paper" else None)
-        first, second = outstanding([row], [2], tmp_path)
+        first, second = remaining_tasks([row], [2], tmp_path)
         assert (first.config.id, second.config.id) == (source.id, config.id)
 
 
@@ -342,9 +356,9 @@ def test_what_stands_in_for_a_public_model_is_a_run_of_table_1():
         for scale in SCALES:
             found = all_rows(scale)
             ((key, row),) = [item for item in found.items() if item[0][0] == name]
-            assert (row.subject is not None) == (scale == "paper")
+            assert (row.public_model is not None) == (scale == "paper")
             if (name, scale) == ("figure5", "small"):
-                row = replace(row, config=compose([*row.words, "model.norm_eps=1e-6"]))  # it keeps LLaMA2's 1e-5
+                row = replace(row, config=compose([*row.overrides, "model.norm_eps=1e-6"]))  # it keeps LLaMA2's 1e-5
             if scale != "paper":
                 assert row.config.id == found["table1_130m", row.config.norm["name"]].config.id, key
 
@@ -489,10 +503,10 @@ def test_a_public_model_that_cannot_be_had_is_named(tmp_path, reproduce, monkeyp
 
 
 def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):
-    asked = list(rows(["figure5"], "paper"))
-    (task,) = outstanding(asked, [1, 2, 3], tmp_path)
+    asked = list(experiment_rows(["figure5"], "paper"))
+    (task,) = remaining_tasks(asked, [1, 2, 3], tmp_path)
     assert (task.label, task.measures) == ("Llama-2-7b-hf", {"jacobian"})
-    tasks = outstanding(list(rows(["figure5", "figure9"], "toy")), [1, 2, 3], tmp_path)
+    tasks = remaining_tasks(list(experiment_rows(["figure5", "figure9"], "toy")), [1, 2, 3], tmp_path)
     assert [task.config.seed for task in tasks] == [1, 2, 3]
     assert all(task.measures == {"jacobian", "jacobian_map", "variance"} for task in tasks)
 
@@ -500,7 +514,7 @@ def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["table9"], ["'table9' is no experiment", "did you mean"]),
+        (["table9"], ["'table9' is not an experiment", "did you mean"]),
         (["table1_350"], ["did you mean 'table1_350m'"]),
         (["quickstart"], ["quickstart has no rows"]),
         (["theory", "row=lns,ln"], ["row='ln' is not a row", "did you mean 'lns'"]),
@@ -515,15 +529,15 @@ def test_what_cannot_be_reproduced_is_refused(names, words, reproduce):
 
 
 def test_a_prefix_names_all_of_a_table_or_figure():
-    assert named(["figure1"]) == ["figure1_150m", "figure1_1b", "figure1_300m", "figure1_60m", "figure1_7b"]
-    assert named(["table1", "table1_130m"]) == ["table1_130m", "table1_1b", "table1_250m", "table1_350m"]
+    assert find_experiments(["figure1"]) == ["figure1_150m", "figure1_1b", "figure1_300m", "figure1_60m", "figure1_7b"]
+    assert find_experiments(["table1", "table1_130m"]) == ["table1_130m", "table1_1b", "table1_250m", "table1_350m"]
 
 
 @pytest.mark.parametrize("word", ["norm=lns", "norm.position=before_ln", "row=lns", "seed=2", "name=mine"])
 def test_what_rows_and_seeds_choose_cannot_be_overridden(word):
     if word == "norm.position=before_ln":
         with pytest.raises(UserError, match=r"norm\.position is not an option of 'pre_ln'"):
-            list(rows(["theory"], "toy", [word]))
+            list(experiment_rows(["theory"], "toy", [word]))
     else:
-        with pytest.raises(UserError, match=f"{word}: every row of an experiment has its own {word.split('=')[0]}"):
-            list(rows(["theory"], "toy", [word]))
+        with pytest.raises(UserError, match=f"{word}: the rows of an experiment choose {word.split('=')[0]}"):
+            list(experiment_rows(["theory"], "toy", [word]))

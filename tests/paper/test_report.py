@@ -1,152 +1,411 @@
-"""The commands that set runs beside the paper: what `reproduce` prints at its end, and `report`."""
+"""The report on runs: verdict, tables, figures, HTML and CSV."""
 
-import json
+import csv
+import io
 import math
-import subprocess
-import sys
-from dataclasses import asdict
+import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from paper_builders import LOSSES, PUBLISHED, diverged, row, rows_at, run, table, tables_of, without_runs
 
-from cod_lightning.cli import main
-from cod_lightning.config.compose import choices
-from cod_lightning.paper import experiments
-from cod_lightning.paper.claims import SCALES, Column
-from cod_lightning.paper.experiments import claims, rows
-
-
-def run(*words):
-    command = [sys.executable, "-m", "cod_lightning", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+from cod_lightning.page import Table, html_page
+from cod_lightning.paper.claims import Column, Run
+from cod_lightning.paper.figures import fit_sizes
+from cod_lightning.paper.report import FIGURES, build_report
+from cod_lightning.paper.tables import best_rate_table, comparison_table, summary_lines
+from cod_lightning.paper.verdict import MOST_WORDS
 
 
 @pytest.fixture(scope="module")
-def toys():
-    """The rows of Table 7 at toy scale, by name."""
-    return {row.name: row for row in rows(["table7_130m"], "toy")}
+def report(experiments):
+    return build_report(experiments, hardware="H100")
 
 
-def keep(results, row, seed, name="record.json", **values):
-    """What a run of a row leaves among the results; returns its folder there."""
-    config = row.run(seed)
-    folder = results / config.name
-    folder.mkdir(parents=True)
-    known = {
-        **{"seed": seed, "config": asdict(config), "git_commit": None, "date": "2026-11-24T10:00:00+00:00"},
-        **{"hardware": {"cpu": "abacus", "cores": 2, "threads": 1, "gpus": []}, "versions": {"torch": "2.13"}},
-        **dict.fromkeys(("steps", "tokens", "tokens_per_second", "parameters", "wall_seconds"), 0),
+def verdict_of(markdown):
+    return markdown.partition("# Reproduction\n\n")[2].partition("*The Curse of Depth")[0]
+
+
+def published_and(*experiments):
+    """A report on experiments at scale=toy, with the same rows not run at scale=paper."""
+    return build_report([*map(without_runs, experiments), *experiments])
+
+
+# Verdict -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_opens_with_the_headline_and_its_interval(report):
+    assert verdict_of(report.markdown).startswith(
+        "**At scale=toy** (setting of toy, 3 seeds), LNS's final loss is 0.367 nats lower than Pre-LN's (95 % interval "
+        "0.223 to 0.510). The paper has -0.037 to -0.037 at its sizes.\n"
+    )
+
+
+def test_the_verdict_says_what_holds_what_does_not_and_what_was_not_tried(experiments):
+    untried = table(*rows_at("paper"), name="table9", target="Table 9", scale="paper")
+    text = verdict_of(build_report([*experiments, untried]).markdown)
+    assert "- Opposite: post_ln loses to pre_ln (-0.43±" in text
+    assert "- Not settled: mix_ln beats pre_ln (+0.033±0.29)." in text
+    assert "Not tried at any scale: Table 9. No runs at scale=paper, mini, small." in text
+
+
+def test_the_verdict_has_at_most_150_words():
+    names = ["pre_ln", "lns", *(f"a strategy with quite a long name {number}" for number in range(40))]
+    rows = [row(name, 20.0 + i, run(1, 5.0 + i), run(2, 5.1 + i)) for i, name in enumerate(names)]
+    many = [table(*rows, target=f"Table {n}", name=f"table{n}") for n in (1, 2)]
+    others = [table(row("pre_ln", 1.0), target=f"Table {n}", name=f"table{n}") for n in range(3, 30)]
+    text = verdict_of(build_report([*map(without_runs, [*many, *others]), *many]).markdown)
+    assert 50 < len(text.split()) <= MOST_WORDS
+    assert "more" in text
+
+
+def test_an_interval_that_holds_zero_may_be_noise():
+    rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5)), row("lns", 19.0, run(1, 5.2), run(2, 5.1))]
+    assert ", which may be noise." in verdict_of(published_and(table(*rows)).markdown)
+
+
+def test_without_runs_nothing_was_tested(experiments):
+    assert verdict_of(build_report(experiments[:1]).markdown).startswith("No claim of the paper was tested.")
+
+
+def test_the_number_of_comparisons_and_holms_correction_are_said(report):
+    (line,) = re.findall(r"- \*\*How many comparisons, scale=toy:\*\*.*", report.markdown)
+    assert "3 distinct comparisons have an interval, and 2 of them exclude zero" in line
+    assert "0.2 would exclude zero by chance, and at least one with a probability of up to 14 %" in line
+    assert line.endswith("1 remain (†): lns.")
+
+
+def test_the_same_runs_in_two_tables_are_one_comparison(experiments):
+    again = [replace(e, name="table7_130m", target="Table 7") for e in experiments]
+    assert "- **How many comparisons, scale=toy:** 3 distinct" in build_report([*experiments, *again]).markdown
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def test_directions_stand_at_a_glance(report):
+    assert tables_of(report.markdown)["## At a glance"] == [
+        ["target", "scale", "seeds", "as in the paper", "opposite", "within noise"],
+        ["Table 1", "toy", "3", "lns", "post_ln", "mix_ln"],
+    ]
+
+
+def test_a_row_names_the_columns_if_they_disagree():
+    figures = {"130M": PUBLISHED.values(), "250M": (20.0, 21.39, 21.92, 20.35, 23.0)}
+    sizes = [
+        table(
+            *(replace(r, published={"ppl": value}) for r, value in zip(rows_at("toy"), values, strict=True)),
+            **{"column": size, "name": f"table1_{size}"},
+        )
+        for size, values in figures.items()
+    ]
+    found = tables_of(published_and(*sizes).markdown)["## At a glance"]
+    assert found[1:] == [["Table 1", "toy", "3", "post_ln (250M); lns", "post_ln (130M)", "mix_ln"]]
+
+
+def test_published_figures_stand_with_the_bias_undone(report):
+    head, *rows = tables_of(report.markdown)["### Table 1: published"]
+    assert head == ["row", "130M (N + 1 undone)"]
+    assert ["pre_ln", "26.73 (26.85)"] in rows
+    assert ["lns", "25.76 (25.88)"] in rows
+
+
+def test_ours_stand_with_paired_differences_beside_the_papers(report):
+    head, *rows = tables_of(report.markdown)["### Table 1: ours at scale=toy"]
+    assert head[3:] == ["difference to pre_ln, nats (95 %)", "130M: published, direction"]
+    cells = {row[0]: row[2:] for row in rows}
+    assert cells == {
+        "post_ln": ["3", "**-0.433 ± 0.379**", "+0.008, opposite"],
+        "mix_ln": ["3", "+0.033 ± 0.287", "-0.025, within noise"],
+        "pre_ln": ["3", "baseline"],
+        "lns": ["3", "**-0.367 ± 0.143** †", "-0.037, same"],
     }
-    (folder / name).write_text(json.dumps(known | values))
-    return folder
 
 
-@pytest.fixture
-def results(tmp_path, toys):
-    for seed in (1, 2):
-        for name, loss in (("pre_ln", 5.0), ("lns", 4.5)):
-            loss += 0.01 * seed * (name == "lns")
-            keep(tmp_path / "results", toys[name], seed, val_loss=loss, ppl=math.exp(loss), history={})
-    keep(tmp_path / "results", toys["admin"], 1, "failed.json", failure="the loss is nan at step 3")
-    return tmp_path / "results"
+def test_the_best_rows_and_left_out_seeds_are_said():
+    rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)), row("lns", 19.0, run(1, 4.0), run(2, 4.2), run(3, 4.0))]
+    assert summary_lines(Column((table(*rows),))) == [
+        "Beyond noise: lns (-0.950).",
+        "Lowest perplexity: lns here; lns in the paper (130M).",
+        "Left out of the differences for lack of a pair: lns, seed 3.",
+    ]
+    assert comparison_table(Column((table(*rows),))).rows[1][3] == "**-0.950 ± 0.635** (2 pairs)"
 
 
-def test_every_scale_is_known():
-    assert set(SCALES) == set(choices("scale"))
+def test_rows_that_did_not_train_or_diverged_say_so():
+    rows = [
+        row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)),
+        row("deep_norm", 20.1, run(1, 6.99, halfway=7.0), run(2, 6.99, halfway=7.0)),
+        row("post_ln", 20.1, diverged(1)),
+        row("mix_ln", 20.1, run(1, math.nan)),
+    ]
+    cells = {cells[0]: cells[1] for cells in comparison_table(Column((table(*rows),))).rows}
+    assert cells["deep_norm"] == f"{math.exp(6.99):.2f} ± 0.00 (did not train: 2 of 2)"
+    assert cells["post_ln"] == "(failed: the loss is nan at step 3)"
+    assert cells["mix_ln"] == "nan (did not train: 1 of 1)"
+    found = tables_of(published_and(table(*rows)).markdown)["## At a glance"]
+    assert found[1][3] == "deep_norm (did not train here)"
 
 
-def test_results_find_their_rows_and_their_measures(results, toys):
-    folder = results / toys["lns"].run(2).name
-    removal = {"model": "lns", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25]}
-    (folder / "removal.json").write_text(json.dumps(removal))
-    (found,) = claims(toys.values(), results)
-    assert (found.target, found.column, found.scale, found.size) == ("Table 7", "130M", "toy", 134_105_856)
-    by_name = {row.name: row for row in found.rows}
-    assert [(run.seed, run.measures) for run in by_name["lns"].runs] == [(1, {}), (2, {"removal": removal})]
-    assert [run.failure for run in by_name["admin"].runs] == ["the loss is nan at step 3"]
-    assert by_name["group_ln"].runs == ()
-    assert by_name["lns"].published == {"ppl": 25.76}
-    assert {line.row.name for line in Column((found,)).lines if line.sample} == {"pre_ln", "lns"}
+def test_scales_are_never_mixed(experiments):
+    at_mini = [replace(r, run_id=f"{r.run_id}-mini", runs=(run(1, 1.0),)) for r in rows_at("mini")]
+    found = tables_of(build_report([*experiments, table(*at_mini, scale="mini")]).markdown)
+    perplexity = {"mini": f"{math.e:.2f}", "toy": f"{np.exp(LOSSES['lns']).mean():.2f}"}
+    for scale, other in (("mini", "toy"), ("toy", "mini")):
+        text = str(found[f"### Table 1: ours at scale={scale}"])
+        assert perplexity[scale] in text
+        assert perplexity[other] not in text
 
 
-def test_a_published_figure_is_compared_with_the_same_metric_alone(tmp_path):
-    for scale in SCALES:
-        (found,) = claims(rows(["table2_250m"], scale), tmp_path)
-        assert (found.rows[-1].published["boolq"], found.rows[-1].published["average"]) == (58.17, 43.14)
-        assert "accuracy" not in found.rows[-1].published
-    (images,) = claims(rows(["table5_vit_s"], "toy"), tmp_path)
-    assert images.rows[0].published == {"accuracy": 67.91}
+def test_what_was_not_run_is_one_compact_table(report, experiments):
+    head, *rows = tables_of(report.markdown)["## Not run"]
+    assert head[1:] == ["scale=paper", "scale=mini", "scale=small", "scale=toy", "hours of H100, scale=paper"]
+    assert rows == [["Table 1", "all", "all", "all", "admin", "50"]]
+    again = replace(experiments[0], name="table7_130m", target="Table 7")
+    assert "## Table 7" not in build_report([*experiments, again]).markdown
 
 
-def test_what_is_kept_is_one_line_and_maps_have_four_digits(tmp_path):
-    loss = 5.567581105229306
-    of = {"model": "m", "tokens": 9}
+def test_sizes_with_their_own_runs_share_a_table():
+    sizes = [
+        table(
+            row("pre_ln", {"val_loss": 3.67}, run(1, 5.0), run(2, 5.1), run_id=f"pre-{size}"),
+            row("lns", {"val_loss": 3.56}, run(1, 4.0), run(2, 4.2), run_id=f"lns-{size}"),
+            **{"name": f"figure1_{size}m", "target": "Figure 1", "column": f"{size}M", "size": size},
+        )
+        for size in (60, 150)
+    ]
+    markdown = published_and(*sizes).markdown
+    rows = tables_of(markdown)["### Figure 1: ours at scale=toy"]
+    assert rows[0][-1] == "published, direction"
+    assert rows[2] == ["60M: lns", "4.100 ± 0.141", "2", "**-0.950 ± 0.635**", "-0.110, same"]
+    assert "- 150M: Beyond noise: lns (-0.950)." in markdown
+
+
+def test_several_metrics_are_one_table_of_a_size():
+    published = {"mmlu": 24.93, "boolq": 38.35}
+    scored = Run(1, {**run(1, 2.0).record, "mmlu": 25.0}, {})
+    rows = [row("pre_ln", published, scored), row("lns", {"mmlu": 27.08, "boolq": 58.17}, scored)]
+    found = tables_of(build_report([table(*rows, scale="paper", target="Table 2", column="250M")]).markdown)
+    assert found["### Table 2: published"][1:] == [["pre_ln", "24.93", "38.35"], ["lns", "27.08", "58.17"]]
+    assert found["### Table 2: ours at scale=paper"][2][:3] == ["lns", "25.00", "1"]
+
+
+def test_a_metric_without_published_figures_has_no_direction():
+    rows = [
+        row("pre_ln", {"average": 36.93}, *(Run(seed, {"accuracy": 20.0 + seed}, {}) for seed in (1, 2))),
+        row("lns", {"average": 43.14}, *(Run(seed, {"accuracy": 30.0 + seed}, {}) for seed in (1, 2))),
+    ]
+    scored = table(*rows, metric="accuracy", target="Table 2")
+    head, _, lns = tables_of(published_and(scored).markdown)["### Table 2: ours at scale=toy"]
+    assert head == ["row", "accuracy, mean ± sd", "n", "difference to pre_ln, points (95 %)"]
+    assert lns == ["lns", "31.50 ± 0.71", "2", "**+10.00 ± 0.00** †"] or lns[3] == "**+10.00 ± 0.00**"
+
+
+def test_environments_name_hardware_versions_commit_and_data(report):
+    assert tables_of(report.markdown)["## Environments"][1] == [
+        *("toy", "abacus, 2 cores, 1 thread(s) a run", "python 3.11, torch 2.13", "0123456789ab+changes"),
+        *("feedfeedfeed", "12", "2026-11-24", "6.0"),
+    ]
+
+
+def test_the_csv_holds_every_row(report):
+    rows = list(csv.DictReader(io.StringIO(report.csv)))
+    assert len(rows) == 10
+    (found,) = (r for r in rows if (r["scale"], r["row"]) == ("toy", "lns"))
+    assert (found["published"], found["undone"], found["n"], found["direction"]) == ("25.76", "25.8754", "3", "same")
+    assert float(found["difference"]) == pytest.approx(-11 / 30, abs=1e-6)
+    assert float(found["p_value"]) == pytest.approx(0.00813, abs=1e-4)
+    (missing,) = (r for r in rows if (r["scale"], r["row"]) == ("paper", "lns"))
+    assert (missing["n"], missing["mean"], missing["direction"]) == ("0", "", "")
+
+
+# Experiments beyond the paper ----------------------------------------------------------------------------------------
+
+
+def family(target, axis, losses, **options):
+    """Pre-LN at loss 5 and LNS at given losses for each value of a setting, at scale=small."""
+    return [
+        table(
+            row("pre_ln", None, *(run(seed, 5.0) for seed in (1, 2)), run_id=f"{target}{value}p"),
+            row("lns", None, *(run(seed, loss + 0.01 * seed) for seed in (1, 2)), run_id=f"{target}{value}l"),
+            **{"target": target, "name": f"{target.lower()}_{value}", "column": f"x {value}", "scale": "small"},
+            **{"axis": axis, "metric": "val_loss", "axes": {axis: value}, **options},
+        )
+        for value, loss in losses.items()
+    ]
+
+
+def test_length_and_depth_stand_at_the_top_once_two_settings_were_run(experiments):
+    length, depth = (
+        family("Length", "tokens", {5e5: 4.5, 4e6: 4.8}),
+        family("Depth", "blocks", {6: 4.9, 24: 4.6}),
+    )
+    axes = {"tokens": 2.6e9, "blocks": 12}
+    published = [replace(experiments[0], axes=axes), *map(without_runs, [*length, *depth])]
+    made = build_report([*published, *length, *depth])
+    assert "length_and_depth.png" in made.figures
+    assert made.markdown.index("length_and_depth.png") < made.markdown.index("## At a glance")
+    rows = tables_of(made.markdown)["### Depth: ours at scale=small"]
+    assert ["x 24: lns", "4.615 ± 0.007", "2", "**-0.385 ± 0.064**"] in rows
+    one = build_report([*published, length[0], depth[0]])
+    assert "length_and_depth.png" not in one.figures
+    assert "## Depth" not in one.markdown
+
+
+def test_every_strategy_is_compared_at_its_own_best_rate():
+    rates = {1.0: (5.0, 4.9), 2.0: (4.96, 4.7), 4.0: (5.5, 4.72)}
+    columns = [
+        Column(
+            (
+                table(
+                    *(
+                        row(name, None, *(run(s, loss + 0.1 * s) for s in (1, 2)))
+                        for name, loss in zip(("pre_ln", "lns"), at, strict=True)
+                    ),
+                    column=f"{rate:g} x",
+                ),
+            )
+        )
+        for rate, at in rates.items()
+    ]
+    pre_ln, lns = best_rate_table(columns).rows
+    assert pre_ln == ["pre_ln", "2 x", "5.110 ± 0.071", "2", "", "1 x, 2 x of 3"]
+    assert lns == ["lns", "2 x", "4.850 ± 0.071", "2", "**-0.260 ± 0.000**", "2 x, 4 x of 3"]
+
+
+# Figures and HTML ----------------------------------------------------------------------------------------------------
+
+
+def figure_experiments(*targets):
+    """One experiment for each target, run and measured at scale=toy."""
+    theory = {
+        **{"lns": False, "c": 1.0, "gains": [1.0, 2.0, 3.0], "growth": {"power": 2.0, "power_r2": 0.9}},
+        **{"fitted_constants": [1.0, 0.5], "fitted_log_bound": [0.0, 0.5, 1.0], "shape_log_bound": [0.0, 9.0, 20.0]},
+        **{name: [1.0, 2.0, 3.0] for name in ("variances", "lemma", "lemma_fitted", "recursion")},
+    }
+    angles = [[0.3, 0.2, 0.1, 0.1], [0.4, 0.3, 0.2, None], [0.4, 0.3, None, None], [0.5] + 3 * [None]]
     measures = {
-        "removal": {**of, "loss": loss, "losses": [loss + 1e-7, 2.0]},
-        "jacobian_map": {**of, "layers": [1], "matrices": [[[loss, 1]]]},
+        "angular": {"distances": angles},
+        "removal": {"loss": 2.0, "losses": [3.0, 2.5, 2.1, 1.99]},
+        "jacobian": {"distance": [3.0, 0.2, 0.1, 0.1]},
+        "jacobian_map": {"layers": [1, 2, 3, 4], "matrices": [np.eye(3).tolist()] * 4},
+        "theory": theory,
     }
-    (tmp_path / "toy/run/measure").mkdir(parents=True)
-    for name, found in measures.items():
-        (tmp_path / f"toy/run/measure/{name}.json").write_text(json.dumps(found, indent=1))
-    experiments.keep(tmp_path / "toy/run", tmp_path / "results", measures)
-    kept = tmp_path / "results/toy/run"
-    assert experiments.measured(kept) == {
-        **measures,
-        "jacobian_map": {**of, "layers": [1], "matrices": [[[5.568, 1]]]},
+    paper = {
+        "Figure 6": {"published_curves": {"pre_ln": [[0, 3.4], [10, 3.0]], "lns": [[0, 3.5], [10, 2.9]]}},
+        "Figure 9": {"fractions": [0.25, 0.5]},
     }
-    assert all(path.read_text().count("\n") == 1 and ", " not in path.read_text() for path in kept.iterdir())
-    assert len(list(kept.iterdir())) == 2
+
+    def rows(target, scale):
+        for name, loss in (("pre_ln", 3.67), ("lns", 3.56)):
+            runs = [run(seed, 5.0 - seed, **measures) for seed in (1, 2) if scale == "toy"]
+            yield row(name, {"val_loss": loss} if target == "Figure 1" else None, *runs)
+
+    return [
+        table(*rows(target, scale), target=target, name=slug(target), scale=scale, **paper.get(target, {}))
+        for target in targets
+        for scale in ("paper", "toy")
+    ]
 
 
-def test_hours_are_estimated_of_what_is_trained_at_the_papers_scale(toys):
-    assert toys["lns"].config.scale == "toy"
-    assert experiments.gpu_hours(toys["lns"]) is None
-    (public,) = rows(["figure5"], "paper")
-    assert experiments.gpu_hours(public) is None
-    assert 0.5 < experiments.gpu_hours(next(rows(["table7_130m"], "paper"))) < 5
+def slug(target):
+    return target.lower().replace(" ", "")
 
 
-def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "with_rows", lambda: ["table7_130m"])
-    contents = []
-    for output in (tmp_path / "first", tmp_path / "second"):
-        assert main(["report", "--results", str(results), "--output", str(output)]) == 0
-        contents.append({path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()})
-    assert contents[0] == contents[1]
-    assert {str(path) for path in contents[0]} == {
-        "REPRODUCTION.md",
-        "experiments/results/reproduction.html",
-        "experiments/results/reproduction.csv",
-        "experiments/results/figures/table7.png",
-    }
-    made = (tmp_path / "first/REPRODUCTION.md").read_text()
-    assert "| LNS | 91.38 ± 0.65 | 2 | **-0.485 ± 0.064** | -0.037, same |" in made
-    assert "| Admin | (failed: the loss is nan at step 3) | 0 |  | +0.043, failed |" in made
-    assert "| Group-LN | not run | 0 |  | +0.047, not run |" in made
-    assert "| toy | abacus, 2 cores, 1 thread(s) a run | torch 2.13 | unknown | 5 | 2026-11-24 |" in made
-    assert "hours of one H100 at 40 % of its peak" in made
-    assert str(tmp_path / "second/REPRODUCTION.md") in capsys.readouterr().out
+FIGURE_TARGETS = ("Figure 1", "Figure 4", "Figure 5", "Figure 6", "Figure 7", "Figure 9", "Theory")
+"""Every drawing once."""
 
 
-def test_results_that_are_not_there_are_refused(tmp_path):
-    process = run("report", "--results", tmp_path / "nowhere", "--output", tmp_path)
-    assert process.returncode == 2
-    assert process.stderr == f"error: --results={tmp_path / 'nowhere'} is not a folder\n"
-    assert not list(tmp_path.iterdir())
+@pytest.fixture(scope="module")
+def all_figures():
+    return build_report(figure_experiments(*FIGURE_TARGETS))
 
 
-def test_reproduce_ends_with_a_table_and_keeps_what_diverged(toy, tmp_path):
-    own = [word for word in toy if "." in word.partition("=")[0] and not word.startswith("trainer.max_steps")]
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    words = ["reproduce", "table7_130m", "row=pre_ln", "scale=toy", *own, "data.source=files"]
-    words += [f"model.{name}={value}" for name, value in shape.items()] + ["trainer.max_steps=40", "optim.lr=1e18"]
-    words += ["optim.warmup_ratio=0.5", f"output={tmp_path}", "--results", tmp_path / "results"]
-    process = run(*words)
-    assert process.returncode == 2, process.stderr
-    assert "Table 7, scale=toy: 130M" in process.stdout
-    assert "26.73" in process.stdout
-    (diverged, *_) = (tmp_path / "results").rglob("failed.json")
-    assert json.loads(diverged.read_text())["failure"].startswith("the loss is ")
-    assert "failed: the loss" in " ".join(process.stdout.split())
-    again = run(*words)
-    assert "0 to carry out, of 1 asked for" in again.stderr
-    assert again.returncode == 0
+def test_every_figure_is_drawn_900_pixels_wide(all_figures):
+    assert set(all_figures.figures) == {"figure1.png", *(f"{slug(target)}_toy.png" for target in FIGURE_TARGETS[1:])}
+    for name, image in all_figures.figures.items():
+        assert image[:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(image[16:20], "big") == 900, name
+        assert f"]({FIGURES}/{name})" in all_figures.markdown
+
+
+def test_figures_are_numbers_too(all_figures):
+    found = {heading: rows[1][1:] for heading, rows in tables_of(all_figures.markdown).items() if "ours at" in heading}
+    assert found["### Figure 7: ours at scale=toy"] == ["0.1 ± 0", "0.045 ± 0", "2"]
+    assert found["### Figure 4: ours at scale=toy"] == ["24 ± 0", "24 ± 0", "1.14 ± 0", "2"]
+    assert found["### Figure 5: ours at scale=toy"] == ["0.2 ± 0", "0.1 ± 0", "1 ± 0", "2"]
+    assert found["### Figure 9: ours at scale=toy"] == ["9 ± 0", "14 ± 0", "2"]
+    assert found["### Theory: ours at scale=toy"] == ["2 ± 0", "0.9 ± 0", "1 ± 0", "3 ± 0", "2"]
+
+
+def test_the_papers_findings_are_compared(all_figures):
+    lines = [line.strip("| ").split(" | ") for line in all_figures.markdown.splitlines() if line.startswith("| ")]
+    found = {cells[0]: cells[1:] for cells in lines}
+    assert found["LNS: less final variance than Pre-LN"] == ["+0 ± 0", "2", "within noise"]
+    assert found["Pre-LN: Jacobians approach I with depth"] == ["**+0.693 ± 0** †", "2", "same"]
+    assert found["Pre-LN: the variance grows with depth"][0].startswith("**+0.134 ± 0**")
+    glance = {row[0]: row[3:] for row in tables_of(all_figures.markdown)["## At a glance"]}
+    assert glance["Figure 5"][0] == "Pre-LN: Jacobians approach I with depth"
+
+
+def test_a_figure_that_was_not_measured_is_not_drawn():
+    rows = [row("pre_ln", None, run(1, 5.0))]
+    made = build_report([table(*rows, target="Figure 7", name="figure7", scale=scale) for scale in ("paper", "toy")])
+    assert made.figures == {}
+
+
+def test_a_public_model_is_measured_without_a_run():
+    measured = Run(0, {}, {"removal": {"loss": 2.0, "losses": [3.0, 2.5, 2.1, 2.3]}})
+    rows = [row("pre_ln", None, measured, label="LLaMA2-13B")]
+    made = build_report([table(*rows, target="Figure 2", name="figure2_llama2_13b", scale="paper")])
+    assert set(made.figures) == {"figure2_paper.png"}
+    assert "| LLaMA2-13B | not measured | 0.2 | 1 |" in made.markdown
+    assert "## Environments" not in made.markdown
+
+
+def test_equal_records_give_equal_bytes(experiments, all_figures):
+    made = build_report([*experiments, *figure_experiments("Figure 1", "Figure 7")])
+    assert build_report([*experiments, *figure_experiments("Figure 1", "Figure 7")]) == made
+    assert made.figures["figure7_toy.png"] == all_figures.figures["figure7_toy.png"]
+
+
+def test_the_page_needs_no_other_file(all_figures):
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', all_figures.html)
+    assert all_figures.html.count("data:image/png;base64,") == len(all_figures.figures)
+    assert "<script" not in all_figures.html
+    assert "url(" not in all_figures.html
+
+
+def test_the_page_renders_tables_and_emphasis_but_not_inside_code():
+    made = html_page("", f"*A title* of `a/*.yaml`, **bold**, 2 * 3\n\n{Table(['a', 'b'], [['x', '1|2']])}", {})
+    assert "<em>A title</em> of <code>a/*.yaml</code>, <strong>bold</strong>, 2 * 3" in made
+    assert "<td>x</td>" in made
+    assert '<td style="text-align:right">1|2</td>' in made
+
+
+def test_the_page_escapes_html():
+    made = build_report([table(row("pre_ln", 20.0, run(1, 5.0), label="<b>Pre & LN"), scale="paper")])
+    assert "&lt;b&gt;Pre &amp; LN" in made.html
+    assert "<b>Pre" not in made.html
+
+
+def test_a_fit_of_loss_over_size():
+    sizes = [60e6, 150e6, 300e6, 1e9, 7e9]
+    equation, curve = fit_sizes(sizes, [2.0 + 40 * n**-0.2 for n in sizes])
+    assert curve(np.array(sizes)) == pytest.approx([2.0 + 40 * n**-0.2 for n in sizes], abs=1e-6)
+    assert equation == "2.00 + 40 N^-0.200"
+
+
+def test_a_fit_of_two_sizes_is_a_line_and_of_one_nothing():
+    equation, curve = fit_sizes([1e6, 1e8], [5.0, 3.0])
+    assert equation == "11.00 -1.000 log10 N"
+    assert curve(np.array([1e7])) == pytest.approx([4.0])
+    assert fit_sizes([1e6], [5.0]) is None
+
+
+def test_a_fit_stays_above_zero():
+    sizes = np.array([1e6, 1e7, 1e8, 1e9])
+    equation, curve = fit_sizes(sizes, 9 - np.log10(sizes))
+    assert equation.startswith("0.00 + ")
+    assert curve(np.array([1e15])) > 0

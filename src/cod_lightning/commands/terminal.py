@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cod_lightning.config.schema import FIGURES
 from cod_lightning.paper.claims import Experiment, by_target, columns
-from cod_lightning.paper.tables import compared, conclusion
+from cod_lightning.paper.tables import comparison_table, summary_lines
 
 if TYPE_CHECKING:
     from cod_lightning.train.estimate import Estimate
@@ -207,13 +207,15 @@ def reproduced(experiments: Sequence[Experiment]) -> Group:
     for target, scales in by_target(experiments).items():
         for scale, group in scales.items():
             for column in columns(group):
-                found = compared(column, published=True)
+                found = comparison_table(column, complete=True)
                 table = Table(title=f"{target}, scale={scale}: {column.heading}", title_justify="left")
                 for name in found.head:
                     table.add_column(name, justify="left" if name == "row" else "right")
                 for row in found.rows:
-                    table.add_row(*(Text(cell.strip("*"), "bold" if cell.startswith("**") else "") for cell in row))
-                parts += [table, Text(conclusion(column) + "\n")]
+                    table.add_row(
+                        *(Text(cell.replace("**", ""), "bold" if cell.startswith("**") else "") for cell in row)
+                    )
+                parts += [table, Text("\n".join(summary_lines(column)) + "\n")]
     return Group(*parts)
 
 

@@ -1,75 +1,74 @@
-"""What the paper prints beside what runs gave: values over seeds, differences to the baseline, and their direction.
+"""Published figures beside the figures of runs: rows, experiments, columns, and differences to the baseline.
 
-A difference is taken between runs of the same seed, which start from the same draws and see the same batches, in a
-unit that can be compared across scales: the logarithm of the ratio of two perplexities is a difference of losses.
+A difference is in a unit that can be compared across scales: the logarithm of a ratio of perplexities is a difference
+of losses in nats.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from statistics import fmean, stdev
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
-S = TypeVar("S", bound="Sample")
+from cod_lightning.paper.statistics import Difference, Sample
+
+SCALES = ("paper", "mini", "small", "toy")
+"""From the published size down."""
 
 BASELINE = "pre_ln"
-"""The row that others are compared with; where there is none, the first."""
+"""The row that others are compared with; if there is none, the first row."""
 
 UNTRAINED = 1.0
-"""Nats above the best row of its column from which on a published run counts as one that did not train. Those that
-stayed at the frequencies of words lie 4 above the best, all others within 0.15."""
+"""A published run did not train if its loss is more nats above the best of its column. Runs that stayed at
+the frequencies of words are 4 nats above, all others within 0.15."""
 
 STUCK = 0.03
-"""A run of ours did not train if its validation loss fell by less in its second half. At toy scale runs that stay at
-the frequencies of words gain 0.015 nats there, the slowest of the others 0.05 and most of them 0.4."""
-
-QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-"""Student's t with 1, 2, ... degrees of freedom that 95 % of a symmetric sample stay within."""
+"""A run of ours did not train if its validation loss fell by fewer nats in the second half. At scale=toy, runs that
+stay at the frequencies of words gain 0.015 nats there, the slowest of the others 0.05 and most of them 0.4."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or failed run, or a public model that was measured."""
+    """A finished or diverged run, or a public model that was measured."""
 
     seed: int
     record: Mapping[str, Any]
-    """As `train.run.fit` returns it; of a run that failed, `failure` and where that was; of a public model, empty."""
+    """Content of record.json, or of failed.json with the reason as `failure`; empty for a public model."""
     measures: Mapping[str, Mapping[str, Any]]
-    """What was measured of it, by name, as the JSON files hold it."""
+    """Results of measures by name, as in their JSON files."""
+    folder: Path = Path()
+    """Where the results folder holds it."""
 
     @property
     def failure(self) -> str | None:
-        """Why it ended early and has no figures."""
+        """Why the run diverged."""
         return self.record.get("failure")
 
     @property
     def history(self) -> Mapping[str, Mapping[str, Any]]:
-        """What it recorded over its steps; empty where there is nothing."""
+        """Series recorded over the steps."""
         return self.record.get("history", {})
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a table at one scale."""
+class ReportRow:
+    """A row of a table at one scale."""
 
     name: str
     label: str
     published: Mapping[str, float]
-    """By metric; empty where the paper prints none."""
+    """Published figures by metric."""
     note: str | None
-    computes: str
-    """Stands for what its runs compute, but for the seed: rows that share it share their runs."""
+    run_id: str
+    """Identifies what the runs compute, apart from the seed: rows with the same id have the same runs."""
     runs: tuple[Run, ...]
-    """By seed, each once."""
+    """One for each seed."""
     gpu_hours: float | None
-    """Estimate for one run; None where there is none."""
+    """Estimate for one run; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -79,42 +78,43 @@ class Experiment:
     name: str
     scale: str
     target: str
-    """Such as "Table 1"."""
+    """Table or figure, such as "Table 1"."""
     column: str
-    """Its heading within the target."""
+    """Heading of the column, such as "130M"."""
     size: int
-    """Parameters at the paper's scale: columns are ordered by it."""
+    """Parameters at scale=paper; orders the columns."""
     title: str
-    """What it reproduces, in a sentence."""
+    """One sentence that says what is reproduced."""
     setting: str
-    """Shape, text and tokens at this scale, in words."""
+    """Shape, data and length at this scale."""
     paper: Mapping[str, Any]
-    """The `paper:` block of its file."""
-    rows: tuple[Row, ...]
+    """The `paper:` block of the experiment's file."""
+    rows: tuple[ReportRow, ...]
+    axes: Mapping[str, float] = field(default_factory=dict)
+    """Settings that an experiment may vary, by name (`experiments.axis_values`)."""
 
     @property
     def metrics(self) -> list[Metric]:
-        """What the paper prints of its rows, and what is compared of runs where that is something else."""
-        printed = dict.fromkeys(name for row in self.rows for name in row.published)
+        """Metrics with published figures; the experiment's own metric too if runs have it."""
+        names = dict.fromkeys(name for row in self.rows for name in row.published)
         own = self.paper.get("metric", "")
-        if printed and any(own in run.record for row in self.rows for run in row.runs):
-            printed[own] = None
-        return [Metric(name) for name in printed]
+        if any(own in run.record for row in self.rows for run in row.runs) and (names or "axis" in self.paper):
+            names[own] = None
+        return [Metric(name) for name in names]
 
     @property
     def baseline(self) -> int:
-        """Which of the rows the others are compared with."""
+        """Index of the row that the others are compared with."""
         return next((index for index, row in enumerate(self.rows) if row.name == BASELINE), 0)
 
     @property
-    def source(self) -> str:
-        """The number of the published table or figure, such as "130M"."""
+    def heading(self) -> str:
         return self.column or self.name
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that the paper prints, by its key in the record: a perplexity, a loss, or an accuracy in per cent."""
+    """A perplexity, a loss, or an accuracy in per cent, named after its key in the run record."""
 
     name: str
 
@@ -124,39 +124,36 @@ class Metric:
 
     @property
     def digits(self) -> int:
-        """Behind the point."""
+        """Decimals of a value."""
         return 3 if self.name.endswith("loss") else 2
 
     @property
     def difference_digits(self) -> int:
-        """Likewise, of differences."""
-        return 3 if self.lower else 2
+        """Decimals of a difference."""
+        return 3 if self.lower_is_better else 2
 
     @property
     def unit(self) -> str:
-        """Of differences."""
-        return "nats" if self.lower else "points"
+        """Unit of a difference."""
+        return "nats" if self.lower_is_better else "points"
 
     @property
-    def lower(self) -> bool:
-        """Whether less is better."""
+    def lower_is_better(self) -> bool:
         return self.is_ppl or self.name.endswith("loss")
 
     @property
     def is_ppl(self) -> bool:
         return self.name.startswith("ppl")
 
-    def of(self, record: Mapping[str, Any]) -> float | None:
-        """The record's figure, None where it has none."""
-        value = record.get(self.name)
-        return None if value is None else float(value)
+    def by_seed(self, row: ReportRow) -> dict[int, float]:
+        """Values of the runs that have one."""
+        return {run.seed: float(v) for run in row.runs if (v := run.record.get(self.name)) is not None}
 
     def difference(self, value: float, base: float) -> float:
-        """In `unit`."""
         return math.log(value / base) if self.is_ppl else value - base
 
-    def undone(self, value: float, batches: int) -> float:
-        """A published figure without the bias of the released evaluation, which divides N mean losses by N + 1.
+    def unbiased(self, value: float, batches: int) -> float:
+        """A published value without the bias of the released evaluation, which divides N mean losses by N + 1.
 
         Args:
             value: as published.
@@ -167,97 +164,70 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Values over seeds; `sd` is that of the sample (n - 1), None for a single value."""
-
-    n: int
-    mean: float
-    sd: float | None
-
-    @classmethod
-    def of(cls: type[S], values: Sequence[float]) -> S:
-        return cls(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
-
-
-@dataclass(frozen=True)
-class Difference(Sample):
-    """Paired differences over seeds."""
-
-    @property
-    def margin(self) -> float | None:
-        """Half the 95 % t interval of the mean; None for a single seed."""
-        if self.sd is None:
-            return None
-        quantile = QUANTILES[min(self.n - 1, len(QUANTILES)) - 1]
-        return quantile * self.sd / math.sqrt(self.n)
-
-    @property
-    def beyond_noise(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.margin is not None and abs(self.mean) > self.margin
-
-
-SAME, OPPOSITE, NOISE, ONE_SEED = "same", "opposite", "within noise", "one seed"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the paper prints of a row, and whether ours points the same way."""
+class Published:
+    """The paper's figure of a row, and the direction of our difference beside the paper's."""
 
     experiment: Experiment
     value: float | None
-    undone: float | None
-    """Without the bias of the released evaluation; None where that is not known."""
+    unbiased: float | None
+    """Without the bias of the released evaluation; None if that is not known."""
     difference: float | None
     """To the baseline, in the metric's unit."""
     trained: bool
     direction: str | None
-    """Of our difference against the published one: one of the four above, None where there is nothing to compare."""
+    """`same`, `opposite`, `within noise` or `one seed`; None if there is nothing to compare."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """A row of one column for one metric."""
+class Comparison:
+    """A row beside the baseline for one metric."""
 
-    row: Row
+    row: ReportRow
     metric: Metric
     sample: Sample | None
     """None: not run."""
     untrained: int
-    """Runs that did not train, among `sample`."""
+    """Number of runs in `sample` that did not train."""
     failures: tuple[str, ...]
-    """Of runs that ended early."""
+    """Reasons of runs that diverged."""
     difference: Difference | None
-    """To the baseline; None for the baseline, and where the two share no seed."""
-    claims: tuple[Claim, ...]
+    """To the baseline; None for the baseline, and if the two share no seed."""
+    unpaired: tuple[int, ...]
+    """Seeds that only one of row and baseline has; the difference leaves them out."""
+    published: tuple[Published, ...]
     """One for each experiment of the column."""
+    test: tuple[str, str, str]
+    """Identifies the comparison: comparisons with the same runs and metric are one test."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Experiments of one target whose rows are the same runs at a scale."""
+    """Experiments of one target whose rows have the same runs at a scale."""
 
     experiments: tuple[Experiment, ...]
 
-    @cached_property
-    def rows(self) -> tuple[Row, ...]:
-        """Of the first experiment, under the labels of all."""
-        same = zip(*(experiment.rows for experiment in self.experiments), strict=True)
-        names = [", ".join(dict.fromkeys(row.label for row in rows)) for rows in same]
-        first = self.experiments[0]
-        public = {name for name, row in first.paper.get("rows", {}).items() if "subject" in row}
-        return tuple(
-            replace(row, label=f"stand-in for {name}" if row.name in public and first.scale != "paper" else name)
-            for row, name in zip(first.rows, names, strict=True)
-        )
+    @property
+    def first(self) -> Experiment:
+        return self.experiments[0]
 
     @cached_property
-    def baseline(self) -> Row:
-        return self.rows[self.experiments[0].baseline]
+    def rows(self) -> tuple[ReportRow, ...]:
+        """Rows of the first experiment, with the labels of all experiments."""
+        aligned = zip(*(experiment.rows for experiment in self.experiments), strict=True)
+        labels = [", ".join(dict.fromkeys(row.label for row in rows)) for rows in aligned]
+        public = {name for name, row in self.first.paper.get("rows", {}).items() if "subject" in row}
+        if self.first.scale != "paper":
+            names = [row.name for row in self.first.rows]
+            labels = [f"stand-in for {x}" if name in public else x for name, x in zip(names, labels, strict=True)]
+        return tuple(replace(row, label=label) for row, label in zip(self.first.rows, labels, strict=True))
+
+    @cached_property
+    def baseline(self) -> ReportRow:
+        return self.rows[self.first.baseline]
 
     @property
     def heading(self) -> str:
-        return ", ".join(experiment.source for experiment in self.experiments)
+        return ", ".join(experiment.heading for experiment in self.experiments)
 
     @property
     def seeds(self) -> list[int]:
@@ -265,121 +235,109 @@ class Column:
 
     @property
     def metrics(self) -> list[Metric]:
-        """What the paper prints of any of its experiments."""
         return list(dict.fromkeys(metric for experiment in self.experiments for metric in experiment.metrics))
 
-    @cached_property
-    def lines(self) -> list[Line]:
-        """Metric by metric, every row in the paper's order."""
-        return [line for metric in self.metrics for line in self.lines_of(metric)]
+    @property
+    def headline(self) -> Metric | None:
+        """The metric that the experiment's file names, else the average, else the last."""
+        names = (self.first.paper.get("metric"), "average")
+        return next((metric for metric in self.metrics if metric.name in names), (self.metrics or [None])[-1])
 
-    def lines_of(self, metric: Metric) -> list[Line]:
-        found = [values(row, metric) for row in self.rows]
-        base = found[self.experiments[0].baseline]
-        lines = []
-        for index, (row, mine) in enumerate(zip(self.rows, found, strict=True)):
-            pairs = [metric.difference(mine[seed], base[seed]) for seed in mine.keys() & base.keys()]
-            compared = Difference.of(pairs) if pairs and row is not self.baseline else None
-            lines.append(
-                Line(
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Metric by metric, every row in the paper's order."""
+        return [comparison for metric in self.metrics for comparison in self.compare(metric)]
+
+    def compare(self, metric: Metric) -> list[Comparison]:
+        """Every row beside the baseline."""
+        values = [metric.by_seed(row) for row in self.rows]
+        base = values[self.first.baseline]
+        comparisons = []
+        for index, (row, mine) in enumerate(zip(self.rows, values, strict=True)):
+            is_baseline = row is self.baseline
+            pairs = [metric.difference(mine[seed], base[seed]) for seed in sorted(mine.keys() & base.keys())]
+            ours = Difference.of(pairs) if pairs and not is_baseline and all(map(math.isfinite, pairs)) else None
+            comparisons.append(
+                Comparison(
                     row,
                     metric,
                     Sample.of(list(mine.values())) if mine else None,
-                    sum(stuck(run.record) for run in row.runs if run.seed in mine) if metric.lower else 0,
+                    sum(stuck(r.record) for r in row.runs if r.seed in mine) if metric.lower_is_better else 0,
                     tuple(run.failure for run in row.runs if run.failure),
-                    compared if compared and math.isfinite(compared.mean) else None,
-                    tuple(claim(experiment, index, metric, compared) for experiment in self.experiments),
+                    ours,
+                    tuple(sorted(mine.keys() ^ base.keys())) if mine and base else (),
+                    tuple(published_figure(experiment, index, metric, ours) for experiment in self.experiments),
+                    (row.run_id, self.baseline.run_id, metric.name),
                 )
             )
-        return lines
-
-
-def seed_counts(rows: Iterable[Row]) -> str:
-    """How many seeds the rows that were run have, such as "3" or "1 to 3"."""
-    counts = [len(row.runs) for row in rows if row.runs]
-    low, high = min(counts, default=0), max(counts, default=0)
-    return str(high) if low == high else f"{low} to {high}"
-
-
-def values(row: Row, metric: Metric) -> dict[int, float]:
-    """By seed, of the runs that have it."""
-    found = {run.seed: metric.of(run.record) for run in row.runs}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def untrained(metric: Metric, value: float, column: Sequence[float]) -> bool:
-    """Whether a published value lies more than `UNTRAINED` above the best of its column."""
-    return metric.lower and metric.difference(value, min(column)) > UNTRAINED
+        return comparisons
 
 
 def stuck(record: Mapping[str, Any]) -> bool:
-    """Whether a run learned next to nothing in its second half, or ended without a finite loss."""
+    """Whether the loss is not finite at the end, or hardly fell in the second half of the run."""
     if not math.isfinite(record["val_loss"]):
         return True
     validations = record.get("history", {}).get("val", {"step": []})
     if len(validations["step"]) < 2:
         return False
-    steps, losses = validations["step"], validations["val_loss"]
-    halfway = min(range(len(steps)), key=lambda index: abs(steps[index] - steps[-1] / 2))
-    return losses[halfway] - losses[-1] < STUCK
+    losses = validations["val_loss"]
+    return losses[nearest_step(validations["step"], 0.5)] - losses[-1] < STUCK
 
 
-def claim(experiment: Experiment, index: int, metric: Metric, ours: Difference | None) -> Claim:
-    """What the paper prints of a row of an experiment, beside our difference to the baseline."""
-    printed = [row.published.get(metric.name) for row in experiment.rows]
-    batches = experiment.paper.get("evaluation_batches") if metric.lower else None
-    undone = [None if value is None or batches is None else metric.undone(value, batches) for value in printed]
-    best = [value if whole is None else whole for value, whole in zip(printed, undone, strict=True)]
+def nearest_step(steps: Sequence[int], fraction: float) -> int:
+    """Index of the recorded step that is nearest to a fraction of the run."""
+    return min(range(len(steps)), key=lambda index: abs(steps[index] - fraction * steps[-1]))
+
+
+def published_figure(experiment: Experiment, index: int, metric: Metric, ours: Difference | None) -> Published:
+    """The paper's figure of a row of an experiment.
+
+    Args:
+        experiment: with the published figures.
+        index: of the row.
+        metric: of the figure.
+        ours: our difference to the baseline.
+    """
+    values = [row.published.get(metric.name) for row in experiment.rows]
+    batches = experiment.paper.get("evaluation_batches") if metric.lower_is_better else None
+    unbiased = [None if value is None or batches is None else metric.unbiased(value, batches) for value in values]
+    best = [value if better is None else better for value, better in zip(values, unbiased, strict=True)]
     value, base = best[index], best[experiment.baseline]
-    difference = (
-        None if value is None or base is None or index == experiment.baseline else metric.difference(value, base)
-    )
-    return Claim(
+    known = [other for other in best if other is not None]
+    compared = value is not None and base is not None and index != experiment.baseline
+    difference = metric.difference(value, base) if compared else None
+    return Published(
         experiment,
-        printed[index],
-        undone[index],
+        values[index],
+        unbiased[index],
         difference,
-        value is None or not untrained(metric, value, [other for other in best if other is not None]),
-        direction(ours, difference),
+        value is None or not (metric.lower_is_better and metric.difference(value, min(known)) > UNTRAINED),
+        None if ours is None else ours.direction(difference),
     )
-
-
-def direction(ours: Difference | None, published: float | None) -> str | None:
-    """Whether our difference has the sign of the published one; one within noise has none."""
-    if ours is None or published is None:
-        return None
-    if ours.margin is None:
-        return ONE_SEED
-    if not ours.beyond_noise:
-        return NOISE
-    return SAME if (ours.mean > 0) == (published > 0) else OPPOSITE
 
 
 def columns(experiments: Iterable[Experiment]) -> list[Column]:
-    """The columns that experiments of one target and one scale make, in the order of their sizes.
-
-    Rows that are the same runs everywhere are one column, whatever the paper's sizes were.
-    """
+    """The columns of one target and scale, by size; experiments that share all runs are one column."""
     together: dict[tuple[tuple[str, str], ...], list[Experiment]] = {}
     for experiment in experiments:
-        together.setdefault(tuple((row.name, row.computes) for row in experiment.rows), []).append(experiment)
+        together.setdefault(tuple((row.name, row.run_id) for row in experiment.rows), []).append(experiment)
     return [Column(tuple(group)) for group in together.values()]
 
 
 def by_target(experiments: Iterable[Experiment]) -> dict[str, dict[str, list[Experiment]]]:
-    """Experiments by target, tables before figures as the paper numbers them, then by scale; smallest size first."""
-    ordered = sorted(experiments, key=lambda e: (order(e.target), SCALES.index(e.scale), e.size, e.name))
+    """Experiments by target and scale: tables, figures, then the rest; each by the varied setting and by size."""
+
+    def key(e: Experiment) -> tuple[Any, ...]:
+        return (*target_order(e.target), SCALES.index(e.scale), e.axes.get(e.paper.get("axis", ""), 0), e.size, e.name)
+
+    ordered = sorted(experiments, key=key)
     return {
         target: {scale: list(group) for scale, group in groupby(of_target, key=lambda e: e.scale)}
         for target, of_target in groupby(ordered, key=lambda e: e.target)
     }
 
 
-SCALES = ("paper", "mini", "small", "toy")
-"""From the published size down."""
-
-
-def order(target: str) -> tuple[int, int, str]:
+def target_order(target: str) -> tuple[int, int, str]:
     """Sorts "Table 2" before "Table 10" before "Figure 1" before anything else."""
     kind, _, number = target.partition(" ")
     kinds = ("Table", "Figure")

@@ -1,46 +1,32 @@
-"""Claims and runs as one document: REPRODUCTION.md, a page of HTML, CSV, and the figures that both show."""
+"""The report: REPRODUCTION.md, an HTML page, a CSV file, and the figures that both show."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from cod_lightning.paper import figures
-from cod_lightning.paper.claims import (
-    BASELINE,
-    NOISE,
-    ONE_SEED,
-    OPPOSITE,
-    SAME,
-    SCALES,
-    STUCK,
-    UNTRAINED,
-    Column,
-    Experiment,
-    Run,
-    by_target,
-    columns,
-    seed_counts,
-)
-from cod_lightning.paper.document import Block, Heading, Image, Items, Table, Text, markdown, page
-from cod_lightning.paper.findings import quantities, shown, verdicts
-from cod_lightning.paper.tables import NOT_RUN, comparisons, conclusion, listed, printed
+from cod_lightning.page import Table, html_page, render
+from cod_lightning.paper import tables
+from cod_lightning.paper.claims import SCALES, STUCK, UNTRAINED, Column, Experiment, Run, by_target, columns
+from cod_lightning.paper.figures import along_axes, differences, loss_over_size, seed_count
+from cod_lightning.paper.layer_figures import draw
+from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME
+from cod_lightning.paper.verdict import DIRECTIONS, Targets, Test, summarize, tests_of, verdict
+from cod_lightning.plots import png
 
 MARKDOWN, FIGURES = "REPRODUCTION.md", "experiments/results/figures"
 HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reproduction.csv"
-"""Where the files lie, from the top of a checkout."""
-
-ByScale = Mapping[str, Sequence[Experiment]]
-"""The experiments of one target; those of the paper's scale are always there."""
+"""Paths of the files, from the top of a checkout."""
+HEADINGS = {SAME: "as in the paper", OPPOSITE: "opposite", NOISE: NOISE, ONE_SEED: "one seed"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """Files by what they hold; `figures` by name."""
+    """Contents of the files; `figures` by file name."""
 
     markdown: str
     html: str
@@ -48,377 +34,267 @@ class Report:
     figures: Mapping[str, bytes]
 
 
-def report(experiments: Sequence[Experiment], hardware: str = "") -> Report:
-    """Everything that the experiments' files claim and their runs show.
+@dataclass
+class Picture:
+    """A figure in the text."""
+
+    name: str
+    alt: str
+
+
+@dataclass
+class ScaleSection:
+    """What was run of a target at one scale."""
+
+    scale: str
+    settings: list[str]
+    tables: list[Table] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Section:
+    """One table or figure of the paper, or one family of experiments beyond it."""
+
+    target: str
+    findings: list[str]
+    pictures: list[Picture]
+    published: list[Table]
+    notes: list[str]
+    scales: list[ScaleSection]
+
+
+def build_report(experiments: Sequence[Experiment], hardware: str = "") -> Report:
+    """The report on everything that was run.
 
     Args:
-        experiments: at the paper's scale, run or not, and at every other scale that was run.
-        hardware: what the estimated hours are meant for, such as "H100".
+        experiments: at scale=paper, run or not, and at every other scale that was run.
+        hardware: of the estimated hours, such as "H100".
     """
-    images: dict[str, bytes] = {}
     targets = by_target(experiments)
-    sections = [block for target, scales in targets.items() for block in section(target, scales, images)]
-    blocks = [
-        Heading(1, "Reproduction"),
-        *introduction(),
-        *overview(targets),
-        *how_to_read(),
-        *sections,
-        *not_run(experiments, hardware),
-        *environments(experiments),
-    ]
-    return Report(markdown(blocks, FIGURES), page("Reproduction", blocks, images), table_csv(targets), images)
-
-
-def introduction() -> list[Block]:
-    return [
-        Text(
-            "What *The Curse of Depth in Large Language Models* (arXiv 2502.05795v5) prints, and what was measured "
-            "here. `python -m cod_lightning report` writes this file from `experiments/*.yaml` and the run records "
-            "below `experiments/results/`; what was not run says so, and `python -m cod_lightning reproduce NAME "
-            "scale=SCALE seeds=3` runs it."
-        )
-    ]
-
-
-def how_to_read() -> list[Block]:
-    return [
-        Heading(2, "How to read this"),
-        Items(
-            [
-                "**Scales.** `paper` is the published shape, data and number of steps. `mini` and `toy` keep what is "
-                "compared and shrink the rest; their perplexities are those of other models on other text and stand "
-                "in tables of their own. Only signs and orders can be compared across scales, and these with care: a "
-                "run at toy scale sees less than a thousandth of the paper's tokens and shows how training begins, not "
-                "where it ends.",
-                "**Published.** The released evaluation divides the sum of N batch means by N + 1, and is low by an "
-                "amount that depends on the number of GPUs. `N + 1 undone` is the loss times (N + 1) / N.",
-                "**Ours.** Summed loss over summed tokens of the validation set; mean ± standard deviation over n "
-                "seeds.",
-                "**Differences.** To the row in the same column that is called the baseline, between runs of the same "
-                "seed: the logarithm of the ratio of perplexities, which is a difference of losses in nats. ± is half "
-                "of the 95 % interval of Student's t for their mean; **bold** where it leaves zero out, which is what "
-                "counts as more than noise here. There is no correction for the number of rows.",
-                f"**Direction.** `{SAME}` or `{OPPOSITE}` sign as the published difference, `{NOISE}` where our "
-                f"interval holds zero, `{ONE_SEED}` where there is no interval. The paper prints one run of each and "
-                "no error bars, so that the noise of its differences is not known. Of a figure, what the paper says of "
-                "it is a number of ours that is above zero where it holds: a difference, or of variances, distances "
-                "from I and losses the logarithm of a ratio. Deep blocks are those of the deeper half: under one "
-                "strategy their median beside that of the others, which no single layer sways; between two, their "
-                "means.",
-                f"**Did not train.** Ours: the loss is not finite at the end, or fell by less than {STUCK} nats in the "
-                f"second half of the run. Published: more than {UNTRAINED:g} nat above the best of its column.",
-            ]
-        ),
-    ]
-
-
-def overview(targets: Mapping[str, ByScale]) -> list[Block]:
-    """Where ours agrees with the paper and where not, by table or figure and scale."""
-    rows, counts = [], dict[str, Counter[str]]()
-    for target, scales in targets.items():
-        for scale, experiments in scales.items():
-            found = agreements(target, columns(experiments))
-            if found:
-                seeds = seed_counts(row for experiment in experiments for row in experiment.rows)
-                texts = {kind: "; ".join(named(found, kind)) for kind in KINDS}
-                rows.append([target, scale, seeds, *texts.values()])
-                counts.setdefault(scale, Counter()).update(kind for kind, _, _ in found)
-    if not rows:
-        return [Text("Nothing has been run yet.")]
-    told = [kind for index, kind in enumerate(KINDS, start=3) if any(row[index] for row in rows)]
-    head = ["target", "scale", "seeds", *(HEADINGS[kind] for kind in told)]
-    shown = [[*row[:3], *(row[3 + KINDS.index(kind)] for kind in told)] for row in rows]
-    absent = [scale for scale in SCALES if scale not in counts]
-    sentences = [
-        f"Of {sum(found.values())} comparisons at scale={scale}, "
-        f"{listed(f'{found[kind]} {SUMMED[kind]}' for kind in KINDS if found[kind])}."
-        for scale, found in counts.items()
-    ]
-    if absent:
-        sentences.append(f"Nothing has been compared at {listed(f'scale={scale}' for scale in absent)}.")
-    return [
-        Heading(2, "At a glance"),
-        *[Text(sentence) for sentence in central(targets)],
-        Text(" ".join(sentences) + " A run counts in every table that has it."),
-        Table(head, shown, words=(0, 1, *range(3, len(head)))),
-    ]
-
-
-KINDS = (SAME, OPPOSITE, NOISE, ONE_SEED)
-HEADINGS = {SAME: "as in the paper", OPPOSITE: "opposite", NOISE: NOISE, ONE_SEED: "one seed, not told from noise"}
-SUMMED = {
-    SAME: "point as in the paper",
-    OPPOSITE: "the opposite way",
-    NOISE: "lie within noise",
-    ONE_SEED: "have one seed",
-}
-
-
-def agreements(target: str, group: Sequence[Column]) -> list[tuple[str, str, str]]:
-    """Direction, row or finding, and column of the paper, of all that was compared; of a table in one metric."""
-    found = [
-        (claim.direction, line.row.label + " (did not train here)" * bool(line.untrained), claim.experiment.source)
-        for column in group
-        if (metric := figures.headline(column)) is not None
-        for line in column.lines_of(metric)
-        for claim in line.claims
-        if claim.direction
-    ]
-    return found + [
-        (verdict.direction, verdict.statement, column.heading)
-        for column in group
-        for verdict in verdicts(target, column)
-        if verdict.direction
-    ]
-
-
-def named(found: Sequence[tuple[str, str, str]], kind: str) -> list[str]:
-    """What has a direction, with the columns where only some of those compared have it."""
-    sources: dict[str, list[str]] = {}
-    for direction, label, source in found:
-        if direction == kind:
-            sources.setdefault(label, []).append(source)
-    whole = Counter(label for _, label, _ in found)
-    return [label if len(own) == whole[label] else f"{label} ({', '.join(own)})" for label, own in sources.items()]
-
-
-def central(targets: Mapping[str, ByScale]) -> Iterator[str]:
-    """What the paper is about: LNS against Pre-LN, of the first table that has both, at each scale that was run."""
-    for target, scales in targets.items():
-        done = False
-        for scale, experiments in scales.items():
-            for column in columns(experiments):
-                metric = figures.headline(column)
-                if metric is None or not metric.lower or column.baseline.name != BASELINE:
-                    continue
-                line = next((line for line in column.lines_of(metric) if line.row.name == "lns"), None)
-                if line is None or line.difference is None:
-                    continue
-                done = True
-                printed = [claim.difference for claim in line.claims if claim.difference is not None]
-                ends = (min(printed), max(printed)) if printed else ()
-                span = " to ".join(dict.fromkeys(f"{value:+.3f}" for value in ends))
-                margin = line.difference.margin
-                ours = f"{line.difference.mean:+.3f}" + ("" if margin is None else f" ± {margin:.3f}")
-                yield (
-                    f"**{line.row.label} against {column.baseline.label}** ({target}, scale={scale}, n = "
-                    f"{line.difference.n}): {ours} nats; in the paper, at its scale, {span or 'no figure'}."
-                )
-        if done:
-            return
-
-
-# One table or figure of the paper ------------------------------------------------------------------------------------
-
-
-def section(target: str, scales: ByScale, images: dict[str, bytes]) -> Iterator[Block]:
-    """What the paper has and what was run of one target; adds the figures to `images`."""
-    grouped = {scale: columns(experiments) for scale, experiments in scales.items()}
-    yield Heading(2, target)
-    for (finding,), sources in annotated(
-        (e.source, [e.paper["finding"]]) for e in scales["paper"] if "finding" in e.paper
-    ):
-        yield Text(f"**Published ({listed(sources)}).** {finding}")
-    for name, alt, figure in drawn(target, grouped):
-        images[name] = figures.png(figure)
-        yield Image(name, alt)
-    yield from published(target, grouped["paper"])
-    absent = []
-    for scale in SCALES:
-        if not any(row.runs for column in grouped.get(scale, []) for row in column.rows):
-            absent.append(f"scale={scale}")
-            continue
-        yield Heading(3, f"{target}: ours at scale={scale}")
-        yield Items([f"{column.heading}: {described(column)}" for column in grouped[scale]])
-        if any(column.lines for column in grouped[scale]):
-            yield from comparisons(grouped[scale])
-            yield from conclusions(grouped[scale])
-        for column in grouped[scale]:
-            if (found := quantities(target, column)) is not None:
-                yield found
-                if (compared := shown(target, column)) is not None:
-                    yield compared
-            elif not column.lines:
-                yield Text(f"{column.heading}: not measured yet.")
-    if absent:
-        yield Text(f"{NOT_RUN.capitalize()}: {listed(absent)}.")
-
-
-def published(target: str, group: Sequence[Column]) -> Iterator[Block]:
-    """The paper's figures, beside ours at its scale, with what must be known of them and of the runs."""
-    titles = list(dict.fromkeys(metric.title for column in group for metric in column.metrics))
-    if titles:
-        yield Heading(3, f"{target}: published {titles[0] if len(titles) == 1 else 'figures'}, and ours at scale=paper")
-        yield from printed(group)
-    yield Items([f"{column.experiments[0].title} {described(column)}" for column in group])
-    notes = annotated(
-        (e.source, [row.label, row.note]) for c in group for e in c.experiments for row in e.rows if row.note
+    summaries = summarize(targets)
+    images: dict[str, bytes] = {}
+    survivors = {summary.scale: summary.survivors for summary in summaries}
+    markdown = render(
+        Path(__file__).with_name("report.md.j2"),
+        verdict=verdict(targets, summaries),
+        top=top_figure(targets, images),
+        summaries=summaries,
+        overview=overview(targets),
+        sections=[section(target, scales, survivors, images) for target, scales in targets.items() if was_run(scales)],
+        not_run=tables.not_run_table(targets, hardware),
+        environments=environments(experiments),
+        figures=FIGURES,
+        **{"stuck": STUCK, "untrained": UNTRAINED, "good_rate": tables.GOOD_RATE, "join": tables.join},
     )
-    if notes := list(notes):
-        yield Items([f"{label} ({listed(sources)}): {note}" for (label, note), sources in notes])
+    return Report(markdown, html_page("Reproduction", markdown, images), comparisons_csv(targets), images)
 
 
-def annotated(found: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """Texts, each once, and the columns of the paper that they belong to."""
-    sources: dict[tuple[str, ...], list[str]] = {}
-    for source, texts in found:
-        sources.setdefault(tuple(texts), []).append(source)
-    yield from sources.items()
+def was_run(scales: Mapping[str, Sequence[Experiment]]) -> bool:
+    """Whether a target has runs at some scale; one that varies a setting needs runs at two of its values."""
+    counts = [sum(any(row.runs for row in e.rows) for e in experiments) for experiments in scales.values()]
+    return max(counts) >= (2 if "axis" in scales["paper"][0].paper else 1)
 
 
-def conclusions(group: Sequence[Column]) -> Iterator[Block]:
-    """A closing paragraph, or one for each column."""
-    if len(group) == 1:
-        yield Text(conclusion(group[0]))
-    else:
-        yield Items([f"{column.heading}: {conclusion(column)}" for column in group])
+def overview(targets: Targets) -> Table | None:
+    """Directions by target and scale."""
+    rows = []
+    for target, scales in targets.items():
+        for scale, experiments in scales.items():
+            tests = [test for column in columns(experiments) for test in tests_of(target, column)]
+            if tests:
+                seeds = seed_count(row for e in experiments for row in e.rows)
+                cells = ["; ".join(labels_of(tests, direction)) for direction in DIRECTIONS]
+                rows.append([target, scale, seeds, *cells])
+    used = [index for index in range(3 + len(DIRECTIONS)) if index < 3 or any(row[index] for row in rows)]
+    head = ["target", "scale", "seeds", *(HEADINGS[direction] for direction in DIRECTIONS)]
+    shown = [[row[index] for index in used] for row in rows]
+    return Table([head[index] for index in used], shown, range(len(used))) if rows else None
 
 
-def drawn(target: str, grouped: Mapping[str, Sequence[Column]]) -> Iterator[tuple[str, str, Any]]:
-    """File names, descriptions and figures of a target."""
-    slug = common_name([experiment for column in grouped["paper"] for experiment in column.experiments])
+def labels_of(tests: Sequence[Test], direction: str) -> list[str]:
+    """Labels of tests with a direction; with their columns if the label has another direction in other columns."""
+    labels = []
+    for label in dict.fromkeys(test.label for test in tests if test.direction == direction):
+        own = [test for test in tests if test.label == label]
+        here = [test.column for test in own if test.direction == direction]
+        labels.append(label if len(here) == len(own) else f"{label} ({', '.join(here)})")
+    return labels
+
+
+# Sections ------------------------------------------------------------------------------------------------------------
+
+
+def section(
+    target: str,
+    scales: Mapping[str, Sequence[Experiment]],
+    survivors: Mapping[str, set[tuple[str, ...]]],
+    images: dict[str, bytes],
+) -> Section:
+    """Everything about one target; adds its figures to `images`."""
+    grouped = {scale: columns(experiments) for scale, experiments in scales.items()}
+    paper = scales["paper"]
+    findings = by_text((e.heading, e.paper["finding"]) for e in paper if "finding" in e.paper)
+    notes = by_text((e.heading, f"{row.label}: {row.note}") for e in paper for row in e.rows if row.note)
+    parts = []
+    for scale, scale_columns in grouped.items():
+        scale_columns = [column for column in scale_columns if any(row.runs for row in column.rows)]
+        if scale_columns:
+            parts.append(scale_section(scale, scale_columns, survivors.get(scale, set())))
+    return Section(
+        target,
+        [f"**Published ({headings}).** {text}" for text, headings in findings.items()],
+        list(add_pictures(target, grouped, images)),
+        tables.published_tables(grouped["paper"]),
+        [f"{text} ({headings})" for text, headings in notes.items()],
+        parts,
+    )
+
+
+def scale_section(scale: str, scale_columns: Sequence[Column], survivors: set[tuple[str, ...]]) -> ScaleSection:
+    part = ScaleSection(scale, [f"{column.heading}: {describe(column)}" for column in scale_columns])
+    for column in scale_columns:
+        prefix = f"{column.heading}: " * (len(scale_columns) > 1)
+        if column.comparisons:
+            part.tables.append(prefixed(tables.comparison_table(column, survivors), prefix))
+            part.lines += [prefix + line for line in tables.summary_lines(column)]
+        part.tables += [prefixed(table, prefix) for table in tables.figure_tables(column, survivors)]
+    if scale_columns[0].first.paper.get("axis") == "lr" and (best := tables.best_rate_table(scale_columns)):
+        part.tables.append(best)
+    part.tables = merge(part.tables)
+    return part
+
+
+def prefixed(table: Table, prefix: str) -> Table:
+    return Table(table.head, [[prefix + first, *rest] for first, *rest in table.rows], table.text_columns)
+
+
+def merge(all_tables: Sequence[Table]) -> list[Table]:
+    """Tables of the same head as one, whatever column of the paper stands beside ours."""
+    merged: dict[tuple[str, ...], Table] = {}
+    for table in all_tables:
+        published = table.head[-1].endswith(": published, direction")
+        head = (*table.head[:-1], "published, direction") if published and len(all_tables) > 1 else tuple(table.head)
+        rows = merged[head].rows if head in merged else []
+        merged[head] = Table(head, [*rows, *table.rows], table.text_columns)
+    return list(merged.values())
+
+
+def by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Texts, each once, with the headings that they belong to."""
+    headings: dict[str, list[str]] = {}
+    for heading, text in pairs:
+        headings.setdefault(text, []).append(heading)
+    return {text: tables.join(dict.fromkeys(found)) for text, found in headings.items()}
+
+
+def describe(column: Column) -> str:
+    """Setting of a column, and the command that reproduces it."""
+    first = column.first
+    name = first.name if len(column.experiments) == 1 else first.name.split("_")[0]
+    seeds = max(column.seeds, default=1)
+    words = [name, *[f"scale={first.scale}"] * (first.scale != "paper"), *[f"seeds={seeds}"] * (seeds > 1)]
+    return f"{first.setting}. `python -m cod_lightning reproduce {' '.join(words)}`"
+
+
+def add_pictures(target: str, grouped: Mapping[str, Sequence[Column]], images: dict[str, bytes]) -> Iterable[Picture]:
+    """Draw the figures of a target."""
+    first = grouped["paper"][0].first
+    slug = first.name.split("_")[0]
     if target == "Figure 1":
-        yield f"{slug}.png", f"{target}: loss over parameters", figures.sizes(grouped)
-    elif (figure := figures.differences(grouped)) is not None:
-        yield f"{slug}.png", f"{target}: differences to the baseline, published and ours", figure
+        figure, alt = loss_over_size(grouped), "loss over parameters"
+    elif axis := first.paper.get("axis"):
+        panels = [(f"scale={scale}", axis, group) for scale, group in grouped.items()]
+        figure, alt = along_axes(panels, []), "differences to the baseline"
+    else:
+        figure, alt = differences(grouped), "differences to the baseline, published and ours"
+    drawn = [(f"{slug}.png", f"{target}: {alt}", figure)]
     for scale, group in grouped.items():
         for column in group:
-            draw = figures.DRAWN.get(target) if target.startswith(("Table", "Figure")) else figures.theory
-            if draw and any(row.runs for row in column.rows) and (figure := draw(column)) is not None:
-                which = slug if len(group) == 1 else column.experiments[0].name
-                yield f"{which}_{scale}.png", f"{target} at scale={scale}, {column.heading}", figure
+            name = slug if len(group) == 1 else column.first.name
+            drawn.append((f"{name}_{scale}.png", f"{target} at scale={scale}, {column.heading}", draw(column)))
+    for name, alt, figure in drawn:
+        if figure is not None:
+            images[name] = png(figure)
+            yield Picture(name, alt)
 
 
-def reproduce(experiments: Sequence[Experiment], scale: str, seeds: int) -> str:
-    """The command that carries out experiments of one target."""
-    words = [experiments[0].name if len(experiments) == 1 else common_name(experiments)]
-    words += [f"scale={scale}"] * (scale != "paper") + [f"seeds={seeds}"] * (seeds > 1)
-    return f"python -m cod_lightning reproduce {' '.join(words)}"
-
-
-def common_name(experiments: Sequence[Experiment]) -> str:
-    """What the names of the experiments of one target begin with, such as `table1`."""
-    return experiments[0].name.split("_")[0]
-
-
-def described(column: Column) -> str:
-    """What a column is: shape, data, length and command."""
-    first = column.experiments[0]
-    tokens = first.paper.get("tokens") if first.scale == "paper" else None
-    counted = f"; {tokens / 1e9:g}B tokens by the paper's count" if tokens else ""
-    command = reproduce(column.experiments, first.scale, max(column.seeds, default=1))
-    return f"{first.setting[:1].upper()}{first.setting[1:]}{counted}. `{command}`"
-
-
-# The rest ------------------------------------------------------------------------------------------------------------
-
-
-def not_run(experiments: Sequence[Experiment], hardware: str) -> list[Block]:
-    """What the paper's own scale would take."""
-    rows, hours = [], dict[str, float]()
-    for experiment in (e for scales in by_target(experiments).values() for e in scales["paper"]):
-        missing = [row for row in experiment.rows if not row.runs]
-        if not missing:
-            continue
-        known = {row.computes: row.gpu_hours for row in missing if row.gpu_hours is not None}
-        hours |= known
-        rows.append(
-            [
-                experiment.name,
-                f"{len(missing)} of {len(experiment.rows)}",
-                f"{sum(known.values()):,.0f}" if known else "no estimate",
-            ]
-        )
-    if not rows:
-        return []
-    total = (
-        f" Rows that several experiments share are trained once: {sum(hours.values()):,.0f} hours of {hardware} in all."
-        if hours
-        else ""
-    )
-    head = ["experiment", "rows not run", f"hours of {hardware}" if hours else "hours"]
-    return [
-        Heading(2, "What was not run"),
-        Text(
-            f"At scale=paper, one seed; `python -m cod_lightning reproduce NAME` runs an experiment.{total} `python -m "
-            "cod_lightning estimate experiments=NAME` says how the hours of one run come about; public models are "
-            "measured and not trained."
-        ),
-        Table(head, rows),
+def top_figure(targets: Targets, images: dict[str, bytes]) -> Picture | None:
+    """Loss differences over length and depth, with the paper's Table 1 as marks."""
+    panels = [
+        (f"{target}, scale={scale}", targets[target]["paper"][0].paper["axis"], columns(group))
+        for target in ("Length", "Depth")
+        if target in targets and was_run(targets[target])
+        for scale, group in targets[target].items()
     ]
+    figure = along_axes(panels, columns(targets.get("Table 1", {}).get("paper", ())))
+    if figure is None:
+        return None
+    images["length_and_depth.png"] = png(figure)
+    return Picture("length_and_depth.png", "Loss less that of Pre-LN, by length and by depth; hollow: the paper")
 
 
-def environments(experiments: Sequence[Experiment]) -> list[Block]:
-    """Where, with what and when the runs were made."""
+# Environments and CSV ------------------------------------------------------------------------------------------------
+
+
+def environments(experiments: Sequence[Experiment]) -> Table | None:
+    """Hardware, versions, commit and dates of the runs."""
     runs = {
-        (e.scale, row.computes, run.seed): run
+        (SCALES.index(e.scale), row.run_id, run.seed): run
         for e in experiments
         for row in e.rows
         for run in row.runs
         if "hardware" in run.record
     }
-    places: dict[tuple[str, ...], list[Run]] = {}
-    for (scale, _, _), run in sorted(runs.items(), key=lambda item: (SCALES.index(item[0][0]), *item[0][1:])):
-        places.setdefault((scale, *environment(run.record)), []).append(run)
-    rows = [
-        [scale, where, versions, commit, str(len(found)), dates(found), f"{wall(found):.1f}"]
-        for (scale, where, versions, commit), found in sorted(places.items())
-    ]
-    head = ["scale", "hardware", "versions", "commit", "runs", "dates", "hours in all"]
-    return [Heading(2, "Where the runs were made"), Table(head, rows, words=(0, 1, 2, 3, 5))] if rows else []
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for (scale, *_), run in sorted(runs.items(), key=lambda item: item[0]):
+        groups.setdefault((SCALES[scale], *environment(run.record)), []).append(run)
+    rows = []
+    for key, group in sorted(groups.items()):
+        days = sorted({run.record["date"][:10] for run in group})
+        hours = sum(run.record.get("wall_seconds", 0.0) for run in group) / 3600
+        rows.append([*key, str(len(group)), " to ".join(dict.fromkeys((days[0], days[-1]))), f"{hours:.1f}"])
+    head = ["scale", "hardware", "versions", "commit", "data", "runs", "dates", "hours in all"]
+    return Table(head, rows, (0, 1, 2, 3, 4, 6)) if rows else None
 
 
-def environment(record: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Hardware, versions and commit."""
+def environment(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Hardware, versions, commit and fingerprint of the data."""
     hardware = record["hardware"]
     gpus = ", ".join(sorted(hardware["gpus"]))
     where = gpus or f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} thread(s) a run"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     commit, changes = (record["git_commit"] or "unknown").partition("+")[::2]
-    return where, versions, commit[:12] + (f"+{changes}" if changes else "")
-
-
-def dates(runs: Sequence[Run]) -> str:
-    days = sorted({run.record["date"][:10] for run in runs})
-    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-
-
-def wall(runs: Sequence[Run]) -> float:
-    """Hours of all runs together."""
-    return sum(run.record.get("wall_seconds", 0.0) for run in runs) / 3600
+    data = str(record.get("data_fingerprint") or "unknown")[:12]
+    return where, versions, commit[:12] + (f"+{changes}" if changes else ""), data
 
 
 FIELDS = (
     *("target", "experiment", "column", "row", "label", "metric", "scale"),
     *("published", "undone", "published_difference", "published_trained"),
-    *("n", "mean", "sd", "did_not_train", "failed", "difference", "margin_95", "beyond_noise", "direction"),
+    *("n", "mean", "sd", "did_not_train", "failed", "pairs", "difference", "margin_95", "beyond_noise", "p_value"),
+    "direction",
 )
 
 
-def table_csv(targets: Mapping[str, ByScale]) -> str:
+def comparisons_csv(targets: Targets) -> str:
     """One line for each row of each experiment, metric and scale."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(FIELDS)
     for target, scales in targets.items():
         for scale, experiments in scales.items():
-            for column in columns(experiments):
-                for line in column.lines:
-                    sample, ours = line.sample, line.difference
-                    for claim in line.claims:
-                        values = [claim.value, claim.undone, claim.difference, claim.trained]
-                        values += [sample.n, sample.mean, sample.sd] if sample else [0, None, None]
-                        values += [line.untrained, len(line.failures)]
-                        values += [ours.mean, ours.margin, ours.beyond_noise] if ours else [None, None, None]
-                        writer.writerow(
-                            [
-                                *(target, claim.experiment.name, claim.experiment.source, line.row.name),
-                                *(line.row.label, line.metric.name, scale, *map(plain, values), claim.direction or ""),
-                            ]
-                        )
+            for c in (comparison for column in columns(experiments) for comparison in column.comparisons):
+                sample, ours = c.sample, c.difference
+                for p in c.published:
+                    where = (target, p.experiment.name, p.experiment.heading, c.row.name, c.row.label, c.metric.name)
+                    values = [p.value, p.unbiased, p.difference, p.trained]
+                    values += [sample.n, sample.mean, sample.sd] if sample else [0, None, None]
+                    values += [c.untrained, len(c.failures)]
+                    values += [ours.n, ours.mean, ours.margin, ours.beyond_noise, ours.p_value] if ours else [None] * 5
+                    writer.writerow([*where, scale, *map(csv_value, values), p.direction or ""])
     return file.getvalue()
 
 
-def plain(value: float | bool | None) -> str:
+def csv_value(value: float | bool | None) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:.6g}"

@@ -1,0 +1,132 @@
+"""The results folder: records and measures of finished runs, one JSON line each, by scale and run label."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cod_lightning.config.saved import from_dict
+from cod_lightning.errors import UserError
+from cod_lightning.evaluate.lm_eval import SCORES_FILE
+from cod_lightning.files import write_atomic
+from cod_lightning.measure.registry import MEASURES
+from cod_lightning.train.record import FAILURE, RECORD, check, is_number
+from cod_lightning.typed_json import from_json, read_json
+
+MEASURES_FOLDER = "measure"
+"""Folder of a run that holds its measures."""
+DIGITS = {"jacobian_map": 4}
+"""Significant digits kept of a measure, if not all: matrices take most of the space, and the report draws
+their colours. Losses keep all digits, because the report subtracts them."""
+RESULTS = Path("experiments/results")
+"""Default results folder, from the top of a checkout: {scale}/{run label}/record.json and the measures."""
+
+
+def find_results(results: Path) -> dict[str, Path]:
+    """Folders of all recorded runs, also diverged ones, by run id.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    paths = [path for name in (FAILURE, RECORD) for path in sorted(results.glob(f"*/*/{name}"))]
+    return {from_dict(recorded_config(path), path).id: path.parent for path in paths}
+
+
+def record_path(folder: Path) -> Path:
+    """The file that says how a run ended: its record, or why it diverged."""
+    return folder / (RECORD if (folder / RECORD).exists() else FAILURE)
+
+
+def recorded_config(path: Path) -> dict[str, Any]:
+    """The configuration in a run record.
+
+    Raises:
+        UserError: the file is not a run record.
+    """
+    record = read_object(path)
+    try:
+        check(record)
+    except ValueError as error:
+        raise UserError(f"{path}: not a run record ({error}); remove it") from error
+    return record["config"]
+
+
+def save_result(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
+    """Copy a run's record and measures into the results folder; a run that has neither leaves nothing there.
+
+    Args:
+        folder: run folder, or folder of a public model; its parent is named after the scale.
+        results: the results folder.
+        measures: names of measures to copy.
+    """
+    target = results / folder.parent.name / folder.name
+    record = record_path(folder)
+    if not record.is_file() and not measures:
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for path in (record, folder / SCORES_FILE):
+        if path.is_file():
+            copy_json(path, target)
+    for name in measures:
+        copy_json(folder / MEASURES_FOLDER / f"{name}.json", target, DIGITS.get(name))
+
+
+def copy_json(path: Path, folder: Path, digits: int | None = None) -> None:
+    """Write a JSON file into a folder as one line, rounded to significant digits if given."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+    content = json.loads(path.read_text("utf-8"))
+    line = json.dumps(content if digits is None else rounded(content), separators=(",", ":"))
+    write_atomic(folder / path.name, line + "\n")
+
+
+def load_measures(folder: Path) -> dict[str, Any]:
+    """All measures in a result's folder, by name.
+
+    Raises:
+        UserError: a file does not hold the result of the measure it is named after.
+    """
+    measures = {}
+    for path in sorted(path for path in folder.glob("*.json") if path.stem in MEASURES):
+        try:
+            result: Any = from_json(MEASURES[path.stem].result_type, read_object(path))
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not a result of the measure {path.stem} ({str(error)[:80]}); remove it and measure again"
+            ) from error
+        measures[path.stem] = asdict(result)
+    return measures
+
+
+def load_task_scores(path: Path) -> dict[str, float]:
+    """Accuracies in per cent by task, and their mean as `average`; empty if the run was not scored.
+
+    Raises:
+        UserError: the file does not hold scores by task.
+    """
+    if not path.is_file():
+        return {}
+    tasks = read_object(path)
+    if not all(isinstance(scores, dict) and is_number(scores.get("acc", 0.0)) for scores in tasks.values()):
+        raise UserError(f"{path}: not scores by task; remove it")
+    accuracies = {task: 100.0 * scores["acc"] for task, scores in tasks.items() if "acc" in scores}
+    return accuracies | {"average": fmean(accuracies.values())} if accuracies else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of the results folder.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    return read_json(path, dict[str, Any], "remove it")

@@ -1,0 +1,100 @@
+"""Means over seeds, paired differences with their 95 % interval, and what many comparisons do to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TypeVar
+
+S = TypeVar("S", bound="Sample")
+K = TypeVar("K", bound=Hashable)
+
+LEVEL = 0.05
+"""Of intervals, and of the family-wise error in Holm's correction."""
+SAME, OPPOSITE, NOISE, ONE_SEED = "same", "opposite", "within noise", "one seed"
+"""The direction of a difference beside the paper's."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Values over seeds."""
+
+    n: int
+    mean: float
+    sd: float | None
+    """With n - 1 in the denominator; None for a single value."""
+
+    @classmethod
+    def of(cls: type[S], values: Sequence[float]) -> S:
+        return cls(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Difference(Sample):
+    """Differences between runs of the same seed, which share their initial random draws and their batches."""
+
+    @property
+    def margin(self) -> float | None:
+        """Half the width of the 95 % interval of the mean (Student's t); None for one seed."""
+        return None if self.sd is None else t_quantile(self.n - 1) * self.sd / math.sqrt(self.n)
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the 95 % interval excludes zero."""
+        return self.margin is not None and abs(self.mean) > self.margin
+
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided p-value of the paired t-test; None for one seed."""
+        if self.sd is None:
+            return None
+        if self.sd == 0:
+            return float(self.mean == 0)
+        return t_tails(abs(self.mean) * math.sqrt(self.n) / self.sd, self.n - 1)
+
+    def direction(self, published: float | None) -> str | None:
+        """Whether the difference has the sign of a published one; None if there is none."""
+        if published is None:
+            return None
+        if self.margin is None:
+            return ONE_SEED
+        if not self.beyond_noise:
+            return NOISE
+        return SAME if (self.mean > 0) == (published > 0) else OPPOSITE
+
+
+def t_tails(t: float, degrees: int) -> float:
+    """Probability that Student's t is beyond ±t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(2 + odd, degrees + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+    inside = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
+
+
+def t_quantile(degrees: int, level: float = LEVEL) -> float:
+    """The t whose tails hold `level` of the probability."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tails(middle, degrees) > level else (low, middle)
+    return high
+
+
+def holm(p_values: Mapping[K, float], level: float = LEVEL) -> set[K]:
+    """The tests that stay significant when the chance of one false positive among all is at most `level`.
+
+    Holm's step-down procedure holds for tests that depend on each other.
+    """
+    rejected: set[K] = set()
+    for rank, (key, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        if p > level / (len(p_values) - rank):
+            break
+        rejected.add(key)
+    return rejected

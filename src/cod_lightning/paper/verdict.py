@@ -1,0 +1,163 @@
+"""The verdict that opens the report: which claims hold at which scale, generated from the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cod_lightning.page import render
+from cod_lightning.paper.claims import SCALES, Column, Comparison, Experiment, columns
+from cod_lightning.paper.findings import finding_results
+from cod_lightning.paper.statistics import LEVEL, NOISE, ONE_SEED, OPPOSITE, SAME, Difference, holm
+
+MOST_WORDS = 150
+DIRECTIONS = (SAME, OPPOSITE, NOISE, ONE_SEED)
+MIXED = "mixed"
+"""Direction of a row that has the sign of some published columns only."""
+
+Targets = Mapping[str, Mapping[str, Sequence[Experiment]]]
+"""Experiments by target and scale (`claims.by_target`)."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """One comparison of ours with a claim of the paper."""
+
+    key: tuple[str, ...]
+    """Comparisons with the same key are one test, in whatever tables they stand."""
+    target: str
+    column: str
+    label: str
+    """The row of a table, or the finding about a figure."""
+    statement: str
+    """The paper's claim in words."""
+    direction: str
+    difference: Difference
+
+    @property
+    def with_interval(self) -> str:
+        """The claim with our difference; without spaces, as the words of the verdict are counted."""
+        margin = "" if self.difference.margin is None else f"±{self.difference.margin:.2g}"
+        return f"{self.statement} ({self.difference.mean:+.2g}{margin})"
+
+
+def tests_of(target: str, column: Column) -> Iterator[Test]:
+    """Comparisons of a column with the paper: rows of a table in its headline metric, and findings of a figure."""
+    for comparison in column.compare(column.headline) if column.headline else ():
+        for published in comparison.published:
+            if published.direction and comparison.difference:
+                name = comparison.row.label.removeprefix("+ ")
+                better = ((published.difference or 0) < 0) == comparison.metric.lower_is_better
+                claim = f"{name} {'beats' if better else 'loses to'} {column.baseline.label}"
+                label = comparison.row.label + " (did not train here)" * bool(comparison.untrained)
+                heading = published.experiment.heading
+                yield Test(comparison.test, target, heading, label, claim, published.direction, comparison.difference)
+    for result in finding_results(column):
+        if result.direction and result.difference:
+            claim = result.statement
+            yield Test(result.test, target, column.heading, claim, claim, result.direction, result.difference)
+
+
+@dataclass(frozen=True)
+class ScaleSummary:
+    """Everything compared at one scale."""
+
+    scale: str
+    setting: str
+    headline: Comparison | None
+    """LNS beside Pre-LN in the first table that has both."""
+    tests: list[Test]
+
+    @cached_property
+    def unique(self) -> dict[tuple[str, ...], Difference]:
+        """Differences with an interval; each test once."""
+        return {test.key: test.difference for test in self.tests if test.difference.margin is not None}
+
+    @property
+    def beyond_noise(self) -> int:
+        return sum(difference.beyond_noise for difference in self.unique.values())
+
+    @property
+    def expected_by_chance(self) -> float:
+        """Expected number of intervals that exclude zero if no difference is real."""
+        return LEVEL * len(self.unique)
+
+    @property
+    def chance_of_one(self) -> float:
+        """Probability that at least one excludes zero if no difference is real and tests are independent."""
+        return 1 - (1 - LEVEL) ** len(self.unique)
+
+    @cached_property
+    def survivors(self) -> set[tuple[str, ...]]:
+        """Tests that stay significant after Holm's correction."""
+        return holm({key: p for key, d in self.unique.items() if (p := d.p_value) is not None})
+
+    @property
+    def survivor_labels(self) -> list[str]:
+        return list(dict.fromkeys(test.label for test in self.tests if test.key in self.survivors))
+
+    @cached_property
+    def by_direction(self) -> dict[str, list[str]]:
+        """Claims by direction, those about LNS first, then other findings about figures; without the headline."""
+        by_key: dict[tuple[str, ...], list[Test]] = {}
+        for test in sorted(self.tests, key=lambda test: ("LNS" not in test.statement, "Figure" not in test.target)):
+            if self.headline is None or test.key != self.headline.test:
+                by_key.setdefault(test.key, []).append(test)
+        grouped: dict[str, list[str]] = {}
+        for tests in by_key.values():
+            directions = {test.direction for test in tests}
+            direction = tests[0].direction if len(directions) == 1 else MIXED
+            grouped.setdefault(direction, []).append(tests[0].label if direction == MIXED else tests[0].with_interval)
+        return {name: list(dict.fromkeys(grouped[name])) for name in (*DIRECTIONS, MIXED) if name in grouped}
+
+
+def summarize(targets: Targets) -> list[ScaleSummary]:
+    """One summary for each scale at which something was compared, the largest scale first."""
+    summaries = []
+    for scale in SCALES:
+        tests, headline, setting = list[Test](), None, ""
+        for target, scales in targets.items():
+            for column in columns(scales.get(scale, ())):
+                tests += tests_of(target, column)
+                if headline is None and column.headline and column.headline.lower_is_better:
+                    rows = {c.row.name: c for c in column.compare(column.headline)}
+                    if "lns" in rows and column.baseline.name == "pre_ln" and rows["lns"].difference:
+                        headline, setting = rows["lns"], column.first.setting
+        if tests or headline:
+            summaries.append(ScaleSummary(scale, setting, headline, tests))
+    return summaries
+
+
+def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
+    """At most `MOST_WORDS` words: the headline at every scale, other claims at the largest, and what was not tried."""
+    run = {
+        target for target, scales in targets.items() if any(r.runs for g in scales.values() for e in g for r in e.rows)
+    }
+    untried = [target for target in targets if target not in run]
+    no_scale = [scale for scale in SCALES if scale not in {summary.scale for summary in summaries}]
+    text = ""
+    for most in range(12, 0, -1):
+        text = render(
+            Path(__file__).with_name("verdict.md.j2"),
+            summaries=summaries,
+            untried=shorten(untried, most),
+            untried_scales=no_scale,
+            lists={
+                name: shorten(found, most) for name, found in (summaries[0].by_direction if summaries else {}).items()
+            },
+        )
+        if len(text.split()) <= MOST_WORDS:
+            break
+    return text
+
+
+def has_runs(scales: Mapping[str, Sequence[Experiment]]) -> bool:
+    return any(row.runs for experiments in scales.values() for e in experiments for row in e.rows)
+
+
+def shorten(words: Sequence[str], most: int) -> list[str]:
+    """The first `most` words, and how many are left out."""
+    rest = len(words) - most
+    return [*words[:most], f"{rest} more"] if rest > 0 else list(words)

@@ -1,0 +1,161 @@
+"""Published figures beside ours: values, paired differences, directions, columns and their order."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from paper_builders import LOSSES, PUBLISHED, comparison, diverged, row, rows_at, run, table
+
+from cod_lightning.paper.claims import Column, Metric, by_target, columns
+from cod_lightning.paper.findings import finding_results
+from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME, Sample
+
+
+@pytest.mark.parametrize(
+    ("value", "batches", "whole"), [(26.73, 727, 26.85), (20.35, 91, 21.04), (19.58, 91, 20.23), (15.71, 182, 15.95)]
+)
+def test_the_bias_of_the_released_evaluation_is_undone(value, batches, whole):
+    assert Metric("ppl").unbiased(value, batches) == pytest.approx(whole, abs=0.006)
+    assert Metric("val_loss").unbiased(math.log(value), batches) == pytest.approx(math.log(whole), abs=0.0004)
+
+
+def test_accuracies_have_no_such_bias_and_differ_in_points():
+    rows = [
+        row("none", {"accuracy": 67.91}),
+        row("lns", {"accuracy": 68.75}, replace(run(1, 1.0), record={"accuracy": 50})),
+    ]
+    found = comparison(table(*rows, evaluation_batches=727), "lns")
+    assert found.sample == Sample(1, 50.0, None)
+    assert found.published[0].unbiased is None
+    assert found.published[0].difference == pytest.approx(0.84)
+
+
+def test_values_are_means_over_seeds_and_differences_are_paired(experiments):
+    found = comparison(experiments[1], "lns")
+    perplexities = [math.exp(loss) for loss in LOSSES["lns"]]
+    assert (found.sample.n, found.sample.mean) == (3, pytest.approx(np.mean(perplexities)))
+    assert found.sample.sd == pytest.approx(np.std(perplexities, ddof=1))
+    assert found.difference.mean == pytest.approx(np.mean([-0.4, -0.3, -0.4]))
+
+
+def test_a_seed_that_only_one_row_has_is_left_out_and_named():
+    rows = [row("pre_ln", 20.0, run(1, 5.0), run(3, 7.0)), row("lns", 19.0, run(2, 1.0), run(3, 6.0))]
+    found = comparison(table(*rows), "lns")
+    assert (found.difference.n, found.difference.mean) == (1, pytest.approx(-1.0))
+    assert found.unpaired == (1, 2)
+
+
+def test_directions(experiments):
+    directions = {c.row.name: c.published[0].direction for c in Column((experiments[1],)).comparisons}
+    assert directions == {"post_ln": OPPOSITE, "mix_ln": NOISE, "pre_ln": None, "lns": SAME, "admin": None}
+
+
+def test_one_seed_has_no_direction():
+    rows = [row("pre_ln", 20.0, run(1, 5.0)), row("lns", 19.0, run(1, 4.0))]
+    assert comparison(table(*rows), "lns").published[0].direction == ONE_SEED
+
+
+@pytest.mark.parametrize(
+    ("other", "untrained", "failures"),
+    [
+        (run(1, 6.99, halfway=7.0), 1, ()),
+        (run(1, math.nan), 1, ()),
+        (diverged(1), 0, ("the loss is nan at step 3",)),
+        (run(1, 6.0, halfway=6.1), 0, ()),
+    ],
+)
+def test_a_run_that_did_not_train_or_diverged_is_counted(other, untrained, failures):
+    rows = [row("pre_ln", 20.0, run(1, 5.0)), row("post_ln", 20.1, other)]
+    found = comparison(table(*rows), "post_ln")
+    assert (found.untrained, found.failures) == (untrained, failures)
+
+
+def test_a_published_run_did_not_train_if_it_is_a_nat_above_the_best():
+    rows = [row("pre_ln", 20.0), row("deep_norm", 1358.0), row("lns", 21.0)]
+    trained = {c.row.name: c.published[0].trained for c in Column((table(*rows),)).comparisons}
+    assert trained == {"pre_ln": True, "deep_norm": False, "lns": True}
+
+
+def test_experiments_with_the_same_runs_are_one_column():
+    small, large = (
+        table(*(replace(r, published={"ppl": value}) for r, value in zip(rows_at("toy"), figures, strict=True)), **rest)
+        for figures, rest in (
+            (PUBLISHED.values(), {"column": "130M"}),
+            ((1409.79, 21.39, 21.92, 20.35, 23.0), {"column": "250M", "name": "table1_250m"}),
+        )
+    )
+    (column,) = columns([small, large])
+    assert column.heading == "130M, 250M"
+    post_ln = next(c for c in column.comparisons if c.row.name == "post_ln")
+    assert [published.direction for published in post_ln.published] == [OPPOSITE, OPPOSITE]
+    other = replace(large, rows=(replace(large.rows[0], run_id="another shape"), *large.rows[1:]))
+    assert len(columns([small, other])) == 2
+
+
+def test_rows_with_the_same_runs_have_all_labels():
+    made = [
+        table(row("pre_ln", None, run(1, 5.0), label=label), target="Figure 2", name=label, column=label)
+        for label in ("Qwen3-8B", "LLaMA2-13B")
+    ]
+    (column,) = columns(made)
+    assert [row.label for row in column.rows] == ["Qwen3-8B, LLaMA2-13B"]
+
+
+def test_a_stand_in_for_a_public_model_is_named_so():
+    paper = {"rows": {"pre_ln": {"subject": "meta-llama/Llama-2-13b-hf"}}}
+    labels = {
+        scale: Column((table(row("pre_ln", None, label="LLaMA2-13B"), scale=scale, **paper),)).rows[0].label
+        for scale in ("paper", "toy")
+    }
+    assert labels == {"paper": "LLaMA2-13B", "toy": "stand-in for LLaMA2-13B"}
+
+
+def test_the_baseline_is_pre_ln_or_else_the_first_row():
+    assert Column((table(row("lns", 1.0), row("pre_ln", 2.0)),)).baseline.name == "pre_ln"
+    assert Column((table(row("scaled_init", 1.0), row("lns", 2.0)),)).baseline.name == "scaled_init"
+
+
+def test_targets_are_in_the_papers_order():
+    made = [table(target=target, name=target) for target in ("Theory", "Figure 10", "Table 10", "Figure 2", "Table 2")]
+    assert list(by_target(made)) == ["Table 2", "Table 10", "Figure 2", "Figure 10", "Theory"]
+
+
+def test_columns_of_a_varied_setting_are_in_its_order():
+    made = [
+        table(row("lns", None), target="Depth", name=f"depth_{blocks}", axis="blocks", axes={"blocks": blocks})
+        for blocks in (12, 48, 6)
+    ]
+    assert [e.name for e in by_target(made)["Depth"]["toy"]] == ["depth_6", "depth_12", "depth_48"]
+
+
+# Findings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "directions"),
+    [([3.0, 2.5, 2.1, 2.1], [SAME, OPPOSITE]), ([2.1, 2.1, 2.5, 3.0], [OPPOSITE, SAME])],
+)
+def test_deep_and_shallow_blocks_are_compared(losses, directions):
+    runs = [run(seed, 5.0, removal={"loss": 2.0, "losses": losses}) for seed in (1, 2)]
+    column = Column((table(row("pre_ln", None, *runs), row("post_ln", None, *runs), target="Figure 2"),))
+    cost_pre, angle_pre, cost_post, _ = finding_results(column)
+    assert [cost_pre.direction, cost_post.direction] == directions
+    assert (angle_pre.difference, angle_pre.direction) == (None, None)
+
+
+def test_a_finding_about_rows_that_were_not_run_is_left_out():
+    assert finding_results(Column((table(row("lns", None, run(1, 5.0)), target="Figure 2"),))) == []
+
+
+@pytest.mark.parametrize(("lns", "pre_ln", "direction"), [("even", "uneven", SAME), ("uneven", "even", OPPOSITE)])
+def test_blocks_matter_more_evenly_if_the_costliest_has_less_of_the_cost(lns, pre_ln, direction):
+    """Of 1.0 + 0.1 + 0.1 + 0.0 the first block has 1 / 1.2, of four times 0.5 a quarter."""
+    losses = {"uneven": [3.0, 2.1, 2.1, 2.0], "even": [2.5] * 4}
+    rows = [
+        row(name, None, *(run(seed, 5.0, removal={"loss": 2.0, "losses": losses[kind]}) for seed in (1, 2)))
+        for name, kind in (("pre_ln", pre_ln), ("lns", lns))
+    ]
+    result = finding_results(Column((table(*rows, target="Figure 7"),)))[0]
+    assert result.direction == direction
+    assert abs(result.difference.mean) == pytest.approx(math.log(4 / 1.2))

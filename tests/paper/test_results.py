@@ -1,0 +1,178 @@
+"""The results folder, and the commands that read and write it: `report`, and the end of `reproduce`."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from cod_lightning.cli import main
+from cod_lightning.config.compose import choices
+from cod_lightning.errors import UserError
+from cod_lightning.paper import experiments
+from cod_lightning.paper import results as kept
+from cod_lightning.paper.claims import SCALES, Column
+from cod_lightning.paper.experiments import experiment_rows, load_experiments
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "cod_lightning", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def toys():
+    """The rows of Table 7 at scale=toy, by name."""
+    return {row.name: row for row in experiment_rows(["table7_130m"], "toy")}
+
+
+def add_result(results, row, seed, name="record.json", scale=None, **values):
+    """Write what a run of a row leaves in the results folder; return its folder there."""
+    config = row.config_for(seed)
+    folder = results / config.name
+    folder.mkdir(parents=True)
+    record = {
+        **{"seed": seed, "config": asdict(config) | ({"scale": scale} if scale else {}), "git_commit": None},
+        **{"date": "2026-11-24T10:00:00+00:00", "data_fingerprint": "feed" * 16, "versions": {"torch": "2.13"}},
+        "hardware": {"cpu": "abacus", "cores": 2, "threads": 1, "gpus": []},
+        **dict.fromkeys(("steps", "tokens", "tokens_per_second", "parameters", "wall_seconds"), 0),
+    }
+    (folder / name).write_text(json.dumps(record | values))
+    return folder
+
+
+def losses(loss):
+    return {"val_loss": loss, "ppl": math.exp(loss), "history": {}}
+
+
+@pytest.fixture
+def results(tmp_path, toys):
+    for seed in (1, 2):
+        add_result(tmp_path / "results", toys["pre_ln"], seed, **losses(5.0))
+        add_result(tmp_path / "results", toys["lns"], seed, **losses(4.5 + 0.01 * seed))
+    add_result(tmp_path / "results", toys["admin"], 1, "failed.json", failure="the loss is nan at step 3")
+    return tmp_path / "results"
+
+
+def test_every_scale_is_known():
+    assert set(SCALES) == set(choices("scale"))
+
+
+def test_results_find_their_rows_and_their_measures(results, toys):
+    removal = {"model": "lns", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25]}
+    (results / toys["lns"].config_for(2).name / "removal.json").write_text(json.dumps(removal))
+    (found,) = load_experiments(toys.values(), results)
+    assert (found.target, found.column, found.scale, found.size) == ("Table 7", "130M", "toy", 134_105_856)
+    rows = {row.name: row for row in found.rows}
+    assert [(run.seed, run.measures) for run in rows["lns"].runs] == [(1, {}), (2, {"removal": removal})]
+    assert [run.failure for run in rows["admin"].runs] == ["the loss is nan at step 3"]
+    assert rows["group_ln"].runs == ()
+    assert rows["lns"].published == {"ppl": 25.76}
+    assert {c.row.name for c in Column((found,)).comparisons if c.sample} == {"pre_ln", "lns"}
+
+
+def test_two_corpora_in_one_table_are_refused_with_both_named(results, toys):
+    other = add_result(results, toys["group_ln"], 1, **losses(5.0), data_fingerprint="beef" * 16)
+    with pytest.raises(UserError, match="Table 7, scale=toy: two corpora cannot stand in one table") as error:
+        load_experiments(toys.values(), results)
+    assert f"{other / 'record.json'} has data beefbeefbeefbeef" in str(error.value)
+    assert "has data feedfeedfeedfeed" in str(error.value)
+
+
+def test_two_scales_in_one_table_are_refused_with_both_named(results, toys):
+    other = add_result(results, toys["group_ln"], 1, scale="small", **losses(5.0))
+    with pytest.raises(UserError, match="Table 7, scale=toy: two scales cannot stand in one table") as error:
+        load_experiments(toys.values(), results)
+    assert f"{other / 'record.json'} is a run at scale=small" in str(error.value)
+
+
+def test_an_unknown_scale_is_refused(tmp_path, capsys):
+    assert main(["reproduce", "table1", "scale=smal", "--results", str(tmp_path)]) == 2
+    assert "scale='smal' does not exist: did you mean 'small'?" in capsys.readouterr().err
+
+
+def test_a_published_figure_is_compared_with_the_same_metric_only(tmp_path):
+    for scale in SCALES:
+        (found,) = load_experiments(experiment_rows(["table2_250m"], scale), tmp_path)
+        assert (found.rows[-1].published["boolq"], found.rows[-1].published["average"]) == (58.17, 43.14)
+        assert "accuracy" not in found.rows[-1].published
+    (images,) = load_experiments(experiment_rows(["table5_vit_s"], "toy"), tmp_path)
+    assert images.rows[0].published == {"accuracy": 67.91}
+
+
+def test_a_saved_result_is_one_line_and_matrices_have_four_digits(tmp_path):
+    loss = 5.567581105229306
+    common = {"model": "m", "tokens": 9}
+    measures = {
+        "removal": {**common, "loss": loss, "losses": [loss + 1e-7, 2.0]},
+        "jacobian_map": {**common, "layers": [1], "matrices": [[[loss, 1]]]},
+    }
+    (tmp_path / "toy/run/measure").mkdir(parents=True)
+    for name, measure in measures.items():
+        (tmp_path / f"toy/run/measure/{name}.json").write_text(json.dumps(measure, indent=1))
+    kept.save_result(tmp_path / "toy/run", tmp_path / "results", measures)
+    folder = tmp_path / "results/toy/run"
+    measures["jacobian_map"]["matrices"] = [[[5.568, 1]]]
+    assert kept.load_measures(folder) == measures
+    assert all(path.read_text().count("\n") == 1 and ", " not in path.read_text() for path in folder.iterdir())
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_run_that_did_not_end_leaves_no_result(tmp_path):
+    kept.save_result(tmp_path / "toy/run", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_hours_are_estimated_for_runs_at_the_papers_scale_only(toys):
+    assert experiments.gpu_hours(toys["lns"]) is None
+    (public,) = experiment_rows(["figure5"], "paper")
+    assert experiments.gpu_hours(public) is None
+    assert 0.5 < experiments.gpu_hours(next(experiment_rows(["table7_130m"], "paper"))) < 5
+
+
+def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "reproducible_experiments", lambda: ["table7_130m"])
+    contents = []
+    for output in (tmp_path / "first", tmp_path / "second"):
+        assert main(["report", "--results", str(results), "--output", str(output)]) == 0
+        contents.append({path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()})
+    assert contents[0] == contents[1]
+    assert {str(path) for path in contents[0]} == {
+        "REPRODUCTION.md",
+        "experiments/results/reproduction.html",
+        "experiments/results/reproduction.csv",
+        "experiments/results/figures/table7.png",
+    }
+    markdown = (tmp_path / "first/REPRODUCTION.md").read_text()
+    assert "| LNS | 91.38 ± 0.65 | 2 | **-0.485 ± 0.064** † | -0.037, same |" in markdown
+    assert "| Admin | (failed: the loss is nan at step 3) | 0 |  | +0.043, failed |" in markdown
+    assert "| Table 7 | all | all | all | Group-LN, Sandwich-LN and Mix-LN |" in markdown
+    assert "| toy | abacus, 2 cores, 1 thread(s) a run | torch 2.13 | unknown | feedfeedfeed | 5 |" in markdown
+    assert "hours of one H100 at 40 % of its peak" in markdown
+    assert str(tmp_path / "second/REPRODUCTION.md") in capsys.readouterr().out
+
+
+def test_a_missing_results_folder_is_refused(tmp_path, capsys):
+    assert main(["report", "--results", str(tmp_path / "nowhere"), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --results={tmp_path / 'nowhere'} is not a folder\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_reproduce_ends_with_a_table_and_records_what_diverged(toy, tmp_path):
+    own = [word for word in toy if "." in word.partition("=")[0] and not word.startswith("trainer.max_steps")]
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = ["reproduce", "table7_130m", "row=pre_ln", "scale=toy", *own, "data.source=files"]
+    words += [f"model.{name}={value}" for name, value in shape.items()] + ["trainer.max_steps=40", "optim.lr=1e18"]
+    words += ["optim.warmup_ratio=0.5", f"output={tmp_path}", "--results", tmp_path / "results"]
+    process = run(*words)
+    assert process.returncode == 2, process.stderr
+    assert "Table 7, scale=toy: 130M" in process.stdout
+    assert "26.73" in process.stdout
+    (diverged, *_) = (tmp_path / "results").rglob("failed.json")
+    assert json.loads(diverged.read_text())["failure"].startswith("the loss is ")
+    assert "failed: the loss" in " ".join(process.stdout.split())
+    again = run(*words)
+    assert "0 to carry out, of 1 asked for" in again.stderr
+    assert again.returncode == 0
