@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tests.measure.builders import FAMILIES, PAD, tokens
+from builders import FAMILIES, PAD, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError

@@ -50,6 +50,11 @@ class Measure:
         """The `Result` subclass that it returns, whose fields are the keys of its JSON file."""
         return get_type_hints(self.measure)["return"]
 
+    def recorded(self, result: Any) -> dict[str, list[Any]]:
+        """The series of a result that a training run records."""
+        columns = result.series()
+        return {name: list(columns[name]) for name in self.series if name in columns}
+
     def __call__(self, model: Any, batches: Any, pad_id: int | None, progress: Any, **options: Any) -> Any:
         if self.first_batch:
             batches = [batches[0][: self.first_rows]]

@@ -41,6 +41,10 @@ class LayerSparsity:
     alpha_pruning: list[float]
     """The sparsities it gives."""
 
+    def series(self) -> dict[str, list[Any]]:
+        rows = self.rows()
+        return {name: [row.get(name) for row in rows] for name in rows[0]}
+
     def rows(self) -> list[dict[str, Any]]:
         names = ("outlier_ratio", "owl", "alpha", "alpha_pruning")
         columns = zip(*(getattr(self, name) for name in names), strict=True)

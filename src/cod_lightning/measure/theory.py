@@ -121,6 +121,10 @@ class Theory:
     disagreements: list[str]
     """Where the paper's proofs do not give what it states of such a model."""
 
+    def series(self) -> dict[str, list[Any]]:
+        rows = self.rows()
+        return {name: [row.get(name) for row in rows] for name in rows[0]}
+
     def rows(self) -> list[dict[str, Any]]:
         columns: dict[str, Sequence[float]] = {
             "variance": self.variances,

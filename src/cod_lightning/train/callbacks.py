@@ -22,9 +22,9 @@ from torch import Tensor
 
 from cod_lightning.config.schema import COUNTS, FIGURES
 from cod_lightning.errors import Stopped, UserError
-from cod_lightning.measure.activation_stats import PLACES, plot_variance
+from cod_lightning.measure.activation_stats import plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.jacobian import STATISTICS, Jacobian, jacobian
+from cod_lightning.measure.jacobian import Jacobian, jacobian
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.decoder import Decoder
@@ -259,7 +259,7 @@ class MeasureCallback(ProbeCallback):
                 raise UserError(f"trainer.measures.{self.name}: {error}") from error
             rank_zero_warn(f"step {trainer.global_step}, {self.name} is left out: {error}")
             return
-        self.recorder.add(trainer, self.name, **SERIES[self.name](result))
+        self.recorder.add(trainer, self.name, **MEASURES[self.name].recorded(result))
         if MEASURES[self.name].is_map:
             self.draw(trainer, self.name, result.plot)
 
@@ -289,41 +289,6 @@ def few_jacobians(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | 
 
 IN_TRAINING: dict[str, Callable[..., Any]] = {**MEASURES, "jacobian": few_jacobians}
 """The measures by name, as they are taken while a model trains."""
-
-Series = Callable[[Any], dict[str, list[Any]]]
-"""From the result of a measure lists with one entry for each layer."""
-
-
-def columns(*names: str) -> Series:
-    """Columns of the table of a result that has one row for each layer."""
-    return lambda result: {name: [row.get(name) for row in result.rows()] for name in names}
-
-
-SERIES: dict[str, Series] = {
-    "variance": lambda result: {
-        f"{place}_{what}": getattr(getattr(result, place), what)
-        for place in PLACES
-        for what in ("variance", "kurtosis", "maximum")
-    },
-    "jacobian": columns("layer", *STATISTICS),
-    "gain": columns("layer", "spectral", "frobenius"),
-    "jacobian_map": columns("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share"),
-    "angular": lambda result: {"distance": result.distances[0]},
-    "removal": columns("delta_loss"),
-    "run_removal": lambda result: {
-        f"delta_loss_{n}": [loss - result.loss for loss in losses]
-        for n, losses in zip(result.sizes, result.losses, strict=True)
-    },
-    "swaps": columns("score"),
-    "linear_replacement": columns("delta_loss"),
-    "causal": columns("score"),
-    "influence": lambda result: {"influence": result.influence},
-    "readout": columns("loss", "kl", "js"),
-    "importance": columns("shapley", "leave_one_out"),
-    "sparsity": columns("outlier_ratio", "owl", "alpha", "alpha_pruning"),
-    "theory": columns("variance", "lemma", "lemma_fitted", "recursion", "gain"),
-}
-"""What a run records of each measure; pairs count by the first layer, and angles are those to the next layer."""
 
 
 class ProgressLines(Callback):
