@@ -67,7 +67,7 @@ def test_every_strategy_errs_with_triton_as_little_as_with_the_reference(name, n
 
 
 def test_the_backend_is_a_matter_of_configuration_and_unknown_ones_are_refused():
-    with pytest.raises(ValueError, match=r"model.norm_backend='cuda' is not a backend; known: auto, torch, triton"):
+    with pytest.raises(ValueError, match=r"model.norm_backend='cuda' does not exist: known: auto, torch, triton"):
         made("cuda")
     with pytest.raises(ValueError, match=r"norm_backend='triton' does not support this: torch.float64"):
         made("triton").double()(tokens())

@@ -1,10 +1,16 @@
-"""Composition by Hydra from the files of configs/ and experiments/ and from the command line."""
+"""Composition of a configuration from the files of configs/ and experiments/ and from `key=value` overrides.
+
+Hydra reads the overrides and merges the files that they choose. The values follow in one order: those of the experiment
+at its scale, those of its row, those of the command line. `OmegaConf.update` sets them, as Hydra does, but after an
+error goes on with the next, so that a command shows all errors at once.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +21,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.config.validate import problems
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError, first_line, nearest
+
+SECTIONS = ("model", "norm", "data", "optim", "trainer")
+"""Groups whose files hold one section of the configuration."""
+INTERPOLATION = "interpolation (${...}) is not supported: write the value"
+"""A run must not depend on the environment, and a folder from elsewhere must not read it."""
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
 
 
 def config_folder() -> Path:
@@ -31,58 +45,64 @@ def config_folder() -> Path:
 
 def choices(group: str) -> list[str]:
     """The names that a config group offers."""
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml") if path.stem != "custom")
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
 def groups() -> list[str]:
+    """The config groups: the folders of configs/."""
     return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
 
 
 def fields_and_groups() -> set[str]:
-    """What an override can begin with."""
-    return {*groups(), *(f.name for f in fields(Config))}
+    """The first part of every valid override."""
+    return {*groups(), *(field.name for field in fields(Config))}
+
+
+# Overrides -----------------------------------------------------------------------------------------------------------
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Hydra's reading of the words of a command line.
+    """Parse `key=value` words by Hydra's grammar.
 
     Raises:
-        UserError: a word is not `key=value`, or its value is to be taken from elsewhere, as ${oc.env:HOME} is.
+        UserError: a word is not an override, or holds an interpolation such as ${oc.env:HOME}.
     """
     try:
-        words = OverridesParser.create().parse_overrides([custom_norm(word) for word in overrides])
+        parsed = OverridesParser.create().parse_overrides([quote_custom_norm(word) for word in overrides])
     except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{reason}; expected key=value, such as norm=pre_ln or trainer.max_steps=100") from error
-    if found := [f"{word.input_line}: {INTERPOLATED}" for word in words if interpolated(word.value())]:
-        raise UserError("\n".join(found))
-    return words
+        raise UserError(
+            f"{first_line(error)}; expected key=value, such as norm=pre_ln or trainer.max_steps=100"
+        ) from error
+    if errors := [f"{o.input_line}: {INTERPOLATION}" for o in parsed if has_interpolation(o.value())]:
+        raise UserError("\n".join(errors))
+    return parsed
 
 
-INTERPOLATED = "${...} is not filled in here: write the value itself"
-"""A run is what its words say, on every machine; and a folder of someone else's reads nothing of the environment."""
-
-
-def interpolated(value: Any) -> bool:
-    """Whether OmegaConf would put something in the place of a string inside."""
+def has_interpolation(value: Any) -> bool:
+    """Whether OmegaConf would replace a part of a value."""
     if isinstance(value, Mapping):
-        return any(interpolated(part) for pair in value.items() for part in pair)
+        return any(has_interpolation(part) for pair in value.items() for part in pair)
     if isinstance(value, list):
-        return any(map(interpolated, value))
+        return any(map(has_interpolation, value))
     return "${" in str(value)
 
 
-def custom_norm(word: str) -> str:
-    """`norm=package.module:function` names no file of the group norm/; quoted, it stays one value."""
+def quote_custom_norm(word: str) -> str:
+    """Quote the value of `norm=package.module:function`, which Hydra's grammar would split at the colon."""
     key, _, value = word.partition("=")
     return f"{key}='{value}'" if key == "norm" and ":" in value and not set(value) & set(",'\"{}[]()") else word
 
 
+def is_custom_norm(override: Override) -> bool:
+    """Whether an override is norm=package.module:function."""
+    return override.key_or_group == "norm" and ":" in str(override.value())
+
+
 def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Every combination of the comma-separated values among `overrides`, the last one varying fastest, as in Hydra.
+    """Every combination of the comma-separated values in `overrides`, the last one varying fastest, as in Hydra.
 
     Raises:
-        UserError: a sweep that cannot be spelled out, such as interval(0, 1).
+        UserError: a sweep without a list of values, such as interval(0, 1).
     """
     try:
         expanded = [
@@ -93,166 +113,157 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
             for override in parse(overrides)
         ]
     except HydraException as error:
-        raise UserError(f"{first_line(error)}; a sweep takes a,b,c, range(1,4) or choice(a,b)") from error
+        raise UserError(f"{cause(error)}; a sweep takes a,b,c, range(1,4) or choice(a,b)") from error
     return (list(words) for words in itertools.product(*expanded))
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `overrides` ask for.
+def changes_text(overrides: Sequence[str]) -> bool:
+    """Whether overrides choose other text than that of a run."""
+    text = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
+    return any(override.key_or_group in text for override in parse(overrides))
 
-    After the groups come what the experiment sets at its scale, what its row sets, then the values of the command line.
+
+# Composition ---------------------------------------------------------------------------------------------------------
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """Compose the configuration of a command line.
 
     Raises:
-        UserError: names every unknown field, choice, wrong type and impossible combination at once.
+        UserError: all unknown fields, unknown choices, wrong types and invalid combinations.
     """
-    words, found = translate(parse(overrides))
-    chosen = [override for override in words if override.key_or_group in groups()]
+    words = parse(overrides)
+    chosen = [o for o in words if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
+    node = merge_files(config_folder(), tuple(o.input_line or "" for o in chosen)).copy()
+    errors = apply(node, as_overrides(node.scales.get(node.scale)))
+    rows = [str(o.value()) for o in words if o.key_or_group == "row" and o.value() is not None]
+    if rows:
+        errors += apply(node, row_overrides(node, rows[-1]))
+        if any(o.key_or_group == "norm" for o in words):
+            errors.append("row= and norm= both choose the strategy: remove one")
+    errors += apply(node, sorted((o for o in words if o not in chosen), key=lambda o: not is_custom_norm(o)))
+    return checked(node, errors)
+
+
+@lru_cache(maxsize=64)
+def merge_files(folder: Path, words: tuple[str, ...]) -> DictConfig:
+    """The files of configs/ that group overrides choose, merged by Hydra; copy the result before you change it.
+
+    Raises:
+        UserError: the files or choices do not fit together.
+    """
     ConfigStore.instance().store("schema", Config)
-    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3", job_name="cod_lightning"):
+    with initialize_config_dir(str(folder.resolve()), version_base="1.3", job_name="cod_lightning"):
         try:
-            node = hydra_compose("config", [override.input_line or "" for override in chosen])
+            node = hydra_compose("config", list(words))
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError("\n".join([*found, first_line(error)])) from error
-    picked = {override.key_or_group: override.value() for override in words}
-    found += amend(node, settings(node.scales.get(node.scale) or {}))
-    if (row := picked.get("row")) is not None:
-        row, known = str(row), node.paper.get("rows") or {}
-        if row not in known:
-            hint = nearest(row, known) if known else f"{node.experiment} has none"
-            raise UserError("\n".join([*found, f"row={row!r} is not a row: {hint}"]))
-        if "norm" in picked:
-            found.append("row= and norm= both choose the strategy: leave one out")
-        found += amend(node, settings(known[row].get("set") or {}))
-    found += amend(node, [override for override in words if override not in chosen])
-    try:
-        config = as_config(node)
-    except OmegaConfBaseException as error:
-        raise UserError("\n".join([*found, first_line(error)])) from error
-    found += problems(config)
-    if found:
-        raise UserError("\n".join(found))
-    return config
+            raise UserError(cause(error)) from error
+    OmegaConf.set_struct(node, None)  # Hydra closes dictionaries too, which take any key here
+    return node
 
 
-def settings(values: Mapping[str, Any]) -> list[Override]:
-    """{"norm": "lns", "optim.lr": 0.1} of a YAML file as the command line would say it."""
+def row_overrides(node: DictConfig, name: str) -> list[Override]:
+    """The overrides that a row of the experiment sets.
+
+    Raises:
+        UserError: the experiment has no such row.
+    """
+    rows = node.paper.get("rows") or {}
+    if name not in rows:
+        hint = nearest(name, rows) if rows else f"{node.experiment} has none"
+        raise UserError(f"row={name!r} does not exist: {hint}")
+    return as_overrides(rows[name].get("set"))
+
+
+def as_overrides(values: Any) -> list[Override]:
+    """{"norm": "lns", "optim.lr": 0.1} of a YAML file as the overrides norm=lns optim.lr=0.1."""
+    if not isinstance(values, Mapping):
+        return []  # None, or an error that `problems` reports
     return parse([f"{key}={'null' if value is None else value}" for key, value in values.items()])
 
 
-def amend(node: DictConfig, overrides: Iterable[Override]) -> list[str]:
-    """Set values, and sections to choices of their group, in a composed configuration; returns what cannot be set.
-
-    Args:
-        node: of a `Config`, changed in place.
-        overrides: set one after the other.
-    """
-    found = []
-    for override in overrides:
-        key, word = override.key_or_group, override.input_line or ""
-        if key not in groups():
-            if problem := value_problem(node, word):
-                found.append(problem)
-            else:
-                OmegaConf.update(node, key, override.value(), force_add=True)
-        elif key not in SECTIONS:
-            found.append(f"{word}: {key} is no section, and is chosen on the command line alone")
-        elif (value := str(override.value())) not in choices(key):
-            found.append(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
-        elif key == "norm":  # options of one strategy mean nothing to another
-            node.norm = OmegaConf.load(config_folder() / key / f"{value}.yaml")
-        else:
-            node[key] = OmegaConf.merge(node[key], OmegaConf.load(config_folder() / key / f"{value}.yaml"))
-    return found
-
-
-SECTIONS = ("model", "norm", "data", "optim", "trainer")
-"""Groups whose files hold one section of the configuration."""
-
-
-def with_row(config: Config, name: str, overrides: Sequence[str] = ()) -> Config:
-    """A composed configuration turned into a row of its experiment, as `compose` gives it for `row=`, but at once.
-
-    Raises:
-        UserError: no such row, or settings that cannot be.
-    """
-    node = OmegaConf.structured(config)
-    found = amend(node, settings({"row": name} | config.paper["rows"][name].get("set", {})))
-    found += amend(node, [o for o in parse(overrides) if o.key_or_group not in groups()])
-    changed = as_config(node)
-    if found := found or problems(changed):
-        raise UserError("\n".join(found))
-    return changed
-
-
-def row_of(config: Config) -> str | None:
-    """The row of its experiment that a configuration is: the one named by `row`, or else the one it agrees with."""
-    if config.row is not None:
-        return config.row
-    return next((name for name in config.paper.get("rows", {}) if with_row(config, name).id == config.id), None)
-
-
-def translate(overrides: Iterable[Override]) -> tuple[list[Override], list[str]]:
-    """The overrides, a strategy of one's own spelled out, and what among them means nothing here."""
-    words: list[Override] = []
-    found: list[str] = []
-    for override in overrides:
-        key, word = override.key_or_group, override.input_line or ""
-        if override.is_delete():
-            found.append(f"{word}: nothing can be left out of a run; set {key}= to what it shall be")
-        elif override.is_sweep_override():
-            found.append(f"{word}: several values are a sweep, which needs -m")
-        elif override.package is not None:
-            found.append(f"{word}: what is chosen has its place already: {key}=")
-        elif key in groups() and override.is_add():
-            found.append(f"{word}: {key} has a choice already: leave out the +")
-        elif key in groups():
-            value = str(override.value())
-            if key == "norm" and ":" in value:
-                words += parse(["norm=custom", f"norm.name='{value}'"])
-            elif value in choices(key):
-                words.append(override)
-            else:
-                found.append(f"{key}={value!r} does not exist: {nearest(value, choices(key))}")
-        else:
-            words.append(override)
-    return words, found
-
-
-def value_problem(base: DictConfig, word: str) -> str | None:
-    """Why a value cannot be set, None if it can."""
-    (override,) = OverridesParser.create().parse_overrides([word])
-    node: Any = base
-    parts = override.key_or_group.split(".")
-    try:
-        for depth, part in enumerate(parts):
-            if OmegaConf.get_type(node) is dict:
-                break  # a dictionary takes any key; what the keys mean is for the section's own check
-            known = [str(key) for key in node] if isinstance(node, DictConfig) else []
-            if part not in known:
-                where = ".".join(parts[: depth + 1])
-                return f"{where} is not a field: {nearest(part, known) if known else 'it has no fields'}"
-            node = node[part]
-        OmegaConf.update(base.copy(), override.key_or_group, override.value(), force_add=True)
-    except OmegaConfBaseException as error:
-        return f"{word}: {first_line(error)}"
+def unsupported(override: Override) -> str | None:
+    """Why an override cannot be applied, None if it can."""
+    key, word = override.key_or_group, override.input_line
+    if override.is_delete():
+        return f"{word}: a field cannot be deleted: set {key}= to a value"
+    if override.is_sweep_override():
+        return f"{word}: several values are a sweep, which needs fit -m"
+    if override.package is not None:
+        return f"{word}: package overrides (@) are not supported: use {key}="
+    if key in groups() and override.is_add():
+        return f"{word}: the group has a choice already: use {key}= without +"
+    if key in groups() and not is_custom_norm(override) and str(override.value()) not in choices(key):
+        return f"{key}={str(override.value())!r} does not exist: {nearest(str(override.value()), choices(key))}"
     return None
 
 
-def first_line(error: BaseException) -> str:
-    """The reason at the bottom of a chain of Hydra's errors, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def apply(node: DictConfig, overrides: Iterable[Override]) -> list[str]:
+    """Set the values of overrides, or the sections that they choose, one after the other; returns the errors.
+
+    Args:
+        node: a `Config`, changed in place.
+        overrides: `section.field=value`, or a choice of `SECTIONS`.
+    """
+    errors = []
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        if reason := unsupported(override):
+            errors.append(reason)
+            continue
+        if key in groups() and key not in SECTIONS:
+            errors.append(f"{override.input_line}: choose {key}= on the command line")
+            continue
+        if is_custom_norm(override):
+            value = {"name": value}
+        elif key in groups():
+            value = OmegaConf.load(config_folder() / key / f"{value}.yaml")
+        try:
+            # A strategy does not keep the options of another.
+            OmegaConf.update(node, key, value, merge=key != "norm")
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            known = map(str, error.parent_node or ())
+            errors.append(f"{error.full_key} is not a field: {nearest(str(error.key), known)}")
+        except OmegaConfBaseException as error:
+            errors.append(f"{override.input_line}: {cause(error)}")
+    return errors
+
+
+def checked(node: DictConfig, errors: Sequence[str]) -> Config:
+    """A composed configuration as an object.
+
+    Raises:
+        UserError: `errors`, and those of the configuration.
+    """
+    try:
+        config = as_config(node)
+    except OmegaConfBaseException as error:
+        raise UserError("\n".join([*errors, cause(error)])) from error
+    if errors := [*errors, *problems(config)]:
+        raise UserError("\n".join(errors))
+    return config
 
 
 def as_config(node: DictConfig) -> Config:
-    """The configuration as an object, with the tokenizer that comes with `init_from`."""
+    """The configuration as an object, with the tokenizer of `init_from`."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
     return config if config.init_from is None else init_from_run(config, Path(config.init_from))
 
 
-def changes_text(overrides: Sequence[str]) -> bool:
-    """Whether overrides ask for other text than a run was trained on."""
-    text = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
-    return any(override.key_or_group in text for override in parse(overrides))
+def row_of(config: Config) -> str | None:
+    """The row of the experiment that a configuration computes: `row`, or else the first one with the same id."""
+    if config.row is not None:
+        return config.row
+    for name in config.paper.get("rows", {}):
+        node = OmegaConf.structured(config)
+        if not apply(node, row_overrides(node, name)) and as_config(node).id == config.id:
+            return name
+    return None
+
+
+def cause(error: BaseException) -> str:
+    """The first line of the error at the bottom of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)

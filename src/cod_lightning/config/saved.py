@@ -1,10 +1,10 @@
-"""The run folder and the configuration saved there."""
+"""The run folder, and the configuration saved there."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,93 +12,106 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cod_lightning.config.compose import INTERPOLATED, amend, as_config, first_line, groups, interpolated, parse
+from cod_lightning.config.compose import (
+    INTERPOLATION,
+    apply,
+    as_config,
+    cause,
+    checked,
+    groups,
+    has_interpolation,
+    parse,
+)
 from cod_lightning.config.schema import Config, flatten, identity, identity_fields
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import DAMAGED, UserError
+from cod_lightning.files import write_atomic
 
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
 
 
 def to_yaml(config: Config) -> str:
+    """A configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def save(config: Config, folder: Path) -> None:
+    """Write a configuration into a run folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{CONFIG}.partial"
-    partial.write_text(to_yaml(config))
-    partial.replace(folder / CONFIG)
+    write_atomic(folder / CONFIG, to_yaml(config))
 
 
-def from_dict(values: Mapping[str, Any], path: Path) -> Config:
-    """The configuration that `asdict` gave, read from a file at `path`; fields it does not have keep their defaults.
+def from_dict(values: Any, path: Path) -> Config:
+    """The configuration that `asdict` gave, read from the file at `path`; missing fields get their defaults.
 
     Raises:
-        UserError: it is none.
+        UserError: `values` is not a configuration.
     """
     try:
-        return as_config(merged(values))
+        return as_config(with_defaults(values))
     except (*DAMAGED, TypeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
+        raise UserError(f"{path}: not a saved configuration: {cause(error)}") from error
 
 
-def merged(values: Any) -> DictConfig:
-    """The defaults with `values`, of a file, in their place.
+def with_defaults(values: Any) -> DictConfig:
+    """The defaults of every field, replaced by `values`.
 
     Raises:
-        ValueError: they are no mapping, or are to be taken from elsewhere.
+        ValueError: `values` is not a mapping, or holds an interpolation.
     """
     if not isinstance(values, Mapping):
-        raise ValueError("it holds no sections")
-    if interpolated(values):
-        raise ValueError(INTERPOLATED)
+        raise ValueError("not a mapping of sections")
+    if has_interpolation(values):
+        raise ValueError(INTERPOLATION)
     return DictConfig(OmegaConf.merge(OmegaConf.structured(Config), values))
 
 
 def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration saved in a run folder, amended by `overrides`; of the groups, `data` and `trainer` can change.
+    """The configuration of a run folder, changed by `overrides`.
+
+    Args:
+        folder: of the run.
+        overrides: fields, and choices of the groups `data` and `trainer`.
 
     Raises:
-        UserError: no run folder, a damaged file, or overrides that mean nothing there.
+        UserError: not a run folder, a damaged file, or invalid overrides.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
     try:
-        saved = merged(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
-        at_fault = problems(as_config(saved))
+        node = with_defaults(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
+        saved = as_config(node)
+        saved_errors = problems(saved)
     except (*DAMAGED, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a saved configuration: {first_line(error)}") from error
-    wanted, saved_as = parse(overrides), saved.copy()
-    foreign = [
-        override
-        for override in wanted
-        if override.is_sweep_override()
-        or override.is_delete()
-        or override.package is not None
-        or (override.key_or_group in groups() and override.key_or_group not in ("data", "trainer"))
-    ]
-    found = [f"{o.input_line}: a finished run takes data=, trainer= and section.field=value" for o in foreign]
-    found += amend(saved, [override for override in wanted if override not in foreign])
+        raise UserError(f"{path}: not a saved configuration: {cause(error)}") from error
+    words = parse(overrides)
+    fixed = [o for o in words if o.key_or_group in groups() and o.key_or_group not in ("data", "trainer")]
+    errors = [f"{o.input_line}: a trained run accepts data=, trainer= and section.field=value" for o in fixed]
+    errors += apply(node, [o for o in words if o not in fixed])
+    errors += decoder_changes(folder, saved, node)
     try:
-        config = as_config(saved)
-    except OmegaConfBaseException as error:
-        raise UserError("\n".join([*found, first_line(error)])) from error
-    found += [f"{path}: {problem}" if problem in at_fault else problem for problem in problems(config)]
-    before = as_config(saved_as)
-    for section, now in (("model", config.model), ("norm", config.norm)):
-        if differing := differences(deciding(getattr(before, section)), deciding(now)):
-            found.append(f"{section}: the weights of {folder} were trained otherwise ({differing}): leave it as it is")
-    if found:
-        raise UserError("\n".join(found))
-    return config
+        return checked(node, errors)
+    except UserError as error:
+        lines = str(error).splitlines()
+        raise UserError("\n".join(f"{path}: {e}" if e in saved_errors else e for e in lines)) from error
 
 
-def deciding(section: Any) -> Mapping[str, Any]:
-    """What of a section decides what is computed."""
-    return identity_fields(section) if is_dataclass(section) else section
+def decoder_changes(folder: Path, saved: Config, node: DictConfig) -> list[str]:
+    """Errors for changes of `model` and `norm`, to which the weights of a run belong."""
+    try:
+        config = as_config(node)
+    except OmegaConfBaseException:
+        return []  # `checked` reports it
+    return [
+        f"cannot change {section} of the trained run {folder} ({changes}): remove the override"
+        for section, before, after in (
+            ("model", identity_fields(saved.model), identity_fields(config.model)),
+            ("norm", saved.norm, config.norm),
+        )
+        if (changes := differences(before, after))
+    ]
 
 
 def check_folder(config: Config) -> Path:
@@ -114,41 +127,40 @@ def check_folder(config: Config) -> Path:
     return folder
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Every field that differs, with both values; empty where none does."""
-    before, now = flatten(there), flatten(here)
+def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Every field that differs, with both values; empty if none does."""
+    before, after = flatten(saved), flatten(new)
     return "; ".join(
-        f"{name}={before.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        f"{name}={before.get(name)!r} there, {after.get(name)!r} here"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
     )
 
 
 def check_init_from(config: Config) -> None:
-    """Compare the decoder with that of the run folder `init_from`, of which weights alone do not tell all.
+    """Compare the decoder with that of the run folder `init_from`; the shapes of the weights do not show all settings.
 
     Raises:
-        UserError: they compute something else.
+        UserError: the decoders differ.
     """
     if config.init_from is None or not (Path(config.init_from) / CONFIG).is_file():
         return
 
-    def computed(run: Config) -> dict[str, Any]:
-        # How weights are drawn does not matter, and the vocabulary is compared with the weights themselves.
-        model = {
-            k: v for k, v in identity_fields(run.model).items() if k not in ("vocab_size", "init_std", "embedding_std")
-        }
+    def decoder(run: Config) -> dict[str, Any]:
+        # The initialisation does not matter, and the vocabulary is compared with the weights themselves.
+        ignored = ("vocab_size", "init_std", "embedding_std")
+        model = {name: value for name, value in identity_fields(run.model).items() if name not in ignored}
         return {"model": model, "norm": run.norm}
 
-    if differing := differences(computed(load(Path(config.init_from))), computed(config)):
+    if differing := differences(decoder(load(Path(config.init_from))), decoder(config)):
         raise UserError(
-            f"init_from={config.init_from} has another decoder ({differing}): choose its model= and norm=, or name its "
-            ".ckpt file to take the weights all the same"
+            f"init_from={config.init_from} has another decoder ({differing}): use its model= and norm=, or name its "
+            ".ckpt file to load the weights without this check"
         )
 
 
 def create_run_folder(config: Config) -> Path:
-    """Make the run's folder and save the configuration there; with `resume=false`, put an earlier run aside first.
+    """Make the run's folder and save the configuration there; with `resume=false`, rename an earlier run first.
 
     Raises:
         UserError: as `check_folder`.

@@ -1,4 +1,4 @@
-"""The settings of training; plain data, so that a configuration is checked without importing torch."""
+"""The settings of a run: plain data, checked without importing torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.data.config import DataConfig, ImageConfig
-from cod_lightning.errors import nearest
-from cod_lightning.measure.registry import MEASURES
-from cod_lightning.nn.config import RUNTIME, DecoderConfig
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.settings import metadata, setting
 
 FIGURES = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
 """Figures of a validation and how they are printed; a task has some of them."""
@@ -29,190 +28,131 @@ def run_of(source: Path) -> Path:
     return source.parent.parent if source.suffix == ".ckpt" else source
 
 
-def one_of(name: str, value: str, known: tuple[str, ...]) -> list[str]:
-    return [] if value in known else [f"{name}={value!r} does not exist: {nearest(value, known)}"]
-
-
 @dataclass
 class OptimConfig:
-    """Optimizer, schedule and how the loss of a step is weighted."""
+    """Optimizer, schedule and weighting of the loss."""
 
-    name: str = "adam"
+    name: str = setting("adam", choices=("adam", "adamw"))
     """`adam` (the paper's) or `adamw`."""
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = setting(1e-3, above=0)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata=metadata(at_least=0, below=1))
+    eps: float = setting(1e-8, above=0)
+    weight_decay: float = setting(0.0, at_least=0)
     """On matrices only; `adam` adds it to the gradient, `adamw` decouples it."""
-    clip: float = 0.0
+    clip: float = setting(0.0, at_least=0)
     """Largest norm of the gradient; 0 does not clip (the paper's)."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: float = setting(0.1, at_least=0, at_most=1)
     """Linear warm-up over this share of the steps."""
-    warmup_steps: int | None = None
+    warmup_steps: int | None = setting(None, at_least=0)
     """Instead of `warmup_ratio`."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = setting(0.1, at_least=0, at_most=1)
     """The schedule ends at this share of `lr`."""
-    schedule: str = "cosine"
+    schedule: str = setting("cosine", choices=("cosine", "cosine_released", "linear"))
     """`cosine`; `cosine_released`, one update behind it: the released code's first update has rate 0; or `linear`."""
-    weighting: str = "tokens"
+    weighting: str = setting("tokens", choices=("tokens", "micro_batches"))
     """`tokens`: every target of a step counts the same; `micro_batches`: the mean of micro-batch means (paper)."""
-    lisa_layers: int = 0
-    """LISA (Pan et al., 2024): train only so many blocks at a time, besides embeddings, head and final norm; 0: all."""
-    lisa_interval: int = 3
+    lisa_layers: int = setting(0, at_least=0)
+    """LISA (Pan et al., 2024): train this many blocks at a time, with embeddings, head and final norm; 0: all."""
+    lisa_interval: int = setting(3, at_least=1)
     """Steps between draws of these blocks."""
 
     def warmup(self, max_steps: int) -> int:
         """Warm-up in steps."""
         return round(self.warmup_ratio * max_steps) if self.warmup_steps is None else self.warmup_steps
 
-    def problems(self, max_steps: int) -> list[str]:
-        found = one_of("optim.name", self.name, ("adam", "adamw"))
-        found += one_of("optim.schedule", self.schedule, ("cosine", "cosine_released", "linear"))
-        found += one_of("optim.weighting", self.weighting, ("tokens", "micro_batches"))
-        if not self.lr > 0:
-            found.append(f"optim.lr={self.lr} must be positive")
-        if len(self.betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
-            found.append(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
-        for name in ("weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                found.append(f"optim.{name}={getattr(self, name)} must not be negative")
-        if not self.eps > 0:
-            found.append(f"optim.eps={self.eps} must be positive")
-        for name in ("warmup_ratio", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"optim.{name}={getattr(self, name)} must lie between 0 and 1")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            found.append(f"optim.warmup_steps={self.warmup_steps} must not be negative")
-        elif max_steps > 0 and self.warmup(max_steps) >= max_steps:
-            name = "warmup_ratio" if self.warmup_steps is None else "warmup_steps"
-            found.append(
-                f"optim.{name}={getattr(self, name)} warms up for {self.warmup(max_steps)} steps, "
-                f"but trainer.max_steps={max_steps}: it must end before the run does"
-            )
-        if self.lisa_layers < 0:
-            found.append(f"optim.lisa_layers={self.lisa_layers} must not be negative")
-        if self.lisa_interval < 1:
-            found.append(f"optim.lisa_interval={self.lisa_interval} must be at least 1")
-        return found
-
 
 @dataclass
 class EvalConfig:
     """Validation during and after training."""
 
-    every: int = 1000
+    every: int = setting(1000, at_least=1)
     """Steps between validations; one always ends the run."""
-    paper_batch: int = 64
-    """Rows per batch in the released evaluation that `ppl_paper_protocol` emulates."""
-    paper_ranks: int = 1
+    paper_batch: int = setting(64, at_least=1)
+    """Rows per batch in the released evaluation, which `ppl_paper_protocol` emulates."""
+    paper_ranks: int = setting(1, at_least=1)
     """Its number of GPUs."""
 
-    def problems(self) -> list[str]:
-        names = ("every", "paper_batch", "paper_ranks")
-        return [f"eval.{n}={getattr(self, n)} must be at least 1" for n in names if getattr(self, n) < 1]
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 @dataclass
 class TrainerConfig:
-    """How long a run is and what it runs on."""
+    """Length of a run, and the hardware that it uses."""
 
-    max_steps: int = 1000
-    precision: str = "auto"
+    max_steps: int = setting(1000, at_least=1)
+    precision: str = setting("auto", choices=("auto", *PRECISIONS))
     """`32-true`, `bf16-mixed`, `bf16-true`; `auto` is `auto_cuda` on a CUDA device with bfloat16, else `32-true`."""
-    auto_cuda: str = "bf16-mixed"
-    """What `precision=auto` means on CUDA; protocol=paper sets `bf16-true`."""
-    accelerator: str = field(default="auto", metadata=RUNTIME)
-    """`cpu`, `gpu` (CUDA), or `auto`: CUDA where there is one, else the CPU."""
-    devices: int = field(default=1, metadata=RUNTIME)
+    auto_cuda: str = setting("bf16-mixed", choices=PRECISIONS)
+    """Meaning of `precision=auto` on CUDA; protocol=paper sets `bf16-true`."""
+    accelerator: str = setting("auto", runtime=True, choices=("auto", "cpu", "gpu"))
+    """`cpu`, `gpu` (CUDA), or `auto`: CUDA if there is a device, else the CPU."""
+    devices: int = setting(1, runtime=True, at_least=1)
     """Ranks per node."""
-    num_nodes: int = field(default=1, metadata=RUNTIME)
-    strategy: str = field(default="auto", metadata=RUNTIME)
-    """`auto` (one rank); `ddp`, each rank has all of the model; `fsdp`, each has a part of every parameter (FSDP2)."""
-    hybrid: bool = field(default=False, metadata=RUNTIME)
-    """Under `fsdp`: shard within a node, and replicate over the nodes."""
-    offload: bool = field(default=False, metadata=RUNTIME)
-    """Under `fsdp`: parameters and moments rest in the host's memory."""
-    checkpointing: str = field(default="none", metadata=RUNTIME)
-    """Activations made again in the backward pass: `none`; `selective`, all but what matrix products and attention
-    return; `full`, all of a block but its input."""
-    compile: bool | None = field(default=None, metadata=RUNTIME)
+    num_nodes: int = setting(1, runtime=True, at_least=1)
+    strategy: str = setting("auto", runtime=True, choices=("auto", "ddp", "fsdp"))
+    """`auto` (one rank); `ddp`: each rank has the whole model; `fsdp`: each has a shard of every parameter (FSDP2)."""
+    hybrid: bool = setting(False, runtime=True)
+    """With `fsdp`: shard within a node, and replicate across nodes."""
+    offload: bool = setting(False, runtime=True)
+    """With `fsdp`: keep parameters and optimizer state in CPU memory."""
+    checkpointing: str = setting("none", runtime=True, choices=("none", "selective", "full"))
+    """Activations recomputed in the backward pass: `none`; `selective`: all but the outputs of matrix products and
+    attention; `full`: all of a block but its input."""
+    compile: bool | None = setting(None, runtime=True)
     """Compile the blocks, each as one graph; None: on CUDA."""
-    timeout: float = field(default=1800.0, metadata=RUNTIME)
-    """Seconds that a rank waits for another before it gives up."""
-    threads: int = field(default=0, metadata=RUNTIME)
+    timeout: float = setting(1800.0, runtime=True, above=0)
+    """Seconds that a rank waits for another before it fails."""
+    threads: int = setting(0, runtime=True, at_least=0)
     """CPU threads of one rank; 0: torch's default."""
-    log_every: int = field(default=10, metadata=RUNTIME)
+    log_every: int = setting(10, runtime=True, at_least=1)
     """Steps between logged values."""
-    stats_every: int = field(default=100, metadata=RUNTIME)
+    stats_every: int = setting(100, runtime=True, at_least=0)
     """Steps between layer statistics; 0: none."""
-    measures: dict[str, int] = field(default_factory=lambda: {"jacobian": 1000}, metadata=RUNTIME)
-    """Steps between other measures of a decoder's layers, by name (`measure.registry.MEASURES`); 0: none."""
-    probe_rows: int = field(default=8, metadata=RUNTIME)
-    """Validation rows that layer statistics and measures are taken on."""
-    checkpoint_every: int = field(default=1000, metadata=RUNTIME)
+    measures: dict[str, int] = field(
+        default_factory=lambda: {"jacobian": 1000}, metadata=metadata(runtime=True, at_least=0)
+    )
+    """Steps between other measures of a decoder's layers, by name; 0: none."""
+    probe_rows: int = setting(8, runtime=True, at_least=1)
+    """Validation rows used for layer statistics and measures."""
+    checkpoint_every: int = setting(1000, runtime=True, at_least=1)
     """Steps between checkpoints; the last step always has one."""
-    keep_last: int = field(default=2, metadata=RUNTIME)
+    keep_last: int = setting(2, runtime=True, at_least=1)
     """Checkpoints kept, besides the one with the best validation loss."""
-    progress: bool = field(default=True, metadata=RUNTIME)
+    progress: bool = setting(True, runtime=True)
 
     @property
     def world_size(self) -> int:
         return self.devices * self.num_nodes
 
-    def problems(self) -> list[str]:
-        precisions = ("32-true", "bf16-mixed", "bf16-true")
-        found = one_of("trainer.precision", self.precision, ("auto", *precisions))
-        found += one_of("trainer.auto_cuda", self.auto_cuda, precisions)
-        found += one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        found += one_of("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
-        found += one_of("trainer.checkpointing", self.checkpointing, ("none", "selective", "full"))
-        if self.strategy != "fsdp":
-            found += [
-                f"trainer.{n}=true is for trainer.strategy=fsdp" for n in ("hybrid", "offload") if getattr(self, n)
-            ]
-        if not self.timeout > 0:
-            found.append(f"trainer.timeout={self.timeout} must be positive")
-        at_least_one = ("max_steps", "devices", "num_nodes", "log_every", "probe_rows", "checkpoint_every", "keep_last")
-        found += [f"trainer.{n}={getattr(self, n)} must be at least 1" for n in at_least_one if getattr(self, n) < 1]
-        found += [
-            f"trainer.{n}={getattr(self, n)} must not be negative"
-            for n in ("threads", "stats_every")
-            if getattr(self, n) < 0
-        ]
-        for name, every in self.measures.items():
-            found += one_of("trainer.measures", name, tuple(MEASURES))
-            if every < 0:
-                found.append(f"trainer.measures.{name}={every} must not be negative")
-        return found
-
 
 @dataclass
 class Config:
-    """Everything a run is made of; each section is owned by the room that acts on it."""
+    """All settings of a run; each section is owned by the room that acts on it."""
 
-    experiment: str = field(default="none", metadata=RUNTIME)
-    description: str = field(default="", metadata=RUNTIME)
-    scale: str = field(default="paper", metadata=RUNTIME)
-    """`paper`: as published; `mini` and `toy` keep what is compared and shrink the rest."""
-    row: str | None = field(default=None, metadata=RUNTIME)
-    """Which of the experiment's rows this is; None: the settings decide (see `row_of`)."""
-    task: str = "language"
-    """`language`, or `vision`: a Vision Transformer on `images` (Table 5) in the place of a decoder on `data`."""
-    protocol: str = "strict"
-    """`paper`, or `strict`: which of the two procedures the settings follow."""
+    experiment: str = setting("none", runtime=True)
+    description: str = setting("", runtime=True)
+    scale: str = setting("paper", runtime=True)
+    """`paper`: as published; `mini`, `small` and `toy` keep the comparison and shrink the rest."""
+    row: str | None = setting(None, runtime=True)
+    """Row of the experiment; None: determined from the settings (`row_of`)."""
+    task: str = setting("language", choices=("language", "vision"))
+    """`language`: a decoder on `data`; `vision`: a Vision Transformer on `images` (Table 5)."""
+    protocol: str = setting("strict", choices=("paper", "strict"))
+    """Training and evaluation procedure of the settings: `paper` or `strict`."""
     init_from: str | None = None
-    """Where the weights come from, at step 0: a run folder (its last checkpoint; same `model` and `norm`) or a .ckpt
-    file. Its run's tokenizer stands for `data.tokenizer=bpe`; None: weights are drawn."""
-    seed: int = 1
-    """Of the initialisation and of the order of the data."""
-    output: str = field(default="runs", metadata=RUNTIME)
+    """Initial weights: a run folder (its last checkpoint; same `model` and `norm`) or a .ckpt file. The tokenizer of
+    that run replaces `data.tokenizer=bpe`. None: random weights."""
+    seed: int = setting(1, at_least=0)
+    """Seed of the initialisation and of the order of the data."""
+    output: str = setting("runs", runtime=True)
     """Root of all run folders."""
-    name: str | None = field(default=None, metadata=RUNTIME)
-    """Of the run folder below `output`; None: derived from the configuration."""
-    resume: bool = field(default=True, metadata=RUNTIME)
-    """False: put an earlier run of the same configuration aside and start anew."""
-    logger: str = field(default="tensorboard", metadata=RUNTIME)
-    """`tensorboard` or `none`; `record.json` holds every figure in any case."""
+    name: str | None = setting(None, runtime=True)
+    """Run folder below `output`; None: derived from the configuration."""
+    resume: bool = setting(True, runtime=True)
+    """False: move an earlier run of the same configuration aside and start from step 0."""
+    logger: str = setting("tensorboard", runtime=True, choices=("none", "tensorboard"))
+    """`tensorboard` or `none`; `record.json` holds every figure in either case."""
     model: DecoderConfig = field(default_factory=DecoderConfig)
     norm: dict[str, Any] = field(default_factory=dict)
     """`name` of the strategy, and its options."""
@@ -221,48 +161,47 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    paper: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
+    paper: dict[str, Any] = field(default_factory=dict, metadata=metadata(runtime=True))
     """What the experiment reproduces: its rows, their published figures, the source of each setting."""
-    scales: dict[str, Any] = field(default_factory=dict, metadata=RUNTIME)
-    """By scale, what the experiment sets there beyond what the scale does."""
+    scales: dict[str, Any] = field(default_factory=dict, metadata=metadata(runtime=True))
+    """Settings of the experiment at each scale, in addition to those of the scale itself."""
 
     @property
     def id(self) -> str:
-        """Eight hexadecimal digits that stand for everything a run computes.
+        """Eight hexadecimal digits, a hash of the settings that change the result of a run.
 
-        Two experiments that ask for the same computation give the same id, and so does a configuration saved before a
-        field was added: only what differs from the defaults counts.
+        Settings at their default do not count, so that a new field leaves the ids of saved configurations unchanged.
         """
-        kept, plain_defaults = flatten(identity(self)), flatten(identity(Config()))
-        changed = {name: value for name, value in kept.items() if value != plain_defaults.get(name)}
+        values, defaults = flatten(identity(self)), flatten(identity(Config()))
+        changed = {name: value for name, value in values.items() if value != defaults.get(name)}
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def label(self) -> str:
-        """Strategy, seed and id: what a run is called."""
+        """Name of the run: strategy, seed and id."""
         return f"{re.sub(r'[^a-zA-Z0-9]+', '_', self.norm['name'])}-seed{self.seed}-{self.id}"
 
     @property
     def folder(self) -> Path:
-        """Where the run lives: a pure function of the configuration."""
+        """The run folder, a pure function of the configuration."""
         return Path(self.output, self.name or f"{self.experiment}/{self.label}")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What makes two runs the same: every field that is not marked as a matter of carrying the run out."""
-    kept = identity_fields(config)
-    if config.task == "vision":  # which reads nothing else of `data`
-        kept["data"] = {"batch_size": config.data.batch_size}
-    if config.data.sha256 is not None:
-        kept["data"] = {**kept["data"], "files": None, "val_files": None}
-    if config.optim.weighting == "micro_batches":
-        # A mean of means depends on what is in each.
-        kept["data"]["micro_batch_size"] = config.data.micro_batch_size
-    return kept
+    """The settings that change the result of a run, as nested dictionaries."""
+    values = identity_fields(config)
+    if config.task == "vision":  # it reads no other field of `data`
+        values["data"] = {"batch_size": config.data.batch_size}
+    if config.data.sha256 is not None:  # the hash of the text stands for the names of its files
+        values["data"] = {**values["data"], "files": None, "val_files": None}
+    if config.optim.weighting == "micro_batches":  # a mean of means depends on the size of each
+        values["data"]["micro_batch_size"] = config.data.micro_batch_size
+    return values
 
 
 def identity_fields(section: Any) -> dict[str, Any]:
-    values = {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("identity", True)}
+    """The fields of a dataclass and of those inside it, without runtime settings."""
+    values = {f.name: getattr(section, f.name) for f in fields(section) if not f.metadata.get("runtime")}
     return {name: identity_fields(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
@@ -275,9 +214,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def init_from_run(config: Config, source: Path) -> Config:
-    """A configuration that starts from the weights at `source`, and reads text with the tokenizer that lies there."""
+    """A copy of a configuration that starts from the weights at `source`, with the tokenizer of that run."""
     data = config.data
-    if data.tokenizer == "bpe":
-        # Tokens of one trained anew would have nothing to do with the rows of the embedding.
+    if data.tokenizer == "bpe":  # token ids of a new tokenizer would not match the embedding
         data = replace(data, tokenizer=str(run_of(source) / TOKENIZER))
     return replace(config, init_from=str(source), data=data)

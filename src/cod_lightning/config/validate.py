@@ -1,4 +1,4 @@
-"""The check of a whole configuration: all of its errors at once."""
+"""Validation of a whole configuration: all of its errors at once, each with its field and what to do."""
 
 from __future__ import annotations
 
@@ -8,97 +8,146 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.config.schema import Config, flatten, one_of
+from cod_lightning.config.schema import Config, flatten
 from cod_lightning.data.config import image_problems
 from cod_lightning.data.config import problems as data_problems
 from cod_lightning.errors import UserError
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn import strategies
 from cod_lightning.nn.config import MOST_LAYERS
+from cod_lightning.settings import choice_errors, setting_errors
 
 
 def problems(config: Config) -> list[str]:
-    """Everything that keeps this run from working, each naming its field and what would be right."""
-    data, trainer = config.data, config.trainer
-    if strange := [
+    """All errors of a configuration; those of the sections come before those between them."""
+    if errors := value_errors(config) or paper_block_errors(config):
+        return errors
+    return [
+        *config.model.problems(),
+        *data_problems(config.data),
+        *image_problems(config.images),
+        *setting_errors(config.trainer, "trainer."),
+        *setting_errors(config.eval, "eval."),
+        *setting_errors(config.optim, "optim."),
+        *setting_errors(config),
+        *folder_errors(config),
+        *optim_errors(config),
+        *trainer_errors(config),
+        *model_errors(config),
+    ]
+
+
+def value_errors(config: Config) -> list[str]:
+    """Values that no field can have: infinite numbers, integers over 64 bits, strings that are not valid UTF-8."""
+    return [
         f"{name}={value!r} {reason}"
         for name, value in flatten(asdict(config)).items()
         for part in (value if isinstance(value, list) else [value])
         if (reason := invalid_value(part)) is not None
-    ]:
-        return strange
-    if wrong := paper_block_errors(config):
-        return wrong
-    found = [*config.model.problems(), *data_problems(data), *image_problems(config.images)]
-    found += [*trainer.problems(), *config.eval.problems()]
-    found += config.optim.problems(trainer.max_steps)
-    found += one_of("logger", config.logger, ("tensorboard", "none"))
-    found += one_of("protocol", config.protocol, ("paper", "strict"))
-    found += one_of("task", config.task, ("language", "vision"))
-    if config.seed < 0:
-        found.append(f"seed={config.seed} must not be negative")
-    if config.task == "vision" and config.init_from is not None:
-        found.append("init_from starts a decoder: leave it out, or task=vision")
-    rows = data.micro_batch_size * trainer.world_size
-    if min(data.batch_size, rows) > 0 and data.batch_size % rows:
-        found.append(
-            f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size={data.micro_batch_size} "
-            f"x {trainer.world_size} rank(s) = {rows}"
-        )
-    if trainer.world_size > 1 and trainer.strategy == "auto":
-        found.append(
-            f"trainer.strategy='auto' is one rank, but {trainer.world_size} are asked for: trainer=ddp or fsdp"
-        )
-    if trainer.strategy == "fsdp" and config.optim.lisa_layers:
-        found.append("optim.lisa_layers rests blocks by the step, which sharded ones cannot: trainer=ddp can")
-    trained = data.tokenizer == "bpe" and data.folder is None
-    if trained and config.model.vocab_size is not None and config.model.vocab_size < data.vocab_size:
-        found.append(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's: "
-            f"data.vocab_size={data.vocab_size}"
-        )
-    depth = min(max(config.model.num_hidden_layers, 1), MOST_LAYERS)
-    if config.optim.lisa_layers > depth:
-        found.append(
-            f"optim.lisa_layers={config.optim.lisa_layers} is more than "
-            f"model.num_hidden_layers={config.model.num_hidden_layers}"
-        )
-    for field_name in ("experiment", "name"):
-        value = getattr(config, field_name)
-        if value is not None and (not Path(value).parts or Path(value).is_absolute() or ".." in Path(value).parts):
-            found.append(f"{field_name}={value!r} must be a folder below output")
-    try:
-        specs = strategies.build_all(config.norm, depth)
-    except UserError as error:
-        return [*found, str(error)]
-    width = config.model.hidden_size
-    if wrong := {s.groups for spec in specs for s in spec.sublayers if width % s.groups}:
-        found.append(f"norm.groups={wrong.pop()} does not divide model.hidden_size={width}")
-    if not config.model.norm_affine and any(s.pre_norm_weight != 1 for spec in specs for s in spec.sublayers):
-        found.append(f"norm={config.norm['name']} needs norms with a weight: model.norm_affine=true")
-    return found
-
-
-def paper_block_errors(config: Config) -> list[str]:
-    """Errors in `paper` and `scales`, which the schema leaves open."""
-    rows = config.paper.get("rows", {})
-    if not isinstance(rows, Mapping) or not all(isinstance(row, Mapping) for row in rows.values()):
-        return [f"paper.rows={rows!r} must hold a mapping for each row, as in paper.rows={{lns: {{label: LNS}}}}"]
-    return [
-        f"{name}={value!r} must be a mapping of overrides, as in {name}={{optim.lr: 0.001}}"
-        for name, value in [
-            *((f"paper.rows.{row}.set", settings.get("set")) for row, settings in rows.items()),
-            *((f"scales.{scale}", settings) for scale, settings in config.scales.items()),
-        ]
-        if value is not None and not isinstance(value, Mapping)
     ]
 
 
 def invalid_value(value: Any) -> str | None:
-    """Why no field can have this value, None if some can."""
+    """Why no field can have this value, None if it is valid."""
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if isinstance(value, int) and abs(value) >= 2**63:
-        return "is too large: whole numbers have 64 bits"
+        return "is too large: an integer has 64 bits"
     if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
-        return "must be text that UTF-8 can spell, without NUL"
+        return "must be valid UTF-8 without NUL"
     return None
+
+
+def paper_block_errors(config: Config) -> list[str]:
+    """Errors in `paper.rows` and `scales`, which the schema leaves open."""
+    rows = config.paper.get("rows", {})
+    if not isinstance(rows, Mapping) or not all(isinstance(row, Mapping) for row in rows.values()):
+        return [f"paper.rows={rows!r} must hold a mapping for each row, as in paper.rows={{lns: {{label: LNS}}}}"]
+    overrides = {f"paper.rows.{name}.set": row.get("set") for name, row in rows.items()}
+    overrides |= {f"scales.{name}": values for name, values in config.scales.items()}
+    return [
+        f"{name}={values!r} must be a mapping of overrides, as in {name}={{optim.lr: 0.001}}"
+        for name, values in overrides.items()
+        if values is not None and not isinstance(values, Mapping)
+    ]
+
+
+def folder_errors(config: Config) -> list[str]:
+    """Errors in the fields that name folders and the source of the weights."""
+    errors = [
+        f"{field}={value!r} must be a folder below output"
+        for field, value in (("experiment", config.experiment), ("name", config.name))
+        if value is not None and (not Path(value).parts or Path(value).is_absolute() or ".." in Path(value).parts)
+    ]
+    if config.task == "vision" and config.init_from is not None:
+        errors.append("init_from does not support task=vision: remove init_from")
+    return errors
+
+
+def optim_errors(config: Config) -> list[str]:
+    """Errors between the settings of the optimizer and the length and depth of the run."""
+    optim, steps = config.optim, config.trainer.max_steps
+    errors = []
+    if len(optim.betas) != 2:
+        errors.append(f"optim.betas={list(optim.betas)} must be two numbers in [0, 1)")
+    if steps > 0 and optim.warmup(steps) >= steps:
+        name = "warmup_ratio" if optim.warmup_steps is None else "warmup_steps"
+        errors.append(
+            f"optim.{name}={getattr(optim, name)} warms up for {optim.warmup(steps)} steps, but "
+            f"trainer.max_steps={steps}: end the warm-up before the run"
+        )
+    if optim.lisa_layers > max(config.model.num_hidden_layers, 1):
+        errors.append(
+            f"optim.lisa_layers={optim.lisa_layers} is more than "
+            f"model.num_hidden_layers={config.model.num_hidden_layers}"
+        )
+    if optim.lisa_layers and config.trainer.strategy == "fsdp":
+        errors.append("optim.lisa_layers does not support FSDP: use trainer=ddp")
+    return errors
+
+
+def trainer_errors(config: Config) -> list[str]:
+    """Errors between batch size, ranks, strategy and measures."""
+    data, trainer = config.data, config.trainer
+    errors = []
+    rows = data.micro_batch_size * trainer.world_size
+    if min(data.batch_size, rows) > 0 and data.batch_size % rows:
+        errors.append(
+            f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size={data.micro_batch_size} "
+            f"x {trainer.world_size} rank(s) = {rows}"
+        )
+    if trainer.world_size > 1 and trainer.strategy == "auto":
+        errors.append(
+            f"trainer.strategy='auto' supports one rank, but {trainer.world_size} are configured: "
+            "use trainer=ddp or trainer=fsdp"
+        )
+    if trainer.strategy != "fsdp":
+        errors += [
+            f"trainer.{name}=true requires trainer.strategy=fsdp"
+            for name in ("hybrid", "offload")
+            if getattr(trainer, name)
+        ]
+    for name in trainer.measures:
+        errors += choice_errors("trainer.measures", name, tuple(MEASURES))
+    return errors
+
+
+def model_errors(config: Config) -> list[str]:
+    """Errors between the decoder, its norm strategy and the vocabulary."""
+    model, data = config.model, config.data
+    errors = []
+    new_tokenizer = data.tokenizer == "bpe" and data.folder is None
+    if new_tokenizer and model.vocab_size is not None and model.vocab_size < data.vocab_size:
+        errors.append(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's: data.vocab_size={data.vocab_size}"
+        )
+    try:
+        specs = strategies.build_all(config.norm, min(max(model.num_hidden_layers, 1), MOST_LAYERS))
+    except UserError as error:
+        return [*errors, str(error)]
+    sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
+    if groups := {sublayer.groups for sublayer in sublayers if model.hidden_size % sublayer.groups}:
+        errors.append(f"norm.groups={groups.pop()} does not divide model.hidden_size={model.hidden_size}")
+    if not model.norm_affine and any(sublayer.pre_norm_weight != 1 for sublayer in sublayers):
+        errors.append(f"norm={config.norm['name']} needs norms with a weight: set model.norm_affine=true")
+    return errors

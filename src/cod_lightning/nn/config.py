@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
-RUNTIME = {"identity": False}
-"""Metadata of fields that change how a run is carried out but not what it computes."""
+from cod_lightning.settings import setting, setting_errors
 
 MOST_LAYERS = 10_000
 """Deeper than any model that was trained; a mistyped depth is an error, and not a list that fills the memory."""
@@ -18,34 +17,34 @@ class DecoderConfig:
     The paper's shapes (60M to 7B) are the files of `configs/model/`.
     """
 
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 3
-    num_key_value_heads: int | None = None
+    hidden_size: int = setting(96, at_least=1)
+    intermediate_size: int = setting(256, at_least=1)
+    num_hidden_layers: int = setting(24, at_least=1, at_most=MOST_LAYERS)
+    num_attention_heads: int = setting(3, at_least=1)
+    num_key_value_heads: int | None = setting(None, at_least=1)
     """Fewer than `num_attention_heads` is grouped-query attention; None: as many."""
-    vocab_size: int | None = None
+    vocab_size: int | None = setting(None, at_least=1)
     """None: the tokenizer's."""
-    norm: str = "rms"
+    norm: str = setting("rms", choices=("rms", "layer"))
     """`rms` (RMSNorm) or `layer` (LayerNorm, without bias)."""
     norm_affine: bool = True
     """False: norms without a weight (OLMo's non-parametric LayerNorm)."""
-    norm_eps: float = 1e-6
-    norm_backend: str = field(default="auto", metadata=RUNTIME)
+    norm_eps: float = setting(1e-6, above=0)
+    norm_backend: str = setting("auto", runtime=True, choices=("auto", "torch", "triton"))
     """What computes the norms: `triton`, `torch`, or `auto` (Triton on a GPU, torch elsewhere)."""
-    rope_theta: float = 10000.0
+    rope_theta: float = setting(10000.0, above=0)
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2.5)."""
     tie_word_embeddings: bool = False
-    init: str = "normal"
+    init: str = setting("normal", choices=("normal", "fan_in"))
     """`normal`: every linear weight starts with standard deviation `init_std`, the embeddings with `embedding_std`;
     `fan_in`: with 1/sqrt(inputs), the embeddings with 1/sqrt(hidden_size). A strategy's own factor comes on top: with
     norm=ds_init `fan_in` is OLMo's scaled initialisation ("mitchell")."""
-    init_cutoff: float | None = None
+    init_cutoff: float | None = setting(None, above=0)
     """Initial draws end at so many standard deviations of the normal distribution (OLMo: 3); None: nowhere."""
-    init_std: float = 0.02
+    init_std: float = setting(0.02, at_least=0)
     """Standard deviation of every linear weight at initialisation, before a strategy's own factor."""
-    embedding_std: float = 0.02
+    embedding_std: float = setting(0.02, at_least=0)
     """Standard deviation of the embeddings; the released code used sqrt(2/5) from February 2025 to January 2026."""
 
     @property
@@ -58,27 +57,7 @@ class DecoderConfig:
 
     def problems(self) -> list[str]:
         """Every reason why no decoder can be built from this, each naming its field."""
-        found = []
-        positive = [f.name for f in fields(self) if f.type.startswith("int")] + [
-            "norm_eps",
-            "rope_theta",
-            "init_cutoff",
-        ]
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                found.append(f"model.{name}={value} must be positive")
-        if self.num_hidden_layers > MOST_LAYERS:
-            found.append(f"model.num_hidden_layers={self.num_hidden_layers} must be at most {MOST_LAYERS}")
-        for name in ("init_std", "embedding_std"):
-            if getattr(self, name) < 0:
-                found.append(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.norm not in ("rms", "layer"):
-            found.append(f"model.norm={self.norm!r} is not a norm; known: layer, rms")
-        if self.init not in ("normal", "fan_in"):
-            found.append(f"model.init={self.init!r} is not an initialisation; known: fan_in, normal")
-        if self.norm_backend not in ("auto", "torch", "triton"):
-            found.append(f"model.norm_backend={self.norm_backend!r} is not a backend; known: auto, torch, triton")
+        found = setting_errors(self, "model.")
         if found:
             return found
         if self.hidden_size % self.num_attention_heads:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cod_lightning.config.compose import choices, compose, config_folder, parse, with_row
+from cod_lightning.config.compose import choices, compose, config_folder, parse
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.evaluate.lm_eval import SCORES_FILE
@@ -101,7 +101,7 @@ def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[
         start = base.paper.get("start")
         sources = {row.name: row for row in experiment_rows([start], scale, overrides)} if start else {}
         for row in base.paper["rows"]:
-            yield Row(name, row, (*arguments, f"row={row}"), with_row(base, row, overrides), sources.get(row))
+            yield Row(name, row, (*arguments, f"row={row}"), compose([*arguments, f"row={row}"]), sources.get(row))
 
 
 # Tasks ---------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from cod_lightning.config.schema import TrainerConfig, one_of
+from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import tokens_at_once
 from cod_lightning.nn.config import DecoderConfig, num_vit_parameters
 from cod_lightning.nn.strategies import BlockSpec, build_all
+from cod_lightning.settings import choice_errors
 
 STRATEGIES = ("single", "ddp", "fsdp")
 CHECKPOINTING = ("none", "selective", "full")
@@ -161,9 +162,9 @@ def estimate(
     strategy = strategy or (automatic if trainer.strategy == "auto" else trainer.strategy)
     checkpointing = checkpointing or trainer.checkpointing
     vocabulary = model.vocab_size or (data.vocab_size if data.tokenizer == "bpe" else 0)
-    found = one_of("hardware", hardware, (*GPUS, "cpu"))
-    found += one_of("strategy", strategy, STRATEGIES)
-    found += one_of("checkpointing", checkpointing, CHECKPOINTING)
+    found = choice_errors("hardware", hardware, (*GPUS, "cpu"))
+    found += choice_errors("strategy", strategy, STRATEGIES)
+    found += choice_errors("checkpointing", checkpointing, CHECKPOINTING)
     if images is not None:
         images = replace(images, classes=images.known_classes)
         if not images.classes:
