@@ -188,7 +188,7 @@ def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, 
     root = tmp_path / "root"
     process = start(tmp_path, corpus, workers=2)
     deadline = time.monotonic() + 300
-    while not list(root.glob("*.partial-*/train/chunk-0-2.bin")):
+    while not list(root.glob(".*.partial/train/chunk-0-2.bin")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -197,13 +197,13 @@ def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, 
     config = make_config(root)
     folder = prepared_folder(config)
     assert not folder.exists()
-    assert list(root.glob("*.partial-*"))
+    assert list(root.glob(".*.partial"))
     while running(process.pid):
         assert time.monotonic() < deadline, running(process.pid)
         time.sleep(0.05)
     assert prepare(config, progress=False) == folder
     assert is_complete(folder)
-    assert not list(root.glob("*.partial-*"))
+    assert not list(root.glob(".*.partial"))
 
 
 def test_two_processes_at_once_prepare_the_set_once(corpus, tmp_path):

@@ -198,7 +198,7 @@ def test_every_missing_damaged_or_different_part_is_named(make_config, tmp_path)
     assert lines[3].startswith("part 2/5 was prepared with other settings: val_every 11 instead of 10; remove ")
     assert lines[4].startswith("part 3/5 was prepared with another tokenizer than part 1/5; remove ")
     assert not prepared_folder(config).exists()
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_an_altered_part_is_refused_during_the_merge(make_config, tmp_path):
@@ -247,19 +247,19 @@ def test_a_killed_shard_leaves_no_part_and_can_be_repeated(corpus, make_config, 
     part = parts_folder(config, 2) / "0"
     with subprocess.Popen(command) as process:
         deadline = time.monotonic() + 300
-        while not any(path.stat().st_size for path in part.parent.glob("0.partial-*/train.ids")):
+        while not any(path.stat().st_size for path in part.parent.glob(".0.*.partial/train.ids")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             with contextlib.suppress(FileNotFoundError):
                 time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
     assert not part.exists()
-    assert len(list(part.parent.glob("0.partial-*"))) == 1
+    assert len(list(part.parent.glob(".0.*.partial"))) == 1
     prepare_shard(config, 1, 2, progress=False)
     with pytest.raises(UserError, match=r"part 0/2 is missing"):
         merge_shards(config, 2, progress=False)
     prepare_shard(config, 0, 2, progress=False)
-    assert not list(part.parent.glob("*.partial-*"))
+    assert not list(part.parent.glob(".*.partial"))
     assert is_complete(merge_shards(config, 2, progress=False))
 
 

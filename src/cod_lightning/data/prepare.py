@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ from cod_lightning.data.manifest import (
 )
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
+from cod_lightning.files import new_folder
 
 PREPARED_VAL_TOKENS = 10_000_000
 """Validation tokens to prepare even if `val_tokens` is smaller, so that a smaller value reuses the set."""
@@ -76,7 +76,7 @@ def check_settings(config: DataConfig) -> None:
 
 
 def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> None:
-    """Let `build` write a partial folder, under a lock, and rename it to `folder`; do nothing if it is complete.
+    """Let `build` write a temporary folder, under a lock, and rename it to `folder`; do nothing if it is complete.
 
     Raises:
         UserError: the disk cannot be written; or as `build`. Only the file of the lock remains.
@@ -86,19 +86,14 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Calla
         with FileLock(f"{folder}.lock"):
             if is_complete(folder):
                 return
-            for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
+            for leftover in folder.parent.glob(f".{folder.name}.*.partial"):
                 shutil.rmtree(leftover)  # its process held the lock, so it is dead
-            partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-            partial.mkdir()
-            try:
+            if folder.exists():
+                shutil.rmtree(folder)  # damaged
+            with new_folder(folder) as partial:
                 build(partial)
-                if folder.exists():
-                    shutil.rmtree(folder)  # damaged
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:  # a full disk, a folder without write permission
-        raise UserError(f"{folder} cannot be written ({error}); partial output removed") from error
+    except OSError as error:  # a file in the way, a folder without write permission
+        raise UserError(f"{folder} cannot be written ({error})") from error
 
 
 # --- which set --------------------------------------------------------------------------------------------------------
