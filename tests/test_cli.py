@@ -196,7 +196,7 @@ def loss_of(model, batches, pad_id=None):
 def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
     transformers = pytest.importorskip("transformers")
     from cod_lightning.cli import open_subject
-    from cod_lightning.measure.pruning import removed
+    from cod_lightning.measure.pruning import remove_blocks
 
     folder, _ = finished
     small = tmp_path / "small"
@@ -207,7 +207,7 @@ def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
     assert f"{result['loss_after']:.4g}" in process.stdout
     subject = open_subject(str(folder), [], "last", 5)
     twin = transformers.AutoModelForCausalLM.from_pretrained(small).eval()
-    expected = removed(subject.model, [2, 3])
+    expected = remove_blocks(subject.model, [2, 3])
     tokens = subject.batches[0]
     with torch.no_grad():
         torch.testing.assert_close(twin(tokens).logits, expected.logits(tokens), rtol=1e-5, atol=1e-5)

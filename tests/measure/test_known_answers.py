@@ -12,7 +12,7 @@ from torch import nn
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.sparsity import matrices
+from cod_lightning.measure.sparsity import linear_weights
 
 USELESS = 3
 
@@ -29,7 +29,7 @@ def plant(model):
     """Let the norms of one block pass nothing on; give the weights of the others outliers, and have them learn."""
     with torch.no_grad():
         for layer, block in enumerate(model.blocks, start=1):
-            for _, weight in matrices(block).values():
+            for _, weight in linear_weights(block).values():
                 if layer != USELESS:
                     weight[0] *= 6
             for name, parameter in block.named_parameters():

@@ -1,4 +1,4 @@
-"""How many weights each block can lose: the layer-wise sparsities of OWL and AlphaPruning, and pruning by them."""
+"""Layer-wise sparsities of OWL (arXiv 2310.05175) and AlphaPruning (arXiv 2410.10912), and pruning of weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,50 +16,34 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches
 from cod_lightning.measure.options import require_choice
-from cod_lightning.measure.result import Progress, figure, layer_lines, legend
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from cod_lightning.measure.result import Lines, Panel, Progress, Result
 
 Method = Literal["wanda", "magnitude"]
 
 
 @dataclass(frozen=True)
-class LayerSparsity:
-    """One number per block, first block first."""
+class LayerSparsity(Result):
+    """Signals and sparsities of each block."""
 
-    model: str
     tokens: int
     sparsity: float
-    """Wanted mean share of weights to remove."""
+    """Requested mean share of weights to remove."""
     outlier_ratio: list[float]
     """OWL's layer outlier distribution, a share of the block's weights."""
     owl: list[float]
-    """The sparsities it gives."""
+    """OWL's sparsities."""
     alpha: list[float]
-    """PL_Alpha_Hill, mean over the block's matrices; low is heavy-tailed, which is read as well trained."""
+    """PL_Alpha_Hill, mean over the block's matrices; low is heavy-tailed, interpreted as well trained."""
     alpha_pruning: list[float]
-    """The sparsities it gives."""
+    """AlphaPruning's sparsities."""
 
-    def series(self) -> dict[str, list[Any]]:
-        rows = self.rows()
-        return {name: [row.get(name) for row in rows] for name in rows[0]}
-
-    def rows(self) -> list[dict[str, Any]]:
-        names = ("outlier_ratio", "owl", "alpha", "alpha_pruning")
-        columns = zip(*(getattr(self, name) for name in names), strict=True)
+    def panels(self) -> list[Panel]:
+        sparsities = {"OWL": self.owl, "AlphaPruning": self.alpha_pruning}
         return [
-            {"layer": layer} | dict(zip(names, values, strict=True)) for layer, values in enumerate(columns, start=1)
+            Lines("share of outliers (OWL)", {"outlier ratio": self.outlier_ratio}),
+            Lines("PL_Alpha_Hill (AlphaPruning)", {"alpha": self.alpha}),
+            Lines("share of weights to remove", sparsities, level=("mean", self.sparsity)),
         ]
-
-    def plot(self) -> Figure:
-        made, (left, middle, right) = figure(self.model, columns=3)
-        layer_lines(left, {"outlier ratio": self.outlier_ratio}, "share of outliers (OWL)")
-        layer_lines(middle, {"alpha": self.alpha}, "PL_Alpha_Hill (AlphaPruning)")
-        layer_lines(right, {"OWL": self.owl, "AlphaPruning": self.alpha_pruning}, "share of weights to remove")
-        right.axhline(self.sparsity, color="black", lw=1, ls=":", label="mean")
-        legend(right)
-        return made
 
 
 @torch.no_grad()
@@ -74,20 +58,20 @@ def layer_sparsity(
     owl_lambda: float = 0.08,
     epsilon: float = 0.3,
 ) -> LayerSparsity:
-    """The signals and sparsities of OWL and of AlphaPruning, which needs no tokens.
+    """Compute signals and sparsities of OWL and of AlphaPruning; the latter needs no tokens.
 
     Args:
-        model: any.
-        batches: tokens [rows, length].
-        pad_id: tokens that do not count.
-        progress: told of every batch.
-        sparsity: wanted mean over the blocks; up to 0.53 every spectrum gives shares below 1, at 0.7 some give none.
+        model: in any dtype.
+        batches: tokens [rows, length] each.
+        pad_id: padding token, not counted.
+        progress: called after each batch.
+        sparsity: requested mean over the blocks; up to 0.53 all sparsities are below 1, at 0.7 some are not.
         threshold: OWL's M.
         owl_lambda: OWL's, see `owl_sparsities`.
         epsilon: AlphaPruning's, see `alpha_sparsities`.
 
     Raises:
-        UserError: there are no tokens, or a sparsity leaves [0, 1].
+        UserError: there are no tokens, or a sparsity is outside [0, 1].
     """
     batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)
@@ -103,28 +87,28 @@ def layer_sparsity(
     )
 
 
-def matrices(block: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
-    """The linear layers of a block by name, with their weights as views [out, in], to be changed in place.
+def linear_weights(block: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Return the linear layers of a block by name, with their weights as views [out, in] that can be modified.
 
     Raises:
-        UserError: there is none.
+        UserError: the block has no linear layers.
     """
-    found: dict[str, tuple[nn.Module, Tensor]] = {}
+    weights: dict[str, tuple[nn.Module, Tensor]] = {}
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
-            found[name] = module, module.weight.detach()
-        elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer in transformers keeps its weight as [in, out]
-            found[name] = module, module.get_parameter("weight").detach().T
-    if not found:
+            weights[name] = module, module.weight.detach()
+        elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer in transformers, with weight [in, out]
+            weights[name] = module, module.get_parameter("weight").detach().T
+    if not weights:
         raise UserError(f"{type(block).__name__} has no linear layers to prune: expected nn.Linear or Conv1D")
-    return found
+    return weights
 
 
 @torch.no_grad()
 def input_norms(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> list[dict[str, Tensor]]:
-    """||X_j||_2 over all tokens but pads of every input channel j of every linear layer, in one pass.
+    """Compute ||X_j||_2 over all tokens but padding, for every input channel j of every linear layer, in one pass.
 
     Returns:
         For each block the norms [in] of its linear layers, in float64.
@@ -133,7 +117,7 @@ def input_norms(
     squares: list[dict[str, Tensor]] = [{} for _ in model.blocks]
     handles = []
     for sums, block in zip(squares, model.blocks, strict=True):
-        for name, (module, weight) in matrices(block).items():
+        for name, (module, weight) in linear_weights(block).items():
             sums[name] = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = sums[name]) -> None:
@@ -142,8 +126,8 @@ def input_norms(
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        for tokens, counted in iter_batches(model, batches, pad_id, progress):
-            keep = counted.flatten()
+        for tokens, mask in iter_batches(model, batches, pad_id, progress):
+            keep = mask.flatten()
             model.logits(tokens)
     finally:
         for handle in handles:
@@ -152,22 +136,22 @@ def input_norms(
 
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
-    """A = |W| * ||X||_2 of a weight [out, in] with input norms [in], at least in float32."""
-    sizes = at_least_fp32(weight.abs())
-    return sizes * norms.to(sizes.dtype)
+    """Return A = |W| * ||X||_2 of a weight [out, in] with input norms [in], at least in float32."""
+    magnitudes = at_least_fp32(weight.abs())
+    return magnitudes * norms.to(magnitudes.dtype)
 
 
 def outlier_ratios(model: ModelAdapter, norms: Sequence[dict[str, Tensor]], threshold: float = 5.0) -> list[float]:
-    """OWL's D_l: the share of entries of A beyond M times their mean, all linear layers of a block together.
+    """Return OWL's D_l: the share of entries of A above M times their mean, over all linear layers of a block.
 
     Args:
-        model: any.
+        model: in any dtype.
         norms: from `input_norms`.
         threshold: M; 5 in the paper.
     """
     ratios = []
     for block, norm in zip(model.blocks, norms, strict=True):
-        scores = [wanda_scores(weight, norm[name]) for name, (_, weight) in matrices(block).items()]
+        scores = [wanda_scores(weight, norm[name]) for name, (_, weight) in linear_weights(block).items()]
         size = sum(score.numel() for score in scores)
         mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / size
         ratios.append(sum(int((score > threshold * mean).sum()) for score in scores) / size)
@@ -175,29 +159,29 @@ def outlier_ratios(model: ModelAdapter, norms: Sequence[dict[str, Tensor]], thre
 
 
 def owl_sparsities(ratios: Sequence[float], sparsity: float, owl_lambda: float = 0.08) -> list[float]:
-    """Blocks with more outliers keep more: ratios scaled to [0, 2 lambda], minus their mean, plus 1 - S, are kept.
+    """Let blocks with more outliers keep more: ratios scaled to [0, 2 lambda], minus their mean, plus 1 - S are kept.
 
     Args:
         ratios: from `outlier_ratios`.
         sparsity: S, the mean over the blocks.
-        owl_lambda: half of how far the sparsities differ.
+        owl_lambda: half the range of the sparsities.
 
     Raises:
-        UserError: a sparsity leaves [0, 1].
+        UserError: a sparsity is outside [0, 1].
     """
-    scaled = [2 * owl_lambda * x for x in unit_range(ratios)]
+    scaled = [2 * owl_lambda * x for x in scale_to_unit_range(ratios)]
     mean = fmean(scaled)
-    return checked([sparsity - (x - mean) for x in scaled], sparsity, f"owl_lambda={owl_lambda}")
+    return check_sparsities([sparsity - (x - mean) for x in scaled], sparsity, f"owl_lambda={owl_lambda}")
 
 
 def pl_alpha_hill(weight: Tensor) -> float:
-    """AlphaPruning's PL_Alpha_Hill of a matrix: 1 + n / sum_i log(lambda_i / lambda_min), a Hill estimate.
+    """Return AlphaPruning's PL_Alpha_Hill of a matrix: 1 + n / sum_i log(lambda_i / lambda_min), a Hill estimate.
 
-    The sum is over the n eigenvalues of W^T W from their median lambda_min upwards; those that are zero to the
+    The sum is over the n eigenvalues of W^T W from their median lambda_min upwards. Eigenvalues that are zero to the
     precision of the matrix do not count.
 
     Returns:
-        Above 1; NaN where the eigenvalues are all equal or zero, so that there is no tail.
+        A value above 1; NaN if all eigenvalues are equal or zero, so that there is no tail.
     """
     weight = at_least_fp32(weight)
     values = torch.linalg.svdvals(weight).double()
@@ -209,88 +193,89 @@ def pl_alpha_hill(weight: Tensor) -> float:
 
 @torch.no_grad()
 def layer_alphas(model: ModelAdapter) -> list[float]:
-    """Mean of `pl_alpha_hill` over the matrices of each block that have one.
+    """Return the mean `pl_alpha_hill` of each block over its matrices that have a tail.
 
     Raises:
         UserError: a block has no such matrix.
     """
     means = []
     for layer, block in enumerate(model.blocks, start=1):
-        alphas = torch.tensor([pl_alpha_hill(weight) for _, weight in matrices(block).values()], dtype=torch.float64)
-        means.append(float(alphas.nanmean()))
+        alphas = [pl_alpha_hill(weight) for _, weight in linear_weights(block).values()]
+        means.append(float(torch.tensor(alphas, dtype=torch.float64).nanmean()))
         if math.isnan(means[-1]):
-            raise UserError(f"layer {layer}: no weight matrix has a spectrum with a tail, as if never initialised")
+            raise UserError(f"layer {layer}: the spectrum of no weight matrix has a tail; is the model initialised?")
     return means
 
 
 def alpha_sparsities(alphas: Sequence[float], sparsity: float, epsilon: float = 0.3) -> list[float]:
-    """Heavy-tailed blocks keep more: alpha mapped linearly to S [1 - epsilon, 1 + epsilon], scaled to the mean S.
+    """Let heavy-tailed blocks keep more: map alpha linearly to S [1 - epsilon, 1 + epsilon] and scale to the mean S.
 
     Args:
         alphas: from `layer_alphas`.
         sparsity: S, the mean over the blocks.
-        epsilon: how far the sparsities differ, relative to S.
+        epsilon: half the range of the sparsities, relative to S.
 
     Raises:
-        UserError: a sparsity leaves [0, 1].
+        UserError: a sparsity is outside [0, 1].
     """
-    mapped = [1 - epsilon + 2 * epsilon * x for x in unit_range(alphas)]
+    mapped = [1 - epsilon + 2 * epsilon * x for x in scale_to_unit_range(alphas)]
     mean = fmean(mapped)
-    return checked([sparsity * x / mean if mean else math.nan for x in mapped], sparsity, f"epsilon={epsilon}")
+    return check_sparsities([sparsity * x / mean if mean else math.nan for x in mapped], sparsity, f"epsilon={epsilon}")
 
 
-def unit_range(values: Sequence[float]) -> list[float]:
-    """The values mapped linearly so that they span [0, 1]; 0.5 where they are all the same."""
+def scale_to_unit_range(values: Sequence[float]) -> list[float]:
+    """Map values linearly onto [0, 1]; 0.5 if all are equal."""
     low, high = min(values), max(values)
     return [(x - low) / (high - low) if high > low else 0.5 for x in values]
 
 
-def checked(sparsities: list[float], sparsity: float, option: str) -> list[float]:
+def check_sparsities(sparsities: list[float], sparsity: float, option: str) -> list[float]:
+    """Return `sparsities`, or raise a `UserError` that names the first outside [0, 1]."""
     if not 0 <= sparsity <= 1:
         raise UserError(f"sparsity={sparsity} is not a share of weights: expected 0 to 1")
     for layer, value in enumerate(sparsities, start=1):
         if not 0 <= value <= 1:
-            raise UserError(f"{option} with sparsity={sparsity} takes layer {layer} to {value:.3f}, outside 0 to 1")
+            raise UserError(f"{option} with sparsity={sparsity} sets layer {layer} to {value:.3f}, outside 0 to 1")
     return sparsities
 
 
 @torch.no_grad()
-def sparsified(
+def sparsify(
     model: ModelAdapter,
     sparsities: Sequence[float],
     method: Method = "wanda",
     norms: Sequence[dict[str, Tensor]] | None = None,
 ) -> ModelAdapter:
-    """A copy of the model without the least weights of the linear layers of its blocks.
+    """Return a copy of the model with the smallest weights of the blocks' linear layers set to zero.
 
     Args:
-        model: stays as it is.
+        model: not modified.
         sparsities: share of weights to set to zero in each block.
-        method: `wanda`: in each output row the smallest |W| * ||X||, with norms of the dense model's inputs;
-            `magnitude`: in each matrix the smallest |W|.
+        method: `wanda`: the smallest |W| * ||X|| of each output row, with input norms of the dense model;
+            `magnitude`: the smallest |W| of each matrix.
         norms: from `input_norms`, for `wanda`.
 
     Raises:
-        UserError: no such method, no norms for it, or not one sparsity in [0, 1] for each block.
+        UserError: the method is unknown, needs norms, or `sparsities` are not one share per block.
     """
     require_choice(Method, method=method)
     if method == "wanda" and norms is None:
         raise UserError("method='wanda' needs norms, the input norms of every linear layer: pass those of input_norms")
     if len(sparsities) != model.depth or not all(0 <= share <= 1 for share in sparsities):
-        raise UserError(f"sparsities={list(sparsities)}: expected {model.depth} numbers from 0 to 1, one a block")
+        raise UserError(f"sparsities={list(sparsities)}: expected {model.depth} numbers from 0 to 1, one per block")
     copy = ModelAdapter(deepcopy(model.model), model.name)
     for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
-        for name, (_, weight) in matrices(block).items():
+        for name, (_, weight) in linear_weights(block).items():
             if norms is None or method == "magnitude":
-                removed = least(weight.abs().flatten(), share).view(weight.shape)
+                pruned = smallest(weight.abs().flatten(), share).view(weight.shape)
             else:
-                removed = least(wanda_scores(weight, norms[index][name]), share)
-            weight.masked_fill_(removed, 0)
+                pruned = smallest(wanda_scores(weight, norms[index][name]), share)
+            weight.masked_fill_(pruned, 0)
     return copy
 
 
-def least(scores: Tensor, share: float) -> Tensor:
-    """Where the smallest `share` of the last dimension is, rounded to a whole number, in every row."""
+def smallest(scores: Tensor, share: float) -> Tensor:
+    """Return a mask of the smallest `share` of the last dimension, rounded to a whole number of entries."""
     count = round(share * scores.shape[-1])
     index = scores.argsort(dim=-1, stable=True)[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)

@@ -27,7 +27,7 @@ from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import iter_batches
 from cod_lightning.measure.jacobian import jacobian_growth
 from cod_lightning.measure.result import Progress, figure, grid, legend
-from cod_lightning.measure.sparsity import matrices
+from cod_lightning.measure.sparsity import linear_weights
 from cod_lightning.nn.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -407,7 +407,9 @@ def shapes_of(model: ModelAdapter, length: int) -> Shapes:
     """What the theorems' constants are computed from; `std` is that of all weights of the blocks' matrices."""
     config = model.config
     hidden = model.hidden
-    weights = [weight.detach().float().flatten() for block in model.blocks for _, weight in matrices(block).values()]
+    weights = [
+        weight.detach().float().flatten() for block in model.blocks for _, weight in linear_weights(block).values()
+    ]
     return Shapes(
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
