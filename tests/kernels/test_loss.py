@@ -60,7 +60,7 @@ def test_a_prompt_is_no_target():
 
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])
 def test_hits_are_the_targets_with_the_largest_logit(monkeypatch, chunk):
-    monkeypatch.setattr(module, "tokens_at_once", lambda device, vocabulary: chunk)
+    monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: chunk)
     hidden, weight = inputs()
     best = (hidden @ weight.T).argmax(-1)
     targets = torch.where(torch.rand(3, 6) < 0.5, best, torch.randint(11, (3, 6)))
@@ -76,7 +76,7 @@ def test_hits_are_the_targets_with_the_largest_logit(monkeypatch, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 5, 9, 10**6])
 def test_gradients_equal_those_of_all_logits_at_once_whatever_the_chunk(monkeypatch, chunk):
-    monkeypatch.setattr(module, "tokens_at_once", lambda device, vocabulary: chunk)
+    monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: chunk)
     hidden, weight = inputs()
     targets = next_tokens(torch.randint(11, (3, 6)), 0)
     results = []
@@ -115,7 +115,7 @@ def test_nothing_but_ignored_tokens_is_a_loss_of_zero():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_all_logits_at_once(monkeypatch, dtype):
-    monkeypatch.setattr(module, "tokens_at_once", lambda device, vocabulary: 4)
+    monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: 4)
     hidden, weight = inputs(4, 32, 64, 500, dtype)
     targets = torch.randint(500, (4, 32))
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
@@ -137,7 +137,7 @@ def test_a_weights_gradient_is_summed_in_float32_over_many_chunks(monkeypatch):
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     truth = torch.autograd.grad(reference_linear_cross_entropy(*exact, targets).total, exact[1])[0]
     for chunk in (1024, 4):
-        monkeypatch.setattr(module, "tokens_at_once", lambda device, vocabulary, chunk=chunk: chunk)
+        monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary, chunk=chunk: chunk)
         (found,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).total, weight)
         assert float((found.double() - truth).norm() / truth.norm()) < 4e-3
 
@@ -224,7 +224,7 @@ def test_a_second_derivative_is_refused():
 
 def test_all_logits_never_exist(monkeypatch):
     """The largest tensor that a forward and backward pass make is a chunk of logits or a gradient."""
-    monkeypatch.setattr(module, "tokens_at_once", lambda device, vocabulary: 16)
+    monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: 16)
     hidden, weight = inputs(8, 32, 16, 1000, torch.float32)
     targets = torch.randint(1000, (8, 32))
 

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy from hidden states, a chunk of tokens at a time: all logits never exist together."""
+"""Next-token cross-entropy from hidden states, in chunks of tokens, so that all logits never exist at once."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
+"""Target of a position that has none."""
 
 
-def tokens_at_once(device: torch.device, vocabulary: int) -> int:
-    """Tokens whose logits may exist together.
+def chunk_size(device: torch.device, vocabulary: int) -> int:
+    """Tokens in a chunk.
 
-    On a GPU enough for the matrix products to fill it (2^27 logits); on a CPU few enough for its caches, but not so few
-    that adding to the weight's gradient takes over.
+    On a GPU, 2^27 logits fill it with matrix products. On a CPU, 2^21 logits fit its caches, and 64 tokens keep the sum
+    of the weight's gradient from dominating.
     """
     return max(1, 2**27 // vocabulary) if device.type == "cuda" else max(64, 2**21 // vocabulary)
 
 
 class TokenLoss(NamedTuple):
-    """A cross-entropy in nats, at least in float32."""
+    """A cross-entropy in nats, in at least float32."""
 
     total: Tensor
-    """Summed over all targets, 0-dimensional; differentiable."""
+    """Sum over all targets, 0-dimensional; differentiable."""
     rows: Tensor
-    """Summed over each row [rows], without gradient."""
+    """Sum over the targets of each sequence [B], without gradient."""
     counts: Tensor
-    """Number of targets of each row [rows], int64."""
+    """Number of targets of each sequence [B], int64."""
     hits: Tensor | None = None
-    """How many of them have the largest logit [rows], int64; None where `linear_cross_entropy` makes gradients."""
+    """Targets with the largest logit in each sequence [B], int64; None if `linear_cross_entropy` computes gradients."""
 
 
 def next_tokens(tokens: Tensor, pad_id: int | None = None, prompt: Tensor | None = None) -> Tensor:
-    """What position t is to predict: token t + 1, nothing at the end of a row, where that is a pad or in the prompt.
+    """The targets: at position t token t + 1, except the end of a sequence, padding and the prompt.
 
     Args:
-        tokens: [rows, length], integers.
-        pad_id: the padding token, None if there is none.
-        prompt: how many tokens at the start of each row are given [rows], None for none.
+        tokens: [B, T], integers.
+        pad_id: the padding token, or None.
+        prompt: number of prompt tokens at the start of each sequence [B], or None.
 
     Returns:
-        [rows, length], `IGNORE` where there is no target.
+        [B, T], with `IGNORE` at positions without a target.
     """
     targets = tokens.roll(-1, dims=1)
     targets[:, -1] = IGNORE
@@ -63,19 +64,19 @@ def reference_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tens
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenLoss:
     """Cross-entropy of the logits `hidden @ weight.T`.
 
-    The gradients of a chunk are made while its logits exist; the weight's is summed in float32. The products are taken
-    in the dtype of `hidden`, under autocast in its dtype.
+    The forward pass computes the gradients of a chunk while its logits exist, and sums that of the weight in float32.
+    Matrix products are in the dtype of `hidden`, or in that of autocast.
 
     Args:
-        hidden: [rows, length, width].
-        weight: [vocabulary, width].
-        targets: [rows, length], `IGNORE` where there is none.
+        hidden: [B, T, D].
+        weight: [vocabulary, D].
+        targets: [B, T], with `IGNORE` at positions without a target.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if torch._C._are_functorch_transforms_active():
         return reference_linear_cross_entropy(hidden, weight, targets)
-    if not torch.is_grad_enabled():  # a parameter wants a gradient even then
+    if not torch.is_grad_enabled():  # a parameter requires a gradient even then
         hidden, weight = hidden.detach(), weight.detach()
     total, rows, hits = LinearCrossEntropy.apply(hidden, weight, targets)
     return TokenLoss(total, rows, (targets != IGNORE).sum(-1), hits)
@@ -86,25 +87,25 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        flat, head, wanted = hidden.flatten(0, 1), weight.to(hidden.dtype), targets.flatten()
-        chunk = tokens_at_once(hidden.device, len(weight))
-        losses = torch.empty(wanted.shape, dtype=wide, device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        flat, head, flat_targets = hidden.flatten(0, 1), weight.to(hidden.dtype), targets.flatten()
+        chunk = chunk_size(hidden.device, len(weight))
+        losses = torch.empty(flat_targets.shape, dtype=dtype, device=hidden.device)
         dhidden = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
-        hits = torch.empty_like(wanted, dtype=torch.bool) if dhidden is None and dweight is None else None
+        dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
+        hits = torch.empty_like(flat_targets, dtype=torch.bool) if dhidden is None and dweight is None else None
         for first in range(0, len(flat), chunk):
             part = slice(first, first + chunk)
-            ignored = wanted[part] == IGNORE
-            index = wanted[part].masked_fill(ignored, 0)[:, None]
-            logs = F.log_softmax(flat[part] @ head.T, -1, dtype=wide)
+            ignored = flat_targets[part] == IGNORE
+            index = flat_targets[part].masked_fill(ignored, 0)[:, None]
+            logs = F.log_softmax(flat[part] @ head.T, -1, dtype=dtype)
             losses[part] = logs.gather(1, index)[:, 0].neg().masked_fill_(ignored, 0)
             if hits is not None:
-                hits[part] = logs.argmax(-1) == wanted[part]
+                hits[part] = logs.argmax(-1) == flat_targets[part]
                 continue
-            gradient = logs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide)).to(hidden.dtype)
+            gradient = logs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=dtype)).to(hidden.dtype)
             if dhidden is not None:
-                # Here and below, not in the gradient of the logits, which has a vocabulary's width.
+                # Masked here and below because the gradient of the logits has many more columns.
                 torch.mm(gradient, head, out=dhidden[part]).masked_fill_(ignored[:, None], 0)
             if dweight is None:
                 continue
@@ -125,7 +126,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy has no second derivative; reference_linear_cross_entropy has")
         dhidden, dweight = ctx.saved_tensors
         return (
-            # In half precision 1 / number of tokens would be the same wrong factor for all, or beyond its range.
+            # Half precision would round the upstream gradient 1 / tokens to a wrong factor, or overflow.
             None if dhidden is None else (dhidden * upstream[0][None]).to(dhidden.dtype).view(ctx.shape),
             None if dweight is None else (dweight * upstream[0]).to(ctx.dtype),
             None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cod_lightning.kernels.loss import IGNORE, tokens_at_once
+from cod_lightning.kernels.loss import IGNORE, chunk_size
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_targets
 from cod_lightning.measure.result import Lines, Mean, Panel, Progress, Result
@@ -85,5 +85,5 @@ def log_probabilities(model: ModelAdapter, x: Tensor) -> Tensor:
 
 def token_chunks(model: ModelAdapter, tokens: int) -> Iterator[slice]:
     """Split tokens into chunks whose logits fit into memory."""
-    size = tokens_at_once(model.device, len(model.head_weight))
+    size = chunk_size(model.device, len(model.head_weight))
     return (slice(first, first + size) for first in range(0, tokens, size))

@@ -15,7 +15,7 @@ import torch
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import tokens_at_once
+from cod_lightning.kernels.loss import chunk_size
 from cod_lightning.nn.config import DecoderConfig, num_vit_parameters
 from cod_lightning.nn.strategies import BlockSpec, build_all
 from cod_lightning.settings import choice_errors
@@ -432,7 +432,7 @@ def loss_bytes(model: DecoderConfig, tokens: int, compute: int, cpu: bool) -> in
     half precision, its logarithms.
     """
     vocabulary, d = model.vocab_size or 0, model.hidden_size
-    chunk = tokens_at_once(torch.device("cpu" if cpu else "cuda"), vocabulary)
+    chunk = chunk_size(torch.device("cpu" if cpu else "cuda"), vocabulary)
     half = compute < 4
     logits = (10 if half else 8) + ((6 if half else 4) if tokens > chunk else 0)
     return 2 * tokens * d * compute + vocabulary * d * 4 + min(tokens, chunk) * vocabulary * logits
