@@ -1,4 +1,4 @@
-"""Exported decoders against stock transformers, and back; what cannot be exchanged is refused by name."""
+"""Exported decoders against stock transformers, and back."""
 
 import json
 import subprocess
@@ -9,40 +9,32 @@ import torch
 
 from cod_lightning.data.tokenizers import PAD, DocumentTokenizer, train_bpe
 from cod_lightning.errors import UserError
-from cod_lightning.files import check_new_folder
-from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export, import_hf, to_hf
-from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, block, build_all
+from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, block
 
 transformers = pytest.importorskip("transformers")
 
-DEPTH = 4
 TEXT = "the norm of a deep block grows with depth and its branch adds less"
 
 
-def ours(strategy, specs=None, **changes) -> Decoder:
-    """A decoder whose every parameter, scale of a branch included, is far from where it starts."""
-    shape = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
-    config = DecoderConfig(**(shape | {"vocab_size": 101} | changes))
-    decoder = build_decoder(config, specs or build_all(strategy, DEPTH), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in decoder.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return decoder.eval()
-
-
 @torch.no_grad()
-def assert_same_logits(decoder, twin):
+def assert_same_logits(decoder, hf_model):
     tokens = torch.randint(101, (2, 23), generator=torch.Generator().manual_seed(2))
-    expected, found = decoder(tokens), twin(tokens).logits
+    expected = decoder(tokens)
     assert expected.std() > 0.5
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hf_model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def assert_equal_states(ours, expected):
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+
+
+# Strategies ----------------------------------------------------------------------------------------------------------
 
 
 def uneven(layer, depth):
-    """A strategy of one's own: gains and scales that differ between the sub-layers."""
+    """A custom strategy with gains and scales that differ between the sub-layers."""
     return BlockSpec(SublayerSpec(gain=0.3 * layer, branch_scale=-0.5), SublayerSpec(gain=1.5, branch_scale=1 / layer))
 
 
@@ -59,14 +51,61 @@ FOLDABLE = [
     {"name": f"{__name__}:uneven"},
 ]
 
+UNSUPPORTED = [
+    ({"name": "post_ln"}, ["pre_norm=False", "sum_norm=True"]),
+    ({"name": "sandwich_ln"}, ["branch_norm=True"]),
+    ({"name": "peri_ln"}, ["branch_norm=True", "entry_norm=True (layer 1)"]),
+    ({"name": "mix_ln"}, ["pre_norm=False (layer 1, 2 of 8", "sum_norm=True"]),
+    ({"name": "group_ln"}, ["groups=8"]),
+    ({"name": "deep_norm"}, ["pre_norm=False", "skip=1.68", "sum_norm=True"]),
+    ({"name": "deep_norm_released"}, ["pre_norm=False", "skip=2.82", "sum_norm=True"]),
+    ({"name": "admin"}, ["pre_norm=False", "learned_skip=True", "sum_norm=True"]),
+    ({"name": "gpas"}, ["gate='output'"]),
+    ({"name": "lns", "position": "before_ln"}, ["input_scale=0.707"]),
+    ({"name": "lns", "position": "after_residual"}, ["skip=0.707"]),
+    ({"name": "gpas", "base": "peri_ln"}, ["branch_norm=True", "gate='output'", "entry_norm=True"]),
+]
 
-@pytest.mark.parametrize("norm", FOLDABLE, ids=lambda norm: "-".join(map(str, norm.values())))
-def test_a_folded_strategy_gives_its_logits_in_transformers(norm):
-    assert_same_logits(ours(norm), to_hf(ours(norm)))
+
+def name_of(value):
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize("norm", FOLDABLE, ids=name_of)
+def test_a_folded_strategy_has_its_logits_in_transformers(decoder, norm):
+    assert_same_logits(decoder(norm), to_hf(decoder(norm)))
+
+
+@pytest.mark.parametrize(("norm", "reasons"), UNSUPPORTED, ids=name_of)
+def test_an_unsupported_strategy_is_an_error_with_every_reason_and_writes_nothing(decoder, norm, reasons, tmp_path):
+    with pytest.raises(UserError) as error:
+        export(decoder(norm), tmp_path / "below/model")
+    lines = str(error.value).splitlines()
+    assert [line.startswith(reason) for line, reason in zip(lines, reasons, strict=True)] == [True] * len(reasons)
+    assert all("has no place in a Llama checkpoint" in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_strategy_is_foldable_or_unsupported():
+    names = {norm["name"] for norm in FOLDABLE if ":" not in norm["name"]} | {norm["name"] for norm, _ in UNSUPPORTED}
+    assert names == set(STRATEGIES)
+
+
+def test_layer_norm_is_reported_together_with_the_coefficients(decoder):
+    with pytest.raises(UserError, match=r"model\.norm='layer'.*\nbranch_norm=True"):
+        to_hf(decoder("sandwich_ln", norm="layer"))
+
+
+def test_a_custom_strategy_is_reported_by_its_coefficient(decoder):
+    with pytest.raises(UserError, match=r"^skip=0\.5 \(layer 1, 8 of 8 sub-layers\)"):
+        to_hf(decoder(specs=[block(skip=0.5)] * 4))
+
+
+# Shapes --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "family"),
+    ("fields", "family"),
     [
         ({"num_key_value_heads": 2}, "Llama"),
         ({"tie_word_embeddings": True}, "Llama"),
@@ -76,193 +115,120 @@ def test_a_folded_strategy_gives_its_logits_in_transformers(norm):
         ({"qkv_bias": True, "num_key_value_heads": 1, "tie_word_embeddings": True}, "Qwen2"),
     ],
 )
-def test_every_shape_is_exported_and_imported_again(changes, family, tmp_path):
-    decoder = ours({"name": "lns"}, **changes)
-    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
-    export(decoder, tmp_path / "model")
-    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert type(twin) is getattr(transformers, f"{family}ForCausalLM")
-    assert_same_logits(decoder, twin)
-    again = import_hf(tmp_path / "model")
-    expected = twin.state_dict()
-    assert again.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) == decoder.config.tie_word_embeddings
-    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "key_value_heads"):
-        assert getattr(again.config, field) == getattr(decoder.config, field)
-    for field in ("vocab_size", "norm_eps", "rope_theta", "qkv_bias", "tie_word_embeddings"):
-        assert getattr(again.config, field) == getattr(decoder.config, field)
-    assert_same_logits(decoder, lambda tokens: transformers.modeling_outputs.CausalLMOutput(logits=again(tokens)))
+def test_every_shape_survives_export_and_import(decoder, fields, family, tmp_path):
+    ours = decoder("lns", **fields)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    export(ours, tmp_path / "model")
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(hf_model) is getattr(transformers, f"{family}ForCausalLM")
+    assert_same_logits(ours, hf_model)
+    assert_equal_states(ours.state_dict(), before)
+    imported = import_hf(tmp_path / "model")
+    assert_equal_states(imported.state_dict(), hf_model.state_dict())
+    assert (imported.lm_head.weight is imported.model.embed_tokens.weight) == ours.config.tie_word_embeddings
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "key_value_heads")
+    for field in (*fields, "vocab_size", "norm_eps", "rope_theta", "qkv_bias", "tie_word_embeddings"):
+        assert getattr(imported.config, field) == getattr(ours.config, field)
+    assert_same_logits(imported, hf_model)
 
 
-def test_pre_ln_comes_back_to_the_bit(tmp_path):
-    decoder = ours({"name": "pre_ln"})
-    export(decoder, tmp_path / "model")
-    again = import_hf(tmp_path / "model").state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in decoder.state_dict().items())
-    assert again.keys() == decoder.state_dict().keys()
+def test_pre_ln_survives_export_and_import_bit_identically(decoder, tmp_path):
+    export(decoder(), tmp_path / "model")
+    assert_equal_states(import_hf(tmp_path / "model").state_dict(), decoder().state_dict())
 
 
-def test_the_folder_names_its_dtype_its_length_and_its_rotary_base(tmp_path):
-    export(ours({"name": "lns"}, rope_theta=500.0), tmp_path / "model", dtype=torch.bfloat16, max_length=77)
+def test_the_folder_states_dtype_length_and_rope_theta(decoder, tmp_path):
+    export(decoder("lns", rope_theta=500.0), tmp_path / "model", dtype=torch.bfloat16, max_length=77)
     config = json.loads((tmp_path / "model/config.json").read_text())
-    assert config["max_position_embeddings"] == 77
-    assert config["rope_theta"] == 500.0
-    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
-    assert twin.dtype == torch.bfloat16
+    assert (config["max_position_embeddings"], config["rope_theta"]) == (77, 500.0)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").dtype == torch.bfloat16
     assert (tmp_path / "model/generation_config.json").is_file()
     assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".json", ".safetensors"}
 
 
-# What has no place ---------------------------------------------------------------------------------------------------
-
-REFUSED = {
-    "post_ln": ["pre_norm=False", "sum_norm=True"],
-    "sandwich_ln": ["branch_norm=True"],
-    "peri_ln": ["branch_norm=True", "entry_norm=True (layer 1)"],
-    "mix_ln": ["pre_norm=False (layer 1, 2 of 8", "sum_norm=True"],
-    "group_ln": ["groups=8"],
-    "deep_norm": ["pre_norm=False", "skip=1.68", "sum_norm=True"],
-    "deep_norm_released": ["pre_norm=False", "skip=2.82", "sum_norm=True"],
-    "admin": ["pre_norm=False", "learned_skip=True", "sum_norm=True"],
-    "gpas": ["gate='output'"],
-}
+# Folders and tokenizers ----------------------------------------------------------------------------------------------
 
 
-def test_every_strategy_is_either_folded_or_refused():
-    assert {norm["name"] for norm in FOLDABLE if ":" not in norm["name"]} | REFUSED.keys() == STRATEGIES.keys()
+def test_a_failed_export_leaves_nothing(decoder, tmp_path, monkeypatch):
+    def full_disk(model, folder):
+        (folder / "model.safetensors").write_text("half of")
+        raise OSError(28, "No space left on device")
 
-
-@pytest.mark.parametrize(
-    ("norm", "reasons"),
-    [
-        *(({"name": name}, reasons) for name, reasons in REFUSED.items()),
-        ({"name": "lns", "position": "before_ln"}, ["input_scale=0.707"]),
-        ({"name": "lns", "position": "after_residual"}, ["skip=0.707"]),
-        ({"name": "gpas", "base": "peri_ln"}, ["branch_norm=True", "gate='output'", "entry_norm=True"]),
-    ],
-    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
-)
-def test_what_has_no_place_is_refused_with_every_reason_and_nothing_is_written(norm, reasons, tmp_path):
-    with pytest.raises(UserError) as error:
-        export(ours(norm), tmp_path / "below/model")
-    lines = str(error.value).splitlines()
-    assert [line.startswith(reason) for line, reason in zip(lines, reasons, strict=True)] == [True] * len(reasons)
-    assert all("has no place in a Llama checkpoint" in line for line in lines)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        export(decoder(), tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
-def test_layer_norms_are_refused_together_with_the_rest():
-    with pytest.raises(UserError, match=r"model\.norm='layer'.*\nbranch_norm=True"):
-        to_hf(ours({"name": "sandwich_ln"}, norm="layer"))
+@pytest.mark.parametrize("place", ["used", "used/file"])
+def test_an_export_overwrites_nothing(decoder, tmp_path, place):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").write_text("")
+    with pytest.raises(UserError, match="is not an empty folder"):
+        export(decoder(), tmp_path / place)
+    assert [path.name for path in tmp_path.rglob("*")] == ["used", "file"]
 
 
-def test_another_strategy_of_ones_own_is_refused_by_its_coefficient():
-    with pytest.raises(UserError, match=r"^skip=0\.5 \(layer 1, 8 of 8 sub-layers\)"):
-        to_hf(ours(None, specs=[block(skip=0.5)] * DEPTH))
-
-
-# Folders -------------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_is_overwritten_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
-    decoder = ours({"name": "lns"})
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken/mine").write_text("")
-    for place in (tmp_path / "taken", tmp_path / "taken/mine"):
-        with pytest.raises(UserError, match="is not an empty folder"):
-            export(decoder, place)
-    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]
-
-    def full(*arguments, **options):
-        (arguments[1] / "model.safetensors").write_text("half of")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(transformers.LlamaForCausalLM, "save_pretrained", full)
-        with pytest.raises(UserError, match="No space left on device"):
-            export(decoder, tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+def test_an_export_replaces_an_empty_folder(decoder, tmp_path):
     (tmp_path / "model").mkdir()
-    check_new_folder(tmp_path / "model")
-    export(decoder, tmp_path / "model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "taken"]
+    export(decoder(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_the_tokenizer_travels_along_and_adds_nothing(tmp_path):
+def test_the_exported_tokenizer_adds_no_special_tokens(decoder, tmp_path):
     bpe = train_bpe([TEXT] * 20, 300)
-    content = json.loads(bpe.json)
-    ids = {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}}
     single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<eos>", "type_id": 0}}]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-    content["post_processor"] = {
+    adds_eos = {
         "type": "TemplateProcessing",
         "single": single,
-        "pair": pair,
-        "special_tokens": ids,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
     }
-    tokenizer = DocumentTokenizer(json.dumps(content), pad_id=0, eos_id=1)
+    tokenizer = DocumentTokenizer(json.dumps(json.loads(bpe.json) | {"post_processor": adds_eos}), pad_id=0, eos_id=1)
     assert tokenizer.backend.encode("norm").ids[-1] == 1
-    export(ours({"name": "lns"}, vocab_size=bpe.vocab_size), tmp_path / "model", tokenizer)
-    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    encoded = found(TEXT, return_tensors="pt")
+    export(decoder("lns", vocab_size=bpe.vocab_size), tmp_path / "model", tokenizer)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    encoded = exported(TEXT, return_tensors="pt")
     assert encoded.input_ids[0].tolist() == tokenizer.encode([TEXT])[0][:-1]
-    assert (found.pad_token_id, found.eos_token_id, found.bos_token_id) == (0, 1, None)
-    assert found.decode(encoded.input_ids[0]) == TEXT
-    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    for config in (twin.config, twin.generation_config):
-        assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 1, None)
-    assert twin.generate(**encoded, max_new_tokens=2, do_sample=False).shape[1] > encoded.input_ids.shape[1]
+    assert exported.decode(encoded.input_ids[0]) == TEXT
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for ids in (exported, hf_model.config, hf_model.generation_config):
+        assert (ids.pad_token_id, ids.eos_token_id, ids.bos_token_id) == (0, 1, None)
+    assert hf_model.generate(**encoded, max_new_tokens=2, do_sample=False).shape[1] > encoded.input_ids.shape[1]
 
 
-def test_a_pad_without_a_row_becomes_the_eos(tmp_path):
+def test_a_pad_token_beyond_the_embedding_becomes_eos(decoder, tmp_path):
     bpe = train_bpe([TEXT] * 20, 300)
     backend = bpe.backend
     backend.add_special_tokens(["[extra pad]"])
     tokenizer = DocumentTokenizer(backend.to_str(), pad_id=bpe.vocab_size, eos_id=1)
-    export(ours({"name": "lns"}, vocab_size=bpe.vocab_size), tmp_path / "model", tokenizer)
-    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert (found.pad_token_id, len(found)) == (1, bpe.vocab_size)
-    assert PAD in found.get_vocab()
-
-
-def test_without_transformers_it_is_asked_for():
-    script = (
-        "import sys\nsys.modules['transformers'] = None\nfrom cod_lightning.nn.huggingface import import_hf\n"
-        "from cod_lightning.errors import UserError\n"
-        "try:\n    import_hf('x')\nexcept UserError as error:\n    print(error)"
-    )
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "importing needs transformers: pip install 'cod_lightning[hf]'" in process.stdout, process.stderr
+    export(decoder("lns", vocab_size=bpe.vocab_size), tmp_path / "model", tokenizer)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (exported.pad_token_id, len(exported)) == (1, bpe.vocab_size)
+    assert PAD in exported.get_vocab()
 
 
 # Import --------------------------------------------------------------------------------------------------------------
 
-SHAPE = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
 
+@pytest.fixture
+def checkpoint(shaken, tmp_path):
+    """`checkpoint(family, **fields)` saves a model of `transformers` in `tmp_path` and returns it."""
+    shape = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape |= {"vocab_size": 101, "num_key_value_heads": 2, "initializer_range": 0.2}
 
-def saved(family, folder, **changes):
-    """A checkpoint of `transformers` with lively norms, on disk."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
-    twin = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for parameter in twin.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape)
-    twin.save_pretrained(folder)
-    return twin
+    def save(family, **fields):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**(shape | fields))
+        hf_model = shaken(getattr(transformers, f"{family}ForCausalLM")(config).eval(), 0.2)
+        hf_model.save_pretrained(tmp_path)
+        return hf_model
+
+    return save
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "fields"),
     [
         ("Llama", {}),
         ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3, "rope_theta": 777.0}),
@@ -270,16 +236,16 @@ def saved(family, folder, **changes):
         ("Qwen2", {}),
     ],
 )
-def test_a_checkpoint_of_transformers_gives_its_logits_here(family, changes, tmp_path):
-    twin = saved(family, tmp_path, **changes)
-    decoder = import_hf(tmp_path)
-    assert_same_logits(decoder, twin)
-    assert all(parameter.requires_grad for parameter in decoder.parameters())
-    assert decoder.config.rope_theta == changes.get("rope_theta", 10000.0)
+def test_an_imported_checkpoint_keeps_its_logits(checkpoint, family, fields, tmp_path):
+    hf_model = checkpoint(family, **fields)
+    imported = import_hf(tmp_path)
+    assert_same_logits(imported, hf_model)
+    assert all(parameter.requires_grad for parameter in imported.parameters())
+    assert imported.config.rope_theta == fields.get("rope_theta", 10000.0)
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "fields"),
+    ("family", "fields", "reported"),
     [
         ("Llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
         ("Llama", {"head_dim": 16}, ["head_dim=16"]),
@@ -290,28 +256,44 @@ def test_a_checkpoint_of_transformers_gives_its_logits_here(family, changes, tmp
         ("Gemma", {"head_dim": 12}, ["model_type='gemma'"]),
     ],
 )
-def test_what_the_decoder_does_not_compute_is_refused_by_field(family, changes, fields, tmp_path):
-    saved(family, tmp_path, **changes)
+def test_unsupported_features_of_a_checkpoint_are_reported_by_field(checkpoint, family, fields, reported, tmp_path):
+    checkpoint(family, **fields)
     with pytest.raises(UserError) as error:
         import_hf(tmp_path)
-    lines = str(error.value).splitlines()
-    assert len(lines) == len(fields)
-    assert all(field in line for field, line in zip(fields, lines, strict=True))
+    for line, field in zip(str(error.value).splitlines(), reported, strict=True):
+        assert field in line
 
 
-def test_a_damaged_or_missing_checkpoint_is_refused(tmp_path):
+def test_a_missing_checkpoint_is_an_error(tmp_path):
     with pytest.raises(UserError, match="nowhere: not a checkpoint"):
         import_hf(tmp_path / "nowhere")
-    saved("Llama", tmp_path)
+
+
+def test_a_truncated_checkpoint_is_an_error(checkpoint, tmp_path):
+    checkpoint("Llama")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a checkpoint"):
         import_hf(tmp_path)
+
+
+def test_a_missing_weight_is_named(checkpoint, tmp_path):
     from safetensors.torch import load, save
 
-    saved("Llama", tmp_path)
+    checkpoint("Llama")
+    weights = tmp_path / "model.safetensors"
     state = load(weights.read_bytes())
     del state["model.layers.1.mlp.up_proj.weight"]
     weights.write_bytes(save(state, {"format": "pt"}))
     with pytest.raises(UserError, match=r"lacks 1 weights of its model, model\.layers\.1\.mlp\.up_proj\.weight"):
         import_hf(tmp_path)
+
+
+def test_without_transformers_the_error_names_the_extra():
+    script = (
+        "import sys\nsys.modules['transformers'] = None\nfrom cod_lightning.nn.huggingface import import_hf\n"
+        "from cod_lightning.errors import UserError\n"
+        "try:\n    import_hf('x')\nexcept UserError as error:\n    print(error)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "importing needs transformers: pip install 'cod_lightning[hf]'" in process.stdout, process.stderr
