@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping
 from typing import Any
 
 from cod_lightning import plots
 from cod_lightning.measure.result import Lines, draw_panels
+from cod_lightning.page import Table, html_page
 
 Results = Mapping[str, Any]
 """A model's results by the name of their measure."""
 
 COMPARED = ("variance", "jacobian", "angular", "removal", "linear_replacement", "influence")
 """The measures on the page."""
-
-STYLE = (
-    "body{font:15px system-ui,sans-serif;max-width:1250px;margin:2em auto;padding:0 1em}img{width:100%}"
-    "table{border-collapse:collapse}td,th{padding:.3em 1em;border-bottom:1px solid #ccc;text-align:right}"
-    "td:first-child{text-align:left}"
-)
 
 
 def delta_losses(results: Results) -> list[float]:
@@ -63,15 +56,6 @@ def comparison_page(models: Mapping[str, Results]) -> tuple[bytes, str]:
     """The figure as PNG, and an HTML page that holds the figure and the table and needs no other file."""
     image = plots.png(draw_panels(panels(models), shared_legend=True))
     columns = [summary(results) for results in models.values()]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in models)
-    body = "".join(
-        f"<tr><td>{html.escape(row)}</td>" + "".join(f"<td>{column[row]}</td>" for column in columns) + "</tr>"
-        for row in columns[0]
-    )
-    title = " beside ".join(map(html.escape, models))
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1><table><tr><th></th>{head}</tr>{body}</table>"
-        f'<img alt="Layer by layer: {title}" src="data:image/png;base64,{base64.b64encode(image).decode()}"></html>\n'
-    )
-    return image, page
+    table = Table(["", *models], [[row, *(column[row] for column in columns)] for row in columns[0]])
+    title = " beside ".join(models)
+    return image, html_page(title, f"# {title}\n\n{table}\n\n![Layer by layer](compare.png)\n", {"compare.png": image})
