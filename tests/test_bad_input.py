@@ -421,7 +421,7 @@ COMMANDS = [
     (with_run(), ["measure", "prune", "run", "sparsity=2", "output=x", "rows=2"], ["sparsity=2"]),
     (nothing, ["estimate", "hardware=abacus"], ["hardware='abacus'", "h100"]),
     (nothing, ["estimate", "gpus=many"], ["gpus='many' must be a whole number"]),
-    (nothing, ["reproduce", "table99"], ["'table99' is no experiment"]),
+    (nothing, ["reproduce", "table99"], ["'table99' is not an experiment"]),
     (nothing, ["reproduce", "table1", "scale=huge"], ["scale='huge' does not exist", "mini, paper, small, toy"]),
     (nothing, ["reproduce", "table1", "seeds=none"], ["seeds=none must be a number of seeds"]),
     (nothing, ["reproduce", "table1_130m", "row=mixln"], ["row='mixln' is not a row: did you mean 'mix_ln'"]),

@@ -163,7 +163,9 @@ def test_what_was_not_run_is_one_compact_table(report, experiments):
     assert head[1:] == ["scale=paper", "scale=mini", "scale=small", "scale=toy", "hours of H100, scale=paper"]
     assert rows == [["Table 1", "all", "all", "all", "admin", "50"]]
     again = replace(experiments[0], name="table7_130m", target="Table 7")
-    assert "## Table 7" not in build_report([*experiments, again]).markdown
+    markdown = build_report([*experiments, again], "H100").markdown
+    assert "## Table 7" not in markdown
+    assert "With shared runs counted once, scale=paper takes 50 hours of H100 for one seed." in markdown
 
 
 def test_sizes_with_their_own_runs_share_a_table():
@@ -247,7 +249,9 @@ def test_length_and_depth_stand_at_the_top_once_two_settings_were_run(experiment
     assert "length_and_depth.png" in made.figures
     assert made.markdown.index("length_and_depth.png") < made.markdown.index("## At a glance")
     rows = tables_of(made.markdown)["### Depth: ours at scale=small"]
-    assert ["x 24: lns", "4.615 ± 0.007", "2", "**-0.385 ± 0.064**"] in rows
+    assert ["x 24: lns", "4.615 ± 0.007", "2", "**-0.385 ± 0.064** †"] in rows
+    assert "- LNS less Pre-LN by Depth (x 6 to x 24): -0.085±0.064, -0.39±0.064." in verdict_of(made.markdown)
+    assert "scale=small:** 4 distinct comparisons" in made.markdown
     one = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in one.figures
     assert "## Depth" not in one.markdown

@@ -171,9 +171,9 @@ def load_experiments(rows: Iterable[Row], results: Path) -> list[Experiment]:
     Raises:
         UserError: a result cannot be read; the runs of one table have different corpora or scales.
     """
-    rows = list(rows)
     records = {run_id: (folder, read_object(record_path(folder))) for run_id, folder in find_results(results).items()}
     seeds = sorted({record["seed"] for _, record in records.values()})
+    rows = list(rows)  # composed here, after a damaged record is reported
 
     def runs_of(row: Row) -> Iterator[Run]:
         if row.public_model is not None:

@@ -94,9 +94,9 @@ def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     """
     published = scales["paper"]
     metric = published[0].headline
-    rows = [row for row in published[0].rows if row is not published[0].baseline]
-    if metric is None or not rows:
+    if metric is None:
         return None
+    rows = [row for row in published[0].rows if row is not published[0].baseline]
 
     def series(columns: Sequence[Column], point: Callable[[Comparison], Point | None]) -> Series:
         found = []
@@ -108,8 +108,11 @@ def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     panels = [("published", series(published, published_point))]
     panels += [(panel_title(scale, columns[0]), series(columns, our_point)) for scale, columns in scales.items()]
     panels = [(title, found) for title, found in panels if any(point for _, points in found for point in points)]
-    if not panels:
+    drawn = [i for i in range(len(rows)) if any(points[i] for _, found in panels for _, points in found)]
+    if not drawn:
         return None
+    rows = [rows[i] for i in drawn]
+    panels = [(title, [(name, [points[i] for i in drawn]) for name, points in found]) for title, found in panels]
     figure, axes = figure_grid(1.4 + (0.22 + 0.09 * len(published)) * len(rows), columns=len(panels), sharey=True)
     for panel, (title, found) in zip(axes[0], panels, strict=True):
         forest(panel, found, [row.label for row in rows], title)

@@ -83,6 +83,8 @@ def build_report(experiments: Sequence[Experiment], hardware: str = "") -> Repor
         overview=overview(targets),
         sections=[section(target, scales, survivors, images) for target, scales in targets.items() if was_run(scales)],
         not_run=tables.not_run_table(targets, hardware),
+        missing_hours=tables.missing_hours(targets),
+        hardware=hardware,
         environments=environments(experiments),
         figures=FIGURES,
         **{"stuck": STUCK, "untrained": UNTRAINED, "good_rate": tables.GOOD_RATE, "join": tables.join},
@@ -101,7 +103,7 @@ def overview(targets: Targets) -> Table | None:
     rows = []
     for target, scales in targets.items():
         for scale, experiments in scales.items():
-            tests = [test for column in columns(experiments) for test in tests_of(target, column)]
+            tests = [test for column in columns(experiments) for test in tests_of(target, column) if test.direction]
             if tests:
                 seeds = seed_count(row for e in experiments for row in e.rows)
                 cells = ["; ".join(labels_of(tests, direction)) for direction in DIRECTIONS]
@@ -220,14 +222,15 @@ def add_pictures(target: str, grouped: Mapping[str, Sequence[Column]], images: d
 
 
 def top_figure(targets: Targets, images: dict[str, bytes]) -> Picture | None:
-    """Loss differences over length and depth, with the paper's Table 1 as marks."""
+    """Loss differences over length and depth, with the paper's Tables 1 and 6 as marks."""
     panels = [
         (f"{target}, scale={scale}", targets[target]["paper"][0].paper["axis"], columns(group))
         for target in ("Length", "Depth")
         if target in targets and was_run(targets[target])
         for scale, group in targets[target].items()
     ]
-    figure = along_axes(panels, columns(targets.get("Table 1", {}).get("paper", ())))
+    published = [e for target in ("Table 1", "Table 6") for e in targets.get(target, {}).get("paper", ())]
+    figure = along_axes(panels, columns(published))
     if figure is None:
         return None
     images["length_and_depth.png"] = png(figure)

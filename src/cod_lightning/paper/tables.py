@@ -206,6 +206,12 @@ def not_run_table(targets: Mapping[str, Mapping[str, Sequence[Experiment]]], har
     return Table(head, rows, range(len(head) - 1)) if rows else None
 
 
+def missing_hours(targets: Mapping[str, Mapping[str, Sequence[Experiment]]]) -> float:
+    """Hours of all missing runs at scale=paper; rows with the same runs count once."""
+    rows = (row for scales in targets.values() for e in scales["paper"] for row in e.rows if not row.runs)
+    return sum({row.run_id: row.gpu_hours or 0.0 for row in rows}.values())
+
+
 def missing_cell(missing: Sequence[ReportRow], total: int) -> str:
     """Labels of missing rows, or their number if many or all are missing."""
     if len(missing) == total:

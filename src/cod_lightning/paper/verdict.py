@@ -33,7 +33,8 @@ class Test:
     """The row of a table, or the finding about a figure."""
     statement: str
     """The paper's claim in words."""
-    direction: str
+    direction: str | None
+    """Beside the paper; None if it prints no figure."""
     difference: Difference
 
     @property
@@ -44,10 +45,10 @@ class Test:
 
 
 def tests_of(target: str, column: Column) -> Iterator[Test]:
-    """Comparisons of a column with the paper: rows of a table in its headline metric, and findings of a figure."""
+    """Comparisons in a column: rows of a table in its headline metric, and findings about a figure."""
     for comparison in column.compare(column.headline) if column.headline else ():
         for published in comparison.published:
-            if published.direction and comparison.difference:
+            if comparison.difference:
                 name = comparison.row.label.removeprefix("+ ")
                 better = ((published.difference or 0) < 0) == comparison.metric.lower_is_better
                 claim = f"{name} {'beats' if better else 'loses to'} {column.baseline.label}"
@@ -69,6 +70,8 @@ class ScaleSummary:
     headline: Comparison | None
     """LNS beside Pre-LN in the first table that has both."""
     tests: list[Test]
+    varied: list[str]
+    """LNS beside Pre-LN over each setting that an experiment varies."""
 
     @cached_property
     def unique(self) -> dict[tuple[str, ...], Difference]:
@@ -96,19 +99,20 @@ class ScaleSummary:
 
     @property
     def survivor_labels(self) -> list[str]:
-        return list(dict.fromkeys(test.label for test in self.tests if test.key in self.survivors))
+        labels = (test.label.removeprefix("+ ") for test in self.tests if test.key in self.survivors)
+        return list(dict.fromkeys(labels))
 
     @cached_property
     def by_direction(self) -> dict[str, list[str]]:
         """Claims by direction, those about LNS first, then other findings about figures; without the headline."""
         by_key: dict[tuple[str, ...], list[Test]] = {}
         for test in sorted(self.tests, key=lambda test: ("LNS" not in test.statement, "Figure" not in test.target)):
-            if self.headline is None or test.key != self.headline.test:
+            if test.direction and (self.headline is None or test.key != self.headline.test):
                 by_key.setdefault(test.key, []).append(test)
         grouped: dict[str, list[str]] = {}
         for tests in by_key.values():
             directions = {test.direction for test in tests}
-            direction = tests[0].direction if len(directions) == 1 else MIXED
+            direction = str(tests[0].direction) if len(directions) == 1 else MIXED
             grouped.setdefault(direction, []).append(tests[0].label if direction == MIXED else tests[0].with_interval)
         return {name: list(dict.fromkeys(grouped[name])) for name in (*DIRECTIONS, MIXED) if name in grouped}
 
@@ -121,13 +125,28 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
         for target, scales in targets.items():
             for column in columns(scales.get(scale, ())):
                 tests += tests_of(target, column)
-                if headline is None and column.headline and column.headline.lower_is_better:
-                    rows = {c.row.name: c for c in column.compare(column.headline)}
-                    if "lns" in rows and column.baseline.name == "pre_ln" and rows["lns"].difference:
-                        headline, setting = rows["lns"], column.first.setting
-        if tests or headline:
-            summaries.append(ScaleSummary(scale, setting, headline, tests))
+                if headline is None and "axis" not in column.first.paper:
+                    headline, setting = lns_comparison(column), column.first.setting
+        if tests:
+            summaries.append(ScaleSummary(scale, setting, headline, tests, list(varied_settings(targets, scale))))
     return summaries
+
+
+def lns_comparison(column: Column) -> Comparison | None:
+    """LNS beside Pre-LN in a column of losses."""
+    if column.headline is None or not column.headline.lower_is_better or column.baseline.name != "pre_ln":
+        return None
+    return next((c for c in column.compare(column.headline) if c.row.name == "lns" and c.difference), None)
+
+
+def varied_settings(targets: Targets, scale: str) -> Iterator[str]:
+    """LNS less Pre-LN along each varied setting with two values or more."""
+    for target, scales in targets.items():
+        group = columns(scales.get(scale, ())) if "axis" in scales["paper"][0].paper else []
+        found = [(column.heading, c.difference) for column in group if (c := lns_comparison(column)) and c.difference]
+        if len(found) > 1:
+            values = [f"{d.mean:+.2g}" + ("" if d.margin is None else f"±{d.margin:.2g}") for _, d in found]
+            yield f"{target} ({found[0][0]} to {found[-1][0]}): {', '.join(values)}"
 
 
 def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
