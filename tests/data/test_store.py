@@ -1,14 +1,11 @@
 """Sets in an S3 store: a moto server behind a proxy that injects faults."""
 
-import contextlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +13,7 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
 from cod_lightning.data import chunks
 from cod_lightning.data.config import DataConfig
@@ -37,40 +35,25 @@ ENVIRONMENT = {
 
 
 @pytest.fixture(scope="session")
-def moto(packed, tmp_path_factory):
-    """Address of a server whose bucket `sets` holds the packed set under `packed`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("moto") / "log"
-    with open(log, "w") as output:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            time.sleep(0.05)
-        names = {name.lower(): value for name, value in ENVIRONMENT.items() if "KEY" in name}
-        store = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1", **names)
-        store.create_bucket(Bucket="sets")
-        folder = prepared_folder(packed)
-        for path in folder.rglob("*"):
-            if path.is_file():
-                store.upload_file(str(path), "sets", f"packed/{path.relative_to(folder)}")
-        store.close()
-        yield port
-    finally:
-        process.kill()
-        process.wait()
+def moto(packed):
+    """The port of a server whose bucket `sets` has the packed set under `packed`."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    port = server.get_host_and_port()[1]
+    names = {name.lower(): value for name, value in ENVIRONMENT.items() if "KEY" in name}
+    store = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1", **names)
+    store.create_bucket(Bucket="sets")
+    folder = prepared_folder(packed)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.upload_file(str(path), "sets", f"packed/{path.relative_to(folder)}")
+    store.close()
+    yield port
+    server.stop()
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to `port`, but answers those for a name in `faults` with its next fault."""
+    """Forwards requests to `port`, but answers those for a name in `faults` with its next fault."""
 
     daemon_threads = True
 
