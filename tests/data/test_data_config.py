@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 
-from cod_lightning.data.config import DataConfig, patterns, problems
+from cod_lightning.data.config import DataConfig, data_errors, patterns
 
 
-def test_the_defaults_have_no_problem():
-    assert problems(DataConfig()) == []
+def test_the_defaults_are_valid():
+    assert data_errors(DataConfig()) == []
 
 
 @pytest.mark.parametrize(
@@ -22,21 +22,23 @@ def test_the_defaults_have_no_problem():
         ({"vocab_size": 257}, ["data.vocab_size=257 must be at least 258"]),
         ({"max_documents": 0}, ["data.max_documents=0"]),
         ({"tokenizer": ""}, ["data.tokenizer is empty"]),
+        ({"folder": ""}, ["data.folder is empty"]),
+        ({"sha256": "ABC"}, ["data.sha256='ABC' must be 64 hexadecimal digits"]),
         (
             {"val_tokens": 100, "val_every": 1},
             ["data.val_every=1", "data.val_tokens=100 must be at least data.seq_len=128"],
         ),
     ],
 )
-def test_every_problem_is_named(changes, expected):
-    found = problems(DataConfig(**changes))
+def test_every_bad_field_is_named(changes, expected):
+    found = data_errors(DataConfig(**changes))
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):
         assert line.startswith(start)
 
 
-def test_a_vocabulary_size_does_not_matter_to_a_ready_tokenizer():
-    assert problems(DataConfig(tokenizer="t5-base", vocab_size=0)) == []
+def test_a_given_tokenizer_ignores_the_vocabulary_size():
+    assert data_errors(DataConfig(tokenizer="t5-base", vocab_size=0)) == []
 
 
 def test_patterns_are_a_list():

@@ -1,10 +1,6 @@
 """Sets in an S3 store: a moto server behind a proxy that injects faults."""
 
 import http.client
-import json
-import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -227,19 +223,11 @@ def test_a_chunk_altered_in_the_cache_is_fetched_again(proxy, local, tmp_path):
     assert proxy.asked[CHUNK] == 2
 
 
-def test_a_run_from_a_store_has_the_losses_of_the_local_set(moto, packed, tmp_path):
-    environment = {**os.environ, **ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{moto}"}
-    found = []
-    for name, folder in (("local", str(prepared_folder(packed))), ("store", SOURCE)):
-        words = [f"output={tmp_path}/{name}", f"data.folder={folder}", f"data.root={tmp_path}", "model=tiny"]
-        words += ["data.vocab_size=300", "data.seq_len=32", "data.batch_size=8", "data.micro_batch_size=8"]
-        words += ["trainer.accelerator=cpu", "trainer.threads=1", "trainer.max_steps=4", "trainer.log_every=1"]
-        words += ["trainer.progress=false", "trainer.stats_every=0", "eval.every=2", "logger=none"]
-        command = [sys.executable, "-m", "cod_lightning", "fit", *words]
-        process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert process.returncode == 0, process.stderr
-        (path,) = (tmp_path / name).rglob("record.json")
-        found.append(json.loads(path.read_text()))
-    assert len(found[0]["history"]["train"]["loss"]) == 4
+def test_a_run_from_a_store_has_the_losses_of_the_local_set(proxy, packed, train, tmp_path):
+    histories = []
+    for folder in (str(prepared_folder(packed)), SOURCE):
+        record, _ = train(f"data.folder={folder}", f"data.root={tmp_path}", f"output={tmp_path}/{len(histories)}")
+        histories.append(record["history"])
+    assert len(histories[0]["train"]["loss"]) == 6
     for split, key in (("train", "loss"), ("val", "val_loss")):
-        assert found[0]["history"][split][key] == found[1]["history"][split][key]
+        assert histories[0][split][key] == histories[1][split][key]

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.config.schema import Config, flatten
-from cod_lightning.data.config import image_problems
-from cod_lightning.data.config import problems as data_problems
+from cod_lightning.data.config import data_errors, image_errors
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn import strategies
@@ -24,8 +23,8 @@ def problems(config: Config) -> list[str]:
         return errors
     return [
         *config.model.problems(),
-        *data_problems(config.data),
-        *image_problems(config.images),
+        *data_errors(config.data),
+        *image_errors(config.images),
         *setting_errors(config.trainer, "trainer."),
         *setting_errors(config.eval, "eval."),
         *setting_errors(config.optim, "optim."),

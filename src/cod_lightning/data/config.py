@@ -1,4 +1,4 @@
-"""The settings of the data room; plain data, so that a configuration is checked without importing torch."""
+"""Settings of tokens and images; free of torch, so that a configuration is checked quickly."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from cod_lightning.settings import setting, setting_errors
 INSTRUCTION_SOURCES = ("instructions", "drawn_instructions")
 FILE_SOURCES = ("files", "instructions")
 SHARDED_SOURCES = (*FILE_SOURCES, "c4")
-"""Made of files, so that several machines can prepare a share each."""
+"""Sources that consist of files, so that each of several machines can prepare a share."""
 SOURCES = ("docs", "files", "c4", *INSTRUCTION_SOURCES)
 LAYOUTS = ("packed", "document")
 SMALLEST_BPE = 258
-"""256 bytes, pad and EOS."""
+"""Smallest vocabulary: 256 bytes, pad and EOS."""
 DRAWN_CLASSES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
 IMAGE_SOURCES = ("drawn", "folder")
 
 
 @dataclass
 class DataConfig:
-    """Where tokens come from and how they are laid out in rows."""
+    """Source of the tokens and layout of the rows."""
 
     source: str = setting("docs", choices=SOURCES)
-    """`docs` (documentation that every installation carries), `files`, or `c4` (allenai/c4 `en` from the hub); for
-    fine-tuning on answers `instructions` (files), or `drawn_instructions` (questions that the package makes up)."""
+    """`docs` (installed documentation), `files`, or `c4` (allenai/c4 `en` from the hub); for fine-tuning on answers
+    `instructions` (files), or `drawn_instructions` (generated questions)."""
     files: Any = None
-    """Glob or list of globs. `source=files`: .txt, .jsonl, .json, each also .gz (JSON lines with a `text` field).
-    `source=instructions`: .jsonl, .json, each also .gz, of Commonsense170K's records, as lines or as one list."""
+    """Glob or list of globs. `source=files`: .txt, .jsonl, .json (JSON lines with a `text` field), each also .gz.
+    `source=instructions`: .jsonl, .json, each also .gz, with records of Commonsense170K, as lines or as one list."""
     val_files: Any = None
-    """Like `files`, for validation; without it one document in `val_every` is held out."""
+    """Like `files`, for validation; None: hold out one document in `val_every`."""
     val_every: int = setting(50, at_least=2)
     sha256: str | None = None
-    """SHA-256 of the documents, as the manifest of a prepared set has it: other text is refused. The text is then known
-    by it, and no longer by the names of its files. None: any text."""
+    """SHA-256 of the documents (`source.sha256` in manifest.json): other text is refused, and the names of the files
+    do not affect the identity of a run. None: any text."""
     repeat: bool = setting(True, runtime=True)
     """False: refuse a run that would read a training row a second time."""
     max_documents: int | None = setting(None, at_least=1)
-    """Stop after so many training documents (None: all; `c4` has 364,868,892)."""
+    """Number of training documents to use; None: all (`c4` has 364,868,892)."""
     tokenizer: str = "bpe"
     """`bpe` (byte-level, trained on the corpus at prepare time), a folder with tokenizer.json, or a hub name."""
     vocab_size: int = 4096
-    """Vocabulary of the trained `bpe` tokenizer; ignored for others."""
+    """Size of the trained `bpe` tokenizer; other tokenizers ignore it."""
     layout: str = setting("packed", choices=LAYOUTS)
-    """`packed`: documents joined by EOS and cut into rows; `document`: one document per row, cut or padded (paper).
-    Without effect on instructions, which have one example per row."""
+    """`packed`: documents joined by EOS and split into rows; `document`: one document per row, truncated or padded
+    (paper). Instructions ignore it: they have one example per row."""
     seq_len: int = setting(128, at_least=2)
     """Tokens per row; a row has `seq_len - 1` targets."""
     val_tokens: int = 10_000_000
-    """Upper bound of validation tokens (the paper evaluates on 10M non-pad tokens)."""
+    """Largest number of validation tokens; the paper evaluates on 10M non-pad tokens."""
     batch_size: int = setting(16, at_least=1)
     """Rows per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: int = setting(16, runtime=True, at_least=1)
     """Rows per forward pass on one rank."""
     folder: str | None = None
-    """A prepared set (local folder, or URL that litdata reads); None: derived from the settings, below `root`."""
+    """A prepared set: local folder, or URL that litdata reads; None: the set in `root` that the settings describe."""
     root: str = setting("data", runtime=True)
-    """Prepared sets are kept here."""
+    """Folder of the prepared sets and of the cache."""
     workers: int = setting(0, runtime=True, at_least=0)
     """Processes that tokenize during preparation; 0: one per core."""
     loader_workers: int = setting(0, runtime=True, at_least=0)
@@ -66,19 +66,19 @@ class DataConfig:
 
     @property
     def row_layout(self) -> str:
-        """What rows are made of: `layout`, or `instructions`."""
+        """Layout of the rows: `layout`, or `instructions`."""
         return "instructions" if self.source in INSTRUCTION_SOURCES else self.layout
 
 
 def patterns(value: Any) -> list[str]:
-    """Return `data.files` or `data.val_files` as a list of globs: one string, several, or None."""
+    """Return `data.files` or `data.val_files`, which is a string, a list or None, as a list of globs."""
     if value is None:
         return []
     return [value] if isinstance(value, str) else list(value)
 
 
-def problems(config: DataConfig) -> list[str]:
-    """One error for each field with an invalid value."""
+def data_errors(config: DataConfig) -> list[str]:
+    """Return one error for each field with an invalid value."""
     errors = setting_errors(config, "data.")
     for key in ("files", "val_files"):
         value = getattr(config, key)
@@ -107,37 +107,37 @@ def problems(config: DataConfig) -> list[str]:
 
 @dataclass
 class ImageConfig:
-    """Where images come from and how they are cut into tokens, for `task=vision`.
+    """Source of the images and their division into patches, for `task=vision`.
 
-    Of `DataConfig` that task takes the batch sizes and `loader_workers`; a row is an image.
+    That task uses the batch sizes and `loader_workers` of `DataConfig`; a row is an image.
     """
 
     source: str = setting("drawn", choices=IMAGE_SOURCES)
-    """`drawn` (small pictures of stripes and shapes that the package draws itself), or `folder`."""
+    """`drawn` (small generated pictures of stripes and shapes), or `folder`."""
     folder: str | None = None
-    """`source=folder`: holds train/CLASS/ and val/CLASS/ with .jpg, .jpeg and .png files."""
+    """`source=folder`: folder with train/CLASS/ and val/CLASS/, which have .jpg, .jpeg and .png files."""
     classes: int | None = setting(None, at_least=1)
-    """`source=folder`: how many there must be, so that an incomplete copy is found; None: as many as there are."""
+    """`source=folder`: expected number of classes, to detect an incomplete copy; None: any."""
     size: int = setting(32, at_least=1)
-    """Side in pixels of what the model sees."""
+    """Side of the model input in pixels."""
     patch_size: int = setting(8, at_least=1)
-    """Side in pixels of a patch, which is one token."""
+    """Side of a patch, which is one token, in pixels."""
     min_crop: float = setting(0.08, above=0, at_most=1)
-    """Smallest share of an image that a training crop shows; 1: all of it."""
+    """Smallest share of an image in a training crop; 1: the whole image."""
 
     @property
     def patches(self) -> int:
-        """Tokens of an image, without the class token."""
+        """Tokens per image, without the class token."""
         return (self.size // self.patch_size) ** 2
 
     @property
     def known_classes(self) -> int | None:
-        """Their number; None where only the folder knows it."""
+        """Number of classes; None if the folder determines it."""
         return len(DRAWN_CLASSES) if self.source == "drawn" else self.classes
 
 
-def image_problems(config: ImageConfig) -> list[str]:
-    """One error for each field with an invalid value."""
+def image_errors(config: ImageConfig) -> list[str]:
+    """Return one error for each field with an invalid value."""
     errors = setting_errors(config, "images.")
     if config.source == "folder" and not config.folder:
         errors.append("images.folder is empty: images.source=folder needs one that holds train/CLASS/ and val/CLASS/")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cod_lightning.data.config import DataConfig, problems
+from cod_lightning.data.config import DataConfig, data_errors
 from cod_lightning.data.manifest import Manifest, TokenizerRecord
 from cod_lightning.data.order import rows_of_step
 from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
@@ -57,7 +57,7 @@ class StepDataModule(LightningDataModule, ABC):
         shared = self.trainer.distributed_sampler_kwargs
         return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)
 
-    def share_problems(self) -> list[str]:
+    def share_errors(self) -> list[str]:
         """Return an error line if the ranks cannot share a batch equally."""
         world_size = self.replica[1]
         if self.config.batch_size % world_size:
@@ -209,7 +209,7 @@ class TokenDataModule(StepDataModule):
             UserError: bad settings; a set that is missing, damaged or prepared with other settings; a batch that the
                 ranks cannot share equally; another set than that of the checkpoint to resume.
         """
-        if errors := problems(self.config) + self.share_problems():
+        if errors := data_errors(self.config) + self.share_errors():
             raise UserError("\n".join(errors))
         self.source = self.config.folder or str(prepared_folder(self.config))
         self.manifest, self._tokenizer_json = open_set(self.source)

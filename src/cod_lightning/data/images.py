@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cod_lightning.data.config import DRAWN_CLASSES, DataConfig, ImageConfig, image_problems
+from cod_lightning.data.config import DRAWN_CLASSES, DataConfig, ImageConfig, image_errors
 from cod_lightning.data.datamodule import StepDataModule
 from cod_lightning.data.order import samples, uniform
 from cod_lightning.errors import UserError
@@ -228,7 +228,7 @@ class ImageDataModule(StepDataModule):
             UserError: bad settings; folders that are missing, empty or have different classes; a batch that the ranks
                 cannot share equally; another set than that of the checkpoint to resume.
         """
-        if errors := image_problems(self.images) + self.share_problems():
+        if errors := image_errors(self.images) + self.share_errors():
             raise UserError("\n".join(errors))
         if not hasattr(self, "source"):  # Lightning calls again, and listing a million files takes a while
             self._open(self.images)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cod_lightning.data.chunks import ChunkWriter
-from cod_lightning.data.config import DataConfig, problems
+from cod_lightning.data.config import DataConfig, data_errors
 from cod_lightning.data.corpora import Corpus, identity, open_corpus
 from cod_lightning.data.encode import Encoded, Encoder, available_cores, batches, encoder_pool, take_tokens
 from cod_lightning.data.manifest import (
@@ -68,7 +68,7 @@ def check_settings(config: DataConfig) -> None:
     Raises:
         UserError: bad settings, or they name an existing set.
     """
-    errors = problems(config)
+    errors = data_errors(config)
     if config.folder is not None:
         errors.append(f"data.folder={config.folder!r} names a set that is already prepared; omit it to prepare one")
     if errors:
