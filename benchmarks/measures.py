@@ -1,20 +1,18 @@
-"""The time of every measure of the layers beside a training step, and the share that the default ones take of a run.
+"""Time of every layer measure beside a training step, and the share of a run that the default measures take.
 
     python benchmarks/measures.py [--experiments quickstart table1_130m] [--rows 2] [--set key=value ...] [--save]
 
-A step is the forward pass, the loss, the backward pass and Adam on `data.batch_size` rows of random tokens, without
-data or logging. Measures are those that run in training, on as many rows as there; a share counts how often each is
-due, and drawing the figures for TensorBoard. Steps and what is measured by default take turns, at least five times
-each. All others are run once each, between two steps.
+A step is the forward pass, the loss, the backward pass and Adam on `data.batch_size` sequences of random tokens,
+without data loading or logging. Measures run as in training, on as many sequences as there. A share counts how often a
+measure is due, and includes its TensorBoard figures. Steps and default measures take turns, at least five times each;
+every other measure runs once, between two steps.
 
-Where a step has more than one micro-batch, it is taken as so many times the forward and backward pass of `--rows` rows
-as make up the batch, and only what is measured by default is timed, once. On a CPU the time is the processor's, which
-other processes stretch less than the clock's.
+If a step has several micro-batches, its time is extrapolated from a forward and backward pass of `--rows` sequences,
+and only the default measures are timed, once. On a CPU the clock is processor time, which other programs disturb less.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -24,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from _results import milliseconds, save, show
+from _results import DEVICE, ON_GPU, argument_parser, elapsed, mean_loss, milliseconds, report
 from torch.utils.tensorboard import SummaryWriter
 
 from cod_lightning.config.compose import compose
@@ -37,82 +35,77 @@ from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import IN_TRAINING, worth_a_figure
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLOCK = time.perf_counter if DEVICE == "cuda" else time.process_time
+CLOCK = time.perf_counter if ON_GPU else time.process_time
+Function = Callable[[], object]
 
 
-def training_step(config: Config, decoder: Decoder, rows: int) -> tuple[Callable[[], None], float]:
-    """A function that does a part of a step, and how many such parts make up a step."""
+def once(function: Function) -> float:
+    """Milliseconds of one call."""
+    return 1000 * elapsed(function, CLOCK)
+
+
+def partial_step(config: Config, decoder: Decoder, sequences: int) -> tuple[Function, float]:
+    """A function that runs one part of a training step, and the number of parts in a step."""
     whole = config.data.batch_size == config.data.micro_batch_size
-    rows = config.data.batch_size if whole else rows
-    tokens = torch.randint(decoder.lm_head.out_features, (rows, config.data.seq_len), device=DEVICE)
+    sequences = config.data.batch_size if whole else sequences
+    tokens = torch.randint(decoder.lm_head.out_features, (sequences, config.data.seq_len), device=DEVICE)
     optimizer = torch.optim.Adam(decoder.parameters(), config.optim.lr)
 
     def step() -> None:
-        found = decoder(tokens, next_tokens(tokens))
-        (found.total / found.counts.sum()).backward()
+        mean_loss(decoder, tokens, next_tokens(tokens)).backward()
         if whole:
             optimizer.step()
         optimizer.zero_grad()
 
-    return step, config.data.batch_size / rows
+    return step, config.data.batch_size / sequences
 
 
-def once(function: Callable[[], object]) -> float:
-    """Milliseconds of one call."""
-    began = CLOCK()
-    function()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (CLOCK() - began)
-
-
-def measured_steps(every: int, max_steps: int) -> list[int]:
-    """When a callback measures."""
-    return sorted({*range(0, max_steps + 1, every), max_steps})
-
-
-def measure(config: Config, rows: int, seconds: float) -> list[dict[str, Any]]:
+def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, Any]]:
+    """One table row for the step, for the figure, for each measure, and for all default measures together."""
     trainer, vocabulary = config.trainer, config.model.vocab_size or config.data.vocab_size
     shape = replace(config.model, vocab_size=vocabulary)
     decoder = build_decoder(shape, build_all(config.norm, shape.num_hidden_layers), seed=1, device=DEVICE)
-    step, parts = training_step(config, decoder, rows)
+    step, parts = partial_step(config, decoder, sequences)
     probe = torch.randint(vocabulary, (trainer.probe_rows, config.data.seq_len), device=DEVICE)
     batches, model = probe.split(config.data.micro_batch_size), ModelAdapter(decoder)
-    measures: dict[str, Callable[[], object]] = {"layer statistics": partial(layer_statistics, decoder, probe)}
+    measures: dict[str, Function] = {"layer statistics": partial(layer_statistics, decoder, probe)}
     for name, function in IN_TRAINING.items():
         measures[name] = partial(function, model, batches, None, lambda done, total: None)
-    steps = {"layer statistics": measured_steps(trainer.stats_every, trainer.max_steps)}
-    steps |= {name: measured_steps(every, trainer.max_steps) for name, every in trainer.measures.items() if every}
-    drawn = [
-        at for at in steps["layer statistics"] if at and worth_a_figure(at, trainer.stats_every, trainer.max_steps)
+    intervals = {"layer statistics": trainer.stats_every, **trainer.measures}
+    due = {
+        name: sorted({*range(0, trainer.max_steps + 1, every), trainer.max_steps})
+        for name, every in intervals.items()
+        if every
+    }
+    figures = [
+        at for at in due["layer statistics"] if at and worth_a_figure(at, trainer.stats_every, trainer.max_steps)
     ]
 
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-        variances = [[1.0 + layer for layer in range(model.depth)]] * len(drawn)
-        usual: dict[str, Callable[[], object]] = {
+        variances = [[1.0 + layer for layer in range(model.depth)]] * len(figures)
+        default: dict[str, Function] = {
             "step": step,
-            "figure": lambda: writer.add_figure("variance by layer", plot_variance(drawn, variances)),
-            **{name: measures[name] for name in steps},
+            "figure": lambda: writer.add_figure("variance by layer", plot_variance(figures, variances)),
+            **{name: measures[name] for name in due},
         }
-        first_figure = once(usual["figure"])  # brings in matplotlib
+        first_figure = once(default["figure"])  # imports matplotlib
         if parts == 1:
-            times = milliseconds(usual, seconds, CLOCK)
+            times = milliseconds(default, seconds, CLOCK)
         else:
             step()
-            times = {name: once(function) for name, function in usual.items()}
-    a_step = times["step"] * parts
-    relative = {name: value / a_step for name, value in times.items()} | {"step": 1.0}
+            times = {name: once(function) for name, function in default.items()}
+    step_ms = times["step"] * parts
+    relative = {name: value / step_ms for name, value in times.items()} | {"step": 1.0}
     if parts == 1:
         before = once(step)
-        for name in [name for name in measures if name not in usual]:
+        for name in [name for name in measures if name not in default]:
             times[name], after = once(measures[name]), once(step)
             relative[name], before = 2 * times[name] / (before + after), after
-    counts = {name: len(due) for name, due in steps.items()} | {"figure": len(drawn)}
+    counts = {name: len(steps) for name, steps in due.items()} | {"figure": len(figures)}
     shares = {name: relative[name] * count / trainer.max_steps for name, count in counts.items()}
-    shares["figure"] += (first_figure - times["figure"]) / a_step / trainer.max_steps
+    shares["figure"] += (first_figure - times["figure"]) / step_ms / trainer.max_steps
     shares["all by default"] = sum(shares.values())
-    times["step"] = a_step
+    times["step"] = step_ms
     lines = [(name, times[name], relative[name]) for name in ("step", "figure", *measures) if name in times]
     return [
         {
@@ -131,22 +124,17 @@ def measure(config: Config, rows: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "measures", seconds=5, threads=os.cpu_count() if ON_GPU else 1)
     parser.add_argument("--experiments", nargs="+", default=["quickstart", "table1_130m"])
-    parser.add_argument("--rows", type=int, default=2, help="of a part of a step that has several micro-batches")
-    parser.add_argument("--threads", type=int, default=1 if DEVICE == "cpu" else os.cpu_count())
-    parser.add_argument("--seconds", type=float, default=5, help="for each of what is measured by default")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/[hardware]_[date]_measures.csv")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of every experiment")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("--rows", type=int, default=2, help="sequences of a timed part of a step with micro-batches")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides for every experiment")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = []
-    for name in options.experiments:
-        rows += measure(compose([f"experiments={name}", *options.set]), options.rows, options.seconds)
-    show(rows)
-    if options.save:
-        save("measures", rows, threads=options.threads)
+    for name in args.experiments:
+        rows += measure(compose([f"experiments={name}", *args.set]), args.rows, args.seconds)
+    report(args, rows, threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -1,60 +1,60 @@
-"""A run killed at random moments, and started again by the same command, against one that was left alone.
+"""A run that is killed at random moments and restarted by the same command, against an uninterrupted run.
 
     python benchmarks/soak.py [--kills 50] [--steps 3000] [--seed 0] [--save] [overrides ...]
 
-Each life ends by SIGKILL: at a random moment after its first step, while a checkpoint is being written, or in a
-validation, in turn. In the end every loss, validation figure and layer statistic must equal those of the run that was
-left alone, to the bit, and every step must have been made once. Exits with 1 where they do not.
+SIGKILL comes in turn at a random moment after the first step, during the write of a checkpoint, and during validation.
+At the end every loss, validation result and layer statistic must equal those of the uninterrupted run bit for bit, and
+every step must be recorded once; else the exit status is 1.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from _results import save, show
+from _results import CLI, STEP_LINE, argument_parser, report, start_cli
 
-WORDS = [
+SETTINGS = [
     *("model=tiny", "data.vocab_size=300", "data.seq_len=32", "data.batch_size=8", "data.micro_batch_size=8"),
     *("data.max_documents=300", "data.val_tokens=20000", "eval.every=25", "eval.paper_batch=8", "trainer.threads=1"),
     *("trainer.log_every=1", "trainer.stats_every=10", "trainer.checkpoint_every=10", "logger=none"),
     *("trainer.measures.jacobian=0", "trainer.accelerator=cpu"),
 ]
 KINDS = ("any moment", "checkpoint", "validation")
-PATIENCE = 300.0
-"""Seconds until a process must have come to its first step, or to its end."""
+TIMEOUT = 300.0
+"""Seconds that a process may run; then it is killed at any moment."""
 
 
-def command(folder: Path, steps: int, name: str, overrides: list[str]) -> list[str]:
-    where = [f"output={folder}", f"data.root={folder / 'data'}", f"trainer.max_steps={steps}", f"name={name}"]
-    return [sys.executable, "-m", "cod_lightning", "fit", *WORDS, *where, *overrides]
+def last_step(log: str) -> int:
+    return max((int(step) for step, _ in STEP_LINE.findall(log)), default=0)
 
 
-def last_step(log: Path) -> int:
-    return max((int(step) for step in re.findall(r"^step +(\d+)/", log.read_text(), re.MULTILINE)), default=0)
+def run_and_kill(cli_args: list[str], folder: Path, kind: str, rng: random.Random) -> tuple[str, bool]:
+    """Start the run and kill it at a moment of `kind`.
 
+    Returns:
+        `kind`, or "ended" if the run finished first; whether a checkpoint was partially written.
 
-def one_life(words: list[str], folder: Path, kind: str, draw: random.Random) -> tuple[str, int, bool]:
-    """Start, and kill where `kind` says; returns where it was killed, at which step, and whether a file was cut."""
+    Raises:
+        SystemExit: the run failed.
+    """
     log, checkpoints = folder / "log", folder / "killed" / "checkpoints"
-    with open(log, "w") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out)
-    began, wait = time.monotonic(), draw.uniform(0.1, 1.5)
-    first = None
-    while process.poll() is None and time.monotonic() - began < PATIENCE:
-        step = last_step(log)
+    process = start_cli(cli_args, log)
+    start, delay, first = time.monotonic(), rng.uniform(0.1, 1.5), None
+    while process.poll() is None and time.monotonic() - start < TIMEOUT:
+        text = log.read_text()
+        step = last_step(text)
         if first is None and step:
             first = time.monotonic()
-        if first is not None and time.monotonic() - first > wait:
+        if first is not None and time.monotonic() - first > delay:
             writing = any(checkpoints.glob(".*.partial"))
-            validating = step % 25 == 0 and f"step {step:>6}/" in log.read_text() and "val_loss" not in last_line(log)
+            last_line = (text.splitlines() or [""])[-1]
+            validating = step % 25 == 0 and f"step {step:>6}/" in text and "val_loss" not in last_line
             if kind == "any moment" or (kind == "checkpoint" and writing) or (kind == "validation" and validating):
                 break
         time.sleep(0.0005)
@@ -62,58 +62,57 @@ def one_life(words: list[str], folder: Path, kind: str, draw: random.Random) -> 
     process.kill()
     process.wait()
     if ended and process.returncode != 0:
-        raise SystemExit(f"the run failed by itself:\n{log.read_text()}")
-    return "ended" if ended else kind, last_step(log), any(checkpoints.glob(".*.partial"))
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text().splitlines()
-    return lines[-1] if lines else ""
+        raise SystemExit(f"the run failed:\n{log.read_text()}")
+    return "ended" if ended else kind, any(checkpoints.glob(".*.partial"))
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--kills", type=int, default=50)
-    options.add_argument("--steps", type=int, default=3000)
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--save", action="store_true")
-    options.add_argument("overrides", nargs="*")
-    arguments = options.parse_args()
-    draw = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        subprocess.run(command(folder, arguments.steps, "alone", arguments.overrides), check=True, capture_output=True)
-        words, lives = command(folder, arguments.steps, "killed", arguments.overrides), []
-        for number in range(arguments.kills):
-            kind, step, cut = one_life(words, folder, KINDS[number % len(KINDS)], draw)
+    parser = argument_parser(__doc__, "soak")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0, help="for the moments of the kills")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    kills: list[tuple[str, bool]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+
+        def fit(name: str) -> list[str]:
+            paths = [f"output={folder}", f"data.root={folder / 'data'}", f"name={name}"]
+            return ["fit", *SETTINGS, *paths, f"trainer.max_steps={args.steps}", *args.overrides]
+
+        subprocess.run([*CLI, *fit("uninterrupted")], check=True, capture_output=True)
+        for number in range(args.kills):
+            kind, partial = run_and_kill(fit("killed"), folder, KINDS[number % len(KINDS)], rng)
             if kind == "ended":
-                print(f"the run ended after {number} kills: more --steps are needed for more", file=sys.stderr)
+                print(f"the run ended after {number} kills; increase --steps", file=sys.stderr)
                 break
-            lives.append((kind, step, cut))
-        subprocess.run(words, check=True, capture_output=True)
-        alone, killed = (json.loads((folder / name / "record.json").read_text()) for name in ("alone", "killed"))
-    series = {
-        f"{kind}.{name}": values == killed["history"][kind][name]
-        for kind, columns in alone["history"].items()
-        for name, values in columns.items()
-        if name != "tokens_per_second"
-    }
+            kills.append((kind, partial))
+        subprocess.run([*CLI, *fit("killed")], check=True, capture_output=True)
+        uninterrupted, killed = (
+            json.loads((folder / name / "record.json").read_text())["history"] for name in ("uninterrupted", "killed")
+        )
+    different = [
+        f"{kind}.{name}"
+        for kind, series in uninterrupted.items()
+        for name, values in series.items()
+        if name != "tokens_per_second" and values != killed[kind][name]
+    ]
     rows = [
         {
             "killed": kind,
-            "kills": sum(life[0] == kind for life in lives),
-            "with a file half written": sum(life[0] == kind and life[2] for life in lives),
-            "steps": arguments.steps,
-            "seed": arguments.seed,
-            "equal to the bit": all(series.values()),
+            "kills": sum(kind == killed_at for killed_at, _ in kills),
+            "with a file half written": sum(kind == killed_at and partial for killed_at, partial in kills),
+            "steps": args.steps,
+            "seed": args.seed,
+            "equal to the bit": not different,
         }
         for kind in KINDS
     ]
-    show(rows)
-    if arguments.save:
-        save("soak", rows)
-    if different := [name for name, equal in series.items() if not equal]:
-        raise SystemExit(f"these differ from the run that was left alone: {', '.join(different)}")
+    report(args, rows)
+    if different:
+        raise SystemExit(f"these series differ from the uninterrupted run: {', '.join(different)}")
 
 
 if __name__ == "__main__":
