@@ -173,19 +173,19 @@ def plot(table: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     most = max(row["rows"] for row in table)
-    panels = list(itertools.product(("norm", "add_norm"), ("forward", "backward")))
     names, widths = list(dict.fromkeys(row["variant"] for row in table)), sorted({row["width"] for row in table})
+    shares = {
+        (row["operation"], row["direction"], row["variant"], row["width"]): row["share"]
+        for row in table
+        if row["rows"] == most
+    }
     figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = itertools.product(("norm", "add_norm"), ("forward", "backward"))
     for axes, (operation, direction) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for position, name in enumerate(names):
-            shares = {
-                row["width"]: row["share"]
-                for row in table
-                if (row["operation"], row["direction"], row["variant"], row["rows"])
-                == (operation, direction, name, most)
-            }
             left = [w + 0.8 * (position / len(names) - 0.5) for w in range(len(widths))]
-            axes.bar(left, [shares[w] for w in widths], 0.75 / len(names), label=name)
+            heights = [shares[operation, direction, name, width] for width in widths]
+            axes.bar(left, heights, 0.75 / len(names), label=name)
         axes.set(title=f"{operation}, {direction}, {most:,} rows", xlabel="width", ylabel="share of copy bandwidth")
         axes.set_xticks(range(len(widths)), map(str, widths))
     figure.axes[0].legend(fontsize="small")

@@ -112,15 +112,9 @@ def ours(shape: DecoderConfig, *, dtype: torch.dtype, compiled: bool, backend: s
 def llama_config(shape: DecoderConfig) -> Any:
     import transformers
 
-    return transformers.LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        pad_token_id=None,
-        use_cache=False,
-    )
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    options = {name: getattr(shape, name) for name in fields}
+    return transformers.LlamaConfig(**options, pad_token_id=None, use_cache=False)
 
 
 def transformers_llama(shape: DecoderConfig, *, dtype: torch.dtype, compiled: bool) -> Variant:
