@@ -77,15 +77,15 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
         for name, every in intervals.items()
         if every
     }
-    figures = [
+    figure_steps = [
         at for at in due["layer statistics"] if at and worth_a_figure(at, trainer.stats_every, trainer.max_steps)
     ]
 
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-        variances = [[1.0 + layer for layer in range(model.depth)]] * len(figures)
+        variances = [[1.0 + layer for layer in range(model.depth)]] * len(figure_steps)
         default: dict[str, Function] = {
             "step": step,
-            "figure": lambda: writer.add_figure("variance by layer", plot_variance(figures, variances)),
+            "figure": lambda: writer.add_figure("variance by layer", plot_variance(figure_steps, variances)),
             **{name: measures[name] for name in due},
         }
         first_figure = once(default["figure"])  # imports matplotlib
@@ -101,7 +101,7 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
         for name in [name for name in measures if name not in default]:
             times[name], after = once(measures[name]), once(step)
             relative[name], before = 2 * times[name] / (before + after), after
-    counts = {name: len(steps) for name, steps in due.items()} | {"figure": len(figures)}
+    counts = {name: len(steps) for name, steps in due.items()} | {"figure": len(figure_steps)}
     shares = {name: relative[name] * count / trainer.max_steps for name, count in counts.items()}
     shares["figure"] += (first_figure - times["figure"]) / step_ms / trainer.max_steps
     shares["all by default"] = sum(shares.values())
