@@ -15,7 +15,7 @@ FAMILIES = ("ours", "ours-lns", *HF)
 """DeepSeek-LLM is a Llama."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def causal_lm():
     """`causal_lm(family)`: a random `ModelAdapter` model with a lively, not tiny, residual stream."""
 

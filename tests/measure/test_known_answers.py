@@ -1,4 +1,4 @@
-"""Planted models whose answers are known, put before every measure at once."""
+"""Planted models with known answers, measured with every measure."""
 
 import math
 from itertools import pairwise
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from builders import learn, tokens
 from torch import nn
 
 from cod_lightning.measure.adapter import ModelAdapter
@@ -14,90 +14,105 @@ from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.sparsity import linear_weights
 
-USELESS = 3
+SILENT = 3
+"""The layer that adds nothing."""
+BATCH = tokens(seed=1)
 
 
-def tokens(rows=4, length=9):
-    return torch.randint(3, 37, (rows, length), generator=torch.Generator().manual_seed(1))
+def measure(model, name, **options):
+    return MEASURES[name](model, [BATCH], None, lambda done, total: None, **options)
 
 
-def measured(model, name, **options):
-    return MEASURES[name](model, [tokens()], None, lambda done, total: None, **options)
-
-
-def plant(model):
-    """Let the norms of one block pass nothing on; give the weights of the others outliers, and have them learn."""
+@pytest.fixture(scope="module", params=["ours-lns", "llama", "gpt2"])
+def model(request, causal_lm):
+    """A model with one silent block; the others have outlier weights and are trained."""
+    model = causal_lm(request.param)
     with torch.no_grad():
         for layer, block in enumerate(model.blocks, start=1):
             for _, weight in linear_weights(block).values():
-                if layer != USELESS:
+                if layer != SILENT:
                     weight[0] *= 6
             for name, parameter in block.named_parameters():
-                if layer == USELESS and ("layernorm" in name or "ln_" in name):
+                if layer == SILENT and ("layernorm" in name or "ln_" in name):
                     parameter.zero_()
-    parameters = [parameter for parameter in model.model.parameters() if parameter.any()]
-    optimizer = torch.optim.Adam(parameters, lr=0.01)
-    for _ in range(40):
-        loss = F.cross_entropy(model.logits(tokens())[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(model, BATCH, steps=40)
+    return model
 
 
-@pytest.mark.parametrize("family", ["ours-lns", "llama", "gpt2"])
-def test_a_useless_block_is_found_by_every_signal(causal_lm, family, tmp_path):
-    model = causal_lm(family)
-    plant(model)
-    found = {name: measured(model, name) for name in MEASURES if name not in ("gain", "sparsity")}
-    moments, removal, influence = found["variance"], found["removal"], found["influence"]
-    linear, read, importance = found["linear_replacement"], found["readout"], found["importance"]
-    exact = measured(model, "jacobian", exact=True)
+def steps(values):
+    """The change by each block after the first."""
+    return [None, *(abs(after - before) for before, after in pairwise(values))]
 
-    def steps(values):
-        """What each block but the first changes."""
-        return [math.nan, *(abs(after - before) for before, after in pairwise(values))]
 
-    signals = {
-        "variance of attention": moments.attention.variance,
-        "variance of ffn": moments.ffn.variance,
-        "residual stream": steps(moments.residual.variance),
-        "jacobian, probes": found["jacobian"].distance,
-        "jacobian, exact": exact.distance,
-        "jacobian map": [row["distance"] for row in measured(model, "jacobian_map", layers=[1, 2, 3, 4]).rows()],
-        "gain": steps([math.log(gain) for gain in measured(model, "gain", iterations=50).spectral]),
-        "angular distance": found["angular"].distances[0],
-        "removal": [loss - removal.loss for loss in removal.losses],
-        "linear replacement": [abs(loss - linear.loss) for loss in linear.losses],
-        "causal score": found["causal"].scores,
-        "block influence": influence.influence,
-        "logit lens": steps(read.loss),
-        "kl": steps(read.kl),
-        "jensen-shannon": steps(read.js),
-        "shapley": importance.shapley,
-        "leave one out": importance.leave_one_out,
-    }
-    for name, values in signals.items():
-        known = {layer: value for layer, value in enumerate(values, start=1) if value is not None and value == value}
-        useless = known.pop(USELESS)
-        assert abs(useless) < 1e-4, name
-        assert min(known.values()) > 50 * abs(useless), name
-    assert influence.best[0] == (USELESS, USELESS)
-    scores = dict(zip(found["swaps"].pairs, found["swaps"].scores, strict=True))
-    assert max(scores[2, 3], scores[3, 4]) < 1e-5 < 1e-3 < scores[1, 2]
-    runs = found["run_removal"]
-    assert runs.losses[1][1:] == pytest.approx([removal.losses[1], removal.losses[3]], rel=1e-5)
-    sparsity = measured(model, "sparsity", sparsity=0.5)
-    assert sparsity.outlier_ratio[USELESS - 1] == 0 < sorted(sparsity.outlier_ratio)[1]
-    for values in (sparsity.owl, sparsity.alpha, sparsity.alpha_pruning):
-        assert values.index(max(values)) == USELESS - 1
-    for by in ("influence", "streamline", "removal"):
-        pruned = prune(model, [tokens()], by=by, blocks=1, folder=tmp_path / by, export=lambda *_: None)
-        assert pruned.removed == [USELESS]
-        assert pruned.loss_after == pytest.approx(pruned.loss_before, rel=1e-6)
+def loss_changes(result):
+    return [abs(loss - result.loss) for loss in result.losses]
+
+
+SIGNALS = {
+    "variance of attention": lambda model: measure(model, "variance").attention.variance,
+    "variance of ffn": lambda model: measure(model, "variance").ffn.variance,
+    "variance of the residual stream": lambda model: steps(measure(model, "variance").residual.variance),
+    "jacobian, estimated": lambda model: measure(model, "jacobian").distance,
+    "jacobian, exact": lambda model: measure(model, "jacobian", exact=True).distance,
+    "jacobian map": lambda model: measure(model, "jacobian_map", layers=[1, 2, 3, 4]).series()["distance"],
+    "gain": lambda model: steps([math.log(gain) for gain in measure(model, "gain", iterations=50).spectral]),
+    "angular distance": lambda model: measure(model, "angular").distances[0],
+    "removal": lambda model: loss_changes(measure(model, "removal")),
+    "linear replacement": lambda model: loss_changes(measure(model, "linear_replacement")),
+    "causal score": lambda model: measure(model, "causal").scores,
+    "block influence": lambda model: measure(model, "influence").influence,
+    "loss of the logit lens": lambda model: steps(measure(model, "readout").loss),
+    "kl of the logit lens": lambda model: steps(measure(model, "readout").kl),
+    "js of the logit lens": lambda model: steps(measure(model, "readout").js),
+    "shapley value": lambda model: measure(model, "importance").shapley,
+    "leave one out": lambda model: measure(model, "importance").leave_one_out,
+}
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_the_signal_is_zero_at_the_silent_block_only(model, signal):
+    values = SIGNALS[signal](model)
+    others = [value for layer, value in enumerate(values, start=1) if value is not None and layer != SILENT]
+    assert abs(values[SILENT - 1]) < 1e-4
+    assert min(others) > 50 * abs(values[SILENT - 1])
+
+
+def test_the_silent_block_turns_the_stream_least(model):
+    assert measure(model, "influence").best[0] == (SILENT, SILENT)
+
+
+def test_swapping_the_silent_block_changes_nothing(model):
+    result = measure(model, "swaps")
+    scores = dict(zip(result.pairs, result.scores, strict=True))
+    assert max(scores[2, 3], scores[3, 4]) < 1e-5
+    assert scores[1, 2] > 1e-3
+
+
+def test_removing_the_silent_block_with_a_neighbour_costs_the_neighbour(model):
+    alone, runs = measure(model, "removal").losses, measure(model, "run_removal").losses
+    assert runs[1][1:] == pytest.approx([alone[1], alone[3]], rel=1e-5)
+
+
+def test_the_silent_block_has_no_outliers(model):
+    ratios = measure(model, "sparsity").outlier_ratio
+    assert ratios[SILENT - 1] == 0 < sorted(ratios)[1]
+
+
+@pytest.mark.parametrize("signal", ["owl", "alpha", "alpha_pruning"])
+def test_the_silent_block_gets_the_highest_sparsity(model, signal):
+    values = getattr(measure(model, "sparsity"), signal)
+    assert values.index(max(values)) == SILENT - 1
+
+
+@pytest.mark.parametrize("by", ["influence", "streamline", "removal"])
+def test_pruning_one_block_removes_the_silent_one(model, by, tmp_path):
+    result = prune(model, [BATCH], by=by, blocks=1, folder=tmp_path / by, export=lambda *_: None)
+    assert result.removed == [SILENT]
+    assert result.loss_after == pytest.approx(result.loss_before, rel=1e-6)
 
 
 class Growing(nn.Module):
-    """A block of `transformers`' layout, whose output is its input times a constant."""
+    """A block laid out as in `transformers`, whose output is its input times a constant."""
 
     def __init__(self, width, factor):
         super().__init__()
@@ -126,18 +141,35 @@ class Stack(nn.Module):
         return SimpleNamespace(logits=self.lm_head(self.model.norm(x)))
 
 
-@pytest.mark.parametrize("rate", [0.25, 1.0])
-def test_a_stack_of_exponential_variance_gives_its_exponent_back(rate):
+@pytest.fixture(scope="module", params=[0.25, 1.0])
+def rate(request):
+    """Growth of the logarithm of the variance per layer."""
+    return request.param
+
+
+@pytest.fixture
+def growing(rate):
     torch.manual_seed(0)
-    model = ModelAdapter(Stack(7, math.exp(rate / 2)).eval(), "planted")
-    variance = measured(model, "variance").residual.variance
+    return ModelAdapter(Stack(7, math.exp(rate / 2)).eval(), "planted")
+
+
+def test_the_variance_grows_by_the_rate(growing, rate):
+    variance = measure(growing, "variance").residual.variance
     growth = [math.log(after / before) for before, after in pairwise(variance)]
     assert growth == pytest.approx([rate] * 6, rel=1e-4)
-    found = measured(model, "theory")
-    assert found.growth.rate == pytest.approx(rate, rel=1e-4)
-    assert found.growth.rate_r2 == pytest.approx(1)
-    assert found.growth.power_r2 < 0.98
-    assert [math.log(gain) for gain in found.gains] == pytest.approx(
-        [rate / 2 * layer for layer in range(1, 8)], rel=1e-3
-    )
-    assert measured(model, "angular").distances[0] == pytest.approx([0] * 7, abs=1e-6)
+
+
+def test_the_theory_fits_the_rate(growing, rate):
+    growth = measure(growing, "theory").growth
+    assert growth.rate == pytest.approx(rate, rel=1e-4)
+    assert growth.rate_r2 == pytest.approx(1)
+    assert growth.power_r2 < 0.98
+
+
+def test_gradients_grow_by_half_the_rate(growing, rate):
+    gains = [math.log(gain) for gain in measure(growing, "theory").gains]
+    assert gains == pytest.approx([rate / 2 * layer for layer in range(1, 8)], rel=1e-3)
+
+
+def test_a_multiple_of_its_input_does_not_turn_the_stream(growing):
+    assert measure(growing, "angular").distances[0] == pytest.approx([0] * 7, abs=1e-6)

@@ -1,6 +1,5 @@
 """Lemmas, bounds and fits on planted sequences and against loops written out."""
 
-import json
 import math
 
 import pytest
@@ -10,7 +9,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.result import save
 from cod_lightning.measure.theory import (
     Shapes,
-    constants,
+    bound_constants,
     embedding_variance,
     fit_bound,
     fit_lemma,
@@ -27,19 +26,25 @@ from cod_lightning.measure.theory import (
 VARIANCES = [0.4, 0.9, 2.5, 3.0, 7.0, 11.0, 30.0]
 
 
-def test_an_exponential_and_a_power_are_told_apart():
-    found = growth([3 * math.exp(0.4 * layer) for layer in range(1, 13)])
-    assert found.rate == pytest.approx(0.4)
-    assert found.rate_r2 == pytest.approx(1)
-    assert found.power_r2 < 0.95
-    assert found.exponential == pytest.approx([3 * math.exp(0.4 * layer) for layer in range(1, 13)])
-    found = growth([0.2 * layer**1.7 for layer in range(1, 13)])
-    assert found.power == pytest.approx(1.7)
-    assert found.power_r2 == pytest.approx(1)
-    assert found.rate_r2 < 0.95
-    assert found.polynomial == pytest.approx([0.2 * layer**1.7 for layer in range(1, 13)])
-    flat = growth([2.0] * 5)
-    assert (flat.rate, flat.power, flat.rate_r2, flat.power_r2) == (0, 0, 1, 1)
+def test_exponential_growth_is_fitted():
+    variances = [3 * math.exp(0.4 * layer) for layer in range(1, 13)]
+    fit = growth(variances)
+    assert (fit.rate, fit.rate_r2) == (pytest.approx(0.4), pytest.approx(1))
+    assert fit.exponential == pytest.approx(variances)
+    assert fit.power_r2 < 0.95
+
+
+def test_polynomial_growth_is_fitted():
+    variances = [0.2 * layer**1.7 for layer in range(1, 13)]
+    fit = growth(variances)
+    assert (fit.power, fit.power_r2) == (pytest.approx(1.7), pytest.approx(1))
+    assert fit.polynomial == pytest.approx(variances)
+    assert fit.rate_r2 < 0.95
+
+
+def test_constant_variances_do_not_grow():
+    fit = growth([2.0] * 5)
+    assert (fit.rate, fit.power, fit.rate_r2, fit.power_r2) == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("lns", [False, True])
@@ -98,47 +103,73 @@ def test_m_is_the_series_that_it_cuts_off():
 
 
 def test_constants_from_shapes():
-    a, b = constants(Shapes(hidden=16, intermediate=64, heads=4, length=4, std=0.5))
+    a, b = bound_constants(Shapes(hidden=16, intermediate=64, heads=4, length=4, std=0.5))
     n = 2 * 16 * 4 * (2 + 2 + 0.5)
     assert a == pytest.approx(0.25 * (4 + 8) ** 2 + n * 0.25 * (16 * 2 + 1 + 0.5))
     assert b == pytest.approx(n * 0.0625 * 16 * 2)
 
 
-@pytest.mark.parametrize("lns", [False, True])
-def test_a_theory_is_put_together_and_saved(tmp_path, lns):
+class TestTheory:
+    variances = tuple(0.01 * 1.3**layer for layer in range(80))
+    gains = tuple(1.1**layer for layer in range(1, 80))
     shapes = Shapes(hidden=4096, intermediate=11008, heads=32, length=4096, std=0.02)
-    variances = [0.01 * 1.3**layer for layer in range(80)]
-    gains = [1.1**layer for layer in range(1, 80)]
-    found = theory(variances, lns=lns, shapes=shapes, gains=gains, model="planted")
-    assert found.growth.rate == pytest.approx(math.log(1.3))
-    assert found.shape_log_bound == log_bound(variances, *constants(shapes), lns)
-    assert max(found.shape_log_bound) > 710  # e to this is no float
-    assert (found.log_m is None) == lns
-    assert found.fitted_log_bound[0] == pytest.approx(math.log(1.1))
-    assert len(found.fitted_log_bound) == 79
-    assert any("Lemma 4.1" in remark and "3/2 - epsilon/2" in remark for remark in found.disagreements) == lns
-    assert any("Theorem 3.3" in remark for remark in found.disagreements) != lns
-    rows = found.rows()
-    assert len(rows) == 80
-    assert "gain" in rows[78]
-    assert "gain" not in rows[79]
-    paths = save(found, tmp_path, "theory")
-    assert json.loads(paths[0].read_text())["growth"]["rate"] == found.growth.rate
-    assert len(save(theory(VARIANCES, lns=lns), tmp_path, "bare")) == 3
+
+    @pytest.fixture(params=[False, True], ids=["pre_ln", "lns"])
+    def lns(self, request):
+        return request.param
+
+    @pytest.fixture
+    def result(self, lns):
+        return theory(self.variances, lns=lns, shapes=self.shapes, gains=self.gains, model="planted")
+
+    def test_growth_is_fitted(self, result):
+        assert result.growth.rate == pytest.approx(math.log(1.3))
+
+    def test_the_bound_from_shapes_may_overflow_a_float(self, result, lns):
+        assert result.shape_log_bound == log_bound(self.variances, *bound_constants(self.shapes), lns)
+        assert max(result.shape_log_bound) > 710
+
+    def test_m_is_of_pre_ln_only(self, result, lns):
+        assert (result.log_m is None) == lns
+
+    def test_the_fitted_bound_starts_at_the_first_gain(self, result):
+        assert result.fitted_log_bound[0] == pytest.approx(math.log(1.1))
+        assert len(result.fitted_log_bound) == 79
+
+    def test_disagreements_are_those_of_the_strategy(self, result, lns):
+        assert any("Lemma 4.1" in text and "3/2 - epsilon/2" in text for text in result.disagreements) == lns
+        assert any("Theorem 3.3" in text for text in result.disagreements) != lns
+
+    def test_the_table_leaves_out_missing_gains(self, result):
+        rows = result.rows()
+        assert len(rows) == 80
+        assert "gain" in rows[78]
+        assert "gain" not in rows[79]
+
+    def test_the_figure_has_a_panel_for_each_bound(self, result, lns):
+        assert len(result.panels()) == 3
+        assert len(theory(VARIANCES, lns=lns).panels()) == 1
+
+    @pytest.mark.parametrize("variances", [VARIANCES, [1.0] * 5])
+    def test_it_is_saved(self, tmp_path, lns, variances):
+        assert len(save(theory(variances, lns=lns), tmp_path, "theory")) == 3
 
 
-def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(UserError, match=r"2 variances: .* at least 3"):
-        theory([1.0, 2.0])
-    with pytest.raises(UserError, match="variances: all must be positive"):
-        theory([1.0, 0.0, 2.0])
-    with pytest.raises(UserError, match="gains: all must be positive"):
-        theory(VARIANCES, gains=[1.0, math.nan, 2.0])
-    with pytest.raises(UserError, match="8 gains for 7 variances: give from 3 to 7"):
-        theory(VARIANCES, gains=[1.0] * 8)
+@pytest.mark.parametrize(
+    ("variances", "gains", "message"),
+    [
+        ([1.0, 2.0], (), r"2 variances: .* at least 3"),
+        ([1.0, 0.0, 2.0], (), "variances=.*: expected positive"),
+        (VARIANCES, [1.0, math.nan, 2.0], "gains=.*: expected positive"),
+        (VARIANCES, [1.0] * 8, "8 gains for 7 variances: expected 3 to 7"),
+    ],
+)
+def test_bad_input_is_an_error(variances, gains, message):
+    with pytest.raises(UserError, match=message):
+        theory(variances, gains=gains)
 
 
-def test_lns_is_seen_in_our_models(causal_lm):
+def test_lns_is_detected_in_our_models(causal_lm):
     assert (has_lns(causal_lm("ours-lns")), has_lns(causal_lm("llama"))) == (True, False)
 
 

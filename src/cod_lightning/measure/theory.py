@@ -1,14 +1,13 @@
-"""The paper's theory against measured variances: Lemmas 3.2 and 4.1, Theorems 3.3 and 4.2, and growth laws.
+"""The paper's theory beside measured variances: Lemmas 3.2 and 4.1, Theorems 3.3 and 4.2, and growth laws.
 
-Everywhere `variances` are sigma_{x_l}^2 for l = 1, 2, ..., the variances of the INPUTS of blocks 1, 2, ..., as the
-paper counts them: first that of the embeddings, then those of the outputs of blocks 1, 2, .... The output of the last
-block, x_{L+1}, may be the last entry. sigma_{x_l} is the root.
+`variances` are sigma_{x_l}^2 for l = 1, 2, ...: those of the INPUTS of blocks 1, 2, ..., as in the paper. The first is
+that of the embeddings, then come the outputs of blocks 1, 2, ...; the output of the last block, x_{L+1}, is optional.
 
     Lemma 3.2, 4.1      sigma_{x_l}^2 = sigma_{x_1}^2 prod_{k<l} (1 + c / (g_k sigma_{x_k}))
     Theorem 3.3, 4.2    ||d y_l / d x_1||_2 <= prod_{k<l} (1 + A / (g_k^2 sigma_{x_k}) + B / (g_k^4 sigma_{x_k}^2))
 
 with g_k = 1 for Pre-LN (3.2, 3.3) and sqrt(k) for LayerNorm Scaling (4.1, 4.2). The paper has c = 1 inside a Theta;
-here it may be fitted too. `DISAGREEMENTS` is where the paper's proofs disagree with these equations.
+here it is fitted too. `DISAGREEMENTS` lists the steps of the paper's proofs that contradict these equations.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +23,11 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import activation_stats, token_variance
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.batches import iter_batches
+from cod_lightning.measure.batches import hidden_states, iter_batches
 from cod_lightning.measure.jacobian import jacobian_growth
-from cod_lightning.measure.result import Progress, figure, grid, legend
+from cod_lightning.measure.result import Lines, Panel, Progress, Result, table_rows
 from cod_lightning.measure.sparsity import linear_weights
 from cod_lightning.nn.decoder import Decoder
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 GROWTH_ROWS = 2
 """Sequences that the growth up to every layer is measured on: its time grows with the square of the depth."""
@@ -53,12 +49,12 @@ DISAGREEMENTS = {
         "A / (l sigma_l) are those of l^-(2 - epsilon/2) and l^-(3/2): both converge, and the products stay bounded.",
     ],
 }
-"""Where the paper's proofs do not give what its lemmas and theorems state: of Pre-LN, and of LayerNorm Scaling."""
+"""Contradictions between the paper's proofs and its lemmas and theorems, by whether LayerNorm Scaling is used."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the constants A and B of Theorem 3.3 are made of."""
+    """The quantities in the constants A and B of Theorem 3.3."""
 
     hidden: int
     """The width d of the residual stream."""
@@ -67,32 +63,31 @@ class Shapes:
     heads: int
     """h; d_head = d / h."""
     length: int
-    """s, tokens in a row."""
+    """s, tokens in a sequence."""
     std: float
     """sigma, the standard deviation of the weights."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Least-squares lines through the logarithms of variances at l = 1, 2, ...."""
+    """Least-squares fits to the logarithms of variances at l = 1, 2, ...."""
 
     rate: float
-    """The a of exp(a l + const)."""
+    """a of exp(a l + const)."""
     rate_r2: float
     exponential: list[float]
-    """That curve, at every l."""
+    """The fitted curve at every l."""
     power: float
-    """The p of const * l^p."""
+    """p of const * l^p."""
     power_r2: float
     polynomial: list[float]
-    """That curve, at every l."""
+    """The fitted curve at every l."""
 
 
 @dataclass(frozen=True)
-class Theory:
-    """Measured variances, and gains where given, beside what the paper derives; entries are for l = 1, 2, ...."""
+class Theory(Result):
+    """Measured variances and gains beside the paper's lemmas and bounds; entries are for l = 1, 2, ...."""
 
-    model: str
     lns: bool
     """Lemma 4.1 and Theorem 4.2 instead of 3.2 and 3.3."""
     variances: list[float]
@@ -104,14 +99,14 @@ class Theory:
     lemma_fitted: list[float]
     """The lemma's product with the fitted c."""
     recursion: list[float]
-    """The lemma with c = 1, fed with its own result from sigma_{x_1}^2 on."""
+    """The lemma with c = 1, applied to its own result from sigma_{x_1}^2 on."""
     growth: Growth
     gains: list[float]
-    """||d y_l / d x_1||, or other gains, as given; may be empty."""
+    """||d y_l / d x_1||, or other gains; may be empty."""
     shape_constants: list[float]
     """A and B from the shapes; empty without them."""
     shape_log_bound: list[float]
-    """Natural logarithm of the theorem's bound with these, which often is beyond the numbers a float can hold."""
+    """Natural logarithm of the theorem's bound with these; the bound often overflows a float."""
     log_m: float | None
     """Natural logarithm of M of Theorem 3.3 with these; None without shapes, and for LNS."""
     fitted_constants: list[float]
@@ -119,14 +114,12 @@ class Theory:
     fitted_log_bound: list[float]
     """Natural logarithm of the first gain times the theorem's product with these."""
     disagreements: list[str]
-    """Where the paper's proofs do not give what it states of such a model."""
+    """Contradictions in the paper's proofs about such a model."""
 
-    def series(self) -> dict[str, list[Any]]:
-        rows = self.rows()
-        return {name: [row.get(name) for row in rows] for name in rows[0]}
-
-    def rows(self) -> list[dict[str, Any]]:
+    def series(self) -> dict[str, Sequence[Any]]:
+        """Columns of equal length, padded with None."""
         columns: dict[str, Sequence[float]] = {
+            "layer": range(1, len(self.variances) + 1),
             "variance": self.variances,
             "lemma": self.lemma,
             "lemma_fitted": self.lemma_fitted,
@@ -137,39 +130,35 @@ class Theory:
             "log_bound_shapes": self.shape_log_bound,
             "log_bound_fitted": self.fitted_log_bound,
         }
-        return [
-            {"layer": layer + 1} | {name: values[layer] for name, values in columns.items() if layer < len(values)}
-            for layer in range(len(self.variances))
-        ]
+        depth = len(self.variances)
+        return {name: [*values, *[None] * (depth - len(values))] for name, values in columns.items()}
 
-    def plot(self) -> Figure:
-        """Variance over the lemma; gradient norm over the theorem, fitted, and on an axis of its own from shapes."""
-        theorem = f"Theorem {'4.2' if self.lns else '3.3'}"
-        bounds = {"fitted": self.fitted_log_bound, "from shapes": self.shape_log_bound}
-        bounds = {label: values for label, values in bounds.items() if values}
-        made, axes = figure(self.model, columns=1 + len(bounds))
+    def rows(self) -> list[dict[str, Any]]:
+        rows = table_rows(self.series())
+        return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+    def panels(self) -> list[Panel]:
+        """Variance beside the lemma; gradient norm beside the theorem, fitted, and in another panel from shapes."""
+        lemma, theorem = ("Lemma 4.1", "Theorem 4.2") if self.lns else ("Lemma 3.2", "Theorem 3.3")
         layers = range(1, len(self.variances) + 1)
         curves = {
-            f"Lemma {'4.1' if self.lns else '3.2'}, c = 1": self.lemma,
-            f"the same, c = {self.c:.3g}": self.lemma_fitted,
+            f"{lemma}, c = 1": self.lemma,
+            f"{lemma}, c = {self.c:.3g}": self.lemma_fitted,
             f"exp({self.growth.rate:.3g} l), $R^2$ = {self.growth.rate_r2:.2f}": self.growth.exponential,
             f"$l^{{{self.growth.power:.3g}}}$, $R^2$ = {self.growth.power_r2:.2f}": self.growth.polynomial,
         }
-        axes[0].plot(layers, self.variances, "o", ms=4, color="black", label="measured")
-        for (label, values), style in zip(curves.items(), ("-", "-", "--", ":"), strict=True):
-            axes[0].plot(layers, values, style, label=label)
-        axes[0].set(xlabel="layer l", ylabel="variance of the block's input", yscale="log")
-        for place, (label, values) in zip(axes[1:], bounds.items(), strict=True):
-            # as logarithms, since the bound from shapes is beyond the numbers that an axis can hold
-            if gains := [math.log10(gain) for gain in self.gains]:
-                place.plot(layers[: len(gains)], gains, "o", ms=4, color="black", label="gradient norm, measured")
-            bound = [value / math.log(10) for value in values]
-            place.plot(layers[: len(bound)], bound, label=f"{theorem}, A and B {label}")
-            place.set(xlabel="layer l", ylabel=r"$\log_{10}\,\|\partial y_l/\partial x_1\|_2$")
-        for place, columns in zip(axes, (2, 1, 1), strict=False):
-            grid(place)
-            legend(place, columns)
-        return made
+        variances = {"measured": (layers, self.variances)}
+        panels: list[Panel] = [
+            Lines("variance of the block's input", curves, log=True, xlabel="layer l", points=variances)
+        ]
+        gains = [math.log10(gain) for gain in self.gains]  # logarithms, because the bound from shapes overflows an axis
+        points = {"gradient norm, measured": (layers[: len(gains)], gains)} if gains else {}
+        for constants, values in {"fitted": self.fitted_log_bound, "from shapes": self.shape_log_bound}.items():
+            if values:
+                bound = {f"{theorem}, A and B {constants}": [value / math.log(10) for value in values]}
+                ylabel = r"$\log_{10}\,\|\partial y_l/\partial x_1\|_2$"
+                panels.append(Lines(ylabel, bound, xlabel="layer l", points=points))
+        return panels
 
 
 def theory(
@@ -186,22 +175,22 @@ def theory(
         variances: sigma_{x_l}^2 of the inputs of blocks l = 1, 2, ....
         lns: the model has LayerNorm Scaling.
         shapes: to compute A and B from.
-        gains: ||d y_l / d x_1|| or other gains that the bound is about, for l = 1, 2, ..., to fit A and B to; as many
-            as variances or fewer.
-        model: for tables and figures.
+        gains: ||d y_l / d x_1|| or other gains in the sense of the bound, for l = 1, 2, ..., to fit A and B to; at
+            most as many as variances.
+        model: its name, for tables and figures.
 
     Raises:
-        UserError: fewer than three variances, one that is not positive, or gains that do not belong to them.
+        UserError: there are fewer than three variances, a number is not positive, or there are too many gains.
     """
     if len(variances) < 3:
-        raise UserError(f"{len(variances)} variances: growth over layers takes at least 3")
+        raise UserError(f"{len(variances)} variances: a fit over layers needs at least 3")
     for name, values in (("variances", variances), ("gains", gains)):
         if not all(math.isfinite(value) and value > 0 for value in values):
-            raise UserError(f"{name}: all must be positive and finite, got {list(values)}")
+            raise UserError(f"{name}={list(values)}: expected positive finite numbers")
     if gains and not 3 <= len(gains) <= len(variances):
-        raise UserError(f"{len(gains)} gains for {len(variances)} variances: give from 3 to {len(variances)}")
+        raise UserError(f"{len(gains)} gains for {len(variances)} variances: expected 3 to {len(variances)}")
     c = fit_lemma(variances, lns)
-    shape_constants = [] if shapes is None else list(constants(shapes))
+    shape_constants = [] if shapes is None else list(bound_constants(shapes))
     fitted = list(fit_bound(variances, gains, lns)) if gains else []
     offset = math.log(gains[0]) if gains else 0.0
     return Theory(
@@ -226,12 +215,12 @@ def theory(
 
 
 def lemma(variances: Sequence[float], lns: bool = False, c: float = 1.0) -> list[float]:
-    """sigma_{x_l}^2 for every l by the product of Lemma 3.2, or 4.1 for LNS, from the measured sigma_{x_k}, k < l."""
+    """Return sigma_{x_l}^2 for every l by Lemma 3.2, or 4.1 for LNS, from the measured sigma_{x_k}, k < l."""
     return [variances[0] * math.exp(value) for value in log_products(lemma_terms(variances, lns), [c])]
 
 
 def recursion(first: float, count: int, lns: bool = False, c: float = 1.0) -> list[float]:
-    """sigma_{x_l}^2 for l = 1..count by the lemma, from sigma_{x_1}^2 alone."""
+    """Return sigma_{x_l}^2 for l = 1..count by the lemma, from sigma_{x_1}^2 only."""
     values = [first]
     for k in range(1, count):
         values.append(values[-1] * (1 + c / (damping(k, lns) * values[-1] ** 0.5)))
@@ -239,19 +228,19 @@ def recursion(first: float, count: int, lns: bool = False, c: float = 1.0) -> li
 
 
 def log_bound(variances: Sequence[float], a: float, b: float, lns: bool = False) -> list[float]:
-    """The logarithm of the bound of Theorem 3.3, or 4.2 for LNS, on ||d y_l / d x_1||_2 for every l."""
+    """Return the logarithm of the bound of Theorem 3.3, or 4.2 for LNS, on ||d y_l / d x_1||_2 for every l."""
     return log_products(bound_terms(variances, lns), [a, b])
 
 
-def constants(shapes: Shapes) -> tuple[float, float]:
-    """A and B of Theorem 3.3.
+def bound_constants(shapes: Shapes) -> tuple[float, float]:
+    """Return A and B of Theorem 3.3.
 
     With d, d_FFN, h, d_head, s and sigma as in `Shapes`, and n = 2 d h (sqrt(s) + 2 + 1 / sqrt(s)),
 
         A = sigma^2 (sqrt(d) + sqrt(d_FFN))^2 + n sigma^2 (d sqrt(d_head) + 1 + sqrt(d_head / d))
         B = n sigma^4 d sqrt(d_head)
 
-    The radicals are partly inferred: the text of the paper that was at hand had lost some.
+    Some radicals are inferred, because the text of the paper used here had lost them.
     """
     d, head, square = shapes.hidden, shapes.hidden / shapes.heads, shapes.std**2
     n = 2 * d * shapes.heads * (shapes.length**0.5 + 2 + shapes.length**-0.5)
@@ -260,9 +249,9 @@ def constants(shapes: Shapes) -> tuple[float, float]:
 
 
 def log_m(a: float, b: float) -> float:
-    """The logarithm of M of Theorem 3.3, the limit that the paper gives for exponentially growing variances.
+    """Return the logarithm of M of Theorem 3.3, the paper's limit for exponentially growing variances.
 
-    It is sum_{l >= 1} u - u^2 / 2 with u = A e^-l + B e^-2l; a large A or B makes it negative, where it bounds nothing.
+    It is sum_{l >= 1} u - u^2 / 2 with u = A e^-l + B e^-2l. A large A or B makes it negative, and no bound.
     """
     e = math.e
     first = a / (e - 1) + b / (e**2 - 1)
@@ -273,37 +262,36 @@ def growth(variances: Sequence[float]) -> Growth:
     """Fit exp(a l) and l^p to the variances, both by least squares in their logarithms."""
     layers = torch.arange(1, len(variances) + 1, dtype=torch.float64)
     logs = torch.tensor(list(variances), dtype=torch.float64).log()
-    rate, rate_r2, exponential = line(layers, logs)
-    power, power_r2, polynomial = line(layers.log(), logs)
+    rate, rate_r2, exponential = fit_line(layers, logs)
+    power, power_r2, polynomial = fit_line(layers.log(), logs)
     return Growth(rate, rate_r2, exponential.exp().tolist(), power, power_r2, polynomial.exp().tolist())
 
 
-def line(x: Tensor, y: Tensor) -> tuple[float, float, Tensor]:
-    """Slope, R^2 and values of the least-squares line through points; R^2 is 1 where y is constant."""
-    across, up = x - x.mean(), y - y.mean()
-    slope = (across @ up) / (across @ across)
-    missed = (up - slope * across).square().sum()
-    total = up.square().sum()
-    return float(slope), float(1 - missed / total) if total > 0 else 1.0, y.mean() + slope * across
+def fit_line(x: Tensor, y: Tensor) -> tuple[float, float, Tensor]:
+    """Return slope, R^2 and values of the least-squares line through points; R^2 is 1 if y is constant."""
+    dx, dy = x - x.mean(), y - y.mean()
+    slope = (dx @ dy) / (dx @ dx)
+    residual, total = (dy - slope * dx).square().sum(), dy.square().sum()
+    return float(slope), float(1 - residual / total) if total > 0 else 1.0, y.mean() + slope * dx
 
 
 def fit_lemma(variances: Sequence[float], lns: bool = False) -> float:
-    """The c >= 0 of the lemma that comes nearest to the logarithms of the variances, relative to the first."""
-    return fit(lemma_terms(variances, lns), [math.log(value / variances[0]) for value in variances])[0]
+    """Fit c >= 0 of the lemma to the logarithms of the variances relative to the first."""
+    return fit_nonnegative(lemma_terms(variances, lns), [math.log(value / variances[0]) for value in variances])[0]
 
 
 def fit_bound(variances: Sequence[float], gains: Sequence[float], lns: bool = False) -> tuple[float, float]:
-    """The A, B >= 0 whose bound comes nearest to the logarithms of the gains, relative to the first.
+    """Fit A, B >= 0 of the bound to the logarithms of the gains relative to the first.
 
     Relative, because the bound has no factor for the first block.
     """
     terms = bound_terms(variances[: len(gains)], lns)
-    a, b = fit(terms, [math.log(gain / gains[0]) for gain in gains])
+    a, b = fit_nonnegative(terms, [math.log(gain / gains[0]) for gain in gains])
     return a, b
 
 
 def damping(k: int, lns: bool) -> float:
-    """The g_k of the module's equations."""
+    """g_k of the equations above."""
     return k**0.5 if lns else 1.0
 
 
@@ -325,18 +313,18 @@ def log_products(terms: Tensor, weights: Sequence[float]) -> list[float]:
     return [0.0, *factors.cumsum(0).tolist()]
 
 
-def fit(terms: Tensor, logs: Sequence[float], steps: int = 500) -> list[float]:
-    """The weights >= 0 whose `log_products` come nearest to `logs`, by damped Gauss-Newton steps (Levenberg-Marquardt).
+def fit_nonnegative(terms: Tensor, logs: Sequence[float], steps: int = 500) -> list[float]:
+    """Fit weights >= 0 whose `log_products` are nearest to `logs` in least squares, by Levenberg-Marquardt steps.
 
-    A weight at zero that the step would make negative is held there.
+    A weight of zero that a step would make negative stays zero.
 
     Args:
         terms: [n - 1, weights].
-        logs: [n], the first of them 0.
-        steps: at most so many.
+        logs: [n], the first is 0.
+        steps: maximum number of steps.
     """
     target = torch.tensor(list(logs[1:]), dtype=torch.float64)
-    # A scale of its own for each weight makes the damping the same for all.
+    # Scale each weight, so that the damping is the same for all.
     scale = terms.mean(0)
     terms = terms / scale
 
@@ -370,9 +358,14 @@ def fit(terms: Tensor, logs: Sequence[float], steps: int = 500) -> list[float]:
 def measured_theory(
     model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None, progress: Progress, *, lns: bool | None = None
 ) -> Theory:
-    """The paper's lemma and theorem, of Pre-LN or of LNS, over what is measured of a model.
+    """Measure variances and gradient growth, and compare them with the paper's lemma and theorem.
 
-    Whether it has LNS can be seen of ours; an exported model, which has it folded, needs `lns`.
+    Args:
+        model: in any dtype.
+        batches: tokens [rows, length] each; the growth is measured on `GROWTH_ROWS` rows of the first.
+        pad_id: padding token, not counted.
+        progress: called during the measurement of the growth.
+        lns: the model has LayerNorm Scaling. None: detect it, which an exported model with folded gains does not allow.
     """
     behind = activation_stats(model, batches, pad_id).residual.variance
     return theory(
@@ -386,13 +379,10 @@ def measured_theory(
 
 @torch.no_grad()
 def embedding_variance(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None) -> float:
-    """Variance of what enters the first block, as `activation_stats` defines it."""
+    """Variance of the first block's input, as in `activation_stats`."""
     total, count = 0.0, 0
-
     for tokens, keep in iter_batches(model, batches, pad_id):
-        found: list[Tensor] = []
-        model.logits(tokens, lambda what, layer, x, found=found: what == "embedding" and found.append(x))
-        total += float(token_variance(found[0])[keep].sum())
+        total += float(token_variance(hidden_states(model, tokens, keep)[0]).sum())
         count += int(keep.sum())
     return total / count
 
@@ -404,16 +394,14 @@ def has_lns(model: ModelAdapter) -> bool:
 
 
 def shapes_of(model: ModelAdapter, length: int) -> Shapes:
-    """What the theorems' constants are computed from; `std` is that of all weights of the blocks' matrices."""
+    """Shapes of a model; `std` is that of all weights of the blocks' linear layers."""
     config = model.config
     hidden = model.hidden
-    weights = [
-        weight.detach().float().flatten() for block in model.blocks for _, weight in linear_weights(block).values()
-    ]
+    weights = [weight for block in model.blocks for _, weight in linear_weights(block).values()]
     return Shapes(
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
         heads=config.num_attention_heads,
         length=length,
-        std=float(torch.cat(weights).std()),
+        std=float(torch.cat([weight.float().flatten() for weight in weights]).std()),
     )
