@@ -1,4 +1,4 @@
-"""The linear cross-entropy against its plain twin, and against a sum written out in float64."""
+"""The linear cross-entropy against the reference with all logits, and against a sum in float64."""
 
 import pytest
 import torch
@@ -6,12 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cod_lightning.kernels import loss as module
-from cod_lightning.kernels.loss import (
-    IGNORE,
-    linear_cross_entropy,
-    next_tokens,
-    reference_linear_cross_entropy,
-)
+from cod_lightning.kernels.loss import IGNORE, linear_cross_entropy, next_tokens, reference_linear_cross_entropy
 
 
 def by_hand(logits, tokens, pad_id):
@@ -23,6 +18,11 @@ def by_hand(logits, tokens, pad_id):
                 loss[row] -= logits[row, position].double().log_softmax(-1)[target]
                 count[row] += 1
     return loss, count
+
+
+@pytest.fixture
+def set_chunk_size(monkeypatch):
+    return lambda size: monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: size)
 
 
 def inputs(rows=3, length=6, width=8, vocabulary=11, dtype=torch.float64):
@@ -45,13 +45,13 @@ def test_every_row_sums_its_own_targets(function, pad_id):
     assert not found.rows.requires_grad
 
 
-def test_targets_leave_the_tokens_as_they_are():
+def test_next_tokens_does_not_change_the_tokens():
     tokens = torch.tensor([[5, 0, 7, 0]])
     assert next_tokens(tokens, 0).tolist() == [[IGNORE, 7, IGNORE, IGNORE]]
     assert tokens.tolist() == [[5, 0, 7, 0]]
 
 
-def test_a_prompt_is_no_target():
+def test_prompt_tokens_are_not_targets():
     tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0], [5, 6, 7, 8]])
     _ = IGNORE
     assert next_tokens(tokens, 0, torch.tensor([1, 2, 4])).tolist() == [[6, 7, 8, _], [_, 7, _, _], [_, _, _, _]]
@@ -59,8 +59,8 @@ def test_a_prompt_is_no_target():
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])
-def test_hits_are_the_targets_with_the_largest_logit(monkeypatch, chunk):
-    monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: chunk)
+def test_hits_are_the_targets_with_the_largest_logit(set_chunk_size, chunk):
+    set_chunk_size(chunk)
     hidden, weight = inputs()
     best = (hidden @ weight.T).argmax(-1)
     targets = torch.where(torch.rand(3, 6) < 0.5, best, torch.randint(11, (3, 6)))
@@ -75,8 +75,8 @@ def test_hits_are_the_targets_with_the_largest_logit(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 9, 10**6])
-def test_gradients_equal_those_of_all_logits_at_once_whatever_the_chunk(monkeypatch, chunk):
-    monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: chunk)
+def test_gradients_do_not_depend_on_the_chunk_size(set_chunk_size, chunk):
+    set_chunk_size(chunk)
     hidden, weight = inputs()
     targets = next_tokens(torch.randint(11, (3, 6)), 0)
     results = []
@@ -104,7 +104,7 @@ def test_any_shape_and_any_frozen_input(rows, length, width, vocabulary, free_hi
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_nothing_but_ignored_tokens_is_a_loss_of_zero():
+def test_only_ignored_targets_have_a_loss_of_zero():
     hidden, weight = inputs()
     found = linear_cross_entropy(hidden, weight, torch.full((3, 6), IGNORE))
     found.total.backward()
@@ -114,8 +114,8 @@ def test_nothing_but_ignored_tokens_is_a_loss_of_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_errs_no_more_than_all_logits_at_once(monkeypatch, dtype):
-    monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: 4)
+def test_half_precision_errs_no_more_than_all_logits_at_once(set_chunk_size, dtype):
+    set_chunk_size(4)
     hidden, weight = inputs(4, 32, 64, 500, dtype)
     targets = torch.randint(500, (4, 32))
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
@@ -131,13 +131,13 @@ def test_half_precision_errs_no_more_than_all_logits_at_once(monkeypatch, dtype)
         assert ours <= 1.05 * plain + 1e-6
 
 
-def test_a_weights_gradient_is_summed_in_float32_over_many_chunks(monkeypatch):
+def test_a_weights_gradient_is_summed_in_float32_over_many_chunks(set_chunk_size):
     hidden, weight = inputs(16, 64, 16, 20, torch.bfloat16)
     targets = torch.randint(20, (16, 64))
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     truth = torch.autograd.grad(reference_linear_cross_entropy(*exact, targets).total, exact[1])[0]
     for chunk in (1024, 4):
-        monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary, chunk=chunk: chunk)
+        set_chunk_size(chunk)
         (found,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).total, weight)
         assert float((found.double() - truth).norm() / truth.norm()) < 4e-3
 
@@ -158,7 +158,7 @@ def test_the_upstream_gradient_is_not_rounded_to_half_precision(dtype, scale):
         assert float(ratio) == pytest.approx(1, abs=2.5e-3)
 
 
-def test_what_is_ignored_cannot_spoil_the_loss():
+def test_nan_at_an_ignored_target_does_not_change_the_loss():
     hidden, weight = inputs(1, 3, 4, 5)
     with torch.no_grad():
         hidden[0, 1] = float("nan")
@@ -171,32 +171,38 @@ def test_what_is_ignored_cannot_spoil_the_loss():
 
 
 @pytest.mark.parametrize("target", [-1, 11])
-def test_a_target_outside_the_vocabulary_is_refused(target):
+def test_a_target_outside_the_vocabulary_is_an_error(target):
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         linear_cross_entropy(*inputs(), torch.full((3, 6), target))
 
 
-def test_without_gradients_none_are_made():
-    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.seen = set()
+class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the names of operators and the number of elements of the largest result."""
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.seen.add(function.overloadpacket.__name__)
-            return function(*args, **(kwargs or {}))
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
 
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.names.add(function.overloadpacket.__name__)
+        outputs = out if isinstance(out, tuple) else (out,)
+        self.largest = max([self.largest, *(t.numel() for t in outputs if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_no_grad_computes_no_gradients():
     hidden, weight = inputs()
     targets = torch.randint(11, (3, 6))
     with Operators() as trained:
         linear_cross_entropy(hidden, weight, targets)
     with Operators() as evaluated, torch.no_grad():
         linear_cross_entropy(hidden, weight, targets)
-    assert "scatter_add_" in trained.seen
-    assert not evaluated.seen & {"scatter_add_", "addmm_", "exp_", "zeros"}
+    assert "scatter_add_" in trained.names
+    assert not evaluated.names & {"scatter_add_", "addmm_", "exp_", "zeros"}
 
 
-def test_autocast_takes_the_products_in_its_dtype_and_keeps_the_gradients_in_the_parameters():
+def test_autocast_rounds_the_products_and_gradients_have_the_dtype_of_the_parameters():
     hidden, weight = inputs(2, 8, 32, 50, torch.float32)
     targets = torch.randint(50, (2, 8))
     with torch.autocast("cpu", torch.bfloat16):
@@ -207,7 +213,7 @@ def test_autocast_takes_the_products_in_its_dtype_and_keeps_the_gradients_in_the
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
 
 
-def test_under_torch_func_it_is_the_plain_one():
+def test_torch_func_runs_the_reference():
     hidden, weight = inputs()
     targets = torch.randint(11, (3, 6))
     gradient = torch.func.grad(lambda h: linear_cross_entropy(h, weight.detach(), targets).total)(hidden.detach())
@@ -215,31 +221,22 @@ def test_under_torch_func_it_is_the_plain_one():
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_is_an_error():
     hidden, weight = inputs()
     total = linear_cross_entropy(hidden, weight, torch.randint(11, (3, 6))).total
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(total, hidden, create_graph=True)
 
 
-def test_all_logits_never_exist(monkeypatch):
-    """The largest tensor that a forward and backward pass make is a chunk of logits or a gradient."""
-    monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: 16)
+def test_all_logits_never_exist(set_chunk_size):
+    """The largest tensor of a forward and backward pass is a chunk of logits or a gradient."""
+    set_chunk_size(16)
     hidden, weight = inputs(8, 32, 16, 1000, torch.float32)
     targets = torch.randint(1000, (8, 32))
 
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            made = out if isinstance(out, tuple) else (out,)
-            self.size = max([self.size, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
-            return out
-
     sizes = []
     for loss in (linear_cross_entropy, reference_linear_cross_entropy):
-        with Largest() as seen:
+        with Operators() as operators:
             loss(hidden, weight, targets).total.backward()
-        sizes.append(seen.size)
+        sizes.append(operators.largest)
     assert sizes == [16 * 1000, 256 * 1000]
