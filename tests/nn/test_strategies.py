@@ -24,10 +24,10 @@ def rms(x, w, eps=1e-3):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
 
 
-def pre(x, f, g, b, scale=1.0):
-    """Pre-LN with a factor after both norms; `f`, `g` are the sub-layers and `b` the block's parameters."""
-    x = x + f(rms(x, b["input_layernorm.weight"]) * scale)
-    return x + g(rms(x, b["post_attention_layernorm.weight"]) * scale)
+def pre(x, f, g, b, inside=(1, 1), outside=(1, 1)):
+    """Pre-LN with factors on the norms and on the sub-layers `f`, `g`; `b` are the parameters of the block."""
+    x = x + outside[0] * f(rms(x, b["input_layernorm.weight"]) * inside[0])
+    return x + outside[1] * g(rms(x, b["post_attention_layernorm.weight"]) * inside[1])
 
 
 def post(x, f, g, b, alpha=1.0, beta=1.0):
@@ -52,30 +52,20 @@ def grouped(x, f, g, b):
     return x + g(norm(x, b["post_attention_layernorm.weight"]))
 
 
-def branch_scaled(x, f, g, b, s, t):
-    x = x + s * f(rms(x, b["input_layernorm.weight"]))
-    return x + t * g(rms(x, b["post_attention_layernorm.weight"]))
+def before_ln(x, f, g, b, s):
+    x = x + f(rms(x * s, b["input_layernorm.weight"]))
+    return x + g(rms(x * s, b["post_attention_layernorm.weight"]))
 
 
-def before_ln(x, f, g, b, scale):
-    x = x + f(rms(x * scale, b["input_layernorm.weight"]))
-    return x + g(rms(x * scale, b["post_attention_layernorm.weight"]))
+def after_residual(x, f, g, b, s):
+    x = s * (x + f(rms(x, b["input_layernorm.weight"])))
+    return s * (x + g(rms(x, b["post_attention_layernorm.weight"])))
 
 
-def after_residual(x, f, g, b, scale):
-    x = scale * (x + f(rms(x, b["input_layernorm.weight"])))
-    return scale * (x + g(rms(x, b["post_attention_layernorm.weight"])))
-
-
-def only(x, f, g, b, a, c):
-    x = x + f(rms(x, b["input_layernorm.weight"]) * a)
-    return x + g(rms(x, b["post_attention_layernorm.weight"]) * c)
-
-
-def gpas_after(x, f, g, b, scale=1.0):
-    x = x + f(rms(x, b["input_layernorm.weight"]) * scale)
+def gpas_after(x, f, g, b, s=1.0):
+    x = x + f(rms(x, b["input_layernorm.weight"]) * s)
     x = x - silu(b["gate"]) * x.detach()
-    x = x + g(rms(x, b["post_attention_layernorm.weight"]) * scale)
+    x = x + g(rms(x, b["post_attention_layernorm.weight"]) * s)
     return x - silu(b["gate"]) * x.detach()
 
 
@@ -84,61 +74,52 @@ def gpas_before(x, f, g, b, alpha):
     return rms(alpha * (x - silu(b["gate"]) * x.detach()) + g(x), b["ffn_residual.sum_norm.weight"])
 
 
+def learned(b, name):
+    return b[f"attention_residual.{name}"], b[f"ffn_residual.{name}"]
+
+
 EQUATIONS = {
-    "pre_ln": ({}, lambda x, f, g, b, i: pre(x, f, g, b)),
-    "post_ln": ({}, lambda x, f, g, b, i: post(x, f, g, b)),
-    "sandwich_ln": ({}, lambda x, f, g, b, i: sandwich(x, f, g, b)),
-    "peri_ln": ({}, lambda x, f, g, b, i: peri(x, f, g, b, i)),
-    "peri_ln plain": ({"embedding_norm": False}, lambda x, f, g, b, i: sandwich(x, f, g, b)),
-    "mix_ln": ({}, lambda x, f, g, b, i: (post if i <= L / 4 else pre)(x, f, g, b)),
-    "group_ln": ({}, lambda x, f, g, b, i: grouped(x, f, g, b)),
-    "deep_norm": ({}, lambda x, f, g, b, i: post(x, f, g, b, (2 * L) ** 0.25, (2 * L) ** 0.25)),
-    "deep_norm_released": ({}, lambda x, f, g, b, i: post(x, f, g, b, 2.8284271247461903, 2.8284271247461903)),
-    "admin": (
-        {},
-        lambda x, f, g, b, i: post(x, f, g, b, b["attention_residual.skip"], b["ffn_residual.skip"]),
-    ),
-    "lns": ({}, lambda x, f, g, b, i: pre(x, f, g, b, 1 / math.sqrt(i))),
-    "lns before_ln": ({"position": "before_ln"}, lambda x, f, g, b, i: before_ln(x, f, g, b, 1 / math.sqrt(i))),
+    "pre_ln": ({}, lambda *a, layer: pre(*a)),
+    "post_ln": ({}, lambda *a, layer: post(*a)),
+    "sandwich_ln": ({}, lambda *a, layer: sandwich(*a)),
+    "peri_ln": ({}, peri),
+    "peri_ln plain": ({"embedding_norm": False}, lambda *a, layer: sandwich(*a)),
+    "mix_ln": ({}, lambda *a, layer: (post if layer <= L / 4 else pre)(*a)),
+    "group_ln": ({}, lambda *a, layer: grouped(*a)),
+    "deep_norm": ({}, lambda *a, layer: post(*a, (2 * L) ** 0.25, (2 * L) ** 0.25)),
+    "deep_norm_released": ({}, lambda *a, layer: post(*a, 2.8284271247461903, 2.8284271247461903)),
+    "admin": ({}, lambda *a, layer: post(*a, *learned(a[3], "skip"))),
+    "lns": ({}, lambda *a, layer: pre(*a, inside=2 * [1 / math.sqrt(layer)])),
+    "lns before_ln": ({"position": "before_ln"}, lambda *a, layer: before_ln(*a, 1 / math.sqrt(layer))),
     "lns after_branch": (
         {"position": "after_branch"},
-        lambda x, f, g, b, i: branch_scaled(x, f, g, b, 1 / math.sqrt(i), 1 / math.sqrt(i)),
+        lambda *a, layer: pre(*a, outside=2 * [1 / math.sqrt(layer)]),
     ),
-    "lns after_residual": (
-        {"position": "after_residual"},
-        lambda x, f, g, b, i: after_residual(x, f, g, b, 1 / math.sqrt(i)),
+    "lns after_residual": ({"position": "after_residual"}, lambda *a, layer: after_residual(*a, 1 / math.sqrt(layer))),
+    "lns only_attention": (
+        {"position": "only_attention"},
+        lambda *a, layer: pre(*a, inside=(1 / math.sqrt(layer), 1)),
     ),
-    "lns only_attention": ({"position": "only_attention"}, lambda x, f, g, b, i: only(x, f, g, b, 1 / math.sqrt(i), 1)),
-    "lns only_ffn": ({"position": "only_ffn"}, lambda x, f, g, b, i: only(x, f, g, b, 1, 1 / math.sqrt(i))),
-    "lns_learnable": ({}, lambda x, f, g, b, i: pre(x, f, g, b)),
-    "layer_scale": (
-        {},
-        lambda x, f, g, b, i: branch_scaled(
-            x, f, g, b, b["attention_residual.branch_scale"], b["ffn_residual.branch_scale"]
-        ),
-    ),
-    "skip_init": (
-        {},
-        lambda x, f, g, b, i: branch_scaled(
-            x, f, g, b, b["attention_residual.branch_scale"], b["ffn_residual.branch_scale"]
-        ),
-    ),
-    "ds_init": ({}, lambda x, f, g, b, i: pre(x, f, g, b)),
-    "scaled_init": ({}, lambda x, f, g, b, i: pre(x, f, g, b)),
-    "scaled_init on lns": ({"base": "lns"}, lambda x, f, g, b, i: pre(x, f, g, b, 1 / math.sqrt(i))),
-    "gpas": ({}, lambda x, f, g, b, i: gpas_after(x, f, g, b)),
-    "gpas on lns": ({"base": "lns"}, lambda x, f, g, b, i: gpas_after(x, f, g, b, 1 / math.sqrt(i))),
+    "lns only_ffn": ({"position": "only_ffn"}, lambda *a, layer: pre(*a, inside=(1, 1 / math.sqrt(layer)))),
+    "lns_learnable": ({}, lambda *a, layer: pre(*a)),
+    "layer_scale": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
+    "skip_init": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
+    "ds_init": ({}, lambda *a, layer: pre(*a)),
+    "scaled_init": ({}, lambda *a, layer: pre(*a)),
+    "scaled_init on lns": ({"base": "lns"}, lambda *a, layer: pre(*a, inside=2 * [1 / math.sqrt(layer)])),
+    "gpas": ({}, lambda *a, layer: gpas_after(*a)),
+    "gpas on lns": ({"base": "lns"}, lambda *a, layer: gpas_after(*a, 1 / math.sqrt(layer))),
     "gpas on mix_ln": (
         {"base": "mix_ln"},
-        lambda x, f, g, b, i: gpas_before(x, f, g, b, 1) if i <= L / 4 else gpas_after(x, f, g, b),
+        lambda *a, layer: gpas_before(*a, 1) if layer <= L / 4 else gpas_after(*a),
     ),
-    "gpas on deep_norm": ({"base": "deep_norm"}, lambda x, f, g, b, i: gpas_before(x, f, g, b, (2 * L) ** 0.25)),
+    "gpas on deep_norm": ({"base": "deep_norm"}, lambda *a, layer: gpas_before(*a, (2 * L) ** 0.25)),
 }
+"""Options and equation (x, f, g, b, layer) of every strategy."""
 
 
-def made(case: str, config: DecoderConfig = CONFIG) -> Decoder:
-    options = EQUATIONS[case][0]
-    specs = build_all({"name": case.split()[0], **options}, config.num_hidden_layers)
+def decoder_of(case: str, config: DecoderConfig = CONFIG) -> Decoder:
+    specs = build_all({"name": case.split()[0], **EQUATIONS[case][0]}, config.num_hidden_layers)
     return build_decoder(config, specs, seed=3)
 
 
@@ -147,33 +128,31 @@ def test_every_strategy_has_its_equation_here():
 
 
 @pytest.mark.parametrize("case", EQUATIONS)
-def test_outputs_and_gradients_equal_the_published_equation(case):
-    decoder = made(case).double()
+def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
+    decoder = shaken(decoder_of(case).double(), 0.1)
     generator = torch.Generator().manual_seed(0)
-    for parameter in decoder.parameters():
-        # Away from the initial ones and zeros, where a missing weight or gate would not show.
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     for layer, ours in enumerate(decoder.model.layers, start=1):
         theirs = copy.deepcopy(ours)
+        parameters = dict(theirs.named_parameters())
         x = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
         z = x.detach().clone().requires_grad_()
         rope = rotary(5, 16, 1e4, x)
         y = ours(x, rope)
-        parameters = dict(theirs.named_parameters())
-        expected = EQUATIONS[case][1](z, lambda h, t=theirs, r=rope: t.self_attn(h, r), theirs.mlp, parameters, layer)
+        expected = EQUATIONS[case][1](
+            z, lambda h, t=theirs, r=rope: t.self_attn(h, r), theirs.mlp, parameters, layer=layer
+        )
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         y.backward(cotangent)
         expected.backward(cotangent)
         torch.testing.assert_close(x.grad, z.grad, rtol=1e-10, atol=1e-12)
         for name, parameter in ours.named_parameters():
-            assert parameter.grad is not None, name
             torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", EQUATIONS)
 def test_every_layer_changes_its_input(case):
-    decoder = made(case)
+    decoder = decoder_of(case)
     seen = {}
     decoder(torch.randint(61, (2, 9)), hook=lambda what, layer, x: seen.__setitem__((what, layer), x))
     before = seen["embedding", 0]
@@ -186,8 +165,8 @@ def test_every_layer_changes_its_input(case):
 
 
 @pytest.mark.parametrize("case", EQUATIONS)
-def test_meta_initialisation_bfloat16_and_saving_leave_the_constants_exact(case, tmp_path):
-    plain = made(case)
+def test_constants_survive_meta_initialisation_bfloat16_and_checkpoints(case, tmp_path):
+    plain = decoder_of(case)
     with torch.device("meta"):
         decoder = Decoder(CONFIG, [layer.spec for layer in plain.model.layers])
     decoder.to_empty(device="cpu")
@@ -209,29 +188,39 @@ def test_meta_initialisation_bfloat16_and_saving_leave_the_constants_exact(case,
         assert gains == pytest.approx([1 / math.sqrt(layer) for layer in range(1, L + 1)], rel=1e-15)
 
 
-def test_initial_values_of_what_strategies_learn_and_rescale():
-    layers = range(1, L + 1)
-    draws = {case: made(case) for case in ("pre_ln", "ds_init", "scaled_init", "deep_norm", "deep_norm_released")}
-    for index, layer in enumerate(layers):
-        name = f"model.layers.{index}"
+OUTPUT_SCALES = {
+    "ds_init": lambda layer: (2 * layer) ** -0.5,
+    "scaled_init": lambda layer: (2 * L) ** -0.5,
+    "deep_norm": lambda layer: (8 * L) ** -0.25,
+    "deep_norm_released": lambda layer: (8 * L) ** 0.25,
+}
+
+
+@pytest.mark.parametrize("name", OUTPUT_SCALES)
+def test_initialisation_rescales_the_output_projections(name):
+    plain, scaled = decoder_of("pre_ln"), decoder_of(name)
+    for layer in range(1, L + 1):
         for projection in ("self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj"):
-            weights = {case: d.get_parameter(f"{name}.{projection}.weight") for case, d in draws.items()}
-            output = projection != "self_attn.q_proj"
-            expected = weights["pre_ln"] * (2 * layer) ** -0.5 if output else weights["pre_ln"]
-            torch.testing.assert_close(weights["ds_init"], expected)
-            expected = weights["pre_ln"] * (2 * L) ** -0.5 if output else weights["pre_ln"]
-            torch.testing.assert_close(weights["scaled_init"], expected)
-            fan_out, fan_in = weights["pre_ln"].shape
-            xavier = weights["pre_ln"] / 0.02 * math.sqrt(2 / (fan_in + fan_out))
-            torch.testing.assert_close(weights["deep_norm"], xavier * ((8 * L) ** -0.25 if output else 1))
-            torch.testing.assert_close(weights["deep_norm_released"], xavier * ((8 * L) ** 0.25 if output else 1))
-    for index, layer in enumerate(layers):
-        assert made("lns_learnable").model.layers[index].input_layernorm.weight.unique().item() == pytest.approx(
-            layer**-0.5
-        )
-    assert made("layer_scale").model.layers[0].ffn_residual.branch_scale.unique().item() == pytest.approx(1e-4)
-    assert made("skip_init").model.layers[0].ffn_residual.branch_scale.item() == pytest.approx(L**-0.5)
-    assert made("gpas").model.layers[0].gate.item() == 0
+            parameter = f"model.layers.{layer - 1}.{projection}.weight"
+            expected = plain.get_parameter(parameter)
+            if name.startswith("deep_norm"):  # Xavier-normal instead of a standard deviation of 0.02
+                expected = expected / 0.02 * math.sqrt(2 / sum(expected.shape))
+            factor = 1 if projection == "self_attn.q_proj" else OUTPUT_SCALES[name](layer)
+            torch.testing.assert_close(scaled.get_parameter(parameter), expected * factor)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "value"),
+    [
+        ("lns_learnable", "input_layernorm.weight", lambda layer: layer**-0.5),
+        ("layer_scale", "ffn_residual.branch_scale", lambda layer: 1e-4),
+        ("skip_init", "ffn_residual.branch_scale", lambda layer: L**-0.5),
+        ("gpas", "gate", lambda layer: 0),
+    ],
+)
+def test_initial_values_of_learned_coefficients(name, parameter, value):
+    for layer, block_ in enumerate(decoder_of(name).blocks, start=1):
+        assert block_.get_parameter(parameter).unique().item() == pytest.approx(value(layer))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -258,7 +247,7 @@ def test_scaled_initialisation_of_olmo(tied):
 
 def test_admin_profiles_the_variance_of_all_earlier_branches():
     config = dataclasses.replace(CONFIG, init_std=0.3)
-    decoder = made("admin", config)
+    decoder = decoder_of("admin", config)
     residuals = [r for layer in decoder.model.layers for r in (layer.attention_residual, layer.ffn_residual)]
     skips = [residual.skip.detach().clone() for residual in residuals]
     for residual in residuals:
@@ -273,11 +262,11 @@ def test_admin_profiles_the_variance_of_all_earlier_branches():
         expected = (1 + sum(float(v.detach()) for v in branches[:index])) ** 0.5
         torch.testing.assert_close(skip, torch.full((32,), expected), rtol=1e-5, atol=0)
     assert skips[-1][0] > 1.5 * skips[0][0]
-    assert torch.equal(made("admin", config).model.layers[-1].ffn_residual.skip, skips[-1])
+    assert torch.equal(decoder_of("admin", config).model.layers[-1].ffn_residual.skip, skips[-1])
 
 
-def test_strategies_of_one_seed_share_their_draws():
-    ours, theirs = made("lns"), made("sandwich_ln")
+def test_strategies_with_one_seed_share_their_random_weights():
+    ours, theirs = decoder_of("lns"), decoder_of("sandwich_ln")
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs.get_parameter(name)), name
     other = build_decoder(CONFIG, build_all({"name": "lns"}, L), seed=4)
@@ -308,7 +297,7 @@ def one_argument(layer):
     return block()
 
 
-def test_a_researchers_own_strategy_is_found_by_module_and_function(tmp_path, monkeypatch):
+def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypatch):
     (tmp_path / "my_norms.py").write_text(
         "from cod_lightning.nn.strategies import block\n"
         "def half(layer, depth, power=0.25):\n    return block(gain=layer**-power)\n"
@@ -338,14 +327,14 @@ def test_a_researchers_own_strategy_is_found_by_module_and_function(tmp_path, mo
         ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
     ],
 )
-def test_bad_strategies_and_options_are_named(norm, words, monkeypatch):
+def test_errors_name_strategy_and_option(norm, words, monkeypatch):
     monkeypatch.syspath_prepend(str(__file__).rsplit("/", 1)[0])
     with pytest.raises(UserError) as error:
         build_all(norm, 4)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_scaling_twice_is_warned_about():
+def test_scaling_twice_is_a_warning():
     assert not warnings(build_all({"name": "lns"}, 4))
     assert not warnings(build_all({"name": "scaled_init"}, 4))
     assert "Table 6" in warnings(build_all({"name": "scaled_init", "base": "lns"}, 4))[0]
