@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +35,7 @@ class ProcessorTime(Profiler):
     def __init__(self) -> None:
         super().__init__()
         self.started: dict[str, float] = {}
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def start(self, action_name: str) -> None:
         self.started[action_name] = time.process_time()

@@ -28,7 +28,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -78,7 +78,7 @@ def load_case(name: str) -> tuple[DecoderConfig, int, int]:
     return (TOY, 8, 256) if name == "toy" else (load_shape(name), 128, 256)
 
 
-def compile_blocks(blocks: nn.ModuleList, compiled: bool, **options: Any) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], compiled: bool, **options: Any) -> None:
     for block in blocks if compiled else ():
         block.compile(**options)
 
