@@ -188,9 +188,9 @@ def test_options_of_measures_are_words(finished, tmp_path):
 
 def loss_of(model, batches, pad_id=None):
     from cod_lightning.measure.adapter import ModelAdapter
-    from cod_lightning.measure.batches import evaluate
+    from cod_lightning.measure.batches import mean_loss
 
-    return evaluate(ModelAdapter(model), batches, pad_id)[0]
+    return mean_loss(ModelAdapter(model), batches, pad_id)[0]
 
 
 def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):

@@ -13,7 +13,7 @@ from cod_lightning.measure.ablation import (
     run_removal,
     swaps,
 )
-from cod_lightning.measure.batches import evaluate
+from cod_lightning.measure.batches import mean_loss
 
 ABLATIONS = (removal, run_removal, swaps, linear_replacement)
 
@@ -286,5 +286,5 @@ def test_the_loss_is_that_of_the_logits(model, batch):
     with torch.no_grad():
         expected = loss_of(model.logits(batch), batch)
     padded = torch.cat([batch, torch.full((6, 2), PAD)], dim=1)
-    assert evaluate(model, batch.split(4)) == (pytest.approx(expected, rel=1e-6), 48)
-    assert evaluate(model, padded.split(1), PAD) == (pytest.approx(expected, rel=1e-6), 48)
+    assert mean_loss(model, batch.split(4)) == (pytest.approx(expected, rel=1e-6), 48)
+    assert mean_loss(model, padded.split(1), PAD) == (pytest.approx(expected, rel=1e-6), 48)

@@ -7,7 +7,7 @@ import torch
 from builders import FAMILIES, PAD, learn, padded_batches, residual_stream, silence, tokens
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.batches import evaluate
+from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.importance import block_influence, coalition_losses, layer_importance
 from cod_lightning.measure.logit_lens import logit_lens
 
@@ -70,7 +70,7 @@ def test_a_coalition_is_the_model_with_only_its_blocks(model):
     blocks = model.blocks
     for coalition, loss in losses.items():
         with model.with_blocks([blocks[layer - 1] for layer in coalition]):
-            expected, count = evaluate(model, padded_batches(), PAD)
+            expected, count = mean_loss(model, padded_batches(), PAD)
         assert loss == pytest.approx(expected, rel=1e-5)
         assert targets == count
 
@@ -78,7 +78,7 @@ def test_a_coalition_is_the_model_with_only_its_blocks(model):
 def test_the_empty_coalition_reads_the_embeddings(model):
     losses, _ = coalition_losses(model, [()], padded_batches(), PAD)
     silence(model, range(1, 5))
-    assert losses[()] == pytest.approx(evaluate(model, padded_batches(), PAD)[0], rel=1e-5)
+    assert losses[()] == pytest.approx(mean_loss(model, padded_batches(), PAD)[0], rel=1e-5)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from cod_lightning.measure.ablation import causal_score, removal, swaps
 from cod_lightning.measure.activation_stats import activation_stats, layer_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.angular import angular_distance
-from cod_lightning.measure.batches import evaluate
+from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.importance import block_influence, layer_importance
 from cod_lightning.measure.jacobian import jacobian
 from cod_lightning.measure.logit_lens import logit_lens
@@ -73,9 +73,9 @@ def blocks_of(vit, blocks):
 def test_the_loss_is_that_of_the_labels(model, images):
     assert model.logits(images[0]).shape == (3, 1, CLASSES)
     assert (model.depth, model.hidden) == (DEPTH, 16)
-    assert evaluate(model, images) == (pytest.approx(loss_of(model.model, labelled(images)), rel=1e-12), 4)
+    assert mean_loss(model, images) == (pytest.approx(loss_of(model.model, labelled(images)), rel=1e-12), 4)
     with pytest.raises(UserError, match="no tokens to measure on"):
-        evaluate(model, [images[0][2:3]])
+        mean_loss(model, [images[0][2:3]])
 
 
 def test_variances_are_those_of_training(model, images):

@@ -7,7 +7,7 @@ from builders import PAD, padded_batches
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.batches import evaluate
+from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.importance import block_influence, coalition_losses
 from cod_lightning.measure.pruning import prune, remove_blocks
 from cod_lightning.measure.result import save
@@ -28,7 +28,7 @@ def logits(model):
 
 
 def loss(model):
-    return evaluate(model, padded_batches(), PAD)[0]
+    return mean_loss(model, padded_batches(), PAD)[0]
 
 
 def save_hf(model, folder):

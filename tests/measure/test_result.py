@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from cod_lightning import plots
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.result import Bars, HeatMap, Lines, Mean, Result, finite, save
+from cod_lightning.measure.result import Bars, HeatMap, Lines, Result, finite, save
 from cod_lightning.typed_json import from_json
 
 RESULTS = Path(__file__).parents[2] / "experiments/results"
@@ -114,19 +113,3 @@ def test_a_heat_map_is_numbered_from_its_first_row_and_column(first, extent):
 
 def test_equal_figures_are_equal_files():
     assert plots.png(EXAMPLE.plot()) == plots.png(EXAMPLE.plot())
-
-
-def test_mean_and_standard_error():
-    values, mean = torch.randn(50, 3), Mean()
-    mean.add(values[:20])
-    mean.add(values[20:])
-    torch.testing.assert_close(mean.mean, values.double().mean(0))
-    torch.testing.assert_close(mean.error, values.double().std(0) / 50**0.5)
-
-
-def test_weights_of_zero_do_not_count():
-    values, mean = torch.tensor([1.0, 5.0, 3.0]), Mean()
-    mean.add(values, torch.tensor([1.0, 0.0, 1.0]))
-    assert float(mean.mean) == pytest.approx(2)
-    assert float(mean.error) == pytest.approx(torch.tensor([1.0, 3.0]).std().item() / 2**0.5)
-    assert mean.count == 2

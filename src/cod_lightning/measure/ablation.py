@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import at_least_fp32, evaluate, hidden_states, iter_batches, step_counter
+from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_batches, mean_loss, step_counter
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.result import HeatMap, Lines, Panel, Progress, Result, table_rows
 
@@ -186,11 +186,11 @@ def evaluate_changed(
 ) -> tuple[float, int, list[float]]:
     """Return the loss and the number of targets of the model, and its loss inside each of `changes`."""
     advance = step_counter(progress, len(changes))
-    loss, tokens = evaluate(model, batches, pad_id)
+    loss, tokens = mean_loss(model, batches, pad_id)
     losses = []
     for change in changes:
         with change:
-            losses.append(evaluate(model, batches, pad_id)[0])
+            losses.append(mean_loss(model, batches, pad_id)[0])
         advance()
     return loss, tokens, losses
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
-from cod_lightning.measure.batches import at_least_fp32, iter_batches, token_mask
-from cod_lightning.measure.result import Lines, Mean, Panel, Progress, Result, table_rows
+from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, token_mask
+from cod_lightning.measure.result import Lines, Panel, Progress, Result, table_rows
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -91,7 +91,7 @@ def activation_stats(
     Raises:
         UserError: all tokens are padding.
     """
-    means = {(place, layer): Mean() for place in PLACES for layer in range(1, model.depth + 1)}
+    means = {(place, layer): RunningMean() for place in PLACES for layer in range(1, model.depth + 1)}
     largest = dict.fromkeys(means, 0.0)
     count = 0
     for batch, keep in iter_batches(model, batches, pad_id, progress):

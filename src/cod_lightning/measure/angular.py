@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
-from cod_lightning.measure.batches import hidden_states, iter_batches
+from cod_lightning.measure.batches import RunningMean, hidden_states, iter_batches
 from cod_lightning.measure.options import require_choice
-from cod_lightning.measure.result import HeatMap, Mean, Panel, Progress, Result
+from cod_lightning.measure.result import HeatMap, Panel, Progress, Result
 
 TokenChoice = Literal["all", "last"]
 Normalisation = Literal["raw", "released"]
@@ -84,7 +84,7 @@ def angular_distance(
     require_choice(Normalisation, normalise=normalise)
     if tokens < 1:
         raise UserError(f"tokens={tokens}: expected at least 1")
-    depth, mean = model.depth, Mean()
+    depth, mean = model.depth, RunningMean()
     first, second = torch.triu_indices(depth + 1, depth + 1, offset=1)
     for batch, keep in iter_batches(model, batches, pad_id, progress):
         if mean.count >= tokens:

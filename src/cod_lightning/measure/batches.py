@@ -81,7 +81,7 @@ def num_positions(model: ModelAdapter) -> int:
 
 
 @torch.no_grad()
-def evaluate(
+def mean_loss(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> tuple[float, int]:
     """Mean loss in nats per target, a next token or an image's label, and the number of targets.
@@ -133,3 +133,28 @@ def step_counter(progress: Progress | None, total: int) -> Callable[[], None]:
             progress(next(steps), total)
 
     return advance
+
+
+class RunningMean:
+    """Mean of vectors over samples, and its standard error, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, samples: Tensor) -> None:
+        """Add samples [samples, ...]."""
+        samples = samples.detach().double().cpu()
+        self.count += len(samples)
+        self.total = self.total + samples.sum(0)
+        self.squares = self.squares + samples.square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    @property
+    def error(self) -> Tensor:
+        """Standard error; zero for a single sample."""
+        variance = (self.squares / self.count - self.mean**2).clamp(min=0)
+        return (variance / max(self.count - 1, 1)).sqrt()

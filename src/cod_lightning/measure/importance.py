@@ -19,9 +19,16 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_batches, iter_targets, step_counter
+from cod_lightning.measure.batches import (
+    RunningMean,
+    at_least_fp32,
+    hidden_states,
+    iter_batches,
+    iter_targets,
+    step_counter,
+)
 from cod_lightning.measure.logit_lens import log_probabilities, token_chunks
-from cod_lightning.measure.result import HeatMap, Lines, Mean, Panel, Progress, Result
+from cod_lightning.measure.result import HeatMap, Lines, Panel, Progress, Result
 
 EXACT_DEPTH = 16
 """Maximum depth for exact Shapley values, which need the losses of 2^16 coalitions."""
@@ -97,7 +104,7 @@ def block_influence(
     if not 1 <= longest <= depth:
         raise UserError(f"longest={longest}: expected 1 to {depth}, the number of blocks")
     pairs = [(first, first + n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
-    means = Mean()
+    means = RunningMean()
     for tokens, keep in iter_batches(model, batches, pad_id, progress):
         units = [F.normalize(at_least_fp32(x), dim=-1) for x in hidden_states(model, tokens, keep)]
         means.add(torch.stack([(units[i] - units[j]).square().sum(-1) / 2 for i, j in pairs], dim=-1))
@@ -183,7 +190,7 @@ def layer_importance(
     def marginal(layer: int, coalition: Collection[int]) -> float:
         return losses[tuple(sorted(coalition))] - losses[tuple(sorted([*coalition, layer]))]
 
-    means = Mean()
+    means = RunningMean()
     if permutations is None:
         weights = [math.factorial(size) * math.factorial(depth - 1 - size) for size in range(depth)]
         exact = [

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import iter_batches, step_counter
+from cod_lightning.measure.batches import RunningMean, iter_batches, step_counter
 from cod_lightning.measure.jacobian_products import (
     at_token,
     compose,
@@ -34,7 +34,7 @@ from cod_lightning.measure.jacobian_products import (
     vjp,
 )
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN
-from cod_lightning.measure.result import HeatMap, Lines, Mean, Panel, Progress, Result, table_rows
+from cod_lightning.measure.result import HeatMap, Lines, Panel, Progress, Result, table_rows
 
 STATISTICS = ("frobenius", "distance", "mean_diagonal", "diagonal_share", "largest_singular_value")
 
@@ -293,7 +293,7 @@ def jacobian_growth(
     chosen = select_layers(model, layers)
     generator = torch.Generator().manual_seed(seed)
     known = list(iter_batches(model, batches, pad_id))
-    spectral, squares = Mean(), Mean()
+    spectral, squares = RunningMean(), RunningMean()
     advance = step_counter(progress, len(known) * len(chosen))
     with differentiable():
         for batch, keep in known:

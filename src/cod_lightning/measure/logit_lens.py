@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cod_lightning.kernels.loss import IGNORE, chunk_size
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_targets
-from cod_lightning.measure.result import Lines, Mean, Panel, Progress, Result
+from cod_lightning.measure.batches import RunningMean, at_least_fp32, hidden_states, iter_targets
+from cod_lightning.measure.result import Lines, Panel, Progress, Result
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def logit_lens(
     Raises:
         UserError: there are no targets.
     """
-    means = Mean()
+    means = RunningMean()
     for tokens, targets in iter_targets(model, batches, pad_id, progress):
         keep = targets != IGNORE
         outputs, labels = hidden_states(model, tokens, keep)[1:], targets[keep]

@@ -14,7 +14,7 @@ from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.measure.ablation import LOSS_INCREASE, removal
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import evaluate, step_counter
+from cod_lightning.measure.batches import mean_loss, step_counter
 from cod_lightning.measure.importance import block_influence
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.result import Bars, Lines, Panel, Progress, Result
@@ -227,8 +227,8 @@ def prune(
         sparse = sparsify(model, sparsities, method, norms)
         pruning = Pruning(sparse, f"{method}, {allocation}", [], sparsities, "share of weights removed")
     advance = step_counter(progress, 2 * len(batches))
-    loss_before, tokens = evaluate(model, batches, pad_id, lambda *_: advance())
-    loss_after, _ = evaluate(pruning.model, batches, pad_id, lambda *_: advance())
+    loss_before, tokens = mean_loss(model, batches, pad_id, lambda *_: advance())
+    loss_after, _ = mean_loss(pruning.model, batches, pad_id, lambda *_: advance())
     with new_folder(folder) as partial:
         export(pruning.model.model, partial)
     return Pruned(

@@ -30,9 +30,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
 
@@ -244,27 +241,6 @@ def figure(title: str, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Ax
     return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
-def layer_lines(
-    axes: Axes,
-    series: Mapping[str, Sequence[float]],
-    ylabel: str,
-    log: bool = False,
-    layers: Sequence[int] | None = None,
-    errors: Mapping[str, Sequence[float]] | None = None,
-) -> None:
-    """One line for each of `series`, over `layers` or else the layers from 1, with bars for the errors that there are.
-
-    On a logarithmic axis what is zero or negative has no place and is left out.
-    """
-    for name, values in series.items():
-        error = (errors or {}).get(name)
-        places = layers or range(1, len(values) + 1)
-        shown = [value if value > 0 or not log else math.nan for value in values]
-        axes.errorbar(places, shown, error, marker="o", ms=3, lw=1.4, capsize=2, label=name)
-    axes.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
-    grid(axes)
-
-
 def grid(axes: Axes) -> None:
     """A grid, and layers marked by whole numbers."""
     axes.grid(alpha=0.3)
@@ -282,74 +258,3 @@ def legend(axes: Axes, columns: int = 3) -> None:
     """Above the axes, where it hides nothing."""
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     axes.legend(**place, ncols=columns, frameon=False, handlelength=1.5, columnspacing=1.2)
-
-
-def heat_map(
-    axes: Axes,
-    matrix: Sequence[Sequence[float | None]],
-    xlabel: str,
-    ylabel: str,
-    label: str,
-    first: int = 1,
-    log: bool = False,
-    signed: bool = False,
-) -> None:
-    """A matrix with a colour bar; None is left blank. Rows, upwards, and columns are numbered from `first`.
-
-    Args:
-        axes: to draw on.
-        matrix: [rows][columns].
-        xlabel: of the columns.
-        ylabel: of the rows.
-        label: of the colours.
-        first: number of the first row and column.
-        log: colours are logarithmic; what is not positive gets that of the least positive value.
-        signed: white is zero, and both signs reach equally far.
-    """
-    from matplotlib.colors import LogNorm
-
-    values = torch.tensor([[float("nan") if value is None else value for value in row] for row in matrix])
-    rows, columns = values.shape
-    start = first - 0.5
-    colours: dict[str, Any] = {}
-    if log and (positive := values[values > 0]).numel():
-        colours = {"norm": LogNorm(float(positive.min()), float(positive.max()), clip=True)}
-    elif signed:
-        most = float(values.abs().max())
-        colours = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
-    extent = (start, start + columns, start, start + rows)
-    image = axes.imshow(
-        values.numpy(), aspect="auto", origin="lower", interpolation="nearest", extent=extent, **colours
-    )
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    for axis in (axes.xaxis, axes.yaxis):
-        whole(axis)
-    axes.figure.colorbar(image, ax=axes, label=label)
-
-
-class Mean:
-    """Running weighted mean of vectors, and the standard error of that mean, in float64."""
-
-    def __init__(self) -> None:
-        self.weight = self.total = self.squares = 0.0
-        self.count = 0
-
-    def add(self, values: Tensor, weight: Tensor | float = 1.0) -> None:
-        """Add one sample for each entry of the first dimension of `values`, weighted by `weight` likewise."""
-        values = values.detach().double().cpu()
-        weights = torch.as_tensor(weight, dtype=torch.float64).cpu().expand(len(values))
-        shape = (-1, *[1] * (values.ndim - 1))
-        self.weight = self.weight + float(weights.sum())
-        self.total = self.total + (values * weights.view(shape)).sum(0)
-        self.squares = self.squares + (values.square() * weights.view(shape)).sum(0)
-        self.count += int((weights > 0).sum())
-
-    @property
-    def mean(self) -> Tensor:
-        return torch.as_tensor(self.total / self.weight)
-
-    @property
-    def error(self) -> Tensor:
-        """Standard error; zero for a single sample."""
-        variance = torch.as_tensor(self.squares / self.weight - (self.total / self.weight) ** 2).clamp(min=0)
-        return (variance / max(self.count - 1, 1)).sqrt() if self.count > 1 else torch.zeros_like(variance)

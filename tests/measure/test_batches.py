@@ -1,0 +1,54 @@
+import pytest
+import torch
+from builders import PAD, tokens
+
+from cod_lightning.measure.batches import RunningMean, hidden_states, iter_batches, iter_targets, step_counter
+
+TOKENS = tokens(3, 5)
+
+
+def test_the_mean_and_its_standard_error():
+    samples, running = torch.randn(50, 3), RunningMean()
+    running.add(samples[:20])
+    running.add(samples[20:])
+    torch.testing.assert_close(running.mean, samples.double().mean(0))
+    torch.testing.assert_close(running.error, samples.double().std(0) / 50**0.5)
+
+
+def test_a_single_sample_has_no_error():
+    running = RunningMean()
+    running.add(torch.tensor([[3.0, 4.0]]))
+    assert (running.mean.tolist(), running.error.tolist()) == ([3, 4], [0, 0])
+
+
+def test_batches_of_padding_are_left_out(causal_lm):
+    batches = [torch.full((2, 5), PAD), TOKENS]
+    ((batch, keep),) = iter_batches(causal_lm("ours"), batches, PAD)
+    assert torch.equal(batch, TOKENS)
+    assert keep.all()
+
+
+def test_padding_is_no_target(causal_lm):
+    padded = TOKENS.clone()
+    padded[1, 3:] = PAD
+    ((_, targets),) = iter_targets(causal_lm("ours"), [padded], PAD)
+    assert [(row >= 0).sum().item() for row in targets] == [4, 2, 4]
+    assert torch.equal(targets[0, :4], padded[0, 1:])
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_kept_tokens(causal_lm):
+    model, keep = causal_lm("ours"), torch.zeros(3, 5, dtype=torch.bool)
+    keep[1, 2] = True
+    states = hidden_states(model, TOKENS, keep)
+    assert [tuple(x.shape) for x in states] == [(1, 16)] * 5
+    torch.testing.assert_close(model.head(states[-1])[0], model.logits(TOKENS)[1, 2])
+
+
+@pytest.mark.parametrize("total", [1, 3])
+def test_steps_are_counted(total):
+    calls = []
+    advance = step_counter(lambda *call: calls.append(call), total)
+    for _ in range(total):
+        advance()
+    assert calls == [(n + 1, total) for n in range(total)]
