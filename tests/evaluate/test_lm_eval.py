@@ -44,7 +44,7 @@ def test_scores_are_merged_with_those_of_other_tasks(tmp_path):
 
 def test_a_damaged_file_of_scores_is_an_error(tmp_path):
     (tmp_path / "tasks.json").write_text("[1")
-    with pytest.raises(UserError, match=r"tasks\.json: cannot read the scores .* remove the file"):
+    with pytest.raises(UserError, match=r"tasks\.json: .*; remove the file and evaluate again"):
         save_scores(tmp_path, {"piqa": {"acc": 0.5}})
 
 

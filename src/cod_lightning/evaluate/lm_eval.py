@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.data.tokenizers import DocumentTokenizer
-from cod_lightning.errors import DAMAGED, UserError
+from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export, quiet_transformers, unsupported_features
+from cod_lightning.typed_json import read_json
 
 PAPER_TASKS = ("mmlu", "boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande")
 """The columns of Table 2, in its order, by their names in the harness."""
@@ -100,10 +101,7 @@ def save_scores(folder: Path, scores: dict[str, dict[str, float]]) -> None:
         UserError: the existing file cannot be read.
     """
     path = folder / SCORES_FILE
-    try:
-        previous = dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (*DAMAGED, TypeError) as error:
-        raise UserError(f"{path}: cannot read the scores ({error}); remove the file and evaluate again") from error
+    previous = read_json(path, dict[str, Any], "remove the file and evaluate again") if path.is_file() else {}
     write_atomic(path, json.dumps(previous | scores, indent=1) + "\n")
 
 
