@@ -22,6 +22,7 @@ import math
 import types
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -96,14 +97,20 @@ def _describe(kind: Any) -> str:
 
 
 def _convert_dataclass(kind: Any, value: dict[str, Any], field: str, ignore_unknown: bool) -> Any:
-    hints = get_type_hints(kind)
-    required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
+    hints, required = _schema(kind)
     if missing := sorted(required - value.keys()):
         raise ValueError(f"{_join(field, missing[0])} is missing")
     if not ignore_unknown and (unknown := sorted(value.keys() - hints.keys())):
         raise ValueError(f"{_join(field, unknown[0])} is unknown")
     known = {name: item for name, item in value.items() if name in hints}
     return kind(**{n: _convert(hints[n], item, _join(field, n), ignore_unknown) for n, item in known.items()})
+
+
+@cache
+def _schema(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """Return the types of the fields of a dataclass, and the fields without a default."""
+    required = {item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING}
+    return get_type_hints(kind), required
 
 
 def _join(field: str, name: str) -> str:
