@@ -1,6 +1,7 @@
 """Images: folders, crops, and one order for any number of ranks."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -142,21 +143,40 @@ def test_a_broken_image_is_named(root, damage):
         list(opened(root).train_dataloader())
 
 
-def test_what_a_folder_lacks_is_named(root):
-    with pytest.raises(UserError, match=r"images\.folder=/nowhere: train/ cannot be read"):
-        opened("/nowhere")
+def rename_an_image(root):
+    (root / "train" / "yak").mkdir()
+    (root / "train" / "bee" / "0.png").rename(root / "train" / "yak" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, r"train/ cannot be read \(No such file"),
+        (lambda root: shutil.rmtree(root / "val"), r"val/ cannot be read"),
+        (lambda root: (root / "train" / "yak").mkdir(), r"yak has no image; supported: \.jpg"),
+        (rename_an_image, "only one of train/ and val/ has yak"),
+    ],
+    ids=["no folder", "no split", "empty class", "other classes"],
+)
+def test_an_incomplete_folder_is_named(root, damage, message):
+    damage(root)
+    with pytest.raises(UserError, match=message):
+        opened(root)
+
+
+def test_another_number_of_classes_is_refused(root):
     with pytest.raises(UserError, match=r"has 3, not 1000 classes"):
         opened(root, classes=1000)
+
+
+def test_a_batch_must_divide_among_the_ranks(root):
     with pytest.raises(UserError, match=r"data\.batch_size=4 is not divisible by 3"):
         opened(root, world_size=3)
+
+
+def test_too_large_a_probe_is_refused(root):
     with pytest.raises(UserError, match="a probe of 7 images"):
         opened(root).probe_batch(7)
-    (root / "train" / "yak").mkdir()
-    with pytest.raises(UserError, match=r"yak has no image; supported: \.jpg"):
-        opened(root)
-    (root / "train" / "bee" / "0.png").rename(root / "train" / "yak" / "0.png")
-    with pytest.raises(UserError, match="only one of train/ and val/ has yak"):
-        opened(root)
 
 
 @pytest.mark.parametrize(

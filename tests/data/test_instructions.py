@@ -185,19 +185,26 @@ def test_instructions_and_text_are_not_confused(instructions, packed):
     TokenDataModule(given, 1).setup()
 
 
-def test_batches_include_the_length_of_the_prompt_and_the_probe_does_not(instructions):
-    data = TokenDataModule(instructions, 1, world_size=2)
+def opened(config, **replica) -> TokenDataModule:
+    data = TokenDataModule(config, 1, **replica)
     data.setup()
+    return data
+
+
+def test_batches_include_the_length_of_the_prompt(instructions):
+    data = opened(instructions, world_size=2)
     assert next(iter(data.train_dataloader())).shape == (4, 101)
-    (rows, index), *more = data.val_dataloader()
-    assert not more
+    ((rows, index),) = data.val_dataloader()
     assert index.tolist() == [0, 2, -1, -1]
     assert (rows[2:] == data.pad_id).all()
-    assert torch.equal(data.probe_batch(4), data.val_rows.read(np.arange(4))[:, :100])
-    tokens = (data.probe_batch(4) != data.pad_id).sum(1)
-    bounded = TokenDataModule(replace(instructions, val_tokens=int(tokens[:3].sum())), 1)
-    bounded.setup()
-    assert bounded.val_count == 3
+
+
+def test_the_probe_and_the_count_of_validation_tokens_exclude_it(instructions):
+    data = opened(instructions)
+    probe = data.probe_batch(4)
+    assert torch.equal(probe, data.val_rows.read(np.arange(4))[:, :100])
+    tokens = (probe != data.pad_id).sum(1)
+    assert opened(replace(instructions, val_tokens=int(tokens[:3].sum()))).val_count == 3
 
 
 def test_too_short_rows_are_refused(instructions, tmp_path):
@@ -205,16 +212,21 @@ def test_too_short_rows_are_refused(instructions, tmp_path):
         prepare(replace(instructions, root=str(tmp_path), seq_len=5), progress=False)
 
 
-def test_drawn_questions_are_right_balanced_and_always_the_same():
-    records = list(drawn())
-    assert len(records) == 4_000
-    content = json.dumps(records).encode()
+def test_drawn_questions_are_always_the_same():
+    content = json.dumps(list(drawn())).encode()
     assert hashlib.sha256(content).hexdigest() == "ab325d54fe2f883c03a1f32cba7aac4087ab1d03d78de5033f5be49b79931420"
     assert json.dumps(list(drawn(seed=2))).encode() != content
-    answers = [record["answer"] for record in records]
+
+
+def test_drawn_answers_are_balanced():
+    answers = [record["answer"] for record in drawn()]
+    assert len(answers) == 4_000
     for answer in ("true", "false", "answer1", "answer2", "answer3", "answer4"):
         assert answers.count(answer) / 4_000 == pytest.approx(1 / 4 if answer in ("true", "false") else 1 / 8, abs=0.02)
-    for record in records:
+
+
+def test_drawn_answers_are_right():
+    for record in drawn():
         assert record["output"] == f"the correct answer is {record['answer']}"
         question, _, options = record["instruction"].partition("\n\nAnswer format: ")
         assert record["answer"] in options.split("/")

@@ -140,19 +140,26 @@ def test_c4_is_split_by_its_files(corpus, make_config, tmp_path, monkeypatch):
     assert content(prepare_all(replace(config, root=str(tmp_path / "three")), 3)) == content(one)
 
 
-def test_a_finished_shard_is_kept_and_only_the_set_remains(make_config, tmp_path, monkeypatch):
+def test_a_finished_shard_is_kept(make_config, tmp_path, monkeypatch):
     config = make_config(tmp_path)
     part = prepare_shard(config, 1, 2, progress=False)
     assert [path.name for path in part.parent.iterdir() if path.is_dir()] == ["1"]
+    monkeypatch.setattr(shards, "_prepare_part", None)
+    assert prepare_shard(config, 1, 2, progress=False) == part
+
+
+def test_a_damaged_shard_is_prepared_again(make_config, tmp_path):
+    config = make_config(tmp_path)
+    part = prepare_shard(config, 1, 2, progress=False)
     before = content(part)
-    with monkeypatch.context() as patch:
-        patch.setattr(shards, "_prepare_part", None)
-        assert prepare_shard(config, 1, 2, progress=False) == part
     (part / "train.ids").write_bytes(before["train.ids"][:-1])
     assert prepare_shard(config, 1, 2, progress=False) == part
     assert content(part) == before
-    prepare_shard(config, 0, 2, progress=False)
-    folder = merge_shards(config, 2, progress=False)
+
+
+def test_only_the_set_remains_after_the_merge(make_config, tmp_path):
+    config = make_config(tmp_path)
+    folder = prepare_all(config, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, f"{folder.name}.lock"]
     assert prepare_shard(config, 0, 2, progress=False) == merge_shards(config, 2, progress=False) == folder
 
