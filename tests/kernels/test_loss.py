@@ -38,11 +38,11 @@ def test_every_row_sums_its_own_targets(function, pad_id):
     tokens[1, 3:] = 0
     found = function(hidden, weight, next_tokens(tokens, pad_id))
     expected, number = by_hand(hidden @ weight.T, tokens, pad_id)
-    torch.testing.assert_close(found.rows, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.per_sequence, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.total, expected.sum(), rtol=1e-12, atol=1e-12)
     assert torch.equal(found.counts, number)
     assert found.counts.tolist() == ([5, 5, 5] if pad_id is None else [5, 2, 5])
-    assert not found.rows.requires_grad
+    assert not found.per_sequence.requires_grad
 
 
 def test_next_tokens_does_not_change_the_tokens():
@@ -59,19 +59,19 @@ def test_prompt_tokens_are_not_targets():
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])
-def test_hits_are_the_targets_with_the_largest_logit(set_chunk_size, chunk):
+def test_correct_counts_the_targets_with_the_largest_logit(set_chunk_size, chunk):
     set_chunk_size(chunk)
     hidden, weight = inputs()
     best = (hidden @ weight.T).argmax(-1)
     targets = torch.where(torch.rand(3, 6) < 0.5, best, torch.randint(11, (3, 6)))
     targets[1, 2:] = IGNORE
     with torch.no_grad():
-        found = linear_cross_entropy(hidden, weight, targets).hits
+        found = linear_cross_entropy(hidden, weight, targets).correct
     assert found.tolist() == [
         sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(targets, best, strict=True)
     ]
-    assert torch.equal(found, reference_linear_cross_entropy(hidden, weight, targets).hits)
-    assert linear_cross_entropy(hidden, weight, targets).hits is None
+    assert torch.equal(found, reference_linear_cross_entropy(hidden, weight, targets).correct)
+    assert linear_cross_entropy(hidden, weight, targets).correct is None
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 9, 10**6])
@@ -99,7 +99,7 @@ def test_any_shape_and_any_frozen_input(rows, length, width, vocabulary, free_hi
     results = []
     for function in (linear_cross_entropy, reference_linear_cross_entropy):
         found = function(hidden, weight, targets)
-        results.append((found.total, found.rows, *(torch.autograd.grad(found.total, wanted) if wanted else ())))
+        results.append((found.total, found.per_sequence, *(torch.autograd.grad(found.total, wanted) if wanted else ())))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 

@@ -140,8 +140,8 @@ def test_a_label_that_is_none_does_not_count():
     logits, labels = torch.randn(4, 5, dtype=torch.bfloat16), torch.tensor([1, IGNORE, 0, 4])
     found = label_loss(logits, labels)
     assert found.counts.tolist() == [1, 0, 1, 1]
-    assert found.rows.dtype == torch.float32
-    assert found.rows[1] == 0
+    assert found.per_sequence.dtype == torch.float32
+    assert found.per_sequence[1] == 0
     torch.testing.assert_close(found.total, F.cross_entropy(logits.float(), labels, reduction="sum"))
 
 

@@ -26,8 +26,8 @@ class ExactMatch(Metric):
 
     def update(self, loss: TokenLoss) -> None:
         """Add the sequences of a loss that was computed without gradients, which counts its `hits`."""
-        assert loss.hits is not None
-        self.matches += ((loss.hits == loss.counts) & (loss.counts > 0)).sum()
+        assert loss.correct is not None
+        self.matches += ((loss.correct == loss.counts) & (loss.counts > 0)).sum()
         self.sequences += (loss.counts > 0).sum()
 
     def compute(self) -> float:

@@ -1,1 +1,1 @@
-"""Tensors only: norms and loss as plain torch, the specification, and the faster kernels that are held to it."""
+"""Functions of tensors: norms and loss in plain torch, which is the specification, and faster kernels."""

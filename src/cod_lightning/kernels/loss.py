@@ -26,11 +26,11 @@ class TokenLoss(NamedTuple):
 
     total: Tensor
     """Sum over all targets, 0-dimensional; differentiable."""
-    rows: Tensor
+    per_sequence: Tensor
     """Sum over the targets of each sequence [B], without gradient."""
     counts: Tensor
     """Number of targets of each sequence [B], int64."""
-    hits: Tensor | None = None
+    correct: Tensor | None = None
     """Targets with the largest logit in each sequence [B], int64; None if `linear_cross_entropy` computes gradients."""
 
 
@@ -57,8 +57,10 @@ def reference_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tens
     logits = F.linear(hidden, weight.to(hidden.dtype))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    rows = losses.view(targets.shape).sum(-1)
-    return TokenLoss(rows.sum(), rows.detach(), (targets != IGNORE).sum(-1), (logits.argmax(-1) == targets).sum(-1))
+    per_sequence = losses.view(targets.shape).sum(-1)
+    return TokenLoss(
+        per_sequence.sum(), per_sequence.detach(), (targets != IGNORE).sum(-1), (logits.argmax(-1) == targets).sum(-1)
+    )
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenLoss:
@@ -78,12 +80,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tok
         return reference_linear_cross_entropy(hidden, weight, targets)
     if not torch.is_grad_enabled():  # a parameter requires a gradient even then
         hidden, weight = hidden.detach(), weight.detach()
-    total, rows, hits = LinearCrossEntropy.apply(hidden, weight, targets)
-    return TokenLoss(total, rows, (targets != IGNORE).sum(-1), hits)
+    total, per_sequence, correct = LinearCrossEntropy.apply(hidden, weight, targets)
+    return TokenLoss(total, per_sequence, (targets != IGNORE).sum(-1), correct)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, targets) -> (total, rows, hits)."""
+    """(hidden, weight, targets) -> (total, per_sequence, correct)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -93,15 +95,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(flat_targets.shape, dtype=dtype, device=hidden.device)
         dhidden = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
-        hits = torch.empty_like(flat_targets, dtype=torch.bool) if dhidden is None and dweight is None else None
+        correct = torch.empty_like(flat_targets, dtype=torch.bool) if dhidden is None and dweight is None else None
         for first in range(0, len(flat), chunk):
             part = slice(first, first + chunk)
             ignored = flat_targets[part] == IGNORE
             index = flat_targets[part].masked_fill(ignored, 0)[:, None]
             logs = F.log_softmax(flat[part] @ head.T, -1, dtype=dtype)
             losses[part] = logs.gather(1, index)[:, 0].neg().masked_fill_(ignored, 0)
-            if hits is not None:
-                hits[part] = logs.argmax(-1) == flat_targets[part]
+            if correct is not None:
+                correct[part] = logs.argmax(-1) == flat_targets[part]
                 continue
             gradient = logs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=dtype)).to(hidden.dtype)
             if dhidden is not None:
@@ -116,9 +118,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dweight += gradient.T @ counted
         ctx.save_for_backward(dhidden, dweight)
         ctx.shape, ctx.dtype = hidden.shape, weight.dtype
-        rows = losses.view(targets.shape).sum(-1)
-        ctx.mark_non_differentiable(rows)
-        return rows.sum(), rows, None if hits is None else hits.view(targets.shape).sum(-1)
+        per_sequence = losses.view(targets.shape).sum(-1)
+        ctx.mark_non_differentiable(per_sequence)
+        return per_sequence.sum(), per_sequence, None if correct is None else correct.view(targets.shape).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

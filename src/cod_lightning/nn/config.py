@@ -1,4 +1,4 @@
-"""The shape of a decoder; plain data, so that a configuration is checked without importing torch."""
+"""The shape of a decoder; free of torch, so that a configuration is checked quickly."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from cod_lightning.settings import setting, setting_errors
 
 MOST_LAYERS = 10_000
-"""Deeper than any model that was trained; a mistyped depth is an error, and not a list that fills the memory."""
+"""Deeper than any trained model; turns a mistyped depth into an error instead of an exhausted memory."""
 
 
 @dataclass
 class DecoderConfig:
-    """A LLaMA-style decoder; field names follow `transformers.LlamaConfig` where it has them.
+    """A LLaMA-style decoder, with the field names of `transformers.LlamaConfig`.
 
-    The paper's shapes (60M to 7B) are the files of `configs/model/`.
+    `configs/model/` has the paper's shapes (60M to 7B).
     """
 
     hidden_size: int = setting(96, at_least=1)
@@ -22,30 +22,30 @@ class DecoderConfig:
     num_hidden_layers: int = setting(24, at_least=1, at_most=MOST_LAYERS)
     num_attention_heads: int = setting(3, at_least=1)
     num_key_value_heads: int | None = setting(None, at_least=1)
-    """Fewer than `num_attention_heads` is grouped-query attention; None: as many."""
+    """Fewer than `num_attention_heads` for grouped-query attention; None: the same number."""
     vocab_size: int | None = setting(None, at_least=1)
-    """None: the tokenizer's."""
+    """None: that of the tokenizer."""
     norm: str = setting("rms", choices=("rms", "layer"))
     """`rms` (RMSNorm) or `layer` (LayerNorm, without bias)."""
     norm_affine: bool = True
     """False: norms without a weight (OLMo's non-parametric LayerNorm)."""
     norm_eps: float = setting(1e-6, above=0)
     norm_backend: str = setting("auto", runtime=True, choices=("auto", "torch", "triton"))
-    """What computes the norms: `triton`, `torch`, or `auto` (Triton on a GPU, torch elsewhere)."""
+    """Implementation of the norms: `triton`, `torch`, or `auto` (Triton on a GPU, else torch)."""
     rope_theta: float = setting(10000.0, above=0)
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2.5)."""
     tie_word_embeddings: bool = False
     init: str = setting("normal", choices=("normal", "fan_in"))
-    """`normal`: every linear weight starts with standard deviation `init_std`, the embeddings with `embedding_std`;
-    `fan_in`: with 1/sqrt(inputs), the embeddings with 1/sqrt(hidden_size). A strategy's own factor comes on top: with
-    norm=ds_init `fan_in` is OLMo's scaled initialisation ("mitchell")."""
+    """Initial standard deviations. `normal`: `init_std` for linear weights, `embedding_std` for embeddings; `fan_in`:
+    1/sqrt(inputs) and 1/sqrt(hidden_size). The strategy may multiply them: `fan_in` with norm=ds_init is OLMo's scaled
+    initialisation ("mitchell")."""
     init_cutoff: float | None = setting(None, above=0)
-    """Initial draws end at so many standard deviations of the normal distribution (OLMo: 3); None: nowhere."""
+    """Truncates the normal distribution at so many standard deviations (OLMo: 3); None: no truncation."""
     init_std: float = setting(0.02, at_least=0)
-    """Standard deviation of every linear weight at initialisation, before a strategy's own factor."""
+    """Initial standard deviation of linear weights, before the factor of the strategy."""
     embedding_std: float = setting(0.02, at_least=0)
-    """Standard deviation of the embeddings; the released code used sqrt(2/5) from February 2025 to January 2026."""
+    """That of the embeddings; the released code used sqrt(2/5) from February 2025 to January 2026."""
 
     @property
     def key_value_heads(self) -> int:
@@ -56,36 +56,36 @@ class DecoderConfig:
         return self.hidden_size // self.num_attention_heads
 
     def problems(self) -> list[str]:
-        """Every reason why no decoder can be built from this, each naming its field."""
-        found = setting_errors(self, "model.")
-        if found:
-            return found
+        """Every error of this shape, each with the name of its field."""
+        errors = setting_errors(self, "model.")
+        if errors:
+            return errors
         if self.hidden_size % self.num_attention_heads:
-            found.append(
+            errors.append(
                 f"model.num_attention_heads={self.num_attention_heads} does not divide "
                 f"model.hidden_size={self.hidden_size}"
             )
         elif self.head_dim % 2:
-            found.append(
+            errors.append(
                 f"model.hidden_size={self.hidden_size} over model.num_attention_heads={self.num_attention_heads} gives "
                 f"heads of width {self.head_dim}; rotary embeddings need an even width"
             )
         if self.num_attention_heads % self.key_value_heads:
-            found.append(
+            errors.append(
                 f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"model.num_attention_heads={self.num_attention_heads}"
             )
-        return found
+        return errors
 
     def num_parameters(self, vocab_size: int | None = None) -> int:
         """Parameters of the Pre-LN decoder; strategies with learnable scales or more norms add theirs.
 
         Args:
-            vocab_size: the tokenizer's, where the shape leaves it open.
+            vocab_size: that of the tokenizer, used if the shape has none.
         """
         vocab = self.vocab_size or vocab_size
         if vocab is None:
-            raise ValueError("vocab_size is open: pass the tokenizer's")
+            raise ValueError("vocab_size is None: pass that of the tokenizer")
         d, kv = self.hidden_size, self.key_value_heads * self.head_dim
         attention = 2 * d * d + 2 * d * kv + (d + 2 * kv if self.qkv_bias else 0)
         norm = d if self.norm_affine else 0

@@ -239,7 +239,7 @@ class DecoderModule(StepModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         rows, index = batch
         found = self.decoder(*self.rows_and_targets(rows))
-        self.perplexity.update(found.rows, found.counts, index)
+        self.perplexity.update(found.per_sequence, found.counts, index)
         if self.has_prompts(rows):
             self.accuracy.update(found)
 

@@ -64,7 +64,7 @@ class VisionModule(StepModule):
         images, labels, index = batch
         logits = self.vit(images)
         found = label_loss(logits, labels)
-        self.losses.update(found.rows, found.counts, index)
+        self.losses.update(found.per_sequence, found.counts, index)
         self.accuracy.update(logits.argmax(-1), labels)
 
     def on_validation_epoch_end(self) -> None:
