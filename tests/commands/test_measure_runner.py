@@ -1,11 +1,12 @@
 """Studies on a tiny model in this process; tests/test_cli.py opens runs and models."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cod_lightning.commands.measure_runner import Subject, run_prune, run_study
+from cod_lightning.commands.measure_runner import Subject, run_comparison, run_prune, run_study
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.nn.config import DecoderConfig
@@ -23,44 +24,64 @@ def subject(norm="lns", depth=3):
     return Subject(ModelAdapter(model, norm), [tokens], None, export)
 
 
-def test_options_reach_the_measures_that_have_them(tmp_path, capsys):
+def saved(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_a_measure_gets_the_options_that_it_has(tmp_path):
     run_study("removal", subject(), {"sizes": [2], "pairs": "all"}, tmp_path)
-    assert json.loads((tmp_path / "run_removal.json").read_text())["sizes"] == [2]
-    assert json.loads((tmp_path / "swaps.json").read_text())["pairs"] == [[1, 2], [1, 3], [2, 3]]
-    assert len(list(tmp_path.iterdir())) == 3 * 5
+    assert saved(tmp_path, "run_removal")["sizes"] == [2]
+    assert saved(tmp_path, "swaps")["pairs"] == [[1, 2], [1, 3], [2, 3]]
+
+
+def test_every_measure_of_a_study_is_saved_and_shown(tmp_path, capsys):
+    run_study("removal", subject(), {}, tmp_path)
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {"removal", "run_removal", "swaps", "linear_replacement", "causal"}
     printed = capsys.readouterr().out
-    assert "lns: linear_replacement" in printed
-    assert printed.count("delta_loss") == 4
+    assert all(f"lns: {name}" in printed for name in names)
 
 
-@pytest.mark.parametrize(("widest", "made"), [(16, True), (15, False)])
-def test_whole_jacobians_up_to_a_width(tmp_path, widest, made):
+@pytest.mark.parametrize(("widest", "saves"), [(16, True), (15, False)])
+def test_whole_jacobians_are_taken_up_to_widest(tmp_path, widest, saves):
     options = {"widest": widest, "layers": [1, 3], "probes": 2, "iterations": 1, "tokens": 1}
     run_study("jacobian", subject(), options, tmp_path)
-    assert (tmp_path / "jacobian_map.json").is_file() == made
-    assert json.loads((tmp_path / "gain.json").read_text())["layers"] == [1, 3]
-    assert json.loads((tmp_path / "jacobian.json").read_text())["probes"] == 2
+    assert (tmp_path / "jacobian_map.json").is_file() == saves
 
 
-def test_the_theory_says_where_the_paper_disagrees_with_itself(tmp_path, capsys):
+def test_disagreements_of_the_theory_are_printed(tmp_path, capsys):
     run_study("theory", subject(), {}, tmp_path)
     printed = capsys.readouterr().out
     assert "- Lemma 4.1 allows L^(2 - epsilon)" in printed
     assert "Lemma 3.2" not in printed
 
 
-def test_where_results_cannot_be_written(tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "message"), [("file", "file is a file: choose a folder for the results"), ("file/x", "Not a directory")]
+)
+def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path, folder, message):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file: choose a folder for the results"):
-        run_study("variance", subject(), {}, tmp_path / "file")
-    with pytest.raises(UserError, match="Not a directory"):
-        run_study("variance", subject(), {}, tmp_path / "file/below")
+    with pytest.raises(UserError, match=message):
+        run_study("variance", subject(), {}, tmp_path / folder)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_pruned_model_has_its_figures_beside_it(tmp_path, capsys):
+def test_a_pruned_model_has_its_losses_beside_it(tmp_path, capsys):
     pytest.importorskip("transformers")
     run_prune(subject(), {"by": "streamline", "blocks": 2}, tmp_path / "small")
-    assert json.loads((tmp_path / "small/config.json").read_text())["num_hidden_layers"] == 1
-    assert json.loads((tmp_path / "small/prune.json").read_text())["how"] == "streamline"
+    assert saved(tmp_path / "small", "config")["num_hidden_layers"] == 1
+    assert saved(tmp_path / "small", "prune")["how"] == "streamline"
     assert "lns after" in capsys.readouterr().out
+
+
+def test_models_are_compared_on_one_page(tmp_path):
+    subjects = {"lns": subject, "pre_ln": lambda: subject("pre_ln")}
+    page = run_comparison(subjects, {"probes": 2, "iterations": 1}, tmp_path)
+    assert page.read_text().count("pre_ln") > 1
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert saved(tmp_path / "pre_ln", "jacobian")["probes"] == 2
+
+
+def test_models_of_images_cannot_be_compared(tmp_path):
+    with pytest.raises(UserError, match="lns is a model of images: measure compare supports models of text only"):
+        run_comparison({"lns": lambda: replace(subject(), export=None)}, {}, tmp_path)
