@@ -29,7 +29,7 @@ from _results import (
     training_step,
 )
 
-from cod_lightning.config.schema import OptimConfig, TrainerConfig
+from cod_lightning.config.schema import Config, OptimConfig, TrainerConfig
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
@@ -69,7 +69,10 @@ def measure(name: str, norm: str, args: argparse.Namespace) -> dict[str, Any]:
     gpu = known_gpu() if ON_GPU else "cpu"
     if gpu is None:
         sys.exit(f"{torch.cuda.get_device_name()} is unknown to estimate; known GPUs: {', '.join(GPUS)}")
-    expected = estimate(shape, {"name": norm}, data, trainer, images, hardware=gpu, mfu=args.mfu)
+    config = Config(model=shape, norm={"name": norm}, data=data, trainer=trainer)
+    if images is not None:
+        config.task, config.images = "vision", images
+    expected = estimate(config, hardware=gpu, mfu=args.mfu)
     expected_ms = 3.6e6 * expected.hours
 
     model, batches = build(shape, build_all({"name": norm}, shape.num_hidden_layers), images, args.rows, args.length)

@@ -15,7 +15,7 @@ loading or logging. Each variant uses the default optimizer of its trainer:
 
 On a CPU all variants take turns in each round, and `over_...` is the median over rounds of the ratio to the first.
 
-MFU is `cod_lightning.train.estimate.flops_per_token` over the peak of the hardware: that of the data sheet for dense
+MFU is `cod_lightning.train.cost.flops_per_token` over the peak of the hardware: that of the data sheet for dense
 bfloat16 if the GPU is known, else that of a large matrix product in the same run.
 """
 
@@ -59,7 +59,8 @@ from cod_lightning.nn import decoder as decoder_module
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.estimate import GPUS, flops_per_token, matmul_rate
+from cod_lightning.train.cost import flops_per_token
+from cod_lightning.train.estimate import GPUS, matmul_rate
 from cod_lightning.train.optim import build_optimizer
 
 TOY = DecoderConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, vocab_size=4096)

@@ -75,11 +75,7 @@ def rows_of(width):
 
 
 def needs(words, strategy, gpus, checkpointing, hardware="h100"):
-    config = composed(*words)
-    return estimate(
-        *(config.model, config.norm, config.data, config.trainer),
-        strategy=strategy, gpus=gpus, checkpointing=checkpointing, hardware=hardware,
-    )  # fmt: skip
+    return estimate(composed(*words), strategy=strategy, gpus=gpus, checkpointing=checkpointing, hardware=hardware)
 
 
 def test_the_tables_are_what_estimate_says():

@@ -695,18 +695,7 @@ def estimate(overrides: Sequence[str], as_json: bool) -> int:
     from cod_lightning.commands.terminal import estimate_table, show
     from cod_lightning.train.estimate import estimate as needs
 
-    found = [
-        needs(
-            config.model,
-            config.norm,
-            config.data,
-            config.trainer,
-            config.images if config.task == "vision" else None,
-            published_tokens=config.paper.get("tokens") if config.scale == "paper" else None,
-            **chosen,
-        )
-        for config, chosen in zip(configs, settings, strict=True)
-    ]
+    found = [needs(config, **chosen) for config, chosen in zip(configs, settings, strict=True)]
     if as_json:
         entries = [{"overrides": words} | figures.plain() for words, figures in zip(runs, found, strict=True)]
         print(json.dumps(entries, indent=1))

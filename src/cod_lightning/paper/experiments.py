@@ -17,7 +17,7 @@ from cod_lightning.evaluate.lm_eval import SCORES_FILE
 from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
 from cod_lightning.paper.results import find_results, load_measures, load_task_scores, read_object, record_path
-from cod_lightning.train.estimate import estimate
+from cod_lightning.train import estimate
 from cod_lightning.train.record import FAILURE
 
 
@@ -258,8 +258,7 @@ def gpu_hours(row: Row) -> float | None:
     config = row.config
     if config.scale != "paper" or row.public_model is not None:
         return None
-    images = config.images if config.task == "vision" else None
-    return estimate(config.model, config.norm, config.data, config.trainer, images).gpu_hours
+    return estimate.gpu_hours(config)
 
 
 # Descriptions --------------------------------------------------------------------------------------------------------

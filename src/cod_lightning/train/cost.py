@@ -1,0 +1,305 @@
+"""Parameters, FLOPs and memory of a model's training step, counted on a model of fake tensors.
+
+Fake tensors have shapes but no data. The model has one block of every kind that the norm strategy builds: what is
+counted in it is multiplied by the number of such blocks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from cod_lightning.config.schema import Config
+from cod_lightning.data.config import ImageConfig
+from cod_lightning.kernels.loss import chunk_size
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.parallel import parallelise
+from cod_lightning.nn.strategies import BlockSpec, build_all
+from cod_lightning.nn.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes on one device, by use; CUDA's context and the allocator's fragmentation come on top.
+
+    The peak is at the loss, in all micro-batches of a step but the first, which has no gradients yet.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    """Adam's two."""
+    copies: int
+    """bfloat16 copies of weights and biases, which autocast keeps until the end of a step."""
+    communication: int
+    """DDP's buckets; weights that FSDP has gathered and gradients that it has not yet reduced."""
+    activations: int
+    """Saved by a forward pass for its backward pass."""
+    work: int
+    """Logits and gradients of the loss, or of a block in its backward pass and recomputation if that is more."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters."""
+
+    parameters: int
+    outer: int
+    """In the embeddings, of tokens or of patches and their positions, and in the head."""
+    cast: int
+    """In the linear layers that autocast runs in bfloat16; the loss casts the decoder's head by itself."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder, or a Vision Transformer if there are `images`, and the length of its rows."""
+
+    model: DecoderConfig
+    norm: Mapping[str, Any]
+    seq_len: int
+    images: ImageConfig | None = None
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    @classmethod
+    def of(cls, config: Config) -> Architecture:
+        """The architecture of a run, with the vocabulary of its tokenizer or the classes of its images filled in."""
+        if config.task == "vision":
+            images = replace(config.images, classes=config.images.known_classes)
+            return cls(config.model, config.norm, config.data.seq_len, images)
+        vocab_size = config.model.vocab_size or (config.data.vocab_size if config.data.tokenizer == "bpe" else None)
+        return cls(replace(config.model, vocab_size=vocab_size), config.norm, config.data.seq_len)
+
+    def errors(self, config: Config) -> list[str]:
+        """What the configuration leaves open."""
+        if self.images is None and not self.model.vocab_size:
+            return [f"model.vocab_size is open, and data.tokenizer={config.data.tokenizer!r} is not read here: set it"]
+        if self.images is not None and not self.images.classes:
+            return [f"images.classes is open, and images.folder={self.images.folder!r} is not read here: set it"]
+        return []
+
+    @property
+    def positions(self) -> int:
+        """Tokens or patches of a row."""
+        return self.seq_len if self.images is None else self.images.patches
+
+    @property
+    def kinds(self) -> Counter[BlockSpec]:
+        """One spec for every kind of block, and the number of such blocks."""
+        specs = build_all(self.norm, self.model.num_hidden_layers)
+        firsts: dict[str, BlockSpec] = {}
+        return Counter(firsts.setdefault(wiring(spec), spec) for spec in specs)
+
+    def build(self, specs: list[BlockSpec], dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+        """A model with these blocks; inside a `FakeTensorMode` it takes no memory."""
+        model = replace(self.model, num_hidden_layers=len(specs), norm_backend="torch", **changes)
+        images = self.images
+        if images is None:
+            network = Decoder(model, specs)
+        else:
+            network = VisionTransformer(model, specs, images.size, images.patch_size, images.classes or 0)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return network
+
+    def batch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Rows and their targets."""
+        if self.images is None:
+            tokens = torch.empty((rows, self.seq_len), dtype=torch.long)
+            return tokens, tokens
+        return torch.empty((rows, 3, self.images.size, self.images.size)), torch.empty(rows, dtype=torch.long)
+
+    def sizes(self) -> Sizes:
+        """Numbers of parameters."""
+        with FakeTensorMode():
+            network = self.build(list(self.kinds))
+        repeats = {
+            parameter: count
+            for block, count in zip(network.blocks, self.kinds.values(), strict=True)
+            for parameter in block.parameters()
+        }
+
+        def numel(modules: Iterable[nn.Module]) -> int:
+            parameters = {parameter for module in modules for parameter in module.parameters()}
+            return sum(repeats.get(parameter, 1) * parameter.numel() for parameter in parameters)
+
+        decoder = isinstance(network, Decoder)
+        ends = (network.model.embed_tokens, network.lm_head) if decoder else (network.embedding, network.head)
+        linear = (module for module in network.modules() if isinstance(module, nn.Linear))
+        return Sizes(numel([network]), numel(ends), numel(m for m in linear if not (decoder and m is network.lm_head)))
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def flops(self) -> int:
+        """FLOPs of a training step per row, forward and backward.
+
+        Matrix products only, as is usual (PaLM, appendix B): attention is the full square, although causality needs
+        half of it. The products do not depend on the norm strategy.
+        """
+        one, two = (self.flops_with(blocks) for blocks in (1, 2))
+        return one + (self.model.num_hidden_layers - 1) * (two - one)
+
+    def flops_with(self, blocks: int) -> int:
+        with (
+            FakeTensorMode(),
+            sdpa_kernel(SDPBackend.MATH),  # whose products are counted on every device
+            FlopCounterMode(display=False) as counter,
+        ):
+            # In bfloat16 the loss takes no product in place, which the counter would miss.
+            network = self.build(build_all({"name": "pre_ln"}, blocks), torch.bfloat16)
+            network(*self.batch(1)).total.backward()
+        return counter.get_total_flops()
+
+    def memory(
+        self,
+        precision: str,
+        rows: int = 1,
+        *,
+        strategy: str = "single",
+        ranks: int = 1,
+        checkpointing: str = "none",
+        cpu: bool = False,
+    ) -> Callable[[int], Memory]:
+        """The memory of a training step on one of `ranks` devices, as a function of the rows of a micro-batch.
+
+        Args:
+            precision: `bf16-mixed`: float32 weights under autocast; `bf16-true`: all bfloat16, Adam's moments too.
+            rows: number of rows at which the memory is counted; for other numbers it is extrapolated.
+            strategy: `single`, `ddp` or `fsdp`.
+            ranks: number of devices.
+            checkpointing: `none`, `selective` or `full`.
+            cpu: use torch's norms on a CPU instead of the fused ones of a GPU.
+        """
+        sizes, sharded = self.sizes(), strategy == "fsdp"
+        autocast = precision == "bf16-mixed" and not sharded
+        weight, compute = (2 if precision == "bf16-true" else 4), (4 if precision == "32-true" else 2)
+        dtype = torch.float32 if autocast or precision == "32-true" else torch.bfloat16
+        steps = [self.count_bytes(n * rows, dtype, autocast, checkpointing, cpu) for n in (1, 2)]
+        (saved, work), (more_saved, more_work) = steps
+        communication = 0
+        if strategy == "ddp":
+            communication = sizes.parameters * weight
+        elif sharded:
+            # Embeddings and head, this block and the next one, and the same of their gradients.
+            block = (sizes.parameters - sizes.outer) // self.model.num_hidden_layers
+            communication = 2 * (sizes.outer + 2 * block) * compute
+        shard = sizes.parameters * weight // (ranks if sharded else 1)
+
+        def at(count: int) -> Memory:
+            loss = 0 if self.images is not None else self.loss_bytes(count * self.seq_len, compute, cpu)
+            return Memory(
+                weights=shard,
+                gradients=shard,
+                moments=2 * shard,
+                copies=2 * sizes.cast if autocast else 0,
+                communication=communication,
+                activations=count * (more_saved - saved) // rows,
+                work=max(loss, work + (count - rows) * (more_work - work) // rows),
+            )
+
+        return at
+
+    @lru_cache(maxsize=256)  # noqa: B019
+    def count_bytes(
+        self, rows: int, dtype: torch.dtype, autocast: bool, checkpointing: str, cpu: bool
+    ) -> tuple[int, int]:
+        """Bytes that a forward pass saves, and bytes that its backward pass takes beyond them at the most.
+
+        The first have a constant part, such as autocast's copies of weights. A decoder has no head here: see
+        `loss_bytes`.
+        """
+        specs, changes = list(self.kinds), {}
+        if not cpu:  # the fused norms save their input and statistics, as torch's LayerNorm does
+            specs, changes = [spec.replace(groups=1) for spec in specs], {"norm": "layer"}
+        with FakeTensorMode():
+            network = self.build(specs, dtype, **changes)
+            decoder = isinstance(network, Decoder)
+            if decoder:
+                network.lm_head = nn.Identity()
+            for parameter in network.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            parallelise(network, checkpointing=checkpointing)
+            with LiveBytes(network) as live:
+                entries: list[int] = []
+                for module in (*network.blocks, network.model.norm if decoder else network.norm):
+                    module.register_forward_pre_hook(lambda *_: entries.append(live.now))
+                inputs, targets = self.batch(rows)
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    output = network(inputs) if decoder else network(inputs, targets).total
+                saved = live.now
+                loss = output.sum()
+                del output
+                live.peak = live.now
+                loss.backward()
+        blocks = [after - before for before, after in pairwise(entries)]
+        repeated = sum((count - 1) * size for count, size in zip(self.kinds.values(), blocks, strict=True))
+        return saved + repeated, max(live.peak - saved, 0)
+
+    def loss_bytes(self, tokens: int, compute: int, cpu: bool) -> int:
+        """Bytes of `LinearCrossEntropy` at its peak, the log-softmax of a chunk of tokens.
+
+        These are the gradients of the hidden states and, in float32, of the head; the logits of the chunk, a float32
+        copy of them in half precision, and their log-softmax; and what is left of the chunk before.
+        """
+        vocab_size, half = self.model.vocab_size or 0, compute < 4
+        chunk = chunk_size(torch.device("cpu" if cpu else "cuda"), vocab_size)
+        logits = (10 if half else 8) + ((6 if half else 4) if tokens > chunk else 0)
+        head = 4 * vocab_size * self.model.hidden_size
+        return tokens * self.model.hidden_size * compute + head + min(tokens, chunk) * vocab_size * logits
+
+
+def flops_per_token(model: DecoderConfig, seq_len: int) -> float:
+    """FLOPs of a training step per token of a decoder; see `Architecture.flops`."""
+    return Architecture(model, {"name": "pre_ln"}, seq_len).flops() / seq_len
+
+
+def wiring(spec: BlockSpec) -> str:
+    """The fields of a spec that decide which tensors its block has: all but the numbers that they are scaled by."""
+    fields = [value for sublayer in spec.sublayers for value in vars(sublayer).values() if not isinstance(value, float)]
+    return str([spec.entry_norm, *fields])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive and were created inside, except the parameters of `network`."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return outputs
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
