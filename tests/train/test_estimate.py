@@ -305,7 +305,7 @@ def test_packed_rows_take_as_many_documents_as_their_tokens_and_no_more_than_the
 def test_the_largest_micro_batch_fits_and_one_more_row_does_not():
     config = composed("experiments=table1_1b")
     most = estimated("experiments=table1_1b").max_micro_batch_size
-    memory = Architecture.of(config).memory("bf16-true", config.data.micro_batch_size)
+    memory = Architecture.of(config).memory("bf16-true", most)
     assert memory(most).total <= 80e9 < memory(most + 1).total
     large = ("model=llama_7b", "data.micro_batch_size=1")
     assert estimated(*large).max_micro_batch_size == 0

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -127,14 +127,19 @@ def estimate(
     if precision == "auto":
         precision = "32-true" if hardware == "cpu" else trainer.auto_cuda
     device_memory, peak = device(hardware, precision, trainer.threads)
-    memory = architecture.memory(
+    count = partial(
+        architecture.memory,
         precision,
-        data.micro_batch_size,
         strategy=strategy,
         ranks=gpus,
         checkpointing=checkpointing,
         cpu=hardware == "cpu",
     )
+    memory = count(data.micro_batch_size)
+    most = largest(lambda rows: memory(rows).total <= device_memory)
+    if most > data.micro_batch_size:  # extrapolated from few rows, where gradients of weights take the most
+        recounted = count(most)
+        most = largest(lambda rows: recounted(rows).total <= device_memory)
     rows = trainer.max_steps * data.batch_size
     sizes, flops_per_row = architecture.sizes(), architecture.flops()
     flops, positions = rows * flops_per_row, rows * architecture.positions
@@ -154,7 +159,7 @@ def estimate(
         flops=flops,
         memory=memory(data.micro_batch_size),
         device_memory=device_memory,
-        max_micro_batch_size=largest(lambda rows: memory(rows).total <= device_memory),
+        max_micro_batch_size=most,
         hours=flops / (peak * mfu * gpus) / 3600,
         **data_needed(data, positions, architecture),
     )
