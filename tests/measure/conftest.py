@@ -17,9 +17,9 @@ FAMILIES = ("ours", "ours-lns", *HF)
 
 @pytest.fixture(scope="session")
 def causal_lm():
-    """`causal_lm(family)`: a random `ModelAdapter` model with a lively, not tiny, residual stream."""
+    """`causal_lm(family)`: a random model whose blocks change the residual stream considerably."""
 
-    def made(family, depth=DEPTH):
+    def build(family, depth=DEPTH):
         if family.startswith("ours"):
             config = DecoderConfig(
                 hidden_size=HIDDEN,
@@ -58,4 +58,4 @@ def causal_lm():
         config = getattr(transformers, f"{HF[family]}Config")(**shape)
         return ModelAdapter(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
 
-    return made
+    return build

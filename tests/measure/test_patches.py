@@ -79,19 +79,19 @@ def test_the_loss_is_that_of_the_labels(model, images):
 
 
 def test_variances_are_those_of_training(model, images):
-    found, known = activation_stats(model, images), labelled(images)
+    result, known = activation_stats(model, images), labelled(images)
     expected = layer_statistics(model.model, known)
-    assert found.tokens == 4 * 9
-    assert found.residual.variance == pytest.approx(expected.residual, rel=1e-5)
-    assert found.ffn.variance == pytest.approx(expected.ffn, rel=1e-5)
+    assert result.tokens == 4 * 9
+    assert result.residual.variance == pytest.approx(expected.residual, rel=1e-5)
+    assert result.ffn.variance == pytest.approx(expected.ffn, rel=1e-5)
 
 
 @torch.no_grad()
 def test_angles_and_influence_are_those_of_the_patches(model, images):
     x = [y[:, 1:].flatten(0, 1) for y in stream(model.model, labelled(images).pixels)]
     cosines = [F.cosine_similarity(a, b, dim=-1) for a, b in pairwise(x)]
-    found = angular_distance(model, images)
-    assert found.distances[0] == pytest.approx([(c.acos() / torch.pi).mean().item() for c in cosines], rel=1e-6)
+    result = angular_distance(model, images)
+    assert result.distances[0] == pytest.approx([(c.acos() / torch.pi).mean().item() for c in cosines], rel=1e-6)
     assert block_influence(model, images).influence == pytest.approx([1 - c.mean().item() for c in cosines], rel=1e-6)
     with pytest.raises(UserError, match="token=last does not apply to the patches"):
         angular_distance(model, images, token="last")
@@ -117,8 +117,8 @@ def test_labels_are_read_from_the_class_token_of_every_layer(model, images):
     known, vit = labelled(images), model.model
     x = [y[:, 0] for y in stream(vit, known.pixels)]
     losses = [F.cross_entropy(vit.head(vit.norm(y)), known.labels).item() for y in x]
-    found = logit_lens(model, images)
-    assert (found.tokens, found.loss) == (4, pytest.approx(losses[1:], rel=1e-9))
+    result = logit_lens(model, images)
+    assert (result.tokens, result.loss) == (4, pytest.approx(losses[1:], rel=1e-9))
     shares = layer_importance(model, images, permutations=None)
     assert (shares.empty_loss, shares.loss) == (pytest.approx(losses[0]), pytest.approx(losses[-1]))
     assert sum(shares.shapley) == pytest.approx(losses[0] - losses[-1])

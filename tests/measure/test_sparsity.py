@@ -87,10 +87,10 @@ def test_outlier_ratios_follow_owl(model):
 def test_owl_sparsities_follow_their_definition():
     ratios = np.array([0.02, 0.1, 0.05, 0.04])
     keep = (ratios - ratios.min()) / (ratios.max() - ratios.min()) * 2 * 0.1
-    found = owl_sparsities(ratios.tolist(), 0.6, owl_lambda=0.1)
-    np.testing.assert_allclose(found, 1 - (keep - keep.mean() + (1 - 0.6)), atol=1e-12)
-    assert np.mean(found) == pytest.approx(0.6)
-    assert found.index(min(found)) == 1
+    sparsities = owl_sparsities(ratios.tolist(), 0.6, owl_lambda=0.1)
+    np.testing.assert_allclose(sparsities, 1 - (keep - keep.mean() + (1 - 0.6)), atol=1e-12)
+    assert np.mean(sparsities) == pytest.approx(0.6)
+    assert sparsities.index(min(sparsities)) == 1
 
 
 def test_alphas_follow_alpha_pruning(model):
@@ -110,10 +110,10 @@ def test_alphas_follow_alpha_pruning(model):
 def test_alpha_sparsities_follow_their_definition():
     alphas = np.array([2.0, 3.5, 2.5, 6.0])
     mapped = 0.7 * (0.8 + 0.4 * (alphas - alphas.min()) / (alphas.max() - alphas.min()))
-    found = alpha_sparsities(alphas.tolist(), 0.7, epsilon=0.2)
-    np.testing.assert_allclose(found, mapped * 0.7 / mapped.mean(), rtol=1e-12)
-    assert np.mean(found) == pytest.approx(0.7)
-    assert found.index(min(found)) == 0
+    sparsities = alpha_sparsities(alphas.tolist(), 0.7, epsilon=0.2)
+    np.testing.assert_allclose(sparsities, mapped * 0.7 / mapped.mean(), rtol=1e-12)
+    assert np.mean(sparsities) == pytest.approx(0.7)
+    assert sparsities.index(min(sparsities)) == 0
 
 
 def test_the_measure_joins_both_methods(causal_lm):

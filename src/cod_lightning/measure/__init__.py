@@ -1,1 +1,1 @@
-"""What can be measured on a trained decoder, knowing nothing of training."""
+"""Measures of a trained model, layer by layer; they do not depend on training."""

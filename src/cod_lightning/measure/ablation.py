@@ -112,13 +112,13 @@ class Swaps(AblationResult):
 
     def panels(self) -> list[Panel]:
         """A line if all pairs are neighbours, else a map."""
-        label = "|loss - loss when exchanged| / loss"
+        label = "|loss - loss when swapped| / loss"
         if all(second == first + 1 for first, second in self.pairs):
-            return [Lines(label, {"swapped": self.scores}, log=True, xlabel="layer exchanged with the next")]
+            return [Lines(label, {"swapped": self.scores}, log=True, xlabel="layer swapped with the next")]
         scores = dict(zip(self.pairs, self.scores, strict=True))
         layers = range(1, max(second for _, second in self.pairs) + 1)
         matrix = [[scores.get((first, second)) for first in layers] for second in layers]
-        return [HeatMap(matrix, "layer", "exchanged with layer", label, log=True)]
+        return [HeatMap(matrix, "layer", "swapped with layer", label, log=True)]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class LinearReplacement(Result):
 
     def panels(self) -> list[Panel]:
         ratios = [loss / self.loss for loss in self.losses]
-        return [Lines("loss when linear / loss", {"made linear": ratios}, level=("useful from here", USEFUL))]
+        return [Lines("loss with linear replacement / loss", {"replaced": ratios}, level=("useful above", USEFUL))]
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class CausalScore(Result):
         return self.model + ("" if self.score is None else f", causal score {self.score:.3g}")
 
     def panels(self) -> list[Panel]:
-        return [HeatMap(self.effects, "later layer", "layer skipped", "relative change of what it adds", log=True)]
+        return [HeatMap(self.effects, "later layer", "layer skipped", "relative change of the update", log=True)]
 
 
 def evaluate_changed(

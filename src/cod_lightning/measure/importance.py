@@ -143,7 +143,7 @@ class LayerImportance(Result):
 
     def panels(self) -> list[Panel]:
         lines = {"Shapley value": self.shapley, "leave one out": self.leave_one_out}
-        return [Lines("loss taken off (nats)", lines, errors={"Shapley value": self.error})]
+        return [Lines("reduction of the loss (nats)", lines, errors={"Shapley value": self.error})]
 
 
 @torch.no_grad()

@@ -339,7 +339,7 @@ class SampledBlock(NamedTuple):
     positions: Tensor
     """Sampled positions [rows, tokens]."""
     weights: Tensor
-    """Their weights [rows, tokens] in float64; 0 marks a filled-up place."""
+    """Their weights [rows, tokens] in float64; 0 marks a filler."""
 
 
 def iter_sampled_blocks(

@@ -73,8 +73,8 @@ class Pruned(Result):
         ]
 
     def title(self) -> str:
-        what = f"without blocks {', '.join(map(str, self.removed))}" if self.removed else "sparse"
-        return f"{self.model} {what} ({self.how})"
+        change = f"without blocks {', '.join(map(str, self.removed))}" if self.removed else "sparse"
+        return f"{self.model} {change} ({self.how})"
 
     def panels(self) -> list[Panel]:
         before, after = f"before\n{self.layers_before} blocks", f"after\n{self.layers_after} blocks"
