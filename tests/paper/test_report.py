@@ -60,6 +60,13 @@ def test_the_verdict_has_at_most_150_words():
     assert "more" in text
 
 
+def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiments):
+    small = table(*(replace(r, runs=r.runs[:1]) for r in rows_at("small", run_at="small")), scale="small")
+    text = verdict_of(build_report([*experiments, small]).markdown)
+    assert "**At scale=small** (setting of small, 1 seed), LNS's final loss is 0.400 nats lower" in text
+    assert "Other claims at scale=toy (our difference ± half its 95 % interval):" in text
+
+
 def test_an_interval_that_holds_zero_may_be_noise():
     rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5)), row("lns", 19.0, run(1, 5.2), run(2, 5.1))]
     assert ", which may be noise." in verdict_of(published_and(table(*rows)).markdown)

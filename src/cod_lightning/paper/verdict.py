@@ -73,6 +73,12 @@ class ScaleSummary:
     varied: list[str]
     """LNS beside Pre-LN over each setting that an experiment varies."""
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Orders scales by what they can say: a headline with an interval first, then the larger scale."""
+        ours = self.headline.difference if self.headline else None
+        return (0 if ours is None else 1 if ours.margin is None else 2, -SCALES.index(self.scale))
+
     @cached_property
     def unique(self) -> dict[tuple[str, ...], Difference]:
         """Differences with an interval; each test once."""
@@ -150,12 +156,13 @@ def varied_settings(targets: Targets, scale: str) -> Iterator[str]:
 
 
 def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
-    """At most `MOST_WORDS` words: the headline at every scale, other claims at the largest, and what was not tried."""
+    """At most `MOST_WORDS` words: the headline at every scale, other claims at one scale, and what was not tried."""
     run = {
         target for target, scales in targets.items() if any(r.runs for g in scales.values() for e in g for r in e.rows)
     }
     untried = [target for target in targets if target not in run]
     no_scale = [scale for scale in SCALES if scale not in {summary.scale for summary in summaries}]
+    main = max(summaries, key=lambda summary: summary.rank, default=None)
     text = ""
     for most in range(12, 0, -1):
         text = render(
@@ -163,9 +170,8 @@ def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
             summaries=summaries,
             untried=shorten(untried, most),
             untried_scales=no_scale,
-            lists={
-                name: shorten(found, most) for name, found in (summaries[0].by_direction if summaries else {}).items()
-            },
+            main=main,
+            lists={name: shorten(claims, most) for name, claims in main.by_direction.items()} if main else {},
         )
         if len(text.split()) <= MOST_WORDS:
             break
