@@ -35,14 +35,13 @@ from cod_lightning.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Progress = Callable[[int, int], object]
 """Called with (done, total) during a long measure; total is 0 if unknown."""
 Values = Sequence[float | None]
 Points = tuple[Sequence[float], Sequence[float]]
-"""Their x and their y."""
+"""x and y of points."""
 
 
 @dataclass(frozen=True)
@@ -226,35 +225,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def figure(title: str, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, no state shared with pyplot, and its axes from left to right and top to bottom.
-
-    It is no wider than 13 inches, so that its text can be read where a page makes it 800 pixels wide.
-    """
-    from matplotlib.figure import Figure
-
-    width = {1: 6.4, 2: 5.4}.get(columns, 13 / columns)
-    made = Figure(figsize=(width * columns, 3.9 * rows), layout="constrained")
-    made.suptitle(title)
-    return made, list(made.subplots(rows, columns, squeeze=False).flat)
-
-
-def grid(axes: Axes) -> None:
-    """A grid, and layers marked by whole numbers."""
-    axes.grid(alpha=0.3)
-    whole(axes.xaxis)
-
-
-def whole(axis: Axis) -> None:
-    """Ticks at whole numbers alone."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
-def legend(axes: Axes, columns: int = 3) -> None:
-    """Above the axes, where it hides nothing."""
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-    axes.legend(**place, ncols=columns, frameon=False, handlelength=1.5, columnspacing=1.2)
