@@ -58,6 +58,7 @@ def test_the_verdict_has_at_most_150_words():
     text = verdict_of(build_report([*map(without_runs, [*many, *others]), *many]).markdown)
     assert 50 < len(text.split()) <= MOST_WORDS
     assert "more" in text
+    assert "Not tried at any scale: Tables 3, 4, 5" in text
 
 
 def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiments):

@@ -11,6 +11,7 @@ from cod_lightning.page import render
 from cod_lightning.paper.claims import SCALES, Column, Comparison, Experiment, columns
 from cod_lightning.paper.findings import finding_results
 from cod_lightning.paper.statistics import LEVEL, NOISE, ONE_SEED, OPPOSITE, SAME, Difference, holm
+from cod_lightning.paper.tables import join
 
 MOST_WORDS = 150
 DIRECTIONS = (SAME, OPPOSITE, NOISE, ONE_SEED)
@@ -157,10 +158,11 @@ def varied_settings(targets: Targets, scale: str) -> Iterator[str]:
 
 def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
     """At most `MOST_WORDS` words: the headline at every scale, other claims at one scale, and what was not tried."""
-    run = {
-        target for target, scales in targets.items() if any(r.runs for g in scales.values() for e in g for r in e.rows)
-    }
-    untried = [target for target in targets if target not in run]
+    untried: dict[str, list[str]] = {}
+    for target, scales in targets.items():
+        kind, _, number = target.partition(" ")
+        if kind in ("Table", "Figure") and not has_runs(scales):
+            untried.setdefault(kind, []).append(number)
     no_scale = [scale for scale in SCALES if scale not in {summary.scale for summary in summaries}]
     main = max(summaries, key=lambda summary: summary.rank, default=None)
     text = ""
@@ -168,7 +170,7 @@ def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
         text = render(
             Path(__file__).with_name("verdict.md.j2"),
             summaries=summaries,
-            untried=shorten(untried, most),
+            untried=[f"{kind}{'s' * (len(n) > 1)} {join(n)}" for kind, n in untried.items()],
             untried_scales=no_scale,
             main=main,
             lists={name: shorten(claims, most) for name, claims in main.by_direction.items()} if main else {},
