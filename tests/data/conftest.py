@@ -35,7 +35,7 @@ def write_c4(path: Path, documents: list[str]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
+def c4_corpus(tmp_path_factory) -> Path:
     """600 documents of 5 to 200 words in three files."""
     folder = tmp_path_factory.mktemp("corpus")
     for shard in range(3):
@@ -45,13 +45,13 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_config(corpus):
-    """`make_config(root, **changes)` returns the settings of a set of `corpus`, or of the folder `corpus=`."""
+def make_config(c4_corpus):
+    """`make_config(root, **changes)` returns the settings of a set of `c4_corpus`, or of the folder `corpus=`."""
 
     def make(root: Path, **changes) -> DataConfig:
         settings: dict[str, Any] = {
             "source": "files",
-            "files": str(changes.pop("corpus", corpus) / "*.json.gz"),
+            "files": str(changes.pop("corpus", c4_corpus) / "*.json.gz"),
             "root": str(root),
             "val_every": 10,
             "vocab_size": 300,

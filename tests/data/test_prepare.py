@@ -157,11 +157,11 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path, corpus, workers) -> subprocess.Popen:
+def start(tmp_path, c4_corpus, workers) -> subprocess.Popen:
     """Prepare below tmp_path / "root" in another process, which leads a process group of its own."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
-    command = [sys.executable, script, str(corpus / "*.json.gz"), str(tmp_path / "root"), str(workers)]
+    command = [sys.executable, script, str(c4_corpus / "*.json.gz"), str(tmp_path / "root"), str(workers)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -184,9 +184,9 @@ def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.usefixtures("small_chunks")
-def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, tmp_path):
+def test_a_killed_preparation_leaves_no_set_and_no_process(c4_corpus, make_config, tmp_path):
     root = tmp_path / "root"
-    process = start(tmp_path, corpus, workers=2)
+    process = start(tmp_path, c4_corpus, workers=2)
     deadline = time.monotonic() + 300
     while not list(root.glob(".*.partial/train/chunk-0-2.bin")):
         assert process.poll() is None
@@ -206,8 +206,8 @@ def test_a_killed_preparation_leaves_no_set_and_no_process(corpus, make_config, 
     assert not list(root.glob(".*.partial"))
 
 
-def test_two_processes_at_once_prepare_the_set_once(corpus, tmp_path):
-    processes = [start(tmp_path, corpus, workers=1) for _ in range(2)]
+def test_two_processes_at_once_prepare_the_set_once(c4_corpus, tmp_path):
+    processes = [start(tmp_path, c4_corpus, workers=1) for _ in range(2)]
     outputs = {process.communicate(timeout=300)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     assert len(outputs) == 1

@@ -33,11 +33,11 @@ def small(monkeypatch):
 
 
 @pytest.fixture
-def uneven(corpus, tmp_path) -> Path:
+def uneven(c4_corpus, tmp_path) -> Path:
     """Five files of very different sizes, one of them without a document."""
     folder = tmp_path / "uneven"
     folder.mkdir()
-    records = [record for path in sorted(corpus.iterdir()) for record in corpora.read_file(path)]
+    records = [record for path in sorted(c4_corpus.iterdir()) for record in corpora.read_file(path)]
     for number, (start, end) in enumerate([(0, 7), (7, 7), (7, 300), (300, 310), (310, 600)]):
         lines = (json.dumps({"text": record}) + "\n" for record in records[start:end])
         (folder / f"{number}.json.gz").write_bytes(gzip.compress("".join(lines).encode()))
@@ -125,8 +125,8 @@ class Streamed(list):
         return ({"text": text} for file in super().__iter__() for text in file)
 
 
-def test_c4_is_split_by_its_files(corpus, make_config, tmp_path, monkeypatch):
-    records = np.array([record for path in sorted(corpus.iterdir()) for record in corpora.read_file(path)], object)
+def test_c4_is_split_by_its_files(c4_corpus, make_config, tmp_path, monkeypatch):
+    records = np.array([record for path in sorted(c4_corpus.iterdir()) for record in corpora.read_file(path)], object)
     splits = {
         "train": Streamed(records[:500].reshape(5, 100).tolist()),
         "validation": Streamed([records[500:].tolist()]),
@@ -246,7 +246,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_shard_leaves_no_part_and_can_be_repeated(corpus, make_config, tmp_path):
+def test_a_killed_shard_leaves_no_part_and_can_be_repeated(make_config, tmp_path):
     script = tmp_path / "shard.py"
     script.write_text(SHARD)
     config = make_config(tmp_path / "root")
