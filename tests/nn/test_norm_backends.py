@@ -1,4 +1,4 @@
-"""The decoder with Triton norms: against torch's, compiled, sharded, recomputed, under autocast and in training."""
+"""The decoder with Triton norms: compiled, sharded, with activation checkpointing, under autocast and in training."""
 
 import socket
 
@@ -20,11 +20,10 @@ VOCABULARY = 61
 compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings that it provokes itself
 
 
-def made(backend, name="lns", depth=2, **changes):
-    options = {key: changes.pop(key) for key in ("position",) if key in changes}
+def build(backend, name="lns", depth=2, options=(), **changes):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": VOCABULARY}
     config = DecoderConfig(**(shape | {"num_hidden_layers": depth, "norm_backend": backend} | changes))
-    return build_decoder(config, build_all({"name": name, **options}, depth), seed=0)
+    return build_decoder(config, build_all({"name": name, **dict(options)}, depth), seed=0)
 
 
 def tokens(rows=2, length=9):
@@ -57,41 +56,41 @@ def pooled(loss, *gradients):
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_errs_with_triton_as_little_as_with_the_reference(name, norm, monkeypatch):
-    found = pooled(*loss_and_gradients(made("triton", name, norm=norm)))
+    found = pooled(*loss_and_gradients(build("triton", name, norm=norm)))
     use_the_reference(monkeypatch)
-    plain = pooled(*loss_and_gradients(made("torch", name, norm=norm)))
-    exact = pooled(*loss_and_gradients(made("torch", name, norm=norm).double()))
+    plain = pooled(*loss_and_gradients(build("torch", name, norm=norm)))
+    exact = pooled(*loss_and_gradients(build("torch", name, norm=norm).double()))
     for ours, reference, truth in zip(found, plain, exact, strict=True):
         bound = 4 * max(float((reference - truth).norm()), 2**-24 * float(truth.norm()))
         assert float((ours - truth).norm()) <= bound
 
 
-def test_the_backend_is_a_matter_of_configuration_and_unknown_ones_are_refused():
+def test_unsupported_backends_are_an_error():
     with pytest.raises(ValueError, match=r"model.norm_backend='cuda' does not exist: known: auto, torch, triton"):
-        made("cuda")
+        build("cuda")
     with pytest.raises(ValueError, match=r"norm_backend='triton' does not support this: torch.float64"):
-        made("triton").double()(tokens())
-    assert made("auto").double()(tokens()).dtype == torch.float64
+        build("triton").double()(tokens())
+    assert build("auto").double()(tokens()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_autocast_rounds_what_enters_a_projection_and_leaves_the_stream_alone(backend):
-    decoder, seen, stream = made(backend), {}, set()
+def test_autocast_rounds_the_inputs_of_projections_but_not_the_stream(backend):
+    decoder, seen, stream = build(backend), {}, set()
     for name, module in decoder.named_modules():
         if name.endswith(("q_proj", "up_proj", "lm_head")):
             module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].dtype}))
     with torch.autocast("cpu", torch.bfloat16):
-        decoder(tokens(), hook=lambda what, layer, x: stream.add(x.dtype) if what == "residual" else None)
+        decoder(tokens(), hook=lambda name, layer, x: stream.add(x.dtype) if name == "residual" else None)
         loss = decoder(tokens(), next_tokens(tokens())).total
     assert stream == {torch.float32}
     assert list(seen.values()) == 5 * [torch.bfloat16]
-    exact = made("torch")(tokens(), next_tokens(tokens())).total
+    exact = build("torch")(tokens(), next_tokens(tokens())).total
     assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
 
 
-def test_activation_checkpointing_changes_nothing():
-    expected = loss_and_gradients(made("triton"))
-    decoder = made("triton")
+def test_activation_checkpointing_is_bit_identical():
+    expected = loss_and_gradients(build("triton"))
+    decoder = build("triton")
     for block in decoder.blocks:
         block.forward = lambda *args, inner=block.forward: checkpoint(inner, *args, use_reentrant=False)
     for ours, plain in zip(loss_and_gradients(decoder), expected, strict=True):
@@ -102,7 +101,7 @@ def test_activation_checkpointing_changes_nothing():
 @pytest.mark.parametrize(("backend", "options"), [("triton", {}), ("torch", {}), ("triton", {"position": "before_ln"})])
 def test_24_blocks_need_two_compilations_without_a_graph_break(backend, options):
     torch._dynamo.reset()
-    decoder = made(backend, depth=24, **options)
+    decoder = build(backend, depth=24, options=options)
     expected = loss_and_gradients(decoder)
     counter = CompileCounterWithBackend("aot_eager")
     for block in decoder.blocks:
@@ -115,7 +114,7 @@ def test_24_blocks_need_two_compilations_without_a_graph_break(backend, options)
 @pytest.mark.slow
 def test_inductor_compiles_blocks_with_triton_norms():
     torch._dynamo.reset()
-    decoder = made("triton", depth=3, norm="layer")
+    decoder = build("triton", depth=3, norm="layer")
     expected = loss_and_gradients(decoder)
     for block in decoder.blocks:
         block.compile(fullgraph=True)
@@ -129,7 +128,7 @@ def shard(rank, port, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    decoder = made("triton", norm="layer")
+    decoder = build("triton", norm="layer")
     for block in decoder.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(decoder, mesh=mesh)
@@ -144,20 +143,20 @@ def shard(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_of_fsdp2_compute_what_one_process_does(tmp_path):
+def test_two_ranks_of_fsdp2_equal_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(shard, (port, tmp_path), nprocs=2)
     total, *gradients = torch.load(tmp_path / "found.pt", weights_only=True)
-    expected = loss_and_gradients(made("triton", norm="layer"))
+    expected = loss_and_gradients(build("triton", norm="layer"))
     # FSDP averages the gradients over the ranks.
     assert_equal([total, *(2 * gradient for gradient in gradients)], expected)
 
 
 def test_fifty_steps_of_training_stay_within_the_error_of_the_reference(monkeypatch):
     def curve(backend, dtype=torch.float32):
-        decoder = made(backend).to(dtype)
+        decoder = build(backend).to(dtype)
         optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
         generator, losses = torch.Generator().manual_seed(1), []
         for _ in range(50):

@@ -1,4 +1,4 @@
-"""What a model is wrapped in leaves its results alone."""
+"""Activation checkpointing and compilation do not change results."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ CONFIG = DecoderConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=4
 TOKENS = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def made(norm="lns", wrap=lambda decoder: None, **changes):
+def build(norm="lns", wrap=lambda decoder: None, **changes):
     return build_decoder(dataclasses.replace(CONFIG, **changes), build_all({"name": norm}, 4), seed=1, wrap=wrap)
 
 
@@ -36,9 +36,9 @@ compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings t
 @pytest.mark.parametrize("norm", ["lns", "admin", "gpas"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
-def test_wrapped_it_computes_the_same(norm, checkpointing, backend):
-    expected, gradients = step(made(norm))
-    wrapped = made(norm, lambda decoder: parallelise(decoder, checkpointing=checkpointing, backend=backend))
+def test_a_wrapped_model_has_the_same_loss_and_gradients(norm, checkpointing, backend):
+    expected, gradients = step(build(norm))
+    wrapped = build(norm, lambda decoder: parallelise(decoder, checkpointing=checkpointing, backend=backend))
     loss, found = step(wrapped)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert found.keys() == gradients.keys()
@@ -46,8 +46,8 @@ def test_wrapped_it_computes_the_same(norm, checkpointing, backend):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_recomputing_keeps_fewer_activations():
-    def kept(checkpointing):
+def test_checkpointing_saves_fewer_activations():
+    def saved(checkpointing):
         total = 0
 
         def count(tensor):
@@ -55,17 +55,17 @@ def test_recomputing_keeps_fewer_activations():
             total += tensor.numel()
             return tensor
 
-        wrapped = made(wrap=lambda decoder: parallelise(decoder, checkpointing=checkpointing))
+        wrapped = build(wrap=lambda decoder: parallelise(decoder, checkpointing=checkpointing))
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             wrapped(TOKENS, next_tokens(TOKENS, None))
         return total
 
-    assert kept("full") < kept("none")
+    assert saved("full") < saved("none")
 
 
 @compiles
 def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
-    wrapped = made(
+    wrapped = build(
         wrap=lambda decoder: parallelise(decoder, checkpointing="selective", backend="aot_eager"),
         tie_word_embeddings=True,
     )
@@ -73,12 +73,12 @@ def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
     copy = unwrapped_copy(wrapped)
     assert copy.lm_head.weight is copy.model.embed_tokens.weight
     assert copy.lm_head.weight.data_ptr() == wrapped.lm_head.weight.data_ptr()
-    expected = layer_statistics(made(tie_word_embeddings=True), TOKENS, None)
+    expected = layer_statistics(build(tie_word_embeddings=True), TOKENS, None)
     assert layer_statistics(copy, TOKENS, None) == expected
     torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0, -1])(torch.ones(1, 3, 16))
 
 
-def test_weights_of_another_shape_are_named():
-    weights = made().state_dict()
+def test_a_missing_weight_is_named():
+    weights = build().state_dict()
     with pytest.raises(UserError, match=r"here: 1 parameters .*: lm_head.weight is missing in the checkpoint"):
-        load_weights(made(), {name: weight for name, weight in weights.items() if name != "lm_head.weight"}, "here")
+        load_weights(build(), {name: weight for name, weight in weights.items() if name != "lm_head.weight"}, "here")

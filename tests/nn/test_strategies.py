@@ -154,7 +154,7 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
 def test_every_layer_changes_its_input(case):
     decoder = decoder_of(case)
     seen = {}
-    decoder(torch.randint(61, (2, 9)), hook=lambda what, layer, x: seen.__setitem__((what, layer), x))
+    decoder(torch.randint(61, (2, 9)), hook=lambda name, layer, x: seen.__setitem__((name, layer), x))
     before = seen["embedding", 0]
     for layer in range(1, L + 1):
         after = seen["residual", layer]
@@ -256,7 +256,7 @@ def test_admin_profiles_the_variance_of_all_earlier_branches():
     branches = []
     decoder(
         torch.randint(61, (4, 64), generator=generator),
-        hook=lambda what, layer, x: branches.append(x.detach().var()) if what in ("attention", "ffn") else None,
+        hook=lambda name, layer, x: branches.append(x.detach().var()) if name in ("attention", "ffn") else None,
     )
     for index, skip in enumerate(skips):
         expected = (1 + sum(float(v.detach()) for v in branches[:index])) ** 0.5

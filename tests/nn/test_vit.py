@@ -1,4 +1,4 @@
-"""The Vision Transformer against transcriptions, under every strategy."""
+"""The Vision Transformer against transcriptions of its equations, under every strategy."""
 
 import itertools
 from dataclasses import replace
@@ -29,15 +29,7 @@ def images(rows=3, seed=0):
     return torch.randn(rows, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def shaken(model: VisionTransformer) -> VisionTransformer:
-    """In float64, with nothing at 0 or 1."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.double().parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return model
-
-
-def test_an_image_is_cut_row_by_row():
+def test_patches_are_in_the_order_of_reading():
     x = images(2)
     expected = [
         x[:, :, up : up + 4, left : left + 4].reshape(2, -1).unsqueeze(1) for up in (0, 4, 8) for left in (0, 4, 8)
@@ -45,8 +37,8 @@ def test_an_image_is_cut_row_by_row():
     assert torch.equal(patches(x, 4), torch.cat(expected, dim=1))
 
 
-def test_the_embedding_is_a_convolution_behind_the_class_token():
-    embedding = shaken(vit()).embedding
+def test_the_embedding_is_a_convolution_after_the_class_token(shaken):
+    embedding = shaken(vit().double(), 0.3).embedding
     x = images().double()
     kernel = embedding.projection.weight.view(16, 3, 4, 4)
     rows = F.conv2d(x, kernel, embedding.projection.bias, stride=4).flatten(2).transpose(1, 2)
@@ -56,9 +48,9 @@ def test_the_embedding_is_a_convolution_behind_the_class_token():
 
 
 @pytest.mark.parametrize(("position", "inside", "outside"), [("after_ln", 1, 0), ("after_branch", 0, 1)])
-def test_logits_equal_a_transcription(position, inside, outside):
-    """Both rows of Table 5 that scale, with torch's own attention: no mask, no rotation."""
-    model = shaken(vit("lns", position=position))
+def test_logits_equal_a_transcription(position, inside, outside, shaken):
+    """Both LNS rows of Table 5, with torch's own attention: no mask, no rotary embeddings."""
+    model = shaken(vit("lns", position=position).double(), 0.3)
     p = dict(model.named_parameters())
     x = model.embedding(images().double())
     for layer in range(1, DEPTH + 1):
@@ -90,7 +82,7 @@ def test_logits_equal_a_transcription(position, inside, outside):
 def test_under_every_strategy_every_layer_changes_its_input_and_learns(norm):
     model = vit(norm)
     stream = []
-    model(images(), hook=lambda what, layer, x: stream.append(x) if what in ("embedding", "residual") else None)
+    model(images(), hook=lambda name, layer, x: stream.append(x) if name in ("embedding", "residual") else None)
     assert len(stream) == DEPTH + 1
     for before, after in itertools.pairwise(stream):
         assert after.isfinite().all()
@@ -100,7 +92,7 @@ def test_under_every_strategy_every_layer_changes_its_input_and_learns(norm):
     assert all(any(p.grad.abs().max() > 0 for p in block.parameters()) for block in model.blocks)
 
 
-def test_a_weight_is_a_function_of_seed_and_name_whatever_the_strategy():
+def test_initial_weights_depend_only_on_seed_and_name():
     models = [vit(), vit("lns"), vit("sandwich_ln")]
     for name in ("embedding.projection.weight", "embedding.positions", "layers.2.mlp.down_proj.weight", "head.weight"):
         parameter = models[0].get_parameter(name)
@@ -136,7 +128,7 @@ def test_parameters_are_counted(name, change):
         assert count == 22_050_664 + 24 * 1_774_464 - 73 * 384
 
 
-def test_a_label_that_is_none_does_not_count():
+def test_an_ignored_label_does_not_count():
     logits, labels = torch.randn(4, 5, dtype=torch.bfloat16), torch.tensor([1, IGNORE, 0, 4])
     found = label_loss(logits, labels)
     assert found.counts.tolist() == [1, 0, 1, 1]
@@ -148,7 +140,7 @@ def test_a_label_that_is_none_does_not_count():
 @pytest.mark.parametrize(
     ("change", "word"), [({"patch_size": 5}, "patches of 5"), ({"depth": 2}, "2 block specs"), ({}, "heads=3")]
 )
-def test_impossible_shapes_are_refused(change, word):
+def test_an_impossible_shape_is_an_error(change, word):
     config = CONFIG if change else DecoderConfig(hidden_size=16, num_hidden_layers=DEPTH, num_attention_heads=3)
     shape = SHAPE | change
     with pytest.raises(ValueError, match=word):
