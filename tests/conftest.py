@@ -80,11 +80,11 @@ def toy(corpus, tmp_path_factory):
 def train(toy, tmp_path):
     """`train(*overrides)` runs a toy fit in this process and returns its record and folder."""
 
-    from cod_lightning.cli import carry_out
+    from cod_lightning.commands.fit import train_run
     from cod_lightning.config.compose import compose
 
     def run(*overrides):
-        return carry_out(compose([*toy, f"output={tmp_path}", *overrides]))
+        return train_run(compose([*toy, f"output={tmp_path}", *overrides]))
 
     return run
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cod_lightning.cli import carry_out, main
+from cod_lightning.cli import main
+from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load, save
 from cod_lightning.data.prepare import prepared_folder
@@ -32,7 +33,7 @@ class Malicious:
 def finished(toy, tmp_path_factory):
     """The folder of a finished run, and that of the set it was trained on."""
     config = compose([*toy, f"output={tmp_path_factory.mktemp('finished')}", "name=run"])
-    return carry_out(config)[1], prepared_folder(config.data)
+    return train_run(config)[1], prepared_folder(config.data)
 
 
 # What lies in the folder that a case is carried out in: functions of a finished run and a prepared set.
@@ -199,7 +200,7 @@ CONFIGS = [
     (nothing, ["prepare", "data.vocab_size=1"], ["data.vocab_size=1 must be at least 258"]),
     (nothing, ["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),
     (nothing, ["prepare", "merge=0"], ["merge=0: must be the number"]),
-    (nothing, ["prepare", "shard=0/4", "merge=4"], ["the merge comes when all shards are finished"]),
+    (nothing, ["prepare", "shard=0/4", "merge=4"], ["merge after all shards are finished"]),
     (nothing, ["prepare", "task=vision"], ["task=vision needs no preparation"]),
     (nothing, ["prepare", "data.folder=x"], ["data.folder='x' names a set that is already prepared"]),
 ]
@@ -386,8 +387,8 @@ COMMANDS = [
     (with_run(), ["generate", "run", "x", "--max-tokens", "0"], ["--max-tokens=0 must lie between 1"]),
     (with_run(), ["generate", "run", "x", "--top-k", "-1"], ["--top-k=-1 must lie between 1"]),
     (with_run(), ["generate", "run", "x", "--seed", str(2**64)], ["--seed=18446744073709551616 must lie between"]),
-    (with_run(), ["evaluate", "run", "--limit", "3"], ["--task-folder and --limit are for tasks="]),
-    (with_run(), ["evaluate", "run", "tasks=piqa", "data.files=x"], ["tasks= brings its own text"]),
+    (with_run(), ["evaluate", "run", "--limit", "3"], ["--task-folder and --limit require tasks="]),
+    (with_run(), ["evaluate", "run", "tasks=piqa", "data.files=x"], ["tasks= includes its text"]),
     (with_run(), ["evaluate", "run", "tasks=piqa", "--limit", "0"], ["--limit=0 must be at least 1"]),
     (with_run(), ["evaluate", "run", "protocol=paper"], ["protocol=paper: a trained run accepts data=, trainer="]),
     (with_run(), ["evaluate", "run", "data.folder=nowhere"], ["nowhere is not a prepared set"]),
@@ -400,9 +401,9 @@ COMMANDS = [
     (put(x="file"), ["import", ".", "--output", "x"], ["x exists and is not an empty folder"]),
     (nothing, ["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
     (nothing, ["measure", "variance", "nowhere"], ["nowhere needs the Hugging Face hub", "Give a run folder"]),
-    (nothing, ["measure", "variance", "one", "two"], ["measure variance takes one model, 2 are given"]),
-    (nothing, ["measure", "compare", "one"], ["at least two models, 1 given"]),
-    (nothing, ["measure", "compare", "a/one", "b/one"], ["two models are called one"]),
+    (nothing, ["measure", "variance", "one", "two"], ["measure variance takes one model, not 2"]),
+    (nothing, ["measure", "compare", "one"], ["at least two models, not 1"]),
+    (nothing, ["measure", "compare", "a/one", "b/one"], ["two models have the name one"]),
     (nothing, ["measure", "variance", "nowhere", "--rows", "0"], ["--rows=0"]),
     (nothing, ["measure", "variance", "nowhere", "rows=many"], ["rows=many: expected a whole number"]),
     (nothing, ["measure", "jacobian", "nowhere", "probs=32", "exact=yes"],
@@ -420,11 +421,11 @@ COMMANDS = [
     (with_run(), ["measure", "prune", "run", "layers=99", "output=x", "rows=2"], ["layers", "99"]),
     (with_run(), ["measure", "prune", "run", "sparsity=2", "output=x", "rows=2"], ["sparsity=2"]),
     (nothing, ["estimate", "hardware=abacus"], ["hardware='abacus'", "h100"]),
-    (nothing, ["estimate", "gpus=many"], ["gpus='many' must be a whole number"]),
+    (nothing, ["estimate", "gpus=many"], ["gpus=many: expected a whole number"]),
     (nothing, ["reproduce", "table99"], ["'table99' is not an experiment"]),
     (nothing, ["reproduce", "table1", "scale=huge"], ["scale='huge' does not exist", "mini, paper, small, toy"]),
-    (nothing, ["reproduce", "table1", "seeds=none"], ["seeds=none must be a number of seeds"]),
-    (nothing, ["reproduce", "table1_130m", "row=mixln"], ["row='mixln' is not a row: did you mean 'mix_ln'"]),
+    (nothing, ["reproduce", "table1", "seeds=none"], ["seeds=none: expected a whole number"]),
+    (nothing, ["reproduce", "table1_130m", "row=mixln"], ["row='mixln' does not exist: did you mean 'mix_ln'"]),
     (nothing, ["reproduce", "table1", "-j", "0"], ["--jobs=0 must be at least 1"]),
     (nothing, ["report", "--results", "nowhere"], ["--results=nowhere is not a folder"]),
     (kept(overwritten("record.json", "")), REPORT, ["results/toy/a/record.json", "remove it"]),
@@ -530,5 +531,5 @@ def test_too_large_a_model_says_what_would_help(toy, tmp_path, capsys):
     words = ["fit", *toy, f"output={tmp_path}", "model.intermediate_size=99999999999"]
     assert main(words) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: the memory does not suffice")
-    assert "lower data.micro_batch_size, or the model; `estimate`" in said
+    assert said.startswith("error: out of memory")
+    assert "lower data.micro_batch_size or the size of the model; `estimate`" in said

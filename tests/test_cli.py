@@ -195,7 +195,7 @@ def loss_of(model, batches, pad_id=None):
 
 def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from cod_lightning.cli import open_subject
+    from cod_lightning.commands.measure import open_subject
     from cod_lightning.measure.pruning import remove_blocks
 
     folder, _ = finished
@@ -224,7 +224,7 @@ def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
 
 def test_a_pruned_model_of_transformers_loads_there_again(finished, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from cod_lightning.cli import open_subject
+    from cod_lightning.commands.measure import open_subject
     from cod_lightning.nn.huggingface import to_hf_tokenizer
 
     _, tokenizer = decoder_of(finished[0])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cod_lightning.cli import ESTIMATE_SETTINGS, parser
+from cod_lightning.cli import parser
+from cod_lightning.commands import estimate as estimate_command
 from cod_lightning.config.compose import compose, sweep
 from cod_lightning.train.estimate import estimate
 
@@ -33,7 +34,7 @@ def texts():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command):
     arguments = parser().parse_args(shlex.split(command))
-    known = {"shard", "merge", *(ESTIMATE_SETTINGS if arguments.command == "estimate" else ())}
+    known = {"shard", "merge", *(estimate_command.OPTIONS if arguments.command == "estimate" else ())}
     words = [word for word in getattr(arguments, "overrides", []) if word.partition("=")[0] not in known]
     if arguments.command == "prepare":
         words = [word for word in words if not word.startswith("data.files")] + ["data.files=texts/a.txt"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cod_lightning.cli import ESTIMATE_SETTINGS, parser
+from cod_lightning.cli import parser
+from cod_lightning.commands import estimate as estimate_command
 from cod_lightning.config.compose import choices, compose, groups, sweep
 from cod_lightning.nn.strategies import STRATEGIES
 
@@ -30,7 +31,7 @@ def example(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("example")
 def test_every_command_is_understood(command):
     arguments = parser().parse_args(shlex.split(command))
-    known = {"tasks", "shard", "merge", *(ESTIMATE_SETTINGS if arguments.command == "estimate" else ())}
+    known = {"tasks", "shard", "merge", *(estimate_command.OPTIONS if arguments.command == "estimate" else ())}
     words = [word for word in getattr(arguments, "overrides", []) if word.partition("=")[0] not in known]
     if arguments.command == "prepare":
         words = [word for word in words if not word.startswith("data.files")] + ["data.files=texts/a.txt"]

@@ -13,7 +13,8 @@ from functools import cache
 import pytest
 import torch
 
-from cod_lightning.cli import carry_out, main
+from cod_lightning.cli import main
+from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.config.schema import flatten
 from cod_lightning.errors import UserError
@@ -401,7 +402,7 @@ def test_every_row_trains(small):
         config = compose([*row.words, *small])
         if config.id not in done:
             done.add(config.id)
-            record, folder = carry_out(config)
+            record, folder = train_run(config)
             assert record["steps"] == 2
             assert record["history"]["train"]["loss"][0] == pytest.approx(5.7, abs=0.9), (row.experiment, row.name)
             assert folder == config.folder
@@ -447,7 +448,7 @@ def test_killed_and_repeated_it_goes_on_and_does_nothing_twice(small, tmp_path, 
 
     status, printed = reproduce(*words)
     assert status == 0, printed
-    assert "1 to carry out, of 4 asked for" in printed
+    assert "1 of 4 runs remaining" in printed
     steps = [int(line.split()[1].split("/")[0]) for line in printed.splitlines() if line.startswith("step ")]
     assert min(steps) > 2
     assert max(steps) == 40
@@ -464,12 +465,12 @@ def test_killed_and_repeated_it_goes_on_and_does_nothing_twice(small, tmp_path, 
     measured = ["figure9", *words[3:-1], "trainer.progress=false"]
     status, printed = reproduce(*measured)
     assert status == 0, printed
-    assert "1 to carry out, of 1 asked for" in printed
+    assert "1 of 1 runs remaining" in printed
     (variance,) = results.rglob("variance.json")
     assert (variance.parent / "record.json").is_file()
     assert len(json.loads(variance.read_text())["residual"]["variance"]) == 4
     status, printed = reproduce(*measured)
-    assert (status, printed) == (0, "0 to carry out, of 1 asked for\n")
+    assert (status, printed) == (0, "0 of 1 runs remaining\n")
 
 
 def test_a_public_model_is_measured_and_not_trained(corpus, tmp_path, reproduce):
@@ -491,7 +492,7 @@ def test_a_public_model_is_measured_and_not_trained(corpus, tmp_path, reproduce)
     removal = json.loads((results / "paper/Public-Model/removal.json").read_text())
     assert len(removal["losses"]) == 3
     assert not list(tmp_path.rglob("record.json"))
-    assert reproduce(*words) == (0, "0 to carry out, of 1 asked for\n")
+    assert reproduce(*words) == (0, "0 of 1 runs remaining\n")
 
 
 def test_a_public_model_that_cannot_be_had_is_named(tmp_path, reproduce, monkeypatch):
@@ -517,8 +518,8 @@ def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):
         (["table9"], ["'table9' is not an experiment", "did you mean"]),
         (["table1_350"], ["did you mean 'table1_350m'"]),
         (["quickstart"], ["quickstart has no rows"]),
-        (["theory", "row=lns,ln"], ["row='ln' is not a row", "did you mean 'lns'"]),
-        (["theory", "seeds=0"], ["seeds=0 must be a number of seeds, at least 1"]),
+        (["theory", "row=lns,ln"], ["row='ln' does not exist", "did you mean 'lns'"]),
+        (["theory", "seeds=0"], ["seeds=0 must be at least 1"]),
         (["theory", "-j", "0"], ["--jobs=0 must be at least 1"]),
     ],
 )

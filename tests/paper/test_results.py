@@ -174,5 +174,5 @@ def test_reproduce_ends_with_a_table_and_records_what_diverged(toy, tmp_path):
     assert json.loads(diverged.read_text())["failure"].startswith("the loss is ")
     assert "failed: the loss" in " ".join(process.stdout.split())
     again = run(*words)
-    assert "0 to carry out, of 1 asked for" in again.stderr
+    assert "0 of 1 runs remaining" in again.stderr
     assert again.returncode == 0

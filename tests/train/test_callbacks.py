@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cod_lightning.cli import carry_out
+from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
@@ -31,7 +31,7 @@ EVERY = [f"trainer.measures.{name}=4" for name in registry.MEASURES]
 @pytest.fixture(scope="module")
 def measured(toy, tmp_path_factory):
     """Record and folder of a run that takes every measure."""
-    return carry_out(compose([*toy, *EVERY, "logger=tensorboard", f"output={tmp_path_factory.mktemp('measured')}"]))
+    return train_run(compose([*toy, *EVERY, "logger=tensorboard", f"output={tmp_path_factory.mktemp('measured')}"]))
 
 
 def weights(folder):

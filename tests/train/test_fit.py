@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from cod_lightning.cli import carry_out
+from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
@@ -180,7 +180,7 @@ def test_a_run_in_use_is_left_alone(train, toy, tmp_path):
 
 def test_an_output_that_is_no_folder_is_named(toy):
     with pytest.raises(UserError, match="/dev/null/x"):
-        carry_out(compose([*toy, "output=/dev/null/x"]))
+        train_run(compose([*toy, "output=/dev/null/x"]))
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint(train):

@@ -27,10 +27,10 @@ CLIP = 0.01
 
 RUNS = """
 import json, sys
-from cod_lightning.cli import carry_out
+from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
 for words in json.load(open(sys.argv[1])):
-    carry_out(compose(words))
+    train_run(compose(words))
 """
 """Several runs, one after the other, in one group of processes."""
 
@@ -229,7 +229,7 @@ def test_sigterm_saves_stops_and_the_same_command_goes_on(toy, train, tmp_path, 
     wait_for(lambda: "step      7/" in log.read_text(), process, log)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT) == 75, log.read_text()
-    assert "run the same command again to go on" in log.read_text()
+    assert "run the same command again to resume" in log.read_text()
     assert len(checkpoints(tmp_path / "stopped" / "checkpoints")) == 1
     again = subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     assert again.returncode == 0, again.stderr

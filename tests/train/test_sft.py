@@ -30,10 +30,10 @@ def tuning(toy):
 @pytest.fixture
 def tune(tuning, tmp_path):
     """As `train`, on drawn questions."""
-    from cod_lightning.cli import carry_out
+    from cod_lightning.commands.fit import train_run
 
     def run(*overrides):
-        return carry_out(compose([*tuning, f"output={tmp_path}", *overrides]))
+        return train_run(compose([*tuning, f"output={tmp_path}", *overrides]))
 
     return run
 

@@ -1,23 +1,37 @@
-"""Job scripts for a cluster, made from a run's configuration."""
+"""`launch`: a job script for a cluster."""
 
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cod_lightning.config.schema import Config
-from cod_lightning.errors import TRY_AGAIN
+from cod_lightning.commands.options import add_overrides, require_at_least
+from cod_lightning.errors import TRY_AGAIN, UserError
 
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
+
+HELP = "Print, write or submit a job script that trains a run and requeues it until it finishes."
+EPILOG = """\
+Examples:
+  launch slurm experiments=table1_350m trainer=ddp trainer.devices=4                        # one node, printed
+  launch slurm experiments=table1_1b trainer=fsdp trainer.devices=8 trainer.num_nodes=4 --time 12:00:00 --submit
+The run folder must be on a file system that all nodes share. Prepare the data first: see prepare.
+"""
 SLURM = """\
 #!/bin/bash
 {directives}
 
-# A SIGTERM that comes to this script as well must not end it before the ranks have saved.
+# Slurm also signals this script, which must not end before the ranks have saved.
 trap : TERM
 srun {command}
 status=$?
-# {try_again}: stopped by a signal, or a node was lost; the same command goes on from the last checkpoint.
+# {try_again}: interrupted by a signal or a lost node; the same command resumes from the last checkpoint.
 if [ "$status" -eq {try_again} ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -25,14 +39,47 @@ exit "$status"
 """
 
 
-def slurm(config: Config, overrides: Sequence[str], *, grace: int = 300, **options: str | int | None) -> str:
-    """A script for `sbatch`: one task for each rank, SIGTERM `grace` seconds before the end, and queued again after it.
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("scheduler", choices=("slurm",))
+    parser.add_argument("--time", default="24:00:00", help="time limit of the job (default: 24:00:00)")
+    parser.add_argument("--grace", type=int, default=300, help="seconds to save before the limit (default: 300)")
+    for name in ("partition", "account", "qos", "constraint", "cpus-per-task", "mem"):
+        parser.add_argument(f"--{name}", help="as for sbatch")
+    parser.add_argument("--output", type=Path, help="new file for the script (default: print it)")
+    parser.add_argument("--submit", action="store_true", help="pass the script to sbatch")
+    add_overrides(parser)
+
+
+def run(
+    scheduler: str, overrides: Sequence[str], grace: int, output: Path | None, submit: bool, **options: str | None
+) -> int:
+    from cod_lightning.config.compose import compose
+
+    require_at_least("grace", grace, 1)
+    script = slurm_script(compose(overrides), overrides, grace=grace, **options)
+    if output is not None:
+        if output.exists():
+            raise UserError(f"--output={output} exists: name a new file")
+        output.write_text(script)
+        print(output)
+    if submit:
+        try:
+            return subprocess.run(["sbatch"], input=script, text=True).returncode
+        except FileNotFoundError:
+            raise UserError("--submit: sbatch is not installed here; print the script and submit it") from None
+    if output is None:
+        print(script, end="")
+    return 0
+
+
+def slurm_script(config: Config, overrides: Sequence[str], *, grace: int = 300, **options: str | int | None) -> str:
+    """A script for `sbatch`: one task for each rank, SIGTERM before the time limit, and a requeue after it.
 
     Args:
-        config: of the run, which says how many nodes and ranks.
-        overrides: that it is composed of.
+        config: of the run; sets the numbers of nodes and ranks.
+        overrides: the command line of the run.
         grace: seconds that a rank has to finish its step and save.
-        options: of sbatch, with underscores; those that are None are left out.
+        options: of sbatch, with underscores; None is left out.
     """
     trainer = config.trainer
     values: dict[str, str | int | None] = {

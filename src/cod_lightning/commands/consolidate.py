@@ -1,0 +1,33 @@
+"""`consolidate`: write a sharded checkpoint as one file."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from cod_lightning.commands.options import add_run
+from cod_lightning.errors import UserError
+
+HELP = "Write a sharded checkpoint of a run as one file."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--output", type=Path, help="new .ckpt file (default: whole-STEP.ckpt in checkpoints/)")
+
+
+def run(run: Path, checkpoint: str, output: Path | None) -> int:
+    from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
+    from cod_lightning.train.load import checkpoint_of
+
+    path = checkpoint_of(run, checkpoint)
+    content = read_checkpoint(path)
+    target = output or path.with_name(f"whole-{content['global_step']:08d}.ckpt")
+    if target.exists():
+        raise UserError(f"{target} exists: name a new file with --output")
+    io = AtomicCheckpointIO()
+    io.save_checkpoint(content, target)
+    if io.failure:
+        raise UserError(io.failure)
+    print(target)
+    return 0

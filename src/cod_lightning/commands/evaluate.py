@@ -1,0 +1,82 @@
+"""`evaluate`: validate a checkpoint, or score it on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cod_lightning.commands.options import add_overrides, add_run, load_run_config, pop_options, require_at_least
+from cod_lightning.errors import UserError
+from cod_lightning.train.ranks import check_ranks, is_first_rank
+
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
+
+HELP = (
+    "Validate a checkpoint on the data of its run or on other data; or, with tasks=a,b,c, score it on tasks of "
+    "lm-evaluation-harness (tasks=paper: those of Table 2)."
+)
+OPTIONS = {"tasks": str}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--task-folder", type=Path, help="with tasks=: folder with your tasks as YAML")
+    parser.add_argument("--limit", type=int, help="with tasks=: largest number of examples of a task")
+    add_overrides(parser)
+
+
+def run(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path | None, limit: int | None) -> int:
+    from cod_lightning.config.compose import changes_text
+
+    options, overrides = pop_options(overrides, OPTIONS, "evaluate")
+    config = load_run_config(run, overrides)
+    if "tasks" in options:
+        if changes_text(overrides):
+            raise UserError("tasks= includes its text: remove data=, or tasks=")
+        return score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
+    if task_folder is not None or limit is not None:
+        raise UserError("--task-folder and --limit require tasks=")
+    from cod_lightning.config.schema import COUNTS
+    from cod_lightning.train.load import checkpoint_of
+    from cod_lightning.train.run import evaluate
+
+    check_ranks(config.trainer)
+    figures = evaluate(config, checkpoint_of(run, checkpoint))
+    if is_first_rank():
+        for name, value in figures.items():
+            print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
+    return 0
+
+
+def score_run(
+    config: Config, run: Path, checkpoint: str, tasks: str, task_folder: Path | None, limit: int | None
+) -> int:
+    """Score a run on tasks; without `limit` the scores are saved in the run folder."""
+    from cod_lightning.evaluate.lm_eval import PAPER_TASKS, save_scores, score_tasks, task_manager
+
+    require_at_least("limit", limit, 1)
+    names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
+    manager = task_manager(names, task_folder)
+    from cod_lightning.train.load import checkpoint_of, load_decoder
+    from cod_lightning.train.strategy import accelerator
+
+    decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
+    scores = score_tasks(
+        decoder,
+        tokenizer,
+        names,
+        manager,
+        max_length=config.data.seq_len,
+        batch_size=config.data.micro_batch_size,
+        device=accelerator(config.trainer),
+        limit=limit,
+    )
+    for task, figures in scores.items():
+        for name, value in figures.items():
+            print(f"{task} {name} {value:.6g}")
+    if limit is None:
+        save_scores(run, scores)
+    return 0

@@ -1,0 +1,37 @@
+"""`export`: write a run as a Hugging Face model."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from cod_lightning.commands.options import add_run, require_at_least
+
+HELP = "Write a run as a model that stock transformers loads."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--to", choices=("hf",), default="hf", help="format: Hugging Face (default)")
+    parser.add_argument("--output", type=Path, help="new folder (default: hf, inside the run folder)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--max-length", type=int, help="max_position_embeddings (default: the run's data.seq_len)")
+
+
+def run(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str, max_length: int | None) -> int:
+    from cod_lightning.config.saved import load
+
+    config = load(run)
+    require_at_least("max-length", max_length, 1)
+    import torch
+
+    from cod_lightning.files import check_new_folder
+    from cod_lightning.nn.huggingface import export
+    from cod_lightning.train.load import checkpoint_of, load_decoder
+
+    folder = output or run / to
+    check_new_folder(folder)
+    decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
+    export(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.data.seq_len)
+    print(folder)
+    return 0

@@ -1,0 +1,135 @@
+"""`fit`: train a run, or all runs of a sweep."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
+from cod_lightning.commands.processes import distinct_words, run_command
+from cod_lightning.errors import Diverged, UserError, first_line
+from cod_lightning.train.ranks import check_ranks, is_first_rank
+
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
+
+HELP = "Train a run, or resume it; its data is prepared first."
+EPILOG = OVERRIDES
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("-m", "--multirun", action="store_true", help="sweep over comma-separated values")
+    add_jobs(parser)
+    parser.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
+    add_overrides(parser)
+
+
+def run(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
+    from cod_lightning.config.compose import compose, row_of, sweep
+    from cod_lightning.config.saved import to_yaml
+
+    require_at_least("jobs", jobs, 1)
+    if not multirun and jobs > 1:
+        raise UserError(f"--jobs={jobs} requires a sweep: add -m")
+    if cfg:
+        runs = sweep(overrides) if multirun else [overrides]
+        print("---\n".join(to_yaml(compose(words)) for words in runs), end="")
+        return 0
+    if multirun:
+        return run_sweep(overrides, jobs)
+    config = compose(overrides)
+    config.row = row_of(config)
+    record, folder = train_run(config)
+    if is_first_rank():
+        from cod_lightning.commands.terminal import show, summary
+
+        show(summary(record, folder))
+    return 0
+
+
+def train_run(config: Config) -> tuple[dict[str, Any], Path]:
+    """Train a run unless it is finished; nothing is written before everything is checked.
+
+    Returns:
+        Its record and its folder.
+
+    Raises:
+        UserError: the folder holds another run or is in use, the memory is too small, or as `train.run.fit`.
+        Diverged: the loss is not finite; `failed.json` in the folder says so.
+    """
+    from filelock import FileLock, Timeout
+
+    from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder
+    from cod_lightning.nn.strategies import build_all, warnings
+
+    check_ranks(config.trainer)
+    folder, first = check_folder(config), is_first_rank()
+    if first:
+        print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
+        for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
+            print(f"warning: {warning}", file=sys.stderr)
+    from cod_lightning._torchmetrics import import_without_unused
+
+    import_without_unused()
+    from cod_lightning.train.record import read_record, write_failure
+    from cod_lightning.train.run import fit
+
+    if config.resume and (record := read_record(folder)) is not None:
+        if first:
+            print("this run is finished: pass resume=false to retrain", file=sys.stderr)
+        return record, folder
+    check_init_from(config)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        if first:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder
+    except Diverged as error:
+        if first:
+            write_failure(folder, asdict(config), str(error))
+        raise
+    except Timeout:
+        raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory ({first_line(error)}): lower data.micro_batch_size or the size of the model; `estimate` "
+            "with the same overrides predicts the memory"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
+            raise KeyboardInterrupt from stop
+        raise
+    finally:
+        lock.release()
+
+
+def run_sweep(overrides: Sequence[str], jobs: int) -> int:
+    """Train each run of a sweep in a process, then print a table that compares them; returns the exit status."""
+    from cod_lightning.config.compose import compose, sweep
+
+    runs = list(sweep(overrides))
+    configs = [compose(words) for words in runs]
+    if len({config.folder for config in configs}) < len(configs):
+        raise UserError("two runs of the sweep would be the same run: vary a setting that changes the result")
+    labels = distinct_words(runs)
+    with ThreadPoolExecutor(jobs) as pool:
+        statuses = list(pool.map(lambda words, label: run_command(["fit", *words], label, jobs), runs, labels))
+
+    from cod_lightning.commands.terminal import comparison, show
+    from cod_lightning.train.record import read_record
+
+    records = [
+        read_record(config.folder) if status == 0 else None for config, status in zip(configs, statuses, strict=True)
+    ]
+    show(comparison(list(zip(labels, records, strict=True))))
+    return max(statuses, key=abs)

@@ -1,0 +1,56 @@
+"""`generate`: sample text from a trained run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from cod_lightning.commands.options import add_run
+from cod_lightning.errors import UserError
+
+HELP = "Continue a text with a trained run."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("prompt", help="text to continue")
+    parser.add_argument("--max-tokens", type=int, default=100, help="default: 100")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def run(
+    run: Path, prompt: str, checkpoint: str, max_tokens: int, temperature: float, top_k: int | None, seed: int
+) -> int:
+    from cod_lightning.config.saved import load
+
+    config = load(run)
+    for name, value, least, most in (
+        ("max-tokens", max_tokens, 1, math.inf),
+        ("temperature", temperature, 0, sys.float_info.max),
+        ("top-k", top_k, 1, math.inf),
+        ("seed", seed, 0, 2**63 - 1),
+    ):
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name}={value} must lie between {least} and {most}")
+    from cod_lightning.evaluate.generate import generate
+    from cod_lightning.train.load import checkpoint_of, load_decoder
+
+    decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
+    ids = tokenizer.encode([prompt])[0][:-1]
+    if not ids:
+        raise UserError("prompt='' is empty: give at least one character to continue")
+    ids += generate(
+        decoder,
+        ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+    )
+    print(tokenizer.backend.decode(ids))
+    return 0

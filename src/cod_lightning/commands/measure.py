@@ -1,0 +1,135 @@
+"""`measure`: measure the layers of a model, compare models, or prune one."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cod_lightning.commands.options import add_checkpoint, load_run_config, require_at_least, require_model
+from cod_lightning.errors import UserError
+from cod_lightning.measure.options import parse_options
+
+if TYPE_CHECKING:
+    from cod_lightning.commands.measure_runner import Subject
+
+HELP = (
+    "Measure the layers of a run, or of a causal language model of transformers; compare shows several side by side, "
+    "prune writes a smaller model."
+)
+EPILOG = """\
+Writes a JSON, a CSV and a PNG file for every measure. Words of the form option=value are options of the study's
+measures; all other key=value words are overrides, which choose the text and its rows:
+  measure variance runs/quickstart/lns-seed1-...
+  measure angular meta-llama/Llama-2-7b-hf tokens=262144 rows=2048 data=files 'data.files=texts/*.json.gz'
+  measure jacobian runs/quickstart/lns-seed1-... probes=32 layers=1,12,24
+  measure all runs/quickstart/lns-seed1-... only=angular,swaps
+  measure compare runs/quickstart/pre_ln-seed1-... runs/quickstart/lns-seed1-...
+
+prune writes a model that stock transformers loads, without some blocks or weights, and its loss before and after:
+  measure prune RUN layers=17,18,19 --output FOLDER
+  measure prune RUN by=influence blocks=4 --output FOLDER         (or by=streamline, by=removal)
+  measure prune RUN sparsity=0.5 allocation=owl method=wanda --output FOLDER
+                                                 (or allocation=alpha_pruning, uniform; method=magnitude)
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("study", help="variance, jacobian, angular, removal, influence, theory, all, compare, or prune")
+    parser.add_argument("words", nargs="+", metavar="model|key=value", help="run folder, model folder or hub name")
+    add_checkpoint(parser)
+    parser.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
+    parser.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
+
+
+def run(study: str, words: Sequence[str], checkpoint: str, rows: int, output: Path | None) -> int:
+    models = [word for word in words if "=" not in word]
+    options, overrides = split_options([word for word in words if "=" in word], study)
+    rows = options.pop("rows", rows)
+    output = Path(options.pop("output")) if "output" in options else output
+    require_at_least("rows", rows, 1)
+    open_model = partial(open_subject, overrides=overrides, checkpoint=checkpoint, rows=rows)
+    if study == "compare":
+        return compare(models, open_model, options, output)
+    if len(models) != 1:
+        raise UserError(f"measure {study} takes one model, not {len(models)}; measure compare takes several")
+    from cod_lightning.commands.measure_runner import run_prune, run_study
+    from cod_lightning.files import check_new_folder
+    from cod_lightning.measure.registry import measures_of
+
+    if study == "prune":
+        if output is None:
+            raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
+        check_new_folder(output)
+    elif "only" in options:
+        measures_of(study, only=options["only"])  # refuses unknown names before the model is loaded
+    subject = open_model(models[0])
+    model = Path(models[0])
+    folder = output or (model / "measure" if is_run(model) else Path("measure") / model.name)
+    if study == "prune":
+        run_prune(subject, options, folder)
+    else:
+        run_study(study, subject, options, folder)
+    print(folder)
+    return 0
+
+
+def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], list[str]]:
+    """The options of a study among `key=value` words, and the overrides of the configuration.
+
+    Raises:
+        UserError: names every word that is neither, and every value of another type.
+    """
+    from cod_lightning.commands.measure_runner import study_options
+    from cod_lightning.config.compose import fields_and_groups
+
+    types = {**study_options(study), "rows": int, "output": str}
+    if study not in ("compare", "prune"):
+        types["only"] = Sequence[str]
+    others = fields_and_groups() - types.keys()
+    own = [word for word in words if (key := word.partition("=")[0]).isidentifier() and key not in others]
+    return parse_options(own, types, f"measure {study}"), [word for word in words if word not in own]
+
+
+def is_run(model: Path) -> bool:
+    """Whether a model is a run folder."""
+    from cod_lightning.config.saved import CONFIG
+
+    return (model / CONFIG).is_file()
+
+
+def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: int) -> Subject:
+    """A run or a model of `transformers`, with held-out rows of the text that `overrides` choose.
+
+    Raises:
+        UserError: the model or the text cannot be read.
+    """
+    from cod_lightning.config.compose import compose
+
+    if is_run(Path(model)):
+        config = load_run_config(Path(model), overrides)
+        from cod_lightning.commands.measure_runner import open_run
+        from cod_lightning.train.load import checkpoint_of
+
+        return open_run(config, Path(model), checkpoint_of(Path(model), checkpoint), rows)
+    config = compose(overrides)
+    require_model(model, "Give a run folder, or a folder with config.json, weights and tokenizer.")
+    from cod_lightning.commands.measure_runner import open_model
+
+    return open_model(model, config, rows)
+
+
+def compare(models: Sequence[str], open_model: Any, options: dict[str, Any], output: Path | None) -> int:
+    """Measure several models, and write a page that shows them side by side."""
+    if len(models) < 2:
+        raise UserError(f"measure compare takes at least two models, not {len(models)}")
+    names = [Path(model).name for model in models]
+    if len(set(names)) < len(names):
+        raise UserError(f"two models have the name {max(names, key=names.count)}: rename a folder")
+    from cod_lightning.commands.measure_runner import run_comparison
+
+    subjects = {name: partial(open_model, model) for name, model in zip(names, models, strict=True)}
+    print(run_comparison(subjects, options, output or Path("measure") / "-".join(["compare", *names])))
+    return 0

@@ -1,0 +1,104 @@
+"""Arguments and `option=value` words that several commands share."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cod_lightning.errors import UserError
+from cod_lightning.measure.options import parse_options
+
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
+
+OVERRIDES = """\
+Overrides are Hydra's: group=choice (experiments, model, norm, data, optim, protocol, trainer, logger) or
+section.field=value. Examples:
+  fit experiments=table1_350m norm=mix_ln
+  fit norm=pre_ln seed=2 trainer.max_steps=100 output=/scratch/runs
+  fit -m norm=pre_ln,lns seed=1,2
+  fit data=files 'data.files=texts/*.json.gz' norm=my_package.my_module:my_strategy
+"""
+
+
+def add_overrides(parser: ArgumentParser) -> None:
+    """Add the overrides of the configuration."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
+
+
+def add_run(parser: ArgumentParser) -> None:
+    """Add a run folder and the choice of its checkpoint."""
+    parser.add_argument("run", type=Path, help="run folder")
+    add_checkpoint(parser)
+
+
+def add_checkpoint(parser: ArgumentParser) -> None:
+    """Add the choice of a checkpoint."""
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="default: last")
+
+
+def add_jobs(parser: ArgumentParser) -> None:
+    """Add the number of runs at the same time."""
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+
+
+def add_results(parser: ArgumentParser) -> None:
+    """Add the folder of kept results."""
+    parser.add_argument("--results", type=Path, help="folder of the records (default: experiments/results)")
+
+
+def pop_options(words: Sequence[str], types: Mapping[str, Any], command: str) -> tuple[dict[str, Any], list[str]]:
+    """Split `key=value` words into the options of a command and the overrides of the configuration.
+
+    Args:
+        words: of the command line; the last value of an option counts.
+        types: types of the options, by name.
+        command: the command that has the options, for errors.
+
+    Raises:
+        UserError: names every value of another type.
+    """
+    own = [word for word in words if word.partition("=")[0] in types]
+    return parse_options(own, types, command), [word for word in words if word not in own]
+
+
+def require_at_least(option: str, value: int | None, bound: int) -> None:
+    """Check a number on the command line.
+
+    Raises:
+        UserError: it is smaller than `bound`.
+    """
+    if value is not None and value < bound:
+        raise UserError(f"--{option}={value} must be at least {bound}")
+
+
+def load_run_config(run: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of a run folder; other text is read with the tokenizer of the run.
+
+    Raises:
+        UserError: as `load`, or the overrides choose other text for a run of images.
+    """
+    from cod_lightning.config.compose import changes_text
+    from cod_lightning.config.saved import load
+    from cod_lightning.config.schema import TOKENIZER
+
+    config = load(run, overrides)
+    if changes_text(overrides):
+        if config.task != "language":
+            raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
+        config.data.tokenizer = str(run / TOKENIZER)
+    return config
+
+
+def require_model(model: str, alternative: str) -> None:
+    """Check that a model is a local folder or can come from the hub.
+
+    Raises:
+        UserError: neither; `alternative` says what to pass instead.
+    """
+    if not Path(model).is_dir():
+        from cod_lightning.data.hub import require_cached_or_hub
+
+        require_cached_or_hub(model, alternative)

@@ -1,0 +1,45 @@
+"""`report`: write the reproduction report."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser
+from pathlib import Path
+
+from cod_lightning.commands.options import add_results
+from cod_lightning.errors import UserError
+
+HELP = "Write REPRODUCTION.md, an HTML page, CSV and figures: the claims of the paper beside the results of runs."
+ESTIMATED_FOR = "one H100 at 40 % of its peak"
+"""Default hardware of `estimate`."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add_results(parser)
+    parser.add_argument("--output", type=Path, default=Path(), help="folder of the files (default: here)")
+
+
+def run(results: Path | None, output: Path) -> int:
+    from cod_lightning.paper.claims import SCALES
+    from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
+    from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
+    from cod_lightning.paper.results import RECORD, RESULTS
+
+    if results is not None and not results.is_dir():
+        raise UserError(f"--results={results} is not a folder")
+    parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output={output} cannot be written: {parent} is a file, or not writable")
+    results = results or RESULTS
+    scales = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
+    names = reproducible_experiments()
+    rows = (row for scale in scales for row in experiment_rows(names, scale))
+    report = build_report(load_experiments(rows, results), ESTIMATED_FOR)
+    files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
+    files |= {f"{FIGURES}/{name}": image for name, image in report.figures.items()}
+    for name, content in files.items():
+        path = output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        print(path)
+    return 0

@@ -1,0 +1,93 @@
+"""`reproduce`: run every row of some experiments, and compare the results with the paper."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cod_lightning.commands.options import add_jobs, add_results, pop_options, require_at_least
+from cod_lightning.commands.processes import run_command
+from cod_lightning.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from cod_lightning.paper.experiments import Row, Task
+
+HELP = "Run every row of some experiments, or resume them, and show the results beside the paper's."
+EPILOG = """\
+Examples:
+  reproduce table1_350m                                 # every row at the paper's size
+  reproduce table1 table6 scale=toy seeds=3 -j 2        # a small version, on two cores
+  reproduce figure7 scale=toy seeds=3                   # the same runs, measured
+  reproduce table8 row=lns,before_ln scale=toy          # selected rows
+"""
+OPTIONS = {"scale": str, "seeds": int, "row": str}
+MEASURED_ROWS = 64
+"""Held-out rows for the measures of an experiment."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="experiment|key=value", help="such as table1 scale=toy seeds=3")
+    add_jobs(parser)
+    add_results(parser)
+
+
+def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
+    from cod_lightning.commands.terminal import reproduced, show
+    from cod_lightning.paper.experiments import experiment_rows, find_experiments, load_experiments, remaining_tasks
+    from cod_lightning.paper.results import RESULTS
+
+    require_at_least("jobs", jobs, 1)
+    options, words = pop_options(words, OPTIONS, "reproduce")
+    seeds = options.get("seeds", 1)
+    if seeds < 1:
+        raise UserError(f"seeds={seeds} must be at least 1")
+    names = find_experiments([word for word in words if "=" not in word])
+    overrides = [word for word in words if "=" in word]
+    rows = list(experiment_rows(names, options.get("scale", "paper"), overrides))
+    if "row" in options:
+        rows = select_rows(rows, options["row"].split(","))
+    results = results or RESULTS
+    tasks = remaining_tasks(rows, range(1, seeds + 1), results)
+    print(f"{len(tasks)} of {len(rows) * seeds} runs remaining", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        # A run that starts from another one comes after all that do not.
+        waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
+        statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, jobs, results), wave)]
+    show(reproduced(load_experiments(rows, results)))
+    return max(statuses, key=abs, default=0)
+
+
+def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows with these names.
+
+    Raises:
+        UserError: no row has one of the names.
+    """
+    known = {row.name for row in rows}
+    if unknown := next((name for name in names if name not in known), None):
+        raise UserError(f"row={unknown!r} does not exist: {nearest(unknown, known)}")
+    return [row for row in rows if row.name in names]
+
+
+def run_task(task: Task, jobs: int, results: Path) -> int:
+    """Train, score and measure a run, or measure a public model, and save the results; returns the exit status."""
+    from cod_lightning.paper.results import MEASURES_FOLDER, save_result
+
+    model, status = task.row.public_model or str(task.folder), 0
+    if task.row.public_model is None:
+        status = run_command(["fit", *task.cli_args], task.label, jobs)
+        if status == 0 and task.row.tasks is not None:
+            status = run_command(["evaluate", model, f"tasks={task.row.tasks}"], task.label, jobs)
+        save_result(task.folder, results)
+    if status == 0 and task.measures:
+        command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
+        if task.row.public_model is not None:
+            command += [*task.row.overrides, f"output={task.folder / MEASURES_FOLDER}"]  # the last output= counts
+        status = run_command(command, task.label, jobs)
+        if status == 0:
+            save_result(task.folder, results, task.measures)
+    return status
