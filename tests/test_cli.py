@@ -439,9 +439,16 @@ def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
                 assert two_ranks == pytest.approx(one_rank, rel=1e-3, abs=1e-6), (kind, name)
 
 
-def test_ctrl_c_says_how_to_go_on(toy, tmp_path):
+def test_ctrl_c_says_how_to_resume(toy, tmp_path):
     words = [*toy, f"output={tmp_path}", "name=stopped", "trainer.max_steps=5000"]
-    process = subprocess.Popen([*PYTHON, "fit", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*PYTHON, "fit", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 300
     while not list(tmp_path.glob("stopped/checkpoints/step-*.ckpt")):
         assert process.poll() is None

@@ -72,6 +72,12 @@ def test_the_run_folder_is_a_function_of_what_is_computed():
     assert compose(["name=mine"]).folder.as_posix() == "runs/mine"
 
 
+def test_the_run_id_does_not_depend_on_file_names_if_their_hash_is_set():
+    words = ["data=files", f"data.sha256={'0' * 64}"]
+    assert compose([*words, "data.files=a.txt"]).id == compose([*words, "data.files=b.txt"]).id
+    assert compose(["data=files", "data.files=a.txt"]).id != compose(["data=files", "data.files=b.txt"]).id
+
+
 def test_a_saved_configuration_loads_as_it_was(tmp_path):
     config = compose([f"output={tmp_path}", "norm=gpas", "experiments=table1_1b"])
     folder = create_run_folder(config)
@@ -140,6 +146,7 @@ def test_a_strategy_of_ones_own_takes_its_options(tmp_path, monkeypatch):
         (["model=llama_2b"], ["model='llama_2b'", "llama_1b"]),
         (["data=wiki"], ["data='wiki'", "known: c4, commonsense170k, docs"]),
         (["protocol=papr"], ["protocol='papr'", "did you mean 'paper'"]),
+        (["scale=smal"], ["scale='smal'", "did you mean 'small'"]),
         (["optim.lrr=1"], ["optim.lrr is not a field", "did you mean 'lr'"]),
         (["optimm.lr=1"], ["optimm is not a field", "did you mean 'optim'"]),
         (["sed=1"], ["sed is not a field", "did you mean 'seed'"]),
