@@ -9,11 +9,14 @@ import torch
 from filelock import FileLock
 
 from cod_lightning.commands.fit import train_run
+from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.strategies import STRATEGIES
+from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
+from cod_lightning.train.record import read_record
 from cod_lightning.train.run import build
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -262,3 +265,29 @@ def test_tensorboard_holds_scalars_by_layer_the_figure_the_config_and_hparams(tr
     assert events.Scalars("val/ppl")[-1].value == pytest.approx(record["ppl"])
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_training_on_more_text_than_there_is_needs_repeat(train):
+    with pytest.raises(UserError, match=r"data\.repeat=false: .*max_steps=100000 reads 25,600,000 training tokens"):
+        train("data.repeat=false", "trainer.max_steps=100000")
+
+
+def test_training_without_repetition_runs_on_enough_text(train):
+    assert train("data.repeat=false", "trainer.max_steps=2")[0]["steps"] == 2
+
+
+def test_numbers_that_are_not_finite_are_null_in_a_record(train, monkeypatch):
+    add = Recorder.add
+
+    def add_infinity(self, trainer, kind, **values):
+        if kind == "layers":
+            values["variance"] = [1.0, math.inf, math.nan]
+        add(self, trainer, kind, **values)
+
+    monkeypatch.setattr(Recorder, "add", add_infinity)
+    record, folder = train("name=infinite")
+    assert "Infinity" not in (folder / "record.json").read_text()
+    assert "NaN" not in (folder / "record.json").read_text()
+    assert record["history"]["layers"]["variance"][-1] == [1.0, None, None]
+    assert read_record(folder) == record
+    assert variance_chart([1.0, None, math.inf]).plain.count("not finite") == 2

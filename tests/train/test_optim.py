@@ -51,3 +51,10 @@ def test_weight_decay_touches_matrices_only(name, decoupled):
 def test_warmup_is_a_share_of_the_steps_or_a_number():
     assert OptimConfig(warmup_ratio=0.1).warmup(250) == 25
     assert OptimConfig(warmup_ratio=0.1, warmup_steps=7).warmup(250) == 7
+
+
+def test_position_embeddings_of_images_are_decayed_as_matrices():
+    module = torch.nn.Module()
+    module.positions = torch.nn.Parameter(torch.ones(17, 3))
+    optimizer, _ = build_optimizer(module, OptimConfig(weight_decay=0.5), max_steps=10)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -60,14 +61,27 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def variance_chart(variance: Sequence[float], width: int = 48) -> Text:
-    """One bar per layer, as long as the layer's share of the largest variance."""
+def variance_chart(variance: Sequence[float | None], width: int = 48) -> Text:
+    """One bar per layer, as long as the layer's share of the largest variance; no bar where it is not finite."""
     lines = ["variance of the residual stream after each layer"]
-    top = max(variance)
+    top = max((value for value in variance if is_finite(value)), default=0)
     for layer, value in enumerate(variance, start=1):
+        if not is_finite(value):
+            lines.append(f"{layer:>5}  not finite")
+            continue
         bar = "█" * max(round(width * value / top), 1) if top > 0 else ""
         lines.append(f"{layer:>5}  {bar} {value:.4g}")
     return Text("\n".join(lines))
+
+
+def last_variance(layers: Mapping[str, Any]) -> str:
+    value = layers["variance"][-1][-1]
+    return f"{value:.4g}" if is_finite(value) else "not finite"
+
+
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether a value of a record is finite; JSON holds None for one that is not."""
+    return value is not None and math.isfinite(value)
 
 
 def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
@@ -89,7 +103,7 @@ def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
         table.add_row(
             label,
             *(f"{record[name]:{FIGURES[name]}}" if name in record else "" for name in shown),
-            f"{layers['variance'][-1][-1]:.4g}" if layers else "not measured",
+            last_variance(layers) if layers else "not measured",
             f"{record['tokens']:,}",
             f"{record['tokens_per_second']:,.0f}",
             duration(record["wall_seconds"]),

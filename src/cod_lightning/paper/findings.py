@@ -30,7 +30,7 @@ def recorded_variance(number: Callable[[list[int], np.ndarray], float]) -> Quant
 
     def quantity(run: Run) -> float | None:
         layers = run.history.get("layers")
-        return number(layers["step"], np.array(layers["variance"])) if layers else None
+        return number(layers["step"], np.array(layers["variance"], dtype=float)) if layers else None
 
     return quantity
 

@@ -76,7 +76,7 @@ def recorded_variances(column: Column) -> list[tuple[ReportRow, list[int], np.nd
     recorded = []
     for row in column.rows:
         if series := [run.history["layers"] for run in row.runs if "layers" in run.history]:
-            variances = [layers["variance"] for layers in series]
+            variances = [np.array(layers["variance"], dtype=float) for layers in series]
             recorded.append((row, series[0]["step"], mean_of(variances), sd_of(variances)))
     return recorded
 
@@ -113,7 +113,9 @@ def variance_by_layer(column: Column) -> Figure | None:
     figure, axes = figure_grid(3.2, columns=len(recorded), sharey=True)
     shades = matplotlib.colormaps[DEPTH_COLOURS]
     for panel, (row, steps, _, _) in zip(axes[0], recorded, strict=True):
-        series = [run.history["layers"]["variance"] for run in row.runs if "layers" in run.history]
+        series = [
+            np.array(run.history["layers"]["variance"], dtype=float) for run in row.runs if "layers" in run.history
+        ]
         for index, fraction in enumerate(fractions):
             at = nearest_step(steps, fraction)
             colour = shades(0.85 * index / max(len(fractions) - 1, 1))

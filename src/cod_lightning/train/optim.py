@@ -32,7 +32,11 @@ def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedul
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> tuple[Optimizer, LambdaLR]:
-    """Adam or AdamW over the trainable parameters of `module`, and its schedule; weight decay is for matrices only."""
+    """Adam or AdamW over the trainable parameters of `module`, and its learning-rate schedule.
+
+    Weight decay applies to every parameter with two dimensions or more. These include the position embeddings of a
+    Vision Transformer: runs and checkpoints depend on it.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import cod_lightning
 from cod_lightning.config.schema import FIGURES
 from cod_lightning.errors import DAMAGED, UserError
+from cod_lightning.files import write_atomic
 
 RECORD = "record.json"
 FAILURE = "failed.json"
@@ -74,19 +76,26 @@ def hardware() -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write `record.json` into a run folder, whole or not at all."""
+    """Write `record.json` into a run folder."""
     write(folder / RECORD, record)
 
 
 def write_failure(folder: Path, config: Mapping[str, Any], reason: str) -> None:
-    """Write `failed.json` into a run folder: what was asked for, where it ran, and why there is no record."""
+    """Write `failed.json` into a run folder: the configuration, the machine, and the reason of the failure."""
     write(folder / FAILURE, {"failure": reason, "seed": config["seed"], **environment(), "config": config})
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(partial, path)
+    write_atomic(path, json.dumps(finite(values), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None in place of infinities and NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -164,9 +173,9 @@ def is_number(value: Any) -> bool:
 
 
 def is_series(value: Any) -> bool:
-    """Whether a value is a list of numbers, or of lists of them that are all as long; not an empty one."""
+    """Whether a value is a non-empty list of numbers, or of equally long lists of numbers; None is not finite."""
     if not isinstance(value, list) or not value:
         return False
     if isinstance(value[0], list):
         return all(is_series(part) and len(part) == len(value[0]) for part in value)
-    return all(map(is_number, value))
+    return all(number is None or is_number(number) for number in value)

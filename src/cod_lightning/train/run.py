@@ -34,7 +34,7 @@ from cod_lightning.train.checkpoint import (
 from cod_lightning.train.load import InitialWeights, load_initial_weights, write_tokenizer
 from cod_lightning.train.module import DecoderModule, StepModule
 from cod_lightning.train.ranks import is_first_rank
-from cod_lightning.train.record import environment, write_record
+from cod_lightning.train.record import environment, finite, write_record
 from cod_lightning.train.strategy import accelerator
 from cod_lightning.train.trainer import (
     build_trainer,
@@ -99,7 +99,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
             if recorder.last_validation != trainer.global_step:
                 trainer.validate(module, data, verbose=False)
 
-        record = build_record(config, started, recorder, trainer, module, data)
+        record = finite(build_record(config, started, recorder, trainer, module, data))
         log_hyperparameters(trainer, record["config"], record["val_loss"])
         if trainer.is_global_zero:
             write_record(folder, record)
