@@ -1,12 +1,14 @@
 """What a person can get wrong is one error that names it: status 2, no traceback, nothing written."""
 
 import gzip
+import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,9 +137,12 @@ def resaved(change):
 
 
 def flipped(content):
-    """One bit in the middle of the weights."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+    """Flip one bit of the content: in a checkpoint, in the middle of its largest tensor and not in padding."""
+    place = len(content) // 2
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        largest = max(zipfile.ZipFile(io.BytesIO(content)).infolist(), key=lambda part: part.file_size)
+        place = largest.header_offset + largest.compress_size // 2
+    return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
 
 
 def half(content):
