@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cod_lightning.commands.terminal import summary
+from cod_lightning.commands.terminal import run_summary
 from cod_lightning.config.compose import compose, config_folder, fields_and_groups
 from cod_lightning.config.saved import load, to_yaml
 from cod_lightning.config.schema import Config
@@ -259,7 +259,7 @@ def test_a_record_is_shown_or_an_error(here, content):
     if isinstance(found, UserError):
         assert RECORD in str(found)
     else:
-        Console(file=io.StringIO()).print(summary(found, here))
+        Console(file=io.StringIO()).print(run_summary(found, here))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What is not used is not imported on the way to the first step, and can be imported after it."""
+"""Packages that training does not use are not imported before the first step, and can be imported later."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ import pytest
 
 PROGRAM = """
 import sys
-from cod_lightning._torchmetrics import UNUSED, import_without_unused
-import_without_unused()
+from cod_lightning._torchmetrics import UNUSED, import_torchmetrics
+import_torchmetrics()
 import torchmetrics
 from cod_lightning.train import run
 assert not {*UNUSED} & {*sys.modules}, {*UNUSED} & {*sys.modules}
@@ -17,7 +17,7 @@ from lightning_utilities.core.imports import package_available
 assert package_available("transformers")
 assert metadata.version("transformers")
 import transformers
-import_without_unused()
+import_torchmetrics()
 assert sys.modules["transformers"] is transformers
 """
 

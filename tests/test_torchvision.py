@@ -17,7 +17,7 @@ def install(tmp_path, monkeypatch):
     """Replace all that is installed by distributions of the given versions; torchvision fails like the real one."""
     monkeypatch.setitem(sys.modules, "torchvision", None)
     del sys.modules["torchvision"]  # as in a new process, and put back afterwards
-    ours = _torchvision.Hidden
+    ours = _torchvision.HidingFinder
     monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, ours)])
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
 

@@ -1,17 +1,17 @@
-"""Hide a torchvision that does not fit the installed torch.
+"""Hide a CUDA build of torchvision from a CPU-only torch.
 
-litdata requires torchvision. Beside a CPU-only torch ("2.13.0+cpu") pip takes torchvision's default wheel ("0.28.0"), a
-CUDA build whose compiled half cannot load. torchmetrics imports torchvision wherever its metadata is found, so
-`import lightning` ends in "operator torchvision::nms does not exist", while `pip check` is content.
-Nothing here uses torchvision: such a one is made to look as if it were not installed, to imports and to metadata alike.
+litdata requires torchvision. With a CPU-only torch ("2.13.0+cpu"), pip installs torchvision's default wheel ("0.28.0"),
+a CUDA build whose compiled extension cannot load. torchmetrics imports torchvision if its metadata exists, so
+`import lightning` fails with "operator torchvision::nms does not exist", although `pip check` reports no error.
+This package does not use torchvision, so it hides such a build from imports and from `importlib.metadata`.
 """
 
 import sys
 from importlib import metadata
 
 
-class Hidden(metadata.DistributionFinder):
-    """Finds nothing, and ends the search for the metadata of some distributions."""
+class HidingFinder(metadata.DistributionFinder):
+    """Reports the distributions `names` as not installed; finds no modules."""
 
     def __init__(self, *names):
         self.names = names
@@ -28,8 +28,8 @@ class Hidden(metadata.DistributionFinder):
 def hide_if_unusable() -> bool:
     """Hide torchvision if torch is a "+cpu" build and torchvision is not; return whether it was hidden.
 
-    Goes by version strings, because importing torch to ask it takes seconds (this takes milliseconds). Must run before
-    lightning, torchmetrics, litdata or transformers are imported. Builds without a label (macOS) are left alone.
+    Compares version strings, because importing torch takes seconds. Call it before lightning, torchmetrics, litdata or
+    transformers are imported. Builds of torch without a label (macOS) are ignored.
     """
     try:
         torch, torchvision = metadata.version("torch"), metadata.version("torchvision")
@@ -37,6 +37,6 @@ def hide_if_unusable() -> bool:
         return False
     if "torchvision" in sys.modules or not torch.endswith("+cpu") or torchvision.endswith("+cpu"):
         return False
-    sys.modules["torchvision"] = None  # ty: ignore[invalid-assignment]  # `import torchvision` is a ModuleNotFoundError
-    sys.meta_path.insert(0, Hidden("torchvision"))
+    sys.modules["torchvision"] = None  # ty: ignore[invalid-assignment]  # importing it raises ModuleNotFoundError
+    sys.meta_path.insert(0, HidingFinder("torchvision"))
     return True

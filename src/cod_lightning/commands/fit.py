@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
-from cod_lightning.commands.processes import distinct_words, run_command
+from cod_lightning.commands.processes import run_command, run_labels
 from cod_lightning.errors import Diverged, UserError, first_line
 from cod_lightning.train.ranks import check_ranks, is_first_rank
 
@@ -46,9 +46,9 @@ def run(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     config.row = row_of(config)
     record, folder = train_run(config)
     if is_first_rank():
-        from cod_lightning.commands.terminal import show, summary
+        from cod_lightning.commands.terminal import run_summary, show
 
-        show(summary(record, folder))
+        show(run_summary(record, folder))
     return 0
 
 
@@ -73,9 +73,9 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
         for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
             print(f"warning: {warning}", file=sys.stderr)
-    from cod_lightning._torchmetrics import import_without_unused
+    from cod_lightning._torchmetrics import import_torchmetrics
 
-    import_without_unused()
+    import_torchmetrics()
     from cod_lightning.train.record import read_record, write_failure
     from cod_lightning.train.run import fit
 
@@ -121,15 +121,15 @@ def run_sweep(overrides: Sequence[str], jobs: int) -> int:
     configs = [compose(words) for words in runs]
     if len({config.folder for config in configs}) < len(configs):
         raise UserError("two runs of the sweep would be the same run: vary a setting that changes the result")
-    labels = distinct_words(runs)
+    labels = run_labels(runs)
     with ThreadPoolExecutor(jobs) as pool:
         statuses = list(pool.map(lambda words, label: run_command(["fit", *words], label, jobs), runs, labels))
 
-    from cod_lightning.commands.terminal import comparison, show
+    from cod_lightning.commands.terminal import show, sweep_table
     from cod_lightning.train.record import read_record
 
     records = [
         read_record(config.folder) if status == 0 else None for config, status in zip(configs, statuses, strict=True)
     ]
-    show(comparison(list(zip(labels, records, strict=True))))
+    show(sweep_table(list(zip(labels, records, strict=True))))
     return max(statuses, key=abs)

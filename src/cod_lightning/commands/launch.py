@@ -27,11 +27,11 @@ SLURM = """\
 #!/bin/bash
 {directives}
 
-# Slurm also signals this script, which must not end before the ranks have saved.
+# Slurm signals this script too; catch SIGTERM so that it waits for the ranks, which save a checkpoint.
 trap : TERM
 srun {command}
 status=$?
-# {try_again}: interrupted by a signal or a lost node; the same command resumes from the last checkpoint.
+# Status {try_again}: interrupted by a signal or a lost node; the requeued job resumes from the last checkpoint.
 if [ "$status" -eq {try_again} ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -42,9 +42,11 @@ exit "$status"
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("scheduler", choices=("slurm",))
     parser.add_argument("--time", default="24:00:00", help="time limit of the job (default: 24:00:00)")
-    parser.add_argument("--grace", type=int, default=300, help="seconds to save before the limit (default: 300)")
+    parser.add_argument(
+        "--grace", type=int, default=300, help="seconds between SIGTERM and the time limit (default: 300)"
+    )
     for name in ("partition", "account", "qos", "constraint", "cpus-per-task", "mem"):
-        parser.add_argument(f"--{name}", help="as for sbatch")
+        parser.add_argument(f"--{name}", help="passed to sbatch")
     parser.add_argument("--output", type=Path, help="new file for the script (default: print it)")
     parser.add_argument("--submit", action="store_true", help="pass the script to sbatch")
     add_overrides(parser)
@@ -59,27 +61,29 @@ def run(
     script = slurm_script(compose(overrides), overrides, grace=grace, **options)
     if output is not None:
         if output.exists():
-            raise UserError(f"--output={output} exists: name a new file")
+            raise UserError(f"--output={output} exists: choose a new file")
         output.write_text(script)
         print(output)
     if submit:
         try:
             return subprocess.run(["sbatch"], input=script, text=True).returncode
         except FileNotFoundError:
-            raise UserError("--submit: sbatch is not installed here; print the script and submit it") from None
+            raise UserError(
+                "--submit requires sbatch, which is not installed: use --output, and submit the script on the cluster"
+            ) from None
     if output is None:
         print(script, end="")
     return 0
 
 
 def slurm_script(config: Config, overrides: Sequence[str], *, grace: int = 300, **options: str | int | None) -> str:
-    """A script for `sbatch`: one task for each rank, SIGTERM before the time limit, and a requeue after it.
+    """A script for `sbatch`: one task per rank, SIGTERM before the time limit, and a requeue after an interruption.
 
     Args:
-        config: of the run; sets the numbers of nodes and ranks.
-        overrides: the command line of the run.
-        grace: seconds that a rank has to finish its step and save.
-        options: of sbatch, with underscores; None is left out.
+        config: configuration of the run, with the numbers of nodes and ranks.
+        overrides: overrides of the run, passed to `fit`.
+        grace: seconds between SIGTERM and the time limit, for a rank to finish its step and save.
+        options: options of sbatch, with underscores; None omits an option.
     """
     trainer = config.trainer
     values: dict[str, str | int | None] = {

@@ -1,4 +1,4 @@
-"""Arguments and `option=value` words that several commands share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def add_overrides(parser: ArgumentParser) -> None:
 
 
 def add_run(parser: ArgumentParser) -> None:
-    """Add a run folder and the choice of its checkpoint."""
+    """Add a run folder and `--checkpoint`."""
     parser.add_argument("run", type=Path, help="run folder")
     add_checkpoint(parser)
 
 
 def add_checkpoint(parser: ArgumentParser) -> None:
-    """Add the choice of a checkpoint."""
+    """Add `--checkpoint`."""
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="default: last")
 
 
 def add_jobs(parser: ArgumentParser) -> None:
-    """Add the number of runs at the same time."""
-    parser.add_argument("-j", "--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    """Add `--jobs`."""
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="number of parallel runs (default: 1)")
 
 
 def add_results(parser: ArgumentParser) -> None:
-    """Add the folder of kept results."""
+    """Add `--results`."""
     parser.add_argument("--results", type=Path, help="folder of the records (default: experiments/results)")
 
 
@@ -53,32 +53,32 @@ def pop_options(words: Sequence[str], types: Mapping[str, Any], command: str) ->
     """Split `key=value` words into the options of a command and the overrides of the configuration.
 
     Args:
-        words: of the command line; the last value of an option counts.
-        types: types of the options, by name.
-        command: the command that has the options, for errors.
+        words: `key=value` arguments; the last value of an option counts.
+        types: type of each option.
+        command: name of the command, for errors.
 
     Raises:
-        UserError: names every value of another type.
+        UserError: lists every value of the wrong type.
     """
     own = [word for word in words if word.partition("=")[0] in types]
     return parse_options(own, types, command), [word for word in words if word not in own]
 
 
 def require_at_least(option: str, value: int | None, bound: int) -> None:
-    """Check a number on the command line.
+    """Check the value of a numeric option.
 
     Raises:
-        UserError: it is smaller than `bound`.
+        UserError: the value is smaller than `bound`.
     """
     if value is not None and value < bound:
         raise UserError(f"--{option}={value} must be at least {bound}")
 
 
 def load_run_config(run: Path, overrides: Sequence[str]) -> Config:
-    """The configuration of a run folder; other text is read with the tokenizer of the run.
+    """Load the configuration of a run folder; text that `overrides` select is read with the run's tokenizer.
 
     Raises:
-        UserError: as `load`, or the overrides choose other text for a run of images.
+        UserError: `load` fails, or the overrides select text for a run of images.
     """
     from cod_lightning.config.compose import changes_text
     from cod_lightning.config.saved import load
@@ -93,10 +93,10 @@ def load_run_config(run: Path, overrides: Sequence[str]) -> Config:
 
 
 def require_model(model: str, alternative: str) -> None:
-    """Check that a model is a local folder or can come from the hub.
+    """Check that a model is a local folder, cached, or can be downloaded from the Hugging Face hub.
 
     Raises:
-        UserError: neither; `alternative` says what to pass instead.
+        UserError: the model is not available; the error ends with `alternative`, which says what to pass instead.
     """
     if not Path(model).is_dir():
         from cod_lightning.data.hub import require_cached_or_hub

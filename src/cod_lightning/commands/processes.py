@@ -1,4 +1,4 @@
-"""Commands of this package in child processes, one after the other or several at a time."""
+"""Commands of this package in child processes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 
 def run_command(arguments: Sequence[str], label: str, jobs: int) -> int:
-    """Run a command of this package and return its exit status.
+    """Run a command of this package in a child process and return its exit status.
 
     Args:
-        arguments: of the command line.
-        label: printed before the command, or before each of its lines if `jobs` is more than 1.
-        jobs: number of commands at the same time; each gets its share of the CPU cores.
+        arguments: the command and its arguments.
+        label: printed before the command, or before each line of its output if `jobs` > 1.
+        jobs: number of commands that run at the same time; they share the CPU cores.
     """
     command = [sys.executable, "-m", "cod_lightning", *arguments]
     if jobs == 1:
@@ -34,7 +34,7 @@ def run_command(arguments: Sequence[str], label: str, jobs: int) -> int:
     return process.wait()
 
 
-def distinct_words(runs: Sequence[Sequence[str]]) -> list[str]:
-    """For each run of a sweep, the words that it does not share with all others."""
-    shared = set.intersection(*(set(words) for words in runs))
-    return [" ".join(word for word in words if word not in shared) or "the run" for words in runs]
+def run_labels(runs: Sequence[Sequence[str]]) -> list[str]:
+    """For each run of a sweep, the overrides that vary, such as "norm=lns seed=1"."""
+    shared = set.intersection(*map(set, runs))
+    return [" ".join(override for override in overrides if override not in shared) or "the run" for overrides in runs]

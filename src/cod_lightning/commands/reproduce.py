@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
-    from cod_lightning.commands.terminal import reproduced, show
+    from cod_lightning.commands.terminal import reproduction_tables, show
     from cod_lightning.paper.experiments import experiment_rows, find_experiments, load_experiments, remaining_tasks
     from cod_lightning.paper.results import RESULTS
 
@@ -57,7 +57,7 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
         # A run that starts from another one comes after all that do not.
         waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
         statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, jobs, results), wave)]
-    show(reproduced(load_experiments(rows, results)))
+    show(reproduction_tables(load_experiments(rows, results)))
     return max(statuses, key=abs, default=0)
 
 

@@ -1,4 +1,4 @@
-"""Tables on the terminal: of a run and a sweep when they end, of an estimate before they begin."""
+"""Tables and charts that the commands print."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 WIDTH = 120
-"""Columns of what is printed where there is no terminal."""
+"""Characters in a line when the output is not a terminal."""
 
 
-def summary(record: Record, folder: Path) -> Group:
-    """A run's figures, its variance by layer, and where it lies."""
+def run_summary(record: Record, folder: Path) -> Group:
+    """The metrics of a run, a chart of its variance by layer, and its folder."""
     config = record["config"]
     table = Table(
         title=f"{config['experiment']}, {config['norm']['name']}, seed {record['seed']}", title_justify="left"
     )
-    table.add_column("figure")
+    table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, value in figures(record, config).items():
+    for name, value in metrics(record, config).items():
         table.add_row(name, value)
     parts: list[Any] = [table]
     if layers := record["history"].get("layers"):
@@ -40,29 +40,36 @@ def summary(record: Record, folder: Path) -> Group:
     return Group(*parts)
 
 
-def figures(record: Record, config: Record) -> dict[str, str]:
+def metrics(record: Record, config: Record) -> dict[str, str]:
+    """The lines of a run's table: loss and perplexities, the published value if there is one, and the cost."""
     shown = {name: f"{record[name]:{form}}" for name, form in FIGURES.items() if name in record}
     published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
-        several = published if isinstance(published, Mapping) else {"": published}
-        shown |= {f"{name} published (full size and tokens)".strip(): f"{value:.2f}" for name, value in several.items()}
+        values = published if isinstance(published, Mapping) else {"": published}
+        shown |= {f"{name} published (full size and tokens)".strip(): f"{value:.2f}" for name, value in values.items()}
     return shown | {
         "steps": f"{record['steps']:,}",
         "tokens": f"{record['tokens']:,}",
         "tokens/s": f"{record['tokens_per_second']:,.0f}",
-        "wall time": duration(record["wall_seconds"]),
+        "wall time": format_duration(record["wall_seconds"]),
         "parameters": f"{record['parameters']:,}",
     }
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Such as "2 h 05 min", "1 min 30 s" or "12 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def variance_chart(variance: Sequence[float | None], width: int = 48) -> Text:
-    """One bar per layer, as long as the layer's share of the largest variance; no bar where it is not finite."""
+    """One bar per layer, in proportion to the largest variance; no bar for a variance that is not finite.
+
+    Args:
+        variance: of each layer, from the first.
+        width: length of the longest bar, in characters.
+    """
     lines = ["variance of the residual stream after each layer"]
     top = max((value for value in variance if is_finite(value)), default=0)
     for layer, value in enumerate(variance, start=1):
@@ -74,21 +81,21 @@ def variance_chart(variance: Sequence[float | None], width: int = 48) -> Text:
     return Text("\n".join(lines))
 
 
-def last_variance(layers: Mapping[str, Any]) -> str:
+def last_layer_variance(layers: Mapping[str, Any]) -> str:
     value = layers["variance"][-1][-1]
     return f"{value:.4g}" if is_finite(value) else "not finite"
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:
-    """Whether a value of a record is finite; JSON holds None for one that is not."""
+    """Whether a value of a record is finite; records store null for NaN and Inf."""
     return value is not None and math.isfinite(value)
 
 
-def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
-    """The runs of a sweep, best first; a run that did not finish says so.
+def sweep_table(records: Sequence[tuple[str, Record | None]]) -> Table:
+    """The runs of a sweep by validation loss, failed runs last.
 
     Args:
-        records: what was varied, such as "norm=lns seed=1", and the record, None where a run failed.
+        records: the label of each run, such as "norm=lns seed=1", and its record, None for a failed run.
     """
     table = Table(title="runs by validation loss", title_justify="left")
     table.add_column("run")
@@ -103,16 +110,16 @@ def comparison(records: Sequence[tuple[str, Record | None]]) -> Table:
         table.add_row(
             label,
             *(f"{record[name]:{FIGURES[name]}}" if name in record else "" for name in shown),
-            last_variance(layers) if layers else "not measured",
+            last_layer_variance(layers) if layers else "not measured",
             f"{record['tokens']:,}",
             f"{record['tokens_per_second']:,.0f}",
-            duration(record["wall_seconds"]),
+            format_duration(record["wall_seconds"]),
         )
     return table
 
 
 def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Experiments as `cod_lightning experiments` lists them; every row has the same keys."""
+    """The list of experiments; every row has the same keys."""
     table = Table(show_lines=True)
     for name in rows[0]:
         table.add_column(name, overflow="fold")
@@ -122,8 +129,8 @@ def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def estimate_table(estimates: Sequence[tuple[str, Estimate]]) -> Table:
-    """One column for each run, under what was varied; a line that is empty for all is left out."""
-    table = Table(title="what a run will need", title_justify="left")
+    """One column for each run, with its label; a line that is empty for all runs is omitted."""
+    table = Table(title="estimated cost of a run", title_justify="left")
     table.add_column("")
     for label, _ in estimates:
         table.add_column(label, justify="right", overflow="fold")
@@ -137,7 +144,7 @@ def estimate_table(estimates: Sequence[tuple[str, Estimate]]) -> Table:
 
 
 def estimate_lines(estimate: Estimate) -> list[dict[str, str]]:
-    """The sections of an estimate's table; what does not apply is empty."""
+    """The sections of an estimate's table; values that do not apply are empty."""
     memory, documents = estimate.memory, estimate.documents
     published = estimate.published_tokens
     return [
@@ -153,48 +160,48 @@ def estimate_lines(estimate: Estimate) -> list[dict[str, str]]:
             "hardware": f"{estimate.gpus} x {estimate.hardware}, {estimate.strategy}",
             "precision": estimate.precision,
             "activation checkpointing": estimate.checkpointing,
-            "rows of a micro-batch": f"{estimate.micro_batch_size:,}",
-            "rows that fit": f"{estimate.max_micro_batch_size:,}",
+            "micro-batch size": f"{estimate.micro_batch_size:,}",
+            "largest micro-batch size": f"{estimate.max_micro_batch_size:,}",
         },
         {
-            "weights": size(memory.weights),
-            "gradients": size(memory.gradients),
-            "Adam's moments": size(memory.moments),
-            "bfloat16 copies": size(memory.copies),
-            "communication": size(memory.communication),
-            "activations": size(memory.activations),
-            "loss or recomputation": size(memory.work),
-            "memory per device": f"{size(memory.total)} of {size(estimate.device_memory)}",
+            "weights": format_bytes(memory.weights),
+            "gradients": format_bytes(memory.gradients),
+            "Adam's moments": format_bytes(memory.moments),
+            "bfloat16 copies": format_bytes(memory.copies),
+            "communication": format_bytes(memory.communication),
+            "activations": format_bytes(memory.activations),
+            "loss or recomputation": format_bytes(memory.work),
+            "memory per device": f"{format_bytes(memory.total)} of {format_bytes(estimate.device_memory)}",
         },
         {
-            "prepared tokens": size(estimate.token_bytes),
+            "prepared tokens": format_bytes(estimate.token_bytes),
             "documents of C4": f"{documents:,}" if documents else "",
-            "their text": size(estimate.text_bytes),
-            "compressed": size(estimate.download_bytes),
+            "text of these documents": format_bytes(estimate.text_bytes),
+            "compressed text": format_bytes(estimate.download_bytes),
         },
         {
             "MFU": f"{estimate.mfu:g}",
-            "time": duration(3600 * estimate.hours),
+            "time": format_duration(3600 * estimate.hours),
             "GPU-hours": f"{estimate.gpu_hours:,.4g}",
         },
     ]
 
 
-def size(count: int | None) -> str:
-    """Bytes in the unit that leaves one to three digits before the point, "" for none."""
+def format_bytes(count: int | None) -> str:
+    """A number of bytes with a decimal unit, such as "1.5 GB"; "" for zero and None."""
     if not count:
         return ""
     power = min((len(str(count)) - 1) // 3, 5)
     return f"{count / 1000**power:.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
 
 
-def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Table:
-    """The rows of a measure, the first `most` of them, and as many of their columns as `WIDTH` holds."""
+def result_table(title: str, rows: Sequence[Mapping[str, Any]], max_rows: int) -> Table:
+    """The first `max_rows` rows of a measure, with the columns that fit into `WIDTH`."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = {
         name: [
             f"{value:.4g}" if isinstance(value, float) else str(value)
-            for value in (row.get(name, "") for row in rows[:most])
+            for value in (row.get(name, "") for row in rows[:max_rows])
         ]
         for name in columns
     }
@@ -205,27 +212,23 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], most: int) -> Ta
         table.add_column(name, justify="right")
     for row in zip(*(cells[name] for name in shown), strict=True):
         table.add_row(*row)
-    left_out = [
-        f"{part} of {whole:,} {what}"
-        for part, whole, what in ((most, len(rows), "rows"), (len(shown), len(columns), "columns"))
-        if part < whole
-    ]
-    if left_out:
-        table.caption = f"{', '.join(left_out)}; the file has all"
+    counts = ((max_rows, len(rows), "rows"), (len(shown), len(columns), "columns"))
+    if truncated := [f"{part} of {whole:,} {name}" for part, whole, name in counts if part < whole]:
+        table.caption = f"{', '.join(truncated)}; the file has all"
     return table
 
 
-def reproduced(experiments: Sequence[Experiment]) -> Group:
-    """What was asked for, ours beside the paper's, and what the differences say."""
+def reproduction_tables(experiments: Sequence[Experiment]) -> Group:
+    """Our results beside the paper's, one table for each scale and column of an experiment, with a summary."""
     parts: list[Any] = []
     for target, scales in by_target(experiments).items():
         for scale, group in scales.items():
             for column in columns(group):
-                found = comparison_table(column, complete=True)
+                ours = comparison_table(column, complete=True)
                 table = Table(title=f"{target}, scale={scale}: {column.heading}", title_justify="left")
-                for name in found.head:
+                for name in ours.head:
                     table.add_column(name, justify="left" if name == "row" else "right")
-                for row in found.rows:
+                for row in ours.rows:
                     table.add_row(
                         *(Text(cell.replace("**", ""), "bold" if cell.startswith("**") else "") for cell in row)
                     )
@@ -234,7 +237,7 @@ def reproduced(experiments: Sequence[Experiment]) -> Group:
 
 
 def show(renderable: Any) -> None:
-    """Print to standard output, at a fixed width where that is no terminal."""
+    """Print to standard output, with `WIDTH` characters a line if it is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
