@@ -399,7 +399,7 @@ def test_every_row_trains(small):
     """Two steps of each at toy scale, made smaller still; those that become the same run but once."""
     done = set()
     for row in (row for (name, _), row in all_rows("toy").items() if name in LANGUAGE):
-        config = compose([*row.words, *small])
+        config = compose([*row.overrides, *small])
         if config.id not in done:
             done.add(config.id)
             record, folder = train_run(config)
