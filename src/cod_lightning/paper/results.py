@@ -14,7 +14,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.evaluate.lm_eval import SCORES_FILE
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.train.record import FAILURE, RECORD, check, is_number
+from cod_lightning.train.record import FAILURE, RECORD, check_record, is_number
 from cod_lightning.typed_json import from_json, read_json
 
 MEASURES_FOLDER = "measure"
@@ -49,7 +49,7 @@ def recorded_config(path: Path) -> dict[str, Any]:
     """
     record = read_object(path)
     try:
-        check(record)
+        check_record(record)
     except ValueError as error:
         raise UserError(f"{path}: not a run record ({error}); remove it") from error
     return record["config"]

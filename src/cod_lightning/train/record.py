@@ -1,9 +1,8 @@
-"""The record of a run: what was asked for, where it ran and what came out, as one JSON file."""
+"""The record of a run in one JSON file: configuration, environment, results."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -19,10 +18,11 @@ import cod_lightning
 from cod_lightning.config.schema import FIGURES
 from cod_lightning.errors import DAMAGED, UserError
 from cod_lightning.files import write_atomic
+from cod_lightning.measure.result import finite
 
 RECORD = "record.json"
 FAILURE = "failed.json"
-"""Instead of a record, where the loss left the finite numbers."""
+"""Replaces the record of a run that diverged."""
 PACKAGES = ("torch", "lightning", "torchmetrics", "litdata", "tokenizers", "triton", "numpy", "pillow")
 
 
@@ -48,11 +48,11 @@ def package_version(name: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, "+changes" appended where files differ; None outside one."""
+    """The commit of this package's checkout, with "+changes" if files differ; None outside of a checkout."""
     folder = Path(__file__).resolve().parent
 
-    def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
@@ -64,71 +64,63 @@ def git_commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Names and counts of the processors at hand."""
+    """Names and numbers of CPU cores, threads and GPUs."""
     cpu = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as lines:
             cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     except OSError:
-        pass  # not Linux: the architecture is all there is
+        pass  # not Linux: keep the architecture
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write `record.json` into a run folder."""
-    write(folder / RECORD, record)
+    write_json(folder / RECORD, record)
 
 
 def write_failure(folder: Path, config: Mapping[str, Any], reason: str) -> None:
-    """Write `failed.json` into a run folder: the configuration, the machine, and the reason of the failure."""
-    write(folder / FAILURE, {"failure": reason, "seed": config["seed"], **environment(), "config": config})
+    """Write `failed.json` into a run folder: configuration, environment and reason."""
+    write_json(folder / FAILURE, {"failure": reason, "seed": config["seed"], **environment(), "config": config})
 
 
-def write(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON with null for numbers that are not finite."""
     write_atomic(path, json.dumps(finite(values), indent=1, allow_nan=False) + "\n")
 
 
-def finite(value: Any) -> Any:
-    """The value with None in place of infinities and NaN, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished run, None if it has none yet.
+    """The record of a finished run, None if there is no record.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file is unreadable or not a run record.
     """
     path = folder / RECORD
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text("utf-8"))
-        check(record)
+        check_record(record)
     except DAMAGED as error:
         raise UserError(f"{path}: not a readable run record ({error}); remove it and run again") from error
     return record
 
 
-NUMBERS = ("seed", "steps", "tokens", "tokens_per_second", "wall_seconds", "parameters", "val_loss")
-"""What every record of a finished run has, besides the figures of its task."""
+REQUIRED_NUMBERS = ("seed", "steps", "tokens", "tokens_per_second", "wall_seconds", "parameters", "val_loss")
+"""Fields of every record of a finished run, besides the metrics of its task."""
 
 
-def check(record: Any) -> None:
-    """Compare what was read of a finished or failed run with what is written of one.
+def check_record(record: Any) -> None:
+    """Check the fields of a parsed `record.json` or `failed.json`.
 
     Raises:
         ValueError: names the first field that is missing or of another type.
     """
 
-    def has(name: str, right: Callable[[Any], bool], holder: Any = record) -> None:
-        if not isinstance(holder, dict) or not right(holder.get(name)):
-            raise ValueError(f"{name} is missing, or not what a run writes")
+    def has(name: str, is_valid: Callable[[Any], bool], section: Any = record) -> None:
+        if not isinstance(section, dict) or not is_valid(section.get(name)):
+            raise ValueError(f"{name} is missing or of another type")
 
     def is_mapping(value: Any) -> bool:
         return isinstance(value, dict)
@@ -152,20 +144,20 @@ def check(record: Any) -> None:
         has("seed", is_number)
         has("failure", is_text)
         return
-    for name in (*NUMBERS, *(name for name in FIGURES if name in record)):
+    for name in (*REQUIRED_NUMBERS, *(name for name in FIGURES if name in record)):
         has(name, is_number)
     has("history", is_mapping)
-    for kind, name in READ.items():
+    for kind, name in REQUIRED_SERIES.items():
         if kind in record["history"]:
             series = record["history"][kind]
             has("step", is_series, series)
             has(name, is_series, series)
             if len(series[name]) != len(series["step"]):
-                raise ValueError(f"{name} is not as long as the steps that it was taken at")
+                raise ValueError(f"{name} has {len(series[name])} entries for {len(series['step'])} steps")
 
 
-READ = {"train": "loss", "val": "val_loss", "layers": "variance"}
-"""Of the series of a history those that tables and figures are made of."""
+REQUIRED_SERIES = {"train": "loss", "val": "val_loss", "layers": "variance"}
+"""The column of each series that tables and figures use."""
 
 
 def is_number(value: Any) -> bool:
@@ -173,7 +165,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_series(value: Any) -> bool:
-    """Whether a value is a non-empty list of numbers, or of equally long lists of numbers; None is not finite."""
+    """Whether a value is a non-empty list of numbers, or of lists of equal length; None replaces NaN and infinity."""
     if not isinstance(value, list) or not value:
         return False
     if isinstance(value[0], list):

@@ -16,6 +16,7 @@ from cod_lightning.config.schema import TOKENIZER, Config, TrainerConfig
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
+from cod_lightning.measure.result import finite
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
@@ -34,7 +35,7 @@ from cod_lightning.train.checkpoint import (
 from cod_lightning.train.load import InitialWeights, load_initial_weights, write_tokenizer
 from cod_lightning.train.module import DecoderModule, StepModule
 from cod_lightning.train.ranks import is_first_rank
-from cod_lightning.train.record import environment, finite, write_record
+from cod_lightning.train.record import environment, write_record
 from cod_lightning.train.strategy import accelerator
 from cod_lightning.train.trainer import (
     build_trainer,
