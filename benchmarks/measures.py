@@ -33,7 +33,7 @@ from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.callbacks import IN_TRAINING, worth_a_figure
+from cod_lightning.train.callbacks import TRAINING_MEASURES, is_figure_step
 
 CLOCK = time.perf_counter if ON_GPU else time.process_time
 Function = Callable[[], object]
@@ -69,7 +69,7 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
     probe = torch.randint(vocabulary, (trainer.probe_rows, config.data.seq_len), device=DEVICE)
     batches, model = probe.split(config.data.micro_batch_size), ModelAdapter(decoder)
     measures: dict[str, Function] = {"layer statistics": partial(layer_statistics, decoder, probe)}
-    for name, function in IN_TRAINING.items():
+    for name, function in TRAINING_MEASURES.items():
         measures[name] = partial(function, model, batches, None, lambda done, total: None)
     intervals = {"layer statistics": trainer.stats_every, **trainer.measures}
     due = {
@@ -78,7 +78,7 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
         if every
     }
     figure_steps = [
-        at for at in due["layer statistics"] if at and worth_a_figure(at, trainer.stats_every, trainer.max_steps)
+        at for at in due["layer statistics"] if at and is_figure_step(at, trainer.stats_every, trainer.max_steps)
     ]
 
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:

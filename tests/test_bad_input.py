@@ -233,7 +233,7 @@ if not torch.cuda.is_available():
         (
             nothing,
             ["toy", "trainer=fsdp", "trainer.offload=true", "data.micro_batch_size=4"],
-            ["trainer.offload=true keeps in the host's memory what GPUs need not hold: it needs GPUs"],
+            ["trainer.offload=true requires a GPU: pass trainer.offload=false"],
         ),
     ]
 
@@ -313,7 +313,7 @@ SETS = [
 
 # --- checkpoints, and the rest of a run folder ----------------------------------------------------------------------
 
-DAMAGED = ["not a readable checkpoint", "remove it to go on from an earlier one"]
+DAMAGED = ["not a readable checkpoint", "remove it to resume from an earlier one"]
 LAST = "checkpoints/step-00000006.ckpt"
 RUNS = [
     *((nothing, [*words], ["nowhere: not a run folder", "config.yaml"]) for words in (

@@ -18,10 +18,10 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.callbacks import IN_TRAINING, MOST_FIGURES, few_jacobians
+from cod_lightning.train.callbacks import MAX_FIGURES, TRAINING_MEASURES, training_jacobian
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.load import checkpoint_of, load_decoder
-from cod_lightning.train.module import share
+from cod_lightning.train.module import rank_share
 from cod_lightning.train.run import build
 
 DEPTH, PAD = 3, 0
@@ -57,7 +57,7 @@ def test_a_measure_that_draws_numbers_or_changes_the_mode_leaves_no_trace(train,
         torch.rand(3)
         return registry.MEASURES["influence"](model, *_)
 
-    monkeypatch.setitem(IN_TRAINING, "influence", drawing)
+    monkeypatch.setitem(TRAINING_MEASURES, "influence", drawing)
     left = []
     for every in (0, 2):
         torch.manual_seed(0)
@@ -92,7 +92,7 @@ def test_what_is_recorded_last_is_what_the_checkpoint_measures(measured, toy):
     data, _ = build(run)
     batches, model = [data.probe_batch(4)], ModelAdapter(decoder.eval())
     for name, measure in registry.MEASURES.items():
-        result = IN_TRAINING[name](model, batches, data.pad_id, lambda *_: None)
+        result = TRAINING_MEASURES[name](model, batches, data.pad_id, lambda *_: None)
         for column, values in measure.recorded(result).items():
             assert record["history"][name][column][-1] == values, (name, column)
 
@@ -126,7 +126,7 @@ def test_a_long_run_draws_no_more_figures_than_a_short_one(train):
     assert len(record["history"]["angular"]["step"]) == 25
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
-    steps = [24 * part // MOST_FIGURES for part in range(MOST_FIGURES + 1)]
+    steps = [24 * part // MAX_FIGURES for part in range(MAX_FIGURES + 1)]
     assert [image.step for image in events.Images("angular")] == steps
     assert [image.step for image in events.Images("variance by layer")] == steps[1:]
 
@@ -141,8 +141,8 @@ def test_what_cannot_be_measured_stops_a_run_before_its_first_step_and_later_is_
             raise UserError("no spectrum")
         return registry.MEASURES["sparsity"](model, *_)
 
-    monkeypatch.setitem(IN_TRAINING, "sparsity", once)
-    with pytest.warns(UserWarning, match="step 6, sparsity is left out: no spectrum"):
+    monkeypatch.setitem(TRAINING_MEASURES, "sparsity", once)
+    with pytest.warns(UserWarning, match="step 6: sparsity is skipped: no spectrum"):
         record, _ = train("trainer.measures.sparsity=100", "name=warned")
     assert record["history"]["sparsity"]["step"] == [0]
 
@@ -165,7 +165,7 @@ def statistics_of_a_rank(decoder, rows, rank):
         torch.distributed.all_reduce(x)
         return x
 
-    return layer_statistics(decoder, share(probe(rows), rank, 2, PAD), PAD, sum_over_ranks=total)
+    return layer_statistics(decoder, rank_share(probe(rows), rank, 2, PAD), PAD, sum_over_ranks=total)
 
 
 def two_ranks(rank, port, folder):
@@ -178,7 +178,7 @@ def two_ranks(rank, port, folder):
         fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     found.append(statistics_of_a_rank(unwrapped_copy(sharded), 5, rank))
-    jacobians = few_jacobians(ModelAdapter(unwrapped_copy(sharded).eval()), [probe(5)], PAD, lambda *_: None)
+    jacobians = training_jacobian(ModelAdapter(unwrapped_copy(sharded).eval()), [probe(5)], PAD, lambda *_: None)
     torch.save([*map(vars, found), vars(jacobians)], folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -191,7 +191,7 @@ def test_two_ranks_find_what_one_does_also_of_a_sharded_decoder(tmp_path):
     torch.multiprocessing.spawn(two_ranks, (port, tmp_path), nprocs=2)
     decoder = tiny()
     expected = [vars(layer_statistics(decoder, probe(rows), PAD)) for rows in (1, 2, 5, 5)]
-    jacobians = vars(few_jacobians(ModelAdapter(decoder.eval()), [probe(5)], PAD, lambda *_: None))
+    jacobians = vars(training_jacobian(ModelAdapter(decoder.eval()), [probe(5)], PAD, lambda *_: None))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for one, two in zip(expected, found[:-1], strict=True):

@@ -166,7 +166,7 @@ def write_parts(path, store):
     try:
         checkpoint = {"state_dict": {"decoder.weight": torch.ones(3)}, "tokens": 3, "optimizer_states": []}
         io = AtomicCheckpointIO()
-        io.save_parts(checkpoint, path, True, lambda failure: failure)
+        io.save_sharded(checkpoint, path, True, lambda failure: failure)
         return io.failure
     finally:
         torch.distributed.destroy_process_group()
@@ -246,15 +246,15 @@ def test_a_run_stopped_before_a_validation_begins_with_it(train, monkeypatch):
 
     words = ("trainer.max_steps=6", "eval.every=2", "trainer.checkpoint_every=100")
     whole, _ = train(*words, "name=whole")
-    listen, calls = StopOnSignal.listen, []
+    install_handler, calls = StopOnSignal.install_handler, []
 
     def stop_in_the_second(self, module):
         calls.append(module)
-        module.stop_asked = len(calls) == 3  # the fit, the first validation, the second
-        listen(self, module)
+        module.stop_requested = len(calls) == 3  # the fit, the first validation, the second
+        install_handler(self, module)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopOnSignal, "listen", stop_in_the_second)
+        patch.setattr(StopOnSignal, "install_handler", stop_in_the_second)
         with pytest.raises(Stopped, match="in the validation after step 4"):
             train(*words, "name=stopped")
     again, _ = train(*words, "name=stopped")
@@ -294,11 +294,11 @@ def test_ranks_that_see_different_checkpoints_do_not_start(toy, train, tmp_path)
     words = [*toy, *words, *world("ddp"), "trainer.num_nodes=2", "trainer.devices=1"]
     for status, said in on_two_nodes(lambda rank: [*words, f"output={tmp_path / str(rank)}", "name=run"]):
         assert status == 2, said
-        assert "must be on a file system that all nodes share" in said
+        assert "put the run folder on a file system that all nodes share" in said
 
 
 def test_what_only_sharding_can_do_is_refused_elsewhere(toy):
-    with pytest.raises(UserError, match=r"trainer\.hybrid=true is for trainer\.strategy=fsdp"):
+    with pytest.raises(UserError, match=r"trainer\.hybrid=true requires trainer\.strategy=fsdp"):
         compose([*toy, "trainer.hybrid=true"])
     with pytest.raises(UserError, match=r"optim\.lisa_layers"):
         compose([*toy, *world("fsdp"), "optim=lisa", "data.micro_batch_size=4"])

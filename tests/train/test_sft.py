@@ -15,7 +15,7 @@ from cod_lightning.data.tokenizers import train_bpe
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
-from cod_lightning.train.optim import resting_blocks
+from cod_lightning.train.optim import frozen_blocks
 from cod_lightning.train.run import build
 
 
@@ -222,15 +222,15 @@ LISA = ("optim.lisa_layers=1", "optim.lisa_interval=2", "optim.name=adamw", "opt
 
 def test_blocks_are_drawn_uniformly_by_seed_and_step():
     config = OptimConfig(lisa_layers=3, lisa_interval=5)
-    drawn = [set(range(8)) - set(resting_blocks(step, 8, config, seed=1)) for step in range(10_000)]
+    drawn = [set(range(8)) - set(frozen_blocks(step, 8, config, seed=1)) for step in range(10_000)]
     assert {len(active) for active in drawn} == {3}
     assert all(drawn[step] == drawn[step - step % 5] for step in range(10_000))
     for block in range(8):
         assert sum(block in active for active in drawn[::5]) / 2_000 == pytest.approx(3 / 8, abs=0.04)
     pairs = sum({0, 7} <= active for active in drawn[::5]) / 2_000
     assert pairs == pytest.approx(3 / 28, abs=0.03)
-    assert drawn != [set(range(8)) - set(resting_blocks(step, 8, config, seed=2)) for step in range(10_000)]
-    assert resting_blocks(7, 8, OptimConfig(), seed=1) == []
+    assert drawn != [set(range(8)) - set(frozen_blocks(step, 8, config, seed=2)) for step in range(10_000)]
+    assert frozen_blocks(7, 8, OptimConfig(), seed=1) == []
 
 
 def test_only_the_drawn_blocks_change_and_only_their_moments(tune):
@@ -239,7 +239,7 @@ def test_only_the_drawn_blocks_change_and_only_their_moments(tune):
     kept = checkpoints(folder / "checkpoints")
     assert len(kept) == 6
     config = OptimConfig(lisa_layers=1, lisa_interval=2)
-    active = [set(range(3)) - set(resting_blocks(step, 3, config, seed=6)) for step in range(6)]
+    active = [set(range(3)) - set(frozen_blocks(step, 3, config, seed=6)) for step in range(6)]
     assert active == [{0}, {0}, {2}, {2}, {1}, {1}]
     names = list(weights(kept[0]))
 

@@ -1,4 +1,4 @@
-"""What a run records while it trains."""
+"""Callbacks that record, measure, report and interrupt a run."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 History = dict[str, dict[str, list[Any]]]
-"""Series by kind (`train`, `val`, `layers`, and the names of measures); each holds equally long lists, `step` among
-them. An entry of a measure is a list over the blocks `layer`, or over all from the first where there is no `layer`."""
+"""Series by kind: `train`, `val`, `layers`, and the names of measures.
 
-MOST_FIGURES = 8
-"""TensorBoard gets so many figures of a measure over a run, and one of its start (see `worth_a_figure`)."""
+A series has lists of equal length, one of them `step`. An entry of a measure is a list over the blocks in `layer`, or
+over all blocks if the series has no `layer`."""
+
+MAX_FIGURES = 8
+"""The number of figures of a measure in TensorBoard, besides the one of step 0 (see `is_figure_step`)."""
 
 
 class Recorder(Callback):
-    """Keeps the figures of a run over its steps, through interruptions, and sends them to the loggers.
+    """Records the metrics of a run by step and logs them; its state is saved in checkpoints.
 
     Args:
-        log_every: steps between recorded training values.
+        log_every: steps between recorded training metrics.
     """
 
     def __init__(self, log_every: int):
@@ -62,7 +64,7 @@ class Recorder(Callback):
             "tokens": self.tokens,
             "train_seconds": self.train_seconds,
             "measure_seconds": self.measure_seconds,
-            "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
+            "wall_seconds": self.wall_seconds + time.perf_counter() - self.started,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,7 +75,7 @@ class Recorder(Callback):
         self.wall_seconds = state_dict["wall_seconds"]
 
     def add(self, trainer: Trainer, kind: str, **values: Any) -> None:
-        """Append one entry to a series, and log its numbers."""
+        """Append one entry to the series `kind`, and log its numbers."""
         series = self.history.setdefault(kind, {})
         for name, value in {"step": trainer.global_step, **values}.items():
             series.setdefault(name, []).append(value)
@@ -93,15 +95,15 @@ class Recorder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.began = time.perf_counter()
+            self.started = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
-        self.batch_began = time.perf_counter()
+        self.batch_started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
-        seconds = time.perf_counter() - self.batch_began
+        seconds = time.perf_counter() - self.batch_started
         self.train_seconds += seconds
         outputs = {name: float(value) for name, value in outputs.items()}
         rate = (outputs["tokens"] - self.tokens) / seconds
@@ -115,11 +117,11 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.last_validation == trainer.global_step:
             return
-        found = trainer.callback_metrics
-        self.add(trainer, "val", **{name: float(found[name]) for name in (*FIGURES, *COUNTS) if name in found})
+        metrics = trainer.callback_metrics
+        self.add(trainer, "val", **{name: float(metrics[name]) for name in (*FIGURES, *COUNTS) if name in metrics})
 
     def final(self) -> dict[str, Any]:
-        """The last validation's figures, tokens and speed."""
+        """The metrics of the last validation, and tokens, tokens per second and seconds of the run."""
         last = {name: values[-1] for name, values in self.history["val"].items() if name != "step"}
         tokens = int(self.history["train"]["tokens"][-1])
         return {
@@ -129,41 +131,41 @@ class Recorder(Callback):
             "tokens": tokens,
             "tokens_per_second": tokens / self.train_seconds,
             "measure_seconds": self.measure_seconds,
-            "wall_seconds": self.wall_seconds + time.perf_counter() - self.began,
+            "wall_seconds": self.wall_seconds + time.perf_counter() - self.started,
         }
 
 
 class StopOnSignal(Callback):
-    """Takes SIGTERM, with which schedulers announce the end, for a wish to stop after the step or validation batch.
+    """Stops cleanly on SIGTERM, on all ranks after the same step or validation batch.
 
-    All ranks learn of it together. After a step `Checkpoints` saves and stops; before a validation it saved already.
+    After a step, `Checkpoints` saves and stops. During a validation there already is a checkpoint of its step.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.listen(pl_module)
+        self.install_handler(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.listen(pl_module)
+        self.install_handler(pl_module)
 
-    def listen(self, pl_module: Any) -> None:
-        """In the place of Lightning's own handler, which talks to other ranks in the middle of anything."""
+    def install_handler(self, pl_module: Any) -> None:
+        """Replace Lightning's SIGTERM handler, which starts a collective at an arbitrary point."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda number, frame: setattr(pl_module, "stop_asked", True))
+            signal.signal(signal.SIGTERM, lambda number, frame: setattr(pl_module, "stop_requested", True))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *arguments: Any, **named: Any) -> None:
-        if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_asked))).item():
-            raise Stopped(f"stopped as asked, in the validation after step {trainer.global_step}")
+        if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_requested))).item():
+            raise Stopped(f"interrupted in the validation after step {trainer.global_step}")
 
 
 class ProbeCallback(Callback, ABC):
-    """Measures the decoder on a fixed batch before the first step, every `every` steps and after the last one.
+    """Measures the model on a fixed batch before the first step, every `every` steps, and after the last step.
 
-    Training continues bit-identically: the measures see an `unwrapped_copy`, and random states are restored. Sharded
-    weights are gathered for it, which takes the memory of the whole model.
+    Training is bit-identical with and without it: it measures an `unwrapped_copy` and restores the random states. It
+    gathers sharded weights, which needs memory for the whole model.
 
     Args:
-        recorder: keeps what is found.
-        probe: rows of the data's `probe_batch`, the same on every rank.
+        recorder: records the results.
+        probe: the data's `probe_batch`, the same on every rank.
         every: steps between measurements.
     """
 
@@ -172,70 +174,69 @@ class ProbeCallback(Callback, ABC):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
-            self.undisturbed(trainer, pl_module)
+            self.measure_copy(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            self.undisturbed(trainer, pl_module)
+            self.measure_copy(trainer, pl_module)
 
-    def undisturbed(self, trainer: Trainer, pl_module: Any) -> None:
-        began = time.perf_counter()
+    def measure_copy(self, trainer: Trainer, pl_module: Any) -> None:
+        started = time.perf_counter()
         with isolate_rng():
             self.measure(trainer, pl_module, unwrapped_copy(pl_module.network).to(trainer.strategy.root_device).eval())
-        self.recorder.measure_seconds += time.perf_counter() - began
+        self.recorder.measure_seconds += time.perf_counter() - started
 
     @abstractmethod
     def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
-        """Measure `network` and record it; every rank calls this at the same steps."""
+        """Measure `network` and record the result; every rank calls this at the same steps."""
 
-    def draw(self, trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
-        """Draw what was just measured into TensorBoard, where it is `worth_a_figure`."""
+    def add_figure(self, trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
+        """Add a figure to TensorBoard if `is_figure_step`."""
         step = trainer.global_step
-        if trainer.is_global_zero and worth_a_figure(step, self.every, trainer.max_steps):
+        if trainer.is_global_zero and is_figure_step(step, self.every, trainer.max_steps):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure(name, plot(), global_step=step)
 
 
 class LayerStatisticsCallback(ProbeCallback):
-    """Variances and gradient norms of every layer, as the series `layers`.
+    """Records activation variances and gradient norms of every layer as the series `layers`.
 
-    Every rank takes its share of the rows, and all find the statistics of the whole probe.
+    Each rank processes a share of the probe; the statistics are summed over the ranks.
     """
 
     def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
         with trainer.precision_plugin.forward_context():
-            found = pl_module.statistics(
+            statistics = pl_module.statistics(
                 network, pl_module.transfer_batch_to_device(self.probe, trainer.strategy.root_device, 0)
             )
         self.recorder.add(
             trainer,
             "layers",
-            variance=found.residual,
-            attention_variance=found.attention,
-            ffn_variance=found.ffn,
-            gradient_norm=found.gradient_norm,
+            variance=statistics.residual,
+            attention_variance=statistics.attention,
+            ffn_variance=statistics.ffn,
+            gradient_norm=statistics.gradient_norm,
         )
         if trainer.global_step:
             series = self.recorder.history["layers"]
-            self.draw(trainer, "variance by layer", lambda: plot_variance(series["step"], series["variance"]))
+            self.add_figure(trainer, "variance by layer", lambda: plot_variance(series["step"], series["variance"]))
 
 
 class MeasureCallback(ProbeCallback):
-    """One of `IN_TRAINING`, as a series of its name: what it finds of each layer, not what it finds of pairs.
+    """Records one of `TRAINING_MEASURES` as a series: its values by layer, without values of layer pairs.
 
-    Every rank measures all rows. Largest values, spectra and standard errors are no sums over rows, and each rank has
-    all that it takes: so all find the same in the time that one alone would need, and none waits for another.
+    Every rank measures the whole probe, because maxima, spectra and standard errors are not sums over sequences.
 
-    The decoder is measured in the precision of its weights, as the command `measure` does it with a checkpoint.
+    The decoder is measured in the precision of its weights, as by the command `measure`.
 
     Args:
-        recorder: keeps what is found.
-        probe: tokens [rows, length], the same on every rank.
+        recorder: records the results.
+        probe: tokens [sequences, length], the same on every rank.
         every: steps between measurements.
-        name: of the measure.
+        name: the measure.
     """
 
     def __init__(self, recorder: Recorder, probe: Tensor, every: int, name: str):
@@ -243,61 +244,63 @@ class MeasureCallback(ProbeCallback):
         self.name = name
 
     def measure(self, trainer: Trainer, pl_module: Any, network: Decoder) -> None:
-        """Measure `network` and record it.
+        """Measure `network` and record the result.
 
         Raises:
-            UserError: decoder or probe are none for this measure; once steps have been made, that is a warning.
+            UserError: this measure does not apply to the decoder or the probe; after step 0 a warning instead.
         """
-        model, batches = (
-            ModelAdapter(network, f"step {trainer.global_step}"),
-            self.probe.split(pl_module.micro_batch_size),
-        )
+        model = ModelAdapter(network, f"step {trainer.global_step}")
+        batches = self.probe.split(pl_module.micro_batch_size)
         try:
-            result = IN_TRAINING[self.name](model, batches, pl_module.pad_id, lambda done, total: None)
+            result = TRAINING_MEASURES[self.name](model, batches, pl_module.pad_id, lambda done, total: None)
         except UserError as error:
             if trainer.global_step == 0:
                 raise UserError(f"trainer.measures.{self.name}: {error}") from error
-            rank_zero_warn(f"step {trainer.global_step}, {self.name} is left out: {error}")
+            rank_zero_warn(f"step {trainer.global_step}: {self.name} is skipped: {error}")
             return
         self.recorder.add(trainer, self.name, **MEASURES[self.name].recorded(result))
         if MEASURES[self.name].is_map:
-            self.draw(trainer, self.name, result.plot)
+            self.add_figure(trainer, self.name, result.plot)
 
 
-def worth_a_figure(step: int, every: int, max_steps: int) -> bool:
-    """Whether a measurement is the first in one of `MOST_FIGURES` equal parts of the run, or its last one.
+def is_figure_step(step: int, every: int, max_steps: int) -> bool:
+    """Whether to draw a figure at a measurement; limits a run to `MAX_FIGURES` + 1 figures.
 
-    So there are at most `MOST_FIGURES` + 1 figures, however long the run and however often it is measured.
+    True at step 0, and at the first measurement at or after each multiple of `max_steps / MAX_FIGURES`.
 
     Args:
-        step: of the measurement.
-        every: steps since the one before.
-        max_steps: of the run.
+        step: the step of the measurement.
+        every: steps between measurements.
+        max_steps: steps of the run.
     """
-    return step * MOST_FIGURES // max_steps > (step - every) * MOST_FIGURES // max_steps
+    return step * MAX_FIGURES // max_steps > (step - every) * MAX_FIGURES // max_steps
 
 
-def few_jacobians(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None, progress: Progress) -> Jacobian:
-    """Jacobians of eight layers at one token of four rows.
+def training_jacobian(
+    model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None, progress: Progress
+) -> Jacobian:
+    """Jacobians of eight layers at one token of four sequences.
 
-    Tokens and probes are the same at every step, so that what changes is the model. Two iterations leave the largest
-    singular value 1 to 2% low, in the first layer up to 12%.
+    Tokens and probe vectors are the same at every step. Two iterations underestimate the largest singular value by 1 to
+    2%, and by up to 12% in the first layer.
     """
-    rows = torch.cat(tuple(batches))[:4]
-    return jacobian(model, [rows], pad_id, progress, layers=model.evenly_spaced(8), tokens=1, probes=4, iterations=2)
+    sequences = torch.cat(tuple(batches))[:4]
+    return jacobian(
+        model, [sequences], pad_id, progress, layers=model.evenly_spaced(8), tokens=1, probes=4, iterations=2
+    )
 
 
-IN_TRAINING: dict[str, Callable[..., Any]] = {**MEASURES, "jacobian": few_jacobians}
-"""The measures by name, as they are taken while a model trains."""
+TRAINING_MEASURES: dict[str, Callable[..., Any]] = {**MEASURES, "jacobian": training_jacobian}
+"""The measures by name, with cheaper versions for use during training."""
 
 
 class ProgressLines(Callback):
-    """One line per logged step, for output that is not a terminal."""
+    """Prints one line per logged step to stderr; for output that is not a terminal."""
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
 
-    def say(self, trainer: Trainer, line: str) -> None:
+    def print_line(self, trainer: Trainer, line: str) -> None:
         if trainer.is_global_zero:
             print(line, file=sys.stderr, flush=True)
 
@@ -307,7 +310,7 @@ class ProgressLines(Callback):
         series = self.recorder.history["train"]
         if series["step"][-1] == trainer.global_step:
             left = (trainer.max_steps - trainer.global_step) * series["tokens"][-1] / trainer.global_step
-            self.say(
+            self.print_line(
                 trainer,
                 f"step {trainer.global_step:>6}/{trainer.max_steps}  loss {series['loss'][-1]:.4f}  "
                 f"lr {series['lr'][-1]:.2e}  {series['tokens_per_second'][-1]:,.0f} tokens/s  "
@@ -315,16 +318,16 @@ class ProgressLines(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        figures = trainer.callback_metrics
-        words = [f"{name} {figures[name]:{form}}" for name, form in FIGURES.items() if name in figures]
-        self.say(trainer, "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *words]))
+        metrics = trainer.callback_metrics
+        columns = [f"{name} {metrics[name]:{form}}" for name, form in FIGURES.items() if name in metrics]
+        self.print_line(trainer, "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *columns]))
 
 
 class ProgressBar(RichProgressBar):
-    """A bar over the steps with time left, loss and tokens/s; there are no epochs here."""
+    """A bar over the steps of the run with time left, loss and tokens/s."""
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Lightning's, but a narrower bar and tokens/s instead of batches/s: all of it fits in 80 characters."""
+        """Lightning's columns with a narrower bar and without batches/s; they fit in 80 characters."""
         columns = [c for c in super().configure_columns(trainer) if type(c).__name__ != "ProcessingSpeedColumn"]
         for column in columns:
             if isinstance(column, BarColumn):
@@ -344,5 +347,5 @@ class ProgressBar(RichProgressBar):
 
 
 def progress(recorder: Recorder, terminal: bool) -> Callback:
-    """A bar on a terminal, lines elsewhere."""
+    """A progress bar if `terminal`, progress lines otherwise."""
     return ProgressBar(leave=True) if terminal else ProgressLines(recorder)

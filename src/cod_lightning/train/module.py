@@ -27,15 +27,15 @@ from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
 from cod_lightning.train.load import InitialWeights
-from cod_lightning.train.optim import build_optimizer, frozen, resting_blocks
+from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks
 from cod_lightning.train.strategy import Sharded, backend
 
 
 class StepModule(LightningModule, ABC):
-    """Trains a model with one optimizer step per batch; a child says what the model and its batches are.
+    """Trains a model with one optimizer step per batch; subclasses define the model and its batches.
 
-    A training batch is a rank's share of one optimizer step; it is cut into micro-batches here, so that the trainer's
-    step, the optimizer's update and the data's step are one number.
+    A training batch is a rank's share of one optimizer step. `training_step` splits it into micro-batches, so that the
+    steps of trainer, optimizer and data have the same number.
 
     Args:
         config: the run, with `model.vocab_size` filled in for a decoder.
@@ -47,45 +47,49 @@ class StepModule(LightningModule, ABC):
         self.config, self.optim = config, config.optim
         self.micro_batch_size = config.data.micro_batch_size
         self.initial_weights: InitialWeights | None = None
-        """Replace the random initialisation."""
+        """Weights that replace the random initialisation."""
         self.origin: dict[str, Any] | None = None
-        """The checkpoint that the initial weights came from, and its step."""
-        self.stop_asked = False
-        """This process was told to stop."""
-        self.stopping = False
-        """Some rank was told to: all know it with the same step."""
+        """The entry `init_from` of a checkpoint and a record: path and step of the initial weights."""
+        self.stop_requested = False
+        """This process received SIGTERM."""
+        self.should_stop = False
+        """Some rank received SIGTERM before this step; the same on all ranks."""
         self.tokens = 0
-        """Tokens read so far that are not padding, over all ranks."""
+        """Tokens read so far without padding, over all ranks."""
 
     @property
     @abstractmethod
     def network(self) -> Any:
-        """What is trained: `network(rows, targets)` is a `TokenLoss`."""
+        """The trained model; `network(inputs, targets)` returns a `TokenLoss`."""
 
     @abstractmethod
-    def rows_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The rows of a training batch, and what is to be predicted of each, `IGNORE` where nothing is."""
+    def inputs_and_targets(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The inputs of a training batch and their targets; `IGNORE` marks positions without a target."""
 
     @abstractmethod
-    def count_tokens(self, rows: Tensor) -> Tensor:
-        """How many tokens rows have that are not padding, 0-dimensional."""
+    def count_tokens(self, inputs: Tensor) -> Tensor:
+        """The number of tokens without padding, []."""
 
     @abstractmethod
     def statistics(self, network: Any, probe: Any) -> LayerStatistics:
-        """Every layer of `network`, which is this one's or a copy, measured on the data's `probe_batch`.
+        """Statistics of every layer on the data's `probe_batch`.
 
-        Every rank takes its share of the rows, and all find the statistics of the whole probe.
+        Each rank processes a share of the probe; the statistics are summed over the ranks.
+
+        Args:
+            network: this module's network or a copy.
+            probe: the probe batch, the same on every rank.
         """
 
     @abstractmethod
     def build(self, device: torch.device, wrap: Callable[[Any], None]) -> None:
-        """Set the initialised model: built on the meta device, wrapped there, drawn on `device`."""
+        """Build the model on the meta device, apply `wrap`, and initialise it on `device`."""
 
     def configure_model(self) -> None:
-        """Build the model, and shard it where the trainer's strategy does; a second call does nothing.
+        """Build the model and shard it under FSDP; a second call does nothing.
 
         Raises:
-            UserError: `initial_weights` has other parameters.
+            UserError: `initial_weights` does not have the model's parameters.
         """
         if self.built:
             return
@@ -95,7 +99,7 @@ class StepModule(LightningModule, ABC):
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, Sharded):
             wrapping |= strategy.sharding()
-            device = strategy.resting_device
+            device = strategy.parameter_device
         self.build(device, partial(parallelise, **wrapping))
         if self.initial_weights is not None:
             load_weights(self.network, self.initial_weights.weights, self.initial_weights.checkpoint)
@@ -113,42 +117,43 @@ class StepModule(LightningModule, ABC):
         """One optimizer step over `batch`.
 
         Returns:
-            `loss`, the step's mean over all ranks as it was weighted; `lr`; `tokens`, read so far.
+            `loss`, the mean of the step over all ranks by `optim.weighting`; `lr`; `tokens` read so far.
 
         Raises:
-            Diverged: the loss is not finite; the parameters are as they were before this step.
+            Diverged: the loss is not finite; the parameters are unchanged.
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(schedule, LRScheduler)
         step = self.trainer.global_step + 1
-        resting = resting_blocks(step - 1, len(self.network.blocks), self.optim, self.config.seed)
-        idle = [self.network.blocks[index] for index in resting]
-        rows, targets = self.rows_and_targets(batch)
+        frozen = frozen_blocks(step - 1, len(self.network.blocks), self.optim, self.config.seed)
+        blocks = [self.network.blocks[index] for index in frozen]
+        inputs, targets = self.inputs_and_targets(batch)
         size = self.micro_batch_size
-        micro_batches = list(zip(rows.split(size), targets.split(size), strict=True))
-        asked = torch.tensor(int(self.stop_asked), device=rows.device)
-        count, tokens, stops = self.sum_over_ranks((targets != IGNORE).sum(), self.count_tokens(rows), asked).tolist()
-        self.stopping = stops > 0
-        total = torch.zeros((), device=rows.device, dtype=torch.float64)
+        micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+        stop = torch.tensor(int(self.stop_requested), device=inputs.device)
+        count, tokens, stops = self.sum_over_ranks((targets != IGNORE).sum(), self.count_tokens(inputs), stop).tolist()
+        self.should_stop = stops > 0
+        total = torch.zeros((), device=inputs.device, dtype=torch.float64)
         strategy = self.trainer.strategy
         optimizer.zero_grad()
         for number, part in enumerate(micro_batches, start=1):
-            waiting = number < len(micro_batches) and isinstance(strategy, ParallelStrategy)
-            with frozen(idle), strategy.block_backward_sync() if waiting else nullcontext():
-                found = self.network(*part)
+            no_sync = number < len(micro_batches) and isinstance(strategy, ParallelStrategy)
+            with freeze(blocks), strategy.block_backward_sync() if no_sync else nullcontext():
+                output = self.network(*part)
                 if self.optim.weighting == "tokens":
-                    loss = found.total / max(count, 1)
+                    loss = output.total / max(count, 1)
                 else:
-                    loss = found.total / found.counts.sum().clamp(min=1) / len(micro_batches) / self.trainer.world_size
+                    mean = output.total / output.counts.sum().clamp(min=1)
+                    loss = mean / len(micro_batches) / self.trainer.world_size
                 total += loss.detach()
-                # Gradients are averaged over the ranks; the loss is already divided by what all ranks have.
+                # The strategy averages gradients over the ranks, but the loss is already divided by the global count.
                 self.manual_backward(loss * self.trainer.world_size)
         (total,) = self.sum_over_ranks(total)
         value = float(total)
         if not torch.isfinite(total):
-            places = (first_bad_layer(self.network, *part) for part in micro_batches)
-            bad = next((place for place in places if place), "the loss, or on another rank")
+            layers = (first_bad_layer(self.network, *part) for part in micro_batches)
+            bad = next((layer for layer in layers if layer), "the loss, or on another rank")
             raise Diverged(
                 f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. "
                 "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
@@ -162,16 +167,17 @@ class StepModule(LightningModule, ABC):
         return {"loss": total, "lr": lr, "tokens": float(self.tokens)}
 
     def sum_over_ranks(self, *values: Tensor) -> Tensor:
+        """The sums of tensors of equal shape over all ranks, stacked."""
         stacked = torch.stack(values)
         if self.trainer.world_size == 1:
             return stacked
-        # Parameters, and what is found of them, may rest where ranks do not talk.
+        # With CPU offload, values are on the CPU; reduce on the communication device.
         return self.trainer.strategy.reduce(stacked.to(self.trainer.strategy.root_device), reduce_op="sum")
 
-    def share(self, rows: Tensor, filler: int) -> Tensor:
-        return share(rows, self.trainer.global_rank, self.trainer.world_size, filler)
+    def rank_share(self, inputs: Tensor, filler: int) -> Tensor:
+        return rank_share(inputs, self.trainer.global_rank, self.trainer.world_size, filler)
 
-    def total(self, values: Tensor) -> Tensor:
+    def total_over_ranks(self, values: Tensor) -> Tensor:
         return self.sum_over_ranks(values)[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -180,29 +186,29 @@ class StepModule(LightningModule, ABC):
         bad = [name for name, count in zip(finite, counts, strict=True) if count < self.trainer.world_size]
         if bad:
             raise Diverged(
-                f"{bad[0]} is not finite after step {self.trainer.global_step}: no checkpoint is written, the last one "
-                "is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
+                f"{bad[0]} is not finite after step {self.trainer.global_step}: no checkpoint is written. The last "
+                "checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
             )
         checkpoint["tokens"] = self.tokens
         checkpoint["init_from"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if found := shape_mismatches(self, checkpoint["state_dict"]):
+        if mismatches := shape_mismatches(self, checkpoint["state_dict"]):
             raise UserError(
-                f"the newest checkpoint has {len(found)} parameters of another shape than this run's ({found[0]}): it "
-                "is another run's; remove it to go on from an earlier one, or start anew with resume=false"
+                f"the newest checkpoint has {len(mismatches)} parameters of another shape than this run's "
+                f"({mismatches[0]}): remove it to resume from an earlier one, or pass resume=false to retrain"
             )
         self.tokens = checkpoint["tokens"]
         self.origin = checkpoint.get("init_from")
 
 
 class DecoderModule(StepModule):
-    """Trains a decoder on rows of tokens, or of prompts with answers on the answers.
+    """Trains a decoder on sequences of tokens; of instructions, on the answers only.
 
     Args:
         config: the run, with `model.vocab_size` filled in.
-        pad_id: padding token, None if rows have none.
-        val_rows: number of validation rows over all ranks.
+        pad_id: padding token, None if there is no padding.
+        val_rows: number of validation sequences over all ranks.
     """
 
     decoder: Decoder
@@ -210,7 +216,7 @@ class DecoderModule(StepModule):
     def __init__(self, config: Config, *, pad_id: int | None, val_rows: int):
         super().__init__(config)
         self.seq_len, self.pad_id = config.data.seq_len, pad_id
-        """A row of instructions has one more number than `seq_len`, the length of its prompt."""
+        """A stored row of instructions has `seq_len` tokens and the length of its prompt."""
         self.perplexity = Perplexity(val_rows, config.eval.paper_batch, config.eval.paper_ranks)
         self.accuracy = ExactMatch()
 
@@ -222,26 +228,27 @@ class DecoderModule(StepModule):
     def network(self) -> Decoder:
         return self.decoder
 
-    def rows_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of stored rows and what they are to predict, which a prompt has no part in: [rows, seq_len]."""
+    def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and next tokens of stored rows, both [rows, seq_len]; the tokens of a prompt are no targets."""
         tokens = batch[:, : self.seq_len]
         return tokens, next_tokens(tokens, self.pad_id, batch[:, self.seq_len] if self.has_prompts(batch) else None)
 
     def has_prompts(self, batch: Tensor) -> bool:
         return batch.shape[1] > self.seq_len
 
-    def count_tokens(self, rows: Tensor) -> Tensor:
-        return (torch.ones_like(rows) if self.pad_id is None else rows != self.pad_id).sum()
+    def count_tokens(self, inputs: Tensor) -> Tensor:
+        return (torch.ones_like(inputs) if self.pad_id is None else inputs != self.pad_id).sum()
 
     def statistics(self, network: Decoder, probe: Tensor) -> LayerStatistics:
-        return layer_statistics(network, self.share(probe, self.pad_id or 0), self.pad_id, sum_over_ranks=self.total)
+        tokens = self.rank_share(probe, self.pad_id or 0)
+        return layer_statistics(network, tokens, self.pad_id, sum_over_ranks=self.total_over_ranks)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         rows, index = batch
-        found = self.decoder(*self.rows_and_targets(rows))
-        self.perplexity.update(found.per_sequence, found.counts, index)
+        output = self.decoder(*self.inputs_and_targets(rows))
+        self.perplexity.update(output.per_sequence, output.counts, index)
         if self.has_prompts(rows):
-            self.accuracy.update(found)
+            self.accuracy.update(output)
 
     def on_validation_epoch_end(self) -> None:
         figures = self.perplexity.compute()
@@ -252,7 +259,7 @@ class DecoderModule(StepModule):
         self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
 
 
-def share(rows: Tensor, rank: int, world_size: int, filler: int) -> Tensor:
-    """A rank's part of rows that all ranks have, or one row of `filler` where there are fewer rows than ranks."""
-    part = rows[rank::world_size]
-    return part if len(part) else torch.full_like(rows[:1], filler)
+def rank_share(inputs: Tensor, rank: int, world_size: int, filler: int) -> Tensor:
+    """A rank's part of `inputs` along dimension 0, or one entry of `filler` if there are fewer entries than ranks."""
+    part = inputs[rank::world_size]
+    return part if len(part) else torch.full_like(inputs[:1], filler)

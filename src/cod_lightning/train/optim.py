@@ -17,10 +17,17 @@ from cod_lightning.nn.init import seed_of
 
 
 def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str) -> float:
-    """Share of the peak rate that update number `update`, counted from 0, is made with.
+    """Learning rate of an update as a fraction of the peak rate.
 
-    Linear warm-up to 1 over `warmup` updates, then a cosine, or a line, that reaches `floor` with the last of `total`
-    updates. With `cosine_released` every rate comes one update later, so that the first update has rate 0.
+    Linear warm-up to 1 over `warmup` updates, then cosine or linear decay to `floor` at the last of `total` updates.
+    `cosine_released` is the schedule of the released code: one update later, so that the first update has rate 0.
+
+    Args:
+        update: number of the update, from 0.
+        warmup: updates of the warm-up.
+        total: updates of the run.
+        floor: the last fraction.
+        schedule: `cosine`, `cosine_released` or `linear`.
     """
     k = update if schedule == "cosine_released" else update + 1
     if k < warmup:
@@ -34,8 +41,8 @@ def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedul
 def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> tuple[Optimizer, LambdaLR]:
     """Adam or AdamW over the trainable parameters of `module`, and its learning-rate schedule.
 
-    Weight decay applies to every parameter with two dimensions or more. These include the position embeddings of a
-    Vision Transformer: runs and checkpoints depend on it.
+    Weight decay applies to every parameter with at least two dimensions. These include the position embeddings of a
+    Vision Transformer; existing checkpoints depend on it.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -44,7 +51,8 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
     ]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     beta1, beta2 = config.betas
-    # The fused kernel rounds once a step; the released runs, in bfloat16, were made with the default's many roundings.
+    # The fused kernel rounds once per step.
+    # The released bfloat16 runs used the default kernel, which rounds more often.
     fused = True if all(p.dtype == torch.float32 for p in parameters) else None
     optimizer = kind(
         [g for g in groups if g["params"]], lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused
@@ -59,10 +67,16 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
     return optimizer, LambdaLR(optimizer, multiplier)
 
 
-def resting_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list[int]:
-    """The blocks, counted from 0, that step number `step`, counted from 0, leaves alone: a function of seed and step.
+def frozen_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list[int]:
+    """The blocks that LISA freezes in a step, counted from 0; [] without `lisa_layers`.
 
-    LISA (Pan et al., 2024): every `lisa_interval` steps `lisa_layers` of `depth` blocks are drawn, the others rest.
+    LISA (Pan et al., 2024) samples `lisa_layers` of `depth` blocks every `lisa_interval` steps and freezes the others.
+
+    Args:
+        step: number of the step, from 0.
+        depth: number of blocks.
+        config: `lisa_layers` and `lisa_interval`.
+        seed: seed of the run; the sample is a function of seed and step.
     """
     if not config.lisa_layers:
         return []
@@ -71,8 +85,8 @@ def resting_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> lis
 
 
 @contextmanager
-def frozen(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Parameters of `modules` get no gradient meanwhile, so that an optimizer leaves them and their moments alone."""
+def freeze(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Disable the gradients of `modules`, so that the optimizer changes neither parameters nor their state."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(False)

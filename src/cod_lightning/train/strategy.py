@@ -1,4 +1,4 @@
-"""How ranks share a run: Lightning's strategies, and sharded checkpoints under the one that shards."""
+"""Lightning's strategy, accelerator and precision of a run; FSDP2 with sharded checkpoints."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch.optim import Optimizer
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
 from cod_lightning.nn.weights import load_weights, shard_like
-from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_parts
+from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_sharded
 
 
-def strategy_of(settings: TrainerConfig, *, unused: bool = False) -> Any:
-    """What Lightning's Trainer takes for `trainer.strategy`.
+def build_strategy(settings: TrainerConfig, *, unused: bool = False) -> Any:
+    """The strategy for Lightning's Trainer.
 
     Args:
-        settings: of the trainer.
-        unused: some parameters get no gradient in some steps.
+        settings: the section `trainer`.
+        unused: whether some parameters get no gradient in some steps.
 
     Raises:
-        UserError: offloading, and no GPU whose memory it could spare.
+        UserError: CPU offload without a GPU.
     """
     if settings.offload and accelerator(settings) == "cpu":
-        raise UserError("trainer.offload=true keeps in the host's memory what GPUs need not hold: it needs GPUs")
+        raise UserError("trainer.offload=true requires a GPU: pass trainer.offload=false")
     if settings.strategy == "fsdp":
         return Sharded(settings)
     if settings.strategy == "ddp":
@@ -40,26 +40,26 @@ def strategy_of(settings: TrainerConfig, *, unused: bool = False) -> Any:
 
 
 def backend(settings: TrainerConfig) -> str | None:
-    """What compiles the blocks, None if nothing does; on CUDA they are unless `trainer.compile` says otherwise."""
+    """The torch.compile backend of the blocks, None for eager mode; `trainer.compile=null` compiles on CUDA only."""
     wanted = accelerator(settings) == "cuda" if settings.compile is None else settings.compile
     return "inductor" if wanted else None
 
 
 def accelerator(settings: TrainerConfig) -> str:
-    """Lightning's name for the accelerator; its own "auto" would take an Apple GPU, which has no float64 for sums.
+    """`cuda` or `cpu`; Lightning's "auto" could choose an Apple GPU, which does not support float64.
 
     Raises:
-        UserError: torch finds no CUDA device, and one is asked for.
+        UserError: `trainer.accelerator=gpu` without a CUDA device.
     """
     if settings.accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if settings.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator='gpu', but torch finds no CUDA device here: trainer.accelerator=cpu")
+        raise UserError("trainer.accelerator='gpu', but torch has no CUDA device: pass trainer.accelerator=cpu")
     return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
 
 
 def precision(settings: TrainerConfig) -> Any:
-    """`precision=auto` resolved: `auto_cuda` on a CUDA device that has bfloat16, float32 elsewhere."""
+    """Lightning's precision; `auto` is `auto_cuda` on a CUDA device with bfloat16, float32 otherwise."""
     if settings.precision != "auto":
         return settings.precision
     cuda = accelerator(settings) == "cuda" and torch.cuda.is_bf16_supported()
@@ -67,17 +67,17 @@ def precision(settings: TrainerConfig) -> Any:
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2: every rank holds a part of each parameter, its gradient and its moments.
+    """FSDP2: each rank holds a shard of each parameter, of its gradient and of its optimizer state.
 
-    A checkpoint is a folder, in which each rank writes its part. One is read whatever strategy and number of ranks made
-    it: `read_checkpoint` gives a folder as the one file that a single process would have written.
+    Checkpoints are folders in which each rank writes its shards. It loads checkpoints of any strategy and any number of
+    ranks.
     """
 
     def __init__(self, settings: TrainerConfig):
         super().__init__(
             data_parallel_size=settings.world_size,
             tensor_parallel_size=1,
-            # What is offloaded is summed and gathered where it rests.
+            # Offloaded tensors are reduced and gathered on the CPU.
             process_group_backend="cuda:nccl,cpu:gloo" if settings.offload else None,
             timeout=timedelta(seconds=settings.timeout),
         )
@@ -93,12 +93,12 @@ class Sharded(ModelParallelStrategy):
         return {"mesh": mesh, "offload": self.settings.offload, "dtype": torch.bfloat16 if mixed else None}
 
     @property
-    def resting_device(self) -> torch.device:
-        """Where parameters are between their uses."""
+    def parameter_device(self) -> torch.device:
+        """The device of the sharded parameters: the CPU with offload."""
         return torch.device("cpu") if self.settings.offload else self.root_device
 
     def model_to_device(self) -> None:
-        """Move all but parameters that rest elsewhere: then what metrics hold."""
+        """Move the module to its device; with offload, only children without parameters, such as metrics."""
         if not self.settings.offload:
             super().model_to_device()
             return
@@ -116,34 +116,34 @@ class Sharded(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert isinstance(self.checkpoint_io, AtomicCheckpointIO)
-        self.checkpoint_io.save_parts(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero, self.broadcast)
+        self.checkpoint_io.save_sharded(checkpoint, Path(self.broadcast(filepath)), self.is_global_zero, self.broadcast)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Set the parameters, and the optimizer's state while fitting; returns the rest of the checkpoint.
+        """Load the parameters, and the optimizer state while fitting; return the checkpoint.
 
         Raises:
-            UserError: it cannot be read, or is of another model.
+            UserError: the checkpoint is unreadable, or has other parameters.
         """
         path, module = Path(checkpoint_path), self.lightning_module
         assert module is not None
         if path.is_dir():
-            checkpoint = read_parts(path, module.state_dict(), self.moments())
+            checkpoint = read_sharded(path, module.state_dict(), self.optimizer_parameters())
         else:
             checkpoint = read_checkpoint(path, mmap=True)
             load_weights(module, checkpoint["state_dict"], str(path))
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            moments = {
-                # Those of a file are whole; a step is a number of its own.
+            shards = {
+                # The state of a file is not sharded; Adam's step is a scalar.
                 number: {
                     name: shard_like(value, parameters[number]) if value.shape == parameters[number].shape else value
                     for name, value in values.items()
                 }
                 for number, values in state["state"].items()
             }
-            optimizer.load_state_dict(state | {"state": moments})
+            optimizer.load_state_dict(state | {"state": shards})
         return checkpoint
 
-    def moments(self) -> list[Mapping[int, Tensor]]:
-        """For each optimizer its parameters by number, whose shards its moments share."""
+    def optimizer_parameters(self) -> list[Mapping[int, Tensor]]:
+        """For each optimizer its parameters by number; its state is sharded like them."""
         return [dict(enumerate(p for g in o.param_groups for p in g["params"])) for o in self.optimizers]

@@ -21,7 +21,7 @@ from cod_lightning.config.schema import Config, TrainerConfig
 from cod_lightning.errors import Stopped, UserError, first_line
 from cod_lightning.train.callbacks import ProgressBar
 from cod_lightning.train.checkpoint import AtomicCheckpointIO
-from cod_lightning.train.strategy import accelerator, precision, strategy_of
+from cod_lightning.train.strategy import accelerator, build_strategy, precision
 
 
 def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: AtomicCheckpointIO | None = None) -> Trainer:
@@ -37,7 +37,7 @@ def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: Atomic
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             # LISA: frozen blocks have no gradients, which plain DDP would wait for.
-            strategy=strategy_of(settings, unused=config.optim.lisa_layers > 0),
+            strategy=build_strategy(settings, unused=config.optim.lisa_layers > 0),
             precision=precision(settings),
             max_steps=settings.max_steps,
             max_epochs=-1,

@@ -1,4 +1,4 @@
-"""The LightningModule of images: a Vision Transformer that names the class of each."""
+"""The LightningModule of image classification with a Vision Transformer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cod_lightning.train.module import StepModule
 
 
 class VisionModule(StepModule):
-    """Trains a Vision Transformer on images and labels; a step's tokens are the patches of its images.
+    """Trains a Vision Transformer on images and labels; the recorded tokens are image patches.
 
     Args:
         config: the run.
-        classes: their number.
+        classes: number of classes.
         val_images: number of validation images over all ranks.
     """
 
@@ -37,7 +37,7 @@ class VisionModule(StepModule):
             "patch_size": config.images.patch_size,
             "classes": classes,
         }
-        # For its exact sum of losses; what it makes of them beyond their mean is for text.
+        # Only its exact mean is used.
         self.losses = Perplexity(val_images, paper_batch=val_images)
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE, validate_args=False)
 
@@ -49,26 +49,27 @@ class VisionModule(StepModule):
     def network(self) -> VisionTransformer:
         return self.vit
 
-    def rows_and_targets(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def inputs_and_targets(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels = batch
         return images, labels
 
-    def count_tokens(self, rows: Tensor) -> Tensor:
-        return torch.tensor(len(rows) * (self.shape["image_size"] // self.shape["patch_size"]) ** 2, device=rows.device)
+    def count_tokens(self, inputs: Tensor) -> Tensor:
+        patches = (self.shape["image_size"] // self.shape["patch_size"]) ** 2
+        return torch.tensor(len(inputs) * patches, device=inputs.device)
 
     def statistics(self, network: VisionTransformer, probe: tuple[Tensor, Tensor]) -> LayerStatistics:
-        images, labels = self.share(probe[0], 0), self.share(probe[1], IGNORE)
-        return layer_statistics(network, Images(images, labels), sum_over_ranks=self.total)
+        images, labels = self.rank_share(probe[0], 0), self.rank_share(probe[1], IGNORE)
+        return layer_statistics(network, Images(images, labels), sum_over_ranks=self.total_over_ranks)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         images, labels, index = batch
         logits = self.vit(images)
-        found = label_loss(logits, labels)
-        self.losses.update(found.per_sequence, found.counts, index)
+        output = label_loss(logits, labels)
+        self.losses.update(output.per_sequence, output.counts, index)
         self.accuracy.update(logits.argmax(-1), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val_loss` in nats per image, `accuracy`, the percentage of images named rightly, and `val_images`."""
+        """Log `val_loss` in nats per image, `accuracy` in percent, and `val_images`."""
         losses = self.losses.compute()
         figures = {
             "val_loss": losses["val_loss"],
