@@ -1,4 +1,4 @@
-"""Whatever words and files hold: the right answer, or an error that says what is wrong."""
+"""Random command lines and damaged files give a correct result or a `UserError`."""
 
 import io
 import json
@@ -27,13 +27,13 @@ from cod_lightning.paper.results import load_task_scores
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
 from cod_lightning.train.record import RECORD, read_record
 
-SECRET = "what the environment of this test holds"
+SECRET = "a value of the environment"
 DEEP = json.loads("[" * 300 + "]" * 300)
 ODD = [None, True, -1, 0, 7, 2**70, 1.5, float("nan"), "", "x", "${oc.env:SECRET}", "\0", [], {}, [[1], 2], {"a": [{}]}]
 
 
-def few(examples):
-    """The same examples every time; fixtures are only read."""
+def fuzz(examples):
+    """Settings for a number of examples, the same in every run; tests may share fixtures between examples."""
     allowed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
         max_examples=examples, database=None, deadline=None, derandomize=True, suppress_health_check=allowed
@@ -41,48 +41,35 @@ def few(examples):
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty folder to be in, and a secret."""
+def empty_folder_and_secret(tmp_path, monkeypatch):
+    """Work in an empty folder, with a secret in the environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SECRET", SECRET)
-    return tmp_path
 
 
-# Words --------------------------------------------------------------------------------------------------------------
+# Overrides ----------------------------------------------------------------------------------------------------------
 
 
-def names(section, prefix=""):
+def field_names(section, prefix=""):
     for field in fields(section):
         value = getattr(section, field.name)
         yield prefix + field.name
         if is_dataclass(value):
-            yield from names(value, f"{prefix}{field.name}.")
+            yield from field_names(value, f"{prefix}{field.name}.")
 
 
 KEYS = sorted(
-    {*names(Config()), *fields_and_groups(), "norm.position", "norm.base", "paper.rows", "trainer.measures.x"}
+    {*field_names(Config()), *fields_and_groups(), "norm.position", "norm.base", "paper.rows", "trainer.measures.x"}
 )
 HOSTILE = [
     *("null", "???", "", "true", "-1", "0", "1e999", "nan", "9" * 40, "[]", "{}", "[1,[2]]", "{a:{b:[c]}}", "{1:2}"),
     *("${oc.env:SECRET}", "[${oc.env:SECRET}]", "{a:${oc.env:SECRET}}", "'${oc.env:SECRET}'", "$\\{oc.env:SECRET\\}"),
     *("${oc.decode:3}", "${seed}", "${", "${}", "\\${seed}", "'", '"', "{", "]", "(", "a b", "a=b", "a,b", "range(3)"),
     *("choice(1,2)", "glob(*)", "sort(2,1)", "int(x)", "str(1)", "extend_list(1)", "json_str({a:1})", "@", "é\u202e😀"),
-    *(
-        "\udcff",
-        "a\0b",
-        "../x",
-        "/dev/null",
-        "a:b",
-        ".a:b",
-        "lns",
-        "os:getcwd",
-        "builtins:dict",
-        "tiny",
-        "gpas",
-        "x" * 999,
-    ),
+    *("\udcff", "a\0b", "../x", "/dev/null", "a:b", ".a:b", "lns", "os:getcwd", "builtins:dict", "tiny", "gpas"),
+    "x" * 999,
 ]
-WORDS = st.one_of(
+OVERRIDES = st.one_of(
     st.builds(
         "{}{}{}={}".format,
         st.sampled_from(["", "", "", "+", "++", "~"]),
@@ -94,27 +81,26 @@ WORDS = st.one_of(
 )
 
 
-@few(60)
-@given(st.lists(WORDS, min_size=1, max_size=4))
-def test_any_words_are_a_configuration_or_an_error(words):
-    found = answer(compose, words)
-    said = to_yaml(found) if isinstance(found, Config) else str(found)
-    assert SECRET not in said
+@fuzz(60)
+@given(st.lists(OVERRIDES, min_size=1, max_size=4))
+def test_overrides_compose_or_raise_without_secrets_and_files(overrides):
+    result = result_or_error(compose, overrides)
+    assert SECRET not in (to_yaml(result) if isinstance(result, Config) else str(result))
     assert not os.listdir()
 
 
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def mutated(content):
-    """Bytes with some flipped, cut off, repeated or put in between."""
+def mutated_bytes(content):
+    """Bytes with a flipped bit, a truncated end, an insertion, an overwrite, or a repeated or missing part."""
     place, some = st.integers(0, len(content) - 1), st.binary(min_size=1, max_size=9)
 
-    def flipped(at, bit):
+    def flip_bit(at, bit):
         return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
 
     return st.one_of(
-        st.builds(flipped, place, st.integers(0, 7)),
+        st.builds(flip_bit, place, st.integers(0, 7)),
         st.builds(lambda at: content[:at], place),
         st.builds(lambda at, other: content[:at] + other + content[at:], place, some),
         st.builds(lambda at, other: content[:at] + other + content[at + len(other) :], place, some),
@@ -122,51 +108,53 @@ def mutated(content):
     )
 
 
-def ways(value, way=()):
-    """The keys that lead to every part of a JSON value; of a long list to the first two."""
-    if way:
-        yield way
+def key_paths(value, path=()):
+    """The keys that lead to every part of a JSON value; only the first two elements of a list count."""
+    if path:
+        yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
     for key, part in inner:
-        yield from ways(part, (*way, key))
+        yield from key_paths(part, (*path, key))
 
 
-def changed(content):
-    """A JSON value with a part of another type in it, or without one."""
+def mutated_json(content):
+    """A JSON value with one part removed or replaced by an odd value."""
 
-    def made(way, other, gone):
+    def mutate(path, other, removed):
         value = json.loads(json.dumps(content))
         place = value
-        for key in way[:-1]:
+        for key in path[:-1]:
             place = place[key]
-        if gone:
-            del place[way[-1]]
+        if removed:
+            del place[path[-1]]
         else:
-            place[way[-1]] = other
+            place[path[-1]] = other
         return value
 
-    others, gone = st.sampled_from([*ODD, DEEP]), st.sampled_from([False, False, True])
-    return st.builds(made, st.sampled_from(list(ways(content))), others, gone)
+    others, removed = st.sampled_from([*ODD, DEEP]), st.sampled_from([False, False, True])
+    return st.builds(mutate, st.sampled_from(list(key_paths(content))), others, removed)
 
 
-def either(content, dump=json.dumps):
-    """The bytes of a file with this content, damaged in either way."""
-    return st.one_of(mutated(dump(content).encode()), changed(content).map(lambda value: dump(value).encode()))
+def damaged_file(content, dump=json.dumps):
+    """The bytes of a file with this content, changed as bytes or as JSON."""
+    return st.one_of(
+        mutated_bytes(dump(content).encode()), mutated_json(content).map(lambda value: dump(value).encode())
+    )
 
 
-def answer(read, *words):
-    """What a reader gives, or its error."""
+def result_or_error(read, *arguments, **options):
+    """Call `read`; return its result, or its `UserError`."""
     try:
-        return read(*words)
+        return read(*arguments, **options)
     except UserError as error:
         return error
 
 
-def same(one, other):
+def equal(one, other):
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
+        return one.keys() == other.keys() and all(equal(value, other[name]) for name, value in one.items())
     return one == other
 
 
@@ -177,16 +165,16 @@ CHECKPOINT = {
 }
 
 
-@few(150)
+@fuzz(150)
 @given(st.data())
-def test_a_checkpoint_is_what_was_saved_or_an_error(here, data):
-    path = here / "a.ckpt"
+def test_a_damaged_checkpoint_is_read_unchanged_or_an_error(tmp_path, data):
+    path = tmp_path / "a.ckpt"
     if not path.exists():
         AtomicCheckpointIO().save_checkpoint(CHECKPOINT, path)
-    (here / "b.ckpt").write_bytes(data.draw(mutated(path.read_bytes())))
+    (tmp_path / "b.ckpt").write_bytes(data.draw(mutated_bytes(path.read_bytes())))
     for mmap in (False, True):
-        found = answer(lambda mmap=mmap: read_checkpoint(here / "b.ckpt", mmap=mmap))
-        assert same(found, CHECKPOINT) or "b.ckpt: not a readable checkpoint" in str(found)
+        result = result_or_error(read_checkpoint, tmp_path / "b.ckpt", mmap=mmap)
+        assert equal(result, CHECKPOINT) or "b.ckpt: not a readable checkpoint" in str(result)
 
 
 MANIFEST = Manifest(
@@ -202,15 +190,15 @@ MANIFEST = Manifest(
 WRITTEN = MANIFEST.to_json()
 
 
-@few(150)
-@given(either(json.loads(WRITTEN), lambda value: json.dumps(value, indent=1)))
-def test_a_manifest_is_what_was_written_or_an_error(content):
-    found = answer(Manifest.from_json, content.decode(errors="replace"), "manifest.json")
-    assert found == MANIFEST or str(found).startswith("manifest.json")
+@fuzz(150)
+@given(damaged_file(json.loads(WRITTEN), lambda value: json.dumps(value, indent=1)))
+def test_a_damaged_manifest_is_read_unchanged_or_an_error(content):
+    result = result_or_error(Manifest.from_json, content.decode(errors="replace"), "manifest.json")
+    assert result == MANIFEST or str(result).startswith("manifest.json")
 
 
-def test_a_manifest_without_its_sha256_has_numbers_that_fit():
-    """Sets that were prepared before manifests had one."""
+def test_a_manifest_without_sha256_needs_consistent_counts():
+    """Manifests of the first format have no sha256."""
     record = json.loads(WRITTEN)
     del record["sha256"]
     assert Manifest.from_json(json.dumps(record), "manifest.json") == MANIFEST
@@ -223,26 +211,26 @@ def test_a_manifest_without_its_sha256_has_numbers_that_fit():
 PLAIN = yaml.safe_load(to_yaml(compose(["norm=gpas", "experiments=table1_130m"])))
 
 
-@few(60)
-@given(either(PLAIN, yaml.safe_dump))
-def test_a_saved_configuration_is_one_or_an_error(here, content):
-    (here / "config.yaml").write_bytes(content)
-    found = answer(load, here)
-    assert isinstance(found, Config) or "config.yaml" in str(found)
-    assert SECRET not in (to_yaml(found) if isinstance(found, Config) else str(found))
+@fuzz(60)
+@given(damaged_file(PLAIN, yaml.safe_dump))
+def test_a_damaged_configuration_loads_without_secrets_or_is_an_error(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    result = result_or_error(load, tmp_path)
+    assert isinstance(result, Config) or "config.yaml" in str(result)
+    assert SECRET not in (to_yaml(result) if isinstance(result, Config) else str(result))
 
 
 TOKENIZER = json.loads(train_bpe(["the norm of a deep block grows with depth " * 9], 280).json)
 
 
-@few(150)
-@given(either(TOKENIZER), st.sampled_from(["<eos>", "<eos>", *ODD]))
-def test_a_tokenizer_encodes_or_is_an_error(here, content, eos):
-    (here / "tokenizer.json").write_bytes(content)
-    (here / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
-    tokenizer = answer(load_tokenizer, str(here))
+@fuzz(150)
+@given(damaged_file(TOKENIZER), st.sampled_from(["<eos>", "<eos>", *ODD]))
+def test_a_damaged_tokenizer_encodes_or_is_an_error(tmp_path, content, eos):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    tokenizer = result_or_error(load_tokenizer, str(tmp_path))
     if isinstance(tokenizer, DocumentTokenizer):
-        ids = answer(tokenizer.encode, ["the norm"])
+        ids = result_or_error(tokenizer.encode, ["the norm"])
         assert isinstance(ids, UserError) or max(ids[0]) < tokenizer.vocab_size
 
 
@@ -251,48 +239,48 @@ FOLDERS = sorted(RESULTS.glob("*/jacobian.json"))
 RUN = json.loads((FOLDERS[0].parent / RECORD).read_text())
 
 
-@few(60)
-@given(either(RUN))
-def test_a_record_is_shown_or_an_error(here, content):
-    (here / RECORD).write_bytes(content)
-    found = answer(read_record, here)
-    if isinstance(found, UserError):
-        assert RECORD in str(found)
+@fuzz(60)
+@given(damaged_file(RUN))
+def test_a_damaged_record_is_shown_or_an_error(tmp_path, content):
+    (tmp_path / RECORD).write_bytes(content)
+    result = result_or_error(read_record, tmp_path)
+    if isinstance(result, UserError):
+        assert RECORD in str(result)
     else:
-        Console(file=io.StringIO()).print(run_summary(found, here))
+        Console(file=io.StringIO()).print(run_summary(result, tmp_path))
 
 
 @cache
-def asked():
-    """The rows whose runs were measured; those of the paper's size save composing them again and again."""
+def measured_rows():
+    """Rows with measured runs, composed once."""
     return [row for scale in ("paper", "toy") for row in experiment_rows(["table1_130m", "figure5"], scale)]
 
 
 FILES = {path.name: json.loads(path.read_text()) for path in FOLDERS[0].parent.glob("*.json")}
 
 
-@few(25)
-@given(st.one_of([st.tuples(st.just(name), changed(FILES[name])) for name in sorted(FILES)]))
-def test_results_are_compared_or_an_error(here, one):
-    name, content = one
-    folder = here / "results/toy/a"
+@fuzz(25)
+@given(st.one_of([st.tuples(st.just(name), mutated_json(FILES[name])) for name in sorted(FILES)]))
+def test_damaged_results_are_compared_or_an_error(tmp_path, damaged):
+    name, content = damaged
+    folder = tmp_path / "results/toy/a"
     folder.mkdir(parents=True, exist_ok=True)
     for other, whole in FILES.items():
         (folder / other).write_text(json.dumps(content if other == name else whole))
-    found = answer(load_experiments, asked(), here / "results")
-    if isinstance(found, UserError):
-        assert str(folder / name) in str(found)
+    result = result_or_error(load_experiments, measured_rows(), tmp_path / "results")
+    if isinstance(result, UserError):
+        assert str(folder / name) in str(result)
         return
-    for experiment in found:
+    for experiment in result:
         for column in columns([experiment]):
             assert isinstance(column.comparisons, list)
             for target in QUANTITIES:
                 quantity_rows(Column((replace(column.first, target=target),)))
 
 
-@few(60)
-@given(st.one_of(changed({"piqa": {"acc": 0.5, "acc_stderr": 0.1}, "boolq": {"acc": 0.25}}), st.sampled_from(ODD)))
-def test_scores_are_numbers_or_an_error(here, content):
-    (here / "tasks.json").write_text(json.dumps(content))
-    found = answer(load_task_scores, here / "tasks.json")
-    assert "tasks.json" in str(found) or all(isinstance(value, float) for value in found.values())
+@fuzz(60)
+@given(st.one_of(mutated_json({"piqa": {"acc": 0.5, "acc_stderr": 0.1}, "boolq": {"acc": 0.25}}), st.sampled_from(ODD)))
+def test_damaged_task_scores_are_floats_or_an_error(tmp_path, content):
+    (tmp_path / "tasks.json").write_text(json.dumps(content))
+    result = result_or_error(load_task_scores, tmp_path / "tasks.json")
+    assert "tasks.json" in str(result) or all(isinstance(value, float) for value in result.values())
