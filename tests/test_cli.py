@@ -1,4 +1,4 @@
-"""The command line as a person meets it: real processes, killed and started again, several ranks."""
+"""The command line in processes of its own: every command, interruptions and several ranks."""
 
 import json
 import os
@@ -16,15 +16,28 @@ import pytest
 import torch
 import yaml
 
-from cod_lightning.cli import main
+from cod_lightning.cli import COMMANDS, main
 from cod_lightning.config.compose import compose
 
 PYTHON = [sys.executable, "-m", "cod_lightning"]
 
 
 def run(*words, **options):
+    """Run a command in a process; return the process."""
     options = {"capture_output": True, "text": True, "timeout": 300, **options}
     return subprocess.run([*PYTHON, *map(str, words)], **options)
+
+
+def run_ok(*words, **options):
+    """Run a command that must succeed; return the process."""
+    process = run(*words, **options)
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def metrics(process):
+    """The metrics that `evaluate` printed."""
+    return dict(line.split() for line in process.stdout.splitlines())
 
 
 def record_of(output, *words):
@@ -34,31 +47,14 @@ def record_of(output, *words):
 
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory):
-    """A run that the command line has carried out, its words, its output and its process."""
+    """The folder of a run that `fit` trained, and the finished process."""
     output = tmp_path_factory.mktemp("finished")
-    process = run("fit", *toy, f"output={output}", "trainer.progress=true")
-    assert process.returncode == 0, process.stderr
+    process = run_ok("fit", *toy, f"output={output}", "trainer.progress=true")
     return compose([*toy, f"output={output}"]).folder, process
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        [],
-        ["fit"],
-        ["prepare"],
-        ["evaluate"],
-        ["generate"],
-        ["export"],
-        ["import"],
-        ["measure"],
-        ["estimate"],
-        ["reproduce"],
-        ["report"],
-        ["experiments"],
-    ],
-)
-def test_help_needs_neither_torch_nor_hydra(command):
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help_does_not_import_torch_or_hydra(command):
     script = (
         "import sys\nfrom cod_lightning.cli import main\n"
         f"try:\n    main({[*command, '--help']!r})\nexcept SystemExit:\n    pass\n"
@@ -69,7 +65,7 @@ def test_help_needs_neither_torch_nor_hydra(command):
     assert "usage: cod_lightning" in process.stdout
 
 
-def test_a_run_ends_with_its_figures_a_chart_and_its_folder(finished):
+def test_fit_prints_metrics_a_variance_chart_and_the_run_folder(finished):
     folder, process = finished
     record = json.loads((folder / "record.json").read_text())
     for figure in (f"{record['val_loss']:.4f}", f"{record['ppl']:.2f}", f"{record['ppl_paper_protocol']:.2f}"):
@@ -81,7 +77,7 @@ def test_a_run_ends_with_its_figures_a_chart_and_its_folder(finished):
     assert "Warning" not in process.stderr
 
 
-def test_a_finished_run_is_shown_again_and_not_repeated(finished, toy):
+def test_fit_shows_a_finished_run_without_retraining(finished, toy):
     folder, first = finished
     changed = (folder / "record.json").stat().st_mtime_ns
     again = run("fit", *toy, f"output={folder.parents[1]}")
@@ -91,24 +87,25 @@ def test_a_finished_run_is_shown_again_and_not_repeated(finished, toy):
     assert (folder / "record.json").stat().st_mtime_ns == changed
 
 
-def test_evaluate_repeats_the_validation_and_takes_other_data(finished, corpus, tmp_path):
+def test_evaluate_reproduces_the_metrics_of_the_record(finished):
     folder, _ = finished
     record = json.loads((folder / "record.json").read_text())
-    process = run("evaluate", folder)
-    assert process.returncode == 0, process.stderr
-    figures = dict(line.split() for line in process.stdout.splitlines())
+    figures = metrics(run_ok("evaluate", folder))
     assert float(figures["val_loss"]) == pytest.approx(record["val_loss"], rel=1e-5)
     assert float(figures["ppl_paper_protocol"]) == pytest.approx(record["ppl_paper_protocol"], rel=1e-5)
+
+
+def test_evaluate_measures_the_loss_on_other_text(finished, corpus, tmp_path):
+    folder, _ = finished
+    record = json.loads((folder / "record.json").read_text())
     other = tmp_path / "other.txt"
     other.write_text("words that the corpus never had: zebra quartz jackdaw vow sphinx " * 40)
     words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.val_files={other}", f"data.root={tmp_path}"]
-    process = run("evaluate", folder, *words)
-    assert process.returncode == 0, process.stderr
-    figures = dict(line.split() for line in process.stdout.splitlines())
+    figures = metrics(run_ok("evaluate", folder, *words))
     assert float(figures["val_loss"]) > record["val_loss"] + 0.1
 
 
-def test_generate_continues_the_prompt_the_same_way_under_one_seed(finished):
+def test_generate_continues_the_prompt_and_is_deterministic(finished):
     folder, _ = finished
     first, again = (run("generate", folder, "the norm", "--max-tokens", "8", "--top-k", "20") for _ in range(2))
     assert first.returncode == 0, first.stderr
@@ -128,26 +125,22 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
     transformers = pytest.importorskip("transformers")
     folder, _ = finished
     model, imported = tmp_path / "model", tmp_path / "imported"
-    process = run("export", folder, "--output", model)
-    assert process.returncode == 0, process.stderr
+    process = run_ok("export", folder, "--output", model)
     assert process.stdout.strip() == str(model)
     assert process.stderr == ""
     decoder, tokenizer = decoder_of(folder)
-    twin = transformers.AutoModelForCausalLM.from_pretrained(model)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(model)
     tokens = torch.tensor([tokenizer.encode(["the norm of a deep block"])[0]])
-    torch.testing.assert_close(twin(tokens).logits, decoder(tokens), rtol=1e-5, atol=1e-5)
-    assert twin.config.max_position_embeddings == 32
+    torch.testing.assert_close(exported(tokens).logits, decoder(tokens), rtol=1e-5, atol=1e-5)
+    assert exported.config.max_position_embeddings == 32
 
     again = run("export", folder, "--output", model)
     assert again.returncode == 2
     assert "not an empty folder" in again.stderr
 
-    process = run("import", model, "--output", imported)
-    assert process.returncode == 0, process.stderr
+    run_ok("import", model, "--output", imported)
     words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.seq_len=32", "eval.every=3"]
-    process = run("evaluate", imported, *words, "trainer.accelerator=cpu")
-    assert process.returncode == 0, process.stderr
-    figures = dict(line.split() for line in process.stdout.splitlines())
+    figures = metrics(run_ok("evaluate", imported, *words, "trainer.accelerator=cpu"))
     expected = json.loads((folder / "record.json").read_text())
     assert float(figures["val_loss"]) == pytest.approx(expected["val_loss"], rel=1e-5)
     assert figures["val_tokens"] == f"{expected['val_tokens']:.0f}"
@@ -156,34 +149,31 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_a_run_and_its_export_measure_the_same(finished, corpus, tmp_path):
+def test_measure_gives_the_same_variance_for_a_run_and_its_export(finished, corpus, tmp_path):
     pytest.importorskip("transformers")
     folder, _ = finished
-    process = run("measure", "variance", folder, "rows=4", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
+    process = run_ok("measure", "variance", folder, "rows=4", cwd=tmp_path)
     assert process.stdout.splitlines()[-1] == str(folder / "measure")
     assert sorted(path.name for path in (folder / "measure").iterdir()) == [
         f"variance.{s}" for s in ("csv", "json", "png")
     ]
     model = tmp_path / "model"
-    assert run("export", folder, "--output", model).returncode == 0
+    run_ok("export", folder, "--output", model)
     words = ["data=files", f"data.files={corpus}/*.jsonl", "data.seq_len=32", "data.micro_batch_size=4"]
-    process = run("measure", "variance", model, "--rows", "4", *words, "trainer.accelerator=cpu", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    twins = [
+    run_ok("measure", "variance", model, "--rows", "4", *words, "trainer.accelerator=cpu", cwd=tmp_path)
+    variances = [
         json.loads((place / "variance.json").read_text())["residual"]["variance"]
         for place in (folder / "measure", tmp_path / "measure" / "model")
     ]
-    assert twins[0] == pytest.approx(twins[1], rel=1e-5)
+    assert variances[0] == pytest.approx(variances[1], rel=1e-5)
 
 
-def test_options_of_measures_are_words(finished, tmp_path):
+def test_measure_accepts_options_as_key_value_words(finished, tmp_path):
     folder, _ = finished
-    words = ["token=last", "tokens=3", "normalise=released", "rows=4", f"output={tmp_path / 'found'}"]
-    process = run("measure", "angular", folder, *words, "data.micro_batch_size=2")
-    assert process.returncode == 0, process.stderr
-    found = json.loads((tmp_path / "found/angular.json").read_text())
-    assert (found["token"], found["tokens"], found["normalise"]) == ("last", 3, "released")
+    words = ["token=last", "tokens=3", "normalise=released", "rows=4", f"output={tmp_path / 'angular'}"]
+    run_ok("measure", "angular", folder, *words, "data.micro_batch_size=2")
+    result = json.loads((tmp_path / "angular/angular.json").read_text())
+    assert (result["token"], result["tokens"], result["normalise"]) == ("last", 3, "released")
 
 
 def loss_of(model, batches, pad_id=None):
@@ -193,26 +183,25 @@ def loss_of(model, batches, pad_id=None):
     return mean_loss(ModelAdapter(model), batches, pad_id)[0]
 
 
-def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
+def test_a_pruned_run_loads_in_transformers_with_equal_logits_and_loss(finished, tmp_path):
     transformers = pytest.importorskip("transformers")
     from cod_lightning.commands.measure import open_subject
     from cod_lightning.measure.pruning import remove_blocks
 
     folder, _ = finished
     small = tmp_path / "small"
-    process = run("measure", "prune", folder, "layers=2,3", "--rows", "5", "--output", small)
-    assert process.returncode == 0, process.stderr
+    process = run_ok("measure", "prune", folder, "layers=2,3", "--rows", "5", "--output", small)
     assert process.stdout.splitlines()[-1] == str(small)
     result = json.loads((small / "prune.json").read_text())
     assert f"{result['loss_after']:.4g}" in process.stdout
     subject = open_subject(str(folder), [], "last", 5)
-    twin = transformers.AutoModelForCausalLM.from_pretrained(small).eval()
+    exported = transformers.AutoModelForCausalLM.from_pretrained(small).eval()
     expected = remove_blocks(subject.model, [2, 3])
     tokens = subject.batches[0]
     with torch.no_grad():
-        torch.testing.assert_close(twin(tokens).logits, expected.logits(tokens), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(exported(tokens).logits, expected.logits(tokens), rtol=1e-5, atol=1e-5)
     assert result["loss_before"] == pytest.approx(loss_of(subject.model.model, subject.batches, subject.pad_id))
-    assert result["loss_after"] == pytest.approx(loss_of(twin, subject.batches, subject.pad_id), rel=1e-5)
+    assert result["loss_after"] == pytest.approx(loss_of(exported, subject.batches, subject.pad_id), rel=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(small)
     assert tokenizer("the norm").input_ids == decoder_of(folder)[1].encode(["the norm"])[0][:-1]
     names = {path.name for path in small.iterdir()}
@@ -222,7 +211,7 @@ def test_a_pruned_run_loads_in_stock_transformers(finished, tmp_path):
     assert "not an empty folder" in again.stderr
 
 
-def test_a_pruned_model_of_transformers_loads_there_again(finished, corpus, tmp_path):
+def test_a_pruned_transformers_model_loads_in_transformers(finished, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
     from cod_lightning.commands.measure import open_subject
     from cod_lightning.nn.huggingface import to_hf_tokenizer
@@ -235,25 +224,23 @@ def test_a_pruned_model_of_transformers_loads_there_again(finished, corpus, tmp_
     to_hf_tokenizer(tokenizer, tokenizer.vocab_size, 64).save_pretrained(tmp_path / "gpt2")
     words = ["data=files", f"data.files={corpus}/*.jsonl", "data.seq_len=32", "trainer.accelerator=cpu"]
     chosen = ["sparsity=0.5", "allocation=alpha_pruning", "method=magnitude"]
-    process = run("measure", "prune", tmp_path / "gpt2", *chosen, *words, "rows=4", f"output={tmp_path / 'sparse'}")
-    assert process.returncode == 0, process.stderr
+    run_ok("measure", "prune", tmp_path / "gpt2", *chosen, *words, "rows=4", f"output={tmp_path / 'sparse'}")
     result = json.loads((tmp_path / "sparse/prune.json").read_text())
     assert result["how"] == "magnitude, alpha_pruning"
     assert result["zeros_after"] == pytest.approx(0.5, abs=0.02)
-    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").eval()
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").eval()
     batches = open_subject(str(tmp_path / "gpt2"), words, "last", 4).batches
-    assert result["loss_after"] == pytest.approx(loss_of(twin, batches), rel=1e-5)
-    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")
-    assert found("the norm").input_ids == tokenizer.encode(["the norm"])[0][:-1]
+    assert result["loss_after"] == pytest.approx(loss_of(exported, batches), rel=1e-5)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")
+    assert loaded("the norm").input_ids == tokenizer.encode(["the norm"])[0][:-1]
 
 
-def test_runs_are_laid_over_each_other_on_one_page(finished, toy, tmp_path):
+def test_measure_compare_writes_one_page_for_two_runs(finished, toy, tmp_path):
     folder, _ = finished
     words = [*toy, f"output={tmp_path}", "norm=pre_ln", "name=plain"]
-    assert run("fit", *words).returncode == 0
+    run_ok("fit", *words)
     words = ["probes=2", "iterations=1", "--rows", "2", "--output", tmp_path / "page"]
-    process = run("measure", "compare", folder, tmp_path / "plain", *words)
-    assert process.returncode == 0, process.stderr
+    process = run_ok("measure", "compare", folder, tmp_path / "plain", *words)
     assert process.stdout.strip() == str(tmp_path / "page" / "compare.html")
     page = (tmp_path / "page" / "compare.html").read_text()
     assert f"<h1>{folder.name} beside plain</h1>" in page
@@ -261,7 +248,7 @@ def test_runs_are_laid_over_each_other_on_one_page(finished, toy, tmp_path):
     assert json.loads((tmp_path / "page/plain/jacobian.json").read_text())["probes"] == 2
 
 
-def test_a_model_without_a_pad_can_be_evaluated(finished, corpus, tmp_path):
+def test_an_imported_model_without_pad_token_can_be_evaluated(finished, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
     folder, _ = finished
     _, tokenizer = decoder_of(folder)
@@ -276,16 +263,15 @@ def test_a_model_without_a_pad_can_be_evaluated(finished, corpus, tmp_path):
     content = json.loads(tokenizer.json.replace("<pad>", "<s>"))  # a BOS where the pad was, as in Llama
     (tmp_path / "model/tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "model/tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    assert run("import", tmp_path / "model", "--output", tmp_path / "run").returncode == 0
+    run_ok("import", tmp_path / "model", "--output", tmp_path / "run")
     words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.layout=document"]
-    process = run("evaluate", tmp_path / "run", *words, "data.seq_len=32", "data.micro_batch_size=16")
-    assert process.returncode == 0, process.stderr
-    assert float(dict(line.split() for line in process.stdout.splitlines())["val_loss"]) < 10
+    process = run_ok("evaluate", tmp_path / "run", *words, "data.seq_len=32", "data.micro_batch_size=16")
+    assert float(metrics(process)["val_loss"]) < 10
 
 
-def test_a_strategy_without_a_place_in_llama_is_not_exported(toy, tmp_path):
+def test_export_and_prune_reject_a_strategy_that_llama_does_not_support(toy, tmp_path):
     words = [*toy, f"output={tmp_path}", "name=peri", "norm=peri_ln", "trainer.max_steps=1", "trainer.stats_every=0"]
-    assert run("fit", *words).returncode == 0
+    run_ok("fit", *words)
     process = run("export", tmp_path / "peri")
     assert process.returncode == 2
     assert re.findall(r"error: (\w+)=", process.stderr) == ["branch_norm", "entry_norm"]
@@ -297,7 +283,7 @@ def test_a_strategy_without_a_place_in_llama_is_not_exported(toy, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
-def test_tasks_of_the_harness_are_scored_as_the_decoder_scores_them(finished, tmp_path):
+def test_harness_tasks_are_scored_with_the_logits_of_the_decoder(finished, tmp_path):
     folder, _ = finished
     decoder, tokenizer = decoder_of(folder)
     rng = random.Random(0)
@@ -327,8 +313,7 @@ def test_tasks_of_the_harness_are_scored_as_the_decoder_scores_them(finished, tm
     right = sum(max(range(3), key=lambda i: likelihood(row["choices"][i])) == row["label"] for row in rows)
     words = ["--task-folder", tmp_path]
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    process = run("evaluate", folder, *words, "tasks=toy_choice", env=environment)
-    assert process.returncode == 0, process.stderr
+    process = run_ok("evaluate", folder, *words, "tasks=toy_choice", env=environment)
     assert f"toy_choice acc {right / 12:.6g}\n" in process.stdout
     assert "toy_choice acc_stderr" in process.stdout
     process = run("evaluate", folder, *words, "tasks=toy_choise,arc_easy")
@@ -336,14 +321,13 @@ def test_tasks_of_the_harness_are_scored_as_the_decoder_scores_them(finished, tm
     assert "unknown task 'toy_choise'; similar: toy_choice" in process.stderr
 
 
-def test_experiments_are_listed_with_their_published_figures():
-    process = run("experiments")
-    assert process.returncode == 0, process.stderr
+def test_experiments_lists_published_figures():
+    process = run_ok("experiments")
     for word in ("quickstart", "table1_350m", "lns 18.20", "368.0M", "7.86B"):
         assert word in process.stdout
 
 
-def test_shards_are_prepared_and_merged_by_words(toy, tmp_path, capsys):
+def test_prepare_merges_shards_into_the_set_that_prepare_would_write(toy, tmp_path, capsys):
     words = ["prepare", *toy, f"data.root={tmp_path}"]
     for shard in ("shard=1/2", "shard=0/2"):
         assert main([*words, shard]) == 0
@@ -354,23 +338,21 @@ def test_shards_are_prepared_and_merged_by_words(toy, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [folder]
 
 
-def test_prepare_makes_what_fit_would_use(toy, tmp_path):
-    process = run("prepare", *toy, f"data.root={tmp_path}")
-    assert process.returncode == 0, process.stderr
+def test_prepare_prints_the_folder_of_the_set(toy, tmp_path):
+    process = run_ok("prepare", *toy, f"data.root={tmp_path}")
     folder = Path(process.stdout.strip())
     assert folder.parent == tmp_path
     assert (folder / "manifest.json").is_file()
 
 
-def test_cfg_prints_what_would_be_run(tmp_path):
+def test_cfg_prints_the_configuration_and_writes_nothing(tmp_path):
     process = run("fit", "--cfg", "norm=pre_ln", cwd=tmp_path)
     assert "name: pre_ln" in process.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_runs_every_combination_and_compares_them(toy, tmp_path):
-    process = run("fit", "-m", "-j", "2", *toy, f"output={tmp_path}", "norm=pre_ln,lns", "trainer.max_steps=2")
-    assert process.returncode == 0, process.stderr
+def test_a_sweep_trains_every_combination_and_prints_them_by_loss(toy, tmp_path):
+    process = run_ok("fit", "-m", "-j", "2", *toy, f"output={tmp_path}", "norm=pre_ln,lns", "trainer.max_steps=2")
     losses = {}
     for norm in ("pre_ln", "lns"):
         record = record_of(tmp_path, *toy, f"norm={norm}", "trainer.max_steps=2")
@@ -381,7 +363,7 @@ def test_a_sweep_runs_every_combination_and_compares_them(toy, tmp_path):
 
 
 def kill_when(process, condition, seconds=120):
-    """Kill the process with SIGKILL as soon as `condition()` holds."""
+    """Send SIGKILL to the process as soon as `condition()` is true."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "it ended before it could be killed"
@@ -391,10 +373,9 @@ def kill_when(process, condition, seconds=120):
     process.wait()
 
 
-def test_killed_and_started_again_a_run_ends_to_the_bit_as_if_never_stopped(toy, tmp_path):
+def test_a_run_killed_three_times_resumes_bit_identically(toy, tmp_path):
     words = [*toy, "trainer.max_steps=60", "trainer.checkpoint_every=4", "trainer.stats_every=5", "eval.every=6"]
-    whole = run("fit", *words, f"output={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
+    run_ok("fit", *words, f"output={tmp_path / 'whole'}")
     folder = compose([*words, f"output={tmp_path / 'killed'}"]).folder
     kept = folder / "checkpoints"
     # In training, while a checkpoint is being written, and around a validation (steps 6, 12, ...).
@@ -406,40 +387,37 @@ def test_killed_and_started_again_a_run_ends_to_the_bit_as_if_never_stopped(toy,
         )
         kill_when(process, lambda moment=moment: any(kept.glob(moment)) if kept.exists() else False)
         assert not (folder / "record.json").exists()
-    last = run("fit", *words, f"output={tmp_path / 'killed'}")
-    assert last.returncode == 0, last.stderr
-    expected, found = (record_of(tmp_path / name, *words) for name in ("whole", "killed"))
+    run_ok("fit", *words, f"output={tmp_path / 'killed'}")
+    expected, result = (record_of(tmp_path / name, *words) for name in ("whole", "killed"))
     for kind in ("train", "val", "layers"):
         for name, values in expected["history"][kind].items():
             if name != "tokens_per_second":
-                assert found["history"][kind][name] == values, (kind, name)
+                assert result["history"][kind][name] == values, (kind, name)
     for name in ("val_loss", "ppl", "ppl_paper_protocol", "tokens"):
-        assert found[name] == expected[name]
+        assert result[name] == expected[name]
     assert not list(kept.glob(".*partial"))
 
 
 @pytest.mark.parametrize("protocol", ["strict", "paper"])
-def test_two_ranks_compute_what_one_does(toy, tmp_path, protocol):
+def test_two_ranks_match_one_rank(toy, tmp_path, protocol):
     words = [*toy, f"protocol={protocol}", "data.layout=document", "data.micro_batch_size=2", "trainer.max_steps=4"]
     words += ["optim.warmup_ratio=0", "trainer.probe_rows=3", "trainer.measures={angular: 2, removal: 4}"]
-    one = run("fit", *words, f"output={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
-    two = run("fit", *words, f"output={tmp_path / 'two'}", "trainer=ddp", "trainer.accelerator=cpu")
-    assert two.returncode == 0, two.stderr
-    expected, found = (record_of(tmp_path / name, *words) for name in ("one", "two"))
-    assert (expected["world_size"], found["world_size"]) == (1, 2)
-    assert found["history"]["train"]["loss"] == pytest.approx(expected["history"]["train"]["loss"], rel=1e-5)
+    run_ok("fit", *words, f"output={tmp_path / 'one'}")
+    run_ok("fit", *words, f"output={tmp_path / 'two'}", "trainer=ddp", "trainer.accelerator=cpu")
+    expected, result = (record_of(tmp_path / name, *words) for name in ("one", "two"))
+    assert (expected["world_size"], result["world_size"]) == (1, 2)
+    assert result["history"]["train"]["loss"] == pytest.approx(expected["history"]["train"]["loss"], rel=1e-5)
     for name in ("val_loss", "ppl_paper_protocol"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-5)
-    assert found["tokens"] == expected["tokens"]
-    assert found["val_tokens"] == expected["val_tokens"]
+        assert result[name] == pytest.approx(expected[name], rel=1e-5)
+    assert result["tokens"] == expected["tokens"]
+    assert result["val_tokens"] == expected["val_tokens"]
     for kind in ("layers", "jacobian", "angular", "removal"):
         for name, values in expected["history"][kind].items():
-            for one_rank, two_ranks in zip(values, found["history"][kind][name], strict=True):
+            for one_rank, two_ranks in zip(values, result["history"][kind][name], strict=True):
                 assert two_ranks == pytest.approx(one_rank, rel=1e-3, abs=1e-6), (kind, name)
 
 
-def test_ctrl_c_says_how_to_resume(toy, tmp_path):
+def test_ctrl_c_exits_with_130_and_says_how_to_resume(toy, tmp_path):
     words = [*toy, f"output={tmp_path}", "name=stopped", "trainer.max_steps=5000"]
     process = subprocess.Popen(
         [*PYTHON, "fit", *words],
@@ -461,7 +439,7 @@ def test_ctrl_c_says_how_to_resume(toy, tmp_path):
     assert "Traceback" not in printed
 
 
-def test_options_may_stand_before_or_after_overrides(tmp_path):
+def test_options_may_precede_or_follow_overrides(tmp_path):
     process = run("fit", "seed=3", "--cfg", "norm=pre_ln", cwd=tmp_path)
     assert "seed: 3" in process.stdout
     assert "name: pre_ln" in process.stdout
@@ -471,11 +449,10 @@ def test_options_may_stand_before_or_after_overrides(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(toy, tmp_path):
+def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes(toy, tmp_path):
     words = [*toy, "name=full", f"output={tmp_path}", "trainer.max_steps=40", "trainer.checkpoint_every=2"]
     words += ["eval.every=1000", "trainer.log_every=1", "trainer.stats_every=0"]
-    first = run("fit", *words[:-3], "trainer.max_steps=2", "name=size", "eval.every=1000", "trainer.stats_every=0")
-    assert first.returncode == 0, first.stderr
+    run_ok("fit", *words[:-3], "trainer.max_steps=2", "name=size", "eval.every=1000", "trainer.stats_every=0")
     size = (tmp_path / "size" / "checkpoints" / "step-00000002.ckpt").stat().st_size
 
     def limit():
@@ -491,12 +468,11 @@ def test_a_full_disk_keeps_the_previous_checkpoint(toy, tmp_path):
     kept = sorted((tmp_path / "full" / "checkpoints").iterdir())
     assert kept
     assert all(path.name.startswith("step-") for path in kept)
-    again = run("fit", *words)
-    assert again.returncode == 0, again.stderr
+    run_ok("fit", *words)
     assert json.loads((tmp_path / "full" / "record.json").read_text())["steps"] == 40
 
 
-def test_a_loss_that_is_not_finite_exits_with_status_2_and_keeps_the_checkpoint(toy, tmp_path):
+def test_divergence_exits_with_2_and_keeps_the_checkpoint(toy, tmp_path):
     words = [*toy, f"output={tmp_path}", "name=diverges", "optim.lr=1e18", "optim.warmup_ratio=0.5"]
     process = run("fit", *words, "trainer.max_steps=40", "trainer.checkpoint_every=1", "eval.every=100")
     assert process.returncode == 2, process.stderr
@@ -509,5 +485,5 @@ def test_a_loss_that_is_not_finite_exits_with_status_2_and_keeps_the_checkpoint(
     assert f"error: {failure['failure']}\n" in process.stderr
 
 
-def test_without_a_terminal_no_escape_codes_are_printed(finished):
+def test_no_escape_codes_are_printed_without_a_terminal(finished):
     assert "\x1b" not in finished[1].stdout + finished[1].stderr
