@@ -44,7 +44,7 @@ def test_the_command_line_wins_over_the_experiment():
     assert (config.data.source, config.data.tokenizer) == ("files", "bpe")
 
 
-def test_the_run_folder_is_a_function_of_what_is_computed():
+def test_the_run_folder_depends_only_on_fields_that_change_results():
     base = compose()
     assert compose().folder == base.folder
     for same in (
@@ -78,7 +78,7 @@ def test_the_run_id_does_not_depend_on_file_names_if_their_hash_is_set():
     assert compose(["data=files", "data.files=a.txt"]).id != compose(["data=files", "data.files=b.txt"]).id
 
 
-def test_a_saved_configuration_loads_as_it_was(tmp_path):
+def test_a_saved_configuration_loads_unchanged(tmp_path):
     config = compose([f"output={tmp_path}", "norm=gpas", "experiments=table1_1b"])
     folder = create_run_folder(config)
     assert load(folder) == config
@@ -87,7 +87,7 @@ def test_a_saved_configuration_loads_as_it_was(tmp_path):
     assert (amended.data.source, amended.data.files, amended.trainer.threads) == ("files", ["a", "b"], 3)
 
 
-def test_a_folder_of_another_configuration_is_left_alone(tmp_path):
+def test_a_folder_of_another_configuration_is_not_overwritten(tmp_path):
     folder = create_run_folder(compose([f"output={tmp_path}", "name=mine"]))
     before = (folder / "config.yaml").read_text()
     assert create_run_folder(compose([f"output={tmp_path}", "name=mine", "trainer.threads=1"])) == folder
@@ -97,7 +97,7 @@ def test_a_folder_of_another_configuration_is_left_alone(tmp_path):
     assert (folder / "config.yaml").read_text() == before
 
 
-def test_starting_anew_puts_the_earlier_run_aside(tmp_path):
+def test_restarting_renames_the_earlier_run_folder(tmp_path):
     words = [f"output={tmp_path}", "name=mine"]
     (create_run_folder(compose(words)) / "mark").touch()
     assert (create_run_folder(compose(words)) / "mark").exists()
@@ -105,7 +105,7 @@ def test_starting_anew_puts_the_earlier_run_aside(tmp_path):
     assert (tmp_path / "mine.previous-1" / "mark").exists()
 
 
-def test_identity_leaves_out_what_only_carries_a_run_out():
+def test_runtime_fields_do_not_change_the_run_id():
     kept = identity(compose())
     assert {"experiment", "output", "name", "resume", "logger", "paper", "scale", "row"}.isdisjoint(kept)
     assert {"devices", "threads", "checkpoint_every"}.isdisjoint(kept["trainer"])
@@ -125,7 +125,7 @@ def test_sweeps_expand_in_the_order_of_hydra():
         list(sweep(["seed=interval(1,3)"]))
 
 
-def test_a_strategy_of_ones_own_takes_its_options(tmp_path, monkeypatch):
+def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
     (tmp_path / "norms_of_mine.py").write_text(
         "from cod_lightning.nn.strategies import block\n"
         "def steeper(layer, depth, power=1.0):\n    return block(gain=layer**-power)\n"
@@ -213,7 +213,7 @@ def test_all_problems_are_reported_together():
     assert len(str(error.value).splitlines()) == len(overrides)
 
 
-def test_options_of_a_base_strategy_are_taken():
+def test_options_of_a_base_strategy_are_accepted():
     config = compose(["norm=gpas", "norm.base=mix_ln", "norm.fraction=0.5"])
     assert config.norm == {"name": "gpas", "base": "mix_ln", "fraction": 0.5}
     assert compose(["norm='cod_lightning.nn.strategies:pre_ln'"]).norm == {"name": "cod_lightning.nn.strategies:pre_ln"}

@@ -60,7 +60,7 @@ def test_every_rank_writes_the_same_names(numbers, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chunk-0-0.bin", "index.json"]
 
 
-def test_the_oldest_chunks_make_room(tmp_path, monkeypatch):
+def test_a_full_cache_evicts_the_oldest_chunks(tmp_path, monkeypatch):
     for age, name in enumerate(("new", "old", "older")):
         (tmp_path / f"{name}.bin").write_bytes(bytes(100))
         os.utime(tmp_path / f"{name}.bin", (1000 - age, 1000 - age))

@@ -31,9 +31,9 @@ def test_the_defaults_are_valid():
     ],
 )
 def test_every_bad_field_is_named(changes, expected):
-    found = data_errors(DataConfig(**changes))
-    assert len(found) == len(expected)
-    for line, start in zip(found, expected, strict=True):
+    errors = data_errors(DataConfig(**changes))
+    assert len(errors) == len(expected)
+    for line, start in zip(errors, expected, strict=True):
         assert line.startswith(start)
 
 

@@ -86,7 +86,7 @@ def test_ranks_see_one_global_batch(packed):
         assert torch.equal(batch, torch.cat([share[step] for share in shares]))
 
 
-def test_loader_workers_change_nothing(packed, tmp_path):
+def test_batches_do_not_depend_on_loader_workers(packed, tmp_path):
     config = replace(packed, folder=f"local:{prepared_folder(packed)}", root=str(tmp_path), batch_size=64)
     plain = torch.stack(list(opened(config).train_dataloader()))
     loader = opened(replace(config, loader_workers=2)).train_dataloader()
@@ -114,7 +114,7 @@ def test_validation_has_every_row_once_and_equally_many_batches(request, layout,
 
 @pytest.mark.parametrize("layout", ["packed", "documents"])
 @pytest.mark.parametrize("bound", [200, 1000, 10_000_000])
-def test_validation_is_cut_to_its_tokens(request, layout, bound):
+def test_validation_is_limited_to_val_tokens(request, layout, bound):
     config = replace(request.getfixturevalue(layout), val_tokens=bound)
     data = opened(config)
     tokens = (data.val_rows.read(np.arange(len(data.val_rows))) != data.pad_id).sum(1).cumsum(0)

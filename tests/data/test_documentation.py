@@ -21,12 +21,12 @@ def test_near_duplicates_are_dropped():
     assert is_new(" ".join([*words[:20], *(f"fresh{n}" for n in range(180))]))
 
 
-def test_a_text_without_shingles_is_new():
+def test_a_text_without_shingles_is_not_a_duplicate():
     assert NearDuplicates()("too short")
 
 
 def test_docstrings_are_parsed_and_joined(tmp_path):
-    prose = "A paragraph of plain English words goes on " * 3 + "and ends here"
+    prose = "A paragraph of plain English words continues " * 3 + "and ends here"
     body = "\n\n".join(f"    {prose} in place number {word}." for word in ["1st", "2nd", "3rd", "4th", "5th", "6th"])
     code = f"    >>> {prose}\n\n    x: {'1, ' * 60}"
     source = f'"""{prose}."""\nraise SystemExit\nclass A:\n    """{body}\n\n{code}\n    """\n'
@@ -43,7 +43,7 @@ def test_too_much_text_is_thinned_evenly():
     assert {int(text) // 100 for text in kept} == set(range(10))
 
 
-def test_docs_are_prose_of_a_bounded_size_and_the_same_each_time():
+def test_docs_are_deterministic_prose_without_markup():
     units = documentation._units()
     assert len(units) > 500
     some = [paragraph for unit in units[::40] for paragraph in documentation._unit_paragraphs(unit)]

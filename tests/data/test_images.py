@@ -79,7 +79,7 @@ def test_validation_has_every_image_once_and_equally_many_batches(root, ranks):
     assert (labels[index >= 0] == index[index >= 0] // 2).all()
 
 
-def test_a_crop_is_a_function_of_seed_and_sample(root):
+def test_a_crop_depends_only_on_seed_and_sample(root):
     rows = opened(root).train_rows
     assert torch.equal(rows[3, 7][0], pickle.loads(pickle.dumps(opened(root).train_rows))[3, 7][0])
     assert not torch.equal(rows[3, 7][0], rows[3, 8][0])
@@ -120,7 +120,7 @@ def test_crops_lie_inside_with_the_requested_area_and_aspect(width, height, min_
         assert max(shares) > 0.6
 
 
-def test_drawn_images_are_a_function_of_their_number():
+def test_a_drawn_image_depends_only_on_its_number():
     images = DrawnImages("train", 32)
     assert images.classes == sorted(DRAWN_CLASSES)
     assert images.labels[:9] == [*range(8), 0]

@@ -49,8 +49,8 @@ def test_the_prompt_is_that_of_stanford_alpaca():
 )
 def test_records_are_read_from_a_list_and_from_lines(tmp_path, name, kind):
     records = [*RECORDS[:3], {"instruction": "Add.", "input": "1\n2", "output": "3"}]
-    found = list(read_examples(write(tmp_path / name, records, kind)))
-    assert [example.parts for example in found] == [
+    examples = list(read_examples(write(tmp_path / name, records, kind)))
+    assert [example.parts for example in examples] == [
         *((prompt_of(record["instruction"]), record["output"]) for record in records[:3]),
         (prompt_of("Add.", "1\n2"), "3"),
     ]
@@ -99,8 +99,8 @@ def test_rows_are_prompt_answer_eos_pads_and_the_length_of_the_prompt(numbers):
         ("2 3 4 5 6 7", "999"),
         ("2", "3"),
     ]
-    found = encoder([Example(*pair) for pair in parts])
-    assert found.ids.reshape(-1, 7).tolist() == [
+    encoded = encoder([Example(*pair) for pair in parts])
+    assert encoded.ids.reshape(-1, 7).tolist() == [
         [5, 6, 7, 8, 9, 1, 3],
         [5, 8, 1, 0, 0, 0, 1],
         [5, 6, 7, 8, 9, 10, 4],  # cut: the answer does not end here, so there is no EOS
@@ -108,7 +108,7 @@ def test_rows_are_prompt_answer_eos_pads_and_the_length_of_the_prompt(numbers):
         # The fifth has no room for its answer.
         [2, 3, 1, 0, 0, 0, 1],
     ]
-    assert (found.tokens, found.max_id) == (6 + 3 + 6 + 6 + 3, 10)
+    assert (encoded.tokens, encoded.max_id) == (6 + 3 + 6 + 6 + 3, 10)
     assert encoder([Example("2 3 4 5 6 7", "8")]).ids.size == 0
 
 
@@ -137,14 +137,14 @@ def test_a_prepared_set_has_every_example_and_the_start_of_its_answer(instructio
     data.setup()
     rows = data.train_rows.read(np.arange(len(data.train_rows)))
     assert rows.shape == (36, 101)
-    backend, found = data.tokenizer(), []
+    backend, parts = data.tokenizer(), []
     for row in rows.tolist():
         *ids, start = row
         end = ids.index(data.eos_id)
         assert set(ids[end + 1 :]) <= {data.pad_id}
-        found.append((backend.decode(ids[:start]), backend.decode(ids[start:end])))
+        parts.append((backend.decode(ids[:start]), backend.decode(ids[start:end])))
     examples = [Example(prompt_of(record["instruction"]), record["output"]) for record in RECORDS]
-    assert found == [example.parts for number, example in enumerate(examples, 1) if number % 10]
+    assert parts == [example.parts for number, example in enumerate(examples, 1) if number % 10]
 
 
 def test_the_manifest_counts_skipped_examples_and_has_format_2(instructions, packed):
@@ -199,7 +199,7 @@ def test_batches_include_the_length_of_the_prompt(instructions):
     assert (rows[2:] == data.pad_id).all()
 
 
-def test_the_probe_and_the_count_of_validation_tokens_exclude_it(instructions):
+def test_probe_and_token_count_exclude_the_length_of_the_prompt(instructions):
     data = opened(instructions)
     probe = data.probe_batch(4)
     assert torch.equal(probe, data.val_rows.read(np.arange(4))[:, :100])

@@ -33,7 +33,7 @@ def test_steps_are_slices_of_one_sequence(rows_per_chunk, seed, first, count):
     np.testing.assert_array_equal(samples(first, count, seed=seed, rows_per_chunk=rows_per_chunk), sequence[first:])
 
 
-def test_a_stretch_of_the_epoch_needs_one_window_of_chunks():
+def test_consecutive_rows_come_from_one_window_of_chunks():
     chunks, size = 5 * WINDOW_CHUNKS, 100
     rows = samples(0, chunks * size, seed=1, rows_per_chunk=(size,) * chunks)
     for window in rows.reshape(5, -1):
@@ -47,7 +47,7 @@ def test_seed_and_epoch_change_the_order():
     assert not np.array_equal(one[:150], one[150:])
 
 
-def test_the_order_is_the_same_everywhere():
+def test_the_order_is_the_same_on_every_platform():
     assert samples(0, 12, seed=32, rows_per_chunk=(5, 0, 4)).tolist() == [1, 7, 5, 6, 3, 8, 0, 4, 2, 2, 1, 5]
 
 

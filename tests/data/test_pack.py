@@ -21,7 +21,7 @@ def test_documents_are_read_only_as_far_as_needed():
     assert packed(documents(), encode, 0, rows=2, length=3).shape == (2, 3)
 
 
-def test_fewer_rows_than_asked_for_and_none():
+def test_too_few_tokens_return_fewer_rows_or_an_error():
     assert packed(["abcd"], encode, 0, rows=9, length=2).shape == (2, 2)
     with pytest.raises(UserError, match=r"have 3 tokens, less than one row of data\.seq_len=4"):
         packed(["ab"], encode, 0, rows=1, length=4)

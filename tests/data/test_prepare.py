@@ -89,7 +89,7 @@ def test_a_complete_set_is_kept_and_a_damaged_one_replaced(make_config, tmp_path
         ({"val_tokens": 20_000_000}, False),
     ],
 )
-def test_the_folder_follows_from_the_settings_that_decide_the_rows(packed, changes, same):
+def test_the_folder_depends_only_on_settings_that_change_the_rows(packed, changes, same):
     assert (prepared_folder(replace(packed, **changes)) == prepared_folder(packed)) is same
 
 
@@ -167,13 +167,13 @@ def start(tmp_path, c4_corpus, workers) -> subprocess.Popen:
 
 def running(group: int) -> list[str]:
     """The living processes of a process group; those that are dead and not yet waited for do not count."""
-    found = []
+    names = []
     for process in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, pgrp = process.read_text().rpartition(")")[2].split()[:3]
             if int(pgrp) == group and state not in "ZX":
-                found.append(process.parent.name)
-    return found
+                names.append(process.parent.name)
+    return names
 
 
 def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):

@@ -82,7 +82,7 @@ def test_shards_yield_the_set_of_one_machine(make_config, uneven, tmp_path, monk
     assert content(several) == content(one)
 
 
-def test_more_shards_than_files_and_workers_change_nothing(make_config, tmp_path):
+def test_the_set_does_not_depend_on_shards_and_workers(make_config, tmp_path):
     config = make_config(tmp_path / "one")
     one = prepare(config, progress=False)
     config = replace(config, root=str(tmp_path / "seven"))

@@ -21,7 +21,7 @@ from cod_lightning.errors import UserError
 
 CHUNK = "chunk-0-3.bin"
 ROWS = 64
-"""Of a chunk."""
+"""Rows of a chunk."""
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "someone",
     "AWS_SECRET_ACCESS_KEY": "secret",

@@ -27,14 +27,14 @@ def test_bpe_encodes_any_text_and_ends_it_once():
         assert tokenizer.backend.decode(ids[:-1]) == document
 
 
-def test_an_added_pad_without_a_row_gives_way_to_a_special_token_that_no_text_yields():
+def test_a_pad_beyond_the_vocabulary_is_replaced_by_an_unused_special_token():
     bpe = train_bpe(TEXT, 300)
     assert with_pad_below(bpe, 300) is bpe
     backend = Tokenizer.from_str(bpe.json)
     backend.add_special_tokens(["[added]"])
-    found = with_pad_below(DocumentTokenizer(backend.to_str(), pad_id=300, eos_id=1), 300)
-    assert (found.pad_id, found.eos_id) == (0, 1)
-    assert 0 not in found.encode(["the <pad> fox"])[0]
+    tokenizer = with_pad_below(DocumentTokenizer(backend.to_str(), pad_id=300, eos_id=1), 300)
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+    assert 0 not in tokenizer.encode(["the <pad> fox"])[0]
     content = json.loads(backend.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != 0]
     with pytest.raises(UserError, match=r"no special token but EOS .* below the 300"):

@@ -36,13 +36,13 @@ def inputs(rows=3, length=6, width=8, vocabulary=11, dtype=torch.float64):
 def test_every_row_sums_its_own_targets(function, pad_id):
     (hidden, weight), tokens = inputs(), torch.randint(1, 11, (3, 6))
     tokens[1, 3:] = 0
-    found = function(hidden, weight, next_tokens(tokens, pad_id))
+    loss = function(hidden, weight, next_tokens(tokens, pad_id))
     expected, number = by_hand(hidden @ weight.T, tokens, pad_id)
-    torch.testing.assert_close(found.per_sequence, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.total, expected.sum(), rtol=1e-12, atol=1e-12)
-    assert torch.equal(found.counts, number)
-    assert found.counts.tolist() == ([5, 5, 5] if pad_id is None else [5, 2, 5])
-    assert not found.per_sequence.requires_grad
+    torch.testing.assert_close(loss.per_sequence, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss.total, expected.sum(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(loss.counts, number)
+    assert loss.counts.tolist() == ([5, 5, 5] if pad_id is None else [5, 2, 5])
+    assert not loss.per_sequence.requires_grad
 
 
 def test_next_tokens_does_not_change_the_tokens():
@@ -66,11 +66,11 @@ def test_correct_counts_the_targets_with_the_largest_logit(set_chunk_size, chunk
     targets = torch.where(torch.rand(3, 6) < 0.5, best, torch.randint(11, (3, 6)))
     targets[1, 2:] = IGNORE
     with torch.no_grad():
-        found = linear_cross_entropy(hidden, weight, targets).correct
-    assert found.tolist() == [
+        correct = linear_cross_entropy(hidden, weight, targets).correct
+    assert correct.tolist() == [
         sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(targets, best, strict=True)
     ]
-    assert torch.equal(found, reference_linear_cross_entropy(hidden, weight, targets).correct)
+    assert torch.equal(correct, reference_linear_cross_entropy(hidden, weight, targets).correct)
     assert linear_cross_entropy(hidden, weight, targets).correct is None
 
 
@@ -89,7 +89,7 @@ def test_gradients_do_not_depend_on_the_chunk_size(set_chunk_size, chunk):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.integers(2, 60), st.booleans(), st.booleans())
-def test_any_shape_and_any_frozen_input(rows, length, width, vocabulary, free_hidden, free_weight):
+def test_any_shape_and_frozen_input_equals_the_reference(rows, length, width, vocabulary, free_hidden, free_weight):
     hidden, weight = inputs(rows, length, width, vocabulary)
     hidden.requires_grad_(free_hidden)
     weight.requires_grad_(free_weight)
@@ -98,17 +98,17 @@ def test_any_shape_and_any_frozen_input(rows, length, width, vocabulary, free_hi
     wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
     results = []
     for function in (linear_cross_entropy, reference_linear_cross_entropy):
-        found = function(hidden, weight, targets)
-        results.append((found.total, found.per_sequence, *(torch.autograd.grad(found.total, wanted) if wanted else ())))
+        loss = function(hidden, weight, targets)
+        results.append((loss.total, loss.per_sequence, *(torch.autograd.grad(loss.total, wanted) if wanted else ())))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_only_ignored_targets_have_a_loss_of_zero():
     hidden, weight = inputs()
-    found = linear_cross_entropy(hidden, weight, torch.full((3, 6), IGNORE))
-    found.total.backward()
-    assert found.total == 0
+    loss = linear_cross_entropy(hidden, weight, torch.full((3, 6), IGNORE))
+    loss.total.backward()
+    assert loss.total == 0
     assert not hidden.grad.any()
     assert not weight.grad.any()
 
@@ -123,10 +123,10 @@ def test_half_precision_errs_no_more_than_all_logits_at_once(set_chunk_size, dty
     truth = (truth.total.detach(), *torch.autograd.grad(truth.total / 128, exact))
     errors = []
     for function in (linear_cross_entropy, reference_linear_cross_entropy):
-        found = function(hidden, weight, targets)
-        assert found.total.dtype == torch.float32
-        found = (found.total.detach(), *torch.autograd.grad(found.total / 128, [hidden, weight]))
-        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)])
+        total = function(hidden, weight, targets).total
+        assert total.dtype == torch.float32
+        results = (total.detach(), *torch.autograd.grad(total / 128, [hidden, weight]))
+        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(results, truth, strict=True)])
     for ours, plain in zip(*errors, strict=True):
         assert ours <= 1.05 * plain + 1e-6
 
@@ -138,8 +138,8 @@ def test_a_weights_gradient_is_summed_in_float32_over_many_chunks(set_chunk_size
     truth = torch.autograd.grad(reference_linear_cross_entropy(*exact, targets).total, exact[1])[0]
     for chunk in (1024, 4):
         set_chunk_size(chunk)
-        (found,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).total, weight)
-        assert float((found.double() - truth).norm() / truth.norm()) < 4e-3
+        (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).total, weight)
+        assert float((gradient.double() - truth).norm() / truth.norm()) < 4e-3
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 65_536.0), (torch.bfloat16, 1 / (512 * 255))])
@@ -163,9 +163,9 @@ def test_nan_at_an_ignored_target_does_not_change_the_loss():
     with torch.no_grad():
         hidden[0, 1] = float("nan")
     targets = torch.tensor([[2, IGNORE, 3]])
-    found = linear_cross_entropy(hidden, weight, targets)
-    found.total.backward()
-    assert found.total.isfinite()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.total.backward()
+    assert loss.total.isfinite()
     assert hidden.grad[0, [0, 2]].isfinite().all()
     assert not hidden.grad[0, 1].nan_to_num(0).any()
 
@@ -206,10 +206,10 @@ def test_autocast_rounds_the_products_and_gradients_have_the_dtype_of_the_parame
     hidden, weight = inputs(2, 8, 32, 50, torch.float32)
     targets = torch.randint(50, (2, 8))
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_cross_entropy(hidden, weight, targets).total
+        total = linear_cross_entropy(hidden, weight, targets).total
     rounded = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets).total
-    assert torch.equal(found, rounded)
-    gradients = torch.autograd.grad(found, [hidden, weight])
+    assert torch.equal(total, rounded)
+    gradients = torch.autograd.grad(total, [hidden, weight])
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
 
 
@@ -228,7 +228,7 @@ def test_a_second_derivative_is_an_error():
         torch.autograd.grad(total, hidden, create_graph=True)
 
 
-def test_all_logits_never_exist(set_chunk_size):
+def test_the_logits_of_all_tokens_are_never_in_memory_at_once(set_chunk_size):
     """The largest tensor of a forward and backward pass is a chunk of logits or a gradient."""
     set_chunk_size(16)
     hidden, weight = inputs(8, 32, 16, 1000, torch.float32)

@@ -26,10 +26,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def eager_norm(x, weight=None, branch=None, *, kind="rms", eps=1e-6, gain=1.0):
     """The usual operations of models: add, upcast, square, mean, scale, downcast, times weight, times gain."""
     stream = x if branch is None else x + branch
-    wide = stream.float()
+    centred = stream.float()
     if kind == "layer":
-        wide = wide - wide.mean(-1, keepdim=True)
-    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(stream.dtype)
+        centred = centred - centred.mean(-1, keepdim=True)
+    y = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).to(stream.dtype)
     return stream, (y if weight is None else y * weight) * gain
 
 
@@ -63,15 +63,15 @@ def in_float64(function, *tensors, **settings):
     return outputs_and_gradients(function, *(None if t is None else t.double() for t in tensors), **settings)
 
 
-def errors(found, truth):
+def errors(results, truth):
     """Relative error of every output, in the L2 norm over its elements."""
-    return {name: float((found[name].double() - exact).norm() / exact.norm()) for name, exact in truth.items()}
+    return {name: float((results[name].double() - exact).norm() / exact.norm()) for name, exact in truth.items()}
 
 
-def assert_no_worse(found, plain, truth):
+def assert_no_worse(results, plain, truth):
     """Every output errs no more than plain operations do, or by four roundings of the float32 that both compute in."""
     plain, bound = errors(plain, {name: truth[name] for name in plain}), 4 * 2**-24
-    for name, error in errors(found, truth).items():
+    for name, error in errors(results, truth).items():
         assert error <= max(plain.get(name, 0), bound), name
 
 
@@ -85,7 +85,7 @@ def test_errors_stay_within_those_of_plain_operations(rows, width):
     for dtype, kind, branched in itertools.product(DTYPES, ("rms", "layer"), (False, True)):
         tensors = draw(rows, width, dtype, branched=branched)
         settings = {"kind": kind, "eps": 1e-5, "gain": 7**-0.5}
-        found, plain = (
+        fused, plain = (
             outputs_and_gradients(fused_norm, *tensors, **settings),
             outputs_and_gradients(eager_norm, *tensors, **settings),
         )
@@ -93,8 +93,8 @@ def test_errors_stay_within_those_of_plain_operations(rows, width):
         truth = in_float64(reference_add_norm, plain["stream"], tensors[1], None, *tensors[3:], **settings)
         if branched:
             truth["dbranch"] = truth["dx"]
-        assert torch.equal(found["stream"], plain["stream"])
-        assert_no_worse(found, plain, truth)
+        assert torch.equal(fused["stream"], plain["stream"])
+        assert_no_worse(fused, plain, truth)
 
 
 def test_layer_norm_is_exact_where_the_mean_is_large():
@@ -102,9 +102,9 @@ def test_layer_norm_is_exact_where_the_mean_is_large():
     x, weight, branch, dstream, dy = draw(33, 768)
     x = 1000 + 0.6 * x / x.std()
     for tensors in ((x, weight, None, dstream, dy), (x, weight, 0.01 * branch, dstream, dy)):
-        found = outputs_and_gradients(fused_norm, *tensors, kind="layer")
-        truth = in_float64(reference_add_norm, found["stream"], weight, None, dstream, dy, kind="layer")
-        assert max(errors(found, truth).values()) < 3e-7
+        results = outputs_and_gradients(fused_norm, *tensors, kind="layer")
+        truth = in_float64(reference_add_norm, results["stream"], weight, None, dstream, dy, kind="layer")
+        assert max(errors(results, truth).values()) < 3e-7
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -114,10 +114,10 @@ def test_every_variant_equals_the_reference(kind, affine, groups):
     for branched, gain in itertools.product((False, True), (1.0, 0.2)):
         tensors = draw(21, 200, affine=affine, branched=branched)
         settings = {"kind": kind, "eps": 1e-4, "gain": gain, "groups": groups}
-        found = outputs_and_gradients(fused_norm, *tensors, **settings)
+        results = outputs_and_gradients(fused_norm, *tensors, **settings)
         truth = in_float64(reference_add_norm, *tensors, **settings)
-        assert found.keys() == truth.keys()
-        assert max(errors(found, truth).values()) < 3e-7
+        assert results.keys() == truth.keys()
+        assert max(errors(results, truth).values()) < 3e-7
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,7 +128,7 @@ def test_every_variant_equals_the_reference(kind, affine, groups):
     layout=st.sampled_from(["contiguous", "rows apart", "columns apart", "transposed", "expanded", "permuted"]),
     seed=st.integers(0, 9),
 )
-def test_any_shape_and_strides(shape, width, kind, layout, seed):
+def test_any_shape_and_strides_equal_the_reference(shape, width, kind, layout, seed):
     def laid_out(x):
         if layout == "rows apart":
             return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
@@ -147,11 +147,11 @@ def test_any_shape_and_strides(shape, width, kind, layout, seed):
     if layout == "expanded":
         dy = torch.full((), 0.7, device=DEVICE).expand(x.shape)
         weight = weight[:1].expand(width)
-    found = outputs_and_gradients(fused_norm, x, weight, branch, dstream, dy, kind=kind, eps=1e-3)
+    results = outputs_and_gradients(fused_norm, x, weight, branch, dstream, dy, kind=kind, eps=1e-3)
     truth = in_float64(reference_add_norm, x, weight, branch, dstream, dy, kind=kind, eps=1e-3)
     for name, exact in truth.items():
-        assert found[name].shape == exact.shape
-        torch.testing.assert_close(found[name].double(), exact, rtol=2e-5, atol=2e-5)
+        assert results[name].shape == exact.shape
+        torch.testing.assert_close(results[name].double(), exact, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -170,24 +170,24 @@ def test_repeated_runs_are_equal_to_the_bit_and_every_output_is_written(kind):
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_zeros_and_extreme_inputs(kind):
+def test_zeros_and_extreme_inputs_equal_the_reference(kind):
     x, weight, branch, dstream, dy = draw(12, 96)
     weight[::3] = 0
     x[0] = branch[0] = 0
     for row, scale in enumerate((1e-20, 1e-8, 1e-4, 1e4, 1e10, 1e17), start=1):
         x[row], branch[row] = x[row] * scale, branch[row] * scale
     settings = {"kind": kind, "eps": 1e-6, "gain": 0.3}
-    found = outputs_and_gradients(fused_norm, x, weight, branch, dstream, dy, **settings)
+    results = outputs_and_gradients(fused_norm, x, weight, branch, dstream, dy, **settings)
     truth = in_float64(reference_add_norm, x, weight, branch, dstream, dy, **settings)
-    assert not found["y"][0].any()
-    assert not found["y"][:, ::3].any()
+    assert not results["y"][0].any()
+    assert not results["y"][:, ::3].any()
     for name in ("y", "dx"):
-        for ours, exact in zip(found[name], truth[name], strict=True):
+        for ours, exact in zip(results[name], truth[name], strict=True):
             torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=float(exact.abs().max()) * 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_a_square_beyond_float32_gives_what_the_reference_gives():
+def test_a_square_beyond_float32_equals_the_reference():
     x = torch.full((2, 64), 1e30, device=DEVICE)
     assert torch.equal(add_norm(x, backend="triton")[1], reference_add_norm(x)[1])
 
@@ -195,16 +195,16 @@ def test_a_square_beyond_float32_gives_what_the_reference_gives():
 def test_outputs_and_gradients_have_the_dtypes_of_autocast():
     x, weight, branch, dstream, dy = draw(17, 100)
     branch = branch.bfloat16()
-    found = outputs_and_gradients(fused_norm, x, weight, branch, dstream, dy.bfloat16(), dtype=torch.bfloat16)
-    half = {name for name, value in found.items() if value.dtype == torch.bfloat16}
+    results = outputs_and_gradients(fused_norm, x, weight, branch, dstream, dy.bfloat16(), dtype=torch.bfloat16)
+    half = {name for name, value in results.items() if value.dtype == torch.bfloat16}
     assert half == {"y", "dbranch"}
     truth = in_float64(reference_add_norm, x, weight, branch, dstream, dy.bfloat16())
-    for name, error in errors(found, truth).items():
+    for name, error in errors(results, truth).items():
         assert error < (3e-3 if name in ("y", "dbranch") else 3e-7), name
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_gradient_of_y_alone(frozen):
+def test_the_gradient_of_y_alone_equals_the_reference(frozen):
     x, weight, branch, dstream, dy = draw(9, 64)
     exact = in_float64(reference_add_norm, x, weight, branch, torch.zeros_like(dstream), dy)
     fused_norm(x.requires_grad_(), weight.requires_grad_(not frozen), branch.requires_grad_())[1].backward(dy)
@@ -213,7 +213,7 @@ def test_the_gradient_of_y_alone(frozen):
     assert (weight.grad is None) == frozen
 
 
-def test_the_gradient_of_the_stream_alone():
+def test_the_gradient_of_the_stream_alone_equals_the_reference():
     x, weight, branch, dstream, _ = draw(9, 64)
     leaves = [t.requires_grad_() for t in (x, weight, branch)]
     fused_norm(*leaves)[0].backward(dstream)
@@ -259,7 +259,7 @@ def test_a_second_derivative_is_an_error():
         torch.autograd.grad(y, x, create_graph=True)
 
 
-def test_a_function_without_a_gradient_may_follow():
+def test_a_missing_upstream_gradient_is_not_an_error():
 
     class Stop(torch.autograd.Function):
         @staticmethod

@@ -200,7 +200,7 @@ class TestSilentBlock:
         runs, alone = run_removal(model, [batch], sizes=[2]).losses[0], removal(model, [batch]).losses
         assert runs[:2] == pytest.approx([alone[0], alone[2]], rel=1e-6)
 
-    def test_it_has_no_causal_effect_and_none_on_it_is_defined(self, model, batch):
+    def test_it_has_no_causal_effect_and_effects_on_it_are_undefined(self, model, batch):
         result = causal_score(model, [batch])
         assert result.scores[1] < 1e-3 * min(result.scores[0], result.scores[2])
         assert result.effects[0][1] is None
@@ -221,7 +221,7 @@ def test_padding_and_batch_size_do_not_matter(causal_lm, batch, family, measure)
             assert getattr(other, values)[index] == pytest.approx(getattr(whole, values)[index], rel=1e-4)
 
 
-def test_a_model_in_bfloat16(causal_lm, batch):
+def test_a_model_in_bfloat16_is_measured(causal_lm, batch):
     model = causal_lm("llama")
     exact = removal(model, [batch]), linear_replacement(model, [batch]), causal_score(model, [batch])
     model.model.bfloat16()

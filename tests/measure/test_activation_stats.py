@@ -61,7 +61,7 @@ def test_the_kurtosis_of_a_gaussian_is_3_at_any_scale():
 
 @pytest.mark.parametrize("split", ["rows", "padded", "padded rows"])
 @pytest.mark.parametrize("family", ["ours", "gpt2"])
-def test_padding_and_batches_change_nothing(causal_lm, family, split):
+def test_statistics_do_not_depend_on_padding_and_batches(causal_lm, family, split):
     model, padded = causal_lm(family), torch.full((6, 10), PAD)
     padded[:5, :7] = TOKENS
     batches = {"rows": TOKENS.split(1), "padded": [padded], "padded rows": padded.split(5)}[split]
@@ -102,7 +102,7 @@ def test_progress_counts_batches(causal_lm):
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_the_total_of_a_generator_is_zero(causal_lm):
+def test_progress_over_a_generator_has_total_zero(causal_lm):
     calls = []
     activation_stats(causal_lm("ours", depth=2), iter(TOKENS.split(3)), progress=lambda *call: calls.append(call))
     assert calls == [(1, 0), (2, 0)]

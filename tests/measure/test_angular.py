@@ -21,7 +21,7 @@ def definition(x, n, layer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_follows_its_definition(causal_lm, batch, family):
+def test_distances_follow_their_definition(causal_lm, batch, family):
     model = causal_lm(family)
     result = angular_distance(model, batch.split(2))
     x = residual_stream(model, batch).flatten(1, 2)
@@ -80,7 +80,7 @@ def test_the_last_token_is_the_one_before_the_padding():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_it_stops_after_a_number_of_tokens(causal_lm, batch, size):
+def test_measuring_stops_after_the_requested_tokens(causal_lm, batch, size):
     model = causal_lm("qwen3")
     result = angular_distance(model, batch.split(size), tokens=17)
     assert result.tokens == 17
@@ -103,14 +103,14 @@ def test_released_clips_at_percentiles():
     assert scale_as_released([0.0, *[1.0] * 300, *[2.0] * 300, 9.0]) == [0.0] * 301 + [1.0] * 301
 
 
-def test_a_model_in_bfloat16(causal_lm, batch):
+def test_a_model_in_bfloat16_is_measured(causal_lm, batch):
     model = causal_lm("llama")
     exact = angular_distance(model, [batch]).distances
     model.model.bfloat16()
     assert angular_distance(model, [batch]).distances[0] == pytest.approx(exact[0], abs=0.02)
 
 
-def test_more_tokens_than_a_chunk(causal_lm):
+def test_more_tokens_than_a_chunk_are_measured(causal_lm):
     model, batch = causal_lm("ours", depth=2), tokens(3, 50)
     result = angular_distance(model, [batch])
     assert result.tokens == 150

@@ -52,7 +52,7 @@ def test_the_best_blocks_have_the_smallest_distance(model, cosines):
     assert result.best[3] == (1, 4)
 
 
-def test_influence_of_short_runs_only(causal_lm):
+def test_influence_can_be_limited_to_short_runs(causal_lm):
     model = causal_lm("ours")
     full, short = block_influence(model, padded_batches()), block_influence(model, padded_batches(), longest=2)
     assert (short.influence, short.distance, short.best) == (full.influence, full.distance[:2], full.best[:2])
@@ -140,7 +140,7 @@ def test_a_silent_block_has_no_importance(model, permutations):
         assert sorted(values)[1] > 1e-3
 
 
-def test_silent_blocks_have_neither(model):
+def test_silent_blocks_have_neither_influence_nor_importance(model):
     silence(model, range(1, 5))
     influence = block_influence(model, padded_batches())
     assert influence.influence == influence.error == [0] * 4

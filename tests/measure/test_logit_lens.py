@@ -13,7 +13,7 @@ def log_softmax(logits):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_follows_its_definition(causal_lm, family):
+def test_losses_follow_their_definition(causal_lm, family):
     model = causal_lm(family)
     expected = [[] for _ in range(4)]
     for batch in padded_batches():

@@ -53,9 +53,9 @@ def test_options_are_the_keywords_that_a_word_can_give():
     ],
 )
 def test_words_become_values_of_their_types(word, value):
-    found = parse_options([word], options_of(example), "measure example")
-    assert found == {word.partition("=")[0]: value}
-    assert type(next(iter(found.values()))) is type(value)
+    options = parse_options([word], options_of(example), "measure example")
+    assert options == {word.partition("=")[0]: value}
+    assert type(next(iter(options.values()))) is type(value)
 
 
 @pytest.mark.parametrize(

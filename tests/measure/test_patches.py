@@ -1,4 +1,4 @@
-"""A Vision Transformer taken apart: every measure that has a meaning for images, against the module itself."""
+"""Every measure that applies to images, on a Vision Transformer, against the module's own activations."""
 
 from contextlib import contextmanager
 from itertools import pairwise

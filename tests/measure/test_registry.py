@@ -35,7 +35,7 @@ def test_all_has_every_measure():
     assert measures_of("all", 16) == list(MEASURES)
 
 
-def test_whole_jacobians_of_a_wide_model_are_left_out_unless_selected():
+def test_whole_jacobians_of_a_large_hidden_size_must_be_selected():
     assert "jacobian_map" not in measures_of("all", 4096)
     assert measures_of("all", 4096, only=["jacobian_map", "angular"]) == ["jacobian_map", "angular"]
 
@@ -50,7 +50,7 @@ def test_an_unknown_measure_of_a_study_is_an_error():
         measures_of("removal", only=["removl"])
 
 
-def test_an_option_of_several_studies_is_left_out():
+def test_an_option_of_several_studies_is_not_offered():
     assert {"tokens", "probes"} <= options_for(measures_of("jacobian", 16)).keys()
     assert "tokens" not in options_for(MEASURES)
 

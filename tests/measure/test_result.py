@@ -35,7 +35,7 @@ EXAMPLE = Example("small", 3, [0.5, 2.0], [1.0, math.nan])
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_committed_result_is_loaded_and_saved_again_unchanged(path):
+def test_a_committed_result_survives_loading_and_saving(path):
     saved = json.loads(path.read_text())
     result = from_json(MEASURES[path.stem].result_type, saved)
     assert finite(asdict(result)) == saved

@@ -75,7 +75,7 @@ def test_the_recursion_grows_quadratically_and_linearly_under_lns():
 
 @pytest.mark.parametrize("lns", [False, True])
 @pytest.mark.parametrize(("a", "b"), [(2.0, 0.5), (0.3, 0.0), (0.0, 4.0), (1e3, 1e5)])
-def test_constants_of_a_planted_bound_are_found(lns, a, b):
+def test_constants_of_a_planted_bound_are_recovered(lns, a, b):
     gains = [7 * math.exp(value) for value in log_bound(VARIANCES, a, b, lns)]
     assert fit_bound(VARIANCES, gains, lns) == pytest.approx((a, b), rel=1e-4, abs=1e-6)
 
@@ -94,7 +94,7 @@ def test_bounds_under_linear_growth():
     assert bound[-1] - bound[9_999] < 2 * 2 / 100
 
 
-def test_m_is_the_series_that_it_cuts_off():
+def test_log_m_is_a_truncated_series_and_a_lower_bound():
     for a, b in ((0.3, 0.2), (2.0, 0.0), (0.0, 1.5)):
         terms = [a * math.exp(-layer) + b * math.exp(-2 * layer) for layer in range(1, 60)]
         assert log_m(a, b) == pytest.approx(sum(u - u**2 / 2 for u in terms))
@@ -129,14 +129,14 @@ class TestTheory:
         assert result.shape_log_bound == log_bound(self.variances, *bound_constants(self.shapes), lns)
         assert max(result.shape_log_bound) > 710
 
-    def test_m_is_of_pre_ln_only(self, result, lns):
+    def test_m_is_reported_for_pre_ln_only(self, result, lns):
         assert (result.log_m is None) == lns
 
     def test_the_fitted_bound_starts_at_the_first_gain(self, result):
         assert result.fitted_log_bound[0] == pytest.approx(math.log(1.1))
         assert len(result.fitted_log_bound) == 79
 
-    def test_disagreements_are_those_of_the_strategy(self, result, lns):
+    def test_disagreements_depend_on_the_strategy(self, result, lns):
         assert any("Lemma 4.1" in text and "3/2 - epsilon/2" in text for text in result.disagreements) == lns
         assert any("Theorem 3.3" in text for text in result.disagreements) != lns
 

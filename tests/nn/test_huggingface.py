@@ -72,7 +72,7 @@ def name_of(value):
 
 
 @pytest.mark.parametrize("norm", FOLDABLE, ids=name_of)
-def test_a_folded_strategy_has_its_logits_in_transformers(decoder, norm):
+def test_an_exported_strategy_has_the_same_logits_in_transformers(decoder, norm):
     assert_same_logits(decoder(norm), to_hf(decoder(norm)))
 
 
@@ -86,7 +86,7 @@ def test_an_unsupported_strategy_is_an_error_with_every_reason_and_writes_nothin
     assert not list(tmp_path.iterdir())
 
 
-def test_every_strategy_is_foldable_or_unsupported():
+def test_every_strategy_is_exportable_or_unsupported():
     names = {norm["name"] for norm in FOLDABLE if ":" not in norm["name"]} | {norm["name"] for norm, _ in UNSUPPORTED}
     assert names == set(STRATEGIES)
 

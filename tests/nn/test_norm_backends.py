@@ -56,11 +56,11 @@ def pooled(loss, *gradients):
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_errs_with_triton_as_little_as_with_the_reference(name, norm, monkeypatch):
-    found = pooled(*loss_and_gradients(build("triton", name, norm=norm)))
+    fused = pooled(*loss_and_gradients(build("triton", name, norm=norm)))
     use_the_reference(monkeypatch)
     plain = pooled(*loss_and_gradients(build("torch", name, norm=norm)))
     exact = pooled(*loss_and_gradients(build("torch", name, norm=norm).double()))
-    for ours, reference, truth in zip(found, plain, exact, strict=True):
+    for ours, reference, truth in zip(fused, plain, exact, strict=True):
         bound = 4 * max(float((reference - truth).norm()), 2**-24 * float(truth.norm()))
         assert float((ours - truth).norm()) <= bound
 
@@ -138,7 +138,7 @@ def shard(rank, port, folder):
     gradients = [parameter.grad.full_tensor() for parameter in decoder.parameters()]
     torch.distributed.all_reduce(total := loss.detach().clone())
     if rank == 0:
-        torch.save([total, *gradients], folder / "found.pt")
+        torch.save([total, *gradients], folder / "gradients.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -148,7 +148,7 @@ def test_two_ranks_of_fsdp2_equal_one_process(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(shard, (port, tmp_path), nprocs=2)
-    total, *gradients = torch.load(tmp_path / "found.pt", weights_only=True)
+    total, *gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     expected = loss_and_gradients(build("triton", norm="layer"))
     # FSDP averages the gradients over the ranks.
     assert_equal([total, *(2 * gradient for gradient in gradients)], expected)
@@ -162,8 +162,8 @@ def test_fifty_steps_of_training_stay_within_the_error_of_the_reference(monkeypa
         for _ in range(50):
             start = torch.randint(VOCABULARY, (4, 1), generator=generator)
             rows = (start + 7 * torch.arange(12)) % VOCABULARY
-            found = decoder(rows, next_tokens(rows))
-            loss = found.total / found.counts.sum()
+            loss_sums = decoder(rows, next_tokens(rows))
+            loss = loss_sums.total / loss_sums.counts.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -39,11 +39,11 @@ compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings t
 def test_a_wrapped_model_has_the_same_loss_and_gradients(norm, checkpointing, backend):
     expected, gradients = step(build(norm))
     wrapped = build(norm, lambda decoder: parallelise(decoder, checkpointing=checkpointing, backend=backend))
-    loss, found = step(wrapped)
+    loss, wrapped_gradients = step(wrapped)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    assert found.keys() == gradients.keys()
+    assert wrapped_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(wrapped_gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_checkpointing_saves_fewer_activations():

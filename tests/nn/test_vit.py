@@ -130,11 +130,11 @@ def test_parameters_are_counted(name, change):
 
 def test_an_ignored_label_does_not_count():
     logits, labels = torch.randn(4, 5, dtype=torch.bfloat16), torch.tensor([1, IGNORE, 0, 4])
-    found = label_loss(logits, labels)
-    assert found.counts.tolist() == [1, 0, 1, 1]
-    assert found.per_sequence.dtype == torch.float32
-    assert found.per_sequence[1] == 0
-    torch.testing.assert_close(found.total, F.cross_entropy(logits.float(), labels, reduction="sum"))
+    loss = label_loss(logits, labels)
+    assert loss.counts.tolist() == [1, 0, 1, 1]
+    assert loss.per_sequence.dtype == torch.float32
+    assert loss.per_sequence[1] == 0
+    torch.testing.assert_close(loss.total, F.cross_entropy(logits.float(), labels, reduction="sum"))
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,10 @@ def comparison(experiment, name):
 
 def tables_of(markdown):
     """The first table below every heading: head and rows of cells."""
-    found, heading = {}, ""
+    tables, heading = {}, ""
     for block in markdown.split("\n\n"):
         heading = block if block.startswith("#") else heading
         if block.startswith("| "):
             lines = [line.strip("| ").split(" | ") for line in block.splitlines()]
-            found.setdefault(heading, [[cell.strip() for cell in line] for line in [lines[0], *lines[2:]]])
-    return found
+            tables.setdefault(heading, [[cell.strip() for cell in line] for line in [lines[0], *lines[2:]]])
+    return tables

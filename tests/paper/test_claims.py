@@ -25,25 +25,25 @@ def test_accuracies_have_no_such_bias_and_differ_in_points():
         row("none", {"accuracy": 67.91}),
         row("lns", {"accuracy": 68.75}, replace(run(1, 1.0), record={"accuracy": 50})),
     ]
-    found = comparison(table(*rows, evaluation_batches=727), "lns")
-    assert found.sample == Sample(1, 50.0, None)
-    assert found.published[0].unbiased is None
-    assert found.published[0].difference == pytest.approx(0.84)
+    result = comparison(table(*rows, evaluation_batches=727), "lns")
+    assert result.sample == Sample(1, 50.0, None)
+    assert result.published[0].unbiased is None
+    assert result.published[0].difference == pytest.approx(0.84)
 
 
 def test_values_are_means_over_seeds_and_differences_are_paired(experiments):
-    found = comparison(experiments[1], "lns")
+    result = comparison(experiments[1], "lns")
     perplexities = [math.exp(loss) for loss in LOSSES["lns"]]
-    assert (found.sample.n, found.sample.mean) == (3, pytest.approx(np.mean(perplexities)))
-    assert found.sample.sd == pytest.approx(np.std(perplexities, ddof=1))
-    assert found.difference.mean == pytest.approx(np.mean([-0.4, -0.3, -0.4]))
+    assert (result.sample.n, result.sample.mean) == (3, pytest.approx(np.mean(perplexities)))
+    assert result.sample.sd == pytest.approx(np.std(perplexities, ddof=1))
+    assert result.difference.mean == pytest.approx(np.mean([-0.4, -0.3, -0.4]))
 
 
 def test_a_seed_that_only_one_row_has_is_left_out_and_named():
     rows = [row("pre_ln", 20.0, run(1, 5.0), run(3, 7.0)), row("lns", 19.0, run(2, 1.0), run(3, 6.0))]
-    found = comparison(table(*rows), "lns")
-    assert (found.difference.n, found.difference.mean) == (1, pytest.approx(-1.0))
-    assert found.unpaired == (1, 2)
+    result = comparison(table(*rows), "lns")
+    assert (result.difference.n, result.difference.mean) == (1, pytest.approx(-1.0))
+    assert result.unpaired == (1, 2)
 
 
 def test_directions(experiments):
@@ -67,8 +67,8 @@ def test_one_seed_has_no_direction():
 )
 def test_a_run_that_did_not_train_or_diverged_is_counted(other, untrained, failures):
     rows = [row("pre_ln", 20.0, run(1, 5.0)), row("post_ln", 20.1, other)]
-    found = comparison(table(*rows), "post_ln")
-    assert (found.untrained, found.failures) == (untrained, failures)
+    result = comparison(table(*rows), "post_ln")
+    assert (result.untrained, result.failures) == (untrained, failures)
 
 
 def test_a_published_run_did_not_train_if_it_is_a_nat_above_the_best():
@@ -94,11 +94,11 @@ def test_experiments_with_the_same_runs_are_one_column():
 
 
 def test_rows_with_the_same_runs_have_all_labels():
-    made = [
+    tables = [
         table(row("pre_ln", None, run(1, 5.0), label=label), target="Figure 2", name=label, column=label)
         for label in ("Qwen3-8B", "LLaMA2-13B")
     ]
-    (column,) = columns(made)
+    (column,) = columns(tables)
     assert [row.label for row in column.rows] == ["Qwen3-8B, LLaMA2-13B"]
 
 
@@ -117,16 +117,18 @@ def test_the_baseline_is_pre_ln_or_else_the_first_row():
 
 
 def test_targets_are_in_the_papers_order():
-    made = [table(target=target, name=target) for target in ("Theory", "Figure 10", "Table 10", "Figure 2", "Table 2")]
-    assert list(by_target(made)) == ["Table 2", "Table 10", "Figure 2", "Figure 10", "Theory"]
+    tables = [
+        table(target=target, name=target) for target in ("Theory", "Figure 10", "Table 10", "Figure 2", "Table 2")
+    ]
+    assert list(by_target(tables)) == ["Table 2", "Table 10", "Figure 2", "Figure 10", "Theory"]
 
 
 def test_columns_of_a_varied_setting_are_in_its_order():
-    made = [
+    tables = [
         table(row("lns", None), target="Depth", name=f"depth_{blocks}", axis="blocks", axes={"blocks": blocks})
         for blocks in (12, 48, 6)
     ]
-    assert [e.name for e in by_target(made)["Depth"]["toy"]] == ["depth_6", "depth_12", "depth_48"]
+    assert [e.name for e in by_target(tables)["Depth"]["toy"]] == ["depth_6", "depth_12", "depth_48"]
 
 
 # Findings ------------------------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ def test_a_finding_about_rows_that_were_not_run_is_left_out():
 
 @pytest.mark.parametrize(("lns", "pre_ln", "direction"), [("even", "uneven", SAME), ("uneven", "even", OPPOSITE)])
 def test_blocks_matter_more_evenly_if_the_costliest_has_less_of_the_cost(lns, pre_ln, direction):
-    """Of 1.0 + 0.1 + 0.1 + 0.0 the first block has 1 / 1.2, of four times 0.5 a quarter."""
+    """The first block has 1 / 1.2 of 1.0 + 0.1 + 0.1 + 0.0, and a quarter of four times 0.5."""
     losses = {"uneven": [3.0, 2.1, 2.1, 2.0], "even": [2.5] * 4}
     rows = [
         row(name, None, *(run(seed, 5.0, removal={"loss": 2.0, "losses": losses[kind]}) for seed in (1, 2)))

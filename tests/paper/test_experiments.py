@@ -115,7 +115,7 @@ def composed(name, scale="paper"):
     return next(row.config for (experiment, _), row in all_rows(scale).items() if experiment == name)
 
 
-def test_there_is_nothing_but_what_is_tested_here():
+def test_every_experiment_is_tested_here():
     assert set(choices("experiments")) == {"quickstart", *EXPERIMENTS, *BEYOND}
 
 
@@ -177,7 +177,7 @@ KEYS |= {"published_curves", "fractions", "settings", "unknown", "tasks"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_says_where_all_of_it_comes_from(name):
+def test_an_experiment_states_the_source_of_every_setting(name):
     config = composed(name)
     paper, values = config.paper, asdict(config)
     assert config.experiment == name
@@ -207,7 +207,7 @@ def test_an_experiment_of_every_recipe_composes_under_both_protocols(name):
 
 
 @pytest.mark.parametrize(("name", "scale"), list(zip(EXPERIMENTS, itertools.cycle(SCALES))))
-def test_a_row_is_what_its_overrides_compose_to(name, scale):
+def test_a_row_equals_its_composed_overrides(name, scale):
     row = [row for row in all_rows(scale).values() if row.experiment == name][-1]
     config = compose(row.overrides)
     assert config == row.config
@@ -264,7 +264,7 @@ def test_the_olmo_ladder_has_the_official_shapes_and_sees_20b_tokens(name):
     assert config.protocol == "strict"
 
 
-def test_a_size_is_what_it_is_called():
+def test_every_model_has_the_size_in_its_name():
     """Within a fifth; OLMo counts one of two embeddings."""
     for name, size in {
         **{"figure1_60m": 60e6, "figure1_150m": 150e6, "figure1_300m": 300e6, "figure1_1b": 1e9, "figure1_7b": 7e9},
@@ -272,14 +272,14 @@ def test_a_size_is_what_it_is_called():
         **{"table4_qwen2_5_0_5b": 0.5e9, "figure10": 7e9, "figure2_bert_large": 0.34e9},
     }.items():
         model = composed(name).model
-        one = (
+        output_layer = (
             0 if model.tie_word_embeddings or not name.startswith("figure1_") else model.vocab_size * model.hidden_size
         )
-        assert model.num_parameters() - one == pytest.approx(size, rel=0.2), name
+        assert model.num_parameters() - output_layer == pytest.approx(size, rel=0.2), name
 
 
 def own_parameters(config, specs):
-    """What a strategy has beyond two pre-norms in every block."""
+    """Parameters of a strategy beyond two pre-norms in every block."""
     d, weights = config.hidden_size, config.norm_affine * config.hidden_size
     learned = {"no": 0, "scalar": 1, "channel": d}
     total = 0
@@ -319,26 +319,26 @@ def test_every_row_builds_with_the_parameters_that_are_counted(name):
 )
 def test_rows_that_compute_the_same_are_one_run(experiment, others):
     for scale in SCALES:
-        found = all_rows(scale)
+        rows = all_rows(scale)
         for name in composed(experiment).paper["rows"]:
-            elsewhere = [found[other, name] for other in others if (other, name) in found]
+            elsewhere = [rows[other, name] for other in others if (other, name) in rows]
             assert elsewhere or experiment.startswith("table"), name
             for other in elsewhere:
-                assert found[experiment, name].config_for(2).folder == other.config_for(2).folder, (scale, name)
-                assert found[experiment, name].config_for(2).id != other.config_for(1).id
+                assert rows[experiment, name].config_for(2).folder == other.config_for(2).folder, (scale, name)
+                assert rows[experiment, name].config_for(2).id != other.config_for(1).id
 
 
-def test_table_3_and_figure_1_share_the_run_with_lns_and_no_other():
+def test_table_3_and_figure_1_share_only_the_run_with_lns():
     for scale in SCALES:
-        found = all_rows(scale)
-        assert found["table3_olmo_1b", "lns"].config.id == found["figure1_1b", "lns"].config.id
-        assert found["table3_olmo_1b", "scaled_init"].config.id != found["figure1_1b", "pre_ln"].config.id
+        rows = all_rows(scale)
+        assert rows["table3_olmo_1b", "lns"].config.id == rows["figure1_1b", "lns"].config.id
+        assert rows["table3_olmo_1b", "scaled_init"].config.id != rows["figure1_1b", "pre_ln"].config.id
 
 
 def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(tmp_path):
     for scale in SCALES:
-        found = all_rows(scale)
-        row, source = found["table2_250m", "mix_ln"], found["table1_250m", "mix_ln"].config_for(2)
+        rows = all_rows(scale)
+        row, source = rows["table2_250m", "mix_ln"], rows["table1_250m", "mix_ln"].config_for(2)
         config = row.config_for(2)
         assert config.init_from == str(source.folder)
         assert config.data.tokenizer == str(source.folder / "tokenizer")
@@ -352,16 +352,16 @@ def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(tmp_path):
 SUBJECTS = [name for name in WITHOUT_FIGURES if name.startswith("figure2_") or name in ("figure5", "figure10")]
 
 
-def test_what_stands_in_for_a_public_model_is_a_run_of_table_1():
+def test_a_stand_in_for_a_public_model_is_a_run_of_table_1():
     for name in SUBJECTS:
         for scale in SCALES:
-            found = all_rows(scale)
-            ((key, row),) = [item for item in found.items() if item[0][0] == name]
+            rows = all_rows(scale)
+            ((key, row),) = [item for item in rows.items() if item[0][0] == name]
             assert (row.public_model is not None) == (scale == "paper")
             if (name, scale) == ("figure5", "small"):
                 row = replace(row, config=compose([*row.overrides, "model.norm_eps=1e-6"]))  # it keeps LLaMA2's 1e-5
             if scale != "paper":
-                assert row.config.id == found["table1_130m", row.config.norm["name"]].config.id, key
+                assert row.config.id == rows["table1_130m", row.config.norm["name"]].config.id, key
 
 
 def test_the_sizes_of_figure_1_are_apart_at_every_scale():
@@ -389,14 +389,14 @@ SMALL = {
 
 @pytest.fixture
 def small(toy, tmp_path):
-    """Overrides that make a run of moments of any experiment at toy scale."""
+    """Overrides that shorten a run of any experiment at toy scale to a few seconds."""
     own = [word for word in toy if "." in word.partition("=")[0] or word == "logger=none"]
     values = dict(word.split("=", 1) for word in own) | {key: str(value) for key, value in SMALL.items()}
     return [f"{key}={value}" for key, value in values.items()] + [f"output={tmp_path}"]
 
 
 def test_every_row_trains(small):
-    """Two steps of each at toy scale, made smaller still; those that become the same run but once."""
+    """Every experiment trains two steps at toy scale with the smallest model; equal runs train once."""
     done = set()
     for row in (row for (name, _), row in all_rows("toy").items() if name in LANGUAGE):
         config = compose([*row.overrides, *small])
@@ -423,7 +423,7 @@ def reproduce(capfd):
     return run
 
 
-def test_killed_and_repeated_it_goes_on_and_does_nothing_twice(small, tmp_path, reproduce):
+def test_a_killed_reproduction_resumes_and_repeats_nothing(small, tmp_path, reproduce):
     results = tmp_path / "results"
     words = ["table1_130m", "table7_130m", "row=pre_ln,lns", "scale=toy", "--results", results, *small]
     words += ["trainer.max_steps=40", "trainer.checkpoint_every=2", "eval.every=40", "trainer.progress=true"]
@@ -495,7 +495,7 @@ def test_a_public_model_is_measured_and_not_trained(corpus, tmp_path, reproduce)
     assert reproduce(*words) == (0, "0 of 1 runs remaining\n")
 
 
-def test_a_public_model_that_cannot_be_had_is_named(tmp_path, reproduce, monkeypatch):
+def test_an_unavailable_public_model_is_named(tmp_path, reproduce, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, printed = reproduce("figure5")
     assert status == 2
@@ -523,7 +523,7 @@ def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):
         (["theory", "-j", "0"], ["--jobs=0 must be at least 1"]),
     ],
 )
-def test_what_cannot_be_reproduced_is_refused(names, words, reproduce):
+def test_a_name_or_option_that_cannot_be_reproduced_is_an_error(names, words, reproduce):
     status, printed = reproduce(*names)
     assert status == 2
     assert all(word in printed for word in words), printed
@@ -535,7 +535,7 @@ def test_a_prefix_names_all_of_a_table_or_figure():
 
 
 @pytest.mark.parametrize("word", ["norm=lns", "norm.position=before_ln", "row=lns", "seed=2", "name=mine"])
-def test_what_rows_and_seeds_choose_cannot_be_overridden(word):
+def test_settings_chosen_by_rows_and_seeds_cannot_be_overridden(word):
     if word == "norm.position=before_ln":
         with pytest.raises(UserError, match=r"norm\.position is not an option of 'pre_ln'"):
             list(experiment_rows(["theory"], "toy", [word]))

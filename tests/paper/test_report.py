@@ -42,7 +42,7 @@ def test_the_report_opens_with_the_headline_and_its_interval(report):
     )
 
 
-def test_the_verdict_says_what_holds_what_does_not_and_what_was_not_tried(experiments):
+def test_the_verdict_lists_opposite_unsettled_and_untried_findings(experiments):
     untried = table(*rows_at("paper"), name="table9", target="Table 9", scale="paper")
     text = verdict_of(build_report([*experiments, untried]).markdown)
     assert "- Opposite: post_ln loses to pre_ln (-0.43±" in text
@@ -77,7 +77,7 @@ def test_without_runs_nothing_was_tested(experiments):
     assert verdict_of(build_report(experiments[:1]).markdown).startswith("No claim of the paper was tested.")
 
 
-def test_the_number_of_comparisons_and_holms_correction_are_said(report):
+def test_the_report_states_the_number_of_comparisons_and_holms_correction(report):
     (line,) = re.findall(r"- \*\*How many comparisons, scale=toy:\*\*.*", report.markdown)
     assert "3 distinct comparisons have an interval, and 2 of them exclude zero" in line
     assert "0.2 would exclude zero by chance, and at least one with a probability of up to 14 %" in line
@@ -92,7 +92,7 @@ def test_the_same_runs_in_two_tables_are_one_comparison(experiments):
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
-def test_directions_stand_at_a_glance(report):
+def test_at_a_glance_lists_the_directions(report):
     assert tables_of(report.markdown)["## At a glance"] == [
         ["target", "scale", "seeds", "as in the paper", "opposite", "within noise"],
         ["Table 1", "toy", "3", "lns", "post_ln", "mix_ln"],
@@ -108,18 +108,18 @@ def test_a_row_names_the_columns_if_they_disagree():
         )
         for size, values in figures.items()
     ]
-    found = tables_of(published_and(*sizes).markdown)["## At a glance"]
-    assert found[1:] == [["Table 1", "toy", "3", "post_ln (250M); lns", "post_ln (130M)", "mix_ln"]]
+    at_a_glance = tables_of(published_and(*sizes).markdown)["## At a glance"]
+    assert at_a_glance[1:] == [["Table 1", "toy", "3", "post_ln (250M); lns", "post_ln (130M)", "mix_ln"]]
 
 
-def test_published_figures_stand_with_the_bias_undone(report):
+def test_published_figures_are_listed_with_the_bias_undone(report):
     head, *rows = tables_of(report.markdown)["### Table 1: published"]
     assert head == ["row", "130M (N + 1 undone)"]
     assert ["pre_ln", "26.73 (26.85)"] in rows
     assert ["lns", "25.76 (25.88)"] in rows
 
 
-def test_ours_stand_with_paired_differences_beside_the_papers(report):
+def test_our_paired_differences_are_listed_beside_the_papers(report):
     head, *rows = tables_of(report.markdown)["### Table 1: ours at scale=toy"]
     assert head[3:] == ["difference to pre_ln, nats (95 %)", "130M: published, direction"]
     cells = {row[0]: row[2:] for row in rows}
@@ -131,7 +131,7 @@ def test_ours_stand_with_paired_differences_beside_the_papers(report):
     }
 
 
-def test_the_best_rows_and_left_out_seeds_are_said():
+def test_the_best_rows_and_omitted_seeds_are_named():
     rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)), row("lns", 19.0, run(1, 4.0), run(2, 4.2), run(3, 4.0))]
     assert summary_lines(Column((table(*rows),))) == [
         "Beyond noise: lns (-0.950).",
@@ -141,7 +141,7 @@ def test_the_best_rows_and_left_out_seeds_are_said():
     assert comparison_table(Column((table(*rows),))).rows[1][3] == "**-0.950 ± 0.635** (2 pairs)"
 
 
-def test_rows_that_did_not_train_or_diverged_say_so():
+def test_rows_that_did_not_train_or_diverged_are_marked():
     rows = [
         row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)),
         row("deep_norm", 20.1, run(1, 6.99, halfway=7.0), run(2, 6.99, halfway=7.0)),
@@ -152,21 +152,21 @@ def test_rows_that_did_not_train_or_diverged_say_so():
     assert cells["deep_norm"] == f"{math.exp(6.99):.2f} ± 0.00 (did not train: 2 of 2)"
     assert cells["post_ln"] == "(failed: the loss is nan at step 3)"
     assert cells["mix_ln"] == "nan (did not train: 1 of 1)"
-    found = tables_of(published_and(table(*rows)).markdown)["## At a glance"]
-    assert found[1][3] == "deep_norm (did not train here)"
+    at_a_glance = tables_of(published_and(table(*rows)).markdown)["## At a glance"]
+    assert at_a_glance[1][3] == "deep_norm (did not train here)"
 
 
 def test_scales_are_never_mixed(experiments):
     at_mini = [replace(r, run_id=f"{r.run_id}-mini", runs=(run(1, 1.0),)) for r in rows_at("mini")]
-    found = tables_of(build_report([*experiments, table(*at_mini, scale="mini")]).markdown)
+    tables = tables_of(build_report([*experiments, table(*at_mini, scale="mini")]).markdown)
     perplexity = {"mini": f"{math.e:.2f}", "toy": f"{np.exp(LOSSES['lns']).mean():.2f}"}
     for scale, other in (("mini", "toy"), ("toy", "mini")):
-        text = str(found[f"### Table 1: ours at scale={scale}"])
+        text = str(tables[f"### Table 1: ours at scale={scale}"])
         assert perplexity[scale] in text
         assert perplexity[other] not in text
 
 
-def test_what_was_not_run_is_one_compact_table(report, experiments):
+def test_missing_runs_are_one_compact_table(report, experiments):
     head, *rows = tables_of(report.markdown)["## Not run"]
     assert head[1:] == ["scale=paper", "scale=mini", "scale=small", "scale=toy", "hours of H100, scale=paper"]
     assert rows == [["Table 1", "all", "all", "all", "admin", "50"]]
@@ -196,9 +196,9 @@ def test_several_metrics_are_one_table_of_a_size():
     published = {"mmlu": 24.93, "boolq": 38.35}
     scored = Run(1, {**run(1, 2.0).record, "mmlu": 25.0}, {})
     rows = [row("pre_ln", published, scored), row("lns", {"mmlu": 27.08, "boolq": 58.17}, scored)]
-    found = tables_of(build_report([table(*rows, scale="paper", target="Table 2", column="250M")]).markdown)
-    assert found["### Table 2: published"][1:] == [["pre_ln", "24.93", "38.35"], ["lns", "27.08", "58.17"]]
-    assert found["### Table 2: ours at scale=paper"][2][:3] == ["lns", "25.00", "1"]
+    tables = tables_of(build_report([table(*rows, scale="paper", target="Table 2", column="250M")]).markdown)
+    assert tables["### Table 2: published"][1:] == [["pre_ln", "24.93", "38.35"], ["lns", "27.08", "58.17"]]
+    assert tables["### Table 2: ours at scale=paper"][2][:3] == ["lns", "25.00", "1"]
 
 
 def test_a_metric_without_published_figures_has_no_direction():
@@ -222,10 +222,10 @@ def test_environments_name_hardware_versions_commit_and_data(report):
 def test_the_csv_holds_every_row(report):
     rows = list(csv.DictReader(io.StringIO(report.csv)))
     assert len(rows) == 10
-    (found,) = (r for r in rows if (r["scale"], r["row"]) == ("toy", "lns"))
-    assert (found["published"], found["undone"], found["n"], found["direction"]) == ("25.76", "25.8754", "3", "same")
-    assert float(found["difference"]) == pytest.approx(-11 / 30, abs=1e-6)
-    assert float(found["p_value"]) == pytest.approx(0.00813, abs=1e-4)
+    (lns,) = (r for r in rows if (r["scale"], r["row"]) == ("toy", "lns"))
+    assert (lns["published"], lns["undone"], lns["n"], lns["direction"]) == ("25.76", "25.8754", "3", "same")
+    assert float(lns["difference"]) == pytest.approx(-11 / 30, abs=1e-6)
+    assert float(lns["p_value"]) == pytest.approx(0.00813, abs=1e-4)
     (missing,) = (r for r in rows if (r["scale"], r["row"]) == ("paper", "lns"))
     assert (missing["n"], missing["mean"], missing["direction"]) == ("0", "", "")
 
@@ -246,20 +246,20 @@ def family(target, axis, losses, **options):
     ]
 
 
-def test_length_and_depth_stand_at_the_top_once_two_settings_were_run(experiments):
+def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     length, depth = (
         family("Length", "tokens", {5e5: 4.5, 4e6: 4.8}),
         family("Depth", "blocks", {6: 4.9, 24: 4.6}),
     )
     axes = {"tokens": 2.6e9, "blocks": 12}
     published = [replace(experiments[0], axes=axes), *map(without_runs, [*length, *depth])]
-    made = build_report([*published, *length, *depth])
-    assert "length_and_depth.png" in made.figures
-    assert made.markdown.index("length_and_depth.png") < made.markdown.index("## At a glance")
-    rows = tables_of(made.markdown)["### Depth: ours at scale=small"]
+    built = build_report([*published, *length, *depth])
+    assert "length_and_depth.png" in built.figures
+    assert built.markdown.index("length_and_depth.png") < built.markdown.index("## At a glance")
+    rows = tables_of(built.markdown)["### Depth: ours at scale=small"]
     assert ["x 24: lns", "4.615 ± 0.007", "2", "**-0.385 ± 0.064** †"] in rows
-    assert "- LNS less Pre-LN by Depth (x 6 to x 24): -0.085±0.064, -0.39±0.064." in verdict_of(made.markdown)
-    assert "scale=small:** 4 distinct comparisons" in made.markdown
+    assert "- LNS less Pre-LN by Depth (x 6 to x 24): -0.085±0.064, -0.39±0.064." in verdict_of(built.markdown)
+    assert "scale=small:** 4 distinct comparisons" in built.markdown
     one = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in one.figures
     assert "## Depth" not in one.markdown
@@ -342,44 +342,46 @@ def test_every_figure_is_drawn_900_pixels_wide(all_figures):
         assert f"]({FIGURES}/{name})" in all_figures.markdown
 
 
-def test_figures_are_numbers_too(all_figures):
-    found = {heading: rows[1][1:] for heading, rows in tables_of(all_figures.markdown).items() if "ours at" in heading}
-    assert found["### Figure 7: ours at scale=toy"] == ["0.1 ± 0", "0.045 ± 0", "2"]
-    assert found["### Figure 4: ours at scale=toy"] == ["24 ± 0", "24 ± 0", "1.14 ± 0", "2"]
-    assert found["### Figure 5: ours at scale=toy"] == ["0.2 ± 0", "0.1 ± 0", "1 ± 0", "2"]
-    assert found["### Figure 9: ours at scale=toy"] == ["9 ± 0", "14 ± 0", "2"]
-    assert found["### Theory: ours at scale=toy"] == ["2 ± 0", "0.9 ± 0", "1 ± 0", "3 ± 0", "2"]
+def test_figures_have_tables_of_their_numbers(all_figures):
+    first_rows = {
+        heading: rows[1][1:] for heading, rows in tables_of(all_figures.markdown).items() if "ours at" in heading
+    }
+    assert first_rows["### Figure 7: ours at scale=toy"] == ["0.1 ± 0", "0.045 ± 0", "2"]
+    assert first_rows["### Figure 4: ours at scale=toy"] == ["24 ± 0", "24 ± 0", "1.14 ± 0", "2"]
+    assert first_rows["### Figure 5: ours at scale=toy"] == ["0.2 ± 0", "0.1 ± 0", "1 ± 0", "2"]
+    assert first_rows["### Figure 9: ours at scale=toy"] == ["9 ± 0", "14 ± 0", "2"]
+    assert first_rows["### Theory: ours at scale=toy"] == ["2 ± 0", "0.9 ± 0", "1 ± 0", "3 ± 0", "2"]
 
 
 def test_the_papers_findings_are_compared(all_figures):
     lines = [line.strip("| ").split(" | ") for line in all_figures.markdown.splitlines() if line.startswith("| ")]
-    found = {cells[0]: cells[1:] for cells in lines}
-    assert found["LNS: less final variance than Pre-LN"] == ["+0 ± 0", "2", "within noise"]
-    assert found["Pre-LN: Jacobians approach I with depth"] == ["**+0.693 ± 0** †", "2", "same"]
-    assert found["Pre-LN: the variance grows with depth"][0].startswith("**+0.134 ± 0**")
+    findings = {cells[0]: cells[1:] for cells in lines}
+    assert findings["LNS: less final variance than Pre-LN"] == ["+0 ± 0", "2", "within noise"]
+    assert findings["Pre-LN: Jacobians approach I with depth"] == ["**+0.693 ± 0** †", "2", "same"]
+    assert findings["Pre-LN: the variance grows with depth"][0].startswith("**+0.134 ± 0**")
     glance = {row[0]: row[3:] for row in tables_of(all_figures.markdown)["## At a glance"]}
     assert glance["Figure 5"][0] == "Pre-LN: Jacobians approach I with depth"
 
 
 def test_a_figure_that_was_not_measured_is_not_drawn():
     rows = [row("pre_ln", None, run(1, 5.0))]
-    made = build_report([table(*rows, target="Figure 7", name="figure7", scale=scale) for scale in ("paper", "toy")])
-    assert made.figures == {}
+    built = build_report([table(*rows, target="Figure 7", name="figure7", scale=scale) for scale in ("paper", "toy")])
+    assert built.figures == {}
 
 
 def test_a_public_model_is_measured_without_a_run():
     measured = Run(0, {}, {"removal": {"loss": 2.0, "losses": [3.0, 2.5, 2.1, 2.3]}})
     rows = [row("pre_ln", None, measured, label="LLaMA2-13B")]
-    made = build_report([table(*rows, target="Figure 2", name="figure2_llama2_13b", scale="paper")])
-    assert set(made.figures) == {"figure2_paper.png"}
-    assert "| LLaMA2-13B | not measured | 0.2 | 1 |" in made.markdown
-    assert "## Environments" not in made.markdown
+    built = build_report([table(*rows, target="Figure 2", name="figure2_llama2_13b", scale="paper")])
+    assert set(built.figures) == {"figure2_paper.png"}
+    assert "| LLaMA2-13B | not measured | 0.2 | 1 |" in built.markdown
+    assert "## Environments" not in built.markdown
 
 
 def test_equal_records_give_equal_bytes(experiments, all_figures):
-    made = build_report([*experiments, *figure_experiments("Figure 1", "Figure 7")])
-    assert build_report([*experiments, *figure_experiments("Figure 1", "Figure 7")]) == made
-    assert made.figures["figure7_toy.png"] == all_figures.figures["figure7_toy.png"]
+    built = build_report([*experiments, *figure_experiments("Figure 1", "Figure 7")])
+    assert build_report([*experiments, *figure_experiments("Figure 1", "Figure 7")]) == built
+    assert built.figures["figure7_toy.png"] == all_figures.figures["figure7_toy.png"]
 
 
 def test_the_page_needs_no_other_file(all_figures):
@@ -390,16 +392,16 @@ def test_the_page_needs_no_other_file(all_figures):
 
 
 def test_the_page_renders_tables_and_emphasis_but_not_inside_code():
-    made = html_page("", f"*A title* of `a/*.yaml`, **bold**, 2 * 3\n\n{Table(['a', 'b'], [['x', '1|2']])}", {})
-    assert "<em>A title</em> of <code>a/*.yaml</code>, <strong>bold</strong>, 2 * 3" in made
-    assert "<td>x</td>" in made
-    assert '<td style="text-align:right">1|2</td>' in made
+    page = html_page("", f"*A title* of `a/*.yaml`, **bold**, 2 * 3\n\n{Table(['a', 'b'], [['x', '1|2']])}", {})
+    assert "<em>A title</em> of <code>a/*.yaml</code>, <strong>bold</strong>, 2 * 3" in page
+    assert "<td>x</td>" in page
+    assert '<td style="text-align:right">1|2</td>' in page
 
 
 def test_the_page_escapes_html():
-    made = build_report([table(row("pre_ln", 20.0, run(1, 5.0), label="<b>Pre & LN"), scale="paper")])
-    assert "&lt;b&gt;Pre &amp; LN" in made.html
-    assert "<b>Pre" not in made.html
+    built = build_report([table(row("pre_ln", 20.0, run(1, 5.0), label="<b>Pre & LN"), scale="paper")])
+    assert "&lt;b&gt;Pre &amp; LN" in built.html
+    assert "<b>Pre" not in built.html
 
 
 def test_a_fit_of_loss_over_size():

@@ -63,14 +63,19 @@ def test_every_scale_is_known():
 def test_results_find_their_rows_and_their_measures(results, toys):
     removal = {"model": "lns", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25]}
     (results / toys["lns"].config_for(2).name / "removal.json").write_text(json.dumps(removal))
-    (found,) = load_experiments(toys.values(), results)
-    assert (found.target, found.column, found.scale, found.size) == ("Table 7", "130M", "toy", 134_105_856)
-    rows = {row.name: row for row in found.rows}
+    (experiment,) = load_experiments(toys.values(), results)
+    assert (experiment.target, experiment.column, experiment.scale, experiment.size) == (
+        "Table 7",
+        "130M",
+        "toy",
+        134_105_856,
+    )
+    rows = {row.name: row for row in experiment.rows}
     assert [(run.seed, run.measures) for run in rows["lns"].runs] == [(1, {}), (2, {"removal": removal})]
     assert [run.failure for run in rows["admin"].runs] == ["the loss is nan at step 3"]
     assert rows["group_ln"].runs == ()
     assert rows["lns"].published == {"ppl": 25.76}
-    assert {c.row.name for c in Column((found,)).comparisons if c.sample} == {"pre_ln", "lns"}
+    assert {c.row.name for c in Column((experiment,)).comparisons if c.sample} == {"pre_ln", "lns"}
 
 
 def test_two_corpora_in_one_table_are_refused_with_both_named(results, toys):
@@ -95,9 +100,9 @@ def test_an_unknown_scale_is_refused(tmp_path, capsys):
 
 def test_a_published_figure_is_compared_with_the_same_metric_only(tmp_path):
     for scale in SCALES:
-        (found,) = load_experiments(experiment_rows(["table2_250m"], scale), tmp_path)
-        assert (found.rows[-1].published["boolq"], found.rows[-1].published["average"]) == (58.17, 43.14)
-        assert "accuracy" not in found.rows[-1].published
+        (experiment,) = load_experiments(experiment_rows(["table2_250m"], scale), tmp_path)
+        assert (experiment.rows[-1].published["boolq"], experiment.rows[-1].published["average"]) == (58.17, 43.14)
+        assert "accuracy" not in experiment.rows[-1].published
     (images,) = load_experiments(experiment_rows(["table5_vit_s"], "toy"), tmp_path)
     assert images.rows[0].published == {"accuracy": 67.91}
 
@@ -120,7 +125,7 @@ def test_a_saved_result_is_one_line_and_matrices_have_four_digits(tmp_path):
     assert len(list(folder.iterdir())) == 2
 
 
-def test_a_run_that_did_not_end_leaves_no_result(tmp_path):
+def test_an_unfinished_run_leaves_no_result(tmp_path):
     kept.save_result(tmp_path / "toy/run", tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
@@ -160,7 +165,7 @@ def test_a_missing_results_folder_is_refused(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_reproduce_ends_with_a_table_and_records_what_diverged(toy, tmp_path):
+def test_reproduce_prints_a_table_and_records_diverged_runs(toy, tmp_path):
     own = [word for word in toy if "." in word.partition("=")[0] and not word.startswith("trainer.max_steps")]
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     words = ["reproduce", "table7_130m", "row=pre_ln", "scale=toy", *own, "data.source=files"]

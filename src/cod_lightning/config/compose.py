@@ -2,7 +2,7 @@
 
 Hydra reads the overrides and merges the files that they choose. The values follow in one order: those of the experiment
 at its scale, those of its row, those of the command line. `OmegaConf.update` sets them, as Hydra does, but after an
-error goes on with the next, so that a command shows all errors at once.
+error continues with the next, so that a command shows all errors at once.
 """
 
 from __future__ import annotations

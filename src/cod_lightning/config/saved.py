@@ -37,7 +37,7 @@ def to_yaml(config: Config) -> str:
 
 
 def save(config: Config, folder: Path) -> None:
-    """Write a configuration into a run folder, which is made."""
+    """Write a configuration into a run folder; create the folder if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / CONFIG, to_yaml(config))
 

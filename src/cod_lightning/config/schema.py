@@ -17,7 +17,7 @@ from cod_lightning.settings import metadata, setting
 FIGURES = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
 """Figures of a validation and how they are printed; a task has some of them."""
 COUNTS = ("val_tokens", "val_images")
-"""What a validation was made on."""
+"""Counts of the tokens or images that a validation evaluates."""
 
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer inside a run folder."""
@@ -162,7 +162,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     paper: dict[str, Any] = field(default_factory=dict, metadata=metadata(runtime=True))
-    """What the experiment reproduces: its rows, their published figures, the source of each setting."""
+    """Reproduced table or figure: its rows, their published figures, the source of each setting."""
     scales: dict[str, Any] = field(default_factory=dict, metadata=metadata(runtime=True))
     """Settings of the experiment at each scale, in addition to those of the scale itself."""
 

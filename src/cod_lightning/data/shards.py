@@ -299,9 +299,10 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     their, our = flat(theirs), flat(ours)
     lines = []
     for key in sorted({*their, *our} - {"text"}):
-        one, other = their.get(key, "unset"), our.get(key, "unset")
-        if one != other:
-            lines.append(f"{key} {one} instead of {other}" if len(one + other) < 80 else f"another {key}")
+        actual, expected = their.get(key, "unset"), our.get(key, "unset")
+        if actual != expected:
+            short = len(actual + expected) < 80
+            lines.append(f"{key} {actual} instead of {expected}" if short else f"another {key}")
     return ", ".join(lines)
 
 

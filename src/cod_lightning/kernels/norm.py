@@ -59,8 +59,8 @@ def add_norm(
     constants: tuple[float | Tensor, float | Tensor] = gain, eps
     if compiling:
         # Floats would be compiled in; as tensors they let all blocks share one compilation.
-        one = torch.ones((), dtype=torch.float32, device=x.device)
-        constants = one * gain, one * eps
+        ones = torch.ones((), dtype=torch.float32, device=x.device)
+        constants = ones * gain, ones * eps
     return triton_norm.TritonAddNorm.apply(x, weight, branch, *constants, kind == "layer", groups, dtype)
 
 

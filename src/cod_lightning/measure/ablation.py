@@ -38,7 +38,7 @@ class AblationResult(Result):
     tokens: int
     """Number of targets."""
     loss: float
-    """Of the whole model."""
+    """Loss of the whole model."""
 
 
 def loss_columns(losses: Sequence[float], whole: float) -> dict[str, list[float]]:
@@ -55,7 +55,7 @@ class Removal(AblationResult):
     """Loss with each block removed alone."""
 
     losses: list[float]
-    """Without block l at [l - 1]."""
+    """Loss without block l at [l - 1]."""
 
     def series(self) -> dict[str, Sequence[Any]]:
         return {"layer": range(1, len(self.losses) + 1), **loss_columns(self.losses, self.loss)}
@@ -97,7 +97,7 @@ class Swaps(AblationResult):
     pairs: list[tuple[int, int]]
     """The swapped layers, counting from 1."""
     losses: list[float]
-    """Of each pair."""
+    """Loss with each pair swapped."""
     scores: list[float]
     """|loss - loss after| / loss of each pair."""
     score: float
@@ -130,9 +130,9 @@ class LinearReplacement(Result):
     fit_tokens: int
     """Number of tokens that the maps are fitted to."""
     loss: float
-    """Of the whole model."""
+    """Loss of the whole model."""
     losses: list[float]
-    """With block l replaced at [l - 1]."""
+    """Loss with block l replaced at [l - 1]."""
     usefulness: float
     """Share of layers whose replacement raises the loss by more than a tenth."""
 
@@ -154,7 +154,7 @@ class CausalScore(Result):
 
     tokens: int
     effects: list[list[float | None]]
-    """Of skipping layer s on layer l at [s - 1][l - 1]; None if l <= s, or if the update of l is zero."""
+    """Effect of skipping layer s on layer l at [s - 1][l - 1]; None if l <= s, or if the update of l is zero."""
     scores: list[float | None]
     """Mean effect of skipping layer s at [s - 1]; None if there is no later layer."""
     score: float | None

@@ -130,7 +130,7 @@ def token_statistics(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a training run records of every block, first block first."""
+    """Statistics of every block that a training run records, first block first."""
 
     residual: list[float]
     """Variance of the block's output."""

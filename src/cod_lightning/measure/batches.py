@@ -86,7 +86,7 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Mean loss in nats per target, a next token or an image's label, and the number of targets.
 
-    Logits are taken at least in float32, one row at a time, and losses are summed in float64.
+    Logits are computed at least in float32, one sequence at a time, and losses are summed in float64.
 
     Args:
         model: in any dtype.

@@ -135,9 +135,9 @@ class LayerImportance(Result):
     leave_one_out: list[float]
     """Loss without the block minus loss of the whole model."""
     loss: float
-    """Of the whole model."""
+    """Loss of the whole model."""
     empty_loss: float
-    """Of final norm and head on the embeddings."""
+    """Loss of final norm and head applied to the embeddings."""
     permutations: int | None
     """Number of sampled orders; None: exact."""
 

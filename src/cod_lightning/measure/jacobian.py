@@ -1,12 +1,12 @@
 """Jacobians of blocks (Figure 5): their distance from the identity, and the growth of gradients over the stack.
 
-The Jacobian of a block is taken token by token: J = d y_t / d x_t [hidden, hidden], the block's output at token t with
-respect to its input at the same token. It is a diagonal token block of the whole derivative and leaves out what
-attention carries from earlier tokens. One token of each row is perturbed and read at a time, so tokens do not mix, and
-all rows are processed at once. J stops gradients where the forward pass does (GPAS).
+The Jacobian of a block is that of one token: J = d y_t / d x_t [hidden, hidden], the block's output at token t with
+respect to its input at the same token. It is a diagonal token block of the whole derivative and omits the part that
+attention carries from earlier tokens. One token of each sequence is perturbed and read at a time, so tokens do not mix,
+and all sequences of a batch are processed at once. J stops gradients where the forward pass does (GPAS).
 
-`jacobian_products` estimates squares of norms without bias for each token. The roots reported here are taken after
-averaging over tokens, so their bias is of the order of 1 / tokens and does not depend on the number of probes.
+`jacobian_products` estimates squares of norms without bias for each token. Square roots are computed after averaging
+over tokens, so their bias is of the order of 1 / tokens and does not depend on the number of probes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from cod_lightning.errors import UserError, nearest
 from cod_lightning.measure.options import options_of
 
 MAX_FULL_JACOBIAN = 256
-"""Largest hidden size at which whole Jacobians are taken by default: each costs a backward pass per row."""
+"""Largest hidden size at which whole Jacobians are computed by default: each costs a backward pass per row."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Theory(Result):
     lns: bool
     """Lemma 4.1 and Theorem 4.2 instead of 3.2 and 3.3."""
     variances: list[float]
-    """Of the inputs of the blocks."""
+    """Variances of the inputs of the blocks."""
     lemma: list[float]
     """The lemma's product with c = 1 and the measured sigma_{x_k}."""
     c: float

@@ -163,7 +163,7 @@ LNS_POSITIONS: dict[str, Callable[[float], BlockSpec]] = {
     "only_attention": lambda scale: BlockSpec(SublayerSpec(gain=scale), SublayerSpec()),
     "only_ffn": lambda scale: BlockSpec(SublayerSpec(), SublayerSpec(gain=scale)),
 }
-"""Where 1/sqrt(l) is applied: `after_ln` is the paper's choice, the others are those of Table 8."""
+"""Positions of 1/sqrt(l) in a block: `after_ln` is the paper's choice, the others are those of Table 8."""
 
 
 @register

@@ -41,7 +41,7 @@ class Run:
     measures: Mapping[str, Mapping[str, Any]]
     """Results of measures by name, as in their JSON files."""
     folder: Path = Path()
-    """Where the results folder holds it."""
+    """Folder of the run in the results folder."""
 
     @property
     def failure(self) -> str | None:

@@ -181,8 +181,8 @@ def load_experiments(rows: Iterable[Row], results: Path) -> list[Experiment]:
                 yield Run(0, {}, measures)
             return
         for seed in seeds:
-            if (found := records.get(row.config_for(seed).id)) is not None:
-                folder, record = found
+            if (folder_and_record := records.get(row.config_for(seed).id)) is not None:
+                folder, record = folder_and_record
                 yield Run(seed, record | load_task_scores(folder / SCORES_FILE), load_measures(folder), folder)
 
     sizes = {row.experiment: num_parameters(row.config) for row in rows if row.config.scale == "paper"}
@@ -231,10 +231,10 @@ def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:
         if fingerprint := run.record.get("data_fingerprint"):
             first.setdefault(str(fingerprint), run)
     if len(first) > 1:
-        (one, a), (other, b) = list(first.items())[:2]
+        (data_a, a), (data_b, b) = list(first.items())[:2]
         raise UserError(
-            f"{table}: two corpora cannot stand in one table: {record_path(a.folder)} has data {one[:16]}, "
-            f"{record_path(b.folder)} has data {other[:16]}; move the runs of one corpus out of the results folder"
+            f"{table}: two corpora cannot stand in one table: {record_path(a.folder)} has data {data_a[:16]}, "
+            f"{record_path(b.folder)} has data {data_b[:16]}; move the runs of one corpus out of the results folder"
         )
 
 

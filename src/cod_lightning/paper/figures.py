@@ -99,23 +99,23 @@ def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     rows = [row for row in published[0].rows if row is not published[0].baseline]
 
     def series(columns: Sequence[Column], point: Callable[[Comparison], Point | None]) -> Series:
-        found = []
+        lines = []
         for column in columns:
             points = {c.row.name: point(c) for c in column.comparisons if c.metric == column.headline}
-            found.append((column.heading, [points.get(row.name) for row in rows]))
-        return found
+            lines.append((column.heading, [points.get(row.name) for row in rows]))
+        return lines
 
     panels = [("published", series(published, published_point))]
     panels += [(panel_title(scale, columns[0]), series(columns, our_point)) for scale, columns in scales.items()]
-    panels = [(title, found) for title, found in panels if any(point for _, points in found for point in points)]
-    drawn = [i for i in range(len(rows)) if any(points[i] for _, found in panels for _, points in found)]
+    panels = [(title, lines) for title, lines in panels if any(point for _, points in lines for point in points)]
+    drawn = [i for i in range(len(rows)) if any(points[i] for _, lines in panels for _, points in lines)]
     if not drawn:
         return None
     rows = [rows[i] for i in drawn]
-    panels = [(title, [(name, [points[i] for i in drawn]) for name, points in found]) for title, found in panels]
+    panels = [(title, [(name, [points[i] for i in drawn]) for name, points in lines]) for title, lines in panels]
     figure, axes = figure_grid(1.4 + (0.22 + 0.09 * len(published)) * len(rows), columns=len(panels), sharey=True)
-    for panel, (title, found) in zip(axes[0], panels, strict=True):
-        forest(panel, found, [row.label for row in rows], title)
+    for panel, (title, lines) in zip(axes[0], panels, strict=True):
+        forest(panel, lines, [row.label for row in rows], title)
     figure.supxlabel(
         f"difference to {published[0].baseline.label} in {metric.unit}, {'less' if metric.lower_is_better else 'more'} "
         "is better (bars: 95 % interval over seeds; triangles: did not train)",
@@ -127,15 +127,15 @@ def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
 def forest(axes: Axes, series: Series, labels: Sequence[str], title: str) -> None:
     """Points with intervals, one line for each label from top to bottom; triangles at the right edge did not train."""
     shades = matplotlib.colormaps[DEPTH_COLOURS]
-    points = [point for _, found in series for point in found if point is not None]
-    ends = [point.value + sign * (point.margin or 0) for point in points if point.trained for sign in (-1, 1)]
+    every_point = [point for _, points in series for point in points if point is not None]
+    ends = [point.value + sign * (point.margin or 0) for point in every_point if point.trained for sign in (-1, 1)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     room = 0.08 * (high - low) or 0.1
-    edge = high + (room if all(point.trained for point in points) else 3.5 * room)
-    for index, (name, found) in enumerate(series):
+    edge = high + (room if all(point.trained for point in every_point) else 3.5 * room)
+    for index, (name, points) in enumerate(series):
         colour = shades(0.85 * index / max(len(series) - 1, 1)) if len(series) > 1 else COLOURS[0]
         shift = 0.7 * ((index + 0.5) / len(series) - 0.5)
-        for line, point in enumerate(found):
+        for line, point in enumerate(points):
             if point is None:
                 continue
             if point.trained:

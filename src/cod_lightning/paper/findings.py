@@ -126,7 +126,7 @@ def quantity_rows(column: Column) -> list[list[str]]:
     for row in column.rows:
         values = [[v for run in row.runs if (v := q(run)) is not None] for q in quantities_of(column).values()]
         if any(values):
-            cells = [format_sample(Sample.of(found)) if found else "not measured" for found in values]
+            cells = [format_sample(Sample.of(seeds)) if seeds else "not measured" for seeds in values]
             rows.append([row.label, *cells, str(max(map(len, values)))])
     return rows
 

@@ -37,9 +37,13 @@ def mean_line(axes: Axes, series: Sequence[Sequence[float]], colour: Any, label:
 def angle_and_removal(column: Column) -> Figure | None:
     """Figures 2, 3, 7 and 10: angular distances between layers, and the increase of the loss without each block."""
     maps = {
-        row.name: mean_of(r["distances"] for r in found) for row in column.rows if (found := results_of(row, "angular"))
+        row.name: mean_of(r["distances"] for r in results)
+        for row in column.rows
+        if (results := results_of(row, "angular"))
     }
-    costs = {row.name: list(map(loss_increases, found)) for row in column.rows if (found := results_of(row, "removal"))}
+    costs = {
+        row.name: list(map(loss_increases, results)) for row in column.rows if (results := results_of(row, "removal"))
+    }
     rows = [row for row in column.rows if row.name in maps or row.name in costs]
     parts = bool(maps) + bool(costs)
     if not rows:
@@ -130,13 +134,15 @@ def variance_by_layer(column: Column) -> Figure | None:
 @style()
 def mean_jacobians(column: Column) -> Figure | None:
     """Figure 5: Jacobians of five blocks, averaged over tokens, of the first seed; one line for each row."""
-    found = [(row, maps[0]) for row in column.rows if (maps := results_of(row, "jacobian_map"))]
-    if not found:
+    first_maps = [(row, maps[0]) for row in column.rows if (maps := results_of(row, "jacobian_map"))]
+    if not first_maps:
         return None
-    across = max(len(result["layers"]) for _, result in found)
-    figure, axes = figure_grid(0.4 + 1.5 * len(found), rows=len(found), columns=across, sharex=True, sharey=True)
+    across = max(len(result["layers"]) for _, result in first_maps)
+    figure, axes = figure_grid(
+        0.4 + 1.5 * len(first_maps), rows=len(first_maps), columns=across, sharex=True, sharey=True
+    )
     norm = SymLogNorm(0.01, vmin=-1, vmax=1)
-    for panels, (row, result) in zip(axes, found, strict=True):
+    for panels, (row, result) in zip(axes, first_maps, strict=True):
         for panel, layer, matrix in zip(panels, result["layers"], result["matrices"], strict=True):
             image = panel.imshow(np.array(matrix), cmap="RdBu_r", norm=norm, interpolation="nearest")
             panel.set(title=f"layer {layer}", xticks=[], yticks=[])
@@ -152,16 +158,16 @@ Curve = tuple[np.ndarray, np.ndarray]
 """Steps and losses."""
 
 
-def curve_difference(one: Curve, other: Curve) -> Curve:
+def curve_difference(curve: Curve, other: Curve) -> Curve:
     """Difference of two curves at the steps that both have."""
-    steps, here, there = np.intersect1d(one[0], other[0], return_indices=True)
-    return steps, one[1][here] - other[1][there]
+    steps, here, there = np.intersect1d(curve[0], other[0], return_indices=True)
+    return steps, curve[1][here] - other[1][there]
 
 
 def training_curves(row: ReportRow) -> dict[int, Curve]:
     """Training losses by seed."""
     series = {run.seed: run.history["train"] for run in row.runs if "train" in run.history}
-    return {seed: (np.array(one["step"]), np.array(one["loss"], dtype=float)) for seed, one in series.items()}
+    return {seed: (np.array(curve["step"]), np.array(curve["loss"], dtype=float)) for seed, curve in series.items()}
 
 
 @style()
@@ -201,11 +207,11 @@ def loss_curves(column: Column) -> Figure | None:
 @style()
 def theorems(column: Column) -> Figure | None:
     """Variances and Jacobian norms of Pre-LN and LNS by layer, beside the lemmas and theorems about them."""
-    found = [(row, results) for row in column.rows if (results := results_of(row, "theory"))]
-    if not found:
+    results_by_row = [(row, results) for row in column.rows if (results := results_of(row, "theory"))]
+    if not results_by_row:
         return None
-    figure, axes = figure_grid(0.4 + 2.9 * len(found), rows=len(found), columns=2)
-    for (left, right), (row, results) in zip(axes, found, strict=True):
+    figure, axes = figure_grid(0.4 + 2.9 * len(results_by_row), rows=len(results_by_row), columns=2)
+    for (left, right), (row, results) in zip(axes, results_by_row, strict=True):
         lemma, theorem = ("4.1", "4.2") if results[0]["lns"] else ("3.2", "3.3")
         mean_line(left, [result["variances"] for result in results], COLOURS[0], "measured")
         for name, label, line, colour in (

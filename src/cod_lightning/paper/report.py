@@ -44,7 +44,7 @@ class Picture:
 
 @dataclass
 class ScaleSection:
-    """What was run of a target at one scale."""
+    """The runs of a target at one scale."""
 
     scale: str
     settings: list[str]
@@ -187,7 +187,7 @@ def by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     headings: dict[str, list[str]] = {}
     for heading, text in pairs:
         headings.setdefault(text, []).append(heading)
-    return {text: tables.join(dict.fromkeys(found)) for text, found in headings.items()}
+    return {text: tables.join(dict.fromkeys(belonging)) for text, belonging in headings.items()}
 
 
 def describe(column: Column) -> str:

@@ -12,7 +12,7 @@ S = TypeVar("S", bound="Sample")
 K = TypeVar("K", bound=Hashable)
 
 LEVEL = 0.05
-"""Of intervals, and of the family-wise error in Holm's correction."""
+"""Level of intervals, and of the family-wise error in Holm's correction."""
 SAME, OPPOSITE, NOISE, ONE_SEED = "same", "opposite", "within noise", "one seed"
 """The direction of a difference beside the paper's."""
 

@@ -122,7 +122,7 @@ def format_direction(comparison: Comparison, published: Published, with_value: b
 
 
 def summary_lines(column: Column) -> list[str]:
-    """What differs by more than noise, the best row here and in the paper, and seeds that differences leave out."""
+    """Differences beyond noise, the best row here and in the paper, and seeds that differences leave out."""
     lines = []
     for metric in dict.fromkeys(c.metric for c in column.comparisons if c.sample):
         comparisons = column.compare(metric)

@@ -150,10 +150,11 @@ def varied_settings(targets: Targets, scale: str) -> Iterator[str]:
     """LNS less Pre-LN along each varied setting with two values or more."""
     for target, scales in targets.items():
         group = columns(scales.get(scale, ())) if "axis" in scales["paper"][0].paper else []
-        found = [(column.heading, c.difference) for column in group if (c := lns_comparison(column)) and c.difference]
-        if len(found) > 1:
-            values = [f"{d.mean:+.2g}" + ("" if d.margin is None else f"±{d.margin:.2g}") for _, d in found]
-            yield f"{target} ({found[0][0]} to {found[-1][0]}): {', '.join(values)}"
+        compared = ((column.heading, lns_comparison(column)) for column in group)
+        differences = [(heading, c.difference) for heading, c in compared if c and c.difference]
+        if len(differences) > 1:
+            values = [f"{d.mean:+.2g}" + ("" if d.margin is None else f"±{d.margin:.2g}") for _, d in differences]
+            yield f"{target} ({differences[0][0]} to {differences[-1][0]}): {', '.join(values)}"
 
 
 def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
