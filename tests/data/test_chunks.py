@@ -16,7 +16,7 @@ from cod_lightning.data.chunks import is_remote, make_room
 from cod_lightning.data.encode import Encoder
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import _write_split, prepared_folder
-from cod_lightning.data.stream import TokenRows
+from cod_lightning.data.stream import TokenDataset
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -46,10 +46,10 @@ def test_packed_rows_are_the_documents_joined_by_eos(
 
 def test_litdata_reads_the_same_rows(packed):
     folder = prepared_folder(packed)
-    rows = TokenRows(str(folder), read_manifest(folder), "val")
+    dataset = TokenDataset(str(folder), read_manifest(folder), "val")
     theirs = litdata.StreamingDataset(str(folder / "val"), item_loader=TokensLoader(block_size=32))
-    assert len(theirs) == len(rows)
-    assert np.array_equal(np.stack(list(theirs)), rows.read(np.arange(len(rows))))
+    assert len(theirs) == len(dataset)
+    assert np.array_equal(np.stack(list(theirs)), dataset.read(np.arange(len(dataset))))
 
 
 def test_every_rank_writes_the_same_names(numbers, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from cod_lightning.data import debian12
 
-SENTENCE = "A sentence of plain English words that is repeated a few times. " * 10
+SENTENCE = "A sentence of plain English words that extends for a while. " * 10
 FILES = {
     "./usr/share/dictd/gcide.dict.dz": gzip.compress(f"{SENTENCE}\n\n{SENTENCE}\nsecond line".encode()),
     "./usr/share/doc/anarchism/html/a.html": f"<p>{SENTENCE}</p><p>Caf\u00e9 &amp; {SENTENCE}</p>".encode(),

@@ -26,7 +26,7 @@ def test_a_text_without_shingles_is_not_a_duplicate():
 
 
 def test_docstrings_are_parsed_and_joined(tmp_path):
-    prose = "A paragraph of plain English words continues " * 3 + "and ends here"
+    prose = "A paragraph of plain English words extends " * 3 + "and ends here"
     body = "\n\n".join(f"    {prose} in place number {word}." for word in ["1st", "2nd", "3rd", "4th", "5th", "6th"])
     code = f"    >>> {prose}\n\n    x: {'1, ' * 60}"
     source = f'"""{prose}."""\nraise SystemExit\nclass A:\n    """{body}\n\n{code}\n    """\n'

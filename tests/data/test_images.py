@@ -80,10 +80,10 @@ def test_validation_has_every_image_once_and_equally_many_batches(root, ranks):
 
 
 def test_a_crop_depends_only_on_seed_and_sample(root):
-    rows = opened(root).train_rows
-    assert torch.equal(rows[3, 7][0], pickle.loads(pickle.dumps(opened(root).train_rows))[3, 7][0])
-    assert not torch.equal(rows[3, 7][0], rows[3, 8][0])
-    assert not torch.equal(rows[3, 7][0], opened(root, seed=2).train_rows[3, 7][0])
+    train_images = opened(root).train_rows
+    assert torch.equal(train_images[3, 7][0], pickle.loads(pickle.dumps(opened(root).train_rows))[3, 7][0])
+    assert not torch.equal(train_images[3, 7][0], train_images[3, 8][0])
+    assert not torch.equal(train_images[3, 7][0], opened(root, seed=2).train_rows[3, 7][0])
 
 
 def test_pixels_are_normalised(tmp_path):

@@ -16,7 +16,7 @@ from cod_lightning.data.config import DataConfig
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepared_folder
-from cod_lightning.data.stream import TokenRows, open_set
+from cod_lightning.data.stream import TokenDataset, open_set
 from cod_lightning.errors import UserError
 
 CHUNK = "chunk-0-3.bin"
@@ -127,13 +127,13 @@ SOURCE = "s3://sets/packed"
 
 
 @pytest.fixture
-def local(packed) -> TokenRows:
+def local(packed) -> TokenDataset:
     folder = prepared_folder(packed)
-    return TokenRows(str(folder), read_manifest(folder), "train")
+    return TokenDataset(str(folder), read_manifest(folder), "train")
 
 
-def opened(tmp_path: Path) -> TokenRows:
-    return TokenRows(SOURCE, open_set(SOURCE)[0], "train", tmp_path / "cache")
+def opened(tmp_path: Path) -> TokenDataset:
+    return TokenDataset(SOURCE, open_set(SOURCE)[0], "train", tmp_path / "cache")
 
 
 def cached(tmp_path: Path, name: str = CHUNK) -> list[str]:
@@ -145,10 +145,10 @@ def cached(tmp_path: Path, name: str = CHUNK) -> list[str]:
 def test_a_set_in_a_store_is_the_local_one(proxy, local, packed, tmp_path):
     folder = prepared_folder(packed)
     assert open_set(SOURCE + "/") == open_set(str(folder))
-    rows = opened(tmp_path)
-    everything = range(len(rows))
-    assert torch.equal(torch.stack(rows.__getitems__(everything)), torch.stack(local.__getitems__(everything)))
-    assert {proxy.asked[chunk.name] for chunk in rows.split.chunks} == {1}
+    dataset = opened(tmp_path)
+    everything = range(len(dataset))
+    assert torch.equal(torch.stack(dataset.__getitems__(everything)), torch.stack(local.__getitems__(everything)))
+    assert {proxy.asked[chunk.name] for chunk in dataset.split.chunks} == {1}
     again = opened(tmp_path)
     assert torch.equal(again[3 * ROWS], local[3 * ROWS])
     assert proxy.asked[CHUNK] == 1  # from the cache
@@ -171,8 +171,8 @@ def test_the_data_module_reads_from_a_store(proxy, packed, tmp_path):
 @pytest.mark.parametrize("fault", ["503", "silent", "stall", "cut", "altered"])
 def test_a_transient_failure_is_retried(proxy, local, tmp_path, fault):
     proxy.faults = {CHUNK: [fault, "503", ""]}
-    rows = opened(tmp_path)
-    assert torch.equal(rows[3 * ROWS], local[3 * ROWS])
+    dataset = opened(tmp_path)
+    assert torch.equal(dataset[3 * ROWS], local[3 * ROWS])
     assert proxy.asked[CHUNK] == 3
     assert cached(tmp_path) == [CHUNK]
 
@@ -190,14 +190,14 @@ def test_a_transient_failure_is_retried(proxy, local, tmp_path, fault):
 def test_a_lasting_failure_is_named_and_leaves_no_chunk(proxy, local, tmp_path, monkeypatch, fault, reason):
     monkeypatch.setattr(chunks, "TIMEOUT", 0.5)
     proxy.faults = {CHUNK: [fault]}
-    rows = opened(tmp_path)
+    dataset = opened(tmp_path)
     with pytest.raises(UserError, match=rf"^{SOURCE}/train/{CHUNK} (?s:.)*{reason}(?s:.)* \(4 attempts\)$"):
-        rows[3 * ROWS]
+        dataset[3 * ROWS]
     assert proxy.asked[CHUNK] == chunks.ATTEMPTS == 4
     assert cached(tmp_path) == []
-    assert torch.equal(rows[0], local[0])  # other chunks are read
+    assert torch.equal(dataset[0], local[0])  # other chunks are read
     proxy.faults = {}
-    assert torch.equal(rows[3 * ROWS], local[3 * ROWS])
+    assert torch.equal(dataset[3 * ROWS], local[3 * ROWS])
 
 
 def test_a_missing_object_is_requested_once(proxy):

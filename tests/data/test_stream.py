@@ -9,7 +9,7 @@ import torch
 from cod_lightning.data import stream
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepared_folder
-from cod_lightning.data.stream import TokenRows, open_set
+from cod_lightning.data.stream import TokenDataset, open_set
 from cod_lightning.errors import UserError
 
 CHUNK = "chunk-0-3.bin"
@@ -24,8 +24,8 @@ def folder(packed, tmp_path) -> Path:
 def expected(folder: Path, split: str = "train") -> torch.Tensor:
     manifest = read_manifest(folder)
     contents = [(folder / split / chunk.name).read_bytes()[12:] for chunk in manifest.split(split).chunks]
-    rows = np.frombuffer(b"".join(contents), manifest.dtype).reshape(-1, manifest.seq_len)
-    return torch.from_numpy(rows.astype(np.int64))
+    dataset = np.frombuffer(b"".join(contents), manifest.dtype).reshape(-1, manifest.seq_len)
+    return torch.from_numpy(dataset.astype(np.int64))
 
 
 @pytest.mark.parametrize("prefix", ["", "local:"])
@@ -33,38 +33,38 @@ def test_rows_are_read_by_number_in_any_order(folder, tmp_path, prefix):
     source = prefix + str(folder)
     manifest, tokenizer = open_set(source)
     assert tokenizer == (folder / "tokenizer.json").read_text()
-    rows = TokenRows(source, manifest, "train", tmp_path / "cache")
+    dataset = TokenDataset(source, manifest, "train", tmp_path / "cache")
     everything = expected(folder)
-    assert len(rows) == len(everything) > 1000
-    chosen = np.random.default_rng(0).permutation(len(rows))
+    assert len(dataset) == len(everything) > 1000
+    chosen = np.random.default_rng(0).permutation(len(dataset))
     for part in np.array_split(chosen, 7):
-        read = rows.read(part)
+        read = dataset.read(part)
         assert read.dtype == torch.int64
         assert torch.equal(read, everything[part])
-    assert torch.equal(rows[5], everything[5])
-    assert torch.equal(torch.stack(rows.__getitems__([9, 900, 9])), everything[[9, 900, 9]])
-    assert rows.read(np.array([], np.int64)).shape == (0, 32)
+    assert torch.equal(dataset[5], everything[5])
+    assert torch.equal(torch.stack(dataset.__getitems__([9, 900, 9])), everything[[9, 900, 9]])
+    assert dataset.read(np.array([], np.int64)).shape == (0, 32)
 
 
 def test_the_number_of_mapped_chunks_is_bounded(folder, monkeypatch):
     monkeypatch.setattr(stream, "OPEN_CHUNKS", 3)
-    rows = TokenRows(str(folder), read_manifest(folder), "train")
-    everything = torch.stack(rows.__getitems__(range(len(rows))))
-    assert len(rows._mapped) == 3
+    dataset = TokenDataset(str(folder), read_manifest(folder), "train")
+    everything = torch.stack(dataset.__getitems__(range(len(dataset))))
+    assert len(dataset._mapped) == 3
     assert torch.equal(everything, expected(folder))
 
 
 def test_rows_outside_are_refused(folder):
-    rows = TokenRows(str(folder), read_manifest(folder), "val")
-    for row in (-1, len(rows)):
+    dataset = TokenDataset(str(folder), read_manifest(folder), "val")
+    for row in (-1, len(dataset)):
         with pytest.raises(IndexError):
-            rows[row]
+            dataset[row]
 
 
 def test_a_copy_in_another_process_opens_its_own_files(folder):
-    rows = TokenRows(str(folder), read_manifest(folder), "train")
-    first = rows[0]
-    copy = pickle.loads(pickle.dumps(rows))
+    dataset = TokenDataset(str(folder), read_manifest(folder), "train")
+    first = dataset[0]
+    copy = pickle.loads(pickle.dumps(dataset))
     assert not copy._mapped
     assert torch.equal(copy[0], first)
 
@@ -97,10 +97,10 @@ def test_damaged_chunks_are_named_when_they_are_read(folder, tmp_path, prefix, h
     source = prefix + str(folder)
     manifest, _ = open_set(source)
     harm(folder / "train" / CHUNK)
-    rows = TokenRows(source, manifest, "train", tmp_path / "cache")
-    assert torch.equal(rows[0], rows[0])
+    dataset = TokenDataset(source, manifest, "train", tmp_path / "cache")
+    assert torch.equal(dataset[0], dataset[0])
     with pytest.raises(UserError, match=message) as error:
-        rows[3 * 64]
+        dataset[3 * 64]
     assert CHUNK in str(error.value)
 
 

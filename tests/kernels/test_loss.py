@@ -25,8 +25,8 @@ def set_chunk_size(monkeypatch):
     return lambda size: monkeypatch.setattr(module, "chunk_size", lambda device, vocabulary: size)
 
 
-def inputs(rows=3, length=6, width=8, vocabulary=11, dtype=torch.float64):
-    hidden = torch.randn(rows, length, width, dtype=torch.float64).to(dtype).requires_grad_()
+def inputs(batch=3, length=6, width=8, vocabulary=11, dtype=torch.float64):
+    hidden = torch.randn(batch, length, width, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, width, dtype=torch.float64).to(dtype).requires_grad_()
     return hidden, weight
 
@@ -68,7 +68,7 @@ def test_correct_counts_the_targets_with_the_largest_logit(set_chunk_size, chunk
     with torch.no_grad():
         correct = linear_cross_entropy(hidden, weight, targets).correct
     assert correct.tolist() == [
-        sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(targets, best, strict=True)
+        sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(targets, best, strict=True)
     ]
     assert torch.equal(correct, reference_linear_cross_entropy(hidden, weight, targets).correct)
     assert linear_cross_entropy(hidden, weight, targets).correct is None
@@ -89,12 +89,12 @@ def test_gradients_do_not_depend_on_the_chunk_size(set_chunk_size, chunk):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.integers(2, 60), st.booleans(), st.booleans())
-def test_any_shape_and_frozen_input_equals_the_reference(rows, length, width, vocabulary, free_hidden, free_weight):
-    hidden, weight = inputs(rows, length, width, vocabulary)
+def test_any_shape_and_frozen_input_equals_the_reference(batch, length, width, vocabulary, free_hidden, free_weight):
+    hidden, weight = inputs(batch, length, width, vocabulary)
     hidden.requires_grad_(free_hidden)
     weight.requires_grad_(free_weight)
-    targets = torch.randint(vocabulary, (rows, length))
-    targets[torch.rand(rows, length) < 0.3] = IGNORE
+    targets = torch.randint(vocabulary, (batch, length))
+    targets[torch.rand(batch, length) < 0.3] = IGNORE
     wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
     results = []
     for function in (linear_cross_entropy, reference_linear_cross_entropy):

@@ -7,9 +7,9 @@ FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "
 PAD = 0
 
 
-def tokens(rows=4, length=9, seed=0):
-    """Random tokens without padding [rows, length]."""
-    return torch.randint(3, 37, (rows, length), generator=torch.Generator().manual_seed(seed))
+def tokens(batch=4, length=9, seed=0):
+    """Random tokens without padding [batch, length]."""
+    return torch.randint(3, 37, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def padded_batches():
@@ -39,7 +39,7 @@ def learn(model, batch, steps=30):
 
 @torch.no_grad()
 def residual_stream(model, batch):
-    """The embedding and the outputs of all blocks [layers + 1, rows, length, hidden], in float64."""
+    """The embedding and the outputs of all blocks [layers + 1, batch, length, hidden], in float64."""
     states = {}
     model.logits(batch, lambda name, layer, x: states.__setitem__((name, layer), x.double()))
     return torch.stack([states["embedding", 0], *(states["residual", layer] for layer in range(1, model.depth + 1))])

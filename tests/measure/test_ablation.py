@@ -25,11 +25,11 @@ def model(request, causal_lm):
 
 @pytest.fixture
 def batch():
-    return tokens(rows=6)
+    return tokens(batch=6)
 
 
 def loss_of(logits, batch):
-    """Mean next-token loss of logits [rows, length, vocabulary], in float64."""
+    """Mean next-token loss of logits [batch, length, vocabulary], in float64."""
     return float(F.cross_entropy(logits.double()[:, :-1].flatten(0, 1), batch[:, 1:].flatten()))
 
 
@@ -100,7 +100,7 @@ def test_all_pairs_are_swapped(causal_lm, batch):
 
 @torch.no_grad()
 def test_each_block_is_replaced_by_its_least_squares_map(model, batch):
-    fit = tokens(rows=6, seed=1)
+    fit = tokens(batch=6, seed=1)
     result = linear_replacement(model, [batch], fit=fit.split(4))
     assert (result.tokens, result.fit_tokens) == (48, 54)
     inputs, blocks = model.block_functions(batch)

@@ -10,8 +10,8 @@ FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def tokens(rows=2, length=7):
-    return torch.randint(3, 37, (rows, length), generator=torch.Generator().manual_seed(0))
+def tokens(batch=2, length=7):
+    return torch.randint(3, 37, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

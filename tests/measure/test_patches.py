@@ -50,7 +50,7 @@ def labelled(images):
 
 
 def stream(vit, pixels):
-    """Embedding and outputs of the blocks, [rows, 1 + patches, hidden] each."""
+    """Embedding and outputs of the blocks, [batch, 1 + patches, hidden] each."""
     x = [vit.embedding(pixels)]
     for block in vit.blocks:
         x.append(block(x[-1], None))

@@ -26,13 +26,13 @@ def build(backend, name="lns", depth=2, options=(), **changes):
     return build_decoder(config, build_all({"name": name, **dict(options)}, depth), seed=0)
 
 
-def tokens(rows=2, length=9):
-    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
+def tokens(batch=2, length=9):
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def loss_and_gradients(decoder):
-    rows = tokens()
-    total = decoder(rows, next_tokens(rows)).total
+    batch = tokens()
+    total = decoder(batch, next_tokens(batch)).total
     return [total.detach(), *torch.autograd.grad(total, list(decoder.parameters()))]
 
 
@@ -132,8 +132,8 @@ def shard(rank, port, folder):
     for block in decoder.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(decoder, mesh=mesh)
-    rows = tokens()[rank : rank + 1]
-    loss = decoder(rows, next_tokens(rows)).total
+    batch = tokens()[rank : rank + 1]
+    loss = decoder(batch, next_tokens(batch)).total
     loss.backward()
     gradients = [parameter.grad.full_tensor() for parameter in decoder.parameters()]
     torch.distributed.all_reduce(total := loss.detach().clone())
@@ -161,8 +161,8 @@ def test_fifty_steps_of_training_stay_within_the_error_of_the_reference(monkeypa
         generator, losses = torch.Generator().manual_seed(1), []
         for _ in range(50):
             start = torch.randint(VOCABULARY, (4, 1), generator=generator)
-            rows = (start + 7 * torch.arange(12)) % VOCABULARY
-            loss_sums = decoder(rows, next_tokens(rows))
+            batch = (start + 7 * torch.arange(12)) % VOCABULARY
+            loss_sums = decoder(batch, next_tokens(batch))
             loss = loss_sums.total / loss_sums.counts.sum()
             optimizer.zero_grad()
             loss.backward()

@@ -25,8 +25,8 @@ def vit(norm="pre_ln", seed=0, **options) -> VisionTransformer:
     return build_vit(CONFIG, build_all({"name": norm, **options}, DEPTH), seed, **SHAPE)
 
 
-def images(rows=3, seed=0):
-    return torch.randn(rows, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+def images(batch=3, seed=0):
+    return torch.randn(batch, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
 def test_patches_are_in_the_order_of_reading():
@@ -41,9 +41,9 @@ def test_the_embedding_is_a_convolution_after_the_class_token(shaken):
     embedding = shaken(vit().double(), 0.3).embedding
     x = images().double()
     kernel = embedding.projection.weight.view(16, 3, 4, 4)
-    rows = F.conv2d(x, kernel, embedding.projection.bias, stride=4).flatten(2).transpose(1, 2)
+    patches = F.conv2d(x, kernel, embedding.projection.bias, stride=4).flatten(2).transpose(1, 2)
     y = embedding(x)
-    torch.testing.assert_close(y[:, 1:], rows + embedding.positions[1:], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y[:, 1:], patches + embedding.positions[1:], rtol=1e-12, atol=1e-12)
     assert torch.equal(y[:, 0], (embedding.class_token + embedding.positions[0]).expand(3, -1))
 
 

@@ -109,11 +109,11 @@ def trainer_errors(config: Config) -> list[str]:
     """Errors between batch size, ranks, strategy and measures."""
     data, trainer = config.data, config.trainer
     errors = []
-    rows = data.micro_batch_size * trainer.world_size
-    if min(data.batch_size, rows) > 0 and data.batch_size % rows:
+    samples_per_micro_step = data.micro_batch_size * trainer.world_size
+    if min(data.batch_size, samples_per_micro_step) > 0 and data.batch_size % samples_per_micro_step:
         errors.append(
             f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size={data.micro_batch_size} "
-            f"x {trainer.world_size} rank(s) = {rows}"
+            f"x {trainer.world_size} rank(s) = {samples_per_micro_step}"
         )
     if trainer.world_size > 1 and trainer.strategy == "auto":
         errors.append(

@@ -18,7 +18,7 @@ from cod_lightning.data.config import DataConfig, data_errors
 from cod_lightning.data.manifest import Manifest, TokenizerRecord
 from cod_lightning.data.order import rows_of_step
 from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
-from cod_lightning.data.stream import TokenRows, open_set
+from cod_lightning.data.stream import TokenDataset, open_set
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 
@@ -114,7 +114,7 @@ class StepDataModule(LightningDataModule, ABC):
         sampler = StepSampler(self.rows_of, first=lambda: trainer.global_step if trainer else 0, steps=steps)
         return StepLoader(self.train_rows, batch_sampler=sampler, **loader_options(self.config.loader_workers))
 
-    def _val_loader(self, rows: Dataset, workers: int) -> DataLoader:
+    def _val_loader(self, dataset: Dataset, workers: int) -> DataLoader:
         """Return this rank's share of the first `val_count` rows, `micro_batch_size` at a time.
 
         Rank r of W has the rows r, r + W, ...; the number -1 fills up, so that all ranks have equally many batches.
@@ -125,7 +125,7 @@ class StepDataModule(LightningDataModule, ABC):
         numbers = range(rank, batches * size * world_size, world_size)
         numbers = [number if number < self.val_count else -1 for number in numbers]
         sampler = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-        return DataLoader(rows, batch_sampler=sampler, **loader_options(workers))
+        return DataLoader(dataset, batch_sampler=sampler, **loader_options(workers))
 
 
 def loader_options(workers: int) -> dict[str, Any]:
@@ -165,16 +165,16 @@ class StepLoader(DataLoader):
         pass
 
 
-class NumberedRows(Dataset):
+class NumberedDataset(Dataset):
     """Rows with their numbers; the row with the number -1 is all pad."""
 
-    def __init__(self, rows: TokenRows, pad_id: int) -> None:
-        self.rows, self.pad_id = rows, pad_id
+    def __init__(self, dataset: TokenDataset, pad_id: int) -> None:
+        self.dataset, self.pad_id = dataset, pad_id
 
     def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int]]:
         index = np.array(numbers)
-        rows = torch.full((len(numbers), self.rows.width), self.pad_id)
-        rows[torch.from_numpy(index >= 0)] = self.rows.read(index[index >= 0])
+        rows = torch.full((len(numbers), self.dataset.width), self.pad_id)
+        rows[torch.from_numpy(index >= 0)] = self.dataset.read(index[index >= 0])
         return list(zip(rows, numbers, strict=True))
 
 
@@ -190,8 +190,8 @@ class TokenDataModule(StepDataModule):
     """
 
     manifest: Manifest
-    train_rows: TokenRows
-    val_rows: TokenRows
+    train_rows: TokenDataset
+    val_rows: TokenDataset
 
     def prepare_data(self) -> None:
         """Prepare the set unless it exists or `folder` names one; Lightning calls this on one process per node.
@@ -216,8 +216,8 @@ class TokenDataModule(StepDataModule):
         check_against(self.config, self.manifest, self.source)
         self._check_resumed()
         cache = Path(self.config.root) / "cache"
-        self.train_rows = TokenRows(self.source, self.manifest, "train", cache)
-        self.val_rows = TokenRows(self.source, self.manifest, "val", cache)
+        self.train_rows = TokenDataset(self.source, self.manifest, "train", cache)
+        self.val_rows = TokenDataset(self.source, self.manifest, "val", cache)
         self._val_count: int | None = None
 
     @property
@@ -257,7 +257,7 @@ class TokenDataModule(StepDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return this rank's share of the validation rows, at most `val_tokens` tokens over all ranks."""
-        return self._val_loader(NumberedRows(self.val_rows, self.pad_id), workers=0)
+        return self._val_loader(NumberedDataset(self.val_rows, self.pad_id), workers=0)
 
     @property
     def val_count(self) -> int:
@@ -277,14 +277,14 @@ class TokenDataModule(StepDataModule):
         return self.val_rows.read(np.arange(n))[:, : self.manifest.seq_len]
 
 
-def _rows_within(rows: TokenRows, tokens: int, manifest: Manifest, pad_id: int) -> int:
-    if rows.split.tokens <= tokens:
-        return len(rows)
+def _rows_within(dataset: TokenDataset, tokens: int, manifest: Manifest, pad_id: int) -> int:
+    if dataset.split.tokens <= tokens:
+        return len(dataset)
     if manifest.layout == "packed":
         return tokens // manifest.seq_len
     used = count = 0
-    while count < len(rows):
-        block = rows.read(np.arange(count, min(count + SCANNED_ROWS, len(rows))))[:, : manifest.seq_len]
+    while count < len(dataset):
+        block = dataset.read(np.arange(count, min(count + SCANNED_ROWS, len(dataset))))[:, : manifest.seq_len]
         reached = used + (block != pad_id).sum(1).cumsum(0)
         fitting = int((reached <= tokens).sum())
         count += fitting

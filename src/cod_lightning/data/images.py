@@ -278,5 +278,6 @@ class ImageDataModule(StepDataModule):
         """
         if n > self.val_count:
             raise UserError(f"a probe of {n} images is larger than the {self.val_count} validation images")
-        rows = [self.val_rows[number] for number in np.linspace(0, self.val_count - 1, n).round().astype(int)]
-        return torch.stack([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+        indices = np.linspace(0, self.val_count - 1, n).round().astype(int)
+        images, labels, _ = zip(*(self.val_rows[index] for index in indices), strict=True)
+        return torch.stack(images), torch.tensor(labels)

@@ -40,11 +40,11 @@ def rows_of_step(
 
 
 def samples(first: int, count: int, *, seed: int, rows_per_chunk: tuple[int, ...]) -> np.ndarray:
-    """Return the rows of the samples `first` ... `first + count - 1`: int64 [count]."""
+    """Return the row indices of the samples `first` ... `first + count - 1`: int64 [count]."""
     total = sum(rows_per_chunk)
     if total == 0:
         raise ValueError("no rows to order")
-    rows = np.empty(count, np.int64)
+    indices = np.empty(count, np.int64)
     done = 0
     while done < count:
         epoch, position = divmod(first + done, total)
@@ -52,9 +52,9 @@ def samples(first: int, count: int, *, seed: int, rows_per_chunk: tuple[int, ...
         window = int(np.searchsorted(starts, position, side="right")) - 1
         offset = position - int(starts[window])
         part = _window_rows(seed, epoch, window, rows_per_chunk)[offset : offset + count - done]
-        rows[done : done + part.size] = part
+        indices[done : done + part.size] = part
         done += part.size
-    return rows
+    return indices
 
 
 @lru_cache(maxsize=4)

@@ -58,7 +58,7 @@ def open_set(source: str) -> tuple[Manifest, str]:
     return manifest, tokenizer.decode()
 
 
-class TokenRows(Dataset):
+class TokenDataset(Dataset):
     """The rows of one split of the set at `source`, in the order in which they are stored.
 
     A process compares a chunk with its SHA-256 when it maps the chunk for the first time. Chunks of a URL are kept in
@@ -80,9 +80,9 @@ class TokenRows(Dataset):
         self._verified: set[int] = set()
         self._store: Store | None = None
 
-    def __reduce__(self) -> tuple[type[TokenRows], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[TokenDataset], tuple[Any, ...]]:
         """A copy in another process opens its own files and connections."""
-        return TokenRows, self.arguments
+        return TokenDataset, self.arguments
 
     def __len__(self) -> int:
         return self.split.rows
@@ -91,25 +91,25 @@ class TokenRows(Dataset):
         """Return row `index`: int64 [width]."""
         return self.read(np.array([index]))[0]
 
-    def __getitems__(self, rows: Sequence[int]) -> list[Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         """Return many rows at once, as the DataLoader requests them."""
-        return list(self.read(np.asarray(rows)))
+        return list(self.read(np.asarray(indices)))
 
-    def read(self, rows: np.ndarray) -> Tensor:
-        """Return the rows with the numbers `rows` [n], in that order: int64 [n, width]; see `Manifest.row_width`.
+    def read(self, indices: np.ndarray) -> Tensor:
+        """Return the rows with the numbers `indices` [n], in that order: int64 [n, width]; see `Manifest.row_width`.
 
         Raises:
             IndexError: a number is negative or too large.
             UserError: a chunk is missing, cannot be fetched, or differs from the manifest.
         """
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.source}, which has {len(self)}")
-        out = np.empty((rows.size, self.width), np.int64)
-        chunk_of = np.searchsorted(self.ends, rows, side="right")
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of {self.source}, which has {len(self)}")
+        out = np.empty((indices.size, self.width), np.int64)
+        chunk_of = np.searchsorted(self.ends, indices, side="right")
         for number in np.unique(chunk_of).tolist():
             selected = chunk_of == number
             first = self.ends[number] - self.rows_per_chunk[number]
-            out[selected] = self._rows(number)[rows[selected] - first]
+            out[selected] = self._rows(number)[indices[selected] - first]
         return torch.from_numpy(out)
 
     def _rows(self, number: int) -> np.ndarray:

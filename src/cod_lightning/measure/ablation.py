@@ -208,8 +208,8 @@ def removal(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each; they are evaluated once per layer.
-        pad_id: padding token, never a target; it follows the other tokens of a row.
+        batches: tokens [batch, length] each; they are evaluated once per layer.
+        pad_id: padding token, never a target; it follows the other tokens of a sequence.
         progress: called after each layer.
 
     Raises:
@@ -233,7 +233,7 @@ def run_removal(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each; they are evaluated once per run of blocks.
+        batches: tokens [batch, length] each; they are evaluated once per run of blocks.
         pad_id: padding token, never a target.
         progress: called after each run of blocks.
         sizes: the n; None: those of 1, 2 and 4 that are less than the depth.
@@ -267,7 +267,7 @@ def swaps(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each; they are evaluated once per pair.
+        batches: tokens [batch, length] each; they are evaluated once per pair.
         pad_id: padding token, never a target.
         progress: called after each pair.
         pairs: "neighbours", or "all" pairs; the published permutation score is the mean over all.
@@ -301,10 +301,10 @@ def linear_replacement(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each, for the loss.
-        pad_id: padding token; it follows the other tokens of a row.
+        batches: tokens [batch, length] each, for the loss.
+        pad_id: padding token; it follows the other tokens of a sequence.
         progress: called after each layer.
-        fit: tokens [rows, length] each; None: `batches`, as in the released code, which favours the maps.
+        fit: tokens [batch, length] each; None: `batches`, as in the released code, which favours the maps.
 
     Raises:
         UserError: `fit` has no more tokens than the hidden size, or there are no targets.
@@ -382,8 +382,8 @@ def causal_score(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each; the hidden states of all layers are in memory for one batch.
-        pad_id: padding token, not counted; it follows the other tokens of a row.
+        batches: tokens [batch, length] each; the hidden states of all layers are in memory for one batch.
+        pad_id: padding token, not counted; it follows the other tokens of a sequence.
         progress: called after each batch.
 
     Raises:

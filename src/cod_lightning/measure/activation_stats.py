@@ -84,8 +84,8 @@ def activation_stats(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each.
-        pad_id: padding token, which follows the others of a row and does not count.
+        batches: tokens [batch, length] each.
+        pad_id: padding token, which follows the others of a sequence and does not count.
         progress: called after each batch.
 
     Raises:
@@ -154,10 +154,10 @@ def layer_statistics(
 
     Args:
         model: in any dtype.
-        batch: tokens [rows, length] or images; on several ranks, a part of the rows each.
+        batch: tokens [batch, length] or images; on several ranks, a part of the batch each.
         pad_id: padding token, which does not count.
         gradients: run the backward pass.
-        sum_over_ranks: adds up a tensor over the ranks, so that all get the statistics of all rows.
+        sum_over_ranks: adds up a tensor over the ranks, so that all get the statistics of the whole batch.
     """
     if isinstance(batch, Images):
         inputs, targets = batch.pixels, batch.labels

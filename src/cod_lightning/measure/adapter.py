@@ -40,22 +40,22 @@ class Images:
     """
 
     pixels: Tensor
-    """[rows, 3, size, size]."""
+    """[batch, 3, size, size]."""
     labels: Tensor
-    """[rows]; an image with label `IGNORE` does not count."""
+    """[batch]; an image with label `IGNORE` does not count."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, rows: Any) -> Images:
-        return Images(self.pixels[rows], self.labels[rows])
+    def __getitem__(self, index: Any) -> Images:
+        return Images(self.pixels[index], self.labels[index])
 
     def to(self, device: torch.device) -> Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
 Batch = Tensor | Images
-"""Tokens [rows, length], or images."""
+"""Tokens [batch, length], or images."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class ModelAdapter:
         return self.model.get_submodule(name)(self.layout[2](x))
 
     def logits(self, batch: Batch, hook: ActivationHook | None = None) -> Tensor:
-        """Logits [rows, length, vocabulary], for images [rows, 1, classes]; `hook` gets every layer's activations."""
+        """Logits [batch, length, vocabulary], for images [batch, 1, classes]; `hook` gets every layer's activations."""
         with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
             if isinstance(batch, Images):
                 return self.model(batch.pixels, hook=hook)[:, None]
@@ -165,10 +165,10 @@ class ModelAdapter:
 
     @torch.no_grad()
     def block_functions(self, batch: Batch) -> tuple[list[Tensor], list[Callable[[Tensor], Tensor]]]:
-        """The input of every block [rows, length, hidden] on a batch, and every block as a function of its input.
+        """The input of every block [batch, length, hidden] on a batch, and every block as a function of its input.
 
         The functions keep the other arguments of the blocks (rotary embeddings, masks), so they take hidden states
-        with the same number of rows and the same length.
+        with the same batch size and length.
         """
         inputs: list[Tensor] = []
         functions: list[Callable[[Tensor], Tensor]] = []

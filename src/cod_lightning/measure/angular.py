@@ -70,11 +70,11 @@ def angular_distance(
 
     Args:
         model: in any dtype; angles are in float64.
-        batches: tokens [rows, length] each.
-        pad_id: padding token, not counted; it follows the other tokens of a row.
+        batches: tokens [batch, length] each.
+        pad_id: padding token, not counted; it follows the other tokens of a sequence.
         progress: called after each batch.
         tokens: maximum number of tokens; the paper uses 256K.
-        token: "all" of a row, as the paper says, or the "last" before the padding, as Gromov et al. do.
+        token: "all" of a sequence, as the paper says, or the "last" before the padding, as Gromov et al. do.
         normalise: "raw" angles, or scaled for each n as in the released code (see `scale_as_released`).
 
     Raises:
@@ -115,7 +115,7 @@ def angles(x: Tensor) -> Tensor:
 
 
 def last_token(keep: Tensor) -> Tensor:
-    """Keep only the last True of each row of a mask [rows, length]."""
+    """Keep only the last True of each sequence in a mask [batch, length]."""
     return keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
 
 

@@ -18,7 +18,7 @@ from cod_lightning.nn.vit import VisionTransformer
 def iter_batches(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield the batches that are not all padding, on the model's device, each with its `token_mask` [rows, length].
+    """Yield the batches that are not all padding, on the model's device, each with its `token_mask` [batch, length].
 
     `progress` is called after each batch.
 
@@ -41,7 +41,7 @@ def iter_batches(
 def iter_targets(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Like `iter_batches`, with the targets [rows, length] of each batch instead of the mask; `IGNORE` is no target.
+    """Like `iter_batches`, with the targets [batch, length] of each batch instead of the mask; `IGNORE` is no target.
 
     Raises:
         UserError: no token has a next token.
@@ -57,7 +57,7 @@ def iter_targets(
 
 
 def token_mask(model: ModelAdapter, batch: Batch, pad_id: int | None) -> Tensor:
-    """True for tokens that are not padding, and for patches of images with a label: [rows, length]."""
+    """True for tokens that are not padding, and for patches of images with a label: [batch, length]."""
     if isinstance(batch, Images):
         keep = (batch.labels != IGNORE)[:, None].repeat(1, num_positions(model))
         keep[:, 0] = False  # the class token
@@ -66,7 +66,7 @@ def token_mask(model: ModelAdapter, batch: Batch, pad_id: int | None) -> Tensor:
 
 
 def prediction_targets(model: ModelAdapter, batch: Batch, pad_id: int | None) -> Tensor:
-    """Next tokens, or for images the label at the class token: [rows, length], elsewhere `IGNORE`."""
+    """Next tokens, or for images the label at the class token: [batch, length], elsewhere `IGNORE`."""
     if isinstance(batch, Images):
         targets = torch.full((len(batch), num_positions(model)), IGNORE, device=batch.labels.device)
         targets[:, 0] = batch.labels
@@ -90,8 +90,8 @@ def mean_loss(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each, or images.
-        pad_id: padding token, which follows the others of a row and is no target.
+        batches: tokens [batch, length] each, or images.
+        pad_id: padding token, which follows the others of a sequence and is no target.
         progress: called after each batch.
 
     Raises:
@@ -108,7 +108,7 @@ def mean_loss(
 
 
 def hidden_states(model: ModelAdapter, batch: Batch, keep: Tensor) -> list[Tensor]:
-    """The embedding and the output of every block, each [kept tokens, hidden], for a mask keep [rows, length]."""
+    """The embedding and the output of every block, each [kept tokens, hidden], for a mask keep [batch, length]."""
     states: list[Tensor] = []
 
     def hook(name: str, layer: int, x: Tensor) -> None:

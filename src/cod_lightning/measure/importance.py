@@ -91,7 +91,7 @@ def block_influence(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each.
+        batches: tokens [batch, length] each.
         pad_id: padding token, not counted.
         progress: called after each batch.
         longest: maximum number of contiguous blocks; None: all.
@@ -162,7 +162,7 @@ def layer_importance(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each.
+        batches: tokens [batch, length] each.
         pad_id: padding token, never a target.
         progress: called after each coalition.
         permutations: number of sampled orders; None: exact values, for at most `EXACT_DEPTH` blocks.
@@ -248,7 +248,7 @@ def coalition_losses(
 
 
 def summed_loss(model: ModelAdapter, x: Tensor, targets: Tensor) -> float:
-    """Return the summed loss in nats of final hidden states [rows, length, hidden] for targets [rows, length]."""
+    """Return the summed loss in nats of final hidden states [batch, length, hidden] for targets [batch, length]."""
     keep = targets != IGNORE
     x, labels = x[keep], targets[keep]
     losses = [

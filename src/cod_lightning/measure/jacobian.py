@@ -157,13 +157,13 @@ def jacobian(
 
     Args:
         model: in any dtype; the statistics are in float64.
-        batches: tokens [rows, length] each.
+        batches: tokens [batch, length] each.
         pad_id: padding token, never sampled.
         progress: called with (blocks done, total) over all batches.
         layers: blocks, counting from 1; None: all.
         probes: random vectors per token, at least 2.
-        tokens: positions sampled in each row without replacement. Rows are weighted by their number of tokens without
-            padding, so the mean is one over all tokens.
+        tokens: positions sampled in each sequence without replacement. Sequences are weighted by their number of tokens
+            without padding, so the mean is one over all tokens.
         iterations: of the largest singular value.
         exact: compute every entry of J instead; for small models.
         seed: of positions and probes.
@@ -226,11 +226,11 @@ def mean_jacobian(
 
     Args:
         model: in any dtype; the average is in float64.
-        batches: tokens [rows, length] each.
+        batches: tokens [batch, length] each.
         pad_id: padding token, never sampled.
         progress: called with (blocks done, total) over all batches.
         layers: blocks, counting from 1; None: five from the first to the last, as in Figure 5.
-        tokens: positions sampled in each row, as for `jacobian`.
+        tokens: positions sampled in each sequence, as for `jacobian`.
         seed: of the positions.
         widest: largest hidden size allowed.
 
@@ -278,7 +278,7 @@ def jacobian_growth(
 
     Args:
         model: in any dtype; norms are in float64.
-        batches: tokens [rows, length] each.
+        batches: tokens [batch, length] each.
         pad_id: padding token.
         progress: called with (layers done, total) over all batches.
         layers: the l of d y_l / d x_1, counting from 1; None: all.
@@ -333,13 +333,13 @@ class SampledBlock(NamedTuple):
 
     layer: int
     function: Callable[[Tensor], Tensor]
-    """The block, from [rows, length, hidden] to itself."""
+    """The block, from [batch, length, hidden] to itself."""
     x: Tensor
-    """Its input [rows, length, hidden]."""
+    """Its input [batch, length, hidden]."""
     positions: Tensor
-    """Sampled positions [rows, tokens]."""
+    """Sampled positions [batch, tokens]."""
     weights: Tensor
-    """Their weights [rows, tokens] in float64; 0 marks a filler."""
+    """Their weights [batch, tokens] in float64; 0 marks a filler."""
 
 
 def iter_sampled_blocks(
@@ -363,10 +363,10 @@ def iter_sampled_blocks(
 
 
 def sample_positions(keep: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sample positions [rows, count] among those to keep, with weights [rows, count] in float64.
+    """Sample positions [batch, count] among those to keep, with weights [batch, count] in float64.
 
-    The weights of a row add up to its number of kept positions. A row with fewer than `count` is filled up with
-    positions of weight zero.
+    The weights of a sequence add up to its number of kept positions. A sequence with fewer than `count` is filled up
+    with positions of weight zero.
     """
     order = torch.rand(keep.shape, generator=generator).masked_fill(~keep, 2.0)
     positions = order.argsort(dim=1)[:, :count]

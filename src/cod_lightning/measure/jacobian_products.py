@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LinearMap = Callable[[Tensor], Tensor]
-"""A matrix for each row times a vector for each row."""
+"""A batch of matrices times a batch of vectors."""
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def compose(blocks: Sequence[tuple[LinearMap, LinearMap]], mask: Tensor) -> tupl
 
 
 def at_token(product: LinearMap, x: Tensor, position: Tensor) -> LinearMap:
-    """Restrict a product on [rows, length, hidden], as x, to one token of each row: [rows, hidden] to itself."""
+    """Restrict a product on [batch, length, hidden], as x, to one token of each sequence: [batch, hidden] to itself."""
     index = torch.arange(len(x), device=x.device), position.to(x.device)
 
     def restricted(v: Tensor) -> Tensor:
@@ -84,13 +84,13 @@ def rademacher(shape: Sequence[int], generator: torch.Generator, device: torch.d
 
 
 def full_jacobian(vjp: LinearMap, x: Tensor) -> Tensor:
-    """Return J [rows, d, d] with J[r, i, j] = d y_i / d x_j in row r, from d products with J^T."""
+    """Return J [batch, d, d] with J[r, i, j] = d y_i / d x_j of sequence r, from d products with J^T."""
     identity = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
     return torch.stack([vjp(unit.expand(len(x), -1)) for unit in identity], dim=1)
 
 
 def exact_statistics(matrices: Tensor) -> Tensor:
-    """Return ||J||_F^2 / d, ||J - I||_F^2 / d, tr(J) / d, sum_i J_ii^2 / d and ||J||_2 [rows, 5] of J [rows, d, d]."""
+    """Compute ||J||_F^2 / d, ||J - I||_F^2 / d, tr(J) / d, sum_i J_ii^2 / d, ||J||_2 [batch, 5] of J [batch, d, d]."""
     width = matrices.shape[-1]
     diagonal = matrices.diagonal(dim1=1, dim2=2)
     difference = matrices - torch.eye(width, dtype=matrices.dtype, device=matrices.device)
@@ -107,11 +107,11 @@ def exact_statistics(matrices: Tensor) -> Tensor:
 
 
 def estimate_statistics(vjp: LinearMap, x: Tensor, probes: int, generator: torch.Generator) -> Tensor:
-    """Estimate the first four of `exact_statistics` without bias [rows, 4].
+    """Estimate the first four of `exact_statistics` without bias [batch, 4].
 
     Args:
-        vjp: the product with J^T, from [rows, d] to [rows, d].
-        x: [rows, length, d].
+        vjp: the product with J^T, from [batch, d] to [batch, d].
+        x: [batch, length, d].
         probes: number of Rademacher vectors, at least 2.
         generator: of the probes.
     """
@@ -129,7 +129,7 @@ def estimate_statistics(vjp: LinearMap, x: Tensor, probes: int, generator: torch
 
 
 def largest_singular_value(forward: LinearMap, backward: LinearMap, start: Tensor, iterations: int) -> Tensor:
-    """Estimate ||M||_2 of each row [rows] from below; NaN where M has entries that are not finite.
+    """Estimate ||M||_2 of each matrix [batch] from below; NaN where M has entries that are not finite.
 
     Lanczos' method: after n iterations it is the maximum of ||M v|| over unit vectors v in the span of s, M^T M s, ...,
     (M^T M)^n s. The power iteration uses the last of these vectors only. On blocks of a trained Pre-LN model of width
@@ -138,7 +138,7 @@ def largest_singular_value(forward: LinearMap, backward: LinearMap, start: Tenso
     Args:
         forward: the product with M.
         backward: the product with M^T.
-        start: s [rows, ...], random.
+        start: s [batch, ...], random.
         iterations: each costs one product with M and one with M^T.
     """
 

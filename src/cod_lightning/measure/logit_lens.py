@@ -44,7 +44,7 @@ def logit_lens(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each.
+        batches: tokens [batch, length] each.
         pad_id: padding token, never a target.
         progress: called after each batch.
 

@@ -173,7 +173,7 @@ def prune(
 
     Args:
         model: not modified.
-        batches: tokens [rows, length] each, for the selection and for the perplexity.
+        batches: tokens [batch, length] each, for the selection and for the perplexity.
         pad_id: padding token, not counted.
         progress: called after each batch: of the selection, then of the evaluations before and after.
         folder: new or empty.

@@ -29,7 +29,7 @@ class Measure:
     """Columns of `Result.series` that a training run records, where the result has them."""
     first_batch: bool = False
     """Measure on the first batch only, because the measure is expensive."""
-    first_rows: int | None = None
+    first_sequences: int | None = None
     """Use only this many sequences of the first batch; None: all."""
     is_map: bool = False
     """A training run draws its figure too, because the series do not hold all layer pairs or entries."""
@@ -57,7 +57,7 @@ class Measure:
 
     def __call__(self, model: Any, batches: Any, pad_id: int | None, progress: Any, **options: Any) -> Any:
         if self.first_batch:
-            batches = [batches[0][: self.first_rows]]
+            batches = [batches[0][: self.first_sequences]]
         return self.measure(model, batches, pad_id, progress, **options)
 
 
@@ -79,7 +79,7 @@ MEASURES: dict[str, Measure] = {
         "jacobian:jacobian_growth",
         ("layer", "spectral", "frobenius"),
         first_batch=True,
-        first_rows=2,
+        first_sequences=2,
     ),
     "jacobian_map": Measure(
         "jacobian",

@@ -62,7 +62,7 @@ def layer_sparsity(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each.
+        batches: tokens [batch, length] each.
         pad_id: padding token, not counted.
         progress: called after each batch.
         sparsity: requested mean over the blocks; up to 0.53 all sparsities are below 1, at 0.7 some are not.

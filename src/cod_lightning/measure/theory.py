@@ -29,7 +29,7 @@ from cod_lightning.measure.result import Lines, Panel, Progress, Result, table_r
 from cod_lightning.measure.sparsity import linear_weights
 from cod_lightning.nn.decoder import Decoder
 
-GROWTH_ROWS = 2
+GROWTH_SEQUENCES = 2
 """Sequences that the growth up to every layer is measured on: its time grows with the square of the depth."""
 
 DISAGREEMENTS = {
@@ -362,7 +362,7 @@ def measured_theory(
 
     Args:
         model: in any dtype.
-        batches: tokens [rows, length] each; the growth is measured on `GROWTH_ROWS` rows of the first.
+        batches: tokens [batch, length] each; the growth is measured on `GROWTH_SEQUENCES` sequences of the first.
         pad_id: padding token, not counted.
         progress: called during the measurement of the growth.
         lns: the model has LayerNorm Scaling. None: detect it, which an exported model with folded gains does not allow.
@@ -372,7 +372,7 @@ def measured_theory(
         [embedding_variance(model, batches, pad_id), *behind],
         lns=has_lns(model) if lns is None else lns,
         shapes=shapes_of(model, batches[0].shape[1]),
-        gains=jacobian_growth(model, [batches[0][:GROWTH_ROWS]], pad_id, progress).spectral,
+        gains=jacobian_growth(model, [batches[0][:GROWTH_SEQUENCES]], pad_id, progress).spectral,
         model=model.name,
     )
 

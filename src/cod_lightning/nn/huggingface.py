@@ -113,10 +113,10 @@ def to_hf(
     """
     transformers = import_transformers("exporting")
     state, shape = to_llama_state_dict(decoder, dtype), decoder.config
-    rows = len(state["model.embed_tokens.weight"])
+    vocab_size = len(state["model.embed_tokens.weight"])
     family = "Qwen2" if shape.qkv_bias else "Llama"
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=rows,
+        vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_hidden_layers,
@@ -129,7 +129,7 @@ def to_hf(
         max_position_embeddings=max_length,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,
-        pad_token_id=pad_token_id(tokenizer, rows) if tokenizer else None,
+        pad_token_id=pad_token_id(tokenizer, vocab_size) if tokenizer else None,
     )
     # transformers 5 writes it only inside `rope_parameters`; version 4 and other programs read it here.
     config.rope_theta = shape.rope_theta
@@ -174,12 +174,12 @@ def export(
             path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def to_hf_tokenizer(tokenizer: TokenizerLike, rows: int, max_length: int) -> Any:
+def to_hf_tokenizer(tokenizer: TokenizerLike, vocab_size: int, max_length: int) -> Any:
     """The tokenizer as a `PreTrainedTokenizerFast` that adds no special tokens to a text, as in training.
 
     Args:
         tokenizer: to convert.
-        rows: tokens in the embedding of the model; added tokens beyond it are dropped.
+        vocab_size: tokens in the embedding of the model; added tokens beyond it are dropped.
         max_length: `model_max_length`, in tokens.
     """
     from tokenizers import Tokenizer
@@ -189,21 +189,21 @@ def to_hf_tokenizer(tokenizer: TokenizerLike, rows: int, max_length: int) -> Any
     if (content["post_processor"] or {}).get("type") in ("TemplateProcessing", "Sequence"):
         content["post_processor"] = None
     # A pad token that was added to the tokenizer of an imported model has no row in its embedding.
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
     backend = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=backend.id_to_token(tokenizer.eos_id),
-        pad_token=backend.id_to_token(pad_token_id(tokenizer, rows)),
+        pad_token=backend.id_to_token(pad_token_id(tokenizer, vocab_size)),
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
 
 
-def pad_token_id(tokenizer: TokenizerLike, rows: int) -> int:
+def pad_token_id(tokenizer: TokenizerLike, vocab_size: int) -> int:
     """The pad token if the embedding has a row for it, else EOS."""
-    return tokenizer.pad_id if tokenizer.pad_id < rows else tokenizer.eos_id
+    return tokenizer.pad_id if tokenizer.pad_id < vocab_size else tokenizer.eos_id
 
 
 # Import ---------------------------------------------------------------------------------------------------
