@@ -62,9 +62,9 @@ def test_validation_files_replace_held_out_documents(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"t{n}"}) + "\n" for n in range(9)))
     (tmp_path / "val.jsonl").write_text('{"text": "v"}\n')
     config = DataConfig(source="files", files=str(tmp_path / "train.jsonl"), val_every=3)
-    held = open_corpus(replace(config, max_documents=4))
-    assert list(held.train()) == ["t0", "t1", "t3", "t4"]
-    assert list(held.val()) == ["t2", "t5", "t8"]  # not fewer for fewer training documents
+    held_out = open_corpus(replace(config, max_documents=4))
+    assert list(held_out.train()) == ["t0", "t1", "t3", "t4"]
+    assert list(held_out.val()) == ["t2", "t5", "t8"]  # not fewer for fewer training documents
     given_files = open_corpus(replace(config, val_files=str(tmp_path / "val.jsonl")))
     assert len(list(given_files.train())) == 9
     assert list(given_files.val()) == ["v"]

@@ -46,8 +46,8 @@ def test_too_much_text_is_thinned_evenly():
 def test_docs_are_deterministic_prose_without_markup():
     units = documentation._units()
     assert len(units) > 500
-    some = [paragraph for unit in units[::40] for paragraph in documentation._unit_paragraphs(unit)]
-    again = [paragraph for unit in units[::40] for paragraph in documentation._unit_paragraphs(unit)]
-    assert some == again
-    assert sum(map(len, some)) > 150_000
-    assert not any("<p>" in paragraph or "&lt;" in paragraph for paragraph in some)
+    first = [paragraph for unit in units[::40] for paragraph in documentation._unit_paragraphs(unit)]
+    second = [paragraph for unit in units[::40] for paragraph in documentation._unit_paragraphs(unit)]
+    assert first == second
+    assert sum(map(len, first)) > 150_000
+    assert not any("<p>" in paragraph or "&lt;" in paragraph for paragraph in first)

@@ -49,13 +49,13 @@ def test_classes_and_files_are_sorted(root):
 
 def test_an_epoch_has_every_image_once_and_the_next_another_order(root):
     data = opened(root)
-    asked = np.concatenate([data.rows_of(step) for step in range(6)])
-    assert asked[:, 1].tolist() == list(range(24))
-    assert sorted(asked[:12, 0]) == sorted(asked[12:, 0]) == list(range(12))
-    assert asked[:12, 0].tolist() != asked[12:, 0].tolist()
+    requested = np.concatenate([data.rows_of(step) for step in range(6)])
+    assert requested[:, 1].tolist() == list(range(24))
+    assert sorted(requested[:12, 0]) == sorted(requested[12:, 0]) == list(range(12))
+    assert requested[:12, 0].tolist() != requested[12:, 0].tolist()
     batches = list(data.train_dataloader())
     assert [images.shape for images, _ in batches] == [(4, 3, 16, 16)] * 3
-    expected = data.train_rows[tuple(asked[5])]
+    expected = data.train_rows[tuple(requested[5])]
     assert torch.equal(batches[1][0][1], expected[0])
     assert batches[1][1][1] == expected[1]
 

@@ -232,18 +232,18 @@ def test_drawn_answers_are_right():
         assert record["answer"] in options.split("/")
         words = question.replace("?", "").split()
         if "true" in options:
-            thing = words[words.index("the") + 1]
-            assert thing in (ALIVE if record["answer"] == "true" else LIFELESS)
+            noun = words[words.index("the") + 1]
+            assert noun in (ALIVE if record["answer"] == "true" else LIFELESS)
         else:
-            things = [words[words.index(f"{option.title()}:") + 1] for option in options.split("/")]
-            assert [thing in ALIVE for thing in things] == [o == record["answer"] for o in options.split("/")]
+            nouns = [words[words.index(f"{option.title()}:") + 1] for option in options.split("/")]
+            assert [noun in ALIVE for noun in nouns] == [o == record["answer"] for o in options.split("/")]
 
 
 def test_both_kinds_of_questions_are_held_out():
     config = DataConfig(source="drawn_instructions", val_every=10, max_documents=7)
     corpus = open_corpus(config)
     assert len(list(corpus.train())) == 7
-    held = [example.parts[1] for example in corpus.val()]
-    assert len(held) == 400
-    assert 120 < sum(answer.endswith(("true", "false")) for answer in held) < 280
+    held_out = [example.parts[1] for example in corpus.val()]
+    assert len(held_out) == 400
+    assert 120 < sum(answer.endswith(("true", "false")) for answer in held_out) < 280
     assert identity(config)["val_every"] == 10

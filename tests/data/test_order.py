@@ -42,9 +42,9 @@ def test_consecutive_rows_come_from_one_window_of_chunks():
 
 def test_seed_and_epoch_change_the_order():
     chunks = (50, 50, 50)
-    one, two = (samples(0, 300, seed=seed, rows_per_chunk=chunks) for seed in (1, 2))
-    assert not np.array_equal(one, two)
-    assert not np.array_equal(one[:150], one[150:])
+    first_seed, second_seed = (samples(0, 300, seed=seed, rows_per_chunk=chunks) for seed in (1, 2))
+    assert not np.array_equal(first_seed, second_seed)
+    assert not np.array_equal(first_seed[:150], first_seed[150:])
 
 
 def test_the_order_is_the_same_on_every_platform():

@@ -55,12 +55,12 @@ def test_only_the_set_and_its_lock_remain(packed):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_rows_do_not_depend_on_the_number_of_workers(make_config, tmp_path, packed):
-    one = read_manifest(prepare(make_config(tmp_path / "one"), progress=False))
+    one_worker = read_manifest(prepare(make_config(tmp_path / "one"), progress=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "BATCH_CHARACTERS", 2**14)
-        three = read_manifest(prepare(make_config(tmp_path / "three", workers=3), progress=False))
-    assert one == three == read_manifest(prepared_folder(packed))
-    assert one.fingerprint == three.fingerprint
+        three_workers = read_manifest(prepare(make_config(tmp_path / "three", workers=3), progress=False))
+    assert one_worker == three_workers == read_manifest(prepared_folder(packed))
+    assert one_worker.fingerprint == three_workers.fingerprint
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -104,10 +104,10 @@ def test_a_touched_file_leads_to_another_set(make_config, tmp_path):
 def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 100)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)
-    one = read_manifest(prepare(make_config(tmp_path / "one", val_tokens=400), progress=False))
-    assert 400 - 32 < one.val.tokens < 1500
-    assert one.source.documents["val"] < 20
-    assert read_manifest(prepare(make_config(tmp_path / "two", val_tokens=400, workers=2), progress=False)) == one
+    first = read_manifest(prepare(make_config(tmp_path / "one", val_tokens=400), progress=False))
+    assert 400 - 32 < first.val.tokens < 1500
+    assert first.source.documents["val"] < 20
+    assert read_manifest(prepare(make_config(tmp_path / "two", val_tokens=400, workers=2), progress=False)) == first
 
 
 @pytest.mark.parametrize(

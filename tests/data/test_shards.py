@@ -71,25 +71,25 @@ def test_shards_yield_the_set_of_one_machine(make_config, uneven, tmp_path, monk
     if "val_files" in changes:
         changes["val_files"] = str(uneven / changes["val_files"])
     config = make_config(tmp_path / "one", **changes)
-    one = prepare(config, progress=False)
-    manifest = read_manifest(one)
+    unsharded = prepare(config, progress=False)
+    manifest = read_manifest(unsharded)
     assert manifest.source.documents["train"] == (
         173 if "max_documents" in changes else 600 - 85 * ("val_every" in changes)
     )
     assert (manifest.val.tokens < 2500) is (bound == LIMITED)
     several = prepare_all(replace(config, root=str(tmp_path / "three")), 3)
-    assert several.name == one.name
-    assert content(several) == content(one)
+    assert several.name == unsharded.name
+    assert content(several) == content(unsharded)
 
 
 def test_the_set_does_not_depend_on_shards_and_workers(make_config, tmp_path):
     config = make_config(tmp_path / "one")
-    one = prepare(config, progress=False)
+    unsharded = prepare(config, progress=False)
     config = replace(config, root=str(tmp_path / "seven"))
     for index in range(7):
         part = prepare_shard(replace(config, workers=1 + (index == 3)), index, 7, progress=False)
     assert (part / "train.documents").stat().st_size == 0
-    assert content(merge_shards(config, 7, progress=False)) == content(one)
+    assert content(merge_shards(config, 7, progress=False)) == content(unsharded)
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_documents": 20}])
@@ -102,10 +102,10 @@ def test_shards_of_instructions_yield_the_set_of_one_machine(make_config, tmp_pa
     files = str(tmp_path / "*.jsonl")
     changes = {"source": "instructions", "files": files, "val_every": 7, "vocab_size": 400, "seq_len": 160, **changes}
     config = make_config(tmp_path / "one", **changes)
-    one = prepare(config, progress=False)
-    manifest = read_manifest(one)
+    unsharded = prepare(config, progress=False)
+    manifest = read_manifest(unsharded)
     assert 0 < manifest.train.rows < manifest.source.documents["train"]
-    assert content(prepare_all(replace(config, root=str(tmp_path / "two")), 2)) == content(one)
+    assert content(prepare_all(replace(config, root=str(tmp_path / "two")), 2)) == content(unsharded)
 
 
 class Streamed(list):
@@ -135,9 +135,9 @@ def test_c4_is_split_by_its_files(c4_corpus, make_config, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "datasets", load)
     monkeypatch.setattr(corpora, "require_hub", lambda *_: None)
     config = make_config(tmp_path / "one", source="c4", files=None, max_documents=333)
-    one = prepare(config, progress=False)
-    assert read_manifest(one).source.documents == {"train": 333, "val": 100}
-    assert content(prepare_all(replace(config, root=str(tmp_path / "three")), 3)) == content(one)
+    unsharded = prepare(config, progress=False)
+    assert read_manifest(unsharded).source.documents == {"train": 333, "val": 100}
+    assert content(prepare_all(replace(config, root=str(tmp_path / "three")), 3)) == content(unsharded)
 
 
 def test_a_finished_shard_is_kept(make_config, tmp_path, monkeypatch):
@@ -174,8 +174,8 @@ def test_the_tokenizer_is_trained_once(make_config, tmp_path, monkeypatch):
 def test_the_tokenizer_of_a_folder_is_used(make_config, word_level, tmp_path):
     tokenizer = word_level(tmp_path / "words", ["<pad>", "</s>"])
     config = make_config(tmp_path / "one", tokenizer=tokenizer)
-    one = prepare(config, progress=False)
-    assert content(prepare_all(replace(config, root=str(tmp_path / "two")), 2)) == content(one)
+    unsharded = prepare(config, progress=False)
+    assert content(prepare_all(replace(config, root=str(tmp_path / "two")), 2)) == content(unsharded)
 
 
 def test_every_missing_damaged_or_different_part_is_named(make_config, tmp_path):
@@ -227,7 +227,7 @@ def test_blocks_are_bounded_even_with_long_documents(make_config, tmp_path):
     longest = max(int(block.documents["numbers"].max()) for block in blocks)
     assert max(block.ids.size for block in blocks) < 4000 + longest
     assert sum(len(block.documents) for block in blocks) == 600
-    ids = np.concatenate([one.ids for block in blocks for one in block.split()])
+    ids = np.concatenate([part.ids for block in blocks for part in block.split()])
     assert ids.tobytes() == (part / "train.ids").read_bytes()
 
 

@@ -149,8 +149,8 @@ def test_a_set_in_a_store_is_the_local_one(proxy, local, packed, tmp_path):
     everything = range(len(dataset))
     assert torch.equal(torch.stack(dataset.__getitems__(everything)), torch.stack(local.__getitems__(everything)))
     assert {proxy.asked[chunk.name] for chunk in dataset.split.chunks} == {1}
-    again = opened(tmp_path)
-    assert torch.equal(again[3 * ROWS], local[3 * ROWS])
+    reopened = opened(tmp_path)
+    assert torch.equal(reopened[3 * ROWS], local[3 * ROWS])
     assert proxy.asked[CHUNK] == 1  # from the cache
 
 

@@ -172,9 +172,9 @@ class TestLargestSingularValue:
 
 def test_selected_layers_equal_those_among_all(causal_lm):
     model = causal_lm("ours")
-    every = jacobian(model, [tokens()], exact=True, tokens=2)
-    some = jacobian(model, [tokens()], exact=True, tokens=2, layers=[4, 2])
-    assert some.rows() == [every.rows()[3], every.rows()[1]]
+    all_layers = jacobian(model, [tokens()], exact=True, tokens=2)
+    selected = jacobian(model, [tokens()], exact=True, tokens=2, layers=[4, 2])
+    assert selected.rows() == [all_layers.rows()[3], all_layers.rows()[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

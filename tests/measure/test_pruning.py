@@ -84,9 +84,9 @@ class TestRemoveBlocks:
         smaller = remove_blocks(model, [2])
         specs = [block.spec for block in smaller.blocks]
         assert specs == [model.blocks[index].spec for index in (0, 2, 3)]
-        again = Decoder(smaller.model.config, specs).eval()
-        again.load_state_dict(smaller.model.state_dict())
-        assert torch.equal(logits(ModelAdapter(again)), logits(smaller))
+        rebuilt = Decoder(smaller.model.config, specs).eval()
+        rebuilt.load_state_dict(smaller.model.state_dict())
+        assert torch.equal(logits(ModelAdapter(rebuilt)), logits(smaller))
 
     def test_blocks_keep_their_gain(self, causal_lm):
         specs = [block.spec for block in remove_blocks(causal_lm("ours-lns"), [2]).blocks]
@@ -114,12 +114,12 @@ class TestRemoveBlocks:
 def test_a_pruned_checkpoint_loads(causal_lm, family, folder):
     model = causal_lm(family)
     result = prune(model, padded_batches(), PAD, layers=[2], folder=folder, export=save_hf)
-    again, smaller = load_hf(folder), remove_blocks(model, [2])
-    assert again.config.num_hidden_layers == 3
-    assert torch.equal(logits(again), logits(smaller))
+    loaded, smaller = load_hf(folder), remove_blocks(model, [2])
+    assert loaded.config.num_hidden_layers == 3
+    assert torch.equal(logits(loaded), logits(smaller))
     assert (result.removed, result.layers_before, result.layers_after) == ([2], 4, 3)
     assert result.loss_before == pytest.approx(loss(model))
-    assert result.loss_after == pytest.approx(loss(again))
+    assert result.loss_after == pytest.approx(loss(loaded))
 
 
 @pytest.mark.parametrize("family", HF)
@@ -147,9 +147,9 @@ def test_every_block_keeps_its_kind_of_attention(causal_lm, family, folder):
     expected = coalition_losses(model, [(2, 3)], padded_batches(), PAD)[0][2, 3]
     assert loss(remove_blocks(model, [1, 4])) == pytest.approx(expected, rel=1e-5)
     prune(model, padded_batches(), PAD, layers=[1, 4], folder=folder, export=save_hf)
-    again = load_hf(folder)
-    assert again.config.layer_types == ["sliding_attention", "full_attention"]
-    assert loss(again) == pytest.approx(expected, rel=1e-5)
+    loaded = load_hf(folder)
+    assert loaded.config.layer_types == ["sliding_attention", "full_attention"]
+    assert loss(loaded) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", OURS)
@@ -157,9 +157,9 @@ def test_ours_is_exported_for_transformers(causal_lm, family, folder):
     pytest.importorskip("transformers")
     model = causal_lm(family)
     result = prune(model, padded_batches(), PAD, layers=[3], folder=folder, export=export)
-    again = load_hf(folder)
-    torch.testing.assert_close(logits(again), logits(remove_blocks(model, [3])), rtol=1e-5, atol=1e-5)
-    assert result.loss_after == pytest.approx(loss(again), rel=1e-6)
+    loaded = load_hf(folder)
+    torch.testing.assert_close(logits(loaded), logits(remove_blocks(model, [3])), rtol=1e-5, atol=1e-5)
+    assert result.loss_after == pytest.approx(loss(loaded), rel=1e-6)
 
 
 def test_progress_counts_both_evaluations(causal_lm, pruned):
@@ -216,10 +216,10 @@ def test_weights_are_pruned_by_method_and_allocation(causal_lm, family, method, 
     shares = {"alpha_pruning": known.alpha_pruning, "uniform": [0.5] * 4}.get(allocation, known.owl)
     assert result.signal == pytest.approx(shares)
     expected = sparsify(model, shares, method or "wanda", input_norms(model, padded_batches(), PAD))
-    again = load_hf(folder)
-    torch.testing.assert_close(logits(again), logits(expected), rtol=1e-5, atol=1e-5)
-    assert result.loss_after == pytest.approx(loss(again), rel=1e-5)
-    for block, share in zip(again.blocks, shares, strict=True):
+    loaded = load_hf(folder)
+    torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-5, atol=1e-5)
+    assert result.loss_after == pytest.approx(loss(loaded), rel=1e-5)
+    for block, share in zip(loaded.blocks, shares, strict=True):
         for _, weight in linear_weights(block).values():
             assert float((weight == 0).float().mean()) == pytest.approx(share, abs=0.5 / min(weight.shape))
     assert result.zeros_before == 0

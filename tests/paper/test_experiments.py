@@ -504,8 +504,8 @@ def test_an_unavailable_public_model_is_named(tmp_path, reproduce, monkeypatch):
 
 
 def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):
-    asked = list(experiment_rows(["figure5"], "paper"))
-    (task,) = remaining_tasks(asked, [1, 2, 3], tmp_path)
+    requested = list(experiment_rows(["figure5"], "paper"))
+    (task,) = remaining_tasks(requested, [1, 2, 3], tmp_path)
     assert (task.label, task.measures) == ("Llama-2-7b-hf", {"jacobian"})
     tasks = remaining_tasks(list(experiment_rows(["figure5", "figure9"], "toy")), [1, 2, 3], tmp_path)
     assert [task.config.seed for task in tasks] == [1, 2, 3]

@@ -85,8 +85,8 @@ def test_the_report_states_the_number_of_comparisons_and_holms_correction(report
 
 
 def test_the_same_runs_in_two_tables_are_one_comparison(experiments):
-    again = [replace(e, name="table7_130m", target="Table 7") for e in experiments]
-    assert "- **How many comparisons, scale=toy:** 3 distinct" in build_report([*experiments, *again]).markdown
+    same_runs = [replace(e, name="table7_130m", target="Table 7") for e in experiments]
+    assert "- **How many comparisons, scale=toy:** 3 distinct" in build_report([*experiments, *same_runs]).markdown
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -170,8 +170,8 @@ def test_missing_runs_are_one_compact_table(report, experiments):
     head, *rows = tables_of(report.markdown)["## Not run"]
     assert head[1:] == ["scale=paper", "scale=mini", "scale=small", "scale=toy", "hours of H100, scale=paper"]
     assert rows == [["Table 1", "all", "all", "all", "admin", "50"]]
-    again = replace(experiments[0], name="table7_130m", target="Table 7")
-    markdown = build_report([*experiments, again], "H100").markdown
+    same_runs = replace(experiments[0], name="table7_130m", target="Table 7")
+    markdown = build_report([*experiments, same_runs], "H100").markdown
     assert "## Table 7" not in markdown
     assert "With shared runs counted once, scale=paper takes 50 hours of H100 for one seed." in markdown
 
@@ -260,9 +260,9 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     assert ["x 24: lns", "4.615 ± 0.007", "2", "**-0.385 ± 0.064** †"] in rows
     assert "- LNS less Pre-LN by Depth (x 6 to x 24): -0.085±0.064, -0.39±0.064." in verdict_of(built.markdown)
     assert "scale=small:** 4 distinct comparisons" in built.markdown
-    one = build_report([*published, length[0], depth[0]])
-    assert "length_and_depth.png" not in one.figures
-    assert "## Depth" not in one.markdown
+    with_one_setting = build_report([*published, length[0], depth[0]])
+    assert "length_and_depth.png" not in with_one_setting.figures
+    assert "## Depth" not in with_one_setting.markdown
 
 
 def test_every_strategy_is_compared_at_its_own_best_rate():

@@ -80,7 +80,7 @@ def test_results_find_their_rows_and_their_measures(results, toys):
 
 def test_two_corpora_in_one_table_are_refused_with_both_named(results, toys):
     other = add_result(results, toys["group_ln"], 1, **losses(5.0), data_fingerprint="beef" * 16)
-    with pytest.raises(UserError, match="Table 7, scale=toy: two corpora cannot stand in one table") as error:
+    with pytest.raises(UserError, match="Table 7, scale=toy mixes two corpora") as error:
         load_experiments(toys.values(), results)
     assert f"{other / 'record.json'} has data beefbeefbeefbeef" in str(error.value)
     assert "has data feedfeedfeedfeed" in str(error.value)
@@ -88,7 +88,7 @@ def test_two_corpora_in_one_table_are_refused_with_both_named(results, toys):
 
 def test_two_scales_in_one_table_are_refused_with_both_named(results, toys):
     other = add_result(results, toys["group_ln"], 1, scale="small", **losses(5.0))
-    with pytest.raises(UserError, match="Table 7, scale=toy: two scales cannot stand in one table") as error:
+    with pytest.raises(UserError, match="Table 7, scale=toy mixes two scales") as error:
         load_experiments(toys.values(), results)
     assert f"{other / 'record.json'} is a run at scale=small" in str(error.value)
 
@@ -178,6 +178,6 @@ def test_reproduce_prints_a_table_and_records_diverged_runs(toy, tmp_path):
     (diverged, *_) = (tmp_path / "results").rglob("failed.json")
     assert json.loads(diverged.read_text())["failure"].startswith("the loss is ")
     assert "failed: the loss" in " ".join(process.stdout.split())
-    again = run(*words)
-    assert "0 of 1 runs remaining" in again.stderr
-    assert again.returncode == 0
+    second_run = run(*words)
+    assert "0 of 1 runs remaining" in second_run.stderr
+    assert second_run.returncode == 0

@@ -71,7 +71,7 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a run folder, changed by `overrides`.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         overrides: fields, and choices of the groups `data` and `trainer`.
 
     Raises:

@@ -38,7 +38,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata=metadata(at_least=0, below=1))
     eps: float = setting(1e-8, above=0)
     weight_decay: float = setting(0.0, at_least=0)
-    """On matrices only; `adam` adds it to the gradient, `adamw` decouples it."""
+    """Applied to matrices only; `adam` adds it to the gradient, `adamw` decouples it."""
     clip: float = setting(0.0, at_least=0)
     """Largest norm of the gradient; 0 does not clip (the paper's)."""
     warmup_ratio: float = setting(0.1, at_least=0, at_most=1)

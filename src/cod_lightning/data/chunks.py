@@ -1,7 +1,7 @@
 """Chunks of rows: files in litdata's format, written with its writer and fetched with its clients for stores.
 
 Reading is ours, because litdata's StreamingDataset gives one row at a time, does not compare checksums, and fetches in
-a thread whose failures end in a time-out without a reason. Any litdata reader can read the files, as a test shows.
+a thread whose failures end in a time-out without a reason. Any litdata reader can read the files.
 """
 
 from __future__ import annotations

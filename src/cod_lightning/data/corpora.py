@@ -166,7 +166,7 @@ def read_file(path: Path) -> Iterator[str]:
         if path.name.endswith((".txt", ".txt.gz")):
             texts: Iterable[str] = [file.read().decode("utf-8-sig")]
         else:
-            texts = (_string(where, record, "text") for where, record in _json_lines(path, file))
+            texts = (_string(location, record, "text") for location, record in _json_lines(path, file))
         for text in texts:
             if text and not text.isspace():
                 yield text
@@ -187,15 +187,15 @@ def read_examples(path: Path) -> Iterator[Example]:
         records = ((f"{path}, record {n}", record) for n, record in enumerate(_json(str(path), content), 1))
     else:
         records = _json_lines(path, content.splitlines(keepends=True))
-    yield from (_example(where, record) for where, record in records)
+    yield from (_example(location, record) for location, record in records)
 
 
-def _example(where: str, record: Any) -> Example:
-    instruction, output = _string(where, record, "instruction"), _string(where, record, "output")
+def _example(location: str, record: Any) -> Example:
+    instruction, output = _string(location, record, "instruction"), _string(location, record, "output")
     for name, text in (("instruction", instruction), ("output", output)):
         if not text or text.isspace():
-            raise UserError(f'{where}: the field "{name}" is empty')
-    return Example(prompt_of(instruction, _string(where, {"input": "", **record}, "input")), output)
+            raise UserError(f'{location}: the field "{name}" is empty')
+    return Example(prompt_of(instruction, _string(location, {"input": "", **record}, "input")), output)
 
 
 @contextmanager
@@ -214,25 +214,25 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]
     """Yield the place and the record of each line that is not blank."""
     for number, line in enumerate(lines, 1):
         if not line.isspace():
-            where = f"{path}, line {number}"
-            yield where, _json(where, line)
+            location = f"{path}, line {number}"
+            yield location, _json(location, line)
 
 
-def _json(where: str, content: bytes) -> Any:
+def _json(location: str, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
+        raise UserError(f"{location}: not JSON ({error})") from error
 
 
-def _string(where: str, record: Any, name: str) -> str:
+def _string(location: str, record: Any, name: str) -> str:
     text = record.get(name) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise UserError(f'{where}: no string in the field "{name}"')
+        raise UserError(f'{location}: no string in the field "{name}"')
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise UserError(f"{where}: not valid Unicode ({error})") from error
+        raise UserError(f"{location}: not valid Unicode ({error})") from error
     return text
 
 

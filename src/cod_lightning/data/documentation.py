@@ -31,7 +31,7 @@ DOCS_RECIPE = 1
 """Increase when this module yields other text from the same packages."""
 DOCS_CHARACTERS = 20_000_000
 DOCUMENT_CHARACTERS = (400, 1_600)
-"""A document takes paragraphs until it reaches the larger number; a rest below the smaller is dropped."""
+"""A document collects paragraphs until it reaches the larger number; a shorter one than the smaller is dropped."""
 PARAGRAPH_CHARACTERS = 120
 """Shorter ones are mostly labels and signatures."""
 LETTERS = 0.87

@@ -133,9 +133,9 @@ def random_crop(width: int, height: int, min_crop: float, numbers: np.ndarray) -
     """Return the first of `CROP_TRIES` boxes with random area, aspect and position that lies within the image.
 
     Args:
-        width: of the image.
-        height: of the image.
-        min_crop: smallest share of its area; the largest is 1. The logarithm of the aspect is uniform.
+        width: width of the image.
+        height: height of the image.
+        min_crop: smallest share of the image's area; the largest is 1. The logarithm of the aspect is uniform.
         numbers: uniform in [0, 1) [4 * CROP_TRIES].
 
     Returns:

@@ -121,8 +121,8 @@ class Manifest:
         return json.dumps({"fingerprint": self.fingerprint, "sha256": self.sha256, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Manifest:
-        """Parse `text`; `where` names the file in messages.
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """Parse `text`; `source` names the file in messages.
 
         Raises:
             UserError: damaged, altered, or written by a newer version.
@@ -130,14 +130,16 @@ class Manifest:
         try:
             record = from_json(dict[str, Any], json.loads(text))
             if (version := from_json(int, record.get("format"))) > FORMAT:
-                raise UserError(f"{where} has format {version}, but this version reads up to {FORMAT}; upgrade")
+                raise UserError(f"{source} has format {version}, but this version reads up to {FORMAT}; upgrade")
             fingerprint, sha256 = record.pop("fingerprint", None), record.pop("sha256", None)
             manifest = from_json(cls, record)
             manifest.check()
             if fingerprint != manifest.fingerprint or sha256 not in (None, manifest.sha256):  # early sets: no SHA-256
                 raise ValueError("its fingerprint does not match its content")
         except DAMAGED as error:
-            raise UserError(f"{where} is damaged ({first_line(error)}); remove the set and prepare it again") from error
+            raise UserError(
+                f"{source} is damaged ({first_line(error)}); remove the set and prepare it again"
+            ) from error
         return manifest
 
     def check(self) -> None:

@@ -5,7 +5,7 @@ and each rank a contiguous slice of them. So any number of processes sees the sa
 step alone.
 
 An epoch contains every row once. Its chunks are permuted, then the rows within windows of `WINDOW_CHUNKS` consecutive
-chunks: a batch mixes rows of many chunks, but only one window must be at hand at a time.
+chunks: a batch mixes rows of many chunks, but only one window must be in the cache at a time.
 """
 
 from __future__ import annotations

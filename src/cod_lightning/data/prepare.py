@@ -92,7 +92,7 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Calla
                 shutil.rmtree(folder)  # damaged
             with new_folder(folder) as partial:
                 build(partial)
-    except OSError as error:  # a file in the way, a folder without write permission
+    except OSError as error:  # a file instead of the folder, a folder without write permission
         raise UserError(f"{folder} cannot be written ({error})") from error
 
 
@@ -144,8 +144,8 @@ def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and not find_damage(folder, read_manifest(folder))
 
 
-def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
-    """Compare the set at `where` with the settings that determine its rows.
+def check_against(config: DataConfig, manifest: Manifest, source: str) -> None:
+    """Compare the set at `source` with the settings that determine its rows.
 
     Raises:
         UserError: another text, tokenizer, layout or row length; names every difference and both values.
@@ -166,11 +166,11 @@ def check_against(config: DataConfig, manifest: Manifest, where: str) -> None:
     elif record.requested is not None and config.vocab_size != record.requested:
         differences.append(f"data.vocab_size={config.vocab_size}, but the set has {record.requested}")
     if differences:
-        raise UserError(f"{where} was prepared with other settings: {'; '.join(differences)}")
-    check_sha256(config, manifest.source.sha256, where)
+        raise UserError(f"{source} was prepared with other settings: {'; '.join(differences)}")
+    check_sha256(config, manifest.source.sha256, source)
 
 
-def check_sha256(config: DataConfig, sha256: str, where: str) -> None:
+def check_sha256(config: DataConfig, sha256: str, source: str) -> None:
     """Compare the SHA-256 of the documents with `data.sha256`, if that is set.
 
     Raises:
@@ -178,7 +178,7 @@ def check_sha256(config: DataConfig, sha256: str, where: str) -> None:
     """
     if config.sha256 not in (None, sha256):
         raise UserError(
-            f"data.sha256={config.sha256[:16]}..., but {where} has {sha256[:16]}...: use the corpus that the results "
+            f"data.sha256={config.sha256[:16]}..., but {source} has {sha256[:16]}...: use the corpus that the results "
             "are compared on, or pass data.sha256=null for another one"
         )
 

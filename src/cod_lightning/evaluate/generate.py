@@ -31,7 +31,7 @@ def generate(
         max_tokens: maximum number of new tokens.
         temperature: divides the logits; 0 is greedy decoding.
         top_k: sample among the k most likely tokens; None: among all.
-        seed: of the sampling.
+        seed: seed of the sampling.
         eos_id: ends the text; it is not yielded.
     """
     device = decoder.lm_head.weight.device

@@ -37,7 +37,7 @@ def add_norm(
         eps: added to the mean square or variance.
         gain: constant factor of y.
         groups: equal parts of the hidden dimension with their own statistics.
-        dtype: of y; None: that of the stream.
+        dtype: dtype of y; None: that of the stream.
         backend: `triton`; `torch`; or `auto`, Triton for the GPU tensors that it supports and torch for all others.
 
     Returns:

@@ -29,7 +29,7 @@ def reference_add_norm(
         eps: added to v.
         gain: constant factor of y, 1/sqrt(l) for LayerNorm Scaling.
         groups: equal consecutive parts of the hidden dimension, each with its own m and v; must divide hidden.
-        dtype: of y; None: that of s.
+        dtype: dtype of y; None: that of s.
 
     Returns:
         s [..., hidden] in the common dtype of x and branch, and y [..., hidden].

@@ -69,9 +69,9 @@ class RunRemoval(AblationResult):
     """Loss with n contiguous blocks removed."""
 
     sizes: list[int]
-    """The n."""
+    """The numbers n of removed blocks."""
     losses: list[list[float]]
-    """Without blocks l to l + n - 1 at [index of n][l - 1]."""
+    """Loss without blocks l to l + n - 1 at [index of n][l - 1]."""
 
     def series(self) -> dict[str, Sequence[Any]]:
         """One column per size; a larger size has fewer entries."""

@@ -166,7 +166,7 @@ def layer_importance(
         pad_id: padding token, never a target.
         progress: called after each coalition.
         permutations: number of sampled orders; None: exact values, for at most `EXACT_DEPTH` blocks.
-        seed: of the orders.
+        seed: seed of the sampled orders.
 
     Raises:
         UserError: there are no targets, `permutations` is not positive, or the model is too deep for exact values.

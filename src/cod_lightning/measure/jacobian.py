@@ -164,9 +164,9 @@ def jacobian(
         probes: random vectors per token, at least 2.
         tokens: positions sampled in each sequence without replacement. Sequences are weighted by their number of tokens
             without padding, so the mean is one over all tokens.
-        iterations: of the largest singular value.
+        iterations: Lanczos iterations for the largest singular value.
         exact: compute every entry of J instead; for small models.
-        seed: of positions and probes.
+        seed: seed of positions and probes.
 
     Raises:
         UserError: an option is too small, a layer does not exist, or all tokens are padding.
@@ -231,7 +231,7 @@ def mean_jacobian(
         progress: called with (blocks done, total) over all batches.
         layers: blocks, counting from 1; None: five from the first to the last, as in Figure 5.
         tokens: positions sampled in each sequence, as for `jacobian`.
-        seed: of the positions.
+        seed: seed of the positions.
         widest: largest hidden size allowed.
 
     Raises:
@@ -283,8 +283,8 @@ def jacobian_growth(
         progress: called with (layers done, total) over all batches.
         layers: the l of d y_l / d x_1, counting from 1; None: all.
         probes: random vectors per sequence, which estimate the squared Frobenius norm without bias.
-        iterations: of the largest singular value.
-        seed: of the probes.
+        iterations: Lanczos iterations for the largest singular value.
+        seed: seed of the probes.
 
     Raises:
         UserError: an option is too small, a layer does not exist, or all tokens are padding.

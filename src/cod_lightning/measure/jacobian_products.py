@@ -113,7 +113,7 @@ def estimate_statistics(vjp: LinearMap, x: Tensor, probes: int, generator: torch
         vjp: the product with J^T, from [batch, d] to [batch, d].
         x: [batch, length, d].
         probes: number of Rademacher vectors, at least 2.
-        generator: of the probes.
+        generator: source of the random probes.
     """
     squares = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
     diagonal = torch.zeros(len(x), x.shape[-1], dtype=torch.float64, device=x.device)

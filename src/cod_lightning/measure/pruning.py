@@ -183,11 +183,11 @@ def prune(
             distance (LLM-Streamline); or `removal`, those that alone raise the loss least.
         blocks: number of blocks to select.
         sparsity: share of the weights of the blocks' linear layers to set to zero.
-        allocation: of the sparsity to blocks: `owl` (default), `alpha_pruning`, or `uniform`.
+        allocation: how the sparsity is divided among blocks: `owl` (default), `alpha_pruning`, or `uniform`.
         method: selects the weights: the smallest by `wanda` (default) or by `magnitude`, see `sparsify`.
-        threshold: OWL's M.
-        owl_lambda: OWL's, see `owl_sparsities`.
-        epsilon: AlphaPruning's, see `alpha_sparsities`.
+        threshold: M of OWL, see `outlier_ratios`.
+        owl_lambda: lambda of OWL, see `owl_sparsities`.
+        epsilon: epsilon of AlphaPruning, see `alpha_sparsities`.
 
     Raises:
         UserError: the options do not select exactly one way, or have invalid values; the folder is in use; or a stock

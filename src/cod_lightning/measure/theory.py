@@ -1,4 +1,4 @@
-"""The paper's theory beside measured variances: Lemmas 3.2 and 4.1, Theorems 3.3 and 4.2, and growth laws.
+"""The paper's theory compared with measured variances: Lemmas 3.2 and 4.1, Theorems 3.3 and 4.2, and growth laws.
 
 `variances` are sigma_{x_l}^2 for l = 1, 2, ...: those of the INPUTS of blocks 1, 2, ..., as in the paper. The first is
 that of the embeddings, then come the outputs of blocks 1, 2, ...; the output of the last block, x_{L+1}, is optional.
@@ -86,7 +86,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Theory(Result):
-    """Measured variances and gains beside the paper's lemmas and bounds; entries are for l = 1, 2, ...."""
+    """Measured variances and gains, and the paper's lemmas and bounds; entries are for l = 1, 2, ...."""
 
     lns: bool
     """Lemma 4.1 and Theorem 4.2 instead of 3.2 and 3.3."""
@@ -138,7 +138,7 @@ class Theory(Result):
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
     def panels(self) -> list[Panel]:
-        """Variance beside the lemma; gradient norm beside the theorem, fitted, and in another panel from shapes."""
+        """Variance and lemma; gradient norm and theorem, fitted, and in another panel from shapes."""
         lemma, theorem = ("Lemma 4.1", "Theorem 4.2") if self.lns else ("Lemma 3.2", "Theorem 3.3")
         layers = range(1, len(self.variances) + 1)
         curves = {

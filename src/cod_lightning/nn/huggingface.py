@@ -2,7 +2,7 @@
 
 A constant that multiplies a norm's output or a branch is part of the weights next to it: the gain of LayerNorm Scaling
 goes into the norm's weight, the scale of a branch into the rows of its last projection. The exported model computes
-the same logits up to the rounding of one product per weight. A strategy that cannot be folded is an error.
+the same logits up to the rounding of one product per weight. A strategy that has no such weights is an error.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def to_hf(
     Args:
         decoder: on any device; it does not change.
         tokenizer: sets the pad and EOS tokens of the configuration.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         max_length: `max_position_embeddings`, the longest supported sequence in tokens.
 
     Raises:
@@ -214,7 +214,7 @@ def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
     Args:
         name: folder of the checkpoint, or its name on the hub.
-        dtype: of the weights; float32 is exact for every checkpoint.
+        dtype: dtype of the weights; float32 is exact for every checkpoint.
 
     Raises:
         UserError: no such checkpoint, or the decoder does not compute what it needs; names every field at fault.

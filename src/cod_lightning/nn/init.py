@@ -35,8 +35,8 @@ def build_decoder(
     Args:
         config: its shape.
         specs: one for each block.
-        seed: of the random weights.
-        device: of the weights.
+        seed: seed of the random weights.
+        device: device of the weights.
         wrap: changes the decoder in place while it is on the meta device, such as `parallelise`.
 
     Raises:

@@ -47,7 +47,7 @@ def parallelise(
             `selective`, all but the results of matrix products and attention.
         backend: compiles each block as one graph, such as "inductor"; None: no compilation.
         mesh: shards parameters, gradients and optimizer states: [shards] or [replicas, shards]; None: no sharding.
-        dtype: of the gathered weights of blocks, None: that of the parameters. Gradients are reduced in float32.
+        dtype: dtype of the gathered weights of blocks; None: that of the parameters. Gradients are reduced in float32.
         offload: keep the shards in CPU memory.
     """
     for block in model.blocks:

@@ -1,4 +1,4 @@
-"""Published figures beside the figures of runs: rows, experiments, columns, and differences to the baseline.
+"""Published figures compared with the figures of runs: rows, experiments, columns, and differences to the baseline.
 
 A difference is in a unit that can be compared across scales: the logarithm of a ratio of perplexities is a difference
 of losses in nats.
@@ -156,8 +156,8 @@ class Metric:
         """A published value without the bias of the released evaluation, which divides N mean losses by N + 1.
 
         Args:
-            value: as published.
-            batches: N.
+            value: the published value.
+            batches: the number of batches N.
         """
         factor = (batches + 1) / batches
         return value**factor if self.is_ppl else value * factor
@@ -165,14 +165,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class Published:
-    """The paper's figure of a row, and the direction of our difference beside the paper's."""
+    """The paper's figure of a row, and our direction compared with the paper's."""
 
     experiment: Experiment
     value: float | None
     unbiased: float | None
-    """Without the bias of the released evaluation; None if that is not known."""
+    """The value without the bias of the released evaluation; None if the bias is not known."""
     difference: float | None
-    """To the baseline, in the metric's unit."""
+    """Difference to the baseline, in the metric's unit."""
     trained: bool
     direction: str | None
     """`same`, `opposite`, `within noise` or `one seed`; None if there is nothing to compare."""
@@ -180,7 +180,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row beside the baseline for one metric."""
+    """A row compared with the baseline in one metric."""
 
     row: ReportRow
     metric: Metric
@@ -191,7 +191,7 @@ class Comparison:
     failures: tuple[str, ...]
     """Reasons of runs that diverged."""
     difference: Difference | None
-    """To the baseline; None for the baseline, and if the two share no seed."""
+    """Difference to the baseline; None for the baseline, and if the two share no seed."""
     unpaired: tuple[int, ...]
     """Seeds that only one of row and baseline has; the difference leaves them out."""
     published: tuple[Published, ...]
@@ -249,7 +249,7 @@ class Column:
         return [comparison for metric in self.metrics for comparison in self.compare(metric)]
 
     def compare(self, metric: Metric) -> list[Comparison]:
-        """Every row beside the baseline."""
+        """Compare every row with the baseline."""
         values = [metric.by_seed(row) for row in self.rows]
         base = values[self.first.baseline]
         comparisons = []
@@ -293,9 +293,9 @@ def published_figure(experiment: Experiment, index: int, metric: Metric, ours: D
     """The paper's figure of a row of an experiment.
 
     Args:
-        experiment: with the published figures.
-        index: of the row.
-        metric: of the figure.
+        experiment: holds the published figures.
+        index: index of the row.
+        metric: metric of the figure.
         ours: our difference to the baseline.
     """
     values = [row.published.get(metric.name) for row in experiment.rows]

@@ -219,13 +219,13 @@ def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:
     """Check that the runs of a table have its scale and one corpus.
 
     Raises:
-        UserError: names the two runs that cannot stand in one table.
+        UserError: names two runs of different scales or corpora.
     """
     first: dict[str, Run] = {}
     for run in runs:
         if (recorded := run.record.get("config", {}).get("scale", scale)) != scale:
             raise UserError(
-                f"{table}: two scales cannot stand in one table: {record_path(run.folder)} is a run at "
+                f"{table} mixes two scales: {record_path(run.folder)} is a run at "
                 f"scale={recorded}; move it out of the results folder"
             )
         if fingerprint := run.record.get("data_fingerprint"):
@@ -233,7 +233,7 @@ def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:
     if len(first) > 1:
         (data_a, a), (data_b, b) = list(first.items())[:2]
         raise UserError(
-            f"{table}: two corpora cannot stand in one table: {record_path(a.folder)} has data {data_a[:16]}, "
+            f"{table} mixes two corpora: {record_path(a.folder)} has data {data_a[:16]}, "
             f"{record_path(b.folder)} has data {data_b[:16]}; move the runs of one corpus out of the results folder"
         )
 

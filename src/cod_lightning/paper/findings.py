@@ -206,12 +206,12 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
     ),
     "Figure 10": depth_findings("language", "Pre-LN", -1),
 }
-"""By figure. Figure 3 and the theorems state nothing that could be compared with a number."""
+"""Findings by figure. Figure 3 and the theorems state nothing that could be compared with a number."""
 
 
 @dataclass(frozen=True)
 class FindingResult:
-    """A finding of the paper beside ours."""
+    """A finding of the paper compared with ours."""
 
     statement: str
     difference: Difference | None

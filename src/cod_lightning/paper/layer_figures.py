@@ -206,7 +206,7 @@ def loss_curves(column: Column) -> Figure | None:
 
 @style()
 def theorems(column: Column) -> Figure | None:
-    """Variances and Jacobian norms of Pre-LN and LNS by layer, beside the lemmas and theorems about them."""
+    """Variances and Jacobian norms of Pre-LN and LNS by layer, compared with their lemmas and theorems."""
     results_by_row = [(row, results) for row in column.rows if (results := results_of(row, "theory"))]
     if not results_by_row:
         return None

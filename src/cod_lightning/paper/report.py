@@ -69,7 +69,7 @@ def build_report(experiments: Sequence[Experiment], hardware: str = "") -> Repor
 
     Args:
         experiments: at scale=paper, run or not, and at every other scale that was run.
-        hardware: of the estimated hours, such as "H100".
+        hardware: device that the hours are estimated for, such as "H100".
     """
     targets = by_target(experiments)
     summaries = summarize(targets)
@@ -172,7 +172,7 @@ def prefixed(table: Table, prefix: str) -> Table:
 
 
 def merge(all_tables: Sequence[Table]) -> list[Table]:
-    """Tables of the same head as one, whatever column of the paper stands beside ours."""
+    """Merge tables of the same head, whichever column of the paper is listed with ours."""
     merged: dict[tuple[str, ...], Table] = {}
     for table in all_tables:
         published = table.head[-1].endswith(": published, direction")

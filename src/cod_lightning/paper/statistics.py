@@ -14,7 +14,7 @@ K = TypeVar("K", bound=Hashable)
 LEVEL = 0.05
 """Level of intervals, and of the family-wise error in Holm's correction."""
 SAME, OPPOSITE, NOISE, ONE_SEED = "same", "opposite", "within noise", "one seed"
-"""The direction of a difference beside the paper's."""
+"""The direction of a difference compared with the paper's."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Sample:
     n: int
     mean: float
     sd: float | None
-    """With n - 1 in the denominator; None for a single value."""
+    """Standard deviation with n - 1 in the denominator; None for a single value."""
 
     @classmethod
     def of(cls: type[S], values: Sequence[float]) -> S:

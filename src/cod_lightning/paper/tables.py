@@ -48,10 +48,10 @@ def format_published(metric: Metric, published: Published | None) -> str:
 
 
 def comparison_table(column: Column, survivors: Collection[tuple[str, ...]] = (), *, complete: bool = False) -> Table:
-    """Our figures at one scale, and their differences to the baseline beside the paper's.
+    """Our figures at one scale, and their differences to the baseline compared with the paper's.
 
     Args:
-        column: of ours.
+        column: our column of results.
         survivors: tests that stay significant after Holm's correction; they are marked.
         complete: show rows that were not run, and the published figures.
     """
@@ -167,7 +167,7 @@ def figure_tables(column: Column, survivors: Collection[tuple[str, ...]]) -> lis
 
 
 def best_rate_table(columns: Sequence[Column]) -> Table | None:
-    """Every strategy at its own best learning rate, beside the baseline at its own best."""
+    """Every strategy at its own best learning rate, compared with the baseline at its own best."""
     losses: dict[str, dict[str, dict[int, float]]] = {}
     labels = {row.name: row.label for column in columns for row in column.rows}
     for column in columns:

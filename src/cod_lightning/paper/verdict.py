@@ -27,7 +27,7 @@ class Test:
     """One comparison of ours with a claim of the paper."""
 
     key: tuple[str, ...]
-    """Comparisons with the same key are one test, in whatever tables they stand."""
+    """Comparisons with the same key are one test, whichever tables list them."""
     target: str
     column: str
     label: str
@@ -35,7 +35,7 @@ class Test:
     statement: str
     """The paper's claim in words."""
     direction: str | None
-    """Beside the paper; None if it prints no figure."""
+    """Direction compared with the paper; None if the paper prints no figure."""
     difference: Difference
 
     @property
@@ -69,10 +69,10 @@ class ScaleSummary:
     scale: str
     setting: str
     headline: Comparison | None
-    """LNS beside Pre-LN in the first table that has both."""
+    """LNS compared with Pre-LN in the first table that has both."""
     tests: list[Test]
     varied: list[str]
-    """LNS beside Pre-LN over each setting that an experiment varies."""
+    """LNS compared with Pre-LN over each setting that an experiment varies."""
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -140,7 +140,7 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
 
 
 def lns_comparison(column: Column) -> Comparison | None:
-    """LNS beside Pre-LN in a column of losses."""
+    """Compare LNS with Pre-LN in a column of losses."""
     if column.headline is None or not column.headline.lower_is_better or column.baseline.name != "pre_ln":
         return None
     return next((c for c in column.compare(column.headline) if c.row.name == "lns" and c.difference), None)
