@@ -118,7 +118,7 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 
 def changes_text(overrides: Sequence[str]) -> bool:
-    """Whether overrides choose other text than that of a run."""
+    """Whether overrides choose a text other than that of a run."""
     text = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
     return any(override.key_or_group in text for override in parse(overrides))
 

@@ -43,7 +43,7 @@ def save(config: Config, folder: Path) -> None:
 
 
 def from_dict(values: Any, path: Path) -> Config:
-    """The configuration that `asdict` gave, read from the file at `path`; missing fields get their defaults.
+    """The configuration that `asdict` returned, read from the file at `path`; missing fields get their defaults.
 
     Raises:
         UserError: `values` is not a configuration.

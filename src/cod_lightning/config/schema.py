@@ -44,7 +44,7 @@ class OptimConfig:
     warmup_ratio: float = setting(0.1, at_least=0, at_most=1)
     """Linear warm-up over this share of the steps."""
     warmup_steps: int | None = setting(None, at_least=0)
-    """Instead of `warmup_ratio`."""
+    """Warm-up steps, instead of `warmup_ratio`."""
     min_lr_ratio: float = setting(0.1, at_least=0, at_most=1)
     """The schedule ends at this share of `lr`."""
     schedule: str = setting("cosine", choices=("cosine", "cosine_released", "linear"))
@@ -68,9 +68,9 @@ class EvalConfig:
     every: int = setting(1000, at_least=1)
     """Steps between validations; one always ends the run."""
     paper_batch: int = setting(64, at_least=1)
-    """Rows per batch in the released evaluation, which `ppl_paper_protocol` emulates."""
+    """Sequences per batch in the released evaluation, which `ppl_paper_protocol` emulates."""
     paper_ranks: int = setting(1, at_least=1)
-    """Its number of GPUs."""
+    """GPUs in the released evaluation."""
 
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")

@@ -211,7 +211,7 @@ def _opened(path: Path) -> Generator[BufferedIOBase, None, None]:
 
 
 def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the record of each line that is not blank."""
+    """Yield the location and the record of each line that is not blank."""
     for number, line in enumerate(lines, 1):
         if not line.isspace():
             location = f"{path}, line {number}"

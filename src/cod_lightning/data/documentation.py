@@ -31,9 +31,9 @@ DOCS_RECIPE = 1
 """Increase when this module yields other text from the same packages."""
 DOCS_CHARACTERS = 20_000_000
 DOCUMENT_CHARACTERS = (400, 1_600)
-"""A document collects paragraphs until it reaches the larger number; a shorter one than the smaller is dropped."""
+"""A document ends when it reaches the larger number; one that stays below the smaller is dropped."""
 PARAGRAPH_CHARACTERS = 120
-"""Shorter ones are mostly labels and signatures."""
+"""Least length of a paragraph; shorter ones are mostly labels and signatures."""
 LETTERS = 0.87
 """Least share of letters (ASCII) and spaces; below are tables, formulas and code."""
 _LETTERS = f"{string.ascii_letters} ".encode()
@@ -41,7 +41,7 @@ SHINGLE_WORDS = 5
 SHINGLE_SAMPLE = 4
 """One word in so many, chosen by its hash, starts a shingle that is remembered."""
 DOCSTRING_SHARE = 0.4
-"""Modules with a smaller share of docstrings take more time to parse than their text is worth."""
+"""Least share of docstrings in a module; parsing others costs more time than their text is worth."""
 _SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "idlelib", "lib2to3"}
 
 

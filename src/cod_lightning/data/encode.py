@@ -65,7 +65,7 @@ def concatenate(parts: list[Encoded]) -> Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes documents as rows; plain data, so that workers can receive a copy."""
+    """Encodes documents as rows; can be pickled, so that workers receive a copy."""
 
     tokenizer: DocumentTokenizer
     layout: str
@@ -166,7 +166,7 @@ def available_cores() -> int:
 def encoder_pool(
     encoder: Encoder, workers: int
 ) -> Generator[Callable[[Iterable[list[str]]], Iterator[Encoded]], None, None]:
-    """Give a function that encodes batches of documents, in order, in `workers` processes."""
+    """Yield a function that encodes batches of documents, in order, in `workers` processes."""
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker, also when the worker is this process
     try:

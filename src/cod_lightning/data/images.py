@@ -29,7 +29,7 @@ ASPECTS = (3 / 4, 4 / 3)
 """Smallest and largest width / height of a training crop."""
 CROP_TRIES = 10
 CROPS, DRAWINGS = 1, 2
-"""Last of the four parts of a random key: its purpose. The keys of the order are shorter."""
+"""Purpose of random numbers, the last of the four parts of their key. The keys of the order are shorter."""
 
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower, in pixels."""

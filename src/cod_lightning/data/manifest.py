@@ -22,7 +22,7 @@ SPLITS = ("train", "val")
 
 
 def format_version(layout: str) -> int:
-    """Return the format of a set of such rows: 2 for `instructions`, which came later, else 1."""
+    """Return the format version of a set with this layout: 2 for `instructions`, else 1."""
     return 2 if layout == "instructions" else 1
 
 

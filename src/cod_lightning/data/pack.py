@@ -1,4 +1,4 @@
-"""Rows of tokens directly from documents, for models with their own tokenizer."""
+"""Pack documents into rows of tokens in memory, for models with their own tokenizer."""
 
 from __future__ import annotations
 

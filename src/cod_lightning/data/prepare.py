@@ -63,7 +63,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
 
 
 def check_settings(config: DataConfig) -> None:
-    """Check the settings of a set that is to be prepared.
+    """Check the settings before a set is prepared.
 
     Raises:
         UserError: bad settings, or they name an existing set.

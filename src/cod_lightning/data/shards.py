@@ -177,7 +177,7 @@ def _prepare_part(config: DataConfig, index: int, count: int, partial: Path, par
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """The settings in which parts must agree, in the form that JSON returns."""
+    """The settings in which parts must agree, as JSON returns them."""
     return json.loads(json.dumps({"part": PART_FORMAT, **set_identity(config)}))
 
 

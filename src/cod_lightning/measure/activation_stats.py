@@ -186,7 +186,7 @@ def layer_statistics(
 
 
 def first_bad_layer(model: Decoder | VisionTransformer, inputs: Tensor, targets: Tensor) -> str | None:
-    """The place of the first NaN or infinity in a forward pass, such as "layer 3 attention"; None without one."""
+    """Locate the first NaN or infinity in a forward pass, such as "layer 3 attention"; None without one."""
     bad: list[str] = []
 
     def hook(name: str, layer: int, x: Tensor) -> None:

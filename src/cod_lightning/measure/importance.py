@@ -156,7 +156,7 @@ def layer_importance(
     permutations: int | None = 20,
     seed: int = 0,
 ) -> LayerImportance:
-    """Compute the blocks' Shapley values and leave-one-out; a block outside of a coalition becomes the identity.
+    """Compute the blocks' Shapley values and leave-one-out; a block outside a coalition becomes the identity.
 
     Each sampled order costs one loss per block and batch; exact values cost 2^depth losses.
 

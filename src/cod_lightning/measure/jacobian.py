@@ -88,7 +88,7 @@ class MeanJacobian(Result):
 
     tokens: int
     layers: list[int]
-    """Counting from 1."""
+    """The layers, counting from 1."""
     matrices: list[list[list[float]]]
     """[layers, hidden, hidden]; row i holds the derivatives of output i."""
 
@@ -120,7 +120,7 @@ class JacobianGrowth(Result):
     sequences: int
     """Number of measured sequences."""
     layers: list[int]
-    """The l, counting from 1; the last layer is the left side of Theorems 3.3 and 4.2."""
+    """The layers l, counting from 1; the last layer is the left side of Theorems 3.3 and 4.2."""
     spectral: list[float]
     """||d y_l / d x_1||_2, mean over sequences; Lanczos iterations approach it from below."""
     spectral_error: list[float]

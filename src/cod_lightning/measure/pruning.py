@@ -59,7 +59,7 @@ class Pruned(Result):
     """Share of zeros among the weights of the blocks' linear layers."""
     zeros_after: float
     loss_before: float
-    """Mean over targets, in nats."""
+    """Mean loss over targets, in nats."""
     loss_after: float
     ppl_before: float
     ppl_after: float

@@ -89,13 +89,13 @@ class Theory(Result):
     """Measured variances and gains, and the paper's lemmas and bounds; entries are for l = 1, 2, ...."""
 
     lns: bool
-    """Lemma 4.1 and Theorem 4.2 instead of 3.2 and 3.3."""
+    """True: Lemma 4.1 and Theorem 4.2; False: Lemma 3.2 and Theorem 3.3."""
     variances: list[float]
     """Variances of the inputs of the blocks."""
     lemma: list[float]
     """The lemma's product with c = 1 and the measured sigma_{x_k}."""
     c: float
-    """Fitted to the logarithms of the variances, not negative."""
+    """c fitted to the logarithms of the variances, not negative."""
     lemma_fitted: list[float]
     """The lemma's product with the fitted c."""
     recursion: list[float]

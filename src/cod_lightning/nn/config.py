@@ -24,7 +24,7 @@ class DecoderConfig:
     num_key_value_heads: int | None = setting(None, at_least=1)
     """Fewer than `num_attention_heads` for grouped-query attention; None: the same number."""
     vocab_size: int | None = setting(None, at_least=1)
-    """None: that of the tokenizer."""
+    """Size of the vocabulary; None: that of the tokenizer."""
     norm: str = setting("rms", choices=("rms", "layer"))
     """`rms` (RMSNorm) or `layer` (LayerNorm, without bias)."""
     norm_affine: bool = True
@@ -45,7 +45,7 @@ class DecoderConfig:
     init_std: float = setting(0.02, at_least=0)
     """Initial standard deviation of linear weights, before the factor of the strategy."""
     embedding_std: float = setting(0.02, at_least=0)
-    """That of the embeddings; the released code used sqrt(2/5) from February 2025 to January 2026."""
+    """Initial standard deviation of embeddings; the released code used sqrt(2/5) from February 2025 to January 2026."""
 
     @property
     def key_value_heads(self) -> int:

@@ -59,7 +59,7 @@ def build_vit(
     device: torch.device | str = "cpu",
     wrap: Callable[[VisionTransformer], object] = lambda vit: None,
 ) -> VisionTransformer:
-    """`build_decoder` for images.
+    """Build an initialised Vision Transformer, as `build_decoder` does a decoder.
 
     Raises:
         ValueError: as `VisionTransformer`.

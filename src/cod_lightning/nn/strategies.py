@@ -71,7 +71,7 @@ class BlockSpec:
         return self.attention, self.ffn
 
     def replace(self, **changes: Any) -> BlockSpec:
-        """A copy with `changes` to both sub-layers."""
+        """Return a copy with `changes` to both sub-layers."""
         return replace(self, attention=replace(self.attention, **changes), ffn=replace(self.ffn, **changes))
 
 

@@ -1,1 +1,1 @@
-"""Tables and pages: run records and published figures, and what was measured of several models, side by side."""
+"""Reproduction of the paper: experiments, published figures, results, tables, figures and the report."""

@@ -17,10 +17,10 @@ from typing import Any
 from cod_lightning.paper.statistics import Difference, Sample
 
 SCALES = ("paper", "mini", "small", "toy")
-"""From the published size down."""
+"""Scales, from the published size down."""
 
 BASELINE = "pre_ln"
-"""The row that others are compared with; if there is none, the first row."""
+"""The row that others are compared with; without it, the first row."""
 
 UNTRAINED = 1.0
 """A published run did not train if its loss is more nats above the best of its column. Runs that stayed at
@@ -66,9 +66,9 @@ class ReportRow:
     run_id: str
     """Identifies what the runs compute, apart from the seed: rows with the same id have the same runs."""
     runs: tuple[Run, ...]
-    """One for each seed."""
+    """Runs, one for each seed."""
     gpu_hours: float | None
-    """Estimate for one run; None if there is none."""
+    """Estimated GPU-hours of one run; None without an estimate."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Comparison:
     row: ReportRow
     metric: Metric
     sample: Sample | None
-    """None: not run."""
+    """Our values over seeds; None if the row was not run."""
     untrained: int
     """Number of runs in `sample` that did not train."""
     failures: tuple[str, ...]
@@ -195,7 +195,7 @@ class Comparison:
     unpaired: tuple[int, ...]
     """Seeds that only one of row and baseline has; the difference leaves them out."""
     published: tuple[Published, ...]
-    """One for each experiment of the column."""
+    """Published figures, one for each experiment of the column."""
     test: tuple[str, str, str]
     """Identifies the comparison: comparisons with the same runs and metric are one test."""
 

@@ -112,13 +112,13 @@ class Task:
     """A run to train and measure, or a public model to measure."""
 
     row: Row
-    """The first row that needs it."""
+    """The first row that needs the task."""
     config: Config
     """Configuration of the run; unused for a public model."""
     cli_args: tuple[str, ...]
     """Arguments of `fit` that train the run."""
     measures: set[str]
-    """Names of the measures to take."""
+    """Names of the measures to run."""
 
     @property
     def label(self) -> str:
@@ -132,7 +132,7 @@ class Task:
 
 
 def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) -> list[Task]:
-    """Tasks whose results are missing, each once; a run comes after the run it starts from.
+    """Tasks whose results are missing, without repetitions; a run follows the run it starts from.
 
     A run that diverged is not repeated: the same configuration would diverge again.
 

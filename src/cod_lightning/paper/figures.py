@@ -21,7 +21,7 @@ from cod_lightning.paper.claims import Column, Comparison, Metric, ReportRow
 from cod_lightning.plots import COLOURS, DEPTH_COLOURS, grid_figure, style
 
 WIDTH = 7.5
-"""Inches; 900 pixels."""
+"""Width of a figure in inches; 900 pixels."""
 
 
 def figure_grid(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -67,7 +67,7 @@ class Point:
 
     value: float
     margin: float | None
-    """Half of its interval."""
+    """Half the width of the interval."""
     trained: bool
 
 

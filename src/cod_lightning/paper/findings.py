@@ -144,9 +144,9 @@ class Finding:
 
     statement: str
     rows: tuple[str, ...]
-    """Rows that it compares."""
+    """Names of the compared rows."""
     number: Callable[..., float | None]
-    """Takes a run of each row; None if something was not measured."""
+    """Maps one run of each row to the number; None if something was not measured."""
 
 
 def combine(number: Callable[..., float], *quantities: Quantity) -> Callable[..., float | None]:
@@ -171,7 +171,7 @@ NEARER_TO_IDENTITY = measure("jacobian", lambda result: math.log(result["distanc
 """Compares the second block with the last: the first reads the embeddings and is far from I in any model."""
 DEPTH_GROWTH = recorded_variance(lambda _, variance: math.log(variance[-1][-1] / variance[-1][0]))
 TIME_GROWTH = recorded_variance(lambda steps, v: math.log(variance_at(0.3)(steps, v) / variance_at(0.05)(steps, v)))
-"""From 5 % to 30 % of the run, as in Figure 9."""
+"""Growth of the variance from 5 % to 30 % of the run, as in Figure 9."""
 
 
 def depth_findings(row: str, label: str, sign: int) -> tuple[Finding, Finding]:
@@ -215,7 +215,7 @@ class FindingResult:
 
     statement: str
     difference: Difference | None
-    """Positive if the statement holds; None if it was not measured."""
+    """Difference, positive if the statement holds; None if it was not measured."""
     direction: str | None
     test: tuple[str, ...]
     """Identifies the comparison: findings with the same statement about the same runs are one test."""

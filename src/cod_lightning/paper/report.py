@@ -65,7 +65,7 @@ class Section:
 
 
 def build_report(experiments: Sequence[Experiment], hardware: str = "") -> Report:
-    """The report on everything that was run.
+    """Build the report on all runs.
 
     Args:
         experiments: at scale=paper, run or not, and at every other scale that was run.
@@ -183,7 +183,7 @@ def merge(all_tables: Sequence[Table]) -> list[Table]:
 
 
 def by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Texts, each once, with the headings that they belong to."""
+    """Distinct texts, with the headings that they belong to."""
     headings: dict[str, list[str]] = {}
     for heading, text in pairs:
         headings.setdefault(text, []).append(heading)

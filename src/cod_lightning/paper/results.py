@@ -56,7 +56,7 @@ def recorded_config(path: Path) -> dict[str, Any]:
 
 
 def save_result(folder: Path, results: Path, measures: Collection[str] = ()) -> None:
-    """Copy a run's record and measures into the results folder; a run that has neither leaves nothing there.
+    """Copy a run's record and measures into the results folder; a run without either writes nothing.
 
     Args:
         folder: run folder, or folder of a public model; its parent is named after the scale.

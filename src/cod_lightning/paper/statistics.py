@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences with their 95 % interval, and what many comparisons do to it."""
+"""Means over seeds, paired differences with their 95 % interval, and Holm's correction for many comparisons."""
 
 from __future__ import annotations
 

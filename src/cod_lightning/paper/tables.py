@@ -1,4 +1,4 @@
-"""Tables of published figures, of comparisons with the baseline, and of what was not run."""
+"""Tables of published figures, of comparisons with the baseline, and of missing runs."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def tests_of(target: str, column: Column) -> Iterator[Test]:
 
 @dataclass(frozen=True)
 class ScaleSummary:
-    """Everything compared at one scale."""
+    """All comparisons at one scale."""
 
     scale: str
     setting: str
@@ -76,13 +76,13 @@ class ScaleSummary:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Orders scales by what they can say: a headline with an interval first, then the larger scale."""
+        """Key that orders scales: a headline with an interval first, then the larger scale."""
         ours = self.headline.difference if self.headline else None
         return (0 if ours is None else 1 if ours.margin is None else 2, -SCALES.index(self.scale))
 
     @cached_property
     def unique(self) -> dict[tuple[str, ...], Difference]:
-        """Differences with an interval; each test once."""
+        """Differences with an interval, without repeated tests."""
         return {test.key: test.difference for test in self.tests if test.difference.margin is not None}
 
     @property
@@ -125,7 +125,7 @@ class ScaleSummary:
 
 
 def summarize(targets: Targets) -> list[ScaleSummary]:
-    """One summary for each scale at which something was compared, the largest scale first."""
+    """One summary for each scale with a comparison, the largest scale first."""
     summaries = []
     for scale in SCALES:
         tests, headline, setting = list[Test](), None, ""
@@ -158,7 +158,7 @@ def varied_settings(targets: Targets, scale: str) -> Iterator[str]:
 
 
 def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
-    """At most `MOST_WORDS` words: the headline at every scale, other claims at one scale, and what was not tried."""
+    """At most `MOST_WORDS` words: the headline at every scale, other claims at one scale, and untried targets."""
     untried: dict[str, list[str]] = {}
     for target, scales in targets.items():
         kind, _, number = target.partition(" ")
