@@ -1,4 +1,4 @@
-"""Composition: what overrides give, what is refused and how, where runs go."""
+"""Composition of overrides, errors of bad ones, and run folders."""
 
 import dataclasses
 from dataclasses import asdict

@@ -128,5 +128,5 @@ def write_word_level(folder: Path, specials: list[str], config: dict | None = No
 
 @pytest.fixture(scope="session")
 def word_level():
-    """Write a tokenizer folder as published ones are (tokenizer.json, tokenizer_config.json); return its name."""
+    """Write a tokenizer folder with the files of published ones, tokenizer.json and tokenizer_config.json."""
     return write_word_level

@@ -1,4 +1,4 @@
-"""Chunks: their rows, litdata's format, and the room that a cache takes. Stores are in test_store."""
+"""Chunks: their rows, litdata's format, and the size of a cache. Stores are in test_store."""
 
 import os
 import shutil

@@ -20,7 +20,7 @@ FILES = {
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A .deb with the members of a real one, known to the module as its only package."""
+    """A .deb with the members of a real one, registered as the only package."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:xz") as tar:
         for name, content in FILES.items():

@@ -17,7 +17,7 @@ from cod_lightning.kernels.loss import IGNORE
 
 @pytest.fixture
 def root(tmp_path):
-    """Three classes; of each four images to train on and two to validate on, of several formats and sizes."""
+    """Three classes with four training and two validation images each, of several formats and sizes."""
     for split, count in (("train", 4), ("val", 2)):
         for label, name in enumerate(("zebra", "ant", "bee")):
             (tmp_path / split / name).mkdir(parents=True)

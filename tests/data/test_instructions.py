@@ -167,13 +167,13 @@ def test_the_set_does_not_depend_on_workers(instructions, tmp_path):
 
 
 def test_the_names_of_other_sets_are_stable():
-    """As before there were instructions; `layout` means nothing to these."""
+    """Names equal those before instructions existed; instructions ignore `layout`."""
     c4 = DataConfig(source="c4", layout="document", seq_len=256, tokenizer="t5-base")
     assert prepared_folder(c4).name == "c4-043278c65601"
     assert prepared_folder(DataConfig(source="c4")).name == "c4-e8ce030ff821"
-    one, other = (DataConfig(source="drawn_instructions", layout=layout) for layout in ("packed", "document"))
-    assert prepared_folder(one) == prepared_folder(other)
-    assert prepared_folder(replace(one, val_every=7)) != prepared_folder(one)
+    packed, unpacked = (DataConfig(source="drawn_instructions", layout=layout) for layout in ("packed", "document"))
+    assert prepared_folder(packed) == prepared_folder(unpacked)
+    assert prepared_folder(replace(packed, val_every=7)) != prepared_folder(packed)
 
 
 def test_instructions_and_text_are_not_confused(instructions, packed):

@@ -1,4 +1,4 @@
-"""Preparing a set: its rows, its folder, what stops it, and what an interruption leaves."""
+"""Preparing a set: its rows, its folder, errors, and interruptions."""
 
 import contextlib
 import os
@@ -166,7 +166,7 @@ def start(tmp_path, c4_corpus, workers) -> subprocess.Popen:
 
 
 def running(group: int) -> list[str]:
-    """The living processes of a process group; those that are dead and not yet waited for do not count."""
+    """The running processes of a process group, without zombies."""
     names = []
     for process in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

@@ -109,7 +109,7 @@ def test_shards_of_instructions_yield_the_set_of_one_machine(make_config, tmp_pa
 
 
 class Streamed(list):
-    """A streamed data set: files of records, with the methods that are used."""
+    """A stub of a streamed data set: files of records, with the methods that the corpus calls."""
 
     @property
     def num_shards(self) -> int:

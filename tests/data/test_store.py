@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def proxy(moto, monkeypatch):
-    """The way to the store for this process, and short waits."""
+    """Environment variables for access to the store, and short waits."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     server = Proxy(moto)

@@ -5,7 +5,7 @@ from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.kernels.loss import IGNORE, linear_cross_entropy
 
 TARGETS = torch.tensor([[1, 2, 3], [IGNORE, 2, 3], [1, 2, 4], [IGNORE] * 3])
-"""Right, right after a prompt, one token wrong, no answer."""
+"""Targets: correct, correct after a prompt, one token wrong, no answer."""
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def released_perplexity(losses, targets, batch, ranks):
 
 @pytest.fixture(params=["forward", "shuffled"])
 def evaluated(request, sequences, batch, ranks):
-    """Losses and targets, and the results of a metric that saw them in batches of 7 with one padding sequence each."""
+    """Losses and targets, and the results of a metric updated in batches of 7 with one padding sequence each."""
     generator = torch.Generator().manual_seed(sequences)
     targets = torch.randint(1, 20, (sequences,), generator=generator)
     losses = torch.rand(sequences, generator=generator, dtype=torch.float64) * 5 * targets

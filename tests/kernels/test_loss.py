@@ -144,7 +144,7 @@ def test_a_weights_gradient_is_summed_in_float32_over_many_chunks(set_chunk_size
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 65_536.0), (torch.bfloat16, 1 / (512 * 255))])
 def test_the_upstream_gradient_is_not_rounded_to_half_precision(dtype, scale):
-    """The first is beyond float16; the second, one over the tokens of a batch, is off by 3.9e-3 in bfloat16."""
+    """The first scale overflows float16; the second, 1 / (tokens of a batch), is off by 3.9e-3 in bfloat16."""
     hidden, weight = inputs(8, 32, 32, 40, dtype)
     targets = torch.randint(40, (8, 32))
     total = linear_cross_entropy(hidden, weight, targets).total

@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted where there is no GPU, against the reference in float64.
+"""The Triton kernels, interpreted without a GPU, against the reference in float64.
 
 The tolerance is the error of plain torch operations in the same dtype.
 """
@@ -69,7 +69,7 @@ def errors(results, truth):
 
 
 def assert_no_worse(results, plain, truth):
-    """Every output errs no more than plain operations do, or by four roundings of the float32 that both compute in."""
+    """Every error is at most that of plain operations, or four roundings of float32, in which both compute."""
     plain, bound = errors(plain, {name: truth[name] for name in plain}), 4 * 2**-24
     for name, error in errors(results, truth).items():
         assert error <= max(plain.get(name, 0), bound), name
@@ -159,7 +159,7 @@ def test_repeated_runs_are_equal_to_the_bit_and_every_output_is_written(kind):
     for dtype in (torch.float32, torch.bfloat16):
         tensors = draw(33, 768, dtype)
         first = outputs_and_gradients(fused_norm, *tensors, kind=kind)
-        torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
         try:
             assert torch.empty(3).isnan().all()
             second = outputs_and_gradients(fused_norm, *tensors, kind=kind)

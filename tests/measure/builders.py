@@ -13,7 +13,7 @@ def tokens(batch=4, length=9, seed=0):
 
 
 def padded_batches():
-    """Two batches of two rows, the first of which ends in padding."""
+    """Two batches of two sequences; the first batch ends in padding."""
     batch = tokens(seed=1)
     batch[::2, 7:] = PAD
     return list(batch.split(2))

@@ -190,7 +190,7 @@ def test_estimates_agree_with_exact_statistics(causal_lm, family):
 
 @pytest.fixture(params=FAMILIES)
 def torch_jacobians(request, causal_lm):
-    """A model, a batch of one row, and the Jacobians of its blocks [tokens, hidden, tokens, hidden] by autograd."""
+    """A model, a batch of one sequence, and Jacobians of its blocks [tokens, hidden, tokens, hidden] by autograd."""
     model, batch = causal_lm(request.param), tokens(1, 4)
     whole = [torch.autograd.functional.jacobian(block, x)[0, :, :, 0] for x, block in pairs(model, batch)]
     return model, batch, whole
@@ -264,7 +264,7 @@ def test_growth_agrees_with_torch(causal_lm, family):
 
 
 class TestPadding:
-    """Blocks that multiply padding by a million: any use of it would show."""
+    """Blocks multiply padding by a million, which reveals any use of it."""
 
     batch = tokens(4, 6)
     batch[0, 4:], batch[1, 1:], batch[2] = PAD, PAD, PAD

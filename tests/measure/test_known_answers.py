@@ -40,7 +40,7 @@ def model(request, causal_lm):
 
 
 def steps(values):
-    """The change by each block after the first."""
+    """Change of the signal by each block after the first."""
     return [None, *(abs(after - before) for before, after in pairwise(values))]
 
 

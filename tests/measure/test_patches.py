@@ -37,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def images():
-    """Five, one of them without a label, in two batches."""
+    """Five images, one of them without a label, in two batches."""
     draw = torch.Generator().manual_seed(0)
     labels = torch.tensor([3, 0, IGNORE, 4, 1])
     whole = Images(torch.randn(5, 3, 12, 12, generator=draw, dtype=torch.float64), labels)

@@ -48,7 +48,7 @@ def assert_equal(ours, expected, tolerance=1e-5):
 
 
 def pooled(loss, *gradients):
-    """Loss and gradients; those of single numbers as one vector, as the error of one may be small by luck."""
+    """Loss and gradients; gradients of scalars are one vector, because the error of one may be small by chance."""
     numbers = [gradient.flatten() for gradient in gradients if gradient.numel() == 1]
     return [loss, torch.cat([loss.new_zeros(1), *numbers]), *(g for g in gradients if g.numel() > 1)]
 

@@ -1,4 +1,4 @@
-"""Published figures beside ours: values, paired differences, directions, columns and their order."""
+"""Published figures compared with ours: values, paired differences, directions, columns and their order."""
 
 import math
 from dataclasses import replace

@@ -23,7 +23,7 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks
 
-# The published figures, typed in again from the paper's facts.
+# The published figures, copied from the paper independently of the experiments.
 BASELINES = ("post_ln", "deep_norm", "mix_ln", "pre_ln", "lns")
 SCALING = ("pre_ln", "layer_scale", "skip_init", "ds_init", "scaled_init", "lns", "lns_scaled_init")
 NORMS = ("pre_ln", "admin", "group_ln", "sandwich_ln", "mix_ln", "lns")
@@ -111,7 +111,7 @@ def all_rows(scale):
 
 
 def composed(name, scale="paper"):
-    """An experiment, as the first of its rows."""
+    """The configuration of the first row of an experiment."""
     return next(row.config for (experiment, _), row in all_rows(scale).items() if experiment == name)
 
 
@@ -265,7 +265,7 @@ def test_the_olmo_ladder_has_the_official_shapes_and_sees_20b_tokens(name):
 
 
 def test_every_model_has_the_size_in_its_name():
-    """Within a fifth; OLMo counts one of two embeddings."""
+    """Sizes agree within 20 %; OLMo counts one of two embeddings."""
     for name, size in {
         **{"figure1_60m": 60e6, "figure1_150m": 150e6, "figure1_300m": 300e6, "figure1_1b": 1e9, "figure1_7b": 7e9},
         **{"figure2_deepseek_7b": 7e9, "figure2_qwen3_8b": 8e9, "figure2_llama2_13b": 13e9, "figure5": 7e9},
@@ -342,7 +342,7 @@ def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(tmp_path):
         config = row.config_for(2)
         assert config.init_from == str(source.folder)
         assert config.data.tokenizer == str(source.folder / "tokenizer")
-        # Its words say the same, but name a run folder that has to be there.
+        # Its overrides are equal, but name a run folder that must exist.
         assert f"init_from={source.folder}" in row.cli_args(2)
         assert row.tasks == ("paper" if scale == "paper" else None)
         first, second = remaining_tasks([row], [2], tmp_path)
@@ -365,7 +365,7 @@ def test_a_stand_in_for_a_public_model_is_a_run_of_table_1():
 
 
 def test_the_sizes_of_figure_1_are_apart_at_every_scale():
-    """Growing, so that a curve can be laid through the losses; at the smaller scales nothing else differs in size."""
+    """Sizes grow, so that a curve can be fitted to the losses; the smaller scales keep all other sizes equal."""
     for scale in SCALES:
         configs = [all_rows(scale)[name, "lns"].config for name in OLMO]
         widths = [config.model.hidden_size for config in configs]
@@ -414,7 +414,7 @@ def test_every_row_trains(small):
 
 @pytest.fixture
 def reproduce(capfd):
-    """`reproduce(*words)` gives the exit status and what was printed, also by the processes that it began."""
+    """`reproduce(*words)` returns the exit status and the output, including that of child processes."""
 
     def run(*words):
         status = main(["reproduce", *map(str, words)])
@@ -461,7 +461,7 @@ def test_a_killed_reproduction_resumes_and_repeats_nothing(small, tmp_path, repr
         assert record["config"]["name"] == f"toy/{label}"
     assert all(path.read_text().count("\n") == 1 for path in results.rglob("record.json"))
 
-    # What was measured comes beside the record of the run that is there already.
+    # The measures are written next to the existing record of the run.
     measured = ["figure9", *words[3:-1], "trainer.progress=false"]
     status, printed = reproduce(*measured)
     assert status == 0, printed

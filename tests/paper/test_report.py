@@ -28,7 +28,7 @@ def verdict_of(markdown):
 
 
 def published_and(*experiments):
-    """A report on experiments at scale=toy, with the same rows not run at scale=paper."""
+    """A report on experiments at scale=toy; their rows at scale=paper were not run."""
     return build_report([*map(without_runs, experiments), *experiments])
 
 
@@ -326,7 +326,7 @@ def slug(target):
 
 
 FIGURE_TARGETS = ("Figure 1", "Figure 4", "Figure 5", "Figure 6", "Figure 7", "Figure 9", "Theory")
-"""Every drawing once."""
+"""Targets that cover every figure function."""
 
 
 @pytest.fixture(scope="module")

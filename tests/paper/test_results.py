@@ -29,7 +29,7 @@ def toys():
 
 
 def add_result(results, row, seed, name="record.json", scale=None, **values):
-    """Write what a run of a row leaves in the results folder; return its folder there."""
+    """Write the results of a run of a row into the results folder; return its folder."""
     config = row.config_for(seed)
     folder = results / config.name
     folder.mkdir(parents=True)
