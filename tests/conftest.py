@@ -89,7 +89,7 @@ def train(toy, tmp_path):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wait_for():
     """`wait_for(condition, process, log)` returns when the condition holds; a process that ends before is a failure."""
 

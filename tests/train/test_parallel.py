@@ -1,4 +1,4 @@
-"""Several ranks: what they compute, keep and resume is what one process does; in processes, over gloo."""
+"""Training on several gloo ranks equals training in one process."""
 
 import json
 import os
@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from cod_lightning.cli import main
+from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES
@@ -21,18 +23,19 @@ from cod_lightning.train.checkpoint import AtomicCheckpointIO, checkpoints, read
 pytestmark = pytest.mark.slow
 TIMEOUT = 240
 BETA = 0.9
-"""Of Adam's first moment."""
+"""Adam's beta1."""
 CLIP = 0.01
-"""Largest norm of a gradient, below that of every strategy."""
+"""Maximum gradient norm, below the norm of every strategy."""
+QUIET = ["trainer.stats_every=0", "trainer.measures.jacobian=0"]
 
 RUNS = """
 import json, sys
 from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
-for words in json.load(open(sys.argv[1])):
-    train_run(compose(words))
+for overrides in json.load(open(sys.argv[1])):
+    train_run(compose(overrides))
 """
-"""Several runs, one after the other, in one group of processes."""
+"""Trains several runs in one process group."""
 
 
 def environment():
@@ -40,7 +43,7 @@ def environment():
 
 
 def run_all(folder, runs, ranks):
-    """Carry out runs, each given as its overrides, on so many ranks that `torchrun` starts."""
+    """Train runs, each a list of overrides, on `ranks` ranks started by torchrun."""
     script, listed = folder / "runs.py", folder / f"runs-on-{ranks}.json"
     script.write_text(RUNS)
     listed.write_text(json.dumps(runs))
@@ -59,24 +62,24 @@ def world(strategy, ranks=2):
 
 
 def node(rank):
-    """The environment of a node by Lightning's names."""
+    """The environment variables of a node."""
     return {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29400 + os.getpid() % 500)}
 
 
-def on_two_nodes(words_of):
-    """Start `fit` with `words_of(rank)` on each; returns their statuses and what they said."""
+def on_two_nodes(overrides_of):
+    """Run `fit` with `overrides_of(rank)` on two nodes; return the status and the output of each."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     both = [
-        subprocess.Popen(command("fit", *words_of(rank)), env=environment() | node(rank), **streams)
+        subprocess.Popen(command("fit", *overrides_of(rank)), env=environment() | node(rank), **streams)
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=TIMEOUT)[0] for process in both]
+        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in both]
     finally:
         for process in both:
             process.kill()
             process.wait()
-    return [(process.returncode, text) for process, text in zip(both, said, strict=True)]
+    return [(process.returncode, output) for process, output in zip(both, outputs, strict=True)]
 
 
 def record_of(folder):
@@ -87,81 +90,158 @@ def newest(folder):
     return read_checkpoint(checkpoints(folder / "checkpoints")[-1])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_first_losses_and_gradients_of_every_strategy_are_those_of_one_process(toy, train, tmp_path, strategy):
-    """A moment of Adam after one step is the gradient, as it was clipped, times 1 - beta."""
-    words = [
-        *("trainer.max_steps=1", "trainer.stats_every=0", "trainer.measures.jacobian=0", "eval.every=100"),
-        *(f"optim.clip={CLIP}", "optim.warmup_ratio=0", "data.micro_batch_size=2", "data.val_tokens=512"),
-    ]
-    there = [*toy, *words, *world(strategy), f"output={tmp_path / strategy}"]
-    run_all(tmp_path, [[*there, f"norm={name}", f"name={name}"] for name in STRATEGIES], ranks=2)
+@pytest.fixture(scope="module")
+def train_in(toy):
+    """`train_in(folder, *overrides)` trains in this process and returns record and run folder."""
+    return lambda folder, *overrides: train_run(compose([*toy, f"output={folder}", *overrides]))
+
+
+# --- the first step ---------------------------------------------------------------------------------------------------
+
+FIRST_STEP = [
+    *("trainer.max_steps=1", "eval.every=100", *QUIET),
+    *(f"optim.clip={CLIP}", "optim.warmup_ratio=0", "data.micro_batch_size=2", "data.val_tokens=512"),
+]
+
+
+@pytest.fixture(scope="module")
+def one_process(train_in, tmp_path_factory):
+    """Run folders by strategy of one step in this process."""
+    folder = tmp_path_factory.mktemp("one")
+    return {name: train_in(folder, *FIRST_STEP, f"norm={name}", f"name={name}")[1] for name in STRATEGIES}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def two_ranks(request, toy, tmp_path_factory):
+    """Run folders by strategy of one step on two ranks."""
+    folder = tmp_path_factory.mktemp(request.param)
+    overrides = [*toy, *FIRST_STEP, *world(request.param), f"output={folder}"]
+    run_all(folder, [[*overrides, f"norm={name}", f"name={name}"] for name in STRATEGIES], ranks=2)
+    return {name: folder / name for name in STRATEGIES}
+
+
+def first_moments(folder):
+    """Adam's first moment by number of the parameter; after one step it is the clipped gradient times 1 - beta1."""
+    return {number: state["exp_avg"] for number, state in newest(folder)["optimizer_states"][0]["state"].items()}
+
+
+def test_two_ranks_report_the_losses_of_one_process(one_process, two_ranks):
     for name in STRATEGIES:
-        one, folder = train(*words, f"norm={name}", f"name={name}")
-        two = record_of(tmp_path / strategy / name)
+        one, two = record_of(one_process[name]), record_of(two_ranks[name])
         assert two["world_size"] == 2
-        assert two["parameters"] == one["parameters"]
-        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-6), name
-        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-6), name
-        expected, found = newest(folder), newest(tmp_path / strategy / name)
-        assert found["state_dict"].keys() == expected["state_dict"].keys()
-        expected, found = (state["optimizer_states"][0]["state"] for state in (expected, found))
-        assert expected.keys() == found.keys()
-        norm = sum(float(moments["exp_avg"].square().sum()) for moments in found.values()) ** 0.5 / (1 - BETA)
-        assert norm == pytest.approx(CLIP, rel=1e-3), name
-        largest = max(float(moments["exp_avg"].abs().max()) for moments in expected.values())
-        for number, moments in expected.items():
-            # Sums of other orders: what cancels in a parameter is as exact as the largest gradient.
-            torch.testing.assert_close(found[number]["exp_avg"], moments["exp_avg"], rtol=1e-4, atol=1e-6 * largest)
+        for field in ("train_loss", "val_loss"):
+            assert two[field] == pytest.approx(one[field], rel=1e-6), name
 
 
-def test_a_run_goes_on_on_any_number_of_ranks_and_under_any_strategy(toy, train, tmp_path):
-    """Saved sharded on 2 ranks, gone on with on 1, 2 and 4; saved as a file, gone on with sharded."""
-    words = ["data.micro_batch_size=1", "trainer.stats_every=3"]
-    one, _ = train(*words, "name=one")
-    losses = one["history"]["train"]["loss"]
-    all_words = [*toy, *words, f"output={tmp_path}"]
-    mixed = ["trainer.precision=bf16-mixed", "name=mixed"]
-    wrapped = [*world("fsdp"), "trainer.checkpointing=selective"]
-    run_all(tmp_path, [[*all_words, *world("fsdp"), "name=two"], [*all_words, *wrapped, *mixed]], ranks=2)
-    sharded = record_of(tmp_path / "mixed")["history"]["train"]["loss"]
-    assert sharded == pytest.approx(
-        train(*words, *mixed[:1], "name=mixed_on1")[0]["history"]["train"]["loss"], rel=1e-3
-    )
-    assert sharded != pytest.approx(losses, rel=1e-6)
-    two = record_of(tmp_path / "two")
-    assert two["history"]["train"]["loss"] == pytest.approx(losses, rel=1e-5)
-    for layer, measured in one["history"]["layers"].items():
-        assert np.array(two["history"]["layers"][layer]) == pytest.approx(np.array(measured), rel=1e-3)
-    for source, names in (("one", ("file",)), ("two", ("on1", "on2", "on4", "ddp"))):
-        last = checkpoints(tmp_path / source / "checkpoints")[-1]
-        last.rename(tmp_path / f"{source}.ckpt")
-        for name in names:
-            shutil.copytree(tmp_path / source / "checkpoints", tmp_path / name / "checkpoints")
-    again = [("on2", "fsdp"), ("ddp", "ddp"), ("file", "fsdp")]
-    run_all(tmp_path, [[*all_words, *world(strategy), f"name={name}"] for name, strategy in again], ranks=2)
-    # Four ranks on two nodes, each of which has all of the model: our launcher starts the second rank of a node.
-    nodes = [*all_words, *world("fsdp"), "trainer.num_nodes=2", "trainer.hybrid=true", "name=on4"]
-    for status, said in on_two_nodes(lambda rank: nodes):
-        assert status == 0, said
-    train(*words, "name=on1")
+def test_two_ranks_have_the_parameters_of_one_process(one_process, two_ranks):
+    for name in STRATEGIES:
+        assert record_of(two_ranks[name])["parameters"] == record_of(one_process[name])["parameters"]
+        assert newest(two_ranks[name])["state_dict"].keys() == newest(one_process[name])["state_dict"].keys()
+
+
+def test_two_ranks_compute_the_gradients_of_one_process(one_process, two_ranks):
+    for name in STRATEGIES:
+        expected, moments = first_moments(one_process[name]), first_moments(two_ranks[name])
+        assert moments.keys() == expected.keys()
+        largest = max(float(moment.abs().max()) for moment in expected.values())
+        for number, moment in expected.items():
+            # The order of a sum differs: a small gradient is as exact as the largest one.
+            torch.testing.assert_close(moments[number], moment, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_two_ranks_clip_the_norm_of_the_whole_gradient(two_ranks):
+    for name in STRATEGIES:
+        squares = sum(float(moment.square().sum()) for moment in first_moments(two_ranks[name]).values())
+        assert squares**0.5 / (1 - BETA) == pytest.approx(CLIP, rel=1e-3), name
+
+
+# --- sharded checkpoints ----------------------------------------------------------------------------------------------
+
+SHORT = ["data.micro_batch_size=1", "trainer.stats_every=3"]
+MIXED = "trainer.precision=bf16-mixed"
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def single(train_in, output):
+    """Record of a run in one process."""
+    return train_in(output, *SHORT, "name=one")[0]
+
+
+@pytest.fixture(scope="module")
+def sharded(toy, output):
+    """Record of a run under FSDP on two ranks; a run in mixed precision is beside it."""
+    overrides = [*toy, *SHORT, f"output={output}", *world("fsdp")]
+    mixed = [*overrides, "trainer.checkpointing=selective", MIXED, "name=mixed"]
+    run_all(output, [[*overrides, "name=two"], mixed], ranks=2)
+    return record_of(output / "two")
+
+
+@pytest.fixture(scope="module")
+def resumed(toy, train_in, output, single, sharded):
+    """Records by name of runs that resume: `on1`, `on2`, `on4` and `ddp` a sharded run, `file` an unsharded one."""
     for name in ("on1", "on2", "on4", "ddp", "file"):
-        again = record_of(tmp_path / name)
-        assert again["history"]["train"]["loss"] == pytest.approx(losses, rel=1e-5), name
-        assert again["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5), name
-        assert checkpoints(tmp_path / name / "checkpoints")[-1].is_dir() == (name in ("on2", "on4", "file")), name
-    assert record_of(tmp_path / "on2")["history"]["train"]["loss"] == two["history"]["train"]["loss"]
-    # One file of it, as a single process would have written it; what reads checkpoints reads both.
-    (tmp_path / "two.ckpt").rename(tmp_path / "two" / "checkpoints" / "step-00000006.ckpt")
-    assert main(["consolidate", str(tmp_path / "two"), f"--output={tmp_path / 'whole.ckpt'}"]) == 0
-    whole, parts = read_checkpoint(tmp_path / "whole.ckpt"), newest(tmp_path / "two")
-    assert whole.keys() == parts.keys() == read_checkpoint(tmp_path / "one.ckpt").keys()
-    assert all(torch.equal(whole["state_dict"][name], tensor) for name, tensor in parts["state_dict"].items())
-    assert main(["evaluate", str(tmp_path / "two"), "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1"]) == 0
+        source = output / ("one" if name == "file" else "two") / "checkpoints"
+        last = checkpoints(source)[-1].name
+        shutil.copytree(source, output / name / "checkpoints", ignore=shutil.ignore_patterns(last))
+    overrides = [*toy, *SHORT, f"output={output}"]
+    runs = [("on2", "fsdp"), ("ddp", "ddp"), ("file", "fsdp")]
+    run_all(output, [[*overrides, *world(strategy), f"name={name}"] for name, strategy in runs], ranks=2)
+    # Four ranks on two nodes with hybrid sharding: our launcher starts the second rank of a node.
+    nodes = [*overrides, *world("fsdp"), "trainer.num_nodes=2", "trainer.hybrid=true", "name=on4"]
+    for status, printed in on_two_nodes(lambda rank: nodes):
+        assert status == 0, printed
+    train_in(output, *SHORT, "name=on1")
+    return {name: record_of(output / name) for name in ("on1", "on2", "on4", "ddp", "file")}
 
 
-def write_parts(path, store):
-    """Save a checkpoint as a folder, in a group of one process; returns why it could not be, or None."""
+def losses(record):
+    return record["history"]["train"]["loss"]
+
+
+def test_a_sharded_run_has_the_losses_of_one_process(single, sharded):
+    assert losses(sharded) == pytest.approx(losses(single), rel=1e-5)
+
+
+def test_a_sharded_run_has_the_layer_statistics_of_one_process(single, sharded):
+    for name, values in single["history"]["layers"].items():
+        assert np.array(sharded["history"]["layers"][name]) == pytest.approx(np.array(values), rel=1e-3)
+
+
+def test_a_sharded_run_in_mixed_precision_has_the_losses_of_one_process(train_in, output, single, sharded):
+    mixed = losses(record_of(output / "mixed"))
+    assert mixed == pytest.approx(losses(train_in(output, *SHORT, MIXED, "name=mixed_on1")[0]), rel=1e-3)
+    assert mixed != pytest.approx(losses(single), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["on1", "on2", "on4", "ddp", "file"])
+def test_a_run_resumes_on_any_number_of_ranks_under_any_strategy(output, single, resumed, name):
+    assert losses(resumed[name]) == pytest.approx(losses(single), rel=1e-5)
+    assert resumed[name]["val_loss"] == pytest.approx(single["val_loss"], rel=1e-5)
+    assert checkpoints(output / name / "checkpoints")[-1].is_dir() == (name in ("on2", "on4", "file"))
+
+
+def test_a_run_resumed_on_the_same_ranks_is_bit_identical(sharded, resumed):
+    assert losses(resumed["on2"]) == losses(sharded)
+
+
+def test_consolidate_writes_the_checkpoint_of_one_process(output, single, sharded, tmp_path):
+    assert main(["consolidate", str(output / "two"), f"--output={tmp_path / 'whole.ckpt'}"]) == 0
+    whole, shards = read_checkpoint(tmp_path / "whole.ckpt"), newest(output / "two")
+    assert whole.keys() == shards.keys() == newest(output / "one").keys()
+    assert all(torch.equal(whole["state_dict"][name], tensor) for name, tensor in shards["state_dict"].items())
+
+
+def test_evaluate_reads_a_sharded_checkpoint(output, sharded):
+    assert main(["evaluate", str(output / "two"), "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1"]) == 0
+
+
+def save_sharded(path, store):
+    """Save a sharded checkpoint in a group of one process; return the error message or None."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     try:
         checkpoint = {"state_dict": {"decoder.weight": torch.ones(3)}, "tokens": 3, "optimizer_states": []}
@@ -172,75 +252,104 @@ def write_parts(path, store):
         torch.distributed.destroy_process_group()
 
 
-def test_a_sharded_checkpoint_that_cannot_be_written_says_so(tmp_path):
+@pytest.fixture
+def sharded_checkpoint(tmp_path):
+    path = tmp_path / "step-00000001.ckpt"
+    assert save_sharded(path, tmp_path / "store") is None
+    return path
+
+
+def test_a_failed_write_of_a_sharded_checkpoint_names_the_file(tmp_path):
     (tmp_path / "file").touch()
-    failure = write_parts(tmp_path / "file" / "step-00000001.ckpt", tmp_path / "store")
+    failure = save_sharded(tmp_path / "file" / "step-00000001.ckpt", tmp_path / "store")
     assert "step-00000001.ckpt: the checkpoint cannot be written" in failure
 
 
-@pytest.mark.parametrize("damage", ["malicious", "bytes", "cut", "no list"])
-def test_nothing_in_a_sharded_checkpoint_is_executed(tmp_path, damage):
+def test_a_sharded_checkpoint_replaces_an_existing_one(sharded_checkpoint, tmp_path):
+    assert save_sharded(sharded_checkpoint, tmp_path / "store") is None
+    assert torch.equal(read_checkpoint(sharded_checkpoint)["state_dict"]["decoder.weight"], torch.ones(3))
+    assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("damage", ["malicious", "bytes", "truncated", "no metadata"])
+def test_a_damaged_sharded_checkpoint_is_an_error_and_executes_nothing(sharded_checkpoint, tmp_path, damage):
     class Malicious:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
-    path = tmp_path / "step-00000001.ckpt"
-    for _ in range(2):  # the second takes the place of the first
-        assert write_parts(path, tmp_path / "store") is None
-    assert torch.equal(read_checkpoint(path)["state_dict"]["decoder.weight"], torch.ones(3))
-    assert [child.name for child in tmp_path.glob(".*")] == []
-    listed = path / ".metadata"
+    metadata = sharded_checkpoint / ".metadata"
     if damage == "malicious":
-        listed.write_bytes(pickle.dumps(Malicious()))
+        metadata.write_bytes(pickle.dumps(Malicious()))
     elif damage == "bytes":
-        content = pickle.loads(listed.read_bytes())
+        content = pickle.loads(metadata.read_bytes())
         content.state_dict_metadata["state_dict/decoder.weight"] = (
             torch.distributed.checkpoint.metadata.BytesStorageMetadata()
         )
-        listed.write_bytes(pickle.dumps(content))
-    elif damage == "cut":
-        (part,) = path.glob("*.distcp")
-        part.write_bytes(part.read_bytes()[:20])
+        metadata.write_bytes(pickle.dumps(content))
+    elif damage == "truncated":
+        (shard,) = sharded_checkpoint.glob("*.distcp")
+        shard.write_bytes(shard.read_bytes()[:20])
     else:
-        listed.unlink()
+        metadata.unlink()
     with pytest.raises(UserError, match=r"step-00000001\.ckpt: not a readable checkpoint"):
-        read_checkpoint(path)
+        read_checkpoint(sharded_checkpoint)
     assert not (tmp_path / "executed").exists()
 
 
+# --- activation checkpointing and interruptions -----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_recomputed_activations_change_nothing(train, checkpointing):
-    words = ("trainer.max_steps=3", "trainer.measures.jacobian=3", "norm=mix_ln")
-    plain, again = train(*words, "name=plain")[0], train(*words, f"trainer.checkpointing={checkpointing}", "name=r")[0]
-    assert again["history"]["train"]["loss"] == plain["history"]["train"]["loss"]
-    assert again["history"]["layers"] == plain["history"]["layers"]
-    assert again["history"]["jacobian"] == plain["history"]["jacobian"]
+def test_activation_checkpointing_changes_nothing(train, checkpointing):
+    overrides = ("trainer.max_steps=3", "trainer.measures.jacobian=3", "norm=mix_ln")
+    plain, _ = train(*overrides, "name=plain")
+    recomputed, _ = train(*overrides, f"trainer.checkpointing={checkpointing}", "name=recomputed")
+    assert losses(recomputed) == losses(plain)
+    for kind in ("layers", "jacobian"):
+        assert recomputed["history"][kind] == plain["history"][kind]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_stops_and_the_same_command_goes_on(toy, train, tmp_path, wait_for, ranks):
-    words = ["trainer.max_steps=60", "trainer.checkpoint_every=1000", "data.micro_batch_size=4", "eval.every=20"]
-    words += ["trainer.stats_every=0", "trainer.measures.jacobian=0"]
-    whole, _ = train(*words, "name=whole")
-    words = ["fit", *toy, f"output={tmp_path}", *words, *(world("ddp") if ranks == 2 else []), "name=stopped"]
-    log = tmp_path / "log"
+LONG = ["trainer.max_steps=60", "trainer.checkpoint_every=1000", "data.micro_batch_size=4", "eval.every=20", *QUIET]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def interrupted(request, toy, tmp_path_factory, wait_for):
+    """A run that received SIGTERM after step 7: overrides, ranks, exit status, output, and number of checkpoints."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    strategy = world("ddp") if request.param == 2 else []
+    overrides = ["fit", *toy, f"output={folder}", *LONG, *strategy, "name=stopped"]
+    log = folder / "log"
     with open(log, "w") as out:
-        process = subprocess.Popen(command(*words, "trainer.progress=true"), env=environment(), stdout=out, stderr=out)
+        process = subprocess.Popen(
+            command(*overrides, "trainer.progress=true"), env=environment(), stdout=out, stderr=out
+        )
     wait_for(lambda: "step      7/" in log.read_text(), process, log)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(TIMEOUT) == 75, log.read_text()
-    assert "run the same command again to resume" in log.read_text()
-    assert len(checkpoints(tmp_path / "stopped" / "checkpoints")) == 1
-    again = subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
-    assert again.returncode == 0, again.stderr
-    stopped = record_of(tmp_path / "stopped")
+    status = process.wait(TIMEOUT)
+    saved = len(checkpoints(folder / "stopped" / "checkpoints"))
+    return SimpleNamespace(
+        overrides=overrides, ranks=request.param, status=status, output=log.read_text(), saved=saved, folder=folder
+    )
+
+
+def test_sigterm_exits_with_status_75_and_one_checkpoint(interrupted):
+    assert interrupted.status == 75, interrupted.output
+    assert "checkpoint saved\nrun the same command again to resume" in interrupted.output
+    assert interrupted.saved == 1
+
+
+def test_the_same_command_resumes_after_sigterm(interrupted, train):
+    again = command(*interrupted.overrides)
+    done = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    expected, resumed = train(*LONG, "name=whole")[0]["history"], record_of(interrupted.folder / "stopped")["history"]
     for series in ("train", "val"):
-        for name in whole["history"][series].keys() - {"tokens_per_second"}:
-            expected = whole["history"][series][name]
-            assert stopped["history"][series][name] == (expected if ranks == 1 else pytest.approx(expected, rel=1e-5))
+        for name in expected[series].keys() - {"tokens_per_second"}:
+            values = expected[series][name]
+            assert resumed[series][name] == (values if interrupted.ranks == 1 else pytest.approx(values, rel=1e-5))
 
 
-def test_a_run_stopped_before_a_validation_begins_with_it(train, monkeypatch):
+def test_a_run_interrupted_before_a_validation_resumes_with_it(train, monkeypatch):
     from cod_lightning.errors import Stopped
     from cod_lightning.train.callbacks import StopOnSignal
 
@@ -248,13 +357,13 @@ def test_a_run_stopped_before_a_validation_begins_with_it(train, monkeypatch):
     whole, _ = train(*words, "name=whole")
     install_handler, calls = StopOnSignal.install_handler, []
 
-    def stop_in_the_second(self, module):
+    def stop_in_the_second_validation(self, module):
         calls.append(module)
         module.stop_requested = len(calls) == 3  # the fit, the first validation, the second
         install_handler(self, module)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopOnSignal, "install_handler", stop_in_the_second)
+        patch.setattr(StopOnSignal, "install_handler", stop_in_the_second_validation)
         with pytest.raises(Stopped, match="in the validation after step 4"):
             train(*words, "name=stopped")
     again, _ = train(*words, "name=stopped")
@@ -262,7 +371,7 @@ def test_a_run_stopped_before_a_validation_begins_with_it(train, monkeypatch):
     assert again["history"]["train"]["loss"] == whole["history"]["train"]["loss"]
 
 
-def test_a_rank_that_dies_ends_the_others_with_a_clear_error(toy, tmp_path, wait_for):
+def test_the_other_ranks_stop_with_an_error_if_one_dies(toy, tmp_path, wait_for):
     words = ["fit", *toy, *world("ddp"), f"output={tmp_path}", "data.micro_batch_size=4", "trainer.max_steps=100000"]
     log = tmp_path / "log"
     with open(log, "w") as out:
@@ -286,20 +395,26 @@ def test_a_rank_that_dies_ends_the_others_with_a_clear_error(toy, tmp_path, wait
     assert "another of the 2 ranks is gone" in log.read_text()
 
 
-def test_ranks_that_see_different_checkpoints_do_not_start(toy, train, tmp_path):
-    """As on nodes that do not share the run's folder."""
-    words = ["data.micro_batch_size=4", "trainer.stats_every=0", "trainer.measures.jacobian=0"]
-    _, folder = train(*words, "name=run")
+def test_ranks_with_different_checkpoints_do_not_start(toy, train, tmp_path):
+    """The nodes do not share the run folder."""
+    overrides = ["data.micro_batch_size=4", *QUIET]
+    _, folder = train(*overrides, "name=run")
     shutil.copytree(folder / "checkpoints", tmp_path / "0" / "run" / "checkpoints")
-    words = [*toy, *words, *world("ddp"), "trainer.num_nodes=2", "trainer.devices=1"]
-    for status, said in on_two_nodes(lambda rank: [*words, f"output={tmp_path / str(rank)}", "name=run"]):
-        assert status == 2, said
-        assert "put the run folder on a file system that all nodes share" in said
+    overrides = [*toy, *overrides, *world("ddp"), "trainer.num_nodes=2", "trainer.devices=1"]
+    for status, printed in on_two_nodes(lambda rank: [*overrides, f"output={tmp_path / str(rank)}", "name=run"]):
+        assert status == 2, printed
+        assert "put the run folder on a file system that all nodes share" in printed
 
 
-def test_what_only_sharding_can_do_is_refused_elsewhere(toy):
+def test_hybrid_sharding_requires_fsdp(toy):
     with pytest.raises(UserError, match=r"trainer\.hybrid=true requires trainer\.strategy=fsdp"):
         compose([*toy, "trainer.hybrid=true"])
-    with pytest.raises(UserError, match=r"optim\.lisa_layers"):
+
+
+def test_lisa_does_not_support_fsdp(toy):
+    with pytest.raises(UserError, match=r"optim\.lisa_layers does not support FSDP"):
         compose([*toy, *world("fsdp"), "optim=lisa", "data.micro_batch_size=4"])
+
+
+def test_the_run_folder_does_not_depend_on_the_strategy(toy):
     assert compose([*toy, *world("fsdp"), "data.micro_batch_size=4"]).folder == compose(toy).folder
