@@ -1,4 +1,4 @@
-"""What a person can get wrong is one error that names it: status 2, no traceback, nothing written."""
+"""Bad input gives one error that names the field or file, with status 2, no traceback and no written file."""
 
 import gzip
 import io
@@ -25,7 +25,7 @@ from cod_lightning.train.ranks import RANK_VARIABLES
 
 
 class Malicious:
-    """Unpickled, it writes a file."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
@@ -33,63 +33,63 @@ class Malicious:
 
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory):
-    """The folder of a finished run, and that of the set it was trained on."""
+    """The folder of a finished run, and the folder of its prepared set."""
     config = compose([*toy, f"output={tmp_path_factory.mktemp('finished')}", "name=run"])
     return train_run(config)[1], prepared_folder(config.data)
 
 
-# What lies in the folder that a case is carried out in: functions of a finished run and a prepared set.
+# Functions that prepare the working folder of a case, given the folders of a finished run and of a prepared set.
 
 
 def nothing(run, prepared):
     pass
 
 
-def put(**contents):
-    """Files, `_` in a name standing for a point."""
+def files(**contents):
+    """Files by name, with `_` for each point in a name."""
 
-    def made(run, prepared):
+    def prepare(run, prepared):
         for name, content in contents.items():
             path = Path(name.replace("_", "."))
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
-    return made
+    return prepare
 
 
 def with_run(change=lambda folder: None):
-    """A copy of the run, `run`, with a change made to it."""
+    """A changed copy of the finished run, in the folder `run`."""
 
-    def made(run, prepared):
+    def prepare(run, prepared):
         shutil.copytree(run, "run")
         change(Path("run"))
 
-    return made
+    return prepare
 
 
 def with_set(change=lambda folder: None):
-    """A copy of the prepared set, `set`, with a change made to it."""
+    """A changed copy of the prepared set, in the folder `set`."""
 
-    def made(run, prepared):
+    def prepare(run, prepared):
         shutil.copytree(prepared, "set")
         change(Path("set"))
 
-    return made
+    return prepare
 
 
 def unfinished(change):
-    """A copy of the run where `fit` looks for it, stopped at its last checkpoint, with a change made to that."""
+    """A copy of the run without its record, in the folder that `fit` would resume, with a changed last checkpoint."""
 
-    def made(run, prepared):
+    def prepare(run, prepared):
         shutil.copytree(run, "out/run")
         Path("out/run/record.json").unlink()
         save(replace(load(run), output="out"), Path("out/run"))
         change(checkpoints(Path("out/run/checkpoints"))[-1])
 
-    return made
+    return prepare
 
 
-def overwritten(path, content):
-    """In a folder, a file with another content: text, bytes, or a function of the bytes that it had."""
+def overwrite(path, content):
+    """Overwrite a file of a folder with text, bytes, or a function of its bytes."""
 
     def change(folder):
         target = next(folder.glob(path))
@@ -101,65 +101,65 @@ def overwritten(path, content):
     return change
 
 
-def removed(path):
+def remove(path):
     return lambda folder: next(folder.glob(path)).unlink()
 
 
-def edited(path, **changes):
-    """In a folder, a JSON file with other values, their keys joined by `__`; None takes a key away."""
+def edit(path, **changes):
+    """Change values of a JSON file of a folder; `__` joins nested keys, None removes a key."""
 
     def change(folder):
         target = folder / path
         content = json.loads(target.read_text())
         for keys, value in changes.items():
-            *way, last = keys.split("__")
-            place = content
-            for key in way:
-                place = place[int(key) if key.isdecimal() else key]
+            *parents, last = keys.split("__")
+            parent = content
+            for key in parents:
+                parent = parent[int(key) if key.isdecimal() else key]
             if value is None:
-                del place[last]
+                del parent[last]
             else:
-                place[last] = value
+                parent[last] = value
         target.write_text(json.dumps(content))
 
     return change
 
 
-def resaved(change):
-    """A checkpoint with its content changed; of a run folder, its last."""
+def resave(change):
+    """Change the content of a checkpoint, or of the last one of a run folder."""
 
-    def made(path):
+    def apply(path):
         path = checkpoints(path / "checkpoints")[-1] if path.is_dir() else path
         content = torch.load(path, weights_only=True)
         torch.save(change(content), path)
 
-    return made
+    return apply
 
 
-def flipped(content):
+def flip(content):
     """Flip one bit of the content: in a checkpoint, in the middle of its largest tensor and not in padding."""
-    place = len(content) // 2
+    at = len(content) // 2
     if zipfile.is_zipfile(io.BytesIO(content)):
         largest = max(zipfile.ZipFile(io.BytesIO(content)).infolist(), key=lambda part: part.file_size)
-        place = largest.header_offset + largest.compress_size // 2
-    return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
+        at = largest.header_offset + largest.compress_size // 2
+    return content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :]
 
 
 def half(content):
     return content[: len(content) // 2]
 
 
-def reshaped(content):
+def reshape(content):
     state = content["state_dict"]
     return content | {"state_dict": {name: tensor[:1] if tensor.ndim else tensor for name, tensor in state.items()}}
 
 
-def strategy(body):
+def module(body):
     """A module `norms_under_test` with the function `f`."""
     return lambda run, prepared: Path("norms_under_test.py").write_text(body)
 
 
-DATA = ["data=files", "data.vocab_size=300", "data.seq_len=32", "data.workers=1", "data.root=made"]
+DATA = ["data=files", "data.vocab_size=300", "data.seq_len=32", "data.workers=1", "data.root=new"]
 LONG = "word " * 400
 MINE = "norm=norms_under_test:f"
 LOADED = ("evaluate", "run")
@@ -251,22 +251,22 @@ STRATEGIES = [
     (nothing, ["fit", "norm=mix_ln", "norm.fraction=true"], ["norm.fraction=True has the wrong type"]),
     (nothing, ["fit", "norm=group_ln", "norm.groups=0"], ["norm.groups=0 must be at least 1"]),
     (nothing, ["fit", "norm.foo=1"], ["norm.foo is not an option of 'lns'", "position"]),
-    (strategy("def f(:"), ["fit", MINE], ["SyntaxError", "package.module:function"]),
-    (strategy("import sys\nsys.exit(0)"), ["fit", MINE], ["SystemExit", "package.module:function"]),
+    (module("def f(:"), ["fit", MINE], ["SyntaxError", "package.module:function"]),
+    (module("import sys\nsys.exit(0)"), ["fit", MINE], ["SystemExit", "package.module:function"]),
     (
-        strategy("def f(layer, depth):\n    return 1 / 0"),
+        module("def f(layer, depth):\n    return 1 / 0"),
         ["fit", MINE],
         ["raised ZeroDivisionError for layer=1, depth"],
     ),
-    (strategy("def f(layer, depth):\n    return 3"), ["fit", MINE], ["returned int, expected a BlockSpec"]),
-    (strategy("def f():\n    return 3"), ["fit", MINE], ["cannot be called as (layer, depth, **options)"]),
-    (strategy(f"{RETURNS}block()"), ["fit", MINE, "norm.power=2"], ["norm.power is not an option", "it has none"]),
-    (strategy(f"{RETURNS}BlockSpec(1, 2)"), ["fit", MINE], ["attention=1, expected a SublayerSpec", "ffn=2"]),
-    (strategy(f"{RETURNS}block(gain='x')"), ["fit", MINE], ["attention.gain='x', expected a finite number"]),
-    (strategy(f"{RETURNS}block(skip=float('nan'))"), ["fit", MINE], ["attention.skip=nan, expected a finite number"]),
-    (strategy(f"{RETURNS}block(groups=0)"), ["fit", MINE], ["attention.groups=0, expected a whole number from 1"]),
-    (strategy(f"{RETURNS}block(gate='in')"), ["fit", MINE], ["gate='in', expected one of no, output, input"]),
-    (strategy(f"{RETURNS}block(pre_norm=1)"), ["fit", MINE], ["pre_norm=1, expected true or false"]),
+    (module("def f(layer, depth):\n    return 3"), ["fit", MINE], ["returned int, expected a BlockSpec"]),
+    (module("def f():\n    return 3"), ["fit", MINE], ["cannot be called as (layer, depth, **options)"]),
+    (module(f"{RETURNS}block()"), ["fit", MINE, "norm.power=2"], ["norm.power is not an option", "it has none"]),
+    (module(f"{RETURNS}BlockSpec(1, 2)"), ["fit", MINE], ["attention=1, expected a SublayerSpec", "ffn=2"]),
+    (module(f"{RETURNS}block(gain='x')"), ["fit", MINE], ["attention.gain='x', expected a finite number"]),
+    (module(f"{RETURNS}block(skip=float('nan'))"), ["fit", MINE], ["attention.skip=nan, expected a finite number"]),
+    (module(f"{RETURNS}block(groups=0)"), ["fit", MINE], ["attention.groups=0, expected a whole number from 1"]),
+    (module(f"{RETURNS}block(gate='in')"), ["fit", MINE], ["gate='in', expected one of no, output, input"]),
+    (module(f"{RETURNS}block(pre_norm=1)"), ["fit", MINE], ["pre_norm=1, expected true or false"]),
 ]
 
 # --- text and prepared sets -----------------------------------------------------------------------------------------
@@ -274,39 +274,39 @@ STRATEGIES = [
 SETS = [
     (nothing, ["fit", "data=c4"], ["c4", "data=files"]),
     (nothing, [*TEXT, "data.files=nothing/*.jsonl"], ["data.files: no file matches 'nothing/*.jsonl'"]),
-    (put(a_csv="a"), [*TEXT, "data.files=a.csv"], ["data.files: a.csv is not one of .txt"]),
-    (put(a_jsonl="{'text': 1}"), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
-    (put(a_jsonl="[" * 100000), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
-    (put(a_jsonl='{"text": 3}'), [*TEXT, "data.files=a.jsonl"], ['a.jsonl, line 1: no string in the field "text"']),
-    (put(a_jsonl='{"text": ""}\n'), [*TEXT, "data.files=a.jsonl"], ["the corpus has no training documents"]),
-    (put(a_txt=""), [*TEXT, "data.files=a.txt"], ["the corpus has no training documents"]),
-    (put(a_txt="few words"), [*TEXT, "data.files=a.txt"], ["do not fill one", "data.seq_len=32"]),
-    (put(a_txt=bytes(range(256)) * 9), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
-    (put(a_txt=LONG.encode("utf-16")), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
-    (put(a_jsonl_gz="no gzip"), [*TEXT, "data.files=a.jsonl.gz"], ["a.jsonl.gz cannot be read: Not a gzipped file"]),
-    (put(a_txt_gz=gzip.compress(LONG.encode())[:-9]), [*TEXT, "data.files=a.txt.gz"], ["a.txt.gz cannot be read"]),
-    (put(a_txt=LONG), [*TEXT, "data.files=a.txt", "data.root=a.txt/x"], ["a.txt/x", "cannot be written"]),
+    (files(a_csv="a"), [*TEXT, "data.files=a.csv"], ["data.files: a.csv is not one of .txt"]),
+    (files(a_jsonl="{'text': 1}"), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
+    (files(a_jsonl="[" * 100000), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
+    (files(a_jsonl='{"text": 3}'), [*TEXT, "data.files=a.jsonl"], ['a.jsonl, line 1: no string in the field "text"']),
+    (files(a_jsonl='{"text": ""}\n'), [*TEXT, "data.files=a.jsonl"], ["the corpus has no training documents"]),
+    (files(a_txt=""), [*TEXT, "data.files=a.txt"], ["the corpus has no training documents"]),
+    (files(a_txt="few words"), [*TEXT, "data.files=a.txt"], ["do not fill one", "data.seq_len=32"]),
+    (files(a_txt=bytes(range(256)) * 9), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
+    (files(a_txt=LONG.encode("utf-16")), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
+    (files(a_jsonl_gz="no gzip"), [*TEXT, "data.files=a.jsonl.gz"], ["a.jsonl.gz cannot be read: Not a gzipped file"]),
+    (files(a_txt_gz=gzip.compress(LONG.encode())[:-9]), [*TEXT, "data.files=a.txt.gz"], ["a.txt.gz cannot be read"]),
+    (files(a_txt=LONG), [*TEXT, "data.files=a.txt", "data.root=a.txt/x"], ["a.txt/x", "cannot be written"]),
     (
         nothing,
         ["toy", "data.folder=nowhere"],
         ["nowhere is not a prepared set", "name the folder that prepare printed"],
     ),
-    (with_set(removed("manifest.json")), SET, ["set is not a prepared set (manifest.json cannot be read"]),
-    (with_set(overwritten("manifest.json", "")), SET, ["manifest.json is damaged", "prepare it again"]),
-    (with_set(overwritten("manifest.json", b"\xff\xfe")), SET, ["manifest.json cannot be read"]),
-    (with_set(overwritten("manifest.json", "[]")), SET, ["manifest.json is damaged", "prepare it again"]),
-    (with_set(overwritten("manifest.json", "[" * 100000)), SET, ["manifest.json is damaged", "prepare it again"]),
-    (with_set(edited("manifest.json", format=99)), SET, ["has format 99, but this version reads up to 2", "upgrade"]),
-    (with_set(edited("manifest.json", train__rows=7)), SET, ["manifest.json is damaged", "prepare it again"]),
-    (with_set(edited("manifest.json", val__max_id=9)), SET, ["its fingerprint does not match its content"]),
-    (with_set(edited("manifest.json", source__name=3)), SET, ["source.name: expected a string, got 3"]),
-    (with_set(edited("manifest.json", sha256=None, train__chunks__0__name="../val/x.bin")), SET, ["cannot hold"]),
-    (with_set(edited("manifest.json", sha256=None, dtype="float16")), SET, ["'float16'"]),
-    (with_set(removed("train/*.bin")), SET, ["is incomplete", ".bin: missing"]),
-    (with_set(overwritten("train/*.bin", half)), SET, [".bin: ", "bytes instead of"]),
-    (with_set(overwritten("val/*.bin", flipped)), SET, [".bin is damaged: its SHA-256"]),
-    (with_set(removed("train/index.json")), SET, ["index.json: missing"]),
-    (with_set(overwritten("tokenizer.json", half)), SET, ["tokenizer.json is damaged: its SHA-256"]),
+    (with_set(remove("manifest.json")), SET, ["set is not a prepared set (manifest.json cannot be read"]),
+    (with_set(overwrite("manifest.json", "")), SET, ["manifest.json is damaged", "prepare it again"]),
+    (with_set(overwrite("manifest.json", b"\xff\xfe")), SET, ["manifest.json cannot be read"]),
+    (with_set(overwrite("manifest.json", "[]")), SET, ["manifest.json is damaged", "prepare it again"]),
+    (with_set(overwrite("manifest.json", "[" * 100000)), SET, ["manifest.json is damaged", "prepare it again"]),
+    (with_set(edit("manifest.json", format=99)), SET, ["has format 99, but this version reads up to 2", "upgrade"]),
+    (with_set(edit("manifest.json", train__rows=7)), SET, ["manifest.json is damaged", "prepare it again"]),
+    (with_set(edit("manifest.json", val__max_id=9)), SET, ["its fingerprint does not match its content"]),
+    (with_set(edit("manifest.json", source__name=3)), SET, ["source.name: expected a string, got 3"]),
+    (with_set(edit("manifest.json", sha256=None, train__chunks__0__name="../val/x.bin")), SET, ["cannot hold"]),
+    (with_set(edit("manifest.json", sha256=None, dtype="float16")), SET, ["'float16'"]),
+    (with_set(remove("train/*.bin")), SET, ["is incomplete", ".bin: missing"]),
+    (with_set(overwrite("train/*.bin", half)), SET, [".bin: ", "bytes instead of"]),
+    (with_set(overwrite("val/*.bin", flip)), SET, [".bin is damaged: its SHA-256"]),
+    (with_set(remove("train/index.json")), SET, ["index.json: missing"]),
+    (with_set(overwrite("tokenizer.json", half)), SET, ["tokenizer.json is damaged: its SHA-256"]),
     (with_set(), [*SET, "data.seq_len=64", "data.vocab_size=400"], ["data.seq_len=64, but the set has 32", "400"]),
     (with_set(), [*SET, "model.vocab_size=299", "data.vocab_size=300"], ["model.vocab_size=299 is smaller"]),
 ]
@@ -320,50 +320,50 @@ RUNS = [
         ["evaluate", "nowhere"], ["generate", "nowhere", "text"], ["export", "nowhere"],
         ["evaluate", "nowhere", "tasks=piqa,boolq"],
     )),
-    *((with_run(overwritten(LAST, content)), words, [f"run/{LAST}", *DAMAGED]) for content, words in (
+    *((with_run(overwrite(LAST, content)), words, [f"run/{LAST}", *DAMAGED]) for content, words in (
         ("", LOADED),
         ("text", ["generate", "run", "the norm"]),
         (half, ["export", "run", "--output", "x"]),
-        (flipped, LOADED),
+        (flip, LOADED),
         (pickle.dumps(Malicious()), LOADED),
         (b"\x00" * 5000, ["measure", "variance", "run"]),
     )),
-    (with_run(resaved(lambda content: [])), LOADED, [*DAMAGED, "it holds no decoder"]),
-    (with_run(resaved(lambda content: {"state_dict": {"a": 1}, "tokens": 0})), LOADED, ["it holds no decoder"]),
-    (with_run(resaved(lambda content: {"state_dict": {"a": Malicious()}, "tokens": 0})), LOADED, DAMAGED),
-    (with_run(resaved(lambda content: {"state_dict": {}, "tokens": 0})), ["generate", "run", "the norm"],
+    (with_run(resave(lambda content: [])), LOADED, [*DAMAGED, "it holds no decoder"]),
+    (with_run(resave(lambda content: {"state_dict": {"a": 1}, "tokens": 0})), LOADED, ["it holds no decoder"]),
+    (with_run(resave(lambda content: {"state_dict": {"a": Malicious()}, "tokens": 0})), LOADED, DAMAGED),
+    (with_run(resave(lambda content: {"state_dict": {}, "tokens": 0})), ["generate", "run", "the norm"],
      ["not a checkpoint of a decoder: lm_head.weight is missing"]),
-    (with_run(resaved(reshaped)), LOADED, [LAST, "parameters have another shape", "in the checkpoint", "in this run"]),
+    (with_run(resave(reshape)), LOADED, [LAST, "parameters have another shape", "in the checkpoint", "in this run"]),
     (with_run(lambda folder: shutil.rmtree(folder / "checkpoints")), LOADED, ["no last checkpoint", "fit"]),
-    (with_run(removed("checkpoints/best.ckpt")), [*LOADED, "--checkpoint", "best"], ["run: no best checkpoint"]),
+    (with_run(remove("checkpoints/best.ckpt")), [*LOADED, "--checkpoint", "best"], ["run: no best checkpoint"]),
     (with_run(), ["evaluate", "run", "norm.position=before_ln"],
      ["cannot change norm of the trained run run", "before_ln"]),
     (unfinished(lambda path: path.write_bytes(b"")), RESUMED, DAMAGED),
-    (unfinished(lambda path: path.write_bytes(flipped(path.read_bytes()))), RESUMED, ["the checksum of", *DAMAGED]),
-    (unfinished(resaved(reshaped)), RESUMED, ["of another shape than this run's", "resume=false"]),
-    (unfinished(resaved(lambda content: {name: content[name] for name in ("state_dict", "tokens")})), RESUMED,
+    (unfinished(lambda path: path.write_bytes(flip(path.read_bytes()))), RESUMED, ["the checksum of", *DAMAGED]),
+    (unfinished(resave(reshape)), RESUMED, ["of another shape than this run's", "resume=false"]),
+    (unfinished(resave(lambda content: {name: content[name] for name in ("state_dict", "tokens")})), RESUMED,
      ["holds weights, but not pytorch-lightning_version", "init_from="]),
-    (unfinished(resaved(lambda content: content | {"TokenDataModule": {"fingerprint": "0" * 64}})), RESUMED,
+    (unfinished(resave(lambda content: content | {"TokenDataModule": {"fingerprint": "0" * 64}})), RESUMED,
      ["trained on a set with fingerprint 0000000000000000...", "resume with the same data"]),
     (unfinished(lambda path: None), [*RESUMED, "seed=2"], ["out/run holds a run of another configuration (seed=1"]),
-    (with_run(overwritten("record.json", "[]")), ["toy", "output=.", "name=run"], ["run/record.json: not a readable"]),
-    (with_run(edited("record.json", history__val__step=[])), ["toy", "output=.", "name=run"], ["step is missing"]),
-    (with_run(overwritten("config.yaml", "a: [b")), LOADED, ["run/config.yaml: not a saved configuration"]),
-    (with_run(overwritten("config.yaml", b"\xff\x00")), LOADED, ["run/config.yaml: not a saved configuration"]),
-    (with_run(overwritten("config.yaml", "output: ${oc.env:HOME}")), LOADED, ["config.yaml", "interpolation"]),
-    (with_run(overwritten("config.yaml", "name: !!python/object/apply:os.mkdir [executed]")), LOADED, ["config.yaml"]),
-    (with_run(overwritten("config.yaml", "{norm: {name: lns}, seed: -1}")), LOADED, ["run/config.yaml: seed=-1 must"]),
-    (with_run(overwritten("config.yaml", "a: " + "[" * 50000)), LOADED, ["run/config.yaml: not a saved configuration"]),
-    (with_run(overwritten("tokenizer/tokenizer.json", "{}")), ["generate", "run", "x"],
+    (with_run(overwrite("record.json", "[]")), ["toy", "output=.", "name=run"], ["run/record.json: not a readable"]),
+    (with_run(edit("record.json", history__val__step=[])), ["toy", "output=.", "name=run"], ["step is missing"]),
+    (with_run(overwrite("config.yaml", "a: [b")), LOADED, ["run/config.yaml: not a saved configuration"]),
+    (with_run(overwrite("config.yaml", b"\xff\x00")), LOADED, ["run/config.yaml: not a saved configuration"]),
+    (with_run(overwrite("config.yaml", "output: ${oc.env:HOME}")), LOADED, ["config.yaml", "interpolation"]),
+    (with_run(overwrite("config.yaml", "name: !!python/object/apply:os.mkdir [executed]")), LOADED, ["config.yaml"]),
+    (with_run(overwrite("config.yaml", "{norm: {name: lns}, seed: -1}")), LOADED, ["run/config.yaml: seed=-1 must"]),
+    (with_run(overwrite("config.yaml", "a: " + "[" * 50000)), LOADED, ["run/config.yaml: not a saved configuration"]),
+    (with_run(overwrite("tokenizer/tokenizer.json", "{}")), ["generate", "run", "x"],
      ["tokenizer.json cannot be read"]),
-    (with_run(overwritten("tokenizer/tokenizer.json", half)), ["generate", "run", "x"],
+    (with_run(overwrite("tokenizer/tokenizer.json", half)), ["generate", "run", "x"],
      ["tokenizer.json cannot be read"]),
-    (with_run(overwritten("tokenizer/special_tokens_map.json", "[]")), ["generate", "run", "x"],
+    (with_run(overwrite("tokenizer/special_tokens_map.json", "[]")), ["generate", "run", "x"],
      ["special_tokens_map.json: expected an object", "must hold a JSON object"]),
-    (with_run(overwritten("tokenizer/special_tokens_map.json", '{"eos_token": 5}')), ["generate", "run", "x"],
+    (with_run(overwrite("tokenizer/special_tokens_map.json", '{"eos_token": 5}')), ["generate", "run", "x"],
      ["eos_token=5 must be a token"]),
     (with_run(), ["toy", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
-    (with_run(overwritten(LAST, half)), ["toy", "init_from=run"], DAMAGED),
+    (with_run(overwrite(LAST, half)), ["toy", "init_from=run"], DAMAGED),
     (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["another decoder", "use its model= and norm="]),
 ]  # fmt: skip
 
@@ -372,18 +372,18 @@ RUNS = [
 RECORDS = Path("results/toy/a")
 
 
-def kept(change):
-    """Results with the record of one run, with a change made to its folder."""
+def record(change):
+    """A results folder with the record of the run, changed."""
 
-    def made(run, prepared):
+    def prepare(run, prepared):
         RECORDS.mkdir(parents=True)
         shutil.copy(run / "record.json", RECORDS)
         change(RECORDS)
 
-    return made
+    return prepare
 
 
-REPORT = ["report", "--results", "results", "--output", "made"]
+REPORT = ["report", "--results", "results", "--output", "new"]
 COMMANDS = [
     (nothing, ["nonsense"], ["invalid choice: 'nonsense'"]),
     (nothing, [], ["the following arguments are required: command"]),
@@ -403,7 +403,7 @@ COMMANDS = [
     (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
     (nothing, ["import", "nowhere", "--output", "x"], ["nowhere needs the Hugging Face hub", "Give a folder"]),
     (nothing, ["import", "../nowhere", "--output", "x"], ["neither a folder nor a name on the hub"]),
-    (put(x="file"), ["import", ".", "--output", "x"], ["x exists and is not an empty folder"]),
+    (files(x="file"), ["import", ".", "--output", "x"], ["x exists and is not an empty folder"]),
     (nothing, ["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
     (nothing, ["measure", "variance", "nowhere"], ["nowhere needs the Hugging Face hub", "Give a run folder"]),
     (nothing, ["measure", "variance", "one", "two"], ["measure variance takes one model, not 2"]),
@@ -433,26 +433,26 @@ COMMANDS = [
     (nothing, ["reproduce", "table1_130m", "row=mixln"], ["row='mixln' does not exist: did you mean 'mix_ln'"]),
     (nothing, ["reproduce", "table1", "-j", "0"], ["--jobs=0 must be at least 1"]),
     (nothing, ["report", "--results", "nowhere"], ["--results=nowhere is not a folder"]),
-    (kept(overwritten("record.json", "")), REPORT, ["results/toy/a/record.json", "remove it"]),
-    (kept(overwritten("record.json", b"\xff")), REPORT, ["results/toy/a/record.json", "remove it"]),
-    (kept(overwritten("record.json", "[" * 100000)), REPORT, ["results/toy/a/record.json", "remove it"]),
-    (kept(edited("record.json", val_loss="low")), REPORT, ["record.json: not a run record (val_loss is missing, or"]),
-    (kept(edited("record.json", config__seed="x")), REPORT, ["record.json: not a saved configuration"]),
-    (kept(edited("record.json", config__output="${oc.env:HOME}")), REPORT, ["record.json", "interpolation"]),
+    (record(overwrite("record.json", "")), REPORT, ["results/toy/a/record.json", "remove it"]),
+    (record(overwrite("record.json", b"\xff")), REPORT, ["results/toy/a/record.json", "remove it"]),
+    (record(overwrite("record.json", "[" * 100000)), REPORT, ["results/toy/a/record.json", "remove it"]),
+    (record(edit("record.json", val_loss="low")), REPORT, ["record.json: not a run record (val_loss is missing or"]),
+    (record(edit("record.json", config__seed="x")), REPORT, ["record.json: not a saved configuration"]),
+    (record(edit("record.json", config__output="${oc.env:HOME}")), REPORT, ["record.json", "interpolation"]),
 ]  # fmt: skip
 
 
 def folder_content():
-    """Every file below the current folder but locks, with its bytes."""
+    """The bytes of every file below the current folder, except locks and bytecode."""
     return {
         path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.suffix not in (".lock", ".pyc")
     }
 
 
-def complaint(words, capsys, monkeypatch, toy):
-    """What a command says on stderr, which has to be an error and nothing else that looks like one."""
-    words = list(map(str, words))
-    for name in (*RANK_VARIABLES, "WORLD_SIZE"):  # what a run in this process left behind
+def error_of(words, capsys, monkeypatch, toy):
+    """The errors that a command prints; checks that it prints no warning or traceback and writes no file."""
+    words = list(words)
+    for name in (*RANK_VARIABLES, "WORLD_SIZE"):  # runs in this process set them
         monkeypatch.delenv(name, raising=False)
     while words and words[0].partition("=")[0].isupper():
         monkeypatch.setenv(*words.pop(0).split("=", 1))
@@ -472,15 +472,11 @@ def complaint(words, capsys, monkeypatch, toy):
     assert lines[-len(errors) :] == errors
     assert not [line for line in lines[: -len(errors)] if "rror" in line or "Traceback" in line or "arning" in line]
     assert "executed" not in os.listdir()
-    after = folder_content()
-    assert after.keys() == before.keys(), after.keys() ^ before.keys()
-    assert after == before
+    assert folder_content() == before
     return "\n".join(errors)
 
 
 ALL = [*CONFIGS, *WORLDS, *STRATEGIES, *SETS, *RUNS, *COMMANDS]
-
-
 NAMES = [ascii(f"{number} {' '.join(words)[:60]}") for number, (_, words, _) in enumerate(ALL)]
 
 
@@ -492,8 +488,8 @@ def test_bad_input_is_one_error_with_status_2_and_nothing_written(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "norms_under_test", raising=False)
     prepare(*finished)
-    found = complaint(words, capsys, monkeypatch, toy)
-    assert all(word in found for word in expected), found
+    error = error_of(words, capsys, monkeypatch, toy)
+    assert all(part in error for part in expected), error
 
 
 @pytest.mark.parametrize(
@@ -502,11 +498,11 @@ def test_bad_input_is_one_error_with_status_2_and_nothing_written(
         (["fit", "norm=mixln"], "error: norm='mixln' does not exist: did you mean 'mix_ln'?"),
         (["fit", "optim.lr=${oc.env:HOME}"], "error: optim.lr=${oc.env:HOME}: interpolation (${...}) is not supported"),
         (["evaluate", "nowhere"], "error: nowhere: not a run folder"),
-        (["report", "--results", "."], "error: --output=/dev/null/made cannot be written: /dev/null is a file"),
+        (["report", "--results", "."], "error: --output=/dev/null/new cannot be written: /dev/null is a file"),
     ],
 )
-def test_a_process_says_the_same(words, expected, tmp_path):
-    words = [*words, "--output", "/dev/null/made"] if words[0] == "report" else words
+def test_a_process_prints_only_errors_to_stderr(words, expected, tmp_path):
+    words = [*words, "--output", "/dev/null/new"] if words[0] == "report" else words
     command = [sys.executable, "-m", "cod_lightning", *words]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert process.returncode == 2, process.stderr
@@ -517,7 +513,7 @@ def test_a_process_says_the_same(words, expected, tmp_path):
 
 @pytest.mark.parametrize("command", [["import", "model", "--output", "x"], ["measure", "variance", "model"]])
 @pytest.mark.parametrize("weights", ["pickle", "zip", "code"])
-def test_nothing_of_a_models_folder_is_executed(command, weights, toy, tmp_path, monkeypatch, capsys):
+def test_code_in_a_model_folder_is_not_executed(command, weights, toy, tmp_path, monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -528,13 +524,12 @@ def test_nothing_of_a_models_folder_is_executed(command, weights, toy, tmp_path,
         torch.save({"model.embed_tokens.weight": Malicious()}, "model/pytorch_model.bin")
     else:
         Path("model/mine.py").write_text("import pathlib\npathlib.Path('executed').touch()\n")
-        edited("config.json", model_type="mine", auto_map={"AutoConfig": "mine.C"})(Path("model"))
-    assert "model: not a c" in complaint(command, capsys, monkeypatch, toy)
+        edit("config.json", model_type="mine", auto_map={"AutoConfig": "mine.C"})(Path("model"))
+    assert "model: not a c" in error_of(command, capsys, monkeypatch, toy)
 
 
-def test_too_large_a_model_says_what_would_help(toy, tmp_path, capsys):
-    words = ["fit", *toy, f"output={tmp_path}", "model.intermediate_size=99999999999"]
-    assert main(words) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: out of memory")
-    assert "lower data.micro_batch_size or the size of the model; `estimate`" in said
+def test_out_of_memory_is_an_error_that_names_the_remedies(toy, tmp_path, capsys):
+    assert main(["fit", *toy, f"output={tmp_path}", "model.intermediate_size=99999999999"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: out of memory")
+    assert "lower data.micro_batch_size or the size of the model; `estimate`" in error
