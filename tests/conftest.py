@@ -1,11 +1,11 @@
-"""The environment of every test; what is set here must be set before the libraries that read it are imported."""
+"""The environment and the shared fixtures of all tests. Libraries read these variables when they are imported."""
 
 import os
 import random
 import time
 
-os.environ["OMP_NUM_THREADS"] = "1"  # sums of one thread are reproducible, and two 2-thread workers on 2 cores collapse
-os.environ["HF_HUB_OFFLINE"] = "1"  # without network a name on the hub takes 23-51 s to fail, with this no time at all
+os.environ["OMP_NUM_THREADS"] = "1"  # one thread sums reproducibly; two workers of 2 threads on 2 cores are slow
+os.environ["HF_HUB_OFFLINE"] = "1"  # without network a name on the hub fails at once instead of after 23-51 s
 os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     convert = interpreter._convert_float
 
     def rounded(data, source, target, mode):
-        """Round float32 to the nearest bfloat16, as every GPU does; Triton's interpreter cuts the digits off."""
+        """Round float32 to the nearest bfloat16, as every GPU does; Triton's interpreter truncates."""
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(data, source, target, mode)
         return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest file (80 s, most of it pip), which would else keep one worker busy alone at the end."""
+    """Run the longest file first (80 s, mostly pip), so that parallel workers finish at the same time."""
     items.sort(key=lambda item: item.path.name != "test_packaging.py")
 
 
@@ -38,7 +38,7 @@ TEXT = "the norm of a deep block grows with depth and its branch adds less while
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder with 300 documents of pseudo-English, one per file line, short and long."""
+    """A folder with 300 documents of 5 to 120 pseudo-English words, in three JSONL files."""
     folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
     for part in range(3):
@@ -49,7 +49,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy(corpus, tmp_path_factory):
-    """Overrides for a run of seconds; its data is prepared once for the whole session."""
+    """Overrides for a run of a few seconds; its data is prepared once per session."""
     return [
         "model=tiny",
         "data=files",
@@ -78,7 +78,7 @@ def toy(corpus, tmp_path_factory):
 
 @pytest.fixture
 def train(toy, tmp_path):
-    """`train(*overrides)` runs a toy fit in this process and returns its record and folder."""
+    """`train(*overrides)` trains a toy run in this process and returns its record and folder."""
 
     from cod_lightning.commands.fit import train_run
     from cod_lightning.config.compose import compose
