@@ -1,14 +1,16 @@
-"""Fine-tuning: the loss of answers, starting from another run, sampled layers, and that questions are learned."""
+"""Fine-tuning on instructions: loss, init_from, LISA."""
 
 import json
 import os
 import subprocess
 import sys
+from functools import cache, partial
 
 import pytest
 import torch
 
 from cod_lightning.cli import main
+from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.data.tokenizers import train_bpe
@@ -19,23 +21,29 @@ from cod_lightning.train.optim import frozen_blocks
 from cod_lightning.train.run import build
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tuning(toy):
-    """Overrides for a run of seconds on drawn questions; its data is prepared once for the whole session."""
-    kept = [word for word in toy if not word.startswith(("data=", "data.files=", "data.vocab_size", "data.seq_len"))]
-    words = ["data=drawn_instructions", "data.vocab_size=512", "data.seq_len=80", "data.val_tokens=3000"]
-    return [*kept, *words, "trainer.stats_every=0"]
+    """Overrides for a run of seconds on generated questions; its data is prepared once."""
+    dropped = ("data=", "data.files=", "data.vocab_size", "data.seq_len")
+    overrides = ["data=drawn_instructions", "data.vocab_size=512", "data.seq_len=80", "data.val_tokens=3000"]
+    return [*(word for word in toy if not word.startswith(dropped)), *overrides, "trainer.stats_every=0"]
+
+
+@pytest.fixture(scope="module")
+def tune_in(tuning):
+    """`tune_in(folder, *overrides)` trains on generated questions and returns record and run folder."""
+    return lambda folder, *overrides: train_run(compose([*tuning, f"output={folder}", *overrides]))
 
 
 @pytest.fixture
-def tune(tuning, tmp_path):
-    """As `train`, on drawn questions."""
-    from cod_lightning.commands.fit import train_run
+def tune(tune_in, tmp_path):
+    return partial(tune_in, tmp_path)
 
-    def run(*overrides):
-        return train_run(compose([*tuning, f"output={tmp_path}", *overrides]))
 
-    return run
+@pytest.fixture(scope="module")
+def tune_shared(tune_in, tmp_path_factory):
+    """As `tune`, for fixtures that several tests read."""
+    return partial(tune_in, tmp_path_factory.mktemp("shared"))
 
 
 def losses(record):
@@ -47,7 +55,7 @@ def weights(checkpoint):
 
 
 def history(record):
-    """What is the same however often a run is stopped."""
+    """The history without speeds, which differ between identical runs."""
     return {
         kind: {name: values for name, values in series.items() if name != "tokens_per_second"}
         for kind, series in record["history"].items()
@@ -57,36 +65,52 @@ def history(record):
 # --- the loss of answers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weighting", ["tokens", "micro_batches"])
-def test_the_loss_is_that_of_the_answers_tokens(tuning, tune, weighting):
-    words = ["data.micro_batch_size=4", f"optim.weighting={weighting}", "trainer.max_steps=1", "optim.lr=1e-30"]
-    record, _ = tune(*words)
-    data, module = build(compose([*tuning, *words]))
+@pytest.fixture(scope="module", params=["tokens", "micro_batches"])
+def one_step(request, tuning, tune_shared):
+    """Weighting and record of one step at lr 1e-30, and the data and the module of the run."""
+    weighting = f"optim.weighting={request.param}"
+    overrides = ["data.micro_batch_size=4", weighting, "trainer.max_steps=1", "optim.lr=1e-30"]
+    record, _ = tune_shared(*overrides, f"name={request.param}")
+    data, module = build(compose([*tuning, *overrides]))
     module.configure_model()
+    return request.param, record, data, module
 
-    @torch.no_grad()
-    def by_hand(rows):
-        """Loss and exactness of each answer, one token after the other."""
-        found = []
-        for row in rows.tolist():
-            *ids, start = row
-            end = ids.index(data.eos_id)
-            logs = module.decoder(torch.tensor([ids]))[0].double().log_softmax(-1)
-            places = range(start - 1, end)
-            found.append([(-float(logs[p, ids[p + 1]]), int(logs[p].argmax()) == ids[p + 1]) for p in places])
-        return found
 
-    step = by_hand(next(iter(data.train_dataloader())))
+@torch.no_grad()
+def answers(data, module, rows):
+    """For each stored row, loss and correctness of the prediction of each answer token."""
+    result = []
+    for row in rows.tolist():
+        *ids, start = row
+        logs = module.decoder(torch.tensor([ids]))[0].double().log_softmax(-1)
+        positions = range(start - 1, ids.index(data.eos_id))
+        result.append([(-float(logs[p, ids[p + 1]]), int(logs[p].argmax()) == ids[p + 1]) for p in positions])
+    return result
+
+
+def test_the_training_loss_averages_answer_tokens_by_weighting(one_step):
+    weighting, record, data, module = one_step
+    step = answers(data, module, next(iter(data.train_dataloader())))
     first, second = ([loss for answer in part for loss, _ in answer] for part in (step[:4], step[4:]))
     if weighting == "tokens":
         expected = (sum(first) + sum(second)) / (len(first) + len(second))
     else:
         expected = (sum(first) / len(first) + sum(second) / len(second)) / 2
     assert losses(record)[0] == pytest.approx(expected, rel=1e-5)
-    held = by_hand(data.val_rows.read(torch.arange(data.val_count).numpy()))
-    assert record["val_tokens"] == sum(map(len, held))
-    assert record["val_loss"] == pytest.approx(sum(loss for a in held for loss, _ in a) / sum(map(len, held)), rel=1e-5)
-    assert record["accuracy"] == 100 * sum(all(hit for _, hit in answer) for answer in held) / len(held)
+
+
+def test_the_validation_loss_is_the_mean_over_answer_tokens(one_step):
+    _, record, data, module = one_step
+    held_out = answers(data, module, data.val_rows.read(torch.arange(data.val_count).numpy()))
+    tokens = sum(map(len, held_out))
+    assert record["val_tokens"] == tokens
+    assert record["val_loss"] == pytest.approx(sum(loss for a in held_out for loss, _ in a) / tokens, rel=1e-5)
+
+
+def test_accuracy_is_the_percentage_of_exact_answers(one_step):
+    _, record, data, module = one_step
+    held_out = answers(data, module, data.val_rows.read(torch.arange(data.val_count).numpy()))
+    assert record["accuracy"] == 100 * sum(all(hit for _, hit in answer) for answer in held_out) / len(held_out)
 
 
 def test_micro_batches_and_padding_do_not_change_a_run(tune):
@@ -96,191 +120,291 @@ def test_micro_batches_and_padding_do_not_change_a_run(tune):
         assert runs[1][name] == pytest.approx(runs[0][name], rel=1e-5)
 
 
-def test_questions_are_learned_and_evaluate_says_so(tune, capsys):
-    words = ["trainer.max_steps=250", "data.batch_size=16", "optim.lr=0.004"]
-    record, folder = tune(*words, "data.val_tokens=1000000", "eval.every=1000", "trainer.checkpoint_every=1000")
-    # Guesses give 0.375 and five standard errors of 400 answers are 0.125; four seeds gave 0.63 to 0.87.
+@pytest.fixture(scope="module")
+def learned(tune_shared):
+    overrides = ["trainer.max_steps=250", "data.batch_size=16", "optim.lr=0.004", "data.val_tokens=1000000"]
+    return tune_shared(*overrides, "eval.every=1000", "trainer.checkpoint_every=1000", "name=learned")
+
+
+def test_a_run_learns_the_questions(learned):
+    record, _ = learned
+    # Guessing gives 37.5%, and five standard errors of 400 answers are 12.5%; four seeds gave 63 to 87%.
     assert record["accuracy"] > 50
-    assert main(["evaluate", str(folder)]) == 0
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert float(printed["accuracy"]) == pytest.approx(record["accuracy"], rel=1e-5)
+
+
+def test_the_history_has_the_accuracy(learned):
+    record, _ = learned
     assert record["history"]["val"]["accuracy"] == [record["accuracy"]]
 
 
-# --- starting from another run ----------------------------------------------------------------------------------------
+def test_evaluate_prints_the_accuracy_of_the_record(learned, capsys):
+    record, folder = learned
+    assert main(["evaluate", str(folder)]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(printed["accuracy"]) == pytest.approx(record["accuracy"], rel=1e-5)
+
+
+# --- init_from --------------------------------------------------------------------------------------------------------
 
 STILL = ("optim.lr=1e-30", "trainer.max_steps=1", "eval.every=1")
-"""A step that changes no weight in float32."""
+"""One step that changes no weight in float32."""
 
 
-@pytest.mark.parametrize("of", ["run", "file"])
-def test_a_run_starts_from_the_weights_of_another(tune, of):
-    first, source = tune("name=source", "trainer.max_steps=3")
-    last = checkpoints(source / "checkpoints")[-1]
-    record, folder = tune("name=next", f"init_from={source if of == 'run' else last}", *STILL)
-    assert record["val_loss"] == first["val_loss"]
-    assert record["init_from"] == {"checkpoint": str(last), "step": 3}
-    assert record["history"]["train"]["step"] == [1]
-    assert record["tokens"] < first["tokens"]
-    before, after = weights(last), weights(checkpoints(folder / "checkpoints")[-1])
+@pytest.fixture(scope="module")
+def source(tune_shared):
+    """Record and folder of a run of three steps."""
+    return tune_shared("name=source", "trainer.max_steps=3")
+
+
+@pytest.fixture(scope="module", params=["run", "file"])
+def initialised(request, tune_shared, source):
+    """Record and folder of a run that starts from the run folder or from the checkpoint file of `source`."""
+    path = source[1] if request.param == "run" else last(source[1])
+    return tune_shared(f"name=from_{request.param}", f"init_from={path}", *STILL)
+
+
+def last(folder):
+    return checkpoints(folder / "checkpoints")[-1]
+
+
+def test_a_run_starts_with_the_weights_of_the_source(source, initialised):
+    before, after = weights(last(source[1])), weights(last(initialised[1]))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert initialised[0]["val_loss"] == source[0]["val_loss"]
+
+
+def test_a_run_records_its_source(source, initialised):
+    assert initialised[0]["init_from"] == {"checkpoint": str(last(source[1])), "step": 3}
+
+
+def test_a_run_from_a_source_starts_at_step_one(source, initialised):
+    record, folder = initialised
+    assert record["history"]["train"]["step"] == [1]
+    assert record["tokens"] < source[0]["tokens"]
     (optimizer,) = read_checkpoint(folder / "checkpoints/best.ckpt")["optimizer_states"]
     assert {int(state["step"]) for state in optimizer["state"].values()} == {1}
+
+
+def test_a_run_uses_the_tokenizer_of_the_source(source, initialised):
+    record, folder = initialised
     for name in ("tokenizer.json", "special_tokens_map.json"):
-        assert (folder / "tokenizer" / name).read_bytes() == (source / "tokenizer" / name).read_bytes()
-    assert record["config"]["data"]["tokenizer"] == str(source / "tokenizer")
+        assert (folder / "tokenizer" / name).read_bytes() == (source[1] / "tokenizer" / name).read_bytes()
+    assert record["config"]["data"]["tokenizer"] == str(source[1] / "tokenizer")
 
 
-def test_text_comes_before_instructions(train, tmp_path):
-    """A run on text, then one on instructions in its tokens, then one on text again."""
-    first, source = train("name=source")
+def test_instructions_use_the_vocabulary_of_a_run_on_text(train, tmp_path):
+    _, source = train("name=source")
     records = [{"instruction": f"the norm of block {n}", "output": "grows with depth"} for n in range(60)]
     (tmp_path / "records.json").write_text(json.dumps(records))
-    words = ["data=commonsense170k", f"data.files={tmp_path}/records.json", "data.seq_len=256", "data.val_every=10"]
-    tuned, folder = train("name=tuned", *words, f"init_from={source}", "trainer.max_steps=4", "optim.lr=0.01")
+    overrides = ["data=commonsense170k", f"data.files={tmp_path}/records.json", "data.seq_len=256", "data.val_every=10"]
+    tuned, folder = train("name=tuned", *overrides, f"init_from={source}", "trainer.max_steps=4", "optim.lr=0.01")
     assert losses(tuned)[-1] < losses(tuned)[0]
     assert tuned["config"]["data"]["vocab_size"] == 300
-    assert len(weights(checkpoints(folder / "checkpoints")[-1])["lm_head.weight"]) == len(
-        weights(checkpoints(source / "checkpoints")[-1])["lm_head.weight"]
-    )
+    assert weights(last(folder))["lm_head.weight"].shape == weights(last(source))["lm_head.weight"].shape
+
+
+def test_a_run_on_text_starts_from_a_run_on_text(train):
+    first, source = train("name=source", "trainer.max_steps=1")
     again, _ = train("name=again", f"init_from={source}", *STILL)
     assert again["val_loss"] == first["val_loss"]
     assert "accuracy" not in again
 
 
-def test_what_a_run_starts_from_makes_it_another_run(tuning):
-    plain, one, other = (
-        compose([*tuning, *words]) for words in ([], ["init_from=runs/a"], ["init_from=runs/b/checkpoints/best.ckpt"])
+def test_init_from_changes_the_run_folder(tuning):
+    plain, run, trailing, file = (
+        compose([*tuning, *words]).folder
+        for words in ([], ["init_from=runs/a"], ["init_from=runs/a/"], ["init_from=runs/b/checkpoints/best.ckpt"])
     )
-    assert len({config.folder for config in (plain, one, other)}) == 3
-    assert compose([*tuning, "init_from=runs/a/"]).folder == one.folder
-    assert one.data.tokenizer == "runs/a/tokenizer"
-    assert other.data.tokenizer == "runs/b/tokenizer"
+    assert len({plain, run, file}) == 3
+    assert trailing == run
+
+
+def test_the_tokenizer_of_the_source_is_the_default(tuning):
+    run = compose([*tuning, "init_from=runs/a"])
+    file = compose([*tuning, "init_from=runs/b/checkpoints/best.ckpt"])
+    assert run.data.tokenizer == "runs/a/tokenizer"
+    assert file.data.tokenizer == "runs/b/tokenizer"
     assert compose([*tuning, "init_from=runs/a", "data.tokenizer=mine"]).data.tokenizer == "mine"
 
 
-def test_what_cannot_be_started_from_is_one_error_and_nothing_is_written(tune, tmp_path):
-    _, source = tune("name=source", "trainer.max_steps=1")
-    last = checkpoints(source / "checkpoints")[-1]
-    (tmp_path / "stray.ckpt").write_bytes(last.read_bytes())
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/tokenizer.json").write_text(train_bpe(["other words"], 270).json)
-    (tmp_path / "untrained").mkdir()
-    before = {path for path in tmp_path.rglob("*") if path.suffix != ".lock"}
-    for words, message in (
-        ([f"init_from={tmp_path}/nowhere"], "nowhere: no such run folder"),
-        ([f"init_from={tmp_path}/untrained"], "untrained: no last checkpoint"),
-        ([f"init_from={tmp_path}/untrained/x.ckpt"], r"x\.ckpt: no such run folder or \.ckpt file"),
-        ([f"init_from={tmp_path}/stray.ckpt"], r"stray\.ckpt: no tokenizer at \S+; name one with data\.tok"),
-        ([f"init_from={source}", f"data.tokenizer={tmp_path}/other"], "is not the tokenizer of init_from="),
-        ([f"init_from={source}", "norm=pre_ln"], r"another decoder \(norm.name='lns' there, 'pre_ln' here; .*ckpt"),
-        ([f"init_from={source}", "model.hidden_size=16"], r"another decoder \(model.hidden_size=32 there, 16 here\)"),
-        ([f"init_from={last}", "norm=peri_ln"], r"\d+ parameters have another shape .* is missing in the checkpoint"),
-        ([f"init_from={last}", "model.hidden_size=16"], r"\d+ parameters have another shape than this run's"),
+@pytest.fixture(scope="module")
+def sources(source, tmp_path_factory):
+    """Paths by name: the run, its last checkpoint, and sources that cannot be used."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "stray.ckpt").write_bytes(last(source[1]).read_bytes())
+    (folder / "other").mkdir()
+    (folder / "other/tokenizer.json").write_text(train_bpe(["other words"], 270).json)
+    (folder / "untrained").mkdir()
+    return {"tmp": folder, "run": source[1], "last": last(source[1])}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["init_from={tmp}/nowhere"], "nowhere: no such run folder"),
+        (["init_from={tmp}/untrained"], "untrained: no last checkpoint"),
+        (["init_from={tmp}/untrained/x.ckpt"], r"x\.ckpt: no such run folder or \.ckpt file"),
+        (["init_from={tmp}/stray.ckpt"], r"stray\.ckpt: no tokenizer at \S+; name one with data\.tok"),
+        (["init_from={run}", "data.tokenizer={tmp}/other"], "is not the tokenizer of init_from="),
+        (["init_from={run}", "norm=pre_ln"], r"another decoder \(norm.name='lns' there, 'pre_ln' here; .*ckpt"),
+        (["init_from={run}", "model.hidden_size=16"], r"another decoder \(model.hidden_size=32 there, 16 here\)"),
+        (["init_from={last}", "norm=peri_ln"], r"\d+ parameters have another shape .* is missing in the checkpoint"),
+        (["init_from={last}", "model.hidden_size=16"], r"\d+ parameters have another shape than this run's"),
         (
-            [f"init_from={last}", "model.vocab_size=600"],
+            ["init_from={last}", "model.vocab_size=600"],
             r"2 parameters .*\(lm_head.weight is \[\d+, 32\] in the checkpoint, \[600",
         ),
-    ):
-        with pytest.raises(UserError, match=message):
-            tune("name=next", *words)
-    assert {path for path in tmp_path.rglob("*") if path.suffix != ".lock"} == before
-    tune("name=next", f"init_from={last}", "norm=pre_ln", *STILL)
-    tune("name=last", f"init_from={tmp_path}/stray.ckpt", f"data.tokenizer={source}/tokenizer", *STILL)
+    ],
+)
+def test_an_unusable_source_is_one_error_and_writes_nothing(tune, tmp_path, sources, overrides, message):
+    with pytest.raises(UserError, match=message):
+        tune("name=next", *(word.format(**sources) for word in overrides))
+    assert not [path for path in tmp_path.rglob("*") if path.suffix != ".lock"]
 
 
-def stopped(folder, step):
-    """Put a finished run back to where it had been stopped behind a checkpoint."""
+def test_a_checkpoint_file_can_start_a_run_of_another_norm(tune, sources):
+    tune(f"init_from={sources['last']}", "norm=pre_ln", *STILL)
+
+
+def test_a_checkpoint_file_without_a_run_needs_a_tokenizer(tune, sources):
+    tune(f"init_from={sources['tmp']}/stray.ckpt", f"data.tokenizer={sources['run']}/tokenizer", *STILL)
+
+
+def rewind(folder, step):
+    """Remove the record and all checkpoints after `step`, as if the run had been interrupted."""
     (folder / "record.json").unlink()
     for path in checkpoints(folder / "checkpoints"):
         if path.name > f"step-{step:08d}.ckpt":
             path.unlink()
 
 
-def test_a_run_of_its_own_checkpoints_needs_the_source_no_more(tune):
+@pytest.fixture
+def without_source(tune):
+    """Record of an uninterrupted run, folder of one rewound to step 2, and overrides; the source has no checkpoint."""
     _, source = tune("name=source", "trainer.max_steps=2")
-    words = [f"init_from={source}", "trainer.keep_last=9"]
-    whole, _ = tune("name=whole", *words)
-    _, folder = tune("name=parts", *words)
-    stopped(folder, 2)
+    overrides = [f"init_from={source}", "trainer.keep_last=9"]
+    whole, _ = tune("name=whole", *overrides)
+    _, folder = tune("name=parts", *overrides)
     for path in checkpoints(source / "checkpoints"):
         path.unlink()
-    again, _ = tune("name=parts", *words)
-    assert history(again) == history(whole)
-    assert again["init_from"] == whole["init_from"]
+    return whole, folder, overrides
+
+
+def test_a_run_resumes_without_its_source(tune, without_source):
+    whole, folder, overrides = without_source
+    rewind(folder, 2)
+    resumed, _ = tune("name=parts", *overrides)
+    assert history(resumed) == history(whole)
+    assert resumed["init_from"] == whole["init_from"]
+
+
+def test_a_failed_retraining_keeps_the_record(tune, without_source):
+    _, folder, overrides = without_source
     with pytest.raises(UserError, match="no last checkpoint"):
-        tune("name=parts", *words, "resume=false")
+        tune("name=parts", *overrides, "resume=false")
     assert (folder / "record.json").exists()
 
 
-# --- sampled layers ---------------------------------------------------------------------------------------------------
+# --- LISA -------------------------------------------------------------------------------------------------------------
 
 LISA = ("optim.lisa_layers=1", "optim.lisa_interval=2", "optim.name=adamw", "optim.weight_decay=0.1", "seed=6")
-"""Under this seed the first three draws of one block among three are 0, 2 and 1."""
+"""With this seed the first three samples of one block among three are 0, 2 and 1."""
+ACTIVE = [{0}, {0}, {2}, {2}, {1}, {1}]
+"""The trained blocks of the first six steps."""
 
 
-def test_blocks_are_drawn_uniformly_by_seed_and_step():
+@cache
+def sampled(seed, steps=10_000):
+    """The trained blocks of each step: three of eight, sampled every five steps."""
     config = OptimConfig(lisa_layers=3, lisa_interval=5)
-    drawn = [set(range(8)) - set(frozen_blocks(step, 8, config, seed=1)) for step in range(10_000)]
-    assert {len(active) for active in drawn} == {3}
-    assert all(drawn[step] == drawn[step - step % 5] for step in range(10_000))
+    return [set(range(8)) - set(frozen_blocks(step, 8, config, seed)) for step in range(steps)]
+
+
+def test_every_step_trains_the_configured_number_of_blocks():
+    assert {len(blocks) for blocks in sampled(1)} == {3}
+
+
+def test_the_blocks_stay_for_an_interval():
+    assert all(blocks == sampled(1)[step - step % 5] for step, blocks in enumerate(sampled(1)))
+
+
+def test_blocks_are_sampled_uniformly():
+    samples = sampled(1)[::5]
     for block in range(8):
-        assert sum(block in active for active in drawn[::5]) / 2_000 == pytest.approx(3 / 8, abs=0.04)
-    pairs = sum({0, 7} <= active for active in drawn[::5]) / 2_000
+        assert sum(block in blocks for blocks in samples) / len(samples) == pytest.approx(3 / 8, abs=0.04)
+    pairs = sum({0, 7} <= blocks for blocks in samples) / len(samples)
     assert pairs == pytest.approx(3 / 28, abs=0.03)
-    assert drawn != [set(range(8)) - set(frozen_blocks(step, 8, config, seed=2)) for step in range(10_000)]
+
+
+def test_the_samples_depend_on_the_seed():
+    assert sampled(1) != sampled(2)
+
+
+def test_no_block_is_frozen_without_lisa():
     assert frozen_blocks(7, 8, OptimConfig(), seed=1) == []
 
 
-def test_only_the_drawn_blocks_change_and_only_their_moments(tune):
-    words = ["trainer.checkpoint_every=1", "trainer.keep_last=99", "data.micro_batch_size=4", "trainer.stats_every=1"]
-    record, folder = tune(*LISA, *words)
-    kept = checkpoints(folder / "checkpoints")
-    assert len(kept) == 6
+@pytest.fixture(scope="module")
+def lisa(tune_shared):
+    """Record and checkpoints of a run that saves every step."""
+    overrides = ["trainer.checkpoint_every=1", "trainer.keep_last=99", "data.micro_batch_size=4"]
+    record, folder = tune_shared(*LISA, *overrides, "trainer.stats_every=1", "name=lisa")
+    return record, checkpoints(folder / "checkpoints")
+
+
+def test_the_seed_samples_the_expected_blocks():
     config = OptimConfig(lisa_layers=1, lisa_interval=2)
-    active = [set(range(3)) - set(frozen_blocks(step, 3, config, seed=6)) for step in range(6)]
-    assert active == [{0}, {0}, {2}, {2}, {1}, {1}]
-    names = list(weights(kept[0]))
+    assert [set(range(3)) - set(frozen_blocks(step, 3, config, seed=6)) for step in range(6)] == ACTIVE
 
-    def block_of(name):
-        return int(name.split(".")[2]) if ".layers." in name else None
 
-    states = []
-    for before, after, blocks in zip(kept, kept[1:], active[1:], strict=False):
+def test_a_step_changes_all_weights_but_those_of_frozen_blocks(lisa):
+    _, saved = lisa
+    assert len(saved) == 6
+    for before, after, active in zip(saved, saved[1:], ACTIVE[1:], strict=False):
         old, new = weights(before), weights(after)
-        for name in names:
-            assert torch.equal(old[name], new[name]) == (block_of(name) not in (None, *blocks)), name
-    for number, path in enumerate(kept, 1):
+        for name in old:
+            is_frozen = ".layers." in name and int(name.split(".")[2]) not in active
+            assert torch.equal(old[name], new[name]) == is_frozen, name
+
+
+def test_the_optimizer_counts_the_steps_of_each_block(lisa):
+    _, saved = lisa
+    for number, path in enumerate(saved, 1):
         state = read_checkpoint(path)["optimizer_states"][0]["state"]
-        states.append(state)
-        steps = sorted(int(entry["step"]) for entry in state.values())
-        # Embeddings, head and final norm take every step, and a block's nine parameters those it was drawn for.
-        taken = [sum(block in blocks for blocks in active[:number]) for block in range(3)]
-        assert steps == sorted([number] * 3 + [count for count in taken if count for _ in range(9)])
-    assert states[0].keys() <= states[-1].keys()
-    # Every block's gradient is measured, whether or not it is drawn.
-    assert all(norm > 0 for norms in record["history"]["layers"]["gradient_norm"] for norm in norms)
+        counts = [sum(block in active for active in ACTIVE[:number]) for block in range(3)]
+        # Embeddings, head and final norm train in every step, and the nine parameters of a block if it is sampled.
+        expected = sorted([number] * 3 + [count for count in counts if count for _ in range(9)])
+        assert sorted(int(entry["step"]) for entry in state.values()) == expected
 
 
-def test_as_many_layers_as_there_are_is_full_fine_tuning(tune):
+def test_the_optimizer_keeps_the_state_of_frozen_blocks(lisa):
+    first, final = (read_checkpoint(path)["optimizer_states"][0]["state"] for path in (lisa[1][0], lisa[1][-1]))
+    assert first.keys() <= final.keys()
+
+
+def test_gradient_norms_of_frozen_blocks_are_measured(lisa):
+    assert all(norm > 0 for norms in lisa[0]["history"]["layers"]["gradient_norm"] for norm in norms)
+
+
+def test_lisa_with_all_blocks_is_full_fine_tuning(tune):
     full, _ = tune("name=full")
     sampled, _ = tune("name=sampled", "optim.lisa_layers=3")
     assert history(sampled) == history(full)
 
 
-def test_a_run_stopped_between_draws_ends_to_the_bit_as_if_never_stopped(tune):
+def test_a_run_resumed_between_two_samples_is_bit_identical(tune):
     words = [*LISA, "optim.lisa_interval=3", "trainer.max_steps=8", "trainer.keep_last=9"]
     whole, one = tune("name=whole", *words)
     _, folder = tune("name=parts", *words)
-    stopped(folder, 4)
+    rewind(folder, 4)
     again, _ = tune("name=parts", *words)
     assert history(again) == history(whole)
     expected, found = (weights(checkpoints(f / "checkpoints")[-1]) for f in (one, folder))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_run_that_failed_in_a_step_can_go_on_to_the_bit(tune, monkeypatch):
+def test_a_run_resumed_after_an_error_is_bit_identical(tune, monkeypatch):
     words = [*LISA, "trainer.max_steps=6"]
     whole, _ = tune("name=whole", *words)
     forward, calls = Decoder.forward, []
@@ -299,31 +423,44 @@ def test_a_run_that_failed_in_a_step_can_go_on_to_the_bit(tune, monkeypatch):
     assert history(again) == history(whole)
 
 
-def test_more_layers_than_there_are_is_refused(tuning):
+def test_more_blocks_than_the_model_has_is_an_error(tuning):
     with pytest.raises(UserError, match=r"optim\.lisa_layers=4 is more than model\.num_hidden_layers=3"):
         compose([*tuning, "optim=lisa"])
+
+
+def test_lisa_options_out_of_range_are_errors(tuning):
     with pytest.raises(UserError, match=r"(?s)lisa_layers=-1 must be at least 0.*lisa_interval=0 must be at least 1"):
         compose([*tuning, "optim.lisa_layers=-1", "optim.lisa_interval=0"])
 
 
-def test_two_ranks_compute_what_one_does(tuning, tune, tmp_path):
-    words = [*LISA, "data.micro_batch_size=2", "trainer.max_steps=4", "trainer.checkpoint_every=1"]
-    expected, one = tune("name=one", *words)
-    two = [*tuning, *words, f"output={tmp_path}", "name=two", "trainer=ddp", "trainer.accelerator=cpu"]
+@pytest.fixture(scope="module")
+def ranks(tuning, tune_shared, tmp_path_factory):
+    """Run folders of the same run in one process and on two ranks."""
+    overrides = [*LISA, "data.micro_batch_size=2", "trainer.max_steps=4", "trainer.checkpoint_every=1"]
+    _, one = tune_shared("name=one", *overrides)
+    output = tmp_path_factory.mktemp("ranks")
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"output={output}", "name=two"]
     process = subprocess.run(
-        [sys.executable, "-m", "cod_lightning", "fit", *two],
+        [sys.executable, "-m", "cod_lightning", "fit", *tuning, *overrides, *ddp],
         capture_output=True,
         text=True,
         timeout=300,
         env=os.environ,
     )
     assert process.returncode == 0, process.stderr
-    found = json.loads((tmp_path / "two/record.json").read_text())
-    assert (expected["world_size"], found["world_size"]) == (1, 2)
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    return one, output / "two"
+
+
+def test_two_ranks_report_the_metrics_of_one_process(ranks):
+    one, two = (json.loads((folder / "record.json").read_text()) for folder in ranks)
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     for name in ("val_loss", "ppl_paper_protocol", "accuracy", "tokens", "val_tokens"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-5)
-    for path in checkpoints(tmp_path / "two/checkpoints"):
-        ours, theirs = (read_checkpoint(folder / path.name) for folder in (one / "checkpoints", path.parent))
-        steps = [{k: int(v["step"]) for k, v in c["optimizer_states"][0]["state"].items()} for c in (ours, theirs)]
-        assert steps[0] == steps[1]
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def test_two_ranks_train_the_blocks_of_one_process(ranks):
+    for pair in zip(*(checkpoints(folder / "checkpoints") for folder in ranks), strict=True):
+        states = [read_checkpoint(path)["optimizer_states"][0]["state"] for path in pair]
+        one, two = ({number: int(entry["step"]) for number, entry in state.items()} for state in states)
+        assert one == two
