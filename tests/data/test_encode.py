@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cod_lightning.data.encode import DOCUMENT, Encoded, Encoder, concatenate, take_tokens
+from cod_lightning.data.encode import DOCUMENT_DTYPE, Encoded, Encoder, concatenate, take_tokens
 from cod_lightning.data.tokenizers import load_tokenizer
 
 
@@ -47,12 +47,12 @@ def test_rows_are_stored_in_16_bits_if_all_numbers_fit(numbers, vocab_size, layo
 
 
 def test_batches_are_taken_until_the_bound_is_reached():
-    batches = [Encoded(np.zeros(5), np.array([(9, 5, 5, 0, b"")], DOCUMENT))] * 10
+    batches = [Encoded(np.zeros(5), np.array([(9, 5, 5, 0, b"")], DOCUMENT_DTYPE))] * 10
     assert len(list(take_tokens(batches, 11))) == 3
 
 
 def test_documents_are_split_selected_and_concatenated():
-    records = np.zeros(3, DOCUMENT)
+    records = np.zeros(3, DOCUMENT_DTYPE)
     records["numbers"] = [2, 0, 3]
     encoded = Encoded(np.arange(5), records)
     parts = list(encoded.split())

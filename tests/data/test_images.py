@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cod_lightning.data.config import DataConfig, ImageConfig
-from cod_lightning.data.images import DRAWN_CLASSES, MEAN, STD, DrawnImages, ImageDataModule, random_crop
+from cod_lightning.data.images import DRAWN_SHAPES, MEAN, STD, DrawnImages, ImageDataModule, random_crop
 from cod_lightning.data.order import uniform
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
@@ -122,7 +122,7 @@ def test_crops_lie_inside_with_the_requested_area_and_aspect(width, height, min_
 
 def test_a_drawn_image_depends_only_on_its_number():
     images = DrawnImages("train", 32)
-    assert images.classes == sorted(DRAWN_CLASSES)
+    assert images.classes == sorted(DRAWN_SHAPES)
     assert images.labels[:9] == [*range(8), 0]
     again, val = DrawnImages("train", 32), DrawnImages("val", 32)
     for number in range(8):
@@ -131,7 +131,7 @@ def test_a_drawn_image_depends_only_on_its_number():
         assert (pixels == np.asarray(again.read(number))).all()
         assert (pixels != np.asarray(val.read(number))).any()
     # Rows of horizontal stripes differ more than their columns; noise has a deviation of 0.12 of 255.
-    stripes = np.asarray(images.read(DRAWN_CLASSES.index("horizontals")), float)
+    stripes = np.asarray(images.read(DRAWN_SHAPES.index("horizontals")), float)
     assert stripes.mean((1, 2)).std() > 4 * stripes.mean((0, 2)).std()
 
 

@@ -52,7 +52,7 @@ def test_bpe_trains_on_a_bounded_part(monkeypatch):
 
 
 def test_a_long_word_does_not_slow_down_training(monkeypatch):
-    monkeypatch.setattr(tokenizers_room, "_LONG_WORD", tokenizers_room.re.compile("(x{4})"))
+    monkeypatch.setattr(tokenizers_room, "_LONG_RUN", tokenizers_room.re.compile("(x{4})"))
     assert tokenizers_room._split_long_words("xxxxxxxxx") == "xxxxxxxxx"
     long = "a word " + "x" * 5000
     assert max(map(len, tokenizers_room._split_long_words(long).split())) == 4

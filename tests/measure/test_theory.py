@@ -16,7 +16,7 @@ from cod_lightning.measure.theory import (
     growth,
     has_lns,
     lemma,
-    log_bound,
+    log_gain_bound,
     log_m,
     recursion,
     shapes_of,
@@ -57,7 +57,7 @@ def test_products_are_those_of_a_loop(lns):
             by = k if lns else 1
             bound *= 1 + 3.0 / (by * sigma) + 5.0 / (by**2 * sigma**2)
         assert lemma(VARIANCES, lns, 0.7)[layer - 1] == pytest.approx(variance)
-        assert log_bound(VARIANCES, 3.0, 5.0, lns)[layer - 1] == pytest.approx(math.log(bound))
+        assert log_gain_bound(VARIANCES, 3.0, 5.0, lns)[layer - 1] == pytest.approx(math.log(bound))
 
 
 @pytest.mark.parametrize("lns", [False, True])
@@ -76,7 +76,7 @@ def test_the_recursion_grows_quadratically_and_linearly_under_lns():
 @pytest.mark.parametrize("lns", [False, True])
 @pytest.mark.parametrize(("a", "b"), [(2.0, 0.5), (0.3, 0.0), (0.0, 4.0), (1e3, 1e5)])
 def test_constants_of_a_planted_bound_are_recovered(lns, a, b):
-    gains = [7 * math.exp(value) for value in log_bound(VARIANCES, a, b, lns)]
+    gains = [7 * math.exp(value) for value in log_gain_bound(VARIANCES, a, b, lns)]
     assert fit_bound(VARIANCES, gains, lns) == pytest.approx((a, b), rel=1e-4, abs=1e-6)
 
 
@@ -88,9 +88,9 @@ def test_fits_do_not_go_below_zero():
 
 def test_bounds_under_linear_growth():
     linear = [float(layer) for layer in range(1, 40_001)]
-    bound = log_bound(linear, 2.0, 0.0)
+    bound = log_gain_bound(linear, 2.0, 0.0)
     assert bound[-1] - bound[9_999] == pytest.approx(2 * 2 * (200 - 100), rel=0.02)
-    bound = log_bound(linear, 2.0, 0.0, lns=True)
+    bound = log_gain_bound(linear, 2.0, 0.0, lns=True)
     assert bound[-1] - bound[9_999] < 2 * 2 / 100
 
 
@@ -98,7 +98,7 @@ def test_log_m_is_a_truncated_series_and_a_lower_bound():
     for a, b in ((0.3, 0.2), (2.0, 0.0), (0.0, 1.5)):
         terms = [a * math.exp(-layer) + b * math.exp(-2 * layer) for layer in range(1, 60)]
         assert log_m(a, b) == pytest.approx(sum(u - u**2 / 2 for u in terms))
-        assert log_m(a, b) < log_bound([math.exp(2 * layer) for layer in range(1, 60)], a, b)[-1]
+        assert log_m(a, b) < log_gain_bound([math.exp(2 * layer) for layer in range(1, 60)], a, b)[-1]
     assert math.exp(log_m(1, 1)) == pytest.approx(1.8194, abs=1e-4)
 
 
@@ -126,7 +126,7 @@ class TestTheory:
         assert result.growth.rate == pytest.approx(math.log(1.3))
 
     def test_the_bound_from_shapes_may_overflow_a_float(self, result, lns):
-        assert result.shape_log_bound == log_bound(self.variances, *bound_constants(self.shapes), lns)
+        assert result.shape_log_bound == log_gain_bound(self.variances, *bound_constants(self.shapes), lns)
         assert max(result.shape_log_bound) > 710
 
     def test_m_is_reported_for_pre_ln_only(self, result, lns):

@@ -14,7 +14,7 @@ from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run
 from cod_lightning.paper.figures import fit_sizes
 from cod_lightning.paper.report import FIGURES, build_report
-from cod_lightning.paper.tables import best_rate_table, comparison_table, summary_lines
+from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
 from cod_lightning.paper.verdict import MOST_WORDS
 
 
@@ -281,7 +281,7 @@ def test_every_strategy_is_compared_at_its_own_best_rate():
         )
         for rate, at in rates.items()
     ]
-    pre_ln, lns = best_rate_table(columns).rows
+    pre_ln, lns = tuned_strategies_table(columns).rows
     assert pre_ln == ["pre_ln", "2 x", "5.110 ± 0.071", "2", "", "1 x, 2 x of 3"]
     assert lns == ["lns", "2 x", "4.850 ± 0.071", "2", "**-0.260 ± 0.000**", "2 x, 4 x of 3"]
 

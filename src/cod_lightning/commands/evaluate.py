@@ -29,12 +29,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path | None, limit: int | None) -> int:
-    from cod_lightning.config.compose import changes_text
+    from cod_lightning.config.compose import selects_other_text
 
     options, overrides = pop_options(overrides, OPTIONS, "evaluate")
     config = load_run_config(run, overrides)
     if "tasks" in options:
-        if changes_text(overrides):
+        if selects_other_text(overrides):
             raise UserError("tasks= includes its text: remove data=, or tasks=")
         return score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
     if task_folder is not None or limit is not None:

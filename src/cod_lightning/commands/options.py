@@ -80,12 +80,12 @@ def load_run_config(run: Path, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: `load` fails, or the overrides select text for a run of images.
     """
-    from cod_lightning.config.compose import changes_text
+    from cod_lightning.config.compose import selects_other_text
     from cod_lightning.config.saved import load
     from cod_lightning.config.schema import TOKENIZER
 
     config = load(run, overrides)
-    if changes_text(overrides):
+    if selects_other_text(overrides):
         if config.task != "language":
             raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
         config.data.tokenizer = str(run / TOKENIZER)

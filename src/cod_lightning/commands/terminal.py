@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cod_lightning.config.schema import FIGURES
+from cod_lightning.config.schema import METRIC_FORMATS
 from cod_lightning.paper.claims import Experiment, by_target, columns
 from cod_lightning.paper.tables import comparison_table, summary_lines
 
@@ -42,7 +42,7 @@ def run_summary(record: Record, folder: Path) -> Group:
 
 def metrics(record: Record, config: Record) -> dict[str, str]:
     """The lines of a run's table: loss and perplexities, the published value if there is one, and the cost."""
-    shown = {name: f"{record[name]:{form}}" for name, form in FIGURES.items() if name in record}
+    shown = {name: f"{record[name]:{form}}" for name, form in METRIC_FORMATS.items() if name in record}
     published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
         values = published if isinstance(published, Mapping) else {"": published}
@@ -99,7 +99,7 @@ def sweep_table(records: Sequence[tuple[str, Record | None]]) -> Table:
     """
     table = Table(title="runs by validation loss", title_justify="left")
     table.add_column("run")
-    shown = [name for name in FIGURES if any(record and name in record for _, record in records)]
+    shown = [name for name in METRIC_FORMATS if any(record and name in record for _, record in records)]
     for name in (*shown, "last-layer variance", "tokens", "tokens/s", "wall time"):
         table.add_column(name, justify="right")
     for label, record in sorted(records, key=lambda item: item[1]["val_loss"] if item[1] else float("inf")):
@@ -109,7 +109,7 @@ def sweep_table(records: Sequence[tuple[str, Record | None]]) -> Table:
         layers = record["history"].get("layers")
         table.add_row(
             label,
-            *(f"{record[name]:{FIGURES[name]}}" if name in record else "" for name in shown),
+            *(f"{record[name]:{METRIC_FORMATS[name]}}" if name in record else "" for name in shown),
             last_layer_variance(layers) if layers else "not measured",
             f"{record['tokens']:,}",
             f"{record['tokens_per_second']:,.0f}",

@@ -117,7 +117,7 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     return (list(words) for words in itertools.product(*expanded))
 
 
-def changes_text(overrides: Sequence[str]) -> bool:
+def selects_other_text(overrides: Sequence[str]) -> bool:
     """Whether overrides choose a text other than that of a run."""
     text = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
     return any(override.key_or_group in text for override in parse(overrides))
@@ -135,13 +135,13 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     words = parse(overrides)
     chosen = [o for o in words if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
     node = merge_files(config_folder(), tuple(o.input_line or "" for o in chosen)).copy()
-    errors = apply(node, as_overrides(node.scales.get(node.scale)))
+    errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
     rows = [str(o.value()) for o in words if o.key_or_group == "row" and o.value() is not None]
     if rows:
-        errors += apply(node, row_overrides(node, rows[-1]))
+        errors += apply_overrides(node, row_overrides(node, rows[-1]))
         if any(o.key_or_group == "norm" for o in words):
             errors.append("row= and norm= both choose the strategy: remove one")
-    errors += apply(node, sorted((o for o in words if o not in chosen), key=lambda o: not is_custom_norm(o)))
+    errors += apply_overrides(node, sorted((o for o in words if o not in chosen), key=lambda o: not is_custom_norm(o)))
     return checked(node, errors)
 
 
@@ -198,8 +198,8 @@ def unsupported(override: Override) -> str | None:
     return None
 
 
-def apply(node: DictConfig, overrides: Iterable[Override]) -> list[str]:
-    """Set the values of overrides, or the sections that they choose, one after the other; returns the errors.
+def apply_overrides(node: DictConfig, overrides: Iterable[Override]) -> list[str]:
+    """Apply the overrides in order: set a field, or load the section that is chosen. Returns the error messages.
 
     Args:
         node: a `Config`, changed in place.
@@ -257,7 +257,7 @@ def row_of(config: Config) -> str | None:
         return config.row
     for name in config.paper.get("rows", {}):
         node = OmegaConf.structured(config)
-        if not apply(node, row_overrides(node, name)) and as_config(node).id == config.id:
+        if not apply_overrides(node, row_overrides(node, name)) and as_config(node).id == config.id:
             return name
     return None
 

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cod_lightning.config.compose import (
     INTERPOLATION,
-    apply,
+    apply_overrides,
     as_config,
     cause,
     checked,
@@ -89,7 +89,7 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     words = parse(overrides)
     fixed = [o for o in words if o.key_or_group in groups() and o.key_or_group not in ("data", "trainer")]
     errors = [f"{o.input_line}: a trained run accepts data=, trainer= and section.field=value" for o in fixed]
-    errors += apply(node, [o for o in words if o not in fixed])
+    errors += apply_overrides(node, [o for o in words if o not in fixed])
     errors += decoder_changes(folder, saved, node)
     try:
         return checked(node, errors)

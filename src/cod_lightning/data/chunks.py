@@ -55,7 +55,7 @@ class ChunkWriter:
             self._flush(self.buffered - self.buffered % self.chunk_tokens)
 
     def close(self) -> tuple[tuple[Chunk, ...], int]:
-        """Write the last rows and the index; return all chunks, and how many numbers do not fill a row and are lost."""
+        """Write the last rows and the index; return all chunks and the number of values that fill no row."""
         rest = self.buffered % self.width
         if self.buffered > rest:
             self._flush(self.buffered - rest)

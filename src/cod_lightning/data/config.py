@@ -16,7 +16,7 @@ SOURCES = ("docs", "files", "c4", *INSTRUCTION_SOURCES)
 LAYOUTS = ("packed", "document")
 SMALLEST_BPE = 258
 """Smallest vocabulary: 256 bytes, pad and EOS."""
-DRAWN_CLASSES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
+DRAWN_SHAPES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
 IMAGE_SOURCES = ("drawn", "folder")
 
 
@@ -133,7 +133,7 @@ class ImageConfig:
     @property
     def known_classes(self) -> int | None:
         """Number of classes; None if the folder determines it."""
-        return len(DRAWN_CLASSES) if self.source == "drawn" else self.classes
+        return len(DRAWN_SHAPES) if self.source == "drawn" else self.classes
 
 
 def image_errors(config: ImageConfig) -> list[str]:

@@ -123,7 +123,7 @@ def hold_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-FILE_KINDS = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
+FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
 
 
 def share(files: list[Path], index: int, count: int) -> list[Path]:
@@ -139,7 +139,7 @@ def find_files(field: str, value: Any) -> list[Path]:
     """Return the files that the globs of `field` match, sorted, each once.
 
     Raises:
-        UserError: a glob matches nothing, or a file that is not one of `FILE_KINDS`.
+        UserError: a glob matches nothing, or a file that is not one of `FILE_SUFFIXES`.
     """
     files: set[Path] = set()
     for pattern in patterns(value):
@@ -148,8 +148,8 @@ def find_files(field: str, value: Any) -> list[Path]:
             raise UserError(f"{field}: no file matches {pattern!r}")
         files |= matches
     for path in sorted(files):
-        if not path.name.endswith(FILE_KINDS):
-            raise UserError(f"{field}: {path} is not one of {', '.join(FILE_KINDS)}")
+        if not path.name.endswith(FILE_SUFFIXES):
+            raise UserError(f"{field}: {path} is not one of {', '.join(FILE_SUFFIXES)}")
     return sorted(files)
 
 

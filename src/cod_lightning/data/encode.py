@@ -23,7 +23,7 @@ from cod_lightning.data.tokenizers import DocumentTokenizer
 
 BATCH_CHARACTERS = 2**18
 """Text per task of a worker: about 60,000 tokens, 0.1 s of work."""
-DOCUMENT: np.dtype = np.dtype(
+DOCUMENT_DTYPE: np.dtype = np.dtype(
     [("characters", "<u4"), ("numbers", "<u4"), ("tokens", "<u4"), ("max_id", "<u4"), ("sha256", "V32")]
 )
 """The record of a document: length of its text, numbers that it is encoded to, how many of these are non-pad ids, the
@@ -32,7 +32,7 @@ largest such id, and the SHA-256 of its text."""
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded documents: a flat array of `ids`, and a record `DOCUMENT` for each document."""
+    """Encoded documents: a flat array of `ids`, and a record `DOCUMENT_DTYPE` for each document."""
 
     ids: np.ndarray
     documents: np.ndarray
@@ -97,7 +97,7 @@ class Encoder:
         if self.layout == "document":
             last = self.seq_len - 1
             encoded = [ids if len(ids) <= last else [*ids[:last], self.tokenizer.eos_id] for ids in encoded]
-        records = np.empty(len(documents), DOCUMENT)
+        records = np.empty(len(documents), DOCUMENT_DTYPE)
         records["characters"] = [len(document) for document in documents]
         records["tokens"] = [len(ids) for ids in encoded]
         records["max_id"] = [max(ids, default=0) for ids in encoded]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cod_lightning.data.config import DRAWN_CLASSES, DataConfig, ImageConfig, image_errors
+from cod_lightning.data.config import DRAWN_SHAPES, DataConfig, ImageConfig, image_errors
 from cod_lightning.data.datamodule import StepDataModule
 from cod_lightning.data.order import samples, uniform
 from cod_lightning.errors import UserError
@@ -93,8 +93,8 @@ class DrawnImages:
 
     def __init__(self, split: str, size: int) -> None:
         self.split, self.size = split, size
-        self.classes = list(DRAWN_CLASSES)
-        self.labels = [number % len(DRAWN_CLASSES) for number in range(DRAWN[split])]
+        self.classes = list(DRAWN_SHAPES)
+        self.labels = [number % len(DRAWN_SHAPES) for number in range(DRAWN[split])]
 
     @property
     def content(self) -> Any:

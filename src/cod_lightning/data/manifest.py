@@ -27,7 +27,7 @@ def format_version(layout: str) -> int:
 
 
 def row_width(layout: str, seq_len: int) -> int:
-    """Return the numbers per stored row: `seq_len` ids; `instructions` append the length of the prompt."""
+    """Return how many values a stored row has: `seq_len` ids; `instructions` append the length of the prompt."""
     return seq_len + (layout == "instructions")
 
 

@@ -7,7 +7,7 @@ rows and chunks begin. So the set equals the one that `prepare` writes, byte for
     tokenizer.json                  trained by the first shard, if it is trained
     {shard}/
         part.json  tokenizer.json   settings, sizes and hashes; the tokenizer
-        train.ids  train.documents  the numbers of all documents, and a record `DOCUMENT` of each
+        train.ids  train.documents  the numbers of all documents, and a record `DOCUMENT_DTYPE` of each
         val.ids    val.documents    the same for validation text, if the source has some
 """
 
@@ -29,7 +29,7 @@ from filelock import FileLock
 from cod_lightning.data.config import SHARDED_SOURCES, DataConfig
 from cod_lightning.data.corpora import open_corpus, texts_of_shard
 from cod_lightning.data.encode import (
-    DOCUMENT,
+    DOCUMENT_DTYPE,
     Encoded,
     Encoder,
     available_cores,
@@ -88,7 +88,7 @@ def shard_of(text: str) -> tuple[int, int]:
     """Parse "K/N", shard K of N, counted from 0.
 
     Raises:
-        UserError: another text, or K is not below N.
+        UserError: the text is not of the form K/N, or K >= N.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
@@ -223,7 +223,7 @@ def _damage(part: Path, record: Part) -> list[str]:
     sizes: dict[Path, int | None] = {}
     for name, stream in record.streams.items():
         documents, ids = _stream_paths(part / name)
-        sizes[documents] = stream.documents * DOCUMENT.itemsize
+        sizes[documents] = stream.documents * DOCUMENT_DTYPE.itemsize
         sizes[ids] = stream.numbers * np.dtype(record.dtype).itemsize
     return file_problems(sizes)
 
@@ -349,7 +349,7 @@ def _blocks(part: Path, name: str, record: Part) -> Iterator[Encoded]:
     hashes = [hashlib.sha256(), hashlib.sha256()]
     paths = _stream_paths(part / name)
     with open(paths[0], "rb") as records, open(paths[1], "rb") as numbers:
-        while len(read := np.fromfile(records, DOCUMENT, READ_DOCUMENTS)):
+        while len(read := np.fromfile(records, DOCUMENT_DTYPE, READ_DOCUMENTS)):
             hashes[0].update(read.tobytes())
             block = np.cumsum(read["numbers"], dtype=np.int64) // READ_NUMBERS
             for documents in np.split(read, np.flatnonzero(np.diff(block)) + 1):

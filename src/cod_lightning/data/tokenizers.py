@@ -101,14 +101,14 @@ def _take_characters(documents: Iterable[str], characters: int) -> Iterator[str]
             return
 
 
-_LONG_WORD = re.compile("|".join(rf"{kind}{{{WORD_CHARACTERS}}}" for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]")))
+_LONG_RUN = re.compile("|".join(rf"{kind}{{{WORD_CHARACTERS}}}" for kind in (r"[^\W\d_]", r"\d", r"[^\w\s]")))
 
 
 def _split_long_words(document: str) -> str:
     """Break runs of letters, digits or symbols that are longer than any word of a language."""
     if len(document) <= WORD_CHARACTERS or max(map(len, document.split()), default=0) <= WORD_CHARACTERS:
         return document
-    return _LONG_WORD.sub(r"\g<0>\n", document)
+    return _LONG_RUN.sub(r"\g<0>\n", document)
 
 
 def load_tokenizer(name: str) -> DocumentTokenizer:

@@ -28,7 +28,7 @@ PLACES = ("residual", "attention", "ffn")
 
 @dataclass(frozen=True)
 class Statistics:
-    """One number per layer, first layer first: over the hidden dimension, averaged over tokens."""
+    """One value per layer, in order: each statistic is taken over the hidden dimension and averaged over tokens."""
 
     variance: list[float]
     """Unbiased variance."""

@@ -179,7 +179,7 @@ def jacobian(
     samples: dict[int, list[Tensor]] = {layer: [] for layer in chosen}
     weights: list[Tensor] = []
     with differentiable():
-        for block in iter_sampled_blocks(model, batches, pad_id, chosen, tokens, generator, progress):
+        for block in iter_blocks_with_positions(model, batches, pad_id, chosen, tokens, generator, progress):
             x = block.x
             forward, backward = jvp_and_vjp(block.function, x)
             statistics = []
@@ -248,7 +248,7 @@ def mean_jacobian(
     totals = {layer: torch.zeros(model.hidden, model.hidden, dtype=torch.float64) for layer in chosen}
     count, total = 0, 0.0
     with differentiable():
-        for block in iter_sampled_blocks(model, batches, pad_id, chosen, tokens, generator, progress):
+        for block in iter_blocks_with_positions(model, batches, pad_id, chosen, tokens, generator, progress):
             backward = vjp(block.function, block.x)
             for position, weight in zip(block.positions.T, block.weights.T, strict=True):
                 matrices = full_jacobian(at_token(backward, block.x, position), block.x)
@@ -328,7 +328,7 @@ def jacobian_growth(
     )
 
 
-class SampledBlock(NamedTuple):
+class BlockWithPositions(NamedTuple):
     """A block on a batch, with sampled tokens."""
 
     layer: int
@@ -342,7 +342,7 @@ class SampledBlock(NamedTuple):
     """Their weights [batch, tokens] in float64; 0 marks a filler."""
 
 
-def iter_sampled_blocks(
+def iter_blocks_with_positions(
     model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None,
@@ -350,7 +350,7 @@ def iter_sampled_blocks(
     tokens: int,
     generator: torch.Generator,
     progress: Progress | None,
-) -> Iterator[SampledBlock]:
+) -> Iterator[BlockWithPositions]:
     """Yield every layer on every batch, with tokens that are sampled once per batch."""
     known = list(iter_batches(model, batches, pad_id))
     advance = step_counter(progress, len(known) * len(layers))
@@ -358,7 +358,7 @@ def iter_sampled_blocks(
         positions, weights = sample_positions(keep.cpu(), tokens, generator)
         inputs, functions = model.block_functions(batch)
         for layer in layers:
-            yield SampledBlock(layer, functions[layer - 1], inputs[layer - 1], positions, weights)
+            yield BlockWithPositions(layer, functions[layer - 1], inputs[layer - 1], positions, weights)
             advance()
 
 

@@ -204,10 +204,12 @@ def theory(
         growth=growth(variances),
         gains=list(gains),
         shape_constants=shape_constants,
-        shape_log_bound=log_bound(variances, shape_constants[0], shape_constants[1], lns) if shape_constants else [],
+        shape_log_bound=log_gain_bound(variances, shape_constants[0], shape_constants[1], lns)
+        if shape_constants
+        else [],
         log_m=log_m(*shape_constants) if shape_constants and not lns else None,
         fitted_constants=fitted,
-        fitted_log_bound=[offset + value for value in log_bound(variances, *fitted, lns=lns)[: len(gains)]]
+        fitted_log_bound=[offset + value for value in log_gain_bound(variances, *fitted, lns=lns)[: len(gains)]]
         if fitted
         else [],
         disagreements=DISAGREEMENTS[lns],
@@ -227,7 +229,7 @@ def recursion(first: float, count: int, lns: bool = False, c: float = 1.0) -> li
     return values
 
 
-def log_bound(variances: Sequence[float], a: float, b: float, lns: bool = False) -> list[float]:
+def log_gain_bound(variances: Sequence[float], a: float, b: float, lns: bool = False) -> list[float]:
     """Return the logarithm of the bound of Theorem 3.3, or 4.2 for LNS, on ||d y_l / d x_1||_2 for every l."""
     return log_products(bound_terms(variances, lns), [a, b])
 

@@ -119,7 +119,7 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
-class Residual(nn.Module):
+class ResidualSum(nn.Module):
     """The outer part of the equation, from a sub-layer's output to y; without parameters in Pre-LN and LNS."""
 
     def __init__(self, config: DecoderConfig, spec: SublayerSpec):
@@ -167,10 +167,10 @@ class Block(nn.Module):
         self.entry_norm = Norm(config) if spec.entry_norm else nn.Identity()
         self.input_layernorm = pre_norm(config, spec.attention)
         self.self_attn = attention or Attention(config)
-        self.attention_residual = Residual(config, spec.attention)
+        self.attention_residual = ResidualSum(config, spec.attention)
         self.post_attention_layernorm = pre_norm(config, spec.ffn)
         self.mlp = mlp or FeedForward(config)
-        self.ffn_residual = Residual(config, spec.ffn)
+        self.ffn_residual = ResidualSum(config, spec.ffn)
         self.gate = nn.Parameter(torch.empty(1)) if any(s.gate != "no" for s in spec.sublayers) else None
 
     def forward(self, x_BTD: Tensor, rope: Rope | None, hook: Callable[[str, Tensor], object] | None = None) -> Tensor:

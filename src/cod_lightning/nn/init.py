@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder, Norm, Residual
+from cod_lightning.nn.decoder import Decoder, Norm, ResidualSum
 from cod_lightning.nn.parallel import Model
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 from cod_lightning.nn.vit import VisionTransformer
@@ -94,9 +94,9 @@ def initialise(model: M, seed: int) -> M:
     for module in model.modules():
         if isinstance(module, Norm) and module.weight is not None:
             module.weight.fill_(module.initial_weight)
-        if isinstance(module, Residual) and module.branch_scale is not None:
+        if isinstance(module, ResidualSum) and module.branch_scale is not None:
             module.branch_scale.fill_(module.spec.branch_scale)
-        if isinstance(module, Residual) and module.skip is not None:
+        if isinstance(module, ResidualSum) and module.skip is not None:
             module.skip.fill_(module.spec.skip)
     profile_skips(model, seed)
     return model

@@ -81,12 +81,12 @@ def our_point(comparison: Comparison) -> Point | None:
     return None if ours is None else Point(ours.mean, ours.margin, not comparison.untrained)
 
 
-Series = list[tuple[str, list[Point | None]]]
+ColumnPoints = list[tuple[str, list[Point | None]]]
 """Name of a column, and a point or None for each row."""
 
 
 @style()
-def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
+def difference_figure(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     """Differences to the baseline: the paper's in one panel, ours in one panel for each scale; None without any.
 
     Args:
@@ -98,7 +98,7 @@ def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
         return None
     rows = [row for row in published[0].rows if row is not published[0].baseline]
 
-    def series(columns: Sequence[Column], point: Callable[[Comparison], Point | None]) -> Series:
+    def series(columns: Sequence[Column], point: Callable[[Comparison], Point | None]) -> ColumnPoints:
         lines = []
         for column in columns:
             points = {c.row.name: point(c) for c in column.comparisons if c.metric == column.headline}
@@ -124,7 +124,7 @@ def differences(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     return figure
 
 
-def forest(axes: Axes, series: Series, labels: Sequence[str], title: str) -> None:
+def forest(axes: Axes, series: ColumnPoints, labels: Sequence[str], title: str) -> None:
     """Points with intervals, one line for each label from top to bottom; triangles at the right edge did not train."""
     shades = matplotlib.colormaps[DEPTH_COLOURS]
     every_point = [point for _, points in series for point in points if point is not None]

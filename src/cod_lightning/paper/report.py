@@ -12,7 +12,7 @@ from typing import Any
 from cod_lightning.page import Table, html_page, render
 from cod_lightning.paper import tables
 from cod_lightning.paper.claims import SCALES, STUCK, UNTRAINED, Column, Experiment, Run, by_target, columns
-from cod_lightning.paper.figures import along_axes, differences, loss_over_size, seed_count
+from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, seed_count
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME
 from cod_lightning.paper.verdict import DIRECTIONS, Targets, Test, summarize, tests_of, verdict
@@ -74,14 +74,18 @@ def build_report(experiments: Sequence[Experiment], hardware: str = "") -> Repor
     targets = by_target(experiments)
     summaries = summarize(targets)
     images: dict[str, bytes] = {}
-    survivors = {summary.scale: summary.survivors for summary in summaries}
+    significant_tests = {summary.scale: summary.significant_tests for summary in summaries}
     markdown = render(
         Path(__file__).with_name("report.md.j2"),
         verdict=verdict(targets, summaries),
         top=top_figure(targets, images),
         summaries=summaries,
         overview=overview(targets),
-        sections=[section(target, scales, survivors, images) for target, scales in targets.items() if was_run(scales)],
+        sections=[
+            section(target, scales, significant_tests, images)
+            for target, scales in targets.items()
+            if has_enough_runs(scales)
+        ],
         not_run=tables.not_run_table(targets, hardware),
         missing_hours=tables.missing_hours(targets),
         hardware=hardware,
@@ -92,7 +96,7 @@ def build_report(experiments: Sequence[Experiment], hardware: str = "") -> Repor
     return Report(markdown, html_page("Reproduction", markdown, images), comparisons_csv(targets), images)
 
 
-def was_run(scales: Mapping[str, Sequence[Experiment]]) -> bool:
+def has_enough_runs(scales: Mapping[str, Sequence[Experiment]]) -> bool:
     """Whether a target has runs at some scale; one that varies a setting needs runs at two of its values."""
     counts = [sum(any(row.runs for row in e.rows) for e in experiments) for experiments in scales.values()]
     return max(counts) >= (2 if "axis" in scales["paper"][0].paper else 1)
@@ -130,7 +134,7 @@ def labels_of(tests: Sequence[Test], direction: str) -> list[str]:
 def section(
     target: str,
     scales: Mapping[str, Sequence[Experiment]],
-    survivors: Mapping[str, set[tuple[str, ...]]],
+    significant_tests: Mapping[str, set[tuple[str, ...]]],
     images: dict[str, bytes],
 ) -> Section:
     """Everything about one target; adds its figures to `images`."""
@@ -142,7 +146,7 @@ def section(
     for scale, scale_columns in grouped.items():
         scale_columns = [column for column in scale_columns if any(row.runs for row in column.rows)]
         if scale_columns:
-            parts.append(scale_section(scale, scale_columns, survivors.get(scale, set())))
+            parts.append(scale_section(scale, scale_columns, significant_tests.get(scale, set())))
     return Section(
         target,
         [f"**Published ({headings}).** {text}" for text, headings in findings.items()],
@@ -153,15 +157,15 @@ def section(
     )
 
 
-def scale_section(scale: str, scale_columns: Sequence[Column], survivors: set[tuple[str, ...]]) -> ScaleSection:
+def scale_section(scale: str, scale_columns: Sequence[Column], significant_tests: set[tuple[str, ...]]) -> ScaleSection:
     part = ScaleSection(scale, [f"{column.heading}: {describe(column)}" for column in scale_columns])
     for column in scale_columns:
         prefix = f"{column.heading}: " * (len(scale_columns) > 1)
         if column.comparisons:
-            part.tables.append(prefixed(tables.comparison_table(column, survivors), prefix))
+            part.tables.append(prefixed(tables.comparison_table(column, significant_tests), prefix))
             part.lines += [prefix + line for line in tables.summary_lines(column)]
-        part.tables += [prefixed(table, prefix) for table in tables.figure_tables(column, survivors)]
-    if scale_columns[0].first.paper.get("axis") == "lr" and (best := tables.best_rate_table(scale_columns)):
+        part.tables += [prefixed(table, prefix) for table in tables.figure_tables(column, significant_tests)]
+    if scale_columns[0].first.paper.get("axis") == "lr" and (best := tables.tuned_strategies_table(scale_columns)):
         part.tables.append(best)
     part.tables = merge(part.tables)
     return part
@@ -209,7 +213,7 @@ def add_pictures(target: str, grouped: Mapping[str, Sequence[Column]], images: d
         panels = [(f"scale={scale}", axis, group) for scale, group in grouped.items()]
         figure, alt = along_axes(panels, []), "differences to the baseline"
     else:
-        figure, alt = differences(grouped), "differences to the baseline, published and ours"
+        figure, alt = difference_figure(grouped), "differences to the baseline, published and ours"
     drawn = [(f"{slug}.png", f"{target}: {alt}", figure)]
     for scale, group in grouped.items():
         for column in group:
@@ -226,7 +230,7 @@ def top_figure(targets: Targets, images: dict[str, bytes]) -> Picture | None:
     panels = [
         (f"{target}, scale={scale}", targets[target]["paper"][0].paper["axis"], columns(group))
         for target in ("Length", "Depth")
-        if target in targets and was_run(targets[target])
+        if target in targets and has_enough_runs(targets[target])
         for scale, group in targets[target].items()
     ]
     published = [e for target in ("Table 1", "Table 6") for e in targets.get(target, {}).get("paper", ())]

@@ -47,12 +47,14 @@ def format_published(metric: Metric, published: Published | None) -> str:
     return f"{published.value:.{metric.digits}f}{undone}"
 
 
-def comparison_table(column: Column, survivors: Collection[tuple[str, ...]] = (), *, complete: bool = False) -> Table:
+def comparison_table(
+    column: Column, significant_tests: Collection[tuple[str, ...]] = (), *, complete: bool = False
+) -> Table:
     """Our figures at one scale, and their differences to the baseline compared with the paper's.
 
     Args:
         column: our column of results.
-        survivors: tests that stay significant after Holm's correction; they are marked.
+        significant_tests: tests that stay significant after Holm's correction; they are marked.
         complete: show rows that were not run, and the published figures.
     """
     comparisons = [c for c in column.comparisons if c.sample or c.failures or (complete and len(column.metrics) == 1)]
@@ -74,7 +76,7 @@ def comparison_table(column: Column, survivors: Collection[tuple[str, ...]] = ()
             *[c.metric.title] * several,
             format_outcome(c),
             str(c.sample.n if c.sample else 0),
-            "baseline" if c.row is column.baseline else format_comparison(c, survivors),
+            "baseline" if c.row is column.baseline else format_comparison(c, significant_tests),
             *(format_direction(c, c.published[i], complete) for i in shown),
         ]
         for c in comparisons
@@ -103,11 +105,11 @@ def format_difference(difference: Difference, digits: int, marked: bool = False)
     return f"**{text}**{' †' * marked}" if difference.beyond_noise else text
 
 
-def format_comparison(comparison: Comparison, survivors: Collection[tuple[str, ...]]) -> str:
+def format_comparison(comparison: Comparison, significant_tests: Collection[tuple[str, ...]]) -> str:
     ours = comparison.difference
     if ours is None:
         return ""
-    text = format_difference(ours, comparison.metric.difference_digits, comparison.test in survivors)
+    text = format_difference(ours, comparison.metric.difference_digits, comparison.test in significant_tests)
     return f"{text} ({ours.n} pairs)" if comparison.unpaired else text
 
 
@@ -149,24 +151,24 @@ def summary_lines(column: Column) -> list[str]:
     return lines
 
 
-def findings_table(results: Iterable[FindingResult], survivors: Collection[tuple[str, ...]]) -> Table:
+def findings_table(results: Iterable[FindingResult], significant_tests: Collection[tuple[str, ...]]) -> Table:
     rows = []
     for result in results:
         if (ours := result.difference) is not None:
             margin = "" if ours.margin is None else f" ± {ours.margin:.2g}"
             text = f"{ours.mean:+.3g}{margin}"
-            text = f"**{text}**{' †' * (result.test in survivors)}" if ours.beyond_noise else text
+            text = f"**{text}**{' †' * (result.test in significant_tests)}" if ours.beyond_noise else text
             rows.append([result.statement, text, str(ours.n), result.direction or ""])
     return Table(["the paper's finding", "ours, positive if it holds (95 %)", "n", "direction"], rows, (0, 3))
 
 
-def figure_tables(column: Column, survivors: Collection[tuple[str, ...]]) -> list[Table]:
+def figure_tables(column: Column, significant_tests: Collection[tuple[str, ...]]) -> list[Table]:
     """Quantities of a figure and the paper's findings about it."""
     quantities = Table(["row", *quantities_of(column), "n"], quantity_rows(column))
-    return [table for table in (quantities, findings_table(finding_results(column), survivors)) if table.rows]
+    return [table for table in (quantities, findings_table(finding_results(column), significant_tests)) if table.rows]
 
 
-def best_rate_table(columns: Sequence[Column]) -> Table | None:
+def tuned_strategies_table(columns: Sequence[Column]) -> Table | None:
     """Every strategy at its own best learning rate, compared with the baseline at its own best."""
     losses: dict[str, dict[str, dict[int, float]]] = {}
     labels = {row.name: row.label for column in columns for row in column.rows}

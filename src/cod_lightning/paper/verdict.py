@@ -100,13 +100,13 @@ class ScaleSummary:
         return 1 - (1 - LEVEL) ** len(self.unique)
 
     @cached_property
-    def survivors(self) -> set[tuple[str, ...]]:
+    def significant_tests(self) -> set[tuple[str, ...]]:
         """Tests that stay significant after Holm's correction."""
         return holm({key: p for key, d in self.unique.items() if (p := d.p_value) is not None})
 
     @property
     def survivor_labels(self) -> list[str]:
-        labels = (test.label.removeprefix("+ ") for test in self.tests if test.key in self.survivors)
+        labels = (test.label.removeprefix("+ ") for test in self.tests if test.key in self.significant_tests)
         return list(dict.fromkeys(labels))
 
     @cached_property

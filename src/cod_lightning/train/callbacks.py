@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn
 from torch import Tensor
 
-from cod_lightning.config.schema import COUNTS, FIGURES
+from cod_lightning.config.schema import COUNTS, METRIC_FORMATS
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.measure.activation_stats import plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
@@ -118,7 +118,9 @@ class Recorder(Callback):
         if self.last_validation == trainer.global_step:
             return
         metrics = trainer.callback_metrics
-        self.add(trainer, "val", **{name: float(metrics[name]) for name in (*FIGURES, *COUNTS) if name in metrics})
+        self.add(
+            trainer, "val", **{name: float(metrics[name]) for name in (*METRIC_FORMATS, *COUNTS) if name in metrics}
+        )
 
     def final(self) -> dict[str, Any]:
         """The metrics of the last validation, and tokens, tokens per second and seconds of the run."""
@@ -319,7 +321,7 @@ class ProgressLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
-        columns = [f"{name} {metrics[name]:{form}}" for name, form in FIGURES.items() if name in metrics]
+        columns = [f"{name} {metrics[name]:{form}}" for name, form in METRIC_FORMATS.items() if name in metrics]
         self.print_line(trainer, "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *columns]))
 
 

@@ -291,12 +291,12 @@ def is_checkpoint(content: Any) -> bool:
     )
 
 
-STEP = re.compile(r"step-(\d+)\.ckpt")
+CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, sorted by step."""
-    return sorted((path for path in folder.glob("step-*.ckpt") if STEP.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in folder.glob("step-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import cod_lightning
-from cod_lightning.config.schema import FIGURES
+from cod_lightning.config.schema import METRIC_FORMATS
 from cod_lightning.errors import DAMAGED, UserError
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.result import finite
@@ -144,7 +144,7 @@ def check_record(record: Any) -> None:
         has("seed", is_number)
         has("failure", is_text)
         return
-    for name in (*REQUIRED_NUMBERS, *(name for name in FIGURES if name in record)):
+    for name in (*REQUIRED_NUMBERS, *(name for name in METRIC_FORMATS if name in record)):
         has(name, is_number)
     has("history", is_mapping)
     for kind, name in REQUIRED_SERIES.items():
