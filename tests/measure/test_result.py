@@ -60,6 +60,9 @@ def test_the_field_layers_numbers_the_rows():
         layers: list[int]
         gain: list[float]
 
+        def panels(self):
+            return []
+
     assert Chosen("m", [2, 5], [0.1, 0.2]).rows() == [{"layer": 2, "gain": 0.1}, {"layer": 5, "gain": 0.2}]
 
 

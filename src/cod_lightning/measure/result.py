@@ -25,6 +25,7 @@ import csv
 import io
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -129,7 +130,7 @@ def draw_points(axes: Axes, points: Mapping[str, Points]) -> None:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(ABC):
     """Base of every result: numbers, strings, and lists or dicts of them."""
 
     model: str
@@ -149,9 +150,9 @@ class Result:
         """Rows of the table; by default one per layer, with the entries of `series`."""
         return table_rows(self.series())
 
+    @abstractmethod
     def panels(self) -> list[Panel]:
         """Panels of the figure, from left to right."""
-        raise NotImplementedError
 
     def title(self) -> str:
         return self.model

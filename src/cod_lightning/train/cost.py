@@ -147,7 +147,7 @@ class Architecture:
         linear = (module for module in network.modules() if isinstance(module, nn.Linear))
         return Sizes(numel([network]), numel(ends), numel(m for m in linear if not (decoder and m is network.lm_head)))
 
-    @lru_cache(maxsize=64)  # noqa: B019
+    @lru_cache(maxsize=64)  # noqa: B019 - bounded, and the key keeps only plain settings alive
     def flops(self) -> int:
         """FLOPs of a training step per row, forward and backward.
 
@@ -217,7 +217,7 @@ class Architecture:
 
         return at
 
-    @lru_cache(maxsize=256)  # noqa: B019
+    @lru_cache(maxsize=256)  # noqa: B019 - as for flops
     def count_bytes(
         self, rows: int, dtype: torch.dtype, autocast: bool, checkpointing: str, cpu: bool
     ) -> tuple[int, int]:
