@@ -12,7 +12,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, rotary
 from cod_lightning.nn.init import build_decoder, initialise, seed_of
-from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, block, build, build_all, warnings
+from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, block, build, build_all, mix_ln, warnings
 
 L = 8
 CONFIG = DecoderConfig(
@@ -283,10 +283,17 @@ def test_constants_by_depth(depth):
     assert post == sorted(post, reverse=True)
 
 
-@pytest.mark.parametrize(("fraction", "depth", "post"), [(15 / 22, 22, 15), (0.29, 100, 29), (0.3, 8, 2), (1, 8, 8)])
-def test_mix_ln_counts_its_post_ln_blocks_without_rounding_errors(fraction, depth, post):
-    specs = build_all({"name": "mix_ln", "fraction": float(fraction)}, depth)
+@pytest.mark.parametrize(("fraction", "depth", "post"), [(15 / 22, 22, 15), (0.29, 100, 29), (0.3, 8, 2), (1.0, 8, 8)])
+def test_mix_ln_starts_with_a_fraction_of_post_ln_blocks(fraction, depth, post):
+    specs = [mix_ln(layer, depth, fraction) for layer in range(1, depth + 1)]
     assert [not spec.attention.pre_norm for spec in specs] == [True] * post + [False] * (depth - post)
+
+
+def test_mix_ln_has_n_post_ln_blocks_of_d_for_the_fraction_n_over_d():
+    for depth in range(1, 101):
+        for post in range(1, depth):
+            last_post_ln, first_pre_ln = mix_ln(post, depth, post / depth), mix_ln(post + 1, depth, post / depth)
+            assert (last_post_ln.attention.pre_norm, first_pre_ln.attention.pre_norm) == (False, True), (post, depth)
 
 
 def returns_nothing(layer, depth):

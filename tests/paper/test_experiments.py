@@ -253,12 +253,15 @@ def test_the_olmo_ladder_has_the_official_shapes_and_sees_20b_tokens(name):
     assert (*shape, optim.lr, optim.warmup_steps) == OLMO[name]
     large = name in ("figure1_1b", "figure1_7b")
     assert (model.norm, model.norm_affine) == (("layer", False) if large else ("rms", True))
-    assert (model.norm_eps, model.vocab_size, model.tie_word_embeddings) == (1e-6, 50280, name == "figure1_1b")
+    assert (model.norm_eps, optim.eps) == ((1e-5, 1e-5) if large else (1e-6, 1e-8))
+    assert (model.vocab_size, model.tie_word_embeddings) == (50280, name == "figure1_1b")
+    assert "pii-special" in config.data.tokenizer if large else "dolma-v1_5" in config.data.tokenizer
     assert config.data.seq_len == (2048 if large else 4096)
     per_step = config.data.batch_size * config.data.seq_len
     assert per_step == 524_288
     assert 20e9 <= config.trainer.max_steps * per_step < 20e9 + per_step
-    assert (optim.name, optim.weight_decay, optim.betas, optim.eps, optim.clip) == ("adamw", 0.1, [0.9, 0.95], 1e-8, 1)
+    assert (optim.name, optim.weight_decay, optim.betas, optim.clip) == ("adamw", 0.1, [0.9, 0.95], 1)
+    assert (optim.decay_embeddings, optim.warmup_start_ratio) == ((False, 0.1) if large else (True, 0.0))
     assert optim.schedule == ("linear" if name == "figure1_7b" else "cosine")
     assert (model.init, model.init_std, model.embedding_std, model.init_cutoff) == ("normal", 0.02, 0.02, 3)
     assert config.protocol == "strict"

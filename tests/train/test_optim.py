@@ -33,6 +33,12 @@ def test_a_linear_decay_falls_by_the_same_amount_every_update():
     assert rates == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
 
 
+def test_a_warmup_starts_at_its_share_of_the_peak_rate():
+    """OLMo's 0.1 + 0.9 * step / warmup."""
+    rates = [lr_multiplier(k, warmup=4, total=9, floor=0.1, schedule="cosine", start=0.1) for k in range(4)]
+    assert rates == pytest.approx([0.325, 0.55, 0.775, 1.0])
+
+
 @pytest.mark.parametrize(("name", "decoupled"), [("adam", False), ("adamw", True)])
 def test_weight_decay_touches_matrices_only(name, decoupled):
     module = torch.nn.Module()
@@ -53,8 +59,19 @@ def test_warmup_is_a_share_of_the_steps_or_a_number():
     assert OptimConfig(warmup_ratio=0.1, warmup_steps=7).warmup(250) == 7
 
 
-def test_position_embeddings_of_images_are_decayed_as_matrices():
+@pytest.mark.parametrize(
+    ("name", "config", "weight_decay"),
+    [
+        ("embedding.positions", OptimConfig(weight_decay=0.5), 0.0),
+        ("embedding.projection", OptimConfig(weight_decay=0.5), 0.5),
+        ("embed_tokens.weight", OptimConfig(weight_decay=0.5), 0.5),
+        ("embed_tokens.weight", OptimConfig(weight_decay=0.5, decay_embeddings=False), 0.0),
+    ],
+)
+def test_weight_decay_of_embeddings(name, config, weight_decay):
     module = torch.nn.Module()
-    module.positions = torch.nn.Parameter(torch.ones(17, 3))
-    optimizer, _ = build_optimizer(module, OptimConfig(weight_decay=0.5), max_steps=10)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]
+    outer, inner = name.split(".")
+    module.add_module(outer, torch.nn.Module())
+    module.get_submodule(outer).register_parameter(inner, torch.nn.Parameter(torch.ones(17, 3)))
+    optimizer, _ = build_optimizer(module, config, max_steps=10)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [weight_decay]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
+from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.measure.adapter import Images
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
@@ -63,6 +64,15 @@ def test_a_run_goes_on_from_its_newest_checkpoint_to_the_bit(train_images):
             if name != "tokens_per_second":
                 assert again["history"][kind][name] == values, (kind, name)
     assert (again["accuracy"], again["val_loss"]) == (whole["accuracy"], whole["val_loss"])
+
+
+def test_a_checkpoint_with_other_optimizer_groups_is_refused(toy):
+    _, module = build(compose([*toy, *VISION]))
+    module.configure_model()
+    positions_decayed = [{"param_groups": [{"params": list(range(27))}, {"params": [27]}]}]
+    checkpoint = {"state_dict": module.state_dict(), "tokens": 0, "optimizer_states": positions_decayed}
+    with pytest.raises(UserError, match=r"optimizer groups of \[27, 1\] parameters.*resume=false"):
+        module.on_load_checkpoint(checkpoint)
 
 
 def test_accumulation_and_weighting_do_not_change_a_step(train_images):

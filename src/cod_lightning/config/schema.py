@@ -39,12 +39,16 @@ class OptimConfig:
     eps: float = setting(1e-8, above=0)
     weight_decay: float = setting(0.0, at_least=0)
     """Applied to matrices only; `adam` adds it to the gradient, `adamw` decouples it."""
+    decay_embeddings: bool = True
+    """False: no weight decay of the token embeddings, nor of a head tied to them (OLMo)."""
     clip: float = setting(0.0, at_least=0)
     """Largest norm of the gradient; 0 does not clip (the paper's)."""
     warmup_ratio: float = setting(0.1, at_least=0, at_most=1)
     """Linear warm-up over this share of the steps."""
     warmup_steps: int | None = setting(None, at_least=0)
     """Warm-up steps, instead of `warmup_ratio`."""
+    warmup_start_ratio: float = setting(0.0, at_least=0, at_most=1)
+    """The warm-up starts at this share of `lr` (OLMo: 0.1)."""
     min_lr_ratio: float = setting(0.1, at_least=0, at_most=1)
     """The schedule ends at this share of `lr`."""
     schedule: str = setting("cosine", choices=("cosine", "cosine_released", "linear"))

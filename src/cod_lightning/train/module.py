@@ -27,7 +27,7 @@ from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
 from cod_lightning.train.load import InitialWeights
-from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks
+from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
 from cod_lightning.train.strategy import Sharded, backend
 
 
@@ -198,6 +198,13 @@ class StepModule(LightningModule, ABC):
                 f"the newest checkpoint has {len(mismatches)} parameters of another shape than this run's "
                 f"({mismatches[0]}): remove it to resume from an earlier one, or pass resume=false to retrain"
             )
+        expected = [len(group["params"]) for group in parameter_groups(self.network, self.optim)]
+        for state in checkpoint.get("optimizer_states", ()):
+            if (saved := [len(group["params"]) for group in state["param_groups"]]) != expected:
+                raise UserError(
+                    f"the newest checkpoint has optimizer groups of {saved} parameters, this version of {expected}: "
+                    "finish the run with the version that started it, or pass resume=false to retrain"
+                )
         self.tokens = checkpoint["tokens"]
         self.origin = checkpoint.get("init_from")
 

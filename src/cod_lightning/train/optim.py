@@ -6,6 +6,7 @@ import math
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +17,11 @@ from cod_lightning.config.schema import OptimConfig
 from cod_lightning.nn.init import seed_of
 
 
-def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str) -> float:
+def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str, start: float = 0.0) -> float:
     """Learning rate of an update as a fraction of the peak rate.
 
-    Linear warm-up to 1 over `warmup` updates, then cosine or linear decay to `floor` at the last of `total` updates.
+    Linear warm-up from `start` to 1 over `warmup` updates, then cosine or linear decay to `floor` at the last of
+    `total` updates.
     `cosine_released` is the schedule of the released code: one update later, so that the first update has rate 0.
 
     Args:
@@ -28,10 +30,11 @@ def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedul
         total: updates of the run.
         floor: the last fraction.
         schedule: `cosine`, `cosine_released` or `linear`.
+        start: the fraction before the first update of the warm-up.
     """
     k = update if schedule == "cosine_released" else update + 1
     if k < warmup:
-        return k / warmup
+        return start + (1 - start) * k / warmup
     progress = min((k - warmup) / max(total - warmup, 1), 1.0)
     if schedule == "linear":
         return floor + (1 - floor) * (1 - progress)
@@ -39,32 +42,40 @@ def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedul
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> tuple[Optimizer, LambdaLR]:
-    """Adam or AdamW over the trainable parameters of `module`, and its learning-rate schedule.
-
-    Weight decay applies to every parameter with at least two dimensions. These include the position embeddings of a
-    Vision Transformer; existing checkpoints depend on it.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Adam or AdamW over the trainable parameters of `module`, and its learning-rate schedule."""
+    groups = parameter_groups(module, config)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     beta1, beta2 = config.betas
     # The fused kernel rounds once per step.
     # The released bfloat16 runs used the default kernel, which rounds more often.
     fused = True if all(p.dtype == torch.float32 for p in parameters) else None
-    optimizer = kind(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused
-    )
+    optimizer = kind(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused)
     multiplier = partial(
         lr_multiplier,
         warmup=config.warmup(max_steps),
         total=max_steps,
         floor=config.min_lr_ratio,
         schedule=config.schedule,
+        start=config.warmup_start_ratio,
     )
     return optimizer, LambdaLR(optimizer, multiplier)
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters with weight decay, and those without it; an empty group is left out.
+
+    Weight decay applies to parameters with at least two dimensions, except position embeddings (as in DeiT and timm)
+    and, with `decay_embeddings=false`, token embeddings.
+    """
+    exempt = ("embedding.positions",) if config.decay_embeddings else ("embedding.positions", "embed_tokens.weight")
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 and not name.endswith(exempt) else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def frozen_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list[int]:
