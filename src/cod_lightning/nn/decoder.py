@@ -11,6 +11,7 @@ Shape suffixes: B sequences, T tokens, D hidden size, H heads, G key/value heads
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +48,16 @@ class Norm(nn.Module):
         self.initial_weight = spec.pre_norm_weight
         self.weight = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_affine else None
 
-    def forward(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> Tensor:
-        """norm(x + branch)."""
-        return self.add_norm(x_BTD, branch_BTD)[1]
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """gain * weight * norm(x)."""
+        _, y_BTD = self.fused_add_norm(x_BTD)
+        return y_BTD
 
-    def add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + branch and norm(x + branch), in one kernel. Use the first in place of x: it collects the gradients."""
+    def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + branch and gain * weight * norm(x + branch), in one kernel, whose backward adds up both gradients.
+
+        For this, use the first output in place of x.
+        """
         device = x_BTD.device.type
         cast = self.before_matmul and torch.is_autocast_enabled(device)
         return add_norm(
@@ -74,12 +79,16 @@ class Norm(nn.Module):
 class IdentityNorm(nn.Module):
     """Replaces a `Norm` that the strategy does not have."""
 
-    def forward(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> Tensor:
-        return x_BTD if branch_BTD is None else x_BTD + branch_BTD
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD
 
-    def add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y_BTD = self(x_BTD, branch_BTD)
-        return y_BTD, y_BTD
+    def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        sum_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
+        return sum_BTD, sum_BTD
+
+
+def norm_if(present: bool, config: DecoderConfig, **options: Any) -> Norm | IdentityNorm:
+    return Norm(config, **options) if present else IdentityNorm()
 
 
 class Attention(nn.Module):
@@ -119,14 +128,14 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
-class ResidualSum(nn.Module):
-    """The outer part of the equation, from a sub-layer's output to y; without parameters in Pre-LN and LNS."""
+class Residual(nn.Module):
+    """The outer part of the equation, from f to y; without parameters in Pre-LN and LNS."""
 
     def __init__(self, config: DecoderConfig, spec: SublayerSpec):
         super().__init__()
         self.spec = spec
-        self.branch_norm = Norm(config) if spec.branch_norm else IdentityNorm()
-        self.sum_norm = Norm(config) if spec.sum_norm else IdentityNorm()
+        self.branch_norm = norm_if(spec.branch_norm, config)
+        self.sum_norm = norm_if(spec.sum_norm, config)
         # [1] and not 0-dimensional, which `fully_shard` refuses.
         shape = {"no": None, "scalar": (1,), "channel": (config.hidden_size,)}[spec.learned_branch_scale]
         self.branch_scale = None if shape is None else nn.Parameter(torch.empty(shape))
@@ -144,16 +153,16 @@ class ResidualSum(nn.Module):
 
     def forward(self, x_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None) -> Tensor:
         """y = gate( sum_norm( skip * x + branch ) )."""
-        y_BTD = self.sum_norm(self.scaled_skip(x_BTD, gate), branch_BTD)
+        _, y_BTD = self.sum_norm.fused_add_norm(self.scaled_skip(x_BTD, gate), branch_BTD)
         return gpas(y_BTD, gate) if self.spec.gate == "output" else y_BTD
 
-    def add_norm(
-        self, x_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None, norm: Norm | IdentityNorm
+    def fused_with_norm(
+        self, x_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None, next_norm: Norm | IdentityNorm
     ) -> tuple[Tensor, Tensor]:
-        """y and norm(y); where y is only a sum, one kernel adds and normalises."""
+        """y and next_norm(y); if y = skip * x + branch, one kernel adds and normalises."""
         if self.spec.sum_norm or self.spec.gate == "output":
-            return norm.add_norm(self(x_BTD, branch_BTD, gate))
-        return norm.add_norm(self.scaled_skip(x_BTD, gate), branch_BTD)
+            return next_norm.fused_add_norm(self(x_BTD, branch_BTD, gate))
+        return next_norm.fused_add_norm(self.scaled_skip(x_BTD, gate), branch_BTD)
 
 
 class Block(nn.Module):
@@ -164,21 +173,27 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.spec = spec
-        self.entry_norm = Norm(config) if spec.entry_norm else nn.Identity()
-        self.input_layernorm = pre_norm(config, spec.attention)
+        self.entry_norm = norm_if(spec.entry_norm, config)
+        self.input_layernorm = norm_if(spec.attention.pre_norm, config, spec=spec.attention, before_matmul=True)
         self.self_attn = attention or Attention(config)
-        self.attention_residual = ResidualSum(config, spec.attention)
-        self.post_attention_layernorm = pre_norm(config, spec.ffn)
+        self.attention_residual = Residual(config, spec.attention)
+        self.post_attention_layernorm = norm_if(spec.ffn.pre_norm, config, spec=spec.ffn, before_matmul=True)
         self.mlp = mlp or FeedForward(config)
-        self.ffn_residual = ResidualSum(config, spec.ffn)
+        self.ffn_residual = Residual(config, spec.ffn)
         self.gate = nn.Parameter(torch.empty(1)) if any(s.gate != "no" for s in spec.sublayers) else None
 
     def forward(self, x_BTD: Tensor, rope: Rope | None, hook: Callable[[str, Tensor], object] | None = None) -> Tensor:
-        # h = gain * pre_norm(x); branch = branch_scale * branch_norm( f(h) ); y = gate( sum_norm( skip * x + branch ) )
-        x_BTD, h_BTD = self.input_layernorm.add_norm(self.entry_norm(x_BTD))
+        # h = gain * pre_norm(x)
+        x_BTD, h_BTD = self.input_layernorm.fused_add_norm(self.entry_norm(x_BTD))
+        # branch = branch_scale * branch_norm( attention(h) )
         attention_BTD = self.attention_residual.scaled_branch(self.self_attn(h_BTD, rope))
-        x_BTD, h_BTD = self.attention_residual.add_norm(x_BTD, attention_BTD, self.gate, self.post_attention_layernorm)
+        # x = gate( sum_norm( skip * x + branch ) ) and h = gain * pre_norm(x)
+        x_BTD, h_BTD = self.attention_residual.fused_with_norm(
+            x_BTD, attention_BTD, self.gate, next_norm=self.post_attention_layernorm
+        )
+        # branch = branch_scale * branch_norm( ffn(h) )
         ffn_BTD = self.ffn_residual.scaled_branch(self.mlp(h_BTD))
+        # y = gate( sum_norm( skip * x + branch ) )
         y_BTD = self.ffn_residual(x_BTD, ffn_BTD, self.gate)
         if hook is not None:
             hook("attention", attention_BTD)
@@ -259,10 +274,6 @@ def run_blocks(blocks: list[Block], x_BTD: Tensor, rope: Rope | None, hook: Acti
     for layer, block in enumerate(blocks, start=1):
         x_BTD = block(x_BTD, rope, None if hook is None else lambda name, x, layer=layer: hook(name, layer, x))
     return x_BTD
-
-
-def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | IdentityNorm:
-    return Norm(config, spec, before_matmul=True) if spec.pre_norm else IdentityNorm()
 
 
 def scale(x: Tensor, factor: float | Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder, Norm, ResidualSum
+from cod_lightning.nn.decoder import Decoder, Norm, Residual
 from cod_lightning.nn.parallel import Model
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 from cod_lightning.nn.vit import VisionTransformer
@@ -42,10 +42,7 @@ def build_decoder(
     Raises:
         ValueError: as `Decoder`.
     """
-    with torch.device("meta"):
-        decoder = Decoder(config, specs)
-    wrap(decoder)
-    return initialise(decoder.to_empty(device=device), seed)
+    return _build(lambda: Decoder(config, specs), seed, device, wrap)
 
 
 def build_vit(
@@ -64,10 +61,14 @@ def build_vit(
     Raises:
         ValueError: as `VisionTransformer`.
     """
+    return _build(lambda: VisionTransformer(config, specs, image_size, patch_size, classes), seed, device, wrap)
+
+
+def _build(construct: Callable[[], M], seed: int, device: torch.device | str, wrap: Callable[[M], object]) -> M:
     with torch.device("meta"):
-        vit = VisionTransformer(config, specs, image_size, patch_size, classes)
-    wrap(vit)
-    return initialise(vit.to_empty(device=device), seed)
+        model = construct()
+    wrap(model)
+    return initialise(model.to_empty(device=device), seed)
 
 
 @torch.no_grad()
@@ -94,9 +95,9 @@ def initialise(model: M, seed: int) -> M:
     for module in model.modules():
         if isinstance(module, Norm) and module.weight is not None:
             module.weight.fill_(module.initial_weight)
-        if isinstance(module, ResidualSum) and module.branch_scale is not None:
+        if isinstance(module, Residual) and module.branch_scale is not None:
             module.branch_scale.fill_(module.spec.branch_scale)
-        if isinstance(module, ResidualSum) and module.skip is not None:
+        if isinstance(module, Residual) and module.skip is not None:
             module.skip.fill_(module.spec.skip)
     profile_skips(model, seed)
     return model
@@ -115,7 +116,7 @@ def outer_stds(model: Model) -> dict[str, float]:
 
 
 def base_std(config: DecoderConfig, inputs: int, std: float) -> float:
-    """Standard deviation of a weight with so many inputs, before the factor of a strategy."""
+    """Standard deviation of a weight with this many inputs, before the factor of a strategy."""
     return inputs**-0.5 if config.init == "fan_in" else std
 
 
