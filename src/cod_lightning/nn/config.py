@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cod_lightning.settings import setting, setting_errors
 
 MOST_LAYERS = 10_000
-"""Deeper than any trained model; turns a mistyped depth into an error instead of an exhausted memory."""
+"""More than any trained model has; a mistyped depth is an error instead of running out of memory."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class DecoderConfig:
     1/sqrt(inputs) and 1/sqrt(hidden_size). The strategy may multiply them: `fan_in` with norm=ds_init is OLMo's scaled
     initialisation ("mitchell")."""
     init_cutoff: float | None = setting(None, above=0)
-    """Truncates the normal distribution at so many standard deviations (OLMo: 3); None: no truncation."""
+    """Truncates the normal distribution at this many standard deviations (OLMo: 3); None: no truncation."""
     init_std: float = setting(0.02, at_least=0)
     """Initial standard deviation of linear weights, before the factor of the strategy."""
     embedding_std: float = setting(0.02, at_least=0)

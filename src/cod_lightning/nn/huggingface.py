@@ -33,6 +33,18 @@ changes the eps of a norm, and a checkpoint has one eps for all norms."""
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Importable families by `model_type`; DeepSeek-LLM is a Llama."""
 
+CONFIG_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+"""Fields of `DecoderConfig` and their names in `transformers`."""
+
 
 class TokenizerLike(Protocol):
     """The attributes of a tokenizer that an export reads; `data.tokenizers.DocumentTokenizer` has them."""
@@ -113,23 +125,15 @@ def to_hf(
     """
     transformers = import_transformers("exporting")
     state, shape = to_llama_state_dict(decoder, dtype), decoder.config
-    vocab_size = len(state["model.embed_tokens.weight"])
     family = "Qwen2" if shape.qkv_bias else "Llama"
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
+        **{theirs: getattr(shape, ours) for ours, theirs in CONFIG_FIELDS.items()},
         num_key_value_heads=shape.key_value_heads,
-        rms_norm_eps=shape.norm_eps,
         rope_theta=shape.rope_theta,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        initializer_range=shape.init_std,
         max_position_embeddings=max_length,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,
-        pad_token_id=pad_token_id(tokenizer, vocab_size) if tokenizer else None,
+        pad_token_id=pad_token_id(tokenizer, shape.vocab_size or 0) if tokenizer else None,
     )
     # transformers 5 writes it only inside `rope_parameters`; version 4 and other programs read it here.
     config.rope_theta = shape.rope_theta
@@ -267,17 +271,10 @@ def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
         if value != ours
     ]
     shape = DecoderConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
+        **{ours: getattr(config, theirs) for ours, theirs in CONFIG_FIELDS.items()},
         num_key_value_heads=config.num_key_value_heads,
-        vocab_size=config.vocab_size,
-        norm_eps=config.rms_norm_eps,
         rope_theta=float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))),
         qkv_bias=config.model_type == "qwen2",
-        tie_word_embeddings=config.tie_word_embeddings,
-        init_std=config.initializer_range,
     )
     if problems := problems or [f"{name}: {problem}" for problem in shape.problems()]:
         raise UserError("\n".join(problems))
