@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,23 @@ def save(config: Config, folder: Path) -> None:
     write_atomic(folder / CONFIG, to_yaml(config))
 
 
+@contextmanager
+def named_if_damaged(path: Path) -> Generator[None]:
+    """Turn the errors of a damaged configuration into a `UserError` that names its file."""
+    try:
+        yield
+    except (*DAMAGED, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a saved configuration: {cause(error)}") from error
+
+
 def from_dict(values: Any, path: Path) -> Config:
     """The configuration that `asdict` returned, read from the file at `path`; missing fields get their defaults.
 
     Raises:
         UserError: `values` is not a configuration.
     """
-    try:
+    with named_if_damaged(path):
         return as_config(with_defaults(values))
-    except (*DAMAGED, TypeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a saved configuration: {cause(error)}") from error
 
 
 def with_defaults(values: Any) -> DictConfig:
@@ -80,12 +88,10 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
-    try:
+    with named_if_damaged(path):
         node = with_defaults(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
         saved = as_config(node)
         saved_errors = problems(saved)
-    except (*DAMAGED, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a saved configuration: {cause(error)}") from error
     words = parse(overrides)
     fixed = [o for o in words if o.key_or_group in groups() and o.key_or_group not in ("data", "trainer")]
     errors = [f"{o.input_line}: a trained run accepts data=, trainer= and section.field=value" for o in fixed]

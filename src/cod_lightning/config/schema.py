@@ -118,7 +118,7 @@ class TrainerConfig:
     )
     """Steps between other measures of a decoder's layers, by name; 0: none."""
     probe_rows: int = setting(8, runtime=True, at_least=1)
-    """Validation rows used for layer statistics and measures."""
+    """Validation sequences or images used for layer statistics and measures."""
     checkpoint_every: int = setting(1000, runtime=True, at_least=1)
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = setting(2, runtime=True, at_least=1)
