@@ -14,12 +14,12 @@ from cod_lightning.nn.parallel import parallelise, unwrapped_copy
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights
 
-CONFIG = DecoderConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, vocab_size=37)
+CONFIG = DecoderConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=37)
 TOKENS = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def build(norm="lns", wrap=lambda decoder: None, **changes):
-    return build_decoder(dataclasses.replace(CONFIG, **changes), build_all({"name": norm}, 4), seed=1, wrap=wrap)
+    return build_decoder(dataclasses.replace(CONFIG, **changes), build_all({"name": norm}, 2), seed=1, wrap=wrap)
 
 
 def step(decoder):
@@ -33,9 +33,18 @@ compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings t
 
 
 @compiles
-@pytest.mark.parametrize("norm", ["lns", "admin", "gpas"])
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize(
+    ("norm", "checkpointing", "backend"),
+    [
+        ("lns", "none", "aot_eager"),
+        ("lns", "selective", None),
+        ("lns", "full", "aot_eager"),
+        ("admin", "full", None),
+        ("admin", "selective", "aot_eager"),
+        ("gpas", "selective", None),
+        ("gpas", "full", "aot_eager"),
+    ],
+)
 def test_a_wrapped_model_has_the_same_loss_and_gradients(norm, checkpointing, backend):
     expected, gradients = step(build(norm))
     wrapped = build(norm, lambda decoder: parallelise(decoder, checkpointing=checkpointing, backend=backend))

@@ -165,27 +165,34 @@ def test_every_layer_changes_its_input(case):
 
 
 @pytest.mark.parametrize("case", EQUATIONS)
-def test_constants_survive_meta_initialisation_bfloat16_and_checkpoints(case, tmp_path):
-    plain = decoder_of(case)
-    with torch.device("meta"):
-        decoder = Decoder(CONFIG, [layer.spec for layer in plain.model.layers])
-    decoder.to_empty(device="cpu")
+def test_initialisation_sets_every_parameter(case):
+    expected = decoder_of(case)
+    decoder = expected.empty_like()
     for parameter in decoder.parameters():
         parameter.data.fill_(float("nan"))
     initialise(decoder, seed=3)
-    for (name, ours), expected in zip(decoder.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours, expected), name
-    decoder.to(torch.bfloat16)
-    assert not list(decoder.buffers())
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_a_bfloat16_model_survives_a_checkpoint(case, tmp_path):
+    decoder = decoder_of(case).to(torch.bfloat16)
     torch.save(decoder.state_dict(), tmp_path / "decoder.pt")
-    loaded = Decoder(CONFIG, [layer.spec for layer in plain.model.layers]).to(torch.bfloat16)
+    loaded = decoder.empty_like().to(torch.bfloat16)
     loaded.load_state_dict(torch.load(tmp_path / "decoder.pt", weights_only=True))
     tokens = torch.randint(61, (2, 9))
     assert torch.equal(loaded(tokens), decoder(tokens))
-    gains = [getattr(layer.input_layernorm, "gain", None) for layer in loaded.model.layers]
-    assert gains == [getattr(layer.input_layernorm, "gain", None) for layer in plain.model.layers]
-    if case == "lns":
-        assert gains == pytest.approx([1 / math.sqrt(layer) for layer in range(1, L + 1)], rel=1e-15)
+
+
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_constants_are_not_buffers(case):
+    assert not list(decoder_of(case).buffers())
+
+
+def test_bfloat16_does_not_round_the_gains_of_lns():
+    gains = [block.input_layernorm.gain for block in decoder_of("lns").to(torch.bfloat16).blocks]
+    assert gains == pytest.approx([1 / math.sqrt(layer) for layer in range(1, L + 1)], rel=1e-15)
 
 
 OUTPUT_SCALES = {
@@ -240,7 +247,7 @@ def test_scaled_initialisation_of_olmo(tied):
                 std = 1 / math.sqrt(2 * (d if "o_proj" in name else ff_in) * (layer + 1))
             torch.testing.assert_close(weight, draws.get_parameter(name) * std)
     everything = torch.cat([weight.detach().flatten() for weight in draws.parameters() if weight.ndim == 2])
-    # Of 70,000 normal draws 190 lie beyond 3; cut there, their standard deviation is 0.9866.
+    # 190 of 70,000 normal numbers lie beyond 3; truncated there, their standard deviation is 0.9866.
     assert 2.9 < everything.abs().max() <= 3
     assert float(everything.std()) == pytest.approx(0.9866, abs=0.01)
 
