@@ -50,11 +50,16 @@ def row(name, published, *runs, label=None, run_id=None, gpu_hours=None, note=No
 
 
 def table(*rows, name="table1_130m", scale="toy", column="130M", size=134, target="Table 1", axes=None, **paper):
-    return Experiment(name, scale, target, column, size, f"{name}.", f"setting of {scale}", paper, rows, axes or {})
+    return Experiment(name, scale, target, column, size, f"setting of {scale}", paper, rows, axes or {})
 
 
 def without_runs(experiment, scale="paper"):
     return replace(experiment, scale=scale, rows=tuple(replace(r, runs=()) for r in experiment.rows))
+
+
+def with_published(rows, figures):
+    """The rows with other published perplexities."""
+    return [replace(r, published={"ppl": figure}) for r, figure in zip(rows, figures, strict=True)]
 
 
 def rows_at(scale, run_at="toy"):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -12,14 +10,9 @@ from cod_lightning.cli import main
 from cod_lightning.config.compose import choices
 from cod_lightning.errors import UserError
 from cod_lightning.paper import experiments
-from cod_lightning.paper import results as kept
 from cod_lightning.paper.claims import SCALES, Column
-from cod_lightning.paper.experiments import experiment_rows, load_experiments
-
-
-def run(*arguments):
-    command = [sys.executable, "-m", "cod_lightning", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+from cod_lightning.paper.experiments import experiment_rows, load_experiments, remaining_tasks
+from cod_lightning.paper.results import load_measures, save_result
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +57,8 @@ def test_results_find_their_rows_and_their_measures(results, toys):
     removal = {"model": "lns", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25]}
     (results / toys["lns"].config_for(2).name / "removal.json").write_text(json.dumps(removal))
     (experiment,) = load_experiments(toys.values(), results)
-    assert (experiment.target, experiment.column, experiment.scale, experiment.size) == (
-        "Table 7",
-        "130M",
-        "toy",
-        134_105_856,
-    )
+    table = (experiment.target, experiment.column, experiment.scale, experiment.size)
+    assert table == ("Table 7", "130M", "toy", 134_105_856)
     rows = {row.name: row for row in experiment.rows}
     assert [(run.seed, run.measures) for run in rows["lns"].runs] == [(1, {}), (2, {"removal": removal})]
     assert [run.failure for run in rows["admin"].runs] == ["the loss is nan at step 3"]
@@ -78,31 +67,24 @@ def test_results_find_their_rows_and_their_measures(results, toys):
     assert {c.row.name for c in Column((experiment,)).comparisons if c.sample} == {"pre_ln", "lns"}
 
 
-def test_two_corpora_in_one_table_are_refused_with_both_named(results, toys):
-    other = add_result(results, toys["group_ln"], 1, **losses(5.0), data_fingerprint="beef" * 16)
-    with pytest.raises(UserError, match="Table 7, scale=toy mixes two corpora") as error:
+@pytest.mark.parametrize(
+    ("change", "mixed", "reason"),
+    [
+        ({"data_fingerprint": "beef" * 16}, "two corpora", "has data beefbeefbeefbeef"),
+        ({"scale": "small"}, "two scales", "is a run at scale=small"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused_with_their_records(results, toys, change, mixed, reason):
+    other = add_result(results, toys["group_ln"], 1, **losses(5.0), **change)
+    with pytest.raises(UserError, match=f"Table 7, scale=toy mixes {mixed}") as error:
         load_experiments(toys.values(), results)
-    assert f"{other / 'record.json'} has data beefbeefbeefbeef" in str(error.value)
-    assert "has data feedfeedfeedfeed" in str(error.value)
-
-
-def test_two_scales_in_one_table_are_refused_with_both_named(results, toys):
-    other = add_result(results, toys["group_ln"], 1, scale="small", **losses(5.0))
-    with pytest.raises(UserError, match="Table 7, scale=toy mixes two scales") as error:
-        load_experiments(toys.values(), results)
-    assert f"{other / 'record.json'} is a run at scale=small" in str(error.value)
-
-
-def test_an_unknown_scale_is_refused(tmp_path, capsys):
-    assert main(["reproduce", "table1", "scale=smal", "--results", str(tmp_path)]) == 2
-    assert "scale='smal' does not exist: did you mean 'small'?" in capsys.readouterr().err
+    assert f"{other / 'record.json'} {reason}" in str(error.value)
 
 
 def test_a_published_figure_is_compared_with_the_same_metric_only(tmp_path):
-    for scale in SCALES:
-        (experiment,) = load_experiments(experiment_rows(["table2_250m"], scale), tmp_path)
-        assert (experiment.rows[-1].published["boolq"], experiment.rows[-1].published["average"]) == (58.17, 43.14)
-        assert "accuracy" not in experiment.rows[-1].published
+    (tasks,) = load_experiments(experiment_rows(["table2_250m"], "toy"), tmp_path)
+    assert (tasks.rows[-1].published["boolq"], tasks.rows[-1].published["average"]) == (58.17, 43.14)
+    assert "accuracy" not in tasks.rows[-1].published
     (images,) = load_experiments(experiment_rows(["table5_vit_s"], "toy"), tmp_path)
     assert images.rows[0].published == {"accuracy": 67.91}
 
@@ -117,16 +99,27 @@ def test_a_saved_result_is_one_line_and_matrices_have_four_digits(tmp_path):
     (tmp_path / "toy/run/measure").mkdir(parents=True)
     for name, measure in measures.items():
         (tmp_path / f"toy/run/measure/{name}.json").write_text(json.dumps(measure, indent=1))
-    kept.save_result(tmp_path / "toy/run", tmp_path / "results", measures)
+    save_result(tmp_path / "toy/run", tmp_path / "results", measures)
     folder = tmp_path / "results/toy/run"
     measures["jacobian_map"]["matrices"] = [[[5.568, 1]]]
-    assert kept.load_measures(folder) == measures
+    assert load_measures(folder) == measures
     assert all(path.read_text().count("\n") == 1 and ", " not in path.read_text() for path in folder.iterdir())
     assert len(list(folder.iterdir())) == 2
 
 
+def test_only_missing_measures_of_a_recorded_run_remain(results, toys):
+    removal = {"model": "m", "tokens": 9, "loss": 1.0, "losses": [1.5]}
+    (results / toys["lns"].config_for(1).name / "removal.json").write_text(json.dumps(removal))
+    tasks = remaining_tasks(list(experiment_rows(["figure7"], "toy")), [1], results)
+    measures = {task.folder.name: task.measures for task in tasks}
+    assert measures == {
+        toys["pre_ln"].config_for(1).folder.name: {"angular", "removal"},
+        toys["lns"].config_for(1).folder.name: {"angular"},
+    }
+
+
 def test_an_unfinished_run_leaves_no_result(tmp_path):
-    kept.save_result(tmp_path / "toy/run", tmp_path / "results")
+    save_result(tmp_path / "toy/run", tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
@@ -165,19 +158,18 @@ def test_a_missing_results_folder_is_refused(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_reproduce_prints_a_table_and_records_diverged_runs(toy, tmp_path):
+def test_reproduce_prints_a_table_and_does_not_repeat_diverged_runs(toy, tmp_path, capfd):
     own = [word for word in toy if "." in word.partition("=")[0] and not word.startswith("trainer.max_steps")]
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     words = ["reproduce", "table7_130m", "row=pre_ln", "scale=toy", *own, "data.source=files"]
     words += [f"model.{name}={value}" for name, value in shape.items()] + ["trainer.max_steps=40", "optim.lr=1e18"]
-    words += ["optim.warmup_ratio=0.5", f"output={tmp_path}", "--results", tmp_path / "results"]
-    process = run(*words)
-    assert process.returncode == 2, process.stderr
-    assert "Table 7, scale=toy: 130M" in process.stdout
-    assert "26.73" in process.stdout
-    (diverged, *_) = (tmp_path / "results").rglob("failed.json")
+    words += ["optim.warmup_ratio=0.5", f"output={tmp_path}", "--results", str(tmp_path / "results")]
+    assert main(words) == 2
+    printed = " ".join(capfd.readouterr().out.split())
+    assert "Table 7, scale=toy: 130M" in printed
+    assert "26.73" in printed
+    assert "failed: the loss" in printed
+    (diverged,) = (tmp_path / "results").rglob("failed.json")
     assert json.loads(diverged.read_text())["failure"].startswith("the loss is ")
-    assert "failed: the loss" in " ".join(process.stdout.split())
-    second_run = run(*words)
-    assert "0 of 1 runs remaining" in second_run.stderr
-    assert second_run.returncode == 0
+    assert main(words) == 0
+    assert capfd.readouterr().err == "0 of 1 runs remaining\n"

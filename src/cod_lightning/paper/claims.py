@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -70,46 +69,9 @@ class ReportRow:
     gpu_hours: float | None
     """Estimated GPU-hours of one run; None without an estimate."""
 
-
-@dataclass(frozen=True)
-class Experiment:
-    """One column of a table, or the runs of a figure, at one scale."""
-
-    name: str
-    scale: str
-    target: str
-    """Table or figure, such as "Table 1"."""
-    column: str
-    """Heading of the column, such as "130M"."""
-    size: int
-    """Parameters at scale=paper; orders the columns."""
-    title: str
-    """One sentence that says what is reproduced."""
-    setting: str
-    """Shape, data and length at this scale."""
-    paper: Mapping[str, Any]
-    """The `paper:` block of the experiment's file."""
-    rows: tuple[ReportRow, ...]
-    axes: Mapping[str, float] = field(default_factory=dict)
-    """Settings that an experiment may vary, by name (`experiments.axis_values`)."""
-
-    @property
-    def metrics(self) -> list[Metric]:
-        """Metrics with published figures; the experiment's own metric too if runs have it."""
-        names = dict.fromkeys(name for row in self.rows for name in row.published)
-        own = self.paper.get("metric", "")
-        if any(own in run.record for row in self.rows for run in row.runs) and (names or "axis" in self.paper):
-            names[own] = None
-        return [Metric(name) for name in names]
-
-    @property
-    def baseline(self) -> int:
-        """Index of the row that the others are compared with."""
-        return next((index for index, row in enumerate(self.rows) if row.name == BASELINE), 0)
-
-    @property
-    def heading(self) -> str:
-        return self.column or self.name
+    def results(self, measure: str) -> list[Mapping[str, Any]]:
+        """Results of a measure, one for each run that has it."""
+        return [run.measures[measure] for run in self.runs if measure in run.measures]
 
 
 @dataclass(frozen=True)
@@ -123,14 +85,12 @@ class Metric:
         return {"ppl": "perplexity", "val_loss": "loss"}.get(self.name, self.name)
 
     @property
-    def digits(self) -> int:
-        """Decimals of a value."""
-        return 3 if self.name.endswith("loss") else 2
+    def is_ppl(self) -> bool:
+        return self.name.startswith("ppl")
 
     @property
-    def difference_digits(self) -> int:
-        """Decimals of a difference."""
-        return 3 if self.lower_is_better else 2
+    def lower_is_better(self) -> bool:
+        return self.is_ppl or self.name.endswith("loss")
 
     @property
     def unit(self) -> str:
@@ -138,12 +98,12 @@ class Metric:
         return "nats" if self.lower_is_better else "points"
 
     @property
-    def lower_is_better(self) -> bool:
-        return self.is_ppl or self.name.endswith("loss")
+    def value_format(self) -> str:
+        return ".3f" if self.name.endswith("loss") else ".2f"
 
     @property
-    def is_ppl(self) -> bool:
-        return self.name.startswith("ppl")
+    def difference_format(self) -> str:
+        return ".3f" if self.lower_is_better else ".2f"
 
     def by_seed(self, row: ReportRow) -> dict[int, float]:
         """Values of the runs that have one."""
@@ -165,17 +125,78 @@ class Metric:
 
 @dataclass(frozen=True)
 class Published:
-    """The paper's figure of a row, and our direction compared with the paper's."""
+    """The paper's figure of a row."""
 
-    experiment: Experiment
     value: float | None
     unbiased: float | None
     """The value without the bias of the released evaluation; None if the bias is not known."""
     difference: float | None
     """Difference to the baseline, in the metric's unit."""
     trained: bool
-    direction: str | None
-    """`same`, `opposite`, `within noise` or `one seed`; None if there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One column of a table, or the runs of a figure, at one scale."""
+
+    name: str
+    scale: str
+    target: str
+    """Table or figure, such as "Table 1"."""
+    column: str
+    """Heading of the column, such as "130M"."""
+    size: int
+    """Parameters at scale=paper; orders the columns."""
+    setting: str
+    """Shape, data and length at this scale."""
+    paper: Mapping[str, Any]
+    """The `paper:` block of the experiment's file."""
+    rows: tuple[ReportRow, ...]
+    axes: Mapping[str, float] = field(default_factory=dict)
+    """Settings that an experiment may vary, by name (`experiments.axis_values`)."""
+
+    @property
+    def axis(self) -> str | None:
+        """The setting that this family of experiments varies, a key of `axes`."""
+        return self.paper.get("axis")
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """Metrics with published figures; the experiment's own metric too if runs have it."""
+        names = dict.fromkeys(name for row in self.rows for name in row.published)
+        own = self.paper.get("metric", "")
+        if any(own in run.record for row in self.rows for run in row.runs) and (names or self.axis):
+            names[own] = None
+        return [Metric(name) for name in names]
+
+    @property
+    def baseline(self) -> int:
+        """Index of the row that the others are compared with."""
+        return next((index for index, row in enumerate(self.rows) if row.name == BASELINE), 0)
+
+    @property
+    def heading(self) -> str:
+        return self.column or self.name
+
+    @property
+    def has_runs(self) -> bool:
+        return any(row.runs for row in self.rows)
+
+    def published(self, metric: Metric) -> list[Published]:
+        """The paper's figures of all rows; differences are without the bias of the released evaluation."""
+        batches = self.paper.get("evaluation_batches") if metric.lower_is_better else None
+        values = [row.published.get(metric.name) for row in self.rows]
+        unbiased = [metric.unbiased(value, batches) if value and batches else None for value in values]
+        best = [corrected or value for value, corrected in zip(values, unbiased, strict=True)]
+        lowest = min((value for value in best if value is not None), default=None)
+        figures = []
+        for index, value in enumerate(best):
+            base = best[self.baseline] if index != self.baseline else None
+            difference = None if value is None or base is None else metric.difference(value, base)
+            above = 0.0 if value is None or lowest is None else metric.difference(value, lowest)
+            trained = not metric.lower_is_better or above <= UNTRAINED
+            figures.append(Published(values[index], unbiased[index], difference, trained))
+        return figures
 
 
 @dataclass(frozen=True)
@@ -188,16 +209,23 @@ class Comparison:
     """Our values over seeds; None if the row was not run."""
     untrained: int
     """Number of runs in `sample` that did not train."""
-    failures: tuple[str, ...]
-    """Reasons of runs that diverged."""
     difference: Difference | None
     """Difference to the baseline; None for the baseline, and if the two share no seed."""
     unpaired: tuple[int, ...]
     """Seeds that only one of row and baseline has; the difference leaves them out."""
     published: tuple[Published, ...]
     """Published figures, one for each experiment of the column."""
-    test: tuple[str, str, str]
-    """Identifies the comparison: comparisons with the same runs and metric are one test."""
+    key: tuple[str, ...]
+    """Identifies the runs and the metric: comparisons with the same key are one statistical test."""
+
+    @property
+    def failures(self) -> list[str]:
+        """Reasons of runs that diverged."""
+        return [run.failure for run in self.row.runs if run.failure]
+
+    def direction(self, published: Published) -> str | None:
+        """`same`, `opposite`, `within noise` or `one seed`; None if there is nothing to compare."""
+        return self.difference.direction(published.difference) if self.difference else None
 
 
 @dataclass(frozen=True)
@@ -213,13 +241,14 @@ class Column:
     @cached_property
     def rows(self) -> tuple[ReportRow, ...]:
         """Rows of the first experiment, with the labels of all experiments."""
-        aligned = zip(*(experiment.rows for experiment in self.experiments), strict=True)
-        labels = [", ".join(dict.fromkeys(row.label for row in rows)) for rows in aligned]
-        public = {name for name, row in self.first.paper.get("rows", {}).items() if "subject" in row}
-        if self.first.scale != "paper":
-            names = [row.name for row in self.first.rows]
-            labels = [f"stand-in for {x}" if name in public else x for name, x in zip(names, labels, strict=True)]
-        return tuple(replace(row, label=label) for row, label in zip(self.first.rows, labels, strict=True))
+        rows = []
+        for same_runs in zip(*(experiment.rows for experiment in self.experiments), strict=True):
+            label = ", ".join(dict.fromkeys(row.label for row in same_runs))
+            entry = self.first.paper.get("rows", {}).get(same_runs[0].name, {})
+            if "subject" in entry and self.first.scale != "paper":
+                label = f"stand-in for {label}"
+            rows.append(replace(same_runs[0], label=label))
+        return tuple(rows)
 
     @cached_property
     def baseline(self) -> ReportRow:
@@ -228,10 +257,6 @@ class Column:
     @property
     def heading(self) -> str:
         return ", ".join(experiment.heading for experiment in self.experiments)
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({run.seed for row in self.rows for run in row.runs})
 
     @property
     def metrics(self) -> list[Metric]:
@@ -248,26 +273,28 @@ class Column:
         """Metric by metric, every row in the paper's order."""
         return [comparison for metric in self.metrics for comparison in self.compare(metric)]
 
-    def compare(self, metric: Metric) -> list[Comparison]:
-        """Compare every row with the baseline."""
-        values = [metric.by_seed(row) for row in self.rows]
-        base = values[self.first.baseline]
+    def compare(self, metric: Metric | None) -> list[Comparison]:
+        """Compare every row with the baseline in a metric; empty without a metric."""
+        if metric is None:
+            return []
+        base = metric.by_seed(self.baseline)
+        published = zip(*(experiment.published(metric) for experiment in self.experiments), strict=True)
         comparisons = []
-        for index, (row, mine) in enumerate(zip(self.rows, values, strict=True)):
-            is_baseline = row is self.baseline
-            pairs = [metric.difference(mine[seed], base[seed]) for seed in sorted(mine.keys() & base.keys())]
-            ours = Difference.of(pairs) if pairs and not is_baseline and all(map(math.isfinite, pairs)) else None
+        for row, figures in zip(self.rows, published, strict=True):
+            values = metric.by_seed(row)
+            pairs = [metric.difference(values[seed], base[seed]) for seed in sorted(values.keys() & base.keys())]
+            compared = pairs and row is not self.baseline and all(map(math.isfinite, pairs))
+            untrained = [run for run in row.runs if run.seed in values and metric.lower_is_better and stuck(run.record)]
             comparisons.append(
                 Comparison(
-                    row,
-                    metric,
-                    Sample.of(list(mine.values())) if mine else None,
-                    sum(stuck(r.record) for r in row.runs if r.seed in mine) if metric.lower_is_better else 0,
-                    tuple(run.failure for run in row.runs if run.failure),
-                    ours,
-                    tuple(sorted(mine.keys() ^ base.keys())) if mine and base else (),
-                    tuple(published_figure(experiment, index, metric, ours) for experiment in self.experiments),
-                    (row.run_id, self.baseline.run_id, metric.name),
+                    row=row,
+                    metric=metric,
+                    sample=Sample.of(list(values.values())) if values else None,
+                    untrained=len(untrained),
+                    difference=Difference.of(pairs) if compared else None,
+                    unpaired=tuple(sorted(values.keys() ^ base.keys())) if values and base else (),
+                    published=figures,
+                    key=(row.run_id, self.baseline.run_id, metric.name),
                 )
             )
         return comparisons
@@ -289,57 +316,35 @@ def nearest_step(steps: Sequence[int], fraction: float) -> int:
     return min(range(len(steps)), key=lambda index: abs(steps[index] - fraction * steps[-1]))
 
 
-def published_figure(experiment: Experiment, index: int, metric: Metric, ours: Difference | None) -> Published:
-    """The paper's figure of a row of an experiment.
+# Groups of experiments -----------------------------------------------------------------------------------------------
 
-    Args:
-        experiment: holds the published figures.
-        index: index of the row.
-        metric: metric of the figure.
-        ours: our difference to the baseline.
-    """
-    values = [row.published.get(metric.name) for row in experiment.rows]
-    batches = experiment.paper.get("evaluation_batches") if metric.lower_is_better else None
-    unbiased = [None if value is None or batches is None else metric.unbiased(value, batches) for value in values]
-    best = [value if better is None else better for value, better in zip(values, unbiased, strict=True)]
-    value, base = best[index], best[experiment.baseline]
-    known = [other for other in best if other is not None]
-    compared = value is not None and base is not None and index != experiment.baseline
-    difference = metric.difference(value, base) if compared else None
-    return Published(
-        experiment,
-        values[index],
-        unbiased[index],
-        difference,
-        value is None or not (metric.lower_is_better and metric.difference(value, min(known)) > UNTRAINED),
-        None if ours is None else ours.direction(difference),
-    )
+Targets = Mapping[str, Mapping[str, Sequence[Experiment]]]
+"""Experiments by target and scale."""
 
 
 def columns(experiments: Iterable[Experiment]) -> list[Column]:
     """The columns of one target and scale, by size; experiments that share all runs are one column."""
-    together: dict[tuple[tuple[str, str], ...], list[Experiment]] = {}
+    by_runs: dict[tuple[tuple[str, str], ...], list[Experiment]] = {}
     for experiment in experiments:
-        together.setdefault(tuple((row.name, row.run_id) for row in experiment.rows), []).append(experiment)
-    return [Column(tuple(group)) for group in together.values()]
+        by_runs.setdefault(tuple((row.name, row.run_id) for row in experiment.rows), []).append(experiment)
+    return [Column(tuple(group)) for group in by_runs.values()]
 
 
-def by_target(experiments: Iterable[Experiment]) -> dict[str, dict[str, list[Experiment]]]:
+def by_target(experiments: Iterable[Experiment]) -> Targets:
     """Experiments by target and scale: tables, figures, then the rest; each by the varied setting and by size."""
 
     def key(e: Experiment) -> tuple[Any, ...]:
-        return (*target_order(e.target), SCALES.index(e.scale), e.axes.get(e.paper.get("axis", ""), 0), e.size, e.name)
+        return (*target_order(e.target), SCALES.index(e.scale), e.axes.get(e.axis or "", 0), e.size, e.name)
 
-    ordered = sorted(experiments, key=key)
-    return {
-        target: {scale: list(group) for scale, group in groupby(of_target, key=lambda e: e.scale)}
-        for target, of_target in groupby(ordered, key=lambda e: e.target)
-    }
+    targets: dict[str, dict[str, list[Experiment]]] = {}
+    for experiment in sorted(experiments, key=key):
+        targets.setdefault(experiment.target, {}).setdefault(experiment.scale, []).append(experiment)
+    return targets
 
 
 def target_order(target: str) -> tuple[int, int, str]:
     """Sorts "Table 2" before "Table 10" before "Figure 1" before anything else."""
     kind, _, number = target.partition(" ")
-    kinds = ("Table", "Figure")
-    known = kind in kinds and number.isdecimal()
-    return (kinds.index(kind) if known else len(kinds), int(number) if known else 0, target)
+    if kind in ("Table", "Figure") and number.isdecimal():
+        return (("Table", "Figure").index(kind), int(number), target)
+    return (2, 0, target)

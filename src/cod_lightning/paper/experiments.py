@@ -13,12 +13,10 @@ import yaml
 from cod_lightning.config.compose import choices, compose, config_folder, parse
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.evaluate.lm_eval import SCORES_FILE
 from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
-from cod_lightning.paper.results import find_results, load_measures, load_task_scores, read_object, record_path
+from cod_lightning.paper.results import load_runs, record_path
 from cod_lightning.train import estimate
-from cod_lightning.train.record import FAILURE
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,12 @@ class Row:
         if self.source is not None:
             config = init_from_run(config, self.source.config_for(seed).folder)
         return replace(config, name=f"{config.scale}/{config.label}")
+
+    def run_id(self, seed: int) -> str:
+        """Key of `load_runs`; a public model has the same for all seeds."""
+        if self.public_model is not None:
+            return f"{self.config.scale}/{Path(self.public_model).name}"
+        return self.config_for(seed).id
 
     def cli_args(self, seed: int) -> tuple[str, ...]:
         """Arguments of `fit` that train the run of a seed."""
@@ -137,24 +141,22 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) ->
     A run that diverged is not repeated: the same configuration would diverge again.
 
     Raises:
-        UserError: as `find_results`.
+        UserError: as `load_runs`.
     """
-    done = find_results(results)
+    runs = load_runs(results)
     tasks: dict[str, Task] = {}
 
     def add(row: Row, seed: int, needs_weights: bool = False) -> None:
-        config = row.config_for(seed)
-        key = row.public_model or config.id
-        folder = done.get(key) if row.public_model is None else results / config.scale / Path(row.public_model).name
-        if folder is not None and (folder / FAILURE).is_file():
+        key = row.run_id(seed)
+        run = runs.get(key)
+        if run is not None and run.failure:
             return
-        wanted = row.config.paper.get("measures", ())
-        missing = {name for name in wanted if folder is None or not (folder / f"{name}.json").is_file()}
-        if folder is None or missing or needs_weights:
-            if row.source is not None:  # the results folder keeps no weights
+        missing = set(row.config.paper.get("measures", ())) - (run.measures.keys() if run else set())
+        if run is None or missing or needs_weights:
+            if row.source is not None:  # the results folder has no weights
                 checkpoints = row.source.config_for(seed).folder / "checkpoints"
                 add(row.source, seed, needs_weights=not checkpoints.is_dir())
-            tasks.setdefault(key, Task(row, config, row.cli_args(seed), set())).measures.update(missing)
+            tasks.setdefault(key, Task(row, row.config_for(seed), row.cli_args(seed), set())).measures.update(missing)
 
     for seed in seeds:
         for row in rows:
@@ -171,71 +173,38 @@ def load_experiments(rows: Iterable[Row], results: Path) -> list[Experiment]:
     Raises:
         UserError: a result cannot be read; the runs of one table have different corpora or scales.
     """
-    records = {run_id: (folder, read_object(record_path(folder))) for run_id, folder in find_results(results).items()}
-    seeds = sorted({record["seed"] for _, record in records.values()})
+    runs = load_runs(results)
+    seeds = sorted({run.seed for run in runs.values()})
     rows = list(rows)  # composed here, after a damaged record is reported
-
-    def runs_of(row: Row) -> Iterator[Run]:
-        if row.public_model is not None:
-            if measures := load_measures(results / row.config.scale / Path(row.public_model).name):
-                yield Run(0, {}, measures)
-            return
-        for seed in seeds:
-            if (folder_and_record := records.get(row.config_for(seed).id)) is not None:
-                folder, record = folder_and_record
-                yield Run(seed, record | load_task_scores(folder / SCORES_FILE), load_measures(folder), folder)
-
     sizes = {row.experiment: num_parameters(row.config) for row in rows if row.config.scale == "paper"}
-    for row in rows:
-        if row.experiment not in sizes:
-            sizes[row.experiment] = num_parameters(compose([f"experiments={row.experiment}"]))
-    loaded, tables = [], dict[tuple[str, str], list[Run]]()
+    experiments, tables = [], dict[tuple[str, str], list[Run]]()
     for (name, scale), group in groupby(rows, key=lambda row: (row.experiment, row.config.scale)):
         group_rows = list(group)
         config = group_rows[0].config
-        report_rows = tuple(report_row(row, tuple(runs_of(row))) for row in group_rows)
+        if name not in sizes:
+            sizes[name] = num_parameters(compose([f"experiments={name}"]))
+        report_rows = []
+        for row in group_rows:
+            ids = dict.fromkeys(row.run_id(seed) for seed in seeds)
+            report_rows.append(report_row(row, tuple(runs[run_id] for run_id in ids if run_id in runs)))
         target = config.paper.get("target", name)
         tables.setdefault((target, scale), []).extend(run for row in report_rows for run in row.runs)
-        loaded.append(
+        experiments.append(
             Experiment(
                 name=name,
                 scale=scale,
                 target=target,
                 column=str(config.paper.get("column", "")),
                 size=sizes[name],
-                title=config.description,
                 setting=describe_setting(group_rows[0]),
                 paper=config.paper,
                 axes=axis_values(config),
-                rows=report_rows,
+                rows=tuple(report_rows),
             )
         )
-    for (target, scale), runs in tables.items():
-        check_comparable(f"{target}, scale={scale}", scale, runs)
-    return loaded
-
-
-def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:
-    """Check that the runs of a table have its scale and one corpus.
-
-    Raises:
-        UserError: names two runs of different scales or corpora.
-    """
-    first: dict[str, Run] = {}
-    for run in runs:
-        if (recorded := run.record.get("config", {}).get("scale", scale)) != scale:
-            raise UserError(
-                f"{table} mixes two scales: {record_path(run.folder)} is a run at "
-                f"scale={recorded}; move it out of the results folder"
-            )
-        if fingerprint := run.record.get("data_fingerprint"):
-            first.setdefault(str(fingerprint), run)
-    if len(first) > 1:
-        (data_a, a), (data_b, b) = list(first.items())[:2]
-        raise UserError(
-            f"{table} mixes two corpora: {record_path(a.folder)} has data {data_a[:16]}, "
-            f"{record_path(b.folder)} has data {data_b[:16]}; move the runs of one corpus out of the results folder"
-        )
+    for (target, scale), table_runs in tables.items():
+        check_comparable(f"{target}, scale={scale}", scale, table_runs)
+    return experiments
 
 
 def report_row(row: Row, runs: tuple[Run, ...]) -> ReportRow:
@@ -247,7 +216,7 @@ def report_row(row: Row, runs: tuple[Run, ...]) -> ReportRow:
         label=row.spec.get("label", row.name),
         published=dict(published),
         note=row.spec.get("note"),
-        run_id=row.public_model or row.config_for(0).id,
+        run_id=row.run_id(0),
         runs=runs,
         gpu_hours=gpu_hours(row),
     )
@@ -255,10 +224,28 @@ def report_row(row: Row, runs: tuple[Run, ...]) -> ReportRow:
 
 def gpu_hours(row: Row) -> float | None:
     """Estimated GPU-hours of one run at scale=paper; None if nothing is trained."""
-    config = row.config
-    if config.scale != "paper" or row.public_model is not None:
-        return None
-    return estimate.gpu_hours(config)
+    trained = row.config.scale == "paper" and row.public_model is None
+    return estimate.gpu_hours(row.config) if trained else None
+
+
+def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:
+    """Check that the runs of a table have its scale and one corpus.
+
+    Raises:
+        UserError: names two runs of different scales or corpora.
+    """
+    first_of_corpus: dict[str, Run] = {}
+    for run in runs:
+        if (recorded := run.record.get("config", {}).get("scale", scale)) != scale:
+            raise UserError(
+                f"{table} mixes two scales: {record_path(run.folder)} is a run at "
+                f"scale={recorded}; move it out of the results folder"
+            )
+        if fingerprint := run.record.get("data_fingerprint"):
+            first_of_corpus.setdefault(str(fingerprint), run)
+    if len(first_of_corpus) > 1:
+        a, b, *_ = (f"{record_path(run.folder)} has data {data[:16]}" for data, run in first_of_corpus.items())
+        raise UserError(f"{table} mixes two corpora: {a}, {b}; move the runs of one corpus out of the results folder")
 
 
 # Descriptions --------------------------------------------------------------------------------------------------------
@@ -280,18 +267,18 @@ def describe_setting(row: Row) -> str:
     model, data = config.model, config.data
     size = f"{num_parameters(config) / 1e6:,.1f}M parameters"
     shape = f"{model.num_hidden_layers} blocks of width {model.hidden_size}, {size}"
-    if row.public_model is not None:
-        return f"{row.public_model}, {shape}; {data.source}, sequences of {data.seq_len} tokens"
     if config.task == "vision":
         inputs = f"{config.images.source} images of {config.images.size} pixels"
     else:
         inputs = f"{data.source}, sequences of {data.seq_len} tokens"
+    if row.public_model is not None:
+        return f"{row.public_model}, {shape}; {inputs}"
     if "tasks" in config.paper and row.tasks is None:
         inputs += ", scored by accuracy on held-out answers instead of the paper's tasks"
     tokens = data.batch_size * sequence_length(config)
     return (
         f"{shape}; {inputs}, protocol={config.protocol}; {config.trainer.max_steps:,} steps of {tokens:,} tokens, "
-        f"{format_tokens(training_tokens(config))} tokens in all"
+        f"{format_tokens(training_tokens(config))} tokens in total"
     )
 
 

@@ -40,21 +40,30 @@ def variance_at(fraction: float) -> Callable[[list[int], np.ndarray], float]:
     return lambda steps, variance: float(variance[nearest_step(steps, fraction)][-1])
 
 
+def depth_ratio(_: list[int], variance: np.ndarray) -> float:
+    """Variance after the last layer divided by that after the first, at the end of the run."""
+    return float(variance[-1][-1] / variance[-1][0])
+
+
 def loss_increases(removal: Mapping[str, Any]) -> list[float]:
     """Increase of the loss without each block (nats)."""
     return [loss - removal["loss"] for loss in removal["losses"]]
 
 
-def deeper_mean(values: Sequence[float | None]) -> float:
-    """Mean over the deeper half of the layers."""
+def halves(values: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """Values of the shallower and of the deeper half of the layers."""
     known = [value for value in values if value is not None]
-    return fmean(known[len(known) // 2 :])
+    return known[: len(known) // 2], known[len(known) // 2 :]
+
+
+def deeper_mean(values: Sequence[float | None]) -> float:
+    return fmean(halves(values)[1])
 
 
 def deeper_less_shallower(values: Sequence[float | None]) -> float:
-    """Median over the deeper half of the layers minus that over the other half; no single layer dominates it."""
-    known = [value for value in values if value is not None]
-    return median(known[len(known) // 2 :]) - median(known[: len(known) // 2])
+    """Difference of the medians of both halves; no single layer dominates it."""
+    shallower, deeper = halves(values)
+    return median(deeper) - median(shallower)
 
 
 def largest_share(increases: Sequence[float]) -> float:
@@ -74,17 +83,16 @@ def final_loss(run: Run) -> float | None:
 
 LAST_VARIANCE = recorded_variance(variance_at(1.0))
 DEEP_ANGLE = measure("angular", lambda result: deeper_mean(result["distances"][0]))
-DEEP_COST = measure("removal", lambda result: deeper_mean(loss_increases(result)))
 LAYERS: dict[str, Quantity] = {
     "angular distance to the next layer, deeper half": DEEP_ANGLE,
-    "increase of the loss without a block, deeper half (nats)": DEEP_COST,
+    "increase of the loss without a block, deeper half (nats)": measure(
+        "removal", lambda result: deeper_mean(loss_increases(result))
+    ),
 }
 VARIANCE: dict[str, Quantity] = {
     "variance after the last layer, end of the run": LAST_VARIANCE,
     "highest during the run": recorded_variance(lambda _, variance: float(variance[:, -1].max())),
-    "last layer / first layer, end of the run": recorded_variance(
-        lambda _, variance: float(variance[-1][-1] / variance[-1][0])
-    ),
+    "last layer / first layer, end of the run": recorded_variance(depth_ratio),
 }
 DEPTH = {"variance after the last layer": LAST_VARIANCE, **LAYERS}
 QUANTITIES: dict[str, dict[str, Quantity]] = {
@@ -126,13 +134,9 @@ def quantity_rows(column: Column) -> list[list[str]]:
     for row in column.rows:
         values = [[v for run in row.runs if (v := q(run)) is not None] for q in quantities_of(column).values()]
         if any(values):
-            cells = [format_sample(Sample.of(seeds)) if seeds else "not measured" for seeds in values]
+            cells = [Sample.of(seeds).format(".3g", ".2g") if seeds else "not measured" for seeds in values]
             rows.append([row.label, *cells, str(max(map(len, values)))])
     return rows
-
-
-def format_sample(sample: Sample) -> str:
-    return f"{sample.mean:.3g}" + ("" if sample.sd is None else f" ± {sample.sd:.2g}")
 
 
 # Findings ------------------------------------------------------------------------------------------------------------
@@ -145,23 +149,29 @@ class Finding:
     statement: str
     rows: tuple[str, ...]
     """Names of the compared rows."""
-    number: Callable[..., float | None]
-    """Maps one run of each row to the number; None if something was not measured."""
+    number: Callable[..., float]
+    """Maps the quantity of each row to the number."""
+    quantity: Quantity
 
-
-def combine(number: Callable[..., float], *quantities: Quantity) -> Callable[..., float | None]:
-    """Apply `number` to one quantity of each run, unless one is missing."""
-
-    def combined(*runs: Run) -> float | None:
-        values = [quantity(run) for quantity, run in zip(quantities, runs, strict=True)]
-        return None if None in values else number(*values)
-
-    return combined
+    def evaluate(self, runs: Sequence[Run]) -> float | None:
+        """The number for one run of each row; None if something was not measured."""
+        values = [self.quantity(run) for run in runs]
+        return None if None in values else self.number(*values)
 
 
 def smaller(statement: str, less: str, more: str, quantity: Quantity) -> Finding:
     """One row has less of a positive quantity than another: the logarithm of their ratio."""
-    return Finding(statement, (less, more), combine(lambda a, b: math.log(b / a), quantity, quantity))
+    return Finding(statement, (less, more), lambda a, b: math.log(b / a), quantity)
+
+
+def positive(statement: str, row: str, quantity: Quantity) -> Finding:
+    """A quantity of one row is positive."""
+    return Finding(statement, (row,), lambda value: value, quantity)
+
+
+def negative(statement: str, row: str, quantity: Quantity) -> Finding:
+    """A quantity of one row is negative."""
+    return Finding(statement, (row,), lambda value: -value, quantity)
 
 
 ANGLE_CHANGE = measure("angular", lambda result: deeper_less_shallower(result["distances"][0]))
@@ -169,69 +179,76 @@ COST_CHANGE = measure("removal", lambda result: deeper_less_shallower(loss_incre
 LARGEST_SHARE = measure("removal", lambda result: largest_share(loss_increases(result)))
 NEARER_TO_IDENTITY = measure("jacobian", lambda result: math.log(result["distance"][1] / result["distance"][-1]))
 """Compares the second block with the last: the first reads the embeddings and is far from I in any model."""
-DEPTH_GROWTH = recorded_variance(lambda _, variance: math.log(variance[-1][-1] / variance[-1][0]))
+DEPTH_GROWTH = recorded_variance(lambda steps, variance: math.log(depth_ratio(steps, variance)))
 TIME_GROWTH = recorded_variance(lambda steps, v: math.log(variance_at(0.3)(steps, v) / variance_at(0.05)(steps, v)))
 """Growth of the variance from 5 % to 30 % of the run, as in Figure 9."""
 
-
-def depth_findings(row: str, label: str, sign: int) -> tuple[Finding, Finding]:
-    """Deep blocks of a row do less (sign -1) or more (sign 1) than shallow ones."""
-    word = "more" if sign > 0 else "less"
-    return (
-        Finding(f"{label}: removing deep blocks costs {word}", (row,), combine(lambda x: sign * x, COST_CHANGE)),
-        Finding(f"{label}: deep blocks rotate the stream {word}", (row,), combine(lambda x: sign * x, ANGLE_CHANGE)),
-    )
-
-
 FINDINGS: dict[str, tuple[Finding, ...]] = {
-    "Figure 2": (*depth_findings("pre_ln", "Pre-LN", -1), *depth_findings("post_ln", "Post-LN", 1)),
+    "Figure 2": (
+        negative("Pre-LN: removing deep blocks costs less", "pre_ln", COST_CHANGE),
+        negative("Pre-LN: deep blocks rotate the stream less", "pre_ln", ANGLE_CHANGE),
+        positive("Post-LN: removing deep blocks costs more", "post_ln", COST_CHANGE),
+        positive("Post-LN: deep blocks rotate the stream more", "post_ln", ANGLE_CHANGE),
+    ),
     "Figure 4": (
         smaller("LNS: less final variance than Pre-LN", "lns", "pre_ln", LAST_VARIANCE),
         smaller("LNS: less final variance than Scaled Initialization", "lns", "scaled_init", LAST_VARIANCE),
     ),
-    "Figure 5": (Finding("Pre-LN: Jacobians approach I with depth", ("pre_ln",), NEARER_TO_IDENTITY),),
+    "Figure 5": (positive("Pre-LN: Jacobians approach I with depth", "pre_ln", NEARER_TO_IDENTITY),),
     "Figure 6": (smaller("LNS: lower final loss", "lns", "pre_ln", final_loss),),
     "Figure 7": (
         smaller("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
         Finding(
             "LNS: deep blocks rotate the stream more than under Pre-LN",
             ("lns", "pre_ln"),
-            combine(lambda lns, pre_ln: lns - pre_ln, DEEP_ANGLE, DEEP_ANGLE),
+            lambda lns, pre_ln: lns - pre_ln,
+            DEEP_ANGLE,
         ),
     ),
     "Figure 8": (smaller("LNS: less final variance", "after_branch", "pre_ln", LAST_VARIANCE),),
     "Figure 9": (
-        Finding("Pre-LN: the variance grows with depth", ("pre_ln",), DEPTH_GROWTH),
-        Finding("Pre-LN: the variance grows with training", ("pre_ln",), TIME_GROWTH),
+        positive("Pre-LN: the variance grows with depth", "pre_ln", DEPTH_GROWTH),
+        positive("Pre-LN: the variance grows with training", "pre_ln", TIME_GROWTH),
     ),
-    "Figure 10": depth_findings("language", "Pre-LN", -1),
+    "Figure 10": (
+        negative("Pre-LN: removing deep blocks costs less", "language", COST_CHANGE),
+        negative("Pre-LN: deep blocks rotate the stream less", "language", ANGLE_CHANGE),
+    ),
 }
 """Findings by figure. Figure 3 and the theorems state nothing that could be compared with a number."""
 
 
 @dataclass(frozen=True)
-class FindingResult:
-    """A finding of the paper compared with ours."""
+class ClaimResult:
+    """A claim of the paper compared with our runs."""
 
+    key: tuple[str, ...]
+    """Claims with the same key are one statistical test, whichever tables list them."""
+    target: str
+    column: str
+    label: str
+    """The row of a table, or the statement about a figure."""
     statement: str
-    difference: Difference | None
-    """Difference, positive if the statement holds; None if it was not measured."""
+    """The claim in words."""
     direction: str | None
-    test: tuple[str, ...]
-    """Identifies the comparison: findings with the same statement about the same runs are one test."""
+    """Direction compared with the paper; None if the paper prints no figure."""
+    difference: Difference
+    """For a statement about a figure: positive if it holds."""
 
 
-def finding_results(column: Column) -> list[FindingResult]:
-    """The findings of a column's figure about rows that were run."""
+def finding_results(column: Column) -> list[ClaimResult]:
+    """The findings of a column's figure that were measured."""
     results = []
-    rows = {row.name: row for row in column.rows if row.runs}
+    rows = {row.name: row for row in column.rows}
     for finding in FINDINGS.get(column.first.target, ()):
         if not set(finding.rows) <= rows.keys():
             continue
-        runs = [{run.seed: run for run in rows[name].runs} for name in finding.rows]
-        seeds = sorted(set.intersection(*map(set, runs)))
-        numbers = [number for seed in seeds if (number := finding.number(*(r[seed] for r in runs))) is not None]
-        ours = Difference.of(numbers) if numbers else None
-        test = (finding.statement, *(rows[name].run_id for name in finding.rows))
-        results.append(FindingResult(finding.statement, ours, ours.direction(1.0) if ours else None, test))
+        by_seed = [{run.seed: run for run in rows[name].runs} for name in finding.rows]
+        seeds = sorted(set.intersection(*map(set, by_seed)))
+        numbers = [finding.evaluate([runs[seed] for runs in by_seed]) for seed in seeds]
+        if measured := [number for number in numbers if number is not None]:
+            ours, text = Difference.of(measured), finding.statement
+            key = (text, *(rows[name].run_id for name in finding.rows))
+            target, heading = column.first.target, column.heading
+            results.append(ClaimResult(key, target, heading, text, text, ours.direction(1.0), ours))
     return results

@@ -2,86 +2,75 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from cod_lightning.paper.claims import Column, ReportRow, nearest_step
-from cod_lightning.paper.figures import figure_grid, mean_of, panel_title, row_colour, sd_of
+from cod_lightning.paper.figures import figure_grid, panel_title, row_colour
 from cod_lightning.paper.findings import loss_increases
-from cod_lightning.plots import COLOURS, DEPTH_COLOURS, lines_by_depth, style
+from cod_lightning.plots import layer_lines, lines_by_depth, style
 
 
-def results_of(row: ReportRow, measure: str) -> list[Mapping[str, Any]]:
-    """Results of a measure, one for each run that has it."""
-    return [run.measures[measure] for run in row.runs if measure in run.measures]
+def by_seed(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """A field of the results of a measure [runs, ...]; None becomes NaN."""
+    return np.array([result[name] for result in results], dtype=float)
 
 
-def mean_line(axes: Axes, series: Sequence[Sequence[float]], colour: Any, label: str) -> None:
-    """Mean over seeds by layer, with a band of one standard deviation."""
-    mean, sd = mean_of(series), sd_of(series)
-    layers = np.arange(1, len(mean) + 1)
-    axes.plot(layers, mean, color=colour, marker="o", ms=3, label=label)
-    axes.fill_between(layers, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
+def sd_of(values: np.ndarray) -> np.ndarray:
+    """Standard deviation over the first dimension, zero for a single value."""
+    return np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
 
 
 @style()
 def angle_and_removal(column: Column) -> Figure | None:
     """Figures 2, 3, 7 and 10: angular distances between layers, and the increase of the loss without each block."""
-    maps = {
-        row.name: mean_of(r["distances"] for r in results)
-        for row in column.rows
-        if (results := results_of(row, "angular"))
-    }
-    costs = {
-        row.name: list(map(loss_increases, results)) for row in column.rows if (results := results_of(row, "removal"))
-    }
-    rows = [row for row in column.rows if row.name in maps or row.name in costs]
-    parts = bool(maps) + bool(costs)
+    angles, costs = {}, {}
+    for row in column.rows:
+        if results := row.results("angular"):
+            angles[row.name] = by_seed(results, "distances").mean(axis=0)
+        if results := row.results("removal"):
+            costs[row.name] = np.array([loss_increases(result) for result in results])
+    rows = [row for row in column.rows if row.name in angles or row.name in costs]
     if not rows:
         return None
+    parts = bool(angles) + bool(costs)
     figure, axes = figure_grid(0.4 + 2.6 * parts, rows=parts, columns=len(rows), sharey="row")
-    if maps:
-        highest = max(float(np.nanmax(values)) for values in maps.values())
+    for panel, row in zip(axes[0], rows, strict=True):
+        panel.set_title(row.label)
+    if angles:
+        highest = max(float(np.nanmax(distances)) for distances in angles.values())
         for panel, row in zip(axes[0], rows, strict=True):
-            if row.name in maps:
-                end = len(maps[row.name]) + 0.5
-                image = panel.imshow(
-                    maps[row.name],
-                    **{"aspect": "auto", "origin": "lower", "interpolation": "nearest"},
-                    **{"extent": (0.5, end, 0.5, end), "vmin": 0, "vmax": highest},
-                )
+            if row.name in angles:
+                distances = angles[row.name]
+                end = len(distances) + 0.5
+                options: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+                image = panel.imshow(distances, extent=(0.5, end, 0.5, end), vmin=0, vmax=highest, **options)
             panel.grid(False)
-            panel.set(title=row.label, xlabel="layer $l$")
+            panel.set_xlabel("layer $l$")
         axes[0][0].set_ylabel("$n$")
         figure.colorbar(image, ax=axes[0], label="angular distance of $x_l$ and $x_{l+n}$")
     if costs:
         for panel, row in zip(axes[-1], rows, strict=True):
             if row.name in costs:
-                mean, sd = mean_of(costs[row.name]), sd_of(costs[row.name])
-                bars = sd if sd.any() else None
-                panel.bar(np.arange(1, len(mean) + 1), mean, color=row_colour(row, rows), yerr=bars)
+                mean, sd = costs[row.name].mean(axis=0), sd_of(costs[row.name])
+                panel.bar(range(1, len(mean) + 1), mean, color=row_colour(row, rows), yerr=sd if sd.any() else None)
             panel.set_yscale("symlog", linthresh=1e-3)
-            panel.set(xlabel="removed layer", **({} if maps else {"title": row.label}))
+            panel.set_xlabel("removed layer")
         axes[-1][0].set_ylabel("increase of the loss, nats")
     return figure
 
 
-def recorded_variances(column: Column) -> list[tuple[ReportRow, list[int], np.ndarray, np.ndarray]]:
-    """Row, steps, mean and standard deviation of the variance [steps, layers] of every row that recorded it."""
+def recorded_variances(column: Column) -> list[tuple[ReportRow, list[int], np.ndarray]]:
+    """Row, steps and variance [runs, steps, layers] of every row that recorded it."""
     recorded = []
     for row in column.rows:
         if series := [run.history["layers"] for run in row.runs if "layers" in run.history]:
-            variances = [np.array(layers["variance"], dtype=float) for layers in series]
-            recorded.append((row, series[0]["step"], mean_of(variances), sd_of(variances)))
+            recorded.append((row, series[0]["step"], by_seed(series, "variance")))
     return recorded
 
 
@@ -91,19 +80,15 @@ def variance_over_steps(column: Column) -> Figure | None:
     recorded = recorded_variances(column)
     if not recorded:
         return None
-    across = min(len(recorded), 3)
-    down = math.ceil(len(recorded) / across)
-    figure, axes = figure_grid(0.5 + 2.6 * down, rows=down, columns=across, sharey=True)
-    norm = Normalize(1, max(recorded[0][2].shape[1], 2))
-    for panel, (row, steps, mean, _) in zip(axes.flat, recorded, strict=False):
+    figure, axes = figure_grid(3.1, columns=len(recorded), sharey=True)
+    norm = Normalize(1, max(recorded[0][2].shape[-1], 2))
+    for panel, (row, steps, variances) in zip(axes[0], recorded, strict=True):
+        mean = variances.mean(axis=0)
         colours = lines_by_depth(panel, steps, mean, norm)
         panel.set_title(row.label)
         last = f"last layer at the end: {mean[-1, -1]:.3g}"
         panel.text(0.97, 0.03, last, transform=panel.transAxes, ha="right", fontsize=8)
-    for panel in axes.flat[len(recorded) :]:
-        panel.set_visible(False)
-    for panel in axes[:, 0]:
-        panel.set_ylabel("variance of the residual stream")
+    axes[0][0].set_ylabel("variance of the residual stream")
     figure.colorbar(colours, ax=axes, label="layer")
     return figure
 
@@ -111,21 +96,17 @@ def variance_over_steps(column: Column) -> Figure | None:
 @style()
 def variance_by_layer(column: Column) -> Figure | None:
     """Figure 9: variance of the residual stream by layer at fractions of the run, one panel for each row."""
-    recorded, fractions = recorded_variances(column), column.first.paper["fractions"]
+    recorded = recorded_variances(column)
     if not recorded:
         return None
     figure, axes = figure_grid(3.2, columns=len(recorded), sharey=True)
-    shades = matplotlib.colormaps[DEPTH_COLOURS]
-    for panel, (row, steps, _, _) in zip(axes[0], recorded, strict=True):
-        series = [
-            np.array(run.history["layers"]["variance"], dtype=float) for run in row.runs if "layers" in run.history
-        ]
-        for index, fraction in enumerate(fractions):
-            at = nearest_step(steps, fraction)
-            colour = shades(0.85 * index / max(len(fractions) - 1, 1))
+    for panel, (row, steps, variances) in zip(axes[0], recorded, strict=True):
+        lines, errors = {}, {}
+        for at in (nearest_step(steps, fraction) for fraction in column.first.paper["fractions"]):
             label = f"step {steps[at]:,} of {steps[-1]:,} ({steps[at] / steps[-1]:.0%})"
-            mean_line(panel, [variance[at] for variance in series], colour, label)
-        panel.set(xlabel="layer", title=row.label)
+            lines[label], errors[label] = variances[:, at].mean(axis=0), sd_of(variances[:, at])
+        layer_lines(panel, lines, "", errors=errors)
+        panel.set_title(row.label)
         panel.legend()
     axes[0][0].set_ylabel("variance of the residual stream")
     return figure
@@ -134,7 +115,7 @@ def variance_by_layer(column: Column) -> Figure | None:
 @style()
 def mean_jacobians(column: Column) -> Figure | None:
     """Figure 5: Jacobians of five blocks, averaged over tokens, of the first seed; one line for each row."""
-    first_maps = [(row, maps[0]) for row in column.rows if (maps := results_of(row, "jacobian_map"))]
+    first_maps = [(row, maps[0]) for row in column.rows if (maps := row.results("jacobian_map"))]
     if not first_maps:
         return None
     across = max(len(result["layers"]) for _, result in first_maps)
@@ -173,28 +154,29 @@ def training_curves(row: ReportRow) -> dict[int, Curve]:
 @style()
 def loss_curves(column: Column) -> Figure | None:
     """Figure 6: training loss over the steps, published and ours, and below it the difference to the baseline."""
-    published = {
-        name: {0: (np.array(points, dtype=float)[:, 0], np.array(points, dtype=float)[:, 1])}
-        for name, points in (column.first.paper.get("published_curves") or {}).items()
+    published = {name: np.array(points).T for name, points in column.first.paper.get("published_curves", {}).items()}
+    panels = {
+        "published": {name: {0: (steps, losses)} for name, (steps, losses) in published.items()},
+        panel_title(column.first.scale, column): {r.name: c for r in column.rows if (c := training_curves(r))},
     }
-    ours = {row.name: curves for row in column.rows if (curves := training_curves(row))}
-    panels = {"published": published, panel_title(column.first.scale, column): ours}
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return None
     figure, axes = figure_grid(5.0, rows=2, columns=len(panels), sharex="col", height_ratios=(2, 1))
     for (top, bottom), (title, curves) in zip(axes.T, panels.items(), strict=True):
         base = curves.get(column.baseline.name, {})
+        marker = "o" if title == "published" else None
         for row in (row for row in column.rows if row.name in curves):
-            options = {"color": row_colour(row, column.rows), "marker": "o" if title == "published" else None, "ms": 3}
-            mine = curves[row.name]
-            steps = next(iter(mine.values()))[0]
-            top.plot(steps, mean_of(losses for _, losses in mine.values()), label=row.label, **options)
-            pairs = [curve_difference(mine[seed], base[seed]) for seed in mine if seed in base]
+            colour, own = row_colour(row, column.rows), curves[row.name]
+            steps = next(iter(own.values()))[0]
+            mean = np.mean([losses for _, losses in own.values()], axis=0)
+            top.plot(steps, mean, color=colour, marker=marker, ms=3, label=row.label)
+            pairs = [curve_difference(own[seed], base[seed]) for seed in own if seed in base]
             if row is not column.baseline and pairs:
-                mean, sd = mean_of(losses for _, losses in pairs), sd_of(losses for _, losses in pairs)
-                bottom.plot(pairs[0][0], mean, **options)
-                bottom.fill_between(pairs[0][0], mean - sd, mean + sd, color=options["color"], alpha=0.25, lw=0)
+                differences = np.array([losses for _, losses in pairs])
+                mean, sd = differences.mean(axis=0), sd_of(differences)
+                bottom.plot(pairs[0][0], mean, color=colour, marker=marker, ms=3)
+                bottom.fill_between(pairs[0][0], mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
         bottom.axhline(0, color="black", lw=0.8)
         top.set(ylabel="training loss, nats", title=title)
         top.legend()
@@ -204,40 +186,46 @@ def loss_curves(column: Column) -> Figure | None:
     return figure
 
 
+THEORY_FIELDS = (
+    *("variances", "lemma", "lemma_fitted", "recursion", "c", "gains"),
+    *("fitted_constants", "fitted_log_bound", "shape_log_bound"),
+)
+"""Fields of the measure `theory` that are drawn."""
+
+
 @style()
 def theorems(column: Column) -> Figure | None:
     """Variances and Jacobian norms of Pre-LN and LNS by layer, compared with their lemmas and theorems."""
-    results_by_row = [(row, results) for row in column.rows if (results := results_of(row, "theory"))]
-    if not results_by_row:
+    measured = [(row, results) for row in column.rows if (results := row.results("theory"))]
+    if not measured:
         return None
-    figure, axes = figure_grid(0.4 + 2.9 * len(results_by_row), rows=len(results_by_row), columns=2)
-    for (left, right), (row, results) in zip(axes, results_by_row, strict=True):
+    figure, axes = figure_grid(0.4 + 2.9 * len(measured), rows=len(measured), columns=2)
+    for (left, right), (row, results) in zip(axes, measured, strict=True):
         lemma, theorem = ("4.1", "4.2") if results[0]["lns"] else ("3.2", "3.3")
-        mean_line(left, [result["variances"] for result in results], COLOURS[0], "measured")
-        for name, label, line, colour in (
-            ("lemma", f"Lemma {lemma}, c = 1", "--", COLOURS[1]),
-            ("lemma_fitted", f"Lemma {lemma}, c fitted: {fmean(r['c'] for r in results):.2g}", ":", COLOURS[1]),
-            ("recursion", "the same, c = 1, from its own values", "-.", COLOURS[2]),
-        ):
-            mean = mean_of(result[name] for result in results)
-            left.plot(range(1, len(mean) + 1), mean, line, color=colour, label=label)
-        left.set(yscale="log", xlabel="layer $l$", ylabel="variance of $x_l$", title=f"{row.label}: variance")
+        mean = {name: by_seed(results, name).mean(axis=0) for name in THEORY_FIELDS}
+        lines = {
+            "measured": mean["variances"],
+            f"Lemma {lemma}, c = 1": mean["lemma"],
+            f"Lemma {lemma}, c fitted: {mean['c']:.2g}": mean["lemma_fitted"],
+            "the same, c = 1, from its own values": mean["recursion"],
+        }
+        errors: dict[str, Any] = {"measured": sd_of(by_seed(results, "variances"))}
+        layer_lines(left, lines, "variance of $x_l$", log=True, errors=errors)
+        left.set_title(f"{row.label}: variance")
         left.legend()
         if not results[0]["gains"]:
             right.set_visible(False)
             continue
-        mean_line(right, [result["gains"] for result in results], COLOURS[0], "measured")
-        bound = mean_of(result["fitted_log_bound"] for result in results)
-        a, b = mean_of(result["fitted_constants"] for result in results)
-        label = f"Theorem {theorem}, fitted: A = {a:.2g}, B = {b:.2g}"
-        right.plot(range(1, len(bound) + 1), np.exp(bound), "--", color=COLOURS[1], label=label)
-        shape_bound = mean_of(result["shape_log_bound"] for result in results)
-        if shape_bound.size:
-            right.plot([], [], " ", label=f"with A, B of the shapes, last layer: $e^{{{shape_bound[-1]:.0f}}}$")
-        right.set(xlabel="layer $l$", ylabel=r"$\|dy_l/dx_1\|_2$", title=f"{row.label}: Jacobian norm")
-        low, high = right.get_ylim()
-        if low <= 0 or high > 5 * low:
-            right.set_yscale("log")
+        a, b = mean["fitted_constants"]
+        bound = np.exp(mean["fitted_log_bound"])
+        lines = {"measured": mean["gains"], f"Theorem {theorem}, fitted: A = {a:.2g}, B = {b:.2g}": bound}
+        log = bool(max(lines["measured"].max(), bound.max()) > 5 * min(lines["measured"].min(), bound.min()))
+        errors = {"measured": sd_of(by_seed(results, "gains"))}
+        layer_lines(right, lines, r"$\|dy_l/dx_1\|_2$", log=log, errors=errors)
+        if mean["shape_log_bound"].size:
+            exponent = mean["shape_log_bound"][-1]
+            right.plot([], [], " ", label=f"with A, B of the shapes, last layer: $e^{{{exponent:.0f}}}$")
+        right.set_title(f"{row.label}: Jacobian norm")
         right.legend()
     return figure
 

@@ -14,6 +14,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.evaluate.lm_eval import SCORES_FILE
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.paper.claims import Run
 from cod_lightning.train.record import FAILURE, RECORD, check_record, is_number
 from cod_lightning.typed_json import from_json, read_json
 
@@ -26,33 +27,32 @@ RESULTS = Path("experiments/results")
 """Default results folder, from the top of a checkout: {scale}/{run label}/record.json and the measures."""
 
 
-def find_results(results: Path) -> dict[str, Path]:
-    """Folders of all recorded runs, also diverged ones, by run id.
+def load_runs(results: Path) -> dict[str, Run]:
+    """All runs in the results folder by id, also diverged ones; measured public models by "scale/name".
 
     Raises:
-        UserError: a record cannot be read.
+        UserError: a file is damaged.
     """
-    paths = [path for name in (FAILURE, RECORD) for path in sorted(results.glob(f"*/*/{name}"))]
-    return {from_dict(recorded_config(path), path).id: path.parent for path in paths}
+    runs = {}
+    for folder in sorted(results.glob("*/*")):
+        measures = load_measures(folder)
+        path = record_path(folder)
+        if path.is_file():
+            record = read_object(path)
+            try:
+                check_record(record)
+            except ValueError as error:
+                raise UserError(f"{path}: not a run record ({error}); remove it") from error
+            scores = load_task_scores(folder / SCORES_FILE)
+            runs[from_dict(record["config"], path).id] = Run(record["seed"], record | scores, measures, folder)
+        elif measures:
+            runs[f"{folder.parent.name}/{folder.name}"] = Run(0, {}, measures, folder)
+    return runs
 
 
 def record_path(folder: Path) -> Path:
     """The file that says how a run ended: its record, or why it diverged."""
     return folder / (RECORD if (folder / RECORD).exists() else FAILURE)
-
-
-def recorded_config(path: Path) -> dict[str, Any]:
-    """The configuration in a run record.
-
-    Raises:
-        UserError: the file is not a run record.
-    """
-    record = read_object(path)
-    try:
-        check_record(record)
-    except ValueError as error:
-        raise UserError(f"{path}: not a run record ({error}); remove it") from error
-    return record["config"]
 
 
 def save_result(folder: Path, results: Path, measures: Collection[str] = ()) -> None:

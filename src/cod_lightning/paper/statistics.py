@@ -30,6 +30,15 @@ class Sample:
     def of(cls: type[S], values: Sequence[float]) -> S:
         return cls(len(values), fmean(values), stdev(values) if len(values) > 1 else None)
 
+    @property
+    def spread(self) -> float | None:
+        """The number that follows ± in the report."""
+        return self.sd
+
+    def format(self, mean: str, spread: str) -> str:
+        """Mean ± spread, each in a format such as ".3g"; the mean alone for one seed."""
+        return f"{self.mean:{mean}}" + ("" if self.spread is None else f" ± {self.spread:{spread}}")
+
 
 @dataclass(frozen=True)
 class Difference(Sample):
@@ -39,6 +48,10 @@ class Difference(Sample):
     def margin(self) -> float | None:
         """Half the width of the 95 % interval of the mean (Student's t); None for one seed."""
         return None if self.sd is None else t_quantile(self.n - 1) * self.sd / math.sqrt(self.n)
+
+    @property
+    def spread(self) -> float | None:
+        return self.margin
 
     @property
     def beyond_noise(self) -> bool:
@@ -79,7 +92,7 @@ def t_tails(t: float, degrees: int) -> float:
 
 
 def t_quantile(degrees: int, level: float = LEVEL) -> float:
-    """The t whose tails hold `level` of the probability."""
+    """The t whose tails hold `level` of the probability, by bisection."""
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
@@ -87,14 +100,11 @@ def t_quantile(degrees: int, level: float = LEVEL) -> float:
     return high
 
 
-def holm(p_values: Mapping[K, float], level: float = LEVEL) -> set[K]:
-    """The tests that stay significant when the chance of one false positive among all is at most `level`.
-
-    Holm's step-down procedure holds for tests that depend on each other.
-    """
-    rejected: set[K] = set()
+def holm(p_values: Mapping[K, float]) -> set[K]:
+    """The tests that stay significant after Holm's step-down correction, which needs no independence of the tests."""
+    significant: set[K] = set()
     for rank, (key, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        if p > level / (len(p_values) - rank):
+        if p > LEVEL / (len(p_values) - rank):
             break
-        rejected.add(key)
-    return rejected
+        significant.add(key)
+    return significant
