@@ -121,7 +121,7 @@ def test_a_row_names_the_columns_if_they_disagree():
 
 def test_published_figures_are_listed_with_the_bias_undone(report):
     head, *rows = tables_of(report.markdown)["### Table 1: published"]
-    assert head == ["row", "130M (N + 1 undone)"]
+    assert head == ["row", "130M (corrected)"]
     assert ["pre_ln", "26.73 (26.85)"] in rows
     assert ["lns", "25.76 (25.88)"] in rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -20,8 +21,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from cod_lightning.paper.claims import Column, Metric, ReportRow
 from cod_lightning.plots import COLOURS, DEPTH_COLOURS, grid_figure, style
 
-WIDTH = 7.5
-"""Width of a figure in inches; 900 pixels."""
+figure_grid = partial(grid_figure, 7.5)
+"""`figure_grid(height, rows, columns)`: a figure 7.5 inches or 900 pixels wide, and its axes."""
 AXES = {
     "tokens": "training tokens",
     "blocks": "blocks",
@@ -29,11 +30,6 @@ AXES = {
     "embedding_std": "initial standard deviation of the embeddings",
 }
 """Labels of the settings that an experiment may vary (`paper.axis`)."""
-
-
-def figure_grid(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of the common width and its axes [rows, columns]."""
-    return grid_figure(WIDTH, height, rows, columns, **options)
 
 
 def row_colour(row: ReportRow, rows: Sequence[ReportRow]) -> str:

@@ -28,7 +28,7 @@ def published_tables(columns: Sequence[Column]) -> list[Table]:
     else:
         cells = []
         for experiment in experiments:
-            undone = " (N + 1 undone)" if "evaluation_batches" in experiment.paper else ""
+            undone = " (corrected)" if "evaluation_batches" in experiment.paper else ""
             cells.append((experiment.heading + undone, experiment, experiment.metrics[0]))
         tables = [published_table("row", cells)]
     return [table for table in tables if table.rows]
