@@ -22,10 +22,11 @@ from paper_builders import (
 )
 
 from cod_lightning.page import Table, html_page
-from cod_lightning.paper.claims import Column, Run
+from cod_lightning.paper.claims import Column, Run, by_target
 from cod_lightning.paper.figures import fit_sizes
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
+from cod_lightning.paper.verdict import summarize, verdict
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +34,22 @@ def report(experiments):
     return build_report(experiments, hardware="H100")
 
 
-def verdict_of(markdown):
-    return markdown.partition("# Reproduction\n\n")[2].partition("*The Curse of Depth")[0]
+def verdict_on(*experiments):
+    targets = by_target(experiments)
+    return verdict(targets, summarize(targets))
 
 
 def published_and(*experiments):
-    """A report on experiments at scale=toy; their rows at scale=paper were not run."""
-    return build_report([*map(without_runs, experiments), *experiments])
+    """Experiments at scale=toy, and the same at scale=paper, which were not run."""
+    return [*map(without_runs, experiments), *experiments]
 
 
 # Verdict -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_opens_with_the_headline_and_its_interval(report):
-    assert verdict_of(report.markdown).startswith(
+    assert report.markdown.startswith(
+        "# Reproduction\n\n"
         "**At scale=toy** (setting of toy, 3 seeds), LNS ends with a loss 0.367 nats lower than Pre-LN (95 % interval "
         "0.223 to 0.510). In the paper, the difference is -0.037 nats.\n"
     )
@@ -54,7 +57,7 @@ def test_the_report_opens_with_the_headline_and_its_interval(report):
 
 def test_the_verdict_lists_opposite_unsettled_and_untried_findings(experiments):
     untried = table(*rows_at("paper"), name="table9", target="Table 9", scale="paper")
-    text = verdict_of(build_report([*experiments, untried]).markdown)
+    text = verdict_on(*experiments, untried)
     assert "- Opposite: post_ln loses to pre_ln (-0.43 ± " in text
     assert "- Within noise: mix_ln beats pre_ln (+0.033 ± 0.29)." in text
     assert "Not run at any scale: Table 9. No runs at scale=paper, mini, small." in text
@@ -65,7 +68,7 @@ def test_the_verdict_has_at_most_150_words():
     rows = [row(name, 20.0 + i, run(1, 5.0 + i), run(2, 5.1 + i)) for i, name in enumerate(names)]
     many = [table(*rows, target=f"Table {n}", name=f"table{n}") for n in (1, 2)]
     others = [table(row("pre_ln", 1.0), target=f"Table {n}", name=f"table{n}") for n in range(3, 30)]
-    text = verdict_of(build_report([*map(without_runs, [*many, *others]), *many]).markdown)
+    text = verdict_on(*map(without_runs, others), *published_and(*many))
     assert 50 < len(text.split()) <= 150
     assert "more" in text
     assert "Not run at any scale: Tables 3, 4, 5" in text
@@ -73,18 +76,18 @@ def test_the_verdict_has_at_most_150_words():
 
 def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiments):
     small = table(*(replace(r, runs=r.runs[:1]) for r in rows_at("small", run_at="small")), scale="small")
-    text = verdict_of(build_report([*experiments, small]).markdown)
+    text = verdict_on(*experiments, small)
     assert "**At scale=small** (setting of small, 1 seed), LNS ends with a loss 0.400 nats lower" in text
     assert "Other claims at scale=toy (our difference ± half its 95 % interval):" in text
 
 
 def test_an_interval_that_holds_zero_may_be_noise():
     rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5)), row("lns", 19.0, run(1, 5.2), run(2, 5.1))]
-    assert ", which may be noise." in verdict_of(published_and(table(*rows)).markdown)
+    assert ", which may be noise." in verdict_on(*published_and(table(*rows)))
 
 
 def test_without_runs_nothing_was_tested(experiments):
-    assert verdict_of(build_report(experiments[:1]).markdown).startswith("No claim of the paper was tested.")
+    assert verdict_on(experiments[0]).startswith("No claim of the paper was tested.")
 
 
 def test_the_report_states_the_number_of_comparisons_and_holms_correction(report):
@@ -115,7 +118,7 @@ def test_a_row_names_the_columns_if_they_disagree():
         table(*with_published(rows_at("toy"), values), column=size, name=f"table1_{size}")
         for size, values in figures.items()
     ]
-    at_a_glance = tables_of(published_and(*sizes).markdown)["## At a glance"]
+    at_a_glance = tables_of(build_report(published_and(*sizes)).markdown)["## At a glance"]
     assert at_a_glance[1:] == [["Table 1", "toy", "3", "post_ln (250M); lns", "post_ln (130M)", "mix_ln"]]
 
 
@@ -159,7 +162,7 @@ def test_rows_that_did_not_train_or_diverged_are_marked():
     assert cells["deep_norm"] == f"{math.exp(6.99):.2f} ± 0.00 (did not train: 2 of 2)"
     assert cells["post_ln"] == "(failed: the loss is nan at step 3)"
     assert cells["mix_ln"] == "nan (did not train: 1 of 1)"
-    at_a_glance = tables_of(published_and(table(*rows)).markdown)["## At a glance"]
+    at_a_glance = tables_of(build_report(published_and(table(*rows))).markdown)["## At a glance"]
     assert at_a_glance[1][3] == "deep_norm (did not train here)"
 
 
@@ -195,7 +198,7 @@ def test_sizes_with_their_own_runs_share_a_table():
         )
         for size in (60, 150)
     ]
-    markdown = published_and(*sizes).markdown
+    markdown = build_report(published_and(*sizes)).markdown
     rows = tables_of(markdown)["### Figure 1: ours at scale=toy"]
     assert rows[0][-1] == "published, direction"
     assert rows[2] == ["60M: lns", "4.100 ± 0.141", "2", "**-0.950 ± 0.635**", "-0.110, same"]
@@ -268,7 +271,7 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     assert built.markdown.index("length_and_depth.png") < built.markdown.index("## At a glance")
     rows = tables_of(built.markdown)["### Depth: ours at scale=small"]
     assert ["x 24: lns", "4.615 ± 0.007", "2", "**-0.385 ± 0.064** †"] in rows
-    assert "- LNS minus Pre-LN, Depth (x 6 to x 24): -0.085 ± 0.064, -0.39 ± 0.064." in verdict_of(built.markdown)
+    assert "- LNS minus Pre-LN, Depth (x 6 to x 24): -0.085 ± 0.064, -0.39 ± 0.064." in built.markdown
     assert "scale=small.** 4 distinct comparisons" in built.markdown
     with_one_setting = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in with_one_setting.figures
