@@ -1,0 +1,210 @@
+"""Put a norm strategy onto a Pre-LN model from elsewhere, and fold it into the weights of a stock checkpoint.
+
+Each scaled norm or branch gets a Python float, `output_scale`, and a forward hook that multiplies its output by it. So
+parameter names stay as they are, and the factor survives meta initialisation, `.to(bfloat16)`, compilation, sharding
+and loading.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import fields
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.layouts import Layout, Site, sites
+from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, build_all
+
+Model = TypeVar("Model", bound=nn.Module)
+Trained = Literal["refuse", "preserve", "change"]
+
+FACTORS = ("gain", "branch_scale")
+"""Coefficients that are applied in the forward pass."""
+INITIAL = ("pre_norm_weight", "output_init")
+"""Coefficients that are applied once, to the weights. All others must have the values of Pre-LN."""
+CONFIG_KEY = "cod_lightning"
+"""Name under which the strategy stands in the model's configuration, or on a model without one."""
+
+
+def apply(
+    model: Model, norm: str, *, layout: Layout | None = None, trained: Trained = "refuse", **options: Any
+) -> Model:
+    """Put a norm strategy onto a Pre-LN model, in place, before it is trained.
+
+    A checkpoint keeps the weights and, in its configuration, the name of the strategy, but not its factors: call
+    `apply` again after `from_pretrained`.
+
+    Args:
+        model: a causal language model of `transformers` laid out like Llama, Gemma 2 or GPT-2, or with `layout` any
+            module; on any device, the meta device included.
+        norm: name of a strategy, such as "lns", or `package.module:function`.
+        layout: where the model keeps its blocks and norms; None: by the names of its modules.
+        trained: what to do with a model that is trained already. "refuse" it; "preserve" its function, by dividing the
+            weights behind scaled norms, so that it goes on training under the strategy; or "change" its function.
+        options: of the strategy, such as `position="only_ffn"`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: an unknown strategy or layout, a coefficient that an existing model cannot have, a strategy that is
+            applied already, or a trained model and `trained="refuse"`. The model is unchanged.
+    """
+    where = sites(model, layout)
+    section = {"name": norm, **options}
+    specs = [sublayer for spec in checked_specs(section, len(where) // 2) for sublayer in spec.sublayers]
+    written = strategy_of(model)
+    if any(hasattr(module, "output_scale") for module in model.modules()):
+        raise UserError(f"norm={norm!r}: the model has a strategy already: {written}")
+    if written not in (None, section):
+        raise UserError(f"norm={section} differs from {written}, the strategy in the configuration of the model")
+    if written is None:
+        change_weights(where, specs, norm, trained)
+    for site, spec in zip(where, specs, strict=True):
+        scale_output(site.norm, spec.gain)
+        scale_output(site.branch, spec.branch_scale)
+    setattr(config_of(model), CONFIG_KEY, section)
+    return model
+
+
+@torch.no_grad()
+def fold(model: Model, *, layout: Layout | None = None) -> Model:
+    """Multiply the factors of an applied strategy into the weights, in place, for a checkpoint of the stock model.
+
+    The factor of a norm goes into its weight and bias, that of a branch into its last linear layer. The logits change
+    by the rounding of one product per weight.
+
+    Args:
+        model: as returned by `apply`.
+        layout: as given to `apply`.
+
+    Returns:
+        The model, without factors, and without the strategy in its configuration.
+
+    Raises:
+        UserError: no strategy is applied, or a factor has no weight to go into. The model is unchanged.
+    """
+    targets = []
+    for site in sites(model, layout):
+        for module in (site.norm, site.branch):
+            if hasattr(module, "output_scale"):
+                target = site.output if module is site.sublayer else module
+                if not isinstance(getattr(target, "weight", None), Tensor):
+                    raise UserError(f"layer {site.layer}: the factor of its {site.part} has no weight to go into")
+                targets.append((module, target))
+    if strategy_of(model) is None or not targets:
+        raise UserError(f"{type(model).__name__} has no strategy to fold: call apply first")
+    for module, target in targets:
+        offset = weight_offset(target) if target.weight.ndim == 1 else 0.0  # of a norm, not of a linear layer
+        target.weight.copy_((target.weight.double() + offset) * module.output_scale - offset)
+        if getattr(target, "bias", None) is not None:
+            target.bias.copy_(target.bias.double() * module.output_scale)
+        remove_scale(module)
+    delattr(config_of(model), CONFIG_KEY)
+    return model
+
+
+def strategy_of(model: nn.Module) -> dict[str, Any] | None:
+    """The strategy in the configuration of a model, such as `{"name": "lns"}`, or None."""
+    return getattr(config_of(model), CONFIG_KEY, None)
+
+
+def config_of(model: Any) -> Any:
+    """The configuration that a model of `transformers` is saved with; any other model itself."""
+    config = getattr(model, "config", None)
+    return config if hasattr(config, "to_json_file") else model
+
+
+def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
+    """The blocks of a strategy, all of whose coefficients an existing Pre-LN model can have.
+
+    Raises:
+        UserError: names every coefficient that it cannot have.
+    """
+    specs, default, problems = build_all(norm, depth), SublayerSpec(), []
+    for name in [field.name for field in fields(SublayerSpec) if field.name not in FACTORS + INITIAL]:
+        values = [getattr(sublayer, name) for spec in specs for sublayer in spec.sublayers]
+        problems += [f"{name}={value!r}" for value in dict.fromkeys(values) if value != getattr(default, name)][:1]
+    if any(spec.entry_norm for spec in specs):
+        problems.append("entry_norm=True")
+    if problems:
+        raise UserError(f"norm={norm['name']!r} sets {', '.join(problems)}, which an existing Pre-LN model cannot have")
+    return specs
+
+
+@torch.no_grad()
+def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trained: Trained) -> None:
+    """Set the initial weights of a strategy, or keep the function of a trained model.
+
+    Raises:
+        UserError: see `apply`; nothing is changed.
+    """
+    initial = any(getattr(spec, name) != 1 for spec in specs for name in INITIAL)
+    scaled = [site for site, spec in zip(where, specs, strict=True) if spec.gain != 1]
+    if trained == "refuse" and any(is_trained(site.norm) for site in where):
+        raise UserError(
+            f"norm={norm!r} would change the function of a trained model (its norms are not at their initial weights): "
+            "pass trained='preserve' to keep the function, or trained='change'"
+        )
+    if initial and any(parameter.is_meta for site in where for parameter in site.block.parameters()):
+        raise UserError(f"norm={norm!r} changes initial weights: initialise the model before, it is on the meta device")
+    if trained == "preserve" and (initial or any(spec.branch_scale != 1 for spec in specs)):
+        raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
+    if trained == "preserve" and not all(site.inputs for site in scaled):
+        raise UserError("layout.inputs is missing: the linear layers behind the norms, for trained='preserve'")
+    if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in where):
+        raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
+    for site, spec in zip(where, specs, strict=True):
+        if trained == "preserve":
+            for linear in site.inputs:
+                linear.weight.div_(spec.gain)
+        if spec.pre_norm_weight != 1:
+            site.norm.weight.fill_(spec.pre_norm_weight - weight_offset(site.norm))
+        if spec.output_init != 1:
+            site.output.weight.mul_(spec.output_init)
+
+
+def scale_output(module: Any, factor: float) -> None:
+    """Multiply the output of a module by a factor from now on."""
+    if factor != 1:
+        module.output_scale = factor
+        module.register_forward_hook(multiply_output)
+
+
+def multiply_output(module: Any, args: Any, output: Any) -> Any:
+    """Forward hook: the output, or the first of a tuple of outputs, times the module's `output_scale`."""
+    if isinstance(output, tuple):
+        return output[0] * module.output_scale, *output[1:]
+    return output * module.output_scale
+
+
+def remove_scale(module: Any) -> None:
+    """Undo `scale_output`."""
+    hooks = module._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is multiply_output]:
+        del hooks[key]
+    del module.output_scale
+
+
+def is_trained(norm: Any) -> bool:
+    """True if the weight of a norm differs from its initial value: one, or zero where the norm adds one."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return False
+    return bool((weight != 1 - weight_offset(norm)).any())
+
+
+@torch.no_grad()
+def weight_offset(norm: Any) -> float:
+    """What a norm adds to its weight: 0, or 1 in models like Gemma, from a run of it with weight 0."""
+    probe = deepcopy(norm).float()
+    if hasattr(probe, "output_scale"):
+        remove_scale(probe)
+    for parameter in probe.parameters():
+        parameter.zero_()
+    x = torch.ones_like(probe.weight)
+    x[::2] = -1  # mean 0, variance 1
+    return float(probe(x[None])[0, 1].round())

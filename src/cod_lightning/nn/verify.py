@@ -1,0 +1,231 @@
+"""Prove by running a model that every block applies the factors of a norm strategy, whoever implemented it.
+
+The factors are measured at the modules' boundaries: how much larger the input of a sub-layer is than the plain norm of
+the stream, and how much of a sub-layer's output reaches the stream. Released implementations lost them to a branch
+that is never reached and to a buffer that is wiped when a model leaves the meta device; both run without an error.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.apply import checked_specs, strategy_of
+from cod_lightning.nn.layouts import Layout, Site, sites
+
+TOLERANCE = 5e-5
+"""Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
+GARBAGE = 1.7
+"""Stands for what memory happens to hold where a buffer is not set again."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor of one sub-layer, expected and measured."""
+
+    layer: int
+    """Counts from 1."""
+    part: str
+    """"attention" or "ffn"."""
+    name: str
+    """"gain" of the norm or "branch_scale"."""
+    expected: float
+    measured: float
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.measured - self.expected) <= TOLERANCE * abs(self.expected)
+
+
+def verify(
+    model: nn.Module,
+    norm: str | None = None,
+    *,
+    layout: Layout | None = None,
+    inputs: Tensor | None = None,
+    reset: Callable[[nn.Module], object] | None = None,
+    **options: Any,
+) -> list[Factor]:
+    """Check that every block applies the factors of a strategy: as the model is, and after what a model goes through.
+
+    These are a round trip through bfloat16, initialisation on the meta device, loading of a saved state dict, and
+    compilation. Each works on a copy, in float32; the model does not change.
+
+    Args:
+        model: a Pre-LN language model, as for `apply`; its forward takes tokens [batch, length].
+        norm: name of the strategy; None: the one in the model's configuration.
+        layout: where the model keeps its blocks, norms and sub-layers; None: by the names of its modules.
+        inputs: tokens [batch, length]; None: 16 tokens of the vocabulary of a `transformers` model.
+        reset: sets the buffers of a model that has left the meta device, as its trainer does; None: calls
+            `reset_buffers()` of every module that has it.
+        options: of the strategy.
+
+    Returns:
+        Every factor, as measured on the model as it is.
+
+    Raises:
+        UserError: a factor is missing or wrong; names the first block and when. Or the strategy is not known, not named
+            anywhere, or has coefficients other than gains and branch scales.
+    """
+    section = {"name": norm, **options} if norm else strategy_of(model)
+    if section is None:
+        raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
+    original = deepcopy(model).float().eval()
+    tokens = example_tokens(original) if inputs is None else inputs
+    factors = measure(original, section, layout, tokens)
+    check(factors, section, "")
+    check(measure(deepcopy(original).bfloat16().float(), section, layout, tokens), section, " after .to(bfloat16)")
+    fresh = leave_meta_device(original, reset or reset_buffers)
+    check(measure(fresh, section, layout, tokens), section, " after meta initialisation")
+    check(measure(save_and_load(original), section, layout, tokens), section, " after saving and loading")
+    check_compiled(original, tokens, section)
+    return factors
+
+
+@torch.no_grad()
+def measure(model: nn.Module, norm: dict[str, Any], layout: Layout | None, tokens: Tensor) -> list[Factor]:
+    """Run a model on tokens [batch, length] and measure the factors of every sub-layer."""
+    where = sites(model, layout)
+    specs = [sublayer for spec in checked_specs(norm, len(where) // 2) for sublayer in spec.sublayers]
+    seen: dict[tuple[int, str], Tensor] = {}
+    with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
+        for site in where:
+            for handle in record(site, seen):
+                handles.enter_context(handle)
+        model(tokens)
+    for site, spec in zip(where[1::2], specs[1::2], strict=True):
+        if (site.layer, "middle") not in seen:  # a fused kernel ran instead of the norm's forward
+            seen[site.layer, "middle"] = seen[site.layer, "output"] - spec.branch_scale * seen[site.layer, "ffn output"]
+    factors = []
+    for site, spec in zip(where, specs, strict=True):
+        ends = ("block", "middle") if site.part == "attention" else ("middle", "output")
+        x, y = (seen[site.layer, end] for end in ends)  # the residual stream before and after the sub-layer
+        gain = ratio(seen[site.layer, f"{site.part} input"], candidates(site.norm, x))
+        factors.append(Factor(site.layer, site.part, "gain", spec.gain, gain))
+        branch = ratio(y - x, [seen[site.layer, f"{site.part} output"]])
+        factors.append(Factor(site.layer, site.part, "branch_scale", spec.branch_scale, branch))
+    return factors
+
+
+def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
+    """Hooks that keep the inputs and outputs of a sub-layer and of its block, by layer and name, in `seen`."""
+
+    def keep_input(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen[site.layer, name] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def keep_output(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen[site.layer, name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [
+        site.sublayer.register_forward_pre_hook(keep_input(f"{site.part} input"), with_kwargs=True),
+        # Before the hook of `apply`, which multiplies by branch_scale.
+        site.branch.register_forward_hook(keep_output(f"{site.part} output"), prepend=True),
+    ]
+    if site.part == "attention":
+        handles.append(site.block.register_forward_pre_hook(keep_input("block"), with_kwargs=True))
+        handles.append(site.block.register_forward_hook(keep_output("output")))
+    else:
+        handles.append(site.norm.register_forward_pre_hook(keep_input("middle"), with_kwargs=True))
+    return handles
+
+
+def candidates(norm: Any, x: Tensor) -> list[Tensor]:
+    """What a norm without a gain may make of x: RMSNorm or LayerNorm, whose weight may be stored less one."""
+    eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    centred = x - x.mean(-1, keepdim=True)
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return [
+        (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)) * w + (0 if bias is None else bias)
+        for h in (x, centred)
+        for w in ([1.0] if weight is None else [weight, 1 + weight])
+    ]
+
+
+def ratio(y: Tensor, candidates: list[Tensor]) -> float:
+    """The factor s of the candidate c for which y is s * c; NaN if there is none."""
+    best, factor = 1e-3, float("nan")
+    for candidate in candidates:
+        y64, c64 = y.double().flatten(), candidate.double().flatten()
+        s = (y64 @ c64) / (c64 @ c64)
+        error = float((y64 - s * c64).norm() / y64.norm())
+        if error < best:
+            best, factor = error, float(s)
+    return factor
+
+
+def check(factors: list[Factor], norm: dict[str, Any], when: str) -> None:
+    """Raise a UserError that names the first factor that does not hold."""
+    for factor in factors:
+        if not factor.holds:
+            measured = f"{factor.measured:.6g}" if factor.measured == factor.measured else "no constant factor"
+            raise UserError(
+                f"norm={norm['name']!r} does not hold{when}: layer {factor.layer}, {factor.part}: "
+                f"{factor.name} is {measured}, expected {factor.expected:.6g}"
+            )
+
+
+def check_compiled(model: nn.Module, tokens: Tensor, norm: dict[str, Any]) -> None:
+    """Raise a UserError if the compiled model computes other logits."""
+    with torch.no_grad():
+        eager, compiled = logits(model(tokens)), logits(torch.compile(deepcopy(model), backend="eager")(tokens))
+    if not torch.allclose(eager, compiled, rtol=1e-3, atol=1e-3 * float(eager.abs().max())):
+        raise UserError(f"norm={norm['name']!r} does not hold after compilation: the logits differ")
+
+
+def logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.no_grad()
+def leave_meta_device(model: nn.Module, reset: Callable[[nn.Module], object]) -> nn.Module:
+    """A copy that was on the meta device: its buffers are empty until `reset`, its parameters are those of `model`."""
+    fresh, device = deepcopy(model).to("meta"), next(model.parameters()).device
+    fresh = fresh.to_empty(device=device)
+    for buffer in fresh.buffers():
+        buffer.fill_(GARBAGE)
+    reset(fresh)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in fresh.named_parameters(remove_duplicate=False):
+        parameter.copy_(weights[name])
+    return fresh
+
+
+def reset_buffers(model: nn.Module) -> None:
+    """Call `reset_buffers()` of every module that has it."""
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_buffers", None)):
+            reset()
+
+
+def save_and_load(model: nn.Module) -> nn.Module:
+    """A copy with the state dict of `model`, written and read."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    copy = deepcopy(model)
+    copy.load_state_dict(torch.load(file))
+    return copy
+
+
+def example_tokens(model: Any) -> Tensor:
+    """16 different tokens [1, 16] of the vocabulary of a model of `transformers`, or of our decoder."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not isinstance(vocabulary := getattr(config, "vocab_size", None), int):
+        raise UserError(f"{type(model).__name__} has no config.vocab_size: pass inputs=, tokens [batch, length]")
+    return (torch.arange(1, 17) * 7919 % vocabulary)[None].to(next(model.parameters()).device)

@@ -1,0 +1,223 @@
+"""Strategies on models from elsewhere: `apply` and `fold`."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.apply import apply, fold, strategy_of
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.layouts import Layout
+from cod_lightning.nn.strategies import build_all
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 60
+SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def build(family, **changes):
+    """An untrained model of a family of transformers, 3 blocks of 32."""
+    names = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
+    shape = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 60} if family == "GPT2" else SHAPE
+    if family.startswith(("Gemma", "Qwen3")):
+        shape = shape | {"head_dim": 8}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**shape, pad_token_id=0, **changes)
+    return getattr(transformers, names.get(family, f"{family}ForCausalLM"))(config).eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(TOKENS).logits
+
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "GPT2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folded_model_has_the_logits_of_the_applied_one(family):
+    model = apply(build(family), "lns")
+    applied = logits(model)
+    assert not torch.allclose(applied, logits(build(family)), atol=1e-3)
+    torch.testing.assert_close(logits(fold(model)), applied)
+
+
+@pytest.mark.parametrize("norm", ["lns", "scaled_init", "lns_learnable"])
+def test_an_applied_llama_has_the_logits_of_our_decoder(norm):
+    llama = build("Llama")
+    decoder = Decoder(DecoderConfig(**SHAPE, norm_eps=1e-6), build_all({"name": norm}, 3))
+    decoder.load_state_dict(apply(llama, norm).state_dict())
+    torch.testing.assert_close(logits(llama), decoder(TOKENS))
+
+
+def test_options_reach_the_strategy():
+    scales = [hasattr(block.input_layernorm, "output_scale") for block in only_ffn().model.layers]
+    assert not any(scales)
+
+
+def test_scaled_branches_fold_into_the_last_projection():
+    model = apply(build("Llama"), "lns", position="after_branch")
+    applied = logits(model)
+    torch.testing.assert_close(logits(fold(model)), applied)
+
+
+def only_ffn():
+    return apply(build("Llama"), "lns", position="only_ffn")
+
+
+def test_parameter_names_do_not_change():
+    assert list(apply(build("Llama"), "lns").state_dict()) == list(build("Llama").state_dict())
+
+
+def test_a_saved_model_names_its_strategy_and_takes_it_again(tmp_path):
+    model = apply(build("Llama"), "lns")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert strategy_of(loaded) == {"name": "lns"}
+    torch.testing.assert_close(logits(apply(loaded, "lns")), logits(model))
+
+
+def test_a_folded_model_is_a_stock_checkpoint(tmp_path):
+    model = fold(apply(build("Llama"), "lns"))
+    model.save_pretrained(tmp_path)
+    assert "cod_lightning" not in (tmp_path / "config.json").read_text()
+    torch.testing.assert_close(logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_copy_keeps_the_factors():
+    model = apply(build("Llama"), "lns")
+    assert torch.equal(logits(deepcopy(model)), logits(model))
+
+
+def test_a_model_on_the_meta_device_keeps_the_factors():
+    with torch.device("meta"):
+        empty = apply(build("Llama"), "lns")
+    model = build("Llama")
+    empty = empty.to_empty(device="cpu")
+    empty.model.rotary_emb = model.model.rotary_emb
+    empty.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(empty), logits(apply(model, "lns")))
+
+
+def test_a_sharded_model_keeps_the_factors(tmp_path):
+    model = apply(build("Llama"), "lns")
+    expected = logits(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        torch.testing.assert_close(logits(fully_shard(model, mesh=mesh)), expected)
+    finally:
+        dist.destroy_process_group()
+
+
+class PlainBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.ffn = nn.LayerNorm(8), nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.ffn(self.ln_2(x))
+
+
+class PlainModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(60, 8)
+        self.layers = nn.ModuleList(PlainBlock() for _ in range(3))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+PLAIN = Layout("layers", norms=("ln_1", "ln_2"), sublayers=("attn", "ffn"), outputs=("attn", "ffn"))
+
+
+def test_any_module_with_named_blocks_takes_a_strategy():
+    model = apply(PlainModel(), "lns", layout=PLAIN)
+    x = torch.randn(1, 8)
+    block = model.layers[1]
+    torch.testing.assert_close(block.ln_1(x), nn.functional.layer_norm(x, (8,)) * 0.5**0.5)
+
+
+def test_a_module_without_configuration_remembers_its_strategy():
+    assert strategy_of(apply(PlainModel(), "lns", layout=PLAIN)) == {"name": "lns"}
+
+
+def trained_llama():
+    model = build("Llama")
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.input_layernorm.weight.uniform_(0.5, 2)
+    return model
+
+
+def test_a_trained_model_keeps_its_function_on_request():
+    model = trained_llama()
+    before = logits(model)
+    torch.testing.assert_close(logits(apply(model, "lns", trained="preserve")), before)
+
+
+def test_a_trained_model_changes_its_function_on_request():
+    model = trained_llama()
+    before = logits(model)
+    assert not torch.allclose(logits(apply(model, "lns", trained="change")), before, atol=1e-3)
+
+
+REFUSED = {
+    "trained": (trained_llama, {"norm": "lns"}, "trained='preserve'"),
+    "applied twice": (only_ffn, {"norm": "lns"}, "has a strategy already"),
+    "another placement": (lambda: build("Llama"), {"norm": "post_ln"}, "pre_norm=False, sum_norm=True"),
+    "learned branch scales": (lambda: build("Llama"), {"norm": "layer_scale"}, "learned_branch_scale='channel'"),
+    "no norms before the sub-layers": (lambda: build("Olmo2"), {"norm": "lns"}, "no norms before its sub-layers"),
+    "an unknown layout": (PlainModel, {"norm": "lns"}, "layout=Layout"),
+    "an unknown module": (PlainModel, {"norm": "lns", "layout": Layout("h", ("a", "b"), ("c", "d"))}, "no module 'h'"),
+    "an unknown strategy": (lambda: build("Llama"), {"norm": "lnss"}, "lns"),
+    "an unknown option": (lambda: build("Llama"), {"norm": "lns", "positon": "only_ffn"}, "position"),
+    "initial weights on meta": (lambda: build("Llama").to("meta"), {"norm": "scaled_init"}, "meta device"),
+    "preserving scaled branches": (
+        trained_llama,
+        {"norm": "lns", "position": "after_branch", "trained": "preserve"},
+        "keeps only norms' gains",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_applied_is_refused(case):
+    model, arguments, message = REFUSED[case]
+    model = model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        apply(model, **arguments)
+    assert all(tensor.is_meta or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_strategy_is_refused(tmp_path):
+    only_ffn().save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="differs from"):
+        apply(loaded, "lns")
+
+
+def test_there_is_nothing_to_fold_in_a_plain_model():
+    with pytest.raises(UserError, match="no strategy to fold"):
+        fold(build("Llama"))

@@ -1,0 +1,165 @@
+"""`verify` measures the factors of a strategy in models from elsewhere, right and broken ones."""
+
+import pytest
+import torch
+from torch import nn
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.apply import apply, fold
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.layouts import Layout
+from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.verify import verify
+
+TOKENS = torch.arange(12)[None]
+PLAIN = Layout("layers", norms=("norm_1", "norm_2"), sublayers=("attention", "ffn"))
+
+
+class Block(nn.Module):
+    """A Pre-LN block whose norms are multiplied by `factor()`."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.norm_1, self.attention = nn.RMSNorm(8), nn.Linear(8, 8)
+        self.norm_2, self.ffn = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def factor(self):
+        return self.layer**-0.5
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x) * self.factor())
+        return x + self.ffn(self.norm_2(x) * self.factor())
+
+
+class DeadBranch(Block):
+    """Scales only in a mode that nothing sets, as the released code of the paper."""
+
+    mode = "pre"
+
+    def factor(self):
+        return self.layer**-0.5 if self.mode == "lns" else 1.0
+
+
+class WipedBuffer(Block):
+    """Keeps the factor in a buffer, which is empty after the meta device, as in a large trainer."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.register_buffer("scale", torch.tensor(layer**-0.5), persistent=False)
+
+    def factor(self):
+        return self.scale
+
+
+class MendedBuffer(WipedBuffer):
+    def reset_buffers(self):
+        self.scale.fill_(self.layer**-0.5)
+
+    def factor(self):
+        return self.layer**-0.5
+
+
+class OffByOne(Block):
+    """Counts layers from 0."""
+
+    def factor(self):
+        return max(self.layer - 1, 1) ** -0.5
+
+
+class OnlyAttention(Block):
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x) * self.factor())
+        return x + self.ffn(self.norm_2(x))
+
+
+class HalvedBranch(Block):
+    def forward(self, x):
+        x = x + 0.5 * self.attention(self.norm_1(x) * self.factor())
+        return x + self.ffn(self.norm_2(x) * self.factor())
+
+
+class LostWhenCompiled(Block):
+    def factor(self):
+        return 1.0 if torch.compiler.is_compiling() else self.layer**-0.5
+
+
+class Model(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(12, 8)
+        self.layers = nn.ModuleList(block(layer) for layer in range(1, 5))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_the_measured_factors_are_one_over_the_root_of_the_layer():
+    factors = verify(Model(Block), "lns", layout=PLAIN, inputs=TOKENS)
+    gains = [factor.measured for factor in factors if factor.name == "gain" and factor.part == "ffn"]
+    assert gains == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
+
+
+def test_a_buffer_that_is_set_again_passes():
+    verify(Model(MendedBuffer), "lns", layout=PLAIN, inputs=TOKENS)
+
+
+BROKEN = {
+    DeadBranch: "hold: layer 2, attention: gain is 1, expected 0.707107",
+    WipedBuffer: "hold after .to.bfloat16.: layer 2, attention: gain is 0.707031, expected 0.707107",
+    OffByOne: "hold: layer 2, attention: gain is 1,",
+    OnlyAttention: "hold: layer 2, ffn: gain is 1,",
+    HalvedBranch: "hold: layer 1, attention: branch_scale is 0.5, expected 1",
+    LostWhenCompiled: "hold after compilation",
+}
+
+
+@pytest.mark.parametrize("block", BROKEN, ids=lambda block: block.__name__)
+def test_a_broken_implementation_is_named_by_its_first_block(block):
+    with pytest.raises(UserError, match=BROKEN[block]):
+        verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS)
+
+
+def test_a_buffer_that_is_not_set_again_fails_after_the_meta_device():
+    exact = Model(WipedBuffer)
+    exact.layers = exact.layers[:1]  # the factor 1 survives bfloat16
+    with pytest.raises(UserError, match=r"after meta initialisation: layer 1, attention: gain is 1\.7, expected 1"):
+        verify(exact, "lns", layout=PLAIN, inputs=TOKENS)
+
+
+@pytest.mark.parametrize("norm", ["pre_ln", "lns"])
+def test_our_decoder_passes(norm):
+    config = DecoderConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32
+    )
+    decoder = Decoder(config, build_all({"name": norm}, 3))
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    verify(decoder, norm)
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape))
+
+
+def test_an_applied_llama_passes():
+    verify(apply(llama(), "lns"))
+
+
+def test_a_checkpoint_loaded_without_apply_is_detected(tmp_path):
+    apply(llama(), "lns").save_pretrained(tmp_path)
+    loaded = type(llama()).from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="layer 2, attention: gain is 1, expected"):
+        verify(loaded)
+
+
+def test_a_folded_model_names_no_strategy():
+    with pytest.raises(UserError, match="say which"):
+        verify(fold(apply(llama(), "lns")))
