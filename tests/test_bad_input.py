@@ -436,7 +436,7 @@ COMMANDS = [
     (record(overwrite("record.json", "")), REPORT, ["results/toy/a/record.json", "remove it"]),
     (record(overwrite("record.json", b"\xff")), REPORT, ["results/toy/a/record.json", "remove it"]),
     (record(overwrite("record.json", "[" * 100000)), REPORT, ["results/toy/a/record.json", "remove it"]),
-    (record(edit("record.json", val_loss="low")), REPORT, ["record.json: not a run record (val_loss is missing or"]),
+    (record(edit("record.json", val_loss="low")), REPORT, ["record.json: not a run record (val_loss: expected"]),
     (record(edit("record.json", config__seed="x")), REPORT, ["record.json: not a saved configuration"]),
     (record(edit("record.json", config__output="${oc.env:HOME}")), REPORT, ["record.json", "interpolation"]),
 ]  # fmt: skip

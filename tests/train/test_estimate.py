@@ -344,7 +344,7 @@ def test_this_machine_is_measured():
         ({"mfu": 1.5, "gpus": 3}, ["mfu=1.5", "gpus=3 does not divide data.batch_size=16"]),
         ({"mfu": float("nan")}, ["mfu=nan"]),
         ({"gpus": 0}, ["gpus=0"]),
-        ({"gpus": 2}, ["data.micro_batch_size=16", "8 rows"]),
+        ({"gpus": 2}, ["data.micro_batch_size=16", "16 / 2"]),
         ({"hardware": "cpu", "gpus": 2}, ["hardware='cpu' is this one machine"]),
         ({"strategy": "single", "gpus": 2}, ["strategy='single' is one rank"]),
         ({"strategy": "zero"}, ["strategy='zero'", "fsdp"]),

@@ -90,7 +90,7 @@ class Recorder(Callback):
 
     @property
     def last_validation(self) -> int | None:
-        """The step of the last recorded validation."""
+        """The step of the last recorded validation, None before the first."""
         return self.history["val"]["step"][-1] if "val" in self.history else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -302,8 +302,9 @@ class ProgressLines(Callback):
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
 
-    def print_line(self, trainer: Trainer, line: str) -> None:
+    def print_line(self, trainer: Trainer, *columns: str) -> None:
         if trainer.is_global_zero:
+            line = "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *columns])
             print(line, file=sys.stderr, flush=True)
 
     def on_train_batch_end(
@@ -311,18 +312,20 @@ class ProgressLines(Callback):
     ) -> None:
         series = self.recorder.history["train"]
         if series["step"][-1] == trainer.global_step:
-            left = (trainer.max_steps - trainer.global_step) * series["tokens"][-1] / trainer.global_step
+            last = {name: values[-1] for name, values in series.items()}
+            left = (trainer.max_steps - trainer.global_step) * last["tokens"] / trainer.global_step
             self.print_line(
                 trainer,
-                f"step {trainer.global_step:>6}/{trainer.max_steps}  loss {series['loss'][-1]:.4f}  "
-                f"lr {series['lr'][-1]:.2e}  {series['tokens_per_second'][-1]:,.0f} tokens/s  "
-                f"{left / series['tokens_per_second'][-1]:,.0f} s left",
+                f"loss {last['loss']:.4f}",
+                f"lr {last['lr']:.2e}",
+                f"{last['tokens_per_second']:,.0f} tokens/s",
+                f"{left / last['tokens_per_second']:,.0f} s left",
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
         columns = [f"{name} {metrics[name]:{form}}" for name, form in METRIC_FORMATS.items() if name in metrics]
-        self.print_line(trainer, "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *columns]))
+        self.print_line(trainer, *columns)
 
 
 class ProgressBar(RichProgressBar):
@@ -346,8 +349,3 @@ class ProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
-
-
-def progress(recorder: Recorder, terminal: bool) -> Callback:
-    """A progress bar if `terminal`, progress lines otherwise."""
-    return ProgressBar(leave=True) if terminal else ProgressLines(recorder)

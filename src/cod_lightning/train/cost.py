@@ -70,7 +70,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder, or a Vision Transformer if there are `images`, and the length of its rows."""
+    """A decoder, or a Vision Transformer if there are `images`, and the length of its sequences."""
 
     model: DecoderConfig
     norm: Mapping[str, Any]
@@ -90,7 +90,7 @@ class Architecture:
         return cls(replace(config.model, vocab_size=vocab_size), config.norm, config.data.seq_len)
 
     def errors(self, config: Config) -> list[str]:
-        """What the configuration leaves open."""
+        """One error for each size that the configuration does not contain."""
         if self.images is None and not self.model.vocab_size:
             return [f"model.vocab_size is open, and data.tokenizer={config.data.tokenizer!r} is not read here: set it"]
         if self.images is not None and not self.images.classes:
@@ -99,7 +99,7 @@ class Architecture:
 
     @property
     def positions(self) -> int:
-        """Tokens or patches of a row."""
+        """Tokens of a sequence, or patches of an image."""
         return self.seq_len if self.images is None else self.images.patches
 
     @property
@@ -121,15 +121,15 @@ class Architecture:
             parameter.data = parameter.data.to(dtype)
         return network
 
-    def batch(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Rows and their targets."""
+    def batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Sequences or images, and their targets."""
         if self.images is None:
-            tokens = torch.empty((rows, self.seq_len), dtype=torch.long)
+            tokens = torch.empty((batch_size, self.seq_len), dtype=torch.long)
             return tokens, tokens
-        return torch.empty((rows, 3, self.images.size, self.images.size)), torch.empty(rows, dtype=torch.long)
+        labels = torch.empty(batch_size, dtype=torch.long)
+        return torch.empty((batch_size, 3, self.images.size, self.images.size)), labels
 
     def sizes(self) -> Sizes:
-        """Numbers of parameters."""
         with FakeTensorMode():
             network = self.build(list(self.kinds))
         repeats = {
@@ -149,7 +149,7 @@ class Architecture:
 
     @lru_cache(maxsize=64)  # noqa: B019 - bounded, and the key keeps only plain settings alive
     def flops(self) -> int:
-        """FLOPs of a training step per row, forward and backward.
+        """FLOPs of a training step per sequence or image, forward and backward.
 
         Matrix products only, as is usual (PaLM, appendix B): attention is the full square, although causality needs
         half of it. The products do not depend on the norm strategy.
@@ -171,29 +171,31 @@ class Architecture:
     def memory(
         self,
         precision: str,
-        rows: int = 1,
+        batch_size: int = 1,
         *,
         strategy: str = "single",
         ranks: int = 1,
         checkpointing: str = "none",
         cpu: bool = False,
     ) -> Callable[[int], Memory]:
-        """The memory of a training step on one of `ranks` devices, as a function of the rows of a micro-batch.
+        """The memory of a training step on one of `ranks` devices, as a function of the micro-batch size.
 
         Args:
             precision: `bf16-mixed`: float32 weights under autocast; `bf16-true`: all bfloat16, Adam's moments too.
-            rows: number of rows at which the memory is counted; for other numbers it is extrapolated.
+            batch_size: micro-batch size at which the memory is counted; for other sizes it is extrapolated.
             strategy: `single`, `ddp` or `fsdp`.
             ranks: number of devices.
             checkpointing: `none`, `selective` or `full`.
             cpu: use torch's norms on a CPU instead of the fused ones of a GPU.
         """
-        sizes, sharded = self.sizes(), strategy == "fsdp"
+        sizes = self.sizes()
+        sharded = strategy == "fsdp"
         autocast = precision == "bf16-mixed" and not sharded
-        weight, compute = (2 if precision == "bf16-true" else 4), (4 if precision == "32-true" else 2)
+        weight = 2 if precision == "bf16-true" else 4
+        compute = 4 if precision == "32-true" else 2
         dtype = torch.float32 if autocast or precision == "32-true" else torch.bfloat16
-        steps = [self.count_bytes(n * rows, dtype, autocast, checkpointing, cpu) for n in (1, 2)]
-        (saved, work), (more_saved, more_work) = steps
+        saved, work = self.count_bytes(batch_size, dtype, autocast, checkpointing, cpu)
+        more_saved, more_work = self.count_bytes(2 * batch_size, dtype, autocast, checkpointing, cpu)
         communication = 0
         if strategy == "ddp":
             communication = sizes.parameters * weight
@@ -211,20 +213,19 @@ class Architecture:
                 moments=2 * shard,
                 copies=2 * sizes.cast if autocast else 0,
                 communication=communication,
-                activations=count * (more_saved - saved) // rows,
-                work=max(loss, work + (count - rows) * (more_work - work) // rows),
+                activations=count * (more_saved - saved) // batch_size,
+                work=max(loss, work + (count - batch_size) * (more_work - work) // batch_size),
             )
 
         return at
 
     @lru_cache(maxsize=256)  # noqa: B019 - as for flops
     def count_bytes(
-        self, rows: int, dtype: torch.dtype, autocast: bool, checkpointing: str, cpu: bool
+        self, batch_size: int, dtype: torch.dtype, autocast: bool, checkpointing: str, cpu: bool
     ) -> tuple[int, int]:
-        """Bytes that a forward pass saves, and bytes that its backward pass takes beyond them at the most.
+        """Bytes that a forward pass saves, and the peak of its backward pass beyond them; without a decoder's head.
 
-        The first have a constant part, such as autocast's copies of weights. A decoder has no head here: see
-        `loss_bytes`.
+        The saved bytes have a constant part, such as autocast's copies of weights.
         """
         specs, changes = list(self.kinds), {}
         if not cpu:  # the fused norms save their input and statistics, as torch's LayerNorm does
@@ -241,7 +242,7 @@ class Architecture:
                 entries: list[int] = []
                 for module in (*network.blocks, network.model.norm if decoder else network.norm):
                     module.register_forward_pre_hook(lambda *_: entries.append(live.now))
-                inputs, targets = self.batch(rows)
+                inputs, targets = self.batch(batch_size)
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     output = network(inputs) if decoder else network(inputs, targets).total
                 saved = live.now
@@ -257,7 +258,7 @@ class Architecture:
         """Bytes of `LinearCrossEntropy` at its peak, the log-softmax of a chunk of tokens.
 
         These are the gradients of the hidden states and, in float32, of the head; the logits of the chunk, a float32
-        copy of them in half precision, and their log-softmax; and what is left of the chunk before.
+        copy of them in half precision, and their log-softmax; and the rest of the previous chunk.
         """
         vocab_size, half = self.model.vocab_size or 0, compute < 4
         chunk = chunk_size(torch.device("cpu" if cpu else "cuda"), vocab_size)
@@ -272,7 +273,7 @@ def flops_per_token(model: DecoderConfig, seq_len: int) -> float:
 
 
 def wiring(spec: BlockSpec) -> str:
-    """The fields of a spec that decide which tensors its block has: all but the numbers that they are scaled by."""
+    """The fields of a spec that decide which tensors its block has: all except the scales."""
     fields = [value for sublayer in spec.sublayers for value in vars(sublayer).values() if not isinstance(value, float)]
     return str([spec.entry_norm, *fields])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -61,7 +61,7 @@ class Estimate:
     non_embedding: int
     """Parameters outside of the embeddings and the head."""
     positions: int
-    """Tokens of all rows of all steps, padding included; for images patches."""
+    """Tokens of all steps, padding included; for images patches."""
     published_tokens: float | None
     """The paper's number of tokens of the run."""
     flops_per_token: int
@@ -71,11 +71,11 @@ class Estimate:
     device_memory: int
     """Bytes of a device."""
     max_micro_batch_size: int
-    """Largest number of rows per forward pass that fits into it; 0 if one row does not."""
+    """Largest micro-batch that fits into it; 0 if none does."""
     token_bytes: int | None
-    """Of the prepared rows, without repetitions; None for images, which are not prepared."""
+    """Of the prepared tokens, without repetitions; None for images, which are not prepared."""
     documents: int | None
-    """Documents of C4 for these rows (`data.max_documents`); None for other sources."""
+    """Documents of C4 that contain these tokens (`data.max_documents`); None for other sources."""
     text_bytes: int | None
     """Their size as JSON lines."""
     download_bytes: int | None
@@ -136,13 +136,12 @@ def estimate(
         cpu=hardware == "cpu",
     )
     memory = count(data.micro_batch_size)
-    most = largest(lambda rows: memory(rows).total <= device_memory)
-    if most > data.micro_batch_size:  # extrapolated from few rows, where gradients of weights take the most
-        recounted = count(most)
-        most = largest(lambda rows: recounted(rows).total <= device_memory)
-    rows = trainer.max_steps * data.batch_size
-    sizes, flops_per_row = architecture.sizes(), architecture.flops()
-    flops, positions = rows * flops_per_row, rows * architecture.positions
+    largest = largest_batch(memory, device_memory)
+    if largest > data.micro_batch_size:  # extrapolated from a small batch, where gradients of weights take the most
+        largest = largest_batch(count(largest), device_memory)
+    sizes = architecture.sizes()
+    flops = trainer.max_steps * data.batch_size * architecture.flops()
+    positions = trainer.max_steps * data.batch_size * architecture.positions
     return Estimate(
         hardware=hardware,
         gpus=gpus,
@@ -155,11 +154,11 @@ def estimate(
         non_embedding=sizes.parameters - sizes.outer,
         positions=positions,
         published_tokens=config.paper.get("tokens") if config.scale == "paper" else None,
-        flops_per_token=round(flops_per_row / architecture.positions),
+        flops_per_token=round(architecture.flops() / architecture.positions),
         flops=flops,
         memory=memory(data.micro_batch_size),
         device_memory=device_memory,
-        max_micro_batch_size=most,
+        max_micro_batch_size=largest,
         hours=flops / (peak * mfu * gpus) / 3600,
         **data_needed(data, positions, architecture),
     )
@@ -168,7 +167,7 @@ def estimate(
 def argument_errors(
     data: DataConfig, hardware: str, mfu: float, gpus: int, strategy: str, checkpointing: str
 ) -> list[str]:
-    """What is wrong with the arguments of `estimate`."""
+    """One error for each wrong argument of `estimate`."""
     errors = choice_errors("hardware", hardware, (*GPUS, "cpu"))
     errors += choice_errors("strategy", strategy, STRATEGIES)
     errors += choice_errors("checkpointing", checkpointing, CHECKPOINTING)
@@ -180,8 +179,8 @@ def argument_errors(
         errors.append(f"gpus={gpus} does not divide data.batch_size={data.batch_size}")
     elif data.batch_size // gpus % data.micro_batch_size:
         errors.append(
-            f"data.micro_batch_size={data.micro_batch_size} does not divide the {data.batch_size // gpus} rows that "
-            f"each of gpus={gpus} has of data.batch_size={data.batch_size}"
+            f"data.micro_batch_size={data.micro_batch_size} does not divide data.batch_size / gpus = "
+            f"{data.batch_size} / {gpus}"
         )
     if gpus > 1 and hardware == "cpu":
         errors.append(f"gpus={gpus}: hardware='cpu' is this one machine")
@@ -200,15 +199,9 @@ def gpu_hours(config: Config, hardware: str = "h100", mfu: float = 0.4) -> float
     return flops / (device(hardware, precision)[1] * mfu) / 3600
 
 
-def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that `fits`, if all smaller ones do; 0 if 1 does not."""
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def largest_batch(memory: Callable[[int], Memory], limit: int) -> int:
+    """The largest micro-batch with at most `limit` bytes; 0 if there is none."""
+    return bisect_right(range(1, 2**40), limit, key=lambda batch_size: memory(batch_size).total)
 
 
 def data_needed(data: DataConfig, positions: int, architecture: Architecture) -> dict[str, Any]:
@@ -239,24 +232,12 @@ def device(hardware: str, precision: str, threads: int = 0) -> tuple[int, float]
 
 @lru_cache
 def matmul_rate(device: str, dtype: torch.dtype, size: int = 512, threads: int = 0) -> float:
-    """FLOP/s of a product of two square matrices on `device`, the best of 50.
+    """FLOP/s of a product of two square matrices on `device`, the best of 0.2 s.
 
     At 512 a product takes 4 ms of a core: short enough to run uninterrupted on a machine with other load.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        return 2 * size**3 / min(seconds(a, b) for _ in range(50))
-    finally:
-        torch.set_num_threads(before)
+    from torch.utils.benchmark import Timer  # takes 0.25 s
 
-
-def seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Duration of one product."""
-    finish = torch.cuda.synchronize if a.is_cuda else lambda: None
-    finish()
-    start = time.perf_counter()
-    _ = a @ b
-    finish()
-    return time.perf_counter() - start
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads or torch.get_num_threads())
+    return 2 * size**3 / min(timer.blocked_autorange(min_run_time=0.2).times)

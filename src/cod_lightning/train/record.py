@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +17,10 @@ from typing import Any
 import torch
 
 import cod_lightning
-from cod_lightning.config.schema import METRIC_FORMATS
 from cod_lightning.errors import DAMAGED, UserError
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.result import finite
+from cod_lightning.typed_json import from_json
 
 RECORD = "record.json"
 FAILURE = "failed.json"
@@ -107,8 +109,61 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-REQUIRED_NUMBERS = ("seed", "steps", "tokens", "tokens_per_second", "wall_seconds", "parameters", "val_loss")
-"""Fields of every record of a finished run, besides the metrics of its task."""
+@dataclass(frozen=True)
+class NormName:
+    name: str
+
+
+@dataclass(frozen=True)
+class RecordedConfig:
+    norm: NormName
+    experiment: str
+    paper: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    cpu: str
+    cores: int
+    threads: int
+    gpus: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The fields of every record that commands read."""
+
+    seed: int
+    config: RecordedConfig
+    versions: dict[str, Any]
+    hardware: Hardware
+    date: str
+    git_commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedRun(Recorded):
+    failure: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun(Recorded):
+    """The metrics with a default depend on the task."""
+
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    wall_seconds: float
+    parameters: int
+    val_loss: float
+    ppl: float = 0.0
+    ppl_paper_protocol: float = 0.0
+    accuracy: float = 0.0
+    history: dict[str, dict[str, list[Any]]]
+
+
+REQUIRED_SERIES = {"train": "loss", "val": "val_loss", "layers": "variance"}
+"""The column of each series that tables and figures use."""
 
 
 def check_record(record: Any) -> None:
@@ -117,51 +172,20 @@ def check_record(record: Any) -> None:
     Raises:
         ValueError: names the first field that is missing or of another type.
     """
-
-    def has(name: str, is_valid: Callable[[Any], bool], section: Any = record) -> None:
-        if not isinstance(section, dict) or not is_valid(section.get(name)):
-            raise ValueError(f"{name} is missing or of another type")
-
-    def is_mapping(value: Any) -> bool:
-        return isinstance(value, dict)
-
-    def is_text(value: Any) -> bool:
-        return isinstance(value, str)
-
-    for name in ("config", "versions", "hardware"):
-        has(name, is_mapping)
-    for name in ("norm", "paper"):
-        has(name, is_mapping, record["config"])
-    has("name", is_text, record["config"]["norm"])
-    has("experiment", is_text, record["config"])
-    has("date", is_text)
-    has("git_commit", lambda value: value is None or is_text(value))
-    has("cpu", is_text, record["hardware"])
-    has("gpus", lambda value: isinstance(value, list) and all(map(is_text, value)), record["hardware"])
-    for name in ("cores", "threads"):
-        has(name, is_number, record["hardware"])
-    if "failure" in record:
-        has("seed", is_number)
-        has("failure", is_text)
+    if isinstance(record, dict) and "failure" in record:
+        from_json(FailedRun, record, ignore_unknown=True)
         return
-    for name in (*REQUIRED_NUMBERS, *(name for name in METRIC_FORMATS if name in record)):
-        has(name, is_number)
-    has("history", is_mapping)
+    run = from_json(FinishedRun, record, ignore_unknown=True)
+    for name, value in vars(run).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {record[name]}")
     for kind, name in REQUIRED_SERIES.items():
-        if kind in record["history"]:
-            series = record["history"][kind]
-            has("step", is_series, series)
-            has(name, is_series, series)
-            if len(series[name]) != len(series["step"]):
-                raise ValueError(f"{name} has {len(series[name])} entries for {len(series['step'])} steps")
-
-
-REQUIRED_SERIES = {"train": "loss", "val": "val_loss", "layers": "variance"}
-"""The column of each series that tables and figures use."""
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        series = run.history.get(kind, {"step": [0], name: [0.0]})
+        for column in ("step", name):
+            if not is_series(series.get(column)):
+                raise ValueError(f"history.{kind}.{column} is missing, empty, or not a list of numbers")
+        if len(series[name]) != len(series["step"]):
+            raise ValueError(f"history.{kind}.{name} has {len(series[name])} entries for {len(series['step'])} steps")
 
 
 def is_series(value: Any) -> bool:
@@ -171,3 +195,7 @@ def is_series(value: Any) -> bool:
     if isinstance(value[0], list):
         return all(is_series(part) and len(part) == len(value[0]) for part in value)
     return all(number is None or is_number(number) for number in value)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -20,9 +20,10 @@ from cod_lightning.measure.result import finite
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
+    ProgressBar,
+    ProgressLines,
     Recorder,
     StopOnSignal,
-    progress,
 )
 from cod_lightning.train.checkpoint import (
     CHECKPOINTS,
@@ -66,6 +67,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         Diverged: the loss is not finite.
         Stopped: a signal interrupted the run, or another rank is gone.
     """
+    settings = config.trainer
     with quiet_lightning():
         checkpoint = newest_checkpoint(folder / CHECKPOINTS) if config.resume else None
         initial = None
@@ -78,13 +80,11 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
             state = read_resumable(checkpoint)
             data.load_state_dict(state.get(type(data).__qualname__, {"fingerprint": None}))
 
-        recorder = Recorder(config.trainer.log_every)
-        saver = Checkpoints(
-            folder / CHECKPOINTS, config.trainer.checkpoint_every, config.trainer.keep_last, config.eval.every
-        )
-        callbacks = [recorder, StopOnSignal(), *probes(config.trainer, data, recorder)]
-        if config.trainer.progress:
-            callbacks.append(progress(recorder, sys.stderr.isatty()))
+        recorder = Recorder(settings.log_every)
+        callbacks = [recorder, StopOnSignal(), *probes(settings, data, recorder)]
+        if settings.progress:
+            callbacks.append(ProgressBar(leave=True) if sys.stderr.isatty() else ProgressLines(recorder))
+        saver = Checkpoints(folder / CHECKPOINTS, settings.checkpoint_every, settings.keep_last, config.eval.every)
 
         trainer = build_trainer(config, [*callbacks, saver], saver.io)
         before_writing()
@@ -95,7 +95,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         log_config(trainer, asdict(config))
 
         started = environment()
-        with translate_rank_failures(config.trainer):
+        with translate_rank_failures(settings):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
             if recorder.last_validation != trainer.global_step:
                 trainer.validate(module, data, verbose=False)
@@ -124,73 +124,55 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
 
 def build(config: Config) -> tuple[Data, StepModule]:
-    """The data and the module of a run.
+    """The data and the module of a run; text is prepared if it is not yet.
 
     Raises:
-        UserError: data is missing, damaged or made with other settings, the vocabulary is too small for it, or the
+        UserError: data is missing, damaged or prepared with other settings, the vocabulary is too small for it, or the
             device is missing.
     """
     accelerator(config.trainer)  # raises before text is prepared for hours
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     if config.task == "vision":
-        images = build_images(config)
-        return images, build_vision_module(config, images)
-    tokens = build_tokens(config)
-    return tokens, build_decoder_module(config, tokens)
+        images = ImageDataModule(config.images, config.data, config.seed)
+        images.setup("fit")
+        return images, VisionModule(config, classes=len(images.classes), val_images=images.val_count)
+    tokens = TokenDataModule(config.data, config.seed)
+    tokens.prepare_data()
+    tokens.setup("fit")
+    check_repetition(config, tokens.manifest.train.rows)
+    model = replace(config.model, vocab_size=vocab_size(config, tokens))
+    return tokens, DecoderModule(replace(config, model=model), pad_id=tokens.pad_id, val_rows=tokens.val_count)
 
 
-def build_tokens(config: Config) -> TokenDataModule:
-    """The token rows of a run, prepared if they are not yet."""
-    data = TokenDataModule(config.data, config.seed)
-    data.prepare_data()
-    data.setup("fit")
-    check_repetition(config, data.manifest.train.rows)
-    return data
-
-
-def build_images(config: Config) -> ImageDataModule:
-    """The images of a run."""
-    data = ImageDataModule(config.images, config.data, config.seed)
-    data.setup("fit")
-    return data
-
-
-def check_repetition(config: Config, rows: int) -> None:
-    """With `data.repeat=false`, check that training reads no row twice.
+def check_repetition(config: Config, sequences: int) -> None:
+    """With `data.repeat=false`, check that training reads no sequence twice.
 
     Raises:
-        UserError: training reads more than the set's `rows`; names both numbers of tokens.
+        UserError: training reads more than the set's `sequences`.
     """
     steps, batch_size, seq_len = config.trainer.max_steps, config.data.batch_size, config.data.seq_len
-    if not config.data.repeat and steps * batch_size > rows:
+    if not config.data.repeat and steps * batch_size > sequences:
         raise UserError(
             f"data.repeat=false: trainer.max_steps={steps} reads {steps * batch_size * seq_len:,} training tokens, but "
-            f"the set has {rows * seq_len:,}: use fewer steps or more text, or pass data.repeat=true"
+            f"the set has {sequences * seq_len:,}: use fewer steps or more text, or pass data.repeat=true"
         )
 
 
-def build_decoder_module(config: Config, data: TokenDataModule) -> DecoderModule:
-    """The module that trains a decoder on `data`.
+def vocab_size(config: Config, data: TokenDataModule) -> int:
+    """`model.vocab_size`, or the tokenizer's.
 
     Raises:
-        UserError: `model.vocab_size` is too small for the data.
+        UserError: a token of the data is not smaller.
     """
-    vocab_size = config.model.vocab_size or data.vocab_size
+    size = config.model.vocab_size or data.vocab_size
     max_id = max(data.manifest.train.max_id, data.manifest.val.max_id)
-    if vocab_size <= max_id:
+    if size <= max_id:
         raise UserError(
-            f"model.vocab_size={vocab_size} is smaller than the tokenizer's: token {max_id} occurs in the data; "
+            f"model.vocab_size={size} is smaller than the tokenizer's: token {max_id} occurs in the data; "
             f"set model.vocab_size={data.vocab_size} or leave it null"
         )
-    return DecoderModule(
-        replace(config, model=replace(config.model, vocab_size=vocab_size)), pad_id=data.pad_id, val_rows=data.val_count
-    )
-
-
-def build_vision_module(config: Config, data: ImageDataModule) -> VisionModule:
-    """The module that trains a Vision Transformer on `data`."""
-    return VisionModule(config, classes=len(data.classes), val_images=data.val_count)
+    return size
 
 
 def probes(settings: TrainerConfig, data: Data, recorder: Recorder) -> list[Callback]:
