@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from run_files import copy_checkpoints, history, losses, newest
 
 from cod_lightning.cli import main
-from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES
@@ -84,16 +83,6 @@ def on_two_nodes(overrides_of):
 
 def record_of(folder):
     return json.loads((folder / "record.json").read_text())
-
-
-def newest(folder):
-    return read_checkpoint(checkpoints(folder / "checkpoints")[-1])
-
-
-@pytest.fixture(scope="module")
-def train_in(toy):
-    """`train_in(folder, *overrides)` trains in this process and returns record and run folder."""
-    return lambda folder, *overrides: train_run(compose([*toy, f"output={folder}", *overrides]))
 
 
 # --- the first step ---------------------------------------------------------------------------------------------------
@@ -185,9 +174,7 @@ def sharded(toy, output):
 def resumed(toy, train_in, output, single, sharded):
     """Records by name of runs that resume: `on1`, `on2`, `on4` and `ddp` a sharded run, `file` an unsharded one."""
     for name in ("on1", "on2", "on4", "ddp", "file"):
-        source = output / ("one" if name == "file" else "two") / "checkpoints"
-        last = checkpoints(source)[-1].name
-        shutil.copytree(source, output / name / "checkpoints", ignore=shutil.ignore_patterns(last))
+        copy_checkpoints(output / ("one" if name == "file" else "two"), output / name, until=4)
     overrides = [*toy, *SHORT, f"output={output}"]
     runs = [("on2", "fsdp"), ("ddp", "ddp"), ("file", "fsdp")]
     run_all(output, [[*overrides, *world(strategy), f"name={name}"] for name, strategy in runs], ranks=2)
@@ -197,10 +184,6 @@ def resumed(toy, train_in, output, single, sharded):
         assert status == 0, printed
     train_in(output, *SHORT, "name=on1")
     return {name: record_of(output / name) for name in ("on1", "on2", "on4", "ddp", "file")}
-
-
-def losses(record):
-    return record["history"]["train"]["loss"]
 
 
 def test_a_sharded_run_has_the_losses_of_one_process(single, sharded):
@@ -299,14 +282,17 @@ def test_a_damaged_sharded_checkpoint_is_an_error_and_executes_nothing(sharded_c
 # --- activation checkpointing and interruptions -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_activation_checkpointing_changes_nothing(train, checkpointing):
+@pytest.fixture(scope="module")
+def recomputed(train_in, tmp_path_factory):
+    """`recomputed(mode)` trains with a mode of activation checkpointing and returns the record."""
+    folder = tmp_path_factory.mktemp("recomputed")
     overrides = ("trainer.max_steps=3", "trainer.measures.jacobian=3", "norm=mix_ln")
-    plain, _ = train(*overrides, "name=plain")
-    recomputed, _ = train(*overrides, f"trainer.checkpointing={checkpointing}", "name=recomputed")
-    assert losses(recomputed) == losses(plain)
-    for kind in ("layers", "jacobian"):
-        assert recomputed["history"][kind] == plain["history"][kind]
+    return lambda mode: train_in(folder, *overrides, f"trainer.checkpointing={mode}", f"name={mode}")[0]
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing(recomputed, mode):
+    assert history(recomputed(mode)) == history(recomputed("none"))
 
 
 LONG = ["trainer.max_steps=60", "trainer.checkpoint_every=1000", "data.micro_batch_size=4", "eval.every=20", *QUIET]
@@ -395,12 +381,10 @@ def test_the_other_ranks_stop_with_an_error_if_one_dies(toy, tmp_path, wait_for)
     assert "another of the 2 ranks is gone" in log.read_text()
 
 
-def test_ranks_with_different_checkpoints_do_not_start(toy, train, tmp_path):
+def test_ranks_with_different_checkpoints_do_not_start(toy, plain, tmp_path):
     """The nodes do not share the run folder."""
-    overrides = ["data.micro_batch_size=4", *QUIET]
-    _, folder = train(*overrides, "name=run")
-    shutil.copytree(folder / "checkpoints", tmp_path / "0" / "run" / "checkpoints")
-    overrides = [*toy, *overrides, *world("ddp"), "trainer.num_nodes=2", "trainer.devices=1"]
+    copy_checkpoints(plain[1], tmp_path / "0" / "run", until=4)
+    overrides = [*toy, "data.micro_batch_size=4", *QUIET, *world("ddp"), "trainer.num_nodes=2", "trainer.devices=1"]
     for status, printed in on_two_nodes(lambda rank: [*overrides, f"output={tmp_path / str(rank)}", "name=run"]):
         assert status == 2, printed
         assert "put the run folder on a file system that all nodes share" in printed

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache, partial
 
 import pytest
 import torch
+from run_files import copy_checkpoints, history, last, losses, weights
 
 from cod_lightning.cli import main
 from cod_lightning.commands.fit import train_run
@@ -15,7 +17,6 @@ from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.data.tokenizers import train_bpe
 from cod_lightning.errors import UserError
-from cod_lightning.nn.decoder import Decoder
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.optim import frozen_blocks
 from cod_lightning.train.run import build
@@ -44,22 +45,6 @@ def tune(tune_in, tmp_path):
 def tune_shared(tune_in, tmp_path_factory):
     """As `tune`, for fixtures that several tests read."""
     return partial(tune_in, tmp_path_factory.mktemp("shared"))
-
-
-def losses(record):
-    return record["history"]["train"]["loss"]
-
-
-def weights(checkpoint):
-    return {k.removeprefix("decoder."): v for k, v in read_checkpoint(checkpoint)["state_dict"].items()}
-
-
-def history(record):
-    """The history without speeds, which differ between identical runs."""
-    return {
-        kind: {name: values for name, values in series.items() if name != "tokens_per_second"}
-        for kind, series in record["history"].items()
-    }
 
 
 # --- the loss of answers ----------------------------------------------------------------------------------------------
@@ -114,10 +99,10 @@ def test_accuracy_is_the_percentage_of_exact_answers(one_step):
 
 
 def test_micro_batches_and_padding_do_not_change_a_run(tune):
-    runs = [tune("data.micro_batch_size=8", "name=whole")[0], tune("data.micro_batch_size=2", "name=parts")[0]]
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
+    whole, parts = (tune(f"data.micro_batch_size={size}", f"name=micro{size}")[0] for size in (8, 2))
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
     for name in ("val_loss", "accuracy", "tokens"):
-        assert runs[1][name] == pytest.approx(runs[0][name], rel=1e-5)
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +115,6 @@ def test_a_run_learns_the_questions(learned):
     record, _ = learned
     # Guessing gives 37.5%, and five standard errors of 400 answers are 12.5%; four seeds gave 63 to 87%.
     assert record["accuracy"] > 50
-
-
-def test_the_history_has_the_accuracy(learned):
-    record, _ = learned
     assert record["history"]["val"]["accuracy"] == [record["accuracy"]]
 
 
@@ -163,10 +144,6 @@ def initialised(request, tune_shared, source):
     return tune_shared(f"name=from_{request.param}", f"init_from={path}", *STILL)
 
 
-def last(folder):
-    return checkpoints(folder / "checkpoints")[-1]
-
-
 def test_a_run_starts_with_the_weights_of_the_source(source, initialised):
     before, after = weights(last(source[1])), weights(last(initialised[1]))
     assert before.keys() == after.keys()
@@ -193,8 +170,8 @@ def test_a_run_uses_the_tokenizer_of_the_source(source, initialised):
     assert record["config"]["data"]["tokenizer"] == str(source[1] / "tokenizer")
 
 
-def test_instructions_use_the_vocabulary_of_a_run_on_text(train, tmp_path):
-    _, source = train("name=source")
+def test_instructions_use_the_vocabulary_of_a_run_on_text(plain, train, tmp_path):
+    _, source = plain
     records = [{"instruction": f"the norm of block {n}", "output": "grows with depth"} for n in range(60)]
     (tmp_path / "records.json").write_text(json.dumps(records))
     overrides = ["data=commonsense170k", f"data.files={tmp_path}/records.json", "data.seq_len=256", "data.val_every=10"]
@@ -204,10 +181,9 @@ def test_instructions_use_the_vocabulary_of_a_run_on_text(train, tmp_path):
     assert weights(last(folder))["lm_head.weight"].shape == weights(last(source))["lm_head.weight"].shape
 
 
-def test_a_run_on_text_starts_from_a_run_on_text(train):
-    first, source = train("name=source", "trainer.max_steps=1")
-    again, _ = train("name=again", f"init_from={source}", *STILL)
-    assert again["val_loss"] == first["val_loss"]
+def test_a_run_on_text_starts_from_a_run_on_text(plain, train):
+    again, _ = train(f"init_from={plain[1]}", *STILL)
+    assert again["val_loss"] == plain[0]["val_loss"]
     assert "accuracy" not in again
 
 
@@ -271,38 +247,29 @@ def test_a_checkpoint_file_without_a_run_needs_a_tokenizer(tune, sources):
     tune(f"init_from={sources['tmp']}/stray.ckpt", f"data.tokenizer={sources['run']}/tokenizer", *STILL)
 
 
-def rewind(folder, step):
-    """Remove the record and all checkpoints after `step`, as if the run had been interrupted."""
-    (folder / "record.json").unlink()
-    for path in checkpoints(folder / "checkpoints"):
-        if path.name > f"step-{step:08d}.ckpt":
-            path.unlink()
+@pytest.fixture(scope="module")
+def without_source(source, tune_shared, tmp_path_factory):
+    """Record, folder and overrides of a run whose source has no checkpoint any more."""
+    copy = tmp_path_factory.mktemp("sources") / "copy"
+    shutil.copytree(source[1], copy)
+    overrides = [f"init_from={copy}", "trainer.keep_last=9", "name=whole"]
+    record, folder = tune_shared(*overrides)
+    shutil.rmtree(copy / "checkpoints")
+    return record, folder, overrides
 
 
-@pytest.fixture
-def without_source(tune):
-    """Record of an uninterrupted run, folder of one rewound to step 2, and overrides; the source has no checkpoint."""
-    _, source = tune("name=source", "trainer.max_steps=2")
-    overrides = [f"init_from={source}", "trainer.keep_last=9"]
-    whole, _ = tune("name=whole", *overrides)
-    _, folder = tune("name=parts", *overrides)
-    for path in checkpoints(source / "checkpoints"):
-        path.unlink()
-    return whole, folder, overrides
-
-
-def test_a_run_resumes_without_its_source(tune, without_source):
+def test_a_run_resumes_without_its_source(tune, tmp_path, without_source):
     whole, folder, overrides = without_source
-    rewind(folder, 2)
-    resumed, _ = tune("name=parts", *overrides)
+    copy_checkpoints(folder, tmp_path / "whole", until=2)
+    resumed, _ = tune(*overrides)
     assert history(resumed) == history(whole)
     assert resumed["init_from"] == whole["init_from"]
 
 
-def test_a_failed_retraining_keeps_the_record(tune, without_source):
+def test_a_failed_retraining_keeps_the_record(tune_shared, without_source):
     _, folder, overrides = without_source
     with pytest.raises(UserError, match="no last checkpoint"):
-        tune("name=parts", *overrides, "resume=false")
+        tune_shared(*overrides, "resume=false")
     assert (folder / "record.json").exists()
 
 
@@ -345,17 +312,17 @@ def test_no_block_is_frozen_without_lisa():
     assert frozen_blocks(7, 8, OptimConfig(), seed=1) == []
 
 
+def test_the_seed_samples_the_expected_blocks():
+    config = OptimConfig(lisa_layers=1, lisa_interval=2)
+    assert [set(range(3)) - set(frozen_blocks(step, 3, config, seed=6)) for step in range(6)] == ACTIVE
+
+
 @pytest.fixture(scope="module")
 def lisa(tune_shared):
     """Record and checkpoints of a run that saves every step."""
     overrides = ["trainer.checkpoint_every=1", "trainer.keep_last=99", "data.micro_batch_size=4"]
     record, folder = tune_shared(*LISA, *overrides, "trainer.stats_every=1", "name=lisa")
     return record, checkpoints(folder / "checkpoints")
-
-
-def test_the_seed_samples_the_expected_blocks():
-    config = OptimConfig(lisa_layers=1, lisa_interval=2)
-    assert [set(range(3)) - set(frozen_blocks(step, 3, config, seed=6)) for step in range(6)] == ACTIVE
 
 
 def test_a_step_changes_all_weights_but_those_of_frozen_blocks(lisa):
@@ -393,34 +360,14 @@ def test_lisa_with_all_blocks_is_full_fine_tuning(tune):
     assert history(sampled) == history(full)
 
 
-def test_a_run_resumed_between_two_samples_is_bit_identical(tune):
+def test_a_run_resumed_between_two_samples_is_bit_identical(tune, tmp_path):
     words = [*LISA, "optim.lisa_interval=3", "trainer.max_steps=8", "trainer.keep_last=9"]
-    whole, one = tune("name=whole", *words)
-    _, folder = tune("name=parts", *words)
-    rewind(folder, 4)
-    again, _ = tune("name=parts", *words)
-    assert history(again) == history(whole)
-    expected, found = (weights(checkpoints(f / "checkpoints")[-1]) for f in (one, folder))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_a_run_resumed_after_an_error_is_bit_identical(tune, monkeypatch):
-    words = [*LISA, "trainer.max_steps=6"]
-    whole, _ = tune("name=whole", *words)
-    forward, calls = Decoder.forward, []
-
-    def failing(self, *args, **kwargs):
-        calls.append(torch.is_grad_enabled())
-        if calls.count(True) == 5:
-            raise RuntimeError("the machine went away")
-        return forward(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "forward", failing)
-        with pytest.raises(RuntimeError, match="the machine went away"):
-            tune("name=parts", *words)
-    again, _ = tune("name=parts", *words)
-    assert history(again) == history(whole)
+    whole, folder = tune("name=whole", *words)
+    copy_checkpoints(folder, tmp_path / "parts", until=4)
+    resumed, parts = tune("name=parts", *words)
+    assert history(resumed) == history(whole)
+    expected, actual = weights(last(folder)), weights(last(parts))
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_more_blocks_than_the_model_has_is_an_error(tuning):

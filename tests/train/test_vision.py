@@ -1,12 +1,11 @@
-"""Training on images: it learns, resumes to the bit, and is recorded as a run of text is."""
+"""Training on images."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from run_files import copy_checkpoints, history, losses, newest
 
 from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
@@ -14,7 +13,6 @@ from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.measure.adapter import Images
-from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.run import build
 
 VISION = ("task=vision", "model=vit_tiny", "images.min_crop=1")
@@ -29,11 +27,11 @@ def restored(folder):
     """The data and the model of a finished run."""
     data, module = build(load(folder))
     module.configure_model()
-    module.load_state_dict(read_checkpoint(checkpoints(folder / "checkpoints")[-1])["state_dict"])
+    module.load_state_dict(newest(folder)["state_dict"])
     return data, module
 
 
-def test_drawn_images_are_told_apart(train_images):
+def test_a_run_learns_to_classify_drawn_images(train_images):
     words = ("trainer.max_steps=100", "data.batch_size=32", "data.micro_batch_size=32", "optim.lr=3e-3")
     record, folder = train_images(*words, "eval.every=100", "trainer.stats_every=50", "trainer.checkpoint_every=100")
     assert record["accuracy"] > 30  # chance is 12.5
@@ -45,25 +43,19 @@ def test_drawn_images_are_told_apart(train_images):
     assert not (folder / "tokenizer").exists()
     data, module = restored(folder)
     with torch.no_grad():
-        rows = [data.val_rows[number] for number in range(256)]
-        labels = torch.tensor([label for _, label, _ in rows])
-        logits = module.vit(torch.stack([image for image, _, _ in rows]))
+        samples = [data.val_rows[number] for number in range(256)]
+        labels = torch.tensor([label for _, label, _ in samples])
+        logits = module.vit(torch.stack([image for image, _, _ in samples]))
     assert record["val_loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-5)
     assert record["accuracy"] == pytest.approx(100 * (logits.argmax(-1) == labels).double().mean().item(), rel=1e-6)
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint_to_the_bit(train_images):
-    whole, _ = train_images("name=whole")
-    _, folder = train_images("name=parts")
-    (folder / "record.json").unlink()
-    for path in checkpoints(folder / "checkpoints")[1:]:
-        path.unlink()
-    again, _ = train_images("name=parts")
-    for kind in ("train", "val", "layers"):
-        for name, values in whole["history"][kind].items():
-            if name != "tokens_per_second":
-                assert again["history"][kind][name] == values, (kind, name)
-    assert (again["accuracy"], again["val_loss"]) == (whole["accuracy"], whole["val_loss"])
+def test_a_run_resumed_from_its_newest_checkpoint_is_bit_identical(train_images, tmp_path):
+    whole, folder = train_images("name=whole", "trainer.keep_last=9")
+    copy_checkpoints(folder, tmp_path / "parts", until=2)
+    resumed, _ = train_images("name=parts")
+    assert history(resumed) == history(whole)
+    assert (resumed["accuracy"], resumed["val_loss"]) == (whole["accuracy"], whole["val_loss"])
 
 
 def test_a_checkpoint_with_other_optimizer_groups_is_refused(toy):
@@ -77,12 +69,12 @@ def test_a_checkpoint_with_other_optimizer_groups_is_refused(toy):
 
 def test_accumulation_and_weighting_do_not_change_a_step(train_images):
     words = ("trainer.max_steps=3", "trainer.stats_every=0", "eval.every=100")
-    first, *others = [
+    first, *others = (
         train_images(*words, f"data.micro_batch_size={size}", f"optim.weighting={weight}", f"name={weight}{size}")[0]
         for size, weight in ((8, "tokens"), (2, "tokens"), (4, "micro_batches"))
-    ]
+    )
     for other in others:
-        assert other["history"]["train"]["loss"] == pytest.approx(first["history"]["train"]["loss"], rel=1e-5)
+        assert losses(other) == pytest.approx(losses(first), rel=1e-5)
         assert other["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
 
 
@@ -93,15 +85,15 @@ def test_layers_are_measured_over_patches_not_the_class_token(train_images):
     stream = []
     loss = module.vit(images, labels, lambda what, layer, x: stream.append(x) if what == "residual" else None)
     expected = [x[:, 1:].double().var(-1).mean().item() for x in stream]
-    found = layer_statistics(module.vit, Images(images, labels))
-    assert found.residual == pytest.approx(expected, rel=1e-5)
+    statistics = layer_statistics(module.vit, Images(images, labels))
+    assert statistics.residual == pytest.approx(expected, rel=1e-5)
     assert record["history"]["layers"]["variance"][-1] == pytest.approx(expected, rel=1e-5)
     (loss.total / 4).backward()
     norms = [torch.cat([p.grad.flatten() for p in block.parameters()]).norm().item() for block in module.vit.blocks]
-    assert found.gradient_norm == pytest.approx(norms, rel=1e-4)
+    assert statistics.gradient_norm == pytest.approx(norms, rel=1e-4)
 
 
-def test_table_5_is_what_the_paper_says_and_names_the_rest():
+def test_table_5_has_the_settings_of_the_paper():
     config = compose(["experiments=table5_vit_s"])
     assert (config.task, config.images.classes, config.images.size, config.images.patch_size) == (
         "vision",
@@ -118,15 +110,14 @@ def test_table_5_is_what_the_paper_says_and_names_the_rest():
         assert compose(["experiments=table5_vit_s", f"row={name}"]).norm.get("position") == position
 
 
-def test_the_command_line_trains_evaluates_and_says_what_is_for_text(toy, tmp_path, capsys):
+def test_commands_on_a_run_of_images(toy, tmp_path, capsys):
     words = [*toy, *VISION, f"output={tmp_path}", "name=seen", "trainer.max_steps=2", "trainer.progress=true"]
-    process = subprocess.run([sys.executable, "-m", "cod_lightning", "fit", *words], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    assert main(["fit", *words]) == 0
+    printed = capsys.readouterr()
     run = tmp_path / "seen"
     record = json.loads((run / "record.json").read_text())
-    assert f"{record['accuracy']:.2f}" in process.stdout
-    assert f"accuracy {record['accuracy']:.2f}" in process.stderr
-    assert "Warning" not in process.stderr
+    assert f"{record['accuracy']:.2f}" in printed.out
+    assert f"accuracy {record['accuracy']:.2f}" in printed.err
     assert main(["evaluate", str(run)]) == 0
     figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(figures["val_loss"]) == pytest.approx(record["val_loss"], rel=1e-5)
@@ -146,8 +137,8 @@ def test_the_command_line_trains_evaluates_and_says_what_is_for_text(toy, tmp_pa
     assert not (tmp_path / "pruned").exists()
     assert main(["measure", "removal", str(run), "rows=6", "only=[removal,linear_replacement]"]) == 0
     assert "linear_replacement: left out, " in capsys.readouterr().out
-    found = json.loads((run / "measure/removal.json").read_text())
-    assert (found["tokens"], len(found["losses"])) == (6, 4)
+    removal = json.loads((run / "measure/removal.json").read_text())
+    assert (removal["tokens"], len(removal["losses"])) == (6, 4)
     assert not (run / "measure/linear_replacement.json").exists()
     assert main(["prepare", "task=vision"]) == 2
     assert "task=vision needs no preparation" in capsys.readouterr().err
