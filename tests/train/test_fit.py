@@ -70,14 +70,14 @@ def test_the_loss_of_a_step_is_weighted_by_tokens_or_micro_batches(toy, train, w
     record, _ = train(*words)
     data, module = build(compose([*toy, *words]))
     module.configure_model()
-    rows = next(iter(data.train_dataloader()))
-    parts = [module.decoder(part, next_tokens(part, data.pad_id)) for part in rows.split(2)]
+    batch = next(iter(data.train_dataloader()))
+    parts = [module.decoder(part, next_tokens(part, data.pad_id)) for part in batch.split(2)]
     if weighting == "tokens":
         expected = sum(part.total for part in parts) / sum(part.counts.sum() for part in parts)
     else:
         expected = sum(part.total / part.counts.sum() for part in parts) / len(parts)
     assert losses(record)[0] == pytest.approx(expected.item(), rel=1e-6)
-    assert record["tokens"] == int((rows != data.pad_id).sum())
+    assert record["tokens"] == int((batch != data.pad_id).sum())
 
 
 def test_a_clipped_gradient_changes_no_weight(train):

@@ -1,4 +1,4 @@
-"""Two hosts, as two network namespaces with an address each: they train together, and one that is lost is noticed."""
+"""Two hosts, simulated by network namespaces."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def ip(*words):
 
 @pytest.fixture
 def hosts():
-    """Names of two namespaces, joined by a cable, with the addresses 10.213.0.1 and 10.213.0.2."""
+    """Names of two namespaces, connected, with the addresses 10.213.0.1 and 10.213.0.2."""
     names = [f"cod{os.getpid()}a", f"cod{os.getpid()}b"]
     try:
         steps = [("netns", "add", name) for name in names]
@@ -37,7 +37,7 @@ def hosts():
             except FileNotFoundError:
                 pytest.skip("network namespaces need iproute2, which is not installed")
             if done.returncode:
-                pytest.skip(f"network namespaces cannot be had here: ip {' '.join(words)}: {done.stderr.strip()}")
+                pytest.skip(f"network namespaces are not available: ip {' '.join(words)}: {done.stderr.strip()}")
         yield names
     finally:
         for name in names:
@@ -45,7 +45,7 @@ def hosts():
 
 
 def start(host, rank, words, log):
-    """One rank on a host, by the names of Lightning's launcher."""
+    """Start one rank on a host with the variables of Lightning's launcher."""
     environment = {
         "NODE_RANK": str(rank),
         "MASTER_ADDR": "10.213.0.1",
@@ -57,7 +57,7 @@ def start(host, rank, words, log):
         return subprocess.Popen(process, env=os.environ | environment, stdout=out, stderr=out)
 
 
-def test_a_host_that_is_cut_off_ends_the_other_in_time_and_both_go_on_together(hosts, toy, train, tmp_path, wait_for):
+def test_a_lost_host_stops_the_other_and_both_resume(hosts, toy, train, tmp_path, wait_for):
     words = ["trainer.max_steps=150", "data.micro_batch_size=4", "eval.every=50", "trainer.checkpoint_every=10"]
     words += ["trainer.stats_every=0", "trainer.measures.jacobian=0"]
     alone, _ = train(*words, "name=alone")

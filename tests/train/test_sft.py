@@ -62,11 +62,10 @@ def one_step(request, tuning, tune_shared):
 
 
 @torch.no_grad()
-def answers(data, module, rows):
-    """For each stored row, loss and correctness of the prediction of each answer token."""
+def answers(data, module, sequences):
+    """For each stored sequence, loss and correctness of the prediction of each answer token."""
     result = []
-    for row in rows.tolist():
-        *ids, start = row
+    for *ids, start in sequences.tolist():
         logs = module.decoder(torch.tensor([ids]))[0].double().log_softmax(-1)
         positions = range(start - 1, ids.index(data.eos_id))
         result.append([(-float(logs[p, ids[p + 1]]), int(logs[p].argmax()) == ids[p + 1]) for p in positions])

@@ -222,17 +222,12 @@ class MetadataUnpickler(pickle.Unpickler):
     ALLOWED = (
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         *(
-            (f"torch.distributed.checkpoint.{module}", name)
-            for module, name in (
-                ("metadata", "Metadata"),
-                ("metadata", "MetadataIndex"),
-                ("metadata", "TensorStorageMetadata"),
-                ("metadata", "ChunkStorageMetadata"),
-                ("metadata", "TensorProperties"),
-                ("metadata", "_MEM_FORMAT_ENCODING"),
-                ("metadata", "StorageMeta"),
-                ("filesystem", "_StorageInfo"),
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata"),
+                *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta"),
             )
         ),
     )

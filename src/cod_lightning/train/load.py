@@ -60,8 +60,8 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     if config.task != "language":
         raise UserError(f"{folder} is a run of task={config.task}: only fit, evaluate and measure can read it")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    weights, rows = read_weights(checkpoint, "decoder", "lm_head.weight")
-    decoder = empty_decoder(config, vocab_size=rows)
+    weights, vocab_size = read_weights(checkpoint, "decoder", "lm_head.weight")
+    decoder = empty_decoder(config, vocab_size)
     load_weights(decoder, weights, str(checkpoint))
     return decoder, tokenizer
 

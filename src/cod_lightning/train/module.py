@@ -30,6 +30,8 @@ from cod_lightning.train.load import InitialWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
 from cod_lightning.train.strategy import Sharded, backend
 
+ADVICE = "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
+
 
 class StepModule(LightningModule, ABC):
     """Trains a model with one optimizer step per batch; subclasses define the model and its batches.
@@ -155,8 +157,7 @@ class StepModule(LightningModule, ABC):
             layers = (first_bad_layer(self.network, *part) for part in micro_batches)
             bad = next((layer for layer in layers if layer), "the loss, or on another rank")
             raise Diverged(
-                f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. "
-                "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
+                f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. {ADVICE}"
             )
         if self.optim.clip > 0:
             self.clip_gradients(optimizer.optimizer, gradient_clip_val=self.optim.clip, gradient_clip_algorithm="norm")
@@ -186,8 +187,7 @@ class StepModule(LightningModule, ABC):
         bad = [name for name, count in zip(finite, counts, strict=True) if count < self.trainer.world_size]
         if bad:
             raise Diverged(
-                f"{bad[0]} is not finite after step {self.trainer.global_step}: no checkpoint is written. The last "
-                "checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
+                f"{bad[0]} is not finite after step {self.trainer.global_step}: no checkpoint is written. {ADVICE}"
             )
         checkpoint["tokens"] = self.tokens
         checkpoint["init_from"] = self.origin
@@ -223,7 +223,6 @@ class DecoderModule(StepModule):
     def __init__(self, config: Config, *, pad_id: int | None, val_rows: int):
         super().__init__(config)
         self.seq_len, self.pad_id = config.data.seq_len, pad_id
-        """A stored row of instructions has `seq_len` tokens and the length of its prompt."""
         self.perplexity = Perplexity(val_rows, config.eval.paper_batch, config.eval.paper_ranks)
         self.accuracy = ExactMatch()
 
@@ -236,7 +235,11 @@ class DecoderModule(StepModule):
         return self.decoder
 
     def inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and next tokens of stored rows, both [rows, seq_len]; the tokens of a prompt are no targets."""
+        """Tokens and next tokens, both [sequences, seq_len]; the tokens of a prompt are no targets.
+
+        Args:
+            batch: sequences of `seq_len` tokens; after those of an instruction the length of its prompt.
+        """
         tokens = batch[:, : self.seq_len]
         return tokens, next_tokens(tokens, self.pad_id, batch[:, self.seq_len] if self.has_prompts(batch) else None)
 
@@ -251,10 +254,10 @@ class DecoderModule(StepModule):
         return layer_statistics(network, tokens, self.pad_id, sum_over_ranks=self.total_over_ranks)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        rows, index = batch
-        output = self.decoder(*self.inputs_and_targets(rows))
+        sequences, index = batch
+        output = self.decoder(*self.inputs_and_targets(sequences))
         self.perplexity.update(output.per_sequence, output.counts, index)
-        if self.has_prompts(rows):
+        if self.has_prompts(sequences):
             self.accuracy.update(output)
 
     def on_validation_epoch_end(self) -> None:

@@ -1,4 +1,4 @@
-"""Lightning's Trainer of a run, its TensorBoard logs, and what Lightning should not say."""
+"""Lightning's Trainer of a run, its TensorBoard logs, errors of lost ranks, and silenced messages."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def quiet_lightning() -> Generator[None]:
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in (
-            # The main process reads the rows unless data.loader_workers says otherwise.
+            # The main process reads the data unless data.loader_workers is set.
             r".*does not have many workers.*",
-            # The order of the rows is a function of the step: the loader has no state to resume.
+            # The order of the data is a function of the step: the loader has no state to resume.
             r".*resuming from a checkpoint that ended before the epoch ended.*",
-            # Every rank reads its own share of the validation rows.
+            # Every rank reads its own share of the validation data.
             r".*Your `IterableDataset` has `__len__` defined.*",
             # Metrics are already summed over the ranks.
             r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
