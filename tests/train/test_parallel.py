@@ -15,8 +15,9 @@ from run_files import copy_checkpoints, history, losses, newest
 
 from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
-from cod_lightning.errors import UserError
+from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.strategies import STRATEGIES
+from cod_lightning.train.callbacks import StopOnSignal
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -52,8 +53,11 @@ def run_all(folder, runs, ranks):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def command(*words):
-    return [sys.executable, "-m", "cod_lightning", *words]
+def start(words, log, **variables):
+    """Start the command line with more environment variables; its output goes to the file `log`."""
+    command = [sys.executable, "-m", "cod_lightning", *words]
+    with open(log, "w") as out:
+        return subprocess.Popen(command, env=environment() | variables, stdout=out, stderr=subprocess.STDOUT)
 
 
 def world(strategy, ranks=2):
@@ -65,20 +69,20 @@ def node(rank):
     return {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29400 + os.getpid() % 500)}
 
 
-def on_two_nodes(overrides_of):
+def on_two_nodes(folder, overrides_of):
     """Run `fit` with `overrides_of(rank)` on two nodes; return the status and the output of each."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [
-        subprocess.Popen(command("fit", *overrides_of(rank)), env=environment() | node(rank), **streams)
-        for rank in range(2)
-    ]
+    logs = [folder / "log0", folder / "log1"]
+    both = [start(["fit", *overrides_of(rank)], log, **node(rank)) for rank, log in enumerate(logs)]
     try:
-        outputs = [process.communicate(timeout=TIMEOUT)[0] for process in both]
+        return [(process.wait(TIMEOUT), log.read_text()) for process, log in zip(both, logs, strict=True)]
     finally:
-        for process in both:
-            process.kill()
-            process.wait()
-    return [(process.returncode, output) for process, output in zip(both, outputs, strict=True)]
+        stop(both)
+
+
+def stop(processes):
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def record_of(folder):
@@ -180,7 +184,7 @@ def resumed(toy, train_in, output, single, sharded):
     run_all(output, [[*overrides, *world(strategy), f"name={name}"] for name, strategy in runs], ranks=2)
     # Four ranks on two nodes with hybrid sharding: our launcher starts the second rank of a node.
     nodes = [*overrides, *world("fsdp"), "trainer.num_nodes=2", "trainer.hybrid=true", "name=on4"]
-    for status, printed in on_two_nodes(lambda rank: nodes):
+    for status, printed in on_two_nodes(output, lambda rank: nodes):
         assert status == 0, printed
     train_in(output, *SHORT, "name=on1")
     return {name: record_of(output / name) for name in ("on1", "on2", "on4", "ddp", "file")}
@@ -305,10 +309,7 @@ def interrupted(request, toy, tmp_path_factory, wait_for):
     strategy = world("ddp") if request.param == 2 else []
     overrides = ["fit", *toy, f"output={folder}", *LONG, *strategy, "name=stopped"]
     log = folder / "log"
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            command(*overrides, "trainer.progress=true"), env=environment(), stdout=out, stderr=out
-        )
+    process = start([*overrides, "trainer.progress=true"], log)
     wait_for(lambda: "step      7/" in log.read_text(), process, log)
     process.send_signal(signal.SIGTERM)
     status = process.wait(TIMEOUT)
@@ -324,21 +325,22 @@ def test_sigterm_exits_with_status_75_and_one_checkpoint(interrupted):
     assert interrupted.saved == 1
 
 
-def test_the_same_command_resumes_after_sigterm(interrupted, train):
-    again = command(*interrupted.overrides)
-    done = subprocess.run(again, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stderr
-    expected, resumed = train(*LONG, "name=whole")[0]["history"], record_of(interrupted.folder / "stopped")["history"]
+@pytest.fixture(scope="module")
+def uninterrupted(train_in, tmp_path_factory):
+    """Record of the same run in this process."""
+    return train_in(tmp_path_factory.mktemp("whole"), *LONG)[0]
+
+
+def test_the_same_command_resumes_after_sigterm(interrupted, uninterrupted):
+    log = interrupted.folder / "log2"
+    assert start(interrupted.overrides, log).wait(TIMEOUT) == 0, log.read_text()
+    expected, resumed = history(uninterrupted), history(record_of(interrupted.folder / "stopped"))
     for series in ("train", "val"):
-        for name in expected[series].keys() - {"tokens_per_second"}:
-            values = expected[series][name]
+        for name, values in expected[series].items():
             assert resumed[series][name] == (values if interrupted.ranks == 1 else pytest.approx(values, rel=1e-5))
 
 
 def test_a_run_interrupted_before_a_validation_resumes_with_it(train, monkeypatch):
-    from cod_lightning.errors import Stopped
-    from cod_lightning.train.callbacks import StopOnSignal
-
     words = ("trainer.max_steps=6", "eval.every=2", "trainer.checkpoint_every=100")
     whole, _ = train(*words, "name=whole")
     install_handler, calls = StopOnSignal.install_handler, []
@@ -353,39 +355,36 @@ def test_a_run_interrupted_before_a_validation_resumes_with_it(train, monkeypatc
         with pytest.raises(Stopped, match="in the validation after step 4"):
             train(*words, "name=stopped")
     again, _ = train(*words, "name=stopped")
-    assert again["history"]["val"] == whole["history"]["val"]
-    assert again["history"]["train"]["loss"] == whole["history"]["train"]["loss"]
+    assert history(again) == history(whole)
 
 
 def test_the_other_ranks_stop_with_an_error_if_one_dies(toy, tmp_path, wait_for):
     words = ["fit", *toy, *world("ddp"), f"output={tmp_path}", "data.micro_batch_size=4", "trainer.max_steps=100000"]
+    words += ["trainer.progress=true", "trainer.num_nodes=2", "trainer.devices=1"]
     log = tmp_path / "log"
-    with open(log, "w") as out:
-        first, second = (
-            subprocess.Popen(
-                command(*words, "trainer.progress=true", "trainer.num_nodes=2", "trainer.devices=1"),
-                env=environment() | node(rank),
-                stdout=out if rank == 0 else subprocess.DEVNULL,
-                stderr=out if rank == 0 else subprocess.DEVNULL,
-            )
-            for rank in range(2)
-        )
+    first, second = start(words, log, **node(0)), start(words, tmp_path / "log1", **node(1))
     try:
         wait_for(lambda: "step      3/" in log.read_text(), first, log)
         second.kill()
         assert first.wait(TIMEOUT) == 75, log.read_text()
     finally:
-        for process in (first, second):
-            process.kill()
-            process.wait()
+        stop([first, second])
     assert "another of the 2 ranks is gone" in log.read_text()
 
 
 def test_ranks_with_different_checkpoints_do_not_start(toy, plain, tmp_path):
     """The nodes do not share the run folder."""
     copy_checkpoints(plain[1], tmp_path / "0" / "run", until=4)
-    overrides = [*toy, "data.micro_batch_size=4", *QUIET, *world("ddp"), "trainer.num_nodes=2", "trainer.devices=1"]
-    for status, printed in on_two_nodes(lambda rank: [*overrides, f"output={tmp_path / str(rank)}", "name=run"]):
+    overrides = [
+        *toy,
+        "data.micro_batch_size=4",
+        *QUIET,
+        *world("ddp"),
+        "trainer.num_nodes=2",
+        "trainer.devices=1",
+        "name=run",
+    ]
+    for status, printed in on_two_nodes(tmp_path, lambda rank: [*overrides, f"output={tmp_path / str(rank)}"]):
         assert status == 2, printed
         assert "put the run folder on a file system that all nodes share" in printed
 
