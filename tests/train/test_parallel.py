@@ -199,6 +199,12 @@ def test_a_sharded_run_has_the_layer_statistics_of_one_process(single, sharded):
         assert np.array(sharded["history"]["layers"][name]) == pytest.approx(np.array(values), rel=1e-3)
 
 
+def test_a_sharded_run_has_the_jacobians_of_one_process(single, sharded):
+    expected, measured = single["history"]["jacobian"], sharded["history"]["jacobian"]
+    assert measured["layer"] == expected["layer"]
+    assert np.array(measured["distance"]) == pytest.approx(np.array(expected["distance"]), rel=1e-3)
+
+
 def test_a_sharded_run_in_mixed_precision_has_the_losses_of_one_process(train_in, output, single, sharded):
     mixed = losses(record_of(output / "mixed"))
     assert mixed == pytest.approx(losses(train_in(output, *SHORT, MIXED, "name=mixed_on1")[0]), rel=1e-3)

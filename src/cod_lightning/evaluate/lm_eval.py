@@ -38,6 +38,8 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
         lm_eval_tasks = importlib.import_module("lm_eval.tasks")
     except ImportError as error:
         raise UserError(f"tasks= needs lm-evaluation-harness ({error}): pip install 'cod_lightning[eval]'") from error
+    if not tasks:
+        raise UserError("tasks= is empty: give task names, as in arc_easy,piqa, or paper")
     if folder is not None and not folder.is_dir():
         raise UserError(f"--task-folder={folder}: no such folder")
     manager = lm_eval_tasks.TaskManager(include_path=None if folder is None else str(folder))
@@ -47,8 +49,8 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
         if task not in known:
             similar = ", ".join(difflib.get_close_matches(task, known, n=5))
             errors.append(f"tasks: unknown task {task!r}" + (f"; similar: {similar}" if similar else ""))
-    if errors or not tasks:
-        raise UserError("\n".join(errors) or "tasks= is empty: give task names, as in arc_easy,piqa, or paper")
+    if errors:
+        raise UserError("\n".join(errors))
     return manager
 
 
