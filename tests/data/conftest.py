@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
@@ -14,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from cod_lightning.data import chunks
 from cod_lightning.data.config import DataConfig
+from cod_lightning.data.datamodule import TokenDataModule
+from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepare
 from cod_lightning.data.tokenizers import DocumentTokenizer
 
@@ -88,6 +91,30 @@ def _prepared(config: DataConfig) -> DataConfig:
         patch.setattr(chunks, "CHUNK_TOKENS", 2048)
         prepare(config, progress=False)
     return config
+
+
+@pytest.fixture(scope="session")
+def open_tokens():
+    """`open_tokens(config)` returns the data module of a prepared set after `setup`."""
+
+    def open_module(config: DataConfig, seed: int = 1, **replica: int) -> TokenDataModule:
+        data = TokenDataModule(config, seed, **replica)
+        data.setup()
+        return data
+
+    return open_module
+
+
+@pytest.fixture(scope="session")
+def stored():
+    """`stored(folder, split)` returns the sequences of a split, read directly from the files."""
+
+    def read(folder: Path, split: str) -> np.ndarray:
+        manifest = read_manifest(folder)
+        contents = [(folder / split / chunk.name).read_bytes()[12:] for chunk in manifest.split(split).chunks]
+        return np.frombuffer(b"".join(contents), manifest.dtype).reshape(-1, manifest.row_width)
+
+    return read
 
 
 class Numbers(DocumentTokenizer):

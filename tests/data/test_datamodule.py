@@ -9,15 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DistributedSampler
 
 from cod_lightning.data.datamodule import TokenDataModule
-from cod_lightning.data.order import rows_of_step
+from cod_lightning.data.order import sample_indices
 from cod_lightning.data.prepare import prepare, prepared_folder
 from cod_lightning.errors import UserError
-
-
-def opened(config, seed=1, **replica) -> TokenDataModule:
-    data = TokenDataModule(config, seed, **replica)
-    data.setup()
-    return data
 
 
 class Recorder(LightningModule):
@@ -57,56 +51,55 @@ def trainer_for(folder: Path, steps: int, limit_val_batches: float = 0) -> Train
     )
 
 
-def test_tokenizer_and_probe_come_from_the_set(packed):
-    data = opened(packed)
+def test_tokenizer_and_probe_come_from_the_set(packed, open_tokens):
+    data = open_tokens(packed)
     assert (data.vocab_size, data.pad_id, data.eos_id) == (300, 0, 1)
     assert data.fingerprint == data.manifest.fingerprint
     probe = data.probe_batch(3)
-    assert torch.equal(probe, data.val_rows.read(np.arange(3)))
+    assert torch.equal(probe, data.val_set.read(np.arange(3)))
     text = data.tokenizer().decode(probe[0].tolist())
     assert data.tokenizer().encode(text).ids == probe[0].tolist()
-    with pytest.raises(UserError, match="a probe of 999999 rows"):
+    with pytest.raises(UserError, match="a probe of 999999 sequences"):
         data.probe_batch(999_999)
 
 
-def test_without_a_trainer_training_is_one_epoch_in_order(packed):
-    data = opened(packed)
+def test_without_a_trainer_training_is_one_epoch_in_order(packed, open_tokens):
+    data = open_tokens(packed)
     batches = list(data.train_dataloader())
-    assert len(batches) == len(data.train_rows) // 8
-    chunks = tuple(chunk.rows for chunk in data.manifest.train.chunks)
-    rows = rows_of_step(3, seed=1, batch_size=8, rank=0, world_size=1, rows_per_chunk=chunks)
+    assert len(batches) == len(data.train_set) // 8
+    indices = sample_indices(3 * 8, 8, seed=1, chunk_sizes=tuple(chunk.rows for chunk in data.manifest.train.chunks))
     assert batches[3].dtype == torch.int64
-    assert torch.equal(batches[3], data.train_rows.read(rows))
+    assert torch.equal(batches[3], data.train_set.read(indices))
 
 
-def test_ranks_see_one_global_batch(packed):
-    whole = list(opened(packed).train_dataloader())
-    shares = [list(opened(packed, rank=rank, world_size=4).train_dataloader()) for rank in range(4)]
+def test_ranks_see_one_global_batch(packed, open_tokens):
+    whole = list(open_tokens(packed).train_dataloader())
+    shares = [list(open_tokens(packed, rank=rank, world_size=4).train_dataloader()) for rank in range(4)]
     for step, batch in enumerate(whole):
         assert torch.equal(batch, torch.cat([share[step] for share in shares]))
 
 
-def test_batches_do_not_depend_on_loader_workers(packed, tmp_path):
+def test_batches_do_not_depend_on_loader_workers(packed, tmp_path, open_tokens):
     config = replace(packed, folder=f"local:{prepared_folder(packed)}", root=str(tmp_path), batch_size=64)
-    plain = torch.stack(list(opened(config).train_dataloader()))
-    loader = opened(replace(config, loader_workers=2)).train_dataloader()
+    plain = torch.stack(list(open_tokens(config).train_dataloader()))
+    loader = open_tokens(replace(config, loader_workers=2)).train_dataloader()
     assert torch.equal(torch.stack(list(loader)), plain)
     assert torch.equal(torch.stack(list(loader)), plain)  # the workers stay
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 64])
 @pytest.mark.parametrize("layout", ["packed", "documents"])
-def test_validation_has_every_row_once_and_equally_many_batches(request, layout, world_size):
+def test_validation_has_every_sequence_once_and_equally_many_batches(request, layout, world_size, open_tokens):
     config = replace(request.getfixturevalue(layout), batch_size=192)
-    ranks = [opened(config, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [open_tokens(config, rank=rank, world_size=world_size) for rank in range(world_size)]
     shares = [list(data.val_dataloader()) for data in ranks]
     assert {len(share) for share in shares} == {len(ranks[0].val_dataloader())}
-    rows, index = (torch.cat(part) for part in zip(*(batch for share in shares for batch in share), strict=True))
+    sequences, index = (torch.cat(part) for part in zip(*(batch for share in shares for batch in share), strict=True))
     assert all(batch[0].shape == (4, config.seq_len) for share in shares for batch in share)
     filling = index == -1
-    assert (rows[filling] == ranks[0].pad_id).all()
-    assert torch.equal(index[~filling].sort().values, torch.arange(len(ranks[0].val_rows)))
-    assert torch.equal(rows[~filling], ranks[0].val_rows.read(index[~filling].numpy()))
+    assert (sequences[filling] == ranks[0].pad_id).all()
+    assert torch.equal(index[~filling].sort().values, torch.arange(len(ranks[0].val_set)))
+    assert torch.equal(sequences[~filling], ranks[0].val_set.read(index[~filling].numpy()))
     for rank, share in enumerate(shares):
         own = torch.cat([batch[1] for batch in share])
         assert (own[own >= 0] % world_size == rank).all()
@@ -114,10 +107,10 @@ def test_validation_has_every_row_once_and_equally_many_batches(request, layout,
 
 @pytest.mark.parametrize("layout", ["packed", "documents"])
 @pytest.mark.parametrize("bound", [200, 1000, 10_000_000])
-def test_validation_is_limited_to_val_tokens(request, layout, bound):
+def test_validation_is_limited_to_val_tokens(request, layout, bound, open_tokens):
     config = replace(request.getfixturevalue(layout), val_tokens=bound)
-    data = opened(config)
-    tokens = (data.val_rows.read(np.arange(len(data.val_rows))) != data.pad_id).sum(1).cumsum(0)
+    data = open_tokens(config)
+    tokens = (data.val_set.read(np.arange(len(data.val_set))) != data.pad_id).sum(1).cumsum(0)
     assert data.val_count == (tokens <= bound).sum()
     assert sum((index >= 0).sum() for _, index in data.val_dataloader()) == data.val_count
 
@@ -138,19 +131,19 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(packed, tmp_path
     assert torch.equal(torch.stack(first.seen + second.seen), torch.stack(whole.seen))
 
 
-def test_a_checkpoint_of_another_set_is_refused(packed, documents, tmp_path):
+def test_a_checkpoint_of_another_set_is_refused(packed, documents, tmp_path, open_tokens):
     trainer = trainer_for(tmp_path, 1)
     trainer.fit(Recorder(), TokenDataModule(packed, 1))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     with pytest.raises(UserError, match="the checkpoint was trained on a set with fingerprint"):
         trainer_for(tmp_path, 2).fit(Recorder(), TokenDataModule(documents, 1), ckpt_path=tmp_path / "one.ckpt")
     early = TokenDataModule(documents, 1)
-    early.load_state_dict(opened(packed).state_dict())
+    early.load_state_dict(open_tokens(packed).state_dict())
     with pytest.raises(UserError, match="the checkpoint was trained on"):
         early.setup()
 
 
-def test_a_trainer_validates_every_row(packed, tmp_path):
+def test_a_trainer_validates_every_sequence(packed, tmp_path):
     recorder, data = Recorder(), TokenDataModule(packed, 1)
     trainer_for(tmp_path, 1, limit_val_batches=1.0).validate(recorder, data, verbose=False)
     index = torch.cat([index for _, index in recorder.validated])
@@ -158,10 +151,10 @@ def test_a_trainer_validates_every_row(packed, tmp_path):
 
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-def test_lightning_cannot_inject_its_sampler(packed, loader):
-    data = opened(packed)
+def test_lightning_cannot_inject_its_sampler(packed, loader, open_tokens):
+    data = open_tokens(packed)
     with pytest.raises(TypeError, match=r"can't inject a \(distributed\) sampler"):
-        _update_dataloader(getattr(data, loader)(), DistributedSampler(data.train_rows, 2, 0))
+        _update_dataloader(getattr(data, loader)(), DistributedSampler(data.train_set, 2, 0))
 
 
 def test_steps_must_be_bounded(packed, tmp_path):
@@ -169,10 +162,10 @@ def test_steps_must_be_bounded(packed, tmp_path):
         trainer_for(tmp_path, -1).fit(Recorder(), TokenDataModule(packed, 1))
 
 
-def test_the_set_is_prepared_unless_a_folder_is_given(make_config, packed, tmp_path):
+def test_the_set_is_prepared_unless_a_folder_is_given(make_config, packed, tmp_path, open_tokens):
     config = make_config(tmp_path)
     with pytest.raises(UserError, match="is not a prepared set"):
-        opened(config)
+        open_tokens(config)
     data = TokenDataModule(config, 1)
     data.prepare_data()
     data.setup()
@@ -184,9 +177,9 @@ def test_the_set_is_prepared_unless_a_folder_is_given(make_config, packed, tmp_p
     assert not (tmp_path / "none").exists()
 
 
-def test_all_bad_settings_are_reported_together(packed):
+def test_all_bad_settings_are_reported_together(packed, open_tokens):
     with pytest.raises(UserError, match=r"(?s)data.val_every=1.*data.batch_size=8 is not divisible by 3 processes"):
-        opened(replace(packed, val_every=1), world_size=3)
+        open_tokens(replace(packed, val_every=1), world_size=3)
     folder = str(prepared_folder(packed))
     with pytest.raises(UserError, match=r"data.seq_len=64, but the set has 32"):
-        opened(replace(packed, folder=folder, seq_len=64))
+        open_tokens(replace(packed, folder=folder, seq_len=64))

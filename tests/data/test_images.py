@@ -41,7 +41,7 @@ def opened(root=None, seed=1, batch_size=4, micro_batch_size=2, rank=0, world_si
 def test_classes_and_files_are_sorted(root):
     data = opened(root, classes=3)
     assert data.classes == ["ant", "bee", "zebra"]
-    images = data.train_rows.images
+    images = data.train_set.images
     assert images.files[:5] == ["ant/0.png", "ant/1.jpg", "ant/2.JPEG", "ant/3.jpeg", "bee/0.png"]
     assert images.labels == [0] * 4 + [1] * 4 + [2] * 4
     assert images.read(2).size == (32, 40)
@@ -49,13 +49,13 @@ def test_classes_and_files_are_sorted(root):
 
 def test_an_epoch_has_every_image_once_and_the_next_another_order(root):
     data = opened(root)
-    requested = np.concatenate([data.rows_of(step) for step in range(6)])
+    requested = np.concatenate([data.batch_keys(step) for step in range(6)])
     assert requested[:, 1].tolist() == list(range(24))
     assert sorted(requested[:12, 0]) == sorted(requested[12:, 0]) == list(range(12))
     assert requested[:12, 0].tolist() != requested[12:, 0].tolist()
     batches = list(data.train_dataloader())
     assert [images.shape for images, _ in batches] == [(4, 3, 16, 16)] * 3
-    expected = data.train_rows[tuple(requested[5])]
+    expected = data.train_set[tuple(requested[5])]
     assert torch.equal(batches[1][0][1], expected[0])
     assert batches[1][1][1] == expected[1]
 
@@ -80,10 +80,10 @@ def test_validation_has_every_image_once_and_equally_many_batches(root, ranks):
 
 
 def test_a_crop_depends_only_on_seed_and_sample(root):
-    train_images = opened(root).train_rows
-    assert torch.equal(train_images[3, 7][0], pickle.loads(pickle.dumps(opened(root).train_rows))[3, 7][0])
+    train_images = opened(root).train_set
+    assert torch.equal(train_images[3, 7][0], pickle.loads(pickle.dumps(opened(root).train_set))[3, 7][0])
     assert not torch.equal(train_images[3, 7][0], train_images[3, 8][0])
-    assert not torch.equal(train_images[3, 7][0], opened(root, seed=2).train_rows[3, 7][0])
+    assert not torch.equal(train_images[3, 7][0], opened(root, seed=2).train_set[3, 7][0])
 
 
 def test_pixels_are_normalised(tmp_path):
@@ -93,9 +93,9 @@ def test_pixels_are_normalised(tmp_path):
         Image.fromarray(noise).save(tmp_path / split / "noise" / "0.png")
     data = opened(tmp_path, size=14, patch_size=7)
     centre = torch.from_numpy(((noise / 255 - MEAN) / STD)[1:15, 1:15]).permute(2, 0, 1).float()
-    torch.testing.assert_close(data.val_rows[0][0], centre)  # 14 is 0.875 of 16: nothing is resized
+    torch.testing.assert_close(data.val_set[0][0], centre)  # 14 is 0.875 of 16: nothing is resized
     torch.testing.assert_close(data.probe_batch(1)[0][0], centre)
-    whole = opened(tmp_path, size=16, min_crop=1).train_rows
+    whole = opened(tmp_path, size=16, min_crop=1).train_set
     image = torch.from_numpy((noise / 255 - MEAN) / STD).permute(2, 0, 1).float()
     flipped = [not torch.allclose(whole[0, sample][0], image, atol=1e-5) for sample in range(20)]
     assert 4 < sum(flipped) < 16

@@ -12,7 +12,6 @@ import torch
 
 from cod_lightning.data.config import DataConfig
 from cod_lightning.data.corpora import identity, open_corpus, read_examples
-from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.encode import Encoder
 from cod_lightning.data.instructions import ALIVE, LIFELESS, Example, drawn, prompt_of
 from cod_lightning.data.manifest import read_manifest
@@ -132,10 +131,9 @@ def instructions(make_config, tmp_path_factory):
     return config
 
 
-def test_a_prepared_set_has_every_example_and_the_start_of_its_answer(instructions):
-    data = TokenDataModule(instructions, 1)
-    data.setup()
-    rows = data.train_rows.read(np.arange(len(data.train_rows)))
+def test_a_prepared_set_has_every_example_and_the_start_of_its_answer(instructions, open_tokens):
+    data = open_tokens(instructions)
+    rows = data.train_set.read(np.arange(len(data.train_set)))
     assert rows.shape == (36, 101)
     backend, parts = data.tokenizer(), []
     for row in rows.tolist():
@@ -158,7 +156,7 @@ def test_the_manifest_counts_skipped_examples_and_has_format_2(instructions, pac
 
 def test_the_report_counts_skipped_examples(instructions, tmp_path, capfd):
     prepare(replace(instructions, root=str(tmp_path)))
-    assert "36 training and 4 validation rows (1 examples skipped, whose prompts" in capfd.readouterr().err
+    assert "36 training and 4 validation sequences (1 examples skipped, whose prompts" in capfd.readouterr().err
 
 
 def test_the_set_does_not_depend_on_workers(instructions, tmp_path):
@@ -176,39 +174,33 @@ def test_the_names_of_other_sets_are_stable():
     assert prepared_folder(replace(packed, val_every=7)) != prepared_folder(packed)
 
 
-def test_instructions_and_text_are_not_confused(instructions, packed):
+def test_instructions_and_text_are_not_confused(instructions, packed, open_tokens):
     with pytest.raises(UserError, match=r"data\.source='files', but the set has 'instructions'"):
         check_against(packed, read_manifest(prepared_folder(instructions)), "here")
     with pytest.raises(UserError, match=r"data\.source='instructions', but the set has 'packed'"):
         check_against(replace(instructions, seq_len=32), read_manifest(prepared_folder(packed)), "here")
     given = replace(instructions, files=None, folder=str(prepared_folder(instructions)))
-    TokenDataModule(given, 1).setup()
+    open_tokens(given)
 
 
-def opened(config, **replica) -> TokenDataModule:
-    data = TokenDataModule(config, 1, **replica)
-    data.setup()
-    return data
-
-
-def test_batches_include_the_length_of_the_prompt(instructions):
-    data = opened(instructions, world_size=2)
+def test_batches_include_the_length_of_the_prompt(instructions, open_tokens):
+    data = open_tokens(instructions, world_size=2)
     assert next(iter(data.train_dataloader())).shape == (4, 101)
     ((rows, index),) = data.val_dataloader()
     assert index.tolist() == [0, 2, -1, -1]
     assert (rows[2:] == data.pad_id).all()
 
 
-def test_probe_and_token_count_exclude_the_length_of_the_prompt(instructions):
-    data = opened(instructions)
+def test_probe_and_token_count_exclude_the_length_of_the_prompt(instructions, open_tokens):
+    data = open_tokens(instructions)
     probe = data.probe_batch(4)
-    assert torch.equal(probe, data.val_rows.read(np.arange(4))[:, :100])
+    assert torch.equal(probe, data.val_set.read(np.arange(4))[:, :100])
     tokens = (probe != data.pad_id).sum(1)
-    assert opened(replace(instructions, val_tokens=int(tokens[:3].sum()))).val_count == 3
+    assert open_tokens(replace(instructions, val_tokens=int(tokens[:3].sum()))).val_count == 3
 
 
 def test_too_short_rows_are_refused(instructions, tmp_path):
-    with pytest.raises(UserError, match=r"37 documents do not fill one train row of data\.seq_len=5 tokens"):
+    with pytest.raises(UserError, match=r"37 documents do not fill one train sequence of data\.seq_len=5 tokens"):
         prepare(replace(instructions, root=str(tmp_path), seq_len=5), progress=False)
 
 

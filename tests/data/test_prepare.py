@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cod_lightning.data import encode
@@ -19,14 +18,7 @@ from cod_lightning.data.prepare import check_against, is_complete, prepare, prep
 from cod_lightning.errors import UserError
 
 
-def stored(folder: Path, split: str) -> np.ndarray:
-    """Return the rows of a split, read directly from the files."""
-    manifest = read_manifest(folder)
-    contents = [(folder / split / chunk.name).read_bytes()[12:] for chunk in manifest.split(split).chunks]
-    return np.frombuffer(b"".join(contents), manifest.dtype).reshape(-1, manifest.seq_len)
-
-
-def test_the_manifest_describes_the_stored_rows(packed):
+def test_the_manifest_describes_the_stored_rows(packed, stored):
     folder = prepared_folder(packed)
     manifest, rows = read_manifest(folder), stored(folder, "train")
     assert find_damage(folder, manifest) == []
@@ -36,13 +28,13 @@ def test_the_manifest_describes_the_stored_rows(packed):
     assert {chunk.rows for chunk in manifest.train.chunks[:-1]} == {2048 // 32}
 
 
-def test_packed_rows_have_an_eos_per_document_and_no_pad(packed):
+def test_packed_rows_have_an_eos_per_document_and_no_pad(packed, stored):
     manifest, rows = read_manifest(prepared_folder(packed)), stored(prepared_folder(packed), "train")
     assert (rows == manifest.tokenizer.eos_id).sum() in (539, 540)  # the dropped tail may contain the last
     assert not (rows == manifest.tokenizer.pad_id).any()
 
 
-def test_document_sets_count_tokens_without_pads(documents):
+def test_document_sets_count_tokens_without_pads(documents, stored):
     manifest, rows = read_manifest(prepared_folder(documents)), stored(prepared_folder(documents), "train")
     assert manifest.train.rows == 540
     assert (rows != manifest.tokenizer.pad_id).sum() == manifest.train.tokens < rows.size
@@ -114,8 +106,8 @@ def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeyp
     ("files", "changes", "message"),
     [
         ({"a.txt": " \n"}, {}, "the corpus has no training documents"),
-        ({"a.txt": "few"}, {}, "1 documents do not fill one train row of data.seq_len=32"),
-        ({"a.txt": "words " * 99}, {}, "0 documents do not fill one val row .* a smaller data.val_every"),
+        ({"a.txt": "few"}, {}, "1 documents do not fill one train sequence of data.seq_len=32"),
+        ({"a.txt": "words " * 99}, {}, "0 documents do not fill one val sequence .* a smaller data.val_every"),
         ({"a.jsonl": "{"}, {}, "a.jsonl, line 1: not JSON"),
         ({"a.txt": "words " * 99}, {"seq_len": 0, "layout": "x"}, "data.layout='x'.*\n.*data.seq_len=0"),
         ({"a.txt": "words"}, {"folder": "somewhere"}, "data.folder='somewhere' names a set"),

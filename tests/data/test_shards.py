@@ -140,7 +140,7 @@ def test_c4_is_split_by_its_files(c4_corpus, make_config, tmp_path, monkeypatch)
     assert content(prepare_all(replace(config, root=str(tmp_path / "three")), 3)) == content(unsharded)
 
 
-def test_a_finished_shard_is_kept(make_config, tmp_path, monkeypatch):
+def test_a_finished_shard_is_not_prepared_again(make_config, tmp_path, monkeypatch):
     config = make_config(tmp_path)
     part = prepare_shard(config, 1, 2, progress=False)
     assert [path.name for path in part.parent.iterdir() if path.is_dir()] == ["1"]
@@ -199,11 +199,11 @@ def test_every_missing_damaged_or_different_part_is_named(make_config, tmp_path)
     lines = str(error.value).splitlines()
     assert len(lines) == 5
     assert lines[0] == "part 0/5 is missing: run prepare with shard=0/5"
-    assert lines[1].startswith("part 4/5 is missing: run prepare with shard=4/5; ")
-    assert lines[1].endswith('was prepared with other settings: rows ["packed", 64] instead of ["packed", 32]')
-    assert re.match(r"part 1/5 is damaged: \S+/1/train.ids: [\d,]+ bytes instead of [\d,]+; remove ", lines[2])
-    assert lines[3].startswith("part 2/5 was prepared with other settings: val_every 11 instead of 10; remove ")
-    assert lines[4].startswith("part 3/5 was prepared with another tokenizer than part 1/5; remove ")
+    assert re.match(r"part 1/5 is damaged: \S+/1/train.ids: [\d,]+ bytes instead of [\d,]+; remove ", lines[1])
+    assert lines[2].startswith("part 2/5 was prepared with other settings: val_every 11 instead of 10; remove ")
+    assert lines[3].startswith("part 3/5 was prepared with another tokenizer than the parts before it; remove ")
+    assert lines[4].startswith("part 4/5 is missing: run prepare with shard=4/5; ")
+    assert lines[4].endswith('was prepared with other settings: rows ["packed", 64] instead of ["packed", 32]')
     assert not prepared_folder(config).exists()
     assert not list(tmp_path.glob(".*.partial"))
 

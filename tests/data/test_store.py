@@ -20,8 +20,8 @@ from cod_lightning.data.stream import TokenDataset, open_set
 from cod_lightning.errors import UserError
 
 CHUNK = "chunk-0-3.bin"
-ROWS = 64
-"""Rows of a chunk."""
+CHUNK_SIZE = 64
+"""Sequences of a chunk."""
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "someone",
     "AWS_SECRET_ACCESS_KEY": "secret",
@@ -150,7 +150,7 @@ def test_a_set_in_a_store_is_the_local_one(proxy, local, packed, tmp_path):
     assert torch.equal(torch.stack(dataset.__getitems__(everything)), torch.stack(local.__getitems__(everything)))
     assert {proxy.asked[chunk.name] for chunk in dataset.split.chunks} == {1}
     reopened = opened(tmp_path)
-    assert torch.equal(reopened[3 * ROWS], local[3 * ROWS])
+    assert torch.equal(reopened[3 * CHUNK_SIZE], local[3 * CHUNK_SIZE])
     assert proxy.asked[CHUNK] == 1  # from the cache
 
 
@@ -172,7 +172,7 @@ def test_the_data_module_reads_from_a_store(proxy, packed, tmp_path):
 def test_a_transient_failure_is_retried(proxy, local, tmp_path, fault):
     proxy.faults = {CHUNK: [fault, "503", ""]}
     dataset = opened(tmp_path)
-    assert torch.equal(dataset[3 * ROWS], local[3 * ROWS])
+    assert torch.equal(dataset[3 * CHUNK_SIZE], local[3 * CHUNK_SIZE])
     assert proxy.asked[CHUNK] == 3
     assert cached(tmp_path) == [CHUNK]
 
@@ -192,12 +192,12 @@ def test_a_lasting_failure_is_named_and_leaves_no_chunk(proxy, local, tmp_path, 
     proxy.faults = {CHUNK: [fault]}
     dataset = opened(tmp_path)
     with pytest.raises(UserError, match=rf"^{SOURCE}/train/{CHUNK} (?s:.)*{reason}(?s:.)* \(4 attempts\)$"):
-        dataset[3 * ROWS]
+        dataset[3 * CHUNK_SIZE]
     assert proxy.asked[CHUNK] == chunks.ATTEMPTS == 4
     assert cached(tmp_path) == []
     assert torch.equal(dataset[0], local[0])  # other chunks are read
     proxy.faults = {}
-    assert torch.equal(dataset[3 * ROWS], local[3 * ROWS])
+    assert torch.equal(dataset[3 * CHUNK_SIZE], local[3 * CHUNK_SIZE])
 
 
 def test_a_missing_object_is_requested_once(proxy):
@@ -216,10 +216,10 @@ def test_small_files_are_retried_and_named(proxy, local, tmp_path, name):
 
 
 def test_a_chunk_altered_in_the_cache_is_fetched_again(proxy, local, tmp_path):
-    assert torch.equal(opened(tmp_path)[3 * ROWS], local[3 * ROWS])
+    assert torch.equal(opened(tmp_path)[3 * CHUNK_SIZE], local[3 * CHUNK_SIZE])
     (path,) = (tmp_path / "cache").rglob(CHUNK)
     path.write_bytes(path.read_bytes()[:-2])
-    assert torch.equal(opened(tmp_path)[3 * ROWS], local[3 * ROWS])
+    assert torch.equal(opened(tmp_path)[3 * CHUNK_SIZE], local[3 * CHUNK_SIZE])
     assert proxy.asked[CHUNK] == 2
 
 

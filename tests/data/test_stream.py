@@ -21,44 +21,41 @@ def folder(packed, tmp_path) -> Path:
     return shutil.copytree(prepared_folder(packed), tmp_path / "set")
 
 
-def expected(folder: Path, split: str = "train") -> torch.Tensor:
-    manifest = read_manifest(folder)
-    contents = [(folder / split / chunk.name).read_bytes()[12:] for chunk in manifest.split(split).chunks]
-    dataset = np.frombuffer(b"".join(contents), manifest.dtype).reshape(-1, manifest.seq_len)
-    return torch.from_numpy(dataset.astype(np.int64))
+@pytest.fixture
+def train(folder, stored) -> torch.Tensor:
+    """The training sequences."""
+    return torch.from_numpy(stored(folder, "train").astype(np.int64))
 
 
 @pytest.mark.parametrize("prefix", ["", "local:"])
-def test_rows_are_read_by_number_in_any_order(folder, tmp_path, prefix):
+def test_sequences_are_read_by_index_in_any_order(folder, train, tmp_path, prefix):
     source = prefix + str(folder)
     manifest, tokenizer = open_set(source)
     assert tokenizer == (folder / "tokenizer.json").read_text()
     dataset = TokenDataset(source, manifest, "train", tmp_path / "cache")
-    everything = expected(folder)
-    assert len(dataset) == len(everything) > 1000
+    assert len(dataset) == len(train) > 1000
     chosen = np.random.default_rng(0).permutation(len(dataset))
     for part in np.array_split(chosen, 7):
         read = dataset.read(part)
         assert read.dtype == torch.int64
-        assert torch.equal(read, everything[part])
-    assert torch.equal(dataset[5], everything[5])
-    assert torch.equal(torch.stack(dataset.__getitems__([9, 900, 9])), everything[[9, 900, 9]])
+        assert torch.equal(read, train[part])
+    assert torch.equal(dataset[5], train[5])
+    assert torch.equal(torch.stack(dataset.__getitems__([9, 900, 9])), train[[9, 900, 9]])
     assert dataset.read(np.array([], np.int64)).shape == (0, 32)
 
 
-def test_the_number_of_mapped_chunks_is_bounded(folder, monkeypatch):
+def test_the_number_of_mapped_chunks_is_bounded(folder, train, monkeypatch):
     monkeypatch.setattr(stream, "OPEN_CHUNKS", 3)
     dataset = TokenDataset(str(folder), read_manifest(folder), "train")
-    everything = torch.stack(dataset.__getitems__(range(len(dataset))))
+    assert torch.equal(dataset.read(np.arange(len(dataset))), train)
     assert len(dataset._mapped) == 3
-    assert torch.equal(everything, expected(folder))
 
 
-def test_rows_outside_are_refused(folder):
+def test_an_index_outside_is_refused(folder):
     dataset = TokenDataset(str(folder), read_manifest(folder), "val")
-    for row in (-1, len(dataset)):
+    for index in (-1, len(dataset)):
         with pytest.raises(IndexError):
-            dataset[row]
+            dataset[index]
 
 
 def test_a_copy_in_another_process_opens_its_own_files(folder):
@@ -80,23 +77,23 @@ def alter(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"), [(Path.unlink, f"{CHUNK}: missing"), (cut, f"{CHUNK}: 4,106 bytes instead of 4,108")]
+    ("damage", "message"), [(Path.unlink, f"{CHUNK}: missing"), (cut, f"{CHUNK}: 4,106 bytes instead of 4,108")]
 )
-def test_missing_and_cut_chunks_are_named_when_the_set_is_opened(folder, harm, message):
-    harm(folder / "train" / CHUNK)
+def test_missing_and_cut_chunks_are_named_when_the_set_is_opened(folder, damage, message):
+    damage(folder / "train" / CHUNK)
     with pytest.raises(UserError, match=message):
         open_set(str(folder))
 
 
 @pytest.mark.parametrize("prefix", ["", "local:"])
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("damage", "message"),
     [(Path.unlink, f"{CHUNK} cannot be read"), (cut, f"{CHUNK} is damaged: 4,106 bytes"), (alter, "its SHA-256")],
 )
-def test_damaged_chunks_are_named_when_they_are_read(folder, tmp_path, prefix, harm, message):
+def test_damaged_chunks_are_named_when_they_are_read(folder, tmp_path, prefix, damage, message):
     source = prefix + str(folder)
     manifest, _ = open_set(source)
-    harm(folder / "train" / CHUNK)
+    damage(folder / "train" / CHUNK)
     dataset = TokenDataset(source, manifest, "train", tmp_path / "cache")
     assert torch.equal(dataset[0], dataset[0])
     with pytest.raises(UserError, match=message) as error:

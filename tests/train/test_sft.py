@@ -85,7 +85,7 @@ def test_the_training_loss_averages_answer_tokens_by_weighting(one_step):
 
 def test_the_validation_loss_is_the_mean_over_answer_tokens(one_step):
     _, record, data, module = one_step
-    held_out = answers(data, module, data.val_rows.read(torch.arange(data.val_count).numpy()))
+    held_out = answers(data, module, data.val_set.read(torch.arange(data.val_count).numpy()))
     tokens = sum(map(len, held_out))
     assert record["val_tokens"] == tokens
     assert record["val_loss"] == pytest.approx(sum(loss for a in held_out for loss, _ in a) / tokens, rel=1e-5)
@@ -93,7 +93,7 @@ def test_the_validation_loss_is_the_mean_over_answer_tokens(one_step):
 
 def test_accuracy_is_the_percentage_of_exact_answers(one_step):
     _, record, data, module = one_step
-    held_out = answers(data, module, data.val_rows.read(torch.arange(data.val_count).numpy()))
+    held_out = answers(data, module, data.val_set.read(torch.arange(data.val_count).numpy()))
     assert record["accuracy"] == 100 * sum(all(hit for _, hit in answer) for answer in held_out) / len(held_out)
 
 

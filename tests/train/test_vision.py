@@ -43,7 +43,7 @@ def test_a_run_learns_to_classify_drawn_images(train_images):
     assert not (folder / "tokenizer").exists()
     data, module = restored(folder)
     with torch.no_grad():
-        samples = [data.val_rows[number] for number in range(256)]
+        samples = [data.val_set[number] for number in range(256)]
         labels = torch.tensor([label for _, label, _ in samples])
         logits = module.vit(torch.stack([image for image, _, _ in samples]))
     assert record["val_loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-5)

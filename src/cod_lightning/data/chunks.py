@@ -1,7 +1,7 @@
-"""Chunks of rows: files in litdata's format, written with its writer and fetched with its clients for stores.
+"""Chunks of sequences: files in litdata's format, written with its writer and downloaded with its clients.
 
-Reading is ours, because litdata's StreamingDataset gives one row at a time, does not compare checksums, and fetches in
-a thread whose failures end in a time-out without a reason. Any litdata reader can read the files.
+Reading is ours, because litdata's StreamingDataset gives one sequence at a time, does not compare checksums, and
+downloads in a thread whose failures end in a time-out without a reason. Any litdata reader can read the files.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from cod_lightning.data.manifest import INDEX, Chunk
 from cod_lightning.errors import UserError
 
 CHUNK_TOKENS = 2**23
-"""Tokens per chunk, rounded down to whole rows: 16 MB of 16-bit ids, one object to fetch from a store."""
+"""Tokens per chunk, rounded down to whole sequences: 16 MB of 16-bit ids, one object in a store."""
 REMEDY = "prepare the set again, or copy the file again"
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
 class ChunkWriter:
-    """Writes one split into `folder`: chunks of whole rows of `width` numbers, and litdata's index.json.
+    """Writes one split into `folder`: chunks of sequences of `width` numbers, and litdata's index.json.
 
-    For litdata a chunk holds one item, all its rows; its TokensLoader cuts them apart again.
+    For litdata a chunk holds one item, all its sequences; its TokensLoader splits them again.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
@@ -48,14 +45,14 @@ class ChunkWriter:
         self.chunks: list[Chunk] = []
 
     def write(self, ids: np.ndarray) -> None:
-        """Append numbers [n]; they need not end with a row."""
+        """Append numbers [n]; they need not end with a sequence."""
         self.buffer.append(ids)
         self.buffered += ids.size
         if self.buffered >= self.chunk_tokens:
             self._flush(self.buffered - self.buffered % self.chunk_tokens)
 
     def close(self) -> tuple[tuple[Chunk, ...], int]:
-        """Write the last rows and the index; return all chunks and the number of values that fill no row."""
+        """Write the rest and the index; return all chunks, and how many numbers at the end fill no sequence."""
         rest = self.buffered % self.width
         if self.buffered > rest:
             self._flush(self.buffered - rest)
@@ -67,7 +64,7 @@ class ChunkWriter:
         return tuple(self.chunks), rest
 
     def _flush(self, size: int) -> None:
-        """Write the first `size` numbers of the buffer, whole rows, as chunks."""
+        """Write the first `size` numbers of the buffer, whole sequences, as chunks."""
         ids = np.concatenate(self.buffer)
         for start in range(0, size, self.chunk_tokens):
             chunk = ids[start : min(start + self.chunk_tokens, size)]
@@ -81,9 +78,6 @@ class ChunkWriter:
         content = path.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         self.chunks.append(Chunk(path.name, self.rows[len(self.chunks)], len(content), sha256))
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class DamagedChunkError(Exception):
@@ -102,15 +96,15 @@ def check_chunk(content: bytes | memoryview, chunk: Chunk) -> None:
         raise DamagedChunkError(f"is damaged: its SHA-256 differs from the manifest; {REMEDY}")
 
 
-def rows_of_chunk(content: np.ndarray, chunk: Chunk, width: int, dtype: np.dtype) -> np.ndarray:
-    """View the bytes of a chunk as its rows: [rows, width] of the stored type. They end the file, after a header."""
+def chunk_rows(content: np.ndarray, chunk: Chunk, width: int, dtype: np.dtype) -> np.ndarray:
+    """View the bytes of a chunk, which start with a header, as its sequences: [rows, width] of type `dtype`."""
     return content[len(content) - chunk.rows * width * dtype.itemsize :].view(dtype).reshape(chunk.rows, width)
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------
 
 ATTEMPTS = 4
-"""Attempts per file of a store."""
+"""Attempts to download a file."""
 TIMEOUT = 30.0
 """Seconds to connect, and to wait for the next byte, before an attempt at an `s3://` URL fails."""
 PAUSE = 1.0
@@ -125,12 +119,12 @@ def is_remote(source: str) -> bool:
 
 
 class Store:
-    """Reads files below a URL with litdata's client, retrying a bounded number of times."""
+    """Downloads files below a URL with litdata's client, retrying a bounded number of times."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
         from litdata.streaming.downloader import get_downloader
 
+        self.url = url.rstrip("/")
         options = {}
         if self.url.startswith("s3://"):
             from botocore.config import Config
@@ -141,10 +135,11 @@ class Store:
         self.downloader = get_downloader(self.url, "", [], options)
 
     def read(self, name: str, chunk: Chunk | None = None) -> bytes:
-        """Return the content of a file; of a `chunk` it is compared with the manifest, as a part of each attempt.
+        """Return the content of a file; each attempt compares that of a `chunk` with the manifest.
 
         Raises:
-            UserError: the last attempt failed, or one failed for good; names URL, reason and number of attempts.
+            UserError: the last attempt failed, or one with an error that a retry cannot cure; names the URL, the reason
+                and the number of attempts.
         """
         url = f"{self.url}/{name}"
         for attempt in range(1, ATTEMPTS + 1):
@@ -186,13 +181,12 @@ def _is_final(error: Exception) -> bool:
 
 
 def make_room(folder: Path, needed: int, share: float) -> None:
-    """Delete the oldest chunks of a cache until `needed` more bytes fit into `share` of the disk open to it."""
-    chunks = sorted(folder.glob("*.bin"), key=lambda path: path.stat().st_mtime_ns)
-    sizes = [path.stat().st_size for path in chunks]
-    used = sum(sizes)
+    """Delete the oldest chunks of a cache until it fits, with `needed` more bytes, into `share` of its disk space."""
+    chunks = {path: path.stat() for path in folder.glob("*.bin")}
+    used = sum(stat.st_size for stat in chunks.values())
     limit = share * (used + shutil.disk_usage(folder).free) - needed
-    for path, size in zip(chunks, sizes, strict=True):
+    for path in sorted(chunks, key=lambda path: chunks[path].st_mtime_ns):
         if used <= limit:
             return
         path.unlink(missing_ok=True)
-        used -= size
+        used -= chunks[path].st_size

@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cod_lightning.data.config import DataConfig, data_errors
 from cod_lightning.data.manifest import Manifest, TokenizerRecord
-from cod_lightning.data.order import rows_of_step
+from cod_lightning.data.order import sample_indices
 from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
 from cod_lightning.data.stream import TokenDataset, open_set
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 
-SCANNED_ROWS = 1024
-"""Rows to read at a time while counting validation tokens."""
+COUNTED_SEQUENCES = 1024
+"""Sequences to read at a time while counting validation tokens."""
 
 
 class StepDataModule(LightningDataModule, ABC):
@@ -35,12 +35,12 @@ class StepDataModule(LightningDataModule, ABC):
     Build the Trainer with `use_distributed_sampler=False`, because the samples of a rank are selected here; Lightning
     raises a TypeError otherwise. Without a trainer, `rank` and `world_size` apply.
 
-    Attributes, after `setup`: `source` (folder or URL), `train_rows`, `val_rows`.
+    Attributes, after `setup`: `source` (folder or URL), `train_set`, `val_set`.
     """
 
     source: str
-    train_rows: Any
-    val_rows: Any
+    train_set: Any
+    val_set: Any
 
     def __init__(self, config: DataConfig, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
         super().__init__()
@@ -48,6 +48,20 @@ class StepDataModule(LightningDataModule, ABC):
         self.seed = seed
         self._rank, self._world_size = rank, world_size
         self._resumed: str | None = None
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of the data; a resumed run must have the same."""
+
+    @property
+    @abstractmethod
+    def val_count(self) -> int:
+        """Number of leading validation samples to use."""
+
+    @abstractmethod
+    def sample_keys(self, first: int, count: int) -> np.ndarray:
+        """Return the keys in `train_set` of `count` samples; they are numbered over all epochs: [count, ...]."""
 
     @property
     def replica(self) -> tuple[int, int]:
@@ -64,19 +78,11 @@ class StepDataModule(LightningDataModule, ABC):
             return [f"data.batch_size={self.config.batch_size} is not divisible by {world_size} processes"]
         return []
 
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """SHA-256 of the data; a resumed run must have the same."""
-
-    @abstractmethod
-    def rows_of(self, step: int) -> np.ndarray:
+    def batch_keys(self, step: int) -> np.ndarray:
         """Return the keys of this rank's training samples of one step: [batch_size / world_size, ...]."""
-
-    @property
-    @abstractmethod
-    def val_count(self) -> int:
-        """Number of validation rows to use."""
+        rank, world_size = self.replica
+        count = self.config.batch_size // world_size
+        return self.sample_keys(step * self.config.batch_size + rank * count, count)
 
     def state_dict(self) -> dict[str, Any]:
         return {"fingerprint": self.fingerprint}
@@ -106,29 +112,29 @@ class StepDataModule(LightningDataModule, ABC):
         """
         trainer = self.trainer
         if trainer is None:
-            steps = max(1, len(self.train_rows) // self.config.batch_size)
+            steps = max(1, len(self.train_set) // self.config.batch_size)
         elif trainer.max_steps < 1:
             raise UserError(f"trainer.max_steps={trainer.max_steps}: must be at least 1, training is counted in steps")
         else:
             steps = trainer.max_steps
-        sampler = StepSampler(self.rows_of, first=lambda: trainer.global_step if trainer else 0, steps=steps)
-        return StepLoader(self.train_rows, batch_sampler=sampler, **loader_options(self.config.loader_workers))
+        sampler = StepSampler(self.batch_keys, first=lambda: trainer.global_step if trainer else 0, steps=steps)
+        return StepLoader(self.train_set, batch_sampler=sampler, **_loader_options(self.config.loader_workers))
 
     def _val_loader(self, dataset: Dataset, workers: int) -> DataLoader:
-        """Return this rank's share of the first `val_count` rows, `micro_batch_size` at a time.
+        """Return this rank's share of the first `val_count` samples, `micro_batch_size` at a time.
 
-        Rank r of W has the rows r, r + W, ...; the number -1 fills up, so that all ranks have equally many batches.
+        Rank r of W has the samples r, r + W, ...; the index -1 fills up, so that all ranks have equally many batches.
         """
         rank, world_size = self.replica
         size = self.config.micro_batch_size
         batches = -(-self.val_count // (world_size * size))
-        numbers = range(rank, batches * size * world_size, world_size)
-        numbers = [number if number < self.val_count else -1 for number in numbers]
-        sampler = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-        return DataLoader(dataset, batch_sampler=sampler, **loader_options(workers))
+        indices = range(rank, batches * size * world_size, world_size)
+        indices = [index if index < self.val_count else -1 for index in indices]
+        sampler = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return DataLoader(dataset, batch_sampler=sampler, **_loader_options(workers))
 
 
-def loader_options(workers: int) -> dict[str, Any]:
+def _loader_options(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,
@@ -139,20 +145,20 @@ def loader_options(workers: int) -> dict[str, Any]:
 
 
 class StepSampler(Sampler[list[int]]):
-    """Yields `rows_of(step)` from `first()`, called when the iteration begins, to `steps`.
+    """Yields `batch_keys(step)` from `first()`, called when the iteration begins, to `steps`.
 
     The length includes the steps before `first()`: Lightning numbers the batches of a resumed run from there.
     """
 
-    def __init__(self, rows_of: Callable[[int], np.ndarray], first: Callable[[], int], steps: int) -> None:
-        self.rows_of, self.first, self.steps = rows_of, first, steps
+    def __init__(self, batch_keys: Callable[[int], np.ndarray], first: Callable[[], int], steps: int) -> None:
+        self.batch_keys, self.first, self.steps = batch_keys, first, steps
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first(), self.steps):
-            yield self.rows_of(step).tolist()
+            yield self.batch_keys(step).tolist()
 
 
 class StepLoader(DataLoader):
@@ -165,40 +171,36 @@ class StepLoader(DataLoader):
         pass
 
 
-class NumberedDataset(Dataset):
-    """Rows with their numbers; the row with the number -1 is all pad."""
+class IndexedSequences(Dataset):
+    """Sequences with their indices; the sequence with the index -1 is all pad."""
 
     def __init__(self, dataset: TokenDataset, pad_id: int) -> None:
         self.dataset, self.pad_id = dataset, pad_id
 
-    def __getitems__(self, numbers: list[int]) -> list[tuple[Tensor, int]]:
-        index = np.array(numbers)
-        rows = torch.full((len(numbers), self.dataset.width), self.pad_id)
-        rows[torch.from_numpy(index >= 0)] = self.dataset.read(index[index >= 0])
-        return list(zip(rows, numbers, strict=True))
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        index = np.array(indices)
+        sequences = torch.full((len(indices), self.dataset.width), self.pad_id)
+        sequences[torch.from_numpy(index >= 0)] = self.dataset.read(index[index >= 0])
+        return list(zip(sequences, indices, strict=True))
 
 
 class TokenDataModule(StepDataModule):
-    """Batches of token rows of a prepared set.
+    """Batches of token sequences of a prepared set.
 
     Training: int64 [batch_size / world_size, width], see `Manifest.row_width`.
 
-    Validation: (int64 [m, width], int64 [m]) with m = `micro_batch_size`, rows and their numbers in the whole split;
-    the row with the number -1 is all pad.
+    Validation: (int64 [m, width], int64 [m]) with m = `micro_batch_size`, sequences and their indices in the whole
+    split; the sequence with the index -1 is all pad.
 
     Attributes, after `setup`: `manifest` and those of `StepDataModule`.
     """
 
     manifest: Manifest
-    train_rows: TokenDataset
-    val_rows: TokenDataset
+    train_set: TokenDataset
+    val_set: TokenDataset
 
     def prepare_data(self) -> None:
-        """Prepare the set unless it exists or `folder` names one; Lightning calls this on one process per node.
-
-        Raises:
-            UserError: as `prepare`.
-        """
+        """Prepare the set unless it exists or `folder` names one; Lightning calls this on one process per node."""
         if self.config.folder is None:
             prepare(self.config)
 
@@ -216,13 +218,12 @@ class TokenDataModule(StepDataModule):
         check_against(self.config, self.manifest, self.source)
         self._check_resumed()
         cache = Path(self.config.root) / "cache"
-        self.train_rows = TokenDataset(self.source, self.manifest, "train", cache)
-        self.val_rows = TokenDataset(self.source, self.manifest, "val", cache)
+        self.train_set = TokenDataset(self.source, self.manifest, "train", cache)
+        self.val_set = TokenDataset(self.source, self.manifest, "val", cache)
         self._val_count: int | None = None
 
     @property
     def vocab_size(self) -> int:
-        """The largest token id plus one."""
         return self.manifest.tokenizer.vocab_size
 
     @property
@@ -236,61 +237,53 @@ class TokenDataModule(StepDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of tokenizer, layout and rows; a resumed run must have the same."""
         return self.manifest.fingerprint
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of the set."""
         return Tokenizer.from_str(self._tokenizer_json)
 
-    def rows_of(self, step: int) -> np.ndarray:
-        """Return the numbers of this rank's rows of one step: int64 [batch_size / world_size]."""
-        rank, world_size = self.replica
-        return rows_of_step(
-            step,
-            seed=self.seed,
-            batch_size=self.config.batch_size,
-            rank=rank,
-            world_size=world_size,
-            rows_per_chunk=self.train_rows.rows_per_chunk,
-        )
+    def sample_keys(self, first: int, count: int) -> np.ndarray:
+        """Return sequence indices: int64 [count]."""
+        return sample_indices(first, count, seed=self.seed, chunk_sizes=self.train_set.chunk_sizes)
 
     def val_dataloader(self) -> DataLoader:
-        """Return this rank's share of the validation rows, at most `val_tokens` tokens over all ranks."""
-        return self._val_loader(NumberedDataset(self.val_rows, self.pad_id), workers=0)
+        """Return this rank's share of the validation sequences, at most `val_tokens` tokens over all ranks."""
+        return self._val_loader(IndexedSequences(self.val_set, self.pad_id), workers=0)
 
     @property
     def val_count(self) -> int:
-        """Number of leading validation rows that have at most `val_tokens` non-pad tokens."""
+        """Number of leading validation sequences that have at most `val_tokens` non-pad tokens."""
         if self._val_count is None:
-            self._val_count = _rows_within(self.val_rows, self.config.val_tokens, self.manifest, self.pad_id)
+            self._val_count = _count_within(self.val_set, self.config.val_tokens, self.manifest)
         return self._val_count
 
     def probe_batch(self, n: int) -> Tensor:
-        """Return the tokens of the first `n` validation rows: int64 [n, seq_len].
+        """Return the tokens of the first `n` validation sequences: int64 [n, seq_len].
 
         Raises:
             UserError: there are fewer.
         """
-        if n > len(self.val_rows):
-            raise UserError(f"a probe of {n} rows is larger than the set's {len(self.val_rows)} validation rows")
-        return self.val_rows.read(np.arange(n))[:, : self.manifest.seq_len]
+        if n > len(self.val_set):
+            raise UserError(f"a probe of {n} sequences is larger than the set's {len(self.val_set)} for validation")
+        return self.val_set.read(np.arange(n))[:, : self.manifest.seq_len]
 
 
-def _rows_within(dataset: TokenDataset, tokens: int, manifest: Manifest, pad_id: int) -> int:
+def _count_within(dataset: TokenDataset, tokens: int, manifest: Manifest) -> int:
+    """Return the number of leading sequences that have at most `tokens` non-pad tokens."""
     if dataset.split.tokens <= tokens:
         return len(dataset)
     if manifest.layout == "packed":
         return tokens // manifest.seq_len
     used = count = 0
     while count < len(dataset):
-        block = dataset.read(np.arange(count, min(count + SCANNED_ROWS, len(dataset))))[:, : manifest.seq_len]
-        reached = used + (block != pad_id).sum(1).cumsum(0)
-        fitting = int((reached <= tokens).sum())
+        indices = np.arange(count, min(count + COUNTED_SEQUENCES, len(dataset)))
+        block = dataset.read(indices)[:, : manifest.seq_len]
+        totals = used + (block != manifest.tokenizer.pad_id).sum(1).cumsum(0)
+        fitting = int((totals <= tokens).sum())
         count += fitting
         if fitting < len(block):
             break
-        used = int(reached[-1])
+        used = int(totals[-1])
     return count
 
 
@@ -298,7 +291,7 @@ def tokenizer_of(config: DataConfig) -> TokenizerRecord | DocumentTokenizer:
     """Return the tokenizer of the set that `config` names or describes; the set need not be prepared.
 
     Raises:
-        UserError: as `prepared_folder`, `open_set`, `load_tokenizer`.
+        UserError: the set or the tokenizer cannot be read.
     """
     source = config.folder or str(prepared_folder(config))
     if config.folder is not None or is_complete(Path(source)):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -26,7 +26,7 @@ BATCH_CHARACTERS = 2**18
 DOCUMENT_DTYPE: np.dtype = np.dtype(
     [("characters", "<u4"), ("numbers", "<u4"), ("tokens", "<u4"), ("max_id", "<u4"), ("sha256", "V32")]
 )
-"""The record of a document: length of its text, numbers that it is encoded to, how many of these are non-pad ids, the
+"""Record of a document: characters of its text, numbers that it is encoded to, how many of these are non-pad ids, the
 largest such id, and the SHA-256 of its text."""
 
 
@@ -65,7 +65,7 @@ def concatenate(parts: list[Encoded]) -> Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes documents as rows; can be pickled, so that workers receive a copy."""
+    """Encodes documents as sequences; can be pickled, so that workers receive a copy."""
 
     tokenizer: DocumentTokenizer
     layout: str
@@ -83,11 +83,11 @@ class Encoder:
     def __call__(self, documents: list[str]) -> Encoded:
         """Encode `documents` as a flat array.
 
-        `packed`: each document and its EOS, one after the other. `document`: one row of `seq_len` ids each, padded at
-        the end; a longer document is truncated and keeps EOS as its last id, as in the published runs.
-        `instructions`: one such row for each `Example`, of prompt, answer and EOS, followed by the length of the
+        `packed`: each document and its EOS, one after the other. `document`: one sequence of `seq_len` ids each, padded
+        at the end; a longer document is truncated and keeps EOS as its last id, as in the published runs.
+        `instructions`: one such sequence for each `Example`, of prompt, answer and EOS, followed by the length of the
         prompt; a longer example loses its EOS, because the answer does not end there, and an example without room for
-        a token of the answer has no row. Prompt and answer are encoded separately, so no token spans both.
+        a token of the answer has no sequence. Prompt and answer are encoded separately, so no token spans both.
         """
         prompts = None
         if self.layout == "instructions":
@@ -121,14 +121,14 @@ class Encoder:
         return encoded, [len(prompt) for prompt in prompts]
 
     def _pad(self, encoded: list[list[int]], prompts: list[int] | None) -> np.ndarray:
-        """Return one padded row for each document that has ids, ending with its number of `prompts`: flat."""
-        rows = np.full((len(encoded), self.width), self.tokenizer.pad_id, self.dtype)
-        for row, ids in zip(rows, encoded, strict=True):
-            row[: len(ids)] = ids
-        has_row = np.array([bool(ids) for ids in encoded], bool)
+        """Return a padded sequence of each document that has ids, with the length of its prompt if given: flat."""
+        padded = np.full((len(encoded), self.width), self.tokenizer.pad_id, self.dtype)
+        for sequence, ids in zip(padded, encoded, strict=True):
+            sequence[: len(ids)] = ids
+        filled = np.array([bool(ids) for ids in encoded], bool)
         if prompts is not None:
-            rows[has_row, -1] = np.array(prompts)[has_row]
-        return rows[has_row].reshape(-1)
+            padded[filled, -1] = np.array(prompts)[filled]
+        return padded[filled].reshape(-1)
 
 
 def batches(documents: Iterable[Any], characters: Callable[[Any], int] = len) -> Iterator[list[Any]]:
@@ -162,10 +162,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+EncodeAll: TypeAlias = Callable[[Iterable[list[str]]], Iterator[Encoded]]
+
+
 @contextmanager
-def encoder_pool(
-    encoder: Encoder, workers: int
-) -> Generator[Callable[[Iterable[list[str]]], Iterator[Encoded]], None, None]:
+def encoder_pool(encoder: Encoder, workers: int) -> Generator[EncodeAll, None, None]:
     """Yield a function that encodes batches of documents, in order, in `workers` processes."""
     threads = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker, also when the worker is this process

@@ -1,4 +1,4 @@
-"""Labelled images from folders, or drawn here; every training crop is a function of (seed, sample)."""
+"""Labelled images, from folders or generated; every training crop is a function of (seed, sample)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cod_lightning.data.config import DRAWN_SHAPES, DataConfig, ImageConfig, image_errors
 from cod_lightning.data.datamodule import StepDataModule
-from cod_lightning.data.order import samples, uniform
+from cod_lightning.data.order import sample_indices, uniform
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
 
@@ -29,13 +29,10 @@ ASPECTS = (3 / 4, 4 / 3)
 """Smallest and largest width / height of a training crop."""
 CROP_TRIES = 10
 CROPS, DRAWINGS = 1, 2
-"""Purpose of random numbers, the last of the four parts of their key. The keys of the order are shorter."""
+"""Last of the four integers in the key of random numbers; the keys of the sample order are shorter."""
 
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower, in pixels."""
-
-
-# --- sources ----------------------------------------------------------------------------------------------------------
 
 
 class ImageFolder:
@@ -57,26 +54,26 @@ class ImageFolder:
         self.bytes: list[int] = []
         self.labels: list[int] = []
         for label, name in enumerate(self.classes):
-            entries = [entry for entry in os.scandir(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
-            if not entries:
+            images = [entry for entry in os.scandir(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
+            if not images:
                 raise UserError(f"{self.folder / name} has no image; supported: {', '.join(SUFFIXES)}")
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                self.files.append(f"{name}/{entry.name}")
-                self.bytes.append(entry.stat().st_size)
-                self.labels.append(label)
+            images.sort(key=lambda entry: entry.name)
+            self.files += [f"{name}/{entry.name}" for entry in images]
+            self.bytes += [entry.stat().st_size for entry in images]
+            self.labels += [label] * len(images)
 
     @property
     def content(self) -> Any:
         """Content of the fingerprint: names and sizes, not pixels."""
         return [self.files, self.bytes]
 
-    def read(self, number: int) -> Image.Image:
-        """Return image `number`, in RGB.
+    def read(self, index: int) -> Image.Image:
+        """Return one image, in RGB.
 
         Raises:
             UserError: it cannot be decoded.
         """
-        path = self.folder / self.files[number]
+        path = self.folder / self.files[index]
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
@@ -89,7 +86,7 @@ DRAWN = {"train": 4096, "val": 256}
 
 
 class DrawnImages:
-    """Stripes and shapes with random position, size and colours, and noise; image n of a split depends on n alone."""
+    """Stripes and shapes of random position, size and colours, with noise; image n of a split depends on n alone."""
 
     def __init__(self, split: str, size: int) -> None:
         self.split, self.size = split, size
@@ -100,9 +97,9 @@ class DrawnImages:
     def content(self) -> Any:
         return ["drawn", self.split, self.size, len(self.labels)]
 
-    def read(self, number: int) -> Image.Image:
+    def read(self, index: int) -> Image.Image:
         shape = (self.size, self.size, 3)
-        numbers = uniform(9 + self.size**2 * 3, list(DRAWN).index(self.split), number, 0, DRAWINGS)
+        numbers = uniform(9 + self.size**2 * 3, list(DRAWN).index(self.split), index, 0, DRAWINGS)
         (left, up, large, fine, turn, slope, *colour), noise = numbers[:9], numbers[9:].reshape(shape)
         y, x = np.mgrid[0 : self.size, 0 : self.size] * (2 / self.size) - 1
         y, x, radius = y + 0.6 * (up - 0.5), x + 0.6 * (left - 0.5), 0.4 + 0.3 * large
@@ -120,13 +117,10 @@ class DrawnImages:
             "ring": lambda: np.abs(np.hypot(x, y) - radius) < 0.15,
             "square": lambda: far < radius,
             "verticals": lambda: striped(x),
-        }[self.classes[self.labels[number]]]()
+        }[self.classes[self.labels[index]]]()
         paper = np.array(colour)
         pixels = np.where(ink[..., None], (paper + 0.5) % 1, paper) + 0.4 * (noise - 0.5)
         return Image.fromarray((255 * pixels.clip(0, 1)).round().astype(np.uint8))
-
-
-# --- model input ------------------------------------------------------------------------------------------------------
 
 
 def random_crop(width: int, height: int, min_crop: float, numbers: np.ndarray) -> Box:
@@ -154,7 +148,7 @@ def random_crop(width: int, height: int, min_crop: float, numbers: np.ndarray) -
     return x, y, x + w, y + h
 
 
-def centre(width: int, height: int) -> Box:
+def centre_crop(width: int, height: int) -> Box:
     side = VAL_CROP * min(width, height)
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
@@ -167,7 +161,7 @@ def pixels(image: Image.Image, size: int, box: Box, flip: bool = False) -> Tenso
 
 
 class TrainImages(Dataset):
-    """Maps (image, sample), where samples count all images that a run reads, to a random crop and its label."""
+    """Maps (image, sample), where samples are counted over all epochs, to a random crop and its label."""
 
     def __init__(self, images: ImageFolder | DrawnImages, config: ImageConfig, seed: int) -> None:
         self.images, self.config, self.seed = images, config, seed
@@ -184,20 +178,19 @@ class TrainImages(Dataset):
 
 
 class ValImages(Dataset):
-    """Maps a number to the centre of that image, its label, and the number; -1 to zeros with the label `IGNORE`."""
+    """Maps an index to the centre crop of that image, its label, and the index; -1 to zeros with the label `IGNORE`."""
 
     def __init__(self, images: ImageFolder | DrawnImages, config: ImageConfig) -> None:
-        self.images, self.config = images, config
+        self.images, self.size = images, config.size
 
     def __len__(self) -> int:
         return len(self.images.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        size = self.config.size
         if index < 0:
-            return torch.zeros(3, size, size), IGNORE, index
+            return torch.zeros(3, self.size, self.size), IGNORE, index
         image = self.images.read(index)
-        return pixels(image, size, centre(*image.size)), self.images.labels[index], index
+        return pixels(image, self.size, centre_crop(*image.size)), self.images.labels[index], index
 
 
 class ImageDataModule(StepDataModule):
@@ -206,14 +199,14 @@ class ImageDataModule(StepDataModule):
     Training: (float32 [batch_size / world_size, 3, size, size], int64 [batch_size / world_size]).
 
     Validation: (float32 [m, 3, size, size], int64 [m], int64 [m]) with m = `micro_batch_size`: images, labels and
-    numbers in the whole split; the image with the number -1 has the label `IGNORE`.
+    indices in the whole split; the image with the index -1 has the label `IGNORE`.
 
     Attributes, after `setup`: `classes` and those of `StepDataModule`.
     """
 
     classes: list[str]
-    train_rows: TrainImages
-    val_rows: ValImages
+    train_set: TrainImages
+    val_set: ValImages
 
     def __init__(
         self, images: ImageConfig, config: DataConfig, seed: int, *, rank: int = 0, world_size: int = 1
@@ -231,10 +224,11 @@ class ImageDataModule(StepDataModule):
         if errors := image_errors(self.images) + self.share_errors():
             raise UserError("\n".join(errors))
         if not hasattr(self, "source"):  # Lightning calls again, and listing a million files takes a while
-            self._open(self.images)
+            self._list_images()
         self._check_resumed()
 
-    def _open(self, config: ImageConfig) -> None:
+    def _list_images(self) -> None:
+        config = self.images
         if config.source == "folder":
             train, val = (ImageFolder(Path(config.folder or ""), split) for split in ("train", "val"))
             if different := sorted(set(train.classes) ^ set(val.classes)):
@@ -245,7 +239,7 @@ class ImageDataModule(StepDataModule):
         else:
             train, val = (DrawnImages(split, config.size) for split in ("train", "val"))
         self.classes = train.classes
-        self.train_rows, self.val_rows = TrainImages(train, config, self.seed), ValImages(val, config)
+        self.train_set, self.val_set = TrainImages(train, config, self.seed), ValImages(val, config)
         self._fingerprint = hashlib.sha256(json.dumps([train.content, val.content]).encode()).hexdigest()
         self.source = f"images.source={config.source}" + (f", {config.folder}" if config.source == "folder" else "")
 
@@ -254,21 +248,18 @@ class ImageDataModule(StepDataModule):
         """SHA-256 of the names and sizes of all images; a resumed run must have the same."""
         return self._fingerprint
 
-    def rows_of(self, step: int) -> np.ndarray:
-        """Return (image, sample) of one step on this rank: int64 [batch_size / world_size, 2]."""
-        rank, world_size = self.replica
-        share = self.config.batch_size // world_size
-        first = step * self.config.batch_size + rank * share
-        numbers = samples(first, share, seed=self.seed, rows_per_chunk=(len(self.train_rows),))
-        return np.stack((numbers, first + np.arange(share)), axis=1)
+    def sample_keys(self, first: int, count: int) -> np.ndarray:
+        """Return (image, sample): int64 [count, 2]."""
+        images = sample_indices(first, count, seed=self.seed, chunk_sizes=(len(self.train_set),))
+        return np.stack((images, first + np.arange(count)), axis=1)
 
     def val_dataloader(self) -> DataLoader:
         """Return this rank's share of the validation images."""
-        return self._val_loader(self.val_rows, self.config.loader_workers)
+        return self._val_loader(self.val_set, self.config.loader_workers)
 
     @property
     def val_count(self) -> int:
-        return len(self.val_rows)
+        return len(self.val_set)
 
     def probe_batch(self, n: int) -> tuple[Tensor, Tensor]:
         """Return `n` validation images, evenly spread, and their labels: [n, 3, size, size] and int64 [n].
@@ -277,7 +268,7 @@ class ImageDataModule(StepDataModule):
             UserError: there are fewer.
         """
         if n > self.val_count:
-            raise UserError(f"a probe of {n} images is larger than the {self.val_count} validation images")
+            raise UserError(f"a probe of {n} images is larger than the set's {self.val_count} for validation")
         indices = np.linspace(0, self.val_count - 1, n).round().astype(int)
-        images, labels, _ = zip(*(self.val_rows[index] for index in indices), strict=True)
+        images, labels, _ = zip(*(self.val_set[index] for index in indices), strict=True)
         return torch.stack(images), torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""Prepare a set: tokenize text, lay it out in rows, write chunks, and describe them in a manifest.
+"""Prepare a set: tokenize text, lay it out in sequences, write chunks, and describe them in a manifest.
 
 {root}/{source}-{hash of the settings}/
     manifest.json  tokenizer.json
@@ -46,28 +46,23 @@ PREPARED_VAL_TOKENS = 10_000_000
 def prepare(config: DataConfig, *, progress: bool = True) -> Path:
     """Prepare the set that `config` describes, unless it is complete; return its folder.
 
-    The rows do not depend on `workers`. The set appears under its name when it is finished, so an interrupted one is
-    never used; of several processes that ask at once, one prepares it and the others wait. `progress` reports on
-    stderr: a bar on a terminal, one line at the end elsewhere.
+    The sequences do not depend on `workers`. The set appears under its name when it is finished, so an interrupted one
+    is never used; of several processes that prepare it at once, one does the work and the others wait. `progress`
+    reports on stderr: a bar on a terminal, one line at the end elsewhere.
 
     Raises:
         UserError: bad settings, text or tokenizer that cannot be read, text that differs from `data.sha256`, too little
-            text for a row of each split, or a disk that cannot be written.
+            text for a sequence of each split, or a disk that cannot be written.
     """
     check_settings(config)
     folder = prepared_folder(config)
-    if not is_complete(folder):
-        build_folder(folder, is_complete, lambda partial: _prepare(config, partial, folder, progress))
+    build_folder(folder, is_complete, lambda partial: _prepare(config, partial, progress))
     check_sha256(config, read_manifest(folder).source.sha256, str(folder))
     return folder
 
 
 def check_settings(config: DataConfig) -> None:
-    """Check the settings before a set is prepared.
-
-    Raises:
-        UserError: bad settings, or they name an existing set.
-    """
+    """Raise a UserError for bad settings, or settings that name an existing set."""
     errors = data_errors(config)
     if config.folder is not None:
         errors.append(f"data.folder={config.folder!r} names a set that is already prepared; omit it to prepare one")
@@ -76,11 +71,13 @@ def check_settings(config: DataConfig) -> None:
 
 
 def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> None:
-    """Let `build` write a temporary folder, under a lock, and rename it to `folder`; do nothing if it is complete.
+    """Unless `folder` is complete, let `build` write a temporary folder, under a lock, and rename it to `folder`.
 
     Raises:
         UserError: the disk cannot be written; or as `build`. Only the file of the lock remains.
     """
+    if is_complete(folder):
+        return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -96,21 +93,17 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Calla
         raise UserError(f"{folder} cannot be written ({error})") from error
 
 
-# --- which set --------------------------------------------------------------------------------------------------------
+# --- identity of a set ------------------------------------------------------------------------------------------------
 
 
 def prepared_folder(config: DataConfig) -> Path:
-    """Return the folder of the set that `config` describes; its name is a hash of `set_identity`.
-
-    Raises:
-        UserError: as `set_identity`.
-    """
+    """Return the folder of the set that `config` describes; its name is a hash of `set_identity`."""
     digest = hashlib.sha256(json.dumps(set_identity(config), sort_keys=True).encode()).hexdigest()
     return Path(config.root) / f"{config.source}-{digest[:12]}"
 
 
 def set_identity(config: DataConfig) -> dict[str, Any]:
-    """Return the settings and facts that determine the rows of a set.
+    """Return the settings and facts that determine the sequences of a set.
 
     Raises:
         UserError: `data.files` match nothing, or the tokenizer's folder cannot be read.
@@ -145,14 +138,14 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_against(config: DataConfig, manifest: Manifest, source: str) -> None:
-    """Compare the set at `source` with the settings that determine its rows.
+    """Compare the set at `source` with the settings that determine its sequences.
 
     Raises:
-        UserError: another text, tokenizer, layout or row length; names every difference and both values.
+        UserError: another text, tokenizer, layout or length; names every difference and both values.
     """
     differences = []
     if config.row_layout != manifest.layout:
-        # The source decides whether rows are instructions.
+        # Instructions are a source and not a layout.
         key = "source" if "instructions" in (config.row_layout, manifest.layout) else "layout"
         differences.append(f"data.{key}={getattr(config, key)!r}, but the set has {manifest.layout!r}")
     if config.seq_len != manifest.seq_len:
@@ -171,11 +164,7 @@ def check_against(config: DataConfig, manifest: Manifest, source: str) -> None:
 
 
 def check_sha256(config: DataConfig, sha256: str, source: str) -> None:
-    """Compare the SHA-256 of the documents with `data.sha256`, if that is set.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Raise a UserError if `data.sha256` is set and is not the SHA-256 of the documents at `source`."""
     if config.sha256 not in (None, sha256):
         raise UserError(
             f"data.sha256={config.sha256[:16]}..., but {source} has {sha256[:16]}...: use the corpus that the results "
@@ -183,10 +172,10 @@ def check_sha256(config: DataConfig, sha256: str, source: str) -> None:
         )
 
 
-# --- text -> rows -----------------------------------------------------------------------------------------------------
+# --- from text to chunks ----------------------------------------------------------------------------------------------
 
 
-def _prepare(config: DataConfig, partial: Path, folder: Path, progress: bool) -> None:
+def _prepare(config: DataConfig, partial: Path, progress: bool) -> None:
     workers = config.workers or available_cores()
     with Report(progress) as report:
         report.stage("gathering text")
@@ -196,7 +185,7 @@ def _prepare(config: DataConfig, partial: Path, folder: Path, progress: bool) ->
         with encoder_pool(encoder, workers) as encode_all:
             train = encode_all(batches(corpus.train()))
             val = take_tokens(encode_all(batches(corpus.val())), val_limit(config))
-            write_set(config, encoder, {"train": train, "val": val}, partial, folder, report)
+            write_set(config, encoder, {"train": train, "val": val}, partial, report)
 
 
 def tokenizer_for(config: DataConfig, corpus: Corpus) -> DocumentTokenizer:
@@ -213,19 +202,12 @@ def tokenizer_for(config: DataConfig, corpus: Corpus) -> DocumentTokenizer:
 
 
 def write_set(
-    config: DataConfig,
-    encoder: Encoder,
-    encoded: Mapping[str, Iterable[Encoded]],
-    partial: Path,
-    folder: Path,
-    report: Report,
+    config: DataConfig, encoder: Encoder, encoded: Mapping[str, Iterable[Encoded]], partial: Path, report: Report
 ) -> None:
     """Write chunks, tokenizer and manifest of the `encoded` documents of each split into `partial`.
 
-    `folder` is the final place of the set, for the last line of the report.
-
     Raises:
-        UserError: a split has too little text for a row, or the text differs from `data.sha256`.
+        UserError: a split has too little text for a sequence, or the text differs from `data.sha256`.
     """
     sha256, documents, splits = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}
 
@@ -240,7 +222,7 @@ def write_set(
     for name, split in splits.items():
         if not split.rows:
             raise UserError(
-                f"data.source={config.source}: {documents[name]} documents do not fill one {name} row of "
+                f"data.source={config.source}: {documents[name]} documents do not fill one {name} sequence of "
                 f"data.seq_len={config.seq_len} tokens"
                 + (": give more text, a smaller data.val_every, or data.val_files" if name == "val" else "")
             )
@@ -264,15 +246,16 @@ def write_set(
     )
     (partial / TOKENIZER).write_text(tokenizer.json, "utf-8")
     (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
-    line = f"prepared {folder}: {manifest.train.rows:,} training and {manifest.val.rows:,} validation rows"
+    train, val = manifest.train.rows, manifest.val.rows
+    line = f"prepared {prepared_folder(config)}: {train:,} training and {val:,} validation sequences"
     if encoder.layout == "instructions":
-        skipped = sum(documents.values()) - manifest.train.rows - manifest.val.rows
+        skipped = sum(documents.values()) - train - val
         line += f" ({skipped:,} examples skipped, whose prompts fill all of data.seq_len={config.seq_len})"
     report.done(line)
 
 
 def _write_split(folder: Path, encoded: Iterable[Encoded], encoder: Encoder) -> Split:
-    """Write the ids as chunks of rows; drop a tail that does not fill a row, which only `packed` has."""
+    """Write the ids as chunks; drop a tail that does not fill a sequence, which only `packed` has."""
     writer = ChunkWriter(folder, encoder.width)
     tokens = max_id = 0
     for batch in encoded:

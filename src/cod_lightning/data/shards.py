@@ -1,7 +1,7 @@
-"""Prepare one set on many machines: each encodes a share of the files, and a merge lays all of them out in rows.
+"""Prepare one set on many machines: each encodes a share of the files, and a merge writes the set from all shares.
 
 The merge decides what depends on the whole corpus: which documents are held out or exceed `max_documents`, and where
-rows and chunks begin. So the set equals the one that `prepare` writes, byte for byte.
+sequences and chunks begin. So the set equals the one that `prepare` writes, byte for byte.
 
 {root}/{source}-{hash of the settings}.parts-{count}/
     tokenizer.json                  trained by the first shard, if it is trained
@@ -66,7 +66,7 @@ READ_NUMBERS = 2**22
 
 @dataclass(frozen=True)
 class Stream:
-    """The two files of one split of a part: their documents and numbers, and the SHA-256 of each file."""
+    """The two files of one split of a part: how many documents and numbers they hold, and the SHA-256 of each."""
 
     documents: int
     numbers: int
@@ -85,11 +85,7 @@ class Part:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """Parse "K/N", shard K of N, counted from 0.
-
-    Raises:
-        UserError: the text is not of the form K/N, or K >= N.
-    """
+    """Parse "K/N", shard K of N, counted from 0; raise a UserError unless K < N."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise UserError(
@@ -99,22 +95,14 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def count_of(text: str) -> int:
-    """Parse the number of shards to merge.
-
-    Raises:
-        UserError: not a number, or 0.
-    """
+    """Parse the number of shards to merge; raise a UserError unless it is a positive integer."""
     if not re.fullmatch(r"\d+", text) or not int(text):
         raise UserError(f"merge={text}: must be the number of shards, such as merge=4 after shard=0/4 to shard=3/4")
     return int(text)
 
 
 def parts_folder(config: DataConfig, count: int) -> Path:
-    """Return the folder of the parts of `count` shards, beside the set.
-
-    Raises:
-        UserError: as `set_identity`.
-    """
+    """Return the folder of the parts of `count` shards, beside the set."""
     folder = prepared_folder(config)
     return folder.with_name(f"{folder.name}.parts-{count}")
 
@@ -125,8 +113,8 @@ def parts_folder(config: DataConfig, count: int) -> Path:
 def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool = True) -> Path:
     """Encode share `index` (from 0) of `count` of the files; return the part's folder, or that of a complete set.
 
-    The part appears under its name when it is finished; a complete one is kept. Shards are independent, except that
-    the first one to run trains a `bpe` tokenizer while the others wait for it.
+    The part appears under its name when it is finished; a complete one is not written again. Shards are independent,
+    except that the first one to run trains a `bpe` tokenizer while the others wait for it.
 
     Raises:
         UserError: as `prepare`, or the source does not consist of files.
@@ -140,49 +128,51 @@ def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool 
     folder = prepared_folder(config)
     if is_complete(folder):
         return folder
-    part = parts_folder(config, count) / str(index)
+    settings = _settings(config)
 
-    def is_done(part: Path) -> bool:
+    def is_complete_part(part: Path) -> bool:
         record = _read_part(part)
-        return record is not None and record.settings == _settings(config) and not _damage(part, record)
+        return record is not None and record.settings == settings and not _damage(part, record)
 
-    if not is_done(part):
-        build_folder(part, is_done, lambda partial: _prepare_part(config, index, count, partial, part, progress))
+    part = parts_folder(config, count) / str(index)
+    build_folder(part, is_complete_part, lambda partial: _prepare_part(config, index, count, partial, progress))
     return part
 
 
-def _prepare_part(config: DataConfig, index: int, count: int, partial: Path, part: Path, progress: bool) -> None:
+def _prepare_part(config: DataConfig, index: int, count: int, partial: Path, progress: bool) -> None:
     workers = config.workers or available_cores()
     with Report(progress) as report:
         report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
-        tokenizer = _shared_tokenizer(config, part.parent)
+        tokenizer = _shared_tokenizer(config, partial.parent)
         encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
         texts = texts_of_shard(config, index, count)
         streams = {}
         with encoder_pool(encoder, workers) as encode_all:
-            for name, documents in texts.items():
+            for split, documents in texts.items():
                 # Without validation text, documents beyond `max_documents` may still be held out for validation.
-                bounded = name == "train" and "val" in texts
+                bounded = split == "train" and "val" in texts
                 encoded = encode_all(batches(islice(documents(), config.max_documents if bounded else None)))
-                if name == "val":
+                if split == "val":
                     # Batches of the whole corpus begin elsewhere: the last of them ends within one more of these.
                     encoded = chain(take_tokens(encoded, val_limit(config)), islice(encoded, 1))
-                streams[name] = _write_stream(partial / name, report.watch(name, encoded))
+                streams[split] = _write_stream(partial, split, report.watch(split, encoded))
         ids = {"sha256": tokenizer.sha256, "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
         record = Part(_settings(config), ids, encoder.dtype.name, streams)
         (partial / TOKENIZER).write_text(tokenizer.json, "utf-8")
         (partial / PART).write_text(json.dumps(asdict(record), indent=1) + "\n", "utf-8")
         total = sum(stream.documents for stream in streams.values())
-        report.done(f"prepared {part}: {total:,} documents of shard {index}/{count}")
+        report.done(
+            f"prepared {parts_folder(config, count) / str(index)}: {total:,} documents of shard {index}/{count}"
+        )
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """The settings in which parts must agree, as JSON returns them."""
+    """Return the settings in which parts must agree, as JSON returns them."""
     return json.loads(json.dumps({"part": PART_FORMAT, **set_identity(config)}))
 
 
 def _shared_tokenizer(config: DataConfig, parts: Path) -> DocumentTokenizer:
-    """Load the tokenizer; train a `bpe` once, under a lock, and keep it with the parts."""
+    """Load the tokenizer; the first shard trains a `bpe`, under a lock, and saves it for the others."""
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer)
     path = parts / TOKENIZER
@@ -192,14 +182,14 @@ def _shared_tokenizer(config: DataConfig, parts: Path) -> DocumentTokenizer:
     return trained_bpe(path.read_text("utf-8"))
 
 
-def _stream_paths(path: Path) -> tuple[Path, Path]:
-    return path.with_suffix(".documents"), path.with_suffix(".ids")
+def _stream_paths(part: Path, split: str) -> tuple[Path, Path]:
+    return part / f"{split}.documents", part / f"{split}.ids"
 
 
-def _write_stream(path: Path, encoded: Iterable[Encoded]) -> Stream:
+def _write_stream(part: Path, split: str, encoded: Iterable[Encoded]) -> Stream:
     hashes = [hashlib.sha256(), hashlib.sha256()]
     documents = numbers = 0
-    paths = _stream_paths(path)
+    paths = _stream_paths(part, split)
     with open(paths[0], "wb") as records, open(paths[1], "wb") as ids:
         for batch in encoded:
             documents += len(batch.documents)
@@ -219,10 +209,10 @@ def _read_part(part: Path) -> Part | None:
 
 
 def _damage(part: Path, record: Part) -> list[str]:
-    """Return what is wrong with the files of a part, judged by their sizes."""
+    """Return a line for every file of a part that is missing or has the wrong size."""
     sizes: dict[Path, int | None] = {}
-    for name, stream in record.streams.items():
-        documents, ids = _stream_paths(part / name)
+    for split, stream in record.streams.items():
+        documents, ids = _stream_paths(part, split)
         sizes[documents] = stream.documents * DOCUMENT_DTYPE.itemsize
         sizes[ids] = stream.numbers * np.dtype(record.dtype).itemsize
     return file_problems(sizes)
@@ -241,53 +231,65 @@ def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Pa
     """
     check_settings(config)
     folder = prepared_folder(config)
-    if not is_complete(folder):
-        build_folder(folder, is_complete, lambda partial: _merge(config, count, partial, folder, progress))
+    build_folder(folder, is_complete, lambda partial: _merge(config, count, partial, progress))
     shutil.rmtree(parts_folder(config, count), ignore_errors=True)
     return folder
 
 
-def _merge(config: DataConfig, count: int, partial: Path, folder: Path, progress: bool) -> None:
-    parts = parts_folder(config, count)
-    records = {index: _read_part(parts / str(index)) for index in range(count)}
-    problems = [_missing(config, parts, index, count) for index, record in records.items() if record is None]
-    read = {index: record for index, record in records.items() if record is not None}
+def _merge(config: DataConfig, count: int, partial: Path, progress: bool) -> None:
+    parts = [parts_folder(config, count) / str(index) for index in range(count)]
+    records = _read_parts(config, parts)
+    ids = {name: records[0].tokenizer[name] for name in ("pad_id", "eos_id")}
+    tokenizer = DocumentTokenizer((parts[0] / TOKENIZER).read_text("utf-8"), **ids)
+    if tokenizer.sha256 != records[0].tokenizer["sha256"]:
+        raise UserError(f"{parts[0] / TOKENIZER} is damaged; {_remedy(parts[0])}")
+    encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
+    with Report(progress) as report:
+        encoded = {split: _documents(config, split, parts, records) for split in SPLITS}
+        write_set(config, encoder, encoded, partial, report)
+
+
+def _read_parts(config: DataConfig, parts: list[Path]) -> list[Part]:
+    """Return the record of every part.
+
+    Raises:
+        UserError: has a line for each part that is missing, damaged or prepared with other settings.
+    """
     settings = _settings(config)
-    first = min(read, default=0)
-    for index, record in read.items():
+    records: list[Part] = []
+    problems = []
+    for index, part in enumerate(parts):
+        shard = f"{index}/{len(parts)}"
+        record = _read_part(part)
+        if record is None:
+            line = f"part {shard} is missing: run prepare with shard={shard}"
+            problems.append("; ".join([line, *_parts_of_other_settings(config, part, settings)]))
+            continue
+        records.append(record)
         if record.settings != settings:
             problem = f"was prepared with other settings: {_differences(record.settings, settings)}"
-        elif (record.tokenizer, record.dtype) != (read[first].tokenizer, read[first].dtype):
-            problem = f"was prepared with another tokenizer than part {first}/{count}"
-        elif damage := _damage(parts / str(index), record):
+        elif (record.tokenizer, record.dtype) != (records[0].tokenizer, records[0].dtype):
+            problem = "was prepared with another tokenizer than the parts before it"
+        elif damage := _damage(part, record):
             problem = f"is damaged: {', '.join(damage)}"
         else:
             continue
-        problems.append(f"part {index}/{count} {problem}; {_remedy(parts / str(index))}")
+        problems.append(f"part {shard} {problem}; {_remedy(part)}")
     if problems:
         raise UserError("\n".join(problems))
-    ids = {name: read[first].tokenizer[name] for name in ("pad_id", "eos_id")}
-    tokenizer = DocumentTokenizer((parts / str(first) / TOKENIZER).read_text("utf-8"), **ids)
-    if tokenizer.sha256 != read[first].tokenizer["sha256"]:
-        raise UserError(f"{parts / str(first) / TOKENIZER} is damaged; {_remedy(parts / str(first))}")
-    encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
-    with Report(progress) as report:
-        encoded = {split: _documents(config, split, parts, read) for split in SPLITS}
-        write_set(config, encoder, encoded, partial, folder, report)
+    return records
 
 
 def _remedy(part: Path) -> str:
     return f"remove {part} and prepare its shard again"
 
 
-def _missing(config: DataConfig, parts: Path, index: int, count: int) -> str:
-    """Describe a missing part; name parts with the same number that were prepared with other settings."""
-    line = f"part {index}/{count} is missing: run prepare with shard={index}/{count}"
-    for other in sorted(parts.parent.glob(f"{config.source}-*.parts-{count}/{index}")):
+def _parts_of_other_settings(config: DataConfig, part: Path, settings: dict[str, Any]) -> Iterator[str]:
+    """Describe the parts with the same number that were prepared with other settings."""
+    for other in sorted(Path(config.root).glob(f"{config.source}-*{part.parent.suffix}/{part.name}")):
         record = _read_part(other)
         if record is not None:
-            line += f"; {other} was prepared with other settings: {_differences(record.settings, _settings(config))}"
-    return line
+            yield f"{other} was prepared with other settings: {_differences(record.settings, settings)}"
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -306,15 +308,15 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return ", ".join(lines)
 
 
-def _documents(config: DataConfig, split: str, parts: Path, records: dict[int, Part]) -> Iterator[Encoded]:
+def _documents(config: DataConfig, split: str, parts: list[Path], records: list[Part]) -> Iterator[Encoded]:
     """Yield the documents of a split, in the order of the corpus, those of validation in the batches of `prepare`.
 
     Raises:
         UserError: a file differs from `part.json`.
     """
-    has_val = all("val" in part.streams for part in records.values())
-    stream = split if has_val else "train"
-    blocks = chain.from_iterable(_blocks(parts / str(index), stream, records[index]) for index in sorted(records))
+    has_val = all("val" in record.streams for record in records)
+    name = split if has_val else "train"
+    blocks = chain.from_iterable(_blocks(part, name, record) for part, record in zip(parts, records, strict=True))
     if not has_val:
         blocks = _hold_out(blocks, config.val_every, split == "val")
     if split == "train":
@@ -344,10 +346,10 @@ def _take_documents(blocks: Iterable[Encoded], limit: int | None) -> Iterator[En
         limit = None if limit is None else limit - len(block.documents)
 
 
-def _blocks(part: Path, name: str, record: Part) -> Iterator[Encoded]:
-    """Read the documents of one stream of a part, a block at a time; compare both files with their SHA-256."""
+def _blocks(part: Path, split: str, record: Part) -> Iterator[Encoded]:
+    """Read one split of a part, a block of documents at a time; compare both files with their SHA-256."""
     hashes = [hashlib.sha256(), hashlib.sha256()]
-    paths = _stream_paths(part / name)
+    paths = _stream_paths(part, split)
     with open(paths[0], "rb") as records, open(paths[1], "rb") as numbers:
         while len(read := np.fromfile(records, DOCUMENT_DTYPE, READ_DOCUMENTS)):
             hashes[0].update(read.tobytes())
@@ -356,6 +358,6 @@ def _blocks(part: Path, name: str, record: Part) -> Iterator[Encoded]:
                 ids = np.fromfile(numbers, record.dtype, int(documents["numbers"].sum(dtype=np.int64)))
                 hashes[1].update(ids.tobytes())
                 yield Encoded(ids, documents)
-    for path, sha256, expected in zip(paths, hashes, record.streams[name].sha256, strict=True):
+    for path, sha256, expected in zip(paths, hashes, record.streams[split].sha256, strict=True):
         if sha256.hexdigest() != expected:
             raise UserError(f"{path} is damaged: its SHA-256 differs from {PART}; {_remedy(part)}")

@@ -1,4 +1,4 @@
-"""Rows of a prepared set by number, from a local folder or a store."""
+"""Sequences of a prepared set by index, from a local folder or a store."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from cod_lightning.data.chunks import (
     DamagedChunkError,
     Store,
     check_chunk,
+    chunk_rows,
     is_remote,
     make_room,
-    rows_of_chunk,
 )
 from cod_lightning.data.manifest import MANIFEST, TOKENIZER, Manifest, find_damage, read_manifest
 from cod_lightning.data.order import WINDOW_CHUNKS
@@ -59,9 +59,9 @@ def open_set(source: str) -> tuple[Manifest, str]:
 
 
 class TokenDataset(Dataset):
-    """The rows of one split of the set at `source`, in the order in which they are stored.
+    """The sequences of one split of the set at `source`, in stored order.
 
-    A process compares a chunk with its SHA-256 when it maps the chunk for the first time. Chunks of a URL are kept in
+    A process compares a chunk with its SHA-256 when it maps the chunk for the first time. Chunks of a URL are cached in
     `cache`/FINGERPRINT/SPLIT and appear there whole; all processes of a machine share them.
     """
 
@@ -74,8 +74,8 @@ class TokenDataset(Dataset):
             self.folder = (cache or Path("cache")) / manifest.fingerprint[:16] / split
         self.split = manifest.split(split)
         self.width, self.dtype = manifest.row_width, np.dtype(manifest.dtype)
-        self.rows_per_chunk = tuple(chunk.rows for chunk in self.split.chunks)
-        self.ends = np.cumsum(self.rows_per_chunk)
+        self.chunk_sizes = tuple(chunk.rows for chunk in self.split.chunks)
+        self.ends = np.cumsum(self.chunk_sizes)
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
         self._verified: set[int] = set()
         self._store: Store | None = None
@@ -88,38 +88,37 @@ class TokenDataset(Dataset):
         return self.split.rows
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return row `index`: int64 [width]."""
+        """Return one sequence: int64 [width]."""
         return self.read(np.array([index]))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return many rows at once, as the DataLoader requests them."""
+        """Return a batch, as the DataLoader requests it."""
         return list(self.read(np.asarray(indices)))
 
     def read(self, indices: np.ndarray) -> Tensor:
-        """Return the rows with the numbers `indices` [n], in that order: int64 [n, width]; see `Manifest.row_width`.
+        """Return the sequences at `indices` [n], in that order: int64 [n, width]; see `Manifest.row_width`.
 
         Raises:
-            IndexError: a number is negative or too large.
-            UserError: a chunk is missing, cannot be fetched, or differs from the manifest.
+            IndexError: an index is negative or too large.
+            UserError: a chunk is missing, cannot be downloaded, or differs from the manifest.
         """
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
-            raise IndexError(f"rows {indices.min()} to {indices.max()} of {self.source}, which has {len(self)}")
+            raise IndexError(f"indices {indices.min()} to {indices.max()} of {self.source}, which has {len(self)}")
         out = np.empty((indices.size, self.width), np.int64)
         chunk_of = np.searchsorted(self.ends, indices, side="right")
         for number in np.unique(chunk_of).tolist():
             selected = chunk_of == number
-            first = self.ends[number] - self.rows_per_chunk[number]
-            out[selected] = self._rows(number)[indices[selected] - first]
+            first = self.ends[number] - self.chunk_sizes[number]
+            out[selected] = self._chunk(number)[indices[selected] - first]
         return torch.from_numpy(out)
 
-    def _rows(self, number: int) -> np.ndarray:
-        """Return all rows of a chunk, mapped: [rows, width] of the stored type."""
+    def _chunk(self, number: int) -> np.ndarray:
+        """Return all sequences of a chunk, mapped: [rows, width] of the stored type."""
         if number not in self._mapped:
-            chunk = self.split.chunks[number]
             content = self._map_remote(number) if self.remote else self._map_local(number)
-            self._mapped[number] = rows_of_chunk(content, chunk, self.width, self.dtype)
+            self._mapped[number] = chunk_rows(content, self.split.chunks[number], self.width, self.dtype)
             if len(self._mapped) > OPEN_CHUNKS:
-                self._mapped.popitem(last=False)  # the file stays mapped while a caller holds its rows
+                self._mapped.popitem(last=False)  # the file stays mapped while a caller uses it
         self._mapped.move_to_end(number)
         return self._mapped[number]
 
@@ -142,7 +141,7 @@ class TokenDataset(Dataset):
             raise UserError(f"{path} cannot be read: {error}; {REMEDY}") from error
 
     def _map_remote(self, number: int) -> np.ndarray:
-        """Map a cached chunk; fetch it first if it is missing or damaged."""
+        """Map a cached chunk; download it first if it is missing or damaged."""
         chunk = self.split.chunks[number]
         path = self.folder / chunk.name
         try:
