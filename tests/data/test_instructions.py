@@ -159,11 +159,6 @@ def test_the_report_counts_skipped_examples(instructions, tmp_path, capfd):
     assert "36 training and 4 validation sequences (1 examples skipped, whose prompts" in capfd.readouterr().err
 
 
-def test_the_set_does_not_depend_on_workers(instructions, tmp_path):
-    two = prepare(replace(instructions, root=str(tmp_path), workers=2), progress=False)
-    assert read_manifest(two) == read_manifest(prepared_folder(instructions))
-
-
 def test_the_names_of_other_sets_are_stable():
     """Names equal those before instructions existed; instructions ignore `layout`."""
     c4 = DataConfig(source="c4", layout="document", seq_len=256, tokenizer="t5-base")

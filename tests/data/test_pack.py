@@ -9,8 +9,8 @@ def encode(text):
 
 
 def test_documents_follow_each_other_with_a_separator():
-    assert packed(["ab", "cde", "f"], encode, 0, max_rows=2, length=3).tolist() == [[97, 98, 0], [99, 100, 101]]
-    assert packed(["ab", "cde"], encode, None, max_rows=1, length=4).tolist() == [[97, 98, 99, 100]]
+    assert packed(["ab", "cde", "f"], encode, 0, limit=2, length=3).tolist() == [[97, 98, 0], [99, 100, 101]]
+    assert packed(["ab", "cde"], encode, None, limit=1, length=4).tolist() == [[97, 98, 99, 100]]
 
 
 def test_documents_are_read_only_as_far_as_needed():
@@ -18,10 +18,10 @@ def test_documents_are_read_only_as_far_as_needed():
         yield "abcdef"
         raise AssertionError
 
-    assert packed(documents(), encode, 0, max_rows=2, length=3).shape == (2, 3)
+    assert packed(documents(), encode, 0, limit=2, length=3).shape == (2, 3)
 
 
-def test_too_few_tokens_return_fewer_rows_or_an_error():
-    assert packed(["abcd"], encode, 0, max_rows=9, length=2).shape == (2, 2)
-    with pytest.raises(UserError, match=r"have 3 tokens, less than one row of data\.seq_len=4"):
-        packed(["ab"], encode, 0, max_rows=1, length=4)
+def test_too_few_tokens_return_fewer_sequences_or_an_error():
+    assert packed(["abcd"], encode, 0, limit=9, length=2).shape == (2, 2)
+    with pytest.raises(UserError, match=r"have 3 tokens, less than one sequence of data\.seq_len=4"):
+        packed(["ab"], encode, 0, limit=1, length=4)

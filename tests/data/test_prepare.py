@@ -96,10 +96,9 @@ def test_a_touched_file_leads_to_another_set(make_config, tmp_path):
 def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 100)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)
-    first = read_manifest(prepare(make_config(tmp_path / "one", val_tokens=400), progress=False))
-    assert 400 - 32 < first.val.tokens < 1500
-    assert first.source.documents["val"] < 20
-    assert read_manifest(prepare(make_config(tmp_path / "two", val_tokens=400, workers=2), progress=False)) == first
+    manifest = read_manifest(prepare(make_config(tmp_path, val_tokens=400), progress=False))
+    assert 400 - 32 < manifest.val.tokens < 1500
+    assert manifest.source.documents["val"] < 20
 
 
 @pytest.mark.parametrize(

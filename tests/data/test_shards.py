@@ -1,11 +1,7 @@
-import contextlib
 import gzip
 import json
 import re
-import signal
-import subprocess
 import sys
-import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -61,21 +57,31 @@ BOUNDED = {"max_documents": 173}
 LIMITED = {"val_tokens": 600}
 
 
-@pytest.mark.parametrize("layout", ["packed", "document"])
-@pytest.mark.parametrize("split", [HELD_OUT, OWN_FILES], ids=["held out", "own files"])
-@pytest.mark.parametrize("bound", [{}, BOUNDED, LIMITED], ids=["all", "bounded", "limited"])
-def test_shards_yield_the_set_of_one_machine(make_config, uneven, tmp_path, monkeypatch, layout, split, bound):
+@pytest.mark.parametrize(
+    ("layout", "split", "bound", "train_documents"),
+    [
+        ("packed", HELD_OUT, {}, 515),
+        ("packed", HELD_OUT, BOUNDED, 173),
+        ("packed", HELD_OUT, LIMITED, 515),
+        ("packed", OWN_FILES, {}, 600),
+        ("packed", OWN_FILES, BOUNDED, 173),
+        ("packed", OWN_FILES, LIMITED, 600),
+        ("document", HELD_OUT, LIMITED, 515),
+        ("document", OWN_FILES, BOUNDED, 173),
+    ],
+)
+def test_shards_yield_the_set_of_one_machine(
+    make_config, uneven, tmp_path, monkeypatch, layout, split, bound, train_documents
+):
     changes = {"corpus": uneven, "layout": layout, **split, **bound}
     if bound == LIMITED:
         monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 600)
-    if "val_files" in changes:
+    if split == OWN_FILES:
         changes["val_files"] = str(uneven / changes["val_files"])
     config = make_config(tmp_path / "one", **changes)
     unsharded = prepare(config, progress=False)
     manifest = read_manifest(unsharded)
-    assert manifest.source.documents["train"] == (
-        173 if "max_documents" in changes else 600 - 85 * ("val_every" in changes)
-    )
+    assert manifest.source.documents["train"] == train_documents
     assert (manifest.val.tokens < 2500) is (bound == LIMITED)
     several = prepare_all(replace(config, root=str(tmp_path / "three")), 3)
     assert several.name == unsharded.name
@@ -231,45 +237,6 @@ def test_blocks_are_bounded_even_with_long_documents(make_config, tmp_path):
     assert ids.tobytes() == (part / "train.ids").read_bytes()
 
 
-SHARD = """
-import sys
-from cod_lightning.data import encode
-from cod_lightning.data.config import DataConfig
-from cod_lightning.data.shards import prepare_shard
-
-encode.BATCH_CHARACTERS = 3000
-
-if __name__ == "__main__":
-    config = DataConfig(source="files", files=sys.argv[1], root=sys.argv[2], vocab_size=300, seq_len=32, val_every=10)
-    config.workers = 1
-    prepare_shard(config, 0, 2, progress=False)
-"""
-
-
-def test_a_killed_shard_leaves_no_part_and_can_be_repeated(make_config, tmp_path):
-    script = tmp_path / "shard.py"
-    script.write_text(SHARD)
-    config = make_config(tmp_path / "root")
-    command = [sys.executable, str(script), str(config.files), config.root]
-    part = parts_folder(config, 2) / "0"
-    with subprocess.Popen(command) as process:
-        deadline = time.monotonic() + 300
-        while not any(path.stat().st_size for path in part.parent.glob(".0.*.partial/train.ids")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            with contextlib.suppress(FileNotFoundError):
-                time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    assert not part.exists()
-    assert len(list(part.parent.glob(".0.*.partial"))) == 1
-    prepare_shard(config, 1, 2, progress=False)
-    with pytest.raises(UserError, match=r"part 0/2 is missing"):
-        merge_shards(config, 2, progress=False)
-    prepare_shard(config, 0, 2, progress=False)
-    assert not list(part.parent.glob(".*.partial"))
-    assert is_complete(merge_shards(config, 2, progress=False))
-
-
 @pytest.mark.parametrize("text", ["5/4", "4/4", "0/0", "a/b", "-1/4", "1", "1/", "", "1/4/2", "0.5/4"])
 def test_a_malformed_shard_is_refused(text):
     with pytest.raises(UserError, match=rf"shard={text}: must be K/N, where N shards are numbered from 0"):
@@ -283,8 +250,7 @@ def test_a_malformed_number_of_shards_is_refused(text):
 
 
 def test_shards_are_numbered_from_zero():
-    assert [shard_of(f"{index}/3") for index in range(3)] == [(0, 3), (1, 3), (2, 3)]
-    assert count_of("64") == 64
+    assert (shard_of("0/3"), shard_of("2/3"), count_of("64")) == ((0, 3), (2, 3), 64)
 
 
 @pytest.mark.parametrize("source", ["docs", "drawn_instructions"])

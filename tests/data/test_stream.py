@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cod_lightning.data import stream
+from cod_lightning.data import chunks, stream
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.data.stream import TokenDataset, open_set
@@ -90,7 +90,8 @@ def test_missing_and_cut_chunks_are_named_when_the_set_is_opened(folder, damage,
     ("damage", "message"),
     [(Path.unlink, f"{CHUNK} cannot be read"), (cut, f"{CHUNK} is damaged: 4,106 bytes"), (alter, "its SHA-256")],
 )
-def test_damaged_chunks_are_named_when_they_are_read(folder, tmp_path, prefix, damage, message):
+def test_damaged_chunks_are_named_when_they_are_read(folder, tmp_path, monkeypatch, prefix, damage, message):
+    monkeypatch.setattr(chunks, "PAUSE", 0)
     source = prefix + str(folder)
     manifest, _ = open_set(source)
     damage(folder / "train" / CHUNK)

@@ -22,7 +22,7 @@ IMAGE_SOURCES = ("drawn", "folder")
 
 @dataclass
 class DataConfig:
-    """Source of the tokens and layout of the rows."""
+    """Source of the tokens and layout of the sequences."""
 
     source: str = setting("docs", choices=SOURCES)
     """`docs` (installed documentation), `files`, or `c4` (allenai/c4 `en` from the hub); for fine-tuning on answers
@@ -37,7 +37,7 @@ class DataConfig:
     """SHA-256 of the documents (`source.sha256` in manifest.json): other text is refused, and the names of the files
     do not affect the identity of a run. None: any text."""
     repeat: bool = setting(True, runtime=True)
-    """False: refuse a run that would read a training row a second time."""
+    """False: refuse a run that would read a training sequence a second time."""
     max_documents: int | None = setting(None, at_least=1)
     """Number of training documents to use; None: all (`c4` has 364,868,892)."""
     tokenizer: str = "bpe"
@@ -45,16 +45,16 @@ class DataConfig:
     vocab_size: int = 4096
     """Size of the trained `bpe` tokenizer; other tokenizers ignore it."""
     layout: str = setting("packed", choices=LAYOUTS)
-    """`packed`: documents joined by EOS and split into rows; `document`: one document per row, truncated or padded
-    (paper). Instructions ignore it: they have one example per row."""
+    """`packed`: documents joined by EOS and split into sequences; `document`: one document per sequence, truncated or
+    padded (paper). Instructions ignore it: they have one example per sequence."""
     seq_len: int = setting(128, at_least=2)
-    """Tokens per row; a row has `seq_len - 1` targets."""
+    """Tokens per sequence, of which `seq_len - 1` are targets."""
     val_tokens: int = 10_000_000
     """Largest number of validation tokens; the paper evaluates on 10M non-pad tokens."""
     batch_size: int = setting(16, at_least=1)
-    """Rows per optimizer step, over all ranks and micro-batches."""
+    """Sequences per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: int = setting(16, runtime=True, at_least=1)
-    """Rows per forward pass on one rank."""
+    """Sequences per forward pass on one rank."""
     folder: str | None = None
     """A prepared set: local folder, or URL that litdata reads; None: the set in `root` that the settings describe."""
     root: str = setting("data", runtime=True)
@@ -66,7 +66,7 @@ class DataConfig:
 
     @property
     def row_layout(self) -> str:
-        """Layout of the rows: `layout`, or `instructions`."""
+        """Layout of the sequences: `layout`, or `instructions`."""
         return "instructions" if self.source in INSTRUCTION_SOURCES else self.layout
 
 
@@ -109,7 +109,7 @@ def data_errors(config: DataConfig) -> list[str]:
 class ImageConfig:
     """Source of the images and their division into patches, for `task=vision`.
 
-    That task uses the batch sizes and `loader_workers` of `DataConfig`; a row is an image.
+    That task uses the batch sizes, in images, and `loader_workers` of `DataConfig`.
     """
 
     source: str = setting("drawn", choices=IMAGE_SOURCES)

@@ -56,10 +56,10 @@ def docs(workers: int = 1) -> list[str]:
             paragraphs = list(pool.map(_unit_paragraphs, units, chunksize=16))
     else:
         paragraphs = [_unit_paragraphs(unit) for unit in units]
-    is_new = NearDuplicates()
+    duplicates = NearDuplicates()
     documents: list[str] = []
     for unit in paragraphs:
-        documents += join_paragraphs(paragraph for paragraph in unit if is_new(paragraph))
+        documents += join_paragraphs(paragraph for paragraph in unit if duplicates.is_new(paragraph))
     return _thin_out(documents, DOCS_CHARACTERS)
 
 
@@ -75,14 +75,14 @@ def _thin_out(documents: list[str], characters: int) -> list[str]:
     total = sum(map(len, documents))
     if total <= characters:
         return documents
-    kept: list[str] = []
+    selected: list[str] = []
     read = used = 0
     for document in documents:
         read += len(document)
         if used + len(document) <= characters * read / total:
-            kept.append(document)
+            selected.append(document)
             used += len(document)
-    return kept
+    return selected
 
 
 def _units() -> list[list[Path]]:
@@ -206,7 +206,7 @@ def join_paragraphs(paragraphs: Iterable[str]) -> Iterator[str]:
 
 
 class NearDuplicates:
-    """Tells, text after text, whether at most half of it was seen before.
+    """A filter of texts more than half of which occurred in earlier ones.
 
     A text is the set of its hashed word shingles (runs of `SHINGLE_WORDS` words). Only shingles whose first word has a
     hash divisible by `SHINGLE_SAMPLE` count, which bounds memory and selects the same ones in every copy.
@@ -215,7 +215,7 @@ class NearDuplicates:
     def __init__(self) -> None:
         self.seen: set[int] = set()
 
-    def __call__(self, text: str) -> bool:
+    def is_new(self, text: str) -> bool:
         """Return whether `text` is new, and remember it if so."""
         words = [zlib.crc32(word) for word in text.lower().encode().split()]
         starts = (start for start in range(len(words) - SHINGLE_WORDS + 1) if words[start] % SHINGLE_SAMPLE == 0)

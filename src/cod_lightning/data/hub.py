@@ -13,21 +13,19 @@ PROBE_SECONDS = 4.0
 
 
 def require_hub(what: str, instead: str) -> None:
-    """Return if the hub answers within `PROBE_SECONDS`.
+    """Raise a UserError if the hub is switched off (`HF_HUB_OFFLINE`) or does not answer within `PROBE_SECONDS`.
 
     `what` names the setting that needs the hub, `instead` an alternative; both are part of the message.
-
-    Raises:
-        UserError: the hub is switched off (`HF_HUB_OFFLINE`) or does not answer.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}:
         raise UserError(f"{what} needs the Hugging Face hub, but HF_HUB_OFFLINE is set. {instead}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     answered = threading.Event()
 
-    def ask() -> None:
+    def probe() -> None:
+        request = urllib.request.Request(endpoint, method="HEAD")
         try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # any HTTP status is an answer
         except (OSError, ValueError):
@@ -35,19 +33,13 @@ def require_hub(what: str, instead: str) -> None:
         answered.set()
 
     # A thread, because name resolution does not honour the time-out.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    if not answered.is_set():
+    threading.Thread(target=probe, daemon=True).start()
+    if not answered.wait(PROBE_SECONDS):
         raise UserError(f"{what} needs the Hugging Face hub, but {endpoint} does not answer. {instead}")
 
 
 def require_cached_or_hub(name: str, instead: str) -> None:
-    """Return if the config.json of a repository is in the local cache, or the hub answers.
-
-    Raises:
-        UserError: `name` is not a valid name on the hub; or as `require_hub`.
-    """
+    """Raise a UserError unless the config.json of repository `name` is in the local cache, or the hub answers."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -17,7 +17,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 INDEX = "index.json"
-"""litdata's own list of chunks, one per split."""
+"""litdata's list of chunks, one per split."""
 SPLITS = ("train", "val")
 
 
@@ -27,13 +27,13 @@ def format_version(layout: str) -> int:
 
 
 def row_width(layout: str, seq_len: int) -> int:
-    """Return how many values a stored row has: `seq_len` ids; `instructions` append the length of the prompt."""
+    """Return how many numbers a stored sequence has: `seq_len` ids; `instructions` append the length of the prompt."""
     return seq_len + (layout == "instructions")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One file of rows."""
+    """One file of `rows` sequences."""
 
     name: str
     rows: int
@@ -43,7 +43,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Split:
-    """One split: `rows` rows with `tokens` non-pad tokens, of which `max_id` is the largest."""
+    """One split: `rows` sequences with `tokens` non-pad tokens, of which `max_id` is the largest."""
 
     rows: int
     tokens: int
@@ -56,7 +56,7 @@ class Source:
     """The text: name of the corpus, SHA-256 of the documents, and their number per split.
 
     The hash covers the SHA-256 digests of all documents in order, training first. Sets from before 0.1.0 hash the
-    documents themselves, each followed by a zero byte. Instructions without room for an answer have no row.
+    documents themselves, each followed by a zero byte. Instructions without room for an answer have no sequence.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Source:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer: its setting (`data.tokenizer`), SHA-256 of its JSON, and the ids that rows are built with.
+    """The tokenizer: its setting (`data.tokenizer`), SHA-256 of its JSON, and the ids of its vocabulary.
 
     `requested` is `data.vocab_size` for a trained `bpe`, which may be smaller on little text; None for others.
     """
@@ -143,21 +143,17 @@ class Manifest:
         return manifest
 
     def check(self) -> None:
-        """Compare numbers that depend on each other.
-
-        Raises:
-            ValueError: they do not match.
-        """
+        """Raise a ValueError for an unsupported layout, or numbers that contradict each other."""
         if self.dtype not in ("uint16", "uint32") or self.seq_len < 2 or self.layout not in (*LAYOUTS, "instructions"):
-            raise ValueError(f"unsupported rows: {self.layout!r}, length {self.seq_len}, {self.dtype!r}")
+            raise ValueError(f"unsupported sequences: {self.layout!r}, length {self.seq_len}, {self.dtype!r}")
         row_bytes = self.row_width * int(self.dtype.removeprefix("uint")) // 8
         for name in SPLITS:
             split = self.split(name)
             if split.rows != sum(chunk.rows for chunk in split.chunks):
-                raise ValueError(f"{name} and its chunks have different numbers of rows")
+                raise ValueError(f"{name} and its chunks have different numbers of sequences")
             for chunk in split.chunks:
                 if chunk.rows < 1 or chunk.bytes < chunk.rows * row_bytes or Path(chunk.name).name != chunk.name:
-                    raise ValueError(f"{chunk.name!r} cannot hold {chunk.rows} rows in {chunk.bytes} bytes")
+                    raise ValueError(f"{chunk.name!r} cannot hold {chunk.rows} sequences in {chunk.bytes} bytes")
 
 
 def _sha256(content: object) -> str:

@@ -1,8 +1,9 @@
-"""Pack documents into rows of tokens in memory, for models with their own tokenizer."""
+"""Pack documents into sequences of tokens in memory, for models with their own tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -11,26 +12,26 @@ from cod_lightning.errors import UserError
 
 
 def packed(
-    documents: Iterable[str], encode: Callable[[str], Sequence[int]], separator: int | None, max_rows: int, length: int
+    documents: Iterable[str], encode: Callable[[str], Sequence[int]], separator: int | None, limit: int, length: int
 ) -> Tensor:
-    """Return the first documents as full rows, one after the other with a separator between: int64 [rows, length].
+    """Return at most `limit` full sequences of joined documents, read only as far as needed: int64 [n, length].
 
     Args:
-        documents: read only as far as needed.
+        documents: texts.
         encode: returns the tokens of a text.
         separator: token after every document, or None.
-        max_rows: largest number of rows to return.
-        length: tokens per row.
+        limit: largest number of sequences.
+        length: tokens per sequence.
 
     Raises:
-        UserError: the documents do not fill one row.
+        UserError: the documents do not fill one sequence.
     """
-    tokens: list[int] = []
-    for document in documents:
-        tokens += [*encode(document), *([] if separator is None else [separator])]
-        if len(tokens) >= max_rows * length:
-            break
-    full = min(max_rows, len(tokens) // length)
-    if not full:
-        raise UserError(f"the held-out documents have {len(tokens)} tokens, less than one row of data.seq_len={length}")
-    return torch.tensor(tokens[: full * length]).view(full, length)
+    end = () if separator is None else (separator,)
+    stream = chain.from_iterable((*encode(document), *end) for document in documents)
+    tokens = list(islice(stream, limit * length))
+    count = len(tokens) // length
+    if not count:
+        raise UserError(
+            f"the held-out documents have {len(tokens)} tokens, less than one sequence of data.seq_len={length}"
+        )
+    return torch.tensor(tokens[: count * length]).view(count, length)
