@@ -1,4 +1,4 @@
-"""Chunks: their rows, litdata's format, and the size of a cache. Stores are in test_store."""
+"""Chunks: their sequences, litdata's format, and the size of a cache. Stores are in test_store."""
 
 import os
 import shutil
@@ -26,25 +26,25 @@ from cod_lightning.data.stream import TokenDataset
     seq_len=st.integers(2, 9),
     chunk_tokens=st.integers(1, 60),
 )
-def test_packed_rows_are_the_documents_joined_by_eos(
+def test_packed_sequences_are_the_documents_joined_by_eos(
     numbers, tmp_path_factory, documents, batch, seq_len, chunk_tokens
 ):
     encoder = Encoder(numbers(), "packed", seq_len)
     texts = [" ".join(map(str, document)) for document in documents]
     expected = [id for document in documents for id in (*document, 1)]
-    folder = tmp_path_factory.mktemp("rows")
+    folder = tmp_path_factory.mktemp("sequences")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_TOKENS", chunk_tokens)
         encoded = (encoder(texts[n : n + batch]) for n in range(0, len(texts), batch))
         split = _write_split(folder, encoded, encoder)
-    rows = len(expected) // seq_len
-    assert (split.rows, split.tokens) == (rows, rows * seq_len)
+    sequences = len(expected) // seq_len
+    assert (split.rows, split.tokens) == (sequences, sequences * seq_len)
     contents = [(folder / chunk.name).read_bytes()[12:] for chunk in split.chunks]
-    assert np.frombuffer(b"".join(contents), np.uint16).tolist() == expected[: rows * seq_len]
+    assert np.frombuffer(b"".join(contents), np.uint16).tolist() == expected[: sequences * seq_len]
     assert all(chunk.rows == max(1, chunk_tokens // seq_len) for chunk in split.chunks[:-1])
 
 
-def test_litdata_reads_the_same_rows(packed):
+def test_litdata_reads_the_same_sequences(packed):
     folder = prepared_folder(packed)
     dataset = TokenDataset(str(folder), read_manifest(folder), "val")
     theirs = litdata.StreamingDataset(str(folder / "val"), item_loader=TokensLoader(block_size=32))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cod_lightning.data import corpora, hub
 from cod_lightning.data.config import DataConfig
-from cod_lightning.data.corpora import find_files, hold_out, identity, open_corpus, read_file
+from cod_lightning.data.corpora import find_files, hold_out, open_corpus, read_file
 from cod_lightning.errors import UserError
 
 
@@ -76,16 +76,6 @@ def test_held_out_documents_are_all_the_others(count, every):
     train, val = list(corpus.train()), list(corpus.val())
     assert sorted(train + val, key=int) == [str(n) for n in range(count)]
     assert len(val) == count // every
-
-
-def test_a_changed_file_is_another_text(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("one")
-    config = DataConfig(source="files", files=str(path))
-    before = identity(config)
-    assert identity(config) == before
-    path.write_text("other")
-    assert identity(config) != before
 
 
 def test_c4_without_datasets_says_what_to_install(monkeypatch):

@@ -21,7 +21,6 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[torch.Tensor] = []
-        self.validated: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def training_step(self, batch, batch_idx):
         assert batch_idx == self.trainer.global_step
@@ -29,13 +28,13 @@ class Recorder(LightningModule):
         return self.weight * 1.0
 
     def validation_step(self, batch, batch_idx):
-        self.validated.append(batch)
+        """Lightning warns about a model without one."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def trainer_for(folder: Path, steps: int, limit_val_batches: float = 0) -> Trainer:
+def trainer_for(folder: Path, steps: int) -> Trainer:
     return Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -47,7 +46,7 @@ def trainer_for(folder: Path, steps: int, limit_val_batches: float = 0) -> Train
         enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        limit_val_batches=limit_val_batches,
+        limit_val_batches=0,
     )
 
 
@@ -141,13 +140,6 @@ def test_a_checkpoint_of_another_set_is_refused(packed, documents, tmp_path, ope
     early.load_state_dict(open_tokens(packed).state_dict())
     with pytest.raises(UserError, match="the checkpoint was trained on"):
         early.setup()
-
-
-def test_a_trainer_validates_every_sequence(packed, tmp_path):
-    recorder, data = Recorder(), TokenDataModule(packed, 1)
-    trainer_for(tmp_path, 1, limit_val_batches=1.0).validate(recorder, data, verbose=False)
-    index = torch.cat([index for _, index in recorder.validated])
-    assert torch.equal(index[index >= 0], torch.arange(data.val_count))
 
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])

@@ -1,4 +1,4 @@
-"""Documents to rows: `document` and dtypes here, `packed` in test_chunks, instructions in test_instructions."""
+"""Documents to sequences: `document` and dtypes here, `packed` in test_chunks, instructions in test_instructions."""
 
 import numpy as np
 import pytest
@@ -12,16 +12,16 @@ from cod_lightning.data.tokenizers import load_tokenizer
 @given(
     documents=st.lists(st.lists(st.integers(2, 999), max_size=12), min_size=1, max_size=9), seq_len=st.integers(2, 8)
 )
-def test_document_rows_are_cut_before_a_last_eos_or_padded(numbers, documents, seq_len):
+def test_document_sequences_are_cut_before_a_last_eos_or_padded(numbers, documents, seq_len):
     encoded = Encoder(numbers(), "document", seq_len)([" ".join(map(str, document)) for document in documents])
-    for row, document in zip(encoded.ids.reshape(-1, seq_len).tolist(), documents, strict=True):
-        kept = document[: seq_len - 1]
-        assert row == [*kept, 1] + [0] * (seq_len - 1 - len(kept))
+    for sequence, document in zip(encoded.ids.reshape(-1, seq_len).tolist(), documents, strict=True):
+        head = document[: seq_len - 1]
+        assert sequence == [*head, 1] + [0] * (seq_len - 1 - len(head))
     assert encoded.tokens == np.count_nonzero(encoded.ids)
     assert encoded.max_id == encoded.ids.max()
 
 
-def test_document_rows_are_those_of_hugging_face(word_level, tmp_path):
+def test_document_sequences_are_those_of_hugging_face(word_level, tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = word_level(tmp_path, ["<pad>", "</s>"], {"eos_token": "</s>"})
     texts = ["the quick brown fox jumps over the lazy dog", "the fox"]
@@ -42,7 +42,7 @@ def test_document_rows_are_those_of_hugging_face(word_level, tmp_path):
         (1000, "instructions", 2**16 + 1, np.uint32),  # the length of a prompt is stored too
     ],
 )
-def test_rows_are_stored_in_16_bits_if_all_numbers_fit(numbers, vocab_size, layout, seq_len, dtype):
+def test_sequences_are_stored_in_16_bits_if_all_numbers_fit(numbers, vocab_size, layout, seq_len, dtype):
     assert Encoder(numbers(vocab_size), layout, seq_len).dtype == dtype
 
 

@@ -1,4 +1,4 @@
-"""Instructions: prompts, rows with the start of the answer, and bad records."""
+"""Instructions: prompts, sequences with the start of the answer, and bad records."""
 
 import gzip
 import hashlib
@@ -88,7 +88,7 @@ def test_a_text_file_is_refused(tmp_path):
         list(open_corpus(config).train())
 
 
-def test_rows_are_prompt_answer_eos_pads_and_the_length_of_the_prompt(numbers):
+def test_a_sequence_is_prompt_answer_eos_pads_and_the_length_of_the_prompt(numbers):
     encoder = Encoder(numbers(), "instructions", 6)
     parts = [
         ("5 6 7", "8 9"),
@@ -112,9 +112,9 @@ def test_rows_are_prompt_answer_eos_pads_and_the_length_of_the_prompt(numbers):
 
 
 def test_targets_are_the_answer_and_its_eos():
-    rows = torch.tensor([[5, 6, 7, 8, 9, 1, 3], [5, 8, 1, 0, 0, 0, 1], [5, 6, 7, 8, 9, 10, 5]])
+    sequences = torch.tensor([[5, 6, 7, 8, 9, 1, 3], [5, 8, 1, 0, 0, 0, 1], [5, 6, 7, 8, 9, 10, 5]])
     _ = IGNORE
-    assert next_tokens(rows[:, :6], 0, rows[:, 6]).tolist() == [
+    assert next_tokens(sequences[:, :6], 0, sequences[:, 6]).tolist() == [
         [_, _, 8, 9, 1, _],
         [8, 1, _, _, _, _],
         [_, _, _, _, 10, _],
@@ -133,11 +133,11 @@ def instructions(make_config, tmp_path_factory):
 
 def test_a_prepared_set_has_every_example_and_the_start_of_its_answer(instructions, open_tokens):
     data = open_tokens(instructions)
-    rows = data.train_set.read(np.arange(len(data.train_set)))
-    assert rows.shape == (36, 101)
+    sequences = data.train_set.read(np.arange(len(data.train_set)))
+    assert sequences.shape == (36, 101)
     backend, parts = data.tokenizer(), []
-    for row in rows.tolist():
-        *ids, start = row
+    for sequence in sequences.tolist():
+        *ids, start = sequence
         end = ids.index(data.eos_id)
         assert set(ids[end + 1 :]) <= {data.pad_id}
         parts.append((backend.decode(ids[:start]), backend.decode(ids[start:end])))
@@ -181,9 +181,9 @@ def test_instructions_and_text_are_not_confused(instructions, packed, open_token
 def test_batches_include_the_length_of_the_prompt(instructions, open_tokens):
     data = open_tokens(instructions, world_size=2)
     assert next(iter(data.train_dataloader())).shape == (4, 101)
-    ((rows, index),) = data.val_dataloader()
+    ((sequences, index),) = data.val_dataloader()
     assert index.tolist() == [0, 2, -1, -1]
-    assert (rows[2:] == data.pad_id).all()
+    assert (sequences[2:] == data.pad_id).all()
 
 
 def test_probe_and_token_count_exclude_the_length_of_the_prompt(instructions, open_tokens):
@@ -192,11 +192,6 @@ def test_probe_and_token_count_exclude_the_length_of_the_prompt(instructions, op
     assert torch.equal(probe, data.val_set.read(np.arange(4))[:, :100])
     tokens = (probe != data.pad_id).sum(1)
     assert open_tokens(replace(instructions, val_tokens=int(tokens[:3].sum()))).val_count == 3
-
-
-def test_too_short_rows_are_refused(instructions, tmp_path):
-    with pytest.raises(UserError, match=r"37 documents do not fill one train sequence of data\.seq_len=5 tokens"):
-        prepare(replace(instructions, root=str(tmp_path), seq_len=5), progress=False)
 
 
 def test_drawn_questions_are_always_the_same():

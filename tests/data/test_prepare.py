@@ -1,4 +1,4 @@
-"""Preparing a set: its rows, its folder, errors, and interruptions."""
+"""Preparing a set: its sequences, its folder, errors, and interruptions."""
 
 import contextlib
 import os
@@ -18,26 +18,26 @@ from cod_lightning.data.prepare import check_against, is_complete, prepare, prep
 from cod_lightning.errors import UserError
 
 
-def test_the_manifest_describes_the_stored_rows(packed, stored):
+def test_the_manifest_describes_the_stored_sequences(packed, stored):
     folder = prepared_folder(packed)
-    manifest, rows = read_manifest(folder), stored(folder, "train")
+    manifest, sequences = read_manifest(folder), stored(folder, "train")
     assert find_damage(folder, manifest) == []
     assert manifest.source.documents == {"train": 540, "val": 60}
-    assert rows.shape == (manifest.train.rows, 32)
-    assert rows.max() == manifest.train.max_id < manifest.tokenizer.vocab_size == 300
+    assert sequences.shape == (manifest.train.rows, 32)
+    assert sequences.max() == manifest.train.max_id < manifest.tokenizer.vocab_size == 300
     assert {chunk.rows for chunk in manifest.train.chunks[:-1]} == {2048 // 32}
 
 
-def test_packed_rows_have_an_eos_per_document_and_no_pad(packed, stored):
-    manifest, rows = read_manifest(prepared_folder(packed)), stored(prepared_folder(packed), "train")
-    assert (rows == manifest.tokenizer.eos_id).sum() in (539, 540)  # the dropped tail may contain the last
-    assert not (rows == manifest.tokenizer.pad_id).any()
+def test_packed_sequences_have_an_eos_per_document_and_no_pad(packed, stored):
+    manifest, sequences = read_manifest(prepared_folder(packed)), stored(prepared_folder(packed), "train")
+    assert (sequences == manifest.tokenizer.eos_id).sum() in (539, 540)  # the dropped tail may contain the last
+    assert not (sequences == manifest.tokenizer.pad_id).any()
 
 
 def test_document_sets_count_tokens_without_pads(documents, stored):
-    manifest, rows = read_manifest(prepared_folder(documents)), stored(prepared_folder(documents), "train")
+    manifest, sequences = read_manifest(prepared_folder(documents)), stored(prepared_folder(documents), "train")
     assert manifest.train.rows == 540
-    assert (rows != manifest.tokenizer.pad_id).sum() == manifest.train.tokens < rows.size
+    assert (sequences != manifest.tokenizer.pad_id).sum() == manifest.train.tokens < sequences.size
 
 
 def test_only_the_set_and_its_lock_remain(packed):
@@ -46,7 +46,7 @@ def test_only_the_set_and_its_lock_remain(packed):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_rows_do_not_depend_on_the_number_of_workers(make_config, tmp_path, packed):
+def test_sequences_do_not_depend_on_the_number_of_workers(make_config, tmp_path, packed):
     one_worker = read_manifest(prepare(make_config(tmp_path / "one"), progress=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "BATCH_CHARACTERS", 2**14)
@@ -56,7 +56,7 @@ def test_rows_do_not_depend_on_the_number_of_workers(make_config, tmp_path, pack
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_complete_set_is_kept_and_a_damaged_one_replaced(make_config, tmp_path):
+def test_only_a_damaged_set_is_prepared_again(make_config, tmp_path):
     config = make_config(tmp_path)
     folder = prepare(config, progress=False)
     before = (folder / "manifest.json").stat().st_mtime_ns
@@ -81,16 +81,18 @@ def test_a_complete_set_is_kept_and_a_damaged_one_replaced(make_config, tmp_path
         ({"val_tokens": 20_000_000}, False),
     ],
 )
-def test_the_folder_depends_only_on_settings_that_change_the_rows(packed, changes, same):
+def test_the_folder_depends_only_on_settings_that_change_the_sequences(packed, changes, same):
     assert (prepared_folder(replace(packed, **changes)) == prepared_folder(packed)) is same
 
 
-def test_a_touched_file_leads_to_another_set(make_config, tmp_path):
-    (tmp_path / "a.txt").write_text("some text")
-    config = make_config(tmp_path, files=str(tmp_path / "a.txt"))
-    before = prepared_folder(config)
-    os.utime(tmp_path / "a.txt", ns=(1, 1))
-    assert prepared_folder(config) != before
+def test_another_time_or_size_of_a_file_leads_to_another_set(make_config, tmp_path):
+    path = tmp_path / "a.txt"
+    folders = set()
+    for content, ns in (("some text", 1), ("some text", 2), ("other text", 2)):
+        path.write_text(content)
+        os.utime(path, ns=(ns, ns))
+        folders.add(prepared_folder(make_config(tmp_path, files=str(path))))
+    assert len(folders) == 3
 
 
 def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.port = port
         self.faults: dict[str, list[str]] = {}
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.stopped = threading.Event()
 
 
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].rpartition("/")[2]
-        self.server.asked[name] += 1
+        self.server.requests[name] += 1
         faults = self.server.faults.get(name, [])
         fault = (faults.pop(0) if len(faults) > 1 or faults[-1:] == ["once"] else faults[0]) if faults else ""
         if fault == "503":
@@ -146,10 +146,10 @@ def test_a_set_in_a_store_is_the_local_one(proxy, local, packed, tmp_path):
     dataset = opened(tmp_path)
     everything = range(len(dataset))
     assert torch.equal(torch.stack(dataset.__getitems__(everything)), torch.stack(local.__getitems__(everything)))
-    assert {proxy.asked[chunk.name] for chunk in dataset.split.chunks} == {1}
+    assert {proxy.requests[chunk.name] for chunk in dataset.split.chunks} == {1}
     reopened = opened(tmp_path)
     assert torch.equal(reopened[3 * CHUNK_SIZE], local[3 * CHUNK_SIZE])
-    assert proxy.asked[CHUNK] == 1  # from the cache
+    assert proxy.requests[CHUNK] == 1  # from the cache
 
 
 @pytest.mark.parametrize("fault", ["503", "silent", "stall", "cut", "altered"])
@@ -157,7 +157,7 @@ def test_a_transient_failure_is_retried(proxy, local, tmp_path, fault):
     proxy.faults = {CHUNK: [fault, "503", ""]}
     dataset = opened(tmp_path)
     assert torch.equal(dataset[3 * CHUNK_SIZE], local[3 * CHUNK_SIZE])
-    assert proxy.asked[CHUNK] == 3
+    assert proxy.requests[CHUNK] == 3
     assert cached(tmp_path) == [CHUNK]
 
 
@@ -177,7 +177,7 @@ def test_a_lasting_failure_is_named_and_leaves_no_chunk(proxy, local, tmp_path, 
     dataset = opened(tmp_path)
     with pytest.raises(UserError, match=rf"^{SOURCE}/train/{CHUNK} (?s:.)*{reason}(?s:.)* \(4 attempts\)$"):
         dataset[3 * CHUNK_SIZE]
-    assert proxy.asked[CHUNK] == chunks.ATTEMPTS == 4
+    assert proxy.requests[CHUNK] == chunks.ATTEMPTS == 4
     assert cached(tmp_path) == []
     assert torch.equal(dataset[0], local[0])  # other chunks are read
     proxy.faults = {}
@@ -187,7 +187,7 @@ def test_a_lasting_failure_is_named_and_leaves_no_chunk(proxy, local, tmp_path, 
 def test_a_missing_object_is_requested_once(proxy):
     with pytest.raises(UserError, match=r"s3://sets/none is not a prepared set .*manifest.json.*404.* \(1 attempt\)"):
         open_set("s3://sets/none")
-    assert proxy.asked["manifest.json"] == 1
+    assert proxy.requests["manifest.json"] == 1
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
@@ -204,7 +204,7 @@ def test_a_chunk_altered_in_the_cache_is_fetched_again(proxy, local, tmp_path):
     (path,) = (tmp_path / "cache").rglob(CHUNK)
     path.write_bytes(path.read_bytes()[:-2])
     assert torch.equal(opened(tmp_path)[3 * CHUNK_SIZE], local[3 * CHUNK_SIZE])
-    assert proxy.asked[CHUNK] == 2
+    assert proxy.requests[CHUNK] == 2
 
 
 def test_a_run_from_a_store_has_the_losses_of_the_local_set(proxy, packed, train, tmp_path):

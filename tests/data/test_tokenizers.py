@@ -80,7 +80,7 @@ def test_a_llama_like_folder_gets_a_pad(word_level, tmp_path):
     assert load_tokenizer(name).sha256 == tokenizer.sha256
 
 
-def test_eos_is_found_by_its_spelling_without_configuration(word_level, tmp_path):
+def test_eos_is_recognised_by_its_spelling_without_configuration(word_level, tmp_path):
     assert load_tokenizer(word_level(tmp_path, ["<|endoftext|>"])).eos_id == 0
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BufferedIOBase
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -57,8 +57,6 @@ def open_corpus(config: DataConfig, workers: int = 1) -> Corpus:
     else:
         texts = texts_of_shard(config, 0, 1)
     corpus = Corpus(**texts) if "val" in texts else hold_out(texts["train"], config.val_every)
-    if config.max_documents is None:
-        return corpus
     return Corpus(train=lambda: islice(corpus.train(), config.max_documents), val=corpus.val)
 
 
@@ -66,10 +64,7 @@ def texts_of_shard(config: DataConfig, index: int, count: int) -> Texts:
     """Return share `index` (from 0) of `count` of the files of a corpus; all shares in order are the whole corpus.
 
     Documents are neither held out nor limited here, because that depends on their number in the whole corpus. The
-    source must be one of `SHARDED_SOURCES`.
-
-    Raises:
-        UserError: as `open_corpus`.
+    source must be one of `SHARDED_SOURCES`. Raises as `open_corpus`.
     """
     if config.source == "c4":
         return _c4(index, count)
@@ -77,29 +72,33 @@ def texts_of_shard(config: DataConfig, index: int, count: int) -> Texts:
         raise UserError(f"data.source={config.source!r}: {nearest(config.source, SOURCES)}")
     read = read_file if config.source == "files" else read_examples
 
-    def stream(field: str, value: Any) -> Callable[[], Iterator[str]]:
-        files = share(find_files(field, value), index, count)
-        return lambda: (document for path in files for document in read(path))
+    def stream(files: list[Path]) -> Callable[[], Iterator[str]]:
+        shard = share(files, index, count)
+        return lambda: chain.from_iterable(map(read, shard))
 
-    texts: Texts = {"train": stream("data.files", config.files)}
+    return {split: stream(files) for split, files in _split_files(config).items()}
+
+
+def _split_files(config: DataConfig) -> dict[str, list[Path]]:
+    """Return the files for training, and for validation if the settings name some."""
+    files = {"train": find_files("data.files", config.files)}
     if config.val_files:
-        texts["val"] = stream("data.val_files", config.val_files)
-    return texts
+        files["val"] = find_files("data.val_files", config.val_files)
+    return files
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
     """Return the settings and facts that determine the text, without reading it.
 
-    For `docs` these are package versions, for `files` the name, size and time of every file, so that a changed file
-    leads to another set.
+    They are package versions for `docs`, and name, size and time of every file for `files`: a changed file leads to
+    another set.
     """
     facts: dict[str, Any] = {"source": config.source, "max_documents": config.max_documents}
     if config.source == "docs":
         facts["versions"] = docs_versions()
     elif config.source in FILE_SOURCES:
-        facts["files"] = [_stamp(path) for path in find_files("data.files", config.files)]
-        if config.val_files:
-            facts["val_files"] = [_stamp(path) for path in find_files("data.val_files", config.val_files)]
+        for split, files in _split_files(config).items():
+            facts["files" if split == "train" else "val_files"] = [_stamp(path) for path in files]
     if config.row_layout == "instructions":
         facts["recipes"] = {"prompt": PROMPT_RECIPE, "drawn": DRAWN_RECIPE}
     if config.source != "c4" and not config.val_files:

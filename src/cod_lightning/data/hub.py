@@ -33,8 +33,10 @@ def require_hub(what: str, instead: str) -> None:
         answered.set()
 
     # A thread, because name resolution does not honour the time-out.
-    threading.Thread(target=probe, daemon=True).start()
-    if not answered.wait(PROBE_SECONDS):
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)  # returns at once if the connection is refused
+    if not answered.is_set():
         raise UserError(f"{what} needs the Hugging Face hub, but {endpoint} does not answer. {instead}")
 
 
