@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cod_lightning.errors import UserError
@@ -10,8 +12,102 @@ from cod_lightning.errors import UserError
 if TYPE_CHECKING:
     from cod_lightning.config.schema import TrainerConfig
 
+
+@dataclass(frozen=True)
+class Names:
+    """The environment variables of a launcher."""
+
+    rank: str
+    local_rank: str
+    node: str
+    world_size: str
+    ranks_per_node: str
+    nodes: str
+    required: tuple[str, ...] = ()
+
+
+NAMES = {
+    "torchrun": Names(
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_WORLD_SIZE",
+        required=("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ),
+    "slurm": Names(
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_NODEID",
+        "SLURM_NTASKS",
+        "SLURM_NTASKS_PER_NODE",
+        "SLURM_NNODES",
+        required=("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
+    ),
+    "lightning": Names("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+}
+"""By launcher. `lightning` starts the ranks of a node itself, unless LOCAL_RANK says that this is one of them."""
+
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 """Environment variables that hold a rank; all of them are 0 or unset on the first rank."""
+
+INTERACTIVE_JOBS = ("bash", "interactive")
+"""Names of the Slurm jobs in which Lightning ignores Slurm: `srun --pty bash`, `salloc`."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among the ranks, as the environment says."""
+
+    launcher: str
+    """A key of `NAMES`."""
+    values: Mapping[str, int]
+    """The variables that are set, by name."""
+
+    @property
+    def names(self) -> Names:
+        return NAMES[self.launcher]
+
+    def get(self, name: str) -> int:
+        """The value of a variable, 0 if it is unset."""
+        return self.values.get(name, 0)
+
+    @property
+    def node(self) -> int:
+        """The number of this node; Lightning reads torchrun's variable if there is none of its own."""
+        return self.values.get(self.names.node, self.get("GROUP_RANK"))
+
+    def rank(self, devices: int) -> int:
+        """The rank of this process, computed as Lightning does; a node has `devices` ranks."""
+        if self.launcher == "lightning":
+            return self.node * devices + self.get("LOCAL_RANK")
+        return self.get(self.names.rank)
+
+
+def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """Read the variables of all launchers; the launcher is the one that Lightning would choose.
+
+    Raises:
+        UserError: a variable is not an integer.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        launcher = "torchrun"
+    elif "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in INTERACTIVE_JOBS:
+        launcher = "slurm"
+    else:
+        launcher = "lightning"
+    known = {
+        name for n in NAMES.values() for name in (n.rank, n.local_rank, n.node, n.world_size, n.ranks_per_node, n.nodes)
+    }
+    found = {name: environ[name] for name in sorted(known & environ.keys())}
+    if errors := [
+        f"{name}={value!r} in the environment is not an integer: unset it"
+        for name, value in found.items()
+        if not (value.isascii() and value.isdecimal())
+    ]:
+        raise UserError("\n".join(errors))
+    return Ranks(launcher, {name: int(value) for name, value in found.items()})
 
 
 def is_first_rank() -> bool:
@@ -20,47 +116,120 @@ def is_first_rank() -> bool:
     Raises:
         UserError: a launcher variable is not an integer.
     """
-    return not any(variable(name) for name in RANK_VARIABLES)
+    return read_ranks().rank(devices=1) == 0
 
 
 def is_first_on_node() -> bool:
-    """Whether this process reports to the launcher of its node.
-
-    Raises:
-        UserError: LOCAL_RANK is not an integer.
-    """
-    return variable("LOCAL_RANK") == 0
+    """Whether this process reports to the launcher of its node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def check_ranks(trainer: TrainerConfig) -> None:
+def check_ranks(trainer: TrainerConfig) -> Ranks:
     """Compare the ranks that a launcher started with those that the configuration asks for.
 
     Raises:
-        UserError: they differ, or several nodes are configured and no variable numbers this one.
+        UserError: they differ, or variables contradict each other; lists every problem.
     """
-    world_size, rank = trainer.world_size, variable("RANK")
-    started = variable("WORLD_SIZE", default=world_size)
-    if started != world_size:
-        raise UserError(
-            f"WORLD_SIZE={started} in the environment, but trainer.devices={trainer.devices} x "
-            f"trainer.num_nodes={trainer.num_nodes} = {world_size}: set them to the ranks that the launcher starts"
-        )
-    if rank >= world_size:
-        raise UserError(f"RANK={rank} in the environment is out of range: ranks are 0 to {world_size - 1}")
-    if trainer.num_nodes > 1 and not any(name in os.environ for name in RANK_VARIABLES):
-        raise UserError(
-            f"trainer.num_nodes={trainer.num_nodes}, but no environment variable numbers this node: start all nodes "
-            "with torchrun or Slurm, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
-        )
+    if problems := rank_problems(trainer, os.environ):
+        raise UserError("\n".join(problems))
+    return read_ranks()
 
 
-def variable(name: str, default: int = 0) -> int:
-    """The value of a launcher variable, `default` if it is unset.
+def rank_problems(trainer: TrainerConfig, environ: Mapping[str, str]) -> list[str]:
+    """Contradictions between the environment and `trainer.devices`, `num_nodes`, or within the environment.
 
     Raises:
-        UserError: it is not an integer.
+        UserError: a variable is not an integer.
     """
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise UserError(f"{name}={value!r} in the environment is not an integer: unset it")
-    return int(value)
+    ranks = read_ranks(environ)
+    names, values, world_size = ranks.names, ranks.values, trainer.world_size
+    started = values.get(names.world_size, world_size)
+    if started != world_size:
+        remedy = {
+            "torchrun": "set them to the ranks that the launcher starts",
+            "slurm": "set them to the tasks of srun, or unset SLURM_NTASKS so that fit starts the ranks itself",
+            "lightning": "set them to the ranks that the launcher starts, or unset WORLD_SIZE",
+        }[ranks.launcher]
+        return [
+            f"{names.world_size}={started} in the environment, but trainer.devices={trainer.devices} x "
+            f"trainer.num_nodes={trainer.num_nodes} = {world_size}: {remedy}"
+        ]
+    problems = [
+        f"{name} is not set, but {ranks.launcher} sets it: start all ranks with {ranks.launcher}"
+        for name in names.required
+        if name not in values
+    ]
+    problems += [
+        f"{name}={values[name]} in the environment, but {field}={value}: set both to the same number"
+        for name, field, value in (
+            (names.ranks_per_node, "trainer.devices", trainer.devices),
+            (names.nodes, "trainer.num_nodes", trainer.num_nodes),
+        )
+        if values.get(name, value) != value
+    ]
+    problems += [
+        f"{name}={values[name]} in the environment is out of range: {what} are 0 to {count - 1}; unset it, or start "
+        "all ranks with torchrun or Slurm"
+        for name, what, count in (
+            (names.rank, "ranks", world_size),
+            (names.local_rank, "ranks of a node", trainer.devices),
+            (names.node, "nodes", trainer.num_nodes),
+        )
+        if values.get(name, 0) >= count
+    ]
+    others = {"slurm": slurm_problems, "lightning": lightning_problems}.get(ranks.launcher)
+    return problems or ([] if others is None else others(trainer, ranks, environ))
+
+
+def slurm_problems(trainer: TrainerConfig, ranks: Ranks, environ: Mapping[str, str]) -> list[str]:
+    """Contradictions in the environment of a Slurm task."""
+    if trainer.world_size > 1 and not {"SLURM_STEP_ID", "SLURM_STEPID"} & environ.keys():
+        return [
+            f"SLURM_NTASKS={trainer.world_size} in the environment, but SLURM_STEP_ID is not set, so srun did not "
+            "start this process: start it with srun, or unset SLURM_NTASKS so that fit starts the ranks itself"
+        ]
+    if trainer.world_size > 1 and "SLURM_NTASKS_PER_NODE" not in ranks.values:
+        return [f"SLURM_NTASKS_PER_NODE is not set: pass --ntasks-per-node={trainer.devices} to sbatch or srun"]
+    slurm, generic = ranks.names, NAMES["torchrun"]
+    return [
+        f"{other}={ranks.get(other)} in the environment contradicts {name}={ranks.get(name)}: unset {other}"
+        for name, other in (
+            (slurm.rank, generic.rank),
+            (slurm.local_rank, generic.local_rank),
+            (slurm.world_size, generic.world_size),
+        )
+        if other in ranks.values and ranks.get(other) != ranks.get(name)
+    ]
+
+
+def lightning_problems(trainer: TrainerConfig, ranks: Ranks, environ: Mapping[str, str]) -> list[str]:
+    """Contradictions in the environment of a process that no launcher started, or Lightning's."""
+    values = ranks.values
+    if ranks.get("SLURM_PROCID"):
+        reason = (
+            f"Lightning ignores Slurm in a job named {environ['SLURM_JOB_NAME']}: choose another --job-name"
+            if "SLURM_NTASKS" in environ
+            else "SLURM_NTASKS is not set: unset SLURM_PROCID, or start all ranks with srun"
+        )
+        return [f"SLURM_PROCID={values['SLURM_PROCID']} in the environment, but {reason}"]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if not {"NODE_RANK", "GROUP_RANK"} & values.keys():
+        missing.append("NODE_RANK")
+    if trainer.num_nodes > 1 and missing:
+        return [
+            f"trainer.num_nodes={trainer.num_nodes}, but no environment variable numbers this node or finds the first "
+            f"({' and '.join(missing)} not set): start all nodes with torchrun or Slurm, or set MASTER_ADDR, "
+            "MASTER_PORT and NODE_RANK on each"
+        ]
+    if trainer.world_size > 1 and "LOCAL_RANK" in values and "WORLD_SIZE" not in values:
+        return [
+            f"LOCAL_RANK={values['LOCAL_RANK']} in the environment, but WORLD_SIZE is not set, so no launcher started "
+            "this process: unset LOCAL_RANK, or start all ranks with torchrun or Slurm"
+        ]
+    rank = ranks.rank(trainer.devices)
+    if values.get("RANK", rank) != rank:
+        return [
+            f"RANK={values['RANK']} in the environment, but NODE_RANK={ranks.node} and "
+            f"LOCAL_RANK={ranks.get('LOCAL_RANK')} make it rank {rank}: unset RANK, or start all ranks with torchrun"
+        ]
+    return []

@@ -35,7 +35,6 @@ from cod_lightning.train.checkpoint import (
 )
 from cod_lightning.train.load import InitialWeights, load_initial_weights, write_tokenizer
 from cod_lightning.train.module import DecoderModule, StepModule
-from cod_lightning.train.ranks import is_first_rank
 from cod_lightning.train.record import environment, write_record
 from cod_lightning.train.strategy import accelerator
 from cod_lightning.train.trainer import (
@@ -90,7 +89,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         before_writing()
         if config.logger == "tensorboard":
             trainer.logger = tensorboard_logger(folder, None if checkpoint is None else step_of(checkpoint))
-        if isinstance(data, TokenDataModule) and is_first_rank():
+        if isinstance(data, TokenDataModule) and trainer.is_global_zero:
             write_tokenizer(data.tokenizer(), data.eos_id, data.pad_id, folder / TOKENIZER)
         log_config(trainer, asdict(config))
 

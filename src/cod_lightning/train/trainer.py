@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -21,6 +26,7 @@ from cod_lightning.config.schema import Config, TrainerConfig
 from cod_lightning.errors import Stopped, UserError, first_line
 from cod_lightning.train.callbacks import ProgressBar
 from cod_lightning.train.checkpoint import AtomicCheckpointIO
+from cod_lightning.train.ranks import read_ranks
 from cod_lightning.train.strategy import accelerator, build_strategy, precision
 
 
@@ -51,7 +57,7 @@ def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: Atomic
             enable_checkpointing=io is not None,
             callbacks=list(callbacks),
             logger=False,
-            plugins=[io or AtomicCheckpointIO(), *cluster_environments()],
+            plugins=[io or AtomicCheckpointIO(), cluster_environment()],
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(
@@ -59,9 +65,15 @@ def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: Atomic
         ) from error
 
 
-def cluster_environments() -> list[Any]:
-    """Slurm's, without Lightning's requeueing: `StopOnSignal` and the job script do it."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+def cluster_environment() -> ClusterEnvironment:
+    """Lightning's reader of the launcher's variables, the launcher that `read_ranks` finds.
+
+    Slurm's is without requeueing: `StopOnSignal` and the job script do it.
+    """
+    launcher = read_ranks().launcher
+    if launcher == "slurm":
+        return SLURMEnvironment(auto_requeue=False)
+    return TorchElasticEnvironment() if launcher == "torchrun" else LightningEnvironment()
 
 
 def tensorboard_logger(folder: Path, step: int | None) -> TensorBoardLogger:
