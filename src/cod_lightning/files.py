@@ -1,9 +1,13 @@
-"""Atomic writes: a file or folder appears complete or not at all."""
+"""Atomic writes, where a file or folder appears complete or not at all; locks; reading of regular files."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -54,9 +58,8 @@ def open_atomic(path: Path, rename: Callable[[Path, Path], object] = os.replace)
 def replace_path(new: Path, path: Path) -> None:
     """Rename `new` to `path`, replacing a file or folder; atomic if both are files."""
     if path.is_dir() or (new.is_dir() and path.exists()):
-        old = path.with_name(f".{path.name}.old.partial")
-        remove(old)
-        path.rename(old)
+        old = partial_folder(path)
+        path.rename(old / path.name)
         new.rename(path)
         remove(old)
     else:
@@ -64,8 +67,8 @@ def replace_path(new: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it exists."""
-    if path.is_dir():
+    """Remove a file, link or folder if it exists."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -90,15 +93,68 @@ def new_folder(folder: Path) -> Generator[Path]:
     """
     check_new_folder(folder)
     folder = Path(os.path.abspath(folder))
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = None
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_folder(folder)
         yield partial
         partial.replace(folder)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_folder(path: Path) -> Path:
+    """Create an empty folder beside `path`, exclusively and under an unpredictable name: no link is followed."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    folder.chmod(0o777 & ~_umask())
+    return folder
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Generator[None]:
+    """Hold the lock file at `path` while the block runs; the end of the process releases it.
+
+    Prints a warning if the file system does not support locks.
+
+    Args:
+        path: the lock file, created if it does not exist; the last part is not followed if it is a link.
+        wait: wait for another process that holds it.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is false.
+        OSError: the file cannot be created.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            sys.stderr.write(
+                f"warning: {path.parent}: its file system does not support locks ({error.strerror}): do not let two "
+                "processes write there at the same time\n"
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_regular(path: Path) -> str:
+    """Read a UTF-8 text file; unlike `read_text` it does not wait for a pipe or read a device.
+
+    Raises:
+        OSError: the file is missing or unreadable.
+        ValueError: it is not a regular file, or not UTF-8.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("not a regular file")
+        return file.read()
 
 
 def _umask() -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from cod_lightning.errors import DAMAGED, UserError, first_line
+from cod_lightning.files import read_regular
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def read_json(path: Path, kind: type[T], remedy: str, *, ignore_unknown: bool = 
         UserError: the file is missing, is not JSON, or has a missing, unknown or wrongly typed field.
     """
     try:
-        return from_json(kind, json.loads(path.read_text("utf-8")), ignore_unknown=ignore_unknown)
+        return from_json(kind, json.loads(read_regular(path)), ignore_unknown=ignore_unknown)
     except DAMAGED as error:
         raise UserError(f"{path}: {first_line(error)}; {remedy}") from error
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.options import add_overrides, add_run, load_run_config, pop_options, require_at_least
+from cod_lightning.commands.options import (
+    add_overrides,
+    add_run,
+    add_trust_code,
+    load_run_config,
+    pop_options,
+    require_at_least,
+)
 from cod_lightning.errors import UserError
-from cod_lightning.train.ranks import check_ranks, is_first_rank
+from cod_lightning.train.ranks import check_ranks
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -23,16 +31,19 @@ OPTIONS = {"tasks": str}
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
+    add_trust_code(parser)
     parser.add_argument("--task-folder", type=Path, help="with tasks=: folder with your tasks as YAML")
     parser.add_argument("--limit", type=int, help="with tasks=: largest number of examples of a task")
     add_overrides(parser)
 
 
-def run(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path | None, limit: int | None) -> int:
+def run(
+    run: Path, checkpoint: str, trust_code: bool, overrides: Sequence[str], task_folder: Path | None, limit: int | None
+) -> int:
     from cod_lightning.config.compose import selects_other_text
 
     options, overrides = pop_options(overrides, OPTIONS, "evaluate")
-    config = load_run_config(run, overrides)
+    config = load_run_config(run, overrides, trust_code)
     if "tasks" in options:
         if selects_other_text(overrides):
             raise UserError("tasks= includes its text: remove data=, or tasks=")
@@ -43,9 +54,11 @@ def run(run: Path, checkpoint: str, overrides: Sequence[str], task_folder: Path 
     from cod_lightning.train.load import checkpoint_of
     from cod_lightning.train.run import evaluate
 
-    check_ranks(config.trainer)
+    rank = check_ranks(config.trainer).rank(config.trainer.devices)
+    if rank:
+        sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints the results\n")
     figures = evaluate(config, checkpoint_of(run, checkpoint))
-    if is_first_rank():
+    if rank == 0:
         for name, value in figures.items():
             print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
     return 0

@@ -5,23 +5,26 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from cod_lightning.commands.options import add_run, require_at_least
+from cod_lightning.commands.options import add_run, add_trust_code, require_at_least
 
 HELP = "Write a run as a model that stock transformers loads."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
+    add_trust_code(parser)
     parser.add_argument("--to", choices=("hf",), default="hf", help="format: Hugging Face (default)")
     parser.add_argument("--output", type=Path, help="new folder (default: hf, inside the run folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--max-length", type=int, help="max_position_embeddings (default: the run's data.seq_len)")
 
 
-def run(run: Path, to: str, output: Path | None, checkpoint: str, dtype: str, max_length: int | None) -> int:
+def run(
+    run: Path, to: str, output: Path | None, checkpoint: str, trust_code: bool, dtype: str, max_length: int | None
+) -> int:
     from cod_lightning.config.saved import load
 
-    config = load(run)
+    config = load(run, trust_code=trust_code)
     require_at_least("max-length", max_length, 1)
     import torch
 

@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from cod_lightning.commands.options import add_run
+from cod_lightning.commands.options import add_run, add_trust_code
 from cod_lightning.errors import UserError
 
 HELP = "Continue a text with a trained run."
@@ -15,6 +15,7 @@ HELP = "Continue a text with a trained run."
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
+    add_trust_code(parser)
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=100, help="default: 100")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token (default: 0.8)")
@@ -23,11 +24,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(
-    run: Path, prompt: str, checkpoint: str, max_tokens: int, temperature: float, top_k: int | None, seed: int
+    run: Path,
+    prompt: str,
+    checkpoint: str,
+    trust_code: bool,
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
 ) -> int:
     from cod_lightning.config.saved import load
 
-    config = load(run)
+    config = load(run, trust_code=trust_code)
     for name, value, least, most in (
         ("max-tokens", max_tokens, 1, math.inf),
         ("temperature", temperature, 0, sys.float_info.max),

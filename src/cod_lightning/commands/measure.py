@@ -8,7 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.commands.options import add_checkpoint, load_run_config, require_at_least, require_model
+from cod_lightning.commands.options import (
+    add_checkpoint,
+    add_trust_code,
+    load_run_config,
+    require_at_least,
+    require_model,
+)
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
 
@@ -40,17 +46,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("study", help="variance, jacobian, angular, removal, influence, theory, all, compare, or prune")
     parser.add_argument("words", nargs="+", metavar="model|key=value", help="run folder, model folder or hub name")
     add_checkpoint(parser)
+    add_trust_code(parser)
     parser.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
     parser.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
 
 
-def run(study: str, words: Sequence[str], checkpoint: str, rows: int, output: Path | None) -> int:
+def run(study: str, words: Sequence[str], checkpoint: str, trust_code: bool, rows: int, output: Path | None) -> int:
     models = [word for word in words if "=" not in word]
     options, overrides = split_options([word for word in words if "=" in word], study)
     rows = options.pop("rows", rows)
     output = Path(options.pop("output")) if "output" in options else output
     require_at_least("rows", rows, 1)
-    open_model = partial(open_subject, overrides=overrides, checkpoint=checkpoint, rows=rows)
+    open_model = partial(open_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
     if study == "compare":
         return compare(models, open_model, options, output)
     if len(models) != 1:
@@ -100,7 +107,7 @@ def is_run(model: Path) -> bool:
     return (model / CONFIG).is_file()
 
 
-def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: int) -> Subject:
+def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: int, trust_code: bool = False) -> Subject:
     """A run or a model of `transformers`, with held-out rows of the text that `overrides` choose.
 
     Raises:
@@ -109,7 +116,7 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
     from cod_lightning.config.compose import compose
 
     if is_run(Path(model)):
-        config = load_run_config(Path(model), overrides)
+        config = load_run_config(Path(model), overrides, trust_code)
         from cod_lightning.commands.measure_runner import open_run
         from cod_lightning.train.load import checkpoint_of
 

@@ -18,6 +18,7 @@ from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
 from cod_lightning.errors import UserError
+from cod_lightning.files import write_atomic
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter, load_pretrained
 from cod_lightning.measure.compare import COMPARED, comparison_page
 from cod_lightning.measure.options import options_of
@@ -157,8 +158,8 @@ def run_comparison(subjects: Mapping[str, Callable[[], Subject]], options: Mappi
         subject.require_text("compare")
         results[name] = {measure: run_measure(measure, subject, options, folder / name) for measure in COMPARED}
     image, page = comparison_page(results)
-    (folder / "compare.png").write_bytes(image)
-    (folder / "compare.html").write_text(page)
+    write_atomic(folder / "compare.png", image)
+    write_atomic(folder / "compare.html", page)
     return folder / "compare.html"
 
 

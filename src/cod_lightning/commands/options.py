@@ -39,6 +39,15 @@ def add_checkpoint(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="default: last")
 
 
+def add_trust_code(parser: ArgumentParser) -> None:
+    """Add `--trust-code`."""
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the strategy norm=package.module:function that a saved run names",
+    )
+
+
 def add_jobs(parser: ArgumentParser) -> None:
     """Add `--jobs`."""
     parser.add_argument("-j", "--jobs", type=int, default=1, help="number of parallel runs (default: 1)")
@@ -74,7 +83,7 @@ def require_at_least(option: str, value: int | None, bound: int) -> None:
         raise UserError(f"--{option}={value} must be at least {bound}")
 
 
-def load_run_config(run: Path, overrides: Sequence[str]) -> Config:
+def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool = False) -> Config:
     """Load the configuration of a run folder; text that `overrides` select is read with the run's tokenizer.
 
     Raises:
@@ -84,7 +93,7 @@ def load_run_config(run: Path, overrides: Sequence[str]) -> Config:
     from cod_lightning.config.saved import load
     from cod_lightning.config.schema import TOKENIZER
 
-    config = load(run, overrides)
+    config = load(run, overrides, trust_code)
     if selects_other_text(overrides):
         if config.task != "language":
             raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")

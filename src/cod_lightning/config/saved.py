@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from cod_lightning.config.compose import (
 from cod_lightning.config.schema import Config, flatten, identity, identity_fields
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import DAMAGED, UserError
-from cod_lightning.files import write_atomic
+from cod_lightning.files import read_regular, write_atomic
 
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
@@ -75,24 +77,40 @@ def with_defaults(values: Any) -> DictConfig:
     return DictConfig(OmegaConf.merge(OmegaConf.structured(Config), values))
 
 
-def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a run folder, changed by `overrides`.
-
-    Args:
-        folder: folder of the run.
-        overrides: fields, and choices of the groups `data` and `trainer`.
+def read(folder: Path) -> tuple[DictConfig, Config]:
+    """The configuration of a run folder, before validation; imports no code that it names.
 
     Raises:
-        UserError: not a run folder, a damaged file, or invalid overrides.
+        UserError: not a run folder, or a damaged file.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
     with named_if_damaged(path):
-        node = with_defaults(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
-        saved = as_config(node)
-        saved_errors = problems(saved)
+        text = read_regular(path)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("YAML aliases (*) are not supported: write the value")  # few of them expand to any size
+        node = with_defaults(OmegaConf.to_container(OmegaConf.create(text), resolve=False))
+        return node, as_config(node)
+
+
+def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
+    """The configuration of a run folder, changed by `overrides`.
+
+    Args:
+        folder: folder of the run.
+        overrides: fields, and choices of the groups `data` and `trainer`.
+        trust_code: import the strategy that the configuration names as package.module:function.
+
+    Raises:
+        UserError: not a run folder, a damaged file, invalid overrides, or code that is not trusted.
+    """
+    path = folder / CONFIG
+    node, saved = read(folder)
     words = parse(overrides)
+    refuse_code(saved, folder, trust_code)
+    with named_if_damaged(path):
+        saved_errors = problems(saved)
     fixed = [o for o in words if o.key_or_group in groups() and o.key_or_group not in ("data", "trainer")]
     errors = [f"{o.input_line}: a trained run accepts data=, trainer= and section.field=value" for o in fixed]
     errors += apply_overrides(node, [o for o in words if o not in fixed])
@@ -102,6 +120,43 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Config:
     except UserError as error:
         lines = str(error).splitlines()
         raise UserError("\n".join(f"{path}: {e}" if e in saved_errors else e for e in lines)) from error
+
+
+def refuse_code(saved: Config, folder: Path, trust_code: bool) -> None:
+    """Check that a saved configuration names no code, or that its code is trusted and not in the run folder.
+
+    Raises:
+        UserError: it is not.
+    """
+    for name in sorted(value for value in saved.norm.values() if isinstance(value, str) and ":" in value):
+        if not trust_code:
+            raise UserError(
+                f"{folder / CONFIG}: norm={name!r} would import code: pass --trust-code if you trust it and its module "
+                "is installed"
+            )
+        if any(is_inside(path, folder) for path in module_paths(name.partition(":")[0])):
+            raise UserError(
+                f"norm={name!r} is in the run folder {folder}, from which no code is imported: move the module to a "
+                "folder of your own"
+            )
+
+
+def module_paths(module: str) -> list[str]:
+    """The files and folders from which an import would run code; imports nothing."""
+    paths: list[str] = []
+    search: Sequence[str] | None = None
+    parts = module.split(".")
+    for number in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:number]), search)
+        if spec is None:
+            break
+        search = list(spec.submodule_search_locations or ())
+        paths += [path for path in (spec.origin, *search) if path is not None]
+    return paths
+
+
+def is_inside(path: str, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def decoder_changes(folder: Path, saved: Config, node: DictConfig) -> list[str]:
@@ -127,7 +182,7 @@ def check_folder(config: Config) -> Path:
         UserError: it holds a run of another configuration.
     """
     folder = config.folder
-    differing = differences(identity(load(folder)), identity(config)) if (folder / CONFIG).exists() else ""
+    differing = differences(identity(read(folder)[1]), identity(config)) if (folder / CONFIG).exists() else ""
     if differing:
         raise UserError(f"{folder} holds a run of another configuration ({differing}): choose another name=")
     return folder
@@ -158,7 +213,7 @@ def check_init_from(config: Config) -> None:
         model = {name: value for name, value in identity_fields(run.model).items() if name not in ignored}
         return {"model": model, "norm": run.norm}
 
-    if differing := differences(decoder(load(Path(config.init_from))), decoder(config)):
+    if differing := differences(decoder(read(Path(config.init_from))[1]), decoder(config)):
         raise UserError(
             f"init_from={config.init_from} has another decoder ({differing}): use its model= and norm=, or name its "
             ".ckpt file to load the weights without this check"

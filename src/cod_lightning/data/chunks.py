@@ -23,6 +23,18 @@ CHUNK_TOKENS = 2**23
 REMEDY = "prepare the set again, or copy the file again"
 
 
+def require_home() -> None:
+    """Check that there is a home folder, without which litdata cannot be imported.
+
+    Raises:
+        UserError: HOME is not set, and the user has no account.
+    """
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise UserError("HOME is not set, and this user has no account: set HOME to any folder, for litdata") from error
+
+
 class ChunkWriter:
     """Writes one split into `folder`: chunks of sequences of `width` numbers, and litdata's index.json.
 
@@ -30,6 +42,7 @@ class ChunkWriter:
     """
 
     def __init__(self, folder: Path, width: int) -> None:
+        require_home()
         from litdata.streaming.item_loader import TokensLoader
         from litdata.streaming.writer import BinaryWriter
 
@@ -122,6 +135,7 @@ class Store:
     """Downloads files below a URL with litdata's client, retrying a bounded number of times."""
 
     def __init__(self, url: str) -> None:
+        require_home()
         from litdata.streaming.downloader import get_downloader
 
         self.url = url.rstrip("/")

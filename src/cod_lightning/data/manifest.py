@@ -10,6 +10,7 @@ from typing import Any
 
 from cod_lightning.data.config import LAYOUTS
 from cod_lightning.errors import DAMAGED, UserError, first_line
+from cod_lightning.files import read_regular
 from cod_lightning.typed_json import from_json
 
 FORMAT = 2
@@ -167,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: the folder is missing or holds no prepared set; or as `Manifest.from_json`.
     """
     try:
-        text = (folder / MANIFEST).read_text("utf-8")
+        text = read_regular(folder / MANIFEST)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} is not a prepared set ({MANIFEST} cannot be read: {error}): name the folder that prepare printed"

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from cod_lightning.errors import Stopped, UserError, first_line
-from cod_lightning.files import open_atomic, remove, replace_path
+from cod_lightning.files import open_atomic, partial_folder, remove, replace_path
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run folder."""
@@ -64,12 +64,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             first: whether this rank writes the entries that are not sharded.
             broadcast: returns the first rank's value on all ranks.
         """
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path
         others, tensors = split_tensors(checkpoint)
 
         def create_folder() -> None:
-            remove(partial)
-            partial.mkdir(parents=True)
+            nonlocal partial
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = partial_folder(path)
             torch.save(others, partial / NON_TENSORS)
 
         def on_first_rank(write: Callable[[], None]) -> bool:
@@ -79,6 +80,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         if not on_first_rank(create_folder):
             return
+        name = broadcast(partial.name)
+        assert name is not None
+        partial = path.with_name(name)
         # dcp.save raises on all ranks if one fails.
         self.failure = write_error(lambda: dcp.save(tensors, storage_writer=PortableWriter(partial)), path)
         if self.failure is None:
@@ -136,7 +140,15 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 def load_file(path: Path, checkpoint: Path, mmap: bool = False) -> dict[str, Any]:
     """Read one file of a checkpoint; errors name `checkpoint`."""
     try:
+        if not path.is_file():
+            raise ValueError("not a regular file")
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            # torch.save only stores: a compressed or overlapping member could expand to any size.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("it is compressed, but checkpoints are not")
+            if sum(member.file_size for member in members) > path.stat().st_size:
+                raise ValueError("its members are larger than the file")
             if (damaged := archive.testzip()) is not None:  # torch does not verify checksums
                 raise ValueError(f"the checksum of {damaged} does not match its bytes")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

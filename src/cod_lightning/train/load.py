@@ -16,6 +16,7 @@ from cod_lightning.config.schema import TOKENIZER, Config, run_of
 from cod_lightning.data.datamodule import tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
+from cod_lightning.files import write_atomic
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
@@ -153,6 +154,6 @@ def write_imported(decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path)
 def write_tokenizer(tokenizer: Tokenizer, eos_id: int, pad_id: int, folder: Path) -> None:
     """Write a tokenizer and the names of its special tokens into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     special = {"eos_token": tokenizer.id_to_token(eos_id), "pad_token": tokenizer.id_to_token(pad_id)}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special) + "\n")
+    write_atomic(folder / "special_tokens_map.json", json.dumps(special) + "\n")

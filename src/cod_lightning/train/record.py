@@ -18,7 +18,7 @@ import torch
 
 import cod_lightning
 from cod_lightning.errors import DAMAGED, UserError
-from cod_lightning.files import write_atomic
+from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.measure.result import finite
 from cod_lightning.typed_json import from_json
 
@@ -102,7 +102,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(read_regular(path))
         check_record(record)
     except DAMAGED as error:
         raise UserError(f"{path}: not a readable run record ({error}); remove it and run again") from error
