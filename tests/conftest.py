@@ -1,8 +1,10 @@
 """The environment and the shared fixtures of all tests. Libraries read these variables when they are imported."""
 
+import contextlib
 import os
 import random
 import time
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one thread sums reproducibly; two workers of 2 threads on 2 cores are slow
 os.environ["HF_HUB_OFFLINE"] = "1"  # without network a name on the hub fails at once instead of after 23-51 s
@@ -101,3 +103,19 @@ def wait_for():
             time.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def running():
+    """`running(group)` lists the running processes of a process group, without zombies."""
+
+    def list_running(group):
+        names = []
+        for process in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, number = process.read_text().rpartition(")")[2].split()[:3]
+                if int(number) == group and state not in "ZX":
+                    names.append(process.parent.name)
+        return names
+
+    return list_running

@@ -8,7 +8,18 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 PACKAGE = "cod_lightning"
 
-COMMON = ("__init__", "_torchmetrics", "_torchvision", "errors", "files", "page", "plots", "settings", "typed_json")
+COMMON = (
+    "__init__",
+    "_torchmetrics",
+    "_torchvision",
+    "errors",
+    "files",
+    "page",
+    "plots",
+    "settings",
+    "signals",
+    "typed_json",
+)
 """Top-level modules that everyone may import; they import only each other."""
 
 TOP = ("cli", "__main__")

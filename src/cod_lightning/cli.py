@@ -25,6 +25,7 @@ from cod_lightning.commands import (
     reproduce,
 )
 from cod_lightning.errors import TRY_AGAIN, Stopped, UserError
+from cod_lightning.signals import stopping
 from cod_lightning.train.ranks import is_first_on_node
 
 COMMANDS: dict[str, ModuleType] = {
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     command = COMMANDS[arguments.pop("command")]
     try:
-        return command.run(**arguments)
+        with stopping():
+            return command.run(**arguments)
     except (UserError, OSError) as error:
         has_path = isinstance(error, OSError) and error.filename is not None
         for line in (f"{error.filename}: {error.strerror}" if has_path else str(error)).splitlines():

@@ -15,10 +15,11 @@ class Diverged(UserError):
     """Training diverged: the loss or a parameter is NaN or Inf."""
 
 
-class Stopped(Exception):
-    """A run was interrupted from outside; the same command resumes it.
+class Stopped(BaseException):
+    """A command was interrupted from outside; the same command resumes it.
 
-    The command line prints the reason and exits with status `TRY_AGAIN`.
+    Signal handlers raise it anywhere, so `except Exception` must not catch it, as with KeyboardInterrupt. The command
+    line prints the reason and exits with status `TRY_AGAIN`.
     """
 
 

@@ -20,7 +20,7 @@ while true; do
 done
 """
 SRUN = """#!/bin/bash
-export SLURM_NODEID=0
+export SLURM_NODEID=0 SLURM_STEP_ID=0
 for rank in 0 1; do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
     echo $! > task$rank
@@ -79,6 +79,8 @@ def test_scripts_say_what_the_configuration_says(capsys, tmp_path):
     assert "#SBATCH --signal=TERM@300\n" in script
     assert "'output=a b'" in script
     assert "--account" not in script
+    assert main(["launch", "slurm", "--signal", "USR1", "--grace", "60"]) == 0
+    assert "#SBATCH --signal=USR1@60\n" in capsys.readouterr().out
     assert main(["launch", "slurm", "trainer=cpu", f"--output={tmp_path / 'job.sh'}"]) == 0
     assert "--gpus-per-node" not in (tmp_path / "job.sh").read_text()
     assert subprocess.run(["bash", "-n", tmp_path / "job.sh"]).returncode == 0

@@ -1,13 +1,11 @@
 """Preparing a set: its sequences, its folder, errors, and interruptions."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -158,17 +156,6 @@ def start(tmp_path, c4_corpus, workers) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def running(group: int) -> list[str]:
-    """The running processes of a process group, without zombies."""
-    names = []
-    for process in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, pgrp = process.read_text().rpartition(")")[2].split()[:3]
-            if int(pgrp) == group and state not in "ZX":
-                names.append(process.parent.name)
-    return names
-
-
 def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/\S+ cannot be written \(.*\)"):
@@ -177,7 +164,7 @@ def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.usefixtures("small_chunks")
-def test_a_killed_preparation_leaves_no_set_and_no_process(c4_corpus, make_config, tmp_path):
+def test_a_killed_preparation_leaves_no_set_and_no_process(c4_corpus, make_config, running, tmp_path):
     root = tmp_path / "root"
     process = start(tmp_path, c4_corpus, workers=2)
     deadline = time.monotonic() + 300

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from run_files import copy_checkpoints, history, last, losses, weights
 
-from cod_lightning.commands.fit import train_run
+from cod_lightning.commands.fit import lock_folder, train_run
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
@@ -176,7 +175,7 @@ def test_a_run_in_use_is_left_alone(train, toy, tmp_path):
     folder = compose([*toy, f"output={tmp_path}"]).folder
     folder.parent.mkdir(parents=True)
     with (
-        FileLock(folder.with_name(f".{folder.name}.lock")),
+        lock_folder(folder),
         pytest.raises(UserError, match="is being trained by another process"),
     ):
         train()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
-from cod_lightning.commands.processes import run_command, run_labels
+from cod_lightning.commands.processes import CommandPool, run_labels
 from cod_lightning.errors import Diverged, UserError, first_line
+from cod_lightning.files import locked
 from cod_lightning.train.ranks import check_ranks, is_first_rank
 
 if TYPE_CHECKING:
@@ -62,14 +64,14 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         UserError: the folder holds another run or is in use, the memory is too small, or as `train.run.fit`.
         Diverged: the loss is not finite; `failed.json` in the folder says so.
     """
-    from filelock import FileLock, Timeout
-
     from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder
     from cod_lightning.nn.strategies import build_all, warnings
 
-    check_ranks(config.trainer)
-    folder, first = check_folder(config), is_first_rank()
-    if first:
+    rank = check_ranks(config.trainer).rank(config.trainer.devices)
+    folder, first = check_folder(config), rank == 0
+    if not first:
+        sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints and keeps the results\n")
+    else:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
         for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
             print(f"warning: {warning}", file=sys.stderr)
@@ -84,18 +86,13 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
             print("this run is finished: pass resume=false to retrain", file=sys.stderr)
         return record, folder
     check_init_from(config)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        if first:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder
+        with lock_folder(folder) if first else nullcontext():
+            return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder
     except Diverged as error:
         if first:
             write_failure(folder, asdict(config), str(error))
         raise
-    except Timeout:
-        raise UserError(f"{folder} is being trained by another process: wait for it, or choose another name=") from None
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
@@ -109,8 +106,25 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from stop
         raise
-    finally:
-        lock.release()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Generator[None]:
+    """Hold the lock of a run folder, which does not depend on the path by which it is reached.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder.with_name(f".{folder.name}.lock"), wait=False))
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is being trained by another process: wait for it, or choose another name="
+            ) from None
+        yield
 
 
 def run_sweep(overrides: Sequence[str], jobs: int) -> int:
@@ -122,8 +136,8 @@ def run_sweep(overrides: Sequence[str], jobs: int) -> int:
     if len({config.folder for config in configs}) < len(configs):
         raise UserError("two runs of the sweep would be the same run: vary a setting that changes the result")
     labels = run_labels(runs)
-    with ThreadPoolExecutor(jobs) as pool:
-        statuses = list(pool.map(lambda words, label: run_command(["fit", *words], label, jobs), runs, labels))
+    with CommandPool(jobs) as pool:
+        statuses = list(pool.map(lambda words, label: pool.run_command(["fit", *words], label), runs, labels))
 
     from cod_lightning.commands.terminal import show, sweep_table
     from cod_lightning.train.record import read_record

@@ -23,12 +23,13 @@ Examples:
   launch slurm experiments=table1_1b trainer=fsdp trainer.devices=8 trainer.num_nodes=4 --time 12:00:00 --submit
 The run folder must be on a file system that all nodes share. Prepare the data first: see prepare.
 """
+SIGNALS = ("TERM", "HUP", "USR1", "USR2")
 SLURM = """\
 #!/bin/bash
 {directives}
 
-# Slurm signals this script too; catch SIGTERM so that it waits for the ranks, which save a checkpoint.
-trap : TERM
+# Slurm may signal this script too; catch the signals so that it waits for the ranks, which save a checkpoint.
+trap : TERM HUP USR1 USR2
 srun {command}
 status=$?
 # Status {try_again}: interrupted by a signal or a lost node; the requeued job resumes from the last checkpoint.
@@ -43,7 +44,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("scheduler", choices=("slurm",))
     parser.add_argument("--time", default="24:00:00", help="time limit of the job (default: 24:00:00)")
     parser.add_argument(
-        "--grace", type=int, default=300, help="seconds between SIGTERM and the time limit (default: 300)"
+        "--signal", choices=SIGNALS, default="TERM", help="signal before the time limit (default: TERM)"
+    )
+    parser.add_argument(
+        "--grace", type=int, default=300, help="seconds between the signal and the time limit (default: 300)"
     )
     for name in ("partition", "account", "qos", "constraint", "cpus-per-task", "mem"):
         parser.add_argument(f"--{name}", help="passed to sbatch")
@@ -53,12 +57,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(
-    scheduler: str, overrides: Sequence[str], grace: int, output: Path | None, submit: bool, **options: str | None
+    scheduler: str,
+    overrides: Sequence[str],
+    signal: str,
+    grace: int,
+    output: Path | None,
+    submit: bool,
+    **options: str | None,
 ) -> int:
     from cod_lightning.config.compose import compose
 
     require_at_least("grace", grace, 1)
-    script = slurm_script(compose(overrides), overrides, grace=grace, **options)
+    script = slurm_script(compose(overrides), overrides, signal=signal, grace=grace, **options)
     if output is not None:
         if output.exists():
             raise UserError(f"--output={output} exists: choose a new file")
@@ -76,13 +86,16 @@ def run(
     return 0
 
 
-def slurm_script(config: Config, overrides: Sequence[str], *, grace: int = 300, **options: str | int | None) -> str:
-    """A script for `sbatch`: one task per rank, SIGTERM before the time limit, and a requeue after an interruption.
+def slurm_script(
+    config: Config, overrides: Sequence[str], *, signal: str = "TERM", grace: int = 300, **options: str | int | None
+) -> str:
+    """A script for `sbatch`: one task per rank, a signal before the time limit, and a requeue after an interruption.
 
     Args:
         config: configuration of the run, with the numbers of nodes and ranks.
         overrides: overrides of the run, passed to `fit`.
-        grace: seconds between SIGTERM and the time limit, for a rank to finish its step and save.
+        signal: one of `SIGNALS`; all make the ranks save a checkpoint and stop.
+        grace: seconds between the signal and the time limit, for a rank to finish its step and save.
         options: options of sbatch, with underscores; None omits an option.
     """
     trainer = config.trainer
@@ -93,7 +106,7 @@ def slurm_script(config: Config, overrides: Sequence[str], *, grace: int = 300, 
         "nodes": trainer.num_nodes,
         "ntasks_per_node": trainer.devices,
         "gpus_per_node": None if trainer.accelerator == "cpu" else trainer.devices,
-        "signal": f"TERM@{grace}",
+        "signal": f"{signal}@{grace}",
         **options,
     }
     directives = [f"#SBATCH --{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cod_lightning.commands.options import OVERRIDES, add_overrides, pop_options
-from cod_lightning.errors import UserError
+from cod_lightning.errors import Stopped, UserError
 
 HELP = "Tokenize the data of a run into litdata chunks."
 EPILOG = f"""{OVERRIDES}
@@ -32,10 +32,13 @@ def run(overrides: Sequence[str]) -> int:
     config = compose(overrides)
     if config.task != "language":
         raise UserError(f"task={config.task} needs no preparation: train it with fit")
-    if shard is not None:
-        print(shards.prepare_shard(config.data, *shard))
-    elif count is not None:
-        print(shards.merge_shards(config.data, count))
-    else:
-        print(prepare(config.data))
+    try:
+        if shard is not None:
+            print(shards.prepare_shard(config.data, *shard))
+        elif count is not None:
+            print(shards.merge_shards(config.data, count))
+        else:
+            print(prepare(config.data))
+    except KeyboardInterrupt as error:
+        raise Stopped("interrupted by SIGINT") from error
     return 0

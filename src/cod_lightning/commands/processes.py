@@ -5,33 +5,67 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cod_lightning.errors import TRY_AGAIN, Stopped
 
 
-def run_command(arguments: Sequence[str], label: str, jobs: int) -> int:
-    """Run a command of this package in a child process and return its exit status.
+class CommandPool(ThreadPoolExecutor):
+    """Threads that run commands of this package in child processes.
+
+    An exception in the block, such as `Stopped` by a signal, stops the children: each saves a checkpoint and ends. The
+    pool waits for them. They also stop if this process is killed.
 
     Args:
-        arguments: the command and its arguments.
-        label: printed before the command, or before each line of its output if `jobs` > 1.
         jobs: number of commands that run at the same time; they share the CPU cores.
     """
-    command = [sys.executable, "-m", "cod_lightning", *arguments]
-    if jobs == 1:
-        print(f"--- {label}", file=sys.stderr, flush=True)
-        return subprocess.run(command).returncode
-    threads = str(max((os.cpu_count() or 1) // jobs, 1))
-    process = subprocess.Popen(
-        command,
-        env={"OMP_NUM_THREADS": threads} | os.environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(f"[{label}] {line}", end="", file=sys.stderr, flush=True)
-    return process.wait()
+
+    def __init__(self, jobs: int):
+        super().__init__(jobs)
+        self.jobs = jobs
+        self.children: set[subprocess.Popen[str]] = set()
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        if exc_type is not None:
+            with self.lock:
+                self.stopped = True
+                for child in self.children:
+                    child.terminate()
+        super().__exit__(exc_type, exc_val, exc_tb)
+        if exc_type is KeyboardInterrupt:
+            raise Stopped("interrupted by SIGINT") from exc_val
+
+    def run_command(self, arguments: Sequence[str], label: str) -> int:
+        """Run a command of this package in a child process and return its exit status.
+
+        Args:
+            arguments: the command and its arguments.
+            label: printed before the command, or before each line of its output if several run at the same time.
+        """
+        command = [sys.executable, "-m", "cod_lightning", *arguments]
+        options: dict[str, Any] = {}
+        if self.jobs == 1:
+            print(f"--- {label}", file=sys.stderr, flush=True)
+        else:
+            threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
+            environment = {"OMP_NUM_THREADS": threads} | os.environ
+            options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with self.lock:
+            if self.stopped:
+                return TRY_AGAIN
+            child = subprocess.Popen(command, text=True, **options)
+            self.children.add(child)
+        for line in child.stdout or ():
+            print(f"[{label}] {line}", end="", file=sys.stderr, flush=True)
+        status = child.wait()
+        with self.lock:
+            self.children.remove(child)
+        return status
 
 
 def run_labels(runs: Sequence[Sequence[str]]) -> list[str]:

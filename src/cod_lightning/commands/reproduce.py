@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning.commands.options import add_jobs, add_results, pop_options, require_at_least
-from cod_lightning.commands.processes import run_command
+from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -53,10 +52,10 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     results = results or RESULTS
     tasks = remaining_tasks(rows, range(1, seeds + 1), results)
     print(f"{len(tasks)} of {len(rows) * seeds} runs remaining", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(jobs) as pool:
+    with CommandPool(jobs) as pool:
         # A run that starts from another one comes after all that do not.
         waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
-        statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, jobs, results), wave)]
+        statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, pool, results), wave)]
     show(reproduction_tables(load_experiments(rows, results)))
     return max(statuses, key=abs, default=0)
 
@@ -73,21 +72,21 @@ def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     return [row for row in rows if row.name in names]
 
 
-def run_task(task: Task, jobs: int, results: Path) -> int:
+def run_task(task: Task, pool: CommandPool, results: Path) -> int:
     """Train, score and measure a run, or measure a public model, and save the results; returns the exit status."""
     from cod_lightning.paper.results import MEASURES_FOLDER, save_result
 
     model, status = task.row.public_model or str(task.folder), 0
     if task.row.public_model is None:
-        status = run_command(["fit", *task.cli_args], task.label, jobs)
+        status = pool.run_command(["fit", *task.cli_args], task.label)
         if status == 0 and task.row.tasks is not None:
-            status = run_command(["evaluate", model, f"tasks={task.row.tasks}"], task.label, jobs)
+            status = pool.run_command(["evaluate", model, f"tasks={task.row.tasks}"], task.label)
         save_result(task.folder, results)
     if status == 0 and task.measures:
         command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
         if task.row.public_model is not None:
             command += [*task.row.overrides, f"output={task.folder / MEASURES_FOLDER}"]  # the last output= counts
-        status = run_command(command, task.label, jobs)
+        status = pool.run_command(command, task.label)
         if status == 0:
             save_result(task.folder, results, task.measures)
     return status

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cod_lightning import signals
 from cod_lightning.data.config import DataConfig, data_errors
 from cod_lightning.data.manifest import Manifest, TokenizerRecord
 from cod_lightning.data.order import sample_indices
@@ -140,8 +141,14 @@ def _loader_options(workers: int) -> dict[str, Any]:
         "persistent_workers": workers > 0,
         # Not fork: by now threads exist (tokenizers, gloo, CUDA), whose locks would be copied in their locked state.
         "multiprocessing_context": "spawn" if workers else None,
+        "worker_init_fn": start_loader_worker,
         "pin_memory": torch.cuda.is_available(),
     }
+
+
+def start_loader_worker(number: int) -> None:
+    """Leave signals to the process that trains: it needs its workers to finish the step."""
+    signals.ignore_once()
 
 
 class StepSampler(Sampler[list[int]]):

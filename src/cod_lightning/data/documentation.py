@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import multiprocessing
 import platform
 import re
 import string
@@ -20,11 +19,12 @@ import sysconfig
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from cod_lightning.data.workers import worker_pool
 
 DOCS_PACKAGES = ("torch", "sympy", "networkx", "numpy", "torchmetrics", "lightning")
 DOCS_RECIPE = 1
@@ -52,7 +52,7 @@ def docs(workers: int = 1) -> list[str]:
     """
     units = _units()
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with worker_pool(workers) as pool:
             paragraphs = list(pool.map(_unit_paragraphs, units, chunksize=16))
     else:
         paragraphs = [_unit_paragraphs(unit) for unit in units]

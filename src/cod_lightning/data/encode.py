@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,6 +18,7 @@ import numpy as np
 from cod_lightning.data.instructions import Example
 from cod_lightning.data.manifest import row_width
 from cod_lightning.data.tokenizers import DocumentTokenizer
+from cod_lightning.data.workers import worker_pool
 
 BATCH_CHARACTERS = 2**18
 """Text per task of a worker: about 60,000 tokens, 0.1 s of work."""
@@ -158,10 +157,6 @@ def take_tokens(encoded: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:
 # --- in other processes -----------------------------------------------------------------------------------------------
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 EncodeAll: TypeAlias = Callable[[Iterable[list[str]]], Iterator[Encoded]]
 
 
@@ -174,8 +169,7 @@ def encoder_pool(encoder: Encoder, workers: int) -> Generator[EncodeAll, None, N
         if workers == 1:
             yield partial(map, encoder)
         else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context, _start_worker, (encoder,)) as executor:
+            with worker_pool(workers, _keep_encoder, encoder) as executor:
                 yield partial(_ordered_map, executor, 4 * workers)
     finally:
         del os.environ["TOKENIZERS_PARALLELISM"]
@@ -201,13 +195,9 @@ def _ordered_map(executor: ProcessPoolExecutor, ahead: int, batches: Iterable[li
 _encoder: Encoder
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _keep_encoder(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    # Workers of an executor survive a killed parent and wait for work forever.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _encode_in_worker(documents: list[str]) -> Encoded:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cod_lightning.data.chunks import ChunkWriter
 from cod_lightning.data.config import DataConfig, data_errors
 from cod_lightning.data.corpora import Corpus, identity, open_corpus
-from cod_lightning.data.encode import Encoded, Encoder, available_cores, batches, encoder_pool, take_tokens
+from cod_lightning.data.encode import Encoded, Encoder, batches, encoder_pool, take_tokens
 from cod_lightning.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -36,8 +36,9 @@ from cod_lightning.data.manifest import (
     read_manifest,
 )
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
+from cod_lightning.data.workers import available_cores
 from cod_lightning.errors import UserError
-from cod_lightning.files import new_folder
+from cod_lightning.files import locked, new_folder
 
 PREPARED_VAL_TOKENS = 10_000_000
 """Validation tokens to prepare even if `val_tokens` is smaller, so that a smaller value reuses the set."""
@@ -80,7 +81,8 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Calla
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        real = Path(os.path.realpath(folder))
+        with locked(real.with_name(f"{real.name}.lock")):
             if is_complete(folder):
                 return
             for leftover in folder.parent.glob(f".{folder.name}.*.partial"):

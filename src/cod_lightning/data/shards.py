@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from cod_lightning.data.config import SHARDED_SOURCES, DataConfig
 from cod_lightning.data.corpora import open_corpus, texts_of_shard
@@ -32,7 +31,6 @@ from cod_lightning.data.encode import (
     DOCUMENT_DTYPE,
     Encoded,
     Encoder,
-    available_cores,
     batches,
     concatenate,
     encoder_pool,
@@ -51,8 +49,9 @@ from cod_lightning.data.prepare import (
     write_set,
 )
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, trained_bpe
+from cod_lightning.data.workers import available_cores
 from cod_lightning.errors import UserError
-from cod_lightning.files import write_atomic
+from cod_lightning.files import locked, write_atomic
 from cod_lightning.typed_json import read_json
 
 PART = "part.json"
@@ -176,7 +175,7 @@ def _shared_tokenizer(config: DataConfig, parts: Path) -> DocumentTokenizer:
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer)
     path = parts / TOKENIZER
-    with FileLock(f"{path}.lock"):
+    with locked(path.with_name(f"{path.name}.lock")):
         if not path.is_file():
             write_atomic(path, tokenizer_for(config, open_corpus(config)).json)
     return trained_bpe(path.read_text("utf-8"))

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,7 +26,7 @@ from cod_lightning.data.chunks import (
 from cod_lightning.data.manifest import MANIFEST, TOKENIZER, Manifest, find_damage, read_manifest
 from cod_lightning.data.order import WINDOW_CHUNKS
 from cod_lightning.errors import UserError
-from cod_lightning.files import write_atomic
+from cod_lightning.files import locked, write_atomic
 
 OPEN_CHUNKS = 2 * WINDOW_CHUNKS
 """Chunks that stay mapped: those of the current window and of a neighbouring one."""
@@ -146,7 +145,7 @@ class TokenDataset(Dataset):
         path = self.folder / chunk.name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):  # other processes of this machine want the same chunks
+            with locked(path.with_name(f"{path.name}.lock")):  # other processes of this machine want the same chunks
                 with suppress(DamagedChunkError, FileNotFoundError, ValueError):
                     return self._map(number)
                 self._store = self._store or Store(self.source)

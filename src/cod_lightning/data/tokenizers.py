@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.manifest import TOKENIZER
+from cod_lightning.data.workers import interruptible
 from cod_lightning.errors import UserError
 from cod_lightning.typed_json import read_json
 
@@ -82,7 +83,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(map(_split_long_words, _take_characters(documents, BPE_CHARACTERS)), trainer)
+    text = map(_split_long_words, _take_characters(documents, BPE_CHARACTERS))
+    interruptible(lambda: backend.train_from_iterator(text, trainer))
     return trained_bpe(backend.to_str())
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn
 from torch import Tensor
 
+from cod_lightning import signals
 from cod_lightning.config.schema import COUNTS, METRIC_FORMATS
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.measure.activation_stats import plot_variance
@@ -138,7 +137,7 @@ class Recorder(Callback):
 
 
 class StopOnSignal(Callback):
-    """Stops cleanly on SIGTERM, on all ranks after the same step or validation batch.
+    """Stops cleanly on any of `STOP_SIGNALS`, on all ranks after the same step or validation batch.
 
     After a step, `Checkpoints` saves and stops. During a validation there already is a checkpoint of its step.
     """
@@ -151,8 +150,7 @@ class StopOnSignal(Callback):
 
     def install_handler(self, pl_module: Any) -> None:
         """Replace Lightning's SIGTERM handler, which starts a collective at an arbitrary point."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda number, frame: setattr(pl_module, "stop_requested", True))
+        signals.install(lambda number, frame: setattr(pl_module, "stop_requested", True))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *arguments: Any, **named: Any) -> None:
         if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_requested))).item():

@@ -53,9 +53,9 @@ class StepModule(LightningModule, ABC):
         self.origin: dict[str, Any] | None = None
         """The entry `init_from` of a checkpoint and a record: path and step of the initial weights."""
         self.stop_requested = False
-        """This process received SIGTERM."""
+        """This process received a stop signal."""
         self.should_stop = False
-        """Some rank received SIGTERM before this step; the same on all ranks."""
+        """Some rank received a stop signal before this step; the same on all ranks."""
         self.tokens = 0
         """Tokens read so far without padding, over all ranks."""
 

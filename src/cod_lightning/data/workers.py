@@ -1,0 +1,56 @@
+"""Worker processes of a preparation."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from cod_lightning import signals
+
+T = TypeVar("T")
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def worker_pool(
+    workers: int, start: Callable[..., object] | None = None, *arguments: Any
+) -> Generator[ProcessPoolExecutor]:
+    """Yield an executor whose processes end with this one, however it ends; each calls `start(*arguments)` first."""
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (start, arguments))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker(start: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
+    signals.ignore()
+    # Workers of an executor survive a killed parent and wait for work forever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if start is not None:
+        start(*arguments)
+
+
+def interruptible(function: Callable[[], T]) -> T:
+    """Call a function in another thread: a signal cannot interrupt the main thread while it computes in a library."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # also a panic of a Rust library
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()  # daemon: the process ends without it
+    return future.result()

@@ -1,0 +1,190 @@
+"""Signals reach child processes and workers, which end with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from lightning.pytorch import Callback
+
+from cod_lightning.errors import Stopped
+from cod_lightning.signals import PARENT, STOP_SIGNALS, stopping
+from cod_lightning.train.checkpoint import checkpoints
+
+NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+ALL = [getattr(signal, name) for name in (*NAMES, "SIGINT", "SIGKILL")]
+
+
+def names(signals):
+    return [number.name for number in signals]
+
+
+# In this process ------------------------------------------------------------------------------------------------------
+
+
+def raise_all(first):
+    """Raise a signal, and all others while the exception of the first unwinds."""
+    try:
+        signal.raise_signal(first)
+    finally:
+        for other in STOP_SIGNALS:
+            signal.raise_signal(other)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=names(STOP_SIGNALS))
+def test_a_signal_stops_a_command_and_later_ones_are_ignored(number):
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"interrupted by {number.name}"), stopping():
+        raise_all(number)
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=names(STOP_SIGNALS))
+def test_training_saves_a_checkpoint_and_stops(number, train, tmp_path, monkeypatch):
+    from cod_lightning.train import run
+
+    class Sender(Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            if trainer.global_step == 3:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(run, "probes", lambda *arguments: [Sender()])
+    with pytest.raises(Stopped, match="interrupted at step 4; checkpoint saved"):
+        train("name=run", "trainer.checkpoint_every=100", "eval.every=100")
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000004.ckpt"]
+
+
+def test_the_process_id_of_the_parent_does_not_leak(monkeypatch):
+    monkeypatch.setenv(PARENT, "7")
+    with stopping():
+        assert os.environ[PARENT] == str(os.getpid())
+    assert os.environ[PARENT] == "7"
+
+
+# In other processes ---------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from cod_lightning.errors import Stopped
+from cod_lightning.signals import stopping
+name = f"{Path(__file__).parent}/{os.getpid()}"
+try:
+    with stopping():
+        Path(f"{name}.started").touch()
+        time.sleep(100)
+except Stopped:
+    Path(f"{name}.stopped").touch()
+    sys.exit(75)
+"""
+"""Stands for the interpreter of a child process."""
+POOL = """
+import sys
+from cod_lightning.commands.processes import CommandPool
+from cod_lightning.errors import Stopped
+from cod_lightning.signals import stopping
+sys.executable = sys.argv[1]
+try:
+    with stopping(), CommandPool(2) as pool:
+        list(pool.map(pool.run_command, [["fit"]] * 3, "abc"))
+except Stopped:
+    sys.exit(75)
+"""
+WORKERS = """
+import os, sys, time
+from pathlib import Path
+from cod_lightning.data.workers import worker_pool
+from cod_lightning.errors import Stopped
+from cod_lightning.signals import stopping
+def work(number):
+    Path(f"{sys.argv[1]}.{os.getpid()}.started").touch()
+    time.sleep(0.2)
+if __name__ == "__main__":
+    try:
+        with stopping(), worker_pool(2) as pool:
+            list(pool.map(work, range(1000)))
+    except (Stopped, KeyboardInterrupt):
+        sys.exit(75)
+"""
+
+
+def defaults():
+    """Undo what the parent of the tests ignores, such as SIGINT for a job in the background."""
+    for number in ALL:
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def start(script, folder, *arguments):
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, folder / "script.py", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=defaults, **streams)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", ALL, ids=names(ALL))
+def test_a_signal_to_a_sweep_stops_its_runs(number, running, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\n{CHILD}")
+    python.chmod(0o755)
+    process = start(POOL, tmp_path, python)
+    wait_until(lambda: len(list(tmp_path.glob("*.started"))) == 2)
+    process.send_signal(number)
+    assert process.wait(10) == (-number if number == signal.SIGKILL else 75), process.communicate()
+    wait_until(lambda: not running(process.pid), 10)
+    assert len(list(tmp_path.glob("*.stopped"))) == 2
+    process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", ALL, ids=names(ALL))
+def test_a_signal_to_a_preparation_ends_its_workers(number, running, tmp_path):
+    process = start(WORKERS, tmp_path, tmp_path / "worker")
+    wait_until(lambda: len(list(tmp_path.glob("worker.*.started"))) == 2)
+    # A scheduler signals all processes of a job.
+    (process.send_signal if number in (signal.SIGKILL, signal.SIGTERM) else lambda n: os.killpg(process.pid, n))(number)
+    status = process.wait(10)
+    wait_until(lambda: not running(process.pid), 10)
+    _, printed = process.communicate()
+    assert status == (-number if number == signal.SIGKILL else 75), printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_sweep_with_sigint_ignored_stops_on_sigterm_with_a_checkpoint(toy, running, tmp_path):
+    words = ["fit", "-m", *toy, f"output={tmp_path}", "trainer.max_steps=100000", "trainer.checkpoint_every=100000"]
+    words += ["eval.every=100000", "trainer.progress=true", "trainer.stats_every=0", "trainer.measures.jacobian=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cod_lightning", *words, "data.loader_workers=1"],
+        start_new_session=True,
+        preexec_fn=lambda: (defaults(), signal.signal(signal.SIGINT, signal.SIG_IGN)),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert any(line.startswith("step ") for line in process.stderr)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "checkpoint saved" in printed
+    assert not running(process.pid)
+    assert len(list(tmp_path.glob("*/*/checkpoints/step-*.ckpt"))) == 1

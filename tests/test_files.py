@@ -1,0 +1,142 @@
+"""Locks, temporary names, and files that would hang a reader or fill the memory."""
+
+import errno
+import os
+import zipfile
+
+import pytest
+import torch
+
+from cod_lightning.commands.fit import lock_folder
+from cod_lightning.config.compose import compose
+from cod_lightning.config.saved import CONFIG, load, save
+from cod_lightning.data.chunks import require_home
+from cod_lightning.data.manifest import MANIFEST, read_manifest
+from cod_lightning.errors import UserError
+from cod_lightning.files import locked, new_folder, partial_folder, replace_path, write_atomic
+from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
+from cod_lightning.train.record import read_record
+
+# Locks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("linked", ["folder", "parent"])
+def test_a_linked_run_folder_has_the_lock_of_its_target(linked, tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / ("runs/run" if linked == "folder" else "runs"))
+    other = tmp_path / "link" if linked == "folder" else tmp_path / "link" / "run"
+    with (
+        lock_folder(tmp_path / "runs" / "run"),
+        pytest.raises(UserError, match="is being trained by another process"),
+        lock_folder(other),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_gives_one_warning_that_names_the_folder(number, tmp_path, monkeypatch, capsys):
+    def flock(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path / "lock"):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path}: its file system does not support locks ({os.strerror(number)})")
+
+
+def test_a_user_without_a_home_folder_gets_an_error(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(UserError, match="HOME is not set"):
+        require_home()
+
+
+# Links in a folder of another person ----------------------------------------------------------------------------------
+
+
+def write_folder(path):
+    with new_folder(path) as partial:
+        (partial / "content").touch()
+
+
+def replace_folder(path):
+    path.mkdir()
+    replace_path(partial_folder(path), path)
+
+
+def lock(path):
+    with pytest.raises(OSError, match=os.strerror(errno.ELOOP)), locked(path.with_name(f"{path.name}.lock")):
+        pass
+
+
+@pytest.mark.parametrize("write", [lambda path: write_atomic(path, "new"), write_folder, replace_folder, lock])
+def test_no_write_follows_a_link(write, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "run").mkdir()
+    for name in (".x.partial", f".x.{os.getpid()}.partial", ".x.old.partial", "x.lock"):
+        (tmp_path / "run" / name).symlink_to(victim)
+    write(tmp_path / "run" / "x")
+    assert victim.read_text() == "mine"
+
+
+def test_temporary_names_are_unpredictable(tmp_path):
+    assert partial_folder(tmp_path / "x") != partial_folder(tmp_path / "x")
+
+
+def test_a_link_at_the_name_of_a_file_is_replaced(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "x").symlink_to(tmp_path / "victim")
+    write_atomic(tmp_path / "x", "new")
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "x").read_text() == "new"
+
+
+# Bombs ----------------------------------------------------------------------------------------------------------------
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+def checkpoint(folder):
+    return read_checkpoint(folder / "x.ckpt")
+
+
+@pytest.mark.parametrize("make", [pipe, device])
+@pytest.mark.parametrize(
+    ("name", "read", "message"),
+    [
+        (MANIFEST, read_manifest, "not a regular file"),
+        ("x.ckpt", checkpoint, "not a regular file"),
+        (CONFIG, load, "not a run folder"),
+        ("record.json", read_record, "not a regular file"),
+    ],
+)
+def test_a_pipe_or_a_device_is_refused_without_waiting(make, name, read, message, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path)
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
+    path = tmp_path / "x.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"a": torch.zeros(2)}, "tokens": 0}, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data/1", bytes(10**6))
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    with pytest.raises(UserError, match="it is compressed, but checkpoints are not"):
+        read_checkpoint(path)
+
+
+def test_yaml_aliases_are_refused(tmp_path):
+    save(compose(["norm=lns"]), tmp_path)
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+    (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text() + bomb)
+    with pytest.raises(UserError, match="YAML aliases"):
+        load(tmp_path)
