@@ -1,4 +1,4 @@
-"""`add_norm` by torch's own kernels against the reference: equal in float64, else within its own rounding error."""
+"""`add_norm` by torch's own kernels against the reference, and the comparison that guards an unknown GPU."""
 
 import pytest
 import torch
@@ -63,9 +63,9 @@ def test_the_reference_is_differentiable_to_second_order(settings):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("layer", [2, 7, 11, 23])
+@pytest.mark.parametrize("layer", [7, 23])
 def test_bfloat16_does_not_round_the_gain(layer, weight_dtype, backend):
-    x, ones = torch.randn(2000, 64).bfloat16(), torch.ones(64, dtype=weight_dtype)
+    x, ones = torch.randn(250, 64).bfloat16(), torch.ones(64, dtype=weight_dtype)
     scaled, plain = (add_norm(x, ones, gain=gain, backend=backend)[1].double() for gain in (layer**-0.5, 1.0))
     # Errors of single elements (4e-3) average out; a wrong gain, 2.5e-3 in block 7, would not.
     assert float((scaled * plain).sum() / plain.square().sum()) == pytest.approx(layer**-0.5, rel=2e-4)
@@ -85,3 +85,28 @@ def test_the_output_can_have_its_own_dtype():
     stream, y = add_norm(x, weight, dtype=torch.bfloat16, gain=0.3)
     assert stream.dtype == torch.float32
     assert torch.equal(y, add_norm(x, weight, gain=0.3)[1].bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_weight_is_not_summed_in_half_precision(dtype, kind):
+    """torch's LayerNorm does so on a CPU, and is 5% and 0.7% off over 4,096 rows."""
+    x, dy = torch.randn(4096, 16).to(dtype), (1 + torch.randn(4096, 16)).to(dtype)
+    errors, exact = [], None
+    for function, precision in ((reference_add_norm, torch.float64), (reference_add_norm, dtype), (add_norm, dtype)):
+        weight = torch.ones(16, dtype=precision, requires_grad=True)
+        (gradient,) = torch.autograd.grad(function(x.to(precision), weight, kind=kind)[1], weight, dy.to(precision))
+        exact = gradient if exact is None else exact
+        errors.append(float((gradient - exact).norm() / exact.norm()))
+    assert errors[2] <= 2 * errors[1]
+
+
+def test_layer_norm_rounds_once_in_half_precision_with_and_without_gradients():
+    x, weight = inputs(torch.bfloat16, True)
+    settings = {"kind": "layer", "gain": 0.37}
+    exact = reference_add_norm(x.double(), weight.double(), **settings)[1]
+    for trained in (True, False):
+        y = add_norm(x, weight.clone().requires_grad_(trained), **settings)[1]
+        assert y.dtype == torch.bfloat16
+        assert y.requires_grad == trained
+        assert float((y.detach().double() - exact).norm() / exact.norm()) < 2**-8
