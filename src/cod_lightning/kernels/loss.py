@@ -15,10 +15,10 @@ IGNORE = -100
 def chunk_size(device: torch.device, vocabulary: int) -> int:
     """Tokens in a chunk.
 
-    On a GPU, 2^27 logits fill it with matrix products. On a CPU, 2^21 logits fit its caches, and 64 tokens keep the sum
-    of the weight's gradient from dominating.
+    On a GPU, 2^27 logits fill it with matrix products. On a CPU, 2^21 logits fit its caches; more than 8,192 words take
+    256 tokens nevertheless, because each chunk reads and writes the whole gradient of the weight.
     """
-    return max(1, 2**27 // vocabulary) if device.type == "cuda" else max(64, 2**21 // vocabulary)
+    return max(1, 2**27 // vocabulary) if device.type == "cuda" else max(256, 2**21 // vocabulary)
 
 
 class TokenLoss(NamedTuple):
