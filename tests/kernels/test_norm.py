@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from cod_lightning.kernels.norm import add_norm
+from cod_lightning.errors import UserError
+from cod_lightning.kernels import norm, triton_norm
+from cod_lightning.kernels.norm import add_norm, checked_backend, kernel_error
 from cod_lightning.kernels.reference import reference_add_norm
 
 CASES = [
@@ -110,3 +112,59 @@ def test_layer_norm_rounds_once_in_half_precision_with_and_without_gradients():
         assert y.dtype == torch.bfloat16
         assert y.requires_grad == trained
         assert float((y.detach().double() - exact).norm() / exact.norm()) < 2**-8
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CASE = ("rms", 768, 1, torch.float32, torch.float32)
+"""Kind, channels, groups, dtypes of stream and branch."""
+
+
+class OnePercentOff:
+    """A kernel with a wrong gain, its last argument."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.kernel[grid](*args[:-1], 1.01 * args[-1], **constants)
+
+
+@pytest.fixture
+def replace_kernel(monkeypatch):
+    """`replace_kernel(name, change)` replaces a Triton kernel by `change(kernel)` for a GPU that is the interpreter."""
+    compare = kernel_error.__wrapped__
+    monkeypatch.setattr(norm, "kernel_error", lambda device, *case: compare(CPU, *case))
+    return lambda name, change: monkeypatch.setattr(triton_norm, name, change(getattr(triton_norm, name)))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize(("stream", "branch"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+def test_right_kernels_pass_the_comparison(kind, stream, branch):
+    assert kernel_error(CPU, kind, 768, 1, stream, branch) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tensor"), [("forward_kernel", "y"), ("backward_kernel", "dx"), ("dweight_kernel", "dweight")]
+)
+def test_a_wrong_kernel_is_replaced_by_torch_with_a_warning(kernel, tensor, replace_kernel):
+    replace_kernel(kernel, OnePercentOff)
+    with pytest.warns(UserWarning, match=rf"uses torch: .* wrong on cpu: {tensor} of norm is off by .*please report"):
+        assert checked_backend("auto", CUDA, *CASE) == "torch"
+
+
+def test_a_kernel_that_fails_is_replaced_by_torch_with_a_warning(replace_kernel):
+    replace_kernel("forward_kernel", lambda kernel: {})
+    with pytest.warns(UserWarning, match=r"the Triton kernels fail on cpu: "):
+        assert checked_backend("auto", CUDA, *CASE) == "torch"
+
+
+def test_triton_refuses_a_wrong_kernel(replace_kernel):
+    replace_kernel("forward_kernel", OnePercentOff)
+    with pytest.raises(UserError, match=r"norm_backend='triton': .*; use model.norm_backend=torch"):
+        checked_backend("triton", CUDA, *CASE)
+
+
+@pytest.mark.parametrize(("backend", "device"), [("torch", CUDA), ("auto", CPU), ("triton", CPU)])
+def test_nothing_is_compared_without_kernels_on_a_gpu(backend, device, monkeypatch):
+    monkeypatch.setattr(norm, "kernel_error", None)
+    assert checked_backend(backend, device, *CASE) == backend

@@ -14,8 +14,10 @@ from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.strategies import STRATEGIES
+from cod_lightning.train import module
 from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.checkpoint import read_checkpoint
+from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import read_record
 from cod_lightning.train.run import build
 
@@ -107,6 +109,32 @@ def test_golden_losses_of_every_strategy(train):
         # Another processor may sum in another order, which the steps amplify; a change of the maths shows far above.
         assert measured[name][0] == pytest.approx(golden[name][0], rel=1e-6), name
         assert measured[name] == pytest.approx(golden[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtypes"),
+    [
+        ("32-true", (torch.float32, torch.float32)),
+        ("bf16-mixed", (torch.float32, torch.bfloat16)),
+        ("bf16-true", (torch.bfloat16, torch.bfloat16)),
+    ],
+)
+def test_a_model_is_built_with_the_norm_backend_that_passed_its_comparison(precision, dtypes, monkeypatch):
+    compared = []
+    monkeypatch.setattr(module, "checked_backend", lambda *case: compared.append(case) or "torch")
+    words = [
+        "model=tiny",
+        "model.vocab_size=300",
+        "data.vocab_size=300",
+        "norm=group_ln",
+        f"trainer.precision={precision}",
+    ]
+    decoder_module = DecoderModule(compose(words), pad_id=None, val_rows=1)
+    decoder_module.configure_model()
+    assert decoder_module.network.config.norm_backend == "torch"
+    assert decoder_module.config.model.norm_backend == "auto"
+    assert [case[4] for case in compared] == [1, 8]  # groups of the final norm and of the blocks
+    assert {case[5:] for case in compared} == {dtypes}
 
 
 @pytest.mark.parametrize("protocol", ["paper", "strict"])

@@ -1,9 +1,15 @@
 """The norm that the decoder calls: one function, and the choice of its backend."""
 
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cod_lightning.errors import UserError, first_line
 from cod_lightning.kernels.reference import reference_add_norm
 
 try:
@@ -99,6 +105,84 @@ def torch_add_norm(
     if groups > 1:
         y = y.flatten(-2) if weight is None else y.flatten(-2) * weight
     return stream, (y if folded or gain == 1 else y * gain).to(dtype or stream.dtype)
+
+
+def checked_backend(
+    backend: str, device: torch.device, kind: str, hidden: int, groups: int, stream: torch.dtype, branch: torch.dtype
+) -> str:
+    """The backend, or torch with a warning if it is `auto` and the Triton kernels are wrong on this device.
+
+    No GPU has been tested yet, so the first model of a process compares the kernels with the reference. Call this
+    before the model is built and compiled.
+
+    Args:
+        backend: `auto`, `torch` or `triton`.
+        device: where the model will run.
+        kind: `rms` or `layer`.
+        hidden: number of channels.
+        groups: as in `add_norm`.
+        stream: dtype of the residual stream and of the weight.
+        branch: dtype of branches and of y.
+
+    Raises:
+        UserError: backend="triton", and the kernels are wrong.
+    """
+    if backend == "torch" or device.type != "cuda":
+        return backend
+    error = kernel_error(device, kind, hidden, groups, stream, branch)
+    if error is None:
+        return backend
+    if backend == "triton":
+        raise UserError(f"model.norm_backend='triton': {error}; use model.norm_backend=torch, and please report this")
+    warnings.warn(f"model.norm_backend='auto' uses torch: {error}; please report this", stacklevel=2)
+    return "torch"
+
+
+@cache
+def kernel_error(
+    device: torch.device, kind: str, hidden: int, groups: int, stream: torch.dtype, branch: torch.dtype
+) -> str | None:
+    """How the Triton kernels differ from the reference on random tensors, or None; see `checked_backend` for arguments.
+
+    An error may be four times that of the reference in the same dtypes.
+    """
+    if triton_norm is None or hidden % groups:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    # Each program of the backward kernel gets two or three tiles.
+    rows = 1 + 20_480 * groups * triton_norm.multiprocessors(device) // hidden
+
+    def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+
+    weight = 1 + normal((hidden,), stream) / 4
+    x, added, dstream, dy = (normal((rows, hidden), dtype) for dtype in (stream, branch, stream, branch))
+    if unsupported(x, weight, added, groups):
+        return None
+
+    def results(function: Callable[..., tuple[Tensor, Tensor]], exact: bool = False, **options: Any) -> list[Tensor]:
+        """Outputs and gradients of the norm with and without the addition."""
+        tensors = []
+        for inputs in ([x, weight], [x, weight, added]):
+            leaves = [(t.double() if exact else t.clone()).requires_grad_() for t in inputs]
+            outputs = function(*leaves, kind=kind, gain=0.7, groups=groups, dtype=None if exact else branch, **options)
+            upstream = [gradient.to(output.dtype) for gradient, output in zip((dstream, dy), outputs, strict=True)]
+            tensors += [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+        return [tensor.detach().double() for tensor in tensors]
+
+    with torch.inference_mode(False), torch.enable_grad():
+        exact, reference = results(reference_add_norm, exact=True), results(reference_add_norm)
+        try:
+            ours = results(add_norm, backend="triton")
+        except Exception as error:
+            return f"the Triton kernels fail on {device}: {first_line(error)}"
+    names = [f"{name} of {of}" for of in ("norm", "add_norm") for name in ("stream", "y", "dx", "dweight", "dbranch")]
+    del names[4]  # without a branch
+    for name, truth, plain, tensor in zip(names, exact, reference, ours, strict=True):
+        error, allowed = ((t - truth).norm() / truth.norm() for t in (tensor, plain))
+        if not error <= 4 * max(float(allowed), 2**-24):
+            return f"the Triton kernels are wrong on {device}: {name} is off by {error:.1e}, not {allowed:.1e}"
+    return None
 
 
 def unsupported(x: Tensor, weight: Tensor | None, branch: Tensor | None, groups: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,9 @@ from cod_lightning.errors import Diverged, UserError
 from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
+from cod_lightning.kernels.norm import checked_backend
 from cod_lightning.measure.activation_stats import LayerStatistics, first_bad_layer, layer_statistics
+from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise
@@ -28,7 +31,7 @@ from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
 from cod_lightning.train.load import InitialWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
-from cod_lightning.train.strategy import Sharded, backend
+from cod_lightning.train.strategy import Sharded, backend, precision
 
 ADVICE = "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
 
@@ -82,6 +85,23 @@ class StepModule(LightningModule, ABC):
             network: this module's network or a copy.
             probe: the probe batch, the same on every rank.
         """
+
+    def checked_model(self) -> DecoderConfig:
+        """`config.model`, with the norms of torch if the Triton kernels are wrong on this device.
+
+        Raises:
+            UserError: the kernels are wrong, and norm_backend is `triton`.
+        """
+        model, specs = self.config.model, build_all(self.config.norm, self.config.model.num_hidden_layers)
+        device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
+        stream, branch = {
+            "bf16-true": (torch.bfloat16, torch.bfloat16),
+            "bf16-mixed": (torch.float32, torch.bfloat16),
+        }.get(precision(self.config.trainer), (torch.float32, torch.float32))
+        chosen = model.norm_backend
+        for groups in sorted({1, *(sublayer.groups for spec in specs for sublayer in spec.sublayers)}):
+            chosen = checked_backend(chosen, device, model.norm, model.hidden_size, groups, stream, branch)
+        return replace(model, norm_backend=chosen)
 
     @abstractmethod
     def build(self, device: torch.device, wrap: Callable[[Any], None]) -> None:
@@ -228,7 +248,7 @@ class DecoderModule(StepModule):
 
     def build(self, device: torch.device, wrap: Callable[[Decoder], None]) -> None:
         specs = build_all(self.config.norm, self.config.model.num_hidden_layers)
-        self.decoder = build_decoder(self.config.model, specs, self.config.seed, device, wrap)
+        self.decoder = build_decoder(self.checked_model(), specs, self.config.seed, device, wrap)
 
     @property
     def network(self) -> Decoder:

@@ -43,7 +43,7 @@ class VisionModule(StepModule):
 
     def build(self, device: torch.device, wrap: Callable[[VisionTransformer], None]) -> None:
         specs = build_all(self.config.norm, self.config.model.num_hidden_layers)
-        self.vit = build_vit(self.config.model, specs, self.config.seed, **self.shape, device=device, wrap=wrap)
+        self.vit = build_vit(self.checked_model(), specs, self.config.seed, **self.shape, device=device, wrap=wrap)
 
     @property
     def network(self) -> VisionTransformer:
