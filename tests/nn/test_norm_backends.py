@@ -47,22 +47,25 @@ def assert_equal(ours, expected, tolerance=1e-5):
         assert float((a.double() - b.double()).norm()) <= tolerance * float(b.double().norm()) + 1e-7
 
 
-def pooled(loss, *gradients):
-    """Loss and gradients; gradients of scalars are one vector, because the error of one may be small by chance."""
-    numbers = [gradient.flatten() for gradient in gradients if gradient.numel() == 1]
-    return [loss, torch.cat([loss.new_zeros(1), *numbers]), *(g for g in gradients if g.numel() > 1)]
+def largest_error(results, exact):
+    """The largest relative error of loss and gradients; scalars are one vector, because one may be exact by chance."""
+
+    def pooled(loss, *gradients):
+        scalars = [gradient.flatten() for gradient in gradients if gradient.numel() == 1]
+        return [loss, torch.cat([loss.new_zeros(1), *scalars]), *(g for g in gradients if g.numel() > 1)]
+
+    pairs = zip(pooled(*results), pooled(*exact), strict=True)
+    return max(float((ours - truth).norm() / truth.norm().clamp(min=1e-30)) for ours, truth in pairs)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_errs_with_triton_as_little_as_with_the_reference(name, norm, monkeypatch):
-    fused = pooled(*loss_and_gradients(build("triton", name, norm=norm)))
+    fused = loss_and_gradients(build("triton", name, norm=norm))
     use_the_reference(monkeypatch)
-    plain = pooled(*loss_and_gradients(build("torch", name, norm=norm)))
-    exact = pooled(*loss_and_gradients(build("torch", name, norm=norm).double()))
-    for ours, reference, truth in zip(fused, plain, exact, strict=True):
-        bound = 4 * max(float((reference - truth).norm()), 2**-24 * float(truth.norm()))
-        assert float((ours - truth).norm()) <= bound
+    reference = loss_and_gradients(build("torch", name, norm=norm))
+    exact = loss_and_gradients(build("torch", name, norm=norm).double())
+    assert largest_error(fused, exact) <= 4 * largest_error(reference, exact)
 
 
 def test_unsupported_backends_are_an_error():
@@ -174,4 +177,4 @@ def test_training_stays_within_the_error_of_the_reference(monkeypatch):
     use_the_reference(monkeypatch)
     exact, plain = curve("torch", torch.float64), curve("torch")
     assert exact[-1] < 0.95 * exact[0]
-    assert (triton - exact).abs().max() <= 2 * (plain - exact).abs().max()
+    assert (triton - exact).abs().max() <= 4 * (plain - exact).abs().max()
