@@ -12,8 +12,10 @@ loading or logging. Each variant uses the default optimizer of its trainer:
 - `litgpt`, if installed: its `GPT` (Pre-LN) with the loss of its pretraining script. It compiles the whole model, and
   its AdamW is fused on CUDA only; `fused AdamW` is for comparison;
 - `released`, with `--released FILE`: the LLaMA of the released code (Pre-LN: one product less per norm than LNS).
+  Its Adam is not fused; `fused Adam` is for comparison.
 
 On a CPU all variants take turns in each round, and `over_...` is the median over rounds of the ratio to the first.
+`gib` is the peak memory of parameters, optimizer state and a step, as counted by torch.
 
 MFU is `cod_lightning.train.cost.flops_per_token` over the peak of the hardware: that of the data sheet for dense
 bfloat16 if the GPU is known, else that of a large matrix product in the same run.
@@ -45,6 +47,7 @@ from _results import (
     load_shape,
     mean_loss,
     milliseconds,
+    peak_bytes,
     rounds,
     save,
     show,
@@ -127,7 +130,9 @@ def transformers_llama(shape: DecoderConfig, *, dtype: torch.dtype, compiled: bo
     return model, optimizer, lambda tokens: model(tokens, labels=tokens).loss
 
 
-def released_llama(shape: DecoderConfig, *, dtype: torch.dtype, compiled: bool, file: Path) -> Variant:
+def released_llama(
+    shape: DecoderConfig, *, dtype: torch.dtype, compiled: bool, file: Path, fused: bool | None = None
+) -> Variant:
     os.environ["NORM_TYPE"] = "pre"  # read in every forward pass; `LNS` never matches because of its capitals
     spec = importlib.util.spec_from_file_location("released_llama", file)
     assert spec is not None
@@ -138,7 +143,8 @@ def released_llama(shape: DecoderConfig, *, dtype: torch.dtype, compiled: bool, 
     with contextlib.redirect_stdout(None):  # it prints a line for each block
         model = module.LlamaForCausalLM(llama_config(shape)).to(DEVICE, dtype)
     compile_blocks(model.model.layers, compiled)
-    return model, torch.optim.Adam(model.parameters(), lr=1e-4), lambda tokens: model(tokens, labels=tokens).loss
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
+    return model, optimizer, lambda tokens: model(tokens, labels=tokens).loss
 
 
 def litgpt_llama(
@@ -189,6 +195,8 @@ def variants(length: int, released: Path | None, compiled: bool) -> dict[str, Ca
             builders[f"{label}, compiled"] = partial(build, compiled=True)
     if "litgpt" in eager and not ON_GPU:
         builders["litgpt, fused AdamW"] = partial(eager["litgpt"], compiled=False, fused=True)
+    if "released" in eager:
+        builders["released, fused Adam"] = partial(eager["released"], compiled=False, fused=True)
     return builders
 
 
@@ -199,6 +207,13 @@ def peak_flops() -> tuple[float, str]:
     if gpu := known_gpu():
         return GPUS[gpu].bf16, "data sheet"
     return matmul_rate(DEVICE, torch.bfloat16, size=8192), "measured"
+
+
+def state_bytes(variant: Variant) -> int:
+    """Bytes of the parameters and of the optimizer's state."""
+    model, optimizer, _ = variant
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *states])
 
 
 def measure(name: str, args: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
@@ -236,6 +251,9 @@ def measure(name: str, args: argparse.Namespace, threads: int) -> list[dict[str,
         sizes = {label: sum(p.numel() for p in model.parameters()) for label, (model, *_) in built.items()}
         if len(set(sizes.values())) > 1:
             raise SystemExit(f"the variants differ in their number of parameters: {sizes}")
+        for label, variant in built.items():
+            step_of(variant)()  # allocates the optimizer's state
+            memory[label] = round((state_bytes(variant) + peak_bytes(step_of(variant))) / 2**30, 2)
         series = rounds({label: step_of(variant) for label, variant in built.items()}, args.seconds, CLOCKS[args.clock])
         times = {label: statistics.median(values) for label, values in series.items()}
         over = {
