@@ -86,17 +86,12 @@ def torch_add_norm(
     block 7): there the gain multiplies the output.
     """
     stream = x if branch is None else x + branch
-    trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
-    s = stream
-    if kind == "layer" and trained and s.device.type == "cpu":
-        # In bfloat16 torch would also sum the weight's gradient in bfloat16: 5% off over 4,096 rows.
-        s = s.to(torch.promote_types(s.dtype, torch.float32))
-    folded = weight is not None and s.dtype.itemsize >= 4
+    folded = weight is not None and stream.dtype.itemsize >= 4
     if weight is not None:
-        weight = weight.to(s.dtype)
+        weight = weight.to(stream.dtype)
         if folded and gain != 1:
             weight = weight * gain
-    parts = s if groups == 1 else s.unflatten(-1, (groups, -1))
+    parts = stream if groups == 1 else stream.unflatten(-1, (groups, -1))
     inside = weight if groups == 1 else None
     if kind == "rms":
         y = F.rms_norm(parts, parts.shape[-1:], inside, eps)
