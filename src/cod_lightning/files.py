@@ -95,7 +95,8 @@ def new_folder(folder: Path) -> Generator[Path]:
     folder = Path(os.path.abspath(folder))
     partial = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # the parent is a file, which the next line names better
+            folder.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_folder(folder)
         yield partial
         partial.replace(folder)
