@@ -402,7 +402,7 @@ COMMANDS = [
     (with_run(), ["export", "run", "--output", "run/config.yaml/x"], ["run/config.yaml", "Not a directory"]),
     (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
     (nothing, ["import", "nowhere", "--output", "x"], ["nowhere needs the Hugging Face hub", "Give a folder"]),
-    (nothing, ["import", "../nowhere", "--output", "x"], ["neither a folder nor a name on the hub"]),
+    (nothing, ["import", "../nowhere", "--output", "x"], ["../nowhere does not exist: name the folder"]),
     (files(x="file"), ["import", ".", "--output", "x"], ["x exists and is not an empty folder"]),
     (nothing, ["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
     (nothing, ["measure", "variance", "nowhere"], ["nowhere needs the Hugging Face hub", "Give a run folder"]),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +46,8 @@ COMMANDS: dict[str, ModuleType] = {
     "experiments": experiments,
 }
 """Modules with `HELP`, `add_arguments(parser)`, `run(**arguments)` and optionally `EPILOG`."""
+CUSTOM_NORM = re.compile(r"\+*norm(\.name|\.base)?=.*:")
+"""Overrides that name a strategy as module:function."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Waiting threads of libgomp spin: on 2 busy cores a step with 2 threads takes 18 times as long. With this bound
     # it takes 2 to 3 times as long, and no longer than before on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? instead of ending the command
     arguments = parse(argv)
+    if any(CUSTOM_NORM.match(word) for word in arguments.get("overrides", ())) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `python -m` has it, the installed command does not
     command = COMMANDS[arguments.pop("command")]
     try:
         with stopping():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from cod_lightning.commands.options import (
     load_run_config,
     require_at_least,
     require_model,
+    require_path,
 )
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
@@ -52,8 +54,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(study: str, words: Sequence[str], checkpoint: str, trust_code: bool, rows: int, output: Path | None) -> int:
-    models = [word for word in words if "=" not in word]
-    options, overrides = split_options([word for word in words if "=" in word], study)
+    models = [word for word in words if is_model(word)]
+    for model in models:
+        require_path(model)
+    options, overrides = split_options([word for word in words if not is_model(word)], study)
     rows = options.pop("rows", rows)
     output = Path(options.pop("output")) if "output" in options else output
     require_at_least("rows", rows, 1)
@@ -98,6 +102,12 @@ def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
     others = fields_and_groups() - types.keys()
     own = [word for word in words if (key := word.partition("=")[0]).isidentifier() and key not in others]
     return parse_options(own, types, f"measure {study}"), [word for word in words if word not in own]
+
+
+def is_model(word: str) -> bool:
+    """Whether a word names a model and is not key=value; paths of models may hold =, as in sweeps/lr=0.1."""
+    key, equals, _ = word.partition("=")
+    return not equals or os.sep in key or os.path.exists(word)
 
 
 def is_run(model: Path) -> bool:

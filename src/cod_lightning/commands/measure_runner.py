@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from cod_lightning.commands.terminal import result_table, show
@@ -179,7 +180,7 @@ def with_progress(
 ) -> Any:
     """Call a measure with a progress bar."""
     with Progress(console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task(f"{subject.model.name}: {name}", total=None)
+        bar = bars.add_task(escape(f"{subject.model.name}: {name}"), total=None)
 
         def update(done: int, total: int) -> None:
             bars.update(bar, completed=done, total=total or None)

@@ -107,7 +107,22 @@ def require_model(model: str, alternative: str) -> None:
     Raises:
         UserError: the model is not available; the error ends with `alternative`, which says what to pass instead.
     """
+    require_path(model)
     if not Path(model).is_dir():
         from cod_lightning.data.hub import require_cached_or_hub
 
         require_cached_or_hub(model, alternative)
+
+
+def require_path(model: str) -> None:
+    """Check that a model is a folder, unless it looks like NAME or OWNER/NAME on the Hugging Face hub.
+
+    Raises:
+        UserError: it is a file, or a path to nothing.
+    """
+    path = Path(model)
+    if path.is_file():
+        raise UserError(f"{model} is a file: name the folder of a run or of a model")
+    in_folder = len(path.parts) == 2 and path.parent.is_dir()  # runs/nope, but not OWNER/NAME
+    if not path.exists() and (in_folder or len(path.parts) > 2 or model.startswith(("/", ".", "~"))):
+        raise UserError(f"{model} does not exist: name the folder of a run or of a model")

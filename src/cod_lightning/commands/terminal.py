@@ -237,8 +237,6 @@ def reproduction_tables(experiments: Sequence[Experiment]) -> Group:
 
 
 def show(renderable: Any) -> None:
-    """Print to standard output, with `WIDTH` characters a line if it is not a terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(renderable)
+    """Print to standard output, with `WIDTH` characters a line if it is not a terminal; text is not read as markup."""
+    width = None if Console().is_terminal else WIDTH
+    Console(width=width, markup=False, emoji=False).print(renderable)

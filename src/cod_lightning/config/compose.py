@@ -7,7 +7,10 @@ error continues with the next, so that a command shows all errors at once.
 
 from __future__ import annotations
 
+import glob
 import itertools
+import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -18,7 +21,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -26,9 +29,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import UserError, first_line, nearest
+from cod_lightning.nn import strategies
 
 SECTIONS = ("model", "norm", "data", "optim", "trainer")
 """Groups whose files hold one section of the configuration."""
+GLOB_FIELDS = {"data.files", "data.val_files"}
+PATH_FIELDS = GLOB_FIELDS | {
+    *("data.root", "data.folder", "data.tokenizer", "images.folder", "init_from", "output"),
+}
 INTERPOLATION = "interpolation (${...}) is not supported: write the value"
 """A run must not depend on the environment, and a folder from elsewhere must not read it."""
 
@@ -65,17 +73,28 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     """Parse `key=value` words by Hydra's grammar.
 
     Raises:
-        UserError: a word is not an override, or holds an interpolation such as ${oc.env:HOME}.
+        UserError: names every word that is not an override, or holds an interpolation such as ${oc.env:HOME}.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides([quote_custom_norm(word) for word in overrides])
-    except HydraException as error:
-        raise UserError(
-            f"{first_line(error)}; expected key=value, such as norm=pre_ln or trainer.max_steps=100"
-        ) from error
-    if errors := [f"{o.input_line}: {INTERPOLATION}" for o in parsed if has_interpolation(o.value())]:
+    parser, parsed, errors = OverridesParser.create(), [], []
+    for word in overrides:
+        try:
+            parsed.append(parser.parse_override(quote(word)))
+        except HydraException as error:
+            errors.append(syntax_error(word, error))
+    errors += [f"{o.input_line}: {INTERPOLATION}" for o in parsed if has_interpolation(o.value())]
+    if errors:
         raise UserError("\n".join(errors))
     return parsed
+
+
+def syntax_error(word: str, error: HydraException) -> str:
+    """The error of a word that Hydra's grammar does not accept, with the quotes that it may need."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{word}: expected key=value, such as norm=pre_ln or trainer.max_steps=100"
+    path = os.path.expanduser(value) if value.startswith("~/") else value
+    quoted = shlex.quote(f"{key}={QuotedString(path, Quote.double).with_quotes()}")
+    return f"{word}: {first_line(error)}; if the value is text, quote it: {quoted}"
 
 
 def has_interpolation(value: Any) -> bool:
@@ -87,10 +106,27 @@ def has_interpolation(value: Any) -> bool:
     return "${" in str(value)
 
 
-def quote_custom_norm(word: str) -> str:
-    """Quote the value of `norm=package.module:function`, which Hydra's grammar would split at the colon."""
+def quote(word: str) -> str:
+    """Quote existing paths and norm=package.module:function, in which Hydra's grammar gives characters a meaning."""
     key, _, value = word.partition("=")
-    return f"{key}='{value}'" if key == "norm" and ":" in value and not set(value) & set(",'\"{}[]()") else word
+    custom_norm = key == "norm" and ":" in value and not set(value) & set(",'\"{}[]()")
+    if custom_norm or is_existing_path(key.lstrip("+"), value):
+        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return word
+
+
+def is_existing_path(field: str, value: str) -> bool:
+    """Whether the value of a field is the path of a file or folder, or a glob that matches one."""
+    if field not in PATH_FIELDS or value in ("", "null"):
+        return False
+    if os.path.lexists(value):
+        return True
+    if field not in GLOB_FIELDS or value.startswith("["):  # a list of paths
+        return False
+    try:
+        return any(glob.iglob(value, recursive=True))
+    except ValueError:  # NUL, or half a surrogate pair
+        return False
 
 
 def is_custom_norm(override: Override) -> bool:
@@ -193,8 +229,10 @@ def unsupported(override: Override) -> str | None:
         return f"{word}: package overrides (@) are not supported: use {key}="
     if key in groups() and override.is_add():
         return f"{word}: the group has a choice already: use {key}= without +"
-    if key in groups() and not is_custom_norm(override) and str(override.value()) not in choices(key):
-        return f"{key}={str(override.value())!r} does not exist: {nearest(str(override.value()), choices(key))}"
+    name = str(override.value())
+    if key in groups() and not is_custom_norm(override) and name not in choices(key):
+        hint = strategies.suggestion(name) if key == "norm" else nearest(name, choices(key))
+        return f"{key}={name!r} does not exist: {hint}"
     return None
 
 

@@ -8,6 +8,7 @@ import gzip
 import importlib
 import importlib.util
 import json
+import os
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -142,9 +143,11 @@ def find_files(field: str, value: Any) -> list[Path]:
     """
     files: set[Path] = set()
     for pattern in patterns(value):
-        matches = {path for name in glob.glob(pattern, recursive=True) if (path := Path(name)).is_file()}
+        names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        matches = {path for name in names if (path := Path(name)).is_file()}
         if not matches:
-            raise UserError(f"{field}: no file matches {pattern!r}")
+            where = "" if os.path.isabs(pattern) else f" in {os.getcwd()}, to which it is relative"
+            raise UserError(f"{field}: no file matches {pattern!r}{where}")
         files |= matches
     for path in sorted(files):
         if not path.name.endswith(FILE_SUFFIXES):

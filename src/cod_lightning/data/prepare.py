@@ -271,7 +271,7 @@ class Report:
     """Progress on stderr: a live line on a terminal, and one line at the end; silent unless `enabled`."""
 
     def __init__(self, enabled: bool) -> None:
-        self.console = Console(stderr=True, quiet=not enabled)
+        self.console = Console(stderr=True, quiet=not enabled, markup=False, emoji=False)
         self.progress = Progress(
             BarColumn(bar_width=20),  # pulses: the length of a stream is known only at its end
             TextColumn("{task.description}"),

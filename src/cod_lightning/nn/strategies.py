@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -246,7 +247,7 @@ def resolve(name: str) -> Strategy:
         raise UserError(f"norm={name!r} is not the name of a strategy: {nearest(str(name), STRATEGIES)}")
     if ":" not in name:
         if name not in STRATEGIES:
-            raise UserError(f"norm={name!r} is not a strategy: {nearest(name, STRATEGIES)}")
+            raise UserError(f"norm={name!r} is not a strategy: {suggestion(name)}")
         return STRATEGIES[name]
     module_name, _, function_name = name.partition(":")
     try:
@@ -258,6 +259,14 @@ def resolve(name: str) -> Strategy:
     if not callable(strategy):
         raise UserError(f"norm={name!r} is not a function (layer, depth, **options) -> BlockSpec")
     return strategy
+
+
+def suggestion(name: str) -> str:
+    """A hint for a strategy that does not exist; a dotted name may be a function."""
+    module, _, function = name.rpartition(".")
+    if module and all(part.isidentifier() for part in name.split(".")):
+        return f"did you mean '{module}:{function}', a function of yours?"
+    return nearest(name, STRATEGIES)
 
 
 def default_options(strategy: Strategy) -> dict[str, Any]:
@@ -310,19 +319,29 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     strategy = resolve(name)
     check_options(name, strategy, options)
     try:
-        spec = strategy(layer, depth, **options)
+        inspect.signature(strategy).bind(layer, depth, **options)
     except TypeError as error:
         raise UserError(f"norm={name!r} cannot be called as (layer, depth, **options): {error}") from error
+    try:
+        spec = strategy(layer, depth, **options)
     except UserError:
         raise
     except Exception as error:  # a user's function may raise anything
         where = f"layer={layer}, depth={depth}"
-        raise UserError(f"norm={name!r} raised {type(error).__name__} for {where}: {error}") from error
+        raise UserError(
+            f"norm={name!r} raised {type(error).__name__} for {where}: {error}{coefficient_hint(error)}"
+        ) from error
     if not isinstance(spec, BlockSpec):
         raise UserError(f"norm={name!r} returned {type(spec).__name__}, expected a BlockSpec")
     if problems := spec_problems(spec):
         raise UserError("\n".join(f"norm={name!r} returned {problem} for layer={layer}" for problem in problems))
     return spec
+
+
+def coefficient_hint(error: Exception) -> str:
+    """The nearest coefficient, if `error` is about one that does not exist."""
+    unknown = re.search(r"^SublayerSpec.* unexpected keyword argument '(\w+)'", str(error))
+    return f"; {nearest(unknown[1], COEFFICIENTS)}" if unknown else ""
 
 
 def spec_problems(spec: BlockSpec) -> list[str]:
