@@ -190,11 +190,6 @@ def test_a_folder_name_is_not_read_as_markup_while_it_is_prepared(toy, capsys):
     assert capsys.readouterr().out.startswith("mk[/x]/")
 
 
-def test_an_estimate_of_paths_in_brackets_is_printed(capsys):
-    assert main(["estimate", "data=files", "model=tiny", "data.files=[/x/a.txt],[/x/b.txt]"]) == 0
-    assert "[/x/a.txt]" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_character_that_the_terminal_lacks_does_not_end_a_command(encoding, stream, monkeypatch):
