@@ -6,8 +6,7 @@ Import this module inside the function that draws: matplotlib takes half a secon
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -60,33 +59,6 @@ def grid_figure(width: float, height: float, rows: int = 1, columns: int = 1, **
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def layer_lines(
-    axes: Axes,
-    lines: Mapping[str, Sequence[float | None]],
-    ylabel: str,
-    *,
-    log: bool = False,
-    x: Sequence[float] | None = None,
-    errors: Mapping[str, Sequence[float]] | None = None,
-) -> None:
-    """Draw one line for each entry of `lines`, by its label in the legend.
-
-    Args:
-        axes: to draw on.
-        lines: values of layers; None, and on a logarithmic axis a value that is not positive, leaves a gap.
-        ylabel: the quantity and its unit.
-        log: use a logarithmic y axis.
-        x: layers of the values; None: layers 1, 2, ....
-        errors: error bars of lines, by label.
-    """
-    for label, values in lines.items():
-        shown = [math.nan if value is None or (log and value <= 0) else value for value in values]
-        places = list(x or range(1, len(shown) + 1))[: len(shown)]
-        axes.errorbar(places, shown, (errors or {}).get(label), marker="o", ms=3, capsize=2, label=label)
-    axes.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
-    integer_ticks(axes.xaxis)
-
-
 def lines_by_depth(axes: Axes, steps: Sequence[int], values: Any, norm: Normalize | None = None) -> ScalarMappable:
     """Draw one line over the steps for each layer, coloured by depth, on a logarithmic axis.
 
@@ -105,48 +77,6 @@ def lines_by_depth(axes: Axes, steps: Sequence[int], values: Any, norm: Normaliz
         axes.plot(steps, line, color=colour, lw=1, marker="." if len(steps) == 1 else None)
     axes.set(xlabel="step", yscale="log")
     return colours
-
-
-def heat_map(
-    axes: Axes,
-    matrix: Sequence[Sequence[float | None]],
-    xlabel: str,
-    ylabel: str,
-    label: str,
-    *,
-    first: int = 1,
-    log: bool = False,
-    signed: bool = False,
-) -> None:
-    """Draw a matrix with a colour bar, row by row upwards; None is left blank.
-
-    Args:
-        axes: to draw on.
-        matrix: [rows][columns].
-        xlabel: name of the columns.
-        ylabel: name of the rows.
-        label: name of the colours.
-        first: number of the first row and column.
-        log: use logarithmic colours; values that are not positive get the colour of the smallest positive value.
-        signed: use colours that are white at zero and reach equally far on both sides.
-    """
-    values = np.array(matrix, dtype=float)
-    rows, columns = values.shape
-    colours: dict[str, Any] = {}
-    if log and (values > 0).any():
-        positive = values[values > 0]
-        colours = {"norm": LogNorm(positive.min(), positive.max(), clip=True)}
-    elif signed:
-        limit = np.nanmax(np.abs(values))
-        colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-    start = first - 0.5
-    extent = (start, start + columns, start, start + rows)
-    image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest", extent=extent, **colours)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        integer_ticks(axis)
-    axes.figure.colorbar(image, ax=axes, label=label)
 
 
 def integer_ticks(axis: Axis) -> None:

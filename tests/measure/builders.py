@@ -1,9 +1,24 @@
-"""Token batches and modified models that the tests of measures share."""
+"""Token batches and models that the tests of measures share."""
+
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2")
+from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.strategies import build_all
+
+VOCABULARY, HIDDEN, DEPTH = 37, 16, 4
+HF = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2", "gpt2": "GPT2"}
+HF |= {"qwen2_5_vl": "Qwen2_5_VL", "bert": "Bert"}
+"""Names in `transformers`; DeepSeek-LLM is a Llama."""
+ALL_FAMILIES = ("ours", "ours-lns", *HF)
+
+FAMILIES = ("ours-lns", "llama", "olmo2", "gpt2")
+"""Families with different wiring; test_adapter shows that all families give the same access to their blocks."""
 PAD = 0
 
 
@@ -17,6 +32,38 @@ def padded_batches():
     batch = tokens(seed=1)
     batch[::2, 7:] = PAD
     return list(batch.split(2))
+
+
+def decoder(strategy, depth=DEPTH, name="ours"):
+    """Our decoder with random blocks that change the residual stream considerably."""
+    config = DecoderConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        init_std=0.3,
+        embedding_std=1.0,
+    )
+    return ModelAdapter(build_decoder(config, build_all({"name": strategy}, depth), seed=0).eval(), name)
+
+
+class PlantedModel(nn.Module):
+    """Given blocks between an embedding and a head, laid out as in `transformers`."""
+
+    def __init__(self, blocks, width):
+        super().__init__()
+        self.config = SimpleNamespace(num_attention_heads=2, intermediate_size=width)
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.model = nn.Module()
+        self.model.layers, self.model.norm = nn.ModuleList(blocks), nn.Identity()
+        self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, input_ids, use_cache):
+        x = self.embedding(input_ids)
+        for block in self.model.layers:
+            x = block(x)
+        return SimpleNamespace(logits=self.lm_head(x))
 
 
 def silence(model, layers):

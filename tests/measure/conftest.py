@@ -2,17 +2,9 @@
 
 import pytest
 import torch
+from builders import DEPTH, HF, HIDDEN, VOCABULARY, decoder
 
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.strategies import build_all
-
-VOCABULARY, HIDDEN, DEPTH = 37, 16, 4
-HF = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "Olmo2", "gpt2": "GPT2"}
-HF |= {"qwen2_5_vl": "Qwen2_5_VL", "bert": "Bert"}
-FAMILIES = ("ours", "ours-lns", *HF)
-"""DeepSeek-LLM is a Llama."""
 
 
 @pytest.fixture(scope="session")
@@ -21,17 +13,7 @@ def causal_lm():
 
     def build(family, depth=DEPTH):
         if family.startswith("ours"):
-            config = DecoderConfig(
-                hidden_size=HIDDEN,
-                intermediate_size=24,
-                num_hidden_layers=depth,
-                num_attention_heads=2,
-                vocab_size=VOCABULARY,
-                init_std=0.3,
-                embedding_std=1.0,
-            )
-            norm = "lns" if family.endswith("lns") else "pre_ln"
-            return ModelAdapter(build_decoder(config, build_all({"name": norm}, depth), seed=0).eval(), family)
+            return decoder("lns" if family.endswith("lns") else "pre_ln", depth, family)
         transformers = pytest.importorskip("transformers")
         shape = {
             "vocab_size": VOCABULARY,

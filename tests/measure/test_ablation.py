@@ -180,60 +180,17 @@ def test_causal_scores_are_means_over_later_layers(causal_lm, batch):
     assert result.tokens == 54
 
 
-class TestSilentBlock:
-    """Layer 2 adds nothing to the residual stream."""
-
-    @pytest.fixture
-    def model(self, model):
-        silence(model, [2])
-        return model
-
-    def test_its_removal_and_its_replacement_cost_nothing(self, model, batch):
-        removed, linear = removal(model, [batch]), linear_replacement(model, [batch])
-        assert removed.losses[1] == pytest.approx(removed.loss, abs=1e-6)
-        assert linear.losses[1] == pytest.approx(linear.loss, rel=1e-6)
-        for result in (removed, linear):
-            changes = [abs(loss - result.loss) for loss in result.losses]
-            assert changes[1] < 1e-3 * min(changes[0], *changes[2:])
-
-    def test_removing_it_with_a_neighbour_costs_the_neighbour(self, model, batch):
-        runs, alone = run_removal(model, [batch], sizes=[2]).losses[0], removal(model, [batch]).losses
-        assert runs[:2] == pytest.approx([alone[0], alone[2]], rel=1e-6)
-
-    def test_it_has_no_causal_effect_and_effects_on_it_are_undefined(self, model, batch):
-        result = causal_score(model, [batch])
-        assert result.scores[1] < 1e-3 * min(result.scores[0], result.scores[2])
-        assert result.effects[0][1] is None
-        assert result.effects[0][2] > 0
-
-
-@pytest.mark.parametrize("family", ["ours", "gpt2"])
-@pytest.mark.parametrize("measure", [*ABLATIONS, causal_score])
-def test_padding_and_batch_size_do_not_matter(causal_lm, batch, family, measure):
-    model = causal_lm(family)
-    padded = torch.cat([batch, torch.full((6, 3), PAD)], dim=1)
-    values = "scores" if measure is causal_score else "losses"
-    whole = measure(model, [batch], PAD)
-    for batches in (iter(batch.split(1)), padded.split(4)):
-        other = measure(model, batches, PAD)
-        assert other.tokens == whole.tokens
-        for index in (0, 2 if measure is causal_score else -1):
-            assert getattr(other, values)[index] == pytest.approx(getattr(whole, values)[index], rel=1e-4)
-
-
-def test_a_model_in_bfloat16_is_measured(causal_lm, batch):
-    model = causal_lm("llama")
-    exact = removal(model, [batch]), linear_replacement(model, [batch]), causal_score(model, [batch])
-    model.model.bfloat16()
-    assert removal(model, [batch]).losses == pytest.approx(exact[0].losses, rel=0.1)
-    assert linear_replacement(model, [batch]).losses == pytest.approx(exact[1].losses, rel=0.1)
-    assert causal_score(model, [batch]).scores[:3] == pytest.approx(exact[2].scores[:3], rel=0.1)
+def test_the_causal_effect_on_a_block_that_adds_nothing_is_undefined(model, batch):
+    silence(model, [2])
+    effects = causal_score(model, [batch]).effects
+    assert effects[0][1] is None
+    assert effects[0][2] > 0
 
 
 @pytest.mark.parametrize("family", ["ours", "llama"])
 @pytest.mark.parametrize("measure", [linear_replacement, causal_score])
 def test_compiled_blocks_give_the_same_result(causal_lm, batch, family, measure):
-    model = causal_lm(family)
+    model = causal_lm(family, depth=2)
     expected = measure(model, [batch])
     for block in model.blocks:
         block.compile(backend="eager")
@@ -271,15 +228,6 @@ def test_bad_options_are_errors(causal_lm, batch, measure, depth, options, messa
 def test_no_targets_are_an_error(causal_lm):
     with pytest.raises(UserError, match="no token has a next one"):
         removal(causal_lm("ours", depth=2), [tokens(length=1)])
-
-
-@pytest.mark.parametrize(
-    ("measure", "steps"), [(removal, 4), (run_removal, 7), (swaps, 3), (linear_replacement, 4), (causal_score, 2)]
-)
-def test_progress_counts_to_the_end(causal_lm, batch, measure, steps):
-    calls = []
-    measure(causal_lm("ours"), batch.split(3), progress=lambda *call: calls.append(call))
-    assert calls == [(done, steps) for done in range(1, steps + 1)]
 
 
 def test_the_loss_is_that_of_the_logits(model, batch):

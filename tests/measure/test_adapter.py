@@ -1,24 +1,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import ALL_FAMILIES, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter, load_pretrained
 
-FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2", "qwen2_5_vl", "bert")
-every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def tokens(batch=2, length=7):
-    return torch.randint(3, 37, (batch, length), generator=torch.Generator().manual_seed(0))
+every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
+TOKENS = tokens(2, 7)
 
 
 @torch.no_grad()
 def run(model):
     """Logits, and activations by (name, layer)."""
     activations = {}
-    logits = model.logits(tokens(), lambda name, layer, x: activations.__setitem__((name, layer), x))
+    logits = model.logits(TOKENS, lambda name, layer, x: activations.__setitem__((name, layer), x))
     return logits, activations
 
 
@@ -30,7 +27,7 @@ def close(actual, expected):
 def test_sizes_are_read_from_the_model(causal_lm, family):
     model = causal_lm(family)
     assert (model.depth, model.hidden, model.config.num_hidden_layers) == (4, 16, 4)
-    assert model.logits(tokens()).shape == (2, 7, 37)
+    assert model.logits(TOKENS).shape == (2, 7, 37)
 
 
 @every_family
@@ -39,7 +36,7 @@ def test_a_hook_changes_no_logits_and_is_removed(causal_lm, family):
     logits, activations = run(model)
     assert len(activations) == 1 + 3 * 4
     activations.clear()
-    assert torch.equal(logits, model.logits(tokens()))
+    assert torch.equal(logits, model.logits(TOKENS))
     assert not activations
 
 
@@ -67,7 +64,7 @@ def test_the_head_gives_the_logits_of_the_last_block(causal_lm, family):
 def test_a_block_is_a_function_of_its_input(causal_lm, family):
     model = causal_lm(family)
     _, activations = run(model)
-    for layer, (x, function) in enumerate(zip(*model.block_functions(tokens()), strict=True), start=1):
+    for layer, (x, function) in enumerate(zip(*model.block_functions(TOKENS), strict=True), start=1):
         close(function(x), activations["residual", layer])
         assert not torch.allclose(function(2 * x + 1), function(x))
 
@@ -76,11 +73,11 @@ def test_a_block_is_a_function_of_its_input(causal_lm, family):
 @torch.no_grad()
 def test_a_model_runs_with_other_blocks(causal_lm, family):
     model = causal_lm(family)
-    whole, blocks = model.logits(tokens()), model.blocks
+    whole, blocks = model.logits(TOKENS), model.blocks
     with model.with_blocks([blocks[0], *blocks[2:]]):
         assert model.depth == 3
-        (x, *_), functions = model.block_functions(tokens())
-        without = model.logits(tokens())
+        (x, *_), functions = model.block_functions(TOKENS)
+        without = model.logits(TOKENS)
     for function in functions:
         x = function(x)
     close(model.head(x), without)
@@ -91,10 +88,10 @@ def test_a_model_runs_with_other_blocks(causal_lm, family):
 @torch.no_grad()
 def test_the_blocks_come_back(causal_lm, family):
     model = causal_lm(family)
-    whole = model.logits(tokens())
+    whole = model.logits(TOKENS)
     with pytest.raises(KeyError), model.with_blocks(model.blocks[:1]):
         raise KeyError
-    assert torch.equal(model.logits(tokens()), whole)
+    assert torch.equal(model.logits(TOKENS), whole)
 
 
 @pytest.mark.parametrize(("count", "layers"), [(1, [1]), (2, [1, 4]), (3, [1, 2, 4]), (9, [1, 2, 3, 4])])
@@ -112,16 +109,16 @@ def test_a_model_is_loaded_with_its_tokenizer(causal_lm, family, tmp_path):
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     loaded, tokenizer = load_pretrained(str(tmp_path))
-    torch.testing.assert_close(loaded.logits(tokens()), saved.logits(tokens()))
+    torch.testing.assert_close(loaded.logits(TOKENS), saved.logits(TOKENS))
     assert tokenizer("w7", add_special_tokens=False)["input_ids"] == [7]
 
 
 @pytest.mark.parametrize(("family", "causal"), [("llama", True), ("qwen2_5_vl", True), ("bert", False)])
 @torch.no_grad()
 def test_only_bert_sees_later_tokens(causal_lm, family, causal):
-    model, changed = causal_lm(family), tokens()
+    model, changed = causal_lm(family), TOKENS.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 37
-    assert torch.equal(model.logits(tokens())[:, :-1], model.logits(changed)[:, :-1]) == causal
+    assert torch.equal(model.logits(TOKENS)[:, :-1], model.logits(changed)[:, :-1]) == causal
 
 
 def test_a_model_with_an_unknown_layout_is_an_error():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from cod_lightning.measure.compare import comparison_page, panels, summary
-from cod_lightning.measure.result import draw_panels
+from cod_lightning.measure.panels import draw_panels
 
 DEPTH = 4
 
@@ -44,14 +44,19 @@ def test_the_summary_of_a_model():
     assert row["usefulness (share of layers that are not linear)"] == "0.50"
 
 
-def test_the_page_escapes_names():
-    _, page = comparison_page({"pre": results(1.0), "<lns>": results(0.5)})
+@pytest.fixture(scope="module")
+def comparison():
+    return comparison_page({"pre": results(1.0), "<lns>": results(0.5)})
+
+
+def test_the_page_escapes_names(comparison):
+    _, page = comparison
     assert "<h1>pre beside &lt;lns&gt;</h1>" in page
     assert "<lns>" not in page
 
 
-def test_the_page_needs_no_other_file():
-    image, page = comparison_page({"pre": results(1.0), "lns": results(0.5)})
+def test_the_page_needs_no_other_file(comparison):
+    image, page = comparison
     assert image[:4] == b"\x89PNG"
     assert re.search(r'<img src="data:image/png;base64,[A-Za-z0-9+/=]+"', page)
     assert not re.search(r'(src|href)="http', page)

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, PAD, learn, padded_batches, residual_stream, silence, tokens
+from builders import FAMILIES, PAD, padded_batches, residual_stream, silence
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.batches import mean_loss
@@ -121,57 +121,12 @@ def test_shapley_values_add_up_to_the_loss(model, permutations):
     assert math.fsum(result.shapley) == pytest.approx(result.empty_loss - result.loss, abs=1e-9)
 
 
-def test_a_silent_block_has_no_influence(model):
-    silence(model, [3])
-    learn(model, tokens(seed=1))
-    result = block_influence(model, [tokens()])
-    assert result.influence[2] == 0
-    assert sorted(result.influence)[1] > 1e-3
-    assert result.best[0] == (3, 3)
-
-
-@pytest.mark.parametrize("permutations", [None, 12])
-def test_a_silent_block_has_no_importance(model, permutations):
-    silence(model, [3])
-    learn(model, tokens(seed=1))
-    result = layer_importance(model, [tokens(seed=1)], permutations=permutations)
-    for values in (result.shapley, result.leave_one_out):
-        assert values[2] == 0 == min(values)
-        assert sorted(values)[1] > 1e-3
-
-
 def test_silent_blocks_have_neither_influence_nor_importance(model):
     silence(model, range(1, 5))
     influence = block_influence(model, padded_batches())
     assert influence.influence == influence.error == [0] * 4
     importance = layer_importance(model, padded_batches(), permutations=None)
     assert importance.shapley == importance.leave_one_out == [0] * 4
-
-
-@pytest.mark.parametrize("measure", MEASURES)
-def test_batches_of_padding_are_skipped(causal_lm, measure):
-    model = causal_lm("ours")
-    assert measure(model, [torch.full((2, 4), PAD), *padded_batches()], PAD) == measure(model, padded_batches(), PAD)
-
-
-def test_progress_counts_coalitions_over_all_batches(causal_lm):
-    calls = []
-    coalition_losses(causal_lm("ours"), [(), (1,)], padded_batches(), PAD, lambda *call: calls.append(call))
-    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-@pytest.mark.parametrize("measure", MEASURES[:2])
-def test_progress_counts_batches(causal_lm, measure):
-    calls = []
-    measure(causal_lm("ours"), padded_batches(), PAD, lambda *call: calls.append(call))
-    assert calls == [(1, 2), (2, 2)]
-
-
-@pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("batches", [[], [torch.zeros(2, 4, dtype=torch.long)]])
-def test_no_tokens_are_an_error(causal_lm, measure, batches):
-    with pytest.raises(UserError, match="no tokens to measure on"):
-        measure(causal_lm("ours"), batches, PAD)
 
 
 @pytest.mark.parametrize(

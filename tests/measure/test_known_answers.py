@@ -2,11 +2,10 @@
 
 import math
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import learn, tokens
+from builders import PlantedModel, learn, tokens
 from torch import nn
 
 from cod_lightning.measure.adapter import ModelAdapter
@@ -125,22 +124,6 @@ class Growing(nn.Module):
         return x + self.mlp(x)
 
 
-class Stack(nn.Module):
-    def __init__(self, depth, factor, width=8):
-        super().__init__()
-        self.config = SimpleNamespace(num_attention_heads=2, intermediate_size=width)
-        self.model = nn.Module()
-        self.embedding = nn.Embedding(37, width)
-        self.model.layers = nn.ModuleList(Growing(width, factor) for _ in range(depth))
-        self.model.norm, self.lm_head = nn.Identity(), nn.Linear(width, 37, bias=False)
-
-    def forward(self, input_ids, use_cache):
-        x = self.embedding(input_ids)
-        for block in self.model.layers:
-            x = block(x)
-        return SimpleNamespace(logits=self.lm_head(self.model.norm(x)))
-
-
 @pytest.fixture(scope="module", params=[0.25, 1.0])
 def rate(request):
     """Growth of the logarithm of the variance per layer."""
@@ -150,7 +133,8 @@ def rate(request):
 @pytest.fixture
 def growing(rate):
     torch.manual_seed(0)
-    return ModelAdapter(Stack(7, math.exp(rate / 2)).eval(), "planted")
+    blocks = [Growing(8, math.exp(rate / 2)) for _ in range(7)]
+    return ModelAdapter(PlantedModel(blocks, 8).eval(), "planted")
 
 
 def test_the_variance_grows_by_the_rate(growing, rate):

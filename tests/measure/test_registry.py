@@ -3,23 +3,89 @@ import sys
 
 import pytest
 import torch
+from builders import PAD, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES, measures_of, options_for
 from cod_lightning.measure.result import save
 
+BATCHES = [tokens(2, 8, seed) for seed in (0, 1)]
 
+
+every_measure = pytest.mark.parametrize("name", MEASURES)
+
+
+def take(name, model, batches, progress=None):
+    """All batches measured, also where the command uses the first only."""
+    return MEASURES[name].measure(model, batches, PAD, progress)
+
+
+@every_measure
 @pytest.mark.parametrize("family", ["ours-lns", "gpt2", "olmo2", "qwen2_5_vl", "bert"])
-def test_every_measure_runs_and_is_saved(causal_lm, family, tmp_path):
-    model = causal_lm(family)
-    batches, calls = [torch.randint(3, 37, (2, 8)) for _ in range(2)], []
-    for name, measure in MEASURES.items():
-        result = measure(model, batches, 0, lambda done, total: calls.append((done, total)))
-        assert type(result) is measure.result_type
-        assert all(path.stat().st_size for path in save(result, tmp_path, name))
-        assert result.rows(), name
-    assert len(list(tmp_path.iterdir())) == 3 * len(MEASURES)
-    assert calls
+def test_every_measure_gives_a_table(causal_lm, family, name):
+    result = MEASURES[name](causal_lm(family, depth=2), BATCHES, PAD, None)
+    assert type(result) is MEASURES[name].result_type
+    assert result.rows()
+
+
+@every_measure
+def test_the_result_of_every_measure_is_saved(causal_lm, name, tmp_path):
+    result = MEASURES[name](causal_lm("ours", depth=2), BATCHES, PAD, None)
+    assert all(path.stat().st_size for path in save(result, tmp_path, name))
+
+
+STEPS = dict.fromkeys(MEASURES, 2) | {"jacobian": 4, "gain": 4, "jacobian_map": 4, "swaps": 1, "importance": 8}
+"""Calls of progress for two batches and two blocks; coalitions of two blocks are four."""
+
+
+@every_measure
+def test_progress_counts_to_the_end(causal_lm, name):
+    calls = []
+    take(name, causal_lm("ours", depth=2), BATCHES, lambda *call: calls.append(call))
+    assert calls == [(done, STEPS[name]) for done in range(1, STEPS[name] + 1)]
+
+
+def test_progress_over_a_generator_has_total_zero(causal_lm):
+    calls = []
+    take("variance", causal_lm("ours", depth=2), iter(BATCHES), lambda *call: calls.append(call))
+    assert calls == [(1, 0), (2, 0)]
+
+
+@every_measure
+@pytest.mark.parametrize("batches", [[], [torch.full((2, 3), PAD)]], ids=["no batch", "only padding"])
+def test_no_tokens_are_an_error(causal_lm, name, batches):
+    with pytest.raises(UserError, match="ours: no tokens to measure on"):
+        take(name, causal_lm("ours", depth=2), batches)
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURES if MEASURES[name].study not in ("jacobian", "theory")])
+@pytest.mark.parametrize("family", ["ours", "gpt2"])
+def test_padding_and_batch_size_do_not_matter(causal_lm, family, name):
+    model, batch = causal_lm(family), tokens(6, 9)
+    padded = torch.cat([batch, torch.full((6, 3), PAD)], dim=1)
+    whole = take(name, model, [batch])
+    for batches in (batch.split(1), [*padded.split(4), torch.full((2, 4), PAD)]):
+        result = take(name, model, batches)
+        assert result.tokens == whole.tokens
+        for column, values in whole.series().items():
+            assert list(result.series()[column]) == pytest.approx(list(values), rel=1e-3, abs=1e-5), column
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("variance", "residual_variance"),
+        ("angular", "distance"),
+        ("removal", "loss"),
+        ("linear_replacement", "loss"),
+        ("causal", "score"),
+    ],
+)
+def test_a_model_in_bfloat16_is_measured(causal_lm, name, column):
+    model, batch = causal_lm("llama"), tokens(6, 9)
+    exact = take(name, model, [batch]).series()[column]
+    model.model.bfloat16()
+    assert take(name, model, [batch]).series()[column] == pytest.approx(exact, rel=0.1, abs=0.02)
 
 
 def test_names_are_known_without_torch():
@@ -55,11 +121,7 @@ def test_an_option_of_several_studies_is_not_offered():
     assert "tokens" not in options_for(MEASURES)
 
 
-def test_expensive_measures_take_a_few_rows_of_the_first_batch(causal_lm):
-    batches = [torch.randint(3, 37, (3, 8)) for _ in range(2)]
-
-    def progress(done, total):
-        pass
-
-    assert MEASURES["gain"](causal_lm("ours"), batches, None, progress).sequences == 2
-    assert MEASURES["importance"](causal_lm("ours"), batches, None, progress, permutations=1).tokens == 3 * 7
+def test_expensive_measures_take_few_sequences_of_the_first_batch(causal_lm):
+    model, batches = causal_lm("ours", depth=2), [tokens(3, 8, seed) for seed in (0, 1)]
+    assert MEASURES["gain"](model, batches, None, None).sequences == 2
+    assert MEASURES["importance"](model, batches, None, None, permutations=1).tokens == 3 * 7

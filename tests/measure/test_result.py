@@ -8,8 +8,9 @@ import pytest
 
 from cod_lightning import plots
 from cod_lightning.errors import UserError
+from cod_lightning.measure.panels import Bars, HeatMap, Lines, draw_panels
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.result import Bars, HeatMap, Lines, Result, finite, save
+from cod_lightning.measure.result import Result, finite, save
 from cod_lightning.typed_json import from_json
 
 RESULTS = Path(__file__).parents[2] / "experiments/results"
@@ -110,9 +111,10 @@ def test_layers_are_the_x_of_lines():
 @pytest.mark.parametrize(("first", "extent"), [(1, (0.5, 3.5, 0.5, 2.5)), (0, (-0.5, 2.5, -0.5, 1.5))])
 def test_a_heat_map_is_numbered_from_its_first_row_and_column(first, extent):
     _, axes = plots.grid_figure(4, 4)
-    plots.heat_map(axes[0][0], [[1.0, 2.0, 3.0], [4.0, 5.0, None]], "x", "y", "colour", first=first)
+    HeatMap([[1.0, 2.0, 3.0], [4.0, 5.0, None]], "x", "y", "colour", first=first).draw(axes[0][0])
     assert tuple(axes[0][0].images[0].get_extent()) == extent
 
 
 def test_equal_figures_are_equal_files():
-    assert plots.png(EXAMPLE.plot()) == plots.png(EXAMPLE.plot())
+    panel = EXAMPLE.panels()[0]
+    assert plots.png(draw_panels([panel])) == plots.png(draw_panels([panel]))

@@ -117,14 +117,13 @@ def test_alpha_sparsities_follow_their_definition():
 
 
 def test_the_measure_joins_both_methods(causal_lm):
-    model, calls = causal_lm("gpt2"), []
+    model = causal_lm("gpt2")
     options = {"sparsity": 0.6, "threshold": 3, "owl_lambda": 0.1, "epsilon": 0.2}
-    result = layer_sparsity(model, padded_batches(), PAD, lambda *call: calls.append(call), **options)
+    result = layer_sparsity(model, padded_batches(), PAD, **options)
     assert result.outlier_ratio == outlier_ratios(model, input_norms(model, padded_batches(), PAD), 3)
     assert result.owl == owl_sparsities(result.outlier_ratio, 0.6, 0.1)
     assert result.alpha == layer_alphas(model)
     assert result.alpha_pruning == alpha_sparsities(result.alpha, 0.6, 0.2)
-    assert calls == [(1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
@@ -201,11 +200,6 @@ def test_equal_blocks_get_equal_sparsities(sparsities):
     assert sparsities([0.1] * 3, 0.7) == pytest.approx([0.7] * 3)
 
 
-def test_known_sparsities():
-    assert owl_sparsities([0.0, 0.1], 0.7) == pytest.approx([0.78, 0.62])
-    assert alpha_sparsities([2.0, 6.0], 0.5) == pytest.approx([0.35, 0.65])
-
-
 @pytest.mark.parametrize(
     ("sparsities", "values", "options", "message"),
     [
@@ -233,11 +227,6 @@ def test_sparsities_outside_0_to_1_are_errors(sparsities, values, options, messa
 def test_bad_options_are_errors(causal_lm, shares, options, message):
     with pytest.raises(UserError, match=message):
         sparsify(causal_lm("ours"), shares, *options)
-
-
-def test_no_tokens_are_an_error(causal_lm):
-    with pytest.raises(UserError, match="no tokens to measure on"):
-        layer_sparsity(causal_lm("ours"), [])
 
 
 def test_a_block_without_linear_layers_is_an_error():

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
-from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.adapter import Batch, ModelAdapter, hidden_input
 from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_batches, mean_loss, step_counter
 from cod_lightning.measure.options import require_choice
-from cod_lightning.measure.result import HeatMap, Lines, Panel, Progress, Result, table_rows
+from cod_lightning.measure.panels import HeatMap, Lines, Panel
+from cod_lightning.measure.result import Progress, Result, table_rows
 
 Pairs = Literal["neighbours", "all"]
 USEFUL = 1.1
@@ -204,17 +205,7 @@ def with_layers(model: ModelAdapter, orders: Iterable[Sequence[int]]) -> list[Ab
 def removal(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Removal:
-    """Remove each block alone.
-
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each; they are evaluated once per layer.
-        pad_id: padding token, never a target; it follows the other tokens of a sequence.
-        progress: called after each layer.
-
-    Raises:
-        UserError: there are no targets.
-    """
+    """Remove each block alone."""
     layers = range(1, model.depth + 1)
     changes = with_layers(model, ([other for other in layers if other != layer] for layer in layers))
     loss, tokens, losses = evaluate_changed(model, list(batches), pad_id, progress, changes)
@@ -231,15 +222,8 @@ def run_removal(
 ) -> RunRemoval:
     """Remove n contiguous blocks, from every first block.
 
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each; they are evaluated once per run of blocks.
-        pad_id: padding token, never a target.
-        progress: called after each run of blocks.
+    Options:
         sizes: the n; None: those of 1, 2 and 4 that are less than the depth.
-
-    Raises:
-        UserError: a size is not 1 to the depth, or there are no targets.
     """
     depth = model.depth
     if sizes is None:
@@ -265,15 +249,11 @@ def swaps(
 ) -> Swaps:
     """Swap two blocks.
 
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each; they are evaluated once per pair.
-        pad_id: padding token, never a target.
-        progress: called after each pair.
+    Options:
         pairs: "neighbours", or "all" pairs; the published permutation score is the mean over all.
 
     Raises:
-        UserError: `pairs` is unknown, the model has a single block, or there are no targets.
+        UserError: the model has a single block.
     """
     require_choice(Pairs, pairs=pairs)
     layers = range(1, model.depth + 1)
@@ -299,15 +279,11 @@ def linear_replacement(
     Every layer takes a pass over both sets, so that only its own sums are in memory: two matrices
     [hidden + 1, hidden + 1] in float64.
 
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each, for the loss.
-        pad_id: padding token; it follows the other tokens of a sequence.
-        progress: called after each layer.
+    Options:
         fit: tokens [batch, length] each; None: `batches`, as in the released code, which favours the maps.
 
     Raises:
-        UserError: `fit` has no more tokens than the hidden size, or there are no targets.
+        UserError: `fit` has no more tokens than the hidden size.
     """
     batches = list(batches)
     fit_batches = batches if fit is None else list(fit)
@@ -361,7 +337,7 @@ def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Generato
     """
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Any:
-        output = function(args[0] if args else kwargs["hidden_states"])
+        output = function(hidden_input(args, kwargs))
         return (output, *y[1:]) if isinstance(y, tuple) else output
 
     handle = block.register_forward_hook(hook, with_kwargs=True)
@@ -378,16 +354,8 @@ def causal_score(
     """Skip each layer s and measure the change of the update h_{l+1} - h_l of every later layer l.
 
     The effect is the mean over tokens of |change of the update| divided by the mean of |update|, norms over the hidden
-    dimension. A mean of quotients would be dominated by the tokens with the smallest updates.
-
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each; the hidden states of all layers are in memory for one batch.
-        pad_id: padding token, not counted; it follows the other tokens of a sequence.
-        progress: called after each batch.
-
-    Raises:
-        UserError: there are no tokens.
+    dimension. A mean of quotients would be dominated by the tokens with the smallest updates. The hidden states of
+    all layers are in memory for one batch.
     """
     depth, count = model.depth, 0
     changes = torch.zeros(depth, depth, dtype=torch.float64, device=model.device)

@@ -16,7 +16,8 @@ from torch import Tensor
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, token_mask
-from cod_lightning.measure.result import Lines, Panel, Progress, Result, table_rows
+from cod_lightning.measure.panels import Lines, Panel
+from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -80,17 +81,7 @@ class ActivationStats(Result):
 def activation_stats(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> ActivationStats:
-    """Measure every layer; statistics are in float32, or float64 if the model is, and sums in float64.
-
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each.
-        pad_id: padding token, which follows the others of a sequence and does not count.
-        progress: called after each batch.
-
-    Raises:
-        UserError: all tokens are padding.
-    """
+    """Measure every layer; statistics are in float32, or float64 if the model is, and sums in float64."""
     means = {(place, layer): RunningMean() for place in PLACES for layer in range(1, model.depth + 1)}
     largest = dict.fromkeys(means, 0.0)
     count = 0

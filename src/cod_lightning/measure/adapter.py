@@ -159,7 +159,7 @@ class ModelAdapter:
             for name, module in zip(("attention", "ffn", "residual"), (*sublayers(block), block), strict=True):
 
                 def after(module: nn.Module, args: Any, y: Any, name: str = name, layer: int = layer) -> None:
-                    hook(name, layer, first(y))
+                    hook(name, layer, hidden_output(y))
 
                 yield module.register_forward_hook(after)
 
@@ -176,7 +176,7 @@ class ModelAdapter:
         def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
             others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             inputs.append(hidden_input(args, kwargs).detach())
-            functions.append(lambda x: first(module(x, *args[1:], **others)))
+            functions.append(lambda x: hidden_output(module(x, *args[1:], **others)))
 
         with ExitStack() as handles:
             for block in self.blocks:
@@ -201,7 +201,7 @@ def hidden_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def first(y: Any) -> Tensor:
+def hidden_output(y: Any) -> Tensor:
     """The hidden states that a block or a sub-layer returns; some return a tuple."""
     return y[0] if isinstance(y, tuple) else y
 

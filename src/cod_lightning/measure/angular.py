@@ -15,7 +15,8 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, hidden_states, iter_batches
 from cod_lightning.measure.options import require_choice
-from cod_lightning.measure.result import HeatMap, Panel, Progress, Result
+from cod_lightning.measure.panels import HeatMap, Panel
+from cod_lightning.measure.result import Progress, Result
 
 TokenChoice = Literal["all", "last"]
 Normalisation = Literal["raw", "released"]
@@ -68,17 +69,10 @@ def angular_distance(
 
     x_{L+1} is the last block's output before the final norm.
 
-    Args:
-        model: in any dtype; angles are in float64.
-        batches: tokens [batch, length] each.
-        pad_id: padding token, not counted; it follows the other tokens of a sequence.
-        progress: called after each batch.
+    Options:
         tokens: maximum number of tokens; the paper uses 256K.
         token: "all" of a sequence, as the paper says, or the "last" before the padding, as Gromov et al. do.
         normalise: "raw" angles, or scaled for each n as in the released code (see `scale_as_released`).
-
-    Raises:
-        UserError: an option is invalid, or there are no tokens.
     """
     require_choice(TokenChoice, token=token)
     require_choice(Normalisation, normalise=normalise)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cod_lightning import plots
-from cod_lightning.measure.result import Lines, draw_panels
+from cod_lightning.measure.panels import Lines, draw_panels
 from cod_lightning.page import Table, html_page
 
 Results = Mapping[str, Any]

@@ -28,7 +28,8 @@ from cod_lightning.measure.batches import (
     step_counter,
 )
 from cod_lightning.measure.logit_lens import log_probabilities, token_chunks
-from cod_lightning.measure.result import HeatMap, Lines, Panel, Progress, Result
+from cod_lightning.measure.panels import HeatMap, Lines, Panel
+from cod_lightning.measure.result import Progress, Result
 
 EXACT_DEPTH = 16
 """Maximum depth for exact Shapley values, which need the losses of 2^16 coalitions."""
@@ -89,15 +90,8 @@ def block_influence(
 
     The cosine of unit vectors u and v is computed as 1 - |u - v|^2 / 2, which is accurate where they are close.
 
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each.
-        pad_id: padding token, not counted.
-        progress: called after each batch.
+    Options:
         longest: maximum number of contiguous blocks; None: all.
-
-    Raises:
-        UserError: there are no tokens, or `longest` exceeds the depth.
     """
     depth = model.depth
     longest = depth if longest is None else longest
@@ -160,16 +154,12 @@ def layer_importance(
 
     Each sampled order costs one loss per block and batch; exact values cost 2^depth losses.
 
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each.
-        pad_id: padding token, never a target.
-        progress: called after each coalition.
+    Options:
         permutations: number of sampled orders; None: exact values, for at most `EXACT_DEPTH` blocks.
         seed: seed of the sampled orders.
 
     Raises:
-        UserError: there are no targets, `permutations` is not positive, or the model is too deep for exact values.
+        UserError: the model is too deep for exact values.
     """
     depth, whole = model.depth, tuple(range(1, model.depth + 1))
     if permutations is None and depth > EXACT_DEPTH:
@@ -227,9 +217,9 @@ def coalition_losses(
     """
     order = sorted(set(coalitions))  # neighbours share their first blocks, whose outputs are reused
     totals, target_count = dict.fromkeys(order, 0.0), 0
-    known = list(iter_targets(model, batches, pad_id))
-    advance = step_counter(progress, len(known) * len(order))
-    for tokens, targets in known:
+    batches_with_targets = list(iter_targets(model, batches, pad_id))
+    advance = step_counter(progress, len(batches_with_targets) * len(order))
+    for tokens, targets in batches_with_targets:
         target_count += int((targets != IGNORE).sum())
         # `with_blocks` would give a block the mask of the place it moves up to; these keep that of their own place.
         inputs, blocks = model.block_functions(tokens)

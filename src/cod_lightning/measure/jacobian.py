@@ -3,7 +3,8 @@
 The Jacobian of a block is that of one token: J = d y_t / d x_t [hidden, hidden], the block's output at token t with
 respect to its input at the same token. It is a diagonal token block of the whole derivative and omits the part that
 attention carries from earlier tokens. One token of each sequence is perturbed and read at a time, so tokens do not mix,
-and all sequences of a batch are processed at once. J stops gradients where the forward pass does (GPAS).
+and all sequences of a batch are processed at once. J stops gradients where the forward pass does (GPAS). Results
+are in float64.
 
 `jacobian_products` estimates squares of norms without bias for each token. Square roots are computed after averaging
 over tokens, so their bias is of the order of 1 / tokens and does not depend on the number of probes.
@@ -33,8 +34,9 @@ from cod_lightning.measure.jacobian_products import (
     rademacher,
     vjp,
 )
+from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN
-from cod_lightning.measure.result import HeatMap, Lines, Panel, Progress, Result, table_rows
+from cod_lightning.measure.result import Progress, Result, table_rows
 
 STATISTICS = ("frobenius", "distance", "mean_diagonal", "diagonal_share", "largest_singular_value")
 
@@ -155,11 +157,7 @@ def jacobian(
     A block costs `probes` + 2 `iterations` backward passes for each batch and sampled position; with `exact` it costs
     as many as the hidden size.
 
-    Args:
-        model: in any dtype; the statistics are in float64.
-        batches: tokens [batch, length] each.
-        pad_id: padding token, never sampled.
-        progress: called with (blocks done, total) over all batches.
+    Options:
         layers: blocks, counting from 1; None: all.
         probes: random vectors per token, at least 2.
         tokens: positions sampled in each sequence without replacement. Sequences are weighted by their number of tokens
@@ -167,9 +165,6 @@ def jacobian(
         iterations: Lanczos iterations for the largest singular value.
         exact: compute every entry of J instead; for small models.
         seed: seed of positions and probes.
-
-    Raises:
-        UserError: an option is too small, a layer does not exist, or all tokens are padding.
     """
     require_positive(tokens=tokens, iterations=iterations)
     chosen = select_layers(model, layers)
@@ -198,14 +193,15 @@ def jacobian(
                 weights.append(block.weights.flatten()[sampled])
     weight = torch.cat(weights)
     summaries = [summarise(torch.cat(samples[layer]), weight) for layer in chosen]
-    values, errors = zip(*summaries, strict=True)
+    values = {name: [summary[name][0] for summary in summaries] for name in STATISTICS}
+    errors = {name: [summary[name][1] for summary in summaries] for name in STATISTICS}
     return Jacobian(
         model=model.name,
         layers=chosen,
         tokens=len(weight),
         probes=None if exact else probes,
-        **{name: list(column) for name, column in zip(STATISTICS, zip(*values, strict=True), strict=True)},
-        errors={name: list(column) for name, column in zip(STATISTICS, zip(*errors, strict=True), strict=True)},
+        **values,
+        errors=errors,
     )
 
 
@@ -224,18 +220,14 @@ def mean_jacobian(
 
     Each layer costs `tokens` * hidden size backward passes per batch, and hidden size ** 2 numbers.
 
-    Args:
-        model: in any dtype; the average is in float64.
-        batches: tokens [batch, length] each.
-        pad_id: padding token, never sampled.
-        progress: called with (blocks done, total) over all batches.
+    Options:
         layers: blocks, counting from 1; None: five from the first to the last, as in Figure 5.
         tokens: positions sampled in each sequence, as for `jacobian`.
         seed: seed of the positions.
         widest: largest hidden size allowed.
 
     Raises:
-        UserError: the model is wider, a layer does not exist, or all tokens are padding.
+        UserError: the model is wider than `widest`.
     """
     require_positive(tokens=tokens)
     chosen = select_layers(model, model.evenly_spaced(5) if layers is None else layers)
@@ -276,27 +268,20 @@ def jacobian_growth(
     time for all layers grows with the square of the depth. The graphs of all blocks are kept for one batch: about three
     times the memory of a training step on it.
 
-    Args:
-        model: in any dtype; norms are in float64.
-        batches: tokens [batch, length] each.
-        pad_id: padding token.
-        progress: called with (layers done, total) over all batches.
+    Options:
         layers: the l of d y_l / d x_1, counting from 1; None: all.
         probes: random vectors per sequence, which estimate the squared Frobenius norm without bias.
         iterations: Lanczos iterations for the largest singular value.
         seed: seed of the probes.
-
-    Raises:
-        UserError: an option is too small, a layer does not exist, or all tokens are padding.
     """
     require_positive(probes=probes, iterations=iterations)
     chosen = select_layers(model, layers)
     generator = torch.Generator().manual_seed(seed)
-    known = list(iter_batches(model, batches, pad_id))
+    masked_batches = list(iter_batches(model, batches, pad_id))
     spectral, squares = RunningMean(), RunningMean()
-    advance = step_counter(progress, len(known) * len(chosen))
+    advance = step_counter(progress, len(masked_batches) * len(chosen))
     with differentiable():
-        for batch, keep in known:
+        for batch, keep in masked_batches:
             batch, keep = batch[keep.any(1)], keep[keep.any(1)]
             inputs, functions = model.block_functions(batch)
             blocks = [jvp_and_vjp(*block) for block in zip(functions[: max(chosen)], inputs, strict=False)]
@@ -352,9 +337,9 @@ def iter_blocks_with_positions(
     progress: Progress | None,
 ) -> Iterator[BlockWithPositions]:
     """Yield every layer on every batch, with tokens that are sampled once per batch."""
-    known = list(iter_batches(model, batches, pad_id))
-    advance = step_counter(progress, len(known) * len(layers))
-    for batch, keep in known:
+    masked_batches = list(iter_batches(model, batches, pad_id))
+    advance = step_counter(progress, len(masked_batches) * len(layers))
+    for batch, keep in masked_batches:
         positions, weights = sample_positions(keep.cpu(), tokens, generator)
         inputs, functions = model.block_functions(batch)
         for layer in layers:
@@ -374,8 +359,8 @@ def sample_positions(keep: Tensor, count: int, generator: torch.Generator) -> tu
     return positions, kept * keep.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
 
 
-def summarise(samples: Tensor, weight: Tensor) -> tuple[list[float], list[float]]:
-    """Return the `STATISTICS` of a block and their standard errors, from `exact_statistics` of tokens [tokens, 5]."""
+def summarise(samples: Tensor, weight: Tensor) -> dict[str, tuple[float, float]]:
+    """Return each of `STATISTICS` of a block with its standard error, from `exact_statistics` of tokens [tokens, 5]."""
     mean = weight @ samples / weight.sum()
 
     def error(values: Tensor, center: Tensor) -> float:
@@ -384,15 +369,14 @@ def summarise(samples: Tensor, weight: Tensor) -> tuple[list[float], list[float]
         return float(spread) * (count / (count - 1)) ** 0.5 if count > 1 else 0.0
 
     share = mean[3] / mean[0]
-    results = [
-        root(float(mean[0]), error(samples[:, 0], mean[0])),
-        root(float(mean[1]), error(samples[:, 1], mean[1])),
-        (float(mean[2]), error(samples[:, 2], mean[2])),
+    return {
+        "frobenius": root(float(mean[0]), error(samples[:, 0], mean[0])),
+        "distance": root(float(mean[1]), error(samples[:, 1], mean[1])),
+        "mean_diagonal": (float(mean[2]), error(samples[:, 2], mean[2])),
         # Numerator and denominator come from the same tokens, so their errors mostly cancel.
-        root(float(share), error((samples[:, 3] - share * samples[:, 0]) / mean[0], torch.zeros(()))),
-        (float(mean[4]), error(samples[:, 4], mean[4])),
-    ]
-    return [value for value, _ in results], [error for _, error in results]
+        "diagonal_share": root(float(share), error((samples[:, 3] - share * samples[:, 0]) / mean[0], torch.zeros(()))),
+        "largest_singular_value": (float(mean[4]), error(samples[:, 4], mean[4])),
+    }
 
 
 def root(square: float, error: float) -> tuple[float, float]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from cod_lightning.kernels.loss import IGNORE, chunk_size
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, hidden_states, iter_targets
-from cod_lightning.measure.result import Lines, Panel, Progress, Result
+from cod_lightning.measure.panels import Lines, Panel
+from cod_lightning.measure.result import Progress, Result
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,7 @@ class LogitLens(Result):
 def logit_lens(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> LogitLens:
-    """Apply the final norm and the head to the output of every block.
-
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each.
-        pad_id: padding token, never a target.
-        progress: called after each batch.
-
-    Raises:
-        UserError: there are no targets.
-    """
+    """Apply the final norm and the head to the output of every block."""
     means = RunningMean()
     for tokens, targets in iter_targets(model, batches, pad_id, progress):
         keep = targets != IGNORE

@@ -17,7 +17,8 @@ from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import mean_loss, step_counter
 from cod_lightning.measure.importance import block_influence
 from cod_lightning.measure.options import require_choice
-from cod_lightning.measure.result import Bars, Lines, Panel, Progress, Result
+from cod_lightning.measure.panels import Bars, Lines, Panel
+from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.sparsity import (
     Method,
     alpha_sparsities,
@@ -116,30 +117,30 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
     depth, blocks = model.depth, model.blocks
     if unknown := sorted(set(layers) - set(range(1, depth + 1))):
         raise UserError(f"layers={unknown} do not exist: {model.name} has 1 to {depth}")
-    kept = [layer for layer in range(1, depth + 1) if layer not in layers]
-    if not kept:
+    remaining = [layer for layer in range(1, depth + 1) if layer not in layers]
+    if not remaining:
         raise UserError(f"layers={sorted(set(layers))} are all layers of {model.name}: keep at least one")
-    with model.with_blocks([blocks[layer - 1] for layer in kept]):  # so that only these are copied
+    with model.with_blocks([blocks[layer - 1] for layer in remaining]):  # so that only these are copied
         copy = ModelAdapter(deepcopy(model.model), model.name)
     if isinstance(copy.model, Decoder):
-        copy.model.config = dataclasses.replace(copy.model.config, num_hidden_layers=len(kept))
+        copy.model.config = dataclasses.replace(copy.model.config, num_hidden_layers=len(remaining))
     else:
-        renumber_layers(copy, kept, depth)
+        renumber_layers(copy, remaining, depth)
     return copy
 
 
-def renumber_layers(model: ModelAdapter, kept: list[int], depth: int) -> None:
-    """Adapt configuration and attention of a `transformers` model to the layers `kept` of `depth`, in place."""
+def renumber_layers(model: ModelAdapter, remaining: list[int], depth: int) -> None:
+    """Adapt configuration and attention of a `transformers` model to the layers `remaining` of `depth`, in place."""
     config = model.config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UserError(
             f"{model.name}: scale_attn_by_inverse_layer_idx divides attention by the layer's number, so blocks cannot "
             "move; prune a model without it"
         )
-    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    changes: dict[str, Any] = {"num_hidden_layers": len(remaining)}
     for name, value in vars(config).items():
         if "layer" in name and isinstance(value, list | tuple) and len(value) == depth:
-            changes[name] = type(value)(value[layer - 1] for layer in kept)
+            changes[name] = type(value)(value[layer - 1] for layer in remaining)
     for name, value in changes.items():
         setattr(config, name, value)
     for index, block in enumerate(model.blocks):
@@ -171,11 +172,7 @@ def prune(
 
     Exactly one of `layers`, `by` with `blocks`, and `sparsity` selects what is removed.
 
-    Args:
-        model: not modified.
-        batches: tokens [batch, length] each, for the selection and for the perplexity.
-        pad_id: padding token, not counted.
-        progress: called after each batch: of the selection, then of the evaluations before and after.
+    Options:
         folder: new or empty.
         export: writes the pruned model.
         layers: blocks to remove, counting from 1.
@@ -193,16 +190,7 @@ def prune(
         UserError: the options do not select exactly one way, or have invalid values; the folder is in use; or a stock
             Llama checkpoint cannot represent the model's strategy.
     """
-    ways = {"layers": layers, "by": by, "sparsity": sparsity}
-    if len(given := [name for name, value in ways.items() if value is not None]) != 1:
-        raise UserError(
-            "prune takes one of layers=, by= with blocks=, and sparsity="
-            + (f"; given: {', '.join(given)}" if given else "; none is given")
-        )
-    if (by is None) != (blocks is None):
-        raise UserError("by= selects blocks and blocks= is their number: give both, or layers= or sparsity=")
-    if sparsity is None and (allocation is not None or method is not None):
-        raise UserError("allocation= and method= need sparsity=")
+    require_one_selection(layers, by, blocks, sparsity, allocation, method)
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))
@@ -213,19 +201,10 @@ def prune(
         pruning = prune_blocks(model, batches, pad_id, progress, by, blocks)
     else:
         assert sparsity is not None
-        allocation, method = allocation or "owl", method or "wanda"
-        require_choice(Allocation, allocation=allocation)
-        require_choice(Method, method=method)
-        needs_norms = allocation == "owl" or method == "wanda"
-        norms = input_norms(model, batches, pad_id, progress) if needs_norms else []
-        if allocation == "owl":
-            sparsities = owl_sparsities(outlier_ratios(model, norms, threshold), sparsity, owl_lambda)
-        elif allocation == "alpha_pruning":
-            sparsities = alpha_sparsities(layer_alphas(model), sparsity, epsilon)
-        else:
-            sparsities = check_sparsities([sparsity] * model.depth, sparsity, "allocation=uniform")
-        sparse = sparsify(model, sparsities, method, norms)
-        pruning = Pruning(sparse, f"{method}, {allocation}", [], sparsities, "share of weights removed")
+        constants = {"threshold": threshold, "owl_lambda": owl_lambda, "epsilon": epsilon}
+        pruning = prune_weights(
+            model, batches, pad_id, progress, sparsity, allocation or "owl", method or "wanda", **constants
+        )
     advance = step_counter(progress, 2 * len(batches))
     loss_before, tokens = mean_loss(model, batches, pad_id, lambda *_: advance())
     loss_after, _ = mean_loss(pruning.model, batches, pad_id, lambda *_: advance())
@@ -249,6 +228,32 @@ def prune(
     )
 
 
+def require_one_selection(
+    layers: Sequence[int] | None,
+    by: Signal | None,
+    blocks: int | None,
+    sparsity: float | None,
+    allocation: Allocation | None,
+    method: Method | None,
+) -> None:
+    """Check that the options of `prune` select what is removed in exactly one way.
+
+    Raises:
+        UserError: they do not.
+    """
+    selections = {"layers": layers, "by": by, "sparsity": sparsity}
+    given = [name for name, value in selections.items() if value is not None]
+    if len(given) != 1:
+        raise UserError(
+            "prune takes one of layers=, by= with blocks=, and sparsity="
+            + (f"; given: {', '.join(given)}" if given else "; none is given")
+        )
+    if (by is None) != (blocks is None):
+        raise UserError("by= selects blocks and blocks= is their number: give both, or layers= or sparsity=")
+    if sparsity is None and (allocation is not None or method is not None):
+        raise UserError("allocation= and method= need sparsity=")
+
+
 def prune_blocks(
     model: ModelAdapter,
     batches: Sequence[Batch],
@@ -265,20 +270,52 @@ def prune_blocks(
     require_choice(Signal, by=by)
     if not 1 <= blocks < model.depth:
         raise UserError(f"blocks={blocks}: expected 1 to {model.depth - 1} of the {model.depth} of {model.name}")
-    if by == "removal":
-        result = removal(model, batches, pad_id, progress)
-        signal, label = [loss - result.loss for loss in result.losses], LOSS_INCREASE
-    else:
-        length = blocks if by == "streamline" else 1
-        influence = block_influence(model, batches, pad_id, progress, longest=length)
-        signal = [value for value in influence.distance[-1] if value is not None]
-        label = "block influence" if by == "influence" else f"1 - mean cosine over {length} blocks"
     if by == "streamline":
+        influence = block_influence(model, batches, pad_id, progress, longest=blocks)
         first, last = influence.best[-1]
         layers = list(range(first, last + 1))
+        signal = [value for value in influence.distance[-1] if value is not None]
+        return Pruning(remove_blocks(model, layers), by, layers, signal, f"1 - mean cosine over {blocks} blocks")
+    if by == "removal":
+        signal, label = removal(model, batches, pad_id, progress).series()["delta_loss"], LOSS_INCREASE
     else:
-        layers = sorted(sorted(range(1, model.depth + 1), key=lambda layer: signal[layer - 1])[:blocks])
-    return Pruning(remove_blocks(model, layers), by, layers, signal, label)
+        signal = block_influence(model, batches, pad_id, progress, longest=1).influence
+        label = "block influence"
+    ascending = sorted(range(1, model.depth + 1), key=lambda layer: signal[layer - 1])
+    layers = sorted(ascending[:blocks])
+    return Pruning(remove_blocks(model, layers), by, layers, list(signal), label)
+
+
+def prune_weights(
+    model: ModelAdapter,
+    batches: Sequence[Batch],
+    pad_id: int | None,
+    progress: Progress | None,
+    sparsity: float,
+    allocation: Allocation,
+    method: Method,
+    *,
+    threshold: float,
+    owl_lambda: float,
+    epsilon: float,
+) -> Pruning:
+    """Set a share of the weights to zero; see `prune`.
+
+    Raises:
+        UserError: the allocation or the method is unknown, or a sparsity is outside [0, 1].
+    """
+    require_choice(Allocation, allocation=allocation)
+    require_choice(Method, method=method)
+    needs_norms = allocation == "owl" or method == "wanda"
+    norms = input_norms(model, batches, pad_id, progress) if needs_norms else []
+    if allocation == "owl":
+        sparsities = owl_sparsities(outlier_ratios(model, norms, threshold), sparsity, owl_lambda)
+    elif allocation == "alpha_pruning":
+        sparsities = alpha_sparsities(layer_alphas(model), sparsity, epsilon)
+    else:
+        sparsities = check_sparsities([sparsity] * model.depth, sparsity, "allocation=uniform")
+    sparse = sparsify(model, sparsities, method, norms)
+    return Pruning(sparse, f"{method}, {allocation}", [], sparsities, "share of weights removed")
 
 
 def share_of_zeros(model: ModelAdapter) -> float:

@@ -16,7 +16,8 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches
 from cod_lightning.measure.options import require_choice
-from cod_lightning.measure.result import Lines, Panel, Progress, Result
+from cod_lightning.measure.panels import Lines, Panel
+from cod_lightning.measure.result import Progress, Result
 
 Method = Literal["wanda", "magnitude"]
 
@@ -60,18 +61,14 @@ def layer_sparsity(
 ) -> LayerSparsity:
     """Compute signals and sparsities of OWL and of AlphaPruning; the latter needs no tokens.
 
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each.
-        pad_id: padding token, not counted.
-        progress: called after each batch.
+    Options:
         sparsity: requested mean over the blocks; up to 0.53 all sparsities are below 1, at 0.7 some are not.
         threshold: OWL's M.
         owl_lambda: OWL's, see `owl_sparsities`.
         epsilon: AlphaPruning's, see `alpha_sparsities`.
 
     Raises:
-        UserError: there are no tokens, or a sparsity is outside [0, 1].
+        UserError: a sparsity is outside [0, 1].
     """
     batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)

@@ -25,16 +25,18 @@ from cod_lightning.measure.activation_stats import activation_stats, token_varia
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import hidden_states, iter_batches
 from cod_lightning.measure.jacobian import jacobian_growth
-from cod_lightning.measure.result import Lines, Panel, Progress, Result, table_rows
+from cod_lightning.measure.panels import Lines, Panel
+from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.measure.sparsity import linear_weights
 from cod_lightning.nn.decoder import Decoder
 
 GROWTH_SEQUENCES = 2
 """Sequences that the growth up to every layer is measured on: its time grows with the square of the depth."""
 
+FIRST_BLOCK = "The bound for L blocks has L - 1 factors, so that the first block alone would have a gain of at most 1."
 DISAGREEMENTS = {
     False: [
-        "The bound for L blocks has L - 1 factors, so that the first block alone would have a gain of at most 1.",
+        FIRST_BLOCK,
         "Lemma 3.2 allows variances up to exp(L), from sigma >= 1. Fed with its own result its recursion is "
         "d sigma^2 / dl = c sigma, so that sigma^2 grows as (c l / 2)^2: neither rate that Theorem 3.3 is about.",
         "M of Theorem 3.3 takes sigma_{x_l} = e^l, a variance of e^(2l), and log(1 + u) = u - u^2 / 2 with "
@@ -42,7 +44,7 @@ DISAGREEMENTS = {
         "For sigma^2 ~ l Theorem 3.3 says Theta(L); its product, of 1 + A / sqrt(l), grows as exp(2 A sqrt(L)).",
     ],
     True: [
-        "The bound for L blocks has L - 1 factors, so that the first block alone would have a gain of at most 1.",
+        FIRST_BLOCK,
         "Lemma 4.1 allows L^(2 - epsilon), for which 1 / (sqrt(k) sigma_k) is k^-(3/2 - epsilon/2); the proof writes "
         "the exponent 2 - epsilon/2. Fed with its own result its recursion gives sigma^2 ~ c^2 l.",
         "Theorem 4.2 says omega(1) for sigma^2 ~ l^(2 - epsilon) and Theta(L) for sigma^2 ~ l. The sums of "
@@ -190,9 +192,17 @@ def theory(
     if gains and not 3 <= len(gains) <= len(variances):
         raise UserError(f"{len(gains)} gains for {len(variances)} variances: expected 3 to {len(variances)}")
     c = fit_lemma(variances, lns)
-    shape_constants = [] if shapes is None else list(bound_constants(shapes))
-    fitted = list(fit_bound(variances, gains, lns)) if gains else []
-    offset = math.log(gains[0]) if gains else 0.0
+    shape_constants: list[float] = []
+    shape_log_bound: list[float] = []
+    if shapes is not None:
+        shape_constants = list(bound_constants(shapes))
+        shape_log_bound = log_gain_bound(variances, *shape_constants, lns=lns)
+    fitted_constants: list[float] = []
+    fitted_log_bound: list[float] = []
+    if gains:
+        fitted_constants = list(fit_bound(variances, gains, lns))
+        bound = log_gain_bound(variances, *fitted_constants, lns=lns)[: len(gains)]
+        fitted_log_bound = [math.log(gains[0]) + value for value in bound]
     return Theory(
         model=model,
         lns=lns,
@@ -204,14 +214,10 @@ def theory(
         growth=growth(variances),
         gains=list(gains),
         shape_constants=shape_constants,
-        shape_log_bound=log_gain_bound(variances, shape_constants[0], shape_constants[1], lns)
-        if shape_constants
-        else [],
+        shape_log_bound=shape_log_bound,
         log_m=log_m(*shape_constants) if shape_constants and not lns else None,
-        fitted_constants=fitted,
-        fitted_log_bound=[offset + value for value in log_gain_bound(variances, *fitted, lns=lns)[: len(gains)]]
-        if fitted
-        else [],
+        fitted_constants=fitted_constants,
+        fitted_log_bound=fitted_log_bound,
         disagreements=DISAGREEMENTS[lns],
     )
 
@@ -318,7 +324,7 @@ def log_products(terms: Tensor, weights: Sequence[float]) -> list[float]:
 def fit_nonnegative(terms: Tensor, logs: Sequence[float], steps: int = 500) -> list[float]:
     """Fit weights >= 0 whose `log_products` are nearest to `logs` in least squares, by Levenberg-Marquardt steps.
 
-    A weight of zero that a step would make negative stays zero.
+    A weight of zero that a step would make negative stays zero. numpy and torch have no solver with bounds.
 
     Args:
         terms: [n - 1, weights].
@@ -362,16 +368,14 @@ def measured_theory(
 ) -> Theory:
     """Measure variances and gradient growth, and compare them with the paper's lemma and theorem.
 
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each; the growth is measured on `GROWTH_SEQUENCES` sequences of the first.
-        pad_id: padding token, not counted.
-        progress: called during the measurement of the growth.
+    The growth is measured on `GROWTH_SEQUENCES` sequences of the first batch.
+
+    Options:
         lns: the model has LayerNorm Scaling. None: detect it, which an exported model with folded gains does not allow.
     """
-    behind = activation_stats(model, batches, pad_id).residual.variance
+    outputs = activation_stats(model, batches, pad_id).residual.variance
     return theory(
-        [embedding_variance(model, batches, pad_id), *behind],
+        [embedding_variance(model, batches, pad_id), *outputs],
         lns=has_lns(model) if lns is None else lns,
         shapes=shapes_of(model, batches[0].shape[1]),
         gains=jacobian_growth(model, [batches[0][:GROWTH_SEQUENCES]], pad_id, progress).spectral,
