@@ -201,9 +201,17 @@ def prune(
         pruning = prune_blocks(model, batches, pad_id, progress, by, blocks)
     else:
         assert sparsity is not None
-        constants = {"threshold": threshold, "owl_lambda": owl_lambda, "epsilon": epsilon}
         pruning = prune_weights(
-            model, batches, pad_id, progress, sparsity, allocation or "owl", method or "wanda", **constants
+            model,
+            batches,
+            pad_id,
+            progress,
+            sparsity,
+            allocation or "owl",
+            method or "wanda",
+            threshold=threshold,
+            owl_lambda=owl_lambda,
+            epsilon=epsilon,
         )
     advance = step_counter(progress, 2 * len(batches))
     loss_before, tokens = mean_loss(model, batches, pad_id, lambda *_: advance())
