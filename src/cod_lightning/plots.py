@@ -6,7 +6,8 @@ Import this module inside the function that draws: matplotlib takes half a secon
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,33 @@ def grid_figure(width: float, height: float, rows: int = 1, columns: int = 1, **
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def layer_lines(
+    axes: Axes,
+    lines: Mapping[str, Sequence[float | None]],
+    ylabel: str,
+    *,
+    log: bool = False,
+    x: Sequence[float] | None = None,
+    errors: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Draw one line for each entry of `lines`, by its label in the legend.
+
+    Args:
+        axes: to draw on.
+        lines: values of layers; None, and on a logarithmic axis a value that is not positive, leaves a gap.
+        ylabel: the quantity and its unit.
+        log: use a logarithmic y axis.
+        x: layers of the values; None: layers 1, 2, ....
+        errors: error bars of lines, by label.
+    """
+    for label, values in lines.items():
+        shown = [math.nan if value is None or (log and value <= 0) else value for value in values]
+        places = list(x or range(1, len(shown) + 1))[: len(shown)]
+        axes.errorbar(places, shown, (errors or {}).get(label), marker="o", ms=3, capsize=2, label=label)
+    axes.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
+    integer_ticks(axes.xaxis)
 
 
 def lines_by_depth(axes: Axes, steps: Sequence[int], values: Any, norm: Normalize | None = None) -> ScalarMappable:

@@ -44,12 +44,8 @@ class Lines:
     def draw(self, axes: Axes) -> None:
         from cod_lightning import plots
 
-        for label, values in self.lines.items():
-            y = [math.nan if value is None or (self.log and value <= 0) else value for value in values]
-            x = list(self.x or range(1, len(y) + 1))[: len(y)]
-            axes.errorbar(x, y, self.errors.get(label), marker="o", ms=3, capsize=2, label=label)
-        axes.set(xlabel=self.xlabel, ylabel=self.ylabel, yscale="log" if self.log else "linear")
-        plots.integer_ticks(axes.xaxis)
+        plots.layer_lines(axes, self.lines, self.ylabel, log=self.log, x=self.x, errors=self.errors)
+        axes.set_xlabel(self.xlabel)
         if self.level is not None:
             axes.axhline(self.level[1], color="black", lw=1, ls=":", label=self.level[0])
         draw_points(axes, self.points)
