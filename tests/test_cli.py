@@ -68,7 +68,7 @@ def test_help_does_not_import_torch_or_hydra(command):
 def test_fit_prints_metrics_a_variance_chart_and_the_run_folder(finished):
     folder, process = finished
     record = json.loads((folder / "record.json").read_text())
-    for figure in (f"{record['val_loss']:.4f}", f"{record['ppl']:.2f}", f"{record['ppl_paper_protocol']:.2f}"):
+    for figure in (f"{record['val_loss']:.4f}", f"{record['ppl']:.2f}"):
         assert figure in process.stdout
     assert "variance of the residual stream" in process.stdout
     assert str(folder) in process.stdout
@@ -477,7 +477,7 @@ def test_divergence_exits_with_2_and_keeps_the_checkpoint(toy, tmp_path):
     process = run("fit", *words, "trainer.max_steps=40", "trainer.checkpoint_every=1", "eval.every=100")
     assert process.returncode == 2, process.stderr
     assert re.search(
-        r"error: the loss is (nan|inf) at step \d+; .* appears in (layer \d+|lm_head|embedding)", process.stderr
+        r"error: the (loss is (nan|inf)|gradient is not finite) at step \d+.* (layer|lm_head|embed)", process.stderr
     )
     assert list((tmp_path / "diverges" / "checkpoints").glob("step-*.ckpt"))
     assert "Traceback" not in process.stderr

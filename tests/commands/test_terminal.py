@@ -1,14 +1,28 @@
 import io
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from cod_lightning.commands.terminal import WIDTH, result_table
+from cod_lightning.commands.terminal import WIDTH, result_table, run_summary, sweep_table
 
 
 def printed(table):
     console = Console(width=WIDTH, file=io.StringIO())
     console.print(table)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize("protocol", ["paper", "strict"])
+def test_tables_show_the_released_perplexity_only_under_the_paper_protocol(protocol):
+    config = {"protocol": protocol, "experiment": "x", "norm": {"name": "lns"}, "paper": {}, "row": None}
+    record = {
+        **{"val_loss": 4.0, "ppl": 54.6, "ppl_paper_protocol": 33.3, "steps": 1, "tokens": 8, "parameters": 9},
+        **{"tokens_per_second": 1.0, "wall_seconds": 1.0, "seed": 1, "history": {}, "config": config},
+    }
+    for table in (run_summary(record, Path("run")), sweep_table([("a", record), ("b", None)])):
+        assert ("ppl_paper_protocol" in printed(table)) == (protocol == "paper")
+        assert "54.60" in printed(table)
 
 
 def test_a_table_shows_as_many_rows_and_columns_as_it_has_room_for():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
@@ -85,6 +86,34 @@ def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
     expected = layer_statistics(build(tie_word_embeddings=True), TOKENS, None)
     assert layer_statistics(copy, TOKENS, None) == expected
     torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0, -1])(torch.ones(1, 3, 16))
+
+
+@pytest.mark.parametrize("norm", ["lns", "peri_ln", "admin", "layer_scale", "gpas"])
+def test_sharding_in_mixed_precision_rounds_what_autocast_rounds(tmp_path, norm):
+    def gains(decoder):
+        """Set the parameters outside of matrices to values that bfloat16 would round."""
+        for parameter in decoder.parameters():
+            if parameter.ndim == 1:
+                parameter.detach().fill_(1.001)
+
+    def mixed_step(decoder):
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(decoder)
+
+    one = build(norm)
+    gains(one)
+    expected, gradients = mixed_step(one)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = build(norm, lambda decoder: parallelise(decoder, mesh=mesh, dtype=torch.bfloat16))
+        gains(sharded)
+        loss, sharded_gradients = mixed_step(sharded)
+        assert loss == expected
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(sharded_gradients[name].full_tensor(), gradient, rtol=1e-6, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_missing_weight_is_named():

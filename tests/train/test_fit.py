@@ -11,7 +11,8 @@ from run_files import copy_checkpoints, history, last, losses, weights
 from cod_lightning.commands.fit import lock_folder, train_run
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
-from cod_lightning.errors import UserError
+from cod_lightning.errors import Diverged, UserError
+from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train import module
@@ -223,8 +224,30 @@ def test_a_run_resumes_from_its_newest_checkpoint(plain, train, tmp_path):
 
 def test_a_run_that_diverges_names_the_step_and_the_layer(train):
     words = ["optim.lr=1e30", "optim.warmup_ratio=0", "trainer.checkpoint_every=1", "eval.every=100"]
-    with pytest.raises(UserError, match=r"(the loss is \S+ at step \d+; .* appears in |is not finite after step)"):
+    with pytest.raises(UserError, match=r"the (loss is \S+|gradient is not finite) at step 2|is not finite after step"):
         train(*words, "name=diverges")
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+@pytest.mark.parametrize("last", [2, 6])
+def test_a_gradient_that_is_not_finite_is_caught_in_its_own_step(train, monkeypatch, clip, last):
+    steps = iter(range(1, 7))
+
+    def spoil(module):
+        if next(steps) == 2:
+            module.network.model.norm.weight.grad[0] = math.nan
+
+    monkeypatch.setattr(DecoderModule, "on_after_backward", spoil)
+    with pytest.raises(Diverged, match=r"gradient is not finite at step 2, first for model\.norm\.weight"):
+        train(f"trainer.max_steps={last}", f"optim.clip={clip}", "name=spoiled", *QUIET)
+
+
+def test_a_run_with_an_infinite_validation_loss_is_not_finished(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(Perplexity, "compute", lambda self: {"val_loss": math.inf})
+    with pytest.raises(Diverged, match="the validation loss is inf after step 1"):
+        train("trainer.max_steps=1", "name=infinite", *QUIET)
+    assert not (tmp_path / "infinite" / "record.json").exists()
+    assert not (tmp_path / "infinite" / "checkpoints" / "best.ckpt").exists()
 
 
 def test_a_vocabulary_that_is_too_small_is_an_error(train):

@@ -229,6 +229,13 @@ def test_consolidate_writes_the_checkpoint_of_one_process(output, single, sharde
     assert all(torch.equal(whole["state_dict"][name], tensor) for name, tensor in shards["state_dict"].items())
 
 
+def test_consolidate_copies_the_checkpoint_of_an_imported_model(tmp_path):
+    io, source = AtomicCheckpointIO(), tmp_path / "checkpoints" / "step-00000000.ckpt"
+    io.save_checkpoint({"state_dict": {"decoder.weight": torch.ones(3)}, "tokens": 0}, source)
+    assert main(["consolidate", str(tmp_path)]) == 0
+    assert read_checkpoint(source.with_name("whole-00000000.ckpt")).keys() == read_checkpoint(source).keys()
+
+
 def test_evaluate_reads_a_sharded_checkpoint(output, sharded):
     assert main(["evaluate", str(output / "two"), "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1"]) == 0
 

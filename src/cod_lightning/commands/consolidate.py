@@ -22,7 +22,7 @@ def run(run: Path, checkpoint: str, output: Path | None) -> int:
 
     path = checkpoint_of(run, checkpoint)
     content = read_checkpoint(path)
-    target = output or path.with_name(f"whole-{content['global_step']:08d}.ckpt")
+    target = output or path.with_name(f"whole-{content.get('global_step', 0):08d}.ckpt")
     if target.exists():
         raise UserError(f"{target} exists: name a new file with --output")
     io = AtomicCheckpointIO()

@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cod_lightning.config.schema import METRIC_FORMATS
+from cod_lightning.config.schema import METRIC_FORMATS, printed_metrics
 from cod_lightning.paper.claims import Experiment, by_target, columns
 from cod_lightning.paper.tables import comparison_table, summary_lines
 
@@ -42,7 +42,7 @@ def run_summary(record: Record, folder: Path) -> Group:
 
 def metrics(record: Record, config: Record) -> dict[str, str]:
     """The lines of a run's table: loss and perplexities, the published value if there is one, and the cost."""
-    shown = {name: f"{record[name]:{form}}" for name, form in METRIC_FORMATS.items() if name in record}
+    shown = {name: f"{record[name]:{METRIC_FORMATS[name]}}" for name in printed_metrics(record, config["protocol"])}
     published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
         values = published if isinstance(published, Mapping) else {"": published}
@@ -99,7 +99,8 @@ def sweep_table(records: Sequence[tuple[str, Record | None]]) -> Table:
     """
     table = Table(title="runs by validation loss", title_justify="left")
     table.add_column("run")
-    shown = [name for name in METRIC_FORMATS if any(record and name in record for _, record in records)]
+    printed = [printed_metrics(record, record["config"]["protocol"]) if record else [] for _, record in records]
+    shown = [name for name in METRIC_FORMATS if any(name in names for names in printed)]
     for name in (*shown, "last-layer variance", "tokens", "tokens/s", "wall time"):
         table.add_column(name, justify="right")
     for label, record in sorted(records, key=lambda item: item[1]["val_loss"] if item[1] else float("inf")):

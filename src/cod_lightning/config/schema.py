@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,13 @@ from cod_lightning.settings import metadata, setting
 
 METRIC_FORMATS = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
 """Figures of a validation and how they are printed; a task has some of them."""
+
+
+def printed_metrics(figures: Iterable[str], protocol: str) -> list[str]:
+    """The metrics among `figures` that tables print: the released evaluation's only with `protocol=paper`."""
+    return [name for name in METRIC_FORMATS if name in figures and (name, protocol) != ("ppl_paper_protocol", "strict")]
+
+
 COUNTS = ("val_tokens", "val_images")
 """Counts of the tokens or images that a validation evaluates."""
 

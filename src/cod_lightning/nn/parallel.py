@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -47,7 +47,8 @@ def parallelise(
             `selective`, all but the results of matrix products and attention.
         backend: compiles each block as one graph, such as "inductor"; None: no compilation.
         mesh: shards parameters, gradients and optimizer states: [shards] or [replicas, shards]; None: no sharding.
-        dtype: dtype of the gathered weights of blocks; None: that of the parameters. Gradients are reduced in float32.
+        dtype: dtype of the gathered linear layers of blocks; None: that of the parameters. Gradients are reduced in
+            float32.
         offload: keep the shards in CPU memory.
     """
     for block in model.blocks:
@@ -57,12 +58,25 @@ def parallelise(
             block.compile(fullgraph=True, backend=backend)
     if mesh is None:
         return
-    shared: dict[str, Any] = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
-    for block in model.blocks:
+    matrices = {
+        parameter
+        for block in model.blocks
+        for module in block.modules()
+        if isinstance(module, nn.Linear)
+        for parameter in module.parameters()
+    }
+
+    def shard(module: nn.Module, dtype: torch.dtype | None, ignored: set[nn.Parameter]) -> None:
         # `cast_forward_inputs` would round the residual stream.
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(block, mp_policy=policy, **shared)
-    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), **shared)
+        offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy, ignored_params=ignored)
+
+    # Autocast rounds the weights of linear layers only: norms and scales keep their dtype, so they are gathered with
+    # the embeddings. The model comes first, because it does not reach into blocks that are sharded already.
+    shard(model, None, ignored=matrices)
+    for block in model.blocks:
+        shard(block, dtype, ignored=set(block.parameters()) - matrices)
 
 
 def checkpointed(forward: Callable[..., Tensor], checkpointing: str) -> Callable[..., Tensor]:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn
 from torch import Tensor
 
 from cod_lightning import signals
-from cod_lightning.config.schema import COUNTS, METRIC_FORMATS
+from cod_lightning.config.schema import COUNTS, METRIC_FORMATS, printed_metrics
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.measure.activation_stats import plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
@@ -320,10 +320,10 @@ class ProgressLines(Callback):
                 f"{left / last['tokens_per_second']:,.0f} s left",
             )
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         metrics = trainer.callback_metrics
-        columns = [f"{name} {metrics[name]:{form}}" for name, form in METRIC_FORMATS.items() if name in metrics]
-        self.print_line(trainer, *columns)
+        names = printed_metrics(metrics, pl_module.config.protocol)
+        self.print_line(trainer, *(f"{name} {metrics[name]:{METRIC_FORMATS[name]}}" for name in names))
 
 
 class ProgressBar(RichProgressBar):

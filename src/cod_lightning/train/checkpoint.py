@@ -6,6 +6,7 @@ keys joined with "/", and `rest.pt` holds the other entries. Both read as the sa
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import warnings
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from cod_lightning.errors import Stopped, UserError, first_line
+from cod_lightning.errors import Diverged, Stopped, UserError, first_line
 from cod_lightning.files import open_atomic, partial_folder, remove, replace_path
 
 CHECKPOINTS = "checkpoints"
@@ -382,6 +383,8 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = trainer.global_step
         loss = float(trainer.callback_metrics["val_loss"])
+        if not math.isfinite(loss):
+            raise Diverged(f"the validation loss is {loss} after step {trainer.global_step}: the run is not finished")
         if loss < self.best:
             self.best = loss
             self.save(trainer, BEST)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,9 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from cod_lightning.config.schema import Config
@@ -142,7 +145,7 @@ class StepModule(LightningModule, ABC):
             `loss`, the mean of the step over all ranks by `optim.weighting`; `lr`; `tokens` read so far.
 
         Raises:
-            Diverged: the loss is not finite; the parameters are unchanged.
+            Diverged: the loss or the norm of the gradient is not finite; the parameters are unchanged.
         """
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -172,15 +175,23 @@ class StepModule(LightningModule, ABC):
                 # The strategy averages gradients over the ranks, but the loss is already divided by the global count.
                 self.manual_backward(loss * self.trainer.world_size)
         (total,) = self.sum_over_ranks(total)
-        value = float(total)
-        if not torch.isfinite(total):
+        gradients = gradient_parameters(optimizer.optimizer)
+        norm = gradient_norm(gradients)
+        # One wait for the device serves both.
+        value, norm_value = torch.stack([total, norm.to(total)]).tolist()
+        if not math.isfinite(value):
             layers = (first_bad_layer(self.network, *part) for part in micro_batches)
             bad = next((layer for layer in layers if layer), "the loss, or on another rank")
             raise Diverged(
                 f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. {ADVICE}"
             )
+        if not math.isfinite(norm_value):
+            # The backward pass computes the gradients of the last parameters first.
+            names = [name for name, parameter in self.network.named_parameters() if not is_finite(parameter.grad)]
+            bad = names[-1] if names else "a parameter on another rank"
+            raise Diverged(f"the gradient is not finite at step {step}, first for {bad}. {ADVICE}")
         if self.optim.clip > 0:
-            self.clip_gradients(optimizer.optimizer, gradient_clip_val=self.optim.clip, gradient_clip_algorithm="norm")
+            torch.nn.utils.clip_grads_with_norm_(gradients, self.optim.clip, norm)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -287,6 +298,22 @@ class DecoderModule(StepModule):
         self.perplexity.reset()
         self.accuracy.reset()
         self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
+
+
+def gradient_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimizer that have a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Norm of the gradient over all ranks, as a tensor, so that the caller decides when to wait for the device."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def is_finite(gradient: Tensor | None) -> bool:
+    """Whether this rank's part of a gradient is finite; True without a gradient."""
+    return gradient is None or bool(torch.isfinite(to_local(gradient)).all())
 
 
 def rank_share(inputs: Tensor, rank: int, world_size: int, filler: int) -> Tensor:
