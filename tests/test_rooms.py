@@ -22,7 +22,7 @@ COMMON = (
 )
 """Top-level modules that everyone may import; they import only each other."""
 
-TOP = ("cli", "__main__")
+TOP = ("cli", "hf", "__main__")
 """Top-level modules that make up the last room."""
 
 ROOMS = ("common", "kernels", "nn", "data", "evaluate", "measure", "config", "train", "paper", "commands", "top")

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from cod_lightning.config.saved import load
 from cod_lightning.config.schema import TOKENIZER, Config, run_of
 from cod_lightning.data.datamodule import tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
@@ -50,6 +51,23 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
     if path is None or not path.exists():
         raise UserError(f"{folder}: no {which} checkpoint in {CHECKPOINTS}/; train the run first with fit")
     return path
+
+
+def load_run(
+    folder: str | Path, checkpoint: str = "last", trust_code: bool = False
+) -> tuple[Decoder, DocumentTokenizer]:
+    """The decoder of a run folder, on the CPU, and its tokenizer.
+
+    Args:
+        folder: written by `fit` or `import`.
+        checkpoint: "last", or "best" by validation loss.
+        trust_code: import the strategy `norm=package.module:function` that the run names.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged file, or a run of images.
+    """
+    config = load(Path(folder), trust_code=trust_code)
+    return load_decoder(config, Path(folder), checkpoint_of(Path(folder), checkpoint))
 
 
 def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decoder, DocumentTokenizer]:

@@ -1,0 +1,42 @@
+from . import hf, measure
+from .kernels.loss import linear_cross_entropy, reference_linear_cross_entropy
+from .kernels.norm import add_norm
+from .kernels.reference import reference_add_norm
+from .measure.adapter import ModelAdapter, load_pretrained
+from .nn.apply import apply, fold
+from .nn.config import DecoderConfig
+from .nn.decoder import Decoder
+from .nn.init import build_decoder
+from .nn.layouts import Layout
+from .nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, block, build_all, register
+from .nn.verify import verify
+from .train.load import load_run
+from .train.monitor import DepthMonitor
+
+__version__: str
+__all__ = [
+    "STRATEGIES",
+    "BlockSpec",
+    "Decoder",
+    "DecoderConfig",
+    "DepthMonitor",
+    "Layout",
+    "ModelAdapter",
+    "SublayerSpec",
+    "__version__",
+    "add_norm",
+    "apply",
+    "block",
+    "build_all",
+    "build_decoder",
+    "fold",
+    "hf",
+    "linear_cross_entropy",
+    "load_pretrained",
+    "load_run",
+    "measure",
+    "reference_add_norm",
+    "reference_linear_cross_entropy",
+    "register",
+    "verify",
+]

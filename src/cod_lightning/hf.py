@@ -1,0 +1,36 @@
+"""For the Trainer of `transformers` and those derived from it, such as TRL's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from cod_lightning.train.monitor import DepthMonitor
+
+
+class DepthMonitorCallback(TrainerCallback):
+    """A `DepthMonitor` for the Trainer of `transformers`; its numbers go where the trainer's logs go.
+
+        trainer.add_callback(cod.hf.DepthMonitorCallback(trainer, probe=tokens, every=100))
+
+    Args:
+        trainer: logs the numbers.
+        **options: of `DepthMonitor`.
+    """
+
+    def __init__(self, trainer: Any, **options: Any):
+        self.trainer, self.monitor = trainer, DepthMonitor(**options)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.log(state, control, others["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.log(state, control, others["model"])
+
+    def log(self, state: Any, control: Any, model: Any) -> None:
+        """Measure if it is time, and log the numbers."""
+        if numbers := self.monitor.step(model, state.global_step):
+            should_log = control.should_log
+            self.trainer.log(numbers)
+            control.should_log = should_log  # `log` clears it, and the loss of this step would not be logged

@@ -1,0 +1,179 @@
+"""Watch the layers of a model while it trains, in any trainer: variance, gradients and Jacobian of every block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cod_lightning.errors import UserError, nearest
+from cod_lightning.kernels.loss import IGNORE, next_tokens
+from cod_lightning.measure.activation_stats import token_variance
+from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.batches import token_mask
+from cod_lightning.measure.registry import MEASURES
+from cod_lightning.train.callbacks import TRAINING_MEASURES
+
+Series = dict[str, list[Any]]
+"""Values by layer; a series `layer` holds the numbers of the layers if they are not 1, 2, ...."""
+
+
+class DepthMonitor(Callback):
+    """Measure the layers of a model every `every` steps on a fixed batch, and log one number a layer and measure.
+
+    A callback for Lightning, around any LightningModule that holds a language model; `step` serves any other loop.
+    Training is the same to the bit with and without it: random states, training mode and gradients are restored.
+
+    Args:
+        probe: tokens [batch, length], the same at every step; held-out text, best 8 to 32 sequences.
+        every: steps between measurements.
+        measures: "variance" (mean and median over tokens of the variance of the residual stream), "gradient_norm" (of
+            each block's parameters), and names of the command `measure`, such as "jacobian", here on eight layers.
+        pad_id: padding token, which is not measured; None: there is no padding.
+
+    Raises:
+        UserError: a measure does not exist, or the probe is not a batch of tokens.
+    """
+
+    def __init__(
+        self,
+        probe: Tensor,
+        every: int = 100,
+        measures: Sequence[str] = ("variance", "gradient_norm", "jacobian"),
+        pad_id: int | None = None,
+    ):
+        if probe.ndim != 2 or probe.is_floating_point():
+            raise UserError(f"probe: expected tokens [batch, length], not {probe.dtype} {list(probe.shape)}")
+        if unknown := [name for name in measures if name not in MONITORED]:
+            raise UserError(f"measures: {unknown[0]!r} is not a measure: {nearest(unknown[0], MONITORED)}")
+        self.probe, self.every, self.measures, self.pad_id = probe, every, tuple(measures), pad_id
+        self.last_step = -1
+
+    def step(self, model: nn.Module, step: int) -> dict[str, float]:
+        """The measured numbers, such as `variance/layer_01`, if it is time for them, else an empty dictionary.
+
+        Args:
+            model: as for `measure`.
+            step: number of optimizer steps so far.
+        """
+        if step % self.every or step == self.last_step:
+            return {}
+        self.last_step = step
+        return self.measure(model)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Measure now.
+
+        Args:
+            model: a language model that `measure` reads, or a module that holds one.
+
+        Raises:
+            UserError: the model is not laid out in a known way, or the probe has tokens that its vocabulary lacks.
+        """
+        adapter = find_model(model)
+        vocabulary = len(adapter.head_weight)
+        if (largest := int(self.probe.max())) >= vocabulary:
+            raise UserError(
+                f"probe: token {largest} is not in the model's vocabulary of {vocabulary}: another tokenizer?"
+            )
+        numbers = {}
+        with isolate_rng(), evaluation(adapter.model):
+            for name in self.measures:
+                series = MONITORED[name](adapter, self.probe.to(adapter.device), self.pad_id)
+                layers = series.pop("layer", range(1, adapter.depth + 1))
+                for column, values in series.items():
+                    group = column if column.startswith(name) else f"{name}_{column}"
+                    by_layer = zip(layers, values, strict=False)  # `gain` has an entry less
+                    numbers |= {f"{group}/layer_{layer:02d}": value for layer, value in by_layer if value is not None}
+        return numbers
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.record(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.record(trainer, pl_module)
+
+    def record(self, trainer: Any, pl_module: Any) -> None:
+        """Measure if it is time, and give the numbers to the trainer's loggers."""
+        if numbers := self.step(pl_module, trainer.global_step):
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
+
+
+def find_model(module: nn.Module) -> ModelAdapter:
+    """The language model that a module is, wraps or holds.
+
+    Raises:
+        UserError: there is none that is laid out in a known way.
+    """
+    for candidate in module.modules():
+        try:
+            return ModelAdapter(candidate)
+        except UserError:
+            continue
+    return ModelAdapter(module)  # raises, naming the module
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Generator[None]:
+    """Evaluation mode inside the `with`; afterwards every module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def variance(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
+    """Variance of the residual stream behind every block: mean and median over tokens."""
+    keep, means, medians = token_mask(model, tokens, pad_id), [], []
+
+    def hook(name: str, layer: int, x: Tensor) -> None:
+        if name == "residual":
+            values = token_variance(x)[keep]
+            means.append(values.mean())
+            medians.append(values.median())
+
+    model.logits(tokens, hook)
+    return {"variance": torch.stack(means).tolist(), "variance_median": torch.stack(medians).tolist()}
+
+
+def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
+    """L2 norm of the gradient of the mean loss with respect to every block's parameters; `.grad` stays as it is."""
+    parameters = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
+    if any(isinstance(parameter, DTensor) for block in parameters for parameter in block):
+        raise UserError("measures: gradient_norm does not support sharded parameters (FSDP): leave it out")
+    with torch.enable_grad():
+        logits = model.logits(tokens).float().flatten(0, 1)
+        loss = F.cross_entropy(logits, next_tokens(tokens, pad_id).flatten(), ignore_index=IGNORE)
+        flat = [parameter for block in parameters for parameter in block]
+        gradients = iter(torch.autograd.grad(loss, flat, materialize_grads=True))
+    norms = [torch.stack([next(gradients).float().norm() for _ in block] or [loss * 0]).norm() for block in parameters]
+    return {"gradient_norm": torch.stack(norms).tolist()}
+
+
+def registered(name: str) -> Callable[[ModelAdapter, Tensor, int | None], Series]:
+    """A measure of the registry as a function of a monitor."""
+
+    def measure(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
+        return MEASURES[name].recorded(TRAINING_MEASURES[name](model, [tokens], pad_id, lambda done, total: None))
+
+    return measure
+
+
+MONITORED: dict[str, Callable[[ModelAdapter, Tensor, int | None], Series]] = {
+    **{name: registered(name) for name in MEASURES},
+    "variance": variance,
+    "gradient_norm": gradient_norm,
+}
+"""What a `DepthMonitor` measures, by name."""

@@ -1,0 +1,178 @@
+"""LNS and a `DepthMonitor` in other people's training code: the same model, batches and optimizer everywhere."""
+
+import csv
+from copy import deepcopy
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+import cod_lightning as cod
+from cod_lightning.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+SEQUENCE = torch.arange(12) * 5 % 32
+PROBE = torch.arange(24).reshape(2, 12) * 7 % 32
+STEPS, LR = 4, 0.1
+MEASURES = ("variance", "gradient_norm", "jacobian", "angular")
+
+
+def build_llama(dropout=0.0):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, attention_dropout=dropout, **shape)
+    return cod.apply(transformers.LlamaForCausalLM(config), "lns")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build_llama()
+
+
+def monitor(measures=MEASURES):
+    return cod.DepthMonitor(probe=PROBE, every=2, measures=measures)
+
+
+def plain_loop(model, watch=None):
+    """Losses of a loop of one's own, and what the monitor measured, by step."""
+    model.train()
+    torch.manual_seed(1)
+    optimizer, losses, measured = torch.optim.SGD(model.parameters(), lr=LR), [], {}
+    for step in range(STEPS + 1):
+        if watch and (numbers := watch.step(model, step)):
+            measured[step] = numbers
+        if step == STEPS:
+            return losses, measured
+        loss = model(input_ids=SEQUENCE[None], labels=SEQUENCE[None]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+
+class Module(pl.LightningModule):
+    """A LightningModule that knows nothing of this package."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.language_model, self.losses = model, []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.language_model(input_ids=batch, labels=batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=LR)
+
+
+def lightning_loop(model, folder, watch):
+    module = Module(model.train())
+    logger = CSVLogger(folder)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options = {"accelerator": "cpu", "devices": 1, "max_steps": STEPS, "log_every_n_steps": 1}
+    trainer = pl.Trainer(logger=logger, callbacks=[watch], **options, **quiet)
+    torch.manual_seed(1)
+    trainer.fit(module, DataLoader([SEQUENCE] * STEPS))
+    logged = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
+    return module.losses, {int(row["step"]): float(row["variance/layer_03"]) for row in logged}
+
+
+def hugging_face_loop(model, folder, watch_options):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = [{"input_ids": SEQUENCE, "labels": SEQUENCE}] * STEPS
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer.add_callback(cod.hf.DepthMonitorCallback(trainer, **watch_options))
+    torch.manual_seed(1)
+    trainer.train()
+    return trainer.state.log_history
+
+
+def test_the_monitor_does_not_change_a_bit_of_the_training():
+    watched, bare = build_llama(dropout=0.5), build_llama(dropout=0.5)
+    assert plain_loop(watched, monitor())[0] == plain_loop(bare)[0]
+    assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), bare.parameters(), strict=True))
+
+
+def test_the_monitor_measures_every_layer(llama):
+    measured = plain_loop(deepcopy(llama), monitor())[1]
+    assert list(measured) == [0, 2, 4]
+    for group in ("variance", "variance_median", "gradient_norm", "jacobian_frobenius"):
+        assert [name for name in measured[0] if name.startswith(f"{group}/")] == [
+            f"{group}/layer_0{layer}" for layer in (1, 2, 3)
+        ]
+
+
+def test_the_variance_is_that_of_the_hidden_states(llama):
+    model = deepcopy(llama).eval()
+    states = model.model(PROBE, output_hidden_states=True).hidden_states[1]
+    measured = monitor(["variance"]).step(model, 0)
+    assert measured["variance/layer_01"] == pytest.approx(states.var(-1).mean().item())
+    assert measured["variance_median/layer_01"] == pytest.approx(states.var(-1).median().item())
+
+
+def test_the_gradient_norm_is_that_of_a_backward_pass(llama):
+    model = deepcopy(llama).eval()
+    measured = monitor(["gradient_norm"]).step(model, 0)
+    model(input_ids=PROBE, labels=PROBE).loss.backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in model.model.layers[1].parameters()]).norm()
+    assert measured["gradient_norm/layer_02"] == pytest.approx(norm.item())
+
+
+def test_a_lightning_module_trains_the_same_and_logs_the_monitor(llama, tmp_path):
+    losses, measured = plain_loop(deepcopy(llama), monitor())
+    lightning_losses, logged = lightning_loop(deepcopy(llama), tmp_path, monitor())
+    assert lightning_losses == pytest.approx(losses)
+    assert logged == pytest.approx({step: numbers["variance/layer_03"] for step, numbers in measured.items()})
+
+
+def test_the_hugging_face_trainer_trains_the_same_and_logs_the_monitor(llama, tmp_path):
+    pytest.importorskip("accelerate")
+    losses, measured = plain_loop(deepcopy(llama), monitor())
+    options = {"probe": PROBE, "every": 2, "measures": ["variance"]}
+    history = hugging_face_loop(deepcopy(llama), tmp_path, options)
+    assert [row["loss"] for row in history if "loss" in row] == pytest.approx(losses, abs=2e-4)  # logged rounded
+    assert {row["step"]: row["variance/layer_03"] for row in history if "variance/layer_03" in row} == pytest.approx(
+        {step: numbers["variance/layer_03"] for step, numbers in measured.items()}
+    )
+
+
+def test_a_compiled_model_is_monitored(llama):
+    compiled = torch.compile(deepcopy(llama), backend="eager")
+    assert monitor(["variance"]).step(compiled, 0) == monitor(["variance"]).step(llama, 0)
+
+
+WRONG = {
+    "another vocabulary": (lambda: cod.DepthMonitor(PROBE + 20), "token 51 is not in the model's vocabulary of 32"),
+    "an unknown measure": (lambda: cod.DepthMonitor(PROBE, measures=["varianc"]), "variance"),
+    "a probe of numbers": (lambda: cod.DepthMonitor(PROBE.float()), "expected tokens"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_monitor_is_an_error(llama, case):
+    build, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        build().step(llama, 0)
+
+
+def test_a_model_without_known_blocks_is_an_error():
+    with pytest.raises(UserError, match="Linear has an unknown layout"):
+        monitor().step(torch.nn.Linear(2, 2), 0)
