@@ -528,6 +528,20 @@ def test_code_in_a_model_folder_is_not_executed(command, weights, toy, tmp_path,
     assert "model: not a c" in error_of(command, capsys, monkeypatch, toy)
 
 
+PRUNE = ["measure", "prune", "model", "layers=1", "--output", "x"]
+
+
+@pytest.mark.parametrize("command", [["measure", "variance", "model"], PRUNE])
+def test_commands_refuse_weights_of_another_name(command, toy, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=300, **shape))
+    model.config.save_pretrained("model")
+    torch.save({f"_orig_mod.{name}": x for name, x in model.state_dict().items()}, "model/pytorch_model.bin")
+    assert "model: the checkpoint lacks lm_head.weight and 20 other" in error_of(command, capsys, monkeypatch, toy)
+
+
 def test_out_of_memory_is_an_error_that_names_the_remedies(toy, tmp_path, capsys):
     assert main(["fit", *toy, f"output={tmp_path}", "model.intermediate_size=99999999999"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

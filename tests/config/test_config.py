@@ -168,6 +168,10 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
         (["model.num_attention_heads=5"], ["model.num_attention_heads=5", "model.hidden_size=96"]),
         (["model.norm=batch"], ["model.norm='batch'", "known: layer, rms"]),
         (["model.vocab_size=100"], ["model.vocab_size=100 is smaller", "data.vocab_size=4096"]),
+        (
+            ["model.max_position_embeddings=64", "data.seq_len=65"],
+            ["data.seq_len=65 is longer than", "model.max_position_embeddings=64"],
+        ),
         (["norm=group_ln", "norm.groups=7"], ["norm.groups=7", "model.hidden_size=96"]),
         (["optim.warmup_steps=250"], ["optim.warmup_steps=250", "trainer.max_steps=250"]),
         (["optim.warmup_ratio=1"], ["optim.warmup_ratio=1", "trainer.max_steps=250"]),

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from cod_lightning.errors import UserError
 from cod_lightning.evaluate.generate import generate
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
@@ -39,3 +40,8 @@ def test_the_seed_determines_the_sample(decoder):
 def test_generation_stops_before_the_end_token(decoder):
     tokens = greedy(decoder, [1], 1)
     assert list(generate(decoder, [1], max_tokens=6, temperature=0, eos_id=tokens[0])) == []
+
+
+def test_a_token_without_an_embedding_is_an_error(decoder):
+    with pytest.raises(UserError, match="token 9, but the model has embeddings for 9"):
+        next(generate(decoder, [1, 9], max_tokens=1))

@@ -5,7 +5,8 @@ from builders import ALL_FAMILIES, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import ModelAdapter, load_pretrained
+from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.nn.pretrained import load_pretrained
 
 every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
 TOKENS = tokens(2, 7)
@@ -108,7 +109,8 @@ def test_a_model_is_loaded_with_its_tokenizer(causal_lm, family, tmp_path):
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(37)}, unk_token="w0")
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    loaded, tokenizer = load_pretrained(str(tmp_path))
+    checkpoint = load_pretrained(tmp_path)
+    loaded, tokenizer = ModelAdapter(checkpoint.model), checkpoint.tokenizer()
     torch.testing.assert_close(loaded.logits(TOKENS), saved.logits(TOKENS))
     assert tokenizer("w7", add_special_tokens=False)["input_ids"] == [7]
 
@@ -128,5 +130,5 @@ def test_a_model_with_an_unknown_layout_is_an_error():
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(UserError, match="not a causal language model of transformers"):
+    with pytest.raises(UserError, match="not a checkpoint of a causal language model"):
         load_pretrained(str(tmp_path))

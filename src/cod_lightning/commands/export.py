@@ -16,7 +16,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--to", choices=("hf",), default="hf", help="format: Hugging Face (default)")
     parser.add_argument("--output", type=Path, help="new folder (default: hf, inside the run folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--max-length", type=int, help="max_position_embeddings (default: the run's data.seq_len)")
+    parser.add_argument(
+        "--max-length", type=int, help="max_position_embeddings (default: that of an imported model, else data.seq_len)"
+    )
 
 
 def run(
@@ -35,6 +37,6 @@ def run(
     folder = output or run / to
     check_new_folder(folder)
     decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
-    export(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.data.seq_len)
+    export(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.max_length)
     print(folder)
     return 0

@@ -12,7 +12,7 @@ HELP = "Make a run folder from a Llama, Mistral or Qwen2 checkpoint, for evaluat
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="folder of the checkpoint, or its name on the hub")
+    parser.add_argument("model", help="folder of the checkpoint, .gguf file, or name on the hub")
     parser.add_argument("--output", type=Path, required=True, help="new run folder")
 
 
@@ -23,7 +23,7 @@ def run(model: str, output: Path) -> int:
     from cod_lightning.config.validate import problems
     from cod_lightning.data.config import DataConfig
 
-    require_model(model, "Give a folder with config.json, weights and tokenizer.")
+    require_model(model, "Give a folder with config.json, weights and tokenizer, or a .gguf file.")
     from cod_lightning.data.tokenizers import load_tokenizer, with_pad_below
     from cod_lightning.files import check_new_folder, new_folder
     from cod_lightning.nn.huggingface import import_hf
@@ -31,7 +31,13 @@ def run(model: str, output: Path) -> int:
 
     check_new_folder(output)
     decoder = import_hf(model)
-    tokenizer = with_pad_below(load_tokenizer(model), decoder.lm_head.out_features)
+    tokenizer = load_tokenizer(model)
+    if tokenizer.eos_id >= decoder.lm_head.out_features:
+        raise UserError(
+            f"{model}: the end-of-sequence token {tokenizer.eos_id} has no embedding: the model has "
+            f"{decoder.lm_head.out_features} tokens: use the tokenizer that it was trained with"
+        )
+    tokenizer = with_pad_below(tokenizer, decoder.lm_head.out_features)
     config = Config(
         experiment="import",
         description=f"Imported from {model}.",
@@ -41,7 +47,8 @@ def run(model: str, output: Path) -> int:
             tokenizer=str(output.absolute() / TOKENIZER),
             # Unused, but `evaluate data=...` checks it before it sets this tokenizer.
             vocab_size=decoder.lm_head.out_features,
-            seq_len=1024,  # the usual length for perplexities of pre-trained models; evaluate can change it
+            # The usual length for perplexities of pre-trained models; evaluate can change it.
+            seq_len=min(1024, decoder.config.max_position_embeddings or 1024),
             micro_batch_size=1,
         ),
     )

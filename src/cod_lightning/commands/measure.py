@@ -46,7 +46,9 @@ prune writes a model that stock transformers loads, without some blocks or weigh
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("study", help="variance, jacobian, angular, removal, influence, theory, all, compare, or prune")
-    parser.add_argument("words", nargs="+", metavar="model|key=value", help="run folder, model folder or hub name")
+    parser.add_argument(
+        "words", nargs="+", metavar="model|key=value", help="run folder, model folder, .gguf file or hub name"
+    )
     add_checkpoint(parser)
     add_trust_code(parser)
     parser.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
@@ -132,7 +134,7 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
 
         return open_run(config, Path(model), checkpoint_of(Path(model), checkpoint), rows)
     config = compose(overrides)
-    require_model(model, "Give a run folder, or a folder with config.json, weights and tokenizer.")
+    require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
     from cod_lightning.commands.measure_runner import open_model
 
     return open_model(model, config, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,14 @@ from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
 from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter, load_pretrained
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.compare import COMPARED, comparison_page
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures_of, options_for
 from cod_lightning.measure.result import Result, save
-from cod_lightning.nn.huggingface import export, quiet_transformers
+from cod_lightning.nn.huggingface import export
+from cod_lightning.nn.pretrained import load_pretrained, require_embeddings, require_length, save_pretrained
 from cod_lightning.train.load import load_decoder, load_vit
 from cod_lightning.train.strategy import accelerator
 
@@ -76,7 +78,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subje
         ModelAdapter(decoder.to(accelerator(config.trainer)).eval(), folder.name),
         list(tokens.split(config.data.micro_batch_size)),
         data.pad_id,
-        partial(export, tokenizer=tokenizer, max_length=config.data.seq_len),
+        partial(export, tokenizer=tokenizer, max_length=config.max_length),
     )
 
 
@@ -96,17 +98,23 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
     Raises:
         UserError: the model or the text cannot be read.
     """
-    model, tokenizer = load_pretrained(name, device=accelerator(config.trainer))
+    device = accelerator(config.trainer)
+    checkpoint = load_pretrained(name, check=lambda found: require_length(found, name, config.data.seq_len))
+    tokenizer = checkpoint.tokenizer()
+    if checkpoint.source.gguf is not None:
+        print(f"{name}: quantized weights are dequantized to float32", file=sys.stderr)
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def write(model: Any, folder: Path) -> None:
-        with quiet_transformers():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        if checkpoint.dropped:
+            print(f"{name}: generation settings dropped as invalid: {', '.join(checkpoint.dropped)}", file=sys.stderr)
+        save_pretrained(model.to(checkpoint.dtype), folder, tokenizer)
 
     tokens = packed(open_corpus(config.data).val(), encode, tokenizer.eos_token_id, rows, config.data.seq_len)
+    require_embeddings(checkpoint.model, tokenizer, tokens, name)
+    model = ModelAdapter(checkpoint.model.to(device), Path(name).name)
     return Subject(model, list(tokens.split(config.data.micro_batch_size)), None, write)
 
 

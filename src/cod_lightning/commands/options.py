@@ -102,13 +102,13 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool = Fals
 
 
 def require_model(model: str, alternative: str) -> None:
-    """Check that a model is a local folder, cached, or can be downloaded from the Hugging Face hub.
+    """Check that a model is a local folder or .gguf file, cached, or can be downloaded from the Hugging Face hub.
 
     Raises:
         UserError: the model is not available; the error ends with `alternative`, which says what to pass instead.
     """
     require_path(model)
-    if not Path(model).is_dir():
+    if not Path(model).is_dir() and not (model.endswith(".gguf") and Path(model).is_file()):
         from cod_lightning.data.hub import require_cached_or_hub
 
         require_cached_or_hub(model, alternative)

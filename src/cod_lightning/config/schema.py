@@ -178,6 +178,11 @@ class Config:
     """Settings of the experiment at each scale, in addition to those of the scale itself."""
 
     @property
+    def max_length(self) -> int:
+        """Longest supported sequence: that of the imported model, or the one of the run."""
+        return self.model.max_position_embeddings or self.data.seq_len
+
+    @property
     def id(self) -> str:
         """Eight hexadecimal digits, a hash of the settings that change the result of a run.
 

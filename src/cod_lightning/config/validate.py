@@ -140,6 +140,11 @@ def model_errors(config: Config) -> list[str]:
         errors.append(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's: data.vocab_size={data.vocab_size}"
         )
+    if model.max_position_embeddings is not None and data.seq_len > model.max_position_embeddings:
+        errors.append(
+            f"data.seq_len={data.seq_len} is longer than the context of the imported model, "
+            f"model.max_position_embeddings={model.max_position_embeddings}: use shorter sequences"
+        )
     try:
         specs = strategies.build_all(config.norm, min(max(model.num_hidden_layers, 1), MOST_LAYERS))
     except UserError as error:

@@ -124,6 +124,8 @@ def load_tokenizer(name: str) -> DocumentTokenizer:
     """
     if Path(name).is_dir():
         return _from_folder(Path(name), name)
+    if name.endswith(".gguf"):
+        return _converted(Path(name), name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"data.tokenizer={name!r}: no such folder")
     return _from_folder(_download(name), name)
@@ -215,15 +217,18 @@ def _first_known(backend: Tokenizer, tokens: Iterable[str | None]) -> str | None
 
 
 def _converted(folder: Path, name: str) -> DocumentTokenizer:
-    """Convert a folder of another format (a SentencePiece model, vocab and merges) with transformers."""
+    """Convert another format (a SentencePiece model, vocab and merges, a .gguf file) with transformers."""
     setting = f"data.tokenizer={name!r}"
     try:
         from transformers import AutoTokenizer
+
+        from cod_lightning.nn.pretrained import find_source
     except ImportError as error:
         raise UserError(f"{setting} has no {TOKENIZER}; pip install 'cod_lightning[hf]' to convert it") from error
     with tempfile.TemporaryDirectory() as converted:
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            source = find_source(str(folder))
+            tokenizer: Any = AutoTokenizer.from_pretrained(source.name, **source.options)
             tokenizer.save_pretrained(converted)
         except Exception as error:  # transformers raises many kinds
             raise UserError(f"{setting} has no {TOKENIZER} and cannot be converted: {error}") from error

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Decoder
 
 
@@ -33,7 +34,13 @@ def generate(
         top_k: sample among the k most likely tokens; None: among all.
         seed: seed of the sampling.
         eos_id: ends the text; it is not yielded.
+
+    Raises:
+        UserError: a token of the prompt has no embedding.
     """
+    largest, size = max(prompt), decoder.lm_head.out_features
+    if largest >= size:
+        raise UserError(f"the prompt has token {largest}, but the model has embeddings for {size}: change the prompt")
     device = decoder.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)

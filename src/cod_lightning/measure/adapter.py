@@ -10,16 +10,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cod_lightning.errors import UserError, first_line
+from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import ActivationHook, Decoder
-from cod_lightning.nn.huggingface import import_transformers, quiet_transformers
 from cod_lightning.nn.vit import VisionTransformer
 
 LAYOUTS = (
@@ -213,23 +211,3 @@ def sublayers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     if hasattr(block, "intermediate"):  # BERT adds the residual stream inside its sub-layers
         return block.get_submodule("attention.output.dense"), block.get_submodule("output.dense")
     return block.get_submodule("self_attn" if hasattr(block, "self_attn") else "attn"), block.get_submodule("mlp")
-
-
-def load_pretrained(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[ModelAdapter, Any]:
-    """Load a causal language model of `transformers` and its tokenizer, from a folder or by its name on the hub.
-
-    Raises:
-        UserError: transformers is not installed, or the model cannot be loaded.
-    """
-    transformers = import_transformers(name)
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            multimodal = hasattr(config, "vision_config")
-            kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
-            model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).to(device).eval()
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers and safetensors raise many kinds on damaged files
-        message = f"{name}: not a causal language model of transformers: {first_line(error)}"
-        raise UserError(message) from error
-    return ModelAdapter(model, Path(name).name), tokenizer

@@ -36,6 +36,8 @@ class DecoderConfig:
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2.5)."""
     tie_word_embeddings: bool = False
+    max_position_embeddings: int | None = setting(None, runtime=True, at_least=1)
+    """Longest sequence that an imported model supports, in tokens; None: any."""
     init: str = setting("normal", choices=("normal", "fan_in"))
     """Initial standard deviations. `normal`: `init_std` for linear weights, `embedding_std` for embeddings; `fan_in`:
     1/sqrt(inputs) and 1/sqrt(hidden_size). The strategy may multiply them: `fan_in` with norm=ds_init is OLMo's scaled

@@ -8,8 +8,6 @@ the same logits up to the rounding of one product per weight. A strategy that ha
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cod_lightning.errors import UserError, first_line
+from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.pretrained import import_transformers, load_pretrained, quiet_transformers, save_pretrained
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
 FOLDED = ("gain", "branch_scale", "learned_branch_scale")
@@ -135,8 +134,6 @@ def to_hf(
         eos_token_id=tokenizer.eos_id if tokenizer else None,
         pad_token_id=pad_token_id(tokenizer, shape.vocab_size or 0) if tokenizer else None,
     )
-    # transformers 5 writes it only inside `rope_parameters`; version 4 and other programs read it here.
-    config.rope_theta = shape.rope_theta
     with quiet_transformers():
         model = getattr(transformers, f"{family}ForCausalLM")
         return model.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
@@ -163,19 +160,9 @@ def export(
     """
     check_new_folder(folder)
     model = to_hf(decoder, tokenizer, dtype, max_length)
-    from safetensors import SafetensorError
-
-    with new_folder(folder) as partial, quiet_transformers():
-        try:
-            model.save_pretrained(partial)
-        except SafetensorError as error:
-            raise UserError(f"{folder} cannot be written: {error}") from error
-        if tokenizer is not None:
-            to_hf_tokenizer(tokenizer, model.config.vocab_size, max_length).save_pretrained(partial)
-            # transformers 5 writes a class that version 4 lacks; both have this one.
-            path = partial / "tokenizer_config.json"
-            content = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-            path.write_text(json.dumps(content, indent=2) + "\n")
+    hf_tokenizer = None if tokenizer is None else to_hf_tokenizer(tokenizer, model.config.vocab_size, max_length)
+    with new_folder(folder) as partial:
+        save_pretrained(model, partial, hf_tokenizer)
 
 
 def to_hf_tokenizer(tokenizer: TokenizerLike, vocab_size: int, max_length: int) -> Any:
@@ -223,19 +210,9 @@ def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
     Raises:
         UserError: no such checkpoint, or the decoder does not compute what it needs; names every field at fault.
     """
-    transformers = import_transformers("importing")
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            shape = config_from_hf(config, name)
-            model = transformers.AutoModelForCausalLM
-            hf_model, info = model.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-    except UserError:
-        raise
-    except Exception as error:  # transformers and safetensors raise many kinds on damaged files
-        raise UserError(f"{name}: not a checkpoint of a causal language model: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name}: the checkpoint lacks {len(missing)} weights of its model, {missing[0]} among them")
+    import_transformers("importing")
+    hf_model = load_pretrained(name, dtype, check=lambda config: config_from_hf(config, name)).model
+    shape = config_from_hf(hf_model.config, name)
     with torch.device("meta"):
         decoder = Decoder(shape, build_all({"name": "pre_ln"}, shape.num_hidden_layers))
     decoder.load_state_dict(hf_model.state_dict(), assign=True)
@@ -273,41 +250,10 @@ def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
     shape = DecoderConfig(
         **{ours: getattr(config, theirs) for ours, theirs in CONFIG_FIELDS.items()},
         num_key_value_heads=config.num_key_value_heads,
+        max_position_embeddings=getattr(config, "max_position_embeddings", None),
         rope_theta=float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))),
         qkv_bias=config.model_type == "qwen2",
     )
     if problems := problems or [f"{name}: {problem}" for problem in shape.problems()]:
         raise UserError("\n".join(problems))
     return shape
-
-
-# Dependency ----------------------------------------------------------------------------------------------------------
-
-
-def import_transformers(purpose: str) -> Any:
-    """The optional package `transformers`.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(f"{purpose} needs transformers: pip install 'cod_lightning[hf]'") from error
-    return transformers
-
-
-@contextmanager
-def quiet_transformers() -> Generator[None]:
-    """Silence the progress bars and warnings of `transformers`."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -168,8 +168,9 @@ def vocab_size(config: Config, data: TokenDataModule) -> int:
     max_id = max(data.manifest.train.max_id, data.manifest.val.max_id)
     if size <= max_id:
         raise UserError(
-            f"model.vocab_size={size} is smaller than the tokenizer's: token {max_id} occurs in the data; "
-            f"set model.vocab_size={data.vocab_size} or leave it null"
+            f"model.vocab_size={size} is smaller than the tokenizer's {data.vocab_size}: token {max_id} "
+            f"({data.tokenizer().id_to_token(max_id)!r}) occurs in the data; set model.vocab_size={data.vocab_size} or "
+            "null to train a model, and use its own tokenizer to evaluate one"
         )
     return size
 

@@ -1,0 +1,443 @@
+"""Model folders of `transformers`: load one, with a check that its weights are those of its configuration; save one."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cod_lightning.errors import UserError, first_line
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Files that hold the weights or list their shards; the first that exists is read, as in `transformers`."""
+
+READ_SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja")
+"""Files of a folder that a model or a tokenizer is loaded from."""
+
+MASKS = re.compile(r"(position_ids|(attn|attention)\.(masked_)?bias|num_batches_tracked)$")
+"""Buffers of older checkpoints that hold integers and are not weights."""
+
+OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship)\.")
+"""BERT's heads for whole texts, which a language model leaves out."""
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Generation settings without a meaning for `do_sample=false`."""
+
+BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty")
+"""Generation settings without a meaning for one beam."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is."""
+
+    name: str
+    """A folder, or a name on the hub."""
+    gguf: str | None = None
+    """A file in the folder, instead of its other files."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of every `from_pretrained`."""
+        return {"trust_remote_code": False} | ({} if self.gguf is None else {"gguf_file": self.gguf})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A causal language model of `transformers`, with all of its weights from the checkpoint."""
+
+    model: Any
+    """On the CPU, in evaluation mode."""
+    source: Source
+    dtype: torch.dtype
+    """Dtype of the weights in the file; the model may have another."""
+    dropped: list[str]
+    """Settings of generation_config.json that contradict others and were removed."""
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the checkpoint.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        transformers = import_transformers(f"reading {self.source.name}")
+        with named_if_damaged(self.source.name, "its tokenizer cannot be read"), quiet_transformers():
+            return transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
+
+
+# Load -----------------------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    name: str | Path, dtype: torch.dtype = torch.float32, check: Callable[[Any], object] | None = None
+) -> Checkpoint:
+    """Load a causal language model, or a multimodal one with a language model.
+
+    Args:
+        name: a folder with config.json and weights (safetensors or .bin, sharded or not); a .gguf file, or a folder
+            with one; or a name on the hub.
+        dtype: dtype of the weights; quantized ones of a .gguf file are dequantized.
+        check: called with the configuration before the weights are read; raises a UserError to refuse it.
+
+    Raises:
+        UserError: a package is missing; a file is damaged or outside the folder; weights are missing, left over, of
+            another shape, quantized, integers, NaN or Inf; names the first and their number.
+    """
+    transformers = import_transformers(f"reading {name}")
+    source = find_source(str(name))
+    if source.gguf is not None:
+        require_gguf(str(name))
+    with named_if_damaged(str(name), "not a checkpoint of a causal language model"), quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
+        if check is not None:
+            check(config)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"{name}: quantization_config is not supported: save the model with dequantized weights")
+        multimodal = hasattr(config, "vision_config")
+        kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+        with torch.device("meta"):
+            empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False)
+        state = read_weights(source) if source.gguf is None else read_gguf(source, empty)
+        if integers := [key for key, x in state.items() if not x.is_floating_point() and not MASKS.search(key)]:
+            raise UserError(
+                f"{name}: {integers[0]} holds {state[integers[0]].dtype} ({len(integers)} weights do): save the model "
+                "with floating-point weights"
+            )
+        if has_own_head(empty, state):
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        model, info = type(empty).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            # A configuration can name a kernel on the hub.
+            attn_implementation="sdpa" if empty._supports_sdpa else "eager",
+            ignore_mismatched_sizes=True,  # so that all are reported below
+            output_loading_info=True,
+        )
+        if error := weight_errors(info):
+            raise UserError(f"{name}: {error}")
+        if broken := [key for key, x in model.named_parameters() if not x.isfinite().all()]:
+            raise UserError(f"{name}: {broken[0]} holds NaN or Inf ({len(broken)} weights do): use another checkpoint")
+        dropped = load_generation_config(model, source)
+    largest = max((x for x in state.values() if x.is_floating_point()), key=Tensor.numel)
+    return Checkpoint(model.eval(), source, largest.dtype, dropped)
+
+
+def find_source(name: str) -> Source:
+    """The checkpoint that a path or a name on the hub means.
+
+    Raises:
+        UserError: a folder holds several .gguf files, an adapter, or a link to a file outside of it.
+    """
+    folder = Path(name)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return Source(str(folder.parent), folder.name)
+    if not folder.is_dir():
+        return Source(name)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_SUFFIXES:
+            require_inside(folder, path.name)
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{name}: adapter_config.json makes it an adapter of another model: merge the two and save them"
+        )
+    quantized = sorted(folder.glob("*.gguf"))
+    if not quantized or any((folder / file).exists() for file in WEIGHT_FILES):
+        return Source(name)
+    if len(quantized) > 1:
+        raise UserError(f"{name}: has {len(quantized)} .gguf files: name one, such as {quantized[0]}")
+    return Source(name, quantized[0].name)
+
+
+def require_inside(folder: Path, file: str) -> Path:
+    """The path of a file in a folder, or in the cache of the hub that the folder belongs to.
+
+    Raises:
+        UserError: it leads out of the folder.
+    """
+    root, path = folder.resolve(), folder / file
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(place) for place in roots):
+        raise UserError(f"{folder}: {file} leads out of the folder to {path.resolve()}: copy the file into the folder")
+    return path
+
+
+def find_file(source: Source, file: str) -> Path | None:
+    """A file of a folder, or of the hub's repository in the cache; None if it does not exist."""
+    if Path(source.name).is_dir():
+        path = require_inside(Path(source.name), file)
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    cached = cached_file(source.name, file, **optional)
+    return None if cached is None else Path(cached)
+
+
+def read_weights(source: Source) -> dict[str, Tensor]:
+    """All tensors of the weight files, by name.
+
+    Raises:
+        UserError: there is no weight file, a shard is missing, or a file is not a state dict.
+    """
+    from safetensors.torch import load_file
+
+    listed = next((path for file in WEIGHT_FILES if (path := find_file(source, file)) is not None), None)
+    if listed is None:
+        raise UserError(f"{source.name}: no weights: expected one of {', '.join(WEIGHT_FILES)}, or one .gguf file")
+    files = [listed]
+    if listed.suffix == ".json":
+        files = []
+        for shard in sorted(set(json.loads(listed.read_text())["weight_map"].values())):
+            path = find_file(source, shard)
+            if path is None:
+                raise UserError(f"{source.name}: {shard} is missing, which {listed.name} lists: copy all shards")
+            files.append(path)
+    state: dict[str, Tensor] = {}
+    for path in files:
+        safe = path.suffix == ".safetensors"
+        part = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(part, Mapping) or not all(isinstance(x, Tensor) for x in part.values()):
+            raise UserError(f"{path}: not a state dict of names and tensors: save model.state_dict()")
+        if twice := sorted(part.keys() & state.keys()):
+            raise UserError(f"{source.name}: {twice[0]} is in two shards ({len(twice)} weights are): remove one")
+        state |= part
+    return state
+
+
+def read_gguf(source: Source, empty: Any) -> dict[str, Tensor]:
+    """The dequantized tensors of a .gguf file in float32, by their names in the `empty` model of `transformers`.
+
+    Raises:
+        UserError: the file has tensors that `transformers` would leave out.
+    """
+    from gguf import GGUFReader
+    from transformers import modeling_gguf_pytorch_utils as library
+
+    path = Path(source.name) / str(source.gguf)
+    reader = GGUFReader(path)
+    family = reader.fields["general.architecture"].contents()
+    processor = library.TENSOR_PROCESSORS.get(family, library.TensorProcessor)(config=empty.config.to_dict())
+    known = library.get_gguf_hf_weights_map(empty, processor)
+    names = [tensor.name for tensor in reader.tensors]
+    if unknown := [name for name in names if name not in known and name.removesuffix(".weight") not in known]:
+        raise UserError(
+            f"{path}: transformers has no place for {count(unknown)}: convert the original model with another tool, or "
+            "use its safetensors files"
+        )
+    with redirect_stderr(io.StringIO()):  # a progress bar
+        return library.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)["tensors"]
+
+
+def has_own_head(empty: Any, state: Mapping[str, Tensor]) -> bool:
+    """Whether the weights hold a head and embeddings that differ, whatever the configuration says."""
+    matrices = []
+    for end in (empty.get_input_embeddings(), empty.get_output_embeddings()):
+        name = next((name for name, module in empty.named_modules() if module is end), "none")
+        suffix = f".{name.rpartition('.')[2]}.weight"  # older checkpoints have other prefixes
+        matrices += [tensor for key, tensor in state.items() if f".{key}".endswith(suffix)][:1]
+    return len(matrices) == 2 and not torch.equal(*matrices)
+
+
+def weight_errors(info: Mapping[str, Any]) -> str | None:
+    """What is wrong between the names and shapes of the weights and those of the model; None if all agree."""
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(key for key in info["unexpected_keys"] if not OTHER_HEADS.search(key))
+    mismatched = sorted(info["mismatched_keys"])
+    problems = []
+    if missing:
+        problems.append(f"lacks {count(missing)}")
+    if unexpected:
+        problems.append(f"holds {count(unexpected)} without a place in the model")
+    if mismatched:
+        key, theirs, ours = mismatched[0]
+        problems.append(f"holds {key} as {list(theirs)} instead of {list(ours)} ({len(mismatched)} shapes differ)")
+    if not problems:
+        return None
+    if any(re.search(r"(^|\.)(_orig_mod|module)\.", key) for key in unexpected):
+        advice = "save the state dict of the model inside torch.compile or DDP (model._orig_mod, model.module)"
+    elif len(missing) == 1 and not unexpected:
+        advice = "save the whole model with its head, such as LlamaForCausalLM"
+    else:
+        advice = "use the config.json that the weights were saved with"
+    return f"the checkpoint {' and '.join(problems)}: {advice}"
+
+
+def count(names: Collection[str]) -> str:
+    """The first of some names, and how many there are."""
+    first = next(iter(names))
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} other weights"
+
+
+def load_generation_config(model: Any, source: Source) -> list[str]:
+    """Read generation_config.json into the model, without settings that contradict others; return their names.
+
+    Raises:
+        UserError: `transformers` would refuse to save the rest.
+    """
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
+        return []
+    if source.gguf is None and find_file(source, "generation_config.json") is not None:
+        model.generation_config = GenerationConfig.from_pretrained(source.name)
+    generation, defaults = model.generation_config, GenerationConfig()
+    try:
+        generation.validate(strict=True)
+        return []
+    except ValueError:
+        names = (() if generation.do_sample else SAMPLING) + (() if (generation.num_beams or 1) > 1 else BEAMS)
+    dropped = [name for name in names if getattr(generation, name, None) != getattr(defaults, name, None)]
+    for name in dropped:
+        setattr(generation, name, getattr(defaults, name))
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        raise UserError(f"{source.name}: generation_config.json is invalid: {first_line(error)}") from error
+    return dropped
+
+
+def require_length(config: Any, name: str, length: int) -> None:
+    """Check that a configuration supports sequences of `length` tokens.
+
+    Raises:
+        UserError: it supports shorter ones only.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise UserError(f"data.seq_len={length} is longer than max_position_embeddings={longest} of {name}: shorten it")
+
+
+def require_embeddings(model: Any, tokenizer: Any, tokens: Tensor, name: str) -> None:
+    """Check that every token has an embedding.
+
+    Raises:
+        UserError: one does not; names it.
+    """
+    largest, rows = int(tokens.max()), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise UserError(
+            f"{name}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) has no embedding: the tokenizer "
+            f"has {len(tokenizer)} tokens and the model {rows}: use the tokenizer that the model was trained with"
+        )
+
+
+# Save -----------------------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(model: Any, folder: Path, tokenizer: Any = None) -> None:
+    """Write a model and its tokenizer into an existing folder, readable by `transformers` 4.57 and 5.
+
+    Raises:
+        UserError: the folder is not writable.
+    """
+    from safetensors import SafetensorError
+
+    with quiet_transformers():
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise UserError(f"{folder} cannot be written: {error}") from error
+        edit_json(folder / "config.json", with_rope_of_version_4)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+            edit_json(folder / "tokenizer_config.json", with_tokenizer_of_version_4)
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content), indent=2) + "\n")
+
+
+def with_rope_of_version_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Add `rope_theta` and `rope_scaling`, which version 5 writes as `rope_parameters` only."""
+    if isinstance(text := config.get("text_config"), dict):
+        config = config | {"text_config": with_rope_of_version_4(text)}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return config
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    old = {"rope_theta": rope["rope_theta"]}
+    if scaling.get("rope_type", "default") != "default":
+        old["rope_scaling"] = scaling
+    return old | config
+
+
+def with_tokenizer_of_version_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Replace the class and the list of special tokens that version 4 does not know; version 5 reads both."""
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(tokens := config.get("extra_special_tokens"), list):
+        config = {key: value for key, value in config.items() if key != "extra_special_tokens"}
+        config["additional_special_tokens"] = tokens
+    return config
+
+
+# Dependency -----------------------------------------------------------------------------------------------------------
+
+
+def import_transformers(purpose: str) -> Any:
+    """The optional package `transformers`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{purpose} needs transformers: pip install 'cod_lightning[hf]'") from error
+    return transformers
+
+
+def require_gguf(name: str) -> None:
+    """Check that the optional package `gguf` is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"reading {name} needs gguf: pip install 'cod_lightning[gguf]'") from error
+
+
+@contextmanager
+def named_if_damaged(name: str, problem: str) -> Generator[None]:
+    """Turn the errors of a damaged checkpoint, which are of many kinds, into a `UserError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name}: {problem}: {first_line(error)}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Generator[None]:
+    """Silence the progress bars and warnings of `transformers`."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
