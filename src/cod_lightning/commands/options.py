@@ -108,7 +108,7 @@ def require_model(model: str, alternative: str) -> None:
         UserError: the model is not available; the error ends with `alternative`, which says what to pass instead.
     """
     require_path(model)
-    if not Path(model).is_dir() and not (model.endswith(".gguf") and Path(model).is_file()):
+    if not Path(model).exists():
         from cod_lightning.data.hub import require_cached_or_hub
 
         require_cached_or_hub(model, alternative)
@@ -121,8 +121,8 @@ def require_path(model: str) -> None:
         UserError: it is a file, or a path to nothing.
     """
     path = Path(model)
-    if path.is_file():
-        raise UserError(f"{model} is a file: name the folder of a run or of a model")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{model} is a file: name the folder of a run or of a model, or a .gguf file")
     in_folder = len(path.parts) == 2 and path.parent.is_dir()  # runs/nope, but not OWNER/NAME
     if not path.exists() and (in_folder or len(path.parts) > 2 or model.startswith(("/", ".", "~"))):
         raise UserError(f"{model} does not exist: name the folder of a run or of a model")
