@@ -5,8 +5,7 @@ from builders import ALL_FAMILIES, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.nn.pretrained import load_pretrained
+from cod_lightning.measure.adapter import ModelAdapter, load_pretrained
 
 every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
 TOKENS = tokens(2, 7)
@@ -109,8 +108,7 @@ def test_a_model_is_loaded_with_its_tokenizer(causal_lm, family, tmp_path):
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(37)}, unk_token="w0")
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    checkpoint = load_pretrained(tmp_path)
-    loaded, tokenizer = ModelAdapter(checkpoint.model), checkpoint.tokenizer()
+    loaded, tokenizer = load_pretrained(str(tmp_path))
     torch.testing.assert_close(loaded.logits(TOKENS), saved.logits(TOKENS))
     assert tokenizer("w7", add_special_tokens=False)["input_ids"] == [7]
 

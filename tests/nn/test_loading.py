@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.huggingface import import_hf
-from cod_lightning.nn.pretrained import load_pretrained, require_embeddings, require_length, save_pretrained
+from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 
 transformers = pytest.importorskip("transformers")
 
@@ -107,7 +107,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("load", [load_pretrained, import_hf])
+@pytest.mark.parametrize("load", [load_checkpoint, import_hf])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_weights_that_are_not_those_of_the_model_are_refused_by_name(folder, kind, load):
     change, message = REFUSED[kind]
@@ -128,7 +128,7 @@ ACCEPTED = {
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_names_that_transformers_accepts_keep_the_logits(folder, llama, kind):
     edit_weights(folder, ACCEPTED[kind])
-    torch.testing.assert_close(logits(load_pretrained(folder).model), logits(llama))
+    torch.testing.assert_close(logits(load_checkpoint(folder).model), logits(llama))
 
 
 # Tied embeddings ------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_two_different_matrices_are_never_tied(folder, llama, names, tmp_path):
     edit_json(folder, "config.json", tie_word_embeddings=True)
     if names != "usual":
         edit_weights(folder, ACCEPTED[names])
-    model = load_pretrained(folder).model
+    model = load_checkpoint(folder).model
     torch.testing.assert_close(logits(model), logits(llama))
     assert not model.config.tie_word_embeddings
     imported = import_hf(folder)
@@ -147,14 +147,14 @@ def test_two_different_matrices_are_never_tied(folder, llama, names, tmp_path):
     torch.testing.assert_close(imported(TOKENS), logits(llama))
     (tmp_path / "again").mkdir()
     save_pretrained(model, tmp_path / "again")
-    torch.testing.assert_close(logits(load_pretrained(tmp_path / "again").model), logits(llama))
+    torch.testing.assert_close(logits(load_checkpoint(tmp_path / "again").model), logits(llama))
 
 
 @pytest.mark.parametrize("change", [without(HEAD), lambda s: s | {HEAD: s[EMBEDDING]}], ids=["absent", "equal"])
 def test_one_matrix_is_tied(folder, change):
     edit_json(folder, "config.json", tie_word_embeddings=True)
     edit_weights(folder, change)
-    model = load_pretrained(folder).model
+    model = load_checkpoint(folder).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -181,7 +181,7 @@ def to_bin(folder):
 @pytest.mark.parametrize("change", [shard, to_bin])
 def test_other_formats_keep_the_logits(folder, llama, change):
     change(folder)
-    torch.testing.assert_close(logits(load_pretrained(folder).model), logits(llama))
+    torch.testing.assert_close(logits(load_checkpoint(folder).model), logits(llama))
 
 
 def lead_out(folder, kind):
@@ -201,7 +201,7 @@ def lead_out(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["dots", "absolute", "link", "linked shard", "linked config"])
-@pytest.mark.parametrize("load", [load_pretrained, import_hf])
+@pytest.mark.parametrize("load", [load_checkpoint, import_hf])
 def test_no_file_outside_the_folder_is_read(folder, kind, load):
     lead_out(folder, kind)
     with pytest.raises(UserError, match="leads out of the folder"):
@@ -216,7 +216,7 @@ def test_links_inside_the_cache_of_the_hub_are_followed(folder, llama):
     for path in list(snapshot.iterdir()):
         path.rename(root / "blobs" / path.name)
         path.symlink_to(f"../../blobs/{path.name}")
-    torch.testing.assert_close(logits(load_pretrained(snapshot).model), logits(llama))
+    torch.testing.assert_close(logits(load_checkpoint(snapshot).model), logits(llama))
 
 
 def damage(folder, kind):
@@ -260,13 +260,13 @@ def damage(folder, kind):
 def test_damaged_and_other_files_are_refused_by_name(folder, kind, message):
     damage(folder, kind)
     with pytest.raises(UserError, match=message):
-        load_pretrained(folder)
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
 def test_a_kernel_that_the_configuration_names_is_not_loaded(folder, field):
     edit_json(folder, "config.json", **{field: "kernels-community/flash-attn"})
-    assert load_pretrained(folder).model.config._attn_implementation == "sdpa"
+    assert load_checkpoint(folder).model.config._attn_implementation == "sdpa"
 
 
 # Limits ---------------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def saved_again(checkpoint, folder):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_saved_model_keeps_the_dtype_of_its_file(folder, tmp_path, dtype):
     edit_weights(folder, lambda state: {name: tensor.to(dtype) for name, tensor in state.items()})
-    checkpoint = load_pretrained(folder)
+    checkpoint = load_checkpoint(folder)
     assert checkpoint.model.dtype == torch.float32
     saved_again(checkpoint, tmp_path / "again")
     first, again = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "again"))
@@ -331,7 +331,7 @@ def test_a_saved_model_keeps_the_dtype_of_its_file(folder, tmp_path, dtype):
 def test_a_saved_folder_has_the_names_of_both_versions_of_transformers(folder, tmp_path):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     edit_json(folder, "config.json", rope_parameters=rope, rope_theta=500.0, rope_scaling=rope)
-    config, words = saved_again(load_pretrained(folder), tmp_path / "again")
+    config, words = saved_again(load_checkpoint(folder), tmp_path / "again")
     assert (config["rope_theta"], config["rope_scaling"]["factor"]) == (500.0, 2.0)
     assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert words["additional_special_tokens"] == ["w2"]
@@ -352,7 +352,7 @@ def test_a_saved_folder_has_the_names_of_both_versions_of_transformers(folder, t
 )
 def test_generation_settings_that_contradict_others_are_dropped(folder, tmp_path, settings, dropped):
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    checkpoint = load_pretrained(folder)
+    checkpoint = load_checkpoint(folder)
     assert checkpoint.dropped == dropped
     saved_again(checkpoint, tmp_path / "again")
     again = json.loads((tmp_path / "again/generation_config.json").read_text())
@@ -406,7 +406,7 @@ def write_gguf(path, model, change=lambda tensors: tensors, family="llama", quan
 def test_a_gguf_file_keeps_logits_and_tokenizer(llama, tmp_path, named):
     write_gguf(tmp_path / "tiny.gguf", llama)
     name = tmp_path / "tiny.gguf" if named == "file" else tmp_path
-    checkpoint = load_pretrained(name)
+    checkpoint = load_checkpoint(name)
     torch.testing.assert_close(logits(checkpoint.model), logits(llama))
     torch.testing.assert_close(import_hf(name)(TOKENS), logits(llama))
     assert checkpoint.tokenizer()("b0")["input_ids"] == [3, 28]
@@ -415,8 +415,8 @@ def test_a_gguf_file_keeps_logits_and_tokenizer(llama, tmp_path, named):
 
 def test_a_model_from_a_gguf_file_is_saved_as_safetensors(llama, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", llama)
-    saved_again(load_pretrained(tmp_path), tmp_path / "again")
-    torch.testing.assert_close(logits(load_pretrained(tmp_path / "again").model), logits(llama))
+    saved_again(load_checkpoint(tmp_path), tmp_path / "again")
+    torch.testing.assert_close(logits(load_checkpoint(tmp_path / "again").model), logits(llama))
 
 
 @pytest.mark.parametrize(
@@ -438,18 +438,18 @@ def test_a_model_from_a_gguf_file_is_saved_as_safetensors(llama, tmp_path):
 def test_a_gguf_file_that_transformers_does_not_read_whole_is_refused(llama, tmp_path, options, message):
     write_gguf(tmp_path / "tiny.gguf", llama, **options)
     with pytest.raises(UserError, match=message):
-        load_pretrained(tmp_path / "tiny.gguf")
+        load_checkpoint(tmp_path / "tiny.gguf")
 
 
 def test_one_of_several_gguf_files_must_be_named(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=r"has 2 \.gguf files: name one, such as .*a\.gguf"):
-        load_pretrained(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_a_gguf_file_without_the_package_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_text("")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'cod_lightning\[gguf\]'"):
-        load_pretrained(tmp_path)
+        load_checkpoint(tmp_path)

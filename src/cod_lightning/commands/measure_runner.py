@@ -28,7 +28,7 @@ from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures_of, options_for
 from cod_lightning.measure.result import Result, save
 from cod_lightning.nn.huggingface import export
-from cod_lightning.nn.pretrained import load_pretrained, require_embeddings, require_length, save_pretrained
+from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 from cod_lightning.train.load import load_decoder, load_vit
 from cod_lightning.train.strategy import accelerator
 
@@ -99,7 +99,7 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
         UserError: the model or the text cannot be read.
     """
     device = accelerator(config.trainer)
-    checkpoint = load_pretrained(name, check=lambda found: require_length(found, name, config.data.seq_len))
+    checkpoint = load_checkpoint(name, check=lambda found: require_length(found, name, config.data.seq_len))
     tokenizer = checkpoint.tokenizer()
     if checkpoint.source.gguf is not None:
         print(f"{name}: quantized weights are dequantized to float32", file=sys.stderr)

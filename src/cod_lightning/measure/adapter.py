@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import ActivationHook, Decoder
+from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
 
 LAYOUTS = (
@@ -211,3 +213,15 @@ def sublayers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     if hasattr(block, "intermediate"):  # BERT adds the residual stream inside its sub-layers
         return block.get_submodule("attention.output.dense"), block.get_submodule("output.dense")
     return block.get_submodule("self_attn" if hasattr(block, "self_attn") else "attn"), block.get_submodule("mlp")
+
+
+def load_pretrained(
+    name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[ModelAdapter, Any]:
+    """Load a causal language model of `transformers` and its tokenizer; see `load_checkpoint`.
+
+    Raises:
+        UserError: the model cannot be loaded whole, or has an unknown layout.
+    """
+    checkpoint = load_checkpoint(name, dtype)
+    return ModelAdapter(checkpoint.model.to(device), Path(name).name), checkpoint.tokenizer()

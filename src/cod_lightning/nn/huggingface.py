@@ -19,7 +19,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.pretrained import import_transformers, load_pretrained, quiet_transformers, save_pretrained
+from cod_lightning.nn.pretrained import import_transformers, load_checkpoint, quiet_transformers, save_pretrained
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
 FOLDED = ("gain", "branch_scale", "learned_branch_scale")
@@ -211,7 +211,7 @@ def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
         UserError: no such checkpoint, or the decoder does not compute what it needs; names every field at fault.
     """
     import_transformers("importing")
-    hf_model = load_pretrained(name, dtype, check=lambda config: config_from_hf(config, name)).model
+    hf_model = load_checkpoint(name, dtype, check=lambda config: config_from_hf(config, name)).model
     shape = config_from_hf(hf_model.config, name)
     with torch.device("meta"):
         decoder = Decoder(shape, build_all({"name": "pre_ln"}, shape.num_hidden_layers))

@@ -82,7 +82,7 @@ class Checkpoint:
 # Load -----------------------------------------------------------------------------------------------------------------
 
 
-def load_pretrained(
+def load_checkpoint(
     name: str | Path, dtype: torch.dtype = torch.float32, check: Callable[[Any], object] | None = None
 ) -> Checkpoint:
     """Load a causal language model, or a multimodal one with a language model.
