@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import cod_lightning
 from cod_lightning.cli import COMMANDS, main
 from cod_lightning.config.compose import compose
 
@@ -51,6 +52,26 @@ def finished(toy, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished")
     process = run_ok("fit", *toy, f"output={output}", "trainer.progress=true")
     return compose([*toy, f"output={output}"]).folder, process
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"cod_lightning {cod_lightning.__version__}\n"
+
+
+def test_an_unknown_command_is_an_error_with_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["measur", "variance"])
+    assert "'measur' is not a command: did you mean 'measure'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_completion_script_names_every_command(shell, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)

@@ -11,6 +11,9 @@ from io import TextIOWrapper
 from types import ModuleType
 from typing import Any
 
+import shtab
+
+from cod_lightning import __version__
 from cod_lightning.commands import (
     consolidate,
     estimate,
@@ -25,8 +28,9 @@ from cod_lightning.commands import (
     prepare,
     report,
     reproduce,
+    verify,
 )
-from cod_lightning.errors import TRY_AGAIN, Stopped, UserError
+from cod_lightning.errors import TRY_AGAIN, Stopped, UserError, nearest
 from cod_lightning.signals import stopping
 from cod_lightning.train.ranks import is_first_on_node
 
@@ -39,6 +43,7 @@ COMMANDS: dict[str, ModuleType] = {
     "consolidate": consolidate,
     "import": import_,
     "measure": measure,
+    "verify": verify,
     "estimate": estimate,
     "launch": launch,
     "reproduce": reproduce,
@@ -56,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
         prog="cod_lightning",
         description="Train, evaluate and compare decoders under the norm strategies of The Curse of Depth.",
     )
+    top.add_argument("--version", action="version", version=f"cod_lightning {__version__}")
+    shtab.add_argument_to(top, help="print the completion script of a shell")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(
@@ -105,8 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     """Parse a command line; overrides may follow an option, as in `fit norm=lns -m seed=1,2`."""
     top = parser()
+    word = next(iter(sys.argv[1:] if argv is None else argv), "-")
+    if not word.startswith("-") and word not in COMMANDS:
+        top.error(f"{word!r} is not a command: {nearest(word, COMMANDS)}")
     known, rest = top.parse_known_args(argv)
     arguments = vars(known)
+    del arguments["print_completion"]  # it has ended the process
     positional = next((name for name in ("overrides", "words") if name in arguments), None)
     if any(word.startswith("-") for word in rest) or (rest and positional is None):
         top.error(f"unrecognized arguments: {' '.join(rest)}")

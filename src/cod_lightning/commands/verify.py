@@ -1,0 +1,64 @@
+"""`verify`: measure the factors of a norm strategy in every block of a model."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cod_lightning.commands.options import add_checkpoint, add_trust_code, require_model
+from cod_lightning.errors import UserError
+
+HELP = (
+    "Check by running it that every block of a model applies a norm strategy: as it is, after bfloat16, after the meta "
+    "device, after saving and loading, and compiled."
+)
+EPILOG = """\
+  verify runs/quickstart/lns-seed1-...                 # against the strategy of the run
+  verify path/to/llama norm=lns                        # a model of transformers
+  verify path/to/llama norm=lns norm.position=only_ffn
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="run folder, model folder or hub name")
+    add_checkpoint(parser)
+    add_trust_code(parser)
+    parser.add_argument("overrides", nargs="*", metavar="norm=...", help="the strategy and its options")
+
+
+def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str]) -> int:
+    import yaml
+
+    if unknown := [word for word in overrides if not word.startswith(("norm=", "norm.")) or "=" not in word]:
+        raise UserError(f"{unknown[0]!r}: verify reads norm=NAME and norm.OPTION=VALUE only")
+    words = dict(word.removeprefix("norm").removeprefix(".").split("=", 1) for word in overrides)
+    name, options = words.pop("", None), {key: yaml.safe_load(value) for key, value in words.items()}
+    network = open_network(model, checkpoint, trust_code)
+    from cod_lightning.commands.terminal import result_table, show
+    from cod_lightning.nn.verify import verify
+
+    factors = verify(network, name, **options)
+    rows = [
+        {key: getattr(factor, key) for key in ("layer", "part", "name", "expected", "measured")} for factor in factors
+    ]
+    show(result_table(f"{model}: every factor holds", rows, len(rows)))
+    return 0
+
+
+def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
+    """The decoder of a run folder, with its strategy where `verify` looks for it, or a model of `transformers`."""
+    from cod_lightning.config.saved import CONFIG, load
+    from cod_lightning.nn.apply import CONFIG_KEY
+
+    if (Path(model) / CONFIG).is_file():
+        from cod_lightning.train.load import load_run
+
+        network, _ = load_run(model, checkpoint, trust_code)
+        setattr(network, CONFIG_KEY, dict(load(Path(model), trust_code=trust_code).norm))
+        return network
+    require_model(model, "pass the folder of a run or of a model")
+    from cod_lightning.measure.adapter import load_pretrained
+
+    return load_pretrained(model)[0].model

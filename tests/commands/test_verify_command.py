@@ -1,0 +1,45 @@
+"""`verify` on the command line."""
+
+import pytest
+
+from cod_lightning.cli import main
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """The folder of an untrained Llama of three blocks, with a tokenizer."""
+    from tokenizers import Tokenizer, models
+
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape)).save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(32)}, unk_token="0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_a_run_is_checked_against_its_own_strategy(train, capsys):
+    _, folder = train("norm=lns", "norm.position=only_ffn")
+    assert main(["verify", str(folder)]) == 0
+    assert "every factor holds" in capsys.readouterr().out
+
+
+def test_a_model_without_the_strategy_fails_and_its_first_block_is_named(llama, capsys):
+    assert main(["verify", llama, "norm=lns"]) == 2
+    assert "layer 2, attention: gain is 1, expected 0.707107" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "names no strategy"),
+        (["norm=lnss"], "did you mean 'lns'"),
+        (["seed=1"], "'seed=1': verify reads norm=NAME"),
+        (["norm=lns", "norm.positon=only_ffn"], "did you mean 'position'"),
+        (["norm=post_ln"], "pre_norm=False"),
+    ],
+)
+def test_wrong_words_are_an_error(llama, words, message, capsys):
+    assert main(["verify", llama, *words]) == 2
+    assert message in capsys.readouterr().err
