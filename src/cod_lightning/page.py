@@ -46,11 +46,10 @@ def render(template: Path, **values: Any) -> str:
     return text if template.name.endswith(".html.j2") else re.sub(r"\n{3,}", "\n\n", text)
 
 
-def html_page(title: str, markdown: str, images: Mapping[str, bytes]) -> str:
-    """Markdown as an HTML page.
+def html_fragment(markdown: str, images: Mapping[str, bytes]) -> str:
+    """Markdown as HTML that needs no other file.
 
     Args:
-        title: of the window.
         markdown: the content; HTML in it is shown as text.
         images: PNG files by file name; they replace the images of that name, whatever their folder.
     """
@@ -60,5 +59,10 @@ def html_page(title: str, markdown: str, images: Mapping[str, bytes]) -> str:
         if image.type == "image":
             content = images[PurePosixPath(str(image.attrs["src"])).name]
             image.attrs["src"] = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    body = parser.renderer.render(tokens, parser.options, {})
+    return parser.renderer.render(tokens, parser.options, {})
+
+
+def html_page(title: str, markdown: str, images: Mapping[str, bytes]) -> str:
+    """A page with a title around `html_fragment`."""
+    body = html_fragment(markdown, images)
     return render(Path(__file__).with_name("page.html.j2"), title=title, body=body)

@@ -10,7 +10,6 @@ from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.importance import block_influence, coalition_losses
 from cod_lightning.measure.pruning import prune, remove_blocks
-from cod_lightning.measure.result import save
 from cod_lightning.measure.sparsity import input_norms, layer_sparsity, linear_weights, sparsify
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export
@@ -198,7 +197,7 @@ class TestSignals:
 
     def test_the_result_is_saved(self, causal_lm, pruned, tmp_path):
         result = pruned(causal_lm("ours"), by="streamline", blocks=2)
-        assert all(path.stat().st_size for path in save(result, tmp_path, "prune"))
+        assert all(path.stat().st_size for path in result.save(tmp_path, "prune"))
 
 
 @pytest.mark.parametrize("family", ["ours-lns", "qwen3"])

@@ -8,7 +8,6 @@ from builders import PAD, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES, measures_of, options_for
-from cod_lightning.measure.result import save
 
 BATCHES = [tokens(2, 8, seed) for seed in (0, 1)]
 every_measure = pytest.mark.parametrize("name", MEASURES)
@@ -30,7 +29,7 @@ def test_every_measure_gives_a_table(causal_lm, family, name):
 @every_measure
 def test_the_result_of_every_measure_is_saved(causal_lm, name, tmp_path):
     result = MEASURES[name](causal_lm("ours", depth=3), BATCHES, PAD, None)
-    assert all(path.stat().st_size for path in save(result, tmp_path, name))
+    assert all(path.stat().st_size for path in result.save(tmp_path, name))
 
 
 STEPS = dict.fromkeys(MEASURES, 2)

@@ -10,7 +10,7 @@ from cod_lightning import plots
 from cod_lightning.errors import UserError
 from cod_lightning.measure.panels import Bars, HeatMap, Lines, draw_panels
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.result import Result, finite, save
+from cod_lightning.measure.result import Result, finite
 from cod_lightning.typed_json import from_json
 
 RESULTS = Path(__file__).parents[2] / "experiments/results"
@@ -43,12 +43,12 @@ def test_a_committed_result_survives_loading_and_saving(path):
 
 
 def test_the_fields_are_the_keys_of_the_json_file(tmp_path):
-    path = save(EXAMPLE, tmp_path, "example")[0]
+    path = EXAMPLE.save(tmp_path, "example")[0]
     assert json.loads(path.read_text()) == {"model": "small", "tokens": 3, "loss": [0.5, 2.0], "gain": [1.0, None]}
 
 
 def test_the_lists_are_the_columns_of_the_table(tmp_path):
-    path = save(EXAMPLE, tmp_path, "example")[1]
+    path = EXAMPLE.save(tmp_path, "example")[1]
     assert list(csv.DictReader(path.read_text().splitlines())) == [
         {"layer": "1", "loss": "0.5", "gain": "1.0"},
         {"layer": "2", "loss": "2.0", "gain": "nan"},
@@ -68,16 +68,39 @@ def test_the_field_layers_numbers_the_rows():
 
 
 def test_three_files_are_written_into_a_new_folder(tmp_path):
-    paths = save(EXAMPLE, tmp_path / "new", "example")
+    paths = EXAMPLE.save(tmp_path / "new", "example")
     assert [path.name for path in paths] == ["example.json", "example.csv", "example.png"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
     assert paths[2].read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_notebook_shows_the_figure_and_the_table():
+    html = EXAMPLE._repr_html_()
+    assert 'src="data:image/png;base64,' in html
+    assert ">0.5</td>" in html
+
+
+def test_the_table_becomes_a_data_frame():
+    pytest.importorskip("pandas")
+    assert list(EXAMPLE.to_pandas().columns) == ["layer", "loss", "gain"]
+
+
+def test_a_result_is_drawn_on_axes_of_the_caller():
+    figure, axes = plots.grid_figure(6, 6, 2, 2)
+    assert EXAMPLE.plot(axes.flat) is figure
+    assert [each.get_ylabel() for each in axes.flat] == ["loss (nats)", "y", "loss (nats)", "one line"]
+
+
+def test_too_few_axes_are_an_error():
+    _, axes = plots.grid_figure(6, 3)
+    with pytest.raises(UserError, match="1 axes for 4 panels"):
+        EXAMPLE.plot(axes[0][0])
+
+
 def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/below: Not a directory"):
-        save(EXAMPLE, tmp_path / "file/below", "example")
+        EXAMPLE.save(tmp_path / "file/below", "example")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

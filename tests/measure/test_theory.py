@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.result import save
 from cod_lightning.measure.theory import (
     Shapes,
     bound_constants,
@@ -152,7 +151,7 @@ class TestTheory:
 
 
 def test_constant_variances_are_drawn(tmp_path):
-    assert len(save(theory([1.0] * 5), tmp_path, "theory")) == 3
+    assert len(theory([1.0] * 5).save(tmp_path, "theory")) == 3
 
 
 @pytest.mark.parametrize(

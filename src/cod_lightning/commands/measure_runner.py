@@ -26,7 +26,7 @@ from cod_lightning.measure.compare import COMPARED, comparison_page
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures_of, options_for
-from cod_lightning.measure.result import Result, save
+from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 from cod_lightning.train.load import load_decoder, load_vit
@@ -146,7 +146,7 @@ def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> Non
     """
     subject.require_text("prune")
     result = with_progress("prune", prune, subject, options, folder=folder, export=subject.export)
-    save(result, folder, "prune")
+    result.save(folder, "prune")
     show_result(subject, "prune", result)
 
 
@@ -179,7 +179,7 @@ def run_measure(name: str, subject: Subject, options: Mapping[str, Any], folder:
     known = MEASURES[name].options
     own = {option: value for option, value in options.items() if option in known}
     result = with_progress(name, MEASURES[name], subject, own)
-    save(result, folder, name)
+    result.save(folder, name)
     return result
 
 

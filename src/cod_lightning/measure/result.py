@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.panels import Panel, draw_panels
+from cod_lightning.page import Table, html_fragment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,37 +71,86 @@ class Result(ABC):
     def title(self) -> str:
         return self.model
 
-    def plot(self) -> Figure:
-        return draw_panels(self.panels(), self.title())
+    def plot(self, ax: Any = None) -> Figure:
+        """Draw the panels.
+
+        Args:
+            ax: axes to draw on, one for each panel, or a single one; None: a new figure.
+
+        Raises:
+            UserError: the number of axes is not that of the panels.
+        """
+        panels = self.panels()
+        if ax is None:
+            return draw_panels(panels, self.title())
+        axes = [ax] if hasattr(ax, "figure") else list(ax)
+        if len(axes) != len(panels):
+            raise UserError(f"ax: {len(axes)} axes for {len(panels)} panels")
+        for place, panel in zip(axes, panels, strict=True):
+            panel.draw(place)
+        return axes[0].get_figure(root=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as in the JSON file: numbers that are not finite are None."""
+        return finite(asdict(self))
+
+    def to_pandas(self) -> Any:
+        """The table as a `pandas.DataFrame`.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise UserError("to_pandas needs pandas: pip install pandas") from error
+        return pd.DataFrame(self.rows())
+
+    def save(self, folder: str | Path, name: str) -> list[Path]:
+        """Write `name`.json, .csv and .png into `folder`, which is created; each file whole or not at all.
+
+        JSON has no NaN and no infinity: both become null.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        from cod_lightning import plots
+
+        folder, rows, table = Path(folder), self.rows(), io.StringIO()
+        writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        contents = {
+            "json": json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
+            "csv": table.getvalue(),
+            "png": plots.png(self.plot()),
+        }
+        paths = [folder / f"{name}.{suffix}" for suffix in contents]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, content in zip(paths, contents.values(), strict=True):
+                write_atomic(path, content)
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+        return paths
+
+    def _repr_html_(self) -> str:
+        """Figure and table, as a notebook shows a result."""
+        from cod_lightning import plots
+
+        return html_fragment(
+            f"![{self.title()}](result.png)\n\n{self.markdown()}", {"result.png": plots.png(self.plot())}
+        )
+
+    def markdown(self) -> str:
+        """The table as Markdown, with four digits a number."""
+        rows = self.rows()
+        head = list(dict.fromkeys(key for row in rows for key in row))
+        return str(Table(head, [[format_cell(row.get(key, "")) for key in head] for row in rows]))
 
 
-def save(result: Result, folder: Path, name: str) -> list[Path]:
-    """Write `name`.json, .csv and .png into `folder`, which is created; each file whole or not at all.
-
-    JSON has no NaN and no infinity: both become null.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    from cod_lightning import plots
-
-    rows, table = result.rows(), io.StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    contents = {
-        "json": json.dumps(finite(asdict(result)), indent=1, allow_nan=False) + "\n",
-        "csv": table.getvalue(),
-        "png": plots.png(result.plot()),
-    }
-    paths = [folder / f"{name}.{suffix}" for suffix in contents]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(paths, contents.values(), strict=True):
-            write_atomic(path, content)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
-    return paths
+def format_cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
