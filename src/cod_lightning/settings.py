@@ -9,6 +9,8 @@ from typing import Any
 
 from cod_lightning.errors import nearest
 
+MOST_TOKENS = 2**22
+"""Larger than any published vocabulary (1.0M)."""
 BOUNDS = {
     "at_least": (operator.ge, "must be at least"),
     "above": (operator.gt, "must be greater than"),

@@ -125,8 +125,42 @@ def test_sweeps_expand_in_the_order_of_hydra():
         ["norm=lns", "seed=2", "trainer.max_steps=3"],
     ]
     assert list(sweep(["seed=range(1,4)"])) == [["seed=1"], ["seed=2"], ["seed=3"]]
-    with pytest.raises(UserError, match="a sweep takes a,b,c"):
-        list(sweep(["seed=interval(1,3)"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=interval(1,3)"], "a sweep takes a,b,c"),
+        (["seed=range(1,1)"], r"seed=range\(1,1\) has no values"),
+        (["seed=range(3,1)"], "has no values"),
+        (["seed=range(1,9,0)"], r"seed=range\(1,9,0\): .* a sweep takes a,b,c"),
+        (["seed=range(1,1000000000)"], "at most 10,000 runs"),
+        (["seed=range(0,200)", "optim.lr=range(1,200)"], "at most 10,000 runs, and this has at least 39,800"),
+    ],
+)
+def test_a_sweep_without_runs_or_with_too_many_is_an_error(words, message):
+    with pytest.raises(UserError, match=message):
+        sweep(words)
+
+
+ABSURD = [
+    *("trainer.threads", "trainer.devices", "trainer.num_nodes", "trainer.probe_rows", "trainer.timeout"),
+    *("data.vocab_size", "data.seq_len", "data.batch_size", "data.micro_batch_size", "data.workers"),
+    *("data.loader_workers", "model.hidden_size", "model.intermediate_size", "model.num_hidden_layers"),
+    *("model.vocab_size", "eval.paper_ranks", "images.size", "images.patch_size", "images.classes"),
+]
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_a_size_that_no_machine_has_is_out_of_bounds(name):
+    with pytest.raises(UserError, match=rf"{name}=1(0{{15}}|e\+15)(\.0)? must be at most"):
+        compose([f"{name}=1000000000000000"])
+
+
+@pytest.mark.parametrize(("name", "digits"), [("optim.lr", 5000), ("optim.lr", 400), ("seed", 5000), ("seed", 400)])
+def test_a_number_of_too_many_digits_names_its_field(name, digits):
+    with pytest.raises(UserError, match=rf"^{name}\b"):
+        compose([f"{name}={'1' * digits}"])
 
 
 def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.checkpoint import read_checkpoint
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import read_record
-from cod_lightning.train.run import build
+from cod_lightning.train.run import build, fit
 
 QUIET = ("trainer.stats_every=0", "trainer.measures.jacobian=0")
 """No measures during training, which do not change it."""
@@ -248,6 +248,23 @@ def test_a_run_with_an_infinite_validation_loss_is_not_finished(train, monkeypat
         train("trainer.max_steps=1", "name=infinite", *QUIET)
     assert not (tmp_path / "infinite" / "record.json").exists()
     assert not (tmp_path / "infinite" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.hidden_size=1048576", "model.num_attention_heads=8"],
+        ["model.intermediate_size=4194304", "model.num_hidden_layers=10000"],
+        ["data.batch_size=16777216", "data.micro_batch_size=16777216"],
+        ["data.batch_size=16777216", "data.seq_len=1048576", "data.val_tokens=1048576"],
+        ["task=vision", "model.intermediate_size=4194304", "model.num_hidden_layers=10000"],
+    ],
+)
+def test_a_run_that_cannot_fit_into_memory_is_refused_before_it_is_prepared(toy, tmp_path, words):
+    config = compose([*toy, f"data.root={tmp_path}", f"output={tmp_path}", *words])
+    with pytest.raises(UserError, match=r"out of memory: .* take at least [\d,]+ GB, and this machine has"):
+        fit(config, config.folder, lambda: pytest.fail("it writes"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_vocabulary_that_is_too_small_is_an_error(train):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ PATH_FIELDS = GLOB_FIELDS | {
 }
 INTERPOLATION = "interpolation (${...}) is not supported: write the value"
 """A run must not depend on the environment, and a folder from elsewhere must not read it."""
+MOST_RUNS = 10_000
+"""Runs of one sweep; a mistyped range is an error instead of running out of memory."""
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -81,6 +84,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
             parsed.append(parser.parse_override(quote(word)))
         except HydraException as error:
             errors.append(syntax_error(word, error))
+        except ValueError as error:  # Python reads integers of at most 4,300 digits
+            errors.append(f"{word.partition('=')[0]}: {first_line(error).partition(';')[0]}")
     errors += [f"{o.input_line}: {INTERPOLATION}" for o in parsed if has_interpolation(o.value())]
     if errors:
         raise UserError("\n".join(errors))
@@ -138,19 +143,31 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of the comma-separated values in `overrides`, the last one varying fastest, as in Hydra.
 
     Raises:
-        UserError: a sweep without a list of values, such as interval(0, 1).
+        UserError: a sweep without a list of values, such as interval(0, 1); one of no runs, or of too many.
     """
-    try:
-        expanded = [
-            # Hydra escapes the colon of package.module:function.
-            [f"{override.get_key_element()}={value}".replace("\\:", ":") for value in override.sweep_string_iterator()]
-            if override.is_sweep_override()
-            else [override.input_line or ""]
-            for override in parse(overrides)
-        ]
-    except HydraException as error:
-        raise UserError(f"{cause(error)}; a sweep takes a,b,c, range(1,4) or choice(a,b)") from error
+    expanded = [sweep_values(override) for override in parse(overrides)]
+    if (count := math.prod(map(len, expanded))) > MOST_RUNS:
+        raise UserError(f"a sweep has at most {MOST_RUNS:,} runs, and this has at least {count:,}: give fewer values")
     return (list(words) for words in itertools.product(*expanded))
+
+
+def sweep_values(override: Override) -> list[str]:
+    """The override with each value of its sweep, `MOST_RUNS` + 1 at most; the override itself without a sweep.
+
+    Raises:
+        UserError: it has no values, or is not a list of values.
+    """
+    word = override.input_line or ""
+    if not override.is_sweep_override():
+        return [word]
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))
+    except (HydraException, ValueError) as error:  # ValueError: range() with step 0
+        raise UserError(f"{word}: {cause(error)}; a sweep takes a,b,c, range(1,4) or choice(a,b)") from error
+    if not values:
+        raise UserError(f"{word} has no values; range(1,4) is 1,2,3")
+    # Hydra escapes the colon of package.module:function.
+    return [f"{override.get_key_element()}={value}".replace("\\:", ":") for value in values]
 
 
 def selects_other_text(overrides: Sequence[str]) -> bool:
@@ -262,7 +279,7 @@ def apply_overrides(node: DictConfig, overrides: Iterable[Override]) -> list[str
         except (ConfigAttributeError, ConfigKeyError) as error:
             known = map(str, error.parent_node or ())
             errors.append(f"{error.full_key} is not a field: {nearest(str(error.key), known)}")
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, OverflowError) as error:  # OverflowError: an integer beyond any float
             errors.append(f"{override.input_line}: {cause(error)}")
     return errors
 

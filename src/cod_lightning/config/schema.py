@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.data.config import DataConfig, ImageConfig
+from cod_lightning.data.config import MOST_PROCESSES, DataConfig, ImageConfig
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.settings import metadata, setting
 
@@ -80,7 +80,7 @@ class EvalConfig:
     """Steps between validations; one always ends the run."""
     paper_batch: int = setting(64, at_least=1)
     """Sequences per batch in the released evaluation, which `ppl_paper_protocol` emulates."""
-    paper_ranks: int = setting(1, at_least=1)
+    paper_ranks: int = setting(1, at_least=1, at_most=2**16)
     """GPUs in the released evaluation."""
 
 
@@ -98,9 +98,9 @@ class TrainerConfig:
     """Meaning of `precision=auto` on CUDA; protocol=paper sets `bf16-true`."""
     accelerator: str = setting("auto", runtime=True, choices=("auto", "cpu", "gpu"))
     """`cpu`, `gpu` (CUDA), or `auto`: CUDA if there is a device, else the CPU."""
-    devices: int = setting(1, runtime=True, at_least=1)
+    devices: int = setting(1, runtime=True, at_least=1, at_most=MOST_PROCESSES)
     """Ranks per node."""
-    num_nodes: int = setting(1, runtime=True, at_least=1)
+    num_nodes: int = setting(1, runtime=True, at_least=1, at_most=2**16)
     strategy: str = setting("auto", runtime=True, choices=("auto", "ddp", "fsdp"))
     """`auto` (one rank); `ddp`: each rank has the whole model; `fsdp`: each has a shard of every parameter (FSDP2)."""
     hybrid: bool = setting(False, runtime=True)
@@ -112,9 +112,9 @@ class TrainerConfig:
     attention; `full`: all of a block but its input."""
     compile: bool | None = setting(None, runtime=True)
     """Compile the blocks, each as one graph; None: on CUDA."""
-    timeout: float = setting(1800.0, runtime=True, above=0)
+    timeout: float = setting(1800.0, runtime=True, above=0, at_most=1e9)
     """Seconds that a rank waits for another before it fails."""
-    threads: int = setting(0, runtime=True, at_least=0)
+    threads: int = setting(0, runtime=True, at_least=0, at_most=MOST_PROCESSES)
     """CPU threads of one rank; 0: torch's default."""
     log_every: int = setting(10, runtime=True, at_least=1)
     """Steps between logged values."""
@@ -124,7 +124,7 @@ class TrainerConfig:
         default_factory=lambda: {"jacobian": 1000}, metadata=metadata(runtime=True, at_least=0)
     )
     """Steps between other measures of a decoder's layers, by name; 0: none."""
-    probe_rows: int = setting(8, runtime=True, at_least=1)
+    probe_rows: int = setting(8, runtime=True, at_least=1, at_most=2**24)
     """Validation sequences or images used for layer statistics and measures."""
     checkpoint_every: int = setting(1000, runtime=True, at_least=1)
     """Steps between checkpoints; the last step always has one."""

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from cod_lightning.settings import setting, setting_errors
+from cod_lightning.settings import MOST_TOKENS, setting, setting_errors
 
 INSTRUCTION_SOURCES = ("instructions", "drawn_instructions")
 FILE_SOURCES = ("files", "instructions")
@@ -16,6 +16,8 @@ SOURCES = ("docs", "files", "c4", *INSTRUCTION_SOURCES)
 LAYOUTS = ("packed", "document")
 SMALLEST_BPE = 258
 """Smallest vocabulary: 256 bytes, pad and EOS."""
+MOST_PROCESSES = 1024
+"""More than one machine can use; like the other upper bounds, it makes a mistyped number an error."""
 DRAWN_SHAPES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
 IMAGE_SOURCES = ("drawn", "folder")
 
@@ -42,26 +44,26 @@ class DataConfig:
     """Number of training documents to use; None: all (`c4` has 364,868,892)."""
     tokenizer: str = "bpe"
     """`bpe` (byte-level, trained on the corpus at prepare time), a folder with tokenizer.json, or a hub name."""
-    vocab_size: int = 4096
+    vocab_size: int = setting(4096, at_most=MOST_TOKENS)
     """Size of the trained `bpe` tokenizer; other tokenizers ignore it."""
     layout: str = setting("packed", choices=LAYOUTS)
     """`packed`: documents joined by EOS and split into sequences; `document`: one document per sequence, truncated or
     padded (paper). Instructions ignore it: they have one example per sequence."""
-    seq_len: int = setting(128, at_least=2)
+    seq_len: int = setting(128, at_least=2, at_most=2**24)
     """Tokens per sequence, of which `seq_len - 1` are targets."""
     val_tokens: int = 10_000_000
     """Largest number of validation tokens; the paper evaluates on 10M non-pad tokens."""
-    batch_size: int = setting(16, at_least=1)
+    batch_size: int = setting(16, at_least=1, at_most=2**24)
     """Sequences per optimizer step, over all ranks and micro-batches."""
-    micro_batch_size: int = setting(16, runtime=True, at_least=1)
+    micro_batch_size: int = setting(16, runtime=True, at_least=1, at_most=2**24)
     """Sequences per forward pass on one rank."""
     folder: str | None = None
     """A prepared set: local folder, or URL that litdata reads; None: the set in `root` that the settings describe."""
     root: str = setting("data", runtime=True)
     """Folder of the prepared sets and of the cache."""
-    workers: int = setting(0, runtime=True, at_least=0)
+    workers: int = setting(0, runtime=True, at_least=0, at_most=MOST_PROCESSES)
     """Processes that tokenize during preparation; 0: one per core."""
-    loader_workers: int = setting(0, runtime=True, at_least=0)
+    loader_workers: int = setting(0, runtime=True, at_least=0, at_most=MOST_PROCESSES)
     """DataLoader workers; 0 reads in the main process."""
 
     @property
@@ -116,11 +118,11 @@ class ImageConfig:
     """`drawn` (small generated pictures of stripes and shapes), or `folder`."""
     folder: str | None = None
     """`source=folder`: folder with train/CLASS/ and val/CLASS/, which have .jpg, .jpeg and .png files."""
-    classes: int | None = setting(None, at_least=1)
+    classes: int | None = setting(None, at_least=1, at_most=2**24)
     """`source=folder`: expected number of classes, to detect an incomplete copy; None: any."""
-    size: int = setting(32, at_least=1)
+    size: int = setting(32, at_least=1, at_most=2**14)
     """Side of the model input in pixels."""
-    patch_size: int = setting(8, at_least=1)
+    patch_size: int = setting(8, at_least=1, at_most=2**14)
     """Side of a patch, which is one token, in pixels."""
     min_crop: float = setting(0.08, above=0, at_most=1)
     """Smallest share of an image in a training crop; 1: the whole image."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from cod_lightning.data.config import DataConfig
 from cod_lightning.errors import UserError
 from cod_lightning.settings import choice_errors
 from cod_lightning.train.cost import Architecture, Memory
+from cod_lightning.train.memory import host_memory
 
 STRATEGIES = ("single", "ddp", "fsdp")
 CHECKPOINTING = ("none", "selective", "full")
@@ -224,8 +224,7 @@ def device(hardware: str, precision: str, threads: int = 0) -> tuple[int, float]
     """Memory in bytes and peak FLOP/s of `hardware`; `threads` as in the trainer's section."""
     half = precision != "32-true"
     if hardware == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return memory, matmul_rate("cpu", torch.bfloat16 if half else torch.float32, threads=threads)
+        return host_memory(), matmul_rate("cpu", torch.bfloat16 if half else torch.float32, threads=threads)
     gpu = GPUS[hardware]
     return gpu.memory, gpu.bf16 if half else gpu.fp32
 

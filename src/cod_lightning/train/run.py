@@ -34,6 +34,7 @@ from cod_lightning.train.checkpoint import (
     step_of,
 )
 from cod_lightning.train.load import InitialWeights, load_initial_weights, write_tokenizer
+from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
 from cod_lightning.train.record import environment, write_record
 from cod_lightning.train.strategy import accelerator
@@ -62,11 +63,12 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         The run's record.
 
     Raises:
-        UserError: data, a checkpoint or a device is missing or unusable.
+        UserError: data, a checkpoint or a device is missing or unusable, or the memory is too small.
         Diverged: the loss is not finite.
         Stopped: a signal interrupted the run, or another rank is gone.
     """
     settings = config.trainer
+    check_memory(config)
     with quiet_lightning():
         checkpoint = newest_checkpoint(folder / CHECKPOINTS) if config.resume else None
         initial = None
