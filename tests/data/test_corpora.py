@@ -5,14 +5,19 @@ import sys
 import types
 from dataclasses import replace
 from email.message import Message
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cod_lightning.data import corpora, hub
+from cod_lightning.data import corpora, hub, readers
 from cod_lightning.data.config import DataConfig
-from cod_lightning.data.corpora import find_files, hold_out, open_corpus, read_file
+from cod_lightning.data.corpora import find_files, hold_out, open_corpus, texts_of_shard
+from cod_lightning.data.instructions import Example
+from cod_lightning.data.prepare import prepared_folder
+from cod_lightning.data.readers import read_file
 from cod_lightning.errors import UserError
 
 
@@ -21,12 +26,39 @@ def test_files_are_read_in_order_in_every_format(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "second"}\n\n{"text": " "}\n{"text": "third"}\n')
     (tmp_path / "c.json.gz").write_bytes(gzip.compress(b'{"text": "fourth", "url": "x"}\n'))
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress("fünfter".encode()))
-    config = DataConfig(source="files", files=[str(tmp_path / "*"), str(tmp_path / "a.txt")], val_every=100)
-    corpus = open_corpus(config)
-    expected = ["first\nwith lines", "second", "third", "fourth", "fünfter"]
-    assert list(corpus.train()) == expected
-    assert list(corpus.train()) == expected  # can be read again
-    assert list(corpus.val()) == []
+    (tmp_path / "e.csv").write_bytes('\ufefftext,url\n"sixth, with\nlines",x\n'.encode())
+    (tmp_path / "f.json").write_text('\n [\n {"text": "seventh"}, {"text": ""},\n {"text": "eighth"}]')
+    (tmp_path / "g.md").write_text("# Ninth")
+    with pyarrow.CompressedOutputStream(str(tmp_path / "h.jsonl.zst"), "zstd") as file:
+        file.write(b'{"text": "tenth"}\n{"text": "eleventh"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "text": ["twelfth"]}), tmp_path / "i.parquet")
+    config = DataConfig(source="files", files=[str(tmp_path / "*"), str(tmp_path / "a.txt")])
+    texts = texts_of_shard(config, 0, 1)["train"]
+    expected = ["first\nwith lines", "second", "third", "fourth", "fünfter", "sixth, with\nlines", "seventh", "eighth"]
+    expected += ["# Ninth", "tenth", "eleventh", "twelfth"]
+    assert list(texts()) == expected
+    assert list(texts()) == expected  # can be read again
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["x.txt", "x.md.gz", "x.csv", "x.jsonl", "x.json", "x.json.gz"])
+def test_files_in_other_encodings_and_with_another_field_are_read(tmp_path, name, encoding):
+    contents = {".txt": "Übung", ".md": "Übung", ".csv": "n,content\n1,Übung\n", ".jsonl": '\n{"content": "Übung"}\n'}
+    contents[".json"] = '[{"content": "Übung"}]'
+    content = contents[readers.format_of(tmp_path / name)].encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(read_file(tmp_path / name, "content", encoding)) == ["Übung"]
+    with pytest.raises(UserError, match=rf"{name}.* is not UTF-8: .*data\.encoding=latin-1"):
+        list(read_file(tmp_path / name, "content"))
+
+
+def test_a_field_or_an_encoding_makes_another_set_and_the_defaults_make_the_old_one(tmp_path):
+    (tmp_path / "x.txt").write_text("text")
+    config = DataConfig(source="files", files=str(tmp_path / "x.txt"))
+    facts = {"source", "max_documents", "files", "val_every"}
+    assert corpora.identity(config).keys() == facts
+    others = [replace(config, text_field="content"), replace(config, encoding="latin-1")]
+    assert len({prepared_folder(other) for other in [config, *others]}) == 3
 
 
 @pytest.mark.parametrize(
@@ -34,14 +66,25 @@ def test_files_are_read_in_order_in_every_format(tmp_path):
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl, line 2: not JSON"),
         ("x.jsonl", b'{"text": "a"}\n{"body": "a"}\n', 'x.jsonl, line 2: no string in the field "text"'),
-        ("x.json", b'[{"text": "a"}]', 'x.json, line 1: no string in the field "text"'),
+        ("x.jsonl", b'\n[{"text": "a"}]', "x.jsonl, line 2: a list, but .jsonl has one object a line"),
+        ("x.jsonl", b'{\n"text": "a"\n}', "x.jsonl, line 1: not JSON"),
+        ("x.jsonl", b'{\n"text": "a"\n}', "expected one object a line"),
+        ("x.jsonl", b'{"content": "a", "n": 1}', 'field "text"; it has content: name one with data.text_field='),
+        ("x.json", b'[{"text": "a"}, {"body": "a"}]', 'x.json, record 2: no string in the field "text"; it has body'),
+        ("x.json", b'[{"text": "a"}', "x.json: not JSON"),
+        ("x.csv", b"content,n\na,1\n", 'x.csv, line 2: no string in the field "text"; it has content, n'),
+        ("x.csv", b'text\n"a', "x.csv, line 1: not CSV"),
+        ("x.csv", b"text\n\xff\n", "x.csv is not UTF-8"),
+        ("x.parquet", b"PAR1", "x.parquet cannot be read"),
+        ("x.txt.zst", b"not zstd", "x.txt.zst cannot be read"),
+        ("x.jsonl", b'{"text": "\xff"}\n', "x.jsonl, line 1 is not UTF-8"),
         ("x.jsonl", b'{"text": 3}', 'line 1: no string in the field "text"'),
         ("x.jsonl", b'{"text": "\\ud800"}', "line 1: not valid Unicode"),
         ("x.json.gz", b"not gzip", "x.json.gz cannot be read"),
         ("x.json.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "x.json.gz cannot be read"),
         ("x.txt", b"\xff\xfe\x00", "x.txt is not UTF-8"),
     ],
-    ids=range(8),
+    ids=range(19),
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -53,9 +96,52 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 def test_globs_must_match_readable_kinds(tmp_path):
     with pytest.raises(UserError, match=r"data.files: no file matches"):
         find_files("data.files", str(tmp_path / "*.txt"))
-    (tmp_path / "x.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"x.parquet is not one of"):
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"x.parquet.gz is not one of .*\.parquet"):
         find_files("data.val_files", str(tmp_path / "*"))
+    with pytest.raises(UserError, match=r"is a folder: name its files, as in .*/\*\.jsonl"):
+        find_files("data.files", str(tmp_path))
+
+
+def test_a_column_that_a_table_does_not_have_is_named(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r'x\.parquet: no column "text"; it has id, body: .*data\.text_field='):
+        list(read_file(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.txt.zst"])
+def test_a_file_that_needs_pyarrow_names_the_extra(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"")
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"{name}: \.\w+ needs pyarrow: pip install 'cod_lightning\[hf\]'"):
+        list(read_file(tmp_path / name))
+
+
+@pytest.mark.parametrize("pattern", ["[2024] dump/a.jsonl", "[2024] dump/*.jsonl", "[2024] dump/**/*.jsonl"])
+def test_existing_folders_are_no_globs(tmp_path, monkeypatch, pattern):
+    (tmp_path / "[2024] dump").mkdir()
+    (tmp_path / "[2024] dump" / "a.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert find_files("data.files", pattern) == [Path("[2024] dump/a.jsonl")]
+    assert find_files("data.files", str(tmp_path / pattern)) == [tmp_path / "[2024] dump/a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": "%s"}' % (b"b" * 50), "x.jsonl, line 2"),
+        ("x.json", b'[{"text": "a"},\n{"text": "%s"}]' % (b"b" * 50), "x.json"),
+        ("x.csv", b"text\n%s\n" % (b"b" * 50), "x.csv, line 2"),
+        ("x.txt", b"b" * 50, "x.txt"),
+        ("x.txt.gz", gzip.compress(b"b" * 50), "x.txt.gz"),
+    ],
+)
+def test_a_line_that_would_fill_the_memory_is_named(tmp_path, monkeypatch, name, content, place):
+    monkeypatch.setattr(readers, "DOCUMENT_BYTES", 40)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{place} is longer than 40 bytes, .*one JSON object a line"):
+        list(read_file(tmp_path / name))
 
 
 def test_validation_files_replace_held_out_documents(tmp_path):
@@ -75,7 +161,32 @@ def test_held_out_documents_are_all_the_others(count, every):
     corpus = hold_out(lambda: map(str, range(count)), every)
     train, val = list(corpus.train()), list(corpus.val())
     assert sorted(train + val, key=int) == [str(n) for n in range(count)]
-    assert len(val) == count // every
+    if count >= every:
+        assert val == [str(n) for n in range(every - 1, count, every)]
+    else:
+        assert len("".join(val)) == (max(len("".join(train + val)) // every, 1) if count else 0)
+
+
+@pytest.mark.parametrize(
+    ("documents", "train", "val"),
+    [
+        (["a b c d e f g h i j"], ["a b c d e f g h "], ["i j"]),
+        (["a\nb\nc\nd\ne\nf\ng\nh\ni\nj"], ["a\nb\nc\nd\ne\nf\ng\nh\n"], ["i\nj"]),
+        (["abcdefghijklmnopqrs"], ["abcdefghijklmnop"], ["qrs"]),
+        (["abcdefghijklmnop", "qrs"], ["abcdefghijklmnop"], ["qrs"]),
+        (["abc", "defghijklmnopqrs"], ["abc", "defghijklmnop"], ["qrs"]),
+        (["abc", "defg hijklmnopqr", "s"], ["abc", "defg "], ["hijklmnopqr", "s"]),
+        ([Example("ab", "c"), Example("d", "e"), Example("f", "g")], ["abc", "de"], ["fg"]),
+        ([Example("abcdefg", "h"), Example("d", "e")], ["abcdefgh"], ["de"]),
+        ([Example("a", "b")], ["ab"], []),
+        (["a"], [], ["a"]),
+        ([], [], []),
+    ],
+)
+def test_of_few_documents_the_last_part_of_the_text_is_held_out(documents, train, val):
+    corpus = hold_out(lambda: iter(documents), 6)
+    assert list(corpus.train()) == train
+    assert list(corpus.val()) == val
 
 
 def test_c4_without_datasets_says_what_to_install(monkeypatch):

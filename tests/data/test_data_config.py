@@ -23,6 +23,9 @@ def test_the_defaults_are_valid():
         ({"max_documents": 0}, ["data.max_documents=0"]),
         ({"tokenizer": ""}, ["data.tokenizer is empty"]),
         ({"folder": ""}, ["data.folder is empty"]),
+        ({"text_field": ""}, ["data.text_field is empty"]),
+        ({"encoding": "utf-9"}, ["data.encoding='utf-9' is not an encoding: use utf-8, latin-1"]),
+        ({"encoding": "base64"}, ["data.encoding='base64' is not an encoding"]),
         ({"sha256": "ABC"}, ["data.sha256='ABC' must be 64 hexadecimal digits"]),
         (
             {"val_tokens": 100, "val_every": 1},

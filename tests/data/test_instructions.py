@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from cod_lightning.data.config import DataConfig
-from cod_lightning.data.corpora import identity, open_corpus, read_examples
+from cod_lightning.data.corpora import identity, open_corpus
 from cod_lightning.data.encode import Encoder
 from cod_lightning.data.instructions import ALIVE, LIFELESS, Example, drawn, prompt_of
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import check_against, prepare, prepared_folder
+from cod_lightning.data.readers import read_examples
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 

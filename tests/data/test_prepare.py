@@ -121,6 +121,15 @@ def test_a_failed_preparation_leaves_nothing(make_config, tmp_path, files, chang
     assert not [path for path in root.glob("*") if path.is_dir()]
 
 
+@pytest.mark.parametrize("files", [1, 40])
+def test_few_text_files_have_a_training_and_a_validation_set(make_config, tmp_path, files):
+    for number in range(files):
+        (tmp_path / f"{number:02}.txt").write_text(" ".join(f"word{n} of {number}" for n in range(2000 // files)))
+    changes = {"files": str(tmp_path / "*.txt"), "val_every": 50, "vocab_size": 258}
+    manifest = read_manifest(prepare(make_config(tmp_path / "sets", **changes), progress=False))
+    assert manifest.val.tokens == pytest.approx(manifest.train.tokens / 49, rel=0.2)
+
+
 def test_progress_is_one_line_where_there_is_no_terminal(make_config, tmp_path, capfd):
     prepare(make_config(tmp_path), progress=True)
     out, err = capfd.readouterr()

@@ -15,6 +15,7 @@ from cod_lightning.data.corpora import share
 from cod_lightning.data.instructions import drawn
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import is_complete, prepare, prepared_folder
+from cod_lightning.data.readers import read_file
 from cod_lightning.data.shards import count_of, merge_shards, parts_folder, prepare_shard, shard_of
 from cod_lightning.errors import UserError
 
@@ -33,7 +34,7 @@ def uneven(c4_corpus, tmp_path) -> Path:
     """Five files of very different sizes, one of them without a document."""
     folder = tmp_path / "uneven"
     folder.mkdir()
-    records = [record for path in sorted(c4_corpus.iterdir()) for record in corpora.read_file(path)]
+    records = [record for path in sorted(c4_corpus.iterdir()) for record in read_file(path)]
     for number, (start, end) in enumerate([(0, 7), (7, 7), (7, 300), (300, 310), (310, 600)]):
         lines = (json.dumps({"text": record}) + "\n" for record in records[start:end])
         (folder / f"{number}.json.gz").write_bytes(gzip.compress("".join(lines).encode()))
@@ -132,7 +133,7 @@ class Streamed(list):
 
 
 def test_c4_is_split_by_its_files(c4_corpus, make_config, tmp_path, monkeypatch):
-    records = np.array([record for path in sorted(c4_corpus.iterdir()) for record in corpora.read_file(path)], object)
+    records = np.array([record for path in sorted(c4_corpus.iterdir()) for record in read_file(path)], object)
     splits = {
         "train": Streamed(records[:500].reshape(5, 100).tolist()),
         "validation": Streamed([records[500:].tolist()]),

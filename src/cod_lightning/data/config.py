@@ -16,6 +16,7 @@ SOURCES = ("docs", "files", "c4", *INSTRUCTION_SOURCES)
 LAYOUTS = ("packed", "document")
 SMALLEST_BPE = 258
 """Smallest vocabulary: 256 bytes, pad and EOS."""
+TEXT_FIELD, UTF_8 = "text", "utf-8"
 MOST_PROCESSES = 1024
 """More than one machine can use; like the other upper bounds, it makes a mistyped number an error."""
 DRAWN_SHAPES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
@@ -30,11 +31,17 @@ class DataConfig:
     """`docs` (installed documentation), `files`, or `c4` (allenai/c4 `en` from the hub); for fine-tuning on answers
     `instructions` (files), or `drawn_instructions` (generated questions)."""
     files: Any = None
-    """Glob or list of globs. `source=files`: .txt, .jsonl, .json (JSON lines with a `text` field), each also .gz.
-    `source=instructions`: .jsonl, .json, each also .gz, with records of Commonsense170K, as lines or as one list."""
+    """Glob or list of globs. `source=files`: .txt and .md (one document each), .jsonl (one JSON object a line), .json
+    (the same, or one list), .csv and .parquet, whose `text_field` is the text; each but .parquet also .gz or .zst.
+    `source=instructions`: records of Commonsense170K in any of these but text."""
     val_files: Any = None
     """Like `files`, for validation; None: hold out one document in `val_every`."""
+    text_field: str = TEXT_FIELD
+    """Field or column with the text, in files of records."""
+    encoding: str = UTF_8
+    """Encoding of the files: `utf-8`, `latin-1`, `utf-16` or any other that Python knows; .parquet ignores it."""
     val_every: int = setting(50, at_least=2)
+    """Hold out every `val_every`-th document; of fewer documents, the last 1/`val_every` of the text."""
     sha256: str | None = None
     """SHA-256 of the documents (`source.sha256` in manifest.json): other text is refused, and the names of the files
     do not affect the identity of a run. None: any text."""
@@ -100,6 +107,12 @@ def data_errors(config: DataConfig) -> list[str]:
         errors.append(f"data.vocab_size={config.vocab_size} must be at least {SMALLEST_BPE}")
     if config.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", config.sha256):
         errors.append(f"data.sha256={config.sha256!r} must be 64 hexadecimal digits, as in the set's manifest.json")
+    if not config.text_field:
+        errors.append("data.text_field is empty: name the field with the text")
+    try:
+        "a".encode(config.encoding)
+    except (LookupError, UnicodeError):
+        errors.append(f"data.encoding={config.encoding!r} is not an encoding: use utf-8, latin-1 or utf-16")
     if config.folder == "":
         errors.append("data.folder is empty: name a prepared set, or pass data.folder=null")
     if not config.tokenizer:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
-import gzip
 import importlib
 import importlib.util
-import json
 import os
-import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from io import BufferedIOBase
+from functools import cache, partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cod_lightning.data.config import FILE_SOURCES, SOURCES, DataConfig, patterns
+from cod_lightning.data.config import FILE_SOURCES, SOURCES, TEXT_FIELD, UTF_8, DataConfig, patterns
 from cod_lightning.data.documentation import docs, docs_versions
 from cod_lightning.data.hub import require_hub
-from cod_lightning.data.instructions import DRAWN_RECIPE, PROMPT_RECIPE, Example, drawn, prompt_of
+from cod_lightning.data.instructions import DRAWN_RECIPE, PROMPT_RECIPE, Example, drawn
+from cod_lightning.data.readers import SUFFIXES_HELP, example_of, is_readable, read_examples, read_file
 from cod_lightning.errors import UserError, nearest
 
 
@@ -44,7 +39,7 @@ Texts: TypeAlias = dict[str, Callable[[], Iterator[str]]]
 def open_corpus(config: DataConfig, workers: int = 1) -> Corpus:
     """Return the corpus that `config` names; `workers` processes gather `docs`.
 
-    Every `val_every`-th document is held out, unless the source has validation text: `val_files`, and `c4`.
+    Text is held out (`hold_out`), unless the source has validation text: `val_files`, and `c4`.
     `max_documents` limits the training documents only, so that runs on less text are validated on the same text.
 
     Raises:
@@ -54,7 +49,7 @@ def open_corpus(config: DataConfig, workers: int = 1) -> Corpus:
         documents = docs(workers)
         texts: Texts = {"train": lambda: iter(documents)}
     elif config.source == "drawn_instructions":
-        texts = {"train": lambda: (_example("drawn", record) for record in drawn())}
+        texts = {"train": lambda: (example_of("drawn", record) for record in drawn())}
     else:
         texts = texts_of_shard(config, 0, 1)
     corpus = Corpus(**texts) if "val" in texts else hold_out(texts["train"], config.val_every)
@@ -71,7 +66,9 @@ def texts_of_shard(config: DataConfig, index: int, count: int) -> Texts:
         return _c4(index, count)
     if config.source not in FILE_SOURCES:
         raise UserError(f"data.source={config.source!r}: {nearest(config.source, SOURCES)}")
-    read = read_file if config.source == "files" else read_examples
+    read: Callable[[Path], Iterator[str]] = partial(read_examples, encoding=config.encoding)
+    if config.source == "files":
+        read = partial(read_file, field=config.text_field, encoding=config.encoding)
 
     def stream(files: list[Path]) -> Callable[[], Iterator[str]]:
         shard = share(files, index, count)
@@ -100,6 +97,10 @@ def identity(config: DataConfig) -> dict[str, Any]:
     elif config.source in FILE_SOURCES:
         for split, files in _split_files(config).items():
             facts["files" if split == "train" else "val_files"] = [_stamp(path) for path in files]
+        # Only other values than the default ones count, so that sets from before these fields keep their names.
+        for name, default in (("text_field", TEXT_FIELD), ("encoding", UTF_8)):
+            if getattr(config, name) != default:
+                facts[name] = getattr(config, name)
     if config.row_layout == "instructions":
         facts["recipes"] = {"prompt": PROMPT_RECIPE, "drawn": DRAWN_RECIPE}
     if config.source != "c4" and not config.val_files:
@@ -113,17 +114,50 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def hold_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
-    """Split one stream: the documents numbered `every`, 2 `every`, ... (from 1) are for validation."""
+    """Split one stream: the documents numbered `every`, 2 `every`, ... (from 1) are for validation.
+
+    Of fewer documents than `every`, the last 1/`every` of their text is for validation.
+    """
+    find_border = cache(lambda: border(documents, every))
+
+    def parts() -> Iterator[tuple[str, bool]]:
+        place = find_border()
+        for number, text in enumerate(documents(), 1):
+            if place is None:
+                yield text, number % every == 0
+            elif number == place[0] and place[1]:
+                yield text[: place[1]], False
+                yield text[place[1] :], True
+            else:
+                yield text, number > place[0]
 
     def select(held_out: bool) -> Iterator[str]:
-        return (text for number, text in enumerate(documents(), 1) if (number % every == 0) is held_out)
+        return (text for text, is_held_out in parts() if is_held_out is held_out)
 
     return Corpus(train=partial(select, False), val=partial(select, True))
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+def border(documents: Callable[[], Iterator[str]], every: int) -> tuple[int, int] | None:
+    """Return where the last 1/`every` of the characters of fewer than `every` documents begins.
 
-FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
+    This is the number (from 1) of a document and a position in it, after a space or line break if there is one; or the
+    number of the last document before it and 0. An example of instructions is not divided. None: the documents are not
+    fewer.
+    """
+    sizes = [len(text) for text in islice(documents(), every)]
+    if len(sizes) == every or not sizes:
+        return None
+    left = sum(sizes) - max(sum(sizes) // every, 1)
+    number = next(number for number, end in enumerate(accumulate(sizes), 1) if left < end)
+    left -= sum(sizes[: number - 1])
+    text = next(islice(documents(), number - 1, None))
+    if isinstance(text, Example):
+        return max(number - 1, 1), 0
+    space = max(text.rfind(" ", 0, left), text.rfind("\n", 0, left)) + 1
+    return (number, space or left) if left else (number - 1, 0)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def share(files: list[Path], index: int, count: int) -> list[Path]:
@@ -138,104 +172,36 @@ def share(files: list[Path], index: int, count: int) -> list[Path]:
 def find_files(field: str, value: Any) -> list[Path]:
     """Return the files that the globs of `field` match, sorted, each once.
 
+    The path of an existing file is no glob, nor are the leading folders of a path if they exist and it matches nothing.
+
     Raises:
-        UserError: a glob matches nothing, or a file that is not one of `FILE_SUFFIXES`.
+        UserError: a glob matches nothing, or a file that `is_readable` does not know.
     """
     files: set[Path] = set()
     for pattern in patterns(value):
         names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        names = names or glob.glob(escape_folders(pattern), recursive=True)
         matches = {path for name in names if (path := Path(name)).is_file()}
         if not matches:
+            if os.path.isdir(pattern):
+                raise UserError(
+                    f"{field}: {pattern!r} is a folder: name its files, as in {pattern.rstrip('/')}/*.jsonl"
+                )
             where = "" if os.path.isabs(pattern) else f" in {os.getcwd()}, to which it is relative"
             raise UserError(f"{field}: no file matches {pattern!r}{where}")
         files |= matches
     for path in sorted(files):
-        if not path.name.endswith(FILE_SUFFIXES):
-            raise UserError(f"{field}: {path} is not one of {', '.join(FILE_SUFFIXES)}")
+        if not is_readable(path):
+            raise UserError(f"{field}: {path} is not one of {SUFFIXES_HELP}")
     return sorted(files)
 
 
-def read_file(path: Path) -> Iterator[str]:
-    """Yield the documents of one file: all of a `.txt`; the field `text` of each line of a `.jsonl` or `.json`.
-
-    Skips documents that are empty or whitespace.
-
-    Raises:
-        UserError: names the file, and the line if there are lines: not readable, damaged gzip, not UTF-8, not JSON, or
-            without `text`.
-    """
-    with _opened(path) as file:
-        if path.name.endswith((".txt", ".txt.gz")):
-            texts: Iterable[str] = [file.read().decode("utf-8-sig")]
-        else:
-            texts = (_string(location, record, "text") for location, record in _json_lines(path, file))
-        for text in texts:
-            if text and not text.isspace():
-                yield text
-
-
-def read_examples(path: Path) -> Iterator[Example]:
-    """Yield the examples of a `.json` or `.jsonl` of instructions: one list of records, or one record per line.
-
-    Raises:
-        UserError: names the file, and the line or record: not readable, damaged gzip, not JSON, text, or without an
-            instruction or an output.
-    """
-    if path.name.endswith((".txt", ".txt.gz")):
-        raise UserError(f"data.source=instructions: {path} is not one of .jsonl, .json, .jsonl.gz, .json.gz")
-    with _opened(path) as file:
-        content = file.read().removeprefix(codecs.BOM_UTF8)
-    if content.lstrip()[:1] == b"[":
-        records = ((f"{path}, record {n}", record) for n, record in enumerate(_json(str(path), content), 1))
-    else:
-        records = _json_lines(path, content.splitlines(keepends=True))
-    yield from (_example(location, record) for location, record in records)
-
-
-def _example(location: str, record: Any) -> Example:
-    instruction, output = _string(location, record, "instruction"), _string(location, record, "output")
-    for name, text in (("instruction", instruction), ("output", output)):
-        if not text or text.isspace():
-            raise UserError(f'{location}: the field "{name}" is empty')
-    return Example(prompt_of(instruction, _string(location, {"input": "", **record}, "input")), output)
-
-
-@contextmanager
-def _opened(path: Path) -> Generator[BufferedIOBase, None, None]:
-    """Open a file, decompressed; errors while reading it name it."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    """Yield the location and the record of each line that is not blank."""
-    for number, line in enumerate(lines, 1):
-        if not line.isspace():
-            location = f"{path}, line {number}"
-            yield location, _json(location, line)
-
-
-def _json(location: str, content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{location}: not JSON ({error})") from error
-
-
-def _string(location: str, record: Any, name: str) -> str:
-    text = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{location}: no string in the field "{name}"')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise UserError(f"{location}: not valid Unicode ({error})") from error
-    return text
+def escape_folders(pattern: str) -> str:
+    """Return a glob that takes the longest leading folder that exists literally, such as "[2024] dump" of a path."""
+    for folder in Path(pattern).parents:
+        if folder.is_dir() and str(folder) != ".":
+            return str(Path(glob.escape(str(folder)), Path(pattern).relative_to(folder)))
+    return pattern
 
 
 # --- c4 ---------------------------------------------------------------------------------------------------------------
