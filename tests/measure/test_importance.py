@@ -8,7 +8,7 @@ from builders import FAMILIES, PAD, padded_batches, residual_stream, silence
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.batches import mean_loss
-from cod_lightning.measure.importance import block_influence, coalition_losses, layer_importance
+from cod_lightning.measure.importance import block_influence, layer_importance, order_losses
 from cod_lightning.measure.logit_lens import logit_lens
 
 MEASURES = (block_influence, logit_lens, layer_importance)
@@ -66,7 +66,7 @@ def test_the_influence_table_has_a_row_for_each_run(causal_lm):
 
 
 def test_a_coalition_is_the_model_with_only_its_blocks(model):
-    losses, targets = coalition_losses(model, [(2,), (1, 3), (1, 2, 3, 4)], padded_batches(), PAD)
+    losses, targets = order_losses(model, [(2,), (1, 3), (1, 2, 3, 4)], padded_batches(), PAD)
     blocks = model.blocks
     for coalition, loss in losses.items():
         with model.with_blocks([blocks[layer - 1] for layer in coalition]):
@@ -76,7 +76,7 @@ def test_a_coalition_is_the_model_with_only_its_blocks(model):
 
 
 def test_the_empty_coalition_reads_the_embeddings(model):
-    losses, _ = coalition_losses(model, [()], padded_batches(), PAD)
+    losses, _ = order_losses(model, [()], padded_batches(), PAD)
     silence(model, range(1, 5))
     assert losses[()] == pytest.approx(mean_loss(model, padded_batches(), PAD)[0], rel=1e-5)
 
@@ -85,7 +85,7 @@ def test_the_empty_coalition_reads_the_embeddings(model):
 def marginals(model):
     """Losses by coalition, and the reductions of the loss by each block in all 24 orders [orders, layers]."""
     subsets = [s for size in range(5) for s in itertools.combinations(range(1, 5), size)]
-    losses, _ = coalition_losses(model, subsets, padded_batches(), PAD)
+    losses, _ = order_losses(model, subsets, padded_batches(), PAD)
     values = np.zeros((24, 4))
     for number, order in enumerate(itertools.permutations(range(1, 5))):
         for index, layer in enumerate(order):

@@ -8,7 +8,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import mean_loss
-from cod_lightning.measure.importance import block_influence, coalition_losses
+from cod_lightning.measure.importance import block_influence, order_losses
 from cod_lightning.measure.pruning import prune, remove_blocks
 from cod_lightning.measure.sparsity import input_norms, layer_sparsity, linear_weights, sparsify
 from cod_lightning.nn.decoder import Decoder
@@ -140,7 +140,7 @@ def test_every_block_keeps_its_kind_of_attention(causal_lm, family, folder):
     config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     torch.manual_seed(0)
     model = ModelAdapter(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
-    expected = coalition_losses(model, [(2, 3)], padded_batches(), PAD)[0][2, 3]
+    expected = order_losses(model, [(2, 3)], padded_batches(), PAD)[0][2, 3]
     assert loss(remove_blocks(model, [1, 4])) == pytest.approx(expected, rel=1e-5)
     prune(model, padded_batches(), PAD, layers=[1, 4], folder=folder, export=save_hf)
     loaded = load_hf(folder)

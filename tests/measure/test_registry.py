@@ -18,12 +18,21 @@ def take(name, model, batches, progress=None):
     return MEASURES[name].measure(model, batches, PAD, progress)
 
 
-@every_measure
-@pytest.mark.parametrize("family", ["ours-lns", "gpt2", "olmo2", "qwen2_5_vl", "bert"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family in ("ours-lns", "gpt2", "olmo2", "qwen2_5_vl") for name in MEASURES]
+    + [("bert", name) for name in MEASURES if not MEASURES[name].needs_targets],
+)
 def test_every_measure_gives_a_table(causal_lm, family, name):
     result = MEASURES[name](causal_lm(family, depth=3), BATCHES, PAD, None)
     assert type(result) is MEASURES[name].result_type
     assert result.rows()
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURES if MEASURES[name].needs_targets])
+def test_a_measure_of_next_tokens_refuses_bert(causal_lm, name):
+    with pytest.raises(UserError, match="bert: bert does not predict the next token"):
+        MEASURES[name](causal_lm("bert", depth=3), BATCHES, PAD, None)
 
 
 @every_measure
@@ -38,8 +47,9 @@ STEPS |= {
     "gain": 6,
     "jacobian_map": 6,
     "theory": 3,
-    "removal": 3,
-    "run_removal": 5,
+    "removal": 8,
+    "run_removal": 12,
+    "swaps": 6,
     "linear_replacement": 3,
     "importance": 16,
 }

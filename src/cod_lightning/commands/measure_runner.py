@@ -21,7 +21,7 @@ from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
 from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter, family
 from cod_lightning.measure.compare import COMPARED, comparison_page
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
@@ -44,6 +44,14 @@ class Subject:
     pad_id: int | None
     export: Export | None
     """Writes a model of this kind and its tokenizer for `transformers`; None for models of images."""
+
+    def why_not(self, name: str) -> str:
+        """Why a measure does not apply to the model; empty if it does."""
+        if self.export is None:
+            return MEASURES[name].not_for_images
+        if MEASURES[name].needs_targets and not self.model.predicts_next:
+            return f"{family(self.model.model)} does not predict the next token"
+        return ""
 
     def require_text(self, command: str) -> None:
         if self.export is None:
@@ -124,13 +132,14 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
     Each measure gets those of `options` that it has.
 
     Raises:
-        UserError: a measure fails, no measure applies to images, or the folder cannot be written to.
+        UserError: a measure fails, no measure applies to the model, or the folder cannot be written to.
     """
     names = measures_of(study, subject.model.hidden, options.get("widest", MAX_FULL_JACOBIAN), options.get("only", ()))
-    reasons = {name: MEASURES[name].not_for_images for name in names if subject.export is None}
-    skipped = {name: reason for name, reason in reasons.items() if reason}
+    skipped = {name: reason for name in names if (reason := subject.why_not(name))}
     if len(skipped) == len(names):
-        raise UserError(f"{subject.model.name} is a model of images: {'; '.join(skipped.values())}")
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        images = " is a model of images" if subject.export is None else ""
+        raise UserError(f"{subject.model.name}{images}: {reasons}")
     for name in names:
         if name in skipped:
             print(f"{name}: left out, {skipped[name]}")

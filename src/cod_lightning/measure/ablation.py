@@ -8,7 +8,7 @@ the remaining blocks keep their gains.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -22,6 +22,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter, hidden_input
 from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_batches, mean_loss, step_counter
+from cod_lightning.measure.importance import order_losses
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
@@ -178,28 +179,17 @@ class CausalScore(Result):
         return [HeatMap(self.effects, "later layer", "layer skipped", "relative change of the update", log=True)]
 
 
-def evaluate_changed(
+def changed_losses(
     model: ModelAdapter,
-    batches: list[Batch],
+    orders: Sequence[Sequence[int]],
+    batches: Iterable[Batch],
     pad_id: int | None,
     progress: Progress | None,
-    changes: Sequence[AbstractContextManager[None]],
 ) -> tuple[float, int, list[float]]:
-    """Return the loss and the number of targets of the model, and its loss inside each of `changes`."""
-    advance = step_counter(progress, len(changes))
-    loss, tokens = mean_loss(model, batches, pad_id)
-    losses = []
-    for change in changes:
-        with change:
-            losses.append(mean_loss(model, batches, pad_id)[0])
-        advance()
-    return loss, tokens, losses
-
-
-def with_layers(model: ModelAdapter, orders: Iterable[Sequence[int]]) -> list[AbstractContextManager[None]]:
-    """Return for each of `orders` a context in which the model consists of these layers, counting from 1."""
-    blocks = model.blocks
-    return [model.with_blocks([blocks[layer - 1] for layer in order]) for order in orders]
+    """Return the loss and the number of targets of the model, and its loss with its layers in each of `orders`."""
+    whole = tuple(range(1, model.depth + 1))
+    losses, tokens = order_losses(model, [whole, *orders], batches, pad_id, progress)
+    return losses[whole], tokens, [losses[tuple(order)] for order in orders]
 
 
 def removal(
@@ -207,8 +197,8 @@ def removal(
 ) -> Removal:
     """Remove each block alone."""
     layers = range(1, model.depth + 1)
-    changes = with_layers(model, ([other for other in layers if other != layer] for layer in layers))
-    loss, tokens, losses = evaluate_changed(model, list(batches), pad_id, progress, changes)
+    orders = [[other for other in layers if other != layer] for layer in layers]
+    loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
     return Removal(model.name, tokens, loss, losses)
 
 
@@ -232,8 +222,8 @@ def run_removal(
         if not 1 <= n <= depth:
             raise UserError(f"sizes: cannot remove {n} contiguous blocks of {depth}; expected 1 to {depth}")
     runs = [(n, first) for n in sizes for first in range(1, depth - n + 2)]
-    changes = with_layers(model, ([*range(1, first), *range(first + n, depth + 1)] for n, first in runs))
-    loss, tokens, losses = evaluate_changed(model, list(batches), pad_id, progress, changes)
+    orders = [[*range(1, first), *range(first + n, depth + 1)] for n, first in runs]
+    loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
     remaining = iter(losses)
     by_size = [[next(remaining) for _ in range(depth - n + 1)] for n in sizes]
     return RunRemoval(model.name, tokens, loss, list(sizes), by_size)
@@ -260,8 +250,8 @@ def swaps(
     chosen = [pair for pair in combinations(layers, 2) if pairs == "all" or pair[1] == pair[0] + 1]
     if not chosen:
         raise UserError(f"{model.name}: a model of one block has no two blocks to swap")
-    changes = with_layers(model, ([{a: b, b: a}.get(layer, layer) for layer in layers] for a, b in chosen))
-    loss, tokens, losses = evaluate_changed(model, list(batches), pad_id, progress, changes)
+    orders = [[{a: b, b: a}.get(layer, layer) for layer in layers] for a, b in chosen]
+    loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
     scores = [abs(loss - swapped) / loss for swapped in losses]
     return Swaps(model.name, tokens, loss, chosen, losses, scores, fmean(scores))
 
@@ -289,13 +279,13 @@ def linear_replacement(
     fit_batches = batches if fit is None else list(fit)
     fit_tokens = sum(int(keep.sum()) for _, keep in iter_batches(model, fit_batches, pad_id))
 
-    @contextmanager
-    def linear(layer: int, block: nn.Module) -> Generator[None]:
+    advance = step_counter(progress, model.depth)
+    loss, tokens = mean_loss(model, batches, pad_id)
+    losses = []
+    for layer, block in enumerate(model.blocks, start=1):
         with replaced(block, fit_linear(model, layer, fit_batches, pad_id)):
-            yield
-
-    changes = [linear(layer, block) for layer, block in enumerate(model.blocks, start=1)]
-    loss, tokens, losses = evaluate_changed(model, batches, pad_id, progress, changes)
+            losses.append(mean_loss(model, batches, pad_id)[0])
+        advance()
     usefulness = fmean(linear > USEFUL * loss for linear in losses)
     return LinearReplacement(model.name, tokens, fit_tokens, loss, losses, usefulness)
 
@@ -362,7 +352,7 @@ def causal_score(
     norms = torch.zeros(depth, dtype=torch.float64, device=model.device)
     for tokens, keep in iter_batches(model, batches, pad_id, progress):
         with torch.compiler.set_stance("force_eager"):
-            inputs, blocks = model.block_functions(tokens)
+            inputs, blocks = model.block_functions(tokens, keep)
             states = [*inputs, blocks[-1](inputs[-1])]
 
             def update(before: Tensor, after: Tensor, keep: Tensor = keep) -> Tensor:

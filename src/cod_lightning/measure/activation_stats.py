@@ -93,7 +93,7 @@ def activation_stats(
                 means[name, layer].add(token_statistics(x))
                 largest[name, layer] = max(largest[name, layer], float(x.abs().max()))
 
-        model.logits(batch, hook)
+        model.logits(batch, hook, keep)
         count += int(keep.sum())
 
     def statistics(place: str) -> Statistics:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cod_lightning.errors import UserError
-from cod_lightning.nn.decoder import ActivationHook, Decoder
+from cod_lightning.errors import UserError, first_line
+from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, IdentityNorm, scale
+from cod_lightning.nn.layouts import BERT, COHERE, Layout, find_layout, sites, submodule
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
 
-LAYOUTS = (
-    ("model", "layers", "norm"),  # Llama and models like it
-    ("model.language_model", "layers", "norm"),  # Qwen2.5-VL
-    ("transformer", "h", "ln_f"),  # GPT-2
-    ("bert.encoder", "layer", None),  # BERT, whose blocks end with their own norms
-)
-"""Names of the stack, of its list of blocks and of its final norm in models of `transformers`."""
+VIT = replace(COHERE, blocks="layers", final_norm="norm", head="head")
+"""Where our Vision Transformer keeps its modules."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,12 @@ class ModelAdapter:
     """Access to the blocks of a model.
 
     Args:
-        model: a `Decoder`, a `VisionTransformer`, or a model of `transformers` with one of the `LAYOUTS`: Llama,
-            Mistral, Qwen2, Qwen3, DeepSeek-LLM, OLMo2, Qwen2.5-VL on text, GPT-2, or BERT, whose logits are not for the
-            next token.
+        model: a `Decoder`, a `VisionTransformer`, or a model of `transformers` of a family in docs/models.md, for which
+            `check_layout` is the proof. BERT's logits are not for the next token.
         name: for tables and figures.
 
     Raises:
-        UserError: the model has none of the layouts.
+        UserError: the model has none of `LAYOUTS`.
     """
 
     model: nn.Module
@@ -79,32 +75,31 @@ class ModelAdapter:
         _ = self.layout
 
     @cached_property
-    def layout(self) -> tuple[nn.Module, str, nn.Module]:
-        """The stack, the name of its list of blocks, and the final norm."""
+    def layout(self) -> Layout:
+        """Where the model keeps its blocks, their sub-layers, the final norm and the head."""
         if isinstance(self.model, VisionTransformer):
-            return self.model, "layers", self.model.norm
-        for path, blocks, norm in LAYOUTS:
-            try:
-                stack = self.model.get_submodule(path)
-                final_norm = stack.get_submodule(norm) if norm else nn.Identity()
-                if isinstance(stack.get_submodule(blocks), nn.ModuleList):
-                    return stack, blocks, final_norm
-            except AttributeError:
-                continue
-        raise UserError(
-            f"{self.name}: {type(self.model).__name__} has an unknown layout: expected blocks at model.layers (Llama, "
-            "Mistral, Qwen2, Qwen3, DeepSeek-LLM, OLMo2), transformer.h (GPT-2), model.language_model.layers "
-            "(Qwen2.5-VL) or bert.encoder.layer (BERT)"
-        )
+            return VIT
+        try:
+            return find_layout(self.model)
+        except UserError:
+            raise UserError(
+                f"{self.name}: {family(self.model)} has an unknown layout and cannot be measured; "
+                "docs/models.md lists the families that can"
+            ) from None
 
     @property
     def blocks(self) -> list[nn.Module]:
-        stack, name, _ = self.layout
-        return list(getattr(stack, name))
+        blocks: Any = self.model.get_submodule(self.layout.blocks)
+        return list(blocks)
 
     @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether the logits are for the next token; BERT's are for the token itself, which attends to all others."""
+        return self.layout is not BERT or self.config.is_decoder
 
     def evenly_spaced(self, count: int) -> list[int]:
         """At most `count` layers, counting from 1, evenly from the first to the last."""
@@ -113,8 +108,13 @@ class ModelAdapter:
     @property
     def config(self) -> Any:
         """The configuration of the blocks; for a multimodal model, that of its language model."""
-        config: Any = self.model.config
+        config: Any = getattr(self.model, "config", None)
         return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def config_value(self, name: str, default: Any) -> Any:
+        """A field of the configuration, or `default` where it is missing or None."""
+        value = getattr(self.config, name, None)
+        return default if value is None else value
 
     @property
     def hidden(self) -> int:
@@ -124,21 +124,31 @@ class ModelAdapter:
     def head_weight(self) -> Tensor:
         """[vocabulary or classes, hidden]."""
         model: Any = self.model
-        if isinstance(model, VisionTransformer):
-            return model.head.weight
-        return (model.lm_head if hasattr(model, "lm_head") else model.get_output_embeddings()).weight
+        head = model.get_output_embeddings() if self.layout is BERT else submodule(model, self.layout.head, self.name)
+        return head.weight
 
     @property
     def device(self) -> torch.device:
         return self.head_weight.device
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits [..., vocabulary] of hidden states [..., hidden]: final norm, then head."""
-        name = next(name for name in ("lm_head", "head", "cls") if hasattr(self.model, name))
-        return self.model.get_submodule(name)(self.layout[2](x))
+        """Logits [..., vocabulary] of hidden states [..., hidden]: final norm, then head, scaled as the model does."""
+        if self.layout.final_norm:
+            x = self.model.get_submodule(self.layout.final_norm)(x)
+        factor = self.config_value("logit_scale", 1) / self.config_value("logits_scaling", 1)  # Cohere; Granite
+        logits = scale(self.model.get_submodule(self.layout.head)(x), factor)
+        cap = self.config_value("final_logit_softcapping", None)  # Gemma 2
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def logits(self, batch: Batch, hook: ActivationHook | None = None) -> Tensor:
-        """Logits [batch, length, vocabulary], for images [batch, 1, classes]; `hook` gets every layer's activations."""
+    def logits(self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None) -> Tensor:
+        """Logits [batch, length, vocabulary], for images [batch, 1, classes].
+
+        Args:
+            batch: tokens [batch, length] or images.
+            hook: gets every layer's activations.
+            keep: False for padding [batch, length], which a token does not attend to; causal models need none, because
+                padding follows the other tokens.
+        """
         with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
             if isinstance(batch, Images):
                 return self.model(batch.pixels, hook=hook)[:, None]
@@ -146,7 +156,8 @@ class ModelAdapter:
                 return self.model(batch, hook=hook)
             for handle in [] if hook is None else self.register_hooks(hook):
                 handles.enter_context(handle)
-            return self.model(input_ids=batch, use_cache=False).logits
+            mask = {} if self.predicts_next or keep is None else {"attention_mask": keep.long()}
+            return self.model(input_ids=batch, use_cache=False, **mask).logits
 
     def register_hooks(self, hook: ActivationHook) -> Iterator[RemovableHandle]:
         """Register module hooks on a model of `transformers` that call `hook` as our models do."""
@@ -154,46 +165,130 @@ class ModelAdapter:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             hook("embedding", 0, hidden_input(args, kwargs))
 
+        def after(name: str, layer: int, factor: float = 1) -> Callable[[nn.Module, Any, Any], None]:
+            def call(module: nn.Module, args: Any, y: Any) -> None:
+                hook(name, layer, scale(hidden_output(y), factor))
+
+            return call
+
+        factor = self.config_value("residual_multiplier", 1)  # Granite
         yield self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        for site in sites(self.model, self.layout):
+            yield site.branch.register_forward_hook(after(site.part, site.layer, factor))
         for layer, block in enumerate(self.blocks, start=1):
-            for name, module in zip(("attention", "ffn", "residual"), (*sublayers(block), block), strict=True):
-
-                def after(module: nn.Module, args: Any, y: Any, name: str = name, layer: int = layer) -> None:
-                    hook(name, layer, hidden_output(y))
-
-                yield module.register_forward_hook(after)
+            yield block.register_forward_hook(after("residual", layer))
 
     @torch.no_grad()
-    def block_functions(self, batch: Batch) -> tuple[list[Tensor], list[Callable[[Tensor], Tensor]]]:
+    def block_functions(
+        self, batch: Batch, keep: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Callable[[Tensor], Tensor]]]:
         """The input of every block [batch, length, hidden] on a batch, and every block as a function of its input.
 
         The functions keep the other arguments of the blocks (rotary embeddings, masks), so they take hidden states
-        with the same batch size and length.
+        with the same batch size and length, in any order. Peri-LN's norm of the embeddings belongs to the first input
+        and not to the first block.
+
+        Args:
+            batch: tokens [batch, length] or images.
+            keep: as for `logits`.
         """
         inputs: list[Tensor] = []
         functions: list[Callable[[Tensor], Tensor]] = []
 
-        def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def capture(module: Any, args: tuple, kwargs: dict) -> None:
             others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            inputs.append(hidden_input(args, kwargs).detach())
+            x = hidden_input(args, kwargs).detach()
+            if not inputs and isinstance(module, Block):
+                x, module = module.entry_norm(x), without_entry_norm(module)
+            inputs.append(x)
             functions.append(lambda x: hidden_output(module(x, *args[1:], **others)))
 
         with ExitStack() as handles:
             for block in self.blocks:
                 handles.enter_context(block.register_forward_pre_hook(capture, with_kwargs=True))
-            self.logits(batch)
+            self.logits(batch, keep=keep)
         return inputs, functions
 
     @contextmanager
     def with_blocks(self, blocks: Sequence[nn.Module]) -> Generator[None]:
-        """Replace the model's blocks by `blocks`, in this order, inside the `with`."""
-        stack, name, _ = self.layout
+        """Replace the model's blocks by `blocks` inside the `with`, to copy the model with fewer blocks.
+
+        A block that moves gets the mask and the positions of its new place: to run blocks in another order, call
+        `block_functions`.
+        """
+        path, _, name = self.layout.blocks.rpartition(".")
+        stack = self.model.get_submodule(path)
         original = getattr(stack, name)
         setattr(stack, name, nn.ModuleList(blocks))
         try:
             yield
         finally:
             setattr(stack, name, original)
+
+
+@torch.no_grad()
+def check_layout(model: ModelAdapter) -> None:
+    """Run a model of `transformers` on a few tokens to prove that its blocks, sub-layers and head are what they seem.
+
+    The model is in evaluation mode.
+
+    Raises:
+        UserError: the model cannot be run; the embedding and what attention and FFN add are not the residual stream;
+            the head does not give the logits of the last layer; or a block, run alone, does not repeat its output.
+    """
+    try:
+        problem = layout_problem(model)
+    except Exception as error:  # models of unknown families raise many kinds
+        problem = f"it cannot be run on tokens alone: {first_line(error)}"
+    if problem:
+        raise UserError(f"{model.name}: {family(model.model)} cannot be measured: {problem}")
+
+
+def layout_problem(model: ModelAdapter) -> str:
+    """What `check_layout` finds, or an empty string."""
+    tokens = torch.arange(1, 6, device=model.device)[None] % len(model.head_weight)
+    seen: list[tuple[str, int]] = []
+    activations: dict[tuple[str, int], Tensor] = {}
+
+    def hook(name: str, layer: int, x: Tensor) -> None:
+        seen.append((name, layer))
+        activations[name, layer] = x
+
+    logits = model.logits(tokens, hook)
+    inputs, functions = model.block_functions(tokens)
+    if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
+        return "it does not run every block once"
+    x = activations["embedding", 0]
+    for site in sites(model.model, model.layout):
+        if site.part == "attention" and differ(inputs[site.layer - 1], x):
+            return f"the residual stream changes before block {site.layer}"
+        x = x + activations[site.part, site.layer]
+        x = x if site.sum_norm is None else site.sum_norm(x)
+        if site.part == "ffn":
+            y = activations["residual", site.layer]
+            if differ(x, y):
+                return f"block {site.layer} adds something else than its attention and FFN to the residual stream"
+            if differ(functions[site.layer - 1](inputs[site.layer - 1]), y):
+                return f"block {site.layer}, run alone, does not repeat its output"
+            x = y
+    return "its final norm and head do not give its logits" if differ(model.head(x), logits) else ""
+
+
+def differ(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors differ by more than rounding; NaN does not count."""
+    return x.shape != y.shape or bool((x - y).norm() > torch.finfo(x.dtype).eps ** 0.5 * y.norm())
+
+
+def family(model: Any) -> str:
+    """The family of a model of `transformers`; of any other its class."""
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+
+
+def without_entry_norm(block: Block) -> Block:
+    """The block without its first norm; it shares all other modules."""
+    other = copy(block)
+    other._modules = {**block._modules, "entry_norm": IdentityNorm()}
+    return other
 
 
 def hidden_input(args: tuple, kwargs: dict) -> Tensor:
@@ -206,22 +301,15 @@ def hidden_output(y: Any) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def sublayers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The modules of a `transformers` block whose outputs are added to the residual stream."""
-    if hasattr(block, "post_feedforward_layernorm"):  # OLMo2 normalises the outputs of its sub-layers
-        return block.get_submodule("post_attention_layernorm"), block.get_submodule("post_feedforward_layernorm")
-    if hasattr(block, "intermediate"):  # BERT adds the residual stream inside its sub-layers
-        return block.get_submodule("attention.output.dense"), block.get_submodule("output.dense")
-    return block.get_submodule("self_attn" if hasattr(block, "self_attn") else "attn"), block.get_submodule("mlp")
-
-
 def load_pretrained(
     name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[ModelAdapter, Any]:
     """Load a causal language model of `transformers` and its tokenizer; see `load_checkpoint`.
 
     Raises:
-        UserError: the model cannot be loaded whole, or has an unknown layout.
+        UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`.
     """
     checkpoint = load_checkpoint(name, dtype)
-    return ModelAdapter(checkpoint.model.to(device), Path(name).name), checkpoint.tokenizer()
+    model = ModelAdapter(checkpoint.model.to(device), Path(name).name)
+    check_layout(model)
+    return model, checkpoint.tokenizer()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter, family
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -44,8 +44,10 @@ def iter_targets(
     """Like `iter_batches`, with the targets [batch, length] of each batch instead of the mask; `IGNORE` is no target.
 
     Raises:
-        UserError: no token has a next token.
+        UserError: the model does not predict next tokens, or no token has one.
     """
+    if not model.predicts_next:
+        raise UserError(f"{model.name}: {family(model.model)} does not predict the next token")
     empty = True
     for batch, _ in iter_batches(model, batches, pad_id, progress):
         targets = prediction_targets(model, batch, pad_id)
@@ -115,7 +117,7 @@ def hidden_states(model: ModelAdapter, batch: Batch, keep: Tensor) -> list[Tenso
         if name in ("embedding", "residual"):
             states.append(x[keep])
 
-    model.logits(batch, hook)
+    model.logits(batch, hook, keep)
     return states
 
 

@@ -175,7 +175,7 @@ def layer_importance(
         needed = {coalition for size in range(depth + 1) for coalition in combinations(whole, size)}
     else:
         needed = {tuple(sorted(order[:size])) for order in orders for size in range(depth + 1)} | set(without)
-    losses, tokens = coalition_losses(model, needed, batches, pad_id, progress)
+    losses, tokens = order_losses(model, needed, batches, pad_id, progress)
 
     def marginal(layer: int, coalition: Collection[int]) -> float:
         return losses[tuple(sorted(coalition))] - losses[tuple(sorted([*coalition, layer]))]
@@ -204,37 +204,36 @@ def layer_importance(
 
 
 @torch.no_grad()
-def coalition_losses(
+def order_losses(
     model: ModelAdapter,
-    coalitions: Collection[tuple[int, ...]],
+    orders: Iterable[Sequence[int]],
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[tuple[int, ...], float], int]:
-    """Return the mean loss per target of the model with only the blocks of each coalition, and the number of targets.
+    """Return the mean loss per target of the model with only the blocks of each order, and the number of targets.
 
-    Coalitions are ascending tuples of layers, from 1.
+    Orders are layers, from 1. Every block keeps the mask and the positions of its own layer.
     """
-    order = sorted(set(coalitions))  # neighbours share their first blocks, whose outputs are reused
+    order = sorted({tuple(layers) for layers in orders})  # neighbours share their first blocks' outputs
     totals, target_count = dict.fromkeys(order, 0.0), 0
     batches_with_targets = list(iter_targets(model, batches, pad_id))
     advance = step_counter(progress, len(batches_with_targets) * len(order))
     for tokens, targets in batches_with_targets:
         target_count += int((targets != IGNORE).sum())
-        # `with_blocks` would give a block the mask of the place it moves up to; these keep that of their own place.
         inputs, blocks = model.block_functions(tokens)
         outputs, previous = inputs[:1], ()
         del inputs
-        for coalition in order:
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, coalition, strict=False)))
+        for layers in order:
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, layers, strict=False)))
             del outputs[shared + 1 :]
             with torch.compiler.set_stance("force_eager"):
-                for layer in coalition[shared:]:
+                for layer in layers[shared:]:
                     outputs.append(blocks[layer - 1](outputs[-1]))
-            totals[coalition] += summed_loss(model, outputs[-1], targets)
-            previous = coalition
+            totals[layers] += summed_loss(model, outputs[-1], targets)
+            previous = layers
             advance()
-    return {coalition: total / target_count for coalition, total in totals.items()}, target_count
+    return {layers: total / target_count for layers, total in totals.items()}, target_count
 
 
 def summed_loss(model: ModelAdapter, x: Tensor, targets: Tensor) -> float:

@@ -283,7 +283,7 @@ def jacobian_growth(
     with differentiable():
         for batch, keep in masked_batches:
             batch, keep = batch[keep.any(1)], keep[keep.any(1)]
-            inputs, functions = model.block_functions(batch)
+            inputs, functions = model.block_functions(batch, keep)
             blocks = [jvp_and_vjp(*block) for block in zip(functions[: max(chosen)], inputs, strict=False)]
             mask = keep[:, :, None].double()
             square = torch.zeros(len(batch), len(chosen), dtype=torch.float64, device=model.device)
@@ -341,7 +341,7 @@ def iter_blocks_with_positions(
     advance = step_counter(progress, len(masked_batches) * len(layers))
     for batch, keep in masked_batches:
         positions, weights = sample_positions(keep.cpu(), tokens, generator)
-        inputs, functions = model.block_functions(batch)
+        inputs, functions = model.block_functions(batch, keep)
         for layer in layers:
             yield BlockWithPositions(layer, functions[layer - 1], inputs[layer - 1], positions, weights)
             advance()

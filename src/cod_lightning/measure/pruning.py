@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.measure.ablation import LOSS_INCREASE, removal
-from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.adapter import Batch, ModelAdapter, family
 from cod_lightning.measure.batches import mean_loss, step_counter
 from cod_lightning.measure.importance import block_influence
 from cod_lightning.measure.options import require_choice
@@ -105,14 +108,15 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
 
     The copy's configuration has the new depth. For `transformers`, attention layers are renumbered for the key/value
     cache, and configuration lists with one entry per layer are shortened, so `save_pretrained` writes a model that
-    loads unchanged.
+    loads unchanged. Peri-LN keeps the norm of its embeddings, also without its first block.
 
     Args:
         model: not modified.
         layers: the blocks to remove, counting from 1.
 
     Raises:
-        UserError: a layer does not exist, no layer would remain, or attention depends on the layer's number.
+        UserError: a layer does not exist, no layer would remain, or the configuration of `transformers` builds other
+            blocks than those that remain.
     """
     depth, blocks = model.depth, model.blocks
     if unknown := sorted(set(layers) - set(range(1, depth + 1))):
@@ -124,9 +128,18 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
         copy = ModelAdapter(deepcopy(model.model), model.name)
     if isinstance(copy.model, Decoder):
         copy.model.config = dataclasses.replace(copy.model.config, num_hidden_layers=len(remaining))
+        move_entry_norm(blocks[0], copy.blocks[0])
     else:
         renumber_layers(copy, remaining, depth)
+        require_same_blocks(copy)
     return copy
+
+
+def move_entry_norm(first: Any, new_first: Any) -> None:
+    """Give a Decoder's new first block a copy of the norm of the embeddings, which its old first block has."""
+    if first.spec.entry_norm and not new_first.spec.entry_norm:
+        new_first.spec = dataclasses.replace(new_first.spec, entry_norm=True)
+        new_first.entry_norm = deepcopy(first.entry_norm)
 
 
 def renumber_layers(model: ModelAdapter, remaining: list[int], depth: int) -> None:
@@ -148,6 +161,38 @@ def renumber_layers(model: ModelAdapter, remaining: list[int], depth: int) -> No
         for module in modules:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
+
+
+def require_same_blocks(model: ModelAdapter) -> None:
+    """Check that the configuration of a `transformers` model builds its blocks.
+
+    Raises:
+        UserError: a module has another class, shape or setting; families that place experts, windows or rotary
+            embeddings by the layer's number in a way that `renumber_layers` does not know.
+    """
+    kind: Any = type(model.model)
+    with torch.device("meta"):
+        built = kind(deepcopy(model.model.config)).get_submodule(model.layout.blocks)
+    for layer, (block, expected) in enumerate(zip(model.blocks, built, strict=True), start=1):
+        if settings_of(block) != settings_of(expected):
+            raise UserError(
+                f"{model.name}: block {layer} of the smaller model is not what its configuration builds, because "
+                f"{family(model.model)} gives its blocks different parts by their number; remove other layers"
+            )
+
+
+def settings_of(block: nn.Module) -> dict[str, Any]:
+    """Class, parameter shapes and plain attributes of every module of a block, by its path."""
+    settings: dict[str, Any] = {}
+    for path, module in block.named_modules():
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and name != "training" and not name.startswith("_")
+        }
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
+        settings[path] = type(module), plain, shapes
+    return settings
 
 
 def prune(

@@ -33,6 +33,8 @@ class Measure:
     """Use only this many sequences of the first batch; None: all."""
     is_map: bool = False
     """A training run draws its figure too, because the series do not hold all layer pairs or entries."""
+    needs_targets: bool = False
+    """Reads losses of next tokens or labels, so that it does not apply to BERT."""
     not_for_images: str = ""
     """Why it does not apply to models of images; empty if it does."""
 
@@ -89,19 +91,28 @@ MEASURES: dict[str, Measure] = {
         is_map=True,
     ),
     "angular": Measure("angular", "angular:angular_distance", ("distance",), is_map=True),
-    "removal": Measure("removal", "ablation:removal", ("delta_loss",)),
-    "run_removal": Measure("removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4")),
-    "swaps": Measure("removal", "ablation:swaps", ("score",)),
+    "removal": Measure("removal", "ablation:removal", ("delta_loss",), needs_targets=True),
+    "run_removal": Measure(
+        "removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4"), needs_targets=True
+    ),
+    "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True),
     "linear_replacement": Measure(
         "removal",
         "ablation:linear_replacement",
         ("delta_loss",),
+        needs_targets=True,
         not_for_images="its map would be fitted to patches, but the prediction is read from the class token",
     ),
     "causal": Measure("removal", "ablation:causal_score", ("score",), is_map=True),
     "influence": Measure("influence", "importance:block_influence", ("influence",), is_map=True),
-    "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js")),
-    "importance": Measure("influence", "importance:layer_importance", ("shapley", "leave_one_out"), first_batch=True),
+    "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js"), needs_targets=True),
+    "importance": Measure(
+        "influence",
+        "importance:layer_importance",
+        ("shapley", "leave_one_out"),
+        first_batch=True,
+        needs_targets=True,
+    ),
     "sparsity": Measure("influence", "sparsity:layer_sparsity", ("outlier_ratio", "owl", "alpha", "alpha_pruning")),
     "theory": Measure(
         "theory",

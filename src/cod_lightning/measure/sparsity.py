@@ -125,7 +125,7 @@ def input_norms(
     try:
         for tokens, mask in iter_batches(model, batches, pad_id, progress):
             keep = mask.flatten()
-            model.logits(tokens)
+            model.logits(tokens, keep=mask)
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.nn.layouts import Layout, Site, sites
+from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, build_all
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +53,7 @@ def apply(
         UserError: an unknown strategy or layout, a coefficient that an existing model cannot have, a strategy that is
             applied already, or a trained model and `trained="refuse"`. The model is unchanged.
     """
-    where = sites(model, layout)
+    where = pre_norm_sites(model, layout)
     section = {"name": norm, **options}
     specs = [sublayer for spec in checked_specs(section, len(where) // 2) for sublayer in spec.sublayers]
     written = strategy_of(model)
@@ -88,7 +88,7 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
         UserError: no strategy is applied, or a factor has no weight to go into. The model is unchanged.
     """
     targets = []
-    for site in sites(model, layout):
+    for site in pre_norm_sites(model, layout):
         for module in (site.norm, site.branch):
             if hasattr(module, "output_scale"):
                 target = site.output if module is site.sublayer else module

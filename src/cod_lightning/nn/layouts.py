@@ -1,12 +1,12 @@
 """Where a model from elsewhere keeps its blocks, the norms before their sub-layers, and the sub-layers' projections.
 
-Known are the causal language models of `transformers` whose blocks are laid out like those of Llama, Gemma 2 or GPT-2.
-Any other Pre-LN model is described by a `Layout`.
+`LAYOUTS` are those of causal language models of `transformers`. Any other Pre-LN model is described by a `Layout`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,15 +16,15 @@ from cod_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """Module paths of a Pre-LN model; each pair is for attention and for the feed-forward network.
+    """Module paths of a model; each pair is for attention and for the feed-forward network.
 
     Example: `Layout("transformer.blocks", norms=("ln_1", "ln_2"), sublayers=("attn", "ffn"))`.
     """
 
     blocks: str
     """The list of blocks, from the model."""
-    norms: tuple[str, str]
-    """The norms before the sub-layers, from a block."""
+    norms: tuple[str, str] | None
+    """The norms before the sub-layers, from a block; None: not one for each, so it takes no strategy."""
     sublayers: tuple[str, str]
     """The sub-layers, from a block: each gets the output of its norm."""
     branches: tuple[str, str] | None = None
@@ -33,6 +33,12 @@ class Layout:
     """The linear layers that read the output of a norm; needed to keep a trained model's function."""
     outputs: tuple[str, str] | None = None
     """The last linear layers of the sub-layers; needed for strategies that scale branches or their initialisation."""
+    sum_norms: tuple[str, str] | None = None
+    """The norms of the residual stream after each addition (Post-LN), from a block."""
+    final_norm: str | None = "model.norm"
+    """The norm before the head, from the model; read by measures only."""
+    head: str = "lm_head"
+    """The module that gives the logits, from the model; read by measures only."""
 
 
 LLAMA = Layout(
@@ -42,21 +48,47 @@ LLAMA = Layout(
     inputs=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
     outputs=("self_attn.o_proj", "mlp.down_proj"),
 )
-GEMMA = Layout(
-    "model.layers",
+GEMMA2 = replace(
+    LLAMA,
     norms=("input_layernorm", "pre_feedforward_layernorm"),
-    sublayers=("self_attn", "mlp"),
     branches=("post_attention_layernorm", "post_feedforward_layernorm"),
-    inputs=LLAMA.inputs,
-    outputs=LLAMA.outputs,
 )
+GLM4 = replace(
+    LLAMA,
+    branches=("post_self_attn_layernorm", "post_mlp_layernorm"),
+    inputs=(LLAMA.inputs[0], ("mlp.gate_up_proj",)),
+)
+OLMO2 = Layout("model.layers", norms=None, sublayers=LLAMA.sublayers, branches=GEMMA2.branches)
+COHERE = Layout("model.layers", norms=None, sublayers=("self_attn", "mlp"))
+PHI = replace(COHERE, final_norm="model.final_layernorm")
+LLAMA4 = replace(COHERE, sublayers=("self_attn", "feed_forward"))
+QWEN2_5_VL = replace(LLAMA, blocks="model.language_model.layers", final_norm="model.language_model.norm")
 GPT2 = Layout(
     "transformer.h",
     norms=("ln_1", "ln_2"),
     sublayers=("attn", "mlp"),
     inputs=(("attn.c_attn",), ("mlp.c_fc",)),
     outputs=("attn.c_proj", "mlp.c_proj"),
+    final_norm="transformer.ln_f",
 )
+GPTJ = Layout("transformer.h", norms=None, sublayers=("attn", "mlp"), final_norm="transformer.ln_f")
+GPT_NEOX = Layout(
+    "gpt_neox.layers",
+    norms=None,
+    sublayers=("attention", "mlp"),
+    final_norm="gpt_neox.final_layer_norm",
+)
+BERT = Layout(
+    "bert.encoder.layer",
+    norms=None,
+    sublayers=("attention.output.dense", "output.dense"),
+    sum_norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    final_norm=None,
+    head="cls",
+)
+LAYOUTS = (GEMMA2, GLM4, LLAMA, OLMO2, COHERE, PHI, LLAMA4, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT)
+"""Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
+HINT = "name its modules: layout=Layout(blocks='path.to.the.list', norms=('ln_1', 'ln_2'), sublayers=('attn', 'mlp'))"
 
 
 @dataclass(frozen=True)
@@ -69,7 +101,7 @@ class Site:
     """"attention" or "ffn"."""
     block: Any
     norm: Any
-    """Before the sub-layer."""
+    """Before the sub-layer; None if the layout does not name it."""
     sublayer: Any
     branch: Any
     """Its output is added to the residual stream."""
@@ -77,53 +109,78 @@ class Site:
     """The linear layers behind the norm; empty if the layout does not name them."""
     output: Any
     """The last linear layer; None if the layout does not name it."""
+    sum_norm: Any
+    """The norm of the sum; None if the layout does not name it."""
 
 
-def sites(model: nn.Module, layout: Layout | None = None) -> list[Site]:
+def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]:
+    """`sites` of a model that can take a strategy.
+
+    Raises:
+        UserError: as `sites`, or no norms before the sub-layers are known.
+    """
+    layout = layout or find_layout(model)
+    if layout.norms is None:
+        raise UserError(
+            f"{type(model).__name__} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their "
+            f"outputs); {HINT}"
+        )
+    return sites(model, layout)
+
+
+def sites(model: nn.Module, layout: Layout) -> list[Site]:
     """The two sub-layers of every block, first to last.
 
     Args:
         model: any module.
-        layout: where it keeps its blocks; None: by the names of its modules.
+        layout: where it keeps its blocks.
 
     Raises:
-        UserError: the model has no module that the layout names, no norms before its sub-layers, or no known layout.
+        UserError: the model has no module that the layout names.
     """
-    layout = layout or find_layout(model)
     blocks: Any = submodule(model, layout.blocks, type(model).__name__)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise UserError(f"layout.blocks={layout.blocks!r} is a {type(blocks).__name__}; expected an nn.ModuleList")
     result = []
     for layer, block in enumerate(blocks, start=1):
         for index, part in enumerate(("attention", "ffn")):
-            name = f"{layout.blocks}.{layer - 1}"
-            norm, sublayer = (submodule(block, paths[index], name) for paths in (layout.norms, layout.sublayers))
-            branch = submodule(block, layout.branches[index], name) if layout.branches else sublayer
-            inputs = [submodule(block, path, name) for path in layout.inputs[index]]
-            output = submodule(block, layout.outputs[index], name) if layout.outputs else None
-            result.append(Site(layer, part, block, norm, sublayer, branch, inputs, output))
+            module = partial(module_of_pair, block, f"{layout.blocks}.{layer - 1}", index)
+            sublayer = module(layout.sublayers)
+            site = Site(
+                layer,
+                part,
+                block,
+                norm=module(layout.norms),
+                sublayer=sublayer,
+                branch=module(layout.branches) or sublayer,
+                inputs=[submodule(block, path, f"{layout.blocks}.{layer - 1}") for path in layout.inputs[index]],
+                output=module(layout.outputs),
+                sum_norm=module(layout.sum_norms),
+            )
+            result.append(site)
     return result
+
+
+def module_of_pair(block: nn.Module, name: str, index: int, paths: tuple[str, str] | None) -> Any:
+    """The module of a block at one of two paths, or None without paths; raises like `submodule`."""
+    return submodule(block, paths[index], name) if paths else None
 
 
 def find_layout(model: nn.Module) -> Layout:
     """The layout of a causal language model of `transformers`, by the names of its modules.
 
     Raises:
-        UserError: the model has no norms before its sub-layers, or is laid out in another way.
+        UserError: the model is laid out in another way.
     """
-    for layout in (GEMMA, LLAMA, GPT2):
+    name = type(model).__name__
+    for layout in LAYOUTS:
         try:
             sites(model, layout)
+            submodule(model, layout.final_norm or "", name)
         except UserError:
             continue
         return layout
-    name = type(model).__name__
-    if any(path.endswith("layers.0.post_feedforward_layernorm") for path, _ in model.named_modules()):
-        raise UserError(f"{name} has no norms before its sub-layers (OLMo 2 and 3 norm their outputs)")
-    raise UserError(
-        f"{name} has an unknown layout; name its modules: "
-        "layout=Layout(blocks='path.to.the.list', norms=('ln_1', 'ln_2'), sublayers=('attn', 'mlp'))"
-    )
+    raise UserError(f"{name} has an unknown layout; {HINT}")
 
 
 def submodule(module: nn.Module, path: str, name: str) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import checked_specs, strategy_of
-from cod_lightning.nn.layouts import Layout, Site, sites
+from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites
 
 TOLERANCE = 5e-5
 """Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
@@ -93,7 +93,7 @@ def verify(
 @torch.no_grad()
 def measure(model: nn.Module, norm: dict[str, Any], layout: Layout | None, tokens: Tensor) -> list[Factor]:
     """Run a model on tokens [batch, length] and measure the factors of every sub-layer."""
-    where = sites(model, layout)
+    where = pre_norm_sites(model, layout)
     specs = [sublayer for spec in checked_specs(norm, len(where) // 2) for sublayer in spec.sublayers]
     seen: dict[tuple[int, str], Tensor] = {}
     with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
