@@ -74,6 +74,11 @@ def filled(name, value):
     return change
 
 
+def bare(state):
+    """The state dict of a `LlamaModel`."""
+    return {name.removeprefix("model."): tensor for name, tensor in state.items() if name != HEAD}
+
+
 def third_layer(state):
     return state | {name.replace(".1.", ".2."): tensor for name, tensor in state.items() if ".layers.1." in name}
 
@@ -87,7 +92,7 @@ REFUSED = {
     ),
     "without head": (without(HEAD), r"lacks lm_head\.weight: save the whole model with its head"),
     "bare": (
-        lambda s: {name.removeprefix("model."): x for name, x in s.items() if name != HEAD},
+        bare,
         r"lacks lm_head\.weight: save the whole model with its head",
     ),
     "without a weight": (without(DOWN), rf"lacks {DOWN}: "),
@@ -98,7 +103,7 @@ REFUSED = {
     ),
     "shape": (
         lambda s: s | {EMBEDDING: torch.ones(40, 16)},
-        rf"holds {EMBEDDING} as \[40, 16\] instead of \[37, 16\] \(1 shapes differ\)",
+        rf"holds {EMBEDDING} of another shape than \[37, 16\]: ",
     ),
     "NaN": (filled(DOWN, float("nan")), rf"{DOWN} holds NaN or Inf \(1 weights do\)"),
     "Inf": (filled(EMBEDDING, float("inf")), rf"{EMBEDDING} holds NaN or Inf"),
@@ -121,7 +126,6 @@ def test_weights_that_are_not_those_of_the_model_are_refused_by_name(folder, kin
 ACCEPTED = {
     "unchanged": lambda s: s,
     "rotary frequencies": lambda s: s | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
-    "without the prefix": lambda s: {name.removeprefix("model."): x for name, x in s.items()},
 }
 
 
@@ -134,11 +138,8 @@ def test_names_that_transformers_accepts_keep_the_logits(folder, llama, kind):
 # Tied embeddings ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", ["usual", "without the prefix"])
-def test_two_different_matrices_are_never_tied(folder, llama, names, tmp_path):
+def test_two_different_matrices_are_never_tied(folder, llama, tmp_path):
     edit_json(folder, "config.json", tie_word_embeddings=True)
-    if names != "usual":
-        edit_weights(folder, ACCEPTED[names])
     model = load_checkpoint(folder).model
     torch.testing.assert_close(logits(model), logits(llama))
     assert not model.config.tie_word_embeddings
@@ -150,7 +151,7 @@ def test_two_different_matrices_are_never_tied(folder, llama, names, tmp_path):
     torch.testing.assert_close(logits(load_checkpoint(tmp_path / "again").model), logits(llama))
 
 
-@pytest.mark.parametrize("change", [without(HEAD), lambda s: s | {HEAD: s[EMBEDDING]}], ids=["absent", "equal"])
+@pytest.mark.parametrize("change", [without(HEAD), bare, lambda s: s | {HEAD: s[EMBEDDING]}])
 def test_one_matrix_is_tied(folder, change):
     edit_json(folder, "config.json", tie_word_embeddings=True)
     edit_weights(folder, change)
@@ -335,7 +336,7 @@ def test_a_saved_folder_has_the_names_of_both_versions_of_transformers(folder, t
     assert (config["rope_theta"], config["rope_scaling"]["factor"]) == (500.0, 2.0)
     assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert words["additional_special_tokens"] == ["w2"]
-    assert "extra_special_tokens" not in words
+    assert not words.get("extra_special_tokens")  # version 4 expects a mapping
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert (again.eos_token_id, "w2" in again.all_special_tokens) == (1, True)
 
@@ -355,10 +356,9 @@ def test_generation_settings_that_contradict_others_are_dropped(folder, tmp_path
     checkpoint = load_checkpoint(folder)
     assert checkpoint.dropped == dropped
     saved_again(checkpoint, tmp_path / "again")
-    again = json.loads((tmp_path / "again/generation_config.json").read_text())
-    assert {name: value for name, value in again.items() if name in settings and value is not None} == {
-        name: value for name, value in settings.items() if name not in dropped
-    } | {name: again[name] for name in dropped if again.get(name) is not None}
+    again, defaults = transformers.GenerationConfig.from_pretrained(tmp_path / "again"), transformers.GenerationConfig()
+    for name, value in settings.items():
+        assert getattr(again, name) == (getattr(defaults, name) if name in dropped else value)
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
@@ -379,9 +379,9 @@ def write_gguf(path, model, change=lambda tensors: tensors, family="llama", quan
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"01234567", "ab"])
+    writer.add_token_list(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"0123456", "ab", "cd"])
     writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (config.vocab_size - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def load_checkpoint(
             ignore_mismatched_sizes=True,  # so that all are reported below
             output_loading_info=True,
         )
-        if error := weight_errors(info):
+        if error := weight_errors(empty, info):
             raise UserError(f"{name}: {error}")
         if broken := [key for key, x in model.named_parameters() if not x.isfinite().all()]:
             raise UserError(f"{name}: {broken[0]} holds NaN or Inf ({len(broken)} weights do): use another checkpoint")
@@ -232,8 +233,10 @@ def read_gguf(source: Source, empty: Any) -> dict[str, Tensor]:
     path = Path(source.name) / str(source.gguf)
     reader = GGUFReader(path)
     family = reader.fields["general.architecture"].contents()
-    processor = library.TENSOR_PROCESSORS.get(family, library.TensorProcessor)(config=empty.config.to_dict())
-    known = library.get_gguf_hf_weights_map(empty, processor)
+    options = {}
+    if "processor" in signature(library.get_gguf_hf_weights_map).parameters:  # in version 5
+        options["processor"] = library.TENSOR_PROCESSORS.get(family, library.TensorProcessor)()
+    known = library.get_gguf_hf_weights_map(empty, **options)
     names = [tensor.name for tensor in reader.tensors]
     if unknown := [name for name in names if name not in known and name.removesuffix(".weight") not in known]:
         raise UserError(
@@ -254,19 +257,20 @@ def has_own_head(empty: Any, state: Mapping[str, Tensor]) -> bool:
     return len(matrices) == 2 and not torch.equal(*matrices)
 
 
-def weight_errors(info: Mapping[str, Any]) -> str | None:
-    """What is wrong between the names and shapes of the weights and those of the model; None if all agree."""
+def weight_errors(empty: Any, info: Mapping[str, Any]) -> str | None:
+    """What is wrong between the names and shapes of the weights and those of the `empty` model; None if all agree."""
     missing = sorted(info["missing_keys"])
     unexpected = sorted(key for key in info["unexpected_keys"] if not OTHER_HEADS.search(key))
-    mismatched = sorted(info["mismatched_keys"])
+    # Version 5 adds the shapes.
+    mismatched = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     problems = []
     if missing:
         problems.append(f"lacks {count(missing)}")
     if unexpected:
         problems.append(f"holds {count(unexpected)} without a place in the model")
     if mismatched:
-        key, theirs, ours = mismatched[0]
-        problems.append(f"holds {key} as {list(theirs)} instead of {list(ours)} ({len(mismatched)} shapes differ)")
+        shape = list(empty.get_parameter(mismatched[0]).shape)
+        problems.append(f"holds {count(mismatched)} of another shape than {shape}")
     if not problems:
         return None
     if any(re.search(r"(^|\.)(_orig_mod|module)\.", key) for key in unexpected):
