@@ -75,13 +75,31 @@ def remove(path: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Check that creating `folder` overwrites nothing.
+    """Check that `folder` can be created and that this overwrites nothing.
 
     Raises:
-        UserError: `folder` exists and is not an empty folder.
+        UserError: `folder` exists and is not an empty folder, or it is not writable.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: choose another output")
+    check_writable(folder)
+
+
+def check_writable(folder: Path, option: str = "") -> None:
+    """Check that files can be written into a folder, which need not exist.
+
+    Args:
+        folder: the folder.
+        option: stands before its name in the error, such as `--output=`.
+
+    Raises:
+        UserError: it or its closest parent that exists is a file, or not writable.
+    """
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(
+            f"{option}{folder} cannot be written: {parent} is a file, or not writable: choose another output"
+        )
 
 
 @contextmanager

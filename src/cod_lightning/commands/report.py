@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser
 from pathlib import Path
 
 from cod_lightning.commands.options import add_results
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_writable
 
 HELP = "Write REPRODUCTION.md, an HTML page, CSV and figures: the claims of the paper beside the results of runs."
 ESTIMATED_FOR = "one H100 at 40 % of its peak"
@@ -27,9 +27,7 @@ def run(results: Path | None, output: Path) -> int:
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
-    parent = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output={output} cannot be written: {parent} is a file, or not writable")
+    check_writable(output, "--output=")
     results = results or RESULTS
     scales = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
     names = reproducible_experiments()

@@ -1,0 +1,72 @@
+"""Models of `transformers` that `measure` opens with text."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cod_lightning.commands.measure_runner import open_model, run_prune
+from cod_lightning.config.compose import compose
+from cod_lightning.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def config(corpus):
+    words = ["data=files", f"data.files={corpus}/*.jsonl", "data.seq_len=16", "trainer.accelerator=cpu"]
+    return compose(words)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """`model(vocab_size)` saves a bfloat16 Llama with a tokenizer of 8 words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    def save(vocab_size=8, **settings):
+        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        llama = transformers.LlamaConfig(vocab_size=vocab_size, max_position_embeddings=32, **shape)
+        transformers.LlamaForCausalLM(llama).bfloat16().save_pretrained(tmp_path / "llama")
+        (tmp_path / "llama/generation_config.json").write_text(json.dumps(settings))
+        names = ["?", "</s>", "the", "norm", "of", "a", "deep", "grows"]
+        words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="?"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="?")
+        fast.save_pretrained(tmp_path / "llama")
+        return str(tmp_path / "llama")
+
+    return save
+
+
+def test_a_pruned_model_keeps_dtype_and_drops_contradictory_generation_settings(model, config, tmp_path, capsys):
+    subject = open_model(model(do_sample=False, temperature=0.9, top_p=0.6), config, 2)
+    assert next(subject.model.model.parameters()).dtype == torch.float32
+    run_prune(subject, {"layers": [1]}, tmp_path / "small")
+    assert "generation settings dropped as invalid: temperature, top_p" in capsys.readouterr().err
+    state = load_file(tmp_path / "small/model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert not [name for name in state if ".layers.1." in name]
+    words = json.loads((tmp_path / "small/tokenizer_config.json").read_text())
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_token_of_the_text_without_an_embedding_is_named(model, config):
+    with pytest.raises(
+        UserError, match=r"token 7 \('grows'\) has no embedding: the tokenizer has 8 tokens and the mod"
+    ):
+        open_model(model(vocab_size=7), config, 2)
+
+
+def test_sequences_longer_than_the_context_are_refused(model, config):
+    config.data.seq_len = 33
+    with pytest.raises(UserError, match=r"data\.seq_len=33 is longer than max_position_embeddings=32"):
+        open_model(model(), config, 2)
+
+
+def test_the_folder_of_a_pruned_model_must_be_writable(model, config, tmp_path):
+    (tmp_path / "file").write_text("")
+    subject = open_model(model(), config, 2)
+    subject.model.model.forward = None  # nothing is computed
+    with pytest.raises(UserError, match="file is a file, or not writable"):
+        run_prune(subject, {"layers": [1]}, tmp_path / "file/small")
