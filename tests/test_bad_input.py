@@ -399,7 +399,7 @@ COMMANDS = [
     (with_run(), ["evaluate", "run", "data.folder=nowhere"], ["nowhere is not a prepared set"]),
     (with_run(), ["export", "run", "--max-length", "0"], ["--max-length=0 must be at least 1"]),
     (with_run(), ["export", "run", "--output", "run"], ["run exists and is not an empty folder"]),
-    (with_run(), ["export", "run", "--output", "run/config.yaml/x"], ["run/config.yaml", "Not a directory"]),
+    (with_run(), ["export", "run", "--output", "run/config.yaml/x"], ["run/config.yaml", "is a file, or not writable"]),
     (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
     (nothing, ["import", "nowhere", "--output", "x"], ["nowhere needs the Hugging Face hub", "Give a folder"]),
     (nothing, ["import", "../nowhere", "--output", "x"], ["../nowhere does not exist: name the folder"]),

@@ -233,7 +233,7 @@ def read_gguf(source: Source, empty: Any) -> dict[str, Tensor]:
     path = Path(source.name) / str(source.gguf)
     reader = GGUFReader(path)
     family = reader.fields["general.architecture"].contents()
-    options = {}
+    options: dict[str, Any] = {}
     if "processor" in signature(library.get_gguf_hf_weights_map).parameters:  # in version 5
         options["processor"] = library.TENSOR_PROCESSORS.get(family, library.TensorProcessor)()
     known = library.get_gguf_hf_weights_map(empty, **options)
