@@ -7,13 +7,13 @@ python := $(VENV)/bin/python
 ready := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test lint
+.PHONY: help setup fit test lint docs
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) (test processes) ARGS= (passed on by fit and test)'
 
-setup: $(ready)  ## make the virtual environment, with everything that fit, test and lint need
+setup: $(ready)  ## make the virtual environment, with everything that the other targets need
 
 fit: $(ready)  ## train the default model; e.g. make fit ARGS="trainer.max_steps=2"
 	$(python) -m cod_lightning fit $(ARGS)
@@ -25,6 +25,9 @@ lint: $(ready)  ## check style, format and types
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m ty check --python $(VENV) src
+
+docs: $(ready)  ## build the documentation into site/; open site/index.html
+	$(python) -m mkdocs build
 
 # .unfinished becomes .ready at the very end: where an earlier attempt left it behind, start afresh.
 $(ready): pyproject.toml

@@ -1,24 +1,146 @@
-"""docs/scaling.md and docs/troubleshooting.md: commands that compose, messages that the source still has, links."""
+"""README.md and docs/: commands that compose, messages that the source still has, tables, links, the site."""
 
 import ast
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 
-from cod_lightning.cli import parser
+import cod_lightning as cod
+from cod_lightning.cli import COMMANDS, parser
 from cod_lightning.commands import estimate as estimate_command
-from cod_lightning.config.compose import compose, sweep
+from cod_lightning.commands.measure import is_model, split_options
+from cod_lightning.config.compose import choices, compose, groups, sweep
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.huggingface import unsupported_features
+from cod_lightning.nn.strategies import LNS_POSITIONS, STRATEGIES, build_all
 from cod_lightning.train.estimate import estimate
 
 ROOT = Path(__file__).parents[1]
-SCALING, TROUBLE = ((ROOT / "docs" / name).read_text() for name in ("scaling.md", "troubleshooting.md"))
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^ {4}.*-m cod_lightning (.*?)'?(?:  +#.*)?$", SCALING.replace("\\\n", ""), flags=re.MULTILINE)
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+SCALING, TROUBLE = PAGES["scaling.md"], PAGES["troubleshooting.md"]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|^((?: {4}[^\n]*\n)+)", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"-m cod_lightning (.*?)(?:  +#.*)?$", re.MULTILINE)
+TYPED = {
+    command: name
+    for name, text in PAGES.items()
+    if name != "audit.md"  # tests/test_audit.py fills in its variables
+    for _, fenced, indented in BLOCK.findall(text.replace("\\\n", ""))
+    for command in COMMAND.findall(fenced + indented)
+}
+"""The page of every command."""
+PYTHON = [
+    pytest.param(code, id=f"{name}: {code.splitlines()[0]}")
+    for name, text in PAGES.items()
+    for language, code, _ in BLOCK.findall(text)
+    if language == "python"
+]
 HEADLINES = re.findall(r"^\*\*(.*?)\*\*( \([\w ]+\))?:", TROUBLE, flags=re.MULTILINE)
 OURS = [message for headline, origin in HEADLINES if not origin for message in re.findall(r"`(.*?)`", headline)]
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """The strategy that the README defines, importable under the name it is given there."""
+    code = re.search(r"^    # my_package/norms\.py\n(.*?)\n    python", PAGES["README.md"], re.DOTALL | re.MULTILINE)
+    assert code
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "norms.py").write_text(textwrap.dedent(code[1]))
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("command", TYPED, ids=lambda command: f"{TYPED[command]}: {command}")
+@pytest.mark.usefixtures("example")
+def test_every_command_is_understood(command):
+    wrapped = command.count("'") % 2  # the end of sbatch --wrap='...'
+    arguments = parser().parse_args(shlex.split(command[:-1] if wrapped else command))
+    known = {"tasks", "shard", "merge", *(estimate_command.OPTIONS if arguments.command == "estimate" else ())}
+    words = [word for word in getattr(arguments, "overrides", []) if word.partition("=")[0] not in known]
+    if arguments.command == "measure":
+        words = [word for word in arguments.words if not is_model(word)]
+        words = split_options(words, arguments.study)[1]
+    if "data=files" in words:
+        words = [word for word in words if not word.startswith("data.files")] + ["data.files=texts/a.txt"]
+    for run in sweep(words):
+        compose(run)
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    commands = re.findall(r"^python -m cod_lightning (\w+)", PAGES["command_line.md"], re.MULTILINE)
+    assert set(commands) == set(COMMANDS)
+
+
+def test_the_guide_has_commands_of_every_step():
+    commands = re.findall(r"^ {4}.*-m cod_lightning (\w+)", SCALING.replace("\\\n", ""), re.MULTILINE)
+    assert set(commands) == {"fit", "prepare", "estimate", "consolidate"}
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_blocks_use_public_names(code):
+    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)]
+    used = {node.attr for node in names if isinstance(node.value, ast.Name) and node.value.id == "cod"}
+    assert used <= set(cod.__all__)
+
+
+def test_the_settings_table_has_every_group_and_choice():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGES["reproduce.md"], flags=re.MULTILINE))
+    assert set(groups()) == set(rows)
+    for group in groups():
+        if group != "model":
+            assert all(f"`{name}`" in rows[group] for name in choices(group)), group
+    assert all(f"`{name}`" in rows["norm"] for name in STRATEGIES)
+
+
+def decoder_of(norm, depth=4, **options):
+    with torch.device("meta"):
+        return Decoder(DecoderConfig(8, 16, depth, 2, vocab_size=8), build_all({"name": norm, **options}, depth))
+
+
+def block_parameters(norm):
+    """Parameters that a block more adds to a decoder of width 8."""
+    five, four = (sum(parameter.numel() for parameter in decoder_of(norm, depth).parameters()) for depth in (5, 4))
+    return five - four
+
+
+def test_the_strategy_table_has_parameters_and_folding_of_every_strategy():
+    lines = re.findall(r"^\| `(\w+)` \| .* \| .* \| (.*?) \| (yes|no) \| .* \|$", PAGES["strategies.md"], re.MULTILINE)
+    pre_ln = block_parameters("pre_ln")
+    measured = [
+        (name, block_parameters(name) - pre_ln, "no" if unsupported_features(decoder_of(name)) else "yes")
+        for name in STRATEGIES
+    ]
+    counts = {"0": 0, "1": 1, "2": 2, "2d": 2 * 8}
+    assert [(name, counts[added.partition(",")[0]], folds) for name, added, folds in lines] == measured
+
+
+def test_the_table_of_positions_says_which_fold():
+    lines = re.findall(r"^\| (`\w+`.*?) \| .* \| (yes|no) \|$", PAGES["strategies.md"], re.MULTILINE)
+    positions = {name: folds for names, folds in lines for name in re.findall(r"`(\w+)`", names)}
+    assert positions == {
+        name: "no" if unsupported_features(decoder_of("lns", position=name)) else "yes" for name in LNS_POSITIONS
+    }
+
+
+def test_the_api_page_has_every_public_name():
+    documented = set(re.findall(r"^::: cod_lightning\.(\w+)$", PAGES["api.md"], re.MULTILINE))
+    assert documented == set(cod.__all__) - {"__version__"}
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'id="cod_lightning.apply"' in (tmp_path / "api.html").read_text()
 
 
 def texts():
@@ -29,22 +151,6 @@ def texts():
                 yield "".join(part.value if isinstance(part, ast.Constant) else "\n" for part in node.values)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command):
-    arguments = parser().parse_args(shlex.split(command))
-    known = {"shard", "merge", *(estimate_command.OPTIONS if arguments.command == "estimate" else ())}
-    words = [word for word in getattr(arguments, "overrides", []) if word.partition("=")[0] not in known]
-    if arguments.command == "prepare":
-        words = [word for word in words if not word.startswith("data.files")] + ["data.files=texts/a.txt"]
-        words = words if "data=files" in words else words[:-1]
-    for run in sweep(words):
-        compose(run)
-
-
-def test_there_are_commands_of_every_step():
-    assert {command.split()[0] for command in COMMANDS} == {"fit", "prepare", "estimate", "consolidate"}
 
 
 def test_every_message_of_ours_is_one():
@@ -92,26 +198,29 @@ def test_the_tables_are_what_estimate_says():
         assert f"{found[0].gpu_hours:.1f}" == hours
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/scaling.md", "docs/troubleshooting.md"])
-def test_every_link_leads_somewhere(name):
-    text = (ROOT / name).read_text()
-    titles = {
-        re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]*)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in titles, target
-        elif not target.startswith("http"):
-            assert ((ROOT / name).parent / target.partition("#")[0]).exists(), target
+def anchors(text):
+    """Anchors of the headings of a page, and of the objects that it documents."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    named = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return named | set(re.findall(r"^::: (.*)$", text, re.MULTILINE))
 
 
-def test_the_guides_name_existing_settings_and_the_readme_leads_to_them():
+@pytest.mark.parametrize("path", [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_every_link_leads_somewhere(path):
+    for target in re.findall(r"\]\(([^)]*)\)", path.read_text()):
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            leads_to = path.parent / name if name else path
+            assert leads_to.exists(), target
+            assert not anchor or anchor in anchors(leads_to.read_text()), target
+
+
+def test_the_guides_name_existing_settings():
     from dataclasses import asdict
 
     from cod_lightning.config.schema import Config, flatten
 
-    fields = flatten(asdict(Config())).keys() | {"trainer.measures.jacobian"}
-    named = set(re.findall(r"\b((?:model|data|optim|trainer)\.[a-z_]+(?:\.[a-z]+)?)=", SCALING + TROUBLE))
+    fields = flatten(asdict(Config())).keys() | {"trainer.measures.jacobian", "trainer.measures.angular"}
+    guides = "".join(text for name, text in PAGES.items() if name != "audit.md")
+    named = set(re.findall(r"\b((?:model|data|optim|trainer|images)\.[a-z_]+(?:\.[a-z]+)?)=", guides))
     assert named <= fields, named - fields
-    for guide in ("docs/scaling.md", "docs/troubleshooting.md"):
-        assert f"({guide})" in README
