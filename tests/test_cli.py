@@ -314,7 +314,7 @@ def test_harness_tasks_are_scored_with_the_logits_of_the_decoder(finished, tmp_p
     task = {
         "task": "toy_choice",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},  # beside the task's YAML
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "early layers",

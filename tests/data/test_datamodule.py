@@ -58,7 +58,7 @@ def test_tokenizer_and_probe_come_from_the_set(packed, open_tokens):
     assert torch.equal(probe, data.val_set.read(np.arange(3)))
     text = data.tokenizer().decode(probe[0].tolist())
     assert data.tokenizer().encode(text).ids == probe[0].tolist()
-    with pytest.raises(UserError, match="a probe of 999999 sequences"):
+    with pytest.raises(UserError, match=r"trainer\.probe_rows=999999, but .* validation sequences"):
         data.probe_batch(999_999)
 
 

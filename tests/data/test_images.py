@@ -175,7 +175,7 @@ def test_a_batch_must_divide_among_the_ranks(root):
 
 
 def test_too_large_a_probe_is_refused(root):
-    with pytest.raises(UserError, match="a probe of 7 images"):
+    with pytest.raises(UserError, match=r"trainer\.probe_rows=7, but .* validation images"):
         opened(root).probe_batch(7)
 
 

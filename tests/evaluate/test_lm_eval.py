@@ -1,13 +1,22 @@
 """Behaviour without lm-evaluation-harness; tests/test_cli.py runs it where it is installed."""
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 
 import pytest
+import yaml
 
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate.lm_eval import PAPER_TASKS, numeric_metrics, save_scores, score_tasks, task_manager
+from cod_lightning.evaluate.lm_eval import (
+    PAPER_TASKS,
+    numeric_metrics,
+    run_tasks,
+    save_scores,
+    score_tasks,
+    task_manager,
+)
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
@@ -46,6 +55,69 @@ def test_a_damaged_file_of_scores_is_an_error(tmp_path):
     (tmp_path / "tasks.json").write_text("[1")
     with pytest.raises(UserError, match=r"tasks\.json: .*; remove the file and evaluate again"):
         save_scores(tmp_path, {"piqa": {"acc": 0.5}})
+
+
+def failing(error, cause=None):
+    """An evaluation that fails on the task `bad`."""
+
+    def evaluate(tasks):
+        if "bad" in tasks:
+            raise error from cause
+        return {"results": {task: {"folder": os.getcwd()} for task in tasks}}
+
+    return evaluate
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """`own_task(data_files)` writes the YAML of a task into a folder and returns its path."""
+
+    def write(data_files):
+        path = tmp_path / "tasks" / "mine.yaml"
+        path.parent.mkdir(exist_ok=True)
+        text = yaml.safe_dump({"task": "mine", "dataset_kwargs": {"data_files": data_files}})
+        path.write_text(text + "process_docs: !function utils.process\n")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("tst"), "KeyError: 'tst'"),
+        (TypeError("'NoneType' object is not callable"), "TypeError: 'NoneType'"),
+        (ValueError("Got invalid output_type 'choise', must be in\n"), "ValueError: Got invalid output_type 'choise'"),
+        (FileNotFoundError("Unable to find 'nope.jsonl'"), "FileNotFoundError: Unable to find 'nope.jsonl'"),
+    ],
+)
+def test_a_bad_task_of_a_user_is_named_with_its_file(own_task, error, reason):
+    path = own_task("rows.jsonl")
+    with pytest.raises(UserError) as failure:
+        run_tasks(failing(error), ["piqa", "bad"], {"piqa": None, "bad": path})
+    assert str(failure.value).startswith(f"tasks=bad: {path}: {reason}")
+    assert "check its output_type, splits, metrics" in str(failure.value)
+
+
+def test_the_cause_of_a_failed_task_is_named(own_task):
+    evaluate = failing(RuntimeError("An error occurred"), cause=ValueError("JSON parse error"))
+    with pytest.raises(UserError, match="ValueError: JSON parse error"):
+        run_tasks(evaluate, ["bad"], {"bad": own_task("rows.jsonl")})
+
+
+@pytest.mark.parametrize("data_files", ["rows.jsonl", {"test": ["rows.jsonl"]}, {"test": "r*.jsonl"}])
+@pytest.mark.parametrize(
+    ("where", "expected"), [("beside", "tasks"), ("here", "."), ("both", "tasks"), ("no", "tasks")]
+)
+def test_relative_data_files_are_sought_beside_the_task(own_task, tmp_path, monkeypatch, data_files, where, expected):
+    path = own_task(data_files)
+    monkeypatch.chdir(tmp_path)
+    if where in ("beside", "both"):
+        path.with_name("rows.jsonl").touch()
+    if where in ("here", "both"):
+        (tmp_path / "rows.jsonl").touch()
+    results = run_tasks(failing(None), ["piqa", "mine"], {"piqa": None, "mine": path})
+    assert results == {"mine": {"folder": str((tmp_path / expected).resolve())}, "piqa": {"folder": str(tmp_path)}}
 
 
 @needs_harness

@@ -271,7 +271,10 @@ class TokenDataModule(StepDataModule):
             UserError: there are fewer.
         """
         if n > len(self.val_set):
-            raise UserError(f"a probe of {n} sequences is larger than the set's {len(self.val_set)} for validation")
+            raise UserError(
+                f"trainer.probe_rows={n}, but {self.source} has {len(self.val_set)} validation sequences: lower "
+                "trainer.probe_rows, or hold out more text (data.val_every, data.val_files)"
+            )
         return self.val_set.read(np.arange(n))[:, : self.manifest.seq_len]
 
 

@@ -268,7 +268,10 @@ class ImageDataModule(StepDataModule):
             UserError: there are fewer.
         """
         if n > self.val_count:
-            raise UserError(f"a probe of {n} images is larger than the set's {self.val_count} for validation")
+            raise UserError(
+                f"trainer.probe_rows={n}, but {self.source} has {self.val_count} validation images: lower "
+                "trainer.probe_rows"
+            )
         indices = np.linspace(0, self.val_count - 1, n).round().astype(int)
         images, labels, _ = zip(*(self.val_set[index] for index in indices), strict=True)
         return torch.stack(images), torch.tensor(labels)

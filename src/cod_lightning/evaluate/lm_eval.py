@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib
 import json
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cod_lightning.data.tokenizers import DocumentTokenizer
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, first_line
 from cod_lightning.files import write_atomic
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export, quiet_transformers, unsupported_features
@@ -42,7 +48,7 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
         raise UserError("tasks= is empty: give task names, as in arc_easy,piqa, or paper")
     if folder is not None and not folder.is_dir():
         raise UserError(f"--task-folder={folder}: no such folder")
-    manager = lm_eval_tasks.TaskManager(include_path=None if folder is None else str(folder))
+    manager = lm_eval_tasks.TaskManager(include_path=None if folder is None else str(folder.absolute()))
     known = set(manager.all_tasks)
     errors = []
     for task in tasks:
@@ -78,7 +84,7 @@ def score_tasks(
         limit: maximum examples of each task; None: all.
 
     Raises:
-        UserError: the decoder cannot be exported, or the data of a task is not available.
+        UserError: the decoder cannot be exported, or as `run_tasks`.
     """
     if unsupported := unsupported_features(decoder):
         raise UserError("\n".join(["tasks= evaluates the exported model, and this model has no export:", *unsupported]))
@@ -87,13 +93,88 @@ def score_tasks(
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         export(decoder, Path(folder), tokenizer, max_length=max_length)
         model = model_class(pretrained=folder, dtype="float32", device=device, batch_size=batch_size)
+        evaluate = partial(harness.simple_evaluate, model, task_manager=manager, limit=limit, log_samples=False)
+        results = run_tasks(evaluate, tasks, {task: yaml_of(manager, task) for task in tasks})
+    return {task: numeric_metrics(results[task]) for task in tasks}
+
+
+def run_tasks(evaluate: Callable[..., Any], tasks: Sequence[str], files: Mapping[str, Path | None]) -> dict[str, Any]:
+    """Return the results by task; tasks of `--task-folder` run first, one by one, so that an error names its task.
+
+    Args:
+        evaluate: the harness's `simple_evaluate`, which takes `tasks`.
+        tasks: their names.
+        files: the YAML of each task of `--task-folder`, None for those of the harness.
+
+    Raises:
+        UserError: an own task fails, or the data of a task is not available.
+    """
+    results: dict[str, Any] = {}
+    for task in tasks:
+        if (path := files[task]) is None:
+            continue
         try:
-            results = harness.simple_evaluate(
-                model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
-            )
+            with data_folder(path):
+                results |= evaluate(tasks=[task])["results"]
+        except Exception as error:  # the harness raises many types for a task that it cannot read
+            reason = root_cause(error)
+            raise UserError(
+                f"tasks={task}: {path}: {type(reason).__name__}: {first_line(reason)}; check its output_type, splits, "
+                "metrics, fields and data files"
+            ) from error
+    if rest := [task for task in tasks if files[task] is None]:
+        try:
+            results |= evaluate(tasks=rest)["results"]
         except OSError as error:
-            raise UserError(f"tasks={','.join(tasks)}: cannot load the data of a task: {error}") from error
-    return {task: numeric_metrics(results["results"][task]) for task in tasks}
+            raise UserError(f"tasks={','.join(rest)}: cannot load the data of a task: {error}") from error
+    return results
+
+
+def yaml_of(manager: Any, task: str) -> Path | None:
+    """The YAML of a task of `--task-folder`; None for a task of the harness."""
+    entry = manager.task_index[task]
+    path = entry.get("yaml_path") if isinstance(entry, dict) else entry.yaml_path
+    own = importlib.import_module("lm_eval.tasks").__path__[0]
+    is_file = isinstance(path, str | Path) and Path(path).is_file()
+    return Path(path).absolute() if is_file and not Path(path).resolve().is_relative_to(Path(own).resolve()) else None
+
+
+@contextmanager
+def data_folder(path: Path) -> Generator[None, None, None]:
+    """Enter the folder of a task's YAML, where its relative data files are, unless they are in the working folder."""
+    content = yaml.load(path.read_text("utf-8"), TaskLoader)
+    named = (content.get("dataset_kwargs") or {}).get("data_files") if isinstance(content, dict) else None
+    relative = [name for name in strings_in(named) if "://" not in name and not Path(name).is_absolute()]
+    here = Path.cwd()
+    beside = any(glob.glob(str(path.parent / name)) for name in relative)
+    if relative and (beside or not all(map(glob.glob, relative))):
+        os.chdir(path.parent)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+class TaskLoader(yaml.SafeLoader):
+    """Reads the YAML of a task without its functions (`!function`)."""
+
+
+TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def strings_in(value: Any) -> list[str]:
+    """The strings in nested lists and mappings."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in strings_in(part)]
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error at the bottom of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def save_scores(folder: Path, scores: dict[str, dict[str, float]]) -> None:
