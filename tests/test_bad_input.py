@@ -274,7 +274,7 @@ STRATEGIES = [
 SETS = [
     (nothing, ["fit", "data=c4"], ["c4", "data=files"]),
     (nothing, [*TEXT, "data.files=nothing/*.jsonl"], ["data.files: no file matches 'nothing/*.jsonl'"]),
-    (files(a_csv="a"), [*TEXT, "data.files=a.csv"], ["data.files: a.csv is not one of .txt"]),
+    (files(a_tsv="a"), [*TEXT, "data.files=a.tsv"], ["data.files: a.tsv is not one of .txt"]),
     (files(a_jsonl="{'text': 1}"), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
     (files(a_jsonl="[" * 100000), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
     (files(a_jsonl='{"text": 3}'), [*TEXT, "data.files=a.jsonl"], ['a.jsonl, line 1: no string in the field "text"']),
