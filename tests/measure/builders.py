@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -90,3 +91,29 @@ def residual_stream(model, batch):
     states = {}
     model.logits(batch, lambda name, layer, x: states.__setitem__((name, layer), x.double()))
     return torch.stack([states["embedding", 0], *(states["residual", layer] for layer in range(1, model.depth + 1))])
+
+
+TINY = {family: {"head_dim": 4} for family in ("axk1", "deepseek_v3", "youtu")} | {
+    "falcon": {"head_dim": ...},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "granite": {"residual_multiplier": 0.2, "logits_scaling": 8.0, "embedding_multiplier": 12.0},
+}
+"""Fields of some families' configurations; `...` leaves one out."""
+
+
+def tiny_model(family, depth=4, **fields):
+    """A random model of `transformers` by its `model_type`; `fields` of its configuration."""
+    transformers = pytest.importorskip("transformers")
+    shape = {
+        **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": depth, "head_dim": 8},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64},
+        **{"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        **{"n_embd": 16, "n_layer": depth, "n_head": 2, "n_inner": 24, "n_positions": 64, "rotary_dim": 4},
+        **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 24, "intermediate_size_mlp": 24},
+        **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8},
+    }
+    shape |= TINY.get(family, {}) | fields
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[family](**{name: value for name, value in shape.items() if value is not ...})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -76,8 +76,15 @@ def test_no_tokens_are_an_error(causal_lm, name, batches):
         take(name, causal_lm("ours", depth=2), batches)
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURES if MEASURES[name].study not in ("jacobian", "theory")])
-@pytest.mark.parametrize("family", ["ours", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (family, name)
+        for family in ("ours", "gpt2", "bert")
+        for name, measure in MEASURES.items()
+        if measure.study not in ("jacobian", "theory") and not (family == "bert" and measure.needs_targets)
+    ],
+)
 def test_padding_and_batch_size_do_not_matter(causal_lm, family, name):
     model, batch = causal_lm(family), tokens(6, 9)
     padded = torch.cat([batch, torch.full((6, 3), PAD)], dim=1)

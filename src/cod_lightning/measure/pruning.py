@@ -154,6 +154,9 @@ def renumber_layers(model: ModelAdapter, remaining: list[int], depth: int) -> No
     for name, value in vars(config).items():
         if "layer" in name and isinstance(value, list | tuple) and len(value) == depth:
             changes[name] = type(value)(value[layer - 1] for layer in remaining)
+    for name in ("moe_layers", "mlp_only_layers"):  # numbers of layers, from 0
+        if numbers := getattr(config, name, None):
+            changes[name] = [remaining.index(number + 1) for number in numbers if number + 1 in remaining]
     for name, value in changes.items():
         setattr(config, name, value)
     for index, block in enumerate(model.blocks):

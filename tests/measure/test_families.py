@@ -1,0 +1,174 @@
+"""Families of `transformers`: which can be measured, and that blocks keep the masks and positions of their layers."""
+
+import re
+from contextlib import ExitStack
+from itertools import chain, repeat
+from pathlib import Path
+
+import pytest
+import torch
+from builders import decoder, tiny_model, tokens
+
+from cod_lightning.errors import UserError
+from cod_lightning.measure.ablation import removal, replaced, run_removal, swaps
+from cod_lightning.measure.adapter import ModelAdapter, check_layout
+from cod_lightning.measure.batches import mean_loss
+from cod_lightning.measure.importance import layer_importance
+from cod_lightning.measure.pruning import prune, remove_blocks
+from cod_lightning.nn.layouts import find_layout
+from cod_lightning.nn.pretrained import quiet_transformers
+
+transformers = pytest.importorskip("transformers")
+
+LIST = Path(__file__).parents[2] / "docs" / "models.md"
+LISTED = set(re.findall(r"`([\w-]+)`[,.]", LIST.read_text().split("`model_type`:")[1].split("\n\n")[1]))
+BATCHES = [tokens(3, 9) % 32]
+
+
+def adapter(family, **fields):
+    with quiet_transformers():
+        return ModelAdapter(tiny_model(family, **fields), family)
+
+
+FAMILIES = [
+    *("bert", "cohere", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gpt_oss"),
+    *("granite", "llama", "llama4_text", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+]
+"""Families with different wiring, heads or multipliers."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layout_of_a_family_holds(family):
+    check_layout(adapter(family, depth=2))
+    assert family in LISTED
+
+
+@pytest.mark.every_family
+@pytest.mark.filterwarnings("ignore")
+def test_the_list_in_the_docs_is_of_the_families_that_hold():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    built, hold = set(), set()
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            with torch.device("meta"), quiet_transformers():
+                model = tiny_model(family, depth=2)
+        except Exception:  # a configuration that needs other fields
+            continue
+        if sum(parameter.numel() for parameter in model.parameters()) > 5e6:
+            continue
+        built.add(family)
+        try:
+            find_layout(model)
+            check_layout(adapter(family, depth=2))
+            hold.add(family)
+        except UserError:
+            continue
+    assert hold == LISTED & built
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("bloom", "bloom has an unknown layout"),
+        ("falcon", "falcon has an unknown layout"),
+        ("mamba", "mamba has an unknown layout"),
+        ("opt", "opt has an unknown layout"),
+        ("minicpm3", "block 1 adds something else than its attention and FFN to the residual stream"),
+    ],
+)
+def test_another_family_is_refused_by_name(family, message):
+    with pytest.raises(UserError, match=f"{family}: .*{message}"):
+        check_layout(adapter(family, depth=2))
+
+
+def test_another_head_is_refused():
+    model = adapter("llama", depth=2)
+
+    def double(module, args, output):
+        output.logits = 2 * output.logits
+
+    model.model.register_forward_hook(double)
+    with pytest.raises(UserError, match="llama cannot be measured: its final norm and head do not give its logits"):
+        check_layout(model)
+
+
+def test_a_block_that_does_not_repeat_its_output_is_refused():
+    model, factors = adapter("llama", depth=2), chain([1, 1], repeat(2))
+    model.blocks[1].register_forward_hook(lambda module, args, y: y * next(factors))
+    with pytest.raises(UserError, match="block 2, run alone, does not repeat its output"):
+        check_layout(model)
+
+
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
+MIXED = {
+    "qwen2": {"use_sliding_window": True, "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2},
+    **{family: {"layer_types": ALTERNATING} for family in ("gemma2", "gemma3_text", "gpt_oss")},
+    "smollm3": {"use_sliding_window": True, "layer_types": ALTERNATING, "no_rope_layers": [1, 0, 0, 1]},
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention"] * 2,
+        "no_rope_layers": [1, 0, 1, 0],
+        "attention_chunk_size": 3,
+        "moe_layers": [1, 3],
+    },
+    "mistral": {},
+}
+"""Windows of three tokens, in some layers or in all; rotary embeddings in some layers; experts in some."""
+
+
+@pytest.fixture(scope="module", params=MIXED)
+def mixed(request):
+    return adapter(request.param, sliding_window=3, **MIXED[request.param])
+
+
+def loss_with_identities(model, *layers):
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced(model.blocks[layer - 1], lambda x: x))
+        return mean_loss(model, BATCHES)[0]
+
+
+def test_removal_makes_blocks_the_identity(mixed):
+    expected = [loss_with_identities(mixed, layer) for layer in (1, 2, 3, 4)]
+    result = removal(mixed, BATCHES)
+    assert result.losses == pytest.approx(expected, rel=1e-6)
+    importance = layer_importance(mixed, BATCHES, permutations=1).leave_one_out
+    assert importance == pytest.approx(result.series()["delta_loss"], abs=1e-6)
+
+
+def test_removal_of_runs_makes_blocks_the_identity(mixed):
+    expected = [loss_with_identities(mixed, layer, layer + 1) for layer in (1, 2, 3)]
+    assert run_removal(mixed, BATCHES, sizes=[2]).losses[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_swapped_blocks_keep_their_kind_of_attention(mixed, monkeypatch):
+    result, kinds, expected = swaps(mixed, BATCHES), getattr(mixed.config, "layer_types", None), []
+    for order in ([1, 0, 2, 3], [0, 2, 1, 3], [0, 1, 3, 2]):
+        if kinds:
+            monkeypatch.setattr(mixed.config, "layer_types", [kinds[index] for index in order])
+        with mixed.with_blocks([mixed.blocks[index] for index in order]):
+            expected.append(mean_loss(mixed, BATCHES)[0])
+    assert result.losses == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_written_model_computes_the_measured_removal(mixed, layer, tmp_path):
+    prune(mixed, BATCHES, layers=[layer], folder=tmp_path / "small", export=lambda model, to: model.save_pretrained(to))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    expected = removal(mixed, BATCHES).losses[layer - 1]
+    assert mean_loss(ModelAdapter(loaded.eval()), BATCHES)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_its_configuration_would_not_build_is_refused():
+    model = adapter("deepseek_v3", first_k_dense_replace=1)
+    with pytest.raises(UserError, match="block 1 of the smaller model is not what its configuration builds"):
+        remove_blocks(model, [1])
+
+
+def test_peri_ln_keeps_the_norm_of_its_embeddings_without_its_first_block():
+    model = decoder("peri_ln")
+    first = model.blocks[0]
+    with replaced(first, first.entry_norm):
+        expected = mean_loss(model, BATCHES)[0]
+    assert removal(model, BATCHES).losses[0] == pytest.approx(expected, rel=1e-6)
+    assert mean_loss(remove_blocks(model, [1]), BATCHES)[0] == pytest.approx(expected, rel=1e-6)
