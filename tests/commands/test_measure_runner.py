@@ -82,6 +82,25 @@ def test_models_are_compared_on_one_page(tmp_path):
     assert saved(tmp_path / "pre_ln", "jacobian")["probes"] == 2
 
 
+@pytest.fixture
+def bert():
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.BertLMHeadModel(transformers.BertConfig(intermediate_size=24, **shape)).eval()
+    return replace(subject(), model=ModelAdapter(model, "large"))
+
+
+def test_measures_of_the_next_token_are_left_out_for_bert(bert, tmp_path, capsys):
+    run_study("removal", bert, {}, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["causal.json"]
+    assert "swaps: left out, bert does not predict the next token" in capsys.readouterr().out
+
+
+def test_bert_cannot_be_pruned(bert, tmp_path):
+    with pytest.raises(UserError, match="large: bert does not predict the next token: measure prune needs it"):
+        run_prune(bert, {"layers": [1]}, tmp_path / "small")
+
+
 def test_models_of_images_cannot_be_compared(tmp_path):
     with pytest.raises(UserError, match="lns is a model of images: measure compare supports models of text only"):
         run_comparison({"lns": lambda: replace(subject(), export=None)}, {}, tmp_path)

@@ -8,7 +8,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import mean_loss
-from cod_lightning.measure.importance import block_influence, order_losses
+from cod_lightning.measure.importance import block_influence
 from cod_lightning.measure.pruning import prune, remove_blocks
 from cod_lightning.measure.sparsity import input_norms, layer_sparsity, linear_weights, sparsify
 from cod_lightning.nn.decoder import Decoder
@@ -129,23 +129,6 @@ def test_a_pruned_model_generates_with_its_cache(causal_lm, family):
     with torch.no_grad():
         expected = model(input_ids=output.sequences, use_cache=False).logits[:, 3:-1]
     torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_every_block_keeps_its_kind_of_attention(causal_lm, family, folder):
-    """Windows of two tokens in layers 2 and 4: when layer 2 moves up, its window moves with it."""
-    transformers = pytest.importorskip("transformers")
-    config = causal_lm(family).model.config
-    config.sliding_window, config.use_sliding_window = 2, True
-    config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    torch.manual_seed(0)
-    model = ModelAdapter(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
-    expected = order_losses(model, [(2, 3)], padded_batches(), PAD)[0][2, 3]
-    assert loss(remove_blocks(model, [1, 4])) == pytest.approx(expected, rel=1e-5)
-    prune(model, padded_batches(), PAD, layers=[1, 4], folder=folder, export=save_hf)
-    loaded = load_hf(folder)
-    assert loaded.config.layer_types == ["sliding_attention", "full_attention"]
-    assert loss(loaded) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", OURS)

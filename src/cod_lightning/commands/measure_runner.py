@@ -21,7 +21,7 @@ from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
 from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter, family
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.compare import COMPARED, comparison_page
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
@@ -50,12 +50,14 @@ class Subject:
         if self.export is None:
             return MEASURES[name].not_for_images
         if MEASURES[name].needs_targets and not self.model.predicts_next:
-            return f"{family(self.model.model)} does not predict the next token"
+            return self.model.why_not_next
         return ""
 
-    def require_text(self, command: str) -> None:
+    def require_next_token(self, command: str) -> None:
         if self.export is None:
             raise UserError(f"{self.model.name} is a model of images: measure {command} supports models of text only")
+        if not self.model.predicts_next:
+            raise UserError(f"{self.model.name}: {self.model.why_not_next}: measure {command} needs it")
 
 
 def study_options(study: str) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> Non
     Raises:
         UserError: see `prune`.
     """
-    subject.require_text("prune")
+    subject.require_next_token("prune")
     result = with_progress("prune", prune, subject, options, folder=folder, export=subject.export)
     result.save(folder, "prune")
     show_result(subject, "prune", result)
@@ -173,7 +175,7 @@ def run_comparison(subjects: Mapping[str, Callable[[], Subject]], options: Mappi
     results = {}
     for name, open_subject in subjects.items():
         subject = open_subject()
-        subject.require_text("compare")
+        subject.require_next_token("compare")
         results[name] = {measure: run_measure(measure, subject, options, folder / name) for measure in COMPARED}
     image, page = comparison_page(results)
     write_atomic(folder / "compare.png", image)

@@ -101,6 +101,11 @@ class ModelAdapter:
         """Whether the logits are for the next token; BERT's are for the token itself, which attends to all others."""
         return self.layout is not BERT or self.config.is_decoder
 
+    @property
+    def why_not_next(self) -> str:
+        """For errors about a model that does not predict the next token."""
+        return f"{family(self.model)} does not predict the next token"
+
     def evenly_spaced(self, count: int) -> list[int]:
         """At most `count` layers, counting from 1, evenly from the first to the last."""
         return sorted({1 + index * (self.depth - 1) // max(count - 1, 1) for index in range(count)})

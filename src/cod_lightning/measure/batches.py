@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, next_tokens
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter, family
+from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -47,7 +47,7 @@ def iter_targets(
         UserError: the model does not predict next tokens, or no token has one.
     """
     if not model.predicts_next:
-        raise UserError(f"{model.name}: {family(model.model)} does not predict the next token")
+        raise UserError(f"{model.name}: {model.why_not_next}")
     empty = True
     for batch, _ in iter_batches(model, batches, pad_id, progress):
         targets = prediction_targets(model, batch, pad_id)
