@@ -19,6 +19,7 @@ import yaml
 import cod_lightning
 from cod_lightning.cli import COMMANDS, main
 from cod_lightning.config.compose import compose
+from cod_lightning.config.saved import load
 
 PYTHON = [sys.executable, "-m", "cod_lightning"]
 
@@ -136,7 +137,6 @@ def test_generate_continues_the_prompt_and_is_deterministic(finished):
 
 
 def decoder_of(folder):
-    from cod_lightning.config.saved import load
     from cod_lightning.train.load import checkpoint_of, load_decoder
 
     return load_decoder(load(folder), folder, checkpoint_of(folder))
@@ -160,6 +160,7 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
     assert "not an empty folder" in again.stderr
 
     run_ok("import", model, "--output", imported)
+    assert load(imported).max_length == load(imported).data.seq_len == 32
     words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.seq_len=32", "eval.every=3"]
     figures = metrics(run_ok("evaluate", imported, *words, "trainer.accelerator=cpu"))
     expected = json.loads((folder / "record.json").read_text())

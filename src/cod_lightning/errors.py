@@ -1,7 +1,7 @@
 """Exceptions, and helpers for their messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -41,3 +41,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {match[0]!r}? " if match else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some weights, and how many others there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other weights"

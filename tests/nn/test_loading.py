@@ -135,6 +135,15 @@ def test_names_that_transformers_accepts_keep_the_logits(folder, llama, kind):
     torch.testing.assert_close(logits(load_checkpoint(folder).model), logits(llama))
 
 
+def test_heads_of_bert_for_whole_texts_are_left_out(tmp_path):
+    shape = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    bert = transformers.BertForPreTraining(transformers.BertConfig(**shape, num_attention_heads=2)).eval()
+    bert.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = bert.cls.predictions(bert.bert(TOKENS).last_hidden_state)
+    torch.testing.assert_close(logits(load_checkpoint(tmp_path).model), expected)
+
+
 # Tied embeddings ------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +362,7 @@ def test_a_saved_folder_has_the_names_of_both_versions_of_transformers(folder, t
 )
 def test_generation_settings_that_contradict_others_are_dropped(folder, tmp_path, settings, dropped):
     (folder / "generation_config.json").write_text(json.dumps(settings))
+    edit_json(folder, "config.json", **settings)  # as older models do
     checkpoint = load_checkpoint(folder)
     assert checkpoint.dropped == dropped
     saved_again(checkpoint, tmp_path / "again")
@@ -364,7 +374,7 @@ def test_generation_settings_that_contradict_others_are_dropped(folder, tmp_path
 # GGUF -----------------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path, model, change=lambda tensors: tensors, family="llama", quantize=None):
+def write_gguf(path, model, change=lambda tensors: tensors, family="llama", scaling="none"):
     """Write a Llama with the tensor names and the order of rotary pairs of llama.cpp."""
     gguf = pytest.importorskip("gguf")
     config = model.config
@@ -377,6 +387,7 @@ def write_gguf(path, model, change=lambda tensors: tensors, family="llama", quan
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"0123456", "ab", "cd"])
@@ -392,10 +403,7 @@ def write_gguf(path, model, change=lambda tensors: tensors, family="llama", quan
             x = x.view(heads, 2, -1, x.shape[1]).transpose(1, 2).reshape(x.shape)
         tensors[names.get_name(name, (".weight",))] = x.numpy()
     for name, x in change(tensors).items():
-        if quantize and x.ndim == 2:
-            writer.add_tensor(name, gguf.quants.quantize(x, quantize), raw_dtype=quantize)
-        else:
-            writer.add_tensor(name, x)
+        writer.add_tensor(name, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -431,9 +439,10 @@ def test_a_model_from_a_gguf_file_is_saved_as_safetensors(llama, tmp_path):
             {"change": lambda t: {name: x for name, x in t.items() if name != "blk.1.ffn_up.weight"}},
             r"lacks model\.layers\.1\.mlp\.up_proj\.weight",
         ),
+        ({"scaling": "yarn"}, r"leaves out llama\.rope\.scaling\.type='yarn'"),
         ({"family": "mamba2"}, "architecture mamba2 is not supported"),
     ],
-    ids=["rotary scaling", "more layers", "fewer weights", "family"],
+    ids=["rotary factors", "more layers", "fewer weights", "rotary scaling", "family"],
 )
 def test_a_gguf_file_that_transformers_does_not_read_whole_is_refused(llama, tmp_path, options, message):
     write_gguf(tmp_path / "tiny.gguf", llama, **options)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cod_lightning.errors import UserError, first_line
+from cod_lightning.errors import UserError, first_line, first_of
+from cod_lightning.nn.gguf import read_gguf, require_gguf
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -112,7 +111,7 @@ def load_checkpoint(
         kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
         with torch.device("meta"):
             empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False)
-        state = read_weights(source) if source.gguf is None else read_gguf(source, empty)
+        state = read_weights(source) if source.gguf is None else read_gguf(Path(source.name) / source.gguf, empty)
         if integers := [key for key, x in state.items() if not x.is_floating_point() and not MASKS.search(key)]:
             raise UserError(
                 f"{name}: {integers[0]} holds {state[integers[0]].dtype} ({len(integers)} weights do): save the model "
@@ -221,32 +220,6 @@ def read_weights(source: Source) -> dict[str, Tensor]:
     return state
 
 
-def read_gguf(source: Source, empty: Any) -> dict[str, Tensor]:
-    """The dequantized tensors of a .gguf file in float32, by their names in the `empty` model of `transformers`.
-
-    Raises:
-        UserError: the file has tensors that `transformers` would leave out.
-    """
-    from gguf import GGUFReader
-    from transformers import modeling_gguf_pytorch_utils as library
-
-    path = Path(source.name) / str(source.gguf)
-    reader = GGUFReader(path)
-    family = reader.fields["general.architecture"].contents()
-    options: dict[str, Any] = {}
-    if "processor" in signature(library.get_gguf_hf_weights_map).parameters:  # in version 5
-        options["processor"] = library.TENSOR_PROCESSORS.get(family, library.TensorProcessor)()
-    known = library.get_gguf_hf_weights_map(empty, **options)
-    names = [tensor.name for tensor in reader.tensors]
-    if unknown := [name for name in names if name not in known and name.removesuffix(".weight") not in known]:
-        raise UserError(
-            f"{path}: transformers has no place for {count(unknown)}: convert the original model with another tool, or "
-            "use its safetensors files"
-        )
-    with redirect_stderr(io.StringIO()):  # a progress bar
-        return library.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)["tensors"]
-
-
 def has_own_head(empty: Any, state: Mapping[str, Tensor]) -> bool:
     """Whether the weights hold a head and embeddings that differ, whatever the configuration says."""
     matrices = []
@@ -265,12 +238,12 @@ def weight_errors(empty: Any, info: Mapping[str, Any]) -> str | None:
     mismatched = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     problems = []
     if missing:
-        problems.append(f"lacks {count(missing)}")
+        problems.append(f"lacks {first_of(missing)}")
     if unexpected:
-        problems.append(f"holds {count(unexpected)} without a place in the model")
+        problems.append(f"holds {first_of(unexpected)} without a place in the model")
     if mismatched:
         shape = list(empty.get_parameter(mismatched[0]).shape)
-        problems.append(f"holds {count(mismatched)} of another shape than {shape}")
+        problems.append(f"holds {first_of(mismatched)} of another shape than {shape}")
     if not problems:
         return None
     if any(re.search(r"(^|\.)(_orig_mod|module)\.", key) for key in unexpected):
@@ -280,12 +253,6 @@ def weight_errors(empty: Any, info: Mapping[str, Any]) -> str | None:
     else:
         advice = "use the config.json that the weights were saved with"
     return f"the checkpoint {' and '.join(problems)}: {advice}"
-
-
-def count(names: Collection[str]) -> str:
-    """The first of some names, and how many there are."""
-    first = next(iter(names))
-    return first if len(names) == 1 else f"{first} and {len(names) - 1} other weights"
 
 
 def load_generation_config(model: Any, source: Source) -> list[str]:
@@ -309,6 +276,7 @@ def load_generation_config(model: Any, source: Source) -> list[str]:
     dropped = [name for name in names if getattr(generation, name, None) != getattr(defaults, name, None)]
     for name in dropped:
         setattr(generation, name, getattr(defaults, name))
+        vars(model.config).pop(name, None)  # version 4 would copy it from there
     try:
         generation.validate(strict=True)
     except ValueError as error:
@@ -406,18 +374,6 @@ def import_transformers(purpose: str) -> Any:
     except ImportError as error:
         raise UserError(f"{purpose} needs transformers: pip install 'cod_lightning[hf]'") from error
     return transformers
-
-
-def require_gguf(name: str) -> None:
-    """Check that the optional package `gguf` is installed.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"reading {name} needs gguf: pip install 'cod_lightning[gguf]'") from error
 
 
 @contextmanager

@@ -1,0 +1,53 @@
+"""Weights of llama.cpp's .gguf files, through `transformers`."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cod_lightning.errors import UserError, first_of
+
+
+def read_gguf(path: Path, empty: Any) -> dict[str, Tensor]:
+    """The dequantized tensors of a .gguf file in float32, by their names in the `empty` model of `transformers`.
+
+    Raises:
+        UserError: the file has tensors, or a scaling of the rotary embeddings, that `transformers` would leave out.
+    """
+    from gguf import GGUFReader
+    from transformers import modeling_gguf_pytorch_utils as library
+
+    reader = GGUFReader(path)
+    family = reader.fields["general.architecture"].contents()
+    options: dict[str, Any] = {}
+    if "processor" in signature(library.get_gguf_hf_weights_map).parameters:  # in version 5
+        options["processor"] = library.TENSOR_PROCESSORS.get(family, library.TensorProcessor)()
+    known = library.get_gguf_hf_weights_map(empty, **options)
+    names = [tensor.name for tensor in reader.tensors]
+    if unknown := [name for name in names if name not in known and name.removesuffix(".weight") not in known]:
+        raise UserError(f"{path}: transformers has no place for {first_of(unknown)}: use the model's safetensors files")
+    scaling = [f"{family}.rope.scaling.type", f"{family}.rope.scale_linear"]
+    for field in (reader.fields[name] for name in scaling if name in reader.fields and family != "gpt-oss"):
+        if field.contents() not in ("none", 0, 1):
+            raise UserError(
+                f"{path}: transformers leaves out {field.name}={field.contents()!r}: use the model's safetensors files"
+            )
+    with redirect_stderr(io.StringIO()):  # a progress bar
+        return library.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)["tensors"]
+
+
+def require_gguf(name: str) -> None:
+    """Check that the optional package `gguf` is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"reading {name} needs gguf: pip install 'cod_lightning[gguf]'") from error
