@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import cod_lightning as cod
 
@@ -18,6 +19,30 @@ def test_every_public_name_exists(name):
 def test_importing_the_package_imports_neither_torch_nor_lightning():
     code = "import sys, cod_lightning; print([name for name in ('torch', 'lightning', 'numpy') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["variance", "jacobian", "angular", "removal", "importance", "sparsity"])
+def test_a_measure_takes_a_plain_model_and_one_batch(name):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape)).eval()
+    result = getattr(cod.measure, name)(model, torch.arange(24).reshape(2, 12))
+    assert result.model == "LlamaForCausalLM"
+    assert result.series()["layer"]
+
+
+def test_a_measure_takes_its_options():
+    config = cod.DecoderConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32
+    )
+    decoder = cod.build_decoder(config, cod.build_all({"name": "lns"}, 3), seed=0)
+    result = cod.measure.run_removal(decoder, [torch.arange(12)[None]], sizes=[2])
+    assert result.sizes == [2]
+
+
+def test_an_unknown_measure_names_the_known_ones():
+    with pytest.raises(AttributeError, match="measures: variance, jacobian"):
+        _ = cod.measure.varianc
 
 
 def test_load_run_returns_the_decoder_of_a_run_and_its_tokenizer(train):

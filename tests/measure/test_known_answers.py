@@ -11,7 +11,7 @@ from torch import nn
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.sparsity import linear_weights
+from cod_lightning.measure.weight_sparsity import linear_weights
 
 SILENT = 3
 """The layer that adds nothing."""

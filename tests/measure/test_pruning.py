@@ -8,9 +8,9 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import mean_loss
-from cod_lightning.measure.importance import block_influence
+from cod_lightning.measure.layer_importance import block_influence
 from cod_lightning.measure.pruning import prune, remove_blocks
-from cod_lightning.measure.sparsity import input_norms, layer_sparsity, linear_weights, sparsify
+from cod_lightning.measure.weight_sparsity import input_norms, layer_sparsity, linear_weights, sparsify
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export
 

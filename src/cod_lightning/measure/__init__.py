@@ -9,4 +9,32 @@ A measure is a function (model, batches, pad_id, progress, *, options) -> `Resul
     progress    called with (done, total) after each step
 
 It raises a `UserError` if an option is invalid, or if there are no tokens, or no targets for a loss.
+
+Every name of `registry.MEASURES` is a function of this package that also takes a plain model and one batch:
+
+    result = cod.measure.angular(model, tokens)
+    result.plot(), result.to_pandas(), result.save("folder", "angular")
 """
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    from cod_lightning.measure.registry import MEASURES
+
+    if name not in MEASURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; measures: {', '.join(MEASURES)}")
+    entry = MEASURES[name]
+
+    @wraps(entry.measure)
+    def measure(model: Any, batches: Any, pad_id: int | None = None, progress: Any = None, **options: Any) -> Any:
+        from cod_lightning.measure.adapter import ModelAdapter
+
+        if not isinstance(model, ModelAdapter):
+            model = ModelAdapter(model, type(model).__name__)
+        batches = list(batches) if isinstance(batches, Iterable) and not hasattr(batches, "shape") else [batches]
+        return entry(model, batches, pad_id, progress, **options)
+
+    return measure

@@ -22,7 +22,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter, hidden_input
 from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_batches, mean_loss, step_counter
-from cod_lightning.measure.importance import order_losses
+from cod_lightning.measure.layer_importance import order_losses
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows

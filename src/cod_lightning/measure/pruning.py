@@ -18,11 +18,11 @@ from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.measure.ablation import LOSS_INCREASE, removal
 from cod_lightning.measure.adapter import Batch, ModelAdapter, family
 from cod_lightning.measure.batches import mean_loss, step_counter
-from cod_lightning.measure.importance import block_influence
+from cod_lightning.measure.layer_importance import block_influence
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.measure.sparsity import (
+from cod_lightning.measure.weight_sparsity import (
     Method,
     alpha_sparsities,
     check_sparsities,

@@ -71,26 +71,26 @@ MEASURES: dict[str, Measure] = {
     "variance": Measure("variance", "activation_stats:activation_stats", places("variance", "kurtosis", "maximum")),
     "jacobian": Measure(
         "jacobian",
-        "jacobian:jacobian",
+        "jacobians:jacobian",
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share", "largest_singular_value"),
         first_batch=True,
     ),
     # its time grows with the square of the depth
     "gain": Measure(
         "jacobian",
-        "jacobian:jacobian_growth",
+        "jacobians:jacobian_growth",
         ("layer", "spectral", "frobenius"),
         first_batch=True,
         first_sequences=2,
     ),
     "jacobian_map": Measure(
         "jacobian",
-        "jacobian:mean_jacobian",
+        "jacobians:mean_jacobian",
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share"),
         first_batch=True,
         is_map=True,
     ),
-    "angular": Measure("angular", "angular:angular_distance", ("distance",), is_map=True),
+    "angular": Measure("angular", "angular_distances:angular_distance", ("distance",), is_map=True),
     "removal": Measure("removal", "ablation:removal", ("delta_loss",), needs_targets=True),
     "run_removal": Measure(
         "removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4"), needs_targets=True
@@ -104,19 +104,21 @@ MEASURES: dict[str, Measure] = {
         not_for_images="its map would be fitted to patches, but the prediction is read from the class token",
     ),
     "causal": Measure("removal", "ablation:causal_score", ("score",), is_map=True),
-    "influence": Measure("influence", "importance:block_influence", ("influence",), is_map=True),
+    "influence": Measure("influence", "layer_importance:block_influence", ("influence",), is_map=True),
     "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js"), needs_targets=True),
     "importance": Measure(
         "influence",
-        "importance:layer_importance",
+        "layer_importance:layer_importance",
         ("shapley", "leave_one_out"),
         first_batch=True,
         needs_targets=True,
     ),
-    "sparsity": Measure("influence", "sparsity:layer_sparsity", ("outlier_ratio", "owl", "alpha", "alpha_pruning")),
+    "sparsity": Measure(
+        "influence", "weight_sparsity:layer_sparsity", ("outlier_ratio", "owl", "alpha", "alpha_pruning")
+    ),
     "theory": Measure(
         "theory",
-        "theory:measured_theory",
+        "paper_theory:measured_theory",
         ("variance", "lemma", "lemma_fitted", "recursion", "gain"),
         not_for_images="the paper's lemmas and theorems are about decoders",
     ),

@@ -23,7 +23,7 @@ from cod_lightning.config.schema import COUNTS, METRIC_FORMATS, printed_metrics
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.measure.activation_stats import plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.jacobian import Jacobian, jacobian
+from cod_lightning.measure.jacobians import Jacobian, jacobian
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.decoder import Decoder

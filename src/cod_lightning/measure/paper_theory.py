@@ -24,10 +24,10 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import activation_stats, token_variance
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import hidden_states, iter_batches
-from cod_lightning.measure.jacobian import jacobian_growth
+from cod_lightning.measure.jacobians import jacobian_growth
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
-from cod_lightning.measure.sparsity import linear_weights
+from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.decoder import Decoder
 
 GROWTH_SEQUENCES = 2

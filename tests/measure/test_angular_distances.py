@@ -6,7 +6,7 @@ import torch
 from builders import FAMILIES, PAD, residual_stream, tokens
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.angular import angles, angular_distance, last_token, scale_as_released
+from cod_lightning.measure.angular_distances import angles, angular_distance, last_token, scale_as_released
 
 
 @pytest.fixture

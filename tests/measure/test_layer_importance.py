@@ -8,7 +8,7 @@ from builders import FAMILIES, PAD, padded_batches, residual_stream, silence
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.batches import mean_loss
-from cod_lightning.measure.importance import block_influence, layer_importance, order_losses
+from cod_lightning.measure.layer_importance import block_influence, layer_importance, order_losses
 from cod_lightning.measure.logit_lens import logit_lens
 
 MEASURES = (block_influence, logit_lens, layer_importance)

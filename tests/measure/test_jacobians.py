@@ -7,7 +7,6 @@ from torch import nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.jacobian import STATISTICS, jacobian, jacobian_growth, mean_jacobian, sample_positions
 from cod_lightning.measure.jacobian_products import (
     differentiable,
     estimate_statistics,
@@ -16,6 +15,7 @@ from cod_lightning.measure.jacobian_products import (
     largest_singular_value,
     vjp,
 )
+from cod_lightning.measure.jacobians import STATISTICS, jacobian, jacobian_growth, mean_jacobian, sample_positions
 
 WIDTH = 6
 JACOBIANS = (jacobian, mean_jacobian, jacobian_growth)

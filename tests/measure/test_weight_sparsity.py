@@ -6,7 +6,7 @@ import torch
 from builders import FAMILIES, PAD, padded_batches
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.sparsity import (
+from cod_lightning.measure.weight_sparsity import (
     alpha_sparsities,
     input_norms,
     layer_alphas,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.theory import (
+from cod_lightning.measure.paper_theory import (
     Shapes,
     bound_constants,
     embedding_variance,
