@@ -17,6 +17,7 @@ from cod_lightning.cli import COMMANDS, parser
 from cod_lightning.commands import estimate as estimate_command
 from cod_lightning.commands.measure import is_model, split_options
 from cod_lightning.config.compose import choices, compose, groups, sweep
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import unsupported_features
@@ -88,6 +89,12 @@ def test_python_blocks_use_public_names(code):
     names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)]
     used = {node.attr for node in names if isinstance(node.value, ast.Name) and node.value.id == "cod"}
     assert used <= set(cod.__all__)
+
+
+def test_the_table_of_studies_has_every_measure():
+    lines = re.findall(r"^\| (\w+) \| .* \| (`\w+`(?: `\w+`)*) \|$", PAGES["measure.md"], re.MULTILINE)
+    listed = {name: study for study, names in lines for name in re.findall(r"`(\w+)`", names)}
+    assert listed == {name: entry.study for name, entry in MEASURES.items()}
 
 
 def test_the_settings_table_has_every_group_and_choice():
