@@ -30,7 +30,7 @@ TOKENIZER = "tokenizer"
 """Folder of the tokenizer inside a run folder."""
 
 
-def run_of(source: Path) -> Path:
+def run_folder_of(source: Path) -> Path:
     """The run folder that `init_from` names by itself or by a file in its `checkpoints/`."""
     return source.parent.parent if source.suffix == ".ckpt" else source
 
@@ -233,5 +233,5 @@ def init_from_run(config: Config, source: Path) -> Config:
     """A copy of a configuration that starts from the weights at `source`, with the tokenizer of that run."""
     data = config.data
     if data.tokenizer == "bpe":  # token ids of a new tokenizer would not match the embedding
-        data = replace(data, tokenizer=str(run_of(source) / TOKENIZER))
+        data = replace(data, tokenizer=str(run_folder_of(source) / TOKENIZER))
     return replace(config, init_from=str(source), data=data)

@@ -54,7 +54,7 @@ def read_file(path: Path, field: str = "text", encoding: str = UTF_8) -> Iterato
     if format_of(path) in TEXT_SUFFIXES:
         with opened(path, encoding) as file:
             content = bounded(file.read(DOCUMENT_BYTES + 1), str(path))
-            texts: Iterable[str] = [content.decode(codec(encoding))]
+            texts: Iterable[str] = [content.decode(text_codec(encoding))]
     else:
         texts = (text_of(location, record, field) for location, record in records(path, encoding, [field]))
     for text in texts:
@@ -141,7 +141,7 @@ def pyarrow(path: Path, module: str) -> Any:
         raise UserError(f"{path}: {path.suffix} needs pyarrow: pip install 'cod_lightning[hf]'") from error
 
 
-def codec(encoding: str) -> str:
+def text_codec(encoding: str) -> str:
     """Python's codec of an encoding; that of UTF-8 drops a byte order mark, as that of UTF-16 does."""
     return "utf-8-sig" if encoding == UTF_8 else encoding
 
@@ -177,7 +177,7 @@ def records(path: Path, encoding: str, columns: list[str] | None) -> Iterator[tu
         if kind != ".csv" and encoding == UTF_8:  # as bytes: a wrong one does not hide the number of its line
             yield from json_records(path, file, lists)
             return
-        with io.TextIOWrapper(file, codec(encoding), newline="") as text:
+        with io.TextIOWrapper(file, text_codec(encoding), newline="") as text:
             yield from csv_records(path, text) if kind == ".csv" else json_records(path, text, lists)
 
 

@@ -1,8 +1,8 @@
 """Prove by running a model that every block applies the factors of a norm strategy, whoever implemented it.
 
 The factors are measured at the modules' boundaries: how much larger the input of a sub-layer is than the plain norm of
-the stream, and how much of a sub-layer's output reaches the stream. Released implementations lost them to a branch
-that is never reached and to a buffer that is wiped when a model leaves the meta device; both run without an error.
+the stream, and how much of a sub-layer's output reaches the stream. Two released implementations lost them: one has a
+branch that is never reached, the other a buffer that is wiped, without an error, when a model leaves the meta device.
 """
 
 from __future__ import annotations

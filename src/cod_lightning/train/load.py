@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cod_lightning.config.saved import load
-from cod_lightning.config.schema import TOKENIZER, Config, run_of
+from cod_lightning.config.schema import TOKENIZER, Config, run_folder_of
 from cod_lightning.data.datamodule import tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
@@ -135,7 +135,7 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
     if not source.exists():
         raise UserError(f"init_from={source}: no such run folder or .ckpt file")
     path = source if source.suffix == ".ckpt" else checkpoint_of(source)
-    source_tokenizer, name = run_of(source) / TOKENIZER, config.data.tokenizer
+    source_tokenizer, name = run_folder_of(source) / TOKENIZER, config.data.tokenizer
     if str(source_tokenizer) == name and not source_tokenizer.is_dir():
         raise UserError(f"init_from={source}: no tokenizer at {source_tokenizer}; name one with data.tokenizer=")
     tokenizer = tokenizer_of(config.data)
