@@ -17,6 +17,15 @@ NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 ALL = [getattr(signal, name) for name in (*NAMES, "SIGINT", "SIGKILL")]
 
 
+@pytest.fixture(autouse=True)
+def default_handlers():
+    """Give every stop signal its default effect, here and in child processes, however the suite was started."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def names(signals):
     return [number.name for number in signals]
 

@@ -106,7 +106,7 @@ def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeyp
     [
         ({"a.txt": " \n"}, {}, "the corpus has no training documents"),
         ({"a.txt": "few"}, {}, "1 documents do not fill one train sequence of data.seq_len=32"),
-        ({"a.txt": "words " * 99}, {}, "0 documents do not fill one val sequence .* a smaller data.val_every"),
+        ({"a.txt": "words " * 99}, {}, "1 documents do not fill one val sequence .* a smaller data.val_every"),
         ({"a.jsonl": "{"}, {}, "a.jsonl, line 1: not JSON"),
         ({"a.txt": "words " * 99}, {"seq_len": 0, "layout": "x"}, "data.layout='x'.*\n.*data.seq_len=0"),
         ({"a.txt": "words"}, {"folder": "somewhere"}, "data.folder='somewhere' names a set"),

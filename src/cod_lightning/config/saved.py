@@ -32,6 +32,8 @@ from cod_lightning.files import read_regular, write_atomic
 
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Deeply nested brackets take the loader in Python minutes."""
 
 
 def to_yaml(config: Config) -> str:
@@ -88,7 +90,7 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
         raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
     with named_if_damaged(path):
         text = read_regular(path)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=FAST_LOADER)):
             raise ValueError("YAML aliases (*) are not supported: write the value")  # few of them expand to any size
         node = with_defaults(OmegaConf.to_container(OmegaConf.create(text), resolve=False))
         return node, as_config(node)
