@@ -44,7 +44,7 @@ def test_every_benchmark_is_tested():
     assert CASES.keys() | TESTED_ELSEWHERE == {path.name for path in BENCHMARKS.glob("[a-z]*.py")}
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("script", CASES)
 def test_benchmark_runs_and_prints_its_rows(script, corpus, tmp_path):
     cli_args, printed = CASES[script]

@@ -43,7 +43,7 @@ def test_the_layout_of_a_family_holds(family):
     assert family in LISTED
 
 
-@pytest.mark.every_family
+@pytest.mark.extended
 @pytest.mark.filterwarnings("ignore")
 def test_the_list_in_the_docs_is_of_the_families_that_hold():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
