@@ -50,4 +50,4 @@ def require_cached_or_hub(name: str, instead: str) -> None:
     except HFValidationError as error:
         raise UserError(f"{name} is neither a folder nor a name on the hub. {instead}") from error
     if not isinstance(cached, str):
-        require_hub(name, instead)
+        require_hub(f"{name} is not a folder here, so it", instead)
