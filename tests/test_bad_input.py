@@ -276,7 +276,7 @@ SETS = [
     (nothing, [*TEXT, "data.files=nothing/*.jsonl"], ["data.files: no file matches 'nothing/*.jsonl'"]),
     (files(a_tsv="a"), [*TEXT, "data.files=a.tsv"], ["data.files: a.tsv is not one of .txt"]),
     (files(a_jsonl="{'text': 1}"), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
-    (files(a_jsonl="[" * 100000), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: a list, but .jsonl has one object a line"]),
+    (files(a_jsonl="[" * 100000), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: a list"]),
     (files(a_jsonl='{"text": 3}'), [*TEXT, "data.files=a.jsonl"], ['a.jsonl, line 1: no string in the field "text"']),
     (files(a_jsonl='{"text": ""}\n'), [*TEXT, "data.files=a.jsonl"], ["the corpus has no training documents"]),
     (files(a_txt=""), [*TEXT, "data.files=a.txt"], ["the corpus has no training documents"]),
@@ -401,11 +401,11 @@ COMMANDS = [
     (with_run(), ["export", "run", "--output", "run"], ["run exists and is not an empty folder"]),
     (with_run(), ["export", "run", "--output", "run/config.yaml/x"], ["run/config.yaml", "is a file, or not writable"]),
     (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
-    (nothing, ["import", "nowhere", "--output", "x"], ["nowhere is not a folder here, so it needs the Hugging Face hub", "Give a folder"]),
+    (nothing, ["import", "nowhere", "--output", "x"], ["nowhere is not a folder here", "Give a folder"]),
     (nothing, ["import", "../nowhere", "--output", "x"], ["../nowhere does not exist: name the folder"]),
     (files(x="file"), ["import", ".", "--output", "x"], ["x exists and is not an empty folder"]),
     (nothing, ["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
-    (nothing, ["measure", "variance", "nowhere"], ["nowhere is not a folder here, so it needs the Hugging Face hub", "Give a run folder"]),
+    (nothing, ["measure", "variance", "nowhere"], ["nowhere is not a folder here", "Give a run folder"]),
     (nothing, ["measure", "variance", "one", "two"], ["measure variance takes one model, not 2"]),
     (nothing, ["measure", "compare", "one"], ["at least two models, not 1"]),
     (nothing, ["measure", "compare", "a/one", "b/one"], ["two models have the name one"]),
@@ -543,7 +543,8 @@ def test_commands_refuse_weights_of_another_name(command, toy, tmp_path, monkeyp
 
 
 def test_out_of_memory_is_an_error_that_names_the_remedies(toy, tmp_path, capsys):
-    assert main(["fit", *toy, f"output={tmp_path}", "model.intermediate_size=4000000", "model.num_hidden_layers=999"]) == 2
+    size = ["model.intermediate_size=4000000", "model.num_hidden_layers=999"]
+    assert main(["fit", *toy, f"output={tmp_path}", *size]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: out of memory")
     assert "choose a smaller model, data.micro_batch_size or data.seq_len" in error
