@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? instead of ending the command
     arguments = parse(argv)
-    if any(CUSTOM_NORM.match(word) for word in arguments.get("overrides", ())) and os.getcwd() not in sys.path:
+    names_code = arguments.get("trust_code") or any(map(CUSTOM_NORM.match, arguments.get("overrides", ())))
+    if names_code and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` has it, the installed command does not
     command = COMMANDS[arguments.pop("command")]
     try:

@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 import subprocess
@@ -237,3 +238,10 @@ for name in {names}:
 assert not {{"torch", "litdata", "lightning", "transformers"}} & set(sys.modules), "imported"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_reading_csv_leaves_the_limit_of_other_readers(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nfirst\nsecond\n")
+    before = csv.field_size_limit()
+    assert list(open_corpus(DataConfig(source="files", files=str(tmp_path / "a.csv"), val_every=2)).train())
+    assert csv.field_size_limit() == before

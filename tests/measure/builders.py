@@ -18,8 +18,7 @@ HF |= {"qwen2_5_vl": "Qwen2_5_VL", "bert": "Bert"}
 """Names in `transformers`; DeepSeek-LLM is a Llama."""
 ALL_FAMILIES = ("ours", "ours-lns", *HF)
 
-FAMILIES = ("ours-lns", "llama", "olmo2", "gpt2")
-"""Families with different wiring; test_adapter shows that all families give the same access to their blocks."""
+FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2")
 PAD = 0
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import FAMILIES, PAD, PlantedModel, decoder, tokens
+from builders import FAMILIES, PAD, PlantedModel, decoder, silence, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
@@ -281,3 +281,46 @@ def test_bad_layers_are_errors(causal_lm, measure, options, message):
 def test_bad_options_are_errors(causal_lm, measure, options, message):
     with pytest.raises(UserError, match=message):
         measure(causal_lm("ours"), [tokens()], **options)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_jacobian_of_a_silent_block_is_the_identity(causal_lm, family, exact):
+    model = causal_lm(family)
+    silence(model, range(1, 5))
+    result = jacobian(model, [tokens()], exact=exact, tokens=2, iterations=2)
+    for name, value in zip(STATISTICS, (1, 0, 1, 1, 1), strict=True):
+        assert getattr(result, name) == pytest.approx([value] * 4, abs=1e-6), name
+        assert result.errors[name] == pytest.approx([0] * 4, abs=1e-6), name
+
+
+def test_gradients_do_not_grow_over_silent_blocks(causal_lm):
+    model = causal_lm("ours")
+    silence(model, range(1, 5))
+    growth = jacobian_growth(model, [tokens()], iterations=2, probes=2)
+    assert growth.spectral == pytest.approx([1] * 4, abs=1e-6)
+    assert growth.frobenius == pytest.approx([1] * 4, abs=1e-6)
+
+
+def test_other_tokens_do_not_enter_an_exact_jacobian(planted):
+    result = jacobian(planted, [tokens()], exact=True, tokens=3)
+    for layer, weight in enumerate(MATRICES):
+        for name, value in definition(weight[None]).items():
+            assert getattr(result, name)[layer] == pytest.approx(value, rel=1e-5), name
+    assert (result.tokens, result.probes) == (12, None)
+
+
+def test_other_tokens_do_not_enter_the_mean_jacobian(planted):
+    mean = mean_jacobian(planted, [tokens()], layers=[2, 1])
+    torch.testing.assert_close(torch.tensor(mean.matrices), torch.stack(MATRICES[::-1]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_estimates_agree_with_exact_statistics(causal_lm, family):
+    model, batches = causal_lm(family), [tokens(16, 7, seed) for seed in (0, 1)]
+    exact = jacobian(model, batches, exact=True, tokens=1)
+    estimated = jacobian(model, batches, probes=16, tokens=1, iterations=30)
+    for name in STATISTICS:
+        for layer in range(4):
+            bound = 4 * estimated.errors[name][layer] + 1e-5
+            assert getattr(estimated, name)[layer] == pytest.approx(getattr(exact, name)[layer], abs=bound), name

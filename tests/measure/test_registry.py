@@ -94,7 +94,7 @@ def test_padding_and_batch_size_do_not_matter(causal_lm, family, name):
         assert result.tokens == whole.tokens
         for column, values in whole.series().items():
             assert numbers(result.series()[column]) == pytest.approx(
-                numbers(values), rel=1e-3, abs=2e-4, nan_ok=True
+                numbers(values), rel=1e-5, abs=2e-6, nan_ok=True
             ), column
 
 

@@ -232,3 +232,8 @@ def test_bad_options_are_errors(causal_lm, shares, options, message):
 def test_a_block_without_linear_layers_is_an_error():
     with pytest.raises(UserError, match="Identity has no linear layers"):
         linear_weights(torch.nn.Identity())
+
+
+def test_known_sparsities():
+    assert owl_sparsities([0.0, 0.1], 0.7) == pytest.approx([0.78, 0.62])
+    assert alpha_sparsities([2.0, 6.0], 0.5) == pytest.approx([0.35, 0.65])

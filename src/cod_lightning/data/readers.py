@@ -224,17 +224,19 @@ def parse_json(location: str, content: str | bytes, hint: str = "") -> Any:
 
 def csv_records(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a CSV file, whose first row names the columns."""
-    csv.field_size_limit(DOCUMENT_BYTES)
     rows = csv.DictReader((line for _, line in numbered_lines(path, file)), strict=True)
+    limit = csv.field_size_limit(DOCUMENT_BYTES)  # of the process: others read CSV, too
     try:
         for row in rows:
             yield f"{path}, line {rows.line_num}", row
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def parquet_records(path: Path, columns: list[str] | None) -> Iterator[tuple[str, Any]]:
-    parquet = pyarrow(path, "pyarrow.parquet")
+    arrow, parquet = (pyarrow(path, module) for module in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -248,5 +250,5 @@ def parquet_records(path: Path, columns: list[str] | None) -> Iterator[tuple[str
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", record
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors derive from these
+    except (OSError, UnicodeDecodeError, arrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error

@@ -10,13 +10,14 @@ A measure is a function (model, batches, pad_id, progress, *, options) -> `Resul
 
 It raises a `UserError` if an option is invalid, or if there are no tokens, or no targets for a loss.
 
-Every name of `registry.MEASURES` is a function of this package that also takes a plain model and one batch:
+Every name of `registry.MEASURES` is a function of this package that also takes a plain model and one batch. It measures
+in evaluation mode, and refuses a model whose layout cannot be proved (`adapter.check_layout`):
 
     result = cod.measure.angular(model, tokens)
     result.plot(), result.to_pandas(), result.save("folder", "angular")
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -30,11 +31,13 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
     @wraps(entry.measure)
     def measure(model: Any, batches: Any, pad_id: int | None = None, progress: Any = None, **options: Any) -> Any:
-        from cod_lightning.measure.adapter import ModelAdapter
+        from cod_lightning.measure.adapter import Batch, ModelAdapter, check_layout, evaluation_mode
 
         if not isinstance(model, ModelAdapter):
             model = ModelAdapter(model, type(model).__name__)
-        batches = list(batches) if isinstance(batches, Iterable) and not hasattr(batches, "shape") else [batches]
-        return entry(model, batches, pad_id, progress, **options)
+        batches = [batches] if isinstance(batches, Batch) else list(batches)
+        with evaluation_mode(model.model):
+            check_layout(model)
+            return entry(model, batches, pad_id, progress, **options)
 
     return measure

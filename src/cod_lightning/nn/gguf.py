@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,5 @@ def require_gguf(name: str) -> None:
     Raises:
         UserError: it is not.
     """
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"reading {name} needs gguf: pip install 'cod_lightning[gguf]'") from error
+    if find_spec("gguf") is None:
+        raise UserError(f"reading {name} needs gguf: pip install 'cod_lightning[gguf]'")

@@ -147,27 +147,6 @@ class Architecture:
         linear = (module for module in network.modules() if isinstance(module, nn.Linear))
         return Sizes(numel([network]), numel(ends), numel(m for m in linear if not (decoder and m is network.lm_head)))
 
-    @lru_cache(maxsize=64)  # noqa: B019 - bounded, and the key keeps only plain settings alive
-    def flops(self) -> int:
-        """FLOPs of a training step per sequence or image, forward and backward.
-
-        Matrix products only, as is usual (PaLM, appendix B): attention is the full square, although causality needs
-        half of it. The products do not depend on the norm strategy.
-        """
-        one, two = (self.flops_with(blocks) for blocks in (1, 2))
-        return one + (self.model.num_hidden_layers - 1) * (two - one)
-
-    def flops_with(self, blocks: int) -> int:
-        with (
-            FakeTensorMode(),
-            sdpa_kernel(SDPBackend.MATH),  # whose products are counted on every device
-            FlopCounterMode(display=False) as counter,
-        ):
-            # In bfloat16 the loss takes no product in place, which the counter would miss.
-            network = self.build(build_all({"name": "pre_ln"}, blocks), torch.bfloat16)
-            network(*self.batch(1)).total.backward()
-        return counter.get_total_flops()
-
     def memory(
         self,
         precision: str,
@@ -194,8 +173,8 @@ class Architecture:
         weight = 2 if precision == "bf16-true" else 4
         compute = 4 if precision == "32-true" else 2
         dtype = torch.float32 if autocast or precision == "32-true" else torch.bfloat16
-        saved, work = self.count_bytes(batch_size, dtype, autocast, checkpointing, cpu)
-        more_saved, more_work = self.count_bytes(2 * batch_size, dtype, autocast, checkpointing, cpu)
+        saved, work = count_bytes(self, batch_size, dtype, autocast, checkpointing, cpu)
+        more_saved, more_work = count_bytes(self, 2 * batch_size, dtype, autocast, checkpointing, cpu)
         communication = 0
         if strategy == "ddp":
             communication = sizes.parameters * weight
@@ -219,41 +198,6 @@ class Architecture:
 
         return at
 
-    @lru_cache(maxsize=256)  # noqa: B019 - as for flops
-    def count_bytes(
-        self, batch_size: int, dtype: torch.dtype, autocast: bool, checkpointing: str, cpu: bool
-    ) -> tuple[int, int]:
-        """Bytes that a forward pass saves, and the peak of its backward pass beyond them; without a decoder's head.
-
-        The saved bytes have a constant part, such as autocast's copies of weights.
-        """
-        specs, changes = list(self.kinds), {}
-        if not cpu:  # the fused norms save their input and statistics, as torch's LayerNorm does
-            specs, changes = [spec.replace(groups=1) for spec in specs], {"norm": "layer"}
-        with FakeTensorMode():
-            network = self.build(specs, dtype, **changes)
-            decoder = isinstance(network, Decoder)
-            if decoder:
-                network.lm_head = nn.Identity()
-            for parameter in network.parameters():
-                parameter.grad = torch.empty_like(parameter)
-            parallelise(network, checkpointing=checkpointing)
-            with LiveBytes(network) as live:
-                entries: list[int] = []
-                for module in (*network.blocks, network.model.norm if decoder else network.norm):
-                    module.register_forward_pre_hook(lambda *_: entries.append(live.now))
-                inputs, targets = self.batch(batch_size)
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    output = network(inputs) if decoder else network(inputs, targets).total
-                saved = live.now
-                loss = output.sum()
-                del output
-                live.peak = live.now
-                loss.backward()
-        blocks = [after - before for before, after in pairwise(entries)]
-        repeated = sum((count - 1) * size for count, size in zip(self.kinds.values(), blocks, strict=True))
-        return saved + repeated, max(live.peak - saved, 0)
-
     def loss_bytes(self, tokens: int, compute: int, cpu: bool) -> int:
         """Bytes of `LinearCrossEntropy` at its peak, the log-softmax of a chunk of tokens.
 
@@ -267,9 +211,68 @@ class Architecture:
         return tokens * self.model.hidden_size * compute + head + min(tokens, chunk) * vocab_size * logits
 
 
+@lru_cache(maxsize=64)
+def training_flops(architecture: Architecture) -> int:
+    """FLOPs of a training step per sequence or image, forward and backward.
+
+    Matrix products only, as is usual (PaLM, appendix B): attention is the full square, although causality needs
+    half of it. The products do not depend on the norm strategy.
+    """
+    one, two = (flops_with(architecture, blocks) for blocks in (1, 2))
+    return one + (architecture.model.num_hidden_layers - 1) * (two - one)
+
+
+def flops_with(architecture: Architecture, blocks: int) -> int:
+    with (
+        FakeTensorMode(),
+        sdpa_kernel(SDPBackend.MATH),  # whose products are counted on every device
+        FlopCounterMode(display=False) as counter,
+    ):
+        # In bfloat16 the loss takes no product in place, which the counter would miss.
+        network = architecture.build(build_all({"name": "pre_ln"}, blocks), torch.bfloat16)
+        network(*architecture.batch(1)).total.backward()
+    return counter.get_total_flops()
+
+
+@lru_cache(maxsize=256)
+def count_bytes(
+    architecture: Architecture, batch_size: int, dtype: torch.dtype, autocast: bool, checkpointing: str, cpu: bool
+) -> tuple[int, int]:
+    """Bytes that a forward pass saves, and the peak of its backward pass beyond them; without a decoder's head.
+
+    The saved bytes have a constant part, such as autocast's copies of weights.
+    """
+    specs, changes = list(architecture.kinds), {}
+    if not cpu:  # the fused norms save their input and statistics, as torch's LayerNorm does
+        specs, changes = [spec.replace(groups=1) for spec in specs], {"norm": "layer"}
+    with FakeTensorMode():
+        network = architecture.build(specs, dtype, **changes)
+        decoder = isinstance(network, Decoder)
+        if decoder:
+            network.lm_head = nn.Identity()
+        for parameter in network.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        parallelise(network, checkpointing=checkpointing)
+        with LiveBytes(network) as live:
+            entries: list[int] = []
+            for module in (*network.blocks, network.model.norm if decoder else network.norm):
+                module.register_forward_pre_hook(lambda *_: entries.append(live.now))
+            inputs, targets = architecture.batch(batch_size)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = network(inputs) if decoder else network(inputs, targets).total
+            saved = live.now
+            loss = output.sum()
+            del output
+            live.peak = live.now
+            loss.backward()
+    blocks = [after - before for before, after in pairwise(entries)]
+    repeated = sum((count - 1) * size for count, size in zip(architecture.kinds.values(), blocks, strict=True))
+    return saved + repeated, max(live.peak - saved, 0)
+
+
 def flops_per_token(model: DecoderConfig, seq_len: int) -> float:
-    """FLOPs of a training step per token of a decoder; see `Architecture.flops`."""
-    return Architecture(model, {"name": "pre_ln"}, seq_len).flops() / seq_len
+    """FLOPs of a training step per token of a decoder; see `training_flops`."""
+    return training_flops(Architecture(model, {"name": "pre_ln"}, seq_len)) / seq_len
 
 
 def wiring(spec: BlockSpec) -> str:

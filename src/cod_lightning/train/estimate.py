@@ -15,7 +15,7 @@ from cod_lightning.config.schema import Config
 from cod_lightning.data.config import DataConfig
 from cod_lightning.errors import UserError
 from cod_lightning.settings import choice_errors
-from cod_lightning.train.cost import Architecture, Memory
+from cod_lightning.train.cost import Architecture, Memory, training_flops
 from cod_lightning.train.memory import host_memory
 
 STRATEGIES = ("single", "ddp", "fsdp")
@@ -140,7 +140,7 @@ def estimate(
     if largest > data.micro_batch_size:  # extrapolated from a small batch, where gradients of weights take the most
         largest = largest_batch(count(largest), device_memory)
     sizes = architecture.sizes()
-    flops = trainer.max_steps * data.batch_size * architecture.flops()
+    flops = trainer.max_steps * data.batch_size * training_flops(architecture)
     positions = trainer.max_steps * data.batch_size * architecture.positions
     return Estimate(
         hardware=hardware,
@@ -154,7 +154,7 @@ def estimate(
         non_embedding=sizes.parameters - sizes.outer,
         positions=positions,
         published_tokens=config.paper.get("tokens") if config.scale == "paper" else None,
-        flops_per_token=round(architecture.flops() / architecture.positions),
+        flops_per_token=round(training_flops(architecture) / architecture.positions),
         flops=flops,
         memory=memory(data.micro_batch_size),
         device_memory=device_memory,
@@ -195,7 +195,7 @@ def gpu_hours(config: Config, hardware: str = "h100", mfu: float = 0.4) -> float
     if errors := architecture.errors(config):
         raise UserError("\n".join(errors))
     precision = trainer.auto_cuda if trainer.precision == "auto" else trainer.precision
-    flops = trainer.max_steps * config.data.batch_size * architecture.flops()
+    flops = trainer.max_steps * config.data.batch_size * training_flops(architecture)
     return flops / (device(hardware, precision)[1] * mfu) / 3600
 
 

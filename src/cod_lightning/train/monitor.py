@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.activation_stats import token_variance
-from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode
 from cod_lightning.measure.batches import token_mask
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.train.callbacks import TRAINING_MEASURES
@@ -55,6 +54,7 @@ class DepthMonitor(Callback):
             raise UserError(f"measures: {unknown[0]!r} is not a measure: {nearest(unknown[0], MONITORED)}")
         self.probe, self.every, self.measures, self.pad_id = probe, every, tuple(measures), pad_id
         self.last_step = -1
+        self.is_checked = False
 
     def step(self, model: nn.Module, step: int) -> dict[str, float]:
         """The measured numbers, such as `variance/layer_01`, if it is time for them, else an empty dictionary.
@@ -75,7 +75,7 @@ class DepthMonitor(Callback):
             model: a language model that `measure` reads, or a module that holds one.
 
         Raises:
-            UserError: the model is not laid out in a known way, or the probe has tokens that its vocabulary lacks.
+            UserError: the layout of the model cannot be proved, or its vocabulary lacks a token of the probe.
         """
         adapter = find_model(model)
         vocabulary = len(adapter.head_weight)
@@ -84,7 +84,10 @@ class DepthMonitor(Callback):
                 f"probe: token {largest} is not in the model's vocabulary of {vocabulary}: another tokenizer?"
             )
         numbers = {}
-        with isolate_rng(), evaluation(adapter.model):
+        with isolate_rng(), evaluation_mode(adapter.model):
+            if not self.is_checked:
+                check_layout(adapter)
+                self.is_checked = True
             for name in self.measures:
                 series = MONITORED[name](adapter, self.probe.to(adapter.device), self.pad_id)
                 layers = series.pop("layer", range(1, adapter.depth + 1))
@@ -119,18 +122,6 @@ def find_model(module: nn.Module) -> ModelAdapter:
         except UserError:
             continue
     return ModelAdapter(module)  # raises, naming the module
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Generator[None]:
-    """Evaluation mode inside the `with`; afterwards every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()
