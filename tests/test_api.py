@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cod_lightning as cod
+from cod_lightning.errors import UserError
 
 
 @pytest.mark.parametrize("name", cod.__all__)
@@ -29,6 +30,30 @@ def test_a_measure_takes_a_plain_model_and_one_batch(name):
     result = getattr(cod.measure, name)(model, torch.arange(24).reshape(2, 12))
     assert result.model == "LlamaForCausalLM"
     assert result.series()["layer"]
+
+
+def test_a_measure_uses_evaluation_mode_and_restores_the_mode():
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, attention_dropout=0.5, **shape))
+    batch = torch.arange(24).reshape(2, 12)
+    expected = cod.measure.variance(model.eval(), batch)
+    assert cod.measure.variance(model.train(), batch) == expected
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_whose_layout_does_not_hold_is_refused():
+    transformers = pytest.importorskip("transformers")
+
+    class Shifted(transformers.LlamaForCausalLM):
+        def forward(self, *arguments, **named):
+            output = super().forward(*arguments, **named)
+            output.logits = output.logits + torch.arange(32)
+            return output
+
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    with pytest.raises(UserError, match="final norm and head do not give its logits"):
+        cod.measure.removal(Shifted(transformers.LlamaConfig(vocab_size=32, **shape)), torch.arange(12)[None])
 
 
 def test_a_measure_takes_its_options():

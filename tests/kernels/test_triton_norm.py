@@ -326,9 +326,10 @@ def test_a_cpu_without_the_interpreter_is_an_error(monkeypatch):
         add_norm(torch.zeros(2, 8), backend="triton")
 
 
-def test_kernels_compile_for_gpus_and_do_not_spill():
+@pytest.mark.parametrize("widths", [("768", "4096"), pytest.param(("1024", "2048"), marks=pytest.mark.extended)])
+def test_kernels_compile_for_gpus_and_do_not_spill(widths):
     script = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
-    options = ["--widths", "768", "4096", "--dtypes", "bfloat16"]
+    options = ["--widths", *widths, "--dtypes", "bfloat16"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

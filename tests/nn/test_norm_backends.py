@@ -104,7 +104,7 @@ def test_activation_checkpointing_is_bit_identical():
 @pytest.mark.parametrize(("backend", "options"), [("triton", {}), ("torch", {}), ("triton", {"position": "before_ln"})])
 def test_all_blocks_need_two_compilations_without_a_graph_break(backend, options):
     torch._dynamo.reset()
-    decoder = build(backend, depth=10, options=options)  # Dynamo gives up after 8 compilations
+    decoder = build(backend, depth=24, options=options)
     expected = loss_and_gradients(decoder)
     counter = CompileCounterWithBackend("aot_eager")
     for block in decoder.blocks:

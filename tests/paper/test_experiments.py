@@ -374,11 +374,11 @@ def small(toy, tmp_path):
     return [f"{key}={value}" for key, value in values.items()] + [f"output={tmp_path}"]
 
 
-def test_every_experiment_trains(small):
-    """One row of each experiment trains two steps at toy scale with the smallest model; equal runs train once."""
-    rows = [list(rows_of(name, "toy").values())[-1] for name in LANGUAGE]
+def test_every_row_trains(small):
+    """Every row trains two steps at toy scale with the smallest model; equal runs train once."""
+    rows = [row for name in LANGUAGE for row in rows_of(name, "toy").values()]
     configs = {config.id: config for row in rows if (config := compose([*row.overrides, *small]))}
-    assert len(configs) >= 8
+    assert len(configs) >= 24
     for config in configs.values():
         record, folder = train_run(config)
         assert (record["steps"], folder) == (2, config.folder)
@@ -452,6 +452,14 @@ def test_a_public_model_is_measured_and_not_trained(corpus, tmp_path, reproduce)
     assert len(removal["losses"]) == 3
     assert not list(tmp_path.rglob("record.json"))
     assert reproduce(*words) == (0, "0 of 1 runs remaining\n")
+
+
+def test_an_unavailable_public_model_is_named(tmp_path, reproduce, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, printed = reproduce("figure5")
+    assert status == 2
+    assert "meta-llama/Llama-2-7b-hf is not a folder here, so it needs the Hugging Face hub" in printed
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):

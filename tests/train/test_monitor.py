@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import cod_lightning as cod
 from cod_lightning.errors import UserError
+from cod_lightning.train.monitor import MONITORED
 
 transformers = pytest.importorskip("transformers")
 
@@ -159,9 +160,31 @@ def test_a_compiled_model_is_monitored(llama):
     assert monitor(["variance"]).step(compiled, 0) == monitor(["variance"]).step(llama, 0)
 
 
+@pytest.mark.parametrize("name", sorted(MONITORED))
+def test_every_measure_can_be_monitored(llama, name):
+    numbers = monitor([name]).step(llama, 0)
+    assert numbers
+    layers = {int(key.rpartition("_")[2]) for key in numbers}
+    assert layers <= {1, 2, 3, 4}
+
+
+def test_a_model_whose_layout_does_not_hold_is_refused():
+    class Doubled(type(build_llama())):
+        def forward(self, *arguments, **named):
+            output = super().forward(*arguments, **named)
+            output.logits = 2 * output.logits
+            return output
+
+    model = build_llama()
+    model.__class__ = Doubled
+    with pytest.raises(UserError, match="final norm and head do not give its logits"):
+        monitor(["variance"]).step(model, 0)
+
+
 WRONG = {
     "another vocabulary": (lambda: cod.DepthMonitor(PROBE + 20), "token 51 is not in the model's vocabulary of 32"),
     "an unknown measure": (lambda: cod.DepthMonitor(PROBE, measures=["varianc"]), "variance"),
+    "a period of zero": (lambda: cod.DepthMonitor(PROBE, every=0), "every=0 must be at least 1"),
     "a probe of numbers": (lambda: cod.DepthMonitor(PROBE.float()), "expected tokens"),
 }
 

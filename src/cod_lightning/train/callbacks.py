@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,22 @@ over all blocks if the series has no `layer`."""
 
 MAX_FIGURES = 8
 """The number of figures of a measure in TensorBoard, besides the one of step 0 (see `is_figure_step`)."""
+
+
+def layer_scalars(series: Mapping[str, Sequence[Any]], prefix: str = "") -> dict[str, float]:
+    """The numbers of series by layer, named such as `variance/layer_01`; None is left out.
+
+    Args:
+        series: values by name; `layer`, where there is one, says which layers they are, otherwise 1, 2, ....
+        prefix: of every name.
+    """
+    return {
+        f"{prefix}{name}/layer_{layer:02d}": value
+        for name, values in series.items()
+        if name != "layer"
+        for layer, value in zip(series.get("layer") or count(1), values, strict=False)
+        if value is not None
+    }
 
 
 class Recorder(Callback):
@@ -80,11 +96,8 @@ class Recorder(Callback):
             series.setdefault(name, []).append(value)
         for logger in trainer.loggers:
             numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-            lists = {name: value for name, value in values.items() if isinstance(value, list) and name != "layer"}
-            for name, value in lists.items():
-                group = name if kind == "layers" else f"{kind}_{name}"
-                by_layer = zip(values.get("layer") or count(1), value, strict=False)
-                numbers |= {f"{group}/layer_{layer:02d}": number for layer, number in by_layer if number is not None}
+            lists = {name: value for name, value in values.items() if isinstance(value, list)}
+            numbers |= layer_scalars(lists, "" if kind == "layers" else f"{kind}_")
             logger.log_metrics(numbers, step=trainer.global_step)
 
     @property

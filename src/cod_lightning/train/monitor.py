@@ -18,7 +18,7 @@ from cod_lightning.measure.activation_stats import token_variance
 from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode
 from cod_lightning.measure.batches import token_mask
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.train.callbacks import TRAINING_MEASURES
+from cod_lightning.train.callbacks import TRAINING_MEASURES, layer_scalars
 
 Series = dict[str, list[Any]]
 """Values by layer; a series `layer` holds the numbers of the layers if they are not 1, 2, ...."""
@@ -38,7 +38,7 @@ class DepthMonitor(Callback):
         pad_id: padding token, which is not measured; None: there is no padding.
 
     Raises:
-        UserError: a measure does not exist, or the probe is not a batch of tokens.
+        UserError: a measure does not exist, the probe is not a batch of tokens, or `every` is less than 1.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class DepthMonitor(Callback):
     ):
         if probe.ndim != 2 or probe.is_floating_point():
             raise UserError(f"probe: expected tokens [batch, length], not {probe.dtype} {list(probe.shape)}")
+        if every < 1:
+            raise UserError(f"every={every} must be at least 1")
         if unknown := [name for name in measures if name not in MONITORED]:
             raise UserError(f"measures: {unknown[0]!r} is not a measure: {nearest(unknown[0], MONITORED)}")
         self.probe, self.every, self.measures, self.pad_id = probe, every, tuple(measures), pad_id
@@ -83,18 +85,13 @@ class DepthMonitor(Callback):
             raise UserError(
                 f"probe: token {largest} is not in the model's vocabulary of {vocabulary}: another tokenizer?"
             )
-        numbers = {}
+        numbers: dict[str, float] = {}
         with isolate_rng(), evaluation_mode(adapter.model):
             if not self.is_checked:
                 check_layout(adapter)
                 self.is_checked = True
             for name in self.measures:
-                series = MONITORED[name](adapter, self.probe.to(adapter.device), self.pad_id)
-                layers = series.pop("layer", range(1, adapter.depth + 1))
-                for column, values in series.items():
-                    group = column if column.startswith(name) else f"{name}_{column}"
-                    by_layer = zip(layers, values, strict=False)  # `gain` has an entry less
-                    numbers |= {f"{group}/layer_{layer:02d}": value for layer, value in by_layer if value is not None}
+                numbers |= layer_scalars(MONITORED[name](adapter, self.probe.to(adapter.device), self.pad_id))
         return numbers
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -157,7 +154,9 @@ def registered(name: str) -> Callable[[ModelAdapter, Tensor, int | None], Series
     """A measure of the registry as a function of a monitor."""
 
     def measure(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
-        return MEASURES[name].recorded(TRAINING_MEASURES[name](model, [tokens], pad_id, lambda done, total: None))
+        result = TRAINING_MEASURES[name](model, [tokens], pad_id, lambda done, total: None)
+        series = MEASURES[name].recorded(result)
+        return {column if column == "layer" else f"{name}_{column}": values for column, values in series.items()}
 
     return measure
 
