@@ -51,6 +51,21 @@ def test_rounding_error_stays_within_that_of_plain_operations(dtype, kind, affin
     assert ((y.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_the_gradient_of_the_weight_is_summed_in_float32(kind, dtype):
+    x, weight, dy = (torch.randn(shape).to(dtype) for shape in ((2048, 64), (64,), (2048, 64)))
+
+    def gradient(function, *tensors):
+        x, weight, dy = tensors
+        weight = weight.clone().requires_grad_()
+        return torch.autograd.grad(function(x, weight, kind=kind)[1], weight, dy)[0].double()
+
+    exact = gradient(reference_add_norm, *(tensor.double() for tensor in (x, weight, dy)))
+    ours, reference = gradient(add_norm, x, weight, dy), gradient(reference_add_norm, x, weight, dy)
+    assert (ours - exact).norm() <= 1.1 * (reference - exact).norm()
+
+
 @pytest.mark.parametrize("settings", [{"kind": "layer", "groups": 2}, {"kind": "rms"}])
 def test_the_reference_is_differentiable_to_second_order(settings):
     x, branch = (torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))

@@ -95,6 +95,10 @@ def torch_add_norm(
     inside = weight if groups == 1 else None
     if kind == "rms":
         y = F.rms_norm(parts, parts.shape[-1:], inside, eps)
+    elif stream.is_cpu and stream.dtype.itemsize < 4:
+        # On a CPU the kernel for half precision also sums the weight's gradient in half precision.
+        inside = None if inside is None else inside.float()
+        y = F.layer_norm(parts.float(), parts.shape[-1:], inside, None, eps).to(stream.dtype)
     else:
         y = F.layer_norm(parts, parts.shape[-1:], inside, None, eps)
     if groups > 1:
