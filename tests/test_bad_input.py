@@ -320,6 +320,10 @@ RUNS = [
         ["evaluate", "nowhere"], ["generate", "nowhere", "text"], ["export", "nowhere"],
         ["evaluate", "nowhere", "tasks=piqa,boolq"],
     )),
+    *((files(config_json="{}"), words, [f"{words[-1]}: a model, not a run", "import . --output RUN"]) for words in (
+        ["evaluate", "."], ["export", "."], ["toy", "init_from=."],
+    )),
+    (files(m_gguf="GGUF"), ["toy", "init_from=m.gguf"], ["init_from=m.gguf: a model", "import m.gguf --output RUN"]),
     *((with_run(overwrite(LAST, content)), words, [f"run/{LAST}", *DAMAGED]) for content, words in (
         ("", LOADED),
         ("text", ["generate", "run", "the norm"]),

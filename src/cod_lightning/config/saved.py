@@ -87,6 +87,7 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
     """
     path = folder / CONFIG
     if not path.is_file():
+        refuse_foreign_model(folder, str(folder))
         raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
     with named_if_damaged(path):
         text = read_regular(path)
@@ -94,6 +95,19 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
             raise ValueError("YAML aliases (*) are not supported: write the value")  # few of them expand to any size
         node = with_defaults(OmegaConf.to_container(OmegaConf.create(text), resolve=False))
         return node, as_config(node)
+
+
+def refuse_foreign_model(path: Path, name: str) -> None:
+    """Say how to make a run folder of a Hugging Face model.
+
+    Raises:
+        UserError: `path`, called `name` in the error, is one.
+    """
+    if path.suffix == ".gguf" or (path / "config.json").is_file():
+        raise UserError(
+            f"{name}: a model, not a run folder: make one of it with `python -m cod_lightning import {path} --output "
+            "RUN` and use RUN"
+        )
 
 
 def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
@@ -204,9 +218,12 @@ def check_init_from(config: Config) -> None:
     """Compare the decoder with that of the run folder `init_from`; the shapes of the weights do not show all settings.
 
     Raises:
-        UserError: the decoders differ.
+        UserError: the decoders differ, or `init_from` is a model that no run trained.
     """
-    if config.init_from is None or not (Path(config.init_from) / CONFIG).is_file():
+    if config.init_from is None:
+        return
+    if not (Path(config.init_from) / CONFIG).is_file():
+        refuse_foreign_model(Path(config.init_from), f"init_from={config.init_from}")
         return
 
     def decoder(run: Config) -> dict[str, Any]:
