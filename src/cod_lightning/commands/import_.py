@@ -12,7 +12,7 @@ HELP = "Make a run folder from a Llama, Mistral or Qwen2 checkpoint, for evaluat
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="folder of the checkpoint, .gguf file, or name on the hub")
+    parser.add_argument("model", help="folder of the checkpoint, .gguf file, glassllm, smollm2, or name on the hub")
     parser.add_argument("--output", type=Path, required=True, help="new run folder")
 
 
@@ -27,11 +27,12 @@ def run(model: str, output: Path) -> int:
     from cod_lightning.data.tokenizers import load_tokenizer, with_pad_below
     from cod_lightning.files import check_new_folder, new_folder
     from cod_lightning.nn.huggingface import import_hf
+    from cod_lightning.nn.packaged_models import packaged_path
     from cod_lightning.train.load import write_imported
 
     check_new_folder(output)
     decoder = import_hf(model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(packaged_path(model))
     if tokenizer.eos_id >= decoder.lm_head.out_features:
         raise UserError(
             f"{model}: the end-of-sequence token {tokenizer.eos_id} has no embedding: the model has "

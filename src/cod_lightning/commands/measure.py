@@ -47,7 +47,10 @@ prune writes a model that stock transformers loads, without some blocks or weigh
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("study", help="variance, jacobian, angular, removal, influence, theory, all, compare, or prune")
     parser.add_argument(
-        "words", nargs="+", metavar="model|key=value", help="run folder, model folder, .gguf file or hub name"
+        "words",
+        nargs="+",
+        metavar="model|key=value",
+        help="run folder, model folder, .gguf file, word (docs/models.md) or hub name",
     )
     add_checkpoint(parser)
     add_trust_code(parser)

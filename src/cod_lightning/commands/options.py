@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
+from cod_lightning.nn.packaged_models import is_packaged
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -102,13 +103,13 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool = Fals
 
 
 def require_model(model: str, alternative: str) -> None:
-    """Check that a model is a local folder or .gguf file, cached, or can be downloaded from the Hugging Face hub.
+    """Check that a model is a local folder or .gguf file, in a package, cached, or can be downloaded from the hub.
 
     Raises:
         UserError: the model is not available; the error ends with `alternative`, which says what to pass instead.
     """
     require_path(model)
-    if not Path(model).exists():
+    if not Path(model).exists() and not is_packaged(model):
         from cod_lightning.data.hub import require_cached_or_hub
 
         require_cached_or_hub(model, alternative)

@@ -22,7 +22,7 @@ EPILOG = """\
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="run folder, model folder or hub name")
+    parser.add_argument("model", help="run folder, model folder, .gguf file, glassllm, smollm2 or hub name")
     add_checkpoint(parser)
     add_trust_code(parser)
     parser.add_argument("overrides", nargs="*", metavar="norm=...", help="the strategy and its options")

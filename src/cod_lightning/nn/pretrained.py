@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError, first_line, first_of
 from cod_lightning.nn.gguf import read_gguf, require_gguf
+from cod_lightning.nn.packaged_models import packaged_path
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -89,7 +90,7 @@ def load_checkpoint(
 
     Args:
         name: a folder with config.json and weights (safetensors or .bin, sharded or not); a .gguf file, or a folder
-            with one; or a name on the hub.
+            with one; the word of a model in a package (`PACKAGED`); or a name on the hub.
         dtype: dtype of the weights; quantized ones of a .gguf file are dequantized.
         check: called with the configuration before the weights are read; raises a UserError to refuse it.
 
@@ -139,11 +140,13 @@ def load_checkpoint(
 
 
 def find_source(name: str) -> Source:
-    """The checkpoint that a path or a name on the hub means.
+    """The checkpoint that a path, the word of a model in a package, or a name on the hub means.
 
     Raises:
-        UserError: a folder holds several .gguf files, an adapter, or a link to a file outside of it.
+        UserError: the package is not installed; or a folder holds several .gguf files, an adapter, or a link to a file
+            outside of it.
     """
+    name = packaged_path(name)
     folder = Path(name)
     if folder.suffix == ".gguf" and folder.is_file():
         return Source(str(folder.parent), folder.name)
