@@ -133,3 +133,20 @@ def test_bad_tasks_are_errors(tmp_path):
         task_manager(())
     with pytest.raises(UserError, match="no such folder"):
         task_manager(("piqa",), tmp_path / "nowhere")
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_a_task_file_that_is_not_yaml_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: mine\n  doc: [")
+    with pytest.raises(UserError, match=r"unknown task 'mine'[^\n]*\n.*mine\.yaml: not YAML: "):
+        task_manager(("mine",), tmp_path)
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_a_metric_that_the_harness_does_not_have_is_named(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({"task": "bad", "metric_list": [{"metric": "acc"}, {"metric": "accc"}]}))
+    with pytest.raises(UserError, match=r"KeyError: None; 'accc' is not a metric of the harness; check"):
+        run_tasks(failing(KeyError(None)), ["bad"], {"bad": path})

@@ -56,8 +56,20 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
             similar = ", ".join(difflib.get_close_matches(task, known, n=5))
             errors.append(f"tasks: unknown task {task!r}" + (f"; similar: {similar}" if similar else ""))
     if errors:
-        raise UserError("\n".join(errors))
+        # The harness skips files that it cannot read.
+        raise UserError("\n".join(errors + ([] if folder is None else unreadable(folder))))
     return manager
+
+
+def unreadable(folder: Path) -> list[str]:
+    """An error for each YAML in a folder of tasks that is none."""
+    errors = []
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.load(path.read_text("utf-8"), TaskLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            errors.append(f"{path}: not YAML: {first_line(error)}")
+    return errors
 
 
 def score_tasks(
@@ -118,9 +130,10 @@ def run_tasks(evaluate: Callable[..., Any], tasks: Sequence[str], files: Mapping
                 results |= evaluate(tasks=[task])["results"]
         except Exception as error:  # the harness raises many types for a task that it cannot read
             reason = root_cause(error)
+            foreign = "".join(f"; {name!r} is not a metric of the harness" for name in foreign_metrics(path))
             raise UserError(
-                f"tasks={task}: {path}: {type(reason).__name__}: {first_line(reason)}; check its output_type, splits, "
-                "metrics, fields and data files"
+                f"tasks={task}: {path}: {type(reason).__name__}: {first_line(reason)}{foreign}; check its output_type, "
+                "splits, metrics, fields and data files"
             ) from error
     if rest := [task for task in tasks if files[task] is None]:
         try:
@@ -142,8 +155,7 @@ def yaml_of(manager: Any, task: str) -> Path | None:
 @contextmanager
 def data_folder(path: Path) -> Generator[None, None, None]:
     """Enter the folder of a task's YAML, where its relative data files are, unless they are in the working folder."""
-    content = yaml.load(path.read_text("utf-8"), TaskLoader)
-    named = (content.get("dataset_kwargs") or {}).get("data_files") if isinstance(content, dict) else None
+    named = (task_fields(path).get("dataset_kwargs") or {}).get("data_files")
     relative = [name for name in strings_in(named) if "://" not in name and not Path(name).is_absolute()]
     here = Path.cwd()
     beside = any(glob.glob(str(path.parent / name)) for name in relative)
@@ -153,6 +165,23 @@ def data_folder(path: Path) -> Generator[None, None, None]:
         yield
     finally:
         os.chdir(here)
+
+
+def foreign_metrics(path: Path) -> list[str]:
+    """The metrics in the YAML of a task that the harness itself does not have."""
+    metrics = task_fields(path).get("metric_list") or []
+    names = [metric.get("metric") for metric in metrics if isinstance(metric, dict)]
+    if not names:
+        return []
+    importlib.import_module("lm_eval.api.metrics")  # fills the registry
+    known = importlib.import_module("lm_eval.api.registry").METRIC_REGISTRY
+    return [name for name in names if isinstance(name, str) and name not in known]
+
+
+def task_fields(path: Path) -> dict[str, Any]:
+    """The content of the YAML of a task, without its functions."""
+    content = yaml.load(path.read_text("utf-8"), TaskLoader)
+    return content if isinstance(content, dict) else {}
 
 
 class TaskLoader(yaml.SafeLoader):
