@@ -48,7 +48,7 @@ def main() -> None:
             if step < args.steps * (len(rows) + 1) / args.parts or step == last or not memory:
                 continue
             new = [float(rate.replace(",", "")) for number, rate in rates.items() if number > last]
-            size = sum(path.stat().st_size for path in Path(folder, "run", "tensorboard").glob("*"))
+            size = sum(path.stat().st_size for path in Path(folder, "run").glob("events.*"))
             rows.append(
                 {
                     "steps": f"{last + 1} to {step}",

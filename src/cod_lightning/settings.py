@@ -29,7 +29,7 @@ def metadata(*, runtime: bool = False, choices: Sequence[str] | None = None, **b
 
     Args:
         runtime: the field does not change the result of a run, and is not part of its id.
-        choices: the values of a string.
+        choices: the values of a string, or of the entries of a list.
         bounds: keys of `BOUNDS`; they hold for a number, for the entries of a list and for the values of a dictionary.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
@@ -47,8 +47,9 @@ def setting_errors(section: Any, prefix: str = "") -> list[str]:
     for item in fields(section):
         name, value = f"{prefix}{item.name}", getattr(section, item.name)
         known = item.metadata.get("choices")
-        if known is not None and value is not None:
-            errors += choice_errors(name, value, known)
+        if known is not None:
+            for entry in value if isinstance(value, list) else [value]:
+                errors += choice_errors(name, entry, known) if entry is not None else []
         entries = value.items() if isinstance(value, Mapping) else [("", value)]
         for key, entry in entries:
             entry_name = f"{name}.{key}" if key else name

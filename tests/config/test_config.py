@@ -117,6 +117,20 @@ def test_runtime_fields_are_not_part_of_the_identity():
     assert fields["norm"] == {"name": "lns", "position": "after_ln"}
 
 
+@pytest.mark.parametrize(
+    ("word", "loggers"),
+    [
+        ("logger=none", []),
+        ("logger=csv", ["csv"]),
+        ("logger=[csv,wandb]", ["csv", "wandb"]),
+        ("seed=1", ["tensorboard"]),
+    ],
+)
+def test_a_run_has_one_logger_or_several(word, loggers, tmp_path):
+    config = compose([word, f"output={tmp_path}"])
+    assert config.loggers == load(create_run_folder(config)).loggers == loggers
+
+
 def test_sweeps_expand_in_the_order_of_hydra():
     assert list(sweep(["norm=pre_ln,lns", "seed=1,2", "trainer.max_steps=3"])) == [
         ["norm=pre_ln", "seed=1", "trainer.max_steps=3"],
@@ -221,7 +235,7 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
         (["trainer.measures=9"], ["trainer.measures=9", "Dict"]),
         (["trainer.precision=fp8"], ["trainer.precision='fp8'", "bf16-mixed"]),
         (["eval.paper_batch=0"], ["eval.paper_batch=0", "at least 1"]),
-        (["logger=wandb"], ["logger='wandb'", "known: none, tensorboard"]),
+        (["logger=[csv,tensorbord]"], ["logger='tensorbord'", "did you mean 'tensorboard'"]),
         (["name=../elsewhere"], ["name='../elsewhere'", "below output"]),
         (["data.layout=ragged"], ["data.layout='ragged'", "packed"]),
         (["data.seq_len=1"], ["data.seq_len=1"]),
@@ -268,7 +282,7 @@ def test_a_damaged_saved_configuration_is_named(tmp_path, content):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("word", ["protocol=paper", "logger=none", "seed=1,2", "~data", "data=wiki", "optim.lrr=1"])
+@pytest.mark.parametrize("word", ["protocol=paper", "norm=lns", "seed=1,2", "~data", "data=wiki", "optim.lrr=1"])
 def test_a_trained_run_accepts_data_trainer_and_fields(tmp_path, word):
     folder = create_run_folder(compose([f"output={tmp_path}"]))
     with pytest.raises(

@@ -44,6 +44,6 @@ def copy_checkpoints(source, target, until):
 
 def read_events(folder):
     """The TensorBoard events of a run, with all images."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
     return events

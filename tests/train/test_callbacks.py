@@ -1,12 +1,14 @@
 """Measures during training."""
 
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from run_files import last, losses, read_events, weights
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
@@ -31,7 +33,8 @@ EVERY = [f"trainer.measures.{name}=4" for name in registry.MEASURES]
 @pytest.fixture(scope="module")
 def measured(toy, tmp_path_factory):
     """Record and folder of a run that takes every measure."""
-    return train_run(compose([*toy, *EVERY, "logger=tensorboard", f"output={tmp_path_factory.mktemp('measured')}"]))
+    output = tmp_path_factory.mktemp("measured")
+    return train_run(compose([*toy, *EVERY, "logger=[tensorboard,csv]", f"output={output}"]))
 
 
 def test_training_is_bit_identical_without_measures(measured, train):
@@ -109,8 +112,26 @@ def test_tensorboard_has_scalars_by_layer(measured, events):
 
 
 def test_tensorboard_has_losses_and_perplexity(measured, events):
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("Loss/train")] == [1, 2, 3, 4, 5, 6]
     assert events.Scalars("val/ppl")[-1].value == pytest.approx(measured[0]["ppl"])
+
+
+def test_tensorboard_opens_on_the_losses(events):
+    assert min(events.Tags()["scalars"]).startswith("Loss/")
+
+
+def test_every_scalar_has_its_chart_in_the_layout(events):
+    config = next(tag for tag in events.Tags()["tensors"] if tag.startswith("custom_scalars"))
+    groups = Layout.FromString(events.Tensors(config)[0].tensor_proto.string_val[0]).category
+    assert groups[0].title == "loss"
+    patterns = [tag for group in groups for chart in group.chart for tag in chart.multiline.tag]
+    scalars = [tag for tag in events.Tags()["scalars"] if tag.startswith("Loss/") or "/layer_" in tag]
+    assert [tag for tag in scalars if not any(re.match(pattern, tag) for pattern in patterns)] == []
+
+
+def test_every_logger_has_every_scalar(measured, events):
+    table = (measured[1] / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert set(table[0].split(",")) - {"step"} == set(events.Tags()["scalars"]) - {"hp/val_loss"}
 
 
 def test_tensorboard_has_figures(events):

@@ -61,7 +61,8 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         Its record and its folder.
 
     Raises:
-        UserError: the folder holds another run or is in use, the memory is too small, or as `train.run.fit`.
+        UserError: the folder holds another run or is in use, a logger is not installed, the memory is too small, or
+            as `train.run.fit`.
         Diverged: the loss is not finite; `failed.json` in the folder says so.
     """
     from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder
@@ -78,6 +79,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     from cod_lightning._torchmetrics import import_torchmetrics
 
     import_torchmetrics()
+    from cod_lightning.train.loggers import check_loggers
     from cod_lightning.train.record import read_record, write_failure
     from cod_lightning.train.run import fit
 
@@ -86,6 +88,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
             print("this run is finished: pass resume=false to retrain", file=sys.stderr)
         return record, folder
     check_init_from(config)
+    check_loggers(config.loggers)
     try:
         with lock_folder(folder) if first else nullcontext():
             return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder

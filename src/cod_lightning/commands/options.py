@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
 
 OVERRIDES = """\
-Overrides are Hydra's: group=choice (experiments, model, norm, data, optim, protocol, trainer, logger) or
+Overrides are Hydra's: group=choice (experiments, model, norm, data, optim, protocol, trainer, scale) or
 section.field=value. Examples:
   fit experiments=table1_350m norm=mix_ln
   fit norm=pre_ln seed=2 trainer.max_steps=100 output=/scratch/runs

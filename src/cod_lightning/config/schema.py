@@ -162,8 +162,11 @@ class Config:
     """Run folder below `output`; None: derived from the configuration."""
     resume: bool = setting(True, runtime=True)
     """False: move an earlier run of the same configuration aside and start from step 0."""
-    logger: str = setting("tensorboard", runtime=True, choices=("none", "tensorboard"))
-    """`tensorboard` or `none`; `record.json` holds every figure in either case."""
+    logger: Any = field(
+        default="tensorboard",
+        metadata=metadata(runtime=True, choices=("none", "tensorboard", "csv", "wandb", "mlflow")),
+    )
+    """One or a list of `tensorboard`, `csv`, `wandb` and `mlflow`, or `none`; `record.json` has every number anyway."""
     model: DecoderConfig = field(default_factory=DecoderConfig)
     norm: dict[str, Any] = field(default_factory=dict)
     """`name` of the strategy, and its options."""
@@ -176,6 +179,12 @@ class Config:
     """Reproduced table or figure: its rows, their published figures, the source of each setting."""
     scales: dict[str, Any] = field(default_factory=dict, metadata=metadata(runtime=True))
     """Settings of the experiment at each scale, in addition to those of the scale itself."""
+
+    @property
+    def loggers(self) -> list[str]:
+        """The names in `logger`, without `none`."""
+        names = self.logger if isinstance(self.logger, list) else [self.logger]
+        return [name for name in dict.fromkeys(names) if name not in ("none", None)]
 
     @property
     def max_length(self) -> int:

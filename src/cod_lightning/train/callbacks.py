@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn
@@ -28,6 +27,7 @@ from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.parallel import unwrapped_copy
+from cod_lightning.train.loggers import log_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,10 @@ A series has lists of equal length, one of them `step`. An entry of a measure is
 over all blocks if the series has no `layer`."""
 
 MAX_FIGURES = 8
-"""The number of figures of a measure in TensorBoard, besides the one of step 0 (see `is_figure_step`)."""
+"""The number of figures of a measure in the loggers, besides the one of step 0 (see `is_figure_step`)."""
+
+LOSSES = {"train/loss": "Loss/train", "val/val_loss": "Loss/val"}
+"""Tags of the losses in the loggers: TensorBoard sorts upper case first, so it opens on them."""
 
 
 def layer_scalars(series: Mapping[str, Sequence[Any]], prefix: str = "") -> dict[str, float]:
@@ -95,7 +98,8 @@ class Recorder(Callback):
         for name, value in {"step": trainer.global_step, **values}.items():
             series.setdefault(name, []).append(value)
         for logger in trainer.loggers:
-            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            tags = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            numbers = {LOSSES.get(tag, tag): value for tag, value in tags.items()}
             lists = {name: value for name, value in values.items() if isinstance(value, list)}
             numbers |= layer_scalars(lists, "" if kind == "layers" else f"{kind}_")
             logger.log_metrics(numbers, step=trainer.global_step)
@@ -206,12 +210,9 @@ class ProbeCallback(Callback, ABC):
         """Measure `network` and record the result; every rank calls this at the same steps."""
 
     def add_figure(self, trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
-        """Add a figure to TensorBoard if `is_figure_step`."""
-        step = trainer.global_step
-        if trainer.is_global_zero and is_figure_step(step, self.every, trainer.max_steps):
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure(name, plot(), global_step=step)
+        """Add a figure to the loggers if `is_figure_step`."""
+        if trainer.is_global_zero and is_figure_step(trainer.global_step, self.every, trainer.max_steps):
+            log_figure(trainer, name, plot)
 
 
 class LayerStatisticsCallback(ProbeCallback):

@@ -34,16 +34,14 @@ from cod_lightning.train.checkpoint import (
     step_of,
 )
 from cod_lightning.train.load import InitialWeights, load_initial_weights, write_tokenizer
+from cod_lightning.train.loggers import build_loggers, finish, log_config, log_layout
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
 from cod_lightning.train.record import environment, write_record
 from cod_lightning.train.strategy import accelerator
 from cod_lightning.train.trainer import (
     build_trainer,
-    log_config,
-    log_hyperparameters,
     quiet_lightning,
-    tensorboard_logger,
     translate_rank_failures,
 )
 from cod_lightning.train.vision import VisionModule
@@ -56,7 +54,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
 
     Args:
         config: the run.
-        folder: the run folder: checkpoints, TensorBoard events, the tokenizer and the record.
+        folder: the run folder: checkpoints, logs, the tokenizer and the record.
         before_writing: called after all checks, before the first file is written.
 
     Returns:
@@ -89,11 +87,11 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
 
         trainer = build_trainer(config, [*callbacks, saver], saver.io)
         before_writing()
-        if config.logger == "tensorboard":
-            trainer.logger = tensorboard_logger(folder, None if checkpoint is None else step_of(checkpoint))
+        trainer.loggers = build_loggers(config, folder, None if checkpoint is None else step_of(checkpoint))
         if isinstance(data, TokenDataModule) and trainer.is_global_zero:
             write_tokenizer(data.tokenizer(), data.eos_id, data.pad_id, folder / TOKENIZER)
         log_config(trainer, asdict(config))
+        log_layout(trainer, settings)
 
         started = environment()
         with translate_rank_failures(settings):
@@ -102,7 +100,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
                 trainer.validate(module, data, verbose=False)
 
         record = finite(build_record(config, started, recorder, trainer, module, data))
-        log_hyperparameters(trainer, record["config"], record["val_loss"])
+        finish(trainer, record["config"], record["val_loss"])
         if trainer.is_global_zero:
             write_record(folder, record)
     return record

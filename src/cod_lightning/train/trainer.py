@@ -1,4 +1,4 @@
-"""Lightning's Trainer of a run, its TensorBoard logs, errors of lost ranks, and silenced messages."""
+"""Lightning's Trainer of a run, errors of lost ranks, and silenced messages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Generator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Generator, Sequence
 
-import yaml
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -18,7 +15,6 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.distributed import DistError
 
@@ -74,32 +70,6 @@ def cluster_environment() -> ClusterEnvironment:
     if launcher == "slurm":
         return SLURMEnvironment(auto_requeue=False)
     return TorchElasticEnvironment() if launcher == "torchrun" else LightningEnvironment()
-
-
-def tensorboard_logger(folder: Path, step: int | None) -> TensorBoardLogger:
-    """A logger below the run folder; events after `step`, from which the run resumes, are purged."""
-    return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=None if step is None else step + 1)
-
-
-def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
-    """Log the configuration as text."""
-    text = yaml.safe_dump(dict(config), sort_keys=False)
-    for logger in tensorboard_loggers(trainer):
-        logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
-
-
-def log_hyperparameters(trainer: Trainer, config: Mapping[str, Any], val_loss: float) -> None:
-    """Log the fields that distinguish runs, with the validation loss, for TensorBoard's hparams table."""
-    fields = {"norm": config["norm"]["name"], "seed": config["seed"], "protocol": config["protocol"]}
-    for section in ("model", "optim"):
-        fields |= {f"{section}.{key}": value for key, value in config[section].items()}
-    for logger in tensorboard_loggers(trainer):
-        logger.log_hyperparams(fields, metrics={"hp/val_loss": val_loss})
-        logger.experiment.flush()  # Lightning flushes at the end of training, which is over
-
-
-def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 LOST_CONNECTION = r"(?i)gloo|connection (closed|reset|refused)|timed out|broken pipe"

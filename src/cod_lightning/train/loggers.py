@@ -1,0 +1,154 @@
+"""Lightning's loggers of a run, and what they hold besides numbers: configuration, layout and figures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from cod_lightning.config.schema import Config, TrainerConfig
+from cod_lightning.errors import UserError
+from cod_lightning.files import locked
+from cod_lightning.measure.registry import MEASURES
+from cod_lightning.train.record import package_version
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PROJECT = "cod_lightning"
+"""Project of wandb and experiment of MLflow, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set."""
+EXTRAS = ("wandb", "mlflow")
+"""Loggers whose package is an extra of the same name."""
+
+
+def check_loggers(names: Iterable[str]) -> None:
+    """Check that the packages of loggers are installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        if name in EXTRAS and package_version(name) is None:
+            raise UserError(f"logger={name} needs {name}: pip install 'cod_lightning[{name}]'")
+
+
+def build_loggers(config: Config, folder: Path, step: int | None) -> list[Logger]:
+    """The loggers of a run.
+
+    Args:
+        config: the run.
+        folder: the run folder, which exists.
+        step: the step from which the run resumes; TensorBoard events after it are purged. None: a new run.
+    """
+    builders = {
+        "tensorboard": lambda: tensorboard_logger(folder, step),
+        "csv": lambda: CSVLogger(folder, name="csv"),
+        "wandb": lambda: wandb_logger(config, folder),
+        "mlflow": lambda: mlflow_logger(config),
+    }
+    return [builders[name]() for name in config.loggers]
+
+
+def tensorboard_logger(folder: Path, step: int | None) -> TensorBoardLogger:
+    """Events in the run folder itself, so that TensorBoard names the run as its folder."""
+    return TensorBoardLogger(folder, name="", version="", purge_step=None if step is None else step + 1)
+
+
+def wandb_logger(config: Config, folder: Path) -> WandbLogger:
+    """A wandb run inside the run folder, offline unless WANDB_MODE is set; an interrupted run keeps its id."""
+    return WandbLogger(
+        config.label,
+        folder,
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        group=config.experiment,
+        mode=os.environ.get("WANDB_MODE", "offline"),
+        resume="auto",
+    )
+
+
+def mlflow_logger(config: Config) -> MLFlowLogger:
+    """An MLflow run in `mlflow.db` of the output folder, or where MLFLOW_TRACKING_URI says."""
+    root = Path(config.output).resolve()
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    with locked(root / ".mlflow.lock"):  # parallel runs of a sweep would create the same experiment
+        logger = MLFlowLogger(
+            os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT),
+            run_name=config.label,
+            tracking_uri=uri or f"sqlite:///{root / 'mlflow.db'}",
+            artifact_location=None if uri else (root / "mlartifacts").as_uri(),
+        )
+        _ = logger.experiment
+    return logger
+
+
+def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
+    """Log the configuration as text, and as hyperparameters where these need no final loss."""
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
+            continue
+        logger.log_hyperparams(hyperparameters(config))
+        if isinstance(logger, WandbLogger):
+            logger.log_text("config", columns=["yaml"], data=[[text]])
+        if isinstance(logger, MLFlowLogger):
+            logger.experiment.log_text(logger.run_id, text, "config.yaml")
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that distinguish runs."""
+    fields = {"norm": config["norm"]["name"], "seed": config["seed"], "protocol": config["protocol"]}
+    for section in ("model", "optim"):
+        fields |= {f"{section}.{key}": value for key, value in config[section].items()}
+    return fields
+
+
+def log_layout(trainer: Trainer, settings: TrainerConfig) -> None:
+    """Give TensorBoard's Custom Scalars tab the losses first, then one chart a measure with all of its layers."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_custom_scalars(layout(settings))
+
+
+def layout(settings: TrainerConfig) -> dict[str, dict[str, list[Any]]]:
+    """Groups of charts by name, as `SummaryWriter.add_custom_scalars` takes them."""
+    groups: dict[str, list[str]] = {}
+    if settings.stats_every:
+        groups["layers"] = ["variance", "attention_variance", "ffn_variance", "gradient_norm"]
+    for name, every in settings.measures.items():
+        if every:
+            groups[name] = [f"{name}_{column}" for column in MEASURES[name].series if column != "layer"]
+    losses = {"loss": ["Multiline", ["Loss/train", "Loss/val"]], "perplexity": ["Multiline", ["val/ppl"]]}
+    return {"loss": losses} | {
+        group: {chart: ["Multiline", [f"^{chart}/layer_"]] for chart in charts} for group, charts in groups.items()
+    }
+
+
+def log_figure(trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
+    """Draw a figure for the loggers that hold images."""
+    loggers = [logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
+    if not loggers:
+        return
+    figure, step = plot(), trainer.global_step
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, global_step=step)
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [figure], step=step)
+        if isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, f"{name}/step-{step:08d}.png")
+
+
+def finish(trainer: Trainer, config: Mapping[str, Any], val_loss: float) -> None:
+    """Log the hyperparameters with the validation loss for TensorBoard's hparams table, and end the run of wandb."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(hyperparameters(config), metrics={"hp/val_loss": val_loss})
+            logger.experiment.flush()  # Lightning flushes at the end of training, which is over
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

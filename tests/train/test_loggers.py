@@ -1,0 +1,53 @@
+"""Loggers whose packages are extras; `test_callbacks.py` covers TensorBoard and CSV."""
+
+import pytest
+
+from cod_lightning.errors import UserError
+from cod_lightning.train import loggers
+
+
+@pytest.mark.parametrize("name", loggers.EXTRAS)
+def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(name, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers, "package_version", lambda package: None)
+    with pytest.raises(UserError) as error:
+        train(f"logger=[csv,{name}]", f"data.root={tmp_path / 'data'}")
+    assert str(error.value) == f"logger={name} needs {name}: pip install 'cod_lightning[{name}]'"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def logged(train, monkeypatch):
+    """`logged(name)` trains two steps with that logger, without the user's settings of it, and returns the folder."""
+
+    def run(name):
+        for variable in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+            monkeypatch.delenv(variable, raising=False)
+        return train(f"logger={name}", "trainer.max_steps=2", "trainer.measures.influence=2")
+
+    return run
+
+
+def test_wandb_keeps_a_run_offline_in_its_run_folder(logged):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    record, folder = logged("wandb")
+    (stored,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    content = stored.read_bytes()
+    for name in ("Loss/train", "val/ppl", "variance/layer_03", "jacobian_distance/layer_01", "model.hidden_size"):
+        assert name.encode() in content, name
+    assert list((folder / "wandb").glob("offline-run-*/files/media/images/influence*.png"))
+    assert record["config"]["logger"] == "wandb"
+
+
+@pytest.mark.filterwarnings("default")  # mlflow uses what sqlalchemy has deprecated
+def test_mlflow_has_the_numbers_the_settings_and_the_figures(logged, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    record, _ = logged("mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("cod_lightning").experiment_id])
+    assert run.data.metrics["Loss/val"] == pytest.approx(record["val_loss"])
+    assert run.data.metrics["variance/layer_03"] == pytest.approx(record["history"]["layers"]["variance"][-1][-1])
+    assert run.data.params["norm"] == "lns"
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        *("config.yaml", "influence", "variance by layer"),
+    }
+    assert run.info.status == "FINISHED"
