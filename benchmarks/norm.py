@@ -170,7 +170,7 @@ def measure(rows: int, width: int, dtype: torch.dtype, add: bool, copy: float, s
 
 def plot(table: list[dict[str, Any]]) -> None:
     """Draw the shares at the largest number of rows."""
-    from matplotlib.figure import Figure
+    from cod_lightning import plots
 
     most = max(row["rows"] for row in table)
     names, widths = list(dict.fromkeys(row["variant"] for row in table)), sorted({row["width"] for row in table})
@@ -179,18 +179,21 @@ def plot(table: list[dict[str, Any]]) -> None:
         for row in table
         if row["rows"] == most
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
     panels = itertools.product(("norm", "add_norm"), ("forward", "backward"))
-    for axes, (operation, direction) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for position, name in enumerate(names):
-            left = [w + 0.8 * (position / len(names) - 0.5) for w in range(len(widths))]
-            heights = [shares[operation, direction, name, width] for width in widths]
-            axes.bar(left, heights, 0.75 / len(names), label=name)
-        axes.set(title=f"{operation}, {direction}, {most:,} rows", xlabel="width", ylabel="share of copy bandwidth")
-        axes.set_xticks(range(len(widths)), map(str, widths))
-    figure.axes[0].legend(fontsize="small")
+    with plots.style():
+        figure, grid = plots.grid_figure(7.5, 6, 2, 2, sharex=True, sharey=True)
+        for axes, (operation, direction) in zip(grid.flat, panels, strict=True):
+            for position, name in enumerate(names):
+                left = [w + 0.8 * ((position + 0.5) / len(names) - 0.5) for w in range(len(widths))]
+                heights = [shares[operation, direction, name, width] for width in widths]
+                axes.bar(left, heights, 0.75 / len(names), label=name)
+            axes.set(title=f"{operation}, {direction}, {most:,} rows")
+            axes.set_xticks(range(len(widths)), [f"{width:,}" for width in widths])
+        figure.supxlabel("width", fontsize=9)
+        figure.supylabel("share of the bandwidth of a copy", fontsize=9)
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
     path = result_path("norm", ".png")
-    figure.savefig(path, dpi=110)
+    path.write_bytes(plots.image(figure))
     print(path)
 
 

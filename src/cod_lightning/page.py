@@ -55,10 +55,13 @@ def html_fragment(markdown: str, images: Mapping[str, bytes]) -> str:
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
-    for image in (child for token in tokens for child in token.children or ()):
-        if image.type == "image":
-            content = images[PurePosixPath(str(image.attrs["src"])).name]
-            image.attrs["src"] = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    for token in [each for block in tokens for each in (block, *(block.children or ()))]:
+        if token.type == "image":
+            content = images[PurePosixPath(str(token.attrs["src"])).name]
+            token.attrs["src"] = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+            token.attrs["style"] = "max-width: 100%"
+        elif token.type == "table_open":
+            token.attrs["style"] = "display: block; overflow-x: auto"
     return parser.renderer.render(tokens, parser.options, {})
 
 

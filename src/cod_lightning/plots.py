@@ -7,24 +7,51 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 from cycler import cycler
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Formatter, LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
 
 DPI = 120
-COLOURS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#2e4057", "#8d6a9f", "#a0a0a0", "#7a4419")
+FORMATS = ("png", "pdf")
+"""Formats of a saved figure."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
+"""Distinct for the colour-blind (Okabe and Ito, 2008), without its yellow."""
+MARKERS = "os^DvP*X"
 DEPTH_COLOURS = "viridis"
 """Colour map over depth."""
+STRATEGIES = {
+    "lns": ("LNS", COLOURS[0]),
+    "pre_ln": ("Pre-LN", COLOURS[1]),
+    "post_ln": ("Post-LN", COLOURS[2]),
+    "mix_ln": ("Mix-LN", COLOURS[3]),
+    "deep_norm": ("DeepNorm", COLOURS[4]),
+    "sandwich_ln": ("Sandwich-LN", COLOURS[5]),
+    "lns_scaled_init": ("LNS + Scaled Initialization", COLOURS[6]),
+    "skip_init": ("SkipInit", COLOURS[7]),
+    "group_ln": ("Group-LN", "#332288"),
+    "admin": ("Admin", "#882255"),
+    "scaled_init": ("Scaled Initialization", "#44aa99"),
+    "ds_init": ("Depth-Scaled Initialization", "#aa4499"),
+    "layer_scale": ("LayerScale", "#8c510a"),
+    "peri_ln": ("Peri-LN", "#999933"),
+    "gpas": ("GPAS", "#117733"),
+    "lns_learnable": ("LNS, learnable", "#88ccee"),
+    "deep_norm_released": ("DeepNorm, released constants", "#661100"),
+}
+"""Label and colour of a strategy, the same in every figure."""
+RUN = re.compile(r"(\w+)-seed(\d+)-[0-9a-f]{8}")
+"""Name of a run: strategy, seed and id."""
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -37,18 +64,47 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.4,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "",
 }
 
-style = partial(rc_context, STYLE)
-"""`with style():` or `@style()` around code that draws; the importing program's matplotlib settings stay unchanged."""
+style = partial(matplotlib.style.context, ["default", STYLE])
+"""`with style():` or `@style()` around code that draws; the importing program's matplotlib settings do not matter and
+stay unchanged."""
+METADATA = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    "svg": {"Creator": None, "Date": None},
+}
+"""Formats of files, and what they leave out: equal figures give equal bytes."""
 
 
 @style()
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file without a date or version: equal figures give equal bytes."""
+def image(figure: Figure, suffix: str = "png") -> bytes:
+    """The figure as a PNG, PDF or SVG file without a date or version; PDF files embed their fonts."""
     file = io.BytesIO()
-    figure.savefig(file, dpi=DPI, format="png", metadata={"Software": None})
+    figure.savefig(file, dpi=DPI, format=suffix, metadata=METADATA[suffix])
     return file.getvalue()
+
+
+def run_labels(names: Iterable[str]) -> dict[str, str]:
+    """Labels of models by their names: "LNS, seed 1" for lns-seed1-0a1b2c3d, other names as they are.
+
+    Runs of the same strategy and seed are numbered.
+    """
+    labels: dict[str, str] = {}
+    for name in names:
+        match = RUN.fullmatch(name)
+        label = f"{STRATEGIES.get(match[1], (match[1], None))[0]}, seed {match[2]}" if match else name
+        same = sum(other.split(" (")[0] == label for other in labels.values())
+        labels[name] = f"{label} ({same + 1})" if same else label
+    return labels
+
+
+def strategy_colour(name: str) -> str | None:
+    """The colour of a strategy, or of a run by its name; None for other names."""
+    match = RUN.fullmatch(name)
+    return STRATEGIES.get(match[1] if match else name, (name, None))[1]
 
 
 def grid_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -79,11 +135,19 @@ def layer_lines(
         x: layers of the values; None: layers 1, 2, ....
         errors: error bars of lines, by label.
     """
-    for label, values in lines.items():
+    labels, known = run_labels(lines), [strategy_colour(name) for name in lines]
+    free = [colour for colour in COLOURS if colour not in known]
+    for index, (name, values) in enumerate(lines.items()):
         shown = [math.nan if value is None or (log and value <= 0) else value for value in values]
         places = list(x or range(1, len(shown) + 1))[: len(shown)]
-        axes.errorbar(places, shown, (errors or {}).get(label), marker="o", ms=3, capsize=2, label=label)
-    axes.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
+        options: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "ms": 3, "capsize": 2}
+        if any(known):
+            options["color"] = known[index] or free[known[:index].count(None) % len(free)]
+            options["ls"] = ("-", "--", ":", "-.")[known[:index].count(known[index] or "") % 4]
+        axes.errorbar(places, shown, (errors or {}).get(name), label=labels[name], **options)
+    axes.set(xlabel="layer", ylabel=ylabel)
+    if log:
+        log_axis(axes.yaxis)
     integer_ticks(axes.xaxis)
 
 
@@ -103,13 +167,55 @@ def lines_by_depth(axes: Axes, steps: Sequence[int], values: Any, norm: Normaliz
     colours = ScalarMappable(norm or Normalize(1, max(values.shape[1], 2)), DEPTH_COLOURS)
     for colour, line in zip(colours.to_rgba(np.arange(1, values.shape[1] + 1)), values.T, strict=True):
         axes.plot(steps, line, color=colour, lw=1, marker="." if len(steps) == 1 else None)
-    axes.set(xlabel="step", yscale="log")
+    axes.set(xlabel="step")
+    integer_ticks(axes.xaxis)
+    log_axis(axes.yaxis)
     return colours
 
 
+def depth_bar(figure: Figure, colours: ScalarMappable, axes: Any) -> None:
+    """Add the colour bar of layers beside the axes; the first and the last layer are labelled."""
+    first, last = colours.get_clim()
+    figure.colorbar(colours, ax=axes, label="layer", ticks=np.unique(np.linspace(first, last, 5).round()))
+
+
+class PlainNumbers(Formatter):
+    """Labels such as 0.1, 1 and 1,000, or powers of ten if a number on the axis is very small or large."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return self.format_ticks([x])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        if all(value == 0 or 1e-4 <= abs(value) < 1e6 for value in values):
+            return [f"{value:,.6g}".replace("-", "\N{MINUS SIGN}") for value in values]
+        powers = LogFormatterSciNotation()
+        powers.create_dummy_axis()
+        return ["0" if value == 0 else powers(value) for value in values]
+
+
+class Decades(LogLocator):
+    """Ticks at powers of ten; over less than two decades also at 2 and 5, and over less than half a decade evenly."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        if vmax < 3 * vmin:
+            return MaxNLocator(5).tick_values(vmin, vmax)
+        self.set_params(subs=(1, 2, 5) if vmax < 100 * vmin else (1,))
+        return super().tick_values(vmin, vmax)
+
+
+def log_axis(axis: Axis) -> None:
+    """Make an axis logarithmic, with plain labels that do not overlap."""
+    set_scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
+    set_scale("log")
+    axis.set_major_locator(Decades(numticks=8))
+    axis.set_major_formatter(PlainNumbers())
+    axis.set_minor_formatter(NullFormatter())
+
+
 def integer_ticks(axis: Axis) -> None:
-    """Put ticks at whole numbers only."""
-    axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    """Put ticks at whole numbers only, with separators of thousands."""
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(PlainNumbers())
 
 
 def legend_above(axes: Axes) -> None:

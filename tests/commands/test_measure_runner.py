@@ -78,7 +78,7 @@ def test_models_are_compared_on_one_page(tmp_path):
     subjects = {"lns": subject, "pre_ln": lambda: subject("pre_ln")}
     page = run_comparison(subjects, {"probes": 2, "iterations": 1}, tmp_path)
     assert page.read_text().count("pre_ln") > 1
-    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert [(tmp_path / name).read_bytes()[:4] for name in ("compare.png", "compare.pdf")] == [b"\x89PNG", b"%PDF"]
     assert saved(tmp_path / "pre_ln", "jacobian")["probes"] == 2
 
 

@@ -55,8 +55,13 @@ def test_the_page_escapes_names(comparison):
     assert "<lns>" not in page
 
 
+def test_the_page_fits_a_phone(comparison):
+    _, page = comparison
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert not re.search(r"[^-(]width\s*[:=]\s*\"?\d", page)
+
+
 def test_the_page_needs_no_other_file(comparison):
-    image, page = comparison
-    assert image[:4] == b"\x89PNG"
+    _, page = comparison
     assert re.search(r'<img src="data:image/png;base64,[A-Za-z0-9+/=]+"', page)
     assert not re.search(r'(src|href)="http', page)

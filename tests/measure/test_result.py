@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import matplotlib.style
 import pytest
 
 from cod_lightning import plots
@@ -11,6 +12,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.panels import Bars, HeatMap, Lines, draw_panels
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Result, finite
+from cod_lightning.nn import strategies
 from cod_lightning.typed_json import from_json
 
 RESULTS = Path(__file__).parents[2] / "experiments/results"
@@ -67,11 +69,11 @@ def test_the_field_layers_numbers_the_rows():
     assert Chosen("m", [2, 5], [0.1, 0.2]).rows() == [{"layer": 2, "gain": 0.1}, {"layer": 5, "gain": 0.2}]
 
 
-def test_three_files_are_written_into_a_new_folder(tmp_path):
+def test_four_files_are_written_into_a_new_folder(tmp_path):
     paths = EXAMPLE.save(tmp_path / "new", "example")
-    assert [path.name for path in paths] == ["example.json", "example.csv", "example.png"]
+    assert [path.name for path in paths] == ["example.json", "example.csv", "example.png", "example.pdf"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
-    assert paths[2].read_bytes()[:4] == b"\x89PNG"
+    assert [path.read_bytes()[:4] for path in paths[2:]] == [b"\x89PNG", b"%PDF"]
 
 
 def test_a_notebook_shows_the_figure_and_the_table():
@@ -116,7 +118,7 @@ def test_the_figure_has_a_panel_for_each_entry():
     figure = EXAMPLE.plot()
     drawn = [axes.get_ylabel() for axes in figure.axes if axes.axison]
     assert drawn == ["loss (nats)", "y", "loss (nats)", "one line", "colour"]
-    assert figure.get_suptitle() == "small"
+    assert figure.get_suptitle() == "Example: small"
 
 
 def test_several_lines_and_marks_have_a_legend():
@@ -138,6 +140,41 @@ def test_a_heat_map_is_numbered_from_its_first_row_and_column(first, extent):
     assert tuple(axes[0][0].images[0].get_extent()) == extent
 
 
-def test_equal_figures_are_equal_files():
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_equal_figures_are_equal_files_whatever_the_callers_style(suffix):
     panel = EXAMPLE.panels()[0]
-    assert plots.png(draw_panels([panel])) == plots.png(draw_panels([panel]))
+    with matplotlib.style.context("dark_background"):
+        dark = plots.image(draw_panels([panel]), suffix)
+    assert dark == plots.image(draw_panels([panel]), suffix)
+
+
+def test_legends_name_strategies_and_no_ids_of_runs():
+    lines = {name: [1.0] for name in ("lns-seed1-0a1b2c3d", "lns-seed1-ffffffff", "pre_ln-seed2-01234567", "Llama-2")}
+    figure = draw_panels([Lines("loss (nats)", lines)])
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["LNS, seed 1", "LNS, seed 1 (2)", "Pre-LN, seed 2", "Llama-2"]
+
+
+def test_every_strategy_has_its_own_label_and_colour():
+    assert set(strategies.STRATEGIES) <= set(plots.STRATEGIES)
+    for column in zip(*plots.STRATEGIES.values(), strict=True):
+        assert len(set(column)) == len(column)
+
+
+@pytest.mark.parametrize(
+    ("limits", "labels"),
+    [
+        ((0.05, 20), ["0.1", "1", "10"]),
+        ((0.8, 6), ["1", "2", "5"]),
+        ((0.95, 1.45), ["1", "1.1", "1.2", "1.3", "1.4"]),
+        ((300, 2e4), ["500", "1,000", "2,000", "5,000", "10,000", "20,000"]),
+        ((1e-6, 1e-4), [f"$\\mathdefault{{10^{{{power}}}}}$" for power in (-6, -5, -4)]),
+    ],
+)
+def test_logarithmic_axes_have_few_plain_labels(limits, labels):
+    _, axes = plots.grid_figure(3, 3)
+    axis = axes[0][0].yaxis
+    plots.log_axis(axis)
+    axes[0][0].set_ylim(*limits)
+    ticks = [tick for tick in axis.get_majorticklocs() if limits[0] <= tick <= limits[1] * 1.001]
+    assert axis.get_major_formatter().format_ticks(ticks) == labels

@@ -374,8 +374,12 @@ def test_a_figure_that_was_not_measured_is_not_drawn():
 def test_a_public_model_is_measured_without_a_run():
     measured = Run(0, {}, {"removal": {"loss": 2.0, "losses": [3.0, 2.5, 2.1, 2.3]}})
     rows = [row("pre_ln", None, measured, label="LLaMA2-13B")]
-    built = build_report([table(*rows, target="Figure 2", name="figure2_llama2_13b", scale="paper")])
-    assert set(built.figures) == {"figure2_paper.png"}
+    experiments = [table(*rows, target="Figure 2", name="figure2_llama2_13b", scale="paper")]
+    built = build_report(experiments, formats=("png", "pdf"))
+    assert {name: content[:4] for name, content in built.figures.items()} == {
+        "figure2_paper.png": b"\x89PNG",
+        "figure2_paper.pdf": b"%PDF",
+    }
     assert "| LLaMA2-13B | not measured | 0.2 | 1 |" in built.markdown
     assert "## Environments" not in built.markdown
 

@@ -28,7 +28,7 @@ HELP = (
     "prune writes a smaller model."
 )
 EPILOG = """\
-Writes a JSON, a CSV and a PNG file for every measure. Words of the form option=value are options of the study's
+Writes JSON, CSV, PNG and PDF for every measure. Words of the form option=value are options of the study's
 measures; all other key=value words are overrides, which choose the text and its rows:
   measure variance runs/quickstart/lns-seed1-...
   measure angular meta-llama/Llama-2-7b-hf tokens=262144 rows=2048 data=files 'data.files=texts/*.json.gz'

@@ -29,6 +29,7 @@ from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures
 from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
+from cod_lightning.plots import FORMATS, image
 from cod_lightning.train.load import load_decoder, load_vit
 from cod_lightning.train.strategy import accelerator
 
@@ -167,7 +168,7 @@ def run_comparison(subjects: Mapping[str, Callable[[], Subject]], options: Mappi
     Args:
         subjects: functions that open a model, by the name it is shown under; one model is open at a time.
         options: of the measures.
-        folder: gets the page as HTML and PNG, and a folder with the results of each model.
+        folder: gets the page as HTML, its figure as PNG and PDF, and a folder with the results of each model.
 
     Returns:
         The HTML file.
@@ -177,8 +178,9 @@ def run_comparison(subjects: Mapping[str, Callable[[], Subject]], options: Mappi
         subject = open_subject()
         subject.require_next_token("compare")
         results[name] = {measure: run_measure(measure, subject, options, folder / name) for measure in COMPARED}
-    image, page = comparison_page(results)
-    write_atomic(folder / "compare.png", image)
+    figure, page = comparison_page(results)
+    for suffix in FORMATS:
+        write_atomic(folder / f"compare.{suffix}", image(figure, suffix))
     write_atomic(folder / "compare.html", page)
     return folder / "compare.html"
 

@@ -17,13 +17,15 @@ ESTIMATED_FOR = "one H100 at 40 % of its peak"
 def add_arguments(parser: ArgumentParser) -> None:
     add_results(parser)
     parser.add_argument("--output", type=Path, default=Path(), help="folder of the files (default: here)")
+    parser.add_argument("--pdf", action="store_true", help="write every figure as PDF as well")
 
 
-def run(results: Path | None, output: Path) -> int:
+def run(results: Path | None, output: Path, pdf: bool) -> int:
     from cod_lightning.paper.claims import SCALES
     from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
     from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
     from cod_lightning.paper.results import RECORD, RESULTS
+    from cod_lightning.plots import FORMATS
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
@@ -32,7 +34,7 @@ def run(results: Path | None, output: Path) -> int:
     scales = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
     names = reproducible_experiments()
     rows = (row for scale in scales for row in experiment_rows(names, scale))
-    report = build_report(load_experiments(rows, results), ESTIMATED_FOR)
+    report = build_report(load_experiments(rows, results), ESTIMATED_FOR, FORMATS if pdf else FORMATS[:1])
     files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
     files |= {f"{FIGURES}/{name}": image for name, image in report.figures.items()}
     for name, content in files.items():

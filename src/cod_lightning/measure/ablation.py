@@ -110,7 +110,7 @@ class Swaps(AblationResult):
         return {"layer": first, "with": second, **loss_columns(self.losses, self.loss), "score": self.scores}
 
     def title(self) -> str:
-        return f"{self.model}, permutation score {self.score:.3g}"
+        return f"{super().title()}, permutation score {self.score:.3g}"
 
     def panels(self) -> list[Panel]:
         """A line if all pairs are neighbours, else a map."""
@@ -143,7 +143,7 @@ class LinearReplacement(Result):
         return {"layer": range(1, len(useful) + 1), **loss_columns(self.losses, self.loss), "useful": useful}
 
     def title(self) -> str:
-        return f"{self.model}, usefulness {self.usefulness:.3g}"
+        return f"{super().title()}, usefulness {self.usefulness:.3g}"
 
     def panels(self) -> list[Panel]:
         ratios = [loss / self.loss for loss in self.losses]
@@ -173,7 +173,7 @@ class CausalScore(Result):
         ]
 
     def title(self) -> str:
-        return self.model + ("" if self.score is None else f", causal score {self.score:.3g}")
+        return super().title() + ("" if self.score is None else f", causal score {self.score:.3g}")
 
     def panels(self) -> list[Panel]:
         return [HeatMap(self.effects, "later layer", "layer skipped", "relative change of the update", log=True)]

@@ -204,5 +204,5 @@ def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> 
         figure, axes = plots.grid_figure(6.4, 4)
         colours = plots.lines_by_depth(axes[0][0], steps, residual)
         axes[0][0].set_ylabel("variance of the residual stream")
-        figure.colorbar(colours, ax=axes[0][0], label="layer")
+        plots.depth_bar(figure, colours, axes)
     return figure

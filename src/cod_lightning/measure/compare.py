@@ -1,9 +1,11 @@
-"""Models side by side on one page: a figure with a line per model, and a table, as PNG and HTML."""
+"""Models side by side on one page: a figure with a line per model, and a table, as PNG, PDF and HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from cod_lightning import plots
 from cod_lightning.measure.panels import Lines, draw_panels
@@ -29,7 +31,7 @@ def panels(models: Mapping[str, Results]) -> list[Lines]:
         "distance of the Jacobian from I, $||J-I||_F/\\sqrt{d}$": lambda results: results["jacobian"].distance,
         "largest singular value of the Jacobian": lambda results: results["jacobian"].largest_singular_value,
         "angular distance to the next layer": lambda results: results["angular"].distances[0],
-        "increase of the loss when the block is removed (nats)": delta_losses,
+        "increase of the loss without the block (nats)": delta_losses,
         "block influence": lambda results: results["influence"].influence,
     }
     return [
@@ -52,10 +54,13 @@ def summary(results: Results) -> dict[str, str]:
     }
 
 
-def comparison_page(models: Mapping[str, Results]) -> tuple[bytes, str]:
-    """The figure as PNG, and an HTML page that holds the figure and the table and needs no other file."""
-    image = plots.png(draw_panels(panels(models), shared_legend=True))
+def comparison_page(models: Mapping[str, Results]) -> tuple[Figure, str]:
+    """The figure, and an HTML page that holds it and the table and needs no other file."""
+    figure = draw_panels(panels(models), shared_legend=True)
     columns = [summary(results) for results in models.values()]
-    table = Table(["", *models], [[row, *(column[row] for column in columns)] for row in columns[0]])
-    title = " beside ".join(models)
-    return image, html_page(title, f"# {title}\n\n{table}\n\n![Layer by layer](compare.png)\n", {"compare.png": image})
+    head = ["", *plots.run_labels(models).values()]
+    rows = [["model", *(f"`{name}`" for name in models)]]
+    rows += [[row, *(column[row] for column in columns)] for row in columns[0]]
+    title = " beside ".join(head[1:])
+    page = f"# {title}\n\n{Table(head, rows)}\n\n![Layer by layer](compare.png)\n"
+    return figure, html_page(title, page, {"compare.png": plots.image(figure)})

@@ -47,7 +47,8 @@ class Lines:
         plots.layer_lines(axes, self.lines, self.ylabel, log=self.log, x=self.x, errors=self.errors)
         axes.set_xlabel(self.xlabel)
         if self.level is not None:
-            axes.axhline(self.level[1], color="black", lw=1, ls=":", label=self.level[0])
+            colour = axes.xaxis.label.get_color()
+            axes.axhline(self.level[1], color=colour, lw=1, ls=":", label=self.level[0])
         draw_points(axes, self.points)
         if len(self.lines) + len(self.points) + (self.level is not None) > 1:
             plots.legend_above(axes)
@@ -95,7 +96,9 @@ class HeatMap:
         axes.grid(False)
         plots.integer_ticks(axes.xaxis)
         plots.integer_ticks(axes.yaxis)
-        axes.figure.colorbar(image, ax=axes, label=self.label)
+        bar = axes.figure.colorbar(image, ax=axes, label=self.label)
+        if "norm" in colours:
+            plots.log_axis(bar.ax.yaxis)
         draw_points(axes, self.points)
         if self.points:
             plots.legend_above(axes)
@@ -142,5 +145,5 @@ def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = 
         for place in axes.flat[len(panels) :]:
             place.set_axis_off()
         if shared_legend:
-            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure

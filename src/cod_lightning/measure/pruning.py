@@ -78,7 +78,7 @@ class Pruned(Result):
 
     def title(self) -> str:
         change = f"without blocks {', '.join(map(str, self.removed))}" if self.removed else "sparse"
-        return f"{self.model} {change} ({self.how})"
+        return f"{super().title()} {change} ({self.how})"
 
     def panels(self) -> list[Panel]:
         before, after = f"before\n{self.layers_before} blocks", f"after\n{self.layers_after} blocks"

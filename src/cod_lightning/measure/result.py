@@ -1,4 +1,4 @@
-"""The result of a measure: a frozen dataclass that is saved as JSON, CSV and PNG.
+"""The result of a measure: a frozen dataclass that is saved as JSON, CSV, PNG and PDF.
 
 Its fields are the keys of the JSON file. `series` and `panels` hold the contents of the table and of the figure as
 data, so that a measure neither formats nor draws:
@@ -16,7 +16,7 @@ data, so that a measure neither formats nor draws:
             ]
 
 The table of this result has the columns layer, loss and kl. Override `series` if columns are computed from fields,
-`rows` if a row is not a layer, and `title` if the figure names a score besides the model.
+`rows` if a row is not a layer, and `title` if the figure names a score.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import csv
 import io
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -69,7 +70,11 @@ class Result(ABC):
         """Panels of the figure, from left to right."""
 
     def title(self) -> str:
-        return self.model
+        """The name of the class in words, and the model."""
+        from cod_lightning import plots
+
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(self).__name__)
+        return f"{words}: {plots.run_labels([self.model])[self.model]}"
 
     def plot(self, ax: Any = None) -> Figure:
         """Draw the panels.
@@ -107,7 +112,7 @@ class Result(ABC):
         return pd.DataFrame(self.rows())
 
     def save(self, folder: str | Path, name: str) -> list[Path]:
-        """Write `name`.json, .csv and .png into `folder`, which is created; each file whole or not at all.
+        """Write `name`.json, .csv, .png and .pdf into `folder`, which is created; each file whole or not at all.
 
         JSON has no NaN and no infinity: both become null.
 
@@ -120,10 +125,11 @@ class Result(ABC):
         writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+        figure = self.plot()
         contents = {
             "json": json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
             "csv": table.getvalue(),
-            "png": plots.png(self.plot()),
+            **{suffix: plots.image(figure, suffix) for suffix in plots.FORMATS},
         }
         paths = [folder / f"{name}.{suffix}" for suffix in contents]
         try:
@@ -135,12 +141,12 @@ class Result(ABC):
         return paths
 
     def _repr_html_(self) -> str:
-        """Figure and table, as a notebook shows a result."""
+        """Figure and table, as a notebook shows a result; a long or wide table scrolls."""
         from cod_lightning import plots
 
-        return html_fragment(
-            f"![{self.title()}](result.png)\n\n{self.markdown()}", {"result.png": plots.png(self.plot())}
-        )
+        name = "result.png"
+        picture = html_fragment(f"![{self.title()}]({name})", {name: plots.image(self.plot())})
+        return f'{picture}<div style="max-height: 30em; overflow: auto">{html_fragment(self.markdown(), {})}</div>'
 
     def markdown(self) -> str:
         """The table as Markdown, with four digits a number."""

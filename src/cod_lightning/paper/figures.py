@@ -10,16 +10,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from textwrap import fill
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from cod_lightning.paper.claims import Column, Metric, ReportRow
-from cod_lightning.plots import COLOURS, DEPTH_COLOURS, grid_figure, style
+from cod_lightning.plots import COLOURS, MARKERS, grid_figure, log_axis, strategy_colour, style
 
 figure_grid = partial(grid_figure, 7.5)
 """`figure_grid(height, rows, columns)`: a figure 7.5 inches or 900 pixels wide, and its axes."""
@@ -32,10 +34,13 @@ AXES = {
 """Labels of the settings that an experiment may vary (`paper.axis`)."""
 
 
-def row_colour(row: ReportRow, rows: Sequence[ReportRow]) -> str:
-    """The colour of a row among those of a figure: LNS and the baseline have the same in every figure."""
-    names = list(dict.fromkeys(("lns", "pre_ln", *(other.name for other in rows))))
-    return COLOURS[names.index(row.name) % len(COLOURS)]
+ROW_STRATEGIES = {"deep_norm": "deep_norm_released", "deep_norm_deepnet": "deep_norm", "language": "pre_ln"}
+"""Strategies of rows that have another name."""
+
+
+def row_colour(row: ReportRow) -> str:
+    """The colour of the row's strategy; rows that are variants of LNS have that of LNS."""
+    return strategy_colour(ROW_STRATEGIES.get(row.name, row.name)) or COLOURS[0]
 
 
 def seed_count(rows: Iterable[ReportRow]) -> str:
@@ -47,7 +52,7 @@ def seed_count(rows: Iterable[ReportRow]) -> str:
 
 def panel_title(scale: str, column: Column) -> str:
     count = seed_count(column.rows)
-    return f"ours, scale={scale}, {count} seed{'s' * (count != '1')}"
+    return f"ours, scale={scale},\n{count} seed{'s' * (count != '1')}"
 
 
 # Differences to the baseline -----------------------------------------------------------------------------------------
@@ -83,7 +88,7 @@ def difference_figure(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
         scales: columns of one target, those of scale=paper among them.
     """
     paper = scales["paper"]
-    panels = {"published": {column.heading: published_points(column) for column in paper}}
+    panels = {"the paper": {column.heading: published_points(column) for column in paper}}
     for scale, columns in scales.items():
         panels[panel_title(scale, columns[0])] = {column.heading: our_points(column) for column in columns}
     panels = {title: series for title, series in panels.items() if any(series.values())}
@@ -96,16 +101,24 @@ def difference_figure(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     for panel, (title, series) in zip(axes[0], panels.items(), strict=True):
         forest(panel, series, rows)
         panel.set_title(title)
+        panel.xaxis.set_major_locator(MaxNLocator(9 // len(panels)))
     figure.supxlabel(
-        f"difference to {paper[0].baseline.label} in {metric.unit}, {'less' if metric.lower_is_better else 'more'} "
-        "is better (bars: 95 % interval over seeds; triangles: did not train)",
+        f"difference to {paper[0].baseline.label} ({metric.unit}), {'less' if metric.lower_is_better else 'more'} "
+        "is better\n(bars: 95 % interval over seeds; hollow at the right edge: did not train)",
         fontsize=9,
     )
+    if len(paper) > 1:
+        marks = [Line2D([], [], marker=mark, color="black", ls="", ms=5) for mark in MARKERS[: len(paper)]]
+        labels = [column.heading for column in paper]
+        options = {"title": "columns of the paper", "title_fontsize": 8, "alignment": "left"}
+        figure.legend(marks, labels, loc="outside upper left", ncols=len(paper), handletextpad=0.1, **options)
     return figure
 
 
 def forest(axes: Axes, series: Mapping[str, Mapping[str, Point]], rows: Sequence[ReportRow]) -> None:
-    """Points with intervals, a line for each row from top to bottom; triangles at the right edge did not train.
+    """Points with intervals, a line for each row from top to bottom, in its colour; marks are those of the columns.
+
+    Rows that did not train have hollow marks at the right edge, with their value.
 
     Args:
         axes: to draw on.
@@ -116,26 +129,21 @@ def forest(axes: Axes, series: Mapping[str, Mapping[str, Point]], rows: Sequence
     ends = [point.value + sign * (point.margin or 0) for point in points if point.trained for sign in (-1, 1)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     room = 0.08 * (high - low) or 0.1
-    edge = high + (room if all(point.trained for point in points) else 3.5 * room)
-    shades = matplotlib.colormaps[DEPTH_COLOURS]
-    for index, (heading, by_row) in enumerate(series.items()):
-        colour = shades(0.85 * index / (len(series) - 1)) if len(series) > 1 else COLOURS[0]
-        shift = 0.7 * ((index + 0.5) / len(series) - 0.5)
-        axes.plot([], [], "o", ms=5, color=colour, label=heading)
-        for line, row in enumerate(rows):
-            point, y = by_row.get(row.name), line + shift
-            if point and point.trained:
-                axes.errorbar(point.value, y, xerr=point.margin, fmt="o", ms=5, color=colour, capsize=2)
-            elif point:
-                axes.plot(edge - 0.3 * room, y, ">", ms=5, color=colour)
-                text: dict[str, Any] = {"va": "center", "ha": "right", "fontsize": 8, "color": colour}
-                axes.text(edge - 0.7 * room, y, f"{point.value:+.1f}", **text)
+    edge = high + (room if all(point.trained for point in points) else 6 * room)
+    for (index, by_row), (line, row) in product(enumerate(series.values()), enumerate(rows)):
+        if (point := by_row.get(row.name)) is None:
+            continue
+        y = line + 0.7 * ((index + 0.5) / len(series) - 0.5)
+        options: dict[str, Any] = {"fmt": MARKERS[index % len(MARKERS)], "ms": 5, "capsize": 2}
+        if point.trained:
+            axes.errorbar(point.value, y, xerr=point.margin, color=row_colour(row), **options)
+        else:
+            axes.errorbar(edge - room, y, mfc="white", color=row_colour(row), **options)
+            text: dict[str, Any] = {"xytext": (-6, 0), "textcoords": "offset points", "va": "center", "ha": "right"}
+            axes.annotate(f"{point.value:+.1f}", (edge - room, y), fontsize=8, **text)
     axes.axvline(0, color="black", lw=0.8)
     axes.set(xlim=(low - room, edge), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    if len(series) > 1:
-        axes.legend(ncols=min(len(series), 4), loc="upper center", bbox_to_anchor=(0.5, -0.12), handletextpad=0.1)
+    axes.set_yticks(range(len(rows)), [fill(row.label, 20) for row in rows])
 
 
 @style()
@@ -153,36 +161,49 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
         return None
     published = [Column((experiment,)) for column in paper for experiment in column.experiments]
     rows = list({row.name: row for _, _, columns in panels for column in columns for row in column.rows}.values())
-    figure, axes = figure_grid(3.4, columns=len(panels))
-    for panel, (title, axis, columns) in zip(axes[0], panels, strict=True):
+    lines, across = math.ceil(len(panels) / 2), min(len(panels), 2)
+    figure, axes = figure_grid(0.5 + 2.9 * lines, lines, across)
+    legend: dict[str, Any] = {}
+    for panel, (title, axis, columns) in zip(axes.flat, panels, strict=False):
         ours = sorted(((column.first.axes[axis], our_points(column)) for column in columns), key=lambda item: item[0])
         marks = [(column.first.axes[axis], published_points(column)) for column in published]
         for row in rows:
-            colour = row_colour(row, rows)
-            line = [(x, points[row.name]) for x, points in ours if row.name in points]
-            if not line:
+            colour = row_colour(row)
+            values = [(x, p.value, p.margin or 0) for x, points in ours if (p := points.get(row.name))]
+            if not values:
                 continue
-            x, y = [x for x, _ in line], [point.value for _, point in line]
-            panel.errorbar(x, y, [p.margin or 0 for _, p in line], marker="o", ms=4, capsize=2, color=colour)
-            panel.plot([], [], "o-", color=colour, label=row.label)
+            x, y, margins = zip(*values, strict=True)
+            legend[f"{row.label} (bars: 95 % interval)"] = panel.errorbar(
+                x, y, margins, marker="o", ms=4, capsize=2, color=colour
+            )
             for x, points in marks:
                 if row.name in points and points[row.name].trained:
                     panel.plot(x, points[row.name].value, "D", ms=6, mfc="none", color=colour)
+                    legend["the paper, at its scale"] = Line2D([], [], marker="D", ls="", mfc="none", color="black")
         panel.axhline(0, color="black", lw=0.8)
-        panel.set(xscale="log", xlabel=AXES[axis], title=title)
-        if axis == "blocks":
-            label_ticks(panel, {x: f"{x:g}" for x, _ in ours})
-        if any(points for _, points in marks):
-            panel.plot([], [], "D", mfc="none", color="black", label="the paper, at its scale")
-        panel.legend()
-    axes[0][0].set_ylabel(f"loss minus that of {panels[0][2][0].baseline.label}, nats")
+        panel.set(xlabel=AXES[axis], title=title)
+        log_axis(panel.xaxis)
+        if axis == "tokens":
+            panel.xaxis.set_major_formatter(lambda x, _: short_number(x))
+        else:
+            label_ticks(panel, [x for x, _ in ours])
+    for panel in axes.flat[len(panels) :]:
+        panel.set_axis_off()
+    for panel in axes[:, 0]:
+        panel.set_ylabel(f"loss minus that of {panels[0][2][0].baseline.label} (nats)")
+    figure.legend(list(legend.values()), list(legend), loc="outside upper left", ncols=4)
     return figure
 
 
-def label_ticks(axes: Axes, labels: Mapping[float, str]) -> None:
+def label_ticks(axes: Axes, values: Sequence[float]) -> None:
     """Label a logarithmic x axis at these values only."""
-    axes.set_xticks(list(labels), list(labels.values()))
+    axes.set_xticks(list(values), [short_number(value) for value in values])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def short_number(value: float) -> str:
+    """Such as 1.3B, 134M or 0.02."""
+    return f"{value / 1e9:.2g}B" if value >= 1e9 else f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.4g}"
 
 
 # Figure 1 ------------------------------------------------------------------------------------------------------------
@@ -226,7 +247,7 @@ def loss_over_size(scales: Mapping[str, Sequence[Column]]) -> Figure:
         for column in columns:
             for c in column.compare(metric):
                 if scale == "paper" and (value := c.published[0].value) is not None:
-                    add("published", c.row, column.first.size, value)
+                    add("the paper", c.row, column.first.size, value)
                 if c.sample is not None:
                     size = c.row.runs[0].record["parameters"]
                     add(panel_title(scale, column), c.row, size, c.sample.mean, c.sample.sd)
@@ -235,14 +256,14 @@ def loss_over_size(scales: Mapping[str, Sequence[Column]]) -> Figure:
     for panel, (title, series) in zip(axes[0], panels.items(), strict=True):
         for row in (row for row in rows if row.name in series):
             size, loss, sd = zip(*sorted(series[row.name]), strict=True)
-            colour, fit = row_colour(row, rows), fit_sizes(size, loss)
+            colour, fit = row_colour(row), fit_sizes(size, loss)
             label = row.label + (f": {fit[0]}" if fit else "")
             panel.errorbar(size, loss, sd if any(sd) else None, fmt="o", ms=5, color=colour, capsize=2, label=label)
             if fit:
                 x = np.geomspace(min(size), max(size), 100)
                 panel.plot(x, fit[1](x), color=colour)
-        panel.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token", title=title)
-        sizes = sorted({size for points in series.values() for size, _, _ in points})
-        label_ticks(panel, {n: f"{n / 1e9:.2g}B" if n >= 1e9 else f"{n / 1e6:.3g}M" for n in sizes})
+        panel.set(xlabel="parameters N", ylabel="loss (nats per token)", title=title)
+        log_axis(panel.xaxis)
+        label_ticks(panel, sorted({size for points in series.values() for size, _, _ in points}))
         panel.legend()
     return figure

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from cod_lightning.paper.claims import Column, ReportRow, nearest_step
 from cod_lightning.paper.figures import figure_grid, panel_title, row_colour
 from cod_lightning.paper.findings import loss_increases
-from cod_lightning.plots import layer_lines, lines_by_depth, style
+from cod_lightning.plots import (
+    DEPTH_COLOURS,
+    PlainNumbers,
+    depth_bar,
+    integer_ticks,
+    layer_lines,
+    legend_above,
+    lines_by_depth,
+    style,
+)
 
 
 def by_seed(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
@@ -52,16 +62,21 @@ def angle_and_removal(column: Column) -> Figure | None:
                 image = panel.imshow(distances, extent=(0.5, end, 0.5, end), vmin=0, vmax=highest, **options)
             panel.grid(False)
             panel.set_xlabel("layer $l$")
-        axes[0][0].set_ylabel("$n$")
-        figure.colorbar(image, ax=axes[0], label="angular distance of $x_l$ and $x_{l+n}$")
+            integer_ticks(panel.xaxis)
+        axes[0][0].set_ylabel("layers further on, $n$")
+        figure.colorbar(image, ax=axes[0], label="angular distance of $x_l$\nand $x_{l+n}$ (angle / $\\pi$)")
     if costs:
         for panel, row in zip(axes[-1], rows, strict=True):
+            panel.set_yscale("symlog", linthresh=1e-3)
             if row.name in costs:
                 mean, sd = costs[row.name].mean(axis=0), sd_of(costs[row.name])
-                panel.bar(range(1, len(mean) + 1), mean, color=row_colour(row, rows), yerr=sd if sd.any() else None)
-            panel.set_yscale("symlog", linthresh=1e-3)
+                bars = {"color": row_colour(row), "yerr": sd if sd.any() else None, "error_kw": {"lw": 0.8}}
+                panel.bar(range(1, len(mean) + 1), mean, **bars)
+                panel.set_xlim(0.5, len(mean) + 0.5)
+            panel.yaxis.set_major_formatter(PlainNumbers())
+            integer_ticks(panel.xaxis)
             panel.set_xlabel("removed layer")
-        axes[-1][0].set_ylabel("increase of the loss, nats")
+        axes[-1][0].set_ylabel("increase of the loss (nats)")
     return figure
 
 
@@ -89,7 +104,7 @@ def variance_over_steps(column: Column) -> Figure | None:
         last = f"last layer at the end: {mean[-1, -1]:.3g}"
         panel.text(0.97, 0.03, last, transform=panel.transAxes, ha="right", fontsize=8)
     axes[0][0].set_ylabel("variance of the residual stream")
-    figure.colorbar(colours, ax=axes, label="layer")
+    depth_bar(figure, colours, axes)
     return figure
 
 
@@ -105,6 +120,7 @@ def variance_by_layer(column: Column) -> Figure | None:
         for at in (nearest_step(steps, fraction) for fraction in column.first.paper["fractions"]):
             label = f"step {steps[at]:,} of {steps[-1]:,} ({steps[at] / steps[-1]:.0%})"
             lines[label], errors[label] = variances[:, at].mean(axis=0), sd_of(variances[:, at])
+        panel.set_prop_cycle(color=matplotlib.colormaps[DEPTH_COLOURS](np.linspace(0, 0.8, len(lines))))
         layer_lines(panel, lines, "", errors=errors)
         panel.set_title(row.label)
         panel.legend()
@@ -128,10 +144,10 @@ def mean_jacobians(column: Column) -> Figure | None:
             image = panel.imshow(np.array(matrix), cmap="RdBu_r", norm=norm, interpolation="nearest")
             panel.set(title=f"layer {layer}", xticks=[], yticks=[])
             panel.grid(False)
-        panels[0].set_ylabel(f"{row.label}\noutput")
+        panels[0].set_ylabel(f"{fill(row.label, 20)}\noutput")
     for panel in axes[-1]:
         panel.set_xlabel("input")
-    figure.colorbar(image, ax=axes, label="mean of $dy/dx$", extend="both")
+    figure.colorbar(image, ax=axes, label="mean of $dy/dx$", extend="both", format=PlainNumbers())
     return figure
 
 
@@ -156,7 +172,7 @@ def loss_curves(column: Column) -> Figure | None:
     """Figure 6: training loss over the steps, published and ours, and below it the difference to the baseline."""
     published = {name: np.array(points).T for name, points in column.first.paper.get("published_curves", {}).items()}
     panels = {
-        "published": {name: {0: (steps, losses)} for name, (steps, losses) in published.items()},
+        "the paper": {name: {0: (steps, losses)} for name, (steps, losses) in published.items()},
         panel_title(column.first.scale, column): {r.name: c for r in column.rows if (c := training_curves(r))},
     }
     panels = {title: curves for title, curves in panels.items() if curves}
@@ -165,9 +181,9 @@ def loss_curves(column: Column) -> Figure | None:
     figure, axes = figure_grid(5.0, rows=2, columns=len(panels), sharex="col", height_ratios=(2, 1))
     for (top, bottom), (title, curves) in zip(axes.T, panels.items(), strict=True):
         base = curves.get(column.baseline.name, {})
-        marker = "o" if title == "published" else None
+        marker = "o" if title == "the paper" else None
         for row in (row for row in column.rows if row.name in curves):
-            colour, own = row_colour(row, column.rows), curves[row.name]
+            colour, own = row_colour(row), curves[row.name]
             steps = next(iter(own.values()))[0]
             mean = np.mean([losses for _, losses in own.values()], axis=0)
             top.plot(steps, mean, color=colour, marker=marker, ms=3, label=row.label)
@@ -178,11 +194,10 @@ def loss_curves(column: Column) -> Figure | None:
                 bottom.plot(pairs[0][0], mean, color=colour, marker=marker, ms=3)
                 bottom.fill_between(pairs[0][0], mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
         bottom.axhline(0, color="black", lw=0.8)
-        top.set(ylabel="training loss, nats", title=title)
+        top.set(ylabel="training loss (nats)", title=title)
         top.legend()
-        bottom.set(xlabel="step", ylabel=f"minus {column.baseline.label}")
-        bottom.xaxis.set_major_locator(MaxNLocator(5))
-        bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        bottom.set(xlabel="step", ylabel=f"minus {column.baseline.label}\n(nats)")
+        integer_ticks(bottom.xaxis)
     return figure
 
 
@@ -191,6 +206,8 @@ THEORY_FIELDS = (
     *("fitted_constants", "fitted_log_bound", "shape_log_bound"),
 )
 """Fields of the measure `theory` that are drawn."""
+
+THEORY_COLOURS = ("black", "#888888", "#bbbbbb")
 
 
 @style()
@@ -203,30 +220,31 @@ def theorems(column: Column) -> Figure | None:
     for (left, right), (row, results) in zip(axes, measured, strict=True):
         lemma, theorem = ("4.1", "4.2") if results[0]["lns"] else ("3.2", "3.3")
         mean = {name: by_seed(results, name).mean(axis=0) for name in THEORY_FIELDS}
+        colours = [row_colour(row), *THEORY_COLOURS]
         lines = {
             "measured": mean["variances"],
             f"Lemma {lemma}, c = 1": mean["lemma"],
-            f"Lemma {lemma}, c fitted: {mean['c']:.2g}": mean["lemma_fitted"],
-            "the same, c = 1, from its own values": mean["recursion"],
+            f"Lemma {lemma}, c = {mean['c']:.2g} (fitted)": mean["lemma_fitted"],
+            f"Lemma {lemma}, c = 1, recursive": mean["recursion"],
         }
         errors: dict[str, Any] = {"measured": sd_of(by_seed(results, "variances"))}
-        layer_lines(left, lines, "variance of $x_l$", log=True, errors=errors)
-        left.set_title(f"{row.label}: variance")
-        left.legend()
+        left.set_prop_cycle(color=colours)
+        layer_lines(left, lines, f"{row.label}: variance of $x_l$", log=True, errors=errors)
+        legend_above(left)
         if not results[0]["gains"]:
             right.set_visible(False)
             continue
         a, b = mean["fitted_constants"]
         bound = np.exp(mean["fitted_log_bound"])
-        lines = {"measured": mean["gains"], f"Theorem {theorem}, fitted: A = {a:.2g}, B = {b:.2g}": bound}
+        lines = {"measured": mean["gains"], f"Theorem {theorem}, A = {a:.2g}, B = {b:.2g} (fitted)": bound}
         log = bool(max(lines["measured"].max(), bound.max()) > 5 * min(lines["measured"].min(), bound.min()))
         errors = {"measured": sd_of(by_seed(results, "gains"))}
-        layer_lines(right, lines, r"$\|dy_l/dx_1\|_2$", log=log, errors=errors)
+        right.set_prop_cycle(color=colours)
+        layer_lines(right, lines, row.label + r": $\|dy_l/dx_1\|_2$", log=log, errors=errors)
         if mean["shape_log_bound"].size:
             exponent = mean["shape_log_bound"][-1]
-            right.plot([], [], " ", label=f"with A, B of the shapes, last layer: $e^{{{exponent:.0f}}}$")
-        right.set_title(f"{row.label}: Jacobian norm")
-        right.legend()
+            right.errorbar([], [], fmt=" ", label=f"A, B from the shapes: $e^{{{exponent:.0f}}}$ at the last layer")
+        legend_above(right)
     return figure
 
 

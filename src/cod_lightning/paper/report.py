@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from cod_lightning.page import Table, html_page, render
 from cod_lightning.paper import tables
@@ -28,7 +30,7 @@ from cod_lightning.paper.findings import ClaimResult
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
-from cod_lightning.plots import png
+from cod_lightning.plots import image
 
 MARKDOWN, FIGURES = "REPRODUCTION.md", "experiments/results/figures"
 HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reproduction.csv"
@@ -39,7 +41,7 @@ HEADINGS = {SAME: "as in the paper", OPPOSITE: "opposite", NOISE: NOISE, ONE_SEE
 
 @dataclass(frozen=True)
 class Report:
-    """Contents of the files; `figures` by file name."""
+    """Contents of the files; `figures` by file name, in every format."""
 
     markdown: str
     html: str
@@ -52,16 +54,18 @@ class Picture:
     """A figure in the text."""
 
     name: str
+    """Of its files, without suffix."""
     alt: str
-    png: bytes
+    figure: Figure
 
 
-def build_report(experiments: Sequence[Experiment], hardware: str = "") -> Report:
+def build_report(experiments: Sequence[Experiment], hardware: str = "", formats: Collection[str] = ("png",)) -> Report:
     """Build the report on all runs.
 
     Args:
         experiments: at scale=paper, run or not, and at every other scale that was run.
         hardware: device that the hours are estimated for, such as "H100".
+        formats: of the figures: png, which the pages show, and pdf or svg.
     """
     targets = by_target(experiments)
     summaries = summarize(targets)
@@ -82,8 +86,8 @@ def build_report(experiments: Sequence[Experiment], hardware: str = "") -> Repor
         untrained=UNTRAINED,
     )
     pictures = [*top, *(picture for section in sections for picture in section["pictures"])]
-    images = {picture.name: picture.png for picture in pictures}
-    return Report(markdown, html_page("Reproduction", markdown, images), comparisons_csv(targets), images)
+    figures = {f"{picture.name}.{each}": image(picture.figure, each) for picture in pictures for each in formats}
+    return Report(markdown, html_page("Reproduction", markdown, figures), comparisons_csv(targets), figures)
 
 
 def has_enough_runs(scales: Mapping[str, Sequence[Experiment]]) -> bool:
@@ -196,12 +200,12 @@ def pictures(target: str, by_scale: Mapping[str, Sequence[Column]]) -> Iterator[
     else:
         figure, alt = difference_figure(by_scale), "differences to the baseline, published and ours"
     if figure is not None:
-        yield Picture(f"{slug}.png", f"{target}: {alt}", png(figure))
+        yield Picture(slug, f"{target}: {alt}", figure)
     for scale, group in by_scale.items():
         for column in group:
             name = slug if len(group) == 1 else column.first.name
             if (figure := draw(column)) is not None:
-                yield Picture(f"{name}_{scale}.png", f"{target} at scale={scale}, {column.heading}", png(figure))
+                yield Picture(f"{name}_{scale}", f"{target} at scale={scale}, {column.heading}", figure)
 
 
 def length_and_depth(targets: Targets) -> list[Picture]:
@@ -215,7 +219,7 @@ def length_and_depth(targets: Targets) -> list[Picture]:
     published = [e for target in ("Table 1", "Table 6") for e in targets.get(target, {}).get("paper", ())]
     figure = along_axes(panels, columns(published))
     alt = "Loss minus that of Pre-LN, by length and by depth; hollow marks: the paper"
-    return [] if figure is None else [Picture("length_and_depth.png", alt, png(figure))]
+    return [] if figure is None else [Picture("length_and_depth", alt, figure)]
 
 
 # Environments and CSV ------------------------------------------------------------------------------------------------
