@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "words",
         nargs="+",
         metavar="model|key=value",
-        help="run folder, model folder, .gguf file, word (docs/models.md) or hub name",
+        help="run folder, model folder, .gguf file, glassllm, smollm2 or hub name",
     )
     add_checkpoint(parser)
     add_trust_code(parser)
