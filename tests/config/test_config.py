@@ -71,6 +71,30 @@ def test_the_micro_batch_size_changes_the_run_folder_under_the_protocol_of_the_p
     assert compose(["protocol=paper", "data.micro_batch_size=8"]).folder != compose(["protocol=paper"]).folder
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["norm=pre_ln", "trainer.max_steps=9"], "quickstart"),
+        (["model=tiny", "data=files", "data.files=a.txt"], "tiny-files"),
+        (["data=c4"], "quickstart-c4"),
+        (["task=vision", "model=vit_tiny"], "vit_tiny-drawn"),
+        (["experiments=quickstart", "model=tiny"], "quickstart"),
+        (["experiments=table1_130m", "scale=toy", "model=tiny"], "table1_130m"),
+        (["experiment=mine", "model=tiny"], "mine"),
+    ],
+    ids=" ".join,
+)
+def test_a_run_is_named_by_its_experiment_or_by_its_own_model_and_data(words, name):
+    config = compose(words)
+    assert config.folder.as_posix() == f"runs/{name}/{config.label}"
+
+
+def test_a_run_that_has_a_folder_of_the_default_experiment_is_found_there(tmp_path):
+    words = ["model=tiny", f"output={tmp_path}"]
+    earlier = create_run_folder(dataclasses.replace(compose(words), experiment="quickstart"))
+    assert compose(words).folder == earlier == tmp_path / "quickstart" / compose(words).label
+
+
 def test_output_and_name_place_the_run_folder():
     assert compose(["output=/tmp/x"]).folder.parent.parent.as_posix() == "/tmp/x"
     assert compose(["name=mine"]).folder.as_posix() == "runs/mine"

@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from cod_lightning.nn import strategies
 
 SECTIONS = ("model", "norm", "data", "optim", "trainer")
 """Groups whose files hold one section of the configuration."""
+CONTENT = {"model", "data", "data.source", "task"}
+"""Overrides after which a run is no longer the default experiment."""
 GLOB_FIELDS = {"data.files", "data.val_files"}
 PATH_FIELDS = GLOB_FIELDS | {
     *("data.root", "data.folder", "data.tokenizer", "images.folder", "init_from", "output"),
@@ -195,7 +197,25 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         if any(o.key_or_group == "norm" for o in words):
             errors.append("row= and norm= both choose the strategy: remove one")
     errors += apply_overrides(node, sorted((o for o in words if o not in chosen), key=lambda o: not is_custom_norm(o)))
-    return checked(node, errors)
+    return named_by_content(checked(node, errors), {o.key_or_group: str(o.value()) for o in words})
+
+
+def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
+    """The configuration, named by its model and data if it chooses them instead of an experiment, such as `tiny-files`.
+
+    A run that has a folder of the experiment's name keeps it, so that it resumes.
+
+    Args:
+        config: what the overrides compose.
+        chosen: the overrides by key.
+    """
+    if chosen.keys() & {"experiments", "experiment"} or not chosen.keys() & CONTENT:
+        return config
+    if Path(config.output, config.experiment, config.label).is_dir():
+        return config
+    model = chosen.get("model", config.experiment)
+    source = config.images.source if config.task == "vision" else config.data.source
+    return replace(config, experiment=f"{model}-{source}", description=f"model {model} on data {source}")
 
 
 @lru_cache(maxsize=64)
