@@ -112,7 +112,7 @@ def test_fit_shows_a_finished_run_without_retraining(finished, toy):
 def test_evaluate_reproduces_the_metrics_of_the_record(finished):
     folder, _ = finished
     record = json.loads((folder / "record.json").read_text())
-    figures = metrics(run_ok("evaluate", folder))
+    figures = metrics(run_ok("evaluate", folder, "protocol=paper"))
     assert float(figures["val_loss"]) == pytest.approx(record["val_loss"], rel=1e-5)
     assert float(figures["ppl_paper_protocol"]) == pytest.approx(record["ppl_paper_protocol"], rel=1e-5)
 
@@ -125,6 +125,7 @@ def test_evaluate_measures_the_loss_on_other_text(finished, corpus, tmp_path):
     words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.val_files={other}", f"data.root={tmp_path}"]
     figures = metrics(run_ok("evaluate", folder, *words))
     assert float(figures["val_loss"]) > record["val_loss"] + 0.1
+    assert figures.keys() == {"val_loss", "ppl", "val_tokens"}
 
 
 def test_generate_continues_the_prompt_and_is_deterministic(finished):

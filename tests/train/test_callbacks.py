@@ -114,6 +114,8 @@ def test_tensorboard_has_scalars_by_layer(measured, events):
 def test_tensorboard_has_losses_and_perplexity(measured, events):
     assert [event.step for event in events.Scalars("Loss/train")] == [1, 2, 3, 4, 5, 6]
     assert events.Scalars("val/ppl")[-1].value == pytest.approx(measured[0]["ppl"])
+    assert "val/ppl_paper_protocol" not in events.Tags()["scalars"]  # protocol=strict; the record has it
+    assert "ppl_paper_protocol" in measured[0]
 
 
 def test_tensorboard_opens_on_the_losses(events):

@@ -17,6 +17,7 @@ from cod_lightning.commands.options import (
     require_at_least,
 )
 from cod_lightning.errors import UserError
+from cod_lightning.settings import choice_errors
 from cod_lightning.train.ranks import check_ranks
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
 HELP = (
     "Validate a checkpoint on the data of its run or on other data; or, with tasks=a,b,c, score it on tasks of "
-    "lm-evaluation-harness (tasks=paper: those of Table 2)."
+    "lm-evaluation-harness (tasks=paper: those of Table 2). protocol=paper also prints the perplexity of the released "
+    "evaluation."
 )
-OPTIONS = {"tasks": str}
+OPTIONS = {"tasks": str, "protocol": str}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -50,16 +52,21 @@ def run(
         return score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit require tasks=")
-    from cod_lightning.config.schema import COUNTS
+    from cod_lightning.config.schema import COUNTS, is_shown
     from cod_lightning.train.load import checkpoint_of
     from cod_lightning.train.run import evaluate
 
+    protocol = options.get("protocol", config.protocol)
+    if errors := choice_errors("protocol", protocol, ("paper", "strict")):
+        raise UserError(errors[0])
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
     if rank:
         sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints the results\n")
     figures = evaluate(config, checkpoint_of(run, checkpoint))
     if rank == 0:
         for name, value in figures.items():
+            if not is_shown(name, protocol):
+                continue
             print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
     return 0
 

@@ -18,13 +18,19 @@ METRIC_FORMATS = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", 
 """Figures of a validation and how they are printed; a task has some of them."""
 
 
-def printed_metrics(figures: Iterable[str], protocol: str) -> list[str]:
-    """The metrics among `figures` that tables print: the released evaluation's only with `protocol=paper`."""
-    return [name for name in METRIC_FORMATS if name in figures and (name, protocol) != ("ppl_paper_protocol", "strict")]
-
-
 COUNTS = ("val_tokens", "val_images")
 """Counts of the tokens or images that a validation evaluates."""
+
+
+def is_shown(name: str, protocol: str) -> bool:
+    """Whether commands and loggers show a metric: the released evaluation's only with `protocol=paper`."""
+    return name != "ppl_paper_protocol" or protocol == "paper"
+
+
+def printed_metrics(figures: Iterable[str], protocol: str) -> list[str]:
+    """The metrics among `figures` that are shown."""
+    return [name for name in METRIC_FORMATS if name in figures and is_shown(name, protocol)]
+
 
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer inside a run folder."""

@@ -18,7 +18,7 @@ from rich.progress import BarColumn
 from torch import Tensor
 
 from cod_lightning import signals
-from cod_lightning.config.schema import COUNTS, METRIC_FORMATS, printed_metrics
+from cod_lightning.config.schema import COUNTS, METRIC_FORMATS, is_shown, printed_metrics
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.measure.activation_stats import plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
@@ -66,10 +66,11 @@ class Recorder(Callback):
 
     Args:
         log_every: steps between recorded training metrics.
+        protocol: of the run; says which metrics are logged.
     """
 
-    def __init__(self, log_every: int):
-        self.log_every = log_every
+    def __init__(self, log_every: int, protocol: str):
+        self.log_every, self.protocol = log_every, protocol
         self.history: History = {}
         self.tokens = 0.0
         self.train_seconds = 0.0
@@ -93,15 +94,16 @@ class Recorder(Callback):
         self.wall_seconds = state_dict["wall_seconds"]
 
     def add(self, trainer: Trainer, kind: str, **values: Any) -> None:
-        """Append one entry to the series `kind`, and log its numbers."""
+        """Append one entry to the series `kind`, and log the numbers of it that are shown."""
         series = self.history.setdefault(kind, {})
         for name, value in {"step": trainer.global_step, **values}.items():
             series.setdefault(name, []).append(value)
+        shown = {name: value for name, value in values.items() if is_shown(name, self.protocol)}
+        tags = {f"{kind}/{name}": value for name, value in shown.items() if isinstance(value, int | float)}
+        numbers = {LOSSES.get(tag, tag): value for tag, value in tags.items()}
+        lists = {name: value for name, value in shown.items() if isinstance(value, list)}
+        numbers |= layer_scalars(lists, "" if kind == "layers" else f"{kind}_")
         for logger in trainer.loggers:
-            tags = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-            numbers = {LOSSES.get(tag, tag): value for tag, value in tags.items()}
-            lists = {name: value for name, value in values.items() if isinstance(value, list)}
-            numbers |= layer_scalars(lists, "" if kind == "layers" else f"{kind}_")
             logger.log_metrics(numbers, step=trainer.global_step)
 
     @property

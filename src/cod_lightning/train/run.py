@@ -79,7 +79,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
             state = read_resumable(checkpoint)
             data.load_state_dict(state.get(type(data).__qualname__, {"fingerprint": None}))
 
-        recorder = Recorder(settings.log_every)
+        recorder = Recorder(settings.log_every, config.protocol)
         callbacks = [recorder, StopOnSignal(), *probes(settings, data, recorder)]
         if settings.progress:
             callbacks.append(ProgressBar(leave=True) if sys.stderr.isatty() else ProgressLines(recorder))
