@@ -178,7 +178,7 @@ def test_measure_gives_the_same_variance_for_a_run_and_its_export(finished, corp
     process = run_ok("measure", "variance", folder, "rows=4", cwd=tmp_path)
     assert process.stdout.splitlines()[-1] == str(folder / "measure")
     assert sorted(path.name for path in (folder / "measure").iterdir()) == [
-        f"variance.{s}" for s in ("csv", "json", "png")
+        f"variance.{s}" for s in ("csv", "json", "pdf", "png")
     ]
     model = tmp_path / "model"
     run_ok("export", folder, "--output", model)
@@ -266,7 +266,8 @@ def test_measure_compare_writes_one_page_for_two_runs(finished, toy, tmp_path):
     process = run_ok("measure", "compare", folder, tmp_path / "plain", *words)
     assert process.stdout.strip() == str(tmp_path / "page" / "compare.html")
     page = (tmp_path / "page" / "compare.html").read_text()
-    assert f"<h1>{folder.name} beside plain</h1>" in page
+    assert "<h1>LNS, seed 1 beside plain</h1>" in page
+    assert f"<code>{folder.name}</code>" in page
     assert (tmp_path / "page" / "compare.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "page/plain/jacobian.json").read_text())["probes"] == 2
 

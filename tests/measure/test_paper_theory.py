@@ -151,7 +151,7 @@ class TestTheory:
 
 
 def test_constant_variances_are_drawn(tmp_path):
-    assert len(theory([1.0] * 5).save(tmp_path, "theory")) == 3
+    assert len(theory([1.0] * 5).save(tmp_path, "theory")) == 4
 
 
 @pytest.mark.parametrize(

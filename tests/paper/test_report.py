@@ -24,6 +24,7 @@ from paper_builders import (
 from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run, by_target
 from cod_lightning.paper.figures import fit_sizes
+from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
 from cod_lightning.paper.verdict import summarize, verdict
@@ -363,6 +364,14 @@ def test_the_papers_findings_are_compared(all_figures):
     assert findings["Pre-LN: the variance grows with depth"][0].startswith("**+0.134 ± 0**")
     glance = {row[0]: row[3:] for row in tables_of(all_figures.markdown)["## At a glance"]}
     assert glance["Figure 5"][0] == "Pre-LN: Jacobians approach I with depth"
+
+
+@pytest.mark.parametrize("target", ["Figure 6", "Figure 7"])
+def test_axes_of_losses_have_their_unit(target):
+    figure = draw(Column((figure_experiments(target)[1],)))
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert any("loss" in label for label in labels)
+    assert all("(nats)" in label for label in labels if "loss" in label)
 
 
 def test_a_figure_that_was_not_measured_is_not_drawn():
