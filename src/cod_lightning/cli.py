@@ -16,6 +16,7 @@ import shtab
 from cod_lightning import __version__
 from cod_lightning.commands import (
     consolidate,
+    convert,
     estimate,
     evaluate,
     experiments,
@@ -42,6 +43,7 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export,
     "consolidate": consolidate,
     "import": import_,
+    "convert": convert,
     "measure": measure,
     "verify": verify,
     "estimate": estimate,

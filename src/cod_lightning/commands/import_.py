@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cod_lightning.commands.options import require_model
 from cod_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
+    from cod_lightning.data.tokenizers import DocumentTokenizer
+    from cod_lightning.nn.decoder import Decoder
 
 HELP = "Make a run folder from a Llama, Mistral or Qwen2 checkpoint, for evaluate and generate."
 
@@ -18,19 +24,30 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(model: str, output: Path) -> int:
     """Import weights, shape and tokenizer; all other settings get their defaults."""
-    from cod_lightning.config.saved import save
+    from cod_lightning.files import check_new_folder
+    from cod_lightning.train.load import write_run
+
+    check_new_folder(output)
+    write_run(*read_foreign(model, output), output)
+    print(output)
+    return 0
+
+
+def read_foreign(model: str, output: Path) -> tuple[Config, Decoder, DocumentTokenizer]:
+    """A model of transformers as a run that will be in the folder `output`.
+
+    Raises:
+        UserError: there is no such model, or the decoder cannot have its weights, shape or tokenizer.
+    """
     from cod_lightning.config.schema import TOKENIZER, Config
     from cod_lightning.config.validate import problems
     from cod_lightning.data.config import DataConfig
 
     require_model(model, "Give a folder with config.json, weights and tokenizer, or a .gguf file.")
     from cod_lightning.data.tokenizers import load_tokenizer, with_pad_below
-    from cod_lightning.files import check_new_folder, new_folder
     from cod_lightning.nn.huggingface import import_hf
     from cod_lightning.nn.packaged_models import packaged_path
-    from cod_lightning.train.load import write_imported
 
-    check_new_folder(output)
     decoder = import_hf(model)
     tokenizer = load_tokenizer(packaged_path(model))
     if tokenizer.eos_id >= decoder.lm_head.out_features:
@@ -55,8 +72,4 @@ def run(model: str, output: Path) -> int:
     )
     if errors := problems(config):
         raise UserError("\n".join(errors))
-    with new_folder(output) as partial:
-        save(config, partial)
-        write_imported(decoder, tokenizer, partial)
-    print(output)
-    return 0
+    return config, decoder, tokenizer

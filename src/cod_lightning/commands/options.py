@@ -74,6 +74,21 @@ def pop_options(words: Sequence[str], types: Mapping[str, Any], command: str) ->
     return parse_options(own, types, command), [word for word in words if word not in own]
 
 
+def compose_norm(words: Sequence[str], command: str) -> dict[str, Any]:
+    """The section `norm` of `norm=NAME norm.OPTION=VALUE`.
+
+    Raises:
+        UserError: other words, no name, or no such strategy or option.
+    """
+    from cod_lightning.config.compose import compose
+
+    if unknown := [word for word in words if not word.startswith(("norm=", "norm.")) or "=" not in word]:
+        raise UserError(f"{unknown[0]!r}: {command} reads norm=NAME and norm.OPTION=VALUE only")
+    if not any(word.startswith("norm=") for word in words):
+        raise UserError("norm= is missing: name a strategy, as in norm=lns")
+    return compose(words).norm
+
+
 def require_at_least(option: str, value: int | None, bound: int) -> None:
     """Check the value of a numeric option.
 

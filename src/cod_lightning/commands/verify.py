@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.commands.options import add_checkpoint, add_trust_code, require_model
-from cod_lightning.errors import UserError
+from cod_lightning.commands.options import add_checkpoint, add_trust_code, compose_norm, require_model
 
 HELP = (
     "Check by running it that every block of a model applies a norm strategy: as it is, after bfloat16, after the meta "
@@ -29,17 +28,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str]) -> int:
-    import yaml
-
-    if unknown := [word for word in overrides if not word.startswith(("norm=", "norm.")) or "=" not in word]:
-        raise UserError(f"{unknown[0]!r}: verify reads norm=NAME and norm.OPTION=VALUE only")
-    words = dict(word.removeprefix("norm").removeprefix(".").split("=", 1) for word in overrides)
-    name, options = words.pop("", None), {key: yaml.safe_load(value) for key, value in words.items()}
+    norm = compose_norm(overrides, "verify") if overrides else {}
     network = open_network(model, checkpoint, trust_code)
     from cod_lightning.commands.terminal import result_table, show
     from cod_lightning.nn.verify import verify
 
-    factors = verify(network, name, **options)
+    factors = verify(network, norm.pop("name", None), **norm)
     rows = [
         {key: getattr(factor, key) for key in ("layer", "part", "name", "expected", "measured")} for factor in factors
     ]

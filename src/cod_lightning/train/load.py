@@ -1,4 +1,4 @@
-"""Load the model of a trained run, and write an imported model as a run."""
+"""Load the model of a trained run, and write a model as a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cod_lightning.config.saved import load
+from cod_lightning.config.saved import load, save
 from cod_lightning.config.schema import TOKENIZER, Config, run_folder_of
 from cod_lightning.data.datamodule import tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
-from cod_lightning.files import write_atomic
+from cod_lightning.files import new_folder, write_atomic
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
@@ -155,18 +155,20 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
     return InitialWeights(weights, str(path), checkpoint.get("global_step", 0))
 
 
-def write_imported(decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:
-    """Write a checkpoint of step 0 and the tokenizer, so that `folder` with a configuration is a run folder.
+def write_run(config: Config, decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:
+    """Write a run folder with a checkpoint of step 0, for a model that no run trained as it is.
 
     Raises:
-        UserError: `folder` is not writable.
+        UserError: `folder` is not empty or not writable; nothing is written.
     """
     io = AtomicCheckpointIO()
     state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    io.save_checkpoint({"state_dict": state, "tokens": 0}, folder / CHECKPOINTS / "step-00000000.ckpt")
-    if io.failure:
-        raise UserError(io.failure)
-    write_tokenizer(tokenizer.backend, tokenizer.eos_id, tokenizer.pad_id, folder / TOKENIZER)
+    with new_folder(folder) as partial:
+        save(config, partial)
+        io.save_checkpoint({"state_dict": state, "tokens": 0}, partial / CHECKPOINTS / "step-00000000.ckpt")
+        if io.failure:
+            raise UserError(io.failure)
+        write_tokenizer(tokenizer.backend, tokenizer.eos_id, tokenizer.pad_id, partial / TOKENIZER)
 
 
 def write_tokenizer(tokenizer: Tokenizer, eos_id: int, pad_id: int, folder: Path) -> None:

@@ -1,0 +1,87 @@
+"""`convert` gives a decoder another strategy and keeps its function."""
+
+import pytest
+import torch
+
+import cod_lightning as cod
+from cod_lightning.cli import main
+from cod_lightning.errors import UserError
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.convert import convert
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.strategies import build_all
+
+SHAPE = DecoderConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    qkv_bias=True,
+    tie_word_embeddings=True,
+    vocab_size=11,
+)
+TOKENS = torch.arange(11)[None]
+
+
+def trained(**norm):
+    """A decoder in float64 whose parameters are all random, as after training."""
+    decoder = Decoder(SHAPE, build_all(norm, 4)).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, 0.5, 0.5, generator=generator)
+    return decoder
+
+
+@pytest.mark.parametrize("before", ["pre_ln", "lns"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        {"name": "pre_ln"},
+        {"name": "lns"},
+        {"name": "lns", "position": "only_ffn"},
+        {"name": "lns", "position": "after_branch"},
+        {"name": "lns_learnable"},
+        {"name": "scaled_init"},
+    ],
+    ids=lambda norm: "-".join(norm.values()),
+)
+def test_the_logits_stay_equal(before, norm):
+    decoder = trained(name=before)
+    logits = decoder(TOKENS)
+    converted = convert(decoder, norm)
+    assert [block.spec for block in converted.blocks] == build_all(norm, 4)
+    torch.testing.assert_close(converted(TOKENS), logits, rtol=1e-12, atol=1e-12)
+    assert torch.equal(decoder(TOKENS), logits)
+
+
+def test_a_learned_scale_keeps_its_value():
+    decoder = trained(name="layer_scale")
+    converted = convert(decoder, {"name": "layer_scale", "base": "lns", "init": 0.5})
+    torch.testing.assert_close(converted(TOKENS), decoder(TOKENS), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("norm", "coefficients"),
+    [
+        ({"name": "post_ln"}, ["pre_norm=False (layer 1)", "sum_norm=True (layer 1)"]),
+        ({"name": "peri_ln"}, ["entry_norm=True (layer 1)", "branch_norm=True (layer 1)"]),
+        ({"name": "gpas"}, ["gate='output' (layer 1)"]),
+        ({"name": "layer_scale"}, ["learned_branch_scale='channel' (layer 1)"]),
+        ({"name": "lns", "position": "before_ln"}, ["input_scale=0.7071067811865476 (layer 2)"]),
+        ({"name": "lns", "position": "after_residual"}, ["skip=0.7071067811865476 (layer 2)"]),
+    ],
+)
+def test_a_strategy_that_weights_cannot_make_up_for_is_refused(norm, coefficients):
+    with pytest.raises(UserError) as error:
+        convert(trained(name="pre_ln"), norm)
+    lines = str(error.value).splitlines()
+    assert [line.partition(" sets ")[2].partition(", for which")[0] for line in lines] == coefficients
+
+
+def test_training_goes_on_where_the_loss_was(train, toy, tmp_path):
+    record, run = train("norm=pre_ln", "name=before")
+    assert main(["convert", str(run), "norm=lns", "--output", str(tmp_path / "converted")]) == 0
+    after, _ = train("norm=lns", f"init_from={tmp_path / 'converted'}", "name=after", "optim.lr=1e-9")
+    assert after["val_loss"] == pytest.approx(record["val_loss"], rel=1e-6)
+    assert cod.load_run(tmp_path / "converted")[0].blocks[1].spec.ffn.gain == 2**-0.5
