@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,7 +27,7 @@ from cod_lightning.config.schema import Config
 from cod_lightning.data.config import ImageConfig
 from cod_lightning.kernels.loss import chunk_size
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.decoder import Decoder, Norm
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import BlockSpec, build_all
 from cod_lightning.nn.vit import VisionTransformer
@@ -109,9 +110,9 @@ class Architecture:
         firsts: dict[str, BlockSpec] = {}
         return Counter(firsts.setdefault(wiring(spec), spec) for spec in specs)
 
-    def build(self, specs: list[BlockSpec], dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    def build(self, specs: list[BlockSpec], dtype: torch.dtype = torch.float32) -> Any:
         """A model with these blocks; inside a `FakeTensorMode` it takes no memory."""
-        model = replace(self.model, num_hidden_layers=len(specs), norm_backend="torch", **changes)
+        model = replace(self.model, num_hidden_layers=len(specs), norm_backend="torch")
         images = self.images
         if images is None:
             network = Decoder(model, specs)
@@ -242,11 +243,11 @@ def count_bytes(
 
     The saved bytes have a constant part, such as autocast's copies of weights.
     """
-    specs, changes = list(architecture.kinds), {}
-    if not cpu:  # the fused norms save their input and statistics, as torch's LayerNorm does
-        specs, changes = [spec.replace(groups=1) for spec in specs], {"norm": "layer"}
     with FakeTensorMode():
-        network = architecture.build(specs, dtype, **changes)
+        network = architecture.build(list(architecture.kinds), dtype)
+        for module in network.modules():
+            if isinstance(module, Norm) and not cpu:
+                module.__class__ = FusedNorm
         decoder = isinstance(network, Decoder)
         if decoder:
             network.lm_head = nn.Identity()
@@ -279,6 +280,17 @@ def wiring(spec: BlockSpec) -> str:
     """The fields of a spec that decide which tensors its block has: all except the scales."""
     fields = [value for sublayer in spec.sublayers for value in vars(sublayer).values() if not isinstance(value, float)]
     return str([spec.entry_norm, *fields])
+
+
+class FusedNorm(Norm):
+    """Saves the tensors that the fused kernels save, its input and statistics; its values do not matter."""
+
+    def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
+        weight = None if self.weight is None else self.weight.to(x_BTD.dtype)
+        y_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight)
+        cast = self.before_matmul and torch.is_autocast_enabled("cpu")
+        return x_BTD, y_BTD.to(torch.get_autocast_dtype("cpu")) if cast else y_BTD
 
 
 class LiveBytes(TorchDispatchMode):
