@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cod_lightning.commands.terminal import WIDTH, result_table, run_summary, sweep_table
+from cod_lightning.commands.sweeps import sweep_table
+from cod_lightning.commands.terminal import WIDTH, result_table, run_summary
 
 
 def printed(table):

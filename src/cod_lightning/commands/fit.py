@@ -142,7 +142,8 @@ def run_sweep(overrides: Sequence[str], jobs: int) -> int:
     with CommandPool(jobs) as pool:
         statuses = list(pool.map(lambda words, label: pool.run_command(["fit", *words], label), runs, labels))
 
-    from cod_lightning.commands.terminal import show, sweep_table
+    from cod_lightning.commands.sweeps import sweep_table
+    from cod_lightning.commands.terminal import show
     from cod_lightning.train.record import read_record
 
     records = [

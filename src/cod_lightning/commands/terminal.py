@@ -81,42 +81,9 @@ def variance_chart(variance: Sequence[float | None], width: int = 48) -> Text:
     return Text("\n".join(lines))
 
 
-def last_layer_variance(layers: Mapping[str, Any]) -> str:
-    value = layers["variance"][-1][-1]
-    return f"{value:.4g}" if is_finite(value) else "not finite"
-
-
 def is_finite(value: float | None) -> TypeGuard[float]:
     """Whether a value of a record is finite; records store null for NaN and Inf."""
     return value is not None and math.isfinite(value)
-
-
-def sweep_table(records: Sequence[tuple[str, Record | None]]) -> Table:
-    """The runs of a sweep by validation loss, failed runs last.
-
-    Args:
-        records: the label of each run, such as "norm=lns seed=1", and its record, None for a failed run.
-    """
-    table = Table(title="runs by validation loss", title_justify="left")
-    table.add_column("run")
-    printed = [printed_metrics(record, record["config"]["protocol"]) if record else [] for _, record in records]
-    shown = [name for name in METRIC_FORMATS if any(name in names for names in printed)]
-    for name in (*shown, "last-layer variance", "tokens", "tokens/s", "wall time"):
-        table.add_column(name, justify="right")
-    for label, record in sorted(records, key=lambda item: item[1]["val_loss"] if item[1] else float("inf")):
-        if record is None:
-            table.add_row(label, "failed")
-            continue
-        layers = record["history"].get("layers")
-        table.add_row(
-            label,
-            *(f"{record[name]:{METRIC_FORMATS[name]}}" if name in record else "" for name in shown),
-            last_layer_variance(layers) if layers else "not measured",
-            f"{record['tokens']:,}",
-            f"{record['tokens_per_second']:,.0f}",
-            format_duration(record["wall_seconds"]),
-        )
-    return table
 
 
 def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
