@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from types import ModuleType
 from typing import Any
@@ -52,14 +52,23 @@ COMMANDS: dict[str, ModuleType] = {
     "report": report,
     "experiments": experiments,
 }
-"""Modules with `HELP`, `add_arguments(parser)`, `run(**arguments)` and optionally `EPILOG`."""
+"""Modules with `HELP`, `add_arguments(parser)`, `run(**arguments)` and optionally `EPILOG` and `details()`."""
 CUSTOM_NORM = re.compile(r"\+*norm(\.name|\.base)?=.*:")
 """Overrides that name a strategy as module:function."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose help ends with text that is built only when the help is printed."""
+
+    details: Callable[[], str] = staticmethod(str)
+
+    def format_help(self) -> str:
+        return "\n".join(filter(None, [super().format_help(), self.details()]))
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser, with a subparser for each command."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="cod_lightning",
         description="Train, evaluate and compare decoders under the norm strategies of The Curse of Depth.",
     )
@@ -74,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
             epilog=getattr(command, "EPILOG", ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        subparser.details = getattr(command, "details", str)
         command.add_arguments(subparser)
     return top
 

@@ -1,14 +1,16 @@
 """Composition of overrides, errors of bad ones, and run folders."""
 
 import dataclasses
+import re
 from dataclasses import asdict
 
 import pytest
 from omegaconf import OmegaConf
 
 from cod_lightning.config.compose import choices, compose, sweep
+from cod_lightning.config.groups import default_values, describe_settings
 from cod_lightning.config.saved import create_run_folder, load, to_yaml
-from cod_lightning.config.schema import identity
+from cod_lightning.config.schema import flatten, identity
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 
@@ -19,6 +21,14 @@ def test_the_quickstart_is_the_default():
     assert config.norm == {"name": "lns", "position": "after_ln"}
     assert config.protocol == "strict"
     assert config.model.num_hidden_layers >= 24
+
+
+def test_the_help_has_the_default_of_every_field():
+    assert default_values() == flatten(asdict(compose()))
+    text = describe_settings()
+    assert "\n  trainer.max_steps=250\n" in text
+    assert re.search(r"^  optim.name=adam +adam, adamw$", text, re.MULTILINE)
+    assert re.search(r"^  norm=lns +admin, deep_norm,", text, re.MULTILINE)
 
 
 def test_every_strategy_has_its_config_and_every_option_its_default():

@@ -24,6 +24,13 @@ HELP = "Train a run, or resume it; its data is prepared first."
 EPILOG = OVERRIDES
 
 
+def details() -> str:
+    """The fields of the configuration, for the end of the help."""
+    from cod_lightning.config.groups import describe_settings
+
+    return describe_settings()
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-m", "--multirun", action="store_true", help="sweep over comma-separated values")
     add_jobs(parser)

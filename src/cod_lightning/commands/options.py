@@ -20,6 +20,7 @@ section.field=value. Examples:
   fit experiments=table1_350m norm=mix_ln
   fit norm=pre_ln seed=2 trainer.max_steps=100 output=/scratch/runs
   fit -m norm=pre_ln,lns seed=1,2
+  fit 'logger=[csv,wandb]'
   fit data=files 'data.files=texts/*.json.gz' norm=my_package.my_module:my_strategy
 """
 

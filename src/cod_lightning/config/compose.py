@@ -27,13 +27,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import UserError, first_line, nearest
 from cod_lightning.nn import strategies
 
-SECTIONS = ("model", "norm", "data", "optim", "trainer")
-"""Groups whose files hold one section of the configuration."""
 CONTENT = {"model", "data", "data.source", "task"}
 """Overrides after which a run is no longer the default experiment."""
 GLOB_FIELDS = {"data.files", "data.val_files"}
@@ -47,23 +46,6 @@ MOST_RUNS = 10_000
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
-
-
-def config_folder() -> Path:
-    """configs/: inside an installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "_configs"
-    return installed if installed.is_dir() else package.parents[1] / "configs"
-
-
-def choices(group: str) -> list[str]:
-    """The names that a config group offers."""
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
-
-
-def groups() -> list[str]:
-    """The config groups: the folders of configs/."""
-    return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
 
 
 def fields_and_groups() -> set[str]:
