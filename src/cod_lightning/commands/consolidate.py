@@ -17,6 +17,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(run: Path, checkpoint: str, output: Path | None) -> int:
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
     from cod_lightning.train.load import checkpoint_of
 

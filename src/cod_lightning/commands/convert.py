@@ -31,6 +31,9 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, overrides: 
     require_path(model)
     from dataclasses import replace
 
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     from cod_lightning.config.saved import CONFIG, load
     from cod_lightning.files import check_new_folder
     from cod_lightning.nn.convert import convert

@@ -52,6 +52,9 @@ def run(
         return score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit require tasks=")
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     from cod_lightning.config.schema import COUNTS, is_shown
     from cod_lightning.train.load import checkpoint_of
     from cod_lightning.train.run import evaluate
@@ -80,8 +83,11 @@ def score_run(
     require_at_least("limit", limit, 1)
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
     manager = task_manager(names, task_folder)
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
+    from cod_lightning.train.devices import accelerator
     from cod_lightning.train.load import checkpoint_of, load_decoder
-    from cod_lightning.train.strategy import accelerator
 
     decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     scores = score_tasks(

@@ -28,6 +28,9 @@ def run(
 
     config = load(run, trust_code=trust_code)
     require_at_least("max-length", max_length, 1)
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     import torch
 
     from cod_lightning.files import check_new_folder

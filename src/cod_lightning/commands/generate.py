@@ -44,6 +44,9 @@ def run(
     ):
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name}={value} must lie between {least} and {most}")
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     from cod_lightning.evaluate.generate import generate
     from cod_lightning.train.load import checkpoint_of, load_decoder
 

@@ -24,6 +24,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(model: str, output: Path) -> int:
     """Import weights, shape and tokenizer; all other settings get their defaults."""
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     from cod_lightning.files import check_new_folder
     from cod_lightning.train.load import write_run
 

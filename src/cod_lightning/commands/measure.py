@@ -62,6 +62,9 @@ def run(study: str, words: Sequence[str], checkpoint: str, trust_code: bool, row
     models = [word for word in words if is_model(word)]
     for model in models:
         require_path(model)
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     options, overrides = split_options([word for word in words if not is_model(word)], study)
     rows = options.pop("rows", rows)
     output = Path(options.pop("output")) if "output" in options else output

@@ -30,8 +30,8 @@ from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 from cod_lightning.plots import FORMATS, image
+from cod_lightning.train.devices import accelerator
 from cod_lightning.train.load import load_decoder, load_vit
-from cod_lightning.train.strategy import accelerator
 
 
 @dataclass(frozen=True)

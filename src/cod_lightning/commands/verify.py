@@ -47,6 +47,9 @@ def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
     from cod_lightning.nn.apply import CONFIG_KEY
 
     if (Path(model) / CONFIG).is_file():
+        from cod_lightning._torchmetrics import import_torchmetrics
+
+        import_torchmetrics()
         from cod_lightning.train.load import load_run
 
         network, _ = load_run(model, checkpoint, trust_code)

@@ -18,6 +18,7 @@ import yaml
 
 from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError, first_line
+from cod_lightning.evaluate import SCORES_FILE
 from cod_lightning.files import write_atomic
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export, quiet_transformers, unsupported_features
@@ -25,8 +26,6 @@ from cod_lightning.typed_json import read_json
 
 PAPER_TASKS = ("mmlu", "boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande")
 """The columns of Table 2, in its order, by their names in the harness."""
-SCORES_FILE = "tasks.json"
-"""File in a run folder with the scores of whole tasks."""
 
 
 def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:

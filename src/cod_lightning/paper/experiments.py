@@ -16,7 +16,6 @@ from cod_lightning.errors import UserError, nearest
 from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
 from cod_lightning.paper.results import load_runs, record_path
-from cod_lightning.train import estimate
 
 
 @dataclass(frozen=True)
@@ -224,8 +223,11 @@ def report_row(row: Row, runs: tuple[Run, ...]) -> ReportRow:
 
 def gpu_hours(row: Row) -> float | None:
     """Estimated GPU-hours of one run at scale=paper; None if nothing is trained."""
-    trained = row.config.scale == "paper" and row.public_model is None
-    return estimate.gpu_hours(row.config) if trained else None
+    if row.config.scale != "paper" or row.public_model is not None:
+        return None
+    from cod_lightning.train import estimate  # takes seconds of imports
+
+    return estimate.gpu_hours(row.config)
 
 
 def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:

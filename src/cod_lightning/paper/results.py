@@ -11,7 +11,7 @@ from typing import Any
 
 from cod_lightning.config.saved import from_dict
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate.lm_eval import SCORES_FILE
+from cod_lightning.evaluate import SCORES_FILE
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.paper.claims import Run

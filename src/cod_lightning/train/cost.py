@@ -212,13 +212,18 @@ class Architecture:
         return tokens * self.model.hidden_size * compute + head + min(tokens, chunk) * vocab_size * logits
 
 
-@lru_cache(maxsize=64)
 def training_flops(architecture: Architecture) -> int:
     """FLOPs of a training step per sequence or image, forward and backward.
 
     Matrix products only, as is usual (PaLM, appendix B): attention is the full square, although causality needs
-    half of it. The products do not depend on the norm strategy.
+    half of it.
     """
+    return flops_under_pre_ln(replace(architecture, norm={"name": "pre_ln"}))
+
+
+@lru_cache(maxsize=64)
+def flops_under_pre_ln(architecture: Architecture) -> int:
+    """`training_flops`: the products do not depend on the norm strategy, and one count serves all rows of a table."""
     one, two = (flops_with(architecture, blocks) for blocks in (1, 2))
     return one + (architecture.model.num_hidden_layers - 1) * (two - one)
 

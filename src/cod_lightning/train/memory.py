@@ -8,7 +8,7 @@ from dataclasses import replace
 from cod_lightning.config.schema import Config
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import num_vit_parameters
-from cod_lightning.train.strategy import accelerator, precision
+from cod_lightning.train.devices import accelerator, precision
 
 
 def host_memory() -> int:

@@ -32,9 +32,10 @@ from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
+from cod_lightning.train.devices import precision
 from cod_lightning.train.load import InitialWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
-from cod_lightning.train.strategy import Sharded, backend, precision
+from cod_lightning.train.strategy import Sharded, backend
 
 ADVICE = "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
 

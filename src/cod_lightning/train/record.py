@@ -14,8 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import cod_lightning
 from cod_lightning.errors import DAMAGED, UserError
 from cod_lightning.files import read_regular, write_atomic
@@ -73,6 +71,8 @@ def hardware() -> dict[str, Any]:
             cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     except OSError:
         pass  # not Linux: keep the architecture
+    import torch  # takes seconds, and readers of records do not need it
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 

@@ -33,12 +33,12 @@ from cod_lightning.train.checkpoint import (
     read_resumable,
     step_of,
 )
+from cod_lightning.train.devices import accelerator
 from cod_lightning.train.load import InitialWeights, load_initial_weights, write_tokenizer
 from cod_lightning.train.loggers import build_loggers, finish, log_config, log_layout
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
 from cod_lightning.train.record import environment, write_record
-from cod_lightning.train.strategy import accelerator
 from cod_lightning.train.trainer import (
     build_trainer,
     quiet_lightning,

@@ -1,4 +1,4 @@
-"""Lightning's strategy, accelerator and precision of a run; FSDP2 with sharded checkpoints."""
+"""Lightning's strategy of a run; FSDP2 with sharded checkpoints."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
 from cod_lightning.nn.weights import load_weights, shard_like
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_sharded
+from cod_lightning.train.devices import accelerator, precision
 
 
 def build_strategy(settings: TrainerConfig, *, unused: bool = False) -> Any:
@@ -43,27 +44,6 @@ def backend(settings: TrainerConfig) -> str | None:
     """The torch.compile backend of the blocks, None for eager mode; `trainer.compile=null` compiles on CUDA only."""
     wanted = accelerator(settings) == "cuda" if settings.compile is None else settings.compile
     return "inductor" if wanted else None
-
-
-def accelerator(settings: TrainerConfig) -> str:
-    """`cuda` or `cpu`; Lightning's "auto" could choose an Apple GPU, which does not support float64.
-
-    Raises:
-        UserError: `trainer.accelerator=gpu` without a CUDA device.
-    """
-    if settings.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator='gpu', but torch has no CUDA device: pass trainer.accelerator=cpu")
-    return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
-
-
-def precision(settings: TrainerConfig) -> Any:
-    """Lightning's precision; `auto` is `auto_cuda` on a CUDA device with bfloat16, float32 otherwise."""
-    if settings.precision != "auto":
-        return settings.precision
-    cuda = accelerator(settings) == "cuda" and torch.cuda.is_bf16_supported()
-    return settings.auto_cuda if cuda else "32-true"
 
 
 class Sharded(ModelParallelStrategy):

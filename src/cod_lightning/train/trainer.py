@@ -22,8 +22,9 @@ from cod_lightning.config.schema import Config, TrainerConfig
 from cod_lightning.errors import Stopped, UserError, first_line
 from cod_lightning.train.callbacks import ProgressBar
 from cod_lightning.train.checkpoint import AtomicCheckpointIO
+from cod_lightning.train.devices import accelerator, precision
 from cod_lightning.train.ranks import read_ranks
-from cod_lightning.train.strategy import accelerator, build_strategy, precision
+from cod_lightning.train.strategy import build_strategy
 
 
 def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: AtomicCheckpointIO | None = None) -> Trainer:

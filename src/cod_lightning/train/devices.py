@@ -1,0 +1,31 @@
+"""The device and the precision of a run; without lightning, whose import takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cod_lightning.config.schema import TrainerConfig
+from cod_lightning.errors import UserError
+
+
+def accelerator(settings: TrainerConfig) -> str:
+    """`cuda` or `cpu`; Lightning's "auto" could choose an Apple GPU, which does not support float64.
+
+    Raises:
+        UserError: `trainer.accelerator=gpu` without a CUDA device.
+    """
+    if settings.accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator='gpu', but torch has no CUDA device: pass trainer.accelerator=cpu")
+    return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
+
+
+def precision(settings: TrainerConfig) -> Any:
+    """Lightning's precision; `auto` is `auto_cuda` on a CUDA device with bfloat16, float32 otherwise."""
+    if settings.precision != "auto":
+        return settings.precision
+    cuda = accelerator(settings) == "cuda" and torch.cuda.is_bf16_supported()
+    return settings.auto_cuda if cuda else "32-true"
