@@ -5,9 +5,15 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cod_lightning.commands.import_ import read_foreign
 from cod_lightning.commands.options import add_checkpoint, add_trust_code, compose_norm, require_path
+
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
+    from cod_lightning.data.tokenizers import DocumentTokenizer
+    from cod_lightning.nn.decoder import Decoder
 
 HELP = "Give a trained model another norm strategy by changing weights so that it computes the same."
 EPILOG = """\
@@ -28,24 +34,35 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(model: str, checkpoint: str, trust_code: bool, output: Path, overrides: Sequence[str]) -> int:
     """Write a run folder with the changed weights, without optimizer state; all other settings are the model's."""
     norm = compose_norm(overrides, "convert")
-    require_path(model)
+    config, decoder, tokenizer = read_trained(model, checkpoint, trust_code, output)
     from dataclasses import replace
 
+    from cod_lightning.nn.surgery import convert
+    from cod_lightning.train.load import write_run
+
+    config = replace(config, norm=norm, description=f"Converted from {model}.")
+    write_run(config, convert(decoder, norm), tokenizer, output)
+    print(output)
+    return 0
+
+
+def read_trained(
+    model: str, checkpoint: str, trust_code: bool, output: Path
+) -> tuple[Config, Decoder, DocumentTokenizer]:
+    """A run, or a model that `import` reads, for a run that will be in the new folder `output`.
+
+    Raises:
+        UserError: there is no such model, or `output` is not a new folder.
+    """
     from cod_lightning._torchmetrics import import_torchmetrics
 
     import_torchmetrics()
     from cod_lightning.config.saved import CONFIG, load
     from cod_lightning.files import check_new_folder
-    from cod_lightning.nn.convert import convert
-    from cod_lightning.train.load import load_run, write_run
+    from cod_lightning.train.load import load_run
 
+    require_path(model)
     check_new_folder(output)
     if (Path(model) / CONFIG).is_file():
-        config = load(Path(model), trust_code=trust_code)
-        decoder, tokenizer = load_run(model, checkpoint, trust_code)
-    else:
-        config, decoder, tokenizer = read_foreign(model, output)
-    config = replace(config, norm=norm, description=f"Converted from {model}.")
-    write_run(config, convert(decoder, norm), tokenizer, output)
-    print(output)
-    return 0
+        return load(Path(model), trust_code=trust_code), *load_run(model, checkpoint, trust_code)
+    return read_foreign(model, output)

@@ -1,4 +1,4 @@
-"""`convert` gives a decoder another strategy and keeps its function."""
+"""`convert` gives a decoder another strategy and keeps its function; `grow` makes it deeper."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ import cod_lightning as cod
 from cod_lightning.cli import main
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.convert import convert
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.surgery import convert, copies, grow
 
 SHAPE = DecoderConfig(
     hidden_size=16,
@@ -85,3 +85,62 @@ def test_training_goes_on_where_the_loss_was(train, toy, tmp_path):
     after, _ = train("norm=lns", f"init_from={tmp_path / 'converted'}", "name=after", "optim.lr=1e-9")
     assert after["val_loss"] == pytest.approx(record["val_loss"], rel=1e-6)
     assert cod.load_run(tmp_path / "converted")[0].blocks[1].spec.ffn.gain == 2**-0.5
+
+
+@pytest.mark.parametrize(
+    ("how", "depth", "blocks", "sources", "inserted"),
+    [
+        ("stack", 32, 48, [*range(1, 25), *range(9, 33)], []),  # SOLAR
+        ("stack", 4, 7, [1, 2, 3, 4, 2, 3, 4], []),
+        ("interpolate", 3, 6, [1, 1, 2, 2, 3, 3], []),
+        ("interpolate", 4, 5, [1, 1, 2, 3, 4], []),
+        ("identity", 4, 6, [1, 2, 2, 3, 4, 4], [3, 6]),  # LLaMA Pro: 32 to 40 puts one behind every fourth
+        ("identity", 3, 6, [1, 1, 2, 2, 3, 3], [2, 4, 6]),
+    ],
+)
+def test_the_copied_layers_are_those_of_the_method(how, depth, blocks, sources, inserted):
+    assert copies(depth, blocks, how) == (sources, inserted)
+
+
+@pytest.mark.parametrize("norm", [{"name": "pre_ln"}, {"name": "lns"}, {"name": "lns", "position": "after_branch"}])
+def test_identity_blocks_keep_the_function(norm):
+    decoder = trained(**norm)
+    grown = grow(decoder, norm, 6, "identity")
+    assert [block.spec for block in grown.blocks] == build_all(norm, 6)
+    torch.testing.assert_close(grown(TOKENS), decoder(TOKENS), rtol=1e-12, atol=1e-12)
+
+
+def test_identity_blocks_of_pre_ln_keep_every_bit():
+    decoder = trained(name="pre_ln")
+    assert torch.equal(grow(decoder, {"name": "pre_ln"}, 8, "identity")(TOKENS), decoder(TOKENS))
+
+
+def test_gains_are_kept_or_those_of_the_new_layers():
+    decoder, lns = trained(name="lns"), {"name": "lns"}
+    kept, new = (grow(decoder, lns, 8, "interpolate", gains) for gains in ("kept", "new"))
+    source = decoder.blocks[3].self_attn.q_proj.weight  # of layer 4, copied to layers 7 and 8
+    assert torch.equal(new.blocks[7].self_attn.q_proj.weight, source)
+    torch.testing.assert_close(kept.blocks[7].self_attn.q_proj.weight, source * (8 / 4) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "blocks", "how", "message"),
+    [
+        ("pre_ln", 4, "stack", "blocks=4: the model has 4 blocks, and how=stack makes 5 to 8"),
+        ("pre_ln", 9, "identity", "makes 5 to 8"),
+        ("pre_ln", 3, "interpolate", "makes more than 4"),
+        ("post_ln", 6, "identity", "how=identity needs blocks x [+] f[(]x[)], which those of norm='post_ln' are not"),
+        ("deep_norm", 6, "stack", "skip=1.86.* for which weights cannot make up"),
+    ],
+)
+def test_what_cannot_be_grown_is_refused(norm, blocks, how, message):
+    with pytest.raises(UserError, match=message):
+        grow(trained(name=norm), {"name": norm}, blocks, how)
+
+
+def test_a_grown_run_goes_on_training(train, tmp_path):
+    record, run = train("norm=lns", "name=before")
+    assert main(["grow", str(run), "blocks=6", "--output", str(tmp_path / "grown")]) == 0
+    words = ["norm=lns", "model.num_hidden_layers=6", f"init_from={tmp_path / 'grown'}", "name=after", "optim.lr=1e-9"]
+    after, _ = train(*words)
+    assert after["val_loss"] == pytest.approx(record["val_loss"], rel=1e-6)

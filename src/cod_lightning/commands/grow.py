@@ -1,0 +1,52 @@
+"""`grow`: make a trained model deeper."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cod_lightning.commands.convert import read_trained
+from cod_lightning.commands.options import add_checkpoint, add_trust_code
+from cod_lightning.errors import UserError
+from cod_lightning.measure.options import parse_options
+
+HELP = "Make a trained model deeper by copying its blocks."
+EPILOG = """\
+how=identity    copies whose last projections are zero, so that the function stays the same (LLaMA Pro; the default)
+how=stack       the first blocks, then the last ones again (SOLAR)
+how=interpolate every block several times in its place
+gains=kept      weights make up for factors that the strategy has for the new layers (the default); gains=new does not
+
+  grow runs/quickstart/lns-seed1-... blocks=36 --output runs/grown
+  fit init_from=runs/grown model.num_hidden_layers=36        # goes on training
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="run folder, or folder, .gguf file, word or hub name of a model to import")
+    add_checkpoint(parser)
+    add_trust_code(parser)
+    parser.add_argument("--output", type=Path, required=True, help="new run folder")
+    parser.add_argument("words", nargs="*", metavar="option=value", help="blocks=N, how=, gains=")
+
+
+def run(model: str, checkpoint: str, trust_code: bool, output: Path, words: Sequence[str]) -> int:
+    """Write a run folder with the deeper model, without optimizer state; all other settings are the model's."""
+    from cod_lightning.nn.surgery import Gains, How, grow
+
+    types: dict[str, Any] = {"blocks": int, "how": How, "gains": Gains}
+    options: dict[str, Any] = {"how": "identity", **parse_options(words, types, "grow")}
+    if "blocks" not in options:
+        raise UserError("blocks= is missing: give the new number of blocks")
+    config, decoder, tokenizer = read_trained(model, checkpoint, trust_code, output)
+    from dataclasses import replace
+
+    from cod_lightning.train.load import write_run
+
+    grown = grow(decoder, config.norm, **options)
+    shape = replace(config.model, num_hidden_layers=options["blocks"])
+    write_run(replace(config, model=shape, description=f"Grown from {model}."), grown, tokenizer, output)
+    print(output)
+    return 0

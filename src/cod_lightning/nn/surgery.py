@@ -1,0 +1,152 @@
+"""Give a trained decoder another norm strategy, or more blocks.
+
+The weights next to a constant factor make up for it: with g times the gain, a norm needs 1/g of the weights behind it
+(q, k, v; gate, up); with g times the scale, a branch needs 1/g of its last projection (o; down).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.decoder import Block, Decoder
+from cod_lightning.nn.huggingface import INITIAL
+from cod_lightning.nn.strategies import BlockSpec, build_all
+
+FACTORS = ("gain", "branch_scale")
+"""Coefficients that weights make up for."""
+
+How = Literal["stack", "interpolate", "identity"]
+Gains = Literal["kept", "new"]
+
+
+def convert(decoder: Decoder, norm: Mapping[str, Any]) -> Decoder:
+    """The decoder under another strategy, with the same logits up to the rounding of one product per weight.
+
+    Args:
+        decoder: trained under any strategy; it does not change.
+        norm: `name` of the new strategy, and its options as further entries.
+
+    Raises:
+        UserError: an unknown strategy, or one with coefficients that weights cannot make up for; names each of them.
+    """
+    depth = len(decoder.blocks)
+    return rebuild(decoder, norm, range(1, depth + 1), make_up=True)
+
+
+@torch.no_grad()
+def grow(decoder: Decoder, norm: Mapping[str, Any], blocks: int, how: How, gains: Gains = "kept") -> Decoder:
+    """A deeper decoder whose blocks are copies of those of `decoder`, which does not change.
+
+    Args:
+        decoder: trained.
+        norm: its strategy.
+        blocks: new number of blocks.
+        how: "stack": the first blocks, then the last ones again (SOLAR, arXiv 2312.15166); "interpolate": every block
+            several times in its place; "identity": copies between groups of blocks whose last projections are zero, so
+            that the function stays the same (LLaMA Pro, arXiv 2401.02415).
+        gains: where the strategy depends on the layer or depth, weights make up for the factors of the new place
+            ("kept": every block computes what it did), or stay as they are ("new").
+
+    Raises:
+        UserError: `blocks` is out of range, or the strategy has coefficients for the new depth that weights cannot make
+            up for.
+    """
+    sources, inserted = copies(len(decoder.blocks), blocks, how)
+    grown = rebuild(decoder, norm, sources, make_up=gains == "kept")
+    for layer in inserted:
+        block = grown.blocks[layer - 1]
+        for sublayer, last in zip(block.spec.sublayers, last_projections(block), strict=True):
+            if sublayer.skip != 1 or sublayer.learned_skip or sublayer.sum_norm or sublayer.gate != "no":
+                raise UserError(f"how=identity needs blocks x + f(x), which those of norm={norm['name']!r} are not")
+            last.weight.zero_()
+    return grown
+
+
+def copies(depth: int, blocks: int, how: How) -> tuple[list[int], list[int]]:
+    """For every new block the layer that it copies, and the layers of the new blocks that "identity" inserts.
+
+    Raises:
+        UserError: `blocks` is out of range.
+    """
+    most = depth * 2 if how != "interpolate" else blocks
+    if not depth < blocks <= most:
+        bound = f"more than {depth}" if how == "interpolate" else f"{depth + 1} to {most}"
+        raise UserError(f"blocks={blocks}: the model has {depth} blocks, and how={how} makes {bound}")
+    if how == "stack":
+        second = blocks // 2
+        return [*range(1, blocks - second + 1), *range(depth - second + 1, depth + 1)], []
+    if how == "interpolate":
+        return [1 + layer * depth // blocks for layer in range(blocks)], []
+    added = blocks - depth
+    after = {(index + 1) * depth // added for index in range(added)}
+    sources = [copy for layer in range(1, depth + 1) for copy in [layer] * (1 + (layer in after))]
+    return sources, [layer for layer in range(2, blocks + 1) if sources[layer - 1] == sources[layer - 2]]
+
+
+@torch.no_grad()
+def rebuild(decoder: Decoder, norm: Mapping[str, Any], sources: Sequence[int], make_up: bool) -> Decoder:
+    """A decoder under a strategy whose blocks are copies of those of `decoder`.
+
+    Args:
+        decoder: does not change.
+        norm: the strategy.
+        sources: layers of `decoder`, from 1, one for each new block.
+        make_up: let the weights make up for factors that differ.
+
+    Raises:
+        UserError: the strategy has coefficients that weights cannot make up for; names each of them.
+    """
+    specs = build_all(norm, len(sources))
+    originals = [decoder.blocks[source - 1] for source in sources]
+    if problems := obstacles(originals, specs):
+        raise UserError("\n".join(f"norm={norm['name']!r} sets {problem}" for problem in problems))
+    with torch.device("meta"):
+        rebuilt = Decoder(replace(decoder.config, num_hidden_layers=len(sources)), specs)
+    state = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("model.layers.")}
+    for index, block in enumerate(originals):
+        state |= {f"model.layers.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
+    rebuilt.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    rebuilt.tie()
+    for original, block in zip(originals, rebuilt.blocks, strict=True) if make_up else ():
+        attention, ffn = block.self_attn, block.mlp
+        behind_norm = [attention.q_proj, attention.k_proj, attention.v_proj], [ffn.gate_proj, ffn.up_proj]
+        for old, new, inputs, last in zip(
+            original.spec.sublayers, block.spec.sublayers, behind_norm, last_projections(block), strict=True
+        ):
+            for linear in inputs:
+                divide(linear, new.gain / old.gain)
+            if new.learned_branch_scale == "no":
+                divide(last, new.branch_scale / old.branch_scale)
+    return rebuilt
+
+
+def last_projections(block: Block) -> tuple[nn.Linear, Any]:
+    """The last linear layers of attention and FFN."""
+    mlp: Any = block.mlp
+    return block.self_attn.o_proj, mlp.down_proj
+
+
+def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[str]:
+    """One line for each coefficient of new specs that the weights of copied blocks cannot make up for."""
+    problems: dict[str, str] = {}
+    for layer, (block, spec) in enumerate(zip(originals, specs, strict=True), start=1):
+        pairs = [("entry_norm", block.spec.entry_norm, spec.entry_norm)]
+        for old, new in zip(block.spec.sublayers, spec.sublayers, strict=True):
+            pairs += [(field.name, getattr(old, field.name), getattr(new, field.name)) for field in fields(old)]
+        for name, old, new in pairs:
+            if (name not in FACTORS + INITIAL and new != old) or (name in FACTORS and new == 0):
+                text = f"{name}={new!r} (layer {layer}), for which weights cannot make up: the model has {old!r}"
+                problems.setdefault(name, text)
+    return list(problems.values())
+
+
+def divide(linear: Any, factor: float) -> None:
+    """Divide the weight of a linear layer, in float64; its bias stays."""
+    if factor != 1:
+        linear.weight.copy_(linear.weight.double() / factor)
