@@ -4,16 +4,13 @@ import dataclasses
 import re
 from dataclasses import asdict
 
-import hydra
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from cod_lightning.config.compose import choices, compose, config_folder, merge_files, sweep
+from cod_lightning.config.compose import choices, compose, sweep
 from cod_lightning.config.groups import default_values, describe_settings
 from cod_lightning.config.saved import create_run_folder, load, to_yaml
-from cod_lightning.config.schema import Config, flatten, identity
+from cod_lightning.config.schema import flatten, identity
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 
@@ -48,22 +45,6 @@ def test_a_measure_is_added_to_those_of_the_experiment(tmp_path, word):
     assert config.trainer.measures == usual | {"angular": 50}
     create_run_folder(config)
     assert load(config.folder, ["trainer.measures.jacobian=0"]).trainer.measures == {"jacobian": 0, "angular": 50}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        (),
-        ("experiments=figure1_60m", "scale=toy"),  # two recipes, one of which extends another and chooses groups
-        ("optim=lisa", "experiments=table2_1b", "model=tiny", "optim=adam", "protocol=paper"),
-    ],
-)
-def test_files_are_merged_in_the_order_of_hydra(words):
-    ConfigStore.instance().store("schema", Config)
-    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-        expected = hydra.compose("config", list(words))
-    merged = merge_files(config_folder(), tuple(tuple(word.split("=")) for word in words))
-    assert OmegaConf.to_yaml(merged) == OmegaConf.to_yaml(expected)
 
 
 def test_the_command_line_wins_over_the_experiment():

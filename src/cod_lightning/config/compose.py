@@ -1,8 +1,8 @@
 """Composition of a configuration from the files of configs/ and experiments/ and from `key=value` overrides.
 
-Hydra's grammar reads the overrides, and the files that they choose are merged. The values follow in one order: those of
-the experiment at its scale, those of its row, those of the command line. `OmegaConf.update` sets them, as Hydra does,
-but after an error continues with the next, so that a command shows all errors at once.
+Hydra reads the overrides and merges the files that they choose. The values follow in one order: those of the experiment
+at its scale, those of its row, those of the command line. `OmegaConf.update` sets them, as Hydra does, but after an
+error continues with the next, so that a command shows all errors at once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import math
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -168,7 +171,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     words = parse(overrides)
     chosen = [o for o in words if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
-    node = merge_files(config_folder(), tuple((o.key_or_group, str(o.value())) for o in chosen)).copy()
+    node = merge_files(config_folder(), tuple(o.input_line or "" for o in chosen)).copy()
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
     rows = [str(o.value()) for o in words if o.key_or_group == "row" and o.value() is not None]
     if rows:
@@ -198,82 +201,20 @@ def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
 
 
 @lru_cache(maxsize=64)
-def merge_files(folder: Path, chosen: tuple[tuple[str, str], ...]) -> DictConfig:
-    """The files of configs/ for the `chosen` (group, name) and the defaults; copy the result before you change it.
-
-    The order is that of Hydra's defaults lists, which take 0.1 s: a file follows those that it names, and of two
-    choices of a group the outer one counts, first of all the command line.
+def merge_files(folder: Path, words: tuple[str, ...]) -> DictConfig:
+    """The files of configs/ that group overrides choose, merged by Hydra; copy the result before you change it.
 
     Raises:
-        UserError: the files do not fit together.
+        UserError: the files or choices do not fit together.
     """
-    names = dict(chosen)
-    top = read_file(folder / "config.yaml")
-    defaults = dict(top.choices)
-    experiment = folder / "experiments" / f"{names.get('experiments', defaults['experiments'])}.yaml"
-    for group, name in inner_choices(experiment):
-        names.setdefault(group, name)
-    node = schema().copy()
-    try:
-        node.merge_with(top.values)
-        for group, name in defaults.items():
-            for values in layers(folder / group / f"{names.get(group, name)}.yaml"):
-                node.merge_with(values)
-    except OmegaConfBaseException as error:
-        raise UserError(cause(error)) from error
+    ConfigStore.instance().store("schema", Config)
+    with initialize_config_dir(str(folder.resolve()), version_base="1.3", job_name="cod_lightning"):
+        try:
+            node = hydra_compose("config", list(words))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(cause(error)) from error
+    OmegaConf.set_struct(node, None)  # Hydra closes dictionaries too, which take any key here
     return node
-
-
-@lru_cache
-def schema() -> DictConfig:
-    """The fields and their types; copy it before you change it."""
-    return OmegaConf.structured(Config)
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of configs/."""
-
-    values: DictConfig
-    """From the top of the configuration."""
-    parents: tuple[Path, ...]
-    """The files that it extends, in order."""
-    choices: tuple[tuple[str, str], ...]
-    """The groups that it chooses, and their names."""
-
-
-@lru_cache(maxsize=256)
-def read_file(path: Path) -> File:
-    """Read a file whose `defaults` are names of files beside it, and `GROUP: NAME` or `override /GROUP: NAME`."""
-    text = path.read_text(encoding="utf-8")
-    values = OmegaConf.create(text)
-    assert isinstance(values, DictConfig)
-    entries = values.pop("defaults", [])
-    parents = [entry for entry in entries if isinstance(entry, str) and entry not in ("schema", "_self_")]
-    choices = [pair for entry in entries if not isinstance(entry, str) for pair in entry.items()]
-    if not text.startswith("# @package _global_") and path.name != "config.yaml":
-        values = OmegaConf.create({path.parent.name: values})
-    return File(
-        values,
-        tuple(path.parent / f"{name}.yaml" for name in parents),
-        tuple((group.removeprefix("override /"), name) for group, name in choices),
-    )
-
-
-def inner_choices(path: Path) -> Iterator[tuple[str, str]]:
-    """The groups that a file and the files that it extends choose, outer ones first."""
-    file = read_file(path)
-    yield from file.choices
-    for parent in file.parents:
-        yield from inner_choices(parent)
-
-
-def layers(path: Path) -> Iterator[DictConfig]:
-    """The values of a file, after those of the files that it extends."""
-    file = read_file(path)
-    for parent in file.parents:
-        yield from layers(parent)
-    yield file.values
 
 
 def row_overrides(node: DictConfig, name: str) -> list[Override]:
