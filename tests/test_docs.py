@@ -91,6 +91,13 @@ def test_python_blocks_use_public_names(code):
     assert used <= set(cod.__all__)
 
 
+def test_the_optimizer_groups_of_the_guide_are_made(capsys):
+    pytest.importorskip("transformers")
+    (code,) = (block for _, block, _ in BLOCK.findall(PAGES["own_training.md"]) if "groups = cod.param_groups" in block)
+    exec(compile(code, "own_training.md", "exec"), {})
+    assert capsys.readouterr().out.count("weight_decay x") == 3  # blocks 2, 3 and 4
+
+
 def test_the_table_of_studies_has_every_measure():
     lines = re.findall(r"^\| (\w+) \| .* \| (`\w+`(?: `\w+`)*) \|$", PAGES["measure.md"], re.MULTILINE)
     listed = {name: study for study, names in lines for name in re.findall(r"`(\w+)`", names)}

@@ -8,7 +8,8 @@ from .nn.config import DecoderConfig
 from .nn.decoder import Decoder
 from .nn.init import build_decoder
 from .nn.layouts import Layout
-from .nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, block, build_all, register
+from .nn.param_groups import param_groups
+from .nn.strategies import STRATEGIES, BlockSpec, Rates, SublayerSpec, block, build_all, register
 from .nn.verify import verify
 from .train.load import load_run
 from .train.monitor import DepthMonitor
@@ -22,6 +23,7 @@ __all__ = [
     "DepthMonitor",
     "Layout",
     "ModelAdapter",
+    "Rates",
     "SublayerSpec",
     "__version__",
     "add_norm",
@@ -35,6 +37,7 @@ __all__ = [
     "load_pretrained",
     "load_run",
     "measure",
+    "param_groups",
     "reference_add_norm",
     "reference_linear_cross_entropy",
     "register",

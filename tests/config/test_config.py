@@ -255,6 +255,8 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
             ["data.seq_len=65 is longer than", "model.max_position_embeddings=64"],
         ),
         (["norm=group_ln", "norm.groups=7"], ["norm.groups=7", "model.hidden_size=96"]),
+        (["norm=lns_as_rates", "optim.weight_decay=0.1"], ["optim.weight_decay=0.1", "set optim.name=adamw"]),
+        (["norm=lns_as_norm_weights", "model.norm_affine=false"], ["norm=lns_as_norm_weights needs norms"]),
         (["optim.warmup_steps=250"], ["optim.warmup_steps=250", "trainer.max_steps=250"]),
         (["optim.warmup_ratio=1"], ["optim.warmup_ratio=1", "trainer.max_steps=250"]),
         (["optim.lr=0"], ["optim.lr=0", "greater than 0"]),

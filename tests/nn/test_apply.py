@@ -190,6 +190,7 @@ REFUSED = {
     "no norms before the sub-layers": (lambda: build("Olmo2"), {"norm": "lns"}, "no norms before its sub-layers"),
     "an unknown layout": (PlainModel, {"norm": "lns"}, "layout=Layout"),
     "an unknown module": (PlainModel, {"norm": "lns", "layout": Layout("h", ("a", "b"), ("c", "d"))}, "no module 'h'"),
+    "rates of the optimizer": (lambda: build("Llama"), {"norm": "lns_as_rates"}, "param_groups(model, 'lns_as_rates'"),
     "an unknown strategy": (lambda: build("Llama"), {"norm": "lnss"}, "lns"),
     "an unknown option": (lambda: build("Llama"), {"norm": "lns", "positon": "only_ffn"}, "position"),
     "initial weights on meta": (lambda: build("Llama").to("meta"), {"norm": "scaled_init"}, "meta device"),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, rotary
 from cod_lightning.nn.init import build_decoder, initialise, seed_of
-from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, block, build, build_all, mix_ln, warnings
+from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, Rates, block, build, build_all, mix_ln, warnings
 
 L = 8
 CONFIG = DecoderConfig(
@@ -102,6 +103,12 @@ EQUATIONS = {
     ),
     "lns only_ffn": ({"position": "only_ffn"}, lambda *a, layer: pre(*a, inside=(1, 1 / math.sqrt(layer)))),
     "lns_learnable": ({}, lambda *a, layer: pre(*a)),
+    "lns_as_rates": ({}, lambda *a, layer: pre(*a)),
+    "lns_as_norm_weights": ({}, lambda *a, layer: pre(*a)),
+    "lns_init_only": ({}, lambda *a, layer: pre(*a)),
+    "lns_rate_only": ({}, lambda *a, layer: pre(*a)),
+    "complete_p": ({}, lambda *a, layer: pre(*a, outside=2 * [1 / (L / 2)])),
+    "depth_mup": ({"base_depth": 3}, lambda *a, layer: pre(*a, outside=2 * [math.sqrt(3 / L)])),
     "layer_scale": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "skip_init": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "ds_init": ({}, lambda *a, layer: pre(*a)),
@@ -216,9 +223,19 @@ def test_initialisation_rescales_the_output_projections(name):
             torch.testing.assert_close(scaled.get_parameter(parameter), expected * factor)
 
 
+@pytest.mark.parametrize("name", ["lns_as_rates", "lns_init_only"])
+def test_initialisation_rescales_the_projections_behind_the_norms(name):
+    plain, scaled = decoder_of("pre_ln"), decoder_of(name)
+    for parameter, expected in plain.named_parameters():
+        layer = int(parameter.split(".")[2]) + 1 if ".layers." in parameter else 1
+        factor = layer**-0.5 if re.search("[qkv]_proj|gate_proj|up_proj", parameter) else 1.0
+        assert torch.equal(scaled.get_parameter(parameter), expected * factor), parameter
+
+
 @pytest.mark.parametrize(
     ("name", "parameter", "value"),
     [
+        ("lns_as_norm_weights", "post_attention_layernorm.weight", lambda layer: layer**-0.5),
         ("lns_learnable", "input_layernorm.weight", lambda layer: layer**-0.5),
         ("layer_scale", "ffn_residual.branch_scale", lambda layer: 1e-4),
         ("skip_init", "ffn_residual.branch_scale", lambda layer: L**-0.5),
@@ -307,6 +324,10 @@ def returns_nothing(layer, depth):
     return None
 
 
+def rate_of_zero(layer, depth):
+    return block(input_rates=Rates(lr=0.0, eps=math.nan), input_init=-1.0)
+
+
 def one_argument(layer):
     return block()
 
@@ -338,6 +359,14 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "math:nothing"}, ["norm='math:nothing'", "package.module:function"]),
         ({"name": "math:pi"}, ["is not a function"]),
         ({"name": "test_strategies:returns_nothing"}, ["returned NoneType", "BlockSpec"]),
+        (
+            {"name": "test_strategies:rate_of_zero"},
+            [
+                *("attention.input_rates.lr=0.0, expected a finite number above 0", "ffn.input_rates.eps=nan"),
+                "ffn.input_init=-1.0, expected a finite number above 0",
+            ],
+        ),
+        ({"name": "complete_p", "base_depth": 0}, ["norm.base_depth=0", "at least 1"]),
         ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
     ],
 )

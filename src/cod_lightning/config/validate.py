@@ -152,6 +152,11 @@ def model_errors(config: Config) -> list[str]:
     sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
     if groups := {sublayer.groups for sublayer in sublayers if model.hidden_size % sublayer.groups}:
         errors.append(f"norm.groups={groups.pop()} does not divide model.hidden_size={model.hidden_size}")
-    if not model.norm_affine and any(sublayer.pre_norm_weight != 1 for sublayer in sublayers):
+    if config.optim.name == "adam" and config.optim.weight_decay and any(sublayer.has_rates for sublayer in sublayers):
+        errors.append(
+            f"optim.weight_decay={config.optim.weight_decay} of optim.name='adam' is part of the gradient, where the "
+            f"rates of norm={config.norm['name']} do not reach it: set optim.name=adamw"
+        )
+    if not model.norm_affine and any(s.pre_norm_weight != 1 or s.norm_rates is not None for s in sublayers):
         errors.append(f"norm={config.norm['name']} needs norms with a weight: set model.norm_affine=true")
     return errors

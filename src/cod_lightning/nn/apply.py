@@ -23,8 +23,10 @@ Trained = Literal["refuse", "preserve", "change"]
 
 FACTORS = ("gain", "branch_scale")
 """Coefficients that are applied in the forward pass."""
-INITIAL = ("pre_norm_weight", "output_init")
-"""Coefficients that are applied once, to the weights. All others must have the values of Pre-LN."""
+INITIAL = ("pre_norm_weight", "input_init", "output_init")
+"""Coefficients that are applied once, to the weights."""
+OPTIMIZER = ("rates", "input_rates", "norm_rates")
+"""Coefficients of the optimizer, for `param_groups`. All others must have the values of Pre-LN."""
 CONFIG_KEY = "cod_lightning"
 """Name under which the strategy stands in the model's configuration, or on a model without one."""
 
@@ -56,6 +58,11 @@ def apply(
     where = pre_norm_sites(model, layout)
     section = {"name": norm, **options}
     specs = [sublayer for spec in checked_specs(section, len(where) // 2) for sublayer in spec.sublayers]
+    if any(spec.has_rates for spec in specs):
+        raise UserError(
+            f"norm={norm!r} sets rates of the optimizer, which apply cannot: train the stock model with "
+            f"param_groups(model, {norm!r}, ...)"
+        )
     written = strategy_of(model)
     if any(hasattr(module, "output_scale") for module in model.modules()):
         raise UserError(f"norm={norm!r}: the model has a strategy already: {written}")
@@ -125,7 +132,7 @@ def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
         UserError: names every coefficient that it cannot have.
     """
     specs, default, problems = build_all(norm, depth), SublayerSpec(), []
-    for name in [field.name for field in fields(SublayerSpec) if field.name not in FACTORS + INITIAL]:
+    for name in [field.name for field in fields(SublayerSpec) if field.name not in FACTORS + INITIAL + OPTIMIZER]:
         values = [getattr(sublayer, name) for spec in specs for sublayer in spec.sublayers]
         problems += [f"{name}={value!r}" for value in dict.fromkeys(values) if value != getattr(default, name)][:1]
     if any(spec.entry_norm for spec in specs):
@@ -155,6 +162,8 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
         raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
     if trained == "preserve" and not all(site.inputs for site in scaled):
         raise UserError("layout.inputs is missing: the linear layers behind the norms, for trained='preserve'")
+    if any(spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):
+        raise UserError("layout.inputs is missing: the linear layers behind the norms")
     if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in where):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
     for site, spec in zip(where, specs, strict=True):
@@ -163,6 +172,9 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
                 linear.weight.div_(spec.gain)
         if spec.pre_norm_weight != 1:
             site.norm.weight.fill_(spec.pre_norm_weight - weight_offset(site.norm))
+        if spec.input_init != 1:
+            for linear in site.inputs:
+                linear.weight.mul_(spec.input_init)
         if spec.output_init != 1:
             site.output.weight.mul_(spec.output_init)
 

@@ -25,8 +25,8 @@ from cod_lightning.nn.strategies import SublayerSpec, build_all
 FOLDED = ("gain", "branch_scale", "learned_branch_scale")
 """Coefficients of a sub-layer that are folded into weights."""
 
-INITIAL = ("pre_norm_weight", "output_init", "xavier")
-"""Coefficients that matter only at initialisation. All others must have the values of Pre-LN; `input_scale` too, which
+TRAINING = ("pre_norm_weight", "input_init", "output_init", "xavier", "rates", "input_rates", "norm_rates")
+"""Coefficients of initialisation and optimizer. All others must have the values of Pre-LN; `input_scale` too, which
 changes the eps of a norm, and a checkpoint has one eps for all norms."""
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
@@ -64,7 +64,7 @@ def unsupported_features(decoder: Decoder) -> list[str]:
     specs, default, problems = [block.spec for block in decoder.blocks], SublayerSpec(), []
     if decoder.config.norm != "rms":
         problems.append(f"model.norm={decoder.config.norm!r} has no place in a Llama checkpoint, whose norms are 'rms'")
-    for name in [field.name for field in fields(SublayerSpec) if field.name not in FOLDED + INITIAL]:
+    for name in [field.name for field in fields(SublayerSpec) if field.name not in FOLDED + TRAINING]:
         others = [
             (layer, value)
             for layer, spec in enumerate(specs, start=1)

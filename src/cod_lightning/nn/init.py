@@ -19,6 +19,9 @@ from cod_lightning.nn.weights import copy_
 
 M = TypeVar("M", bound=Model)
 
+LAST = ("o_proj", "down_proj")
+"""The last projections of the sub-layers; all others read the pre-norm."""
+
 PROFILE_BATCH, PROFILE_LENGTH = 4, 64
 """Random sequences, or images, and tokens in a sequence that Admin profiles."""
 
@@ -87,8 +90,10 @@ def initialise(model: M, seed: int) -> M:
         for part, spec in (("self_attn", block.spec.attention), ("mlp", block.spec.ffn)):
             for name, weight in block.get_submodule(part).named_parameters():
                 if weight.ndim == 2:
-                    std = projection_std(weight, name.removesuffix(".weight"), spec, model.config)
+                    projection = name.removesuffix(".weight")
+                    std = projection_std(weight, projection, spec, model.config)
                     draw_(model, f"{layers}.{index}.{part}.{name}", std, seed)
+                    weight.mul_(1.0 if projection in LAST else spec.input_init)
     for name, parameter in model.named_parameters():
         if name.endswith((".bias", ".gate")):
             parameter.zero_()
@@ -127,7 +132,7 @@ def projection_std(weight: Tensor, name: str, spec: SublayerSpec, config: Decode
         gain = 1.0 if name in ("q_proj", "k_proj") else spec.xavier
         return gain * (2 / (fan_in + fan_out)) ** 0.5
     std = base_std(config, fan_in, config.init_std)
-    return std * spec.output_init if name in ("o_proj", "down_proj") else std
+    return std * spec.output_init if name in LAST else std
 
 
 def draw_(model: Model, name: str, std: float, seed: int) -> None:

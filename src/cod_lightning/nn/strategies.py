@@ -17,64 +17,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import replace
+from typing import Any
 
 from cod_lightning.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class SublayerSpec:
-    """The coefficients of the equation for one sub-layer, and the initialisation of its parameters.
-
-    Numbers are constants of the forward pass unless a field says that they are learned. A constant is a Python float
-    and never a buffer, which `.to(bfloat16)` would round and leaving the meta device would lose.
-    """
-
-    pre_norm: bool = True
-    gain: float = 1.0
-    """Multiplies the output of the pre-norm (LayerNorm Scaling)."""
-    input_scale: float = 1.0
-    """Multiplies the input of the pre-norm."""
-    pre_norm_weight: float = 1.0
-    """Initial value of the pre-norm's weight."""
-    groups: int = 1
-    """Equal parts of the hidden dimension over which the pre-norm takes its statistics."""
-    branch_norm: bool = False
-    branch_scale: float = 1.0
-    learned_branch_scale: Literal["no", "scalar", "channel"] = "no"
-    """Replaces the constant by a parameter with initial value `branch_scale`: one number, or one per channel."""
-    skip: float = 1.0
-    learned_skip: bool = False
-    """Replaces the constant by a parameter [hidden_size], initialised by profiling (Admin)."""
-    sum_norm: bool = False
-    gate: Literal["no", "output", "input"] = "no"
-    """GPAS: h - silu(a) * stop_gradient(h) with one learned a per block, for h = y or for the x of the skip."""
-    output_init: float = 1.0
-    """Multiplies the initial standard deviation of the last projection (o_proj, down_proj)."""
-    xavier: float | None = None
-    """Gain of a Xavier-normal initialisation of v, o and the feed-forward weights; that of q and k is 1."""
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """The two sub-layers of a block; `entry_norm` normalises the input of the block (Peri-LN's embeddings)."""
-
-    attention: SublayerSpec
-    ffn: SublayerSpec
-    entry_norm: bool = False
-
-    @property
-    def sublayers(self) -> tuple[SublayerSpec, SublayerSpec]:
-        return self.attention, self.ffn
-
-    def replace(self, **changes: Any) -> BlockSpec:
-        """Return a copy with `changes` to both sub-layers."""
-        return replace(self, attention=replace(self.attention, **changes), ffn=replace(self.ffn, **changes))
-
+from cod_lightning.nn.spec import COEFFICIENTS, BlockSpec, Rates, SublayerSpec, mismatch, scaled_rates, spec_problems
 
 Strategy = Callable[..., BlockSpec]
 STRATEGIES: dict[str, Strategy] = {}
@@ -179,6 +128,55 @@ def lns(layer: int, depth: int, position: str = "after_ln") -> BlockSpec:
 def lns_learnable(layer: int, depth: int) -> BlockSpec:
     """1/sqrt(l) as the initial weight of the norms instead of a fixed factor, as GPAS and ProRes implement LNS."""
     return block(pre_norm_weight=layer**-0.5)
+
+
+# The learning rates of a block ---------------------------------------------------------------------------------------
+
+
+@register
+def lns_as_rates(layer: int, depth: int) -> BlockSpec:
+    """LNS without a factor: q, k, v, gate and up start at g W, g = 1/sqrt(l), with lr g, eps/g and weight_decay/g."""
+    g = layer**-0.5
+    return block(input_init=g, input_rates=scaled_rates(g))
+
+
+@register
+def lns_as_norm_weights(layer: int, depth: int) -> BlockSpec:
+    """LNS without a factor: the norms' weights start at g = 1/sqrt(l), with lr g, eps/g and weight_decay/g."""
+    g = layer**-0.5
+    return block(pre_norm_weight=g, norm_rates=scaled_rates(g))
+
+
+@register
+def lns_init_only(layer: int, depth: int) -> BlockSpec:
+    """The smaller initial weights of `lns_as_rates` with the usual rates."""
+    return block(input_init=layer**-0.5)
+
+
+@register
+def lns_rate_only(layer: int, depth: int) -> BlockSpec:
+    """The rates of `lns_as_rates` with the usual initial weights."""
+    return block(input_rates=scaled_rates(layer**-0.5))
+
+
+@register
+def complete_p(layer: int, depth: int, base_depth: int = 2) -> BlockSpec:
+    """x + f(LN(x)) / m, m = L / `base_depth`; the block's eps is eps/m."""
+    m = depth_ratio(depth, base_depth)
+    return block(branch_scale=1 / m, rates=Rates(eps=1 / m))
+
+
+@register
+def depth_mup(layer: int, depth: int, base_depth: int = 2) -> BlockSpec:
+    """x + f(LN(x)) / sqrt(m), m = L / `base_depth`; the block's rates are lr/sqrt(m) and eps/sqrt(m)."""
+    m = depth_ratio(depth, base_depth)
+    return block(branch_scale=m**-0.5, rates=Rates(lr=m**-0.5, eps=m**-0.5))
+
+
+def depth_ratio(depth: int, base_depth: int) -> float:
+    if base_depth < 1:
+        raise UserError(f"norm.base_depth={base_depth} must be at least 1")
+    return depth / base_depth
 
 
 # Strategies that change a base strategy; further options are those of the base ----------------------------------------
@@ -342,40 +340,6 @@ def coefficient_hint(error: Exception) -> str:
     """The nearest coefficient, if `error` is about one that does not exist."""
     unknown = re.search(r"^SublayerSpec.* unexpected keyword argument '(\w+)'", str(error))
     return f"; {nearest(unknown[1], COEFFICIENTS)}" if unknown else ""
-
-
-def spec_problems(spec: BlockSpec) -> list[str]:
-    """One line for each coefficient of the wrong type."""
-    problems = []
-    for part in ("attention", "ffn"):
-        sublayer = getattr(spec, part)
-        if not isinstance(sublayer, SublayerSpec):
-            problems.append(f"{part}={sublayer!r}, expected a SublayerSpec,")
-            continue
-        for field, hint in COEFFICIENTS.items():
-            value = getattr(sublayer, field)
-            if expected := mismatch(hint, value):
-                problems.append(f"{part}.{field}={value!r}, expected {expected},")
-    return problems
-
-
-COEFFICIENTS = get_type_hints(SublayerSpec)
-"""Type hints of the coefficients."""
-
-
-def mismatch(hint: Any, value: Any) -> str:
-    """A description of the type `hint` if `value` does not have it, else an empty string."""
-    if hint is bool:
-        return "" if isinstance(value, bool) else "true or false"
-    if hint is int:
-        return "" if type(value) is int and value > 0 else "a whole number from 1"
-    arguments = get_args(hint)
-    if get_origin(hint) is Literal:
-        return "" if value in arguments else f"one of {', '.join(arguments)}"
-    if value is None and type(None) in arguments:
-        return ""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return "" if is_number else "a finite number"
 
 
 def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Block, Decoder
-from cod_lightning.nn.huggingface import INITIAL
+from cod_lightning.nn.huggingface import TRAINING
 from cod_lightning.nn.strategies import BlockSpec, build_all
 
 FACTORS = ("gain", "branch_scale")
@@ -140,7 +140,7 @@ def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[st
         for old, new in zip(block.spec.sublayers, spec.sublayers, strict=True):
             pairs += [(field.name, getattr(old, field.name), getattr(new, field.name)) for field in fields(old)]
         for name, old, new in pairs:
-            if (name not in FACTORS + INITIAL and new != old) or (name in FACTORS and new == 0):
+            if (name not in FACTORS + TRAINING and new != old) or (name in FACTORS and new == 0):
                 text = f"{name}={new!r} (layer {layer}), for which weights cannot make up: the model has {old!r}"
                 problems.setdefault(name, text)
     return list(problems.values())

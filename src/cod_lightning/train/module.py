@@ -176,8 +176,7 @@ class StepModule(LightningModule, ABC):
                 # The strategy averages gradients over the ranks, but the loss is already divided by the global count.
                 self.manual_backward(loss * self.trainer.world_size)
         (total,) = self.sum_over_ranks(total)
-        gradients = gradient_parameters(optimizer.optimizer)
-        norm = gradient_norm(gradients)
+        norm = gradient_norm(optimizer.optimizer)
         # One wait for the device serves both.
         value, norm_value = torch.stack([total, norm.to(total)]).tolist()
         if not math.isfinite(value):
@@ -192,7 +191,7 @@ class StepModule(LightningModule, ABC):
             bad = names[-1] if names else "a parameter on another rank"
             raise Diverged(f"the gradient is not finite at step {step}, first for {bad}. {ADVICE}")
         if self.optim.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(gradients, self.optim.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(gradient_parameters(optimizer.optimizer), self.optim.clip, norm)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -306,9 +305,22 @@ def gradient_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Norm of the gradient over all ranks, as a tensor, so that the caller decides when to wait for the device."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradient_norm(optimizer: Optimizer) -> Tensor:
+    """Norm of the gradient over all ranks, as a tensor, so that the caller decides when to wait for the device.
+
+    The gradient of a group counts `clip` times (`Rates.clip`).
+    """
+    gradients: dict[float, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        own = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        gradients.setdefault(group.get("clip", 1.0), []).extend(own)
+    norms = [clip * total_norm(own) for clip, own in gradients.items() if own]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Norm of some gradients over all ranks."""
+    norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

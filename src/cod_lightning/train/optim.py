@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.nn.init import seed_of
+from cod_lightning.nn.param_groups import grouped, model_rates
 
 
 def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str, start: float = 0.0) -> float:
@@ -63,19 +64,14 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """The trainable parameters with weight decay, and those without it; an empty group is left out.
+    """The trainable parameters with weight decay, those without it, and groups with the rates of the strategy.
 
-    Weight decay applies to parameters with at least two dimensions, except position embeddings (as in DeiT and timm)
-    and, with `decay_embeddings=false`, token embeddings.
+    An empty group is left out. Weight decay applies to parameters with at least two dimensions, except position
+    embeddings (as in DeiT and timm) and, with `decay_embeddings=false`, token embeddings.
     """
     exempt = ("embedding.positions",) if config.decay_embeddings else ("embedding.positions", "embed_tokens.weight")
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 and not name.endswith(exempt) else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    settings = {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay}
+    return grouped(module.named_parameters(), model_rates(module), **settings, exempt=exempt)
 
 
 def frozen_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list[int]:

@@ -1,0 +1,166 @@
+"""Optimizer groups with the rates of a strategy, for the models of this package and for those from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from cod_lightning.errors import UserError, nearest
+from cod_lightning.nn.apply import change_weights, checked_specs, is_trained, strategy_of
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.layouts import LLAMA, Layout, Site, pre_norm_sites, sites
+from cod_lightning.nn.spec import Rates, SublayerSpec, scaled_rates
+from cod_lightning.nn.vit import VisionTransformer
+
+DECODER = replace(LLAMA, branches=("attention_residual", "ffn_residual"))
+VIT = replace(DECODER, blocks="layers", inputs=(LLAMA.inputs[0], ("mlp.up_proj",)))
+FORMS = ("matrices", "norm_weights")
+SCALED = "cod_initial_weights_scaled"
+"""Attribute of a model whose initial weights `param_groups` has scaled."""
+
+
+def param_groups(
+    model: nn.Module,
+    norm: str,
+    *,
+    lr: float,
+    initial_weights: Literal["scale", "scaled"],
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    form: Literal["matrices", "norm_weights"] = "matrices",
+    layout: Layout | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Groups for AdamW under which a stock Pre-LN model trains exactly as under a strategy such as LNS.
+
+    A gain g of a norm becomes weights that start at g times their value and train with lr g, eps/g and weight_decay/g.
+    The model computes no factor, so every checkpoint of it is one of the stock model. This is exact for AdamW in
+    exact arithmetic, without clipping of the gradient's norm; Adam with weight decay, SGD and Muon scale otherwise.
+
+    Weight decay applies to parameters with at least two dimensions, as in `fit`.
+
+    Args:
+        model: as for `apply`, without a strategy.
+        norm: a strategy that sets gains, rates or initial weights only.
+        lr: learning rate; a scheduler multiplies that of every group.
+        initial_weights: "scale" multiplies the initial weights now, in place, once; "scaled" expects that this is
+            done, as in a checkpoint of such a training. Without either half, the training is not that of the strategy.
+        eps: of AdamW.
+        weight_decay: of AdamW.
+        form: which weights stand for the gains: "matrices" (q, k, v, gate, up) or "norm_weights".
+        layout: as for `apply`; "matrices" need `layout.inputs`.
+        options: of the strategy.
+
+    Returns:
+        Groups to pass to `torch.optim.AdamW`; those with rates of their own have a `name`.
+
+    Raises:
+        UserError: as `apply`; a strategy with other factors than gains; a wrong `form` or `initial_weights`; "scale"
+            for a model that is trained or scaled. The model is unchanged.
+    """
+    if form not in FORMS:
+        raise UserError(f"form={form!r} does not exist: {nearest(str(form), FORMS)}")
+    if initial_weights not in ("scale", "scaled"):
+        raise UserError(
+            f"initial_weights={initial_weights!r} does not exist: pass 'scale' to multiply the initial weights now, or "
+            "'scaled' if they are"
+        )
+    if (applied := strategy_of(model)) is not None:
+        raise UserError(f"the model has a strategy already: {applied}; use apply or param_groups, not both")
+    where = pre_norm_sites(model, layout)
+    blocks = checked_specs({"name": norm, **options}, len(where) // 2)
+    specs = [without_gain(sublayer, form, norm) for spec in blocks for sublayer in spec.sublayers]
+    if any(spec.input_rates or spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):
+        raise UserError("layout.inputs is missing: the linear layers behind the norms; or pass form='norm_weights'")
+    if initial_weights == "scale":
+        if hasattr(model, SCALED) or any(is_trained(site.norm) for site in where):
+            raise UserError(
+                "initial_weights='scale': the model is trained, or scaled already (its norms are not at their initial "
+                "weights, or param_groups was called before): pass initial_weights='scaled'"
+            )
+        change_weights(where, specs, norm, "refuse")
+        setattr(model, SCALED, True)
+    rates = rates_of(where, specs)
+    return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
+
+
+def without_gain(spec: SublayerSpec, form: str, norm: str) -> SublayerSpec:
+    """The exact equivalent of a sub-layer that has initial weights and rates instead of a gain.
+
+    Raises:
+        UserError: the sub-layer scales its branch, or has both a gain and rates.
+    """
+    if spec.branch_scale != 1:
+        raise UserError(f"norm={norm!r} sets branch_scale={spec.branch_scale!r}, which no optimizer group replaces")
+    if spec.gain == 1:
+        return spec
+    if spec.has_rates:
+        raise UserError(f"norm={norm!r} sets gain={spec.gain!r} and rates: param_groups supports one of them")
+    rates = scaled_rates(spec.gain)
+    if form == "matrices":
+        return replace(spec, gain=1.0, input_init=spec.input_init * spec.gain, input_rates=rates)
+    return replace(spec, gain=1.0, pre_norm_weight=spec.pre_norm_weight * spec.gain, norm_rates=rates)
+
+
+def model_rates(model: nn.Module) -> dict[nn.Parameter, Rates]:
+    """The rates of the parameters of a `Decoder` or `VisionTransformer`; empty for any other module."""
+    if not isinstance(model, Decoder | VisionTransformer):
+        return {}
+    specs = [sublayer for block in model.blocks for sublayer in block.spec.sublayers]
+    return rates_of(sites(model, DECODER if isinstance(model, Decoder) else VIT), specs)
+
+
+def rates_of(where: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter, Rates]:
+    """The rates of every parameter of the sub-layers."""
+    rates: dict[nn.Parameter, Rates] = {}
+    for site, spec in zip(where, specs, strict=True):
+        for module in (site.norm, site.sublayer, site.branch):
+            rates |= dict.fromkeys(module.parameters(), spec.rates)
+        if spec.norm_rates is not None:
+            rates |= dict.fromkeys(site.norm.parameters(), spec.norm_rates)
+        if spec.input_rates is not None:
+            rates |= dict.fromkeys((linear.weight for linear in site.inputs), spec.input_rates)
+    return rates
+
+
+def grouped(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    rates: dict[nn.Parameter, Rates],
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    exempt: tuple[str, ...] = (),
+) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters with equal settings; those without multipliers first.
+
+    Args:
+        parameters: with their names.
+        rates: of some of them.
+        lr: before the multipliers.
+        eps: before the multipliers.
+        weight_decay: before the multipliers; 0 for parameters with fewer than two dimensions.
+        exempt: endings of the names of further parameters without weight decay.
+    """
+    plain = Rates()
+    members: dict[tuple[Rates, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            decayed = parameter.ndim >= 2 and not name.endswith(exempt)
+            members.setdefault((rates.get(parameter, plain), decayed), []).append(parameter)
+    groups = []
+    for own, decayed in sorted(members, key=lambda key: (key[0] != plain, not key[1])):
+        group: dict[str, Any] = {
+            "params": members[own, decayed],
+            "lr": lr * own.lr,
+            "eps": eps * own.eps,
+            "weight_decay": weight_decay * own.weight_decay if decayed else 0.0,
+        }
+        if own != plain:
+            decay = f"weight_decay x {own.weight_decay:.6g}" if decayed else "no weight_decay"
+            group |= {"name": f"lr x {own.lr:.6g}, eps x {own.eps:.6g}, {decay}", "clip": own.clip}
+        groups.append(group)
+    return groups

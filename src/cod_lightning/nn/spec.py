@@ -1,0 +1,138 @@
+"""The coefficients of a block: what a strategy returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+Multiplier = Annotated[float, "above 0"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Multipliers of the optimizer's settings for a group of parameters."""
+
+    lr: Multiplier = 1.0
+    eps: Multiplier = 1.0
+    weight_decay: Multiplier = 1.0
+    clip: Multiplier = 1.0
+    """Multiplies the gradient in the norm that `optim.clip` bounds, and there alone."""
+
+
+def scaled_rates(factor: float) -> Rates:
+    """Rates under which a weight V that starts as g W, g the factor, stays exactly g W under AdamW.
+
+    The gradient of V is 1/g times that of W, and so are Adam's m and sqrt(v). The step of V is therefore
+    g lr m / (sqrt(v) + eps/g), g times that of W, and its decay 1 - (g lr) (weight_decay/g) is that of W.
+    """
+    return Rates(lr=factor, eps=1 / factor, weight_decay=1 / factor, clip=factor)
+
+
+@dataclass(frozen=True)
+class SublayerSpec:
+    """The coefficients of the equation for one sub-layer, and the initialisation of its parameters.
+
+    Numbers are constants of the forward pass unless a field says that they are learned. A constant is a Python float
+    and never a buffer, which `.to(bfloat16)` would round and leaving the meta device would lose.
+    """
+
+    pre_norm: bool = True
+    gain: float = 1.0
+    """Multiplies the output of the pre-norm (LayerNorm Scaling)."""
+    input_scale: float = 1.0
+    """Multiplies the input of the pre-norm."""
+    pre_norm_weight: float = 1.0
+    """Initial value of the pre-norm's weight."""
+    groups: int = 1
+    """Equal parts of the hidden dimension over which the pre-norm takes its statistics."""
+    branch_norm: bool = False
+    branch_scale: float = 1.0
+    learned_branch_scale: Literal["no", "scalar", "channel"] = "no"
+    """Replaces the constant by a parameter with initial value `branch_scale`: one number, or one per channel."""
+    skip: float = 1.0
+    learned_skip: bool = False
+    """Replaces the constant by a parameter [hidden_size], initialised by profiling (Admin)."""
+    sum_norm: bool = False
+    gate: Literal["no", "output", "input"] = "no"
+    """GPAS: h - silu(a) * stop_gradient(h) with one learned a per block, for h = y or for the x of the skip."""
+    output_init: float = 1.0
+    """Multiplies the initial standard deviation of the last projection (o_proj, down_proj)."""
+    xavier: float | None = None
+    """Gain of a Xavier-normal initialisation of v, o and the feed-forward weights; that of q and k is 1."""
+    input_init: Multiplier = 1.0
+    """Multiplies the initial weights of the projections behind the pre-norm (q, k, v; gate, up)."""
+    rates: Rates = Rates()
+    """Optimizer multipliers of every parameter of the sub-layer, norms and biases included."""
+    input_rates: Rates | None = None
+    """Those of the weights of the projections behind the pre-norm; None: `rates`."""
+    norm_rates: Rates | None = None
+    """Those of the pre-norm; None: `rates`."""
+
+    @property
+    def has_rates(self) -> bool:
+        return any(rates not in (None, Rates()) for rates in (self.rates, self.input_rates, self.norm_rates))
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The two sub-layers of a block; `entry_norm` normalises the input of the block (Peri-LN's embeddings)."""
+
+    attention: SublayerSpec
+    ffn: SublayerSpec
+    entry_norm: bool = False
+
+    @property
+    def sublayers(self) -> tuple[SublayerSpec, SublayerSpec]:
+        return self.attention, self.ffn
+
+    def replace(self, **changes: Any) -> BlockSpec:
+        """Return a copy with `changes` to both sub-layers."""
+        return replace(self, attention=replace(self.attention, **changes), ffn=replace(self.ffn, **changes))
+
+
+COEFFICIENTS = get_type_hints(SublayerSpec, include_extras=True)
+"""Type hints of the coefficients."""
+MULTIPLIERS = get_type_hints(Rates, include_extras=True)
+
+
+def spec_problems(spec: BlockSpec) -> list[str]:
+    """One line for each coefficient of the wrong type or out of range."""
+    problems = []
+    for part in ("attention", "ffn"):
+        sublayer = getattr(spec, part)
+        if isinstance(sublayer, SublayerSpec):
+            problems += field_problems(part, sublayer, COEFFICIENTS)
+        else:
+            problems.append(f"{part}={sublayer!r}, expected a SublayerSpec,")
+    return problems
+
+
+def field_problems(name: str, values: SublayerSpec | Rates, hints: dict[str, Any]) -> list[str]:
+    problems = []
+    for field, hint in hints.items():
+        value = getattr(values, field)
+        if isinstance(value, Rates):
+            problems += field_problems(f"{name}.{field}", value, MULTIPLIERS)
+        elif expected := mismatch(hint, value):
+            problems.append(f"{name}.{field}={value!r}, expected {expected},")
+    return problems
+
+
+def mismatch(hint: Any, value: Any) -> str:
+    """A description of the type `hint` if `value` does not have it, else an empty string."""
+    if hint is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    if hint is int:
+        return "" if type(value) is int and value > 0 else "a whole number from 1"
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return "" if value in arguments else f"one of {', '.join(arguments)}"
+    if value is None and type(None) in arguments:
+        return ""
+    if Rates in (hint, *arguments):
+        return "Rates"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint == Multiplier:
+        return "" if is_number and value > 0 else "a finite number above 0"
+    return "" if is_number else "a finite number"

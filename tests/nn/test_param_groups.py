@@ -1,0 +1,110 @@
+"""`param_groups`: a stock model that trains as under `apply`."""
+
+import pytest
+import torch
+from test_apply import PLAIN, PlainModel, build, trained_llama
+from torch.nn.functional import cross_entropy
+
+import cod_lightning as cod
+from cod_lightning.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS = torch.arange(160).reshape(20, 8) * 7 % 60
+SETTINGS = {"lr": 3e-3, "eps": 1e-3, "weight_decay": 0.5}
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+
+def train(model, groups):
+    """Losses of 20 steps of AdamW."""
+    optimizer, losses = torch.optim.AdamW(groups), []
+    for tokens in TOKENS:
+        loss = cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def build_double(family="Llama"):
+    return build(family, **(NO_DROPOUT if family == "GPT2" else {})).double()
+
+
+def train_applied(family="Llama"):
+    """Losses of LNS by `apply`, with the usual groups."""
+    model = build_double(family)
+    groups = cod.param_groups(model, "pre_ln", initial_weights="scaled", **SETTINGS)
+    return train(cod.apply(model, "lns"), groups)
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "tolerance"),
+    [
+        ("Llama", "matrices", 1e-12),
+        ("Llama", "norm_weights", 1e-12),
+        ("GPT2", "matrices", 1e-12),
+        ("GPT2", "norm_weights", 1e-12),
+        ("Gemma", "norm_weights", 1e-5),  # transformers multiplies by 1 + weight in float32
+    ],
+)
+def test_a_stock_model_trains_as_under_lns(family, form, tolerance):
+    stock = build_double(family)
+    groups = cod.param_groups(stock, "lns", form=form, initial_weights="scale", **SETTINGS)
+    torch.testing.assert_close(train(stock, groups), train_applied(family), rtol=0, atol=tolerance)
+
+
+def test_a_checkpoint_is_one_of_the_stock_model_and_goes_on(tmp_path):
+    model = build_double()
+    cod.param_groups(model, "lns", initial_weights="scale", **SETTINGS)
+    model.save_pretrained(tmp_path)
+    assert "cod_lightning" not in (tmp_path / "config.json").read_text()
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    groups = cod.param_groups(loaded, "lns", initial_weights="scaled", **SETTINGS)
+    torch.testing.assert_close(train(loaded, groups), train_applied(), rtol=0, atol=1e-12)
+
+
+def test_a_folded_model_goes_on_as_under_lns():
+    folded = cod.fold(cod.apply(build_double(), "lns"))
+    groups = cod.param_groups(folded, "lns", form="norm_weights", initial_weights="scaled", **SETTINGS)
+    torch.testing.assert_close(train(folded, groups), train_applied(), rtol=0, atol=1e-12)
+
+
+def test_initial_weights_scaled_before_are_left_alone():
+    model = build("Llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cod.param_groups(model, "lns", initial_weights="scaled", **SETTINGS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def scaled_llama():
+    model = build("Llama")
+    cod.param_groups(model, "lns", initial_weights="scale", **SETTINGS)
+    return model
+
+
+REFUSED = {
+    "a trained model": (trained_llama, {}, "initial_weights='scale': the model is trained"),
+    "scaling twice": (scaled_llama, {}, "initial_weights='scale': the model is trained, or scaled"),
+    "no decision on initial weights": (lambda: build("Llama"), {"initial_weights": None}, "initial_weights=None"),
+    "an unknown form": (lambda: build("Llama"), {"form": "norms"}, "form='norms'"),
+    "an applied strategy": (lambda: cod.apply(build("Llama"), "lns"), {}, "not both"),
+    "scaled branches": (lambda: build("Llama"), {"norm": "complete_p"}, "sets branch_scale=0.66"),
+    "another placement": (lambda: build("Llama"), {"norm": "post_ln"}, "pre_norm=False, sum_norm=True"),
+    "no inputs in the layout": (PlainModel, {"layout": PLAIN}, "layout.inputs is missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_without_exact_groups_is_refused_and_unchanged(case):
+    build_model, changes, message = REFUSED[case]
+    model = build_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        cod.param_groups(model, **({"norm": "lns", "initial_weights": "scale", **SETTINGS} | changes))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_initial_weights_are_required():
+    with pytest.raises(TypeError, match="initial_weights"):
+        cod.param_groups(build("Llama"), "lns", lr=1e-3)
