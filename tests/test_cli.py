@@ -19,6 +19,7 @@ import yaml
 import cod_lightning
 from cod_lightning.cli import COMMANDS, main
 from cod_lightning.config.compose import compose
+from cod_lightning.config.groups import choices
 from cod_lightning.config.saved import load
 
 PYTHON = [sys.executable, "-m", "cod_lightning"]
@@ -345,10 +346,17 @@ def test_harness_tasks_are_scored_with_the_logits_of_the_decoder(finished, tmp_p
     assert "unknown task 'toy_choise'; similar: toy_choice" in process.stderr
 
 
-def test_experiments_lists_published_figures():
-    process = run_ok("experiments")
-    for word in ("quickstart", "table1_350m", "lns 18.20", "368.0M", "7.86B"):
-        assert word in process.stdout
+def test_experiments_lists_every_experiment_with_published_figures(capsys):
+    assert main(["experiments"]) == 0
+    listed = capsys.readouterr().out
+    assert all(word in listed for word in [*choices("experiments"), "lns 18.20"])
+
+
+def test_experiments_shows_the_size_of_those_that_are_named(capsys):
+    assert main(["experiments", "table1_350m"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("table1_350m", "lns 18.20", "368.0M", "7.86B"))
+    assert "table1_1b" not in shown
 
 
 def test_prepare_merges_shards_into_the_set_that_prepare_would_write(toy, tmp_path, capsys):

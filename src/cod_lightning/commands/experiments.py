@@ -1,45 +1,65 @@
-"""`experiments`: list the experiments of the paper."""
+"""`experiments`: list the experiments of the paper, or the size and the tokens of some."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-HELP = "List the experiments: size, tokens, what they reproduce, published figures."
+from cod_lightning.errors import UserError, nearest
+
+HELP = "List the experiments: what they reproduce, published figures; with names, also model, parameters and tokens."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """It has none."""
+    parser.add_argument("names", nargs="*", metavar="experiment", help="show these, with model, parameters and tokens")
 
 
-def run() -> int:
+def run(names: Sequence[str]) -> int:
     from cod_lightning.commands.terminal import experiments_table, show
-    from cod_lightning.config.compose import choices, compose
-    from cod_lightning.paper.experiments import format_tokens, num_parameters, training_tokens
+    from cod_lightning.config.groups import choices
 
-    rows = []
-    for experiment in choices("experiments"):
-        config = compose([f"experiments={experiment}"])
-        model, paper_rows = config.model, config.paper.get("rows", {})
-        published = [
-            f"{name} {figure}" for name, row in paper_rows.items() for figure in format_published(row.get("published"))
-        ]
-        measured = any("subject" in row for row in paper_rows.values())
-        rows.append(
-            {
-                "experiment": experiment,
-                "reproduces": config.description,
-                "model": f"{model.num_hidden_layers} x {model.hidden_size}",
-                "parameters": f"{num_parameters(config) / 1e6:,.1f}M",
-                "token positions": "none, measured" if measured else format_tokens(training_tokens(config)),
-                "published": "\n".join(published) or "none",
-            }
-        )
-    show(experiments_table(rows))
+    known = choices("experiments")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{unknown[0]!r} is not an experiment: {nearest(unknown[0], known)}")
+    show(experiments_table([composed(name) for name in names] or [listed(name) for name in known]))
     return 0
 
 
+def listed(name: str) -> dict[str, str]:
+    """What the file of an experiment says; to compose all of them would take seconds."""
+    from cod_lightning.config.groups import read_yaml
+
+    content = read_yaml(f"experiments/{name}")
+    paper = content.get("paper") or {}
+    return {"experiment": name, "reproduces": content["description"], "published": published(paper)}
+
+
+def composed(name: str) -> dict[str, str]:
+    """What the configuration of an experiment says."""
+    from cod_lightning.config.compose import compose
+    from cod_lightning.paper.experiments import format_tokens, num_parameters, training_tokens
+
+    config = compose([f"experiments={name}"])
+    model, measured = config.model, any("subject" in row for row in (config.paper.get("rows") or {}).values())
+    return {
+        "experiment": name,
+        "reproduces": config.description,
+        "model": f"{model.num_hidden_layers} x {model.hidden_size}",
+        "parameters": f"{num_parameters(config) / 1e6:,.1f}M",
+        "token positions": "none, measured" if measured else format_tokens(training_tokens(config)),
+        "published": published(config.paper),
+    }
+
+
+def published(paper: Mapping[str, Any]) -> str:
+    """The published figures of all rows, one a line."""
+    rows = (paper.get("rows") or {}).items()
+    return "\n".join(f"{name} {figure}" for name, row in rows for figure in format_published(row.get("published")))
+
+
 def format_published(published: float | dict[str, float] | None) -> list[str]:
-    """Published figures of a row: one number, or several by name, of which `average` stands for all."""
+    """The published figures of a row: one number, or several by name, of which `average` stands for all."""
     if published is None:
         return []
     if not isinstance(published, dict):

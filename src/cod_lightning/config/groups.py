@@ -39,7 +39,8 @@ def groups() -> list[str]:
 
 def read_yaml(name: str) -> dict[str, Any]:
     """A file of configs/ as a dictionary."""
-    return yaml.safe_load((config_folder() / f"{name}.yaml").read_text()) or {}
+    text = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
 
 
 def default_choices() -> dict[str, str]:
