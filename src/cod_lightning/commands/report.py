@@ -30,6 +30,9 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
     check_writable(output, "--output=")
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     results = results or RESULTS
     scales = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
     names = reproducible_experiments()

@@ -49,6 +49,9 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     rows = list(experiment_rows(names, options.get("scale", "paper"), overrides))
     if "row" in options:
         rows = select_rows(rows, options["row"].split(","))
+    from cod_lightning._torchmetrics import import_torchmetrics
+
+    import_torchmetrics()
     results = results or RESULTS
     tasks = remaining_tasks(rows, range(1, seeds + 1), results)
     print(f"{len(tasks)} of {len(rows) * seeds} runs remaining", file=sys.stderr, flush=True)
