@@ -10,7 +10,14 @@ from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.layer_importance import block_influence
 from cod_lightning.measure.pruning import prune, remove_blocks
-from cod_lightning.measure.weight_sparsity import input_norms, layer_sparsity, linear_weights, sparsify
+from cod_lightning.measure.weight_sparsity import (
+    arithmetic_sparsities,
+    input_norms,
+    largest_difference,
+    layer_sparsity,
+    linear_weights,
+    sparsify,
+)
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export
 
@@ -207,6 +214,23 @@ def test_weights_are_pruned_by_method_and_allocation(causal_lm, family, method, 
     assert (result.layers_after, result.removed) == (4, [])
 
 
+def test_the_arithmetic_sparsities_rise_by_the_difference_around_their_mean():
+    assert arithmetic_sparsities(5, 0.7, 0.1) == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert arithmetic_sparsities(5, 0.7, largest_difference(5, 0.7))[-1] == pytest.approx(1)
+    assert arithmetic_sparsities(3, 0.2, largest_difference(3, 0.2))[0] == pytest.approx(0)
+
+
+def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
+    model = causal_lm("ours")
+    norms = input_norms(model, padded_batches(), PAD)
+    result = pruned(model, sparsity=0.5, allocation="arithmetic")
+    tried = [arithmetic_sparsities(4, 0.5, step / 27) for step in range(1, 10)]
+    losses = {loss(sparsify(model, sparsities, "wanda", norms)): sparsities for sparsities in tried}
+    assert result.signal == pytest.approx(losses[min(losses)])
+    given = pruned(model, sparsity=0.5, allocation="arithmetic", difference=0.1)
+    assert given.signal == pytest.approx([0.35, 0.45, 0.55, 0.65])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -219,7 +243,11 @@ def test_weights_are_pruned_by_method_and_allocation(causal_lm, family, method, 
         ({"by": "streamline", "blocks": 0}, "blocks=0: expected 1 to 3"),
         ({"layers": [1], "method": "wanda"}, "allocation= and method= need sparsity="),
         ({"sparsity": 1.5, "allocation": "uniform"}, r"sparsity=1.5 is not a share of weights"),
-        ({"sparsity": 0.5, "allocation": "even"}, "allocation='even': .*known: alpha_pruning, owl, uniform"),
+        (
+            {"sparsity": 0.5, "allocation": "even"},
+            "allocation='even': .*known: alpha_pruning, arithmetic",
+        ),
+        ({"sparsity": 0.5, "allocation": "arithmetic", "difference": 0.4}, "difference=0.4 .* sets layer 1 to -0.100"),
         ({"sparsity": 0.5, "method": "wand"}, "method='wand': did you mean 'wanda'"),
     ],
 )

@@ -40,7 +40,7 @@ prune writes a model that stock transformers loads, without some blocks or weigh
   measure prune RUN layers=17,18,19 --output FOLDER
   measure prune RUN by=influence blocks=4 --output FOLDER         (or by=streamline, by=removal)
   measure prune RUN sparsity=0.5 allocation=owl method=wanda --output FOLDER
-                                                 (or allocation=alpha_pruning, uniform; method=magnitude)
+                                                 (or allocation=alpha_pruning, arithmetic, uniform; method=magnitude)
 """
 
 

@@ -25,8 +25,10 @@ from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.weight_sparsity import (
     Method,
     alpha_sparsities,
+    arithmetic_sparsities,
     check_sparsities,
     input_norms,
+    largest_difference,
     layer_alphas,
     linear_weights,
     outlier_ratios,
@@ -39,7 +41,9 @@ from cod_lightning.nn.huggingface import unsupported_features
 Export = Callable[[Any, Path], object]
 """Writes a model into an existing empty folder."""
 Signal = Literal["influence", "streamline", "removal"]
-Allocation = Literal["owl", "alpha_pruning", "uniform"]
+Allocation = Literal["owl", "alpha_pruning", "arithmetic", "uniform"]
+TRIED_DIFFERENCES = 9
+"""Differences of `allocation=arithmetic` that are tried; the search of its paper tries as many for 32 blocks."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ def prune(
     threshold: float = 5.0,
     owl_lambda: float = 0.08,
     epsilon: float = 0.3,
+    difference: float | None = None,
 ) -> Pruned:
     """Write the model without some of its blocks or weights into `folder`, completely or not at all.
 
@@ -228,11 +233,13 @@ def prune(
             distance (LLM-Streamline); or `removal`, those that alone raise the loss least.
         blocks: number of blocks to select.
         sparsity: share of the weights of the blocks' linear layers to set to zero.
-        allocation: how the sparsity is divided among blocks: `owl` (default), `alpha_pruning`, or `uniform`.
+        allocation: how the sparsity is divided among blocks: `owl` (default), `alpha_pruning`, `arithmetic` (ATP), or
+            `uniform`.
         method: selects the weights: the smallest by `wanda` (default) or by `magnitude`, see `sparsify`.
         threshold: M of OWL, see `outlier_ratios`.
         owl_lambda: lambda of OWL, see `owl_sparsities`.
         epsilon: epsilon of AlphaPruning, see `alpha_sparsities`.
+        difference: of ATP, see `arithmetic_sparsities`; None: that of nine with the lowest loss on `batches`.
 
     Raises:
         UserError: the options do not select exactly one way, or have invalid values; the folder is in use; or a stock
@@ -260,6 +267,7 @@ def prune(
             threshold=threshold,
             owl_lambda=owl_lambda,
             epsilon=epsilon,
+            difference=difference,
         )
     advance = step_counter(progress, 2 * len(batches))
     loss_before, tokens = mean_loss(model, batches, pad_id, lambda *_: advance())
@@ -354,6 +362,7 @@ def prune_weights(
     threshold: float,
     owl_lambda: float,
     epsilon: float,
+    difference: float | None,
 ) -> Pruning:
     """Set a share of the weights to zero; see `prune`.
 
@@ -368,6 +377,16 @@ def prune_weights(
         sparsities = owl_sparsities(outlier_ratios(model, norms, threshold), sparsity, owl_lambda)
     elif allocation == "alpha_pruning":
         sparsities = alpha_sparsities(layer_alphas(model), sparsity, epsilon)
+    elif allocation == "arithmetic":
+        share = largest_difference(model.depth, sparsity) / TRIED_DIFFERENCES
+        tried = [share * step for step in range(1, TRIED_DIFFERENCES + 1)] if difference is None else [difference]
+        candidates = [arithmetic_sparsities(model.depth, sparsity, each) for each in tried]
+        advance = step_counter(progress, len(candidates) * len(batches))
+
+        def loss_with(sparsities: list[float]) -> float:
+            return mean_loss(sparsify(model, sparsities, method, norms), batches, pad_id, lambda *_: advance())[0]
+
+        sparsities = candidates[0] if len(candidates) == 1 else min(candidates, key=loss_with)
     else:
         sparsities = check_sparsities([sparsity] * model.depth, sparsity, "allocation=uniform")
     sparse = sparsify(model, sparsities, method, norms)

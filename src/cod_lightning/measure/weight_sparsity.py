@@ -1,4 +1,4 @@
-"""Layer-wise sparsities of OWL (arXiv 2310.05175) and AlphaPruning (arXiv 2410.10912), and pruning of weights."""
+"""Layer-wise sparsities of OWL (arXiv 2310.05175), AlphaPruning (arXiv 2410.10912) and ATP, and pruning of weights."""
 
 from __future__ import annotations
 
@@ -218,6 +218,27 @@ def alpha_sparsities(alphas: Sequence[float], sparsity: float, epsilon: float = 
     mapped = [1 - epsilon + 2 * epsilon * x for x in scale_to_unit_range(alphas)]
     mean = fmean(mapped)
     return check_sparsities([sparsity * x / mean if mean else math.nan for x in mapped], sparsity, f"epsilon={epsilon}")
+
+
+def arithmetic_sparsities(depth: int, sparsity: float, difference: float) -> list[float]:
+    """Let every block lose more than the block before it by a constant difference (ATP, arXiv 2502.14770).
+
+    Args:
+        depth: number of blocks.
+        sparsity: S, the mean over the blocks.
+        difference: of the sparsities of two neighbours; at most `largest_difference`.
+
+    Raises:
+        UserError: a sparsity is outside [0, 1].
+    """
+    # Rounded, so that at the largest difference none is 1 + 2e-16.
+    sparsities = [round(sparsity + difference * (layer - (depth - 1) / 2), 12) for layer in range(depth)]
+    return check_sparsities(sparsities, sparsity, f"difference={difference}")
+
+
+def largest_difference(depth: int, sparsity: float) -> float:
+    """The largest difference of `arithmetic_sparsities` with which all lie in [0, 1]."""
+    return 2 * min(sparsity, 1 - sparsity) / max(depth - 1, 1)
 
 
 def scale_to_unit_range(values: Sequence[float]) -> list[float]:
