@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from builders import FAMILIES, PAD, tokens
+from builders import DEPTH, FAMILIES, PAD, silence, tokens
 from torch import nn
 
 from cod_lightning.kernels.loss import next_tokens
@@ -12,6 +14,7 @@ from cod_lightning.measure.activation_stats import (
     plot_variance,
     token_statistics,
 )
+from cod_lightning.measure.massive_activations import Finder, MassiveActivation
 
 TOKENS = tokens(5, 7)
 
@@ -65,13 +68,65 @@ def test_a_branch_that_adds_nothing_has_only_zeros(causal_lm):
     model = causal_lm("llama")
     nn.init.zeros_(model.blocks[1].self_attn.o_proj.weight)
     attention = activation_stats(model, [TOKENS]).attention
-    assert [values[1] for values in vars(attention).values()] == [0] * 6
+    assert [values[1] for values in vars(attention).values()] == [0] * 11
 
 
 def test_the_table_has_a_row_for_each_place_in_each_layer(causal_lm):
     result = activation_stats(causal_lm("ours", depth=2), [TOKENS])
     assert [(row["layer"], row["of"]) for row in result.rows()] == [(n, place) for n in (1, 2) for place in PLACES]
     assert result.rows()[5]["kurtosis"] == result.ffn.kurtosis[1]
+
+
+@pytest.fixture
+def planted(causal_lm):
+    """Blocks add nothing; token 5 has variance 10^7 and is massive in channel 3, all others have variance 1."""
+    model = causal_lm("llama")
+    silence(model, range(1, DEPTH + 1))
+    with torch.no_grad():
+        model.model.model.embed_tokens.weight.copy_(torch.tensor([1.0, -1.0] * 8) * (15 / 16) ** 0.5)
+        model.model.model.embed_tokens.weight[5] = 0
+        model.model.model.embed_tokens.weight[5, 3] = -4e4
+    return replace(model, decode=lambda token: f"<{token}>")
+
+
+@pytest.fixture
+def sequences():
+    """20 sequences of 10 tokens; token 5 is first in two of them."""
+    batch = torch.full((20, 10), 7)
+    batch[[4, 11], 0] = 5
+    return batch
+
+
+def test_the_median_over_tokens_is_that_without_massive_tokens(planted, sequences):
+    residual = activation_stats(planted, sequences.split(8)).residual
+    close(residual.variance, [(2 * 1e8 + 198) / 200] * DEPTH)
+    close(residual.variance_median + residual.variance_p95, [1.0] * 2 * DEPTH)
+    close(residual.variance_top_share, [2e8 / (2e8 + 198)] * DEPTH)
+    close(residual.variance_first, [(2 * 1e8 + 18) / 20] * DEPTH)
+    close(residual.variance_later, [1.0] * DEPTH)
+
+
+def test_a_sequence_of_one_token_has_no_later_ones(causal_lm):
+    result = activation_stats(causal_lm("ours", depth=1), [tokens(3, 1)])
+    assert result.to_dict()["residual"]["variance_later"] == [None]
+    assert result.residual.variance_first == pytest.approx(result.residual.variance)
+
+
+def test_a_massive_activation_is_named(planted, sequences):
+    result = activation_stats(planted, [torch.cat([torch.full((1, 10), 7), sequences]), sequences[5:]])
+    assert result.massive_channels == 1
+    layers = list(range(1, DEPTH + 1))
+    expected = MassiveActivation(3, 1, row=5, position=0, token=5, text="<5>", value=-4e4, tokens=3, layers=layers)
+    assert result.massive == [expected]
+
+
+@pytest.mark.parametrize(("value", "others", "massive"), [(99, 0.001, 0), (101, 0.001, 1), (101, 0.2, 0)])
+def test_a_massive_activation_is_above_100_and_1000_medians(causal_lm, value, others, massive):
+    x = torch.full((1, 3, 16), others)
+    x[0, 1, 2] = value
+    finder = Finder()
+    finder.add(1, x, torch.ones(1, 3, dtype=torch.bool), tokens(1, 3))
+    assert finder.found(None)[1] == massive
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subje
     data.setup("fit")
     tokens = data.probe_batch(min(rows, data.val_count))
     return Subject(
-        ModelAdapter(decoder.to(accelerator(config.trainer)).eval(), folder.name),
+        ModelAdapter(decoder.to(accelerator(config.trainer)).eval(), folder.name, tokenizer.decode),
         list(tokens.split(config.data.micro_batch_size)),
         data.pad_id,
         partial(export, tokenizer=tokenizer, max_length=config.max_length),
@@ -125,7 +125,7 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
 
     tokens = packed(open_corpus(config.data).val(), encode, tokenizer.eos_token_id, rows, config.data.seq_len)
     require_embeddings(checkpoint.model, tokenizer, tokens, name)
-    model = ModelAdapter(checkpoint.model.to(device), Path(name).name)
+    model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
     return Subject(model, list(tokens.split(config.data.micro_batch_size)), None, write)
 
 

@@ -66,6 +66,10 @@ class DocumentTokenizer:
             raise UserError(f"the tokenizer cannot encode the text: {error}; choose another data.tokenizer=") from error
         return [[*encoding.ids, self.eos_id] for encoding in encodings]
 
+    def decode(self, token: int) -> str:
+        """The text of a token; that of a special token is its name."""
+        return self.backend.decode([token], skip_special_tokens=False)
+
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
     """Train byte-level BPE on the first `BPE_CHARACTERS` of `documents`; the same text gives the same bytes.

@@ -1,21 +1,26 @@
 """Statistics of the residual stream and of what attention and FFN add to it, layer by layer (Figures 4 and 9).
 
 The paper does not define its "output variance". Here it is the unbiased variance over the hidden dimension of each
-token, averaged over tokens, as in its authors' later code.
+token, averaged over tokens, as in its authors' later code. In trained models a few tokens, often the first of a
+sequence, may carry most of that mean: the median and the 95th percentile over tokens say what the others do, and
+`massive_activations` names the channels behind it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, token_mask
+from cod_lightning.measure.massive_activations import Finder, MassiveActivation
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.nn.decoder import Decoder
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLACES = ("residual", "attention", "ffn")
+TOP = 0.01
+"""Share of the tokens with the largest variance in `Statistics.variance_top_share`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Statistics:
     """One value per layer, in order: each statistic is taken over the hidden dimension and averaged over tokens."""
 
     variance: list[float]
-    """Unbiased variance."""
+    """Unbiased variance, mean over tokens: the paper's."""
     variance_error: list[float]
     """Standard error of the mean variance, as if tokens were independent."""
     mean: list[float]
@@ -42,6 +49,17 @@ class Statistics:
     """E[(x - m)^4] / E[(x - m)^2]^2: 3 for a Gaussian, at least 1; 0 for a token of variance zero."""
     maximum: list[float]
     """Largest absolute value of any token, not averaged."""
+    variance_median: list[float]
+    """Median over tokens of the variance."""
+    variance_p95: list[float]
+    """95th percentile over tokens of the variance."""
+    variance_top_share: list[float]
+    """Share of the mean variance that the 1% of tokens with the largest variance carry, at least one token; 0 if all
+    variances are zero."""
+    variance_first: list[float]
+    """Mean variance of the first token of each sequence."""
+    variance_later: list[float]
+    """Mean variance of all other tokens; NaN without any."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,10 @@ class ActivationStats(Result):
     residual: Statistics
     attention: Statistics
     ffn: Statistics
+    massive: list[MassiveActivation]
+    """The channels with massive activations in the residual stream, largest first, at most `MOST_CHANNELS`."""
+    massive_channels: int
+    """The number of such channels."""
 
     def series(self) -> dict[str, Sequence[Any]]:
         layers = {"layer": range(1, len(self.residual.variance) + 1)}
@@ -67,10 +89,19 @@ class ActivationStats(Result):
         ]
 
     def panels(self) -> list[Panel]:
-        labels = {"variance": "variance", "kurtosis": "kurtosis", "maximum": "largest absolute value"}
+        labels = {"variance": "mean variance", "kurtosis": "kurtosis", "maximum": "largest absolute value"}
+        over_tokens = {
+            "mean": self.residual.variance,
+            "median": self.residual.variance_median,
+            "95th percentile": self.residual.variance_p95,
+            "first tokens": self.residual.variance_first,
+        }
         return [
-            Lines(label, {place: getattr(self.at(place), name) for place in PLACES}, log=name != "kurtosis")
-            for name, label in labels.items()
+            *(
+                Lines(label, {place: getattr(self.at(place), name) for place in PLACES}, log=name != "kurtosis")
+                for name, label in labels.items()
+            ),
+            Lines("variance of the residual stream", over_tokens, log=True),
         ]
 
     def at(self, place: str) -> Statistics:
@@ -81,28 +112,53 @@ class ActivationStats(Result):
 def activation_stats(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> ActivationStats:
-    """Measure every layer; statistics are in float32, or float64 if the model is, and sums in float64."""
+    """Measure every layer; statistics are in float32, or float64 if the model is, and sums in float64.
+
+    The variance of every token at every place and layer is in memory, but no activations of more than one batch.
+    """
     means = {(place, layer): RunningMean() for place in PLACES for layer in range(1, model.depth + 1)}
     largest = dict.fromkeys(means, 0.0)
-    count = 0
+    variances: dict[tuple[str, int], list[Tensor]] = {place: [] for place in means}
+    first: list[Tensor] = []
+    massive = Finder()
     for batch, keep in iter_batches(model, batches, pad_id, progress):
 
-        def hook(name: str, layer: int, x: Tensor, keep: Tensor = keep) -> None:
-            if name in PLACES:
-                x = at_least_fp32(x[keep])
-                means[name, layer].add(token_statistics(x))
-                largest[name, layer] = max(largest[name, layer], float(x.abs().max()))
+        def hook(name: str, layer: int, x: Tensor, batch: Batch = batch, keep: Tensor = keep) -> None:
+            if name not in PLACES:
+                return
+            tokens = at_least_fp32(x[keep])
+            statistics = token_statistics(tokens)
+            means[name, layer].add(statistics)
+            variances[name, layer].append(statistics[:, 0].cpu())
+            largest[name, layer] = max(largest[name, layer], float(tokens.abs().max()))
+            if name == "residual":
+                massive.add(layer, x, keep, batch)
 
         model.logits(batch, hook, keep)
-        count += int(keep.sum())
+        massive.rows += len(keep)
+        first.append((keep & (keep.cumsum(1) == 1))[keep].cpu())
+    is_first = torch.cat(first).numpy()
 
     def statistics(place: str) -> Statistics:
         layers = [(place, layer) for layer in range(1, model.depth + 1)]
         variance, mean, rms, kurtosis = torch.stack([means[layer].mean for layer in layers], dim=1).tolist()
         errors = [float(means[layer].error[0]) for layer in layers]
-        return Statistics(variance, errors, mean, rms, kurtosis, [largest[layer] for layer in layers])
+        maximum = [largest[layer] for layer in layers]
+        spread = [over_tokens(torch.cat(variances[layer]).double().numpy(), is_first) for layer in layers]
+        columns = [list(column) for column in zip(*spread, strict=True)]
+        return Statistics(variance, errors, mean, rms, kurtosis, maximum, *columns)
 
-    return ActivationStats(model.name, count, *map(statistics, PLACES))
+    return ActivationStats(model.name, len(is_first), *map(statistics, PLACES), *massive.found(model.decode))
+
+
+def over_tokens(variance: np.ndarray, is_first: np.ndarray) -> tuple[float, ...]:
+    """Median, 95th percentile, share of the largest `TOP`, and means of the first and the other tokens [tokens]."""
+    median, p95 = np.quantile(variance, [0.5, 0.95]).tolist()
+    top = max(round(TOP * len(variance)), 1)
+    total = float(variance.sum())
+    share = float(np.partition(variance, -top)[-top:].sum()) / total if total else 0.0
+    others = variance[~is_first]
+    return median, p95, share, float(variance[is_first].mean()), float(others.mean()) if len(others) else math.nan
 
 
 def token_variance(x: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class ModelAdapter:
         model: a `Decoder`, a `VisionTransformer`, or a model of `transformers` of a family in docs/models.md, for which
             `check_layout` is the proof. BERT's logits are not for the next token.
         name: for tables and figures.
+        decode: the text of a token, for results that name tokens; None: they have ids only.
 
     Raises:
         UserError: the model has none of `LAYOUTS`.
@@ -70,6 +71,7 @@ class ModelAdapter:
 
     model: nn.Module
     name: str = "model"
+    decode: Callable[[int], str] | None = None
 
     def __post_init__(self):
         _ = self.layout
@@ -329,6 +331,7 @@ def load_pretrained(
         UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`.
     """
     checkpoint = load_checkpoint(name, dtype)
-    model = ModelAdapter(checkpoint.model.to(device), Path(name).name)
+    tokenizer = checkpoint.tokenizer()
+    model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
     check_layout(model)
-    return model, checkpoint.tokenizer()
+    return model, tokenizer

@@ -1,0 +1,85 @@
+"""Massive activations: single entries of the residual stream far above all others (Sun et al., arXiv 2402.17762).
+
+An entry is massive if its magnitude is above 100 and above 1,000 times the median magnitude of its hidden state, which
+is that of a sequence behind a block. They lie in a few channels and on a few tokens, often the first, and may carry
+most of the mean variance of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cod_lightning.measure.adapter import Batch, Images
+
+MAGNITUDE = 100
+RATIO = 1000
+MOST_CHANNELS = 10
+"""Channels that a result lists."""
+
+
+@dataclass(frozen=True)
+class MassiveActivation:
+    """A channel of the residual stream with massive activations, and the largest of them."""
+
+    channel: int
+    """Counts from 0."""
+    layer: int
+    """The block behind which it is largest, counting from 1."""
+    row: int
+    """Its sequence, counting from 0."""
+    position: int
+    """Its token in the sequence, counting from 0."""
+    token: int | None
+    """The token's id; None for a patch of an image."""
+    text: str | None
+    """The token's text, if the tokenizer is known."""
+    value: float
+    tokens: int
+    """The number of tokens with a massive activation in this channel behind this block."""
+    layers: list[int]
+    """All blocks behind which the channel has massive activations."""
+
+
+class Finder:
+    """Collects the largest massive activation of every channel behind every block."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        """Sequences of earlier batches."""
+        self.largest: dict[tuple[int, int], tuple[float, int, int, int | None]] = {}
+        """Value, row, position and token by channel and layer."""
+        self.tokens: dict[tuple[int, int], int] = {}
+
+    def add(self, layer: int, x: Tensor, keep: Tensor, batch: Batch) -> None:
+        """Search the output of a block [batch, length, hidden] at the positions to keep [batch, length]."""
+        for row, (states, kept) in enumerate(zip(x, keep, strict=True)):
+            magnitude = states[kept].abs()
+            if not len(magnitude) or not magnitude.max() > MAGNITUDE:
+                continue
+            massive = magnitude > max(MAGNITUDE, RATIO * float(magnitude.median()))
+            positions = kept.nonzero()[:, 0]
+            for channel in massive.any(0).nonzero()[:, 0].tolist():
+                position = int(positions[magnitude[:, channel].argmax()])
+                token = None if isinstance(batch, Images) else int(batch[row, position])
+                entry = (float(states[position, channel]), self.rows + row, position, token)
+                place = channel, layer
+                self.largest[place] = max(self.largest.get(place, entry), entry, key=lambda each: abs(each[0]))
+                self.tokens[place] = self.tokens.get(place, 0) + int(massive[:, channel].sum())
+
+    def found(self, decode: Callable[[int], str] | None) -> tuple[list[MassiveActivation], int]:
+        """The channels with the largest massive activations, largest first, and the number of all such channels."""
+        layers: dict[int, list[int]] = {}
+        for channel, layer in sorted(self.largest):
+            layers.setdefault(channel, []).append(layer)
+        result = []
+        for channel, where in layers.items():
+            layer = max(where, key=lambda each, channel=channel: abs(self.largest[channel, each][0]))
+            value, row, position, token = self.largest[channel, layer]
+            text = None if decode is None or token is None else decode(token)
+            count = self.tokens[channel, layer]
+            result.append(MassiveActivation(channel, layer, row, position, token, text, value, count, where))
+        result.sort(key=lambda each: -abs(each.value))
+        return result[:MOST_CHANNELS], len(result)
