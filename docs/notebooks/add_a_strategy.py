@@ -94,8 +94,7 @@ for name, decoder in decoders.items():
     left.plot(layers, [row["variance"] for row in variance.rows() if row["of"] == "residual"], label=name)
     right.plot(layers, [row["delta_loss"] for row in removal.rows()], label=name)
 left.set(xlabel="layer", ylabel="variance behind the block", yscale="log")
-right.set(xlabel="layer", ylabel="loss added by removing the block (nats)")
-right.set_yscale("symlog", linthresh=0.01)
+right.set(xlabel="layer", ylabel="loss added by removing the block (nats)", yscale="symlog")
 left.legend()
 
 # %% [markdown]
