@@ -152,3 +152,9 @@ def test_blocks_matter_more_evenly_if_the_costliest_has_less_of_the_cost(lns, pr
     result = finding_results(Column((table(*rows, target="Figure 7"),)))[0]
     assert result.direction == direction
     assert abs(result.difference.mean) == pytest.approx(math.log(4 / 1.2))
+
+
+def test_an_experiment_of_ours_is_compared_without_published_figures():
+    rows = row("pre_ln", None, run(1, 5.0)), row("lns", None, run(1, 4.0))
+    ours, figure = table(*rows, metric="ppl", source="not in the paper"), table(*rows, metric="ppl")
+    assert ([metric.name for metric in ours.metrics], figure.metrics) == (["ppl"], [])

@@ -162,10 +162,10 @@ class Experiment:
 
     @property
     def metrics(self) -> list[Metric]:
-        """Metrics with published figures; the experiment's own metric too if runs have it."""
+        """Metrics with published figures; also the experiment's own if runs have it and it is compared here."""
         names = dict.fromkeys(name for row in self.rows for name in row.published)
-        own = self.paper.get("metric", "")
-        if any(own in run.record for row in self.rows for run in row.runs) and (names or self.axis):
+        own, ours = self.paper.get("metric", ""), self.paper.get("source") == "not in the paper"
+        if any(own in run.record for row in self.rows for run in row.runs) and (names or self.axis or ours):
             names[own] = None
         return [Metric(name) for name in names]
 
