@@ -5,7 +5,8 @@
 A step is the forward pass, the loss, the backward pass and Adam on `data.batch_size` sequences of random tokens,
 without data loading or logging. Measures run as in training, on as many sequences as there. A share counts how often a
 measure is due, and includes its TensorBoard figures. Steps and default measures take turns, at least five times each;
-every other measure runs once, between two steps.
+every other measure runs once, between two steps. `over_forward` is the ratio to a forward pass over the sequences that
+the measure reads; `jacobian, all layers` is the one of the command `measure`.
 
 If a step has several micro-batches, its time is extrapolated from a forward and backward pass of `--rows` sequences,
 and only the default measures are timed, once. On a CPU the clock is processor time, which other programs disturb less.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from cod_lightning.config.schema import Config
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.activation_stats import layer_statistics, plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
@@ -60,6 +62,14 @@ def partial_step(config: Config, decoder: Decoder, sequences: int) -> tuple[Func
     return step, config.data.batch_size / sequences
 
 
+def sequences_read(name: str, batches: Sequence[torch.Tensor]) -> int:
+    """The number of sequences that a measure reads."""
+    if name == "jacobian":
+        return min(4, sum(map(len, batches)))
+    measure = MEASURES.get(name, MEASURES["jacobian"])
+    return len(batches[0][: measure.first_sequences]) if measure.first_batch else sum(map(len, batches))
+
+
 def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, Any]]:
     """One table row for the step, for the figure, for each measure, and for all default measures together."""
     trainer, vocabulary = config.trainer, config.model.vocab_size or config.data.vocab_size
@@ -69,8 +79,10 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
     probe = torch.randint(vocabulary, (trainer.probe_rows, config.data.seq_len), device=DEVICE)
     batches, model = probe.split(config.data.micro_batch_size), ModelAdapter(decoder)
     measures: dict[str, Function] = {"layer statistics": partial(layer_statistics, decoder, probe)}
-    for name, function in TRAINING_MEASURES.items():
+    functions = {**TRAINING_MEASURES, "jacobian, all layers": MEASURES["jacobian"]}
+    for name, function in functions.items():
         measures[name] = partial(function, model, batches, None, lambda done, total: None)
+    reads = {name: sequences_read(name, batches) / len(probe) for name in functions}
     intervals = {"layer statistics": trainer.stats_every, **trainer.measures}
     due = {
         name: sorted({*range(0, trainer.max_steps + 1, every), trainer.max_steps})
@@ -87,6 +99,7 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
             "step": step,
             "figure": lambda: writer.add_figure("variance by layer", plot_variance(figure_steps, variances)),
             **{name: measures[name] for name in due},
+            "forward": torch.no_grad()(lambda: [model.logits(batch) for batch in batches]),
         }
         first_figure = once(default["figure"])  # imports matplotlib
         if parts == 1:
@@ -106,7 +119,7 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
     shares["figure"] += (first_figure - times["figure"]) / step_ms / trainer.max_steps
     shares["all by default"] = sum(shares.values())
     times["step"] = step_ms
-    lines = [(name, times[name], relative[name]) for name in ("step", "figure", *measures) if name in times]
+    lines = [(name, times[name], relative[name]) for name in ("step", "figure", "forward", *measures) if name in times]
     return [
         {
             "experiment": config.experiment,
@@ -116,6 +129,7 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
             "what": name,
             "ms": ms and round(ms, 1),
             "over_step": over and round(over, 5),
+            "over_forward": round(ms / times["forward"] / reads[name], 1) if name in reads else "",
             "times": counts.get(name, ""),
             "share": f"{shares[name]:.1e}" if name in shares else "",
         }

@@ -54,6 +54,15 @@ def test_each_block_is_removed_alone(model, batch):
     assert result.losses == losses_through(model, batch, [2, 3, 4], [1, 3, 4], [1, 2, 4], [1, 2, 3])
 
 
+def test_removal_runs_only_the_blocks_behind_the_removed_one(causal_lm, batch):
+    model, calls = causal_lm("ours"), []
+    for layer, block in enumerate(model.blocks, start=1):
+        block.register_forward_hook(lambda *_, layer=layer: calls.append(layer))
+    removal(model, [batch])
+    # one forward pass, the whole model's last block, and one block for each pair
+    assert sorted(calls) == sorted([1, 2, 3, 4, 4, 2, 3, 4, 3, 4, 4])
+
+
 def test_the_table_has_the_rise_of_the_loss_and_the_perplexity(causal_lm, batch):
     result = removal(causal_lm("ours"), [batch])
     for loss, row in zip(result.losses, result.rows(), strict=True):

@@ -275,6 +275,7 @@ def test_bad_layers_are_errors(causal_lm, measure, options, message):
         (jacobian, {"probes": 1}, r"probes=1: .* at least 2"),
         (jacobian, {"tokens": 0}, "tokens=0: expected at least 1"),
         (jacobian_growth, {"iterations": 0}, "iterations=0: expected at least 1"),
+        (jacobian_growth, {"layers": [1], "all_layers": True}, "layers= and all_layers=true exclude each other"),
         (mean_jacobian, {"widest": 8}, r"hidden size 16 exceeds widest=8; .* raise widest"),
     ],
 )
@@ -300,6 +301,14 @@ def test_gradients_do_not_grow_over_silent_blocks(causal_lm):
     growth = jacobian_growth(model, [tokens()], iterations=2, probes=2)
     assert growth.spectral == pytest.approx([1] * 4, abs=1e-6)
     assert growth.frobenius == pytest.approx([1] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"), [({}, [1, 2, 3, 4, 5, 6, 7, 9]), ({"all_layers": True}, [*range(1, 10)])]
+)
+def test_the_growth_is_measured_at_eight_layers_or_at_all(causal_lm, options, layers):
+    growth = jacobian_growth(causal_lm("ours", depth=9), [tokens(1)], probes=1, iterations=1, **options)
+    assert growth.layers == layers
 
 
 def test_other_tokens_do_not_enter_an_exact_jacobian(planted):

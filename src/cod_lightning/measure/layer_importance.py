@@ -213,7 +213,8 @@ def order_losses(
 ) -> tuple[dict[tuple[int, ...], float], int]:
     """Return the mean loss per target of the model with only the blocks of each order, and the number of targets.
 
-    Orders are layers, from 1. Every block keeps the mask and the positions of its own layer.
+    Orders are layers, from 1. Every block keeps the mask and the positions of its own layer. Removing every block alone
+    costs about half the blocks' time in as many forward passes, and one head for each.
     """
     order = sorted({tuple(layers) for layers in orders})  # neighbours share their first blocks' outputs
     totals, target_count = dict.fromkeys(order, 0.0), 0
@@ -221,9 +222,9 @@ def order_losses(
     advance = step_counter(progress, len(batches_with_targets) * len(order))
     for tokens, targets in batches_with_targets:
         target_count += int((targets != IGNORE).sum())
-        inputs, blocks = model.block_functions(tokens)
-        outputs, previous = inputs[:1], ()
-        del inputs
+        # the stream before every block is there already, so that only the blocks behind a removed one run again
+        outputs, blocks = model.block_functions(tokens)
+        previous = tuple(range(1, model.depth))
         for layers in order:
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, layers, strict=False)))
             del outputs[shared + 1 :]

@@ -378,7 +378,7 @@ def measured_theory(
         [embedding_variance(model, batches, pad_id), *outputs],
         lns=has_lns(model) if lns is None else lns,
         shapes=shapes_of(model, batches[0].shape[1]),
-        gains=jacobian_growth(model, [batches[0][:GROWTH_SEQUENCES]], pad_id, progress).spectral,
+        gains=jacobian_growth(model, [batches[0][:GROWTH_SEQUENCES]], pad_id, progress, all_layers=True).spectral,
         model=model.name,
     )
 

@@ -75,7 +75,6 @@ MEASURES: dict[str, Measure] = {
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share", "largest_singular_value"),
         first_batch=True,
     ),
-    # its time grows with the square of the depth
     "gain": Measure(
         "jacobian",
         "jacobians:jacobian_growth",
