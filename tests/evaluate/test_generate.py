@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate.generate import generate
+from cod_lightning.evaluate.generate import dola_layers, dola_logits, generate
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
@@ -45,3 +45,42 @@ def test_generation_stops_before_the_end_token(decoder):
 def test_a_token_without_an_embedding_is_an_error(decoder):
     with pytest.raises(UserError, match="token 9, but the model has embeddings for 9"):
         next(generate(decoder, [1, 9], max_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("depth", "half", "tied", "layers"),
+    [
+        (32, "low", False, [*range(0, 16, 2)]),
+        (32, "high", False, [*range(16, 32, 2)]),
+        (32, "low", True, [*range(2, 16, 2)]),
+        (80, "low", False, [*range(0, 20, 2)]),
+        (80, "high", False, [*range(60, 80, 2)]),
+        (2, "low", True, [1]),
+        (1, "high", False, [0]),
+    ],
+)
+def test_dola_chooses_from_the_layers_of_its_paper(depth, half, tied, layers):
+    assert dola_layers(depth, half, tied) == layers
+
+
+@torch.no_grad()
+def test_dola_contrasts_the_last_layer_with_the_one_that_differs_most(decoder):
+    tokens, streams = torch.tensor([[1, 2, 3]]), {}
+    last = decoder(tokens, hook=lambda name, layer, x: streams.update({(name, layer): x}))[0, -1].softmax(-1)
+    early = {}
+    for name, layer in (("embedding", 0), ("residual", 1)):
+        early[layer] = decoder.lm_head(decoder.model.norm(streams[name, layer]))[0, -1].softmax(-1)
+
+    def js(q):
+        mixture = (last + q) / 2
+        return sum(float((p * (p / mixture).log()).sum()) for p in (last, q)) / 2
+
+    expected = (last / early[max(early, key=lambda layer: js(early[layer]))]).log()
+    expected[last < 0.1 * last.max()] = -torch.inf
+    torch.testing.assert_close(dola_logits(decoder, tokens, [0, 1]), expected, rtol=1e-5, atol=1e-5)
+    assert expected.isinf().any()
+
+
+def test_dola_changes_what_is_generated(decoder):
+    plain, contrasted = (list(generate(decoder, [1, 2], max_tokens=9, temperature=0, dola=d)) for d in (None, "low"))
+    assert plain != contrasted

@@ -6,9 +6,13 @@ import math
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cod_lightning.commands.options import add_run, add_trust_code
 from cod_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from cod_lightning.evaluate.generate import Dola
 
 HELP = "Continue a text with a trained run."
 
@@ -20,6 +24,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=100, help="default: 100")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens (default: all)")
+    parser.add_argument(
+        "--dola",
+        choices=("low", "high"),
+        help="contrast the last layer with one of the lower or upper half (DoLa, arXiv 2309.03883)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
@@ -31,6 +40,7 @@ def run(
     max_tokens: int,
     temperature: float,
     top_k: int | None,
+    dola: Dola | None,
     seed: int,
 ) -> int:
     from cod_lightning.config.saved import load
@@ -60,6 +70,7 @@ def run(
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
+        dola=dola,
         seed=seed,
         eos_id=tokenizer.eos_id,
     )

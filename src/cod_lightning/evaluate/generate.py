@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Decoder
+
+Dola = Literal["low", "high"]
+PLAUSIBLE = 0.1
+"""DoLa samples among tokens that are at least this times as likely as the most likely one."""
 
 
 @torch.inference_mode()
@@ -18,6 +25,7 @@ def generate(
     max_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    dola: Dola | None = None,
     seed: int = 0,
     eos_id: int | None = None,
 ) -> Iterator[int]:
@@ -32,6 +40,7 @@ def generate(
         max_tokens: maximum number of new tokens.
         temperature: divides the logits; 0 is greedy decoding.
         top_k: sample among the k most likely tokens; None: among all.
+        dola: contrast the last layer with one of the lower ("low") or upper ("high") half; see `dola_logits`.
         seed: seed of the sampling.
         eos_id: ends the text; it is not yielded.
 
@@ -44,8 +53,9 @@ def generate(
     device = decoder.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
+    layers = [] if dola is None else dola_layers(len(decoder.blocks), dola, decoder.config.tie_word_embeddings)
     for _ in range(max_tokens):
-        logits = decoder(tokens)[0, -1].float().cpu()
+        logits = dola_logits(decoder, tokens, layers).cpu() if layers else decoder(tokens)[0, -1].float().cpu()
         if top_k is not None and top_k < len(logits):
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
         if temperature < 1e-6:
@@ -56,3 +66,39 @@ def generate(
             return
         yield token
         tokens = torch.cat((tokens, tokens.new_tensor([[token]])), dim=1)
+
+
+def dola_layers(depth: int, half: Dola, tied: bool) -> list[int]:
+    """The layers that DoLa chooses from, every second one of a half, where 0 is the embedding.
+
+    With tied embeddings the head would read the token itself from the embedding, so the lower half begins at 2.
+    """
+    if half == "high":
+        return list(range(max(depth // 2, depth - 20), depth, 2))
+    return list(range(2 if tied else 0, min(depth // 2, 20), 2)) or [min(depth // 2, depth - 1)]
+
+
+def dola_logits(decoder: Decoder, tokens: Tensor, layers: Sequence[int]) -> Tensor:
+    """Logits [vocabulary] of the next token by DoLa (Chuang et al. 2023, arXiv 2309.03883).
+
+    They are the log-probabilities of the last layer minus those that the final norm and the head read from the layer
+    of `layers` with the largest Jensen-Shannon divergence from the last; implausible tokens get minus infinity. The
+    code of the paper leaves out the final norm for early layers; here it is the same reading as in `measure readout`.
+
+    Args:
+        decoder: in evaluation mode.
+        tokens: [1, length].
+        layers: numbers of blocks; 0 is the embedding.
+    """
+    streams: list[Tensor] = []
+
+    def hook(name: str, layer: int, x_BTD: Tensor) -> None:
+        if name in ("embedding", "residual") and layer in layers:
+            streams.append(x_BTD[0, -1])
+
+    last = decoder(tokens, hook=hook)[0, -1].float().log_softmax(-1)
+    early = decoder.lm_head(decoder.model.norm(torch.stack(streams))).float().log_softmax(-1)
+    mixture = torch.logaddexp(last, early) - math.log(2)
+    divergence = (last.exp() * (last - mixture) + early.exp() * (early - mixture)).sum(-1) / 2
+    contrast = last - early[divergence.argmax()]
+    return contrast.masked_fill(last < last.max() + math.log(PLAUSIBLE), -torch.inf)
