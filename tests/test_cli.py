@@ -210,7 +210,7 @@ def loss_of(model, batches, pad_id=None):
 def test_a_pruned_run_loads_in_transformers_with_equal_logits_and_loss(finished, tmp_path):
     transformers = pytest.importorskip("transformers")
     from cod_lightning.commands.measure import open_subject
-    from cod_lightning.measure.pruning import remove_blocks
+    from cod_lightning.measure.block_removal import remove_blocks
 
     folder, _ = finished
     small = tmp_path / "small"

@@ -8,8 +8,9 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import mean_loss
+from cod_lightning.measure.block_removal import remove_blocks, train_replacement
 from cod_lightning.measure.layer_importance import block_influence
-from cod_lightning.measure.pruning import prune, remove_blocks
+from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.weight_sparsity import (
     arithmetic_sparsities,
     input_norms,
@@ -214,6 +215,32 @@ def test_weights_are_pruned_by_method_and_allocation(causal_lm, family, method, 
     assert (result.layers_after, result.removed) == (4, [])
 
 
+@pytest.mark.parametrize("family", ["ours-lns", "llama", "gpt2"])
+def test_a_trained_block_comes_close_to_the_run_that_it_replaces(causal_lm, family):
+    model = causal_lm(family)
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    trained = train_replacement(model, 2, 3, padded_batches(), PAD, steps=60, lr=3e-3)
+    assert trained.depth == 3
+    batch = padded_batches()[1]
+    goal, without = model.block_functions(batch)[0][3], remove_blocks(model, [2, 3]).block_functions(batch)[0][1]
+    reached = trained.block_functions(batch)[0][2]
+    assert (reached - goal).norm() < 0.5 * (without - goal).norm()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+
+
+def test_a_trained_block_is_measured_on_other_batches_than_it_was_trained_on(causal_lm, folder):
+    model = causal_lm("ours")
+    training, measured = padded_batches()
+    options = {"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 3, "folder": folder}
+    result = prune(model, [training, measured], PAD, export=export, **options)
+    first, last = result.removed
+    trained = train_replacement(model, first, last, [training], PAD, steps=3, lr=3e-4)
+    assert result.loss_after == pytest.approx(mean_loss(trained, [measured], PAD)[0])
+    assert result.loss_without == pytest.approx(mean_loss(remove_blocks(model, [first, last]), [measured], PAD)[0])
+    torch.testing.assert_close(logits(load_hf(folder)), logits(trained), rtol=1e-5, atol=1e-5)
+    assert [row["layers"] for row in result.rows()] == [4, 2, 3]
+
+
 def test_the_arithmetic_sparsities_rise_by_the_difference_around_their_mean():
     assert arithmetic_sparsities(5, 0.7, 0.1) == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
     assert arithmetic_sparsities(5, 0.7, largest_difference(5, 0.7))[-1] == pytest.approx(1)
@@ -242,6 +269,10 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
         ({"by": "removal", "blocks": 4}, "blocks=4: expected 1 to 3 of the 4 of ours"),
         ({"by": "streamline", "blocks": 0}, "blocks=0: expected 1 to 3"),
         ({"layers": [1], "method": "wanda"}, "allocation= and method= need sparsity="),
+        ({"by": "removal", "blocks": 1, "replace": "layer"}, "replace= needs by=streamline"),
+        ({"by": "streamline", "blocks": 3, "replace": "layer"}, "blocks=3 with replace=: expected 1 to 2"),
+        ({"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 0}, "replace_steps=0 .* be positive"),
+        ({"by": "streamline", "blocks": 1, "replace": "linear"}, "replace='linear'"),
         ({"sparsity": 1.5, "allocation": "uniform"}, r"sparsity=1.5 is not a share of weights"),
         (
             {"sparsity": 0.5, "allocation": "even"},

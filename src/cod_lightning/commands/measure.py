@@ -39,6 +39,7 @@ measures; all other key=value words are overrides, which choose the text and its
 prune writes a model that stock transformers loads, without some blocks or weights, and its loss before and after:
   measure prune RUN layers=17,18,19 --output FOLDER
   measure prune RUN by=influence blocks=4 --output FOLDER         (or by=streamline, by=removal)
+  measure prune RUN by=streamline blocks=4 replace=layer --output FOLDER      (one trained block for five)
   measure prune RUN sparsity=0.5 allocation=owl method=wanda --output FOLDER
                                                  (or allocation=alpha_pruning, arithmetic, uniform; method=magnitude)
 """

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.measure.ablation import LOSS_INCREASE, removal
-from cod_lightning.measure.adapter import Batch, ModelAdapter, family
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import mean_loss, step_counter
+from cod_lightning.measure.block_removal import remove_blocks, train_replacement
 from cod_lightning.measure.layer_importance import block_influence
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import Bars, Lines, Panel
@@ -41,6 +38,7 @@ from cod_lightning.nn.huggingface import unsupported_features
 Export = Callable[[Any, Path], object]
 """Writes a model into an existing empty folder."""
 Signal = Literal["influence", "streamline", "removal"]
+Replace = Literal["layer"]
 Allocation = Literal["owl", "alpha_pruning", "arithmetic", "uniform"]
 TRIED_DIFFERENCES = 9
 """Differences of `allocation=arithmetic` that are tried; the search of its paper tries as many for 32 blocks."""
@@ -71,25 +69,44 @@ class Pruned(Result):
     loss_after: float
     ppl_before: float
     ppl_after: float
+    loss_without: float | None = None
+    """Mean loss without the replaced blocks and without the trained one."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Two rows: before and after."""
+        """Two rows, before and after; with a trained block a third, without it."""
         names = ("layers", "zeros", "loss", "ppl")
-        return [
+        rows = [
             {"model": f"{self.model} {when}"} | {name: getattr(self, f"{name}_{when}") for name in names}
             for when in ("before", "after")
         ]
+        if self.loss_without is not None:
+            rows[1:1] = [
+                {
+                    "model": f"{self.model} without the run",
+                    "layers": self.layers_after - 1,
+                    "zeros": self.zeros_before,
+                    "loss": self.loss_without,
+                    "ppl": perplexity_of(self.loss_without),
+                }
+            ]
+        return rows
 
     def title(self) -> str:
-        change = f"without blocks {', '.join(map(str, self.removed))}" if self.removed else "sparse"
+        removed = ", ".join(map(str, self.removed))
+        change = f"without blocks {removed}" if self.removed else "sparse"
+        if self.loss_without is not None:
+            change = f"with one block for {removed}"
         return f"{super().title()} {change} ({self.how})"
 
     def panels(self) -> list[Panel]:
         before, after = f"before\n{self.layers_before} blocks", f"after\n{self.layers_after} blocks"
-        bars = Bars("loss (nats per token)", {before: self.loss_before, after: self.loss_after})
+        losses = {before: self.loss_before, after: self.loss_after}
+        if self.loss_without is not None:
+            losses = {before: self.loss_before, "without\nthe run": self.loss_without, after: self.loss_after}
+        bars = Bars("loss (nats per token)", losses)
         if not self.signal:
             return [bars]
-        run = self.how == "streamline"
+        run = self.how.startswith("streamline")
         marked = self.removed[:1] if run else self.removed
         points = {"removed": (marked, [self.signal[layer - 1] for layer in marked])} if marked else {}
         xlabel = "first block of the run" if run else "layer"
@@ -105,101 +122,8 @@ class Pruning:
     removed: list[int]
     signal: list[float]
     label: str
-
-
-def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
-    """Return a copy of the model without some of its blocks; the others keep their weights and, in ours, their specs.
-
-    The copy's configuration has the new depth. For `transformers`, attention layers are renumbered for the key/value
-    cache, and configuration lists with one entry per layer are shortened, so `save_pretrained` writes a model that
-    loads unchanged. Peri-LN keeps the norm of its embeddings, also without its first block.
-
-    Args:
-        model: not modified.
-        layers: the blocks to remove, counting from 1.
-
-    Raises:
-        UserError: a layer does not exist, no layer would remain, or the configuration of `transformers` builds other
-            blocks than those that remain.
-    """
-    depth, blocks = model.depth, model.blocks
-    if unknown := sorted(set(layers) - set(range(1, depth + 1))):
-        raise UserError(f"layers={unknown} do not exist: {model.name} has 1 to {depth}")
-    remaining = [layer for layer in range(1, depth + 1) if layer not in layers]
-    if not remaining:
-        raise UserError(f"layers={sorted(set(layers))} are all layers of {model.name}: keep at least one")
-    with model.with_blocks([blocks[layer - 1] for layer in remaining]):  # so that only these are copied
-        copy = ModelAdapter(deepcopy(model.model), model.name)
-    if isinstance(copy.model, Decoder):
-        copy.model.config = dataclasses.replace(copy.model.config, num_hidden_layers=len(remaining))
-        move_entry_norm(blocks[0], copy.blocks[0])
-    else:
-        renumber_layers(copy, remaining, depth)
-        require_same_blocks(copy)
-    return copy
-
-
-def move_entry_norm(first: Any, new_first: Any) -> None:
-    """Give a Decoder's new first block a copy of the norm of the embeddings, which its old first block has."""
-    if first.spec.entry_norm and not new_first.spec.entry_norm:
-        new_first.spec = dataclasses.replace(new_first.spec, entry_norm=True)
-        new_first.entry_norm = deepcopy(first.entry_norm)
-
-
-def renumber_layers(model: ModelAdapter, remaining: list[int], depth: int) -> None:
-    """Adapt configuration and attention of a `transformers` model to the layers `remaining` of `depth`, in place."""
-    config = model.config
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise UserError(
-            f"{model.name}: scale_attn_by_inverse_layer_idx divides attention by the layer's number, so blocks cannot "
-            "move; prune a model without it"
-        )
-    changes: dict[str, Any] = {"num_hidden_layers": len(remaining)}
-    for name, value in vars(config).items():
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == depth:
-            changes[name] = type(value)(value[layer - 1] for layer in remaining)
-    for name in ("moe_layers", "mlp_only_layers"):  # numbers of layers, from 0
-        if numbers := getattr(config, name, None):
-            changes[name] = [remaining.index(number + 1) for number in numbers if number + 1 in remaining]
-    for name, value in changes.items():
-        setattr(config, name, value)
-    for index, block in enumerate(model.blocks):
-        modules: list[Any] = list(block.modules())
-        for module in modules:
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
-
-
-def require_same_blocks(model: ModelAdapter) -> None:
-    """Check that the configuration of a `transformers` model builds its blocks.
-
-    Raises:
-        UserError: a module has another class, shape or setting; families that place experts, windows or rotary
-            embeddings by the layer's number in a way that `renumber_layers` does not know.
-    """
-    kind: Any = type(model.model)
-    with torch.device("meta"):
-        built = kind(deepcopy(model.model.config)).get_submodule(model.layout.blocks)
-    for layer, (block, expected) in enumerate(zip(model.blocks, built, strict=True), start=1):
-        if settings_of(block) != settings_of(expected):
-            raise UserError(
-                f"{model.name}: block {layer} of the smaller model is not what its configuration builds, because "
-                f"{family(model.model)} gives its blocks different parts by their number; remove other layers"
-            )
-
-
-def settings_of(block: nn.Module) -> dict[str, Any]:
-    """Class, parameter shapes and plain attributes of every module of a block, by its path."""
-    settings: dict[str, Any] = {}
-    for path, module in block.named_modules():
-        plain = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and name != "training" and not name.startswith("_")
-        }
-        shapes = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
-        settings[path] = type(module), plain, shapes
-    return settings
+    without: ModelAdapter | None = None
+    """The model without the run that a trained block replaces."""
 
 
 def prune(
@@ -213,6 +137,9 @@ def prune(
     layers: Sequence[int] | None = None,
     by: Signal | None = None,
     blocks: int | None = None,
+    replace: Replace | None = None,
+    replace_steps: int = 500,
+    replace_lr: float = 3e-4,
     sparsity: float | None = None,
     allocation: Allocation | None = None,
     method: Method | None = None,
@@ -232,6 +159,10 @@ def prune(
         by: select blocks by `influence`, the lowest (ShortGPT); `streamline`, the contiguous ones with the smallest
             distance (LLM-Streamline); or `removal`, those that alone raise the loss least.
         blocks: number of blocks to select.
+        replace: with `by=streamline`, put one block, trained on every second batch, in the place of the run, which is
+            then one block longer; losses are those of the other batches. See `train_replacement`.
+        replace_steps: its number of steps.
+        replace_lr: its learning rate.
         sparsity: share of the weights of the blocks' linear layers to set to zero.
         allocation: how the sparsity is divided among blocks: `owl` (default), `alpha_pruning`, `arithmetic` (ATP), or
             `uniform`.
@@ -246,6 +177,12 @@ def prune(
             Llama checkpoint cannot represent the model's strategy.
     """
     require_one_selection(layers, by, blocks, sparsity, allocation, method)
+    if replace is not None:
+        require_choice(Replace, replace=replace)
+        if by != "streamline":
+            raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
+        if replace_steps < 1 or not replace_lr > 0:
+            raise UserError(f"replace_steps={replace_steps} and replace_lr={replace_lr} must be positive")
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))
@@ -253,7 +190,13 @@ def prune(
     if layers is not None:
         pruning = Pruning(remove_blocks(model, layers), "named", sorted(set(layers)), [], "")
     elif by is not None and blocks is not None:
-        pruning = prune_blocks(model, batches, pad_id, progress, by, blocks)
+        if replace is not None:
+            training, batches = batches[::2], batches[1::2]
+            if not batches:
+                raise UserError("replace= trains on one batch and measures on another: give at least two")
+            pruning = replace_run(model, training, pad_id, progress, blocks, replace_steps, replace_lr)
+        else:
+            pruning = prune_blocks(model, batches, pad_id, progress, by, blocks)
     else:
         assert sparsity is not None
         pruning = prune_weights(
@@ -272,6 +215,7 @@ def prune(
     advance = step_counter(progress, 2 * len(batches))
     loss_before, tokens = mean_loss(model, batches, pad_id, lambda *_: advance())
     loss_after, _ = mean_loss(pruning.model, batches, pad_id, lambda *_: advance())
+    loss_without = None if pruning.without is None else mean_loss(pruning.without, batches, pad_id)[0]
     with new_folder(folder) as partial:
         export(pruning.model.model, partial)
     return Pruned(
@@ -289,6 +233,7 @@ def prune(
         loss_after=loss_after,
         ppl_before=perplexity_of(loss_before),
         ppl_after=perplexity_of(loss_after),
+        loss_without=loss_without,
     )
 
 
@@ -348,6 +293,28 @@ def prune_blocks(
     ascending = sorted(range(1, model.depth + 1), key=lambda layer: signal[layer - 1])
     layers = sorted(ascending[:blocks])
     return Pruning(remove_blocks(model, layers), by, layers, list(signal), label)
+
+
+def replace_run(
+    model: ModelAdapter,
+    batches: Sequence[Batch],
+    pad_id: int | None,
+    progress: Progress | None,
+    blocks: int,
+    steps: int,
+    lr: float,
+) -> Pruning:
+    """Replace the run of `blocks` + 1 blocks with the smallest distance by one trained block; see `prune`.
+
+    Raises:
+        UserError: the run would be no run, or all blocks.
+    """
+    if not 1 <= blocks < model.depth - 1:
+        raise UserError(f"blocks={blocks} with replace=: expected 1 to {model.depth - 2}, one block less than the run")
+    run = prune_blocks(model, batches, pad_id, progress, "streamline", blocks + 1)
+    first, last = run.removed[0], run.removed[-1]
+    trained = train_replacement(model, first, last, batches, pad_id, progress, steps=steps, lr=lr)
+    return dataclasses.replace(run, model=trained, how="streamline, trained layer", without=run.model)
 
 
 def prune_weights(
