@@ -75,6 +75,26 @@ def gpas_before(x, f, g, b, alpha):
     return rms(alpha * (x - silu(b["gate"]) * x.detach()) + g(x), b["ffn_residual.sum_norm.weight"])
 
 
+def reordered(x, f, g, b):
+    x = x + rms(f(x), b["attention_residual.branch_norm.weight"])
+    return x + rms(g(x), b["ffn_residual.branch_norm.weight"])
+
+
+def keel(x, f, g, b, alpha):
+    x = rms(alpha * x + f(rms(x, b["input_layernorm.weight"])), b["attention_residual.sum_norm.weight"])
+    return rms(alpha * x + g(rms(x, b["post_attention_layernorm.weight"])), b["ffn_residual.sum_norm.weight"])
+
+
+def mixed(x, f, g, b, skip, branch):
+    x = skip * x + branch * f(rms(x, b["input_layernorm.weight"]))
+    return skip * x + branch * g(rms(x, b["post_attention_layernorm.weight"]))
+
+
+def normless(x, f, g, b, scales):
+    x = x + scales[0] * f(x)
+    return x + scales[1] * g(x)
+
+
 def learned(b, name):
     return b[f"attention_residual.{name}"], b[f"ffn_residual.{name}"]
 
@@ -109,6 +129,19 @@ EQUATIONS = {
     "lns_rate_only": ({}, lambda *a, layer: pre(*a)),
     "complete_p": ({}, lambda *a, layer: pre(*a, outside=2 * [1 / (L / 2)])),
     "depth_mup": ({"base_depth": 3}, lambda *a, layer: pre(*a, outside=2 * [math.sqrt(3 / L)])),
+    "olmo2": ({}, lambda *a, layer: reordered(*a)),
+    "depth_scaled_sandwich": ({}, lambda *a, layer: sandwich(*a)),
+    "keel": ({}, lambda *a, layer: pre(*a) if layer == 1 else keel(*a, 2 * L)),
+    "deep_loop": ({}, lambda *a, layer: post(*a, math.sqrt(2 * L), math.sqrt(2 * L))),
+    "minicpm": ({}, lambda *a, layer: pre(*a, outside=2 * [1.4 / math.sqrt(L)])),
+    "granite": ({}, lambda *a, layer: pre(*a, outside=2 * [0.22])),
+    "esm_c": ({}, lambda *a, layer: pre(*a, outside=2 * [1 / math.sqrt(L / 36)])),
+    "norm_preserving": (
+        {},
+        lambda *a, layer: mixed(*a, math.sqrt(1 - math.log(2) / L), math.sqrt(math.log(2) / L)),
+    ),
+    "rezero": ({}, lambda *a, layer: normless(*a, learned(a[3], "branch_scale"))),
+    "nf_residual": ({}, lambda *a, layer: normless(*a, 2 * [0.2])),
     "layer_scale": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "skip_init": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "ds_init": ({}, lambda *a, layer: pre(*a)),
@@ -157,7 +190,7 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
             torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", EQUATIONS)
+@pytest.mark.parametrize("case", [case for case in EQUATIONS if case != "rezero"])
 def test_every_layer_changes_its_input(case):
     decoder = decoder_of(case)
     seen = {}
@@ -169,6 +202,12 @@ def test_every_layer_changes_its_input(case):
         assert seen["attention", layer].norm() > 0
         assert seen["ffn", layer].norm() > 0
         before = after
+
+
+def test_rezero_starts_as_the_identity():
+    seen = {}
+    decoder_of("rezero")(torch.randint(61, (2, 9)), hook=lambda name, layer, x: seen.__setitem__((name, layer), x))
+    assert torch.equal(seen["residual", L], seen["embedding", 0])
 
 
 @pytest.mark.parametrize("case", EQUATIONS)
@@ -207,6 +246,7 @@ OUTPUT_SCALES = {
     "scaled_init": lambda layer: (2 * L) ** -0.5,
     "deep_norm": lambda layer: (8 * L) ** -0.25,
     "deep_norm_released": lambda layer: (8 * L) ** 0.25,
+    "deep_loop": lambda layer: (8 * L) ** -0.5,
 }
 
 
@@ -217,7 +257,7 @@ def test_initialisation_rescales_the_output_projections(name):
         for projection in ("self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj"):
             parameter = f"model.layers.{layer - 1}.{projection}.weight"
             expected = plain.get_parameter(parameter)
-            if name.startswith("deep_norm"):  # Xavier-normal instead of a standard deviation of 0.02
+            if name.startswith("deep_"):  # Xavier-normal instead of a standard deviation of 0.02
                 expected = expected / 0.02 * math.sqrt(2 / sum(expected.shape))
             factor = 1 if projection == "self_attn.q_proj" else OUTPUT_SCALES[name](layer)
             torch.testing.assert_close(scaled.get_parameter(parameter), expected * factor)
@@ -237,6 +277,8 @@ def test_initialisation_rescales_the_projections_behind_the_norms(name):
     [
         ("lns_as_norm_weights", "post_attention_layernorm.weight", lambda layer: layer**-0.5),
         ("lns_learnable", "input_layernorm.weight", lambda layer: layer**-0.5),
+        ("depth_scaled_sandwich", "ffn_residual.branch_norm.weight", lambda layer: L**-0.5),
+        ("rezero", "attention_residual.branch_scale", lambda layer: 0),
         ("layer_scale", "ffn_residual.branch_scale", lambda layer: 1e-4),
         ("skip_init", "ffn_residual.branch_scale", lambda layer: L**-0.5),
         ("gpas", "gate", lambda layer: 0),
@@ -307,6 +349,33 @@ def test_constants_by_depth(depth):
     assert post == sorted(post, reverse=True)
 
 
+PUBLISHED = {
+    ("keel", 1, 24): {"skip": 1.0, "pre_norm": True, "sum_norm": False},
+    ("keel", 2, 24): {"skip": 48.0, "pre_norm": True, "sum_norm": True},
+    ("deep_loop", 3, 18): {"skip": 6.0, "xavier": 1 / 12, "pre_norm": False, "sum_norm": True},
+    ("minicpm", 5, 40): {"branch_scale": 0.2213594},
+    ("granite", 5, 40): {"branch_scale": 0.22},
+    ("esm_c", 5, 36): {"branch_scale": 1.0},
+    ("esm_c", 5, 81): {"branch_scale": 2 / 3},
+    ("norm_preserving", 5, 10): {"skip": 0.9647203, "branch_scale": 0.2632769},
+    ("olmo2", 5, 16): {"pre_norm": False, "branch_norm": True, "branch_norm_weight": 1.0},
+    ("depth_scaled_sandwich", 5, 64): {"pre_norm": True, "branch_norm": True, "branch_norm_weight": 0.125},
+    ("rezero", 5, 12): {"pre_norm": False, "branch_scale": 0.0},
+    ("nf_residual", 1, 12): {"pre_norm": False, "branch_scale": 0.2, "input_init": 1.0},
+    ("nf_residual", 13, 26): {"branch_scale": 0.2, "input_init": 0.7142857},
+}
+"""Coefficients of attention in a layer at a depth, as numbers; 1 + 0.04 * 24 is 1.4 squared."""
+
+
+@pytest.mark.parametrize(("case", "expected"), PUBLISHED.items(), ids=lambda value: "-".join(map(str, value)))
+def test_coefficients_have_their_published_values(case, expected):
+    name, layer, depth = case
+    spec = build(name, layer, depth, {})
+    assert {field: getattr(spec.attention, field) for field in expected} == pytest.approx(expected, rel=1e-6)
+    if name != "nf_residual":
+        assert spec.ffn == spec.attention
+
+
 @pytest.mark.parametrize(("fraction", "depth", "post"), [(15 / 22, 22, 15), (0.29, 100, 29), (0.3, 8, 2), (1.0, 8, 8)])
 def test_mix_ln_starts_with_a_fraction_of_post_ln_blocks(fraction, depth, post):
     specs = [mix_ln(layer, depth, fraction) for layer in range(1, depth + 1)]
@@ -366,6 +435,7 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
                 "ffn.input_init=-1.0, expected a finite number above 0",
             ],
         ),
+        ({"name": "norm_preserving", "beta": 4.5}, ["norm.beta=4.5", "between 0 and the number of blocks, 4"]),
         ({"name": "complete_p", "base_depth": 0}, ["norm.base_depth=0", "at least 1"]),
         ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
     ],

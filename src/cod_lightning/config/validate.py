@@ -157,6 +157,7 @@ def model_errors(config: Config) -> list[str]:
             f"optim.weight_decay={config.optim.weight_decay} of optim.name='adam' is part of the gradient, where the "
             f"rates of norm={config.norm['name']} do not reach it: set optim.name=adamw"
         )
-    if not model.norm_affine and any(s.pre_norm_weight != 1 or s.norm_rates is not None for s in sublayers):
+    weights = {weight for s in sublayers for weight in (s.pre_norm_weight, s.branch_norm_weight)}
+    if not model.norm_affine and (weights != {1} or any(s.norm_rates is not None for s in sublayers)):
         errors.append(f"norm={config.norm['name']} needs norms with a weight: set model.norm_affine=true")
     return errors

@@ -134,7 +134,7 @@ class Residual(nn.Module):
     def __init__(self, config: DecoderConfig, spec: SublayerSpec):
         super().__init__()
         self.spec = spec
-        self.branch_norm = norm_if(spec.branch_norm, config)
+        self.branch_norm = norm_if(spec.branch_norm, config, spec=SublayerSpec(pre_norm_weight=spec.branch_norm_weight))
         self.sum_norm = norm_if(spec.sum_norm, config)
         # [1] and not 0-dimensional, which `fully_shard` refuses.
         shape = {"no": None, "scalar": (1,), "channel": (config.hidden_size,)}[spec.learned_branch_scale]

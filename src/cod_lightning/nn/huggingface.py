@@ -25,7 +25,10 @@ from cod_lightning.nn.strategies import SublayerSpec, build_all
 FOLDED = ("gain", "branch_scale", "learned_branch_scale")
 """Coefficients of a sub-layer that are folded into weights."""
 
-TRAINING = ("pre_norm_weight", "input_init", "output_init", "xavier", "rates", "input_rates", "norm_rates")
+TRAINING = (
+    *("pre_norm_weight", "branch_norm_weight", "input_init", "output_init", "xavier"),
+    *("rates", "input_rates", "norm_rates"),
+)
 """Coefficients of initialisation and optimizer. All others must have the values of Pre-LN; `input_scale` too, which
 changes the eps of a norm, and a checkpoint has one eps for all norms."""
 

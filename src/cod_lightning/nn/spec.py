@@ -47,6 +47,8 @@ class SublayerSpec:
     groups: int = 1
     """Equal parts of the hidden dimension over which the pre-norm takes its statistics."""
     branch_norm: bool = False
+    branch_norm_weight: float = 1.0
+    """Initial value of the branch norm's weight."""
     branch_scale: float = 1.0
     learned_branch_scale: Literal["no", "scalar", "channel"] = "no"
     """Replaces the constant by a parameter with initial value `branch_scale`: one number, or one per channel."""

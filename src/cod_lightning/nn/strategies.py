@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -103,6 +104,32 @@ def admin(layer: int, depth: int) -> BlockSpec:
     return block(pre_norm=False, sum_norm=True, learned_skip=True)
 
 
+@register
+def olmo2(layer: int, depth: int) -> BlockSpec:
+    """x + LN(f(x)), the reordered norm of OLMo 2, without its norms of queries and keys: attention has none here."""
+    return block(pre_norm=False, branch_norm=True)
+
+
+@register
+def depth_scaled_sandwich(layer: int, depth: int) -> BlockSpec:
+    """x + LN(f(LN(x))), weights of the outer LN learned from 1/sqrt(L) (Trinity; Pangu Ultra has c/sqrt(L))."""
+    return block(branch_norm=True, branch_norm_weight=depth**-0.5)
+
+
+@register
+def keel(layer: int, depth: int) -> BlockSpec:
+    """LN(2L x + f(LN(x))), Pre-LN in block 1: alpha is the number of sub-layers in the paper; some code has 1/sqrt(2L),
+    or the number of blocks.
+    """
+    return block() if layer == 1 else block(sum_norm=True, skip=2.0 * depth)
+
+
+@register
+def deep_loop(layer: int, depth: int) -> BlockSpec:
+    """DeepNorm with alpha = (2N)^(1/2) and beta = (8N)^(-1/2), for N visits of blocks in a looped model; here N = L."""
+    return deep_norm(layer, depth).replace(skip=(2 * depth) ** 0.5, xavier=(8 * depth) ** -0.5)
+
+
 # LayerNorm Scaling ---------------------------------------------------------------------------------------------------
 
 LNS_POSITIONS: dict[str, Callable[[float], BlockSpec]] = {
@@ -177,6 +204,52 @@ def depth_ratio(depth: int, base_depth: int) -> float:
     if base_depth < 1:
         raise UserError(f"norm.base_depth={base_depth} must be at least 1")
     return depth / base_depth
+
+
+# Scaled branches -----------------------------------------------------------------------------------------------------
+
+
+@register
+def minicpm(layer: int, depth: int, scale_depth: float = 1.4) -> BlockSpec:
+    """x + 1.4 f(LN(x)) / sqrt(L)."""
+    return block(branch_scale=scale_depth * depth**-0.5)
+
+
+@register
+def granite(layer: int, depth: int, residual_multiplier: float = 0.22) -> BlockSpec:
+    """x + 0.22 f(LN(x)) at every depth, as in the released models."""
+    return block(branch_scale=residual_multiplier)
+
+
+@register
+def esm_c(layer: int, depth: int) -> BlockSpec:
+    """x + f(LN(x)) / sqrt(L / 36), as in the code of ESM-C and ESM3; ESM-C's paper multiplies by mistake."""
+    return block(branch_scale=(depth / 36) ** -0.5)
+
+
+@register
+def norm_preserving(layer: int, depth: int, beta: float = math.log(2)) -> BlockSpec:
+    """sqrt(1 - b/L) x + sqrt(b/L) f(LN(x)), b = softplus(0) = ln 2 fixed; its authors learn b from there."""
+    if not 0 <= beta <= depth:
+        raise UserError(f"norm.beta={beta} must lie between 0 and the number of blocks, {depth}")
+    return block(skip=(1 - beta / depth) ** 0.5, branch_scale=(beta / depth) ** 0.5)
+
+
+@register
+def rezero(layer: int, depth: int) -> BlockSpec:
+    """x + a f(x), a learned from 0; one a for each sub-layer, where the released code shares it in a block."""
+    return block(pre_norm=False, branch_scale=0.0, learned_branch_scale="scalar")
+
+
+@register
+def nf_residual(layer: int, depth: int, alpha: float = 0.2) -> BlockSpec:
+    """x + alpha f(x / b), b^2 = 1 + alpha^2 k behind k branches (NF-ResNet); 1/b is exact as weights and rates."""
+
+    def sublayer(branches: int) -> SublayerSpec:
+        g = (1 + alpha**2 * branches) ** -0.5
+        return SublayerSpec(pre_norm=False, branch_scale=alpha, input_init=g, input_rates=scaled_rates(g))
+
+    return BlockSpec(sublayer(2 * layer - 2), sublayer(2 * layer - 1))
 
 
 # Strategies that change a base strategy; further options are those of the base ----------------------------------------
