@@ -414,6 +414,7 @@ COMMANDS = [
     (nothing, ["measure", "variance", "one", "two"], ["measure variance takes one model, not 2"]),
     (nothing, ["measure", "compare", "one"], ["at least two models, not 1"]),
     (nothing, ["measure", "compare", "a/one", "b/one"], ["two models have the name one"]),
+    (nothing, ["measure", "report", "a/one", "b/one"], ["two models have the name one"]),
     (nothing, ["measure", "variance", "nowhere", "--rows", "0"], ["--rows=0"]),
     (nothing, ["measure", "variance", "nowhere", "rows=many"], ["rows=many: expected a whole number"]),
     (nothing, ["measure", "jacobian", "nowhere", "probs=32", "exact=yes"],

@@ -122,7 +122,7 @@ def layer_lines(
     ylabel: str,
     *,
     log: bool = False,
-    x: Sequence[float] | None = None,
+    x: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     errors: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Draw one line for each entry of `lines`, by its label in the legend.
@@ -132,14 +132,17 @@ def layer_lines(
         lines: values of layers; None, and on a logarithmic axis a value that is not positive, leaves a gap.
         ylabel: the quantity and its unit.
         log: use a logarithmic y axis.
-        x: layers of the values; None: layers 1, 2, ....
+        x: layers of the values, for all lines or by label; None: layers 1, 2, ....
         errors: error bars of lines, by label.
     """
     labels, known = run_labels(lines), [strategy_colour(name) for name in lines]
     free = [colour for colour in COLOURS if colour not in known]
+    whole = True
     for index, (name, values) in enumerate(lines.items()):
         shown = [math.nan if value is None or (log and value <= 0) else value for value in values]
-        places = list(x or range(1, len(shown) + 1))[: len(shown)]
+        own = x[name] if isinstance(x, Mapping) else x
+        places = list(own or range(1, len(shown) + 1))[: len(shown)]
+        whole = whole and all(float(place).is_integer() for place in places)
         options: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "ms": 3, "capsize": 2}
         if any(known):
             options["color"] = known[index] or free[known[:index].count(None) % len(free)]
@@ -148,7 +151,8 @@ def layer_lines(
     axes.set(xlabel="layer", ylabel=ylabel)
     if log:
         log_axis(axes.yaxis)
-    integer_ticks(axes.xaxis)
+    if whole:
+        integer_ticks(axes.xaxis)
 
 
 def lines_by_depth(axes: Axes, steps: Sequence[int], values: Any, norm: Normalize | None = None) -> ScalarMappable:

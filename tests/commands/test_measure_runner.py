@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cod_lightning.commands.measure_runner import Subject, run_comparison, run_prune, run_study
+from cod_lightning.commands.measure_runner import Subject, run_prune, run_study
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.nn.config import DecoderConfig
@@ -37,7 +37,7 @@ def test_a_measure_gets_the_options_that_it_has(tmp_path):
 def test_every_measure_of_a_study_is_saved_and_shown(tmp_path, capsys):
     run_study("removal", subject(), {}, tmp_path)
     names = {path.stem for path in tmp_path.iterdir()}
-    assert names == {"removal", "run_removal", "swaps", "linear_replacement", "causal"}
+    assert names == {"removal", "run_removal", "longest_run", "swaps", "linear_replacement", "causal"}
     printed = capsys.readouterr().out
     assert all(f"lns: {name}" in printed for name in names)
 
@@ -74,14 +74,6 @@ def test_a_pruned_model_has_its_losses_beside_it(tmp_path, capsys):
     assert "lns after" in capsys.readouterr().out
 
 
-def test_models_are_compared_on_one_page(tmp_path):
-    subjects = {"lns": subject, "pre_ln": lambda: subject("pre_ln")}
-    page = run_comparison(subjects, {"probes": 2, "iterations": 1}, tmp_path)
-    assert page.read_text().count("pre_ln") > 1
-    assert [(tmp_path / name).read_bytes()[:4] for name in ("compare.png", "compare.pdf")] == [b"\x89PNG", b"%PDF"]
-    assert saved(tmp_path / "pre_ln", "jacobian")["probes"] == 2
-
-
 @pytest.fixture
 def bert():
     transformers = pytest.importorskip("transformers")
@@ -99,8 +91,3 @@ def test_measures_of_the_next_token_are_left_out_for_bert(bert, tmp_path, capsys
 def test_bert_cannot_be_pruned(bert, tmp_path):
     with pytest.raises(UserError, match="large: bert does not predict the next token: measure prune needs it"):
         run_prune(bert, {"layers": [1]}, tmp_path / "small")
-
-
-def test_models_of_images_cannot_be_compared(tmp_path):
-    with pytest.raises(UserError, match="lns is a model of images: measure compare supports models of text only"):
-        run_comparison({"lns": lambda: replace(subject(), export=None)}, {}, tmp_path)

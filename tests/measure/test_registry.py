@@ -49,6 +49,7 @@ STEPS |= {
     "theory": 3,
     "removal": 8,
     "run_removal": 12,
+    "longest_run": 3,
     "swaps": 6,
     "linear_replacement": 3,
     "importance": 16,
@@ -128,7 +129,14 @@ def test_names_are_known_without_torch():
 
 
 def test_a_study_has_its_measures():
-    assert measures_of("removal", 16) == ["removal", "run_removal", "swaps", "linear_replacement", "causal"]
+    assert measures_of("removal", 16) == [
+        "removal",
+        "run_removal",
+        "longest_run",
+        "swaps",
+        "linear_replacement",
+        "causal",
+    ]
 
 
 def test_all_has_every_measure():

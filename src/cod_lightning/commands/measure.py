@@ -1,4 +1,4 @@
-"""`measure`: measure the layers of a model, compare models, or prune one."""
+"""`measure`: measure the layers of a model, report on its depth, compare models, or prune one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from cod_lightning.commands.measure_runner import Subject
 
 HELP = (
-    "Measure the layers of a run, or of a causal language model of transformers; compare shows several side by side, "
-    "prune writes a smaller model."
+    "Measure the layers of a run, or of a causal language model of transformers; report shows on one page how much of "
+    "its depth a model uses, or several side by side; prune writes a smaller model."
 )
 EPILOG = """\
 Writes JSON, CSV, PNG and PDF for every measure. Words of the form option=value are options of the study's
@@ -34,7 +34,8 @@ measures; all other key=value words are overrides, which choose the text and its
   measure angular meta-llama/Llama-2-7b-hf tokens=262144 rows=2048 data=files 'data.files=texts/*.json.gz'
   measure jacobian runs/quickstart/lns-seed1-... probes=32 layers=1,12,24
   measure all runs/quickstart/lns-seed1-... only=angular,swaps
-  measure compare runs/quickstart/pre_ln-seed1-... runs/quickstart/lns-seed1-...
+  measure report smollm2 rows=16 data=files data.files=text.txt data.seq_len=256
+  measure report runs/quickstart/pre_ln-seed1-... runs/quickstart/lns-seed1-...
 
 prune writes a model that stock transformers loads, without some blocks or weights, and its loss before and after:
   measure prune RUN layers=17,18,19 --output FOLDER
@@ -46,7 +47,9 @@ prune writes a model that stock transformers loads, without some blocks or weigh
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("study", help="variance, jacobian, angular, removal, influence, theory, all, compare, or prune")
+    parser.add_argument(
+        "study", help="variance, jacobian, angular, removal, influence, theory, all, report, compare, or prune"
+    )
     parser.add_argument(
         "words",
         nargs="+",
@@ -71,10 +74,10 @@ def run(study: str, words: Sequence[str], checkpoint: str, trust_code: bool, row
     output = Path(options.pop("output")) if "output" in options else output
     require_at_least("rows", rows, 1)
     open_model = partial(open_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
-    if study == "compare":
-        return compare(models, open_model, options, output)
+    if study in ("report", "compare"):
+        return report(study, models, open_model, options, output)
     if len(models) != 1:
-        raise UserError(f"measure {study} takes one model, not {len(models)}; measure compare takes several")
+        raise UserError(f"measure {study} takes one model, not {len(models)}; measure report takes several")
     from cod_lightning.commands.measure_runner import run_prune, run_study
     from cod_lightning.files import check_new_folder
     from cod_lightning.measure.registry import measures_of
@@ -106,7 +109,7 @@ def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
     from cod_lightning.config.compose import fields_and_groups
 
     types = {**study_options(study), "rows": int, "output": str}
-    if study not in ("compare", "prune"):
+    if study not in ("report", "compare", "prune"):
         types["only"] = Sequence[str]
     others = fields_and_groups() - types.keys()
     own = [word for word in words if (key := word.partition("=")[0]).isidentifier() and key not in others]
@@ -147,15 +150,18 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
     return open_model(model, config, rows)
 
 
-def compare(models: Sequence[str], open_model: Any, options: dict[str, Any], output: Path | None) -> int:
-    """Measure several models, and write a page that shows them side by side."""
-    if len(models) < 2:
-        raise UserError(f"measure compare takes at least two models, not {len(models)}")
+def report(study: str, models: Sequence[str], open_model: Any, options: dict[str, Any], output: Path | None) -> int:
+    """Measure one or several models, and write a page that shows how much of their depth they use."""
+    least = 2 if study == "compare" else 1
+    if len(models) < least:
+        raise UserError(f"measure {study} takes at least {('one model', 'two models')[least - 1]}, not {len(models)}")
     names = [Path(model).name for model in models]
     if len(set(names)) < len(names):
         raise UserError(f"two models have the name {max(names, key=names.count)}: rename a folder")
-    from cod_lightning.commands.measure_runner import run_comparison
+    from cod_lightning.commands.measure_report import run_report
+    from cod_lightning.measure.depth_report import COMPARED, REPORTED
 
     subjects = {name: partial(open_model, model) for name, model in zip(names, models, strict=True)}
-    print(run_comparison(subjects, options, output or Path("measure") / "-".join(["compare", *names])))
+    folder = output or Path("measure") / "-".join([study, *names])
+    print(run_report(subjects, options, folder, REPORTED if study == "report" else COMPARED, study))
     return 0

@@ -15,21 +15,20 @@ from rich.progress import Progress
 
 from cod_lightning.commands.terminal import result_table, show
 from cod_lightning.config.schema import Config
+from cod_lightning.data.config import patterns
 from cod_lightning.data.corpora import open_corpus
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
 from cod_lightning.errors import UserError
-from cod_lightning.files import write_atomic
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
-from cod_lightning.measure.compare import COMPARED, comparison_page
+from cod_lightning.measure.depth_report import COMPARED, REPORTED
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures_of, options_for
 from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
-from cod_lightning.plots import FORMATS, image
 from cod_lightning.train.devices import accelerator
 from cod_lightning.train.load import load_decoder, load_vit
 
@@ -45,6 +44,10 @@ class Subject:
     pad_id: int | None
     export: Export | None
     """Writes a model of this kind and its tokenizer for `transformers`; None for models of images."""
+    text: str = ""
+    """Where the sequences come from."""
+    config: str = ""
+    """What defines the model besides its weights, and the text."""
 
     def why_not(self, name: str) -> str:
         """Why a measure does not apply to the model; empty if it does."""
@@ -69,7 +72,8 @@ def study_options(study: str) -> dict[str, Any]:
     """
     if study == "prune":
         return options_of(prune)
-    return options_for(COMPARED if study == "compare" else measures_of(study))
+    pages = {"report": REPORTED, "compare": COMPARED}
+    return options_for(pages[study] if study in pages else measures_of(study))
 
 
 def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subject:
@@ -90,6 +94,8 @@ def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subje
         list(tokens.split(config.data.micro_batch_size)),
         data.pad_id,
         partial(export, tokenizer=tokenizer, max_length=config.max_length),
+        data_source(config),
+        repr(config),
     )
 
 
@@ -126,7 +132,14 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
     tokens = packed(open_corpus(config.data).val(), encode, tokenizer.eos_token_id, rows, config.data.seq_len)
     require_embeddings(checkpoint.model, tokenizer, tokens, name)
     model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
-    return Subject(model, list(tokens.split(config.data.micro_batch_size)), None, write)
+    batches = list(tokens.split(config.data.micro_batch_size))
+    return Subject(model, batches, None, write, data_source(config), repr(config) + repr(checkpoint.model.config))
+
+
+def data_source(config: Config) -> str:
+    """Where the held-out text comes from, such as "files: texts/*.txt"."""
+    files = patterns(config.data.val_files or config.data.files)
+    return config.data.folder or ": ".join([config.data.source, *([", ".join(files)] if files else [])])
 
 
 def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
@@ -162,29 +175,6 @@ def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> Non
     show_result(subject, "prune", result)
 
 
-def run_comparison(subjects: Mapping[str, Callable[[], Subject]], options: Mapping[str, Any], folder: Path) -> Path:
-    """Measure several models and put them on one page.
-
-    Args:
-        subjects: functions that open a model, by the name it is shown under; one model is open at a time.
-        options: of the measures.
-        folder: gets the page as HTML, its figure as PNG and PDF, and a folder with the results of each model.
-
-    Returns:
-        The HTML file.
-    """
-    results = {}
-    for name, open_subject in subjects.items():
-        subject = open_subject()
-        subject.require_next_token("compare")
-        results[name] = {measure: run_measure(measure, subject, options, folder / name) for measure in COMPARED}
-    figure, page = comparison_page(results)
-    for suffix in FORMATS:
-        write_atomic(folder / f"compare.{suffix}", image(figure, suffix))
-    write_atomic(folder / "compare.html", page)
-    return folder / "compare.html"
-
-
 def run_measure(name: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> Any:
     """Take one measure and save its result."""
     if folder.exists() and not folder.is_dir():
@@ -197,16 +187,23 @@ def run_measure(name: str, subject: Subject, options: Mapping[str, Any], folder:
 
 
 def with_progress(
-    name: str, measure: Callable[..., Any], subject: Subject, options: Mapping[str, Any], **others: Any
+    name: str,
+    measure: Callable[..., Any],
+    subject: Subject,
+    options: Mapping[str, Any],
+    batches: Sequence[Batch] | None = None,
+    **others: Any,
 ) -> Any:
-    """Call a measure with a progress bar."""
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    """Call a measure with a progress bar, on all of the subject's batches or on `batches`."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(escape(f"{subject.model.name}: {name}"), total=None)
 
         def update(done: int, total: int) -> None:
             bars.update(bar, completed=done, total=total or None)
 
-        return measure(subject.model, subject.batches, subject.pad_id, update, **options, **others)
+        batches = subject.batches if batches is None else batches
+        return measure(subject.model, batches, subject.pad_id, update, **options, **others)
 
 
 def show_result(subject: Subject, name: str, result: Result) -> None:

@@ -36,7 +36,10 @@ TOP = 0.01
 
 @dataclass(frozen=True)
 class Statistics:
-    """One value per layer, in order: each statistic is taken over the hidden dimension and averaged over tokens."""
+    """One value per layer, in order: each statistic is taken over the hidden dimension and averaged over tokens.
+
+    Results of earlier versions have no quantiles: their lists are empty.
+    """
 
     variance: list[float]
     """Unbiased variance, mean over tokens: the paper's."""
@@ -49,16 +52,16 @@ class Statistics:
     """E[(x - m)^4] / E[(x - m)^2]^2: 3 for a Gaussian, at least 1; 0 for a token of variance zero."""
     maximum: list[float]
     """Largest absolute value of any token, not averaged."""
-    variance_median: list[float]
+    variance_median: list[float] = field(default_factory=list)
     """Median over tokens of the variance."""
-    variance_p95: list[float]
+    variance_p95: list[float] = field(default_factory=list)
     """95th percentile over tokens of the variance."""
-    variance_top_share: list[float]
+    variance_top_share: list[float] = field(default_factory=list)
     """Share of the mean variance that the 1% of tokens with the largest variance carry, at least one token; 0 if all
     variances are zero."""
-    variance_first: list[float]
+    variance_first: list[float] = field(default_factory=list)
     """Mean variance of the first token of each sequence."""
-    variance_later: list[float]
+    variance_later: list[float] = field(default_factory=list)
     """Mean variance of all other tokens; NaN without any."""
 
 
@@ -70,18 +73,18 @@ class ActivationStats(Result):
     residual: Statistics
     attention: Statistics
     ffn: Statistics
-    massive: list[MassiveActivation]
+    massive: list[MassiveActivation] = field(default_factory=list)
     """The channels with massive activations in the residual stream, largest first, at most `MOST_CHANNELS`."""
-    massive_channels: int
+    massive_channels: int = 0
     """The number of such channels."""
 
     def series(self) -> dict[str, Sequence[Any]]:
         layers = {"layer": range(1, len(self.residual.variance) + 1)}
-        return layers | {f"{place}_{name}": values for place in PLACES for name, values in vars(self.at(place)).items()}
+        return layers | {f"{place}_{name}": values for place in PLACES for name, values in self.columns(place).items()}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each place in each layer."""
-        tables = [table_rows(vars(self.at(place))) for place in PLACES]
+        tables = [table_rows(self.columns(place)) for place in PLACES]
         return [
             {"layer": layer, "of": place, **row}
             for layer, rows in enumerate(zip(*tables, strict=True), start=1)
@@ -101,11 +104,17 @@ class ActivationStats(Result):
                 Lines(label, {place: getattr(self.at(place), name) for place in PLACES}, log=name != "kurtosis")
                 for name, label in labels.items()
             ),
-            Lines("variance of the residual stream", over_tokens, log=True),
+            Lines(
+                "variance of the residual stream", {name: each for name, each in over_tokens.items() if each}, log=True
+            ),
         ]
 
     def at(self, place: str) -> Statistics:
         return getattr(self, place)
+
+    def columns(self, place: str) -> dict[str, list[float]]:
+        """The statistics at a place that are there."""
+        return {name: values for name, values in vars(self.at(place)).items() if values}
 
 
 @torch.no_grad()

@@ -31,8 +31,8 @@ class Lines:
     """Values by label."""
     log: bool = False
     """Use a logarithmic y axis."""
-    x: Sequence[float] | None = None
-    """Layers of the values; None: 1, 2, ...."""
+    x: Sequence[float] | Mapping[str, Sequence[float]] | None = None
+    """Layers of the values, for all lines or by label; None: 1, 2, ...."""
     xlabel: str = "layer"
     errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Standard errors of lines, by label."""

@@ -94,6 +94,7 @@ MEASURES: dict[str, Measure] = {
     "run_removal": Measure(
         "removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4"), needs_targets=True
     ),
+    "longest_run": Measure("removal", "run_search:longest_run", (), is_map=True, needs_targets=True),
     "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True),
     "linear_replacement": Measure(
         "removal",
@@ -138,7 +139,7 @@ def measures_of(study: str, hidden: int = 0, widest: int = MAX_FULL_JACOBIAN, on
     """
     studies = list(dict.fromkeys(measure.study for measure in MEASURES.values()))
     if study != "all" and study not in studies:
-        raise UserError(f"{study!r} is not a study: {nearest(study, [*studies, 'all', 'compare', 'prune'])}")
+        raise UserError(f"{study!r} is not a study: {nearest(study, [*studies, 'all', 'report', 'compare', 'prune'])}")
     names = [name for name, measure in MEASURES.items() if study in (measure.study, "all")]
     if unknown := next((name for name in only if name not in names), None):
         raise UserError(f"only={unknown!r} is not a measure of {study}: {nearest(unknown, names)}")

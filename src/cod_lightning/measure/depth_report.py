@@ -1,0 +1,419 @@
+"""The depth report: how much of their depth models use, on one page with a figure and a sentence for each measure.
+
+It reads the fields of results as in their JSON files, where None stands for numbers that are not finite. Every sentence
+is computed from these numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from cod_lightning import plots
+from cod_lightning.measure.panels import HeatMap, Lines, Panel, draw_panels
+from cod_lightning.measure.run_search import perplexity_rise
+from cod_lightning.page import Table, html_page
+
+Results = Mapping[str, Any]
+"""The fields of a model's results by measure."""
+
+REPORTED = ("variance", "jacobian", "angular", "readout", "removal", "longest_run", "influence")
+"""The measures of `measure report`; longest_run comes behind removal, whose losses it uses."""
+COMPARED = ("variance", "jacobian", "angular", "removal", "linear_replacement", "influence")
+"""The measures of `measure compare`."""
+CHEAP = 0.01
+"""A block is cheap if its removal raises the loss by less than this share of it."""
+THIRDS = ("early", "middle", "late")
+READABLE = 1.1
+"""A layer is readable if its logit lens and those of all later layers are within this multiple of the model's loss."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of each model on one panel."""
+
+    ylabel: str
+    values: Callable[[Any], Sequence[float | None]]
+    """Of the fields of the measure, by layer."""
+    errors: Callable[[Any], Sequence[float | None]] | None = None
+    log: bool = True
+    xlabel: str = "layer"
+    relative: str = "relative depth"
+    """Name of the x axis where models differ in depth."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A measure on the page."""
+
+    title: str
+    curves: Sequence[Curve]
+    sentence: Callable[[Any], str]
+    """What the numbers of a model show."""
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def depth(results: Results) -> int:
+    return len(results["variance"]["residual"]["variance"])
+
+
+def number(value: float | None, error: float | None = None) -> str:
+    """Such as 0.0123, 4,078 or 0.52 ± 0.03."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if error is None:
+        return text
+    return f"{text} ± " + (f"{error:,.0f}" if error >= 100 else f"{error:.2g}")
+
+
+def differences(removal: Any) -> list[float | None]:
+    """Rise of the loss, in nats, when each block is removed."""
+    whole = removal["loss"]
+    return [None if loss is None or whole is None else loss - whole for loss in removal["losses"]]
+
+
+def ratios(replacement: Any) -> list[float | None]:
+    return [None if loss is None else loss / replacement["loss"] for loss in replacement["losses"]]
+
+
+def rises(search: Any) -> list[float | None]:
+    whole = search["loss"]
+    return [None if loss is None or whole is None else perplexity_rise(loss, whole) for loss in search["losses"]]
+
+
+def extremes(
+    values: Sequence[float | None], layers: Sequence[int] | None = None, errors: Sequence[float | None] | None = None
+) -> tuple[str, str]:
+    """The smallest and the largest value, each with its block, such as "0.52 ± 0.03 (block 4)"."""
+    layers = layers or range(1, len(values) + 1)
+    known = [(value, index) for index, value in enumerate(values) if value is not None]
+    if not known:
+        return "not finite", "not finite"
+    smallest, largest = (
+        f"{number(value, errors[index] if errors else None)} (block {layers[index]})"
+        for value, index in (min(known), max(known))
+    )
+    return smallest, largest
+
+
+def growth(values: Sequence[float | None]) -> str:
+    """The first and the last value, such as "0.8 behind block 1 and 2.4 behind block 24 (3 times)"."""
+    first, last = values[0], values[-1]
+    times = f" ({number(last / first)} times)" if first and last is not None else ""
+    return f"{number(first)} behind block 1 and {number(last)} behind block {len(values)}{times}"
+
+
+def headline(results: Results) -> dict[str, Any]:
+    """How much of its depth a model uses, as numbers."""
+    removal, blocks = results["removal"], depth(results)
+    loss, costs = removal["loss"], differences(removal)
+    cheap = [layer for layer, cost in enumerate(costs, start=1) if cost is not None and cost < CHEAP * loss]
+    thirds = [min(int(3 * (layer - 0.5) / blocks), 2) for layer in cheap]
+    found: dict[str, Any] = {
+        "blocks": blocks,
+        "loss": loss,
+        "targets": removal["tokens"],
+        "cheap_blocks": cheap,
+        "cheap_share": len(cheap) / blocks,
+        "cheap_by_third": {name: thirds.count(index) for index, name in enumerate(THIRDS)},
+    }
+    if search := results.get("longest_run"):
+        runs = {}
+        for limit, length in zip(search["limits"], search["blocks"], strict=True):
+            first = search["first"][length - 1] if length else None
+            last = first and first + length - 1
+            runs[f"{limit:g}"] = {"blocks": length, "first": first, "last": last}
+        found["longest_runs"] = runs
+    return found
+
+
+# Sentences -----------------------------------------------------------------------------------------------------------
+
+
+def count(amount: int, noun: str) -> str:
+    return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
+
+
+def headline_sentence(numbers: Mapping[str, Any], removal: Any) -> str:
+    cheap, blocks = numbers["cheap_blocks"], numbers["blocks"]
+    cheapest, _ = extremes(differences(removal))
+    text = f"{len(cheap)} of {count(blocks, 'block')} cost less than 1% of the loss when removed alone"
+    if cheap:
+        text += f" ({', '.join(f'{n} {third}' for third, n in numbers['cheap_by_third'].items())})"
+    text += f"; the cheapest adds {cheapest.replace(' (', ' nats (')}."
+    runs = numbers.get("longest_runs", {})
+    parts = [
+        f"{limit}%: " + (span(run["first"], run["last"]) if run["blocks"] else "no block")
+        for limit, run in runs.items()
+    ]
+    if parts:
+        text += f" The longest run found that can go for a rise of the perplexity of {'; '.join(parts)}."
+    return text
+
+
+def span(first: int, last: int) -> str:
+    return f"block {first}" if first == last else f"{last - first + 1} blocks, {first} to {last}"
+
+
+def variance_sentence(result: Any) -> str:
+    residual, massive = result["residual"], result["massive"]
+    _, share = extremes([None if value is None else 100 * value for value in residual["variance_top_share"]])
+    text = (
+        f"The mean variance of the stream is {growth(residual['variance'])}; that of the median token is "
+        f"{growth(residual['variance_median'])}. The 1% of tokens with the largest variance carry up to "
+        f"{share.replace(' (', '% of the mean (')}. "
+    )
+    if not massive:
+        return text + "No activation is massive: above 100 and 1,000 times the median magnitude of its hidden state."
+    top = massive[0]
+    token = "" if top["text"] is None else f" (`{top['text'].replace('`', chr(39))!r}`)"
+    return text + (
+        f"{count(result['massive_channels'], 'channel')} with massive activations; the largest is "
+        f"{number(top['value'])} in channel {top['channel']} behind block {top['layer']}, at position "
+        f"{top['position']}{token} of sequence {top['row']}."
+    )
+
+
+def jacobian_sentence(result: Any) -> str:
+    layers, errors = result["layers"], result["errors"]
+    nearest, farthest = extremes(result["distance"], layers, errors["distance"])
+    smallest, largest = extremes(result["largest_singular_value"], layers, errors["largest_singular_value"])
+    return (
+        f"The distance of the Jacobian from the identity is between {nearest} and {farthest}; its largest singular "
+        f"value between {smallest} and {largest}. Standard errors over {count(result['tokens'], 'token')}."
+    )
+
+
+def angular_sentence(result: Any) -> str:
+    least, most = extremes(result["distances"][0])
+    unit = "angle over pi" if result["normalise"] == "raw" else "scaled for each n"
+    return (
+        f"A block turns the stream by between {least} and {most}; all blocks together by "
+        f"{number(result['distances'][-1][0])} ({unit}; {count(result['tokens'], 'token')})."
+    )
+
+
+def readout_sentence(result: Any) -> str:
+    losses = result["loss"]
+    text = f"The loss read from the stream is {growth(losses).split(' (')[0]} ({count(result['tokens'], 'target')})."
+    if losses[-1] is None:
+        return text
+    late = [layer for layer, loss in enumerate(losses, start=1) if loss is None or loss > READABLE * losses[-1]]
+    start = max(late, default=0) + 1
+    return text + f" From block {start} of {len(losses)} on it stays within 10% of the last."
+
+
+def removal_sentence(result: Any) -> str:
+    costs = differences(result)
+    known = [cost for cost in costs if cost is not None]
+    least, most = extremes(costs)
+    middle = number(median(known)) if known else "not finite"
+    return (
+        f"Removing one block changes the loss of {number(result['loss'])} nats by between {least} and {most}, in the "
+        f"median by {middle} ({count(result['tokens'], 'target')})."
+    )
+
+
+def search_sentence(result: Any) -> str:
+    parts = [
+        f"{span(first, first + n)} {number(rise)}%"
+        for n, (first, rise) in enumerate(zip(result["first"], rises(result), strict=True))
+    ]
+    return (
+        f"Rise of the perplexity without the cheapest run found of each length: {'; '.join(parts)}. A run is tried if "
+        "it extends one of the cheapest runs of one block less, so a longer one may exist."
+    )
+
+
+def influence_sentence(result: Any) -> str:
+    least, most = extremes(result["influence"], None, result["error"])
+    return (
+        f"Block influence, 1 - mean cosine between a block's input and output, is between {least} and {most}. Standard "
+        f"errors over {count(result['tokens'], 'token')}."
+    )
+
+
+def replacement_sentence(result: Any) -> str:
+    _, most = extremes(ratios(result))
+    return (
+        f"{result['usefulness']:.0%} of the blocks raise the loss by more than a tenth when the best linear map "
+        f"replaces them; the largest ratio of the losses is {most}."
+    )
+
+
+SECTIONS: dict[str, Section] = {
+    "variance": Section(
+        "Variance of the residual stream",
+        [
+            Curve("mean variance", lambda r: r["residual"]["variance"], lambda r: r["residual"]["variance_error"]),
+            Curve("median variance of a token", lambda r: r["residual"]["variance_median"]),
+            Curve("share of the top 1% of tokens", lambda r: r["residual"]["variance_top_share"], log=False),
+        ],
+        variance_sentence,
+    ),
+    "jacobian": Section(
+        "Jacobian of a block",
+        [
+            Curve(
+                "distance of the Jacobian from I, $||J-I||_F/\\sqrt{d}$",
+                lambda r: r["distance"],
+                lambda r: r["errors"]["distance"],
+            ),
+            Curve(
+                "largest singular value of the Jacobian",
+                lambda r: r["largest_singular_value"],
+                lambda r: r["errors"]["largest_singular_value"],
+            ),
+        ],
+        jacobian_sentence,
+    ),
+    "angular": Section(
+        "Angular distance",
+        [Curve("angular distance to the next layer", lambda r: r["distances"][0])],
+        angular_sentence,
+    ),
+    "readout": Section(
+        "Logit lens",
+        [
+            Curve("loss read from the layer (nats)", lambda r: r["loss"], log=False),
+            Curve("KL(last || layer) (nats)", lambda r: r["kl"][:-1]),
+        ],
+        readout_sentence,
+    ),
+    "removal": Section(
+        "Removal of one block",
+        [Curve("increase of the loss without the block (nats)", differences, log=False)],
+        removal_sentence,
+    ),
+    "longest_run": Section(
+        "Removal of contiguous blocks",
+        [Curve("rise of the perplexity (%)", rises, xlabel="blocks removed", relative="share of the blocks removed")],
+        search_sentence,
+    ),
+    "linear_replacement": Section(
+        "Linear maps instead of blocks",
+        [Curve("loss with linear replacement / loss", ratios, log=False)],
+        replacement_sentence,
+    ),
+    "influence": Section(
+        "Block influence",
+        [Curve("block influence, 1 - mean cosine", lambda r: r["influence"], lambda r: r["error"])],
+        influence_sentence,
+    ),
+}
+"""The sections of the page, in order."""
+
+
+# Page ----------------------------------------------------------------------------------------------------------------
+
+
+def panels(models: Mapping[str, Results], measure: str) -> list[Lines]:
+    """The curves of a measure, one line for each model by its name; over relative depth if models differ in depth."""
+    return [panel(curve, models, measure) for curve in SECTIONS[measure].curves]
+
+
+def panel(curve: Curve, models: Mapping[str, Results], measure: str) -> Lines:
+    depths = {name: depth(results) for name, results in models.items()}
+    relative = len(set(depths.values())) > 1
+    lines, x, errors = {}, {}, {}
+    for name, results in models.items():
+        values = curve.values(results[measure])
+        layers = results[measure].get("layers") or range(1, len(values) + 1)
+        lines[name] = values
+        x[name] = [layer / depths[name] if relative else layer for layer in layers]
+        if curve.errors is not None:
+            errors[name] = [error or 0.0 for error in curve.errors(results[measure])]
+    return Lines(
+        curve.ylabel, lines, curve.log, x=x, xlabel=curve.relative if relative else curve.xlabel, errors=errors
+    )
+
+
+def maps(models: Mapping[str, Results]) -> list[Panel]:
+    """The angular distances between all layers, a map for each model."""
+    labels = plots.run_labels(models)
+    return [
+        HeatMap(
+            results["angular"]["distances"], "layer", "layers further on, n", "angular distance", title=labels[name]
+        )
+        for name, results in models.items()
+    ]
+
+
+def summary(results: Results) -> dict[str, str]:
+    """The table's entries for one model."""
+    residual, numbers = results["variance"]["residual"], headline(results)
+    variance, middle = residual["variance"], residual["variance_median"]
+    deeper = [cost for cost in differences(results["removal"])[numbers["blocks"] // 2 :] if cost is not None]
+    entries = {
+        "blocks": str(numbers["blocks"]),
+        "loss": "not finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}",
+        "blocks that cost less than 1% of the loss": str(len(numbers["cheap_blocks"])),
+    }
+    entries |= {f"of these, {third}": str(amount) for third, amount in numbers["cheap_by_third"].items()}
+    for limit, run in numbers.get("longest_runs", {}).items():
+        entries[f"longest run found for {limit}% perplexity"] = str(run["blocks"])
+    entries |= {
+        "variance, first block": number(variance[0]),
+        "variance, last block": number(variance[-1]),
+        "last over first": number(variance[-1] / variance[0] if variance[0] and variance[-1] is not None else None),
+        "median variance of a token, last block": number(middle[-1]),
+        "mean increase of the loss when a block of the deeper half is removed": f"{fmean(deeper):.4f}"
+        if deeper
+        else "",
+    }
+    if replacement := results.get("linear_replacement"):
+        entries["usefulness (share of layers that are not linear)"] = f"{replacement['usefulness']:.2f}"
+    return entries
+
+
+def report_page(
+    models: Mapping[str, Results], texts: Mapping[str, Mapping[str, Any]], name: str = "report"
+) -> tuple[str, dict[str, Any]]:
+    """The HTML page, which needs no other file, and its figures by file name.
+
+    Args:
+        models: results by measure, for every model the same measures.
+        texts: for every model `source`, `sha256`, `sequences` and `tokens` of the text.
+        name: of the figure with all curves, which is not on the page.
+    """
+    measures = [measure for measure in SECTIONS if all(measure in results for results in models.values())]
+    labels = plots.run_labels(models)
+    figures = {name: draw_panels([panel for each in measures for panel in panels(models, each)], shared_legend=True)}
+    title = (
+        " beside ".join(labels.values())
+        if len(models) > 1
+        else f"How much of its depth {labels[next(iter(models))]} uses"
+    )
+    lines = [f"# {title}", ""]
+    lines += [
+        f"- **{labels[each]}**: {headline_sentence(headline(results), results['removal'])}"
+        for each, results in models.items()
+    ]
+    columns = [summary(results) for results in models.values()]
+    rows = [["model", *(f"`{each}`" for each in models)]]
+    rows += [[row, *(column[row] for column in columns)] for row in columns[0]]
+    lines += ["", str(Table(["", *labels.values()], rows)), ""]
+    for measure in measures:
+        section = SECTIONS[measure]
+        figures[f"{name}-{measure}"] = draw_panels(panels(models, measure), shared_legend=len(models) > 1)
+        pictures = [f"{name}-{measure}"]
+        if measure == "angular":
+            figures[f"{name}-angular-map"] = draw_panels(maps(models))
+            pictures.append(f"{name}-angular-map")
+        lines += [f"## {section.title}", ""]
+        lines += [f"- **{labels[each]}**: {section.sentence(results[measure])}" for each, results in models.items()]
+        lines += ["", *(f"![{section.title}]({picture}.png)\n" for picture in pictures)]
+    lines += ["## Text", ""]
+    lines += [
+        f"- **{labels[each]}**: `{text['source']}`, {count(text['sequences'], 'sequence')}, "
+        f"{count(text['tokens'], 'token')}, SHA-256 of the tokens `{text['sha256']}`."
+        for each, text in texts.items()
+    ]
+    images = {f"{each}.png": plots.image(figure) for each, figure in figures.items() if each != name}
+    return html_page(title, "\n".join(lines) + "\n", images), figures
