@@ -37,7 +37,15 @@ def test_a_measure_gets_the_options_that_it_has(tmp_path):
 def test_every_measure_of_a_study_is_saved_and_shown(tmp_path, capsys):
     run_study("removal", subject(), {}, tmp_path)
     names = {path.stem for path in tmp_path.iterdir()}
-    assert names == {"removal", "run_removal", "longest_run", "swaps", "linear_replacement", "causal"}
+    assert names == {
+        "removal",
+        "run_removal",
+        "longest_run",
+        "swaps",
+        "linear_replacement",
+        "sublayer_removal",
+        "causal",
+    }
     printed = capsys.readouterr().out
     assert all(f"lns: {name}" in printed for name in names)
 

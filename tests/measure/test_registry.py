@@ -50,6 +50,7 @@ STEPS |= {
     "removal": 8,
     "run_removal": 12,
     "longest_run": 3,
+    "sublayer_removal": 12,
     "swaps": 6,
     "linear_replacement": 3,
     "importance": 16,
@@ -135,6 +136,7 @@ def test_a_study_has_its_measures():
         "longest_run",
         "swaps",
         "linear_replacement",
+        "sublayer_removal",
         "causal",
     ]
 

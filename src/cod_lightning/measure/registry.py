@@ -103,7 +103,18 @@ MEASURES: dict[str, Measure] = {
         needs_targets=True,
         not_for_images="its map would be fitted to patches, but the prediction is read from the class token",
     ),
+    "sublayer_removal": Measure(
+        "removal",
+        "sublayers:sublayer_removal",
+        ("attention_delta_loss", "ffn_delta_loss"),
+        needs_targets=True,
+    ),
     "causal": Measure("removal", "ablation:causal_score", ("score",), is_map=True),
+    "contribution": Measure(
+        "influence",
+        "sublayers:contribution",
+        ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block_cosine"),
+    ),
     "influence": Measure("influence", "layer_importance:block_influence", ("influence",), is_map=True),
     "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js"), needs_targets=True),
     "importance": Measure(

@@ -1,0 +1,136 @@
+"""Attention and FFN of each block: what they add to the residual stream, and the loss without one of them.
+
+Contributions are relative to the stream (Csordas et al., arXiv 2505.13898). With x the input of a block, y its output,
+a what its attention adds and m what its FFN adds, they are |a| / |x|, |m| / |x + a| and |y - x| / |x|, and the cosines
+of the same pairs of vectors; means over tokens. A negative cosine means that a sub-layer erases a part of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cod_lightning.kernels.loss import IGNORE
+from cod_lightning.measure.ablation import LOSS_INCREASE, AblationResult
+from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, iter_targets, step_counter
+from cod_lightning.measure.layer_importance import summed_loss
+from cod_lightning.measure.panels import Lines, Panel
+from cod_lightning.measure.result import Progress, Result
+from cod_lightning.nn.layouts import sites
+
+COLUMNS = ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block_cosine")
+
+
+@dataclass(frozen=True)
+class Contribution(Result):
+    """Norms and directions of the contributions of each layer; x + a is the FFN's stream also where a norm follows."""
+
+    tokens: int
+    attention: list[float]
+    """|a| / |x|, mean over tokens."""
+    ffn: list[float]
+    """|m| / |x + a|."""
+    block: list[float]
+    """|y - x| / |x|."""
+    attention_cosine: list[float]
+    """cos(a, x)."""
+    ffn_cosine: list[float]
+    """cos(m, x + a)."""
+    block_cosine: list[float]
+    """cos(y - x, x)."""
+    errors: dict[str, list[float]]
+    """Standard error of each of the above, as if tokens were independent."""
+
+    def panels(self) -> list[Panel]:
+        def lines(ylabel: str, suffix: str, log: bool) -> Lines:
+            names = {"attention": "attention", "FFN": "ffn", "block": "block"}
+            values = {label: getattr(self, name + suffix) for label, name in names.items()}
+            return Lines(ylabel, values, log, errors={label: self.errors[names[label] + suffix] for label in names})
+
+        return [
+            lines("norm of the contribution / norm of the stream", "", log=True),
+            lines("cosine of the contribution and the stream", "_cosine", log=False),
+        ]
+
+
+@torch.no_grad()
+def contribution(
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+) -> Contribution:
+    """Compare what attention, FFN and the whole block add with the stream that they add it to."""
+    means = [RunningMean() for _ in range(model.depth)]
+    for batch, keep in iter_batches(model, batches, pad_id, progress):
+        seen: dict[str, Tensor] = {}
+
+        def hook(name: str, layer: int, x: Tensor, keep: Tensor = keep, seen: dict[str, Tensor] = seen) -> None:
+            y = at_least_fp32(x[keep])
+            if name == "residual":
+                x, a, m = seen["stream"], seen["attention"], seen["ffn"]
+                pairs = [(a, x), (m, x + a), (y - x, x)]
+                norms = [added.norm(dim=-1) / stream.norm(dim=-1).clamp(min=1e-6) for added, stream in pairs]
+                cosines = [F.cosine_similarity(*pair, dim=-1) for pair in pairs]
+                means[layer - 1].add(torch.stack([*norms, *cosines], dim=1))
+            seen["stream" if name in ("embedding", "residual") else name] = y
+
+        model.logits(batch, hook, keep)
+    values = torch.stack([mean.mean for mean in means], dim=1).tolist()
+    errors = torch.stack([mean.error for mean in means], dim=1).tolist()
+    return Contribution(model.name, means[0].count, *values, errors=dict(zip(COLUMNS, errors, strict=True)))
+
+
+@dataclass(frozen=True)
+class SublayerRemoval(AblationResult):
+    """Loss with attention alone, or the FFN alone, of each block adding nothing to the residual stream."""
+
+    attention: list[float]
+    """Loss without the attention of block l at [l - 1]."""
+    ffn: list[float]
+    """Loss without the FFN of block l at [l - 1]."""
+
+    def series(self) -> dict[str, Sequence[Any]]:
+        columns = {"attention": self.attention, "ffn": self.ffn}
+        changes = {f"{name}_delta_loss": [loss - self.loss for loss in losses] for name, losses in columns.items()}
+        return {"layer": range(1, len(self.ffn) + 1), **columns, **changes}
+
+    def panels(self) -> list[Panel]:
+        columns = self.series()
+        return [Lines(LOSS_INCREASE, {"attention": columns["attention_delta_loss"], "FFN": columns["ffn_delta_loss"]})]
+
+
+@torch.no_grad()
+def sublayer_removal(
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+) -> SublayerRemoval:
+    """Remove the attention or the FFN of each block alone; norms behind them remain.
+
+    It costs twice as much as `removal`: only the blocks from the changed one on run again.
+    """
+    whole, count = 0.0, 0
+    losses = {part: [0.0] * model.depth for part in ("attention", "ffn")}
+    batches_with_targets = list(iter_targets(model, batches, pad_id))
+    advance = step_counter(progress, len(batches_with_targets) * 2 * model.depth)
+    for batch, targets in batches_with_targets:
+        inputs, blocks = model.block_functions(batch)
+        with torch.compiler.set_stance("force_eager"):
+            whole += summed_loss(model, blocks[-1](inputs[-1]), targets)
+            for site in sites(model.model, model.layout):
+                with site.branch.register_forward_hook(zero_output):
+                    x = blocks[site.layer - 1](inputs[site.layer - 1])
+                for block in blocks[site.layer :]:
+                    x = block(x)
+                losses[site.part][site.layer - 1] += summed_loss(model, x, targets)
+                advance()
+        count += int((targets != IGNORE).sum())
+    means = {part: [total / count for total in totals] for part, totals in losses.items()}
+    return SublayerRemoval(model.name, count, whole / count, **means)
+
+
+def zero_output(module: nn.Module, args: Any, y: Any) -> Any:
+    """A forward hook that replaces the hidden states that a sub-layer returns by zeros."""
+    return (torch.zeros_like(y[0]), *y[1:]) if isinstance(y, tuple) else torch.zeros_like(y)
