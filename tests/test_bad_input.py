@@ -418,7 +418,7 @@ COMMANDS = [
     (nothing, ["measure", "variance", "nowhere", "--rows", "0"], ["--rows=0"]),
     (nothing, ["measure", "variance", "nowhere", "rows=many"], ["rows=many: expected a whole number"]),
     (nothing, ["measure", "jacobian", "nowhere", "probs=32", "exact=yes"],
-     ["probs is not an option of measure jacobian: did you mean 'probes'? known: exact,", "exact=yes: expected"]),
+     ["probs is not an option of measure jacobian: did you mean 'probes'? known: all_layers,", "exact=yes: expected"]),
     (nothing, ["measure", "angular", "nowhere", "token=lst"], ["token=lst: did you mean 'last'? known: all, last"]),
     (nothing, ["measure", "all", "nowhere", "tokens=4"], ["tokens is not an option of measure all", "threshold"]),
     (nothing, ["measure", "variance", "nowhere", "data.seqlen=3"], ["did you mean 'seq_len'"]),

@@ -48,7 +48,9 @@ def measured(monkeypatch):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    run_report({"lns": subject, "deep": lambda: subject("pre_ln", 4)}, {}, folder, SHOWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cod_lightning.plots.image", lambda figure, suffix="png": b"picture")  # tests/test_cli.py draws
+        run_report({"lns": subject, "deep": lambda: subject("pre_ln", 4)}, {}, folder, SHOWN)
     return folder
 
 

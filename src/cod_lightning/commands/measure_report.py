@@ -23,7 +23,6 @@ from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import token_mask
 from cod_lightning.measure.depth_report import headline, report_page
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.plots import FORMATS, image
 
 ROOMS = ("kernels", "nn", "measure")
 """Packages whose code determines a result."""
@@ -86,9 +85,8 @@ def run_report(
         models[model] = measure_parts(subject, options, folder / model, measures)
         texts[model] = text_of(subject)
     page, figures = report_page(models, texts, name)
-    for figure, drawing in figures.items():
-        for suffix in FORMATS:
-            write_atomic(folder / f"{figure}.{suffix}", image(drawing, suffix))
+    for figure, content in figures.items():
+        write_atomic(folder / figure, content)
     numbers = {model: headline(results) | {"text": texts[model]} for model, results in models.items()}
     write_atomic(folder / f"{name}.json", json.dumps({"models": numbers}, indent=1, allow_nan=False) + "\n")
     write_atomic(folder / f"{name}.html", page)

@@ -374,8 +374,8 @@ def summary(results: Results) -> dict[str, str]:
 
 def report_page(
     models: Mapping[str, Results], texts: Mapping[str, Mapping[str, Any]], name: str = "report"
-) -> tuple[str, dict[str, Any]]:
-    """The HTML page, which needs no other file, and its figures by file name.
+) -> tuple[str, dict[str, bytes]]:
+    """The HTML page, which needs no other file, and its figures as PNG and PDF by file name.
 
     Args:
         models: results by measure, for every model the same measures.
@@ -415,5 +415,7 @@ def report_page(
         f"{count(text['tokens'], 'token')}, SHA-256 of the tokens `{text['sha256']}`."
         for each, text in texts.items()
     ]
-    images = {f"{each}.png": plots.image(figure) for each, figure in figures.items() if each != name}
-    return html_page(title, "\n".join(lines) + "\n", images), figures
+    files = {
+        f"{each}.{suffix}": plots.image(figure, suffix) for each, figure in figures.items() for suffix in plots.FORMATS
+    }
+    return html_page(title, "\n".join(lines) + "\n", files), files
