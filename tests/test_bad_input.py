@@ -368,7 +368,7 @@ RUNS = [
      ["eos_token=5 must be a token"]),
     (with_run(), ["toy", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
     (with_run(overwrite(LAST, half)), ["toy", "init_from=run"], DAMAGED),
-    (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["another decoder", "use its model= and norm="]),
+    (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["decoder: add norm=lns norm.position=after_ln, or"]),
 ]  # fmt: skip
 
 # --- commands -------------------------------------------------------------------------------------------------------

@@ -222,8 +222,11 @@ def sources(source, tmp_path_factory):
         (["init_from={tmp}/untrained/x.ckpt"], r"x\.ckpt: no such run folder or \.ckpt file"),
         (["init_from={tmp}/stray.ckpt"], r"stray\.ckpt: no tokenizer at \S+; name one with data\.tok"),
         (["init_from={run}", "data.tokenizer={tmp}/other"], "is not the tokenizer of init_from="),
-        (["init_from={run}", "norm=pre_ln"], r"another decoder \(norm.name='lns' there, 'pre_ln' here; .*ckpt"),
-        (["init_from={run}", "model.hidden_size=16"], r"another decoder \(model.hidden_size=32 there, 16 here\)"),
+        (
+            ["init_from={run}", "norm=pre_ln"],
+            r"another decoder: add norm=lns norm.position=after_ln, or name its .ckpt",
+        ),
+        (["init_from={run}", "model.hidden_size=16"], r"another decoder: add model.hidden_size=32, or name"),
         (["init_from={last}", "norm=peri_ln"], r"\d+ parameters have another shape .* is missing in the checkpoint"),
         (["init_from={last}", "model.hidden_size=16"], r"\d+ parameters have another shape than this run's"),
         (

@@ -232,9 +232,15 @@ def check_init_from(config: Config) -> None:
         model = {name: value for name, value in identity_fields(run.model).items() if name not in ignored}
         return {"model": model, "norm": run.norm}
 
-    if differing := differences(decoder(read(Path(config.init_from))[1]), decoder(config)):
+    theirs, ours = flatten(decoder(read(Path(config.init_from))[1])), flatten(decoder(config))
+    words = [
+        f"{'norm' if name == 'norm.name' else name}={'null' if value is None else value}"
+        for name, value in theirs.items()
+        if ours.get(name) != value
+    ]
+    if theirs != ours:
         raise UserError(
-            f"init_from={config.init_from} has another decoder ({differing}): use its model= and norm=, or name its "
+            f"init_from={config.init_from} has another decoder: add {' '.join(words) or 'its norm='}, or name its "
             ".ckpt file to load the weights without this check"
         )
 
