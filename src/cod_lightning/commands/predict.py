@@ -1,0 +1,44 @@
+"""`predict`: variance, gradients and Jacobian of a strategy by layer, before training."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from cod_lightning.commands.options import add_overrides
+from cod_lightning.errors import UserError
+
+HELP = "Predict a strategy's variance, gradient and Jacobian by layer in closed form, beside an untrained model."
+EPILOG = """\
+Builds the untrained decoder on the CPU. Writes JSON, CSV, PNG and PDF. Examples:
+  predict norm=lns
+  predict norm=keel model=tiny model.num_hidden_layers=24
+  predict norm=my_package.my_module:my_strategy norm.power=0.5 model=llama_60m
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("predict"), help="folder (default: predict)")
+    add_overrides(parser)
+
+
+def run(overrides: Sequence[str], output: Path) -> int:
+    from dataclasses import replace
+
+    from cod_lightning.config.compose import compose
+
+    config = compose(overrides)
+    if config.task != "language":
+        raise UserError(f"predict does not support task={config.task}")
+    from cod_lightning.commands.terminal import result_table, show
+    from cod_lightning.measure.prediction import predict
+
+    model = replace(config.model, vocab_size=config.model.vocab_size or config.data.vocab_size)
+    result = predict(model, config.norm, config.seed)
+    paths = result.save(output, result.model.replace(":", "-"))
+    rows = result.rows()
+    show(result_table(result.title(), rows, len(rows)))
+    print(result.summary())
+    print(*paths, sep="\n")
+    return 0

@@ -1,0 +1,329 @@
+"""The residual stream of a strategy before training: in closed form from its coefficients, and measured.
+
+The closed form propagates three kernels [tokens, tokens] through the blocks, averages over the random weights:
+
+    q   x_t . x_s / d, of the stream; its diagonal is the variance
+    p   the same of a perturbation that starts with independent entries of variance 1 at the first block's input
+    g   the same of the gradient of the loss, backwards from the head
+
+For a sub-layer with the kernel N of its norm's output, n n^T * q with n_t = gain * weight / sqrt(q_tt + eps),
+
+    q <- norms( skip^2 q + branch_scale^2 f(N) )    attention   f(N) = c_v c_o E[A N A^T]
+                                                    FFN         f(N) = c_down c_up E[silu silu^T] * N
+
+and c is the number of inputs of a projection times the variance of its weights. p and g follow the derivatives.
+
+It assumes that
+
+- branches are independent of the stream they are added to, which new random weights make exact on average, and that
+  the width is large: one draw of the weights differs from the average by about 1/sqrt(width);
+- a norm's input is Gaussian, or has a fixed norm behind a norm of the sum;
+- attention nearly averages the values of all earlier tokens: the variance of its logits is well below the logarithm
+  of the number of tokens, and logits differ independently from token to token;
+- the logits of the head are small, and tokens are uniformly random, as are the targets. The head is not tied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cod_lightning.errors import UserError
+from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.measure.activation_stats import token_variance
+from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.jacobian_products import differentiable, jvp_and_vjp, rademacher
+from cod_lightning.measure.panels import Lines, Panel
+from cod_lightning.measure.result import Result, table_rows
+from cod_lightning.nn.config import MOST_LAYERS, DecoderConfig
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.init import LAST, build_decoder, outer_stds, projection_std
+from cod_lightning.nn.strategies import SublayerSpec, build_all
+
+Array = np.ndarray
+SEQUENCES, TOKENS = 8, 64
+"""The random batch."""
+FP16_MAX, DEVIATIONS = 65504, 6
+"""fp16 overflows where this many standard deviations of the stream exceed its largest number."""
+QUANTITIES = {
+    "variance": "variance of the block's output",
+    "gradient_norm": "gradient of the loss at the block's output",
+    "gain": r"gain $\|\partial y_l/\partial x_1\|_F/\sqrt{nd}$",
+}
+
+
+@dataclass(frozen=True)
+class Prediction(Result):
+    """Each quantity by layer, in closed form and as measured at initialisation."""
+
+    variance: list[float]
+    """Variance of the block's output, mean over tokens."""
+    variance_measured: list[float]
+    gradient_norm: list[float]
+    """L2 norm of the gradient of the mean loss with respect to the block's output."""
+    gradient_norm_measured: list[float]
+    gain: list[float]
+    """||d y_l / d x_1||_F / sqrt(n d), from the first block's input to the output of block l, n tokens."""
+    gain_measured: list[float]
+    overflow_layer: int | None
+    """First layer whose closed-form stream overflows fp16 at `DEVIATIONS` standard deviations; None: none does."""
+    doubled: dict[str, float]
+    """Factors of the largest variance, gradient and gain in closed form when the depth doubles."""
+
+    def panels(self) -> list[Panel]:
+        layers = range(1, len(self.variance) + 1)
+        return [
+            Lines(
+                label,
+                {"closed form": getattr(self, name)},
+                log=True,
+                points={"measured": (layers, getattr(self, f"{name}_measured"))},
+            )
+            for name, label in QUANTITIES.items()
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return table_rows({name.replace("_measured", ", measured"): values for name, values in self.series().items()})
+
+    def summary(self) -> str:
+        """What overflows, and what grows with the depth."""
+        place = "no layer" if self.overflow_layer is None else f"layer {self.overflow_layer}"
+        growth = ", ".join(f"{name.replace('_', ' ')} by {factor:.3g}" for name, factor in self.doubled.items())
+        overflow = f"fp16 overflow at {DEVIATIONS} standard deviations: {place}"
+        return f"{overflow}\ntwice the depth multiplies the largest {growth}"
+
+
+def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Prediction:
+    """Compare the closed form with one forward and backward pass, and one Jacobian product, of an untrained decoder.
+
+    Args:
+        config: its shape, with `vocab_size` set; it is built on the CPU.
+        norm: the section `norm`: `name` and options.
+        seed: of weights and tokens.
+
+    Raises:
+        UserError: an unknown strategy, one that raises, or more than `MOST_LAYERS` / 2 blocks.
+    """
+    depth = config.num_hidden_layers
+    if 2 * depth > MOST_LAYERS:
+        raise UserError(f"model.num_hidden_layers={depth} is doubled: expected at most {MOST_LAYERS // 2}")
+    specs, twice = build_all(norm, depth), build_all(norm, 2 * depth)
+    decoder = build_decoder(config, specs, seed)
+    expected, doubled = closed_form(decoder), closed_form(meta_decoder(config, twice))
+    overflow = [v for v in expected["variance"] if DEVIATIONS * math.sqrt(v) > FP16_MAX]
+    return Prediction(
+        model=str(norm["name"]),
+        **expected,
+        **{f"{name}_measured": values for name, values in measured(decoder, seed).items()},
+        overflow_layer=expected["variance"].index(overflow[0]) + 1 if overflow else None,
+        doubled={name: max(doubled[name]) / max(values) for name, values in expected.items()},
+    )
+
+
+def measured(decoder: Decoder, seed: int) -> dict[str, list[float]]:
+    """The quantities on random tokens: one pass forward and backward, and the product with one random vector."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(decoder.lm_head.out_features, (SEQUENCES, TOKENS), generator=generator)
+    streams: list[Tensor] = []
+    loss: Any = decoder(tokens, next_tokens(tokens), lambda name, _, x: name == "residual" and streams.append(x))
+    gradients = torch.autograd.grad(loss.total / loss.counts.sum(), streams)
+    gain = []
+    with differentiable():
+        inputs, functions = ModelAdapter(decoder).block_functions(tokens)
+        v = rademacher(inputs[0].shape, generator, inputs[0].device)
+        for function, x in zip(functions, inputs, strict=True):
+            v = jvp_and_vjp(function, x)[0](v)
+            gain.append(float(v.square().mean().sqrt()))
+    return {
+        "variance": [float(token_variance(x).mean()) for x in streams],
+        "gradient_norm": [float(gradient.norm()) for gradient in gradients],
+        "gain": gain,
+    }
+
+
+def closed_form(decoder: Decoder) -> dict[str, list[float]]:
+    """The quantities from the coefficients and shapes of a decoder, whose weights are not read."""
+    config, hidden = decoder.config, decoder.config.hidden_size
+    stds, vocabulary = outer_stds(decoder), decoder.lm_head.out_features
+    embedding = stds["model.embed_tokens.weight"] ** 2 * cut_variance(config)
+    head = stds.get("lm_head.weight", stds["model.embed_tokens.weight"]) ** 2 * cut_variance(config)
+    q = embedding * (np.eye(TOKENS) * (1 - 1 / vocabulary) + 1 / vocabulary)  # equal tokens have equal embeddings
+    steps = sublayers(decoder, q, None)
+    if any(sublayer.learned_skip for block in decoder.blocks for sublayer in block.spec.sublayers):
+        steps = sublayers(decoder, q, np.cumsum([1, *(step.branch for step in steps[:-1])]))  # Admin's profile
+    outputs = steps[1::2]
+    p, gain = np.eye(TOKENS), []
+    for step in steps:
+        p = step.forward(p)
+        gain.append(float(p.diagonal().mean()) ** 0.5)
+    # |softmax - onehot|^2 over the vocabulary for every token but the last of a sequence, which has no target.
+    error = (
+        head
+        * (1 + (min(math.exp(min(hidden * head, 99)), vocabulary) - 2) / vocabulary)
+        / (SEQUENCES * (TOKENS - 1)) ** 2
+    )
+    last = norm_kernel(outputs[-1].q, config.norm_eps) * norm_jacobian(hidden)
+    g, gradient_norm = last * np.diag([error] * (TOKENS - 1) + [0.0]), []
+    for step in reversed(steps):
+        gradient_norm.append(math.sqrt(SEQUENCES * hidden * g.trace()))
+        g = step.backward(g)
+    variance = [float(step.q.diagonal().mean()) for step in outputs]
+    return {"variance": variance, "gradient_norm": gradient_norm[::2][::-1], "gain": gain[1::2]}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A sub-layer at the kernel of its input: the factors that it puts on the kernels p and g."""
+
+    q: Array
+    """Kernel of the output."""
+    branch: float
+    """Variance of the scaled branch."""
+    outer: Array | float
+    """Of the sum's norm."""
+    skip: float
+    after: Array | float
+    """Of the branch's norm and scale."""
+    mix: Callable[[Array, bool], Array]
+    """Of f; True: of its transpose."""
+    before: Array | float
+    """Of the pre-norm."""
+
+    def forward(self, p: Array) -> Array:
+        return self.outer * (self.skip * p + self.after * self.mix(self.before * p, False))
+
+    def backward(self, g: Array) -> Array:
+        g = self.outer * g
+        return self.skip * g + self.before * self.mix(self.after * g, True)
+
+
+def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
+    """All sub-layers in order, for the kernel q of the embeddings; `skips` are the squares of learned skips."""
+    steps: list[Step] = []
+    for block in decoder.blocks:
+        if block.spec.entry_norm:
+            q = q * norm_kernel(q, decoder.config.norm_eps)
+        for spec, module in ((block.spec.attention, block.self_attn), (block.spec.ffn, block.mlp)):
+            skip = float(skips[len(steps)]) if skips is not None and spec.learned_skip else spec.skip**2
+            steps.append(step_of(spec, fan_variances(spec, module, decoder.config), decoder.config, q, skip))
+            q = steps[-1].q
+    return steps
+
+
+def step_of(spec: SublayerSpec, c: Mapping[str, float], config: DecoderConfig, q: Array, skip: float) -> Step:
+    """The sub-layer of a spec at the kernel q of its input; c as in `fan_variances`."""
+    before, removed = 1.0, 1.0
+    if spec.pre_norm:
+        before = norm_kernel(q, config.norm_eps / spec.input_scale**2, spec.gain * spec.pre_norm_weight)
+        removed = norm_jacobian(config.hidden_size // spec.groups)
+    value, mix = (attention if "q_proj" in c else feed_forward)(before * q, c)
+    after = norm_kernel(value, config.norm_eps, spec.branch_norm_weight) if spec.branch_norm else 1.0
+    after = spec.branch_scale**2 * after
+    branch = after * value
+    total = skip * q + branch
+    outer = norm_kernel(total, config.norm_eps) if spec.sum_norm else 1.0
+    return Step(
+        q=outer * total,
+        branch=float(branch.diagonal().mean()),
+        outer=outer,
+        skip=skip,
+        after=after * (norm_jacobian(config.hidden_size) if spec.branch_norm else 1),
+        mix=mix,
+        before=before * removed,
+    )
+
+
+def attention(n: Array, c: Mapping[str, float]) -> tuple[Array, Callable[[Array, bool], Array]]:
+    """The kernel of attention's output on the kernel n, and the same map of p and, transposed, of g."""
+    count = np.arange(1, TOKENS + 1)
+    ones = np.tril(np.ones((TOKENS, TOKENS)))
+    mean, factor, c_logit = ones / count[:, None], c["v_proj"] * c["o_proj"], c["q_proj"] * c["k_proj"]
+    own = n.diagonal().mean() - off_diagonal(n)
+    # Covariance of the attention weights of tokens t and s on one earlier token, from that of their logits.
+    most = np.maximum.outer(count, count)
+    logits = np.minimum(c_logit * n * own, np.log(most))
+    spread = np.expm1(logits) * (1 - 1 / most) / np.outer(count, count)
+    # Its derivative; a softmax of a single token, or of one that dominates, does not follow its logits.
+    slope = c_logit * own * np.exp(logits) * (1 - np.exp(logits) / most) / np.outer(count, count)
+    queries = slope * own * np.minimum.outer(count, count)
+
+    def mix(kernel: Array, transposed: bool, through_logits: bool = True) -> Array:
+        through_queries = queries * kernel if through_logits else 0.0
+        through_keys = spread + slope * n if through_logits else spread
+        if transposed:
+            values = mean.T @ kernel @ mean + np.diag((ones.T @ (through_keys * kernel) @ ones).diagonal())
+        else:
+            rest = np.diag(kernel.diagonal() - off_diagonal(kernel))
+            values = mean @ kernel @ mean.T + through_keys * (ones @ rest @ ones.T)
+        return factor * (values + through_queries)
+
+    return mix(n, False, through_logits=False), mix
+
+
+def feed_forward(n: Array, c: Mapping[str, float]) -> tuple[Array, Callable[[Array, bool], Array]]:
+    """The kernel of SwiGLU's output on the kernel n, and the map of p and g."""
+    gate, factor = c["gate_proj"] * n, c["up_proj"] * c["down_proj"]
+    product = pair_mean(lambda x: x * sigmoid(x), gate)
+    slope = pair_mean(lambda x: sigmoid(x) * (1 + x * (1 - sigmoid(x))), gate)
+    return factor * product * n, lambda kernel, transposed: factor * (product + gate * slope) * kernel
+
+
+def pair_mean(function: Callable[[Array], Array], kernel: Array, terms: int = 12) -> Array:
+    """E[f(x_t) f(x_s)] of Gaussians with covariances `kernel`, by the Hermite series of f."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+    factorials = np.array([math.sqrt(math.factorial(k)) for k in range(terms)])
+    basis = np.polynomial.hermite_e.hermevander(nodes, terms - 1) / factorials
+    std = np.sqrt(kernel.diagonal())
+    coefficients = function(std[:, None] * nodes) @ (weights[:, None] / weights.sum() * basis)
+    correlation = np.clip(kernel / np.maximum(np.outer(std, std), 1e-300), -1, 1)
+    return sum(np.outer(column, column) * correlation**k for k, column in enumerate(coefficients.T))
+
+
+def norm_kernel(q: Array, eps: float, weight: float = 1.0) -> Array:
+    """The factor of a norm on the kernel q of its input."""
+    scale = weight / np.sqrt(q.diagonal() + eps)
+    return np.outer(scale, scale)
+
+
+def norm_jacobian(size: int) -> float:
+    """(size - 1) E[1 / |x|^2] of a standard Gaussian x of this size: the mean square of a norm's Jacobian."""
+    return (size - 1) / max(size - 2, 1)
+
+
+def off_diagonal(kernel: Array) -> float:
+    return float((kernel.sum() - kernel.trace()) / (kernel.size - len(kernel)))
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def fan_variances(spec: SublayerSpec, module: torch.nn.Module, config: DecoderConfig) -> dict[str, float]:
+    """For each projection, the number of its inputs times the variance of its initial weights."""
+    c = {}
+    for name, weight in module.named_parameters():
+        if weight.ndim == 2:
+            projection = name.removesuffix(".weight")
+            std = projection_std(weight, projection, spec, config) * (1.0 if projection in LAST else spec.input_init)
+            c[projection] = weight.shape[1] * std**2 * cut_variance(config)
+    return c
+
+
+def cut_variance(config: DecoderConfig) -> float:
+    """Variance of a standard normal number that is truncated at `init_cutoff`."""
+    if (cutoff := config.init_cutoff) is None:
+        return 1.0
+    density = math.exp(-(cutoff**2) / 2) / math.sqrt(2 * math.pi)
+    return 1 - 2 * cutoff * density / math.erf(cutoff / math.sqrt(2))
+
+
+def meta_decoder(config: DecoderConfig, specs: Sequence[Any]) -> Decoder:
+    """A decoder of `specs` without memory for its weights."""
+    with torch.device("meta"):
+        return Decoder(replace(config, num_hidden_layers=len(specs)), list(specs))

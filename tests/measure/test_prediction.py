@@ -1,0 +1,60 @@
+"""The closed form of the residual stream against an untrained decoder."""
+
+import json
+
+import pytest
+
+from cod_lightning.cli import main
+from cod_lightning.errors import UserError
+from cod_lightning.measure.prediction import QUANTITIES, predict
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.strategies import STRATEGIES, block
+
+CONFIG = DecoderConfig(
+    hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2, vocab_size=512
+)
+TOLERANCE = 0.15
+"""Three times the spread over seeds, which falls as 1/sqrt(width)."""
+WIDE = {"deep_norm_released": 0.3}
+"""Its logits have variance 1 and its branches are larger than the stream: seeds differ by 0.1 to 0.2."""
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_closed_form_meets_the_measurement(name):
+    prediction = predict(CONFIG, {"name": name})
+    for quantity in QUANTITIES:
+        expected, measured = getattr(prediction, quantity), getattr(prediction, f"{quantity}_measured")
+        assert expected == pytest.approx(measured, rel=WIDE.get(name, TOLERANCE)), quantity
+
+
+def growing(layer, depth):
+    """Multiplies the stream by 16 in a block."""
+    return block(skip=4.0)
+
+
+def test_the_layer_that_overflows_fp16_is_named(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "growing", growing)
+    config = DecoderConfig(32, 48, num_hidden_layers=6, num_attention_heads=2, vocab_size=64)
+    # 6 * 0.02 * 16^4 is 7,864 and 6 * 0.02 * 16^5 is 125,829; the largest number is 65,504.
+    assert predict(config, {"name": "growing"}).overflow_layer == 5
+    assert predict(config, {"name": "pre_ln"}).overflow_layer is None
+
+
+def test_the_identity_does_not_grow_with_the_depth():
+    config = DecoderConfig(32, 48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    prediction = predict(config, {"name": "rezero"})
+    assert prediction.doubled == pytest.approx(dict.fromkeys(QUANTITIES, 1.0))
+    assert prediction.gain == [1.0, 1.0]
+
+
+def test_a_depth_that_cannot_be_doubled_is_an_error():
+    with pytest.raises(UserError, match="num_hidden_layers=5001 is doubled: expected at most 5000"):
+        predict(DecoderConfig(num_hidden_layers=5001, vocab_size=64), {"name": "lns"})
+
+
+def test_the_command_prints_a_table_and_writes_its_files(tmp_path, capsys):
+    assert main(["predict", "model=tiny", "norm=keel", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "fp16 overflow at 6 standard deviations: no layer" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keel.csv", "keel.json", "keel.pdf", "keel.png"]
+    assert len(json.loads((tmp_path / "keel.json").read_text())["gain_measured"]) == 3
