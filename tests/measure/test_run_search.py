@@ -25,6 +25,7 @@ def test_silent_blocks_are_found_as_one_run(model):
     result = longest_run(model, BATCH.split(2), limits=[0.001])
     assert result.blocks == [3]
     assert result.first[2] == 2
+    assert result.removable == [0, 1, 1, 1, 0, 0]
     assert result.losses[:3] == pytest.approx([result.loss] * 3)
 
 

@@ -94,7 +94,7 @@ MEASURES: dict[str, Measure] = {
     "run_removal": Measure(
         "removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4"), needs_targets=True
     ),
-    "longest_run": Measure("removal", "run_search:longest_run", (), is_map=True, needs_targets=True),
+    "longest_run": Measure("removal", "run_search:longest_run", ("removable",), is_map=True, needs_targets=True),
     "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True),
     "linear_replacement": Measure(
         "removal",

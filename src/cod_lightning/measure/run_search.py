@@ -35,12 +35,16 @@ class LongestRun(AblationResult):
     """Largest allowed rises of the perplexity in percent."""
     blocks: list[int]
     """Number of blocks in the longest run within each limit; 0 if no block can go."""
+    removable: list[int]
+    """For every block the number of limits whose longest run it is in."""
 
     def series(self) -> dict[str, Sequence[Any]]:
-        return {"n": range(1, len(self.first) + 1), "first": self.first, **loss_columns(self.losses, self.loss)}
+        return {"layer": range(1, len(self.removable) + 1), "removable": self.removable}
 
     def rows(self) -> list[dict[str, Any]]:
-        return table_rows(self.series())
+        """One row for each number of removed blocks."""
+        columns = {"n": range(1, len(self.first) + 1), "first": self.first, **loss_columns(self.losses, self.loss)}
+        return table_rows(columns)
 
     def panels(self) -> list[Panel]:
         rises = [perplexity_rise(loss, self.loss) for loss in self.losses]
@@ -93,4 +97,7 @@ def longest_run(
         starts = sorted({new for old in extended for new in (old - 1, old) if 1 <= new <= depth - n})
     rises = [perplexity_rise(loss, whole) for loss in losses]
     blocks = [max((n for n, rise in enumerate(rises, start=1) if rise <= limit), default=0) for limit in limits]
-    return LongestRun(model.name, tokens, whole, first, losses, list(limits), blocks)
+    removable = [
+        sum(n > 0 and first[n - 1] <= layer < first[n - 1] + n for n in blocks) for layer in range(1, depth + 1)
+    ]
+    return LongestRun(model.name, tokens, whole, first, losses, list(limits), blocks, removable)
