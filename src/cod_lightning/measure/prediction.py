@@ -163,11 +163,8 @@ def closed_form(decoder: Decoder) -> dict[str, list[float]]:
         p = step.forward(p)
         gain.append(float(p.diagonal().mean()) ** 0.5)
     # |softmax - onehot|^2 over the vocabulary for every token but the last of a sequence, which has no target.
-    error = (
-        head
-        * (1 + (min(math.exp(min(hidden * head, 99)), vocabulary) - 2) / vocabulary)
-        / (SEQUENCES * (TOKENS - 1)) ** 2
-    )
+    softmax = min(math.exp(min(hidden * head, 99)), vocabulary) / vocabulary
+    error = head * (1 - 2 / vocabulary + softmax) / (SEQUENCES * (TOKENS - 1)) ** 2
     last = norm_kernel(outputs[-1].q, config.norm_eps) * norm_jacobian(hidden)
     g, gradient_norm = last * np.diag([error] * (TOKENS - 1) + [0.0]), []
     for step in reversed(steps):
@@ -188,6 +185,7 @@ class Step:
     outer: Array | float
     """Of the sum's norm."""
     skip: float
+    """Of the skip connection, its square."""
     after: Array | float
     """Of the branch's norm and scale."""
     mix: Callable[[Array, bool], Array]
