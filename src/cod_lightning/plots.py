@@ -48,6 +48,22 @@ STRATEGIES = {
     "gpas": ("GPAS", "#117733"),
     "lns_learnable": ("LNS, learnable", "#88ccee"),
     "deep_norm_released": ("DeepNorm, released constants", "#661100"),
+    "lns_as_rates": ("LNS as rates", "#3182bd"),
+    "lns_as_norm_weights": ("LNS as norm weights", "#6baed6"),
+    "lns_init_only": ("LNS, initial weights only", "#e7ba52"),
+    "lns_rate_only": ("LNS, rates only", "#8c6d31"),
+    "complete_p": ("CompleteP", "#843c39"),
+    "depth_mup": ("Depth-muP", "#d6616b"),
+    "olmo2": ("OLMo 2", "#31a354"),
+    "depth_scaled_sandwich": ("Depth-scaled sandwich", "#74c476"),
+    "keel": ("KEEL", "#393b79"),
+    "deep_loop": ("DeepLoop", "#6b6ecf"),
+    "minicpm": ("MiniCPM", "#e6550d"),
+    "granite": ("Granite", "#636363"),
+    "esm_c": ("ESM C", "#756bb1"),
+    "norm_preserving": ("Norm-preserving", "#9e9ac8"),
+    "rezero": ("ReZero", "#7b4173"),
+    "nf_residual": ("NF residual", "#ce6dbd"),
 }
 """Label and colour of a strategy, the same in every figure."""
 RUN = re.compile(r"(\w+)-seed(\d+)-[0-9a-f]{8}")
