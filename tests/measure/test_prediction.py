@@ -40,6 +40,13 @@ def test_the_layer_that_overflows_fp16_is_named(monkeypatch):
     assert predict(config, {"name": "pre_ln"}).overflow_layer is None
 
 
+@pytest.mark.parametrize("coefficients", [{"skip": 1e200}, {"skip": 1e30}, {"skip": 0.0, "branch_scale": 0.0}], ids=str)
+def test_a_stream_that_is_zero_or_infinite_is_an_error(coefficients, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "extreme", lambda layer, depth: block(**coefficients))
+    with pytest.raises(UserError, match="norm: the stream of 3 blocks, its gradient or its gain is zero or infinite"):
+        predict(DecoderConfig(32, 48, 3, 2, vocab_size=64), {"name": "extreme"})
+
+
 def test_the_identity_does_not_grow_with_the_depth():
     config = DecoderConfig(32, 48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
     prediction = predict(config, {"name": "rezero"})

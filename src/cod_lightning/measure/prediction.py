@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,14 +109,15 @@ def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Pr
         seed: of weights and tokens.
 
     Raises:
-        UserError: an unknown strategy, one that raises, or more than `MOST_LAYERS` / 2 blocks.
+        UserError: an unknown strategy, one that raises, one whose stream, gradient or gain is zero or infinite, or more
+            than `MOST_LAYERS` / 2 blocks.
     """
     depth = config.num_hidden_layers
     if 2 * depth > MOST_LAYERS:
         raise UserError(f"model.num_hidden_layers={depth} is doubled: expected at most {MOST_LAYERS // 2}")
     specs, twice = build_all(norm, depth), build_all(norm, 2 * depth)
     decoder = build_decoder(config, specs, seed)
-    expected, doubled = closed_form(decoder), closed_form(meta_decoder(config, twice))
+    expected, doubled = positive_closed_form(decoder), positive_closed_form(meta_decoder(config, twice))
     overflow = [v for v in expected["variance"] if DEVIATIONS * math.sqrt(v) > FP16_MAX]
     return Prediction(
         model=str(norm["name"]),
@@ -145,6 +147,22 @@ def measured(decoder: Decoder, seed: int) -> dict[str, list[float]]:
         "gradient_norm": [float(gradient.norm()) for gradient in gradients],
         "gain": gain,
     }
+
+
+def positive_closed_form(decoder: Decoder) -> dict[str, list[float]]:
+    """`closed_form`.
+
+    Raises:
+        UserError: a number is zero or not finite.
+    """
+    with np.errstate(all="ignore"), suppress(OverflowError):
+        quantities = closed_form(decoder)
+        if all(0 < value < math.inf for values in quantities.values() for value in values):
+            return quantities
+    depth = decoder.config.num_hidden_layers
+    raise UserError(
+        f"norm: the stream of {depth} blocks, its gradient or its gain is zero or infinite: change the skip"
+    )
 
 
 def closed_form(decoder: Decoder) -> dict[str, list[float]]:
