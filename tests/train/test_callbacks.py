@@ -137,7 +137,8 @@ def test_every_logger_has_every_scalar(measured, events):
 
 
 def test_tensorboard_has_figures(events):
-    assert set(events.Tags()["images"]) == {"variance by layer", "jacobian_map", "angular", "causal", "influence"}
+    maps = {"jacobian_map", "angular", "causal", "influence", "longest_run"}
+    assert set(events.Tags()["images"]) == {"variance by layer", *maps}
 
 
 def test_tensorboard_has_the_configuration_and_hyperparameters(events):
