@@ -9,6 +9,7 @@ import torch
 from cod_lightning.commands.measure_runner import Subject, run_prune, run_study
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.registry import measures_of
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.init import build_decoder
@@ -37,15 +38,7 @@ def test_a_measure_gets_the_options_that_it_has(tmp_path):
 def test_every_measure_of_a_study_is_saved_and_shown(tmp_path, capsys):
     run_study("removal", subject(), {}, tmp_path)
     names = {path.stem for path in tmp_path.iterdir()}
-    assert names == {
-        "removal",
-        "run_removal",
-        "longest_run",
-        "swaps",
-        "linear_replacement",
-        "sublayer_removal",
-        "causal",
-    }
+    assert names == set(measures_of("removal"))
     printed = capsys.readouterr().out
     assert all(f"lns: {name}" in printed for name in names)
 

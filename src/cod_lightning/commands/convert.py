@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning.commands.import_ import read_foreign
-from cod_lightning.commands.options import add_checkpoint, add_trust_code, compose_norm, require_path
+from cod_lightning.commands.options import add_model, compose_norm, require_path
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -24,9 +24,7 @@ EPILOG = """\
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="run folder, or folder, .gguf file, word or hub name of a model to import")
-    add_checkpoint(parser)
-    add_trust_code(parser)
+    add_model(parser)
     parser.add_argument("--output", type=Path, required=True, help="new run folder")
     parser.add_argument("overrides", nargs="*", metavar="norm=...", help="the new strategy and its options")
 
@@ -40,7 +38,7 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, overrides: 
     from cod_lightning.nn.surgery import convert
     from cod_lightning.train.load import write_run
 
-    config = replace(config, norm=norm, description=f"Converted from {model}.")
+    config = replace(config, norm=norm, row=None, name=None, init_from=None, description=f"Converted from {model}.")
     write_run(config, convert(decoder, norm), tokenizer, output)
     print(output)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.commands.convert import read_trained
-from cod_lightning.commands.options import add_checkpoint, add_trust_code
+from cod_lightning.commands.options import add_model
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
 
@@ -25,9 +25,7 @@ gains=kept      weights make up for factors that the strategy has for the new la
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="run folder, or folder, .gguf file, word or hub name of a model to import")
-    add_checkpoint(parser)
-    add_trust_code(parser)
+    add_model(parser)
     parser.add_argument("--output", type=Path, required=True, help="new run folder")
     parser.add_argument("words", nargs="*", metavar="option=value", help="blocks=N, how=, gains=")
 
@@ -47,6 +45,7 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, words: Sequ
 
     grown = grow(decoder, config.norm, **options)
     shape = replace(config.model, num_hidden_layers=options["blocks"])
-    write_run(replace(config, model=shape, description=f"Grown from {model}."), grown, tokenizer, output)
+    config = replace(config, model=shape, row=None, name=None, init_from=None, description=f"Grown from {model}.")
+    write_run(config, grown, tokenizer, output)
     print(output)
     return 0

@@ -36,6 +36,13 @@ def add_run(parser: ArgumentParser) -> None:
     add_checkpoint(parser)
 
 
+def add_model(parser: ArgumentParser) -> None:
+    """Add a run or a model from elsewhere, `--checkpoint` and `--trust-code`."""
+    parser.add_argument("model", help="run folder, model folder, .gguf file, glassllm, smollm2 or hub name")
+    add_checkpoint(parser)
+    add_trust_code(parser)
+
+
 def add_checkpoint(parser: ArgumentParser) -> None:
     """Add `--checkpoint`."""
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="default: last")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.commands.options import add_checkpoint, add_trust_code, compose_norm, require_model
+from cod_lightning.commands.options import add_model, compose_norm, require_model
 
 HELP = (
     "Check by running it that every block of a model applies a norm strategy: as it is, after bfloat16, after the meta "
@@ -21,9 +21,7 @@ EPILOG = """\
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="run folder, model folder, .gguf file, glassllm, smollm2 or hub name")
-    add_checkpoint(parser)
-    add_trust_code(parser)
+    add_model(parser)
     parser.add_argument("overrides", nargs="*", metavar="norm=...", help="the strategy and its options")
 
 
