@@ -8,7 +8,7 @@ from cod_lightning.cli import main
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.strategies import STRATEGIES, block, build_all
 from cod_lightning.nn.surgery import convert, copies, grow
 
 SHAPE = DecoderConfig(
@@ -79,6 +79,25 @@ def test_a_strategy_that_weights_cannot_make_up_for_is_refused(norm, coefficient
     assert [line.partition(" sets ")[2].partition(", for which")[0] for line in lines] == coefficients
 
 
+@pytest.mark.parametrize(("before", "after"), [("silent", "pre_ln"), ("pre_ln", "silent"), ("silent", "silent")])
+def test_a_gain_of_zero_is_refused(before, after, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "silent", lambda layer, depth: block(gain=0.0))
+    with pytest.raises(UserError, match=r"gain=.* \(layer 1\), for which weights cannot make up"):
+        convert(trained(name=before), {"name": after})
+
+
+def test_a_scaled_branch_behind_a_norm_is_refused(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "damped", lambda layer, depth: block(branch_norm=True, branch_scale=layer**-0.5))
+    with pytest.raises(UserError, match=r"branch_scale=0.7.* \(layer 2\), for which weights cannot make up"):
+        convert(trained(name="sandwich_ln"), {"name": "damped"})
+
+
+def test_a_gain_without_a_norm_changes_no_weight(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "post", lambda layer, depth: block(pre_norm=False, sum_norm=True, gain=2.0))
+    decoder = trained(name="post_ln")
+    torch.testing.assert_close(convert(decoder, {"name": "post"})(TOKENS), decoder(TOKENS), rtol=1e-12, atol=1e-12)
+
+
 def test_training_goes_on_where_the_loss_was(train, toy, tmp_path):
     record, run = train("norm=pre_ln", "name=before")
     assert main(["convert", str(run), "norm=lns", "--output", str(tmp_path / "converted")]) == 0
@@ -102,11 +121,19 @@ def test_the_copied_layers_are_those_of_the_method(how, depth, blocks, sources, 
     assert copies(depth, blocks, how) == (sources, inserted)
 
 
-@pytest.mark.parametrize("norm", [{"name": "pre_ln"}, {"name": "lns"}, {"name": "lns", "position": "after_branch"}])
+@pytest.mark.parametrize(
+    "norm", [{"name": "pre_ln"}, {"name": "lns"}, {"name": "lns", "position": "after_branch"}, {"name": "skip_init"}]
+)
 def test_identity_blocks_keep_the_function(norm):
     decoder = trained(**norm)
     grown = grow(decoder, norm, 6, "identity")
     assert [block.spec for block in grown.blocks] == build_all(norm, 6)
+    torch.testing.assert_close(grown(TOKENS), decoder(TOKENS), rtol=1e-12, atol=1e-12)
+
+
+def test_a_learned_scale_that_starts_at_zero_is_no_obstacle():
+    decoder = trained(name="rezero")
+    grown = grow(decoder, {"name": "rezero"}, 6, "identity")
     torch.testing.assert_close(grown(TOKENS), decoder(TOKENS), rtol=1e-12, atol=1e-12)
 
 

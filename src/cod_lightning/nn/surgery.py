@@ -119,7 +119,7 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], sources: Sequence[int], m
         for old, new, inputs, last in zip(
             original.spec.sublayers, block.spec.sublayers, behind_norm, last_projections(block), strict=True
         ):
-            for linear in inputs:
+            for linear in inputs if new.pre_norm else ():
                 divide(linear, new.gain / old.gain)
             if new.learned_branch_scale == "no":
                 divide(last, new.branch_scale / old.branch_scale)
@@ -138,9 +138,14 @@ def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[st
     for layer, (block, spec) in enumerate(zip(originals, specs, strict=True), start=1):
         pairs = [("entry_norm", block.spec.entry_norm, spec.entry_norm)]
         for old, new in zip(block.spec.sublayers, spec.sublayers, strict=True):
-            pairs += [(field.name, getattr(old, field.name), getattr(new, field.name)) for field in fields(old)]
+            # A learned scale is copied; the coefficient is only its initial value.
+            ignored = TRAINING if new.learned_branch_scale == "no" else (*TRAINING, "branch_scale")
+            names = [field.name for field in fields(old) if field.name not in ignored]
+            pairs += [(name, getattr(old, name), getattr(new, name)) for name in names]
+        # A norm of the branch would undo the change of its last projection.
+        factors = FACTORS[:1] if any(sublayer.branch_norm for sublayer in spec.sublayers) else FACTORS
         for name, old, new in pairs:
-            if (name not in FACTORS + TRAINING and new != old) or (name in FACTORS and new == 0):
+            if (name not in factors and new != old) or (name in factors and 0 in (old, new)):
                 text = f"{name}={new!r} (layer {layer}), for which weights cannot make up: the model has {old!r}"
                 problems.setdefault(name, text)
     return list(problems.values())
