@@ -80,6 +80,16 @@ def test_a_massive_activation_is_named():
     )
 
 
+def test_the_contributions_and_the_erasing_blocks_are_counted():
+    values = {"attention": [0.5, 0.2], "ffn": [2.0, 3.0], "attention_cosine": [-0.1, None], "ffn_cosine": [0.1, 0.2]}
+    errors = {name: [0.1, 0.1] for name in values}
+    assert SECTIONS["contribution"].sentence({**values, "errors": errors, "tokens": 9}) == (
+        "As a share of the stream's norm, attention adds between 0.2 ± 0.1 (block 2) and 0.5 ± 0.1 (block 1) and the "
+        "FFN adds between 2 ± 0.1 (block 1) and 3 ± 0.1 (block 2). A negative mean cosine, which erases a part of the "
+        "stream, occurs in 1 of 2 blocks for attention and in 0 of 2 blocks for the FFN. Standard errors over 9 tokens."
+    )
+
+
 def test_models_of_different_depth_share_relative_depth():
     models = {"six": SIX, "two": results([1.0, 2.0])}
     panel = panels(models, "removal")[0]

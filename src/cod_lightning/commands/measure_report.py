@@ -48,6 +48,7 @@ PARTS: dict[str, Part] = {
     "longest_run": Part(lambda depth, head: depth / 4 * (1 + 3 * (1 + head) / 2)),
     "linear_replacement": Part(lambda depth, head: 3 * depth),
     "influence": Part(lambda depth, head: 2),
+    "contribution": Part(lambda depth, head: 1.5),
 }
 
 

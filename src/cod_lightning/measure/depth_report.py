@@ -20,7 +20,7 @@ from cod_lightning.page import Table, html_page
 Results = Mapping[str, Any]
 """The fields of a model's results by measure."""
 
-REPORTED = ("variance", "jacobian", "angular", "readout", "removal", "longest_run", "influence")
+REPORTED = ("variance", "jacobian", "angular", "readout", "removal", "longest_run", "influence", "contribution")
 """The measures of `measure report`; longest_run comes behind removal, whose losses it uses."""
 COMPARED = ("variance", "jacobian", "angular", "removal", "linear_replacement", "influence")
 """The measures of `measure compare`."""
@@ -29,6 +29,8 @@ CHEAP = 0.01
 THIRDS = ("early", "middle", "late")
 READABLE = 1.1
 """A layer is readable if its logit lens and those of all later layers are within this multiple of the model's loss."""
+SUBLAYERS = {"attention": "attention", "ffn": "the FFN"}
+"""Labels of the fields of `contribution`."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,19 @@ def influence_sentence(result: Any) -> str:
     )
 
 
+def contribution_sentence(result: Any) -> str:
+    added, erasing = [], []
+    for name, label in SUBLAYERS.items():
+        least, most = extremes(result[name], None, result["errors"][name])
+        added.append(f"{label} adds between {least} and {most}")
+        negative = [cosine for cosine in result[f"{name}_cosine"] if cosine is not None and cosine < 0]
+        erasing.append(f"in {len(negative)} of {count(len(result[name]), 'block')} for {label}")
+    return (
+        f"As a share of the stream's norm, {' and '.join(added)}. A negative mean cosine, which erases a part of the "
+        f"stream, occurs {' and '.join(erasing)}. Standard errors over {count(result['tokens'], 'token')}."
+    )
+
+
 def replacement_sentence(result: Any) -> str:
     _, most = extremes(ratios(result))
     return (
@@ -305,6 +320,29 @@ SECTIONS: dict[str, Section] = {
         "Block influence",
         [Curve("block influence, 1 - mean cosine", lambda r: r["influence"], lambda r: r["error"])],
         influence_sentence,
+    ),
+    "contribution": Section(
+        "Contribution of attention and FFN",
+        [
+            *(
+                Curve(
+                    f"norm of what {label} adds / norm of the stream",
+                    lambda r, name=name: r[name],
+                    lambda r, name=name: r["errors"][name],
+                )
+                for name, label in SUBLAYERS.items()
+            ),
+            *(
+                Curve(
+                    f"cosine of what {label} adds and the stream",
+                    lambda r, name=name: r[f"{name}_cosine"],
+                    lambda r, name=name: r["errors"][f"{name}_cosine"],
+                    log=False,
+                )
+                for name, label in SUBLAYERS.items()
+            ),
+        ],
+        contribution_sentence,
     ),
 }
 """The sections of the page, in order."""

@@ -126,13 +126,14 @@ def draw_points(axes: Axes, points: Mapping[str, Points]) -> None:
 
 
 def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = False) -> Figure:
-    """Draw panels in rows of at most three; with `shared_legend`, the legend of the first is that of all.
+    """Draw panels in rows of at most three, and four in two rows.
 
-    The figure is at most 13 inches wide, so that its text stays readable where a page scales it to 800 pixels.
+    The figure is at most 13 inches wide, so that its text stays readable where a page scales it to 800 pixels. With
+    `shared_legend`, the legend of the first panel is that of all.
     """
     from cod_lightning import plots
 
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     width = {1: 6.4, 2: 5.4}.get(columns, 13 / columns)
     with plots.style():
