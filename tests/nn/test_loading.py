@@ -250,6 +250,9 @@ def damage(folder, kind):
     elif kind == "index":
         weights.unlink()
         (folder / "model.safetensors.index.json").write_text("[]")
+    elif kind == "large":
+        edit_json(folder, "config.json", vocab_size=10**12)
+        weights.unlink()
     elif kind == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
 
@@ -264,6 +267,7 @@ def damage(folder, kind):
         ("adapter", r"adapter_config\.json makes it an adapter"),
         ("quantized", "quantization_config is not supported"),
         ("index", "not a checkpoint of a causal language model"),
+        ("large", r"out of memory: [\d,]+ parameters in float32 take 128,000\.0 GB, and [\d,.]+ GB are free: use a "),
         ("truncated", "not a checkpoint of a causal language model"),
     ],
 )
@@ -271,6 +275,16 @@ def test_damaged_and_other_files_are_refused_by_name(folder, kind, message):
     damage(folder, kind)
     with pytest.raises(UserError, match=message):
         load_checkpoint(folder)
+
+
+def test_a_model_that_exceeds_the_limit_of_a_container_is_refused(saved, tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("cod_lightning.nn.memory.LIMITS", [str(limit)])
+    limit.write_text("max\n")
+    parameters = sum(x.numel() for x in load_checkpoint(saved).model.parameters())
+    limit.write_text(f"{4 * parameters - 1}\n")
+    with pytest.raises(UserError, match=f"out of memory: {parameters:,} parameters"):
+        load_checkpoint(saved)
 
 
 @pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])

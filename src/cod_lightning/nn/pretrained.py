@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError, first_line, first_of
 from cod_lightning.nn.gguf import read_gguf, require_gguf
+from cod_lightning.nn.memory import free_memory
 from cod_lightning.nn.packaged_models import packaged_path
 
 WEIGHT_FILES = (
@@ -95,8 +96,9 @@ def load_checkpoint(
         check: called with the configuration before the weights are read; raises a UserError to refuse it.
 
     Raises:
-        UserError: a package is missing; a file is damaged or outside the folder; weights are missing, left over, of
-            another shape, quantized, integers, NaN or Inf; names the first and their number.
+        UserError: a package is missing; the model is larger than the free memory; a file is damaged or outside the
+            folder; weights are missing, left over, of another shape, quantized, integers, NaN or Inf; names the first
+            and their number.
     """
     transformers = import_transformers(f"reading {name}")
     source = find_source(str(name))
@@ -112,6 +114,7 @@ def load_checkpoint(
         kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
         with torch.device("meta"):
             empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False)
+        require_memory(empty, dtype, str(name))
         state = read_weights(source) if source.gguf is None else read_gguf(Path(source.name) / source.gguf, empty)
         if integers := [key for key, x in state.items() if not x.is_floating_point() and not MASKS.search(key)]:
             raise UserError(
@@ -137,6 +140,21 @@ def load_checkpoint(
         dropped = load_generation_config(model, source)
     largest = max((x for x in state.values() if x.is_floating_point()), key=Tensor.numel)
     return Checkpoint(model.eval(), source, largest.dtype, dropped)
+
+
+def require_memory(empty: Any, dtype: torch.dtype, name: str) -> None:
+    """Check that the weights of a model fit into the free memory, by the shapes of its configuration.
+
+    Raises:
+        UserError: they do not.
+    """
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    if (needed := parameters * dtype.itemsize) > (free := free_memory()):
+        raise UserError(
+            f"{name}: out of memory: {parameters:,} parameters in {str(dtype).removeprefix('torch.')} take "
+            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: use a machine with more memory, or a smaller "
+            "model"
+        )
 
 
 def find_source(name: str) -> Source:

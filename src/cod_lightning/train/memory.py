@@ -1,19 +1,14 @@
-"""The memory of this machine, and a check that a run can fit into it."""
+"""A check that a run can fit into the memory of this machine."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 from cod_lightning.config.schema import Config
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import num_vit_parameters
+from cod_lightning.nn.memory import host_memory
 from cod_lightning.train.devices import accelerator, precision
-
-
-def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(config: Config) -> None:

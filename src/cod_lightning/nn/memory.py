@@ -1,0 +1,25 @@
+"""The memory of this machine, and what of it is free."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files with the limit of a container."""
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory() -> int:
+    """Bytes that a process can take: those that Linux calls available, elsewhere all, up to a container's limit."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        free = host_memory()
+    limits = [Path(path).read_text().strip() for path in LIMITS if os.access(path, os.R_OK)]
+    return min([free, *(int(limit) for limit in limits if limit.isdigit())])
