@@ -2,14 +2,8 @@
 
 import pytest
 
-from cod_lightning.measure.depth_report import (
-    SECTIONS,
-    headline,
-    headline_sentence,
-    panels,
-    report_page,
-    summary,
-)
+from cod_lightning.measure.depth_page import panels, report_page, summary
+from cod_lightning.measure.depth_report import SECTIONS, headline, headline_sentence
 from cod_lightning.measure.panels import draw_panels
 
 

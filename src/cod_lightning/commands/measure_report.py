@@ -21,7 +21,8 @@ from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import token_mask
-from cod_lightning.measure.depth_report import headline, report_page
+from cod_lightning.measure.depth_page import report_page
+from cod_lightning.measure.depth_report import headline
 from cod_lightning.measure.registry import MEASURES
 
 ROOMS = ("kernels", "nn", "measure")
