@@ -25,6 +25,7 @@ from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run, by_target
 from cod_lightning.paper.figures import fit_sizes
 from cod_lightning.paper.layer_figures import draw
+from cod_lightning.paper.real_models import RealModel, real_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
 from cod_lightning.paper.verdict import summarize, verdict
@@ -432,3 +433,41 @@ def test_a_fit_stays_above_zero():
     equation, curve = fit_sizes(sizes, 9 - np.log10(sizes))
     assert equation.startswith("0.00 + ")
     assert curve(np.array([1e15])) > 0
+
+
+# Models from outside --------------------------------------------------------------------------------------------------
+
+
+REAL = RealModel(
+    "real",
+    "results/reports/real/report.html",
+    {
+        "variance": {"residual": {"variance": [1.0] * 4}},
+        "angular": {"distances": [[0.3, 0.2, 0.1, 0.1]]},
+        "removal": {"loss": 2.0, "losses": [2.5, 2.01, 2.6, 2.7], "tokens": 9},
+        "jacobian": {
+            **{"layers": [1, 2, 3, 4], "distance": [3.0, 0.2, 0.1, 0.4], "largest_singular_value": [1.0] * 4},
+            **{"errors": dict.fromkeys(("distance", "largest_singular_value"), [0.0] * 4), "tokens": 9},
+        },
+    },
+    {},
+)
+
+
+def test_a_model_from_outside_agrees_or_disagrees_with_a_figure():
+    assert real_model_lines("Figure 2", [REAL]) == [
+        "**real** (`results/reports/real/report.html`). Opposite to the paper (removing deep blocks costs less): "
+        "median increase of the loss in nats 0.255 in the shallower half, 0.65 in the deeper half. As in the paper "
+        "(deep blocks rotate the stream less): median angular distance to the next layer 0.25 in the shallower half, "
+        "0.1 in the deeper half. 1 of 4 blocks cost less than 1% of the loss when removed alone (0 early, 1 middle, "
+        "0 late); the cheapest adds 0.01 nats (block 2)."
+    ]
+    assert real_model_lines("Figure 7", [REAL]) == []
+
+
+def test_models_from_outside_stand_behind_our_runs():
+    markdown = build_report(figure_experiments("Figure 5"), models=[REAL]).markdown
+    behind = markdown.index("### Figure 5: models from outside")
+    assert (
+        markdown.index("### Figure 5: ours at scale=toy") < behind < markdown.index("Opposite to the paper (Jacobians")
+    )

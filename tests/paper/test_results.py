@@ -13,6 +13,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
 from cod_lightning.paper.experiments import experiment_rows, load_experiments, remaining_tasks
+from cod_lightning.paper.real_models import load_real_models
 from cod_lightning.paper.results import load_measures, save_result
 
 
@@ -174,3 +175,20 @@ def test_reproduce_prints_a_table_and_does_not_repeat_diverged_runs(toy, tmp_pat
     assert json.loads(diverged.read_text())["failure"].startswith(("the loss is ", "the gradient is "))
     assert main(words) == 0
     assert capfd.readouterr().err == "0 of 1 runs remaining\n"
+
+
+def test_depth_reports_on_models_from_outside_are_read(tmp_path):
+    folder = tmp_path / "reports" / "both"
+    (folder / "smollm2").mkdir(parents=True)
+    (folder / "smollm2" / "removal.json").write_text(
+        json.dumps({"model": "smollm2", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25]})
+    )
+    models = {"smollm2": {"text": {"tokens": 9}}, "lns-seed1-0a1b2c3d": {"text": {"tokens": 9}}}
+    (folder / "report.json").write_text(json.dumps({"models": models}))
+    (model,) = load_real_models(tmp_path)
+    assert model.name == "smollm2"
+    assert model.page == f"{folder}/report.html"
+    assert model.results["removal"]["losses"] == [1.5, 1.25]
+    (folder / "report.json").write_text("[]")
+    with pytest.raises(UserError, match=r"report\.json"):
+        load_real_models(tmp_path)

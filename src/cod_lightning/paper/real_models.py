@@ -1,0 +1,124 @@
+"""Depth reports on models from outside, and what they say about the paper's findings on such models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cod_lightning.errors import UserError
+from cod_lightning.measure.depth_report import SECTIONS, headline, headline_sentence, number
+from cod_lightning.paper.findings import halves, loss_increases
+from cod_lightning.paper.results import load_measures, read_object
+from cod_lightning.plots import RUN
+
+REPORTS = "reports"
+"""Folder in the results folder with outputs of `measure report`: NAME/report.json and NAME/MODEL/MEASURE.json."""
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A model on the page of a depth report."""
+
+    name: str
+    page: str
+    """Path of the page."""
+    results: Mapping[str, Any]
+    """Fields of its results by measure."""
+    text: Mapping[str, Any]
+    """The text: `source`, `sequences`, `tokens` and `sha256`."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A finding of the paper about Pre-LN models: a number is smaller in deep blocks than in others."""
+
+    finding: str
+    measure: str
+    numbers: Callable[[Any], tuple[float, float]]
+    """Of other blocks, and of deep ones."""
+    unit: str
+    places: tuple[str, str]
+    """Names of the blocks."""
+
+
+def half_medians(values: Sequence[float | None]) -> tuple[float, float]:
+    shallower, deeper = halves(values)
+    return median(shallower), median(deeper)
+
+
+HALVES = ("shallower half", "deeper half")
+CONTRASTS = {
+    "Figure 2": (
+        Contrast(
+            "removing deep blocks costs less",
+            "removal",
+            lambda result: half_medians(loss_increases(result)),
+            "median increase of the loss in nats",
+            HALVES,
+        ),
+        Contrast(
+            "deep blocks rotate the stream less",
+            "angular",
+            lambda result: half_medians(result["distances"][0]),
+            "median angular distance to the next layer",
+            HALVES,
+        ),
+    ),
+    "Figure 5": (
+        Contrast(
+            "Jacobians approach I with depth",
+            "jacobian",
+            lambda result: (result["distance"][1], result["distance"][-1]),
+            "distance of the Jacobian from I",
+            ("second block", "last block"),
+        ),
+    ),
+}
+"""Findings by figure; see `findings.FINDINGS`."""
+DETAILS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "Figure 2": lambda results: headline_sentence(headline(results), results["removal"]),
+    "Figure 5": lambda results: SECTIONS["jacobian"].sentence(results["jacobian"]),
+}
+"""Sentences of the report's page."""
+
+
+def load_real_models(results: Path) -> list[RealModel]:
+    """The models of all depth reports in the results folder; runs are left out.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    models = []
+    for path in sorted((results / REPORTS).glob("*/report.json")):
+        try:
+            texts = {name: numbers["text"] for name, numbers in read_object(path)["models"].items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the headline of a depth report; remove it") from error
+        page = path.with_suffix(".html").as_posix()
+        models += [
+            RealModel(name, page, load_measures(path.parent / name), text)
+            for name, text in texts.items()
+            if not RUN.fullmatch(name)
+        ]
+    return models
+
+
+def real_model_lines(target: str, models: Sequence[RealModel]) -> list[str]:
+    """One paragraph for each model on the paper's findings about a figure."""
+    return [
+        f"**{model.name}** (`{model.page}`). {' '.join(sentences)} {DETAILS[target](model.results)}"
+        for model in models
+        if (sentences := [contrast_sentence(each, model.results) for each in CONTRASTS.get(target, ())])
+    ]
+
+
+def contrast_sentence(contrast: Contrast, results: Mapping[str, Any]) -> str:
+    first, deep = contrast.numbers(results[contrast.measure])
+    direction = "As in the paper" if deep < first else "Opposite to the paper"
+    return (
+        f"{direction} ({contrast.finding}): {contrast.unit} {number(first)} in the {contrast.places[0]}, "
+        f"{number(deep)} in the {contrast.places[1]}."
+    )
