@@ -18,6 +18,7 @@ from cod_lightning.measure.weight_sparsity import (
     layer_sparsity,
     linear_weights,
     sparsify,
+    sparsify_sequentially,
 )
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export
@@ -215,6 +216,13 @@ def test_weights_are_pruned_by_method_and_allocation(causal_lm, family, method, 
     assert (result.layers_after, result.removed) == (4, [])
 
 
+def test_weights_are_pruned_with_sequential_calibration(causal_lm, pruned):
+    model = causal_lm("ours")
+    result = pruned(model, sparsity=0.5, allocation="uniform", calibration="sequential")
+    assert result.loss_after == pytest.approx(loss(sparsify_sequentially(model, [0.5] * 4, padded_batches(), PAD)))
+    assert result.how == "wanda, uniform, sequential"
+
+
 @pytest.mark.parametrize("family", ["ours-lns", "llama", "gpt2"])
 def test_a_trained_block_comes_close_to_the_run_that_it_replaces(causal_lm, family):
     model = causal_lm(family)
@@ -279,6 +287,9 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
             "allocation='even': .*known: alpha_pruning, arithmetic",
         ),
         ({"sparsity": 0.5, "allocation": "arithmetic", "difference": 0.4}, "difference=0.4 .* sets layer 1 to -0.100"),
+        ({"sparsity": 0.5, "method": "magnitude", "calibration": "once"}, "calibration= needs .* method=wanda"),
+        ({"layers": [1], "calibration": "sequential"}, "calibration= needs sparsity="),
+        ({"sparsity": 0.5, "calibration": "sequentially"}, "calibration='sequentially': did you mean 'sequential'"),
         ({"sparsity": 0.5, "method": "wand"}, "method='wand': did you mean 'wanda'"),
     ],
 )

@@ -1,9 +1,10 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, PAD, padded_batches
+from builders import FAMILIES, PAD, padded_batches, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.weight_sparsity import (
@@ -16,6 +17,7 @@ from cod_lightning.measure.weight_sparsity import (
     owl_sparsities,
     pl_alpha_hill,
     sparsify,
+    sparsify_sequentially,
 )
 
 LLAMA = {*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))}
@@ -142,6 +144,61 @@ def test_the_smallest_weights_of_every_matrix_are_pruned(model, method):
                 np.testing.assert_array_equal(new[~gone], old[~gone])
                 if 0 < share < 1:
                     assert score[gone].max() <= score[~gone].min()
+
+
+def add_sample(squares, name, samples, module, args, y):
+    squares[name] = squares[name] + args[0][0].norm(dim=0) ** 2 / samples
+
+
+@torch.no_grad()
+def prune_wanda(llama, rows, ratio):
+    """Masks of `prune_wanda` in lib/prune.py of locuslab/wanda, by block and layer; `llama` is pruned."""
+    masks = []
+    inputs = llama.model.embed_tokens(rows).split(1)
+    length = rows.shape[1]
+    context = {
+        "attention_mask": torch.full((1, 1, length, length), -torch.inf).triu(1),
+        "position_embeddings": llama.model.rotary_emb(inputs[0], torch.arange(length)[None]),
+    }
+    for block in llama.model.layers:
+        squares, handles = {name: 0 for name in LLAMA}, []
+        for name in LLAMA:
+            hook = partial(add_sample, squares, name, len(inputs))
+            handles.append(block.get_submodule(name).register_forward_hook(hook))
+        for x in inputs:
+            block(x, **context)
+        for handle in handles:
+            handle.remove()
+        masks.append({})
+        for name in LLAMA:
+            weight = block.get_submodule(name).weight
+            order = (weight.abs() * squares[name].sqrt()).sort(dim=-1, stable=True).indices
+            masks[-1][name] = torch.zeros_like(weight, dtype=torch.bool)
+            masks[-1][name].scatter_(1, order[:, : int(weight.shape[1] * ratio)], True)
+            weight[masks[-1][name]] = 0
+        inputs = [block(x, **context) for x in inputs]
+    return masks
+
+
+def masks_of(model):
+    return [{name: weight == 0 for name, (_, weight) in linear_weights(block).items()} for block in model.blocks]
+
+
+def test_sequential_wanda_has_the_masks_of_its_released_code(causal_lm):
+    model, ratio = causal_lm("llama"), 0.45  # of 24 weights 10.8, which the released code rounds down
+    batches = list(tokens(batch=6).split(2))
+    masks = masks_of(sparsify_sequentially(model, [ratio] * 4, batches))
+    expected = prune_wanda(model.model, torch.cat(batches), ratio)
+    torch.testing.assert_close(masks, expected)
+
+
+def test_sequential_wanda_measures_behind_the_pruned_blocks(causal_lm):
+    model = causal_lm("ours-lns")
+    half_dense = sparsify_sequentially(model, [0.5, 0.5, 0, 0], padded_batches(), PAD)
+    norms = input_norms(half_dense, padded_batches(), PAD)
+    expected = sparsify(half_dense, [0, 0, 0.5, 0], "wanda", norms)
+    sparse = sparsify_sequentially(model, [0.5, 0.5, 0.5, 0], padded_batches(), PAD)
+    torch.testing.assert_close(masks_of(sparse), masks_of(expected))
 
 
 @torch.no_grad()

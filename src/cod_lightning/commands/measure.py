@@ -43,6 +43,7 @@ prune writes a model that stock transformers loads, without some blocks or weigh
   measure prune RUN by=streamline blocks=4 replace=layer --output FOLDER      (one trained block for five)
   measure prune RUN sparsity=0.5 allocation=owl method=wanda --output FOLDER
                                                  (or allocation=alpha_pruning, arithmetic, uniform; method=magnitude)
+  measure prune RUN sparsity=0.5 calibration=sequential --output FOLDER       (Wanda block by block, as released)
 """
 
 

@@ -20,6 +20,7 @@ from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.weight_sparsity import (
+    Calibration,
     Method,
     alpha_sparsities,
     arithmetic_sparsities,
@@ -31,6 +32,7 @@ from cod_lightning.measure.weight_sparsity import (
     outlier_ratios,
     owl_sparsities,
     sparsify,
+    sparsify_sequentially,
 )
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import unsupported_features
@@ -143,6 +145,7 @@ def prune(
     sparsity: float | None = None,
     allocation: Allocation | None = None,
     method: Method | None = None,
+    calibration: Calibration | None = None,
     threshold: float = 5.0,
     owl_lambda: float = 0.08,
     epsilon: float = 0.3,
@@ -167,6 +170,8 @@ def prune(
         allocation: how the sparsity is divided among blocks: `owl` (default), `alpha_pruning`, `arithmetic` (ATP), or
             `uniform`.
         method: selects the weights: the smallest by `wanda` (default) or by `magnitude`, see `sparsify`.
+        calibration: input norms for `wanda`: `once` (default), all of the dense model; or `sequential`, those of a
+            block behind the pruned blocks before it, as in the released code, see `sparsify_sequentially`.
         threshold: M of OWL, see `outlier_ratios`.
         owl_lambda: lambda of OWL, see `owl_sparsities`.
         epsilon: epsilon of AlphaPruning, see `alpha_sparsities`.
@@ -176,7 +181,7 @@ def prune(
         UserError: the options do not select exactly one way, or have invalid values; the folder is in use; or a stock
             Llama checkpoint cannot represent the model's strategy.
     """
-    require_one_selection(layers, by, blocks, sparsity, allocation, method)
+    require_one_selection(layers, by, blocks, sparsity, allocation, method, calibration)
     if replace is not None:
         require_choice(Replace, replace=replace)
         if by != "streamline":
@@ -207,6 +212,7 @@ def prune(
             sparsity,
             allocation or "owl",
             method or "wanda",
+            calibration or "once",
             threshold=threshold,
             owl_lambda=owl_lambda,
             epsilon=epsilon,
@@ -244,6 +250,7 @@ def require_one_selection(
     sparsity: float | None,
     allocation: Allocation | None,
     method: Method | None,
+    calibration: Calibration | None,
 ) -> None:
     """Check that the options of `prune` select what is removed in exactly one way.
 
@@ -261,6 +268,8 @@ def require_one_selection(
         raise UserError("by= selects blocks and blocks= is their number: give both, or layers= or sparsity=")
     if sparsity is None and (allocation is not None or method is not None):
         raise UserError("allocation= and method= need sparsity=")
+    if calibration is not None and (sparsity is None or method == "magnitude"):
+        raise UserError("calibration= needs sparsity= with method=wanda: magnitude reads no text")
 
 
 def prune_blocks(
@@ -325,6 +334,7 @@ def prune_weights(
     sparsity: float,
     allocation: Allocation,
     method: Method,
+    calibration: Calibration,
     *,
     threshold: float,
     owl_lambda: float,
@@ -334,12 +344,20 @@ def prune_weights(
     """Set a share of the weights to zero; see `prune`.
 
     Raises:
-        UserError: the allocation or the method is unknown, or a sparsity is outside [0, 1].
+        UserError: the allocation, method or calibration is unknown, or a sparsity is outside [0, 1].
     """
     require_choice(Allocation, allocation=allocation)
     require_choice(Method, method=method)
-    needs_norms = allocation == "owl" or method == "wanda"
+    require_choice(Calibration, calibration=calibration)
+    sequential = calibration == "sequential"
+    needs_norms = allocation == "owl" or (method == "wanda" and not sequential)
     norms = input_norms(model, batches, pad_id, progress) if needs_norms else []
+
+    def sparse(sparsities: list[float], progress: Progress | None = None) -> ModelAdapter:
+        if sequential:
+            return sparsify_sequentially(model, sparsities, batches, pad_id, progress)
+        return sparsify(model, sparsities, method, norms)
+
     if allocation == "owl":
         sparsities = owl_sparsities(outlier_ratios(model, norms, threshold), sparsity, owl_lambda)
     elif allocation == "alpha_pruning":
@@ -351,13 +369,13 @@ def prune_weights(
         advance = step_counter(progress, len(candidates) * len(batches))
 
         def loss_with(sparsities: list[float]) -> float:
-            return mean_loss(sparsify(model, sparsities, method, norms), batches, pad_id, lambda *_: advance())[0]
+            return mean_loss(sparse(sparsities), batches, pad_id, lambda *_: advance())[0]
 
         sparsities = candidates[0] if len(candidates) == 1 else min(candidates, key=loss_with)
     else:
         sparsities = check_sparsities([sparsity] * model.depth, sparsity, "allocation=uniform")
-    sparse = sparsify(model, sparsities, method, norms)
-    return Pruning(sparse, f"{method}, {allocation}", [], sparsities, "share of weights removed")
+    how = f"{method}, {allocation}" + (", sequential" if sequential else "")
+    return Pruning(sparse(sparsities, progress), how, [], sparsities, "share of weights removed")
 
 
 def share_of_zeros(model: ModelAdapter) -> float:

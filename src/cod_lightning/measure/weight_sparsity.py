@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import at_least_fp32, iter_batches
+from cod_lightning.measure.batches import at_least_fp32, iter_batches, step_counter
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
 
 Method = Literal["wanda", "magnitude"]
+Calibration = Literal["once", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -110,26 +112,39 @@ def input_norms(
     Returns:
         For each block the norms [in] of its linear layers, in float64.
     """
-    keep = torch.empty(0)
-    squares: list[dict[str, Tensor]] = [{} for _ in model.blocks]
-    handles = []
-    for sums, block in zip(squares, model.blocks, strict=True):
-        for name, (module, weight) in linear_weights(block).items():
-            sums[name] = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    masks: list[Tensor] = []
+    with input_squares(model.blocks, masks) as squares:
+        for tokens, keep in iter_batches(model, batches, pad_id, progress):
+            masks[:] = [keep.flatten()]
+            model.logits(tokens, keep=keep)
+    return [{name: total.sqrt() for name, total in sums.items()} for sums in squares]
 
-            def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = sums[name]) -> None:
-                x = args[0].flatten(0, -2)[keep]
+
+@contextmanager
+def input_squares(blocks: Iterable[nn.Module], masks: list[Tensor]) -> Generator[list[dict[str, Tensor]]]:
+    """Sum the squares of every input channel of the blocks' linear layers, inside the `with`, in float64.
+
+    Args:
+        blocks: to watch.
+        masks: its only entry is the mask [batch * length] of the tokens that count in the batch that runs.
+    """
+    squares: list[dict[str, Tensor]] = []
+    handles = []
+    for block in blocks:
+        squares.append({})
+        for name, (module, weight) in linear_weights(block).items():
+            squares[-1][name] = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = squares[-1][name]) -> None:
+                x = args[0].flatten(0, -2)[masks[0]]
                 total += at_least_fp32(x).square().sum(0, dtype=torch.float64)
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
-        for tokens, mask in iter_batches(model, batches, pad_id, progress):
-            keep = mask.flatten()
-            model.logits(tokens, keep=mask)
+        yield squares
     finally:
         for handle in handles:
             handle.remove()
-    return [{name: total.sqrt() for name, total in sums.items()} for sums in squares]
 
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
@@ -279,21 +294,69 @@ def sparsify(
     require_choice(Method, method=method)
     if method == "wanda" and norms is None:
         raise UserError("method='wanda' needs norms, the input norms of every linear layer: pass those of input_norms")
-    if len(sparsities) != model.depth or not all(0 <= share <= 1 for share in sparsities):
-        raise UserError(f"sparsities={list(sparsities)}: expected {model.depth} numbers from 0 to 1, one per block")
-    copy = ModelAdapter(deepcopy(model.model), model.name)
+    copy = copy_to_sparsify(model, sparsities)
     for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
         for name, (_, weight) in linear_weights(block).items():
             if norms is None or method == "magnitude":
-                pruned = smallest(weight.abs().flatten(), share).view(weight.shape)
+                pruned = smallest(weight.abs().flatten(), round(share * weight.numel())).view(weight.shape)
             else:
-                pruned = smallest(wanda_scores(weight, norms[index][name]), share)
+                pruned = smallest(wanda_scores(weight, norms[index][name]), round(share * weight.shape[1]))
             weight.masked_fill_(pruned, 0)
     return copy
 
 
-def smallest(scores: Tensor, share: float) -> Tensor:
-    """Return a mask of the smallest `share` of the last dimension, rounded to a whole number of entries."""
-    count = round(share * scores.shape[-1])
+@torch.no_grad()
+def sparsify_sequentially(
+    model: ModelAdapter,
+    sparsities: Sequence[float],
+    batches: Iterable[Batch],
+    pad_id: int | None = None,
+    progress: Progress | None = None,
+) -> ModelAdapter:
+    """Return a copy of the model pruned by Wanda block by block, with the masks of the released code (locuslab/wanda).
+
+    The input norms of a block are measured behind the blocks that are pruned already, and the number of weights to
+    remove from a row is rounded down. The hidden states of all batches are in memory.
+
+    Args:
+        model: not modified.
+        sparsities: share of weights to set to zero in each block.
+        batches: to measure input norms on.
+        pad_id: padding token, which does not count.
+        progress: called after each block.
+
+    Raises:
+        UserError: `sparsities` are not one share per block, or there are no tokens.
+    """
+    copy = copy_to_sparsify(model, sparsities)
+    streams = []
+    for batch, keep in iter_batches(copy, batches, pad_id):
+        inputs, functions = copy.block_functions(batch, keep)
+        streams.append((inputs[0], functions, keep.flatten()))
+    advance = step_counter(progress, copy.depth)
+    masks: list[Tensor] = []
+    with torch.compiler.set_stance("force_eager"):
+        for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
+            with input_squares([block], masks) as squares:
+                for x, functions, mask in streams:
+                    masks[:] = [mask]
+                    functions[index](x)
+            for name, (_, weight) in linear_weights(block).items():
+                scores = wanda_scores(weight, squares[0][name].sqrt())
+                weight.masked_fill_(smallest(scores, int(share * weight.shape[1])), 0)
+            streams = [(functions[index](x), functions, mask) for x, functions, mask in streams]
+            advance()
+    return copy
+
+
+def copy_to_sparsify(model: ModelAdapter, sparsities: Sequence[float]) -> ModelAdapter:
+    """Return a copy of the model, or raise a `UserError` if `sparsities` are not one share per block."""
+    if len(sparsities) != model.depth or not all(0 <= share <= 1 for share in sparsities):
+        raise UserError(f"sparsities={list(sparsities)}: expected {model.depth} numbers from 0 to 1, one per block")
+    return ModelAdapter(deepcopy(model.model), model.name)
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Return a mask of the `count` smallest entries along the last dimension."""
     index = scores.argsort(dim=-1, stable=True)[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
