@@ -2,13 +2,13 @@ import math
 
 import pytest
 import torch
-from builders import PAD, decoder, padded_batches
+from builders import PAD, decoder, padded_batches, tiny_model, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import mean_loss
-from cod_lightning.measure.block_removal import remove_blocks, train_replacement
+from cod_lightning.measure.block_removal import fold_linear_map, remove_blocks, train_replacement
 from cod_lightning.measure.layer_importance import block_influence
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.weight_sparsity import (
@@ -34,6 +34,14 @@ def logits(model):
 
 def loss(model):
     return mean_loss(model, padded_batches(), PAD)[0]
+
+
+@torch.no_grad()
+def activations(model, batch):
+    """What a hook sees of the tokens that are not padding, in float64, by name and layer."""
+    seen = {}
+    model.logits(batch, lambda name, layer, x: seen.update({(name, layer): x[batch != PAD].double()}))
+    return seen
 
 
 def save_hf(model, folder):
@@ -236,13 +244,61 @@ def test_a_trained_block_comes_close_to_the_run_that_it_replaces(causal_lm, fami
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
 
 
-def test_a_trained_block_is_measured_on_other_batches_than_it_was_trained_on(causal_lm, folder):
+@pytest.mark.parametrize("family", ["ours-lns", "gpt2"])
+def test_a_trained_ffn_comes_close_to_the_run_without_attention(causal_lm, family):
+    model, batch = causal_lm(family), padded_batches()[1]
+    trained = train_replacement(model, 2, 3, padded_batches(), PAD, steps=60, lr=3e-3, attention=False)
+    before, after = activations(model, batch), activations(trained, batch)
+    goal, without = before["residual", 3], before["residual", 1]
+    assert (after["residual", 2] - goal).norm() < 0.7 * (without - goal).norm()
+    assert not after["attention", 2].any()
+
+
+@pytest.mark.parametrize("family", ["ours-lns", "llama", "gpt2"])
+def test_a_linear_map_is_the_nearest_to_the_run_that_it_replaces(causal_lm, family):
+    """In least squares what is missing is orthogonal to the inputs, the outputs of the FFN before the run."""
+    model = causal_lm(family)
+    mapped = fold_linear_map(model, 2, 3, padded_batches(), PAD)
+    missing, inputs = [], []
+    for batch in padded_batches():
+        before, after = activations(model, batch), activations(mapped, batch)
+        missing.append(before["residual", 3] - after["residual", 1])
+        inputs.append(before["ffn", 1])
+    missing, inputs = torch.cat(missing), torch.cat(inputs)
+    assert (inputs.T @ missing).norm() < 1e-4 * inputs.norm() * missing.norm()
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma2"])
+def test_an_ffn_that_ends_in_a_norm_cannot_hold_a_linear_map(family):
+    model = ModelAdapter(tiny_model(family, vocab_size=37), family)
+    with pytest.raises(UserError, match=f"the FFN of {family} does not end in a known projection"):
+        fold_linear_map(model, 2, 3, padded_batches(), PAD)
+
+
+def test_a_linear_map_needs_more_tokens_than_channels(causal_lm):
+    with pytest.raises(UserError, match="a linear map needs more tokens than the hidden size 16, not 7"):
+        fold_linear_map(causal_lm("ours"), 2, 3, [padded_batches()[0][:1]], PAD)
+
+
+def test_a_linear_map_takes_the_place_of_its_blocks(causal_lm, folder):
+    model = causal_lm("ours-lns")
+    training, measured = tokens(seed=2), padded_batches()[1]
+    options = {"by": "streamline", "blocks": 2, "replace": "linear", "folder": folder}
+    result = prune(model, [training, measured], PAD, export=export, **options)
+    mapped = fold_linear_map(model, *result.removed, [training], PAD)
+    assert result.loss_after == pytest.approx(mean_loss(mapped, [measured], PAD)[0])
+    torch.testing.assert_close(logits(load_hf(folder)), logits(mapped), rtol=1e-4, atol=1e-4)
+    assert [row["layers"] for row in result.rows()] == [4, 2, 2]
+
+
+@pytest.mark.parametrize("replace", ["layer", "ffn"])
+def test_a_trained_block_is_measured_on_other_batches_than_it_was_trained_on(causal_lm, folder, replace):
     model = causal_lm("ours")
     training, measured = padded_batches()
-    options = {"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 3, "folder": folder}
+    options = {"by": "streamline", "blocks": 1, "replace": replace, "replace_steps": 3, "folder": folder}
     result = prune(model, [training, measured], PAD, export=export, **options)
     first, last = result.removed
-    trained = train_replacement(model, first, last, [training], PAD, steps=3, lr=3e-4)
+    trained = train_replacement(model, first, last, [training], PAD, steps=3, lr=3e-4, attention=replace == "layer")
     assert result.loss_after == pytest.approx(mean_loss(trained, [measured], PAD)[0])
     assert result.loss_without == pytest.approx(mean_loss(remove_blocks(model, [first, last]), [measured], PAD)[0])
     torch.testing.assert_close(logits(load_hf(folder)), logits(trained), rtol=1e-5, atol=1e-5)
@@ -280,7 +336,8 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
         ({"by": "removal", "blocks": 1, "replace": "layer"}, "replace= needs by=streamline"),
         ({"by": "streamline", "blocks": 3, "replace": "layer"}, "blocks=3 with replace=: expected 1 to 2"),
         ({"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 0}, "replace_steps=0 .* be positive"),
-        ({"by": "streamline", "blocks": 1, "replace": "linear"}, "replace='linear'"),
+        ({"by": "streamline", "blocks": 1, "replace": "lin"}, "replace='lin'"),
+        ({"by": "streamline", "blocks": 4, "replace": "linear"}, "blocks=4: expected 1 to 3 of the 4 of ours"),
         ({"sparsity": 1.5, "allocation": "uniform"}, r"sparsity=1.5 is not a share of weights"),
         (
             {"sparsity": 0.5, "allocation": "even"},

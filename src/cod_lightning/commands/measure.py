@@ -41,6 +41,7 @@ prune writes a model that stock transformers loads, without some blocks or weigh
   measure prune RUN layers=17,18,19 --output FOLDER
   measure prune RUN by=influence blocks=4 --output FOLDER         (or by=streamline, by=removal)
   measure prune RUN by=streamline blocks=4 replace=layer --output FOLDER      (one trained block for five)
+                                             (or replace=ffn, a block without attention; replace=linear, a linear map)
   measure prune RUN sparsity=0.5 allocation=owl method=wanda --output FOLDER
                                                  (or allocation=alpha_pruning, arithmetic, uniform; method=magnitude)
   measure prune RUN sparsity=0.5 calibration=sequential --output FOLDER       (Wanda block by block, as released)

@@ -311,12 +311,19 @@ def fit_linear(
         count += len(x)
     if count < width:
         raise UserError(f"{model.name}: a linear map needs more tokens than the hidden size {width - 1}, not {count}")
-    # Scale to a unit diagonal, as channels differ by orders of magnitude. The pseudo-inverse ignores directions without
-    # inputs: few different tokens make few different inputs of the first layer.
+    solution = least_squares(gram, cross).to(torch.promote_types(model.head_weight.dtype, torch.float32))
+    return lambda x: x + F.linear(at_least_fp32(x), solution[:-1].T, solution[-1]).to(x.dtype)
+
+
+def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
+    """The matrix W [inputs, outputs] that minimises |X W - Y|, from X^T X and X^T Y in float64.
+
+    Directions without inputs are ignored: few different tokens make few different inputs of the first layer.
+    """
+    # Scale to a unit diagonal, as channels differ by orders of magnitude.
     scale = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     solution = torch.linalg.pinv(gram / scale / scale[:, None], hermitian=True) @ (cross / scale[:, None])
-    solution = (solution / scale[:, None]).to(torch.promote_types(model.head_weight.dtype, torch.float32))
-    return lambda x: x + F.linear(at_least_fp32(x), solution[:-1].T, solution[-1]).to(x.dtype)
+    return solution / scale[:, None]
 
 
 @contextmanager

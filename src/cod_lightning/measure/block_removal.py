@@ -1,4 +1,4 @@
-"""Smaller copies of a model: without some of its blocks, or with one trained block in the place of several."""
+"""Smaller copies of a model: without some of its blocks, or with one block or a linear map in the place of several."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Batch, ModelAdapter, family
+from cod_lightning.measure.ablation import least_squares
+from cod_lightning.measure.adapter import Batch, ModelAdapter, differ, family
 from cod_lightning.measure.batches import iter_batches, step_counter
 from cod_lightning.measure.result import Progress
+from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.layouts import Site, sites
 
 
 def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
@@ -123,6 +126,7 @@ def train_replacement(
     *,
     steps: int,
     lr: float,
+    attention: bool = True,
 ) -> ModelAdapter:
     """A copy of the model with one block in the place of several, trained to do what they do (LLM-Streamline).
 
@@ -138,9 +142,15 @@ def train_replacement(
         progress: called after each step.
         steps: number of optimizer steps.
         lr: constant learning rate.
+        attention: False: the block has an FFN only. Its attention stays, as every block of a checkpoint has one, with
+            parameters of zero that are not trained.
     """
     smaller = remove_blocks(model, range(first + 1, last + 1))
     block = smaller.blocks[first - 1].requires_grad_(True)
+    if not attention:
+        with torch.no_grad():
+            for parameter in site_of(smaller, first, "attention").sublayer.parameters():
+                parameter.zero_().requires_grad_(False)
     examples = []
     for batch, keep in iter_batches(model, batches, pad_id):
         inputs, blocks = model.block_functions(batch, keep)
@@ -158,3 +168,79 @@ def train_replacement(
         advance()
     optimizer.zero_grad()
     return smaller
+
+
+@torch.no_grad()
+def fold_linear_map(
+    model: ModelAdapter,
+    first: int,
+    last: int,
+    batches: Sequence[Batch],
+    pad_id: int | None = None,
+    progress: Progress | None = None,
+) -> ModelAdapter:
+    """A copy of the model without several blocks, and with a linear map in their place (ReplaceMe, arXiv 2505.02819).
+
+    The map T acts on the output m of the FFN before the blocks: x - m + T m is the nearest in least squares to the
+    residual stream behind them, where x is the stream before them. It is multiplied into the FFN's last projection, so
+    that the copy has no other parts than the model.
+
+    Args:
+        model: not modified.
+        first: the first block that is removed, counting from 1; at least 2.
+        last: the last one.
+        batches: to fit the map to.
+        pad_id: padding token, which does not count.
+        progress: called after each batch.
+
+    Raises:
+        UserError: the FFN does not end in a projection that is known, or there are no more tokens than the hidden size.
+    """
+    previous, width = first - 1, model.hidden
+    gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
+    cross, count = torch.zeros_like(gram), 0
+    kept = list(iter_batches(model, batches, pad_id))
+    advance = step_counter(progress, len(kept))
+    for batch, keep in kept:
+        m, x, y = states_around(model, batch, keep, previous, last)
+        gram += m.T @ m
+        cross += m.T @ (y - x)
+        count += len(m)
+        advance()
+    if count <= width:
+        raise UserError(f"{model.name}: a linear map needs more tokens than the hidden size {width}, not {count}")
+    change = least_squares(gram, cross).T  # T - I
+    smaller = remove_blocks(model, range(first, last + 1))
+    output = site_of(smaller, previous, "ffn").output
+    for tensor in () if output is None else (linear_weights(output)[""][1], output.bias):
+        if tensor is not None:
+            tensor.copy_(tensor + change @ tensor.double())
+    mapped, dtype = states_around(smaller, batch, keep, previous, previous)[0], model.head_weight.dtype
+    if differ(mapped.to(dtype), (m + m @ change.T).to(dtype)):
+        raise UserError(
+            f"{model.name}: the FFN of {family(model.model)} does not end in a known projection, so it cannot hold a "
+            "linear map; use replace=layer"
+        )
+    return smaller
+
+
+def states_around(
+    model: ModelAdapter, batch: Batch, keep: Tensor, previous: int, last: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the FFN of block `previous` adds to the stream, the stream behind that block, and behind block `last`.
+
+    Each is [kept tokens, hidden] in float64, for a mask keep [batch, length].
+    """
+    seen: dict[tuple[str, int], Tensor] = {}
+
+    def hook(name: str, layer: int, x: Tensor) -> None:
+        if layer in (previous, last):
+            seen[name, layer] = x[keep].double()
+
+    model.logits(batch, hook, keep)
+    return seen["ffn", previous], seen["residual", previous], seen["residual", last]
+
+
+def site_of(model: ModelAdapter, layer: int, part: str) -> Site:
+    """The attention or the FFN ("ffn") of a block, counting from 1."""
+    return next(site for site in sites(model.model, model.layout) if (site.layer, site.part) == (layer, part))

@@ -14,7 +14,7 @@ from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.measure.ablation import LOSS_INCREASE, removal
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import mean_loss, step_counter
-from cod_lightning.measure.block_removal import remove_blocks, train_replacement
+from cod_lightning.measure.block_removal import fold_linear_map, remove_blocks, train_replacement
 from cod_lightning.measure.layer_importance import block_influence
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import Bars, Lines, Panel
@@ -40,7 +40,9 @@ from cod_lightning.nn.huggingface import unsupported_features
 Export = Callable[[Any, Path], object]
 """Writes a model into an existing empty folder."""
 Signal = Literal["influence", "streamline", "removal"]
-Replace = Literal["layer"]
+Replace = Literal["layer", "ffn", "linear"]
+REPLACED = {"layer": "trained layer", "ffn": "trained FFN", "linear": "linear map"}
+"""In the `how` of a result."""
 Allocation = Literal["owl", "alpha_pruning", "arithmetic", "uniform"]
 TRIED_DIFFERENCES = 9
 """Differences of `allocation=arithmetic` that are tried; the search of its paper tries as many for 32 blocks."""
@@ -72,10 +74,10 @@ class Pruned(Result):
     ppl_before: float
     ppl_after: float
     loss_without: float | None = None
-    """Mean loss without the replaced blocks and without the trained one."""
+    """Mean loss without the replaced blocks and without what replaces them."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """Two rows, before and after; with a trained block a third, without it."""
+        """Two rows, before and after; with a replacement of the run a third, without both."""
         names = ("layers", "zeros", "loss", "ppl")
         rows = [
             {"model": f"{self.model} {when}"} | {name: getattr(self, f"{name}_{when}") for name in names}
@@ -85,7 +87,7 @@ class Pruned(Result):
             rows[1:1] = [
                 {
                     "model": f"{self.model} without the run",
-                    "layers": self.layers_after - 1,
+                    "layers": self.layers_before - len(self.removed),
                     "zeros": self.zeros_before,
                     "loss": self.loss_without,
                     "ppl": perplexity_of(self.loss_without),
@@ -97,7 +99,7 @@ class Pruned(Result):
         removed = ", ".join(map(str, self.removed))
         change = f"without blocks {removed}" if self.removed else "sparse"
         if self.loss_without is not None:
-            change = f"with one block for {removed}"
+            change = f"with {self.how.rpartition(', ')[2]} for blocks {removed}"
         return f"{super().title()} {change} ({self.how})"
 
     def panels(self) -> list[Panel]:
@@ -125,7 +127,7 @@ class Pruning:
     signal: list[float]
     label: str
     without: ModelAdapter | None = None
-    """The model without the run that a trained block replaces."""
+    """The model without the run and without what replaces it."""
 
 
 def prune(
@@ -162,10 +164,12 @@ def prune(
         by: select blocks by `influence`, the lowest (ShortGPT); `streamline`, the contiguous ones with the smallest
             distance (LLM-Streamline); or `removal`, those that alone raise the loss least.
         blocks: number of blocks to select.
-        replace: with `by=streamline`, put one block, trained on every second batch, in the place of the run, which is
-            then one block longer; losses are those of the other batches. See `train_replacement`.
-        replace_steps: its number of steps.
-        replace_lr: its learning rate.
+        replace: with `by=streamline`, put something in the place of the run that every second batch trains; losses are
+            those of the other batches. `layer`: one block, and the run is one block longer (LLM-Streamline); `ffn`: a
+            block whose attention is zero (its FFN, with norm and skip), see `train_replacement`; `linear`: a linear map
+            in the last projection before the run (ReplaceMe), see `fold_linear_map`.
+        replace_steps: number of steps of `layer` and `ffn`.
+        replace_lr: their learning rate.
         sparsity: share of the weights of the blocks' linear layers to set to zero.
         allocation: how the sparsity is divided among blocks: `owl` (default), `alpha_pruning`, `arithmetic` (ATP), or
             `uniform`.
@@ -199,7 +203,7 @@ def prune(
             training, batches = batches[::2], batches[1::2]
             if not batches:
                 raise UserError("replace= trains on one batch and measures on another: give at least two")
-            pruning = replace_run(model, training, pad_id, progress, blocks, replace_steps, replace_lr)
+            pruning = replace_run(model, training, pad_id, progress, blocks, replace, replace_steps, replace_lr)
         else:
             pruning = prune_blocks(model, batches, pad_id, progress, by, blocks)
     else:
@@ -279,8 +283,11 @@ def prune_blocks(
     progress: Progress | None,
     by: Signal,
     blocks: int,
+    earliest: int = 1,
 ) -> Pruning:
     """Remove a number of blocks that are selected by a signal; see `prune`.
+
+    A run of `streamline` starts at block `earliest` or later.
 
     Raises:
         UserError: the signal is unknown, or the number removes no block or all.
@@ -290,9 +297,9 @@ def prune_blocks(
         raise UserError(f"blocks={blocks}: expected 1 to {model.depth - 1} of the {model.depth} of {model.name}")
     if by == "streamline":
         influence = block_influence(model, batches, pad_id, progress, longest=blocks)
-        first, last = influence.best[-1]
-        layers = list(range(first, last + 1))
         signal = [value for value in influence.distance[-1] if value is not None]
+        first = min(range(earliest, len(signal) + 1), key=lambda layer: signal[layer - 1])
+        layers = list(range(first, first + blocks))
         return Pruning(remove_blocks(model, layers), by, layers, signal, f"1 - mean cosine over {blocks} blocks")
     if by == "removal":
         signal, label = removal(model, batches, pad_id, progress).series()["delta_loss"], LOSS_INCREASE
@@ -310,20 +317,27 @@ def replace_run(
     pad_id: int | None,
     progress: Progress | None,
     blocks: int,
+    replace: Replace,
     steps: int,
     lr: float,
 ) -> Pruning:
-    """Replace the run of `blocks` + 1 blocks with the smallest distance by one trained block; see `prune`.
+    """Replace the run with the smallest distance so that the model has `blocks` blocks less; see `prune`.
 
     Raises:
         UserError: the run would be no run, or all blocks.
     """
+    how = f"streamline, {REPLACED[replace]}"
+    if replace == "linear":
+        run = prune_blocks(model, batches, pad_id, progress, "streamline", blocks, earliest=2)
+        mapped = fold_linear_map(model, run.removed[0], run.removed[-1], batches, pad_id, progress)
+        return dataclasses.replace(run, model=mapped, how=how, without=run.model)
     if not 1 <= blocks < model.depth - 1:
         raise UserError(f"blocks={blocks} with replace=: expected 1 to {model.depth - 2}, one block less than the run")
     run = prune_blocks(model, batches, pad_id, progress, "streamline", blocks + 1)
     first, last = run.removed[0], run.removed[-1]
-    trained = train_replacement(model, first, last, batches, pad_id, progress, steps=steps, lr=lr)
-    return dataclasses.replace(run, model=trained, how="streamline, trained layer", without=run.model)
+    attention = replace == "layer"
+    trained = train_replacement(model, first, last, batches, pad_id, progress, steps=steps, lr=lr, attention=attention)
+    return dataclasses.replace(run, model=trained, how=how, without=run.model)
 
 
 def prune_weights(
