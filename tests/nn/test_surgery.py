@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import cod_lightning as cod
 from cod_lightning.cli import main
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.layer_prediction import predict_between
 from cod_lightning.nn.strategies import STRATEGIES, block, build_all
 from cod_lightning.nn.surgery import convert, copies, grow
 
@@ -115,6 +118,7 @@ def test_training_goes_on_where_the_loss_was(train, toy, tmp_path):
         ("interpolate", 4, 5, [1, 1, 2, 3, 4], []),
         ("identity", 4, 6, [1, 2, 2, 3, 4, 4], [3, 6]),  # LLaMA Pro: 32 to 40 puts one behind every fourth
         ("identity", 3, 6, [1, 1, 2, 2, 3, 3], [2, 4, 6]),
+        ("lesa", 5, 7, [1, 2, 3, 3, 4, 4, 5], [4, 6]),  # LESA: 32 to 48 fills the last 16 gaps
     ],
 )
 def test_the_copied_layers_are_those_of_the_method(how, depth, blocks, sources, inserted):
@@ -150,12 +154,53 @@ def test_gains_are_kept_or_those_of_the_new_layers():
     torch.testing.assert_close(kept.blocks[7].self_attn.q_proj.weight, source * (8 / 4) ** 0.5)
 
 
+def lesa(weights, layer):
+    """The matrix between blocks `layer` and `layer` + 1, after the notebook train_LESA of yangyifei729/LESA."""
+    size = weights[0].shape[1]
+    u, s, vt = torch.linalg.svd(torch.cat(weights, dim=1), full_matrices=False)
+    v = [vt[:, i * size : (i + 1) * size] for i in range(len(weights))]
+    x = torch.cat([torch.cat([v[i - 1], v[i + 1]], dim=1) for i in range(1, len(v) - 1)])
+    y = torch.cat([v[i] for i in range(1, len(v) - 1)])
+    torch.manual_seed(0)
+    fc1, fc2, fc3 = (nn.Linear(*shape, dtype=x.dtype) for shape in ((2 * size, 256), (256, 256), (256, size)))
+
+    def model(x):
+        return fc3(F.relu(fc2(F.relu(fc1(x)))))
+
+    optimizer = torch.optim.AdamW([*fc1.parameters(), *fc2.parameters(), *fc3.parameters()], lr=0.001)
+    for _ in range(10):
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            outputs = model(x[batch])
+            norm_loss = F.mse_loss(torch.norm(outputs, p=2), torch.norm(y[batch], p=2))
+            ((1 - 0.0005) * F.mse_loss(outputs, y[batch]) + 0.0005 * norm_loss).backward()
+            optimizer.step()
+    return u @ torch.diag(s) @ model(torch.cat([v[layer - 1], v[layer]], dim=1))
+
+
+def test_a_matrix_is_predicted_as_by_the_released_code_of_lesa():
+    weights = list(torch.randn(5, 24, 16, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(predict_between(weights, [4, 2]), [lesa(weights, 4), lesa(weights, 2)])
+
+
+def test_predicted_blocks_have_the_factors_of_the_block_before():
+    decoder, norm = trained(name="lns"), {"name": "lns"}
+    weights = [block.mlp.gate_proj.weight.detach() for block in decoder.blocks]
+    predicted, _ = predict_between(weights, [2, 3])
+    kept, new = (grow(decoder, norm, 6, "lesa", gains).blocks[2] for gains in ("kept", "new"))
+    torch.testing.assert_close(new.mlp.gate_proj.weight, predicted)
+    torch.testing.assert_close(kept.mlp.gate_proj.weight * kept.spec.ffn.gain, predicted * 2**-0.5)
+    for name in ("post_attention_layernorm.weight", "self_attn.q_proj.bias"):
+        assert torch.equal(new.get_parameter(name), decoder.blocks[1].get_parameter(name))
+
+
 @pytest.mark.parametrize(
     ("norm", "blocks", "how", "message"),
     [
         ("pre_ln", 4, "stack", "blocks=4: the model has 4 blocks, and how=stack makes 5 to 8"),
         ("pre_ln", 9, "identity", "makes 5 to 8"),
         ("pre_ln", 3, "interpolate", "makes more than 4"),
+        ("pre_ln", 8, "lesa", "how=lesa makes 5 to 7"),
         ("post_ln", 6, "identity", "how=identity needs blocks x [+] f[(]x[)], which those of norm='post_ln' are not"),
         ("deep_norm", 6, "stack", "skip=1.86.* for which weights cannot make up"),
     ],
@@ -163,6 +208,11 @@ def test_gains_are_kept_or_those_of_the_new_layers():
 def test_what_cannot_be_grown_is_refused(norm, blocks, how, message):
     with pytest.raises(UserError, match=message):
         grow(trained(name=norm), {"name": norm}, blocks, how)
+
+
+def test_two_blocks_are_too_few_for_a_prediction():
+    with pytest.raises(UserError, match="how=lesa learns from three neighbouring blocks, and the model has 2"):
+        copies(2, 3, "lesa")
 
 
 def test_a_grown_run_goes_on_training(train, tmp_path):

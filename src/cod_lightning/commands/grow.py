@@ -12,11 +12,12 @@ from cod_lightning.commands.options import add_model
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
 
-HELP = "Make a trained model deeper by copying its blocks."
+HELP = "Make a trained model deeper by copying its blocks or predicting new ones."
 EPILOG = """\
 how=identity    copies whose last projections are zero, so that the function stays the same (LLaMA Pro; the default)
 how=stack       the first blocks, then the last ones again (SOLAR)
 how=interpolate every block several times in its place
+how=lesa        between the last blocks, blocks that a network predicts from their neighbours' weights (LESA)
 gains=kept      weights make up for factors that the strategy has for the new layers (the default); gains=new does not
 
   grow runs/quickstart/lns-seed1-... blocks=36 --output runs/grown

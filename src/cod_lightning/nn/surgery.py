@@ -16,12 +16,13 @@ from torch import nn
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.huggingface import TRAINING
+from cod_lightning.nn.layer_prediction import predict_blocks
 from cod_lightning.nn.strategies import BlockSpec, build_all
 
 FACTORS = ("gain", "branch_scale")
 """Coefficients that weights make up for."""
 
-How = Literal["stack", "interpolate", "identity"]
+How = Literal["stack", "interpolate", "identity", "lesa"]
 Gains = Literal["kept", "new"]
 
 
@@ -35,13 +36,12 @@ def convert(decoder: Decoder, norm: Mapping[str, Any]) -> Decoder:
     Raises:
         UserError: an unknown strategy, or one with coefficients that weights cannot make up for; names each of them.
     """
-    depth = len(decoder.blocks)
-    return rebuild(decoder, norm, range(1, depth + 1), make_up=True)
+    return rebuild(decoder, norm, decoder.blocks, make_up=True)
 
 
 @torch.no_grad()
 def grow(decoder: Decoder, norm: Mapping[str, Any], blocks: int, how: How, gains: Gains = "kept") -> Decoder:
-    """A deeper decoder whose blocks are copies of those of `decoder`, which does not change.
+    """A deeper decoder with the blocks of `decoder`, which does not change, and copies or predictions of them.
 
     Args:
         decoder: trained.
@@ -49,17 +49,24 @@ def grow(decoder: Decoder, norm: Mapping[str, Any], blocks: int, how: How, gains
         blocks: new number of blocks.
         how: "stack": the first blocks, then the last ones again (SOLAR, arXiv 2312.15166); "interpolate": every block
             several times in its place; "identity": copies between groups of blocks whose last projections are zero, so
-            that the function stays the same (LLaMA Pro, arXiv 2401.02415).
+            that the function stays the same (LLaMA Pro, arXiv 2401.02415); "lesa": blocks between the last ones that a
+            network predicts from their neighbours (LESA, arXiv 2502.13794, see `layer_prediction`).
         gains: where the strategy depends on the layer or depth, weights make up for the factors of the new place
-            ("kept": every block computes what it did), or stay as they are ("new").
+            ("kept": every block computes what it did, and a predicted one has the factors of the block before it), or
+            stay as they are ("new").
 
     Raises:
         UserError: `blocks` is out of range, or the strategy has coefficients for the new depth that weights cannot make
             up for.
     """
     sources, inserted = copies(len(decoder.blocks), blocks, how)
-    grown = rebuild(decoder, norm, sources, make_up=gains == "kept")
-    for layer in inserted:
+    originals = [decoder.blocks[source - 1] for source in sources]
+    if how == "lesa":
+        predicted = predict_blocks(decoder.blocks, [sources[layer - 1] for layer in inserted])
+        for layer, block in zip(inserted, predicted, strict=True):
+            originals[layer - 1] = block
+    grown = rebuild(decoder, norm, originals, make_up=gains == "kept")
+    for layer in inserted if how == "identity" else ():
         block = grown.blocks[layer - 1]
         for sublayer, last in zip(block.spec.sublayers, last_projections(block), strict=True):
             if sublayer.skip != 1 or sublayer.learned_skip or sublayer.sum_norm or sublayer.gate != "no":
@@ -69,12 +76,14 @@ def grow(decoder: Decoder, norm: Mapping[str, Any], blocks: int, how: How, gains
 
 
 def copies(depth: int, blocks: int, how: How) -> tuple[list[int], list[int]]:
-    """For every new block the layer that it copies, and the layers of the new blocks that "identity" inserts.
+    """For every new block the layer that it copies, and the layers of the blocks that "identity" and "lesa" insert.
 
     Raises:
-        UserError: `blocks` is out of range.
+        UserError: `blocks` is out of range, or there are too few for "lesa".
     """
-    most = depth * 2 if how != "interpolate" else blocks
+    if how == "lesa" and depth < 3:
+        raise UserError(f"how=lesa learns from three neighbouring blocks, and the model has {depth}: use another how=")
+    most = {"interpolate": blocks, "lesa": depth * 2 - 1}.get(how, depth * 2)
     if not depth < blocks <= most:
         bound = f"more than {depth}" if how == "interpolate" else f"{depth + 1} to {most}"
         raise UserError(f"blocks={blocks}: the model has {depth} blocks, and how={how} makes {bound}")
@@ -84,30 +93,29 @@ def copies(depth: int, blocks: int, how: How) -> tuple[list[int], list[int]]:
     if how == "interpolate":
         return [1 + layer * depth // blocks for layer in range(blocks)], []
     added = blocks - depth
-    after = {(index + 1) * depth // added for index in range(added)}
+    after = set(range(depth - added, depth)) if how == "lesa" else {(i + 1) * depth // added for i in range(added)}
     sources = [copy for layer in range(1, depth + 1) for copy in [layer] * (1 + (layer in after))]
     return sources, [layer for layer in range(2, blocks + 1) if sources[layer - 1] == sources[layer - 2]]
 
 
 @torch.no_grad()
-def rebuild(decoder: Decoder, norm: Mapping[str, Any], sources: Sequence[int], make_up: bool) -> Decoder:
-    """A decoder under a strategy whose blocks are copies of those of `decoder`.
+def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block], make_up: bool) -> Decoder:
+    """A decoder under a strategy whose blocks are copies of `originals`.
 
     Args:
-        decoder: does not change.
+        decoder: has the other weights; it does not change.
         norm: the strategy.
-        sources: layers of `decoder`, from 1, one for each new block.
+        originals: one for each new block; they do not change.
         make_up: let the weights make up for factors that differ.
 
     Raises:
         UserError: the strategy has coefficients that weights cannot make up for; names each of them.
     """
-    specs = build_all(norm, len(sources))
-    originals = [decoder.blocks[source - 1] for source in sources]
+    specs = build_all(norm, len(originals))
     if problems := obstacles(originals, specs):
         raise UserError("\n".join(f"norm={norm['name']!r} sets {problem}" for problem in problems))
     with torch.device("meta"):
-        rebuilt = Decoder(replace(decoder.config, num_hidden_layers=len(sources)), specs)
+        rebuilt = Decoder(replace(decoder.config, num_hidden_layers=len(originals)), specs)
     state = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("model.layers.")}
     for index, block in enumerate(originals):
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
