@@ -1,3 +1,5 @@
+import statistics
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,14 @@ def test_each_block_is_removed_alone(model, batch):
     assert result.tokens == 48
     assert result.loss == pytest.approx(loss_through(model, batch, [1, 2, 3, 4]), rel=1e-5)
     assert result.losses == losses_through(model, batch, [2, 3, 4], [1, 3, 4], [1, 2, 4], [1, 2, 3])
+
+
+def test_the_error_of_removal_is_over_sequences_with_and_without_the_block(causal_lm, batch):
+    model = causal_lm("ours")
+    rises = [loss_through(model, row, [1, 2, 4]) - loss_through(model, row, [1, 2, 3, 4]) for row in batch.split(1)]
+    result = removal(model, batch.split(4))
+    assert result.error[2] == pytest.approx(statistics.stdev(rises) / 6**0.5, rel=1e-4)
+    assert [row["error"] for row in result.rows()] == result.error
 
 
 def test_removal_runs_only_the_blocks_behind_the_removed_one(causal_lm, batch):

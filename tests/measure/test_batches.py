@@ -1,8 +1,17 @@
+import math
+
 import pytest
 import torch
 from builders import PAD, tokens
 
-from cod_lightning.measure.batches import RunningMean, hidden_states, iter_batches, iter_targets, step_counter
+from cod_lightning.measure.batches import (
+    RunningMean,
+    error_over_sequences,
+    hidden_states,
+    iter_batches,
+    iter_targets,
+    step_counter,
+)
 
 TOKENS = tokens(3, 5)
 
@@ -19,6 +28,20 @@ def test_a_single_sample_has_no_error():
     running = RunningMean()
     running.add(torch.tensor([[3.0, 4.0]]))
     assert (running.mean.tolist(), running.error.tolist()) == ([3, 4], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "error"),
+    [
+        ([2.0, 6.0], [2, 2], 1.0),  # means 1 and 3: standard deviation 2^(1/2), divided by 2^(1/2)
+        ([2.0, 0.0, 6.0], [2, 0, 2], 1.0),  # a sequence of padding
+        ([1.0, 3.0], [2, 6], 0.0),  # the same mean
+        ([2.0], [2], math.nan),
+    ],
+)
+def test_the_error_over_sequences(sums, counts, error):
+    result = error_over_sequences(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts))
+    assert result == pytest.approx(error, nan_ok=True)
 
 
 def test_batches_of_padding_are_left_out(causal_lm):

@@ -13,7 +13,12 @@ def results(costs, variance=None, **longest):
     residual = {"variance": layers, "variance_error": layers, "variance_median": layers, "variance_top_share": layers}
     found = {
         "variance": {"residual": residual, "massive": [], "massive_channels": 0},
-        "removal": {"loss": 2.0, "losses": [2 + cost for cost in costs], "tokens": 50},
+        "removal": {
+            "loss": 2.0,
+            "losses": [2 + cost for cost in costs],
+            "error": [0.03 for _ in costs],
+            "tokens": 50,
+        },
     }
     return found | ({"longest_run": longest} if longest else {})
 
@@ -39,8 +44,8 @@ def test_a_cheap_block_costs_less_than_a_hundredth_of_the_loss():
 def test_the_headline_names_the_cheap_blocks_and_the_longest_run():
     assert headline_sentence(headline(SIX), SIX["removal"]) == (
         "4 of 6 blocks cost less than 1% of the loss when removed alone (1 early, 1 middle, 2 late); the cheapest adds "
-        "-0.1 nats (block 5). The longest run found that can go for a rise of the perplexity of 1%: no block; 10%: 2 "
-        "blocks, 4 to 5."
+        "-0.1 ± 0.03 nats (block 5). The longest run found that can go for a rise of the perplexity of 1%: no block; "
+        "10%: 2 blocks, 4 to 5."
     )
 
 
@@ -48,7 +53,7 @@ def test_numbers_that_are_not_finite_are_named():
     diverged = results([0.5, 0.5], variance=[1.0, None])
     diverged["removal"]["losses"] = [None, 2.5]
     assert "1 behind block 1 and not finite behind block 2" in SECTIONS["variance"].sentence(diverged["variance"])
-    assert "0.5 (block 2) and 0.5 (block 2)" in SECTIONS["removal"].sentence(diverged["removal"])
+    assert "0.5 ± 0.03 (block 2) and 0.5 ± 0.03 (block 2)" in SECTIONS["removal"].sentence(diverged["removal"])
     assert summary(diverged)["last over first"] == "not finite"
 
 
@@ -89,6 +94,7 @@ def test_models_of_different_depth_share_relative_depth():
     panel = panels(models, "removal")[0]
     assert panel.xlabel == "relative depth"
     assert panel.x["two"] == [0.5, 1.0]
+    assert panel.errors["two"] == [0.03, 0.03]
     assert panels({"six": SIX, "other": SIX}, "removal")[0].x["other"] == [1, 2, 3, 4, 5, 6]
 
 

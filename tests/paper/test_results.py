@@ -56,7 +56,7 @@ def test_every_scale_is_known():
 
 
 def test_results_find_their_rows_and_their_measures(results, toys):
-    removal = {"model": "lns", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25]}
+    removal = {"model": "lns", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25], "error": [0.1, 0.2]}
     (results / toys["lns"].config_for(2).name / "removal.json").write_text(json.dumps(removal))
     (experiment,) = load_experiments(toys.values(), results)
     table = (experiment.target, experiment.column, experiment.scale, experiment.size)
@@ -95,7 +95,7 @@ def test_a_saved_result_is_one_line_and_matrices_have_four_digits(tmp_path):
     loss = 5.567581105229306
     common = {"model": "m", "tokens": 9}
     measures = {
-        "removal": {**common, "loss": loss, "losses": [loss + 1e-7, 2.0]},
+        "removal": {**common, "loss": loss, "losses": [loss + 1e-7, 2.0], "error": [1e-7, 0.1]},
         "jacobian_map": {**common, "layers": [1], "matrices": [[[loss, 1]]]},
     }
     (tmp_path / "toy/run/measure").mkdir(parents=True)

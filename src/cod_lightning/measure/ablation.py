@@ -21,8 +21,15 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter, hidden_input
-from cod_lightning.measure.batches import at_least_fp32, hidden_states, iter_batches, mean_loss, step_counter
-from cod_lightning.measure.layer_importance import order_losses
+from cod_lightning.measure.batches import (
+    at_least_fp32,
+    error_over_sequences,
+    hidden_states,
+    iter_batches,
+    mean_loss,
+    step_counter,
+)
+from cod_lightning.measure.layer_importance import order_losses, sequence_losses
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
@@ -58,12 +65,18 @@ class Removal(AblationResult):
 
     losses: list[float]
     """Loss without block l at [l - 1]."""
+    error: list[float] | None = None
+    """Standard error of the rise of the loss over sequences, each with and without the block; NaN for one sequence.
+    None: not measured, in results before version 0.2.0."""
 
     def series(self) -> dict[str, Sequence[Any]]:
-        return {"layer": range(1, len(self.losses) + 1), **loss_columns(self.losses, self.loss)}
+        columns = loss_columns(self.losses, self.loss)
+        errors = {} if self.error is None else {"error": self.error}
+        return {"layer": range(1, len(self.losses) + 1), **columns, **errors}
 
     def panels(self) -> list[Panel]:
-        return [Lines(LOSS_INCREASE, {"removed": self.series()["delta_loss"]})]
+        errors = {} if self.error is None else {"removed": self.error}
+        return [Lines(LOSS_INCREASE, {"removed": self.series()["delta_loss"]}, errors=errors)]
 
 
 @dataclass(frozen=True)
@@ -196,10 +209,13 @@ def removal(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Removal:
     """Remove each block alone."""
-    layers = range(1, model.depth + 1)
-    orders = [[other for other in layers if other != layer] for layer in layers]
-    loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
-    return Removal(model.name, tokens, loss, losses)
+    whole = tuple(range(1, model.depth + 1))
+    orders = [tuple(other for other in whole if other != layer) for layer in whole]
+    sums, counts = sequence_losses(model, [whole, *orders], batches, pad_id, progress)
+    tokens = int(counts.sum())
+    losses = {order: float(each.sum()) / tokens for order, each in sums.items()}
+    errors = [error_over_sequences(sums[order] - sums[whole], counts) for order in orders]
+    return Removal(model.name, tokens, losses[whole], [losses[order] for order in orders], errors)
 
 
 def run_removal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 
 import torch
@@ -160,3 +161,20 @@ class RunningMean:
         """Standard error; zero for a single sample."""
         variance = (self.squares / self.count - self.mean**2).clamp(min=0)
         return (variance / max(self.count - 1, 1)).sqrt()
+
+
+def error_over_sequences(sums: Tensor, counts: Tensor) -> float:
+    """Standard error of sums.sum() / counts.sum() over sequences, some of which may have fewer targets than others.
+
+    Args:
+        sums: of a quantity over the targets of every sequence [sequences].
+        counts: numbers of targets [sequences]; sequences without any do not count.
+
+    Returns:
+        NaN for a single sequence.
+    """
+    sequences, total = int((counts > 0).sum()), counts.sum()
+    if sequences < 2:
+        return math.nan
+    deviations = sums.double() - sums.sum() / total * counts
+    return float((deviations.square().sum() * sequences / (sequences - 1)).sqrt() / total)

@@ -141,7 +141,7 @@ def count(amount: int, noun: str) -> str:
 
 def headline_sentence(numbers: Mapping[str, Any], removal: Any) -> str:
     cheap, blocks = numbers["cheap_blocks"], numbers["blocks"]
-    cheapest, _ = extremes(differences(removal))
+    cheapest, _ = extremes(differences(removal), None, removal["error"])
     text = f"{len(cheap)} of {count(blocks, 'block')} cost less than 1% of the loss when removed alone"
     if cheap:
         text += f" ({', '.join(f'{n} {third}' for third, n in numbers['cheap_by_third'].items())})"
@@ -211,11 +211,12 @@ def readout_sentence(result: Any) -> str:
 def removal_sentence(result: Any) -> str:
     costs = differences(result)
     known = [cost for cost in costs if cost is not None]
-    least, most = extremes(costs)
+    least, most = extremes(costs, None, result["error"])
     middle = number(median(known)) if known else "not finite"
     return (
         f"Removing one block changes the loss of {number(result['loss'])} nats by between {least} and {most}, in the "
-        f"median by {middle} ({count(result['tokens'], 'target')})."
+        f"median by {middle} ({count(result['tokens'], 'target')}). Standard errors over sequences, each with and "
+        "without the block."
     )
 
 
@@ -306,7 +307,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "removal": Section(
         "Removal of one block",
-        [Curve("increase of the loss without the block (nats)", differences, log=False)],
+        [Curve("increase of the loss without the block (nats)", differences, lambda r: r["error"], log=False)],
         removal_sentence,
     ),
     "longest_run": Section(

@@ -213,15 +213,34 @@ def order_losses(
 ) -> tuple[dict[tuple[int, ...], float], int]:
     """Return the mean loss per target of the model with only the blocks of each order, and the number of targets.
 
-    Orders are layers, from 1. Every block keeps the mask and the positions of its own layer. Removing every block alone
-    costs about half the blocks' time in as many forward passes, and one head for each.
+    Orders and cost are as for `sequence_losses`.
+    """
+    losses, counts = sequence_losses(model, orders, batches, pad_id, progress)
+    target_count = int(counts.sum())
+    return {layers: float(sums.sum()) / target_count for layers, sums in losses.items()}, target_count
+
+
+@torch.no_grad()
+def sequence_losses(
+    model: ModelAdapter,
+    orders: Iterable[Sequence[int]],
+    batches: Iterable[Batch],
+    pad_id: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[tuple[int, ...], Tensor], Tensor]:
+    """Return the summed loss of every sequence in the model with only the blocks of each order, and numbers of targets.
+
+    Both are [sequences], on the CPU. Orders are layers, from 1. Every block keeps the mask and the positions of its
+    own layer. Removing every block alone costs about half the blocks' time in as many forward passes, and one head for
+    each.
     """
     order = sorted({tuple(layers) for layers in orders})  # neighbours share their first blocks' outputs
-    totals, target_count = dict.fromkeys(order, 0.0), 0
+    sums: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in order}
+    counts = []
     batches_with_targets = list(iter_targets(model, batches, pad_id))
     advance = step_counter(progress, len(batches_with_targets) * len(order))
     for tokens, targets in batches_with_targets:
-        target_count += int((targets != IGNORE).sum())
+        counts.append((targets != IGNORE).sum(dim=1).cpu())
         # the stream before every block is there already, so that only the blocks behind a removed one run again
         outputs, blocks = model.block_functions(tokens)
         previous = tuple(range(1, model.depth))
@@ -231,18 +250,24 @@ def order_losses(
             with torch.compiler.set_stance("force_eager"):
                 for layer in layers[shared:]:
                     outputs.append(blocks[layer - 1](outputs[-1]))
-            totals[layers] += summed_loss(model, outputs[-1], targets)
+            sums[layers].append(summed_losses(model, outputs[-1], targets).cpu())
             previous = layers
             advance()
-    return {layers: total / target_count for layers, total in totals.items()}, target_count
+    return {layers: torch.cat(parts) for layers, parts in sums.items()}, torch.cat(counts)
 
 
-def summed_loss(model: ModelAdapter, x: Tensor, targets: Tensor) -> float:
-    """Return the summed loss in nats of final hidden states [batch, length, hidden] for targets [batch, length]."""
+def summed_losses(model: ModelAdapter, x: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss of every sequence [batch], in nats and float64.
+
+    Args:
+        model: in any dtype.
+        x: final hidden states [batch, length, hidden].
+        targets: [batch, length]; `IGNORE` does not count.
+    """
     keep = targets != IGNORE
     x, labels = x[keep], targets[keep]
     losses = [
-        F.nll_loss(log_probabilities(model, x[chunk]), labels[chunk], reduction="none").double().sum()
+        F.nll_loss(log_probabilities(model, x[chunk]), labels[chunk], reduction="none").double()
         for chunk in token_chunks(model, len(labels))
     ]
-    return float(sum(losses))
+    return torch.stack([part.sum() for part in torch.cat(losses).split(keep.sum(dim=1).tolist())])

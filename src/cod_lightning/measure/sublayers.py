@@ -19,7 +19,7 @@ from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.ablation import LOSS_INCREASE, AblationResult
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, iter_targets, step_counter
-from cod_lightning.measure.layer_importance import summed_loss
+from cod_lightning.measure.layer_importance import summed_losses
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.nn.layouts import sites
@@ -118,13 +118,13 @@ def sublayer_removal(
     for batch, targets in batches_with_targets:
         inputs, blocks = model.block_functions(batch)
         with torch.compiler.set_stance("force_eager"):
-            whole += summed_loss(model, blocks[-1](inputs[-1]), targets)
+            whole += float(summed_losses(model, blocks[-1](inputs[-1]), targets).sum())
             for site in sites(model.model, model.layout):
                 with site.branch.register_forward_hook(zero_output):
                     x = blocks[site.layer - 1](inputs[site.layer - 1])
                 for block in blocks[site.layer :]:
                     x = block(x)
-                losses[site.part][site.layer - 1] += summed_loss(model, x, targets)
+                losses[site.part][site.layer - 1] += float(summed_losses(model, x, targets).sum())
                 advance()
         count += int((targets != IGNORE).sum())
     means = {part: [total / count for total in totals] for part, totals in losses.items()}
