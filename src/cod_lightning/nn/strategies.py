@@ -15,27 +15,21 @@ and select it with `norm=my_package.my_module:my_strategy norm.power=0.5`.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.nn.spec import COEFFICIENTS, BlockSpec, Rates, SublayerSpec, mismatch, scaled_rates, spec_problems
+from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, scaled_rates
+from cod_lightning.nn.strategy_lookup import STRATEGIES as STRATEGIES
+from cod_lightning.nn.strategy_lookup import build, number, register
+from cod_lightning.nn.strategy_lookup import build_all as build_all
+from cod_lightning.nn.strategy_lookup import suggestion as suggestion
+from cod_lightning.nn.strategy_lookup import warnings as warnings
 
-Strategy = Callable[..., BlockSpec]
-STRATEGIES: dict[str, Strategy] = {}
 ROUNDING = 1e-9
 """Tolerance for a number of blocks: 15/22 of 22 is 14.999999999999998 in floating point."""
-
-
-def register(function: Strategy) -> Strategy:
-    """Register a strategy under the name of its function."""
-    STRATEGIES[getattr(function, "__name__", "")] = function
-    return function
 
 
 def block(**both: Any) -> BlockSpec:
@@ -303,137 +297,3 @@ def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockS
     """h - silu(a) stop_gradient(h), for the sums of pre-norm blocks and the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)
     return change_base("gpas", spec, gate="input" if spec.attention.sum_norm else "output")
-
-
-# Lookup and construction ---------------------------------------------------------------------------------------------
-
-
-def resolve(name: str) -> Strategy:
-    """The registered strategy `name`, or the function at `package.module:function`.
-
-    Raises:
-        UserError: no such strategy, module or function.
-    """
-    if not isinstance(name, str):
-        raise UserError(f"norm={name!r} is not the name of a strategy: {nearest(str(name), STRATEGIES)}")
-    if ":" not in name:
-        if name not in STRATEGIES:
-            raise UserError(f"norm={name!r} is not a strategy: {suggestion(name)}")
-        return STRATEGIES[name]
-    module_name, _, function_name = name.partition(":")
-    try:
-        strategy = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise UserError(
-            f"norm={name!r}: {type(error).__name__}: {error}; expected an importable package.module:function"
-        ) from error
-    if not callable(strategy):
-        raise UserError(f"norm={name!r} is not a function (layer, depth, **options) -> BlockSpec")
-    return strategy
-
-
-def suggestion(name: str) -> str:
-    """A hint for a strategy that does not exist; a dotted name may be a function."""
-    module, _, function = name.rpartition(".")
-    if module and all(part.isidentifier() for part in name.split(".")):
-        return f"did you mean '{module}:{function}', a function of yours?"
-    return nearest(name, STRATEGIES)
-
-
-def default_options(strategy: Strategy) -> dict[str, Any]:
-    """The options of a strategy by name, with their defaults.
-
-    Raises:
-        UserError: the function has no readable signature, like some functions written in C.
-    """
-    try:
-        parameters = list(inspect.signature(strategy).parameters.values())[2:]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"norm: {error}; expected a function (layer, depth, **options) -> BlockSpec") from error
-    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-
-
-def check_options(name: str, strategy: Strategy, options: Mapping[str, Any]) -> None:
-    """Check names and types of `options`, which may be those of the base strategy.
-
-    Raises:
-        UserError: an unknown option, or one that has another type than its default.
-    """
-    known = default_options(strategy)
-    if "base" in known and (base := options.get("base", known["base"])) not in (name, None):
-        known = default_options(resolve(base)) | known
-    for option, value in options.items():
-        if option not in known:
-            hint = nearest(option, known) if known else "it has none"
-            raise UserError(f"norm.{option} is not an option of {name!r}: {hint}")
-        default = known[option]
-        types = (int, float) if isinstance(default, float) else type(default)
-        if isinstance(default, bool) != isinstance(value, bool) or (
-            isinstance(default, int | float | str) and not isinstance(value, types)
-        ):
-            raise UserError(f"norm.{option}={value!r} has the wrong type: expected one like {default!r}")
-
-
-def number(option: str, value: Any) -> float:
-    if mismatch(float, value):
-        raise UserError(f"norm.{option}={value!r} must be a number")
-    return value
-
-
-def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> BlockSpec:
-    """Block `layer` of `depth` under the strategy `name`.
-
-    Raises:
-        UserError: an unknown strategy, an unsupported option, an exception of the strategy, or a result that is not a
-            BlockSpec with coefficients of the declared types.
-    """
-    strategy = resolve(name)
-    check_options(name, strategy, options)
-    try:
-        inspect.signature(strategy).bind(layer, depth, **options)
-    except TypeError as error:
-        raise UserError(f"norm={name!r} cannot be called as (layer, depth, **options): {error}") from error
-    try:
-        spec = strategy(layer, depth, **options)
-    except UserError:
-        raise
-    except Exception as error:  # a user's function may raise anything
-        where = f"layer={layer}, depth={depth}"
-        raise UserError(
-            f"norm={name!r} raised {type(error).__name__} for {where}: {error}{coefficient_hint(error)}"
-        ) from error
-    if not isinstance(spec, BlockSpec):
-        raise UserError(f"norm={name!r} returned {type(spec).__name__}, expected a BlockSpec")
-    if problems := spec_problems(spec):
-        raise UserError("\n".join(f"norm={name!r} returned {problem} for layer={layer}" for problem in problems))
-    return spec
-
-
-def coefficient_hint(error: Exception) -> str:
-    """The nearest coefficient, if `error` is about one that does not exist."""
-    unknown = re.search(r"^SublayerSpec.* unexpected keyword argument '(\w+)'", str(error))
-    return f"; {nearest(unknown[1], COEFFICIENTS)}" if unknown else ""
-
-
-def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:
-    """The specs of blocks 1..depth.
-
-    Args:
-        norm: a `norm` section: `name`, and the options of the strategy as further entries.
-        depth: number of blocks.
-    """
-    options = {key: value for key, value in norm.items() if key != "name"}
-    if "name" not in norm:
-        raise UserError(f"norm.name is missing: {nearest('', STRATEGIES)}")
-    return [build(norm["name"], layer, depth, options) for layer in range(1, depth + 1)]
-
-
-def warnings(specs: list[BlockSpec]) -> list[str]:
-    """Warnings about combinations that defeat themselves."""
-    sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
-    if any(s.gain != 1 for s in sublayers) and any(s.output_init != 1 for s in sublayers):
-        return [
-            "LayerNorm Scaling and depth-scaled initialisation both damp the deep blocks; together they are worse than "
-            "LNS alone (Table 6): choose one"
-        ]
-    return []
