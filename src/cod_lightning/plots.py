@@ -64,6 +64,9 @@ STRATEGIES = {
     "norm_preserving": ("Norm-preserving", "#9e9ac8"),
     "rezero": ("ReZero", "#7b4173"),
     "nf_residual": ("NF residual", "#ce6dbd"),
+    "hybrid_norm": ("HybridNorm", "#5254a3"),
+    "span_norm": ("SpanNorm", "#b5cf6b"),
+    "qk_norm": ("QK-norm", "#bd9e39"),
 }
 """Label and colour of a strategy, the same in every figure."""
 RUN = re.compile(r"(\w+)-seed(\d+)-[0-9a-f]{8}")

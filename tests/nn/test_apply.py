@@ -186,6 +186,7 @@ REFUSED = {
     "trained": (trained_llama, {"norm": "lns"}, "trained='preserve'"),
     "applied twice": (only_ffn, {"norm": "lns"}, "has a strategy already"),
     "another placement": (lambda: build("Llama"), {"norm": "post_ln"}, "pre_norm=False, sum_norm=True"),
+    "norms of heads": (lambda: build("Llama"), {"norm": "qk_norm"}, "head_norm='qk', which an existing"),
     "learned branch scales": (lambda: build("Llama"), {"norm": "layer_scale"}, "learned_branch_scale='channel'"),
     "no norms before the sub-layers": (lambda: build("Olmo2"), {"norm": "lns"}, "no norms before its sub-layers"),
     "an unknown layout": (PlainModel, {"norm": "lns"}, "layout=Layout"),

@@ -4,14 +4,17 @@ import copy
 import dataclasses
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder, rotary
+from cod_lightning.nn.decoder import Decoder, rotary, rotate
 from cod_lightning.nn.init import build_decoder, initialise, seed_of
 from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, Rates, block, build, build_all, mix_ln, warnings
 
@@ -23,6 +26,21 @@ CONFIG = DecoderConfig(
 
 def rms(x, w, eps=1e-3):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
+
+
+def attention(x, b, rope, norms=""):
+    """Causal attention with 2 heads of 16 channels; `norms` of q, k, v over the channels of a head."""
+    q, k, v = (
+        rms(h, b[f"self_attn.{name}_norm.weight"]) if name in norms else h
+        for name in "qkv"
+        for h in [(x @ b[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (2, 16)).transpose(1, 2)]
+    )
+    turn = torch.complex(rope[0][:, 8:], rope[1][:, 8:])
+    q, k = (torch.complex(h[..., :8], h[..., 8:]) * turn for h in (q, k))
+    logits = (q @ k.mH).real / 4
+    later = torch.ones(logits.shape[-2:]).triu(1).bool()
+    y = logits.masked_fill(later, -math.inf).softmax(-1) @ v
+    return y.transpose(1, 2).flatten(2) @ b["self_attn.o_proj.weight"].T
 
 
 def pre(x, f, g, b, inside=(1, 1), outside=(1, 1)):
@@ -95,6 +113,21 @@ def normless(x, f, g, b, scales):
     return x + scales[1] * g(x)
 
 
+def hybrid(x, f, g, b):
+    z = rms(x + f(x, "qkv"), b["post_attention_layernorm.weight"])
+    return z + g(z)
+
+
+def hybrid_star(x, f, g, b, layer):
+    return pre(x, lambda h: f(h, "qkv"), g, b) if layer == 1 else hybrid(x, f, g, b)
+
+
+def span(x, f, g, b, layer):
+    h = rms(x, b["input_layernorm.weight"]) if layer == 1 else x
+    y = rms(x + f(h), b["attention_residual.sum_norm.weight"])
+    return rms(x + g(y), b["ffn_residual.sum_norm.weight"])
+
+
 def learned(b, name):
     return b[f"attention_residual.{name}"], b[f"ffn_residual.{name}"]
 
@@ -142,6 +175,11 @@ EQUATIONS = {
     ),
     "rezero": ({}, lambda *a, layer: normless(*a, learned(a[3], "branch_scale"))),
     "nf_residual": ({}, lambda *a, layer: normless(*a, 2 * [0.2])),
+    "hybrid_norm": ({}, lambda *a, layer: hybrid(*a)),
+    "hybrid_norm star": ({"star": True}, hybrid_star),
+    "span_norm": ({}, span),
+    "qk_norm": ({}, lambda x, f, *a, layer: pre(x, lambda h: f(h, "qk"), *a)),
+    "qk_norm on olmo2": ({"base": "olmo2"}, lambda x, f, *a, layer: reordered(x, lambda h: f(h, "qk"), *a)),
     "layer_scale": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "skip_init": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "ds_init": ({}, lambda *a, layer: pre(*a)),
@@ -178,9 +216,8 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
         z = x.detach().clone().requires_grad_()
         rope = rotary(5, 16, 1e4, x)
         y = ours(x, rope)
-        expected = EQUATIONS[case][1](
-            z, lambda h, t=theirs, r=rope: t.self_attn(h, r), theirs.mlp, parameters, layer=layer
-        )
+        f = lambda h, norms="", b=parameters, r=rope: attention(h, b, r, norms)  # noqa: E731
+        expected = EQUATIONS[case][1](z, f, theirs.mlp, parameters, layer=layer)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         y.backward(cotangent)
@@ -397,6 +434,14 @@ def rate_of_zero(layer, depth):
     return block(input_rates=Rates(lr=0.0, eps=math.nan), input_init=-1.0)
 
 
+def skip_without_norm(layer, depth):
+    return block(pre_norm=False, skip_from="pre_norm")
+
+
+def norm_of_heads(layer, depth):
+    return dataclasses.replace(block(), head_norm="kv")
+
+
 def one_argument(layer):
     return block()
 
@@ -437,6 +482,9 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ),
         ({"name": "norm_preserving", "beta": 4.5}, ["norm.beta=4.5", "between 0 and the number of blocks, 4"]),
         ({"name": "complete_p", "base_depth": 0}, ["norm.base_depth=0", "at least 1"]),
+        ({"name": "qk_norm", "base": "hybrid_norm"}, ["norm='qk_norm'", "norm.base", "sets head_norm itself"]),
+        ({"name": "test_strategies:skip_without_norm"}, ["ffn.skip_from='pre_norm' without pre_norm"]),
+        ({"name": "test_strategies:norm_of_heads"}, ["block.head_norm='kv', expected one of no, qk, qkv"]),
         ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
     ],
 )
@@ -451,3 +499,41 @@ def test_scaling_twice_is_a_warning():
     assert not warnings(build_all({"name": "lns"}, 4))
     assert not warnings(build_all({"name": "scaled_init"}, 4))
     assert "Table 6" in warnings(build_all({"name": "scaled_init", "base": "lns"}, 4))[0]
+    assert not warnings(build_all({"name": "qk_norm", "base": "lns"}, 4))
+    undone = dataclasses.replace(block(gain=0.5), head_norm="qkv")
+    assert "norms of queries, keys and values undo the gain" in warnings([undone])[0]
+
+
+def test_a_pre_ln_block_runs_the_operations_of_its_equation_alone():
+    class Counted(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.operations = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    pre_ln = decoder_of("pre_ln").blocks[0]
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    rope = rotary(5, 16, 1e4, x)
+
+    def ours():
+        return pre_ln(x, rope)
+
+    def theirs():
+        y = x + pre_ln.self_attn.o_proj(heads(F.rms_norm(x, (32,), pre_ln.input_layernorm.weight, 1e-3)))
+        return y + pre_ln.mlp(F.rms_norm(y, (32,), pre_ln.post_attention_layernorm.weight, 1e-3))
+
+    def heads(h):
+        projections = pre_ln.self_attn.q_proj, pre_ln.self_attn.k_proj, pre_ln.self_attn.v_proj
+        q, k, v = (projection(h).unflatten(-1, (-1, 16)).transpose(1, 2) for projection in projections)
+        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True)
+        return y.transpose(1, 2).flatten(-2)
+
+    counts = []
+    for block_ in (ours, theirs):
+        with Counted() as counted:
+            block_().sum().backward()
+        counts.append(Counter(counted.operations))
+    assert counts[0] == counts[1]

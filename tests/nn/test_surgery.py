@@ -70,6 +70,7 @@ def test_a_learned_scale_keeps_its_value():
         ({"name": "post_ln"}, ["pre_norm=False (layer 1)", "sum_norm=True (layer 1)"]),
         ({"name": "peri_ln"}, ["entry_norm=True (layer 1)", "branch_norm=True (layer 1)"]),
         ({"name": "gpas"}, ["gate='output' (layer 1)"]),
+        ({"name": "qk_norm"}, ["head_norm='qk' (layer 1)"]),
         ({"name": "layer_scale"}, ["learned_branch_scale='channel' (layer 1)"]),
         ({"name": "lns", "position": "before_ln"}, ["input_scale=0.7071067811865476 (layer 2)"]),
         ({"name": "lns", "position": "after_residual"}, ["skip=0.7071067811865476 (layer 2)"]),
@@ -93,6 +94,14 @@ def test_a_scaled_branch_behind_a_norm_is_refused(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "damped", lambda layer, depth: block(branch_norm=True, branch_scale=layer**-0.5))
     with pytest.raises(UserError, match=r"branch_scale=0.7.* \(layer 2\), for which weights cannot make up"):
         convert(trained(name="sandwich_ln"), {"name": "damped"})
+
+
+def test_a_gain_that_the_skip_takes_as_well_is_refused(monkeypatch):
+    for name, gain in (("plain", 1.0), ("scaled", 0.5)):
+        spec = block(skip_from="pre_norm", gain=gain)
+        monkeypatch.setitem(STRATEGIES, name, lambda layer, depth, spec=spec: spec)
+    with pytest.raises(UserError, match=r"gain=0.5 \(layer 1\), for which weights cannot make up"):
+        convert(trained(name="plain"), {"name": "scaled"})
 
 
 def test_a_gain_without_a_norm_changes_no_weight(monkeypatch):

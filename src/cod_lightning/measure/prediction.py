@@ -11,7 +11,8 @@ For a sub-layer with the kernel N of its norm's output, n n^T * q with n_t = gai
     q <- norms( skip^2 q + branch_scale^2 f(N) )    attention   f(N) = c_v c_o E[A N A^T]
                                                     FFN         f(N) = c_down c_up E[silu silu^T] * N
 
-and c is the number of inputs of a projection times the variance of its weights. p and g follow the derivatives.
+and c is the number of inputs of a projection times the variance of its weights; behind a norm of queries, keys or
+values, c N is normalised as well. p and g follow the derivatives.
 
 It assumes that
 
@@ -177,19 +178,21 @@ def closed_form(decoder: Decoder) -> dict[str, list[float]]:
         steps = sublayers(decoder, q, np.cumsum([1, *(step.branch for step in steps[:-1])]))  # Admin's profile
     outputs = steps[1::2]
     p, gain = np.eye(TOKENS), []
-    for step in steps:
-        p = step.forward(p)
+    for attention_step, ffn_step in zip(steps[::2], outputs, strict=True):
+        p = ffn_step.forward(attention_step.forward(p, p), p)
         gain.append(float(p.diagonal().mean()) ** 0.5)
     # |softmax - onehot|^2 over the vocabulary for every token but the last of a sequence, which has no target.
     softmax = min(math.exp(min(hidden * head, 99)), vocabulary) / vocabulary
     error = head * (1 - 2 / vocabulary + softmax) / (SEQUENCES * (TOKENS - 1)) ** 2
     last = norm_kernel(outputs[-1].q, config.norm_eps) * norm_jacobian(hidden)
     g, gradient_norm = last * np.diag([error] * (TOKENS - 1) + [0.0]), []
-    for step in reversed(steps):
+    for attention_step, ffn_step in zip(reversed(steps[::2]), reversed(outputs), strict=True):
         gradient_norm.append(math.sqrt(SEQUENCES * hidden * g.trace()))
-        g = step.backward(g)
+        g, of_block = ffn_step.backward(g)
+        through, own = attention_step.backward(g)
+        g = through + own + of_block
     variance = [float(step.q.diagonal().mean()) for step in outputs]
-    return {"variance": variance, "gradient_norm": gradient_norm[::2][::-1], "gain": gain[1::2]}
+    return {"variance": variance, "gradient_norm": gradient_norm[::-1], "gain": gain}
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,10 @@ class Step:
     """Variance of the scaled branch."""
     outer: Array | float
     """Of the sum's norm."""
-    skip: float
+    skip: Array | float
     """Of the skip connection, its square."""
+    from_block: bool
+    """Whether the skip starts at the input of the block."""
     after: Array | float
     """Of the branch's norm and scale."""
     mix: Callable[[Array, bool], Array]
@@ -211,12 +216,16 @@ class Step:
     before: Array | float
     """Of the pre-norm."""
 
-    def forward(self, p: Array) -> Array:
-        return self.outer * (self.skip * p + self.after * self.mix(self.before * p, False))
+    def forward(self, p: Array, of_block: Array) -> Array:
+        """The kernel behind the sub-layer; `of_block` is that of the block's input."""
+        start = of_block if self.from_block else p
+        return self.outer * (self.skip * start + self.after * self.mix(self.before * p, False))
 
-    def backward(self, g: Array) -> Array:
+    def backward(self, g: Array) -> tuple[Array, Array]:
+        """The gradients at the sub-layer's input, and what the skip adds to that at the block's input."""
         g = self.outer * g
-        return self.skip * g + self.before * self.mix(self.after * g, True)
+        skip, branch = self.skip * g, self.before * self.mix(self.after * g, True)
+        return (branch, skip) if self.from_block else (branch + skip, np.zeros_like(g))
 
 
 def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
@@ -225,61 +234,99 @@ def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
     for block in decoder.blocks:
         if block.spec.entry_norm:
             q = q * norm_kernel(q, decoder.config.norm_eps)
+        of_block = q
         for spec, module in ((block.spec.attention, block.self_attn), (block.spec.ffn, block.mlp)):
             skip = float(skips[len(steps)]) if skips is not None and spec.learned_skip else spec.skip**2
-            steps.append(step_of(spec, fan_variances(spec, module, decoder.config), decoder.config, q, skip))
+            c = fan_variances(spec, module, decoder.config)
+            steps.append(step_of(spec, c, decoder.config, q, of_block, skip, block.spec.head_norm))
             q = steps[-1].q
     return steps
 
 
-def step_of(spec: SublayerSpec, c: Mapping[str, float], config: DecoderConfig, q: Array, skip: float) -> Step:
-    """The sub-layer of a spec at the kernel q of its input; c as in `fan_variances`."""
+def step_of(
+    spec: SublayerSpec,
+    c: Mapping[str, float],
+    config: DecoderConfig,
+    q: Array,
+    of_block: Array,
+    skip: Array | float,
+    head_norm: str,
+) -> Step:
+    """The sub-layer of a spec at the kernels q of its input and `of_block` of its block's; c as in `fan_variances`."""
     before, removed = 1.0, 1.0
     if spec.pre_norm:
         before = norm_kernel(q, config.norm_eps / spec.input_scale**2, spec.gain * spec.pre_norm_weight)
         removed = norm_jacobian(config.hidden_size // spec.groups)
-    value, mix = (attention if "q_proj" in c else feed_forward)(before * q, c)
+    if "q_proj" in c:
+        value, mix = attention(before * q, c, head_norm, config)
+    else:
+        value, mix = feed_forward(before * q, c)
     after = norm_kernel(value, config.norm_eps, spec.branch_norm_weight) if spec.branch_norm else 1.0
     after = spec.branch_scale**2 * after
     branch = after * value
-    total = skip * q + branch
+    start = {"input": q, "pre_norm": before * q, "block": of_block}[spec.skip_from]
+    total = skip * start + branch
     outer = norm_kernel(total, config.norm_eps) if spec.sum_norm else 1.0
     return Step(
         q=outer * total,
         branch=float(branch.diagonal().mean()),
         outer=outer,
-        skip=skip,
+        skip=skip * before * removed if spec.skip_from == "pre_norm" else skip,
+        from_block=spec.skip_from == "block",
         after=after * (norm_jacobian(config.hidden_size) if spec.branch_norm else 1),
         mix=mix,
         before=before * removed,
     )
 
 
-def attention(n: Array, c: Mapping[str, float]) -> tuple[Array, Callable[[Array, bool], Array]]:
+def attention(
+    n: Array, c: Mapping[str, float], head_norm: str, config: DecoderConfig
+) -> tuple[Array, Callable[[Array, bool], Array]]:
     """The kernel of attention's output on the kernel n, and the same map of p and, transposed, of g."""
+    # The factors of projections and norms from n to the kernels of queries, keys and values; those of a derivative.
+    to_q, to_k, to_v = (
+        c[f"{name}_proj"] * (norm_kernel(c[f"{name}_proj"] * n, config.norm_eps) if name in head_norm else 1)
+        for name in "qkv"
+    )
+    dq, dk, dv = (
+        factor * (norm_jacobian(config.head_dim) if name in head_norm else 1)
+        for name, factor in zip("qkv", (to_q, to_k, to_v), strict=True)
+    )
+    queries, values = to_q * n, to_v * n
+    key_spread, value_spread = spread_of(to_k * n), spread_of(values)
     count = np.arange(1, TOKENS + 1)
     ones = np.tril(np.ones((TOKENS, TOKENS)))
-    mean, factor, c_logit = ones / count[:, None], c["v_proj"] * c["o_proj"], c["q_proj"] * c["k_proj"]
-    own = n.diagonal().mean() - off_diagonal(n)
+    mean = ones / count[:, None]
     # Covariance of the attention weights of tokens t and s on one earlier token, from that of their logits.
     most = np.maximum.outer(count, count)
-    logits = np.minimum(c_logit * n * own, np.log(most))
-    spread = np.expm1(logits) * (1 - 1 / most) / np.outer(count, count)
+    logits = np.minimum(queries * key_spread, np.log(most))
+    weights = np.expm1(logits) * (1 - 1 / most) / np.outer(count, count)
     # Its derivative; a softmax of a single token, or of one that dominates, does not follow its logits.
-    slope = c_logit * own * np.exp(logits) * (1 - np.exp(logits) / most) / np.outer(count, count)
-    queries = slope * own * np.minimum.outer(count, count)
+    slope = value_spread * np.exp(logits) * (1 - np.exp(logits) / most) / np.outer(count, count)
+    through_keys, through_queries = slope * queries, slope * key_spread * np.minimum.outer(count, count)
 
-    def mix(kernel: Array, transposed: bool, through_logits: bool = True) -> Array:
-        through_queries = queries * kernel if through_logits else 0.0
-        through_keys = spread + slope * n if through_logits else spread
+    def sums(kernel: Array) -> Array:
+        """The sums over earlier tokens of what differs from token to token."""
+        return ones @ np.diag(kernel.diagonal() - off_diagonal(kernel)) @ ones.T
+
+    def sums_transposed(kernel: Array) -> Array:
+        return np.diag((ones.T @ kernel @ ones).diagonal())
+
+    def mix(kernel: Array, transposed: bool) -> Array:
         if transposed:
-            values = mean.T @ kernel @ mean + np.diag((ones.T @ (through_keys * kernel) @ ones).diagonal())
+            of_values = dv * (mean.T @ kernel @ mean + sums_transposed(weights * kernel))
+            of_logits = dk * sums_transposed(through_keys * kernel) + dq * through_queries * kernel
         else:
-            rest = np.diag(kernel.diagonal() - off_diagonal(kernel))
-            values = mean @ kernel @ mean.T + through_keys * (ones @ rest @ ones.T)
-        return factor * (values + through_queries)
+            of_values = mean @ (dv * kernel) @ mean.T + weights * sums(dv * kernel)
+            of_logits = through_keys * sums(dk * kernel) + through_queries * dq * kernel
+        return c["o_proj"] * (of_values + of_logits)
 
-    return mix(n, False, through_logits=False), mix
+    return c["o_proj"] * (mean @ values @ mean.T + weights * sums(values)), mix
+
+
+def spread_of(kernel: Array) -> float:
+    """What differs from token to token."""
+    return float(kernel.diagonal().mean()) - off_diagonal(kernel)
 
 
 def feed_forward(n: Array, c: Mapping[str, float]) -> tuple[Array, Callable[[Array, bool], Array]]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites
-from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, build_all
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
+from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, block, build_all
 
 Model = TypeVar("Model", bound=nn.Module)
 Trained = Literal["refuse", "preserve", "change"]
@@ -135,8 +136,9 @@ def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
     for name in [field.name for field in fields(SublayerSpec) if field.name not in FACTORS + INITIAL + OPTIMIZER]:
         values = [getattr(sublayer, name) for spec in specs for sublayer in spec.sublayers]
         problems += [f"{name}={value!r}" for value in dict.fromkeys(values) if value != getattr(default, name)][:1]
-    if any(spec.entry_norm for spec in specs):
-        problems.append("entry_norm=True")
+    for name in BLOCK_COEFFICIENTS:
+        values = [getattr(spec, name) for spec in specs]
+        problems += [f"{name}={value!r}" for value in dict.fromkeys(values) if value != getattr(block(), name)][:1]
     if problems:
         raise UserError(f"norm={norm['name']!r} sets {', '.join(problems)}, which an existing Pre-LN model cannot have")
     return specs

@@ -4,6 +4,8 @@ Each block computes, for attention and then for the feed-forward network f,
 
     y = gate( sum_norm( skip * x + branch_scale * branch_norm( f( gain * pre_norm(x) ) ) ) )
 
+where `skip_from` may start the skip behind the pre-norm or at the block's input instead of at x.
+
 Parameters have the names of `transformers.LlamaForCausalLM`; a Pre-LN or LNS decoder has exactly its parameters.
 Shape suffixes: B sequences, T tokens, D hidden size, H heads, G key/value heads, K head width.
 """
@@ -33,10 +35,17 @@ Rope = tuple[Tensor, Tensor]
 class Norm(nn.Module):
     """gain * weight * norm(x); the gain is a constant of the strategy, a Python float and not state.
 
-    With `before_matmul`, autocast rounds the output to its dtype, which the matrix product would do anyway.
+    With `before_matmul`, autocast rounds the output to its dtype, which the matrix product would do anyway. `size` is
+    the number of channels, by default the hidden size.
     """
 
-    def __init__(self, config: DecoderConfig, spec: SublayerSpec | None = None, before_matmul: bool = False):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: SublayerSpec | None = None,
+        before_matmul: bool = False,
+        size: int | None = None,
+    ):
         super().__init__()
         spec = spec or SublayerSpec()
         if config.hidden_size % spec.groups:
@@ -46,7 +55,7 @@ class Norm(nn.Module):
         self.eps = config.norm_eps / spec.input_scale**2
         self.before_matmul, self.backend = before_matmul, config.norm_backend
         self.initial_weight = spec.pre_norm_weight
-        self.weight = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_affine else None
+        self.weight = nn.Parameter(torch.empty(size or config.hidden_size)) if config.norm_affine else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """gain * weight * norm(x)."""
@@ -91,10 +100,15 @@ def norm_if(present: bool, config: DecoderConfig, **options: Any) -> Norm | Iden
     return Norm(config, **options) if present else IdentityNorm()
 
 
+def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | IdentityNorm:
+    """The norm before a sub-layer; autocast rounds its output unless the residual stream goes on from there."""
+    return norm_if(spec.pre_norm, config, spec=spec, before_matmul=spec.skip_from != "pre_norm")
+
+
 class Attention(nn.Module):
     """Self-attention with grouped key/value heads; the decoder's is causal and has rotary embeddings."""
 
-    def __init__(self, config: DecoderConfig, causal: bool = True, output_bias: bool = False):
+    def __init__(self, config: DecoderConfig, spec: BlockSpec, causal: bool = True, output_bias: bool = False):
         super().__init__()
         self.causal = causal
         d, kv, self.head_dim = config.hidden_size, config.key_value_heads * config.head_dim, config.head_dim
@@ -103,11 +117,18 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d, kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(d, d, bias=output_bias)
+        self.q_norm, self.k_norm, self.v_norm = (
+            norm_if(name in spec.head_norm, config, before_matmul=True, size=self.head_dim) for name in "qkv"
+        )
 
     def forward(self, x_BTD: Tensor, rope: Rope | None) -> Tensor:
         q_BHTK, k_BGTK, v_BGTK = (
-            projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            norm(projection(x_BTD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+            for projection, norm in (
+                (self.q_proj, self.q_norm),
+                (self.k_proj, self.k_norm),
+                (self.v_proj, self.v_norm),
+            )
         )
         if rope is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, rope), rotate(k_BGTK, rope)
@@ -146,6 +167,10 @@ class Residual(nn.Module):
         branch_scale = self.spec.branch_scale if self.branch_scale is None else self.branch_scale
         return scale(self.branch_norm(f_BTD), branch_scale)
 
+    def skip_input(self, x_BTD: Tensor, h_BTD: Tensor, block_BTD: Tensor) -> Tensor:
+        """The start of the skip: x, its pre-norm h, or the input of the block."""
+        return {"input": x_BTD, "pre_norm": h_BTD, "block": block_BTD}[self.spec.skip_from]
+
     def scaled_skip(self, x_BTD: Tensor, gate: Tensor | None) -> Tensor:
         """skip * x."""
         x_BTD = gpas(x_BTD, gate) if self.spec.gate == "input" else x_BTD
@@ -174,10 +199,10 @@ class Block(nn.Module):
         super().__init__()
         self.spec = spec
         self.entry_norm = norm_if(spec.entry_norm, config)
-        self.input_layernorm = norm_if(spec.attention.pre_norm, config, spec=spec.attention, before_matmul=True)
-        self.self_attn = attention or Attention(config)
+        self.input_layernorm = pre_norm(config, spec.attention)
+        self.self_attn = attention or Attention(config, spec)
         self.attention_residual = Residual(config, spec.attention)
-        self.post_attention_layernorm = norm_if(spec.ffn.pre_norm, config, spec=spec.ffn, before_matmul=True)
+        self.post_attention_layernorm = pre_norm(config, spec.ffn)
         self.mlp = mlp or FeedForward(config)
         self.ffn_residual = Residual(config, spec.ffn)
         self.gate = nn.Parameter(torch.empty(1)) if any(s.gate != "no" for s in spec.sublayers) else None
@@ -185,15 +210,18 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, rope: Rope | None, hook: Callable[[str, Tensor], object] | None = None) -> Tensor:
         # h = gain * pre_norm(x)
         x_BTD, h_BTD = self.input_layernorm.fused_add_norm(self.entry_norm(x_BTD))
+        block_BTD = x_BTD
         # branch = branch_scale * branch_norm( attention(h) )
         attention_BTD = self.attention_residual.scaled_branch(self.self_attn(h_BTD, rope))
         # x = gate( sum_norm( skip * x + branch ) ) and h = gain * pre_norm(x)
+        x_BTD = self.attention_residual.skip_input(x_BTD, h_BTD, block_BTD)
         x_BTD, h_BTD = self.attention_residual.fused_with_norm(
             x_BTD, attention_BTD, self.gate, next_norm=self.post_attention_layernorm
         )
         # branch = branch_scale * branch_norm( ffn(h) )
         ffn_BTD = self.ffn_residual.scaled_branch(self.mlp(h_BTD))
         # y = gate( sum_norm( skip * x + branch ) )
+        x_BTD = self.ffn_residual.skip_input(x_BTD, h_BTD, block_BTD)
         y_BTD = self.ffn_residual(x_BTD, ffn_BTD, self.gate)
         if hook is not None:
             hook("attention", attention_BTD)

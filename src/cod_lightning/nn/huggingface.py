@@ -20,7 +20,8 @@ from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.pretrained import import_transformers, load_checkpoint, quiet_transformers, save_pretrained
-from cod_lightning.nn.strategies import SublayerSpec, build_all
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
+from cod_lightning.nn.strategies import SublayerSpec, block, build_all
 
 FOLDED = ("gain", "branch_scale", "learned_branch_scale")
 """Coefficients of a sub-layer that are folded into weights."""
@@ -80,8 +81,11 @@ def unsupported_features(decoder: Decoder) -> list[str]:
                 f"{name}={value!r} (layer {layer}, {len(others)} of {2 * len(specs)} sub-layers) has no place "
                 f"in a Llama checkpoint, where it is {getattr(default, name)!r}"
             )
-    if layers := [layer for layer, spec in enumerate(specs, start=1) if spec.entry_norm]:
-        problems.append(f"entry_norm=True (layer {layers[0]}) has no place in a Llama checkpoint")
+    for name in BLOCK_COEFFICIENTS:
+        values = [(layer, getattr(spec, name)) for layer, spec in enumerate(specs, start=1)]
+        if others := [(layer, value) for layer, value in values if value != getattr(block(), name)]:
+            layer, value = others[0]
+            problems.append(f"{name}={value!r} (layer {layer}) has no place in a Llama checkpoint")
     return problems
 
 

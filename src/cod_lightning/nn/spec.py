@@ -55,6 +55,8 @@ class SublayerSpec:
     skip: float = 1.0
     learned_skip: bool = False
     """Replaces the constant by a parameter [hidden_size], initialised by profiling (Admin)."""
+    skip_from: Literal["input", "pre_norm", "block"] = "input"
+    """Start of the skip: the sub-layer's input x, the output of its pre-norm, or the input of the block."""
     sum_norm: bool = False
     gate: Literal["no", "output", "input"] = "no"
     """GPAS: h - silu(a) * stop_gradient(h) with one learned a per block, for h = y or for the x of the skip."""
@@ -78,11 +80,14 @@ class SublayerSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The two sub-layers of a block; `entry_norm` normalises the input of the block (Peri-LN's embeddings)."""
+    """The two sub-layers of a block, and the coefficients of the block itself."""
 
     attention: SublayerSpec
     ffn: SublayerSpec
     entry_norm: bool = False
+    """Normalises the input of the block (Peri-LN's embeddings)."""
+    head_norm: Literal["no", "qk", "qkv"] = "no"
+    """Norms of queries and keys, or of values too, over the channels of each head and before rotary embeddings."""
 
     @property
     def sublayers(self) -> tuple[SublayerSpec, SublayerSpec]:
@@ -95,22 +100,28 @@ class BlockSpec:
 
 COEFFICIENTS = get_type_hints(SublayerSpec, include_extras=True)
 """Type hints of the coefficients."""
+BLOCK_COEFFICIENTS = {
+    name: hint for name, hint in get_type_hints(BlockSpec).items() if name not in ("attention", "ffn")
+}
+"""Those of the block itself."""
 MULTIPLIERS = get_type_hints(Rates, include_extras=True)
 
 
 def spec_problems(spec: BlockSpec) -> list[str]:
     """One line for each coefficient of the wrong type or out of range."""
-    problems = []
+    problems = field_problems("block", spec, BLOCK_COEFFICIENTS)
     for part in ("attention", "ffn"):
         sublayer = getattr(spec, part)
-        if isinstance(sublayer, SublayerSpec):
-            problems += field_problems(part, sublayer, COEFFICIENTS)
-        else:
+        if not isinstance(sublayer, SublayerSpec):
             problems.append(f"{part}={sublayer!r}, expected a SublayerSpec,")
+            continue
+        problems += field_problems(part, sublayer, COEFFICIENTS)
+        if sublayer.skip_from == "pre_norm" and not sublayer.pre_norm:
+            problems.append(f"{part}.skip_from='pre_norm' without pre_norm: set pre_norm=True or skip_from='input',")
     return problems
 
 
-def field_problems(name: str, values: SublayerSpec | Rates, hints: dict[str, Any]) -> list[str]:
+def field_problems(name: str, values: BlockSpec | SublayerSpec | Rates, hints: dict[str, Any]) -> list[str]:
     problems = []
     for field, hint in hints.items():
         value = getattr(values, field)

@@ -2,7 +2,8 @@
 
     y = gate( sum_norm( skip * x + branch_scale * branch_norm( f( gain * pre_norm(x) ) ) ) )
 
-computes both sub-layers of a block, where f is attention or the feed-forward network. A strategy is a function
+computes both sub-layers of a block, where f is attention or the feed-forward network, and x their input unless
+`skip_from` says otherwise. A strategy is a function
 `(layer, depth, **options) -> BlockSpec`; `layer` counts blocks from 1, `depth` is the number of blocks L. To add one:
 
     from cod_lightning.nn.strategies import block
@@ -122,6 +123,25 @@ def keel(layer: int, depth: int) -> BlockSpec:
 def deep_loop(layer: int, depth: int) -> BlockSpec:
     """DeepNorm with alpha = (2N)^(1/2) and beta = (8N)^(-1/2), for N visits of blocks in a looped model; here N = L."""
     return deep_norm(layer, depth).replace(skip=(2 * depth) ** 0.5, xavier=(8 * depth) ** -0.5)
+
+
+@register
+def hybrid_norm(layer: int, depth: int, star: bool = False) -> BlockSpec:
+    """y = x + attention(x) with q, k and v normalised in each head, then LN(y) + ffn(LN(y)) (HybridNorm); `star`: the
+    first block has the sums of Pre-LN and its norm before attention as well (HybridNorm*).
+    """
+    if star and layer == 1:
+        return replace(block(), head_norm="qkv")
+    return BlockSpec(SublayerSpec(pre_norm=False), SublayerSpec(skip_from="pre_norm"), head_norm="qkv")
+
+
+@register
+def span_norm(layer: int, depth: int) -> BlockSpec:
+    """y = LN(x + attention(x)), then LN(x + ffn(y)): both skips start at the input x of the block (SpanNorm). Attention
+    of block 1 reads LN(x).
+    """
+    attention = SublayerSpec(pre_norm=layer == 1, sum_norm=True)
+    return BlockSpec(attention, SublayerSpec(pre_norm=False, sum_norm=True, skip_from="block"))
 
 
 # LayerNorm Scaling ---------------------------------------------------------------------------------------------------
@@ -265,6 +285,13 @@ def change_base(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
     return spec.replace(**changes)
 
 
+def change_block(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
+    """As `change_base`, for coefficients of the block itself."""
+    if conflicts := [field for field in changes if getattr(spec, field) != getattr(block(), field)]:
+        raise UserError(f"norm={name!r} does not support this norm.base, which sets {', '.join(conflicts)} itself")
+    return replace(spec, **changes)
+
+
 @register
 def layer_scale(layer: int, depth: int, init: float = 1e-4, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + diag(w) f(LN(x)), w learned with a small `init`; the paper does not state it, CaiT's default is 1e-4."""
@@ -290,6 +317,12 @@ def ds_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> Blo
 def scaled_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """Scaled Initialisation (GPT-2, Megatron): divides the initial output projections by sqrt(2L)."""
     return change_base("scaled_init", build(base, layer, depth, options), output_init=(2 * depth) ** -0.5)
+
+
+@register
+def qk_norm(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(LN(x)), queries and keys normalised in each head before rotary embeddings, as in Qwen3 and Gemma 3."""
+    return change_block("qk_norm", build(base, layer, depth, options), head_norm="qk")
 
 
 @register

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.nn.spec import COEFFICIENTS, BlockSpec, mismatch, spec_problems
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, COEFFICIENTS, BlockSpec, mismatch, spec_problems
 
 Strategy = Callable[..., BlockSpec]
 STRATEGIES: dict[str, Strategy] = {}
@@ -125,8 +125,10 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
 
 def coefficient_hint(error: Exception) -> str:
     """The nearest coefficient, if `error` is about one that does not exist."""
-    unknown = re.search(r"^SublayerSpec.* unexpected keyword argument '(\w+)'", str(error))
-    return f"; {nearest(unknown[1], COEFFICIENTS)}" if unknown else ""
+    unknown = re.search(r"^(Block|Sublayer)Spec.* unexpected keyword argument '(\w+)'", str(error))
+    if unknown is None:
+        return ""
+    return f"; {nearest(unknown[2], BLOCK_COEFFICIENTS if unknown[1] == 'Block' else COEFFICIENTS)}"
 
 
 def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:
@@ -144,10 +146,12 @@ def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:
 
 def warnings(specs: list[BlockSpec]) -> list[str]:
     """Warnings about combinations that defeat themselves."""
-    sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
+    sublayers, found = [sublayer for spec in specs for sublayer in spec.sublayers], []
     if any(s.gain != 1 for s in sublayers) and any(s.output_init != 1 for s in sublayers):
-        return [
+        found.append(
             "LayerNorm Scaling and depth-scaled initialisation both damp the deep blocks; together they are worse than "
             "LNS alone (Table 6): choose one"
-        ]
-    return []
+        )
+    if any(spec.head_norm == "qkv" and spec.attention.gain != 1 for spec in specs):
+        found.append("norms of queries, keys and values undo the gain of attention's pre-norm: choose one")
+    return found

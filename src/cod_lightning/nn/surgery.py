@@ -17,6 +17,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.huggingface import TRAINING
 from cod_lightning.nn.layer_prediction import predict_blocks
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
 from cod_lightning.nn.strategies import BlockSpec, build_all
 
 FACTORS = ("gain", "branch_scale")
@@ -144,14 +145,16 @@ def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[st
     """One line for each coefficient of new specs that the weights of copied blocks cannot make up for."""
     problems: dict[str, str] = {}
     for layer, (block, spec) in enumerate(zip(originals, specs, strict=True), start=1):
-        pairs = [("entry_norm", block.spec.entry_norm, spec.entry_norm)]
+        pairs = [(name, getattr(block.spec, name), getattr(spec, name)) for name in BLOCK_COEFFICIENTS]
         for old, new in zip(block.spec.sublayers, spec.sublayers, strict=True):
             # A learned scale is copied; the coefficient is only its initial value.
             ignored = TRAINING if new.learned_branch_scale == "no" else (*TRAINING, "branch_scale")
             names = [field.name for field in fields(old) if field.name not in ignored]
             pairs += [(name, getattr(old, name), getattr(new, name)) for name in names]
-        # A norm of the branch would undo the change of its last projection.
-        factors = FACTORS[:1] if any(sublayer.branch_norm for sublayer in spec.sublayers) else FACTORS
+        # A norm of the branch would undo the change of its last projection, and a skip behind a norm takes its gain.
+        lost = {"branch_scale" for sublayer in spec.sublayers if sublayer.branch_norm}
+        lost |= {"gain" for sublayer in spec.sublayers if sublayer.skip_from == "pre_norm"}
+        factors = [name for name in FACTORS if name not in lost]
         for name, old, new in pairs:
             if (name not in factors and new != old) or (name in factors and 0 in (old, new)):
                 text = f"{name}={new!r} (layer {layer}), for which weights cannot make up: the model has {old!r}"

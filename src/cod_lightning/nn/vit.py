@@ -68,7 +68,7 @@ class VisionTransformer(nn.Module):
         self.config, self.image_size, self.patch_size = config, image_size, patch_size
         self.embedding = PatchEmbedding(config.hidden_size, image_size, patch_size)
         self.layers = nn.ModuleList(
-            Block(config, spec, Attention(config, causal=False, output_bias=True), Mlp(config)) for spec in specs
+            Block(config, spec, Attention(config, spec, causal=False, output_bias=True), Mlp(config)) for spec in specs
         )
         self.norm = Norm(config, before_matmul=True)
         self.head = nn.Linear(config.hidden_size, classes)

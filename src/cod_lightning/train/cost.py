@@ -29,6 +29,7 @@ from cod_lightning.kernels.loss import chunk_size
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, Norm
 from cod_lightning.nn.parallel import parallelise
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
 from cod_lightning.nn.strategies import BlockSpec, build_all
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -284,7 +285,7 @@ def flops_per_token(model: DecoderConfig, seq_len: int) -> float:
 def wiring(spec: BlockSpec) -> str:
     """The fields of a spec that decide which tensors its block has: all except the scales."""
     fields = [value for sublayer in spec.sublayers for value in vars(sublayer).values() if not isinstance(value, float)]
-    return str([spec.entry_norm, *fields])
+    return str([*(getattr(spec, name) for name in BLOCK_COEFFICIENTS), *fields])
 
 
 class FusedNorm(Norm):
