@@ -67,6 +67,7 @@ STRATEGIES = {
     "hybrid_norm": ("HybridNorm", "#5254a3"),
     "span_norm": ("SpanNorm", "#b5cf6b"),
     "qk_norm": ("QK-norm", "#bd9e39"),
+    "x0_mix": ("x0 mixing", "#637939"),
 }
 """Label and colour of a strategy, the same in every figure."""
 RUN = re.compile(r"(\w+)-seed(\d+)-[0-9a-f]{8}")

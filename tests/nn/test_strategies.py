@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder, rotary, rotate
+from cod_lightning.nn.decoder import Decoder, rotary, rotate, run_blocks
 from cod_lightning.nn.init import build_decoder, initialise, seed_of
 from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, Rates, block, build, build_all, mix_ln, warnings
 
@@ -128,6 +128,10 @@ def span(x, f, g, b, layer):
     return rms(x + g(y), b["ffn_residual.sum_norm.weight"])
 
 
+def mixed_x0(x, f, g, b, inside=(1, 1)):
+    return pre(b["embedding_skip"][0] * x + b["embedding_skip"][1] * b["x0"], f, g, b, inside)
+
+
 def learned(b, name):
     return b[f"attention_residual.{name}"], b[f"ffn_residual.{name}"]
 
@@ -180,6 +184,8 @@ EQUATIONS = {
     "span_norm": ({}, span),
     "qk_norm": ({}, lambda x, f, *a, layer: pre(x, lambda h: f(h, "qk"), *a)),
     "qk_norm on olmo2": ({"base": "olmo2"}, lambda x, f, *a, layer: reordered(x, lambda h: f(h, "qk"), *a)),
+    "x0_mix": ({}, lambda *a, layer: mixed_x0(*a)),
+    "x0_mix on lns": ({"base": "lns"}, lambda *a, layer: mixed_x0(*a, [1 / math.sqrt(layer)] * 2)),
     "layer_scale": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "skip_init": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "ds_init": ({}, lambda *a, layer: pre(*a)),
@@ -214,8 +220,10 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
         parameters = dict(theirs.named_parameters())
         x = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
         z = x.detach().clone().requires_grad_()
+        x0 = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
+        parameters["x0"] = x0.detach().clone().requires_grad_()
         rope = rotary(5, 16, 1e4, x)
-        y = ours(x, rope)
+        y = ours(x, rope, None, x0)
         f = lambda h, norms="", b=parameters, r=rope: attention(h, b, r, norms)  # noqa: E731
         expected = EQUATIONS[case][1](z, f, theirs.mlp, parameters, layer=layer)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -223,8 +231,21 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
         y.backward(cotangent)
         expected.backward(cotangent)
         torch.testing.assert_close(x.grad, z.grad, rtol=1e-10, atol=1e-12)
+        if x0.grad is not None:
+            torch.testing.assert_close(x0.grad, parameters["x0"].grad, rtol=1e-10, atol=1e-12)
         for name, parameter in ours.named_parameters():
             torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-12)
+
+
+def test_every_block_of_x0_mix_reads_the_embeddings():
+    decoder = decoder_of("x0_mix")
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    with torch.no_grad():
+        for block_ in decoder.blocks:
+            block_.embedding_skip.copy_(torch.tensor([0.0, 1.0]))
+    rope = rotary(5, 16, 1e4, x)
+    expected = decoder.blocks[-1](x, rope, None, x)
+    torch.testing.assert_close(run_blocks(decoder.blocks, x, rope, None), expected)
 
 
 @pytest.mark.parametrize("case", [case for case in EQUATIONS if case != "rezero"])

@@ -206,10 +206,18 @@ class Block(nn.Module):
         self.mlp = mlp or FeedForward(config)
         self.ffn_residual = Residual(config, spec.ffn)
         self.gate = nn.Parameter(torch.empty(1)) if any(s.gate != "no" for s in spec.sublayers) else None
+        self.embedding_skip = nn.Parameter(torch.empty(2)) if spec.embedding_skip else None
 
-    def forward(self, x_BTD: Tensor, rope: Rope | None, hook: Callable[[str, Tensor], object] | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope | None,
+        hook: Callable[[str, Tensor], object] | None = None,
+        embedding_BTD: Tensor | None = None,
+    ) -> Tensor:
+        x_BTD = self.mix(self.entry_norm(x_BTD), embedding_BTD)
         # h = gain * pre_norm(x)
-        x_BTD, h_BTD = self.input_layernorm.fused_add_norm(self.entry_norm(x_BTD))
+        x_BTD, h_BTD = self.input_layernorm.fused_add_norm(x_BTD)
         block_BTD = x_BTD
         # branch = branch_scale * branch_norm( attention(h) )
         attention_BTD = self.attention_residual.scaled_branch(self.self_attn(h_BTD, rope))
@@ -228,6 +236,14 @@ class Block(nn.Module):
             hook("ffn", ffn_BTD)
             hook("residual", y_BTD)
         return y_BTD
+
+    def mix(self, x_BTD: Tensor, embedding_BTD: Tensor | None) -> Tensor:
+        """x, or with `embedding_skip` a * x + b * embedding."""
+        if self.embedding_skip is None:
+            return x_BTD
+        assert embedding_BTD is not None
+        a, b = self.embedding_skip
+        return scale(x_BTD, a) + scale(embedding_BTD, b)
 
 
 class Stack(nn.Module):
@@ -299,8 +315,10 @@ def run_blocks(blocks: list[Block], x_BTD: Tensor, rope: Rope | None, hook: Acti
     """Run all blocks on the embeddings x, calling `hook`."""
     if hook is not None:
         hook("embedding", 0, x_BTD)
+    embedding_BTD = x_BTD
     for layer, block in enumerate(blocks, start=1):
-        x_BTD = block(x_BTD, rope, None if hook is None else lambda name, x, layer=layer: hook(name, layer, x))
+        of_layer = None if hook is None else lambda name, x, layer=layer: hook(name, layer, x)
+        x_BTD = block(x_BTD, rope, of_layer, embedding_BTD if block.spec.embedding_skip else None)
     return x_BTD
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder, Norm, Residual
+from cod_lightning.nn.decoder import Block, Decoder, Norm, Residual
 from cod_lightning.nn.parallel import Model
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 from cod_lightning.nn.vit import VisionTransformer
@@ -102,6 +102,8 @@ def initialise(model: M, seed: int) -> M:
             module.weight.fill_(module.initial_weight)
         if isinstance(module, Residual) and module.branch_scale is not None:
             module.branch_scale.fill_(module.spec.branch_scale)
+        if isinstance(module, Block) and module.embedding_skip is not None:
+            copy_(module.embedding_skip, numbers_like(module.embedding_skip, 1.0, 0.0))
         if isinstance(module, Residual) and module.skip is not None:
             module.skip.fill_(module.spec.skip)
     profile_skips(model, seed)
@@ -146,6 +148,11 @@ def draw_(model: Model, name: str, std: float, seed: int) -> None:
     else:
         torch.nn.init.trunc_normal_(normal, a=-cutoff, b=cutoff, generator=generator)
     copy_(parameter, (normal * std).to(parameter.dtype))
+
+
+def numbers_like(parameter: Tensor, *numbers: float) -> Tensor:
+    """A vector of numbers with the device and dtype of a parameter."""
+    return torch.tensor(numbers, device=parameter.device, dtype=parameter.dtype)
 
 
 def seed_of(seed: int, purpose: str) -> int:

@@ -84,10 +84,10 @@ def checkpointed(forward: Callable[..., Tensor], checkpointing: str) -> Callable
     selective = partial(create_selective_checkpoint_contexts, policy)
     contexts: dict[str, Any] = {"context_fn": selective} if checkpointing == "selective" else {}
 
-    def run(x: Tensor, rope: Rope | None, hook: Any = None) -> Tensor:
+    def run(x: Tensor, rope: Rope | None, hook: Any = None, *shared: Tensor | None) -> Tensor:
         if hook is not None or not torch.is_grad_enabled():
-            return forward(x, rope, hook)
-        return checkpoint(forward, x, rope, use_reentrant=False, preserve_rng_state=False, **contexts)
+            return forward(x, rope, hook, *shared)
+        return checkpoint(forward, x, rope, None, *shared, use_reentrant=False, preserve_rng_state=False, **contexts)
 
     return run
 

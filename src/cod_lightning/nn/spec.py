@@ -88,6 +88,8 @@ class BlockSpec:
     """Normalises the input of the block (Peri-LN's embeddings)."""
     head_norm: Literal["no", "qk", "qkv"] = "no"
     """Norms of queries and keys, or of values too, over the channels of each head and before rotary embeddings."""
+    embedding_skip: bool = False
+    """The block reads a x + b x0, x0 the embeddings, with learned numbers a and b that start at 1 and 0."""
 
     @property
     def sublayers(self) -> tuple[SublayerSpec, SublayerSpec]:

@@ -326,6 +326,12 @@ def qk_norm(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> Blo
 
 
 @register
+def x0_mix(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """Each block reads a x + b x0, x0 the embeddings, a and b learned from 1 and 0, as in nanochat."""
+    return change_block("x0_mix", build(base, layer, depth, options), embedding_skip=True)
+
+
+@register
 def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """h - silu(a) stop_gradient(h), for the sums of pre-norm blocks and the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)

@@ -69,6 +69,8 @@ def grow(decoder: Decoder, norm: Mapping[str, Any], blocks: int, how: How, gains
     grown = rebuild(decoder, norm, originals, make_up=gains == "kept")
     for layer in inserted if how == "identity" else ():
         block = grown.blocks[layer - 1]
+        if block.spec.embedding_skip or any(sublayer.skip_from != "input" for sublayer in block.spec.sublayers):
+            raise UserError(f"how=identity needs blocks x + f(x), which those of norm={norm['name']!r} are not")
         for sublayer, last in zip(block.spec.sublayers, last_projections(block), strict=True):
             if sublayer.skip != 1 or sublayer.learned_skip or sublayer.sum_norm or sublayer.gate != "no":
                 raise UserError(f"how=identity needs blocks x + f(x), which those of norm={norm['name']!r} are not")
