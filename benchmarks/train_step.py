@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.nn import decoder as decoder_module
+from cod_lightning.nn import norms
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
@@ -101,14 +101,14 @@ def ours(shape: DecoderConfig, *, dtype: torch.dtype, compiled: bool, backend: s
     specs = build_all({"name": "lns"}, shape.num_hidden_layers)
     model = build_decoder(replace(shape, norm_backend=backend), specs, seed=1, device=DEVICE).to(dtype)
     compile_blocks(model.blocks, compiled, fullgraph=True)
-    add_norm = decoder_module.add_norm
+    add_norm = norms.add_norm
 
     def loss(tokens: Tensor) -> Tensor:
-        decoder_module.add_norm = released_norm if released else add_norm
+        norms.add_norm = released_norm if released else add_norm
         try:
             return mean_loss(model, tokens, next_tokens(tokens))
         finally:
-            decoder_module.add_norm = add_norm
+            norms.add_norm = add_norm
 
     return model, build_optimizer(model, OptimConfig(), max_steps=1000)[0], loss
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.kernels.reference import reference_add_norm
-from cod_lightning.nn import decoder as decoder_module
+from cod_lightning.nn import norms
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import STRATEGIES, build_all
@@ -38,7 +38,7 @@ def loss_and_gradients(decoder):
 
 def use_the_reference(monkeypatch):
     monkeypatch.setattr(
-        decoder_module, "add_norm", lambda *tensors, backend, **settings: reference_add_norm(*tensors, **settings)
+        norms, "add_norm", lambda *tensors, backend, **settings: reference_add_norm(*tensors, **settings)
     )
 
 

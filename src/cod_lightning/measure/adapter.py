@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cod_lightning.errors import UserError, first_line
-from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, IdentityNorm, scale
+from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, scale
 from cod_lightning.nn.layouts import BERT, COHERE, Layout, find_layout, sites, submodule
+from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Block, Decoder, Norm, Residual
+from cod_lightning.nn.decoder import Block, Decoder, Residual
+from cod_lightning.nn.norms import Norm
 from cod_lightning.nn.parallel import Model
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 from cod_lightning.nn.vit import VisionTransformer

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cod_lightning.kernels.loss import IGNORE, TokenLoss
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import ActivationHook, Attention, Block, Norm, run_blocks
+from cod_lightning.nn.decoder import ActivationHook, Attention, Block, run_blocks
+from cod_lightning.nn.norms import Norm
 from cod_lightning.nn.strategies import BlockSpec
 
 

@@ -27,7 +27,8 @@ from cod_lightning.config.schema import Config
 from cod_lightning.data.config import ImageConfig
 from cod_lightning.kernels.loss import chunk_size
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder, Norm
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.norms import Norm
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
 from cod_lightning.nn.strategies import BlockSpec, build_all

@@ -1,0 +1,85 @@
+"""The norms of a model: a layer around the kernels, with the gain of a strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cod_lightning.kernels.norm import add_norm
+from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.spec import SublayerSpec
+
+
+class Norm(nn.Module):
+    """gain * weight * norm(x); the gain is a constant of the strategy, a Python float and not state.
+
+    With `before_matmul`, autocast rounds the output to its dtype, which the matrix product would do anyway. `size` is
+    the number of channels, by default the hidden size.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: SublayerSpec | None = None,
+        before_matmul: bool = False,
+        size: int | None = None,
+    ):
+        super().__init__()
+        spec = spec or SublayerSpec()
+        if config.hidden_size % spec.groups:
+            raise ValueError(f"norm.groups={spec.groups} does not divide model.hidden_size={config.hidden_size}")
+        self.kind, self.groups, self.gain = config.norm, spec.groups, spec.gain
+        # norm(s x) with eps equals norm(x) with eps / s^2, so that the input needs no multiplication.
+        self.eps = config.norm_eps / spec.input_scale**2
+        self.before_matmul, self.backend = before_matmul, config.norm_backend
+        self.initial_weight = spec.pre_norm_weight
+        self.weight = nn.Parameter(torch.empty(size or config.hidden_size)) if config.norm_affine else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """gain * weight * norm(x)."""
+        _, y_BTD = self.fused_add_norm(x_BTD)
+        return y_BTD
+
+    def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + branch and gain * weight * norm(x + branch), in one kernel, whose backward adds up both gradients.
+
+        For this, use the first output in place of x.
+        """
+        device = x_BTD.device.type
+        cast = self.before_matmul and torch.is_autocast_enabled(device)
+        return add_norm(
+            x_BTD,
+            self.weight,
+            branch_BTD,
+            kind=self.kind,
+            eps=self.eps,
+            gain=self.gain,
+            groups=self.groups,
+            dtype=torch.get_autocast_dtype(device) if cast else None,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, gain={self.gain:.4g}, groups={self.groups}, eps={self.eps:.3g}"
+
+
+class IdentityNorm(nn.Module):
+    """Replaces a `Norm` that the strategy does not have."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD
+
+    def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        sum_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
+        return sum_BTD, sum_BTD
+
+
+def norm_if(present: bool, config: DecoderConfig, **options: Any) -> Norm | IdentityNorm:
+    return Norm(config, **options) if present else IdentityNorm()
+
+
+def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | IdentityNorm:
+    """The norm before a sub-layer; autocast rounds its output unless the residual stream goes on from there."""
+    return norm_if(spec.pre_norm, config, spec=spec, before_matmul=spec.skip_from != "pre_norm")
