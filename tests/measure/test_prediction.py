@@ -54,6 +54,11 @@ def test_the_identity_does_not_grow_with_the_depth():
     assert prediction.gain == [1.0, 1.0]
 
 
+def test_a_strategy_without_a_closed_form_is_an_error():
+    with pytest.raises(UserError, match="value_residual='mean' has no closed form"):
+        predict(CONFIG, {"name": "value_residual", "form": "mean"})
+
+
 def test_a_depth_that_cannot_be_doubled_is_an_error():
     with pytest.raises(UserError, match="num_hidden_layers=5001 is doubled: expected at most 5000"):
         predict(DecoderConfig(num_hidden_layers=5001, vocab_size=64), {"name": "lns"})

@@ -45,6 +45,7 @@ compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings t
         ("gpas", "selective", None),
         ("gpas", "full", "aot_eager"),
         ("x0_mix", "full", "aot_eager"),
+        ("value_residual", "full", "aot_eager"),
     ],
 )
 def test_a_wrapped_model_has_the_same_loss_and_gradients(norm, checkpointing, backend):

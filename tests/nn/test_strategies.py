@@ -28,7 +28,7 @@ def rms(x, w, eps=1e-3):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
 
 
-def attention(x, b, rope, norms=""):
+def attention(x, b, rope, norms="", values=lambda v: v):
     """Causal attention with 2 heads of 16 channels; `norms` of q, k, v over the channels of a head."""
     q, k, v = (
         rms(h, b[f"self_attn.{name}_norm.weight"]) if name in norms else h
@@ -39,7 +39,7 @@ def attention(x, b, rope, norms=""):
     q, k = (torch.complex(h[..., :8], h[..., 8:]) * turn for h in (q, k))
     logits = (q @ k.mH).real / 4
     later = torch.ones(logits.shape[-2:]).triu(1).bool()
-    y = logits.masked_fill(later, -math.inf).softmax(-1) @ v
+    y = logits.masked_fill(later, -math.inf).softmax(-1) @ values(v)
     return y.transpose(1, 2).flatten(2) @ b["self_attn.o_proj.weight"].T
 
 
@@ -114,12 +114,12 @@ def normless(x, f, g, b, scales):
 
 
 def hybrid(x, f, g, b):
-    z = rms(x + f(x, "qkv"), b["post_attention_layernorm.weight"])
+    z = rms(x + f(x, norms="qkv"), b["post_attention_layernorm.weight"])
     return z + g(z)
 
 
 def hybrid_star(x, f, g, b, layer):
-    return pre(x, lambda h: f(h, "qkv"), g, b) if layer == 1 else hybrid(x, f, g, b)
+    return pre(x, lambda h: f(h, norms="qkv"), g, b) if layer == 1 else hybrid(x, f, g, b)
 
 
 def span(x, f, g, b, layer):
@@ -130,6 +130,15 @@ def span(x, f, g, b, layer):
 
 def mixed_x0(x, f, g, b, inside=(1, 1)):
     return pre(b["embedding_skip"][0] * x + b["embedding_skip"][1] * b["x0"], f, g, b, inside)
+
+
+def normalised_values(v, b):
+    s, a1, a2 = b["self_attn.value_mix"]
+    return s * (a1 * v + a2 * b["v1"]) / (a1**2 + a2**2).sqrt()
+
+
+def value_residual(x, f, g, b, values, inside=(1, 1)):
+    return pre(x, lambda h: f(h, values=lambda v: values(v, b)), g, b, inside)
 
 
 def learned(b, name):
@@ -182,10 +191,19 @@ EQUATIONS = {
     "hybrid_norm": ({}, lambda *a, layer: hybrid(*a)),
     "hybrid_norm star": ({"star": True}, hybrid_star),
     "span_norm": ({}, span),
-    "qk_norm": ({}, lambda x, f, *a, layer: pre(x, lambda h: f(h, "qk"), *a)),
-    "qk_norm on olmo2": ({"base": "olmo2"}, lambda x, f, *a, layer: reordered(x, lambda h: f(h, "qk"), *a)),
+    "qk_norm": ({}, lambda x, f, *a, layer: pre(x, lambda h: f(h, norms="qk"), *a)),
+    "qk_norm on olmo2": ({"base": "olmo2"}, lambda x, f, *a, layer: reordered(x, lambda h: f(h, norms="qk"), *a)),
     "x0_mix": ({}, lambda *a, layer: mixed_x0(*a)),
     "x0_mix on lns": ({"base": "lns"}, lambda *a, layer: mixed_x0(*a, [1 / math.sqrt(layer)] * 2)),
+    "value_residual": ({}, lambda *a, layer: value_residual(*a, normalised_values)),
+    "value_residual on lns": (
+        {"base": "lns"},
+        lambda *a, layer: value_residual(*a, normalised_values, 2 * [1 / math.sqrt(layer)]),
+    ),
+    "value_residual mean": (
+        {"form": "mean"},
+        lambda *a, layer: value_residual(*a, lambda v, b: 0.5 * b["v1"] + 0.5 * v),
+    ),
     "layer_scale": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "skip_init": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "ds_init": ({}, lambda *a, layer: pre(*a)),
@@ -221,18 +239,22 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
         x = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
         z = x.detach().clone().requires_grad_()
         x0 = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
-        parameters["x0"] = x0.detach().clone().requires_grad_()
+        v1 = torch.randn(2, 2, 5, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+        parameters |= {name: h.detach().clone().requires_grad_() for name, h in (("x0", x0), ("v1", v1))}
         rope = rotary(5, 16, 1e4, x)
-        y = ours(x, rope, None, x0)
-        f = lambda h, norms="", b=parameters, r=rope: attention(h, b, r, norms)  # noqa: E731
+        y = ours(x, rope, None, x0, v1)
+        y = y[0] if isinstance(y, tuple) else y
+        f = lambda h, b=parameters, r=rope, **options: attention(h, b, r, **options)  # noqa: E731
         expected = EQUATIONS[case][1](z, f, theirs.mlp, parameters, layer=layer)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         y.backward(cotangent)
         expected.backward(cotangent)
         torch.testing.assert_close(x.grad, z.grad, rtol=1e-10, atol=1e-12)
-        if x0.grad is not None:
-            torch.testing.assert_close(x0.grad, parameters["x0"].grad, rtol=1e-10, atol=1e-12)
+        for shared, name in ((x0, "x0"), (v1, "v1")):
+            assert (shared.grad is None) == (parameters[name].grad is None)
+            if shared.grad is not None:
+                torch.testing.assert_close(shared.grad, parameters[name].grad, rtol=1e-10, atol=1e-12)
         for name, parameter in ours.named_parameters():
             torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-12)
 
@@ -246,6 +268,20 @@ def test_every_block_of_x0_mix_reads_the_embeddings():
     rope = rotary(5, 16, 1e4, x)
     expected = decoder.blocks[-1](x, rope, None, x)
     torch.testing.assert_close(run_blocks(decoder.blocks, x, rope, None), expected)
+
+
+def test_every_block_of_value_residual_reads_the_values_of_the_first():
+    blocks = decoder_of("value_residual").blocks
+    with torch.no_grad():
+        for block_ in blocks:
+            block_.self_attn.value_mix.copy_(torch.tensor([1.0, 0.0, 1.0]))
+    x, rope = torch.randn(2, 5, 32), rotary(5, 16, 1e4, torch.ones(1))
+    v1 = blocks[0].self_attn.v_proj(blocks[0].input_layernorm(x)).unflatten(-1, (2, 16)).transpose(1, 2)
+    y = x
+    for block_ in blocks:
+        y, first = block_(y, rope, None, None, v1)
+        assert torch.equal(first, v1)
+    torch.testing.assert_close(run_blocks(blocks, x, rope, None), y)
 
 
 @pytest.mark.parametrize("case", [case for case in EQUATIONS if case != "rezero"])
@@ -506,6 +542,7 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "qk_norm", "base": "hybrid_norm"}, ["norm='qk_norm'", "norm.base", "sets head_norm itself"]),
         ({"name": "test_strategies:skip_without_norm"}, ["ffn.skip_from='pre_norm' without pre_norm"]),
         ({"name": "test_strategies:norm_of_heads"}, ["block.head_norm='kv', expected one of no, qk, qkv"]),
+        ({"name": "value_residual", "form": "sum"}, ["norm.form='sum'", "known: learned, mean"]),
         ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
     ],
 )

@@ -46,8 +46,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm, self.v_norm = (
             norm_if(name in spec.head_norm, config, before_matmul=True, size=self.head_dim) for name in "qkv"
         )
+        self.value_residual = spec.value_residual
+        self.value_mix = nn.Parameter(torch.empty(3)) if spec.value_residual == "learned" else None
 
-    def forward(self, x_BTD: Tensor, rope: Rope | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: Rope | None, first_BGTK: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """y [B, T, D]; with a value residual, also the values of the first block, which this is if none are given."""
         q_BHTK, k_BGTK, v_BGTK = (
             norm(projection(x_BTD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
             for projection, norm in (
@@ -56,10 +61,22 @@ class Attention(nn.Module):
                 (self.v_proj, self.v_norm),
             )
         )
+        if self.value_residual != "no":
+            first_BGTK = v_BGTK if first_BGTK is None else first_BGTK
+            v_BGTK = self.mix_values(v_BGTK, first_BGTK)
         if rope is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, rope), rotate(k_BGTK, rope)
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=self.causal, enable_gqa=self.grouped)
-        return self.o_proj(y_BHTK.transpose(1, 2).flatten(-2))
+        y_BTD = self.o_proj(y_BHTK.transpose(1, 2).flatten(-2))
+        return y_BTD if self.value_residual == "no" else (y_BTD, first_BGTK)
+
+    def mix_values(self, v_BGTK: Tensor, first_BGTK: Tensor) -> Tensor:
+        """(v + first) / 2, or s * (a * v + b * first) / sqrt(a^2 + b^2)."""
+        if self.value_mix is None:
+            return (v_BGTK + first_BGTK) / 2
+        s, a, b = self.value_mix
+        s = s * (a * a + b * b).rsqrt()
+        return scale(v_BGTK, s * a) + scale(first_BGTK, s * b)
 
 
 class FeedForward(nn.Module):
@@ -140,13 +157,26 @@ class Block(nn.Module):
         rope: Rope | None,
         hook: Callable[[str, Tensor], object] | None = None,
         embedding_BTD: Tensor | None = None,
-    ) -> Tensor:
+        first_BGTK: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """The output y [B, T, D]; with a value residual, y and the values of the first block.
+
+        Args:
+            x_BTD: the input.
+            rope: rotary embeddings, or None.
+            hook: called with the scaled branches and the output.
+            embedding_BTD: for `embedding_skip`, the input of the first block.
+            first_BGTK: for a value residual, the values of the first block; None in that block.
+        """
         x_BTD = self.mix(self.entry_norm(x_BTD), embedding_BTD)
         # h = gain * pre_norm(x)
         x_BTD, h_BTD = self.input_layernorm.fused_add_norm(x_BTD)
         block_BTD = x_BTD
         # branch = branch_scale * branch_norm( attention(h) )
-        attention_BTD = self.attention_residual.scaled_branch(self.self_attn(h_BTD, rope))
+        f_BTD = self.self_attn(h_BTD, rope, first_BGTK)
+        if self.spec.value_residual != "no":
+            f_BTD, first_BGTK = f_BTD
+        attention_BTD = self.attention_residual.scaled_branch(f_BTD)
         # x = gate( sum_norm( skip * x + branch ) ) and h = gain * pre_norm(x)
         x_BTD = self.attention_residual.skip_input(x_BTD, h_BTD, block_BTD)
         x_BTD, h_BTD = self.attention_residual.fused_with_norm(
@@ -161,7 +191,7 @@ class Block(nn.Module):
             hook("attention", attention_BTD)
             hook("ffn", ffn_BTD)
             hook("residual", y_BTD)
-        return y_BTD
+        return y_BTD if self.spec.value_residual == "no" else (y_BTD, first_BGTK)
 
     def mix(self, x_BTD: Tensor, embedding_BTD: Tensor | None) -> Tensor:
         """x, or with `embedding_skip` a * x + b * embedding."""
@@ -241,10 +271,13 @@ def run_blocks(blocks: list[Block], x_BTD: Tensor, rope: Rope | None, hook: Acti
     """Run all blocks on the embeddings x, calling `hook`."""
     if hook is not None:
         hook("embedding", 0, x_BTD)
-    embedding_BTD = x_BTD
+    embedding_BTD, first_BGTK = x_BTD, None
     for layer, block in enumerate(blocks, start=1):
         of_layer = None if hook is None else lambda name, x, layer=layer: hook(name, layer, x)
-        x_BTD = block(x_BTD, rope, of_layer, embedding_BTD if block.spec.embedding_skip else None)
+        shared = (embedding_BTD if block.spec.embedding_skip else None, first_BGTK)
+        x_BTD = block(x_BTD, rope, of_layer, *shared)
+        if block.spec.value_residual != "no":
+            x_BTD, first_BGTK = x_BTD
     return x_BTD
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Block, Decoder, Residual
+from cod_lightning.nn.decoder import Attention, Block, Decoder, Residual
 from cod_lightning.nn.norms import Norm
 from cod_lightning.nn.parallel import Model
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
@@ -105,6 +105,8 @@ def initialise(model: M, seed: int) -> M:
             module.branch_scale.fill_(module.spec.branch_scale)
         if isinstance(module, Block) and module.embedding_skip is not None:
             copy_(module.embedding_skip, numbers_like(module.embedding_skip, 1.0, 0.0))
+        if isinstance(module, Attention) and module.value_mix is not None:
+            copy_(module.value_mix, numbers_like(module.value_mix, 1.0, 1.0, 0.0))
         if isinstance(module, Residual) and module.skip is not None:
             module.skip.fill_(module.spec.skip)
     profile_skips(model, seed)

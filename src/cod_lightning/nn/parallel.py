@@ -79,12 +79,12 @@ def parallelise(
         shard(block, dtype, ignored=set(block.parameters()) - matrices)
 
 
-def checkpointed(forward: Callable[..., Tensor], checkpointing: str) -> Callable[..., Tensor]:
+def checkpointed(forward: Callable[..., Any], checkpointing: str) -> Callable[..., Any]:
     """The `forward` of a block with activation checkpointing, which a call with a hook skips."""
     selective = partial(create_selective_checkpoint_contexts, policy)
     contexts: dict[str, Any] = {"context_fn": selective} if checkpointing == "selective" else {}
 
-    def run(x: Tensor, rope: Rope | None, hook: Any = None, *shared: Tensor | None) -> Tensor:
+    def run(x: Tensor, rope: Rope | None, hook: Any = None, *shared: Tensor | None) -> Any:
         if hook is not None or not torch.is_grad_enabled():
             return forward(x, rope, hook, *shared)
         return checkpoint(forward, x, rope, None, *shared, use_reentrant=False, preserve_rng_state=False, **contexts)

@@ -90,6 +90,9 @@ class BlockSpec:
     """Norms of queries and keys, or of values too, over the channels of each head and before rotary embeddings."""
     embedding_skip: bool = False
     """The block reads a x + b x0, x0 the embeddings, with learned numbers a and b that start at 1 and 0."""
+    value_residual: Literal["no", "mean", "learned"] = "no"
+    """Mixes the values V of attention with those of the first block, V1: "mean" is (V + V1) / 2, "learned"
+    s (a V + b V1) / sqrt(a^2 + b^2) with learned numbers s, a and b that start at 1, 1 and 0."""
 
     @property
     def sublayers(self) -> tuple[SublayerSpec, SublayerSpec]:

@@ -332,6 +332,16 @@ def x0_mix(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> Bloc
 
 
 @register
+def value_residual(layer: int, depth: int, form: str = "learned", base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(LN(x)), values s (a V + b V1) / sqrt(a^2 + b^2), V1 those of block 1; s, a, b learned from 1, 1, 0 (IMU-1).
+    `form=mean`: (V + V1) / 2 (ResFormer).
+    """
+    if form not in ("learned", "mean"):
+        raise UserError(f"norm.form={form!r} does not exist: {nearest(str(form), ('learned', 'mean'))}")
+    return change_block("value_residual", build(base, layer, depth, options), value_residual=form)
+
+
+@register
 def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """h - silu(a) stop_gradient(h), for the sums of pre-norm blocks and the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)
