@@ -30,9 +30,13 @@ if not torch.cuda.is_available():
     interpreter._convert_float = rounded
 
 
+LONGEST_FIRST = ["test_cli.py", "test_parallel.py", "test_hosts.py", "test_experiments.py", "test_norm_backends.py"]
+
+
 def pytest_collection_modifyitems(items):
-    """Run the longest file first (80 s, mostly pip), so that parallel workers finish at the same time."""
-    items.sort(key=lambda item: item.path.name != "test_packaging.py")
+    """Run the longest files first, so that parallel workers finish at the same time."""
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 TEXT = "the norm of a deep block grows with depth and its branch adds less while early layers learn most"

@@ -122,17 +122,20 @@ def test_relative_data_files_are_sought_beside_the_task(own_task, tmp_path, monk
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_the_harness_has_the_tasks_of_the_paper():
-    task_manager(PAPER_TASKS)
-
-
-@needs_harness
-@pytest.mark.filterwarnings("default")
 def test_bad_tasks_are_errors(tmp_path):
     with pytest.raises(UserError, match="tasks= is empty"):
         task_manager(())
     with pytest.raises(UserError, match="no such folder"):
         task_manager(("piqa",), tmp_path / "nowhere")
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_only_tasks_that_the_harness_lacks_are_errors(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: toy_choice")
+    with pytest.raises(UserError, match=r"unknown task 'toy_choise'; similar: toy_choice\b") as error:
+        task_manager(("toy_choise", *PAPER_TASKS), tmp_path)
+    assert str(error.value).count("unknown task") == 1
 
 
 @needs_harness

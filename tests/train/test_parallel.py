@@ -16,6 +16,7 @@ from run_files import copy_checkpoints, history, losses, newest
 from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import Stopped, UserError
+from cod_lightning.nn.spec import SublayerSpec
 from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train.callbacks import StopOnSignal
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, checkpoints, read_checkpoint
@@ -42,12 +43,12 @@ def environment():
     return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
-def run_all(folder, runs, ranks):
-    """Train runs, each a list of overrides, on `ranks` ranks started by torchrun."""
-    script, listed = folder / "runs.py", folder / f"runs-on-{ranks}.json"
+def on_two_ranks(folder, runs):
+    """Train runs, each a list of overrides, on two ranks started by torchrun."""
+    script, listed = folder / "runs.py", folder / "runs.json"
     script.write_text(RUNS)
     listed.write_text(json.dumps(runs))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = [sys.executable, *launcher, str(script), str(listed)]
     done = subprocess.run(process, env=environment(), capture_output=True, text=True, timeout=2 * TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,28 +90,65 @@ def record_of(folder):
     return json.loads((folder / "record.json").read_text())
 
 
-# --- the first step ---------------------------------------------------------------------------------------------------
+# --- runs on two ranks ------------------------------------------------------------------------------------------------
 
 FIRST_STEP = [
     *("trainer.max_steps=1", "eval.every=100", *QUIET),
     *(f"optim.clip={CLIP}", "optim.warmup_ratio=0", "data.micro_batch_size=2", "data.val_tokens=512"),
 ]
+PROTOCOL = [
+    *("data.layout=document", "data.micro_batch_size=2", "trainer.max_steps=4", "optim.warmup_ratio=0"),
+    *("trainer.probe_rows=3", "trainer.measures={angular: 2, removal: 4}"),
+]
+SHORT = ["data.micro_batch_size=1", "trainer.stats_every=3"]
+MIXED = "trainer.precision=bf16-mixed"
+MODES = ["ddp", "fsdp"]
+PROTOCOLS = ["strict", "paper"]
+
+
+def kind(strategy):
+    """What ranks see of a strategy: the coefficients that it changes, apart from numbers."""
+    specs = [strategy(layer, 4) for layer in range(1, 5)]
+    parts = [vars(part) | {"entry_norm": spec.entry_norm} for spec in specs for part in spec.sublayers]
+    changed = set[tuple[str, object]]().union(*(part.items() for part in parts)) - vars(SublayerSpec()).items()
+    return frozenset((name, value if isinstance(value, str) else "") for name, value in changed if not is_number(value))
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+NORMS = sorted({kind(strategy): name for name, strategy in STRATEGIES.items()}.values())
+"""One strategy of each kind."""
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(toy, output):
+    """Folder of the runs that two ranks train, all in one process group: starting another takes 10 s."""
+    short = [*toy, *SHORT, *world("fsdp"), f"output={output}"]
+    runs = [[*short, "name=two"], [*short, "trainer.checkpointing=selective", MIXED, "name=mixed"]]
+    for mode in MODES:
+        words = [*toy, *FIRST_STEP, *world(mode), f"output={output / mode}"]
+        runs += [[*words, f"norm={name}", f"name={name}"] for name in NORMS]
+    words = [*toy, *PROTOCOL, *world("ddp"), f"output={output / 'protocols'}"]
+    runs += [[*words, f"protocol={protocol}", f"name={protocol}"] for protocol in PROTOCOLS]
+    on_two_ranks(output, runs)
+    return output
+
+
+# --- the first step ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def one_process(train_in, tmp_path_factory):
     """Run folders by strategy of one step in this process."""
     folder = tmp_path_factory.mktemp("one")
-    return {name: train_in(folder, *FIRST_STEP, f"norm={name}", f"name={name}")[1] for name in STRATEGIES}
-
-
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def two_ranks(request, toy, tmp_path_factory):
-    """Run folders by strategy of one step on two ranks."""
-    folder = tmp_path_factory.mktemp(request.param)
-    overrides = [*toy, *FIRST_STEP, *world(request.param), f"output={folder}"]
-    run_all(folder, [[*overrides, f"norm={name}", f"name={name}"] for name in STRATEGIES], ranks=2)
-    return {name: folder / name for name in STRATEGIES}
+    return {name: train_in(folder, *FIRST_STEP, f"norm={name}", f"name={name}")[1] for name in NORMS}
 
 
 def first_moments(folder):
@@ -118,23 +156,27 @@ def first_moments(folder):
     return {number: state["exp_avg"] for number, state in newest(folder)["optimizer_states"][0]["state"].items()}
 
 
-def test_two_ranks_report_the_losses_of_one_process(one_process, two_ranks):
-    for name in STRATEGIES:
-        one, two = record_of(one_process[name]), record_of(two_ranks[name])
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_report_the_losses_of_one_process(one_process, two_ranks, mode):
+    for name in NORMS:
+        one, two = record_of(one_process[name]), record_of(two_ranks / mode / name)
         assert two["world_size"] == 2
         for field in ("train_loss", "val_loss"):
             assert two[field] == pytest.approx(one[field], rel=1e-6), name
 
 
-def test_two_ranks_have_the_parameters_of_one_process(one_process, two_ranks):
-    for name in STRATEGIES:
-        assert record_of(two_ranks[name])["parameters"] == record_of(one_process[name])["parameters"]
-        assert newest(two_ranks[name])["state_dict"].keys() == newest(one_process[name])["state_dict"].keys()
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_have_the_parameters_of_one_process(one_process, two_ranks, mode):
+    for name in NORMS:
+        one, two = one_process[name], two_ranks / mode / name
+        assert record_of(two)["parameters"] == record_of(one)["parameters"]
+        assert newest(two)["state_dict"].keys() == newest(one)["state_dict"].keys()
 
 
-def test_two_ranks_compute_the_gradients_of_one_process(one_process, two_ranks):
-    for name in STRATEGIES:
-        expected, moments = first_moments(one_process[name]), first_moments(two_ranks[name])
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_compute_the_gradients_of_one_process(one_process, two_ranks, mode):
+    for name in NORMS:
+        expected, moments = first_moments(one_process[name]), first_moments(two_ranks / mode / name)
         assert moments.keys() == expected.keys()
         largest = max(float(moment.abs().max()) for moment in expected.values())
         for number, moment in expected.items():
@@ -142,23 +184,36 @@ def test_two_ranks_compute_the_gradients_of_one_process(one_process, two_ranks):
             torch.testing.assert_close(moments[number], moment, rtol=1e-4, atol=1e-6 * largest)
 
 
-def test_two_ranks_clip_the_norm_of_the_whole_gradient(two_ranks):
-    for name in STRATEGIES:
-        moments, groups = first_moments(two_ranks[name]), newest(two_ranks[name])["optimizer_states"][0]["param_groups"]
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_clip_the_norm_of_the_whole_gradient(two_ranks, mode):
+    for name in NORMS:
+        folder = two_ranks / mode / name
+        moments, groups = first_moments(folder), newest(folder)["optimizer_states"][0]["param_groups"]
         counted = {number: group.get("clip", 1.0) for group in groups for number in group["params"]}
         squares = sum(float((counted[number] * moment).square().sum()) for number, moment in moments.items())
         assert squares**0.5 / (1 - BETA) == pytest.approx(CLIP, rel=1e-3), name
 
 
+# --- validation and measures ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_two_ranks_report_the_measures_of_one_process(train, two_ranks, protocol):
+    expected, _ = train(*PROTOCOL, f"protocol={protocol}")
+    result = record_of(two_ranks / "protocols" / protocol)
+    assert (expected["world_size"], result["world_size"]) == (1, 2)
+    assert losses(result) == pytest.approx(losses(expected), rel=1e-5)
+    for name in ("val_loss", "ppl_paper_protocol"):
+        assert result[name] == pytest.approx(expected[name], rel=1e-5)
+    assert result["tokens"] == expected["tokens"]
+    assert result["val_tokens"] == expected["val_tokens"]
+    for kind in ("layers", "jacobian", "angular", "removal"):
+        for name, values in expected["history"][kind].items():
+            for one, two in zip(values, result["history"][kind][name], strict=True):
+                assert two == pytest.approx(one, rel=1e-3, abs=1e-6), (kind, name)
+
+
 # --- sharded checkpoints ----------------------------------------------------------------------------------------------
-
-SHORT = ["data.micro_batch_size=1", "trainer.stats_every=3"]
-MIXED = "trainer.precision=bf16-mixed"
-
-
-@pytest.fixture(scope="module")
-def output(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +223,9 @@ def single(train_in, output):
 
 
 @pytest.fixture(scope="module")
-def sharded(toy, output):
-    """Record of a run under FSDP on two ranks; a run in mixed precision is beside it."""
-    overrides = [*toy, *SHORT, f"output={output}", *world("fsdp")]
-    mixed = [*overrides, "trainer.checkpointing=selective", MIXED, "name=mixed"]
-    run_all(output, [[*overrides, "name=two"], mixed], ranks=2)
-    return record_of(output / "two")
+def sharded(two_ranks):
+    """Record of a run under FSDP on two ranks."""
+    return record_of(two_ranks / "two")
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +235,7 @@ def resumed(toy, train_in, output, single, sharded):
         copy_checkpoints(output / ("one" if name == "file" else "two"), output / name, until=4)
     overrides = [*toy, *SHORT, f"output={output}"]
     runs = [("on2", "fsdp"), ("ddp", "ddp"), ("file", "fsdp")]
-    run_all(output, [[*overrides, *world(strategy), f"name={name}"] for name, strategy in runs], ranks=2)
+    on_two_ranks(output, [[*overrides, *world(strategy), f"name={name}"] for name, strategy in runs])
     # Four ranks on two nodes with hybrid sharding: our launcher starts the second rank of a node.
     nodes = [*overrides, *world("fsdp"), "trainer.num_nodes=2", "trainer.hybrid=true", "name=on4"]
     for status, printed in on_two_nodes(output, lambda rank: nodes):
