@@ -291,6 +291,15 @@ def test_a_linear_map_takes_the_place_of_its_blocks(causal_lm, folder):
     assert [row["layers"] for row in result.rows()] == [4, 2, 2]
 
 
+def test_a_single_batch_is_split_into_training_and_measured_sequences(causal_lm, folder):
+    batch = tokens()
+    options = {"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 1, "export": lambda *_: None}
+    result = prune(causal_lm("ours"), [batch], PAD, folder=folder, **options)
+    assert result.loss_before == pytest.approx(mean_loss(causal_lm("ours"), [batch[1::2]], PAD)[0])
+    with pytest.raises(UserError, match="replace= trains on one sequence and measures on another: give at least two"):
+        prune(causal_lm("ours"), [batch[:1]], PAD, folder=folder.with_name("other"), **options)
+
+
 @pytest.mark.parametrize("replace", ["layer", "ffn"])
 def test_a_trained_block_is_measured_on_other_batches_than_it_was_trained_on(causal_lm, folder, replace):
     model = causal_lm("ours")

@@ -164,10 +164,11 @@ def prune(
         by: select blocks by `influence`, the lowest (ShortGPT); `streamline`, the contiguous ones with the smallest
             distance (LLM-Streamline); or `removal`, those that alone raise the loss least.
         blocks: number of blocks to select.
-        replace: with `by=streamline`, put something in the place of the run that every second batch trains; losses are
-            those of the other batches. `layer`: one block, and the run is one block longer (LLM-Streamline); `ffn`: a
-            block whose attention is zero (its FFN, with norm and skip), see `train_replacement`; `linear`: a linear map
-            in the last projection before the run (ReplaceMe), see `fold_linear_map`.
+        replace: with `by=streamline`, put something in the place of the run that every second batch trains, or every
+            second sequence of a single batch; losses are those of the others. `layer`: one block, and the run is one
+            block longer (LLM-Streamline); `ffn`: a block whose attention is zero (its FFN, with norm and skip), see
+            `train_replacement`; `linear`: a linear map in the last projection before the run (ReplaceMe), see
+            `fold_linear_map`.
         replace_steps: number of steps of `layer` and `ffn`.
         replace_lr: their learning rate.
         sparsity: share of the weights of the blocks' linear layers to set to zero.
@@ -200,9 +201,7 @@ def prune(
         pruning = Pruning(remove_blocks(model, layers), "named", sorted(set(layers)), [], "")
     elif by is not None and blocks is not None:
         if replace is not None:
-            training, batches = batches[::2], batches[1::2]
-            if not batches:
-                raise UserError("replace= trains on one batch and measures on another: give at least two")
+            training, batches = split_batches(batches)
             pruning = replace_run(model, training, pad_id, progress, blocks, replace, replace_steps, replace_lr)
         else:
             pruning = prune_blocks(model, batches, pad_id, progress, by, blocks)
@@ -245,6 +244,19 @@ def prune(
         ppl_after=perplexity_of(loss_after),
         loss_without=loss_without,
     )
+
+
+def split_batches(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Every second batch, and the others; of a single batch every second sequence.
+
+    Raises:
+        UserError: there is only one sequence.
+    """
+    if len(batches) > 1:
+        return batches[::2], batches[1::2]
+    if sum(map(len, batches)) < 2:
+        raise UserError("replace= trains on one sequence and measures on another: give at least two, as in rows=32")
+    return [batches[0][::2]], [batches[0][1::2]]
 
 
 def require_one_selection(
