@@ -240,6 +240,10 @@ if not torch.cuda.is_available():
 # --- strategies -----------------------------------------------------------------------------------------------------
 
 RETURNS = "from cod_lightning.nn.strategies import BlockSpec, block\ndef f(layer, depth):\n    return "
+SCHEDULED = (
+    "from cod_lightning.nn.strategies import Schedule, block\ndef f(layer, depth):\n"
+    "    return block(branch_schedule=Schedule(lambda step: "
+)
 STRATEGIES = [
     (nothing, ["fit", "norm=nowhere.norms:f"], ["No module named 'nowhere'", "package.module:function"]),
     (nothing, ["fit", "norm=.norms:f"], ["norm='.norms:f'", "expected an importable package.module:function"]),
@@ -267,6 +271,16 @@ STRATEGIES = [
     (module(f"{RETURNS}block(groups=0)"), ["fit", MINE], ["attention.groups=0, expected a whole number from 1"]),
     (module(f"{RETURNS}block(gate='in')"), ["fit", MINE], ["gate='in', expected one of no, output, input"]),
     (module(f"{RETURNS}block(pre_norm=1)"), ["fit", MINE], ["pre_norm=1, expected true or false"]),
+    (
+        module(f"{SCHEDULED}1.0 if layer + step < 9 else float('nan'), end=50))"),
+        ["toy", MINE],
+        ["branch_schedule of layer 3 at step 6 is nan, expected a finite number"],
+    ),
+    (
+        module(f"{SCHEDULED}1 / step, end=50))"),
+        ["toy", MINE],
+        ["branch_schedule of layer 1 at step 0: ZeroDivisionError: division by zero"],
+    ),
 ]
 
 # --- text and prepared sets -----------------------------------------------------------------------------------------
@@ -366,6 +380,7 @@ RUNS = [
      ["special_tokens_map.json: expected an object", "must hold a JSON object"]),
     (with_run(overwrite("tokenizer/special_tokens_map.json", '{"eos_token": 5}')), ["generate", "run", "x"],
      ["eos_token=5 must be a token"]),
+    (with_run(), ["toy", "norm=pro_res", "init_from=run"], ["init_from does not support norm=pro_res, whose branch_"]),
     (with_run(), ["toy", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
     (with_run(overwrite(LAST, half)), ["toy", "init_from=run"], DAMAGED),
     (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["decoder: add norm=lns norm.position=after_ln, or"]),

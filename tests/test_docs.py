@@ -19,7 +19,7 @@ from cod_lightning.commands.measure import is_model, split_options
 from cod_lightning.config.compose import choices, compose, groups, sweep
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.huggingface import unsupported_features
 from cod_lightning.nn.strategies import LNS_POSITIONS, STRATEGIES, build_all
 from cod_lightning.train.estimate import estimate
@@ -114,8 +114,11 @@ def test_the_settings_table_has_every_group_and_choice():
 
 
 def decoder_of(norm, depth=4, **options):
+    """A decoder at a step behind the end of every schedule."""
     with torch.device("meta"):
-        return Decoder(DecoderConfig(8, 16, depth, 2, vocab_size=8), build_all({"name": norm, **options}, depth))
+        decoder = Decoder(DecoderConfig(8, 16, depth, 2, vocab_size=8), build_all({"name": norm, **options}, depth))
+    set_step(decoder, 10**6)
+    return decoder
 
 
 def block_parameters(norm):

@@ -5,11 +5,11 @@ from .kernels.reference import reference_add_norm
 from .measure.adapter import ModelAdapter, load_pretrained
 from .nn.apply import apply, fold
 from .nn.config import DecoderConfig
-from .nn.decoder import Decoder
+from .nn.decoder import Decoder, set_step
 from .nn.init import build_decoder
 from .nn.layouts import Layout
 from .nn.param_groups import param_groups
-from .nn.strategies import STRATEGIES, BlockSpec, Rates, SublayerSpec, block, build_all, register
+from .nn.strategies import STRATEGIES, BlockSpec, Rates, Schedule, SublayerSpec, block, build_all, register
 from .nn.verify import verify
 from .train.load import load_run
 from .train.monitor import DepthMonitor
@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "ModelAdapter",
     "Rates",
+    "Schedule",
     "SublayerSpec",
     "__version__",
     "add_norm",
@@ -41,5 +42,6 @@ __all__ = [
     "reference_add_norm",
     "reference_linear_cross_entropy",
     "register",
+    "set_step",
     "verify",
 ]

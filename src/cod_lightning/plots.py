@@ -69,6 +69,7 @@ STRATEGIES = {
     "qk_norm": ("QK-norm", "#bd9e39"),
     "x0_mix": ("x0 mixing", "#637939"),
     "value_residual": ("Value residual", "#cedb9c"),
+    "pro_res": ("ProRes", "#bd9e39"),
 }
 """Label and colour of a strategy, the same in every figure."""
 RUN = re.compile(r"(\w+)-seed(\d+)-[0-9a-f]{8}")

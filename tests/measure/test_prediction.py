@@ -47,9 +47,10 @@ def test_a_stream_that_is_zero_or_infinite_is_an_error(coefficients, monkeypatch
         predict(DecoderConfig(32, 48, 3, 2, vocab_size=64), {"name": "extreme"})
 
 
-def test_the_identity_does_not_grow_with_the_depth():
+@pytest.mark.parametrize("name", ["rezero", "pro_res"])
+def test_the_identity_does_not_grow_with_the_depth(name):
     config = DecoderConfig(32, 48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
-    prediction = predict(config, {"name": "rezero"})
+    prediction = predict(config, {"name": name})
     assert prediction.doubled == pytest.approx(dict.fromkeys(QUANTITIES, 1.0))
     assert prediction.gain == [1.0, 1.0]
 

@@ -8,6 +8,7 @@ import torch
 
 from cod_lightning.data.tokenizers import PAD, DocumentTokenizer, train_bpe
 from cod_lightning.errors import UserError
+from cod_lightning.nn.decoder import set_step
 from cod_lightning.nn.huggingface import export, import_hf, to_hf
 from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, block
 
@@ -51,6 +52,8 @@ FOLDABLE = [
     {"name": "scaled_init"},
     {"name": "layer_scale", "base": "lns", "init": 0.5},
     {"name": "skip_init", "base": "ds_init"},
+    {"name": "pro_res"},
+    {"name": "pro_res", "base": "lns"},
     {"name": f"{__name__}:uneven"},
 ]
 
@@ -99,6 +102,15 @@ def test_an_unsupported_strategy_is_an_error_with_every_reason_and_writes_nothin
     assert [line.startswith(reason) for line, reason in zip(lines, reasons, strict=True)] == [True] * len(reasons)
     assert all("has no place in a Llama checkpoint" in line for line in lines)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_strategy_in_the_middle_of_its_schedule_is_refused(decoder):
+    ours = decoder({"name": "pro_res", "warmup": 5})
+    set_step(ours, 20)
+    to_hf(ours)
+    set_step(ours, 19)
+    with pytest.raises(UserError, match=r"^branch_schedule ends at step 20, and the model is at step 19: train it"):
+        to_hf(ours)
 
 
 def test_every_strategy_is_exportable_or_unsupported():

@@ -10,6 +10,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.decoder import set_step
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise, unwrapped_copy
 from cod_lightning.nn.strategies import build_all
@@ -20,7 +21,9 @@ TOKENS = torch.randint(37, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def build(norm="lns", wrap=lambda decoder: None, **changes):
-    return build_decoder(dataclasses.replace(CONFIG, **changes), build_all({"name": norm}, 2), seed=1, wrap=wrap)
+    decoder = build_decoder(dataclasses.replace(CONFIG, **changes), build_all({"name": norm}, 2), seed=1, wrap=wrap)
+    set_step(decoder, 700)  # in the middle of the schedule of pro_res
+    return decoder
 
 
 def step(decoder):
@@ -44,6 +47,7 @@ compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings t
         ("admin", "selective", "aot_eager"),
         ("gpas", "selective", None),
         ("gpas", "full", "aot_eager"),
+        ("pro_res", "full", "aot_eager"),
         ("x0_mix", "full", "aot_eager"),
         ("value_residual", "full", "aot_eager"),
     ],
@@ -91,7 +95,7 @@ def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
     torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0, -1])(torch.ones(1, 3, 16))
 
 
-@pytest.mark.parametrize("norm", ["lns", "peri_ln", "admin", "layer_scale", "gpas", "hybrid_norm", "x0_mix"])
+@pytest.mark.parametrize("norm", ["lns", "peri_ln", "admin", "layer_scale", "gpas", "hybrid_norm", "x0_mix", "pro_res"])
 def test_sharding_in_mixed_precision_rounds_what_autocast_rounds(tmp_path, norm):
     def gains(decoder):
         """Set the parameters outside of matrices to values that bfloat16 would round."""

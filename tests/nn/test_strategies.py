@@ -14,11 +14,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder, rotary, rotate, run_blocks
+from cod_lightning.nn.decoder import Decoder, rotary, rotate, run_blocks, set_step
 from cod_lightning.nn.init import build_decoder, initialise, seed_of
-from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, Rates, block, build, build_all, mix_ln, warnings
+from cod_lightning.nn.strategies import (
+    STRATEGIES,
+    BlockSpec,
+    Rates,
+    Schedule,
+    block,
+    build,
+    build_all,
+    mix_ln,
+    warnings,
+)
 
-L = 8
+L, STEP = 8, 2500
 CONFIG = DecoderConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=L, num_attention_heads=2, vocab_size=61, norm_eps=1e-3
 )
@@ -141,6 +151,11 @@ def value_residual(x, f, g, b, values, inside=(1, 1)):
     return pre(x, lambda h: f(h, values=lambda v: values(v, b)), g, b, inside)
 
 
+def warmed(layer):
+    """The factor of ProRes at step `STEP`."""
+    return min(STEP / (1000 * layer), 1)
+
+
 def learned(b, name):
     return b[f"attention_residual.{name}"], b[f"ffn_residual.{name}"]
 
@@ -210,6 +225,17 @@ EQUATIONS = {
     "scaled_init": ({}, lambda *a, layer: pre(*a)),
     "scaled_init on lns": ({"base": "lns"}, lambda *a, layer: pre(*a, inside=2 * [1 / math.sqrt(layer)])),
     "gpas": ({}, lambda *a, layer: gpas_after(*a)),
+    "pro_res": ({}, lambda *a, layer: pre(*a, outside=2 * [warmed(layer)])),
+    "pro_res on skip_init": (
+        {"base": "skip_init"},
+        lambda *a, layer: pre(*a, outside=[warmed(layer) * scale for scale in learned(a[3], "branch_scale")]),
+    ),
+    "pro_res on deep_norm": (
+        {"base": "deep_norm"},
+        lambda x, f, g, b, layer: post(
+            x, lambda h: warmed(layer) * f(h), lambda h: warmed(layer) * g(h), b, (2 * L) ** 0.25, (2 * L) ** 0.25
+        ),
+    ),
     "gpas on lns": ({"base": "lns"}, lambda *a, layer: gpas_after(*a, 1 / math.sqrt(layer))),
     "gpas on mix_ln": (
         {"base": "mix_ln"},
@@ -232,6 +258,7 @@ def test_every_strategy_has_its_equation_here():
 @pytest.mark.parametrize("case", EQUATIONS)
 def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
     decoder = shaken(decoder_of(case).double(), 0.1)
+    set_step(decoder, STEP)
     generator = torch.Generator().manual_seed(0)
     for layer, ours in enumerate(decoder.model.layers, start=1):
         theirs = copy.deepcopy(ours)
@@ -284,7 +311,7 @@ def test_every_block_of_value_residual_reads_the_values_of_the_first():
     torch.testing.assert_close(run_blocks(blocks, x, rope, None), y)
 
 
-@pytest.mark.parametrize("case", [case for case in EQUATIONS if case != "rezero"])
+@pytest.mark.parametrize("case", [case for case in EQUATIONS if case.split()[0] not in ("rezero", "pro_res")])
 def test_every_layer_changes_its_input(case):
     decoder = decoder_of(case)
     seen = {}
@@ -298,9 +325,10 @@ def test_every_layer_changes_its_input(case):
         before = after
 
 
-def test_rezero_starts_as_the_identity():
+@pytest.mark.parametrize("name", ["rezero", "pro_res"])
+def test_a_branch_that_starts_at_zero_is_the_identity(name):
     seen = {}
-    decoder_of("rezero")(torch.randint(61, (2, 9)), hook=lambda name, layer, x: seen.__setitem__((name, layer), x))
+    decoder_of(name)(torch.randint(61, (2, 9)), hook=lambda name, layer, x: seen.__setitem__((name, layer), x))
     assert torch.equal(seen["residual", L], seen["embedding", 0])
 
 
@@ -499,6 +527,10 @@ def norm_of_heads(layer, depth):
     return dataclasses.replace(block(), head_norm="kv")
 
 
+def no_schedule(layer, depth):
+    return BlockSpec(block(branch_schedule=0.5).attention, block(branch_schedule=Schedule(3, end=0)).ffn)
+
+
 def one_argument(layer):
     return block()
 
@@ -537,6 +569,17 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
                 "ffn.input_init=-1.0, expected a finite number above 0",
             ],
         ),
+        (
+            {"name": "test_strategies:no_schedule"},
+            [
+                "attention.branch_schedule=0.5, expected Schedule",
+                "ffn.branch_schedule.function=3, expected a function of the step",
+                "ffn.branch_schedule.end=0, expected a whole number from 1",
+            ],
+        ),
+        ({"name": "pro_res", "schedule": "cosine"}, ["norm.schedule='cosine'", "linear", "stagewise_sqrt_L"]),
+        ({"name": "pro_res", "warmup": 0}, ["norm.warmup=0 must be at least 1"]),
+        ({"name": "pro_res", "base": "admin"}, ["does not support this norm.base, which sets learned_skip itself"]),
         ({"name": "norm_preserving", "beta": 4.5}, ["norm.beta=4.5", "between 0 and the number of blocks, 4"]),
         ({"name": "complete_p", "base_depth": 0}, ["norm.base_depth=0", "at least 1"]),
         ({"name": "qk_norm", "base": "hybrid_norm"}, ["norm='qk_norm'", "norm.base", "sets head_norm itself"]),

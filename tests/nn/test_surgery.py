@@ -9,7 +9,7 @@ import cod_lightning as cod
 from cod_lightning.cli import main
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.layer_prediction import predict_between
 from cod_lightning.nn.strategies import STRATEGIES, block, build_all
 from cod_lightning.nn.surgery import convert, copies, grow
@@ -70,6 +70,7 @@ def test_a_learned_scale_keeps_its_value():
         ({"name": "post_ln"}, ["pre_norm=False (layer 1)", "sum_norm=True (layer 1)"]),
         ({"name": "peri_ln"}, ["entry_norm=True (layer 1)", "branch_norm=True (layer 1)"]),
         ({"name": "gpas"}, ["gate='output' (layer 1)"]),
+        ({"name": "pro_res"}, ["branch_schedule=Schedule(end=1000) (layer 1)"]),
         ({"name": "qk_norm"}, ["head_norm='qk' (layer 1)"]),
         ({"name": "layer_scale"}, ["learned_branch_scale='channel' (layer 1)"]),
         ({"name": "lns", "position": "before_ln"}, ["input_scale=0.7071067811865476 (layer 2)"]),
@@ -81,6 +82,15 @@ def test_a_strategy_that_weights_cannot_make_up_for_is_refused(norm, coefficient
         convert(trained(name="pre_ln"), norm)
     lines = str(error.value).splitlines()
     assert [line.partition(" sets ")[2].partition(", for which")[0] for line in lines] == coefficients
+
+
+def test_a_schedule_that_has_ended_is_dropped():
+    decoder = trained(name="pro_res")
+    set_step(decoder, 3999)
+    with pytest.raises(UserError, match="branch_schedule ends at step 4000, and the model is at step 3999"):
+        convert(decoder, {"name": "lns"})
+    set_step(decoder, 4000)
+    torch.testing.assert_close(convert(decoder, {"name": "lns"})(TOKENS), decoder(TOKENS), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("before", "after"), [("silent", "pre_ln"), ("pre_ln", "silent"), ("silent", "silent")])

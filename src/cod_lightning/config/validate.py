@@ -14,6 +14,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn import strategies
 from cod_lightning.nn.config import MOST_LAYERS
+from cod_lightning.nn.spec import schedule_end
 from cod_lightning.settings import choice_errors, setting_errors
 
 
@@ -156,6 +157,11 @@ def model_errors(config: Config) -> list[str]:
         errors.append(
             f"optim.weight_decay={config.optim.weight_decay} of optim.name='adam' is part of the gradient, where the "
             f"rates of norm={config.norm['name']} do not reach it: set optim.name=adamw"
+        )
+    if config.init_from is not None and schedule_end(specs):
+        errors.append(
+            f"init_from does not support norm={config.norm['name']}, whose branch_schedule would begin again: choose "
+            "a strategy without one"
         )
     weights = {weight for s in sublayers for weight in (s.pre_norm_weight, s.branch_norm_weight)}
     if not model.norm_affine and (weights != {1} or any(s.norm_rates is not None for s in sublayers)):

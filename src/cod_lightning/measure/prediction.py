@@ -233,11 +233,12 @@ class Step:
 def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
     """All sub-layers in order, for the kernel q of the embeddings; `skips` are the squares of learned skips."""
     steps: list[Step] = []
-    for block in decoder.blocks:
+    for layer, block in enumerate(decoder.blocks, start=1):
         if block.spec.entry_norm:
             q = q * norm_kernel(q, decoder.config.norm_eps)
         of_block = q
         for spec, module in ((block.spec.attention, block.self_attn), (block.spec.ffn, block.mlp)):
+            spec = replace(spec, branch_scale=spec.branch_scale * spec.factor(layer, decoder.step))
             skip = float(skips[len(steps)]) if skips is not None and spec.learned_skip else spec.skip**2
             c = fan_variances(spec, module, decoder.config)
             steps.append(step_of(spec, c, decoder.config, q, of_block, skip, block.spec.head_norm))

@@ -13,6 +13,7 @@ Shape suffixes: B sequences, T tokens, D hidden size, H heads, G key/value heads
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,11 +105,15 @@ class Residual(nn.Module):
         shape = {"no": None, "scalar": (1,), "channel": (config.hidden_size,)}[spec.learned_branch_scale]
         self.branch_scale = None if shape is None else nn.Parameter(torch.empty(shape))
         self.skip = nn.Parameter(torch.empty(config.hidden_size)) if spec.learned_skip else None
+        # A tensor, so that a new value needs no compilation; neither state nor a buffer, which `.to(bfloat16)` would
+        # round and leaving the meta device would lose. On the CPU every device reads it without a wait.
+        self.factor = None if spec.branch_schedule is None else torch.ones((), dtype=torch.float64, device="cpu")
 
     def scaled_branch(self, f_BTD: Tensor) -> Tensor:
-        """branch_scale * branch_norm(f)."""
+        """branch_scale * branch_norm(f), times the factor of the step if there is a `branch_schedule`."""
         branch_scale = self.spec.branch_scale if self.branch_scale is None else self.branch_scale
-        return scale(self.branch_norm(f_BTD), branch_scale)
+        branch_BTD = scale(self.branch_norm(f_BTD), branch_scale)
+        return branch_BTD if self.factor is None else branch_BTD * self.factor
 
     def skip_input(self, x_BTD: Tensor, h_BTD: Tensor, block_BTD: Tensor) -> Tensor:
         """The start of the skip: x, its pre-norm h, or the input of the block."""
@@ -223,6 +228,9 @@ class Decoder(nn.Module):
         ValueError: the shape is impossible, or the number of specs is not the number of blocks.
     """
 
+    step: int
+    """Optimizer steps done so far, as of `set_step`."""
+
     def __init__(self, config: DecoderConfig, specs: list[BlockSpec]):
         super().__init__()
         problems = config.problems() + (["model.vocab_size is not set"] if config.vocab_size is None else [])
@@ -234,6 +242,7 @@ class Decoder(nn.Module):
         self.model = Stack(config, specs)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size or 0, bias=False)
         self.tie()
+        set_step(self, 0)
 
     def tie(self) -> None:
         """Share one parameter between head and embeddings if the shape says so; leaving the meta device undoes it."""
@@ -279,6 +288,23 @@ def run_blocks(blocks: list[Block], x_BTD: Tensor, rope: Rope | None, hook: Acti
         if block.spec.value_residual != "no":
             x_BTD, first_BGTK = x_BTD
     return x_BTD
+
+
+def set_step(model: Any, step: int) -> None:
+    """Set the factors of `branch_schedule` in all blocks; a new model is at step 0.
+
+    Args:
+        model: a `Decoder` or `VisionTransformer`; `model.step` becomes `step`.
+        step: optimizer steps done so far.
+
+    Raises:
+        UserError: a factor is not a finite number; names layer and step.
+    """
+    model.step = step
+    for layer, block in enumerate(model.blocks, start=1):
+        for residual in (block.attention_residual, block.ffn_residual):
+            if residual.factor is not None:
+                residual.factor.fill_(residual.spec.factor(layer, step))
 
 
 def scale(x: Tensor, factor: float | Tensor) -> Tensor:

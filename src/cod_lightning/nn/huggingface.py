@@ -20,11 +20,11 @@ from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.pretrained import import_transformers, load_checkpoint, quiet_transformers, save_pretrained
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, schedule_end
 from cod_lightning.nn.strategies import SublayerSpec, block, build_all
 
-FOLDED = ("gain", "branch_scale", "learned_branch_scale")
-"""Coefficients of a sub-layer that are folded into weights."""
+FOLDED = ("gain", "branch_scale", "learned_branch_scale", "branch_schedule")
+"""Coefficients of a sub-layer that are folded into weights; a schedule that has ended is 1."""
 
 TRAINING = (
     *("pre_norm_weight", "branch_norm_weight", "input_init", "output_init", "xavier"),
@@ -86,7 +86,15 @@ def unsupported_features(decoder: Decoder) -> list[str]:
         if others := [(layer, value) for layer, value in values if value != getattr(block(), name)]:
             layer, value = others[0]
             problems.append(f"{name}={value!r} (layer {layer}) has no place in a Llama checkpoint")
-    return problems
+    return problems + unfinished_schedule(decoder)
+
+
+def unfinished_schedule(decoder: Decoder) -> list[str]:
+    """One line if the factors of a `branch_schedule` still change at the step of `decoder`."""
+    end = schedule_end([block.spec for block in decoder.blocks])
+    if decoder.step >= end:
+        return []
+    return [f"branch_schedule ends at step {end}, and the model is at step {decoder.step}: train it to the end first"]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cod_lightning.nn.decoder import Decoder, Rope
+from cod_lightning.nn.decoder import Decoder, Rope, set_step
 from cod_lightning.nn.vit import VisionTransformer
 
 Model = Decoder | VisionTransformer
@@ -107,4 +107,5 @@ def unwrapped_copy(model: Model) -> Model:
     copy.load_state_dict(weights, assign=True)
     if isinstance(copy, Decoder):
         copy.tie()
+    set_step(copy, model.step)
     return copy

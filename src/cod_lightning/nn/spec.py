@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from cod_lightning.errors import UserError
 
 Multiplier = Annotated[float, "above 0"]
 
@@ -30,6 +33,21 @@ def scaled_rates(factor: float) -> Rates:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """A factor that depends on the optimizer steps done so far: `function(step)` before step `end`, and 1 from there.
+
+    The step is that of the run, so that a resumed run continues with the same factors. `function` returns a finite
+    number for every step from 0.
+    """
+
+    function: Callable[[int], float] = field(repr=False, hash=False)
+    end: int
+
+    def __call__(self, step: int) -> float:
+        return self.function(step) if step < self.end else 1.0
+
+
+@dataclass(frozen=True)
 class SublayerSpec:
     """The coefficients of the equation for one sub-layer, and the initialisation of its parameters.
 
@@ -52,6 +70,8 @@ class SublayerSpec:
     branch_scale: float = 1.0
     learned_branch_scale: Literal["no", "scalar", "channel"] = "no"
     """Replaces the constant by a parameter with initial value `branch_scale`: one number, or one per channel."""
+    branch_schedule: Schedule | None = None
+    """Multiplies the scaled branch by a function of the step, see `set_step`."""
     skip: float = 1.0
     learned_skip: bool = False
     """Replaces the constant by a parameter [hidden_size], initialised by profiling (Admin)."""
@@ -76,6 +96,23 @@ class SublayerSpec:
     @property
     def has_rates(self) -> bool:
         return any(rates not in (None, Rates()) for rates in (self.rates, self.input_rates, self.norm_rates))
+
+    def factor(self, layer: int, step: int) -> float:
+        """The factor of `branch_schedule` at a step.
+
+        Raises:
+            UserError: it is not a finite number; names layer and step.
+        """
+        if self.branch_schedule is None:
+            return 1.0
+        where = f"branch_schedule of layer {layer} at step {step}"
+        try:
+            value = self.branch_schedule(step)
+        except Exception as error:  # a user's function may raise anything
+            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        if expected := mismatch(float, value):
+            raise UserError(f"{where} is {value!r}, expected {expected}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -109,7 +146,8 @@ BLOCK_COEFFICIENTS = {
     name: hint for name, hint in get_type_hints(BlockSpec).items() if name not in ("attention", "ffn")
 }
 """Those of the block itself."""
-MULTIPLIERS = get_type_hints(Rates, include_extras=True)
+PARTS = {kind: get_type_hints(kind, include_extras=True) for kind in (Rates, Schedule)}
+"""Those of the coefficients that have fields themselves."""
 
 
 def spec_problems(spec: BlockSpec) -> list[str]:
@@ -126,15 +164,33 @@ def spec_problems(spec: BlockSpec) -> list[str]:
     return problems
 
 
-def field_problems(name: str, values: BlockSpec | SublayerSpec | Rates, hints: dict[str, Any]) -> list[str]:
+def field_problems(name: str, values: Any, hints: dict[str, Any]) -> list[str]:
     problems = []
-    for field, hint in hints.items():
-        value = getattr(values, field)
-        if isinstance(value, Rates):
-            problems += field_problems(f"{name}.{field}", value, MULTIPLIERS)
-        elif expected := mismatch(hint, value):
-            problems.append(f"{name}.{field}={value!r}, expected {expected},")
+    for key, hint in hints.items():
+        value = getattr(values, key)
+        if expected := mismatch(hint, value):
+            problems.append(f"{name}.{key}={value!r}, expected {expected},")
+        elif type(value) in PARTS:
+            problems += field_problems(f"{name}.{key}", value, PARTS[type(value)])
     return problems
+
+
+def check_schedules(specs: Sequence[BlockSpec], steps: int) -> None:
+    """Check the factors of every schedule in the steps from 0 to `steps`.
+
+    Raises:
+        UserError: one is not a finite number; names layer and step.
+    """
+    for layer, spec in enumerate(specs, start=1):
+        for sublayer in dict.fromkeys(spec.sublayers):
+            for step in range(min(schedule_end([spec]), steps + 1)):
+                sublayer.factor(layer, step)
+
+
+def schedule_end(specs: Sequence[BlockSpec]) -> int:
+    """The step from which all schedules are 1; 0 without a schedule."""
+    schedules = [sublayer.branch_schedule for spec in specs for sublayer in spec.sublayers]
+    return max((schedule.end for schedule in schedules if schedule is not None), default=0)
 
 
 def mismatch(hint: Any, value: Any) -> str:
@@ -148,8 +204,11 @@ def mismatch(hint: Any, value: Any) -> str:
         return "" if value in arguments else f"one of {', '.join(arguments)}"
     if value is None and type(None) in arguments:
         return ""
-    if Rates in (hint, *arguments):
-        return "Rates"
+    if get_origin(hint) is Callable:
+        return "" if callable(value) else "a function of the step"
+    for part in PARTS:
+        if part in (hint, *arguments):
+            return "" if isinstance(value, part) else part.__name__
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint == Multiplier:
         return "" if is_number and value > 0 else "a finite number above 0"

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, scaled_rates
+from cod_lightning.nn.spec import BlockSpec, Rates, Schedule, SublayerSpec, scaled_rates
 from cod_lightning.nn.strategy_lookup import STRATEGIES as STRATEGIES
 from cod_lightning.nn.strategy_lookup import build, number, register
 from cod_lightning.nn.strategy_lookup import build_all as build_all
@@ -280,6 +280,8 @@ def change_base(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
         conflicts = [field for field in changes if getattr(sublayer, field) != getattr(default, field)]
         if "output_init" in changes and sublayer.xavier is not None:
             conflicts.append("xavier")
+        if "branch_schedule" in changes and sublayer.learned_skip:  # profiled at initialisation
+            conflicts.append("learned_skip")
         if conflicts:
             raise UserError(f"norm={name!r} does not support this norm.base, which sets {', '.join(conflicts)} itself")
     return spec.replace(**changes)
@@ -346,3 +348,48 @@ def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockS
     """h - silu(a) stop_gradient(h), for the sums of pre-norm blocks and the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)
     return change_base("gpas", spec, gate="input" if spec.attention.sum_norm else "output")
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A factor that rises from `first` at step `start` to 1 at step `end`, by a power of the time between them."""
+
+    start: int
+    end: int
+    first: float = 0.0
+    power: float = 1.0
+
+    def __call__(self, step: int) -> float:
+        passed = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+        return self.first + (1 - self.first) * passed**self.power
+
+
+PRO_RES_SCHEDULES: dict[str, Callable[[int, int, int], Warmup]] = {
+    "linear": lambda layer, depth, t: Warmup(0, layer * t),
+    "sqrt": lambda layer, depth, t: Warmup(0, layer * t, power=0.5),
+    "square": lambda layer, depth, t: Warmup(0, layer * t, power=2.0),
+    "equal": lambda layer, depth, t: Warmup(0, depth * t),
+    "reverse": lambda layer, depth, t: Warmup(0, (depth + 1 - layer) * t),
+    "stagewise_0": lambda layer, depth, t: Warmup((layer - 1) * t, layer * t),
+    "stagewise_L": lambda layer, depth, t: Warmup((layer - 1) * t, layer * t, first=1 / depth),
+    "stagewise_sqrt_L": lambda layer, depth, t: Warmup((layer - 1) * t, layer * t, first=depth**-0.5),
+    "stagewise_sqrt_l": lambda layer, depth, t: Warmup((layer - 1) * t, layer * t, first=layer**-0.5),
+}
+"""The schedules of ProRes, with the names of its released code."""
+
+
+@register
+def pro_res(
+    layer: int, depth: int, schedule: str = "linear", warmup: int = 1000, base: str = "pre_ln", **options: Any
+) -> BlockSpec:
+    """x + a f(LN(x)), a = min(t / (T l), 1) after t optimizer steps, T = `warmup`; on Post-LN bases LN(x + a f(x)).
+
+    Progressive Residual Warmup (arXiv 2603.05369); `schedule` names others of its paper.
+    """
+    if schedule not in PRO_RES_SCHEDULES:
+        raise UserError(f"norm.schedule={schedule!r} does not exist: {nearest(str(schedule), PRO_RES_SCHEDULES)}")
+    if warmup < 1:
+        raise UserError(f"norm.warmup={warmup} must be at least 1")
+    factor = PRO_RES_SCHEDULES[schedule](layer, depth, warmup)
+    spec = build(base, layer, depth, options)
+    return change_base("pro_res", spec, branch_schedule=Schedule(factor, factor.end))

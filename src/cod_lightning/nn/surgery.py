@@ -15,7 +15,7 @@ from torch import nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Block, Decoder
-from cod_lightning.nn.huggingface import TRAINING
+from cod_lightning.nn.huggingface import TRAINING, unfinished_schedule
 from cod_lightning.nn.layer_prediction import predict_blocks
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
 from cod_lightning.nn.strategies import BlockSpec, build_all
@@ -112,9 +112,12 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
         make_up: let the weights make up for factors that differ.
 
     Raises:
-        UserError: the strategy has coefficients that weights cannot make up for; names each of them.
+        UserError: the strategy has coefficients that weights cannot make up for; names each of them. Or the schedule of
+            `decoder` has not ended.
     """
     specs = build_all(norm, len(originals))
+    if problems := unfinished_schedule(decoder):
+        raise UserError(problems[0])
     if problems := obstacles(originals, specs):
         raise UserError("\n".join(f"norm={norm['name']!r} sets {problem}" for problem in problems))
     with torch.device("meta"):
@@ -151,8 +154,9 @@ def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[st
         for old, new in zip(block.spec.sublayers, spec.sublayers, strict=True):
             # A learned scale is copied; the coefficient is only its initial value.
             ignored = TRAINING if new.learned_branch_scale == "no" else (*TRAINING, "branch_scale")
-            names = [field.name for field in fields(old) if field.name not in ignored]
+            names = [field.name for field in fields(old) if field.name not in (*ignored, "branch_schedule")]
             pairs += [(name, getattr(old, name), getattr(new, name)) for name in names]
+            pairs.append(("branch_schedule", None, new.branch_schedule))  # the old one has ended
         # A norm of the branch would undo the change of its last projection, and a skip behind a norm takes its gain.
         lost = {"branch_scale" for sublayer in spec.sublayers if sublayer.branch_norm}
         lost |= {"gain" for sublayer in spec.sublayers if sublayer.skip_from == "pre_norm"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cod_lightning.kernels.loss import IGNORE, TokenLoss
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import ActivationHook, Attention, Block, run_blocks
+from cod_lightning.nn.decoder import ActivationHook, Attention, Block, run_blocks, set_step
 from cod_lightning.nn.norms import Norm
 from cod_lightning.nn.strategies import BlockSpec
 
@@ -57,6 +57,9 @@ class VisionTransformer(nn.Module):
         ValueError: the shape is impossible, or the number of specs is not the number of blocks.
     """
 
+    step: int
+    """Optimizer steps done so far, as of `set_step`."""
+
     def __init__(self, config: DecoderConfig, specs: list[BlockSpec], image_size: int, patch_size: int, classes: int):
         super().__init__()
         problems = config.problems()
@@ -73,6 +76,7 @@ class VisionTransformer(nn.Module):
         )
         self.norm = Norm(config, before_matmul=True)
         self.head = nn.Linear(config.hidden_size, classes)
+        set_step(self, 0)
 
     def empty_like(self) -> VisionTransformer:
         """An uninitialised model of the same shape, on the default device."""

@@ -30,7 +30,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.norms import Norm
 from cod_lightning.nn.parallel import parallelise
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, Schedule
 from cod_lightning.nn.strategies import BlockSpec, build_all
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -285,7 +285,8 @@ def flops_per_token(model: DecoderConfig, seq_len: int) -> float:
 
 def wiring(spec: BlockSpec) -> str:
     """The fields of a spec that decide which tensors its block has: all except the scales."""
-    fields = [value for sublayer in spec.sublayers for value in vars(sublayer).values() if not isinstance(value, float)]
+    values = [value for sublayer in spec.sublayers for value in vars(sublayer).values()]
+    fields = [value for value in values if not isinstance(value, float | Schedule)]
     return str([*(getattr(spec, name) for name in BLOCK_COEFFICIENTS), *fields])
 
 

@@ -18,7 +18,7 @@ from cod_lightning.data.datamodule import tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.files import new_folder, write_atomic
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.nn.weights import load_weights, shape_mismatches
@@ -79,9 +79,10 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     if config.task != "language":
         raise UserError(f"{folder} is a run of task={config.task}: only fit, evaluate and measure can read it")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    weights, vocab_size = read_weights(checkpoint, "decoder", "lm_head.weight")
+    weights, vocab_size, step = read_weights(checkpoint, "decoder", "lm_head.weight")
     decoder = empty_decoder(config, vocab_size)
     load_weights(decoder, weights, str(checkpoint))
+    set_step(decoder, step)
     return decoder, tokenizer
 
 
@@ -91,23 +92,25 @@ def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
     Raises:
         UserError: the checkpoint is unreadable.
     """
-    weights, classes = read_weights(checkpoint, "vit", "head.weight")
+    weights, classes, step = read_weights(checkpoint, "vit", "head.weight")
     specs = build_all(config.norm, config.model.num_hidden_layers)
     vit = VisionTransformer(config.model, specs, config.images.size, config.images.patch_size, classes)
     load_weights(vit, weights, str(checkpoint))
+    set_step(vit, step)
     return vit
 
 
-def read_weights(checkpoint: Path, model: str, head: str) -> tuple[dict[str, Tensor], int]:
-    """The weights of a run's `decoder` or `vit`, and the number of outputs of its `head`.
+def read_weights(checkpoint: Path, model: str, head: str) -> tuple[dict[str, Tensor], int, int]:
+    """The weights of a run's `decoder` or `vit`, the number of outputs of its `head`, and the step of the checkpoint.
 
     Raises:
         UserError: the checkpoint is unreadable, or has no such head.
     """
-    weights = weights_of(read_checkpoint(checkpoint), model)
+    state = read_checkpoint(checkpoint)
+    weights = weights_of(state, model)
     if head not in weights or weights[head].ndim != 2:
         raise UserError(f"{checkpoint}: not a checkpoint of a {model}: {head} is missing or not a matrix")
-    return weights, len(weights[head])
+    return weights, len(weights[head]), state.get("global_step", 0)
 
 
 def weights_of(checkpoint: Mapping[str, Any], model: str) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.kernels.norm import checked_backend
 from cod_lightning.measure.activation_stats import LayerStatistics, first_bad_layer, layer_statistics
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
@@ -57,6 +57,8 @@ class StepModule(LightningModule, ABC):
         self.micro_batch_size = config.data.micro_batch_size
         self.initial_weights: InitialWeights | None = None
         """Weights that replace the random initialisation."""
+        self.first_step = 0
+        """Optimizer steps behind the initial weights, for `branch_schedule`."""
         self.origin: dict[str, Any] | None = None
         """The entry `init_from` of a checkpoint and a record: path and step of the initial weights."""
         self.stop_requested = False
@@ -130,6 +132,7 @@ class StepModule(LightningModule, ABC):
         if self.initial_weights is not None:
             load_weights(self.network, self.initial_weights.weights, self.initial_weights.checkpoint)
             self.origin, self.initial_weights = self.initial_weights.origin, None
+        set_step(self.network, self.first_step)
 
     @property
     def built(self) -> bool:
@@ -195,6 +198,7 @@ class StepModule(LightningModule, ABC):
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
+        set_step(self.network, step)
         self.tokens += int(tokens)
         return {"loss": total, "lr": lr, "tokens": float(self.tokens)}
 
@@ -238,6 +242,7 @@ class StepModule(LightningModule, ABC):
                 )
         self.tokens = checkpoint["tokens"]
         self.origin = checkpoint.get("init_from")
+        set_step(self.network, checkpoint["global_step"])
 
 
 class DecoderModule(StepModule):

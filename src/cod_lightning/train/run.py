@@ -17,6 +17,8 @@ from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
 from cod_lightning.measure.result import finite
+from cod_lightning.nn.spec import check_schedules
+from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
@@ -67,6 +69,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
     """
     settings = config.trainer
     check_memory(config)
+    check_schedules(build_all(config.norm, config.model.num_hidden_layers), settings.max_steps)
     with quiet_lightning():
         checkpoint = newest_checkpoint(folder / CHECKPOINTS) if config.resume else None
         initial = None
@@ -114,9 +117,10 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     """
     with quiet_lightning():
         data, module = build(config)
-        state = read_checkpoint(checkpoint)["state_dict"]
-        weights = {name.partition(".")[2]: tensor for name, tensor in state.items()}
-        module.initial_weights = InitialWeights(weights, str(checkpoint), step=0)
+        state = read_checkpoint(checkpoint)
+        weights = {name.partition(".")[2]: tensor for name, tensor in state["state_dict"].items()}
+        module.first_step = state.get("global_step", 0)
+        module.initial_weights = InitialWeights(weights, str(checkpoint), module.first_step)
         trainer = build_trainer(config)
         trainer.validate(module, data, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
