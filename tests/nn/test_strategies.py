@@ -144,7 +144,7 @@ def mixed_x0(x, f, g, b, inside=(1, 1)):
 
 def normalised_values(v, b):
     s, a1, a2 = b["self_attn.value_mix"]
-    return s * (a1 * v + a2 * b["v1"]) / (a1**2 + a2**2).sqrt()
+    return s * (a1 * v + a2 * b["v1"]) / (a1**2 + a2**2 + 1e-8).sqrt()
 
 
 def value_residual(x, f, g, b, values, inside=(1, 1)):

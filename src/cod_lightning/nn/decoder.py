@@ -76,7 +76,7 @@ class Attention(nn.Module):
         if self.value_mix is None:
             return (v_BGTK + first_BGTK) / 2
         s, a, b = self.value_mix
-        s = s * (a * a + b * b).rsqrt()
+        s = s * (a * a + b * b + 1e-8).rsqrt()  # 1e-8 as in the code of IMU-1, for a = b = 0
         return scale(v_BGTK, s * a) + scale(first_BGTK, s * b)
 
 
