@@ -134,7 +134,19 @@ def test_the_strategy_table_has_parameters_and_folding_of_every_strategy():
         (name, block_parameters(name) - pre_ln, "no" if unsupported_features(decoder_of(name)) else "yes")
         for name in STRATEGIES
     ]
-    counts = {"0": 0, "1": 1, "2": 2, "2d": 16, "-2d": -16, "2K": 8, "3": 3, "3K - d": 4, "2 - 2d": -14}
+    counts = {
+        "0": 0,
+        "1": 1,
+        "2": 2,
+        "2d": 16,
+        "-2d": -16,
+        "2K": 8,
+        "3": 3,
+        "2 + 2d": 18,
+        "4 + 2d": 20,
+        "3K - d": 4,
+        "2 - 2d": -14,
+    }
     assert [(name, counts[added.partition(",")[0]], folds) for name, added, folds in lines] == measured
 
 

@@ -1,7 +1,7 @@
 from . import hf, measure
 from .kernels.loss import linear_cross_entropy, reference_linear_cross_entropy
-from .kernels.norm import add_norm
-from .kernels.reference import reference_add_norm
+from .kernels.norm import add_norm, bounded_norm
+from .kernels.reference import reference_add_norm, reference_bounded_norm
 from .measure.adapter import ModelAdapter, load_pretrained
 from .nn.apply import apply, fold
 from .nn.config import DecoderConfig
@@ -30,6 +30,7 @@ __all__ = [
     "add_norm",
     "apply",
     "block",
+    "bounded_norm",
     "build_all",
     "build_decoder",
     "fold",
@@ -40,6 +41,7 @@ __all__ = [
     "measure",
     "param_groups",
     "reference_add_norm",
+    "reference_bounded_norm",
     "reference_linear_cross_entropy",
     "register",
     "set_step",

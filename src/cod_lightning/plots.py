@@ -68,6 +68,9 @@ STRATEGIES = {
     "span_norm": ("SpanNorm", "#b5cf6b"),
     "qk_norm": ("QK-norm", "#bd9e39"),
     "x0_mix": ("x0 mixing", "#637939"),
+    "dyt": ("DyT", "#a6761d"),
+    "derf": ("Derf", "#1b9e77"),
+    "bhyt": ("BHyT", "#7570b3"),
     "value_residual": ("Value residual", "#cedb9c"),
     "pro_res": ("ProRes", "#bd9e39"),
 }

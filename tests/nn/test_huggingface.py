@@ -76,6 +76,7 @@ UNSUPPORTED = [
     ({"name": "hybrid_norm"}, ["pre_norm=False (layer 1, 4 of 8", "skip_from='pre_norm'", "head_norm='qkv' (layer 1)"]),
     ({"name": "span_norm"}, ["pre_norm=False", "skip_from='block' (layer 1, 4 of 8", "sum_norm=True"]),
     ({"name": "x0_mix"}, ["embedding_skip=True (layer 1)"]),
+    *(({"name": kind}, [f"norm_kind={kind!r} (layer 1)"]) for kind in ("dyt", "derf", "bhyt")),
     ({"name": "value_residual"}, ["value_residual='learned' (layer 1)"]),
     ({"name": "qk_norm"}, ["head_norm='qk' (layer 1)"]),
     ({"name": "gpas"}, ["gate='output'"]),

@@ -156,6 +156,28 @@ def warmed(layer):
     return min(STEP / (1000 * layer), 1)
 
 
+def bounded(x, f, g, b, function, inside=(1, 1)):
+    """Pre-LN with a function of x and the parameters of a norm, by name, in place of norms."""
+
+    def norm(h, name):
+        return function(h, lambda parameter: b[f"{name}.{parameter}"])
+
+    x = x + f(inside[0] * norm(x, "input_layernorm"))
+    return x + g(inside[1] * norm(x, "post_attention_layernorm"))
+
+
+def dyt(x, p):
+    return p("weight") * torch.tanh(p("alpha") * x) + p("bias")
+
+
+def derf(x, p):
+    return p("weight") * torch.erf(p("alpha") * x + p("shift")) + p("bias")
+
+
+def bhyt(x, p, kappa=10.0):
+    return p("weight") * torch.tanh(p("alpha") / (kappa * (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()) * x)
+
+
 def learned(b, name):
     return b[f"attention_residual.{name}"], b[f"ffn_residual.{name}"]
 
@@ -219,6 +241,14 @@ EQUATIONS = {
         {"form": "mean"},
         lambda *a, layer: value_residual(*a, lambda v, b: 0.5 * b["v1"] + 0.5 * v),
     ),
+    "dyt": ({}, lambda *a, layer: bounded(*a, dyt)),
+    "dyt on lns": ({"base": "lns"}, lambda *a, layer: bounded(*a, dyt, 2 * [1 / math.sqrt(layer)])),
+    "dyt on before_ln": (
+        {"base": "lns", "position": "before_ln"},
+        lambda *a, layer: bounded(*a, lambda x, p: dyt(x / math.sqrt(layer), p)),
+    ),
+    "derf": ({}, lambda *a, layer: bounded(*a, derf)),
+    "bhyt": ({}, lambda *a, layer: bounded(*a, bhyt)),
     "layer_scale": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "skip_init": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "ds_init": ({}, lambda *a, layer: pre(*a)),
@@ -284,6 +314,11 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
                 torch.testing.assert_close(shared.grad, parameters[name].grad, rtol=1e-10, atol=1e-12)
         for name, parameter in ours.named_parameters():
             torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dyt", "derf", "bhyt"])
+def test_the_final_norm_has_the_kind_of_the_last_block(name):
+    assert decoder_of(name).model.norm.kind == name
 
 
 def test_every_block_of_x0_mix_reads_the_embeddings():
@@ -404,6 +439,9 @@ def test_initialisation_rescales_the_projections_behind_the_norms(name):
         ("layer_scale", "ffn_residual.branch_scale", lambda layer: 1e-4),
         ("skip_init", "ffn_residual.branch_scale", lambda layer: L**-0.5),
         ("gpas", "gate", lambda layer: 0),
+        ("dyt", "input_layernorm.alpha", lambda layer: 0.5),
+        ("derf", "post_attention_layernorm.shift", lambda layer: 0),
+        ("bhyt", "input_layernorm.alpha", lambda layer: 1),
     ],
 )
 def test_initial_values_of_learned_coefficients(name, parameter, value):
@@ -586,6 +624,7 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "test_strategies:skip_without_norm"}, ["ffn.skip_from='pre_norm' without pre_norm"]),
         ({"name": "test_strategies:norm_of_heads"}, ["block.head_norm='kv', expected one of no, qk, qkv"]),
         ({"name": "value_residual", "form": "sum"}, ["norm.form='sum'", "known: learned, mean"]),
+        ({"name": "dyt", "base": "group_ln"}, ["norm_kind='dyt' with groups"]),
         ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The norm that the decoder calls: one function, and the choice of its backend."""
+"""The norms that the decoder calls, and the choice of their backend."""
 
 import warnings
 from collections.abc import Callable
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, first_line
-from cod_lightning.kernels.reference import reference_add_norm
+from cod_lightning.kernels.reference import BOUNDED, KAPPA, reference_add_norm, reference_bounded_norm
 
 try:
-    from cod_lightning.kernels import triton_norm
+    from cod_lightning.kernels import triton_bounded, triton_norm
 except ImportError:  # Triton supports only Linux
-    triton_norm = None
+    triton_bounded = triton_norm = None
 
 
 def add_norm(
@@ -106,6 +106,63 @@ def torch_add_norm(
     return stream, (y if folded or gain == 1 else y * gain).to(dtype or stream.dtype)
 
 
+def bounded_norm(
+    x: Tensor,
+    alpha: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    branch: Tensor | None = None,
+    *,
+    kind: str,
+    eps: float = 1e-6,
+    gain: float = 1.0,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`reference_bounded_norm`, fast: the residual stream x + branch, and its bounded norm times gain.
+
+    Use the returned stream in place of x, as with `add_norm`. The torch backend is the reference.
+
+    Args:
+        x: [..., hidden].
+        alpha: [1].
+        weight: [hidden], or None.
+        bias: [hidden], or None.
+        shift: [1], or None.
+        branch: [..., hidden], added to x before the norm, or None.
+        kind: `dyt`, `derf` or `bhyt`.
+        eps: of `bhyt`.
+        gain: constant factor of y.
+        dtype: dtype of y; None: that of the stream.
+        backend: as in `add_norm`.
+
+    Returns:
+        The stream [..., hidden] and y [..., hidden].
+
+    Raises:
+        ValueError: an unknown kind or backend, or tensors that backend="triton" does not support, with the reason.
+    """
+    if kind not in BOUNDED or backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"kind={kind!r} must be {', '.join(BOUNDED)}, backend={backend!r} auto, torch or triton")
+    reason = None if backend == "torch" else unsupported(x, weight, branch, 1)
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or backend == "torch" or (backend == "auto" and (not x.is_cuda or reason)):
+        return reference_bounded_norm(x, alpha, weight, bias, shift, branch, kind=kind, eps=eps, gain=gain, dtype=dtype)
+    if reason:
+        raise ValueError(f"norm_backend='triton' does not support this: {reason}; use norm_backend='auto'")
+    assert triton_bounded is not None
+    # The constants are part of the parameters: in float32, which half precision would round, and so that the blocks of
+    # a model share one compilation.
+    alpha = alpha.float() / KAPPA if kind == "bhyt" else alpha.float()
+    ones = torch.ones(x.shape[-1:], dtype=torch.float32, device=x.device)
+    weight = (ones if weight is None else weight.float()) * gain
+    bias = None if bias is None else bias.float() * gain
+    shift = None if shift is None else shift.float()
+    parameters = weight, bias, alpha, shift
+    return triton_bounded.TritonBoundedNorm.apply(x, branch, *parameters, eps, kind == "derf", kind == "bhyt", dtype)
+
+
 def checked_backend(
     backend: str, device: torch.device, kind: str, hidden: int, groups: int, stream: torch.dtype, branch: torch.dtype
 ) -> str:
@@ -117,7 +174,7 @@ def checked_backend(
     Args:
         backend: `auto`, `torch` or `triton`.
         device: where the model will run.
-        kind: `rms` or `layer`.
+        kind: `rms`, `layer` or one of `BOUNDED`.
         hidden: number of channels.
         groups: as in `add_norm`.
         stream: dtype of the residual stream and of the weight.
@@ -159,6 +216,14 @@ def kernel_error(
     if unsupported(x, weight, added, groups):
         return None
 
+    def bounded(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """A bounded norm as a function of x, weight and branch."""
+
+        def norm(x: Tensor, weight: Tensor, branch: Tensor | None = None, *, groups: int, **options: Any) -> Any:
+            return function(x, weight[:1], weight, weight / 2, weight[:1] / 4, branch, **options)
+
+        return norm
+
     def results(function: Callable[..., tuple[Tensor, Tensor]], exact: bool = False, **options: Any) -> list[Tensor]:
         """Outputs and gradients of the norm with and without the addition."""
         tensors = []
@@ -170,9 +235,10 @@ def kernel_error(
         return [tensor.detach().double() for tensor in tensors]
 
     with torch.inference_mode(False), torch.enable_grad():
-        exact, reference = results(reference_add_norm, exact=True), results(reference_add_norm)
+        plain_norm = bounded(reference_bounded_norm) if kind in BOUNDED else reference_add_norm
+        exact, reference = results(plain_norm, exact=True), results(plain_norm)
         try:
-            ours = results(add_norm, backend="triton")
+            ours = results(bounded(bounded_norm) if kind in BOUNDED else add_norm, backend="triton")
         except Exception as error:
             return f"the Triton kernels fail on {device}: {first_line(error)}"
     names = [f"{name} of {of}" for of in ("norm", "add_norm") for name in ("stream", "y", "dx", "dweight", "dbranch")]

@@ -119,6 +119,8 @@ def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Pr
     specs, twice = build_all(norm, depth), build_all(norm, 2 * depth)
     if any(spec.value_residual == "mean" for spec in specs):
         raise UserError("norm: value_residual='mean' has no closed form: predict norm.form=learned, or the base")
+    if kinds := {spec.norm_kind for spec in specs} - {"model"}:
+        raise UserError(f"norm: norm_kind={min(kinds)!r} has no closed form: predict the base of norm={norm['name']}")
     decoder = build_decoder(config, specs, seed)
     expected, doubled = positive_closed_form(decoder), positive_closed_form(meta_decoder(config, twice))
     overflow = [v for v in expected["variance"] if DEVIATIONS * math.sqrt(v) > FP16_MAX]

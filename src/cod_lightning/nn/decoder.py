@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cod_lightning.kernels.loss import TokenLoss, linear_cross_entropy
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.norms import IdentityNorm, Norm, norm_if, pre_norm
+from cod_lightning.nn.norms import IdentityNorm, Norm, norm_if, pre_norm, with_kind
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 
 ActivationHook = Callable[[str, int, Tensor], object]
@@ -145,7 +145,7 @@ class Block(nn.Module):
         self, config: DecoderConfig, spec: BlockSpec, attention: Attention | None = None, mlp: nn.Module | None = None
     ):
         super().__init__()
-        self.spec = spec
+        self.spec, config = spec, with_kind(config, spec)
         self.entry_norm = norm_if(spec.entry_norm, config)
         self.input_layernorm = pre_norm(config, spec.attention)
         self.self_attn = attention or Attention(config, spec)
@@ -214,7 +214,7 @@ class Stack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size or 0, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, spec) for spec in specs)
-        self.norm = Norm(config, before_matmul=True)
+        self.norm = Norm(with_kind(config, specs[-1]), before_matmul=True)
 
 
 class Decoder(nn.Module):

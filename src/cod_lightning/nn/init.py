@@ -99,8 +99,8 @@ def initialise(model: M, seed: int) -> M:
         if name.endswith((".bias", ".gate")):
             parameter.zero_()
     for module in model.modules():
-        if isinstance(module, Norm) and module.weight is not None:
-            module.weight.fill_(module.initial_weight)
+        if isinstance(module, Norm):
+            module.reset()
         if isinstance(module, Residual) and module.branch_scale is not None:
             module.branch_scale.fill_(module.spec.branch_scale)
         if isinstance(module, Block) and module.embedding_skip is not None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cod_lightning.kernels.norm import add_norm
+from cod_lightning.kernels.norm import add_norm, bounded_norm
+from cod_lightning.kernels.reference import BOUNDED
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.spec import SublayerSpec
+from cod_lightning.nn.spec import BlockSpec, SublayerSpec
+
+ALPHA = {"dyt": 0.5, "derf": 0.5, "bhyt": 1.0}
+"""Initial alpha of the bounded kinds."""
 
 
 class Norm(nn.Module):
-    """gain * weight * norm(x); the gain is a constant of the strategy, a Python float and not state.
+    """gain * weight * norm(x), or a bounded function of x (`reference_bounded_norm`) in place of the norm.
+
+    The gain is a constant of the strategy, a Python float and not state.
 
     With `before_matmul`, autocast rounds the output to its dtype, which the matrix product would do anyway. `size` is
     the number of channels, by default the hidden size.
@@ -35,7 +42,12 @@ class Norm(nn.Module):
         self.eps = config.norm_eps / spec.input_scale**2
         self.before_matmul, self.backend = before_matmul, config.norm_backend
         self.initial_weight = spec.pre_norm_weight
-        self.weight = nn.Parameter(torch.empty(size or config.hidden_size)) if config.norm_affine else None
+        size = size or config.hidden_size
+        self.weight = nn.Parameter(torch.empty(size)) if config.norm_affine else None
+        self.input_scale, bounded = spec.input_scale, self.kind in BOUNDED
+        self.alpha = nn.Parameter(torch.empty(1)) if bounded else None
+        self.shift = nn.Parameter(torch.empty(1)) if self.kind == "derf" else None
+        self.bias = nn.Parameter(torch.empty(size)) if self.kind in ("dyt", "derf") and config.norm_affine else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """gain * weight * norm(x)."""
@@ -49,17 +61,30 @@ class Norm(nn.Module):
         """
         device = x_BTD.device.type
         cast = self.before_matmul and torch.is_autocast_enabled(device)
-        return add_norm(
-            x_BTD,
-            self.weight,
-            branch_BTD,
-            kind=self.kind,
-            eps=self.eps,
-            gain=self.gain,
-            groups=self.groups,
-            dtype=torch.get_autocast_dtype(device) if cast else None,
-            backend=self.backend,
-        )
+        settings: dict[str, Any] = {
+            "kind": self.kind,
+            "eps": self.eps,
+            "gain": self.gain,
+            "dtype": torch.get_autocast_dtype(device) if cast else None,
+            "backend": self.backend,
+        }
+        if self.alpha is None:
+            return add_norm(x_BTD, self.weight, branch_BTD, groups=self.groups, **settings)
+        # BHyT divides by the size of its input, as norms do.
+        alpha = self.alpha if self.kind == "bhyt" else self.alpha * self.input_scale
+        return bounded_norm(x_BTD, alpha, self.weight, self.bias, self.shift, branch_BTD, **settings)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Set the parameters to their initial values."""
+        for parameter, value in (
+            (self.weight, self.initial_weight),
+            (self.alpha, ALPHA.get(self.kind, 0.0)),
+            (self.shift, 0.0),
+            (self.bias, 0.0),
+        ):
+            if parameter is not None:
+                parameter.fill_(value)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, gain={self.gain:.4g}, groups={self.groups}, eps={self.eps:.3g}"
@@ -74,6 +99,11 @@ class IdentityNorm(nn.Module):
     def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         sum_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
         return sum_BTD, sum_BTD
+
+
+def with_kind(config: DecoderConfig, spec: BlockSpec) -> DecoderConfig:
+    """The shape for the norms of a block, whose kind the strategy may set."""
+    return config if spec.norm_kind == "model" else replace(config, norm=spec.norm_kind)
 
 
 def norm_if(present: bool, config: DecoderConfig, **options: Any) -> Norm | IdentityNorm:

@@ -123,6 +123,9 @@ class BlockSpec:
     ffn: SublayerSpec
     entry_norm: bool = False
     """Normalises the input of the block (Peri-LN's embeddings)."""
+    norm_kind: Literal["model", "dyt", "derf", "bhyt"] = "model"
+    """Kind of every norm of the block, and in the last block of the final norm: that of `model.norm`, or a bounded
+    function in its place."""
     head_norm: Literal["no", "qk", "qkv"] = "no"
     """Norms of queries and keys, or of values too, over the channels of each head and before rotary embeddings."""
     embedding_skip: bool = False
@@ -153,6 +156,8 @@ PARTS = {kind: get_type_hints(kind, include_extras=True) for kind in (Rates, Sch
 def spec_problems(spec: BlockSpec) -> list[str]:
     """One line for each coefficient of the wrong type or out of range."""
     problems = field_problems("block", spec, BLOCK_COEFFICIENTS)
+    if spec.norm_kind != "model" and any(getattr(sublayer, "groups", 1) != 1 for sublayer in spec.sublayers):
+        problems.append(f"norm_kind={spec.norm_kind!r} with groups, which it does not have: set groups=1,")
     for part in ("attention", "ffn"):
         sublayer = getattr(spec, part)
         if not isinstance(sublayer, SublayerSpec):

@@ -344,6 +344,26 @@ def value_residual(layer: int, depth: int, form: str = "learned", base: str = "p
 
 
 @register
+def dyt(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(w tanh(a x) + b) in place of every norm, a learned from 0.5 (DyT), without its scale of the embeddings."""
+    return change_block("dyt", build(base, layer, depth, options), norm_kind="dyt")
+
+
+@register
+def derf(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(w erf(a x + s) + b) in place of every norm, a and s learned from 0.5 and 0 (Derf)."""
+    return change_block("derf", build(base, layer, depth, options), norm_kind="derf")
+
+
+@register
+def bhyt(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(w tanh(a x / (10 rms(x)))) in place of every norm, a learned from 1: the form that the code of BHyT calls
+    BHyT*. BHyT itself estimates rms(x) before the FFN.
+    """
+    return change_block("bhyt", build(base, layer, depth, options), norm_kind="bhyt")
+
+
+@register
 def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """h - silu(a) stop_gradient(h), for the sums of pre-norm blocks and the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)

@@ -29,6 +29,7 @@ from cod_lightning.measure.activation_stats import LayerStatistics, first_bad_la
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.norms import with_kind
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
@@ -105,8 +106,13 @@ class StepModule(LightningModule, ABC):
             "bf16-mixed": (torch.float32, torch.bfloat16),
         }.get(precision(self.config.trainer), (torch.float32, torch.float32))
         chosen = model.norm_backend
-        for groups in sorted({1, *(sublayer.groups for spec in specs for sublayer in spec.sublayers)}):
-            chosen = checked_backend(chosen, device, model.norm, model.hidden_size, groups, stream, branch)
+        norms = {(with_kind(model, specs[-1]).norm, model.hidden_size, 1)}
+        for spec in specs:
+            kind = with_kind(model, spec).norm
+            norms |= {(kind, model.hidden_size, sublayer.groups) for sublayer in spec.sublayers}
+            norms |= {(kind, model.head_dim, 1)} if spec.head_norm != "no" else set()
+        for kind, size, groups in sorted(norms):
+            chosen = checked_backend(chosen, device, kind, size, groups, stream, branch)
         return replace(model, norm_backend=chosen)
 
     @abstractmethod
