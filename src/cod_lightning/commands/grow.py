@@ -22,6 +22,7 @@ gains=kept      weights make up for factors that the strategy has for the new la
 
   grow runs/quickstart/lns-seed1-... blocks=36 --output runs/grown
   fit init_from=runs/grown model.num_hidden_layers=36        # goes on training
+  evaluate runs/grown data=files data.files=text.txt         # its loss
 """
 
 

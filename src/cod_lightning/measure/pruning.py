@@ -99,7 +99,7 @@ class Pruned(Result):
         removed = ", ".join(map(str, self.removed))
         change = f"without blocks {removed}" if self.removed else "sparse"
         if self.loss_without is not None:
-            change = f"with {self.how.rpartition(', ')[2]} for blocks {removed}"
+            change = f"with a {self.how.rpartition(', ')[2]} for {removed}"
         return f"{super().title()} {change} ({self.how})"
 
     def panels(self) -> list[Panel]:
