@@ -554,7 +554,7 @@ def returns_nothing(layer, depth):
 
 
 def rate_of_zero(layer, depth):
-    return block(input_rates=Rates(lr=0.0, eps=math.nan), input_init=-1.0)
+    return block(input_rates=Rates(lr=0.0, eps=math.nan), input_init=-1.0, skip=10**400)
 
 
 def skip_without_norm(layer, depth):
@@ -605,6 +605,7 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
             [
                 *("attention.input_rates.lr=0.0, expected a finite number above 0", "ffn.input_rates.eps=nan"),
                 "ffn.input_init=-1.0, expected a finite number above 0",
+                "000, expected a finite number,",  # an integer too large for a float
             ],
         ),
         (

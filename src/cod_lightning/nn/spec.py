@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -105,13 +105,13 @@ class SublayerSpec:
         """
         if self.branch_schedule is None:
             return 1.0
-        where = f"branch_schedule of layer {layer} at step {step}"
         try:
             value = self.branch_schedule(step)
         except Exception as error:  # a user's function may raise anything
-            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-        if expected := mismatch(float, value):
-            raise UserError(f"{where} is {value!r}, expected {expected}")
+            cause = f"{type(error).__name__}: {error}"
+            raise UserError(f"branch_schedule of layer {layer} at step {step}: {cause}") from error
+        if not is_number(value):
+            raise UserError(f"branch_schedule of layer {layer} at step {step} is {value!r}, expected a finite number")
         return value
 
 
@@ -214,7 +214,11 @@ def mismatch(hint: Any, value: Any) -> str:
     for part in PARTS:
         if part in (hint, *arguments):
             return "" if isinstance(value, part) else part.__name__
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint == Multiplier:
-        return "" if is_number and value > 0 else "a finite number above 0"
-    return "" if is_number else "a finite number"
+        return "" if is_number(value) and value > 0 else "a finite number above 0"
+    return "" if is_number(value) else "a finite number"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float that float64 can hold, neither NaN nor infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
