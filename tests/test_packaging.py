@@ -76,7 +76,7 @@ def test_the_wheel_trains_from_any_folder(wheel, tmp_path):
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, env=PIP_ENVIRONMENT)
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 
-    (elsewhere / "text.txt").write_text("The norm of a deep block grows with depth. " * 1000)
+    (elsewhere / "text.txt").write_text("The norm of a deep block grows with depth. " * 3000)
     data = ["data=files", "data.files=text.txt", "data.vocab_size=300", "data.seq_len=32", "data.batch_size=16"]
     fit = ["-m", "cod_lightning", "fit", "trainer.max_steps=2", "model=tiny", *data]
     clean = {"PATH": os.defpath, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
