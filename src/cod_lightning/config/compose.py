@@ -171,7 +171,11 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     words = parse(overrides)
     chosen = [o for o in words if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
-    node = merge_files(config_folder(), tuple(o.input_line or "" for o in chosen)).copy()
+    scales = [o for o in chosen if o.key_or_group == "scale"]
+    files = tuple(o.input_line or "" for o in chosen if o not in scales)
+    node = merge_files(config_folder(), files).copy()
+    if scales:  # last in Hydra's order as well; so one reading of the files serves all scales
+        node.merge_with(OmegaConf.load(config_folder() / "scale" / f"{scales[-1].value()}.yaml"))
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
     rows = [str(o.value()) for o in words if o.key_or_group == "row" and o.value() is not None]
     if rows:
@@ -207,7 +211,8 @@ def merge_files(folder: Path, words: tuple[str, ...]) -> DictConfig:
     Raises:
         UserError: the files or choices do not fit together.
     """
-    ConfigStore.instance().store("schema", Config)
+    if "schema.yaml" not in ConfigStore.instance().repo:
+        ConfigStore.instance().store("schema", Config)
     with initialize_config_dir(str(folder.resolve()), version_base="1.3", job_name="cod_lightning"):
         try:
             node = hydra_compose("config", list(words))
