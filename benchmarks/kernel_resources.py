@@ -21,16 +21,36 @@ from _results import argument_parser, report
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cod_lightning.kernels import triton_norm
+from cod_lightning.kernels import triton_bounded, triton_norm
+from cod_lightning.kernels.reference import BOUNDED
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PAPER_WIDTHS = (512, 768, 1024, 2048, 4096)
 MAX_SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Shared memory of a block in bytes, by compute capability."""
 DTYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+KINDS = ("rms", "layer", *BOUNDED)
 KERNELS = ("norm", "add_norm", "backward", "dweight", "add_norm_mixed", "backward_mixed")
 """`mixed` is the variant of compiled code under autocast: residual stream in float32, other tensors in half precision,
 constants in memory."""
+
+
+BOUNDED_KERNELS = ("norm", "add_norm", "backward")
+
+
+def bounded_arguments(kernel: str, width: int, dtype: str, kind: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """As `kernel_arguments`, for a bounded norm."""
+    constants = triton_bounded.tiles(width, kind == "derf", backward=kernel == "backward")
+    types = {"weight": "*fp32", "alpha": "*fp32", "rows": "i32"}
+    types |= {"rstd": "*fp32"} if kind == "bhyt" else {}
+    types |= {"shift": "*fp32"} if kind == "derf" else {}
+    if kernel == "backward":
+        sums = dict.fromkeys(("dweight", "dbias", "dalpha", "dshift"), "*fp32")
+        streams = dict.fromkeys(("stream", "dy", "dstream", "dx"), dtype)
+        return triton_bounded.backward_kernel, constants, types | sums | streams
+    types |= {"x": dtype, "y": dtype, "eps": "fp32"} | ({} if kind == "bhyt" else {"bias": "*fp32"})
+    types |= {"branch": dtype, "stream": dtype} if kernel == "add_norm" else {}
+    return triton_bounded.forward_kernel, constants, types
 
 
 def kernel_arguments(kernel: str, width: int, dtype: str, kind: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -58,7 +78,8 @@ def kernel_arguments(kernel: str, width: int, dtype: str, kind: str) -> tuple[An
 
 def compile_kernel(kernel: str, width: int, dtype: str, kind: str, arch: int) -> tuple[bytes, dict[str, int]]:
     """The cubin of a kernel; its tile and shared memory."""
-    function, settings, types = kernel_arguments(kernel, width, DTYPES[dtype], kind)
+    arguments = bounded_arguments if kind in BOUNDED else kernel_arguments
+    function, settings, types = arguments(kernel, width, DTYPES[dtype], kind)
     constants = {name: value for name, value in settings.items() if name != "num_warps"}
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
@@ -101,11 +122,11 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities")
     parser.add_argument("--widths", type=int, nargs="+", default=[*PAPER_WIDTHS, 100, 8192, 16384])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
-    parser.add_argument("--kinds", nargs="+", default=["rms", "layer"], choices=["rms", "layer"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     args = parser.parse_args()
     rows = []
     for arch, kind, dtype, width, kernel in itertools.product(args.arch, args.kinds, args.dtypes, args.widths, KERNELS):
-        if kernel.endswith("mixed") and dtype == "float32":
+        if (kernel.endswith("mixed") and dtype == "float32") or (kind in BOUNDED and kernel not in BOUNDED_KERNELS):
             continue
         cubin, tile = compile_kernel(kernel, width, dtype, kind, arch)
         case = {"arch": f"sm_{arch}", "kind": kind, "dtype": dtype, "width": width, "kernel": kernel}

@@ -17,7 +17,7 @@ from torch import library
 
 from cod_lightning.kernels import triton_norm
 from cod_lightning.kernels.norm import add_norm
-from cod_lightning.kernels.reference import reference_add_norm
+from cod_lightning.kernels.reference import BOUNDED, reference_add_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -326,11 +326,18 @@ def test_a_cpu_without_the_interpreter_is_an_error(monkeypatch):
         add_norm(torch.zeros(2, 8), backend="triton")
 
 
-@pytest.mark.parametrize("widths", [("768", "4096"), pytest.param(("1024", "2048"), marks=pytest.mark.extended)])
-def test_kernels_compile_for_gpus_and_do_not_spill(widths):
+@pytest.mark.parametrize(
+    ("widths", "kinds"),
+    [
+        (("768", "4096"), ("rms", "layer")),
+        pytest.param(("1024", "2048"), ("rms", "layer"), marks=pytest.mark.extended),
+        pytest.param(("768", "4096"), BOUNDED, marks=pytest.mark.extended),
+    ],
+)
+def test_kernels_compile_for_gpus_and_do_not_spill(widths, kinds):
     script = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
-    options = ["--widths", *widths, "--dtypes", "bfloat16"]
+    options = ["--widths", *widths, "--dtypes", "bfloat16", "--kinds", *kinds]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("sm_80") == run.stdout.count("sm_90") > 20
+    assert run.stdout.count("sm_80") == run.stdout.count("sm_90") >= 18

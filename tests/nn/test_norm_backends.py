@@ -101,10 +101,20 @@ def test_activation_checkpointing_is_bit_identical():
 
 
 @compiles
-@pytest.mark.parametrize(("backend", "options"), [("triton", {}), ("torch", {}), ("triton", {"position": "before_ln"})])
-def test_all_blocks_need_two_compilations_without_a_graph_break(backend, options):
+@pytest.mark.parametrize(
+    ("backend", "name", "options"),
+    [
+        ("triton", "lns", {}),
+        ("torch", "lns", {}),
+        ("triton", "lns", {"position": "before_ln"}),
+        ("triton", "derf", {"base": "lns"}),
+        ("triton", "bhyt", {"base": "lns"}),
+        ("torch", "hybrid_norm", {}),
+    ],
+)
+def test_all_blocks_need_two_compilations_without_a_graph_break(backend, name, options):
     torch._dynamo.reset()
-    decoder = build(backend, depth=24, options=options)
+    decoder = build(backend, name, depth=24, options=options)
     expected = loss_and_gradients(decoder)
     counter = CompileCounterWithBackend("aot_eager")
     for block in decoder.blocks:

@@ -120,7 +120,9 @@ def rates_of(where: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter,
         for module in (site.norm, site.sublayer, site.branch):
             rates |= dict.fromkeys(module.parameters(), spec.rates)
         if spec.norm_rates is not None:
-            rates |= dict.fromkeys(site.norm.parameters(), spec.norm_rates)
+            # A gain multiplies weight and bias of a bounded norm, not what is inside its function.
+            scaled = [p for name, p in site.norm.named_parameters() if name not in ("alpha", "shift")]
+            rates |= dict.fromkeys(scaled, spec.norm_rates)
         if spec.input_rates is not None:
             rates |= dict.fromkeys((linear.weight for linear in site.inputs), spec.input_rates)
     return rates
