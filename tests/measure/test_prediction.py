@@ -1,6 +1,7 @@
 """The closed form of the residual stream against an untrained decoder."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,7 @@ WIDE = {"deep_norm_released": 0.3}
 """Its logits have variance 1 and its branches are larger than the stream: seeds differ by 0.1 to 0.2."""
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in BOUNDED])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_the_closed_form_meets_the_measurement(name):
     prediction = predict(CONFIG, {"name": name})
     for quantity in QUANTITIES:
@@ -56,13 +57,19 @@ def test_the_identity_does_not_grow_with_the_depth(name):
     assert prediction.gain == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("norm", "coefficient"),
-    [({"name": "value_residual", "form": "mean"}, "value_residual='mean'"), ({"name": "dyt"}, "norm_kind='dyt'")],
-)
-def test_a_strategy_without_a_closed_form_is_an_error(norm, coefficient):
-    with pytest.raises(UserError, match=f"{coefficient} has no closed form"):
-        predict(CONFIG, norm)
+def test_a_strategy_without_a_closed_form_is_an_error():
+    with pytest.raises(UserError, match="value_residual='mean' has no closed form"):
+        predict(CONFIG, {"name": "value_residual", "form": "mean"})
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+@pytest.mark.parametrize("base", ["sandwich_ln", "hybrid_norm"])
+def test_the_closed_form_of_bounded_functions_holds_where_they_are_not_linear(kind, base):
+    config = replace(CONFIG, embedding_std=3.0, init_std=0.1)
+    prediction = predict(config, {"name": kind, "base": base})
+    for quantity in QUANTITIES:
+        expected, measured = getattr(prediction, quantity), getattr(prediction, f"{quantity}_measured")
+        assert expected == pytest.approx(measured, rel=TOLERANCE), quantity
 
 
 def test_a_depth_that_cannot_be_doubled_is_an_error():

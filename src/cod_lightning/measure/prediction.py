@@ -12,7 +12,8 @@ For a sub-layer with the kernel N of its norm's output, n n^T * q with n_t = gai
                                                     FFN         f(N) = c_down c_up E[silu silu^T] * N
 
 and c is the number of inputs of a projection times the variance of its weights; behind a norm of queries, keys or
-values, c N is normalised as well. p and g follow the derivatives.
+values, c N is normalised as well. A bounded function h in place of a norm gives N = gain^2 E[h(x_t) h(x_s)]. p and g
+follow the derivatives.
 
 It assumes that
 
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.kernels.reference import BOUNDED, KAPPA
 from cod_lightning.measure.activation_stats import token_variance
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.jacobian_products import differentiable, jvp_and_vjp, rademacher
@@ -46,6 +48,7 @@ from cod_lightning.measure.result import Result, table_rows
 from cod_lightning.nn.config import MOST_LAYERS, DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import LAST, build_decoder, outer_stds, projection_std
+from cod_lightning.nn.norms import ALPHA, with_kind
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
 Array = np.ndarray
@@ -119,8 +122,6 @@ def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Pr
     specs, twice = build_all(norm, depth), build_all(norm, 2 * depth)
     if any(spec.value_residual == "mean" for spec in specs):
         raise UserError("norm: value_residual='mean' has no closed form: predict norm.form=learned, or the base")
-    if kinds := {spec.norm_kind for spec in specs} - {"model"}:
-        raise UserError(f"norm: norm_kind={min(kinds)!r} has no closed form: predict the base of norm={norm['name']}")
     decoder = build_decoder(config, specs, seed)
     expected, doubled = positive_closed_form(decoder), positive_closed_form(meta_decoder(config, twice))
     overflow = [v for v in expected["variance"] if DEVIATIONS * math.sqrt(v) > FP16_MAX]
@@ -188,7 +189,7 @@ def closed_form(decoder: Decoder) -> dict[str, list[float]]:
     # |softmax - onehot|^2 over the vocabulary for every token but the last of a sequence, which has no target.
     softmax = min(math.exp(min(hidden * head, 99)), vocabulary) / vocabulary
     error = head * (1 - 2 / vocabulary + softmax) / (SEQUENCES * (TOKENS - 1)) ** 2
-    last = norm_kernel(outputs[-1].q, config.norm_eps) * norm_jacobian(hidden)
+    _, last = norm_factors(outputs[-1].q, with_kind(config, decoder.blocks[-1].spec))
     g, gradient_norm = last * np.diag([error] * (TOKENS - 1) + [0.0]), []
     for attention_step, ffn_step in zip(reversed(steps[::2]), reversed(outputs), strict=True):
         gradient_norm.append(math.sqrt(SEQUENCES * hidden * g.trace()))
@@ -208,7 +209,7 @@ class Step:
     branch: float
     """Variance of the scaled branch."""
     outer: Array | float
-    """Of the sum's norm."""
+    """Of the sum's norm, and of the norms below: the factors of its derivative."""
     skip: Array | float
     """Of the skip connection, its square."""
     from_block: bool
@@ -236,14 +237,15 @@ def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
     """All sub-layers in order, for the kernel q of the embeddings; `skips` are the squares of learned skips."""
     steps: list[Step] = []
     for layer, block in enumerate(decoder.blocks, start=1):
+        config = with_kind(decoder.config, block.spec)
         if block.spec.entry_norm:
-            q = q * norm_kernel(q, decoder.config.norm_eps)
+            q = q * norm_factors(q, config)[0]
         of_block = q
         for spec, module in ((block.spec.attention, block.self_attn), (block.spec.ffn, block.mlp)):
             spec = replace(spec, branch_scale=spec.branch_scale * spec.factor(layer, decoder.step))
             skip = float(skips[len(steps)]) if skips is not None and spec.learned_skip else spec.skip**2
-            c = fan_variances(spec, module, decoder.config)
-            steps.append(step_of(spec, c, decoder.config, q, of_block, skip, block.spec.head_norm))
+            c = fan_variances(spec, module, config)
+            steps.append(step_of(spec, c, config, q, of_block, skip, block.spec.head_norm))
             q = steps[-1].q
     return steps
 
@@ -258,29 +260,29 @@ def step_of(
     head_norm: str,
 ) -> Step:
     """The sub-layer of a spec at the kernels q of its input and `of_block` of its block's; c as in `fan_variances`."""
-    before, removed = 1.0, 1.0
+    before, slope = 1.0, 1.0
     if spec.pre_norm:
-        before = norm_kernel(q, config.norm_eps / spec.input_scale**2, spec.gain * spec.pre_norm_weight)
-        removed = norm_jacobian(config.hidden_size // spec.groups)
+        weight, size = spec.gain * spec.pre_norm_weight, config.hidden_size // spec.groups
+        before, slope = norm_factors(q, config, weight, size, spec.input_scale)
     if "q_proj" in c:
         value, mix = attention(before * q, c, head_norm, config)
     else:
         value, mix = feed_forward(before * q, c)
-    after = norm_kernel(value, config.norm_eps, spec.branch_norm_weight) if spec.branch_norm else 1.0
-    after = spec.branch_scale**2 * after
-    branch = after * value
+    after, after_slope = norm_factors(value, config, spec.branch_norm_weight) if spec.branch_norm else (1.0, 1.0)
+    branch = spec.branch_scale**2 * after * value
     start = {"input": q, "pre_norm": before * q, "block": of_block}[spec.skip_from]
     total = skip * start + branch
-    outer = norm_kernel(total, config.norm_eps) if spec.sum_norm else 1.0
+    # A sum that is normalised is not Gaussian from then on: its length is fixed.
+    outer, outer_slope = norm_factors(total, config, fixed=True) if spec.sum_norm else (1.0, 1.0)
     return Step(
         q=outer * total,
         branch=float(branch.diagonal().mean()),
-        outer=outer,
-        skip=skip * before * removed if spec.skip_from == "pre_norm" else skip,
+        outer=outer_slope,
+        skip=skip * slope if spec.skip_from == "pre_norm" else skip,
         from_block=spec.skip_from == "block",
-        after=after * (norm_jacobian(config.hidden_size) if spec.branch_norm else 1),
+        after=spec.branch_scale**2 * after_slope,
         mix=mix,
-        before=before * removed,
+        before=slope,
     )
 
 
@@ -289,13 +291,9 @@ def attention(
 ) -> tuple[Array, Callable[[Array, bool], Array]]:
     """The kernel of attention's output on the kernel n, and the same map of p and, transposed, of g."""
     # The factors of projections and norms from n to the kernels of queries, keys and values; those of a derivative.
-    to_q, to_k, to_v = (
-        c[f"{name}_proj"] * (norm_kernel(c[f"{name}_proj"] * n, config.norm_eps) if name in head_norm else 1)
-        for name in "qkv"
-    )
-    dq, dk, dv = (
-        factor * (norm_jacobian(config.head_dim) if name in head_norm else 1)
-        for name, factor in zip("qkv", (to_q, to_k, to_v), strict=True)
+    (to_q, dq), (to_k, dk), (to_v, dv) = (
+        [inputs * factor for factor in (norm_factors(inputs * n, config, size=config.head_dim) if normed else (1, 1))]
+        for inputs, normed in ((c[f"{name}_proj"], name in head_norm) for name in "qkv")
     )
     queries, values = to_q * n, to_v * n
     key_spread, value_spread = spread_of(to_k * n), spread_of(values)
@@ -351,6 +349,40 @@ def pair_mean(function: Callable[[Array], Array], kernel: Array, terms: int = 12
     coefficients = function(std[:, None] * nodes) @ (weights[:, None] / weights.sum() * basis)
     correlation = np.clip(kernel / np.maximum(np.outer(std, std), 1e-300), -1, 1)
     return sum(np.outer(column, column) * correlation**k for k, column in enumerate(coefficients.T))
+
+
+def norm_factors(
+    q: Array,
+    config: DecoderConfig,
+    weight: float = 1.0,
+    size: int | None = None,
+    input_scale: float = 1.0,
+    fixed: bool = False,
+) -> tuple[Array, Array]:
+    """The factors of a norm on the kernel q of its input, and on the kernel of a perturbation.
+
+    Args:
+        q: at a norm of the kind in `config`.
+        config: the shape.
+        weight: initial weight times gain.
+        size: number of channels; None: the hidden size.
+        input_scale: of the norm.
+        fixed: the input has a fixed length instead of being Gaussian.
+    """
+    kernel = norm_kernel(q, config.norm_eps / input_scale**2)
+    removed = 1.0 if fixed else norm_jacobian(size or config.hidden_size)
+    if config.norm not in BOUNDED:
+        return weight**2 * kernel, weight**2 * kernel * removed
+    # The function reads sqrt(slope) q.
+    alpha = ALPHA[config.norm]
+    into = (alpha / KAPPA) ** 2 * kernel if config.norm == "bhyt" else np.full_like(q, (alpha * input_scale) ** 2)
+    if config.norm == "derf":
+        value, derivative = np.vectorize(math.erf), lambda z: 2 / math.sqrt(math.pi) * np.exp(-(z**2))
+    else:
+        value, derivative = np.tanh, lambda z: 1 - np.tanh(z) ** 2
+    slopes = pair_mean(derivative, into * q) * into
+    ratios = np.divide(pair_mean(value, into * q), q, out=slopes.copy(), where=q != 0)
+    return weight**2 * ratios, weight**2 * slopes * (removed if config.norm == "bhyt" else 1.0)
 
 
 def norm_kernel(q: Array, eps: float, weight: float = 1.0) -> Array:
