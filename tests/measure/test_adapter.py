@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import ALL_FAMILIES, tokens
+from builders import ALL_FAMILIES, decoder, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
@@ -67,6 +67,21 @@ def test_a_block_is_a_function_of_its_input(causal_lm, family):
     for layer, (x, function) in enumerate(zip(*model.block_functions(TOKENS), strict=True), start=1):
         close(function(x), activations["residual", layer])
         assert not torch.allclose(function(2 * x + 1), function(x))
+
+
+@pytest.mark.parametrize("strategy", ["x0_mix", "value_residual"])
+@torch.no_grad()
+def test_a_block_keeps_what_it_reads_from_the_first_one(strategy):
+    model = decoder(strategy)
+    for parameter in model.model.parameters():
+        if parameter.shape in ((2,), (3,)):
+            parameter += 0.5
+    _, activations = run(model)
+    inputs, functions = model.block_functions(TOKENS)
+    for layer, (x, function) in enumerate(zip(inputs, functions, strict=True), start=1):
+        close(function(x), activations["residual", layer])
+    with model.with_blocks(model.blocks[1:]):  # now the second block is the first one
+        assert model.logits(TOKENS).isfinite().all()
 
 
 @every_family

@@ -95,7 +95,9 @@ def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
     torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0, -1])(torch.ones(1, 3, 16))
 
 
-@pytest.mark.parametrize("norm", ["lns", "peri_ln", "admin", "layer_scale", "gpas", "hybrid_norm", "x0_mix", "pro_res"])
+@pytest.mark.parametrize(
+    "norm", ["lns", "peri_ln", "admin", "layer_scale", "gpas", "hybrid_norm", "x0_mix", "derf", "pro_res"]
+)
 def test_sharding_in_mixed_precision_rounds_what_autocast_rounds(tmp_path, norm):
     def gains(decoder):
         """Set the parameters outside of matrices to values that bfloat16 would round."""

@@ -34,9 +34,9 @@ def float64():
 
 
 @cache
-def losses(norm, steps, clip=0.0, left_out=None):
+def losses(norm, steps, clip=0.0, left_out=None, **options):
     """Training losses under a strategy, without one of the multipliers of its rates."""
-    specs = build_all({"name": norm}, DEPTH)
+    specs = build_all({"name": norm, **options}, DEPTH)
     if left_out is not None:
         field = FORMS[norm]
         specs = [spec.replace(**{field: replace(getattr(spec.ffn, field), **{left_out: 1.0})}) for spec in specs]
@@ -59,6 +59,12 @@ def losses(norm, steps, clip=0.0, left_out=None):
 @pytest.mark.parametrize("norm", FORMS)
 def test_lns_trains_exactly_as_initial_weights_and_rates(norm, float64):
     torch.testing.assert_close(losses(norm, STEPS), losses("lns", STEPS), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", FORMS)
+@pytest.mark.parametrize("kind", ["derf", "bhyt"])
+def test_the_forms_are_exact_with_bounded_functions_too(kind, base, float64):
+    torch.testing.assert_close(losses(kind, FEW, base=base), losses(kind, FEW, base="lns"), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", FORMS)
