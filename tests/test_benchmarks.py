@@ -30,6 +30,10 @@ CASES = {
         f"--experiments quickstart --seconds 0 --set {TINY} data.vocab_size=300",
         ["layer statistics", "importance", "all by default"],
     ),
+    "pruning.py": (
+        f"glassllm data.seq_len=16 {FILES} --rows 2 --blocks 2 --other glassllm",
+        ["streamline", "deepest", "glassllm"],
+    ),
     "soak.py": (f"--kills 3 --steps 120 {FILES}", ["checkpoint", "True"]),
     "long_run.py": (
         f"--steps 400 --parts 4 model=tiny {FILES} data.seq_len=32 data.val_tokens=512 eval.paper_batch=4 "
