@@ -243,7 +243,7 @@ def log_axis(axis: Axis) -> None:
 
 def integer_ticks(axis: Axis) -> None:
     """Put ticks at whole numbers only, with separators of thousands."""
-    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axis.set_major_formatter(PlainNumbers())
 
 

@@ -1,6 +1,7 @@
 """The depth report of tiny models in this process."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -68,6 +69,7 @@ def test_the_headline_and_the_text_are_in_the_json_file(report):
     assert [models[name]["blocks"] for name in ("lns", "deep")] == [3, 4]
     assert models["deep"]["longest_runs"].keys() == {"1", "5", "10"}
     assert models["lns"]["text"]["tokens"] == 40
+    assert models["lns"]["uniform_loss"] == pytest.approx(math.log(37))
     assert models["lns"]["text"]["source"] == "files: a|b.txt"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cod_lightning.measure.depth_page import panels, report_page, summary
+from cod_lightning.measure.depth_page import maps, panels, report_page, summary
 from cod_lightning.measure.depth_report import SECTIONS, headline, headline_sentence
 from cod_lightning.measure.panels import draw_panels
 
@@ -87,6 +87,16 @@ def test_the_contributions_and_the_erasing_blocks_are_counted():
         "FFN adds between 2 ± 0.1 (block 1) and 3 ± 0.1 (block 2). A negative mean cosine, which erases a part of the "
         "stream, occurs in 1 of 2 blocks for attention and in 0 of 2 blocks for the FFN. Standard errors over 9 tokens."
     )
+
+
+@pytest.mark.parametrize(("costs", "log"), [([1.0, 0.1], True), ([1.0, -0.1], False), ([1.0, 0.0], False)])
+def test_costs_of_removal_are_drawn_on_a_logarithmic_axis_if_all_are_positive(costs, log):
+    assert panels({"model": results(costs)}, "removal")[0].log is log
+
+
+def test_maps_of_angles_share_their_colours():
+    angles = {name: {"angular": {"distances": [[0.1, top], [0.3, None]]}} for name, top in (("a", 0.2), ("b", 0.5))}
+    assert [panel.limits for panel in maps(angles)] == [(0.1, 0.5)] * 2
 
 
 def test_models_of_different_depth_share_relative_depth():

@@ -444,23 +444,23 @@ REAL = RealModel(
     {
         "variance": {"residual": {"variance": [1.0] * 4}},
         "angular": {"distances": [[0.3, 0.2, 0.1, 0.1]]},
-        "removal": {"loss": 2.0, "losses": [2.5, 2.01, 2.6, 2.7], "tokens": 9},
+        "removal": {"loss": 2.0, "losses": [2.5, 2.01, 2.6, 2.7], "tokens": 9, "error": None},
         "jacobian": {
             **{"layers": [1, 2, 3, 4], "distance": [3.0, 0.2, 0.1, 0.4], "largest_singular_value": [1.0] * 4},
             **{"errors": dict.fromkeys(("distance", "largest_singular_value"), [0.0] * 4), "tokens": 9},
         },
     },
-    {},
+    6.9,
 )
 
 
 def test_a_model_from_outside_agrees_or_disagrees_with_a_figure():
     assert real_model_lines("Figure 2", [REAL]) == [
-        "**real** (`results/reports/real/report.html`). Opposite to the paper (removing deep blocks costs less): "
-        "median increase of the loss in nats 0.255 in the shallower half, 0.65 in the deeper half. As in the paper "
-        "(deep blocks rotate the stream less): median angular distance to the next layer 0.25 in the shallower half, "
-        "0.1 in the deeper half. 1 of 4 blocks cost less than 1% of the loss when removed alone (0 early, 1 middle, "
-        "0 late); the cheapest adds 0.01 nats (block 2)."
+        "**real** (loss 2 nats, 6.9 for a uniform guess; `results/reports/real/report.html`). Opposite to the paper "
+        "(removing deep blocks costs less): median increase of the loss in nats 0.255 in the shallower half, 0.65 in "
+        "the deeper half. As in the paper (deep blocks rotate the stream less): median angular distance to the next "
+        "layer 0.25 in the shallower half, 0.1 in the deeper half. 1 of 4 blocks cost less than 1% of the loss when "
+        "removed alone (0 early, 1 middle, 0 late); the cheapest adds 0.01 nats (block 2)."
     ]
     assert real_model_lines("Figure 7", [REAL]) == []
 

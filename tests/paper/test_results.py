@@ -51,6 +51,17 @@ def results(tmp_path, toys):
     return tmp_path / "results"
 
 
+STATISTICS = {key: [1.0, 1.0] for key in ("variance", "variance_error", "mean", "rms", "kurtosis", "maximum")}
+JACOBIAN = ("frobenius", "distance", "mean_diagonal", "diagonal_share", "largest_singular_value")
+EMPTY = {
+    "variance": dict.fromkeys(("residual", "attention", "ffn"), STATISTICS),
+    "removal": {"loss": 1.0, "losses": [1.5, 1.25]},
+    "angular": {"distances": [[0.1, 0.2], [0.2, None]], "normalise": "raw", "token": "all"},
+    "jacobian": {key: [1.0, 1.0] for key in JACOBIAN} | {"layers": [1, 2], "probes": 4, "errors": {}},
+}
+"""Fields of the results of a model with two blocks."""
+
+
 def test_every_scale_is_known():
     assert set(SCALES) == set(choices("scale"))
 
@@ -178,17 +189,20 @@ def test_reproduce_prints_a_table_and_does_not_repeat_diverged_runs(toy, tmp_pat
 
 
 def test_depth_reports_on_models_from_outside_are_read(tmp_path):
-    folder = tmp_path / "reports" / "both"
-    (folder / "smollm2").mkdir(parents=True)
-    (folder / "smollm2" / "removal.json").write_text(
-        json.dumps({"model": "smollm2", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25]})
-    )
-    models = {"smollm2": {"text": {"tokens": 9}}, "lns-seed1-0a1b2c3d": {"text": {"tokens": 9}}}
-    (folder / "report.json").write_text(json.dumps({"models": models}))
+    for name in ("variance", "removal", "angular", "jacobian"):
+        path = tmp_path / "reports" / "both" / "smollm2" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(EMPTY[name] | {"model": "smollm2", "tokens": 9}))
+    models = {"smollm2": {"uniform_loss": 10.8}, "lns-seed1-0a1b2c3d": {"uniform_loss": 7.6}}
+    headline = tmp_path / "reports" / "both" / "report.json"
+    headline.write_text(json.dumps({"models": models}))
     (model,) = load_real_models(tmp_path)
-    assert model.name == "smollm2"
-    assert model.page == f"{folder}/report.html"
+    assert (model.name, model.uniform_loss) == ("smollm2", 10.8)
+    assert model.page == f"{tmp_path}/reports/both/report.html"
     assert model.results["removal"]["losses"] == [1.5, 1.25]
-    (folder / "report.json").write_text("[]")
+    path.unlink()
+    with pytest.raises(UserError, match=r"smollm2: jacobian\.json is missing"):
+        load_real_models(tmp_path)
+    headline.write_text("[]")
     with pytest.raises(UserError, match=r"report\.json"):
         load_real_models(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,8 +68,8 @@ def run_report(
     Args:
         subjects: functions that open a model, by the name it is shown under; one model is open at a time.
         options: of the measures.
-        folder: gets the page as HTML, its figures as PNG and PDF, `NAME.json` with the headline, and a folder with the
-            results of each model.
+        folder: gets the page as HTML, its figures as PNG and PDF, `NAME.json` with the headline and the loss of a
+            uniform guess, and a folder with the results of each model.
         measures: those on the page.
         name: of the page and of the command.
 
@@ -80,16 +81,20 @@ def run_report(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose a folder for the results")
-    models, texts = {}, {}
+    models, texts, uniform = {}, {}, {}
     for model, open_subject in subjects.items():
         subject = open_subject()
         subject.require_next_token(name)
         models[model] = measure_parts(subject, options, folder / model, measures)
         texts[model] = text_of(subject)
+        uniform[model] = math.log(len(subject.model.head_weight))
     page, figures = report_page(models, texts, name)
     for figure, content in figures.items():
         write_atomic(folder / figure, content)
-    numbers = {model: headline(results) | {"text": texts[model]} for model, results in models.items()}
+    numbers = {
+        model: headline(results) | {"uniform_loss": uniform[model], "text": texts[model]}
+        for model, results in models.items()
+    }
     write_atomic(folder / f"{name}.json", json.dumps({"models": numbers}, indent=1, allow_nan=False) + "\n")
     write_atomic(folder / f"{name}.html", page)
     return folder / f"{name}.html"

@@ -38,20 +38,20 @@ def panel(curve: Curve, models: Mapping[str, Results], measure: str) -> Lines:
         x[name] = [layer / depths[name] if relative else layer for layer in layers]
         if curve.errors is not None:
             errors[name] = [error or 0.0 for error in curve.errors(results[measure])]
-    return Lines(
-        curve.ylabel, lines, curve.log, x=x, xlabel=curve.relative if relative else curve.xlabel, errors=errors
-    )
+    log = curve.log
+    if log is None:
+        log = all(value is None or value > 0 for values in lines.values() for value in values)
+    return Lines(curve.ylabel, lines, log, x=x, xlabel=curve.relative if relative else curve.xlabel, errors=errors)
 
 
 def maps(models: Mapping[str, Results]) -> list[Panel]:
-    """The angular distances between all layers, a map for each model."""
+    """The angular distances between all layers, a map for each model with the same colours."""
     labels = plots.run_labels(models)
-    return [
-        HeatMap(
-            results["angular"]["distances"], "layer", "layers further on, n", "angular distance", title=labels[name]
-        )
-        for name, results in models.items()
-    ]
+    matrices = {name: results["angular"]["distances"] for name, results in models.items()}
+    known = [value for matrix in matrices.values() for row in matrix for value in row if value is not None]
+    limits = (min(known), max(known)) if known else None
+    names = ("layer", "layers further on, n", "angular distance")
+    return [HeatMap(matrix, *names, title=labels[name], limits=limits) for name, matrix in matrices.items()]
 
 
 def summary(results: Results) -> dict[str, str]:

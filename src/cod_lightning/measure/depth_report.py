@@ -38,7 +38,8 @@ class Curve:
     values: Callable[[Any], Sequence[float | None]]
     """Of the fields of the measure, by layer."""
     errors: Callable[[Any], Sequence[float | None]] | None = None
-    log: bool = True
+    log: bool | None = True
+    """Use a logarithmic y axis; None: if all values are positive."""
     xlabel: str = "layer"
     relative: str = "relative depth"
     """Name of the x axis where models differ in depth."""
@@ -222,7 +223,7 @@ def removal_sentence(result: Any) -> str:
 
 def search_sentence(result: Any) -> str:
     parts = [
-        f"{span(first, first + n)} {number(rise)}%"
+        f"{span(first, first + n)}: {number(rise)}%"
         for n, (first, rise) in enumerate(zip(result["first"], rises(result), strict=True))
     ]
     return (
@@ -307,7 +308,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "removal": Section(
         "Removal of one block",
-        [Curve("increase of the loss without the block (nats)", differences, lambda r: r["error"], log=False)],
+        [Curve("increase of the loss without the block (nats)", differences, lambda r: r["error"], log=None)],
         removal_sentence,
     ),
     "longest_run": Section(

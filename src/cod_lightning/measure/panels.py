@@ -74,6 +74,8 @@ class HeatMap:
     title: str = ""
     points: Mapping[str, Points] = field(default_factory=dict)
     """Single points by label."""
+    limits: tuple[float, float] | None = None
+    """Values of the first and the last colour; None: those of the matrix."""
 
     def draw(self, axes: Axes) -> None:
         from matplotlib.colors import LogNorm
@@ -82,7 +84,7 @@ class HeatMap:
 
         values = np.array(self.matrix, dtype=float)
         rows, columns = values.shape
-        colours: dict[str, Any] = {}
+        colours: dict[str, Any] = dict(zip(("vmin", "vmax"), self.limits or (), strict=False))
         if self.log and (values > 0).any():
             positive = values[values > 0]
             colours = {"norm": LogNorm(positive.min(), positive.max(), clip=True)}

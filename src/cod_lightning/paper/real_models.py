@@ -27,8 +27,8 @@ class RealModel:
     """Path of the page."""
     results: Mapping[str, Any]
     """Fields of its results by measure."""
-    text: Mapping[str, Any]
-    """The text: `source`, `sequences`, `tokens` and `sha256`."""
+    uniform_loss: float
+    """Loss of a uniform guess of the next token, in nats."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ DETAILS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "Figure 5": lambda results: SECTIONS["jacobian"].sentence(results["jacobian"]),
 }
 """Sentences of the report's page."""
+MEASURED = ("variance", "removal", "angular", "jacobian")
+"""Measures that the sentences need."""
 
 
 def load_real_models(results: Path) -> list[RealModel]:
@@ -94,22 +96,22 @@ def load_real_models(results: Path) -> list[RealModel]:
     models = []
     for path in sorted((results / REPORTS).glob("*/report.json")):
         try:
-            texts = {name: numbers["text"] for name, numbers in read_object(path)["models"].items()}
-        except (AttributeError, KeyError, TypeError) as error:
+            losses = {name: float(numbers["uniform_loss"]) for name, numbers in read_object(path)["models"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not the headline of a depth report; remove it") from error
-        page = path.with_suffix(".html").as_posix()
-        models += [
-            RealModel(name, page, load_measures(path.parent / name), text)
-            for name, text in texts.items()
-            if not RUN.fullmatch(name)
-        ]
+        for name in (name for name in losses if not RUN.fullmatch(name)):
+            measured = load_measures(path.parent / name)
+            if missing := [each for each in MEASURED if each not in measured]:
+                raise UserError(f"{path.parent / name}: {missing[0]}.json is missing; copy the whole report")
+            models.append(RealModel(name, path.with_suffix(".html").as_posix(), measured, losses[name]))
     return models
 
 
 def real_model_lines(target: str, models: Sequence[RealModel]) -> list[str]:
     """One paragraph for each model on the paper's findings about a figure."""
     return [
-        f"**{model.name}** (`{model.page}`). {' '.join(sentences)} {DETAILS[target](model.results)}"
+        f"**{model.name}** (loss {number(model.results['removal']['loss'])} nats, {number(model.uniform_loss)} for a "
+        f"uniform guess; `{model.page}`). {' '.join(sentences)} {DETAILS[target](model.results)}"
         for model in models
         if (sentences := [contrast_sentence(each, model.results) for each in CONTRASTS.get(target, ())])
     ]
