@@ -465,6 +465,13 @@ def test_a_model_from_outside_agrees_or_disagrees_with_a_figure():
     assert real_model_lines("Figure 7", [REAL]) == []
 
 
+@pytest.mark.parametrize(("error", "direction"), [(0.01, "Opposite to the paper"), (0.1, "Within two standard errors")])
+def test_a_difference_within_its_errors_has_no_sign(error, direction):
+    jacobian = REAL.results["jacobian"] | {"errors": dict.fromkeys(("distance", "largest_singular_value"), [error] * 4)}
+    (line,) = real_model_lines("Figure 5", [replace(REAL, results=REAL.results | {"jacobian": jacobian})])
+    assert f"{direction} (Jacobians approach I with depth): distance of the Jacobian from I 0.2 ± {error} in" in line
+
+
 def test_models_from_outside_stand_behind_our_runs():
     markdown = build_report(figure_experiments("Figure 5"), models=[REAL]).markdown
     behind = markdown.index("### Figure 5: models from outside")

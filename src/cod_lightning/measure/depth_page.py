@@ -36,8 +36,8 @@ def panel(curve: Curve, models: Mapping[str, Results], measure: str) -> Lines:
         layers = results[measure].get("layers") or range(1, len(values) + 1)
         lines[name] = values
         x[name] = [layer / depths[name] if relative else layer for layer in layers]
-        if curve.errors is not None:
-            errors[name] = [error or 0.0 for error in curve.errors(results[measure])]
+        if curve.errors is not None and (found := curve.errors(results[measure])) is not None:
+            errors[name] = [error or 0.0 for error in found]
     log = curve.log
     if log is None:
         log = all(value is None or value > 0 for values in lines.values() for value in values)

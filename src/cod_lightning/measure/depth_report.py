@@ -37,7 +37,7 @@ class Curve:
     ylabel: str
     values: Callable[[Any], Sequence[float | None]]
     """Of the fields of the measure, by layer."""
-    errors: Callable[[Any], Sequence[float | None]] | None = None
+    errors: Callable[[Any], Sequence[float | None] | None] | None = None
     log: bool | None = True
     """Use a logarithmic y axis; None: if all values are positive."""
     xlabel: str = "layer"
@@ -214,10 +214,10 @@ def removal_sentence(result: Any) -> str:
     known = [cost for cost in costs if cost is not None]
     least, most = extremes(costs, None, result["error"])
     middle = number(median(known)) if known else "not finite"
+    errors = "" if result["error"] is None else " Standard errors over sequences, each with and without the block."
     return (
         f"Removing one block changes the loss of {number(result['loss'])} nats by between {least} and {most}, in the "
-        f"median by {middle} ({count(result['tokens'], 'target')}). Standard errors over sequences, each with and "
-        "without the block."
+        f"median by {middle} ({count(result['tokens'], 'target')}).{errors}"
     )
 
 

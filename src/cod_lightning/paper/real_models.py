@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class Contrast:
     unit: str
     places: tuple[str, str]
     """Names of the blocks."""
+    errors: Callable[[Any], tuple[float, float]] | None = None
+    """Standard errors of the numbers."""
 
 
 def half_medians(values: Sequence[float | None]) -> tuple[float, float]:
@@ -74,6 +77,7 @@ CONTRASTS = {
             lambda result: (result["distance"][1], result["distance"][-1]),
             "distance of the Jacobian from I",
             ("second block", "last block"),
+            lambda result: (result["errors"]["distance"][1], result["errors"]["distance"][-1]),
         ),
     ),
 }
@@ -118,9 +122,15 @@ def real_model_lines(target: str, models: Sequence[RealModel]) -> list[str]:
 
 
 def contrast_sentence(contrast: Contrast, results: Mapping[str, Any]) -> str:
-    first, deep = contrast.numbers(results[contrast.measure])
+    result = results[contrast.measure]
+    first, deep = contrast.numbers(result)
+    errors: tuple[float | None, ...] = (None, None)
     direction = "As in the paper" if deep < first else "Opposite to the paper"
+    if contrast.errors is not None:
+        errors = known = contrast.errors(result)
+        if abs(deep - first) < 2 * math.hypot(*known):
+            direction = "Within two standard errors"
     return (
-        f"{direction} ({contrast.finding}): {contrast.unit} {number(first)} in the {contrast.places[0]}, "
-        f"{number(deep)} in the {contrast.places[1]}."
+        f"{direction} ({contrast.finding}): {contrast.unit} {number(first, errors[0])} in the {contrast.places[0]}, "
+        f"{number(deep, errors[1])} in the {contrast.places[1]}."
     )
