@@ -11,16 +11,15 @@ from functools import cache
 
 import pytest
 import torch
-import yaml
 
 from cod_lightning.cli import main
 from cod_lightning.commands.fit import train_run
-from cod_lightning.config.compose import choices, compose, config_folder
+from cod_lightning.config.compose import choices, compose
 from cod_lightning.config.schema import flatten
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks
 
 # The published figures, copied from the paper independently of the experiments.
@@ -80,6 +79,10 @@ WITHOUT_FIGURES = {
     "figure10": ("language",),
     "theory": ("pre_ln", "lns"),
 }
+SHARED = {"post_ln", "mix_ln", "pre_ln", "lns", "layer_scale", "scaled_init", "lns_scaled_init", "before_ln"}
+"""Rows of experiments beyond the paper that are rows of its tables too."""
+ADDITIONS = ("scaled_init", "gpas", "value_residual", "peri_ln", "qk_norm", "x0_mix")
+LEAGUE = sorted(STRATEGIES.keys() - {"lns_as_rates", "lns_as_norm_weights", "deep_norm_released"})
 BEYOND = {
     **{f"embedding_{std}": TABLE_1 for std in ("0_02", "0_632", "1")},
     **{f"depth_{blocks}": ("pre_ln", "lns") for blocks in (6, 12, 24, 48)},
@@ -88,7 +91,9 @@ BEYOND = {
         f"rates_{factor}": (*TABLE_1, *(row for row in SCALING if row not in TABLE_1))
         for factor in ("half", "same", "double", "fourfold")
     },
+    **{f"league_{factor}": LEAGUE for factor in ("half", "same", "double", "fourfold")},
     "why_lns": ("pre_ln", "lns_init_only", "lns_rate_only", "lns_as_rates", "lns"),
+    "interactions": ("pre_ln", "before_ln", "lns", *(row for name in ADDITIONS for row in (name, f"lns_{name}"))),
 }
 """Experiments that the paper does not have, and their rows."""
 STEPS = [3100, 5000, 10000, 15000, 20000, 25000, 30000, 35000, 38000]
@@ -132,19 +137,19 @@ def test_the_published_figures_are_those_of_the_paper(name):
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_an_experiment_beyond_the_paper_claims_no_published_figure(name):
-    paper = yaml.safe_load((config_folder() / "experiments" / f"{name}.yaml").read_text())["paper"]
-    assert list(paper["rows"]) == list(BEYOND[name])
+    paper = composed(name).paper
+    rows = list(paper["rows"])
+    assert (sorted(rows) if name.startswith("league") else rows) == list(BEYOND[name])
     assert paper["source"].startswith("not in the paper")
     assert not any("published" in row for row in paper["rows"].values())
 
 
-@pytest.mark.parametrize("name", ["length_full", "rates_same", "depth_24", "why_lns"])
+@pytest.mark.parametrize("name", ["length_full", "rates_same", "league_same", "depth_24", "why_lns", "interactions"])
 def test_an_experiment_beyond_the_paper_shares_its_middle_with_the_tables(name):
+    tables = [rows_of(f"table{number}_130m", "small").values() for number in (1, 6, 8)]
+    ids = {row.config.id for rows in tables for row in rows}
     for row in rows_of(name, "small").values():
-        if row.name in ("lns_init_only", "lns_rate_only", "lns_as_rates"):
-            continue
-        shared = rows_of("table1_130m" if row.name in TABLE_1 else "table6_130m", "small")
-        assert row.config.id == shared[row.name].config.id
+        assert row.name not in SHARED or row.config.id in ids, row.name
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,7 @@ def test_an_experiment_beyond_the_paper_shares_its_middle_with_the_tables(name):
     [
         ("length", "trainer.max_steps", [256, 1024, 2048, 8192]),
         ("rates", "optim.lr", [1.5e-3, 3e-3, 6e-3, 1.2e-2]),
+        ("league", "optim.lr", [1.5e-3, 3e-3, 6e-3, 1.2e-2]),
         ("depth", "model.num_hidden_layers", [6, 12, 24, 48]),
     ],
 )

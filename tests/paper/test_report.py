@@ -28,6 +28,7 @@ from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.real_models import RealModel, real_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
+from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import summarize, verdict
 
 
@@ -285,9 +286,16 @@ def test_every_strategy_is_compared_at_its_own_best_rate():
     for rate, losses in {"1 x": (5.0, 4.9), "2 x": (4.96, 4.7), "4 x": (5.5, 4.72)}.items():
         runs = [[run(seed, loss + 0.1 * seed) for seed in (1, 2)] for loss in losses]
         columns.append(Column((table(row("pre_ln", None, *runs[0]), row("lns", None, *runs[1]), column=rate),)))
-    pre_ln, lns = tuned_strategies_table(columns).rows
+    lns, pre_ln = tuned_strategies_table(tuned_rows(columns)).rows
     assert pre_ln == ["pre_ln", "2 x", "5.110 ± 0.071", "2", "", "1 x, 2 x of 3"]
     assert lns == ["lns", "2 x", "4.850 ± 0.071", "2", "**-0.260 ± 0.000**", "2 x, 4 x of 3"]
+
+
+def test_the_league_is_a_figure_and_a_table_of_own_best_rates():
+    league = family("League", "lr", {1e-3: 4.8, 2e-3: 4.7})
+    built = build_report([*map(without_runs, league), *league])
+    assert "league_best.png" in built.figures
+    assert "- Own best rates: 1 comparisons" in built.markdown
 
 
 # Figures and HTML ----------------------------------------------------------------------------------------------------

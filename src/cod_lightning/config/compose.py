@@ -173,9 +173,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     chosen = [o for o in words if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
     scales = [o for o in chosen if o.key_or_group == "scale"]
     files = tuple(o.input_line or "" for o in chosen if o not in scales)
-    node = merge_files(config_folder(), files).copy()
-    if scales:  # last in Hydra's order as well; so one reading of the files serves all scales
-        node.merge_with(OmegaConf.load(config_folder() / "scale" / f"{scales[-1].value()}.yaml"))
+    node = merge_scale(config_folder(), files, str(scales[-1].value()) if scales else None).copy()
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
     rows = [str(o.value()) for o in words if o.key_or_group == "row" and o.value() is not None]
     if rows:
@@ -219,6 +217,19 @@ def merge_files(folder: Path, words: tuple[str, ...]) -> DictConfig:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(cause(error)) from error
     OmegaConf.set_struct(node, None)  # Hydra closes dictionaries too, which take any key here
+    return node
+
+
+@lru_cache(maxsize=64)
+def merge_scale(folder: Path, words: tuple[str, ...], scale: str | None) -> DictConfig:
+    """`merge_files`, and the file of a scale, which is the last in Hydra's order too; copy the result.
+
+    One reading of the other files serves all scales.
+    """
+    node = merge_files(folder, words)
+    if scale is not None:
+        node = node.copy()
+        node.merge_with(OmegaConf.load(folder / "scale" / f"{scale}.yaml"))
     return node
 
 

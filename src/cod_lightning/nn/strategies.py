@@ -146,23 +146,26 @@ def span_norm(layer: int, depth: int) -> BlockSpec:
 
 # LayerNorm Scaling ---------------------------------------------------------------------------------------------------
 
-LNS_POSITIONS: dict[str, Callable[[float], BlockSpec]] = {
-    "after_ln": lambda scale: block(gain=scale),
-    "before_ln": lambda scale: block(input_scale=scale),
-    "after_branch": lambda scale: block(branch_scale=scale),
-    "after_residual": lambda scale: block(skip=scale, branch_scale=scale),
-    "only_attention": lambda scale: BlockSpec(SublayerSpec(gain=scale), SublayerSpec()),
-    "only_ffn": lambda scale: BlockSpec(SublayerSpec(), SublayerSpec(gain=scale)),
+LNS_POSITIONS = {
+    "after_ln": ("gain",),
+    "before_ln": ("input_scale",),
+    "after_branch": ("branch_scale",),
+    "after_residual": ("skip", "branch_scale"),
+    "only_attention": ("gain",),
+    "only_ffn": ("gain",),
 }
-"""Positions of 1/sqrt(l) in a block: `after_ln` is the paper's choice, the others are those of Table 8."""
+"""Coefficients that are 1/sqrt(l) by position: `after_ln` is the paper's choice, the others are those of Table 8."""
 
 
 @register
-def lns(layer: int, depth: int, position: str = "after_ln") -> BlockSpec:
+def lns(layer: int, depth: int, position: str = "after_ln", base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper."""
     if position not in LNS_POSITIONS:
         raise UserError(f"norm.position={position!r} does not exist: {nearest(str(position), LNS_POSITIONS)}")
-    return LNS_POSITIONS[position](layer**-0.5)
+    spec = build(base, layer, depth, options)
+    scaled = change_base("lns", spec, **dict.fromkeys(LNS_POSITIONS[position], layer**-0.5))
+    attention, ffn = position != "only_ffn", position != "only_attention"
+    return replace(scaled, attention=(scaled if attention else spec).attention, ffn=(scaled if ffn else spec).ffn)
 
 
 @register

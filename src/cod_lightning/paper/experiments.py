@@ -8,9 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cod_lightning.config.compose import choices, compose, config_folder, parse
+from cod_lightning.config.compose import choices, compose, parse
+from cod_lightning.config.groups import read_yaml
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.nn.config import num_vit_parameters
@@ -82,9 +81,8 @@ def find_experiments(names: Sequence[str]) -> list[str]:
 
 
 def reproducible_experiments() -> list[str]:
-    """Every experiment that has rows."""
-    files = {name: config_folder() / "experiments" / f"{name}.yaml" for name in choices("experiments")}
-    return [name for name, path in files.items() if yaml.safe_load(path.read_text()).get("paper", {}).get("rows")]
+    """Every experiment that compares rows, in its file or in a recipe that the file names."""
+    return [name for name in choices("experiments") if "paper" in read_yaml(f"experiments/{name}")]
 
 
 def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) -> Iterator[Row]:

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from cod_lightning.paper.claims import Column, Metric, ReportRow
+from cod_lightning.paper.claims import UNTRAINED, Column, Metric, ReportRow
+from cod_lightning.paper.tuning import Tuned
 from cod_lightning.plots import COLOURS, MARKERS, grid_figure, log_axis, strategy_colour, style
 
 figure_grid = partial(grid_figure, 7.5)
@@ -192,6 +193,31 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
     for panel in axes[:, 0]:
         panel.set_ylabel(f"loss minus that of {panels[0][2][0].baseline.label} (nats)")
     figure.legend(list(legend.values()), list(legend), loc="outside upper left", ncols=4)
+    return figure
+
+
+@style()
+def tuned_figure(scales: Mapping[str, Sequence[Tuned]]) -> Figure | None:
+    """Differences of every strategy to the baseline, each at its own best learning rate, the best on top.
+
+    Args:
+        scales: rows by scale; those without a difference are left out.
+    """
+    panels = {scale: [best for best in tuned if best.difference] for scale, tuned in scales.items()}
+    panels = {scale: tuned for scale, tuned in panels.items() if tuned}
+    if not panels:
+        return None
+    figure, axes = figure_grid(1.2 + 0.27 * max(map(len, panels.values())), columns=len(panels))
+    for panel, (scale, tuned) in zip(axes[0], panels.items(), strict=True):
+        differences = [(best.row, best.difference) for best in tuned if best.difference]
+        points = {row.name: Point(d.mean, d.margin, d.mean <= UNTRAINED) for row, d in differences}
+        forest(panel, {"": points}, [row for row, _ in differences])
+        panel.set_title(f"scale={scale}")
+    figure.supxlabel(
+        "loss minus that of the baseline, each at its own best learning rate (nats)\n"
+        "(bars: 95 % interval over seeds; hollow at the right edge: far behind)",
+        fontsize=9,
+    )
     return figure
 
 

@@ -25,17 +25,20 @@ from cod_lightning.paper.claims import (
     by_target,
     columns,
 )
-from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, seed_count
+from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, seed_count, tuned_figure
 from cod_lightning.paper.findings import ClaimResult
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.real_models import RealModel, real_model_lines
 from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME
+from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
 from cod_lightning.plots import image
 
 MARKDOWN, FIGURES = "REPRODUCTION.md", "experiments/results/figures"
 HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reproduction.csv"
 """Paths of the files, from the top of a checkout."""
+MOST_LINES = 12
+"""Rows that a figure over a setting can tell apart."""
 HEADINGS = {SAME: "as in the paper", OPPOSITE: "opposite", NOISE: NOISE, ONE_SEED: ONE_SEED}
 """Headings of the overview, by direction."""
 
@@ -166,7 +169,10 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
             )
         lines += [prefix + line for line in tables.summary_lines(column)]
     if columns[0].first.axis == "lr":
-        all_tables.append(tables.tuned_strategies_table(columns))
+        tuned = tuned_rows(columns)
+        all_tables.append(tables.tuned_strategies_table(tuned))
+        compared = sum(best.difference is not None for best in tuned)
+        lines.append(f"Own best rates: {compared} comparisons, each of rates chosen by the losses that are compared.")
     settings = {column.heading: (column.first.setting, reproduce_arguments(column)) for column in columns}
     return {"settings": settings, "tables": merge(all_tables), "lines": lines}
 
@@ -205,13 +211,17 @@ def pictures(target: str, by_scale: Mapping[str, Sequence[Column]]) -> Iterator[
     slug = first.name.split("_")[0]
     if target == "Figure 1":
         figure, alt = loss_over_size(by_scale), "loss over parameters"
-    elif first.axis:
+    elif first.axis and len(first.rows) <= MOST_LINES:
         panels = [(f"scale={scale}", first.axis, group) for scale, group in by_scale.items()]
         figure, alt = along_axes(panels, []), "differences to the baseline"
     else:
         figure, alt = difference_figure(by_scale), "differences to the baseline, published and ours"
     if figure is not None:
         yield Picture(slug, f"{target}: {alt}", figure)
+    if first.axis == "lr":
+        tuned = {scale: tuned_rows(group) for scale, group in by_scale.items()}
+        if (figure := tuned_figure(tuned)) is not None:
+            yield Picture(f"{slug}_best", f"{target}: differences of every strategy at its own best rate", figure)
     for scale, group in by_scale.items():
         for column in group:
             name = slug if len(group) == 1 else column.first.name

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from statistics import fmean
 
 from cod_lightning.page import Table
 from cod_lightning.paper.claims import SCALES, Column, Comparison, Experiment, Metric, Published, ReportRow, Targets
 from cod_lightning.paper.findings import finding_results, quantities_of, quantity_rows
 from cod_lightning.paper.statistics import Difference, Sample
+from cod_lightning.paper.tuning import GOOD_RATE, Tuned
 
 NOT_RUN = "not run"
-GOOD_RATE = 0.05
-"""A learning rate is good for a strategy if its loss is within so many nats of the strategy's lowest."""
 Keys = Collection[tuple[str, ...]]
 """Tests that stay significant after Holm's correction; tables mark them."""
 
@@ -169,26 +167,14 @@ def figure_tables(column: Column, significant: Keys) -> list[Table]:
     return [table for table in (quantities, Table(head, rows, (0, 3))) if table.rows]
 
 
-def tuned_strategies_table(columns: Sequence[Column]) -> Table:
+def tuned_strategies_table(tuned: Sequence[Tuned]) -> Table:
     """Every strategy at its own best learning rate, compared with the baseline at its own best."""
-    losses: dict[str, dict[str, dict[int, float]]] = {}
-    labels = {row.name: row.label for column in columns for row in column.rows}
-    for column in columns:
-        for row in column.rows:
-            if by_seed := Metric("val_loss").by_seed(row):
-                losses.setdefault(row.name, {})[column.heading] = by_seed
-    means = {name: {rate: fmean(values.values()) for rate, values in rates.items()} for name, rates in losses.items()}
-    best = {name: min(rates, key=lambda rate: rates[rate]) for name, rates in means.items()}
-    base = losses["pre_ln"][best["pre_ln"]] if "pre_ln" in best else {}
     rows = []
-    for name, rate in best.items():
-        values = losses[name][rate]
-        pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
-        difference = format_difference(Difference.of(pairs), "+.3f", ".3f") if pairs and name != "pre_ln" else ""
-        loss = Sample.of(list(values.values())).format(".3f", ".3f")
-        good = [other for other, mean in means[name].items() if mean - means[name][rate] <= GOOD_RATE]
-        good_rates = f"{', '.join(good)} of {len(means[name])}"
-        rows.append([labels[name], rate, loss, str(len(values)), difference, good_rates])
+    for best in tuned:
+        loss = Sample.of(list(best.losses.values())).format(".3f", ".3f")
+        difference = format_difference(best.difference, "+.3f", ".3f") if best.difference else ""
+        good = f"{', '.join(best.good)} of {len(best.rates)}"
+        rows.append([best.row.label, best.rate, loss, str(len(best.losses)), difference, good])
     head = ["row", "best rate", "loss, mean ± sd", "n", "difference to Pre-LN at its best, nats (95 %)"]
     return Table([*head, f"within {GOOD_RATE} nats of its best"], rows, (0, 1, 5))
 

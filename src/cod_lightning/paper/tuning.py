@@ -1,0 +1,55 @@
+"""Every strategy at its own best learning rate, beside the baseline at its own best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from cod_lightning.paper.claims import Column, Metric, ReportRow
+from cod_lightning.paper.statistics import Difference
+
+GOOD_RATE = 0.05
+"""A learning rate is good for a strategy if its mean loss is within so many nats of the strategy's lowest."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A row at the learning rate of its lowest mean loss."""
+
+    row: ReportRow
+    rate: str
+    """Heading of the column of that rate."""
+    losses: Mapping[int, float]
+    """Final validation losses at that rate by seed, in nats."""
+    difference: Difference | None
+    """To the baseline at its own best rate, paired by seed; None for the baseline, and without a common seed."""
+    rates: tuple[str, ...]
+    """Headings of the rates that were run."""
+    good: tuple[str, ...]
+    """Headings of those within `GOOD_RATE` of the lowest."""
+
+
+def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
+    """The rows that were run, the best first; the rate is chosen by the losses that are compared.
+
+    Args:
+        columns: one for each learning rate, with the same rows.
+    """
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    for column in columns:
+        for row in column.rows:
+            if by_seed := Metric("val_loss").by_seed(row):
+                losses.setdefault(row.name, {})[column.heading] = by_seed
+    means = {name: {rate: fmean(values.values()) for rate, values in rates.items()} for name, rates in losses.items()}
+    best = {name: min(rates, key=lambda rate: rates[rate]) for name, rates in means.items()}
+    baseline, rows = columns[0].baseline.name, {row.name: row for row in columns[0].rows}
+    base = losses[baseline][best[baseline]] if baseline in best else {}
+    tuned = []
+    for name in sorted(best, key=lambda name: means[name][best[name]]):
+        rate, values = best[name], losses[name][best[name]]
+        pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+        difference = Difference.of(pairs) if pairs and name != baseline else None
+        good = tuple(other for other, mean in means[name].items() if mean - means[name][rate] <= GOOD_RATE)
+        tuned.append(Tuned(rows[name], rate, values, difference, tuple(means[name]), good))
+    return tuned
