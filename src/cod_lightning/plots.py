@@ -66,7 +66,7 @@ STRATEGIES = {
     "nf_residual": ("NF residual", "#ce6dbd"),
     "hybrid_norm": ("HybridNorm", "#5254a3"),
     "span_norm": ("SpanNorm", "#b5cf6b"),
-    "qk_norm": ("QK-norm", "#bd9e39"),
+    "qk_norm": ("QK-norm", "#17becf"),
     "x0_mix": ("x0 mixing", "#637939"),
     "dyt": ("DyT", "#a6761d"),
     "derf": ("Derf", "#1b9e77"),
