@@ -1,6 +1,7 @@
 """Time of every layer measure beside a training step, and the share of a run that the default measures take.
 
-    python benchmarks/measures.py [--experiments quickstart table1_130m] [--rows 2] [--set key=value ...] [--save]
+    python benchmarks/measures.py [--experiments quickstart table1_130m] [--rows 2] [--only MEASURE ...]
+        [--set key=value ...] [--save]
 
 A step is the forward pass, the loss, the backward pass and Adam on `data.batch_size` sequences of random tokens,
 without data loading or logging. Measures run as in training, on as many sequences as there. A share counts how often a
@@ -70,8 +71,11 @@ def sequences_read(name: str, batches: Sequence[torch.Tensor]) -> int:
     return len(batches[0][: measure.first_sequences]) if measure.first_batch else sum(map(len, batches))
 
 
-def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, Any]]:
-    """One table row for the step, for the figure, for each measure, and for all default measures together."""
+def measure(config: Config, sequences: int, seconds: float, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One table row for the step, for the figure, for each measure, and for all default measures together.
+
+    `only` names the measures to time besides the default ones; empty: all.
+    """
     trainer, vocabulary = config.trainer, config.model.vocab_size or config.data.vocab_size
     shape = replace(config.model, vocab_size=vocabulary)
     decoder = build_decoder(shape, build_all(config.norm, shape.num_hidden_layers), seed=1, device=DEVICE)
@@ -111,7 +115,7 @@ def measure(config: Config, sequences: int, seconds: float) -> list[dict[str, An
     relative = {name: value / step_ms for name, value in times.items()} | {"step": 1.0}
     if parts == 1:
         before = once(step)
-        for name in [name for name in measures if name not in default]:
+        for name in [name for name in measures if name not in default and (not only or name in only)]:
             times[name], after = once(measures[name]), once(step)
             relative[name], before = 2 * times[name] / (before + after), after
     counts = {name: len(steps) for name, steps in due.items()} | {"figure": len(figure_steps)}
@@ -141,13 +145,14 @@ def main() -> None:
     parser = argument_parser(__doc__, "measures", seconds=5, threads=os.cpu_count() if ON_GPU else 1)
     parser.add_argument("--experiments", nargs="+", default=["quickstart", "table1_130m"])
     parser.add_argument("--rows", type=int, default=2, help="sequences of a timed part of a step with micro-batches")
+    parser.add_argument("--only", nargs="*", default=[], metavar="MEASURE", help="besides the default ones; empty: all")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides for every experiment")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = []
     for name in args.experiments:
-        rows += measure(compose([f"experiments={name}", *args.set]), args.rows, args.seconds)
+        rows += measure(compose([f"experiments={name}", *args.set]), args.rows, args.seconds, args.only)
     report(args, rows, threads=args.threads)
 
 
