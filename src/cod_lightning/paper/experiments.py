@@ -82,7 +82,7 @@ def find_experiments(names: Sequence[str]) -> list[str]:
 
 def reproducible_experiments() -> list[str]:
     """Every experiment that compares rows, in its file or in a recipe that the file names."""
-    return [name for name in choices("experiments") if "paper" in read_yaml(f"experiments/{name}")]
+    return [name for name in choices("experiments") if read_yaml(f"experiments/{name}").get("paper")]
 
 
 def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) -> Iterator[Row]:
