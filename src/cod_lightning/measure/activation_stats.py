@@ -20,7 +20,7 @@ from torch import Tensor
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, token_mask
-from cod_lightning.measure.massive_activations import Finder, MassiveActivation
+from cod_lightning.measure.massive_activations import MAGNITUDE, Finder, MassiveActivation
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.nn.decoder import Decoder
@@ -125,39 +125,43 @@ def activation_stats(
 
     The variance of every token at every place and layer is in memory, but no activations of more than one batch.
     """
-    means = {(place, layer): RunningMean() for place in PLACES for layer in range(1, model.depth + 1)}
-    largest = dict.fromkeys(means, 0.0)
-    variances: dict[tuple[str, int], list[Tensor]] = {place: [] for place in means}
+    places = [(place, layer) for place in PLACES for layer in range(1, model.depth + 1)]
+    means, largest = RunningMean(), torch.zeros(len(places))
+    variances: list[Tensor] = []
     first: list[Tensor] = []
     massive = Finder()
     for batch, keep in iter_batches(model, batches, pad_id, progress):
+        found: dict[tuple[str, int], Tensor] = {}
+        maxima: dict[tuple[str, int], Tensor] = {}
 
-        def hook(name: str, layer: int, x: Tensor, batch: Batch = batch, keep: Tensor = keep) -> None:
+        def hook(
+            name: str, layer: int, x: Tensor, batch: Batch = batch, keep: Tensor = keep, found=found, maxima=maxima
+        ) -> None:
             if name not in PLACES:
                 return
-            tokens = at_least_fp32(x[keep])
-            statistics = token_statistics(tokens)
-            means[name, layer].add(statistics)
-            variances[name, layer].append(statistics[:, 0].cpu())
-            largest[name, layer] = max(largest[name, layer], float(tokens.abs().max()))
-            if name == "residual":
+            tokens = at_least_fp32(x.flatten(0, 1) if keep.all() else x[keep])
+            found[name, layer], maxima[name, layer] = token_statistics(tokens), tokens.abs().amax()
+            if name == "residual" and maxima[name, layer] > MAGNITUDE:
                 massive.add(layer, x, keep, batch)
 
         model.logits(batch, hook, keep)
         massive.rows += len(keep)
+        statistics = torch.stack([found[place] for place in places], dim=1)
+        means.add(statistics)
+        variances.append(statistics[:, :, 0].double().cpu())
+        largest = torch.maximum(largest, torch.stack([maxima[place] for place in places]).cpu())
         first.append((keep & (keep.cumsum(1) == 1))[keep].cpu())
-    is_first = torch.cat(first).numpy()
+    is_first, by_token = torch.cat(first).numpy(), torch.cat(variances).numpy()
 
-    def statistics(place: str) -> Statistics:
-        layers = [(place, layer) for layer in range(1, model.depth + 1)]
-        variance, mean, rms, kurtosis = torch.stack([means[layer].mean for layer in layers], dim=1).tolist()
-        errors = [float(means[layer].error[0]) for layer in layers]
-        maximum = [largest[layer] for layer in layers]
-        spread = [over_tokens(torch.cat(variances[layer]).double().numpy(), is_first) for layer in layers]
+    def statistics_at(place: str) -> Statistics:
+        at = [index for index, (name, _) in enumerate(places) if name == place]
+        variance, mean, rms, kurtosis = means.mean[at].T.tolist()
+        spread = [over_tokens(by_token[:, index], is_first) for index in at]
         columns = [list(column) for column in zip(*spread, strict=True)]
+        errors, maximum = means.error[at, 0].tolist(), largest[at].tolist()
         return Statistics(variance, errors, mean, rms, kurtosis, maximum, *columns)
 
-    return ActivationStats(model.name, len(is_first), *map(statistics, PLACES), *massive.found(model.decode))
+    return ActivationStats(model.name, len(is_first), *map(statistics_at, PLACES), *massive.found(model.decode))
 
 
 def over_tokens(variance: np.ndarray, is_first: np.ndarray) -> tuple[float, ...]:
@@ -177,11 +181,14 @@ def token_variance(x: Tensor) -> Tensor:
 
 def token_statistics(x: Tensor) -> Tensor:
     """Unbiased variance, mean, RMS and kurtosis over the last dimension: [..., hidden] -> [..., 4]."""
+    size = x.shape[-1]
     mean = x.mean(-1, keepdim=True)
-    deviation = (x - mean).square().mean(-1, keepdim=True).sqrt()
+    squares = (x - mean).square_()
+    moment = squares.mean(-1, keepdim=True)
     # Divide before the fourth power, which overflows from 4e9 in float32.
-    kurtosis = torch.where(deviation > 0, (x - mean) / deviation, 0).pow(4).mean(-1)
-    return torch.stack([token_variance(x), mean.squeeze(-1), x.square().mean(-1).sqrt(), kurtosis], dim=-1)
+    kurtosis = squares.div_(moment.clamp(min=torch.finfo(x.dtype).tiny)).square_().mean(-1)
+    mean, moment = mean.squeeze(-1), moment.squeeze(-1)
+    return torch.stack([moment * (size / (size - 1)), mean, (moment + mean.square()).sqrt(), kurtosis], dim=-1)
 
 
 @dataclass(frozen=True)
