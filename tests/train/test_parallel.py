@@ -1,5 +1,6 @@
 """Training on several gloo ranks equals training in one process."""
 
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from run_files import copy_checkpoints, history, losses, newest
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
@@ -19,7 +21,7 @@ from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.spec import SublayerSpec
 from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train.callbacks import StopOnSignal
-from cod_lightning.train.checkpoint import AtomicCheckpointIO, checkpoints, read_checkpoint
+from cod_lightning.train.checkpoint import AtomicCheckpointIO, MetadataUnpickler, checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 240
@@ -348,6 +350,28 @@ def test_a_damaged_sharded_checkpoint_is_an_error_and_executes_nothing(sharded_c
     with pytest.raises(UserError, match=r"step-00000001\.ckpt: not a readable checkpoint"):
         read_checkpoint(sharded_checkpoint)
     assert not (tmp_path / "executed").exists()
+
+
+class Getattr:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+
+    def __init__(self, owner, name):
+        self.call = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_an_enum_in_the_metadata_is_read_as_any_python_writes_it():
+    for member in _MEM_FORMAT_ENCODING:
+        written = pickle.dumps(Getattr(_MEM_FORMAT_ENCODING, member.name))
+        assert MetadataUnpickler(io.BytesIO(written)).load() is member
+
+
+def test_metadata_cannot_get_an_attribute_of_anything_else():
+    written = pickle.dumps(Getattr(torch.Size, "__init__"))
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.getattr, which is not allowed"):
+        MetadataUnpickler(io.BytesIO(written)).load()
 
 
 # --- activation checkpointing and interruptions -----------------------------------------------------------------------
