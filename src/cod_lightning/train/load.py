@@ -148,12 +148,16 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
         )
     checkpoint = read_checkpoint(path, mmap=True)
     weights = weights_of(checkpoint, "decoder")
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
     with torch.device("meta"):
-        decoder = empty_decoder(config, config.model.vocab_size or tokenizer.vocab_size)
+        decoder = empty_decoder(config, vocab_size)
     if mismatches := shape_mismatches(decoder, weights):
+        theirs = len(weights.get("lm_head.weight", ()))
+        same_vocabulary = theirs in (0, vocab_size)
+        remedy = "choose the model= and norm= of that run" if same_vocabulary else f"use model.vocab_size={theirs}"
         raise UserError(
             f"init_from={source}: {len(mismatches)} parameters have another shape than this run's ({mismatches[0]}): "
-            "choose the model= and norm= of that run"
+            f"{remedy}"
         )
     return InitialWeights(weights, str(path), checkpoint.get("global_step", 0))
 
