@@ -30,7 +30,7 @@ if not torch.cuda.is_available():
     interpreter._convert_float = rounded
 
 
-LONGEST_FIRST = ["test_cli.py", "test_parallel.py", "test_hosts.py", "test_experiments.py", "test_norm_backends.py"]
+LONGEST_FIRST = ["test_cli.py", "test_parallel.py", "test_hosts.py", "test_packaging.py", "test_norm_backends.py"]
 
 
 def pytest_collection_modifyitems(items):

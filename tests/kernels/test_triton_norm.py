@@ -329,8 +329,8 @@ def test_a_cpu_without_the_interpreter_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("widths", "kinds"),
     [
-        (("768", "4096"), ("rms", "layer")),
-        pytest.param(("1024", "2048"), ("rms", "layer"), marks=pytest.mark.extended),
+        (("4096",), ("rms", "layer")),
+        pytest.param(("768", "1024", "2048"), ("rms", "layer"), marks=pytest.mark.extended),
         pytest.param(("768", "4096"), BOUNDED, marks=pytest.mark.extended),
     ],
 )
@@ -340,4 +340,4 @@ def test_kernels_compile_for_gpus_and_do_not_spill(widths, kinds):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("sm_80") == run.stdout.count("sm_90") >= 18
+    assert run.stdout.count("sm_80") == run.stdout.count("sm_90") >= 9 * len(widths)
