@@ -231,7 +231,7 @@ def sources(source, tmp_path_factory):
         (["init_from={last}", "model.hidden_size=16"], r"\d+ parameters have another shape than this run's"),
         (
             ["init_from={last}", "model.vocab_size=600"],
-            r"2 parameters .*\(lm_head.weight is \[\d+, 32\] in the checkpoint, \[600, 32\].*: use model\.vocab_size=\d+$",
+            r"2 parameters .*\(lm_head.weight is .*, \[600, 32\] in .*: use model\.vocab_size=\d+$",
         ),
     ],
 )
