@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -301,7 +302,7 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
         rope = rotary(5, 16, 1e4, x)
         y = ours(x, rope, None, x0, v1)
         y = y[0] if isinstance(y, tuple) else y
-        f = lambda h, b=parameters, r=rope, **options: attention(h, b, r, **options)  # noqa: E731
+        f = partial(attention, b=parameters, rope=rope)
         expected = EQUATIONS[case][1](z, f, theirs.mlp, parameters, layer=layer)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
