@@ -14,6 +14,7 @@ COMMON = (
     "_torchvision",
     "errors",
     "files",
+    "memory",
     "page",
     "plots",
     "settings",

@@ -279,7 +279,7 @@ def test_damaged_and_other_files_are_refused_by_name(folder, kind, message):
 
 def test_a_model_that_exceeds_the_limit_of_a_container_is_refused(saved, tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr("cod_lightning.nn.memory.LIMITS", [str(limit)])
+    monkeypatch.setattr("cod_lightning.memory.LIMITS", [str(limit)])
     limit.write_text("max\n")
     parameters = sum(x.numel() for x in load_checkpoint(saved).model.parameters())
     limit.write_text(f"{4 * parameters - 1}\n")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError, first_line, first_of
+from cod_lightning.memory import free_memory
 from cod_lightning.nn.gguf import read_gguf, require_gguf
-from cod_lightning.nn.memory import free_memory
 from cod_lightning.nn.packaged_models import packaged_path
 
 WEIGHT_FILES = (

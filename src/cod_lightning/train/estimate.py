@@ -14,7 +14,7 @@ import torch
 from cod_lightning.config.schema import Config
 from cod_lightning.data.config import DataConfig
 from cod_lightning.errors import UserError
-from cod_lightning.nn.memory import host_memory
+from cod_lightning.memory import host_memory
 from cod_lightning.settings import choice_errors
 from cod_lightning.train.cost import Architecture, Memory, training_flops
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from cod_lightning.config.schema import Config
 from cod_lightning.errors import UserError
+from cod_lightning.memory import host_memory
 from cod_lightning.nn.config import num_vit_parameters
-from cod_lightning.nn.memory import host_memory
 from cod_lightning.train.devices import accelerator, precision
 
 
