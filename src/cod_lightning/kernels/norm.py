@@ -124,18 +124,7 @@ def bounded_norm(
 
     Use the returned stream in place of x, as with `add_norm`. The torch backend is the reference.
 
-    Args:
-        x: [..., hidden].
-        alpha: [1].
-        weight: [hidden], or None.
-        bias: [hidden], or None.
-        shift: [1], or None.
-        branch: [..., hidden], added to x before the norm, or None.
-        kind: `dyt`, `derf` or `bhyt`.
-        eps: of `bhyt`.
-        gain: constant factor of y.
-        dtype: dtype of y; None: that of the stream.
-        backend: as in `add_norm`.
+    The arguments are those of `reference_bounded_norm`, and `backend` as in `add_norm`.
 
     Returns:
         The stream [..., hidden] and y [..., hidden].

@@ -130,13 +130,12 @@ def activation_stats(
     variances: list[Tensor] = []
     first: list[Tensor] = []
     massive = Finder()
+    # Of the batch that runs; every place is written again in the next one.
+    found: dict[tuple[str, int], Tensor] = {}
+    maxima: dict[tuple[str, int], Tensor] = {}
     for batch, keep in iter_batches(model, batches, pad_id, progress):
-        found: dict[tuple[str, int], Tensor] = {}
-        maxima: dict[tuple[str, int], Tensor] = {}
 
-        def hook(
-            name: str, layer: int, x: Tensor, batch: Batch = batch, keep: Tensor = keep, found=found, maxima=maxima
-        ) -> None:
+        def hook(name: str, layer: int, x: Tensor, batch: Batch = batch, keep: Tensor = keep) -> None:
             if name not in PLACES:
                 return
             tokens = at_least_fp32(x.flatten(0, 1) if keep.all() else x[keep])

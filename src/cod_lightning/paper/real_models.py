@@ -124,13 +124,11 @@ def real_model_lines(target: str, models: Sequence[RealModel]) -> list[str]:
 def contrast_sentence(contrast: Contrast, results: Mapping[str, Any]) -> str:
     result = results[contrast.measure]
     first, deep = contrast.numbers(result)
-    errors: tuple[float | None, ...] = (None, None)
+    of_first, of_deep = contrast.errors(result) if contrast.errors is not None else (None, None)
     direction = "As in the paper" if deep < first else "Opposite to the paper"
-    if contrast.errors is not None:
-        errors = known = contrast.errors(result)
-        if abs(deep - first) < 2 * math.hypot(*known):
-            direction = "Within two standard errors"
+    if abs(deep - first) < 2 * math.hypot(of_first or 0, of_deep or 0):
+        direction = "Within two standard errors"
     return (
-        f"{direction} ({contrast.finding}): {contrast.unit} {number(first, errors[0])} in the {contrast.places[0]}, "
-        f"{number(deep, errors[1])} in the {contrast.places[1]}."
+        f"{direction} ({contrast.finding}): {contrast.unit} {number(first, of_first)} in the {contrast.places[0]}, "
+        f"{number(deep, of_deep)} in the {contrast.places[1]}."
     )
