@@ -291,11 +291,22 @@ def test_every_strategy_is_compared_at_its_own_best_rate():
     assert lns == ["lns", "2 x", "4.850 ± 0.071", "2", "**-0.260 ± 0.000**", "2 x, 4 x of 3"]
 
 
-def test_the_league_is_a_figure_and_a_table_of_own_best_rates():
+def test_the_league_is_a_figure_and_a_table_of_own_best_rates(monkeypatch):
+    monkeypatch.setattr("cod_lightning.paper.report.MOST_LINES", 1)
     league = family("League", "lr", {1e-3: 4.8, 2e-3: 4.7})
     built = build_report([*map(without_runs, league), *league])
-    assert "league_best.png" in built.figures
-    assert "- Own best rates: 1 comparisons" in built.markdown
+    assert [name for name in built.figures if name.startswith("league")] == ["league_best.png"]
+    assert "- Own best rates: 1 comparison with an interval. If no difference were real, 0.05 " in built.markdown
+
+
+def test_a_rate_at_which_a_run_diverges_is_not_the_best():
+    columns = []
+    for rate, losses in {"1 x": (5.0, 4.9), "2 x": (math.nan, math.inf)}.items():
+        runs = [[run(seed, loss) for seed in (1, 2)] for loss in losses]
+        columns.append(Column((table(row("pre_ln", None, *runs[0]), row("lns", None, *runs[1]), column=rate),)))
+    assert [(best.row.name, best.rate) for best in tuned_rows(columns)] == [("lns", "1 x"), ("pre_ln", "1 x")]
+    (never, _) = tuned_rows(columns[1:])
+    assert never.difference is None
 
 
 # Figures and HTML ----------------------------------------------------------------------------------------------------

@@ -171,8 +171,12 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
     if columns[0].first.axis == "lr":
         tuned = tuned_rows(columns)
         all_tables.append(tables.tuned_strategies_table(tuned))
-        compared = sum(best.difference is not None for best in tuned)
-        lines.append(f"Own best rates: {compared} comparisons, each of rates chosen by the losses that are compared.")
+        compared = sum(best.difference is not None and best.difference.margin is not None for best in tuned)
+        lines.append(
+            f"Own best rates: {compared} comparison{'s' * (compared != 1)} with an interval. If no difference were "
+            f"real, {0.05 * compared:.2g} would exclude zero by chance on average, and more as each rate is chosen by "
+            "the losses that are compared."
+        )
     settings = {column.heading: (column.first.setting, reproduce_arguments(column)) for column in columns}
     return {"settings": settings, "tables": merge(all_tables), "lines": lines}
 
@@ -211,9 +215,10 @@ def pictures(target: str, by_scale: Mapping[str, Sequence[Column]]) -> Iterator[
     slug = first.name.split("_")[0]
     if target == "Figure 1":
         figure, alt = loss_over_size(by_scale), "loss over parameters"
-    elif first.axis and len(first.rows) <= MOST_LINES:
+    elif first.axis:
         panels = [(f"scale={scale}", first.axis, group) for scale, group in by_scale.items()]
-        figure, alt = along_axes(panels, []), "differences to the baseline"
+        readable = len(first.rows) <= MOST_LINES
+        figure, alt = along_axes(panels, []) if readable else None, "differences to the baseline"
     else:
         figure, alt = difference_figure(by_scale), "differences to the baseline, published and ours"
     if figure is not None:

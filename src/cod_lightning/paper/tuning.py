@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -33,6 +34,8 @@ class Tuned:
 def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
     """The rows that were run, the best first; the rate is chosen by the losses that are compared.
 
+    A loss that is not finite is the worst.
+
     Args:
         columns: one for each learning rate, with the same rows.
     """
@@ -41,7 +44,7 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
         for row in column.rows:
             if by_seed := Metric("val_loss").by_seed(row):
                 losses.setdefault(row.name, {})[column.heading] = by_seed
-    means = {name: {rate: fmean(values.values()) for rate, values in rates.items()} for name, rates in losses.items()}
+    means = {name: {rate: mean_loss(values) for rate, values in rates.items()} for name, rates in losses.items()}
     best = {name: min(rates, key=lambda rate: rates[rate]) for name, rates in means.items()}
     baseline, rows = columns[0].baseline.name, {row.name: row for row in columns[0].rows}
     base = losses[baseline][best[baseline]] if baseline in best else {}
@@ -49,7 +52,14 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
     for name in sorted(best, key=lambda name: means[name][best[name]]):
         rate, values = best[name], losses[name][best[name]]
         pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
-        difference = Difference.of(pairs) if pairs and name != baseline else None
+        compared = pairs and name != baseline and all(map(math.isfinite, pairs))
+        difference = Difference.of(pairs) if compared else None
         good = tuple(other for other, mean in means[name].items() if mean - means[name][rate] <= GOOD_RATE)
         tuned.append(Tuned(rows[name], rate, values, difference, tuple(means[name]), good))
     return tuned
+
+
+def mean_loss(losses: Mapping[int, float]) -> float:
+    """Of all seeds; infinite if one of them is NaN or infinite."""
+    mean = fmean(losses.values())
+    return mean if math.isfinite(mean) else math.inf
