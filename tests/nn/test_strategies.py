@@ -624,6 +624,8 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "complete_p", "base_depth": 0}, ["norm.base_depth=0", "at least 1"]),
         ({"name": "qk_norm", "base": "hybrid_norm"}, ["norm='qk_norm'", "norm.base", "sets head_norm itself"]),
         ({"name": "test_strategies:skip_without_norm"}, ["ffn.skip_from='pre_norm' without pre_norm"]),
+        ({"name": "lns", "base": "post_ln"}, ["attention.gain=0.7", "ffn.gain=0.7", "without pre_norm", "layer=2"]),
+        ({"name": "lns", "position": "before_ln", "base": "olmo2"}, ["attention.input_scale=0.7", "without pre_norm"]),
         ({"name": "test_strategies:norm_of_heads"}, ["block.head_norm='kv', expected one of no, qk, qkv"]),
         ({"name": "value_residual", "form": "sum"}, ["norm.form='sum'", "known: learned, mean"]),
         ({"name": "dyt", "base": "group_ln"}, ["norm_kind='dyt' with groups"]),

@@ -114,12 +114,6 @@ def test_a_gain_that_the_skip_takes_as_well_is_refused(monkeypatch):
         convert(trained(name="plain"), {"name": "scaled"})
 
 
-def test_a_gain_without_a_norm_changes_no_weight(monkeypatch):
-    monkeypatch.setitem(STRATEGIES, "post", lambda layer, depth: block(pre_norm=False, sum_norm=True, gain=2.0))
-    decoder = trained(name="post_ln")
-    torch.testing.assert_close(convert(decoder, {"name": "post"})(TOKENS), decoder(TOKENS), rtol=1e-12, atol=1e-12)
-
-
 def test_training_goes_on_where_the_loss_was(train, toy, tmp_path):
     record, run = train("norm=pre_ln", "name=before")
     assert main(["convert", str(run), "norm=lns", "--output", str(tmp_path / "converted")]) == 0

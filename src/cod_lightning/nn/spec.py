@@ -164,8 +164,16 @@ def spec_problems(spec: BlockSpec) -> list[str]:
             problems.append(f"{part}={sublayer!r}, expected a SublayerSpec,")
             continue
         problems += field_problems(part, sublayer, COEFFICIENTS)
-        if sublayer.skip_from == "pre_norm" and not sublayer.pre_norm:
-            problems.append(f"{part}.skip_from='pre_norm' without pre_norm: set pre_norm=True or skip_from='input',")
+        need_norm = {
+            "gain": sublayer.gain != 1,
+            "input_scale": sublayer.input_scale != 1,
+            "skip_from": sublayer.skip_from == "pre_norm",
+        }
+        problems += [
+            f"{part}.{name}={getattr(sublayer, name)!r} without pre_norm, which it acts on: set pre_norm=True,"
+            for name, needed in need_norm.items()
+            if needed and not sublayer.pre_norm
+        ]
     return problems
 
 

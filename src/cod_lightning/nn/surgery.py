@@ -133,7 +133,7 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
         for old, new, inputs, last in zip(
             original.spec.sublayers, block.spec.sublayers, behind_norm, last_projections(block), strict=True
         ):
-            for linear in inputs if new.pre_norm else ():
+            for linear in inputs:
                 divide(linear, new.gain / old.gain)
             if new.learned_branch_scale == "no":
                 divide(last, new.branch_scale / old.branch_scale)
