@@ -98,14 +98,12 @@ def angular_distance(
 
 
 def angles(x: Tensor) -> Tensor:
-    """Return angles over pi between vectors [..., vectors, hidden] -> [..., vectors, vectors], in float64.
+    """Return angles over pi between vectors [..., vectors, hidden] -> [..., vectors, vectors].
 
-    They are 2 arcsin(|u - v| / 2) of unit vectors: exactly 0 for equal vectors, for which an arccos has an error of the
-    root of the rounding error.
+    In float64, where the arccos of a rounded 1 is at most 1e-8: a tenth of what rounding turns vectors in float32.
     """
     unit = F.normalize(x.double(), dim=-1)
-    chord = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
-    return 2 / math.pi * (chord / 2).clamp(max=1).asin()
+    return (unit @ unit.mT).clamp(-1, 1).acos() / math.pi
 
 
 def last_token(keep: Tensor) -> Tensor:
