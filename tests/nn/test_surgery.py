@@ -170,7 +170,8 @@ def test_gains_are_kept_or_those_of_the_new_layers():
 def lesa(weights, layer):
     """The matrix between blocks `layer` and `layer` + 1, after the notebook train_LESA of yangyifei729/LESA."""
     size = weights[0].shape[1]
-    u, s, vt = torch.linalg.svd(torch.cat(weights, dim=1), full_matrices=False)
+    v, s, ut = torch.linalg.svd(torch.cat(weights, dim=1).mT, full_matrices=False)  # u s vt, with the same free signs
+    u, vt = ut.mT, v.mT
     v = [vt[:, i * size : (i + 1) * size] for i in range(len(weights))]
     x = torch.cat([torch.cat([v[i - 1], v[i + 1]], dim=1) for i in range(1, len(v) - 1)])
     y = torch.cat([v[i] for i in range(1, len(v) - 1)])

@@ -34,6 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(model: str, checkpoint: str, trust_code: bool, output: Path, words: Sequence[str]) -> int:
     """Write a run folder with the deeper model, without optimizer state; all other settings are the model's."""
+    from cod_lightning.commands.terminal import progress_bar
     from cod_lightning.nn.surgery import Gains, How, grow
 
     types: dict[str, Any] = {"blocks": int, "how": How, "gains": Gains}
@@ -45,7 +46,8 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, words: Sequ
 
     from cod_lightning.train.load import write_run
 
-    grown = grow(decoder, config.norm, **options)
+    with progress_bar(f"{model}: {options['how']}") as update:
+        grown = grow(decoder, config.norm, **options, progress=update)
     shape = replace(config.model, num_hidden_layers=options["blocks"])
     config = replace(config, model=shape, row=None, name=None, init_from=None, description=f"Grown from {model}.")
     write_run(config, grown, tokenizer, output)

@@ -9,11 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
-
-from cod_lightning.commands.terminal import result_table, show
+from cod_lightning.commands.terminal import progress_bar, result_table, show
 from cod_lightning.config.schema import Config
 from cod_lightning.data.config import patterns
 from cod_lightning.data.corpora import open_corpus
@@ -195,14 +191,8 @@ def with_progress(
     **others: Any,
 ) -> Any:
     """Call a measure with a progress bar, on all of the subject's batches or on `batches`."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(escape(f"{subject.model.name}: {name}"), total=None)
-
-        def update(done: int, total: int) -> None:
-            bars.update(bar, completed=done, total=total or None)
-
-        batches = subject.batches if batches is None else batches
+    batches = subject.batches if batches is None else batches
+    with progress_bar(f"{subject.model.name}: {name}") as update:
         return measure(subject.model, batches, subject.pad_id, update, **options, **others)
 
 

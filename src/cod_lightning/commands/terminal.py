@@ -1,13 +1,16 @@
-"""Tables and charts that the commands print."""
+"""Tables, charts and progress that the commands print."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rich.console import Console, Group
+from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -54,6 +57,19 @@ def metrics(record: Record, config: Record) -> dict[str, str]:
         "wall time": format_duration(record["wall_seconds"]),
         "parameters": f"{record['parameters']:,}",
     }
+
+
+@contextmanager
+def progress_bar(label: str) -> Generator[Callable[[int, int], None]]:
+    """A function of done and total that moves a bar on stderr, which is shown on a terminal alone."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(escape(label), total=None)
+
+        def update(done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total or None)
+
+        yield update
 
 
 def format_duration(seconds: float) -> str:

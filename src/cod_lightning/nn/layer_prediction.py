@@ -7,7 +7,7 @@ block between them, whose matrix is U S V. The constants are those of the releas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
@@ -27,7 +27,9 @@ NORM_SHARE = 5e-4
 
 
 @torch.no_grad()
-def predict_blocks(blocks: Sequence[Block], layers: Sequence[int]) -> list[Block]:
+def predict_blocks(
+    blocks: Sequence[Block], layers: Sequence[int], progress: Callable[[int, int], object] | None = None
+) -> list[Block]:
     """New blocks, one behind each of some layers.
 
     Matrices are predicted; norms, biases, scales and the spec are copies of those of the block before.
@@ -35,13 +37,16 @@ def predict_blocks(blocks: Sequence[Block], layers: Sequence[int]) -> list[Block
     Args:
         blocks: of a trained decoder, at least three; they do not change.
         layers: from 1, at most the last but one.
+        progress: called with the number of matrices that are predicted in every new block, and that of all.
     """
     predicted = [deepcopy(blocks[layer - 1]) for layer in layers]
-    for name, parameter in blocks[0].named_parameters():
-        if parameter.ndim == 2:
-            matrices = predict_between([block.get_parameter(name).detach() for block in blocks], layers)
-            for block, matrix in zip(predicted, matrices, strict=True):
-                block.get_parameter(name).copy_(matrix)
+    names = [name for name, parameter in blocks[0].named_parameters() if parameter.ndim == 2]
+    for done, name in enumerate(names):
+        if progress:
+            progress(done, len(names))
+        matrices = predict_between([block.get_parameter(name).detach() for block in blocks], layers)
+        for block, matrix in zip(predicted, matrices, strict=True):
+            block.get_parameter(name).copy_(matrix)
     return predicted
 
 
@@ -52,15 +57,15 @@ def predict_between(matrices: Sequence[Tensor], layers: Sequence[int]) -> list[T
         matrices: [out, in] of every block, first to last, at least three.
         layers: from 1, at most the last but one.
     """
-    joined = torch.cat(list(matrices), dim=1)
-    u, s, v = torch.linalg.svd(joined.to(torch.promote_types(joined.dtype, torch.float32)), full_matrices=False)
-    parts = v.split(matrices[0].shape[1], dim=1)  # [rank, in] each
+    joined = torch.cat([matrix.mT for matrix in matrices])  # tall, which LAPACK decomposes many times faster than wide
+    v, s, u = torch.linalg.svd(joined.to(torch.promote_types(joined.dtype, torch.float32)), full_matrices=False)
+    parts = v.mT.split(matrices[0].shape[1], dim=1)  # [rank, in] each
     neighbours = [torch.cat(pair, dim=1) for pair in zip(parts, parts[2:], strict=False)]
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         network = train_network(torch.cat(neighbours), torch.cat(parts[1:-1]))
     with torch.no_grad():
-        return [(u * s) @ network(torch.cat(parts[layer - 1 : layer + 1], dim=1)) for layer in layers]
+        return [(u.mT * s) @ network(torch.cat(parts[layer - 1 : layer + 1], dim=1)) for layer in layers]
 
 
 def train_network(inputs: Tensor, targets: Tensor) -> nn.Module:
@@ -72,7 +77,7 @@ def train_network(inputs: Tensor, targets: Tensor) -> nn.Module:
         nn.ReLU(),
         nn.Linear(HIDDEN, targets.shape[1]),
     ).to(inputs)
-    optimizer = torch.optim.AdamW(network.parameters(), LR)
+    optimizer = torch.optim.AdamW(network.parameters(), LR, fused=True)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(inputs)).split(BATCH):
             outputs, goal = network(inputs[rows]), targets[rows]

@@ -6,7 +6,7 @@ The weights next to a constant factor make up for it: with g times the gain, a n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -41,7 +41,14 @@ def convert(decoder: Decoder, norm: Mapping[str, Any]) -> Decoder:
 
 
 @torch.no_grad()
-def grow(decoder: Decoder, norm: Mapping[str, Any], blocks: int, how: How, gains: Gains = "kept") -> Decoder:
+def grow(
+    decoder: Decoder,
+    norm: Mapping[str, Any],
+    blocks: int,
+    how: How,
+    gains: Gains = "kept",
+    progress: Callable[[int, int], object] | None = None,
+) -> Decoder:
     """A deeper decoder with the blocks of `decoder`, which does not change, and copies or predictions of them.
 
     Args:
@@ -55,6 +62,7 @@ def grow(decoder: Decoder, norm: Mapping[str, Any], blocks: int, how: How, gains
         gains: where the strategy depends on the layer or depth, weights make up for the factors of the new place
             ("kept": every block computes what it did, and a predicted one has the factors of the block before it), or
             stay as they are ("new").
+        progress: see `predict_blocks`.
 
     Raises:
         UserError: `blocks` is out of range, or the strategy has coefficients for the new depth that weights cannot make
@@ -63,7 +71,7 @@ def grow(decoder: Decoder, norm: Mapping[str, Any], blocks: int, how: How, gains
     sources, inserted = copies(len(decoder.blocks), blocks, how)
     originals = [decoder.blocks[source - 1] for source in sources]
     if how == "lesa":
-        predicted = predict_blocks(decoder.blocks, [sources[layer - 1] for layer in inserted])
+        predicted = predict_blocks(decoder.blocks, [sources[layer - 1] for layer in inserted], progress)
         for layer, block in zip(inserted, predicted, strict=True):
             originals[layer - 1] = block
     grown = rebuild(decoder, norm, originals, make_up=gains == "kept")
