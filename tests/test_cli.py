@@ -420,13 +420,13 @@ def kill_when(process, condition, seconds=120):
     process.wait()
 
 
-def test_a_run_killed_three_times_resumes_bit_identically(toy, tmp_path):
+def test_a_run_killed_twice_resumes_bit_identically(toy, tmp_path):
     words = [*toy, "trainer.max_steps=60", "trainer.checkpoint_every=4", "trainer.stats_every=5", "eval.every=6"]
     call_ok("fit", *words, f"output={tmp_path / 'whole'}")
     folder = compose([*words, f"output={tmp_path / 'killed'}"]).folder
     kept = folder / "checkpoints"
-    # In training, while a checkpoint is being written, and around a validation (steps 6, 12, ...).
-    for moment in ("step-00000008.ckpt", ".step-000000*.partial", "step-00000024.ckpt"):
+    # While a checkpoint is being written, and around a validation (steps 6, 12, ...).
+    for moment in (".step-000000*.partial", "step-00000024.ckpt"):
         process = subprocess.Popen(
             [*PYTHON, "fit", *words, f"output={tmp_path / 'killed'}"],
             stdout=subprocess.DEVNULL,
@@ -434,7 +434,7 @@ def test_a_run_killed_three_times_resumes_bit_identically(toy, tmp_path):
         )
         kill_when(process, lambda moment=moment: any(kept.glob(moment)) if kept.exists() else False)
         assert not (folder / "record.json").exists()
-    run_ok("fit", *words, f"output={tmp_path / 'killed'}")
+    call_ok("fit", *words, f"output={tmp_path / 'killed'}")
     expected, result = (record_of(tmp_path / name, *words) for name in ("whole", "killed"))
     for kind in ("train", "val", "layers"):
         for name, values in expected["history"][kind].items():

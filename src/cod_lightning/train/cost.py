@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +30,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.norms import Norm
 from cod_lightning.nn.parallel import parallelise
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, Schedule
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, Rates, Schedule
 from cod_lightning.nn.strategies import BlockSpec, build_all
 from cod_lightning.nn.vit import VisionTransformer
 
@@ -105,7 +105,7 @@ class Architecture:
         """Tokens of a sequence, or patches of an image."""
         return self.seq_len if self.images is None else self.images.patches
 
-    @property
+    @cached_property
     def kinds(self) -> Counter[BlockSpec]:
         """One spec for every kind of block, and the number of such blocks."""
         specs = build_all(self.norm, self.model.num_hidden_layers)
@@ -284,9 +284,9 @@ def flops_per_token(model: DecoderConfig, seq_len: int) -> float:
 
 
 def wiring(spec: BlockSpec) -> str:
-    """The fields of a spec that decide which tensors its block has: all except the scales."""
+    """The fields of a spec that decide which tensors its block has: all except scales and rates."""
     values = [value for sublayer in spec.sublayers for value in vars(sublayer).values()]
-    fields = [value for value in values if not isinstance(value, float | Schedule)]
+    fields = [value for value in values if not isinstance(value, float | Schedule | Rates | None)]
     return str([*(getattr(spec, name) for name in BLOCK_COEFFICIENTS), *fields])
 
 
