@@ -45,4 +45,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def first_of(names: Sequence[str]) -> str:
     """The first of some weights, and how many others there are."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other weights"
+    others = len(names) - 1
+    return names[0] if not others else f"{names[0]} and {others} other weight{'s' * (others > 1)}"

@@ -37,6 +37,9 @@ def causal_lm():
             eye = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]}
             config = transformers.Qwen2_5_VLConfig(text_config=shape, vision_config=eye)
             return ModelAdapter(transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), family)
+        if family == "bert_encoder":
+            model = transformers.BertModel(transformers.BertConfig(**shape), add_pooling_layer=False)
+            return ModelAdapter(model.eval(), family)
         config = getattr(transformers, f"{HF[family]}Config")(**shape)
         return ModelAdapter(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
 

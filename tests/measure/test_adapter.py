@@ -5,7 +5,7 @@ from builders import ALL_FAMILIES, decoder, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import ModelAdapter, load_pretrained
+from cod_lightning.measure.adapter import ModelAdapter, check_layout, load_pretrained
 
 every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
 TOKENS = tokens(2, 7)
@@ -114,7 +114,21 @@ def test_layers_are_evenly_spaced(causal_lm, count, layers):
     assert causal_lm("ours").evenly_spaced(count) == layers
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "bert"])
+@torch.no_grad()
+def test_an_encoder_without_a_head_is_the_one_of_bert(causal_lm):
+    bert, encoder = causal_lm("bert"), causal_lm("bert_encoder")
+    encoder.model.load_state_dict(bert.model.bert.state_dict())
+    (_, expected), (hidden, found) = run(bert), run(encoder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert torch.equal(hidden, expected["residual", 4])
+    assert not encoder.predicts_next
+    check_layout(encoder)
+    with pytest.raises(UserError, match="bert_encoder: bert has no head, which gives logits"):
+        encoder.head(hidden)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "bert", "bert_encoder"])
 @torch.no_grad()
 def test_a_model_is_loaded_with_its_tokenizer(causal_lm, family, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")

@@ -21,7 +21,7 @@ def take(name, model, batches, progress=None):
 @pytest.mark.parametrize(
     ("family", "name"),
     [(family, name) for family in ("ours-lns", "gpt2", "olmo2", "qwen2_5_vl") for name in MEASURES]
-    + [("bert", name) for name in MEASURES if not MEASURES[name].needs_targets],
+    + [(bert, name) for bert in ("bert", "bert_encoder") for name in MEASURES if not MEASURES[name].needs_targets],
 )
 def test_every_measure_gives_a_table(causal_lm, family, name):
     result = MEASURES[name](causal_lm(family, depth=3), BATCHES, PAD, None)

@@ -144,6 +144,19 @@ def test_heads_of_bert_for_whole_texts_are_left_out(tmp_path):
     torch.testing.assert_close(logits(load_checkpoint(tmp_path).model), expected)
 
 
+def test_an_encoder_without_a_head_is_loaded_without_its_pooler(tmp_path):
+    shape = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    encoder = transformers.BertModel(transformers.BertConfig(**shape, num_attention_heads=2)).eval()
+    encoder.save_pretrained(tmp_path)
+    loaded = load_checkpoint(tmp_path).model
+    assert loaded.pooler is None
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS).last_hidden_state, encoder(TOKENS).last_hidden_state)
+    edit_weights(tmp_path, lambda s: {key: x for key, x in s.items() if "layer.0.output.dense" not in key})
+    with pytest.raises(UserError, match=r"lacks encoder\.layer\.0\.output\.dense\.bias and 1 other weight:"):
+        load_checkpoint(tmp_path)
+
+
 # Tied embeddings ------------------------------------------------------------------------------------------------------
 
 

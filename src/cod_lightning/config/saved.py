@@ -29,6 +29,7 @@ from cod_lightning.config.schema import Config, flatten, identity, identity_fiel
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import DAMAGED, UserError
 from cod_lightning.files import read_regular, write_atomic
+from cod_lightning.nn.packaged_models import is_packaged
 
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
@@ -103,7 +104,7 @@ def refuse_foreign_model(path: Path, name: str) -> None:
     Raises:
         UserError: `path`, called `name` in the error, is one.
     """
-    if path.suffix == ".gguf" or (path / "config.json").is_file():
+    if path.suffix == ".gguf" or (path / "config.json").is_file() or is_packaged(name):
         raise UserError(
             f"{name}: a model, not a run folder: make one of it with `python -m cod_lightning import {path} --output "
             "RUN` and use RUN"

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, scale
-from cod_lightning.nn.layouts import BERT, COHERE, Layout, find_layout, sites, submodule
+from cod_lightning.nn.layouts import BERT, COHERE, ENCODER, Layout, find_layout, sites, submodule
 from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
@@ -102,7 +102,7 @@ class ModelAdapter:
     @property
     def predicts_next(self) -> bool:
         """Whether the logits are for the next token; BERT's are for the token itself, which attends to all others."""
-        return self.layout is not BERT or self.config.is_decoder
+        return self.layout not in (BERT, ENCODER) or self.config.is_decoder
 
     @property
     def why_not_next(self) -> str:
@@ -130,8 +130,10 @@ class ModelAdapter:
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocabulary or classes, hidden]."""
+        """[vocabulary or classes, hidden]; without a head the embeddings."""
         model: Any = self.model
+        if self.layout.head is None:
+            return model.get_input_embeddings().weight
         head = model.get_output_embeddings() if self.layout is BERT else submodule(model, self.layout.head, self.name)
         return head.weight
 
@@ -141,6 +143,8 @@ class ModelAdapter:
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states [..., hidden]: final norm, then head, scaled as the model does."""
+        if self.layout.head is None:
+            raise UserError(f"{self.name}: {family(self.model)} has no head, which gives logits")
         if self.layout.final_norm:
             x = self.model.get_submodule(self.layout.final_norm)(x)
         factor = self.config_value("logit_scale", 1) / self.config_value("logits_scaling", 1)  # Cohere; Granite
@@ -149,7 +153,7 @@ class ModelAdapter:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def logits(self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None) -> Tensor:
-        """Logits [batch, length, vocabulary], for images [batch, 1, classes].
+        """Logits [batch, length, vocabulary], for images [batch, 1, classes], without a head [batch, length, hidden].
 
         Args:
             batch: tokens [batch, length] or images.
@@ -165,7 +169,8 @@ class ModelAdapter:
             for handle in [] if hook is None else self.register_hooks(hook):
                 handles.enter_context(handle)
             mask = {} if self.predicts_next or keep is None else {"attention_mask": keep.long()}
-            return self.model(input_ids=batch, use_cache=False, **mask).logits
+            output = self.model(input_ids=batch, use_cache=False, **mask)
+            return output.last_hidden_state if self.layout.head is None else output.logits
 
     def register_hooks(self, hook: ActivationHook) -> Iterator[RemovableHandle]:
         """Register module hooks on a model of `transformers` that call `hook` as our models do."""
@@ -293,7 +298,8 @@ def layout_problem(model: ModelAdapter) -> str:
             if differ(functions[site.layer - 1](inputs[site.layer - 1]), y):
                 return f"block {site.layer}, run alone, does not repeat its output"
             x = y
-    return "its final norm and head do not give its logits" if differ(model.head(x), logits) else ""
+    expected = x if model.layout.head is None else model.head(x)
+    return "its final norm and head do not give its logits" if differ(expected, logits) else ""
 
 
 def differ(x: Tensor, y: Tensor) -> bool:

@@ -37,8 +37,8 @@ class Layout:
     """The norms of the residual stream after each addition (Post-LN), from a block."""
     final_norm: str | None = "model.norm"
     """The norm before the head, from the model; read by measures only."""
-    head: str = "lm_head"
-    """The module that gives the logits, from the model; read by measures only."""
+    head: str | None = "lm_head"
+    """The module that gives the logits, from the model; None: it has none. Read by measures only."""
 
 
 LLAMA = Layout(
@@ -86,7 +86,9 @@ BERT = Layout(
     final_norm=None,
     head="cls",
 )
-LAYOUTS = (GEMMA2, GLM4, LLAMA, OLMO2, COHERE, PHI, LLAMA4, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT)
+ENCODER = replace(BERT, blocks="encoder.layer", head=None)
+"""BERT without its head, as models of sentences are."""
+LAYOUTS = (GEMMA2, GLM4, LLAMA, OLMO2, COHERE, PHI, LLAMA4, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT, ENCODER)
 """Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
 HINT = "name its modules: layout=Layout(blocks='path.to.the.list', norms=('ln_1', 'ln_2'), sublayers=('attn', 'mlp'))"
 

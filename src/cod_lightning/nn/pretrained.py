@@ -60,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A causal language model of `transformers`, with all of its weights from the checkpoint."""
+    """A language model of `transformers`, with all of its weights from the checkpoint."""
 
     model: Any
     """On the CPU, in evaluation mode."""
@@ -87,7 +87,7 @@ class Checkpoint:
 def load_checkpoint(
     name: str | Path, dtype: torch.dtype = torch.float32, check: Callable[[Any], object] | None = None
 ) -> Checkpoint:
-    """Load a causal language model, or a multimodal one with a language model.
+    """Load a causal language model, a multimodal one with a language model, or BERT with or without its head.
 
     Args:
         name: a folder with config.json and weights (safetensors or .bin, sharded or not); a .gguf file, or a folder
@@ -110,10 +110,13 @@ def load_checkpoint(
             check(config)
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"{name}: quantization_config is not supported: save the model with dequantized weights")
-        multimodal = hasattr(config, "vision_config")
-        kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+        kind, options = transformers.AutoModelForCausalLM, {}
+        if hasattr(config, "vision_config"):
+            kind = transformers.AutoModelForImageTextToText
+        elif config.architectures == ["BertModel"]:
+            kind, options = transformers.AutoModel, {"add_pooling_layer": False}
         with torch.device("meta"):
-            empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False)
+            empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False, **options)
         require_memory(empty, dtype, str(name))
         state = read_weights(source) if source.gguf is None else read_gguf(Path(source.name) / source.gguf, empty)
         if integers := [key for key, x in state.items() if not x.is_floating_point() and not MASKS.search(key)]:
@@ -132,6 +135,7 @@ def load_checkpoint(
             attn_implementation="sdpa" if empty._supports_sdpa else "eager",
             ignore_mismatched_sizes=True,  # so that all are reported below
             output_loading_info=True,
+            **options,
         )
         if error := weight_errors(empty, info):
             raise UserError(f"{name}: {error}")
