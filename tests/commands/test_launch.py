@@ -52,7 +52,7 @@ def scheduler(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_job_that_is_told_to_stop_is_queued_again_until_its_end(scheduler, toy, train, wait_for):
-    words = ["trainer.max_steps=60", "data.micro_batch_size=4", "eval.every=30", "trainer.stats_every=0"]
+    words = ["trainer.max_steps=30", "data.micro_batch_size=4", "eval.every=15", "trainer.stats_every=0"]
     words += ["trainer.measures.jacobian=0", "trainer.checkpoint_every=1000"]
     alone, _ = train(*words, "name=alone")
     words = [*toy, *words, "trainer=ddp", "trainer.accelerator=cpu", "trainer.progress=true", "name=job", "output=runs"]

@@ -17,6 +17,7 @@ from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.huggingface import TRAINING
 from cod_lightning.nn.init import build_decoder, build_vit
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import STRATEGIES, build_all
@@ -24,17 +25,24 @@ from cod_lightning.train import estimate as module
 from cod_lightning.train.cost import Architecture, training_flops
 from cod_lightning.train.estimate import estimate
 from cod_lightning.train.optim import build_optimizer
+from strategy_kinds import one_of_each_kind
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _results import peak_bytes
 
-NORMS = [{"name": name} for name in STRATEGIES] + [
+COMBINED = [
     {"name": "gpas", "base": "post_ln"},
     {"name": "gpas", "base": "admin"},
     {"name": "layer_scale", "base": "sandwich_ln"},
     {"name": "peri_ln", "embedding_norm": False},
 ]
-every_norm = pytest.mark.parametrize("norm", NORMS, ids=lambda norm: " ".join(map(str, norm.values())))
+
+
+def for_norms(names):
+    norms = [*({"name": name} for name in names), *COMBINED]
+    return pytest.mark.parametrize("norm", norms, ids=lambda norm: " ".join(map(str, norm.values())))
+
+
 LNS = {"name": "lns"}
 IMAGES = ImageConfig(source="folder", classes=11, size=20, patch_size=4)
 SHAPE = {
@@ -106,7 +114,7 @@ def check_parameters(architecture):
 both_models = pytest.mark.parametrize("like", [decoder_like, vit_like])
 
 
-@every_norm
+@for_norms(STRATEGIES)
 @both_models
 def test_parameters_of_every_strategy_are_those_of_the_model(like, norm):
     check_parameters(like(norm))
@@ -203,8 +211,8 @@ def test_the_peak_of_a_step_is_estimated(architecture, precision, checkpointing,
     assert peak_over_estimate(architecture, 3, precision, checkpointing) == pytest.approx(1, abs=tolerance)
 
 
-@every_norm
-def test_the_peak_of_every_strategy_is_estimated(norm):
+@for_norms(one_of_each_kind(ignore=TRAINING))
+def test_the_peak_of_every_kind_of_strategy_is_estimated(norm):
     assert peak_over_estimate(decoder_like(norm, 128, **WIDE), 8, "32-true") == pytest.approx(1, abs=0.01)
 
 

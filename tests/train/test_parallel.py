@@ -19,9 +19,9 @@ from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.spec import SublayerSpec
-from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train.callbacks import StopOnSignal
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, MetadataUnpickler, checkpoints, read_checkpoint
+from strategy_kinds import one_of_each_kind
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 240
@@ -107,21 +107,10 @@ MIXED = "trainer.precision=bf16-mixed"
 PROTOCOLS = ["strict", "paper"]
 
 
-def kind(strategy):
-    """What ranks see of a strategy: the coefficients that it changes, apart from numbers."""
-    specs = [strategy(layer, 4) for layer in range(1, 5)]
-    parts = [vars(part) | {"entry_norm": spec.entry_norm} for spec in specs for part in spec.sublayers]
-    changed = set[tuple[str, object]]().union(*(part.items() for part in parts)) - vars(SublayerSpec()).items()
-    return frozenset((name, value if isinstance(value, str) else "") for name, value in changed if not is_number(value))
-
-
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-NORMS = sorted({kind(strategy): name for name, strategy in STRATEGIES.items()}.values())
-"""One strategy of each kind."""
-MODES = {"ddp": ["admin", "gpas", "lns_rate_only"], "fsdp": NORMS}
+NUMBERS = [name for name, value in vars(SublayerSpec()).items() if type(value) in (int, float, type(None))]
+NORMS = one_of_each_kind(ignore={*NUMBERS} - {"input_rates", "norm_rates", "branch_schedule"})
+"""One strategy of each kind that ranks can tell apart."""
+MODES = {"ddp": ["admin", "gpas", "lns_as_rates"], "fsdp": NORMS}
 """Strategies by mode: DDP leaves parameters as they are, FSDP cuts them."""
 
 
