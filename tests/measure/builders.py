@@ -34,8 +34,8 @@ def padded_batches():
     return list(batch.split(2))
 
 
-def decoder(strategy, depth=DEPTH, name="ours"):
-    """Our decoder with random blocks that change the residual stream considerably."""
+def decoder(strategy, depth=DEPTH, name="ours", **options):
+    """Our decoder with random blocks that change the residual stream considerably; `options` of the strategy."""
     config = DecoderConfig(
         hidden_size=HIDDEN,
         intermediate_size=24,
@@ -45,7 +45,7 @@ def decoder(strategy, depth=DEPTH, name="ours"):
         init_std=0.3,
         embedding_std=1.0,
     )
-    return ModelAdapter(build_decoder(config, build_all({"name": strategy}, depth), seed=0).eval(), name)
+    return ModelAdapter(build_decoder(config, build_all({"name": strategy, **options}, depth), seed=0).eval(), name)
 
 
 class PlantedModel(nn.Module):

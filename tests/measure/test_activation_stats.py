@@ -120,6 +120,12 @@ def test_a_massive_activation_is_named(planted, sequences):
     assert result.massive == [expected]
 
 
+def test_rows_count_batches_of_padding_alone(planted, sequences):
+    padding = torch.full((3, 10), 0)
+    (found,) = activation_stats(planted, [padding, sequences], pad_id=0).massive
+    assert found.row == 3 + 4
+
+
 @pytest.mark.parametrize(("value", "others", "massive"), [(99, 0.001, 0), (101, 0.001, 1), (101, 0.2, 0)])
 def test_a_massive_activation_is_above_100_and_1000_medians(causal_lm, value, others, massive):
     x = torch.full((1, 3, 16), others)

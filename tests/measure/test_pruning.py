@@ -254,6 +254,19 @@ def test_a_trained_ffn_comes_close_to_the_run_without_attention(causal_lm, famil
     assert not after["attention", 2].any()
 
 
+def test_a_linear_map_is_taken_before_the_scale_of_channels():
+    model = decoder("layer_scale", init=0.5)
+    with torch.no_grad():
+        model.blocks[0].ffn_residual.branch_scale.uniform_(0.5, 1.5)
+    mapped = fold_linear_map(model, 2, 3, padded_batches(), PAD)
+    before, after = (activations(each, padded_batches()[0]) for each in (model, mapped))
+    goal, without = before["residual", 3], before["residual", 1]
+    assert (after["residual", 1] - goal).norm() < 0.9 * (without - goal).norm()
+    model.blocks[0].ffn_residual.branch_scale.data[3] = 0
+    with pytest.raises(UserError, match="a scale of zero hides channels of the FFN"):
+        fold_linear_map(model, 2, 3, padded_batches(), PAD)
+
+
 @pytest.mark.parametrize("family", ["ours-lns", "llama", "gpt2"])
 def test_a_linear_map_is_the_nearest_to_the_run_that_it_replaces(causal_lm, family):
     """In least squares what is missing is orthogonal to the inputs, the outputs of the FFN before the run."""
@@ -342,6 +355,12 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
         ({"by": "removal", "blocks": 4}, "blocks=4: expected 1 to 3 of the 4 of ours"),
         ({"by": "streamline", "blocks": 0}, "blocks=0: expected 1 to 3"),
         ({"layers": [1], "method": "wanda"}, "allocation= and method= need sparsity="),
+        ({"sparsity": 0.5, "difference": 0.1}, "difference= needs allocation=arithmetic"),
+        ({"sparsity": 0.5, "allocation": "uniform", "owl_lambda": 0.3}, "owl_lambda= needs allocation=owl"),
+        ({"sparsity": 0.5, "epsilon": 0.1}, "epsilon= needs allocation=alpha_pruning"),
+        ({"layers": [2], "replace_steps": 7}, "replace_steps= needs replace=layer or ffn"),
+        ({"by": "streamline", "blocks": 1, "replace": "linear", "replace_lr": 1.0}, "replace_lr= needs replace=layer"),
+        ({"by": "influence", "blocks": 1, "threshold": 3.0}, "threshold= needs allocation=owl"),
         ({"by": "removal", "blocks": 1, "replace": "layer"}, "replace= needs by=streamline"),
         ({"by": "streamline", "blocks": 3, "replace": "layer"}, "blocks=3 with replace=: expected 1 to 2"),
         ({"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 0}, "replace_steps=0 .* be positive"),

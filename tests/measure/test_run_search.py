@@ -43,6 +43,12 @@ def test_the_removal_of_single_blocks_is_used(model):
     assert (result.first, result.losses, result.blocks) == ([1], [9.0], [0, 0, 0])
 
 
+def test_a_model_whose_loss_is_nan_has_no_run_that_can_go(model):
+    model.model.model.norm.weight.data.fill_(math.nan)
+    result = longest_run(model, [BATCH], removal=removal(model, [BATCH]).to_dict())
+    assert result.blocks == [0, 0, 0]
+
+
 @pytest.mark.parametrize("options", [{"width": 0}, {"limits": []}, {"limits": [0.0]}])
 def test_bad_options_are_an_error(model, options):
     with pytest.raises(UserError, match="expected at least 1, and rises in percent above 0"):

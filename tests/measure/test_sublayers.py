@@ -1,9 +1,11 @@
 """Contributions of attention and FFN, and the loss without them."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import FAMILIES, residual_stream, silence, tokens
+from builders import FAMILIES, decoder, residual_stream, silence, tokens
 
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.sublayers import contribution, sublayer_removal
@@ -25,6 +27,34 @@ def test_contributions_are_those_of_their_definitions(causal_lm, family):
             assert getattr(result, name)[layer - 1] == pytest.approx(float(norm.mean()), rel=1e-4)
             assert getattr(result, f"{name}_cosine")[layer - 1] == pytest.approx(float(cosine.mean()), abs=1e-5)
             assert result.errors[name][layer - 1] == pytest.approx(float(norm.std()) / 35**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["peri_ln", "x0_mix"])
+@torch.no_grad()
+def test_contributions_are_relative_to_the_stream_that_they_are_added_to(name):
+    model, added = decoder(name), {}
+    for block in model.blocks:
+        if block.embedding_skip is not None:
+            block.embedding_skip.copy_(torch.tensor([0.2, 0.9]))
+    model.logits(BATCH, lambda part, layer, x: added.__setitem__((part, layer), x))
+    result = contribution(model, BATCH.split(2))
+    for layer in (1, 3):
+        a, m, y = (added[part, layer] for part in ("attention", "ffn", "residual"))
+        x = y - a - m
+        assert result.attention[layer - 1] == pytest.approx(float((a.norm(dim=-1) / x.norm(dim=-1)).mean()), rel=1e-3)
+        assert result.ffn[layer - 1] == pytest.approx(float((m.norm(dim=-1) / (x + a).norm(dim=-1)).mean()), rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_norm_with_a_bias_goes_with_its_sublayer():
+    model = decoder("dyt", base="sandwich_ln")
+    for block in model.blocks:
+        block.ffn_residual.branch_norm.bias.normal_()
+    without = deepcopy(model)
+    without.blocks[1].ffn_residual.branch_norm.weight.zero_()
+    without.blocks[1].ffn_residual.branch_norm.bias.zero_()
+    expected = sublayer_removal(without, [BATCH]).loss
+    assert sublayer_removal(model, [BATCH]).ffn[1] == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()

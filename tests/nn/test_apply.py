@@ -183,6 +183,14 @@ def test_a_trained_model_changes_its_function_on_request():
     assert not torch.allclose(logits(apply(model, "lns", trained="change")), before, atol=1e-3)
 
 
+def test_initial_weights_of_norms_scale_trained_ones():
+    model = trained_llama()
+    before = [block.input_layernorm.weight.clone() for block in model.model.layers]
+    apply(model, "lns_learnable", trained="change")
+    for layer, (weight, block) in enumerate(zip(before, model.model.layers, strict=True), start=1):
+        torch.testing.assert_close(block.input_layernorm.weight, weight * layer**-0.5)
+
+
 REFUSED = {
     "trained": (trained_llama, {"norm": "lns"}, "trained='preserve'"),
     "applied twice": (only_ffn, {"norm": "lns"}, "has a strategy already"),

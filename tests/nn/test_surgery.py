@@ -159,6 +159,12 @@ def test_identity_blocks_of_pre_ln_keep_every_bit():
     assert torch.equal(grow(decoder, {"name": "pre_ln"}, 8, "identity")(TOKENS), decoder(TOKENS))
 
 
+def test_a_norm_with_a_bias_is_no_identity():
+    norm = {"name": "dyt", "base": "sandwich_ln"}
+    with pytest.raises(UserError, match=r"how=identity needs blocks x \+ f\(x\)"):
+        grow(trained(**norm), norm, 6, "identity")
+
+
 def test_gains_are_kept_or_those_of_the_new_layers():
     decoder, lns = trained(name="lns"), {"name": "lns"}
     kept, new = (grow(decoder, lns, 8, "interpolate", gains) for gains in ("kept", "new"))

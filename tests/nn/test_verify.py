@@ -153,6 +153,15 @@ def test_an_applied_llama_passes():
     verify(apply(llama(), "lns"))
 
 
+def test_branches_that_start_at_zero_pass():
+    model = llama()
+    for block in model.model.layers:
+        nn.init.zeros_(block.self_attn.o_proj.weight)
+        nn.init.zeros_(block.mlp.down_proj.weight)
+    verify(apply(model, "lns"))
+    assert not model.model.layers[1].mlp.down_proj.weight.any()
+
+
 def test_a_checkpoint_loaded_without_apply_is_detected(tmp_path):
     apply(llama(), "lns").save_pretrained(tmp_path)
     loaded = type(llama()).from_pretrained(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, table, with_published
 
 from cod_lightning.paper.claims import Column, Metric, by_target, columns
-from cod_lightning.paper.findings import finding_results
+from cod_lightning.paper.findings import finding_results, quantity_rows, smaller
 from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, Sample
 
 
@@ -139,6 +139,20 @@ def test_deep_and_shallow_blocks_are_compared(losses, directions):
 
 def test_a_finding_about_rows_that_were_not_run_is_left_out():
     assert finding_results(Column((table(row("lns", None, run(1, 5.0)), target="Figure 2"),))) == []
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_measure_that_is_not_finite_is_left_out_of_a_finding(loss):
+    def seeds(third):
+        return [run(seed, 5.0, removal={"loss": 2.0, "losses": [third, 2.1]}) for seed, third in ((1, loss), (2, 2.5))]
+
+    column = Column((table(row("pre_ln", None, *seeds(1)), row("lns", None, *seeds(2)), target="Figure 7"),))
+    assert {result.difference.n for result in finding_results(column)} == {1}
+    assert all("nan" not in cell and "inf" not in cell for cells in quantity_rows(column) for cell in cells)
+
+
+def test_a_ratio_with_zero_is_no_finding():
+    assert smaller("less", "a", "b", lambda run: float(run.seed)).evaluate([run(0, 5.0), run(1, 5.0)]) is None
 
 
 @pytest.mark.parametrize(("lns", "pre_ln", "direction"), [("even", "uneven", SAME), ("uneven", "even", OPPOSITE)])

@@ -309,6 +309,28 @@ def test_a_rate_at_which_a_run_diverges_is_not_the_best():
     assert never.difference is None
 
 
+def test_a_rate_at_which_some_runs_fail_is_not_the_best():
+    """Of the faster rate one seed is left, which alone would have the lowest mean."""
+    columns = []
+    for rate, lns in {
+        "1 x": [run(1, 4.9), run(2, 4.8)],
+        "2 x": [diverged(1), run(2, 4.82)],
+        "4 x": [diverged(1)],
+    }.items():
+        columns.append(Column((table(row("pre_ln", None, run(1, 5.0)), row("lns", None, *lns), column=rate),)))
+    best = tuned_rows(columns)[0]
+    assert (best.row.name, best.rate, best.rates, best.good) == ("lns", "1 x", ("1 x", "2 x", "4 x"), ("1 x",))
+    assert tuned_strategies_table(tuned_rows(columns[2:])).rows[1][2] == "diverged"
+
+
+def test_rates_are_compared_on_the_seeds_that_all_have():
+    columns = []
+    for rate, losses in {"1 x": [4.9, 4.0], "2 x": [4.8]}.items():
+        lns = [run(seed, loss) for seed, loss in enumerate(losses)]
+        columns.append(Column((table(row("pre_ln", None, run(0, 5.0)), row("lns", None, *lns), column=rate),)))
+    assert tuned_rows(columns)[0].rate == "2 x"
+
+
 # Figures and HTML ----------------------------------------------------------------------------------------------------
 
 

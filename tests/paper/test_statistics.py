@@ -43,3 +43,7 @@ def test_holm_compares_the_smallest_with_the_level_over_all_and_stops_at_the_fir
     assert holm({"a": 0.01, "b": 0.015, "c": 0.02, "d": 0.04}) == {"a", "b", "c", "d"}
     assert holm({"a": 0.02, "b": 0.001, "c": 0.9}) == {"b", "a"}
     assert holm({}) == set()
+
+
+def test_holm_takes_no_comparison_without_a_p_value():
+    assert holm({"a": math.nan, "b": 0.9, "c": 0.01}) == {"c"}

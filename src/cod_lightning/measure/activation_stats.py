@@ -9,7 +9,7 @@ sequence, may carry most of that mean: the median and the 95th percentile over t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,15 @@ def activation_stats(
     # Of the batch that runs; every place is written again in the next one.
     found: dict[tuple[str, int], Tensor] = {}
     maxima: dict[tuple[str, int], Tensor] = {}
-    for batch, keep in iter_batches(model, batches, pad_id, progress):
+    batches = list(batches)
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            massive.rows += len(batch)  # also of padding alone, which is not run
+
+    advance = None if progress is None else lambda done, _: progress(done, len(batches))
+    for batch, keep in iter_batches(model, counted(), pad_id, advance):
 
         def hook(name: str, layer: int, x: Tensor, batch: Batch = batch, keep: Tensor = keep) -> None:
             if name not in PLACES:
@@ -144,7 +152,6 @@ def activation_stats(
                 massive.add(layer, x, keep, batch)
 
         model.logits(batch, hook, keep)
-        massive.rows += len(keep)
         statistics = torch.stack([found[place] for place in places], dim=1)
         means.add(statistics)
         variances.append(statistics[:, :, 0].double().cpu())

@@ -222,6 +222,17 @@ class ModelAdapter:
             self.logits(batch, keep=keep)
         return inputs, functions
 
+    def stream_at(self, layer: int, x: Tensor, embedding: Tensor) -> Tensor:
+        """The residual stream to which a block adds: its input x, or what our blocks make of it first.
+
+        Args:
+            layer: counts from 1.
+            x: [..., hidden].
+            embedding: the input of the first block at the same tokens [..., hidden].
+        """
+        block = self.blocks[layer - 1]
+        return block.mix(block.entry_norm(x), embedding) if isinstance(block, Block) else x
+
     @contextmanager
     def with_blocks(self, blocks: Sequence[nn.Module]) -> Generator[None]:
         """Replace the model's blocks by `blocks` inside the `with`, to copy the model with fewer blocks.

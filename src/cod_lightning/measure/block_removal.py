@@ -211,10 +211,16 @@ def fold_linear_map(
         raise UserError(f"{model.name}: a linear map needs more tokens than the hidden size {width}, not {count}")
     change = least_squares(gram, cross).T  # T - I
     smaller = remove_blocks(model, range(first, last + 1))
-    output = site_of(smaller, previous, "ffn").output
+    ffn = site_of(smaller, previous, "ffn")
+    output, learned = ffn.output, getattr(getattr(ffn.block, "ffn_residual", None), "branch_scale", None)
+    in_projection = change
+    if learned is not None and len(learned) > 1:  # a scale of each channel behind the projection
+        if not learned.all():
+            raise UserError(f"{model.name}: a scale of zero hides channels of the FFN; use replace=layer")
+        in_projection = change * learned.double() / learned.double()[:, None]
     for tensor in () if output is None else (linear_weights(output)[""][1], output.bias):
         if tensor is not None:
-            tensor.copy_(tensor + change @ tensor.double())
+            tensor.copy_(tensor + in_projection @ tensor.double())
     mapped, dtype = states_around(smaller, batch, keep, previous, previous)[0], model.head_weight.dtype
     if differ(mapped.to(dtype), (m + m @ change.T).to(dtype)):
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,11 @@ def prune(
             Llama checkpoint cannot represent the model's strategy.
     """
     require_one_selection(layers, by, blocks, sparsity, allocation, method, calibration)
+    trains, owl = replace in ("layer", "ffn"), sparsity is not None and allocation in (None, "owl")
+    require_use("replace=layer or ffn", trains, replace_steps=replace_steps, replace_lr=replace_lr)
+    require_use("allocation=owl", owl, threshold=threshold, owl_lambda=owl_lambda)
+    require_use("allocation=alpha_pruning", allocation == "alpha_pruning", epsilon=epsilon)
+    require_use("allocation=arithmetic", allocation == "arithmetic", difference=difference)
     if replace is not None:
         require_choice(Replace, replace=replace)
         if by != "streamline":
@@ -286,6 +292,18 @@ def require_one_selection(
         raise UserError("allocation= and method= need sparsity=")
     if calibration is not None and (sparsity is None or method == "magnitude"):
         raise UserError("calibration= needs sparsity= with method=wanda: magnitude reads no text")
+
+
+def require_use(way: str, used: bool, **options: Any) -> None:
+    """Check that options of `prune` that belong to one way of pruning have their defaults in the others.
+
+    Raises:
+        UserError: one does not; names it.
+    """
+    defaults = inspect.signature(prune).parameters
+    for name, value in options.items():
+        if not used and value != defaults[name].default:
+            raise UserError(f"{name}= needs {way}")
 
 
 def prune_blocks(

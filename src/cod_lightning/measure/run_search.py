@@ -82,8 +82,8 @@ def longest_run(
     starts, whole, tokens = list(range(1, depth + 1)), math.nan, 0
     for n in range(1, depth + 1):
         if n == 1 and removal is not None:
-            whole, tokens = removal["loss"], removal["tokens"]
-            found = [math.nan if loss is None else loss for loss in removal["losses"]]
+            whole, *found = (math.nan if loss is None else loss for loss in (removal["loss"], *removal["losses"]))
+            tokens = removal["tokens"]
         elif starts:
             orders = [[*range(1, start), *range(start + n, depth + 1)] for start in starts]
             whole, tokens, found = changed_losses(model, orders, batches, pad_id, None)

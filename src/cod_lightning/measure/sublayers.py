@@ -1,8 +1,9 @@
 """Attention and FFN of each block: what they add to the residual stream, and the loss without one of them.
 
-Contributions are relative to the stream (Csordas et al., arXiv 2505.13898). With x the input of a block, y its output,
-a what its attention adds and m what its FFN adds, they are |a| / |x|, |m| / |x + a| and |y - x| / |x|, and the cosines
-of the same pairs of vectors; means over tokens. A negative cosine means that a sub-layer erases a part of the stream.
+Contributions are relative to the stream (Csordas et al., arXiv 2505.13898). With x the stream that a block adds to, y
+its output, a what its attention adds and m what its FFN adds, they are |a| / |x|, |m| / |x + a| and |y - x| / |x|, and
+the cosines of the same pairs of vectors; means over tokens. A negative cosine means that a sub-layer erases a part of
+the stream. x is the block's input, except behind a norm of it (Peri-LN) or a mix with the embeddings (x0_mix).
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batch
 from cod_lightning.measure.layer_importance import summed_losses
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.nn.layouts import sites
+from cod_lightning.nn.layouts import Site, sites
+from cod_lightning.nn.norms import Norm
 
 COLUMNS = ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block_cosine")
 
 
 @dataclass(frozen=True)
 class Contribution(Result):
-    """Norms and directions of the contributions of each layer; x + a is the FFN's stream also where a norm follows."""
+    """Norms and directions of the contributions of each layer; x + a also where it is normed or x is scaled."""
 
     tokens: int
     attention: list[float]
@@ -70,8 +72,9 @@ def contribution(
 
         def hook(name: str, layer: int, x: Tensor, keep: Tensor = keep, seen: dict[str, Tensor] = seen) -> None:
             y = at_least_fp32(x[keep])
+            seen.setdefault("embedding", y)
             if name == "residual":
-                x, a, m = seen["stream"], seen["attention"], seen["ffn"]
+                x, a, m = model.stream_at(layer, seen["stream"], seen["embedding"]), seen["attention"], seen["ffn"]
                 pairs = [(a, x), (m, x + a), (y - x, x)]
                 norms = [added.norm(dim=-1) / stream.norm(dim=-1).clamp(min=1e-6) for added, stream in pairs]
                 cosines = [F.cosine_similarity(*pair, dim=-1) for pair in pairs]
@@ -107,7 +110,7 @@ class SublayerRemoval(AblationResult):
 def sublayer_removal(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> SublayerRemoval:
-    """Remove the attention or the FFN of each block alone; norms behind them remain.
+    """Remove the attention or the FFN of each block alone, with the norm of its branch; norms of sums remain.
 
     It costs twice as much as `removal`: only the blocks from the changed one on run again.
     """
@@ -120,7 +123,7 @@ def sublayer_removal(
         with torch.compiler.set_stance("force_eager"):
             whole += float(summed_losses(model, blocks[-1](inputs[-1]), targets).sum())
             for site in sites(model.model, model.layout):
-                with site.branch.register_forward_hook(zero_output):
+                with last_of_branch(site).register_forward_hook(zero_output):
                     x = blocks[site.layer - 1](inputs[site.layer - 1])
                 for block in blocks[site.layer :]:
                     x = block(x)
@@ -129,6 +132,16 @@ def sublayer_removal(
         count += int((targets != IGNORE).sum())
     means = {part: [total / count for total in totals] for part, totals in losses.items()}
     return SublayerRemoval(model.name, count, whole / count, **means)
+
+
+def last_of_branch(site: Site) -> nn.Module:
+    """The module whose output is added to the stream, in our blocks the branch's norm if there is one.
+
+    Some norms have a bias, so that they add something to the stream even if their input is zero.
+    """
+    residual = getattr(site.block, f"{site.part}_residual", None)
+    norm = getattr(residual, "branch_norm", None)
+    return norm if isinstance(norm, Norm) else site.branch
 
 
 def zero_output(module: nn.Module, args: Any, y: Any) -> Any:

@@ -173,7 +173,8 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
             for linear in site.inputs:
                 linear.weight.div_(spec.gain)
         if spec.pre_norm_weight != 1:
-            site.norm.weight.fill_(spec.pre_norm_weight - weight_offset(site.norm))
+            offset = weight_offset(site.norm)
+            site.norm.weight.add_(offset).mul_(spec.pre_norm_weight).sub_(offset)
         if spec.input_init != 1:
             for linear in site.inputs:
                 linear.weight.mul_(spec.input_init)

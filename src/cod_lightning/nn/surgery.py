@@ -80,7 +80,8 @@ def grow(
         if block.spec.embedding_skip or any(sublayer.skip_from != "input" for sublayer in block.spec.sublayers):
             raise UserError(f"how=identity needs blocks x + f(x), which those of norm={norm['name']!r} are not")
         for sublayer, last in zip(block.spec.sublayers, last_projections(block), strict=True):
-            if sublayer.skip != 1 or sublayer.learned_skip or sublayer.sum_norm or sublayer.gate != "no":
+            biased = sublayer.branch_norm and block.spec.norm_kind in ("dyt", "derf")
+            if sublayer.skip != 1 or sublayer.learned_skip or sublayer.sum_norm or sublayer.gate != "no" or biased:
                 raise UserError(f"how=identity needs blocks x + f(x), which those of norm={norm['name']!r} are not")
             last.weight.zero_()
     return grown

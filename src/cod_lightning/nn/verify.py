@@ -79,6 +79,9 @@ def verify(
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
     original = deepcopy(model).float().eval()
+    for site in pre_norm_sites(original, layout):
+        if site.output is not None and not site.output.weight.any():
+            nn.init.eye_(site.output.weight)  # a branch that starts at zero has no factor
     tokens = example_tokens(original) if inputs is None else inputs
     factors = measure(original, section, layout, tokens)
     check(factors, section, "")

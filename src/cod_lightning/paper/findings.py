@@ -132,7 +132,9 @@ def quantity_rows(column: Column) -> list[list[str]]:
     """Label, mean ± sd of each quantity, and number of seeds of every row that has a quantity."""
     rows = []
     for row in column.rows:
-        values = [[v for run in row.runs if (v := q(run)) is not None] for q in quantities_of(column).values()]
+        quantities = quantities_of(column).values()
+        values = [[v for run in row.runs if (v := quantity(run)) is not None] for quantity in quantities]
+        values = [list(filter(math.isfinite, seeds)) for seeds in values]
         if any(values):
             cells = [Sample.of(seeds).format(".3g", ".2g") if seeds else "not measured" for seeds in values]
             rows.append([row.label, *cells, str(max(map(len, values)))])
@@ -154,9 +156,15 @@ class Finding:
     quantity: Quantity
 
     def evaluate(self, runs: Sequence[Run]) -> float | None:
-        """The number for one run of each row; None if something was not measured."""
+        """The number for one run of each row; None if something was not measured, or the number is not finite."""
         values = [self.quantity(run) for run in runs]
-        return None if None in values else self.number(*values)
+        if None in values:
+            return None
+        try:
+            number = self.number(*values)
+        except (ValueError, ZeroDivisionError):  # the logarithm of a ratio with zero
+            return None
+        return number if math.isfinite(number) else None
 
 
 def smaller(statement: str, less: str, more: str, quantity: Quantity) -> Finding:

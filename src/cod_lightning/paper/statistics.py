@@ -103,8 +103,9 @@ def t_quantile(degrees: int, level: float = LEVEL) -> float:
 def holm(p_values: Mapping[K, float]) -> set[K]:
     """The tests that stay significant after Holm's step-down correction, which needs no independence of the tests."""
     significant: set[K] = set()
-    for rank, (key, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        if p > LEVEL / (len(p_values) - rank):
+    in_order = sorted(p_values.items(), key=lambda item: (math.isnan(item[1]), item[1]))
+    for rank, (key, p) in enumerate(in_order):
+        if not p <= LEVEL / (len(p_values) - rank):
             break
         significant.add(key)
     return significant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 
 from cod_lightning.page import Table
@@ -171,7 +172,8 @@ def tuned_strategies_table(tuned: Sequence[Tuned]) -> Table:
     """Every strategy at its own best learning rate, compared with the baseline at its own best."""
     rows = []
     for best in tuned:
-        loss = Sample.of(list(best.losses.values())).format(".3f", ".3f")
+        losses = list(best.losses.values())
+        loss = Sample.of(losses).format(".3f", ".3f") if all(map(math.isfinite, losses)) else "diverged"
         difference = format_difference(best.difference, "+.3f", ".3f") if best.difference else ""
         good = f"{', '.join(best.good)} of {len(best.rates)}"
         rows.append([best.row.label, best.rate, loss, str(len(best.losses)), difference, good])

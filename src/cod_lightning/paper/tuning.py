@@ -16,13 +16,13 @@ GOOD_RATE = 0.05
 
 @dataclass(frozen=True)
 class Tuned:
-    """A row at the learning rate of its lowest mean loss."""
+    """A row at the learning rate of its lowest mean loss over the seeds that all its rates have."""
 
     row: ReportRow
     rate: str
     """Heading of the column of that rate."""
     losses: Mapping[int, float]
-    """Final validation losses at that rate by seed, in nats."""
+    """Final validation losses at that rate by seed, in nats; infinite for a run that failed."""
     difference: Difference | None
     """To the baseline at its own best rate, paired by seed; None for the baseline, and without a common seed."""
     rates: tuple[str, ...]
@@ -34,7 +34,7 @@ class Tuned:
 def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
     """The rows that were run, the best first; the rate is chosen by the losses that are compared.
 
-    A loss that is not finite is the worst.
+    A run that diverged, or whose loss is not finite, is the worst.
 
     Args:
         columns: one for each learning rate, with the same rows.
@@ -42,9 +42,10 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for column in columns:
         for row in column.rows:
-            if by_seed := Metric("val_loss").by_seed(row):
+            failed = {run.seed: math.inf for run in row.runs if run.failure}
+            if by_seed := failed | Metric("val_loss").by_seed(row):
                 losses.setdefault(row.name, {})[column.heading] = by_seed
-    means = {name: {rate: mean_loss(values) for rate, values in rates.items()} for name, rates in losses.items()}
+    means = {name: mean_losses(rates) for name, rates in losses.items()}
     best = {name: min(rates, key=lambda rate: rates[rate]) for name, rates in means.items()}
     baseline, rows = columns[0].baseline.name, {row.name: row for row in columns[0].rows}
     base = losses[baseline][best[baseline]] if baseline in best else {}
@@ -59,7 +60,8 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
     return tuned
 
 
-def mean_loss(losses: Mapping[int, float]) -> float:
-    """Of all seeds; infinite if one of them is NaN or infinite."""
-    mean = fmean(losses.values())
-    return mean if math.isfinite(mean) else math.inf
+def mean_losses(rates: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Mean loss at each rate over the seeds that all have, or else over its own; infinite if one is not finite."""
+    common = set.intersection(*map(set, rates.values()))
+    means = {rate: fmean(by_seed[seed] for seed in common or by_seed) for rate, by_seed in rates.items()}
+    return {rate: mean if math.isfinite(mean) else math.inf for rate, mean in means.items()}
