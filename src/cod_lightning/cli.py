@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Lightning kills this process if a rank that it launched fails, so only the first rank reports the status.
         return TRY_AGAIN if is_first_on_node() else 0
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume from the last checkpoint", file=sys.stderr)
+        print("interrupted: run the same command again", file=sys.stderr)
         return 130
 
 

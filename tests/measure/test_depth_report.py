@@ -44,8 +44,8 @@ def test_a_cheap_block_costs_less_than_a_hundredth_of_the_loss():
 def test_the_headline_names_the_cheap_blocks_and_the_longest_run():
     assert headline_sentence(headline(SIX), SIX["removal"]) == (
         "4 of 6 blocks cost less than 1% of the loss when removed alone (1 early, 1 middle, 2 late); the cheapest adds "
-        "-0.1 ± 0.03 nats (block 5). The longest run found that can go for a rise of the perplexity of 1%: no block; "
-        "10%: 2 blocks, 4 to 5."
+        "-0.1 ± 0.03 nats (block 5). The longest run found whose removal raises the perplexity by at most 1%: no "
+        "block; 10%: 2 blocks, 4 to 5."
     )
 
 

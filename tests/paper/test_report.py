@@ -230,7 +230,7 @@ def test_a_metric_without_published_figures_has_no_direction():
 
 def test_environments_name_hardware_versions_commit_and_data(report):
     assert tables_of(report.markdown)["## Environments"][1] == [
-        *("toy", "abacus, 2 cores, 1 thread(s) a run", "python 3.11, torch 2.13", "0123456789ab+changes"),
+        *("toy", "abacus, 2 cores, 1 thread per run", "python 3.11, torch 2.13", "0123456789ab+changes"),
         *("feedfeedfeed", "12", "2026-11-24", "6.0"),
     ]
 

@@ -160,7 +160,7 @@ def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypa
     assert "| LNS | 91.38 ± 0.65 | 2 | **-0.485 ± 0.064** † | -0.037, same |" in markdown
     assert "| Admin | (failed: the loss is nan at step 3) | 0 |  | +0.043, failed |" in markdown
     assert "| Table 7 | all | all | all | Group-LN, Sandwich-LN and Mix-LN |" in markdown
-    assert "| toy | abacus, 2 cores, 1 thread(s) a run | torch 2.13 | unknown | feedfeedfeed | 5 |" in markdown
+    assert "| toy | abacus, 2 cores, 1 thread per run | torch 2.13 | unknown | feedfeedfeed | 5 |" in markdown
     assert "hours of one H100 at 40 % of its peak" in markdown
     assert str(tmp_path / "second/REPRODUCTION.md") in capsys.readouterr().out
 

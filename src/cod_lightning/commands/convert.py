@@ -19,7 +19,7 @@ HELP = "Give a trained model another norm strategy by changing weights so that i
 EPILOG = """\
   convert runs/quickstart/pre_ln-seed1-... norm=lns --output runs/as_lns
   convert path/to/llama norm=lns --output runs/llama_as_lns
-  fit init_from=runs/as_lns norm=lns                   # goes on training
+  fit init_from=runs/as_lns norm=lns                   # continues training
 """
 
 

@@ -21,7 +21,7 @@ how=lesa        between the last blocks, blocks that a network predicts from the
 gains=kept      weights make up for factors that the strategy has for the new layers (the default); gains=new does not
 
   grow runs/quickstart/lns-seed1-... blocks=36 --output runs/grown
-  fit init_from=runs/grown model.num_hidden_layers=36        # goes on training
+  fit init_from=runs/grown model.num_hidden_layers=36        # continues training
   evaluate runs/grown data=files data.files=text.txt         # its loss
 """
 

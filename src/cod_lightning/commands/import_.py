@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cod_lightning.data.tokenizers import DocumentTokenizer
     from cod_lightning.nn.decoder import Decoder
 
-HELP = "Make a run folder from a Llama, Mistral or Qwen2 checkpoint, for evaluate and generate."
+HELP = "Make a run folder from a Llama, Mistral or Qwen2 checkpoint."
 
 
 def add_arguments(parser: ArgumentParser) -> None:

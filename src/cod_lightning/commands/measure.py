@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cod_lightning.commands.measure_runner import Subject
 
 HELP = (
-    "Measure the layers of a run, or of a causal language model of transformers; report shows on one page how much of "
+    "Measure the layers of a run, or of a language model of transformers; report shows on one page how much of "
     "its depth a model uses, or several side by side; prune writes a smaller model."
 )
 EPILOG = """\
@@ -56,7 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "words",
         nargs="+",
         metavar="model|key=value",
-        help="run folder, model folder, .gguf file, glassllm, smollm2 or hub name",
+        help="run folder, model folder, .gguf file, glassllm, smollm2, minilm or hub name",
     )
     add_checkpoint(parser)
     add_trust_code(parser)

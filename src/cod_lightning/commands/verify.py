@@ -10,8 +10,8 @@ from typing import Any
 from cod_lightning.commands.options import add_model, compose_norm, require_model
 
 HELP = (
-    "Check by running it that every block of a model applies a norm strategy: as it is, after bfloat16, after the meta "
-    "device, after saving and loading, and compiled."
+    "Check by running it that every block of a model applies a norm strategy: unchanged, after bfloat16, after the "
+    "meta device, after saving and loading, and compiled."
 )
 EPILOG = """\
   verify runs/quickstart/lns-seed1-...                 # against the strategy of the run

@@ -153,7 +153,7 @@ def headline_sentence(numbers: Mapping[str, Any], removal: Any) -> str:
         for limit, run in runs.items()
     ]
     if parts:
-        text += f" The longest run found that can go for a rise of the perplexity of {'; '.join(parts)}."
+        text += f" The longest run found whose removal raises the perplexity by at most {'; '.join(parts)}."
     return text
 
 
@@ -228,7 +228,7 @@ def search_sentence(result: Any) -> str:
     ]
     return (
         f"Rise of the perplexity without the cheapest run found of each length: {'; '.join(parts)}. A run is tried if "
-        "it extends one of the cheapest runs of one block less, so a longer one may exist."
+        "it extends one of the cheapest runs that are one block shorter, so a longer one may exist."
     )
 
 

@@ -362,7 +362,9 @@ def replace_run(
         mapped = fold_linear_map(model, run.removed[0], run.removed[-1], batches, pad_id, progress)
         return dataclasses.replace(run, model=mapped, how=how, without=run.model)
     if not 1 <= blocks < model.depth - 1:
-        raise UserError(f"blocks={blocks} with replace=: expected 1 to {model.depth - 2}, one block less than the run")
+        raise UserError(
+            f"blocks={blocks} with replace=: expected 1 to {model.depth - 2}, because the run is one block longer"
+        )
     run = prune_blocks(model, batches, pad_id, progress, "streamline", blocks + 1)
     first, last = run.removed[0], run.removed[-1]
     attention = replace == "layer"

@@ -1,7 +1,7 @@
 """Put a norm strategy onto a Pre-LN model from elsewhere, and fold it into the weights of a stock checkpoint.
 
 Each scaled norm or branch gets a Python float, `output_scale`, and a forward hook that multiplies its output by it. So
-parameter names stay as they are, and the factor survives meta initialisation, `.to(bfloat16)`, compilation, sharding
+parameter names do not change, and the factor survives meta initialisation, `.to(bfloat16)`, compilation, sharding
 and loading.
 """
 
@@ -46,7 +46,7 @@ def apply(
         norm: name of a strategy, such as "lns", or `package.module:function`.
         layout: where the model keeps its blocks and norms; None: by the names of its modules.
         trained: what to do with a model that is trained already. "refuse" it; "preserve" its function, by dividing the
-            weights behind scaled norms, so that it goes on training under the strategy; or "change" its function.
+            weights behind scaled norms, so that it continues training under the strategy; or "change" its function.
         options: of the strategy, such as `position="only_ffn"`.
 
     Returns:

@@ -111,5 +111,5 @@ def norm_if(present: bool, config: DecoderConfig, **options: Any) -> Norm | Iden
 
 
 def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | IdentityNorm:
-    """The norm before a sub-layer; autocast rounds its output unless the residual stream goes on from there."""
+    """The norm before a sub-layer; autocast rounds its output unless it becomes the residual stream."""
     return norm_if(spec.pre_norm, config, spec=spec, before_matmul=spec.skip_from != "pre_norm")

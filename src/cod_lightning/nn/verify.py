@@ -69,7 +69,7 @@ def verify(
         options: of the strategy.
 
     Returns:
-        Every factor, as measured on the model as it is.
+        Every factor, as measured on the unchanged model.
 
     Raises:
         UserError: a factor is missing or wrong; names the first block and when. Or the strategy is not known, not named

@@ -275,7 +275,8 @@ def environments(experiments: Sequence[Experiment]) -> Table:
 def environment(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Hardware, versions, commit and fingerprint of the data."""
     hardware = record["hardware"]
-    cpu = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} thread(s) a run"
+    threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)} per run"
+    cpu = f"{hardware['cpu']}, {hardware['cores']} cores, {threads}"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     commit, plus, changes = (record["git_commit"] or "unknown").partition("+")
     data = str(record.get("data_fingerprint") or "unknown")[:12]

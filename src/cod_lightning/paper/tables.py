@@ -112,7 +112,7 @@ def format_comparison(comparison: Comparison, significant: Keys) -> str:
     if ours is None:
         return ""
     text = format_difference(ours, f"+{form}", form, comparison.key in significant)
-    return f"{text} ({ours.n} pairs)" if comparison.unpaired else text
+    return f"{text} ({ours.n} pair{'s' * (ours.n != 1)})" if comparison.unpaired else text
 
 
 def format_direction(comparison: Comparison, published: Published, with_value: bool) -> str:
@@ -137,7 +137,11 @@ def summary_lines(column: Column) -> list[str]:
             beyond = [f"{label} ({d.mean:+{form}})" for label, d in differences if d.beyond_noise]
             lines.append(f"{prefix}Beyond noise: {join(beyond) or 'no row'}.")
         lines.append(f"{prefix}{best_rows(column, metric)}")
-        unpaired = [f"{c.row.label}, seed {', '.join(map(str, c.unpaired))}" for c in comparisons if c.unpaired]
+        unpaired = [
+            f"{c.row.label}, seed{'s' * (len(c.unpaired) > 1)} {', '.join(map(str, c.unpaired))}"
+            for c in comparisons
+            if c.unpaired
+        ]
         if unpaired:
             lines.append(f"{prefix}Left out of the differences for lack of a pair: {'; '.join(unpaired)}.")
     return lines

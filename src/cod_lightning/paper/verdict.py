@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cod_lightning.page import render
-from cod_lightning.paper.claims import SCALES, Column, Comparison, Targets, columns
+from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, columns
 from cod_lightning.paper.findings import ClaimResult, finding_results
 from cod_lightning.paper.statistics import LEVEL, NOISE, ONE_SEED, OPPOSITE, SAME, Difference, holm
 from cod_lightning.paper.tables import join
@@ -122,7 +122,7 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
 
 def lns_comparison(column: Column) -> Comparison | None:
     """Compare LNS with Pre-LN in a column of losses."""
-    if column.headline is None or not column.headline.lower_is_better or column.baseline.name != "pre_ln":
+    if column.headline is None or not column.headline.lower_is_better or column.baseline.name != BASELINE:
         return None
     return next((c for c in column.compare(column.headline) if c.row.name == "lns" and c.difference), None)
 

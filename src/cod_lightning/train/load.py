@@ -163,7 +163,7 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
 
 
 def write_run(config: Config, decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:
-    """Write a run folder with a checkpoint of step 0, for a model that no run trained as it is.
+    """Write a run folder with a checkpoint of step 0, for an imported, converted or grown model.
 
     Raises:
         UserError: `folder` is not empty or not writable; nothing is written.
