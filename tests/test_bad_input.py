@@ -21,7 +21,6 @@ from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load, save
 from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.train.checkpoint import checkpoints
-from cod_lightning.train.ranks import RANK_VARIABLES
 
 
 class Malicious:
@@ -476,7 +475,7 @@ def folder_content():
 def error_of(words, capsys, monkeypatch, toy):
     """The errors that a command prints; checks that it prints no warning or traceback and writes no file."""
     words = list(words)
-    for name in (*RANK_VARIABLES, "WORLD_SIZE"):  # runs in this process set them
+    for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):  # runs in this process set them
         monkeypatch.delenv(name, raising=False)
     while words and words[0].partition("=")[0].isupper():
         monkeypatch.setenv(*words.pop(0).split("=", 1))

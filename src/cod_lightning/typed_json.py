@@ -32,20 +32,19 @@ from cod_lightning.files import read_regular
 T = TypeVar("T")
 
 
-def read_json(path: Path, kind: type[T], remedy: str, *, ignore_unknown: bool = False) -> T:
+def read_json(path: Path, kind: type[T], remedy: str) -> T:
     """Read the JSON file at `path` as a value of type `kind`; see `from_json`.
 
     Args:
         path: a UTF-8 file.
         kind: a dataclass, or another type that `from_json` supports.
         remedy: tells the user what to do with a bad file; the last part of the message.
-        ignore_unknown: skip fields that a dataclass does not have.
 
     Raises:
         UserError: the file is missing, is not JSON, or has a missing, unknown or wrongly typed field.
     """
     try:
-        return from_json(kind, json.loads(read_regular(path)), ignore_unknown=ignore_unknown)
+        return from_json(kind, json.loads(read_regular(path)))
     except DAMAGED as error:
         raise UserError(f"{path}: {first_line(error)}; {remedy}") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning.commands.import_ import read_foreign
-from cod_lightning.commands.options import add_model, compose_norm, require_path
+from cod_lightning.commands.options import add_model, compose_norm, is_run, require_path
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -55,12 +55,12 @@ def read_trained(
     from cod_lightning._torchmetrics import import_torchmetrics
 
     import_torchmetrics()
-    from cod_lightning.config.saved import CONFIG, load
+    from cod_lightning.config.saved import load
     from cod_lightning.files import check_new_folder
     from cod_lightning.train.load import load_run
 
     require_path(model)
     check_new_folder(output)
-    if (Path(model) / CONFIG).is_file():
+    if is_run(model):
         return load(Path(model), trust_code=trust_code), *load_run(model, checkpoint, trust_code)
     return read_foreign(model, output)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cod_lightning.commands.options import (
     add_checkpoint,
     add_trust_code,
+    is_run,
     load_run_config,
     require_at_least,
     require_model,
@@ -122,13 +123,6 @@ def is_model(word: str) -> bool:
     """Whether a word names a model and is not key=value; paths of models may hold =, as in sweeps/lr=0.1."""
     key, equals, _ = word.partition("=")
     return not equals or os.sep in key or os.path.exists(word)
-
-
-def is_run(model: Path) -> bool:
-    """Whether a model is a run folder."""
-    from cod_lightning.config.saved import CONFIG
-
-    return (model / CONFIG).is_file()
 
 
 def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: int, trust_code: bool = False) -> Subject:

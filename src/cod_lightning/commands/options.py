@@ -138,6 +138,13 @@ def require_model(model: str, alternative: str) -> None:
         require_cached_or_hub(model, alternative)
 
 
+def is_run(model: str | Path) -> bool:
+    """Whether a model is a run folder."""
+    from cod_lightning.config.saved import CONFIG
+
+    return (Path(model) / CONFIG).is_file()
+
+
 def require_path(model: str) -> None:
     """Check that a model is a folder, unless it looks like NAME or OWNER/NAME on the Hugging Face hub.
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 WIDTH = 120
 """Characters in a line when the output is not a terminal."""
+BAR = 48
+"""Characters in the longest bar of a chart."""
 
 
 def run_summary(record: Record, folder: Path) -> Group:
@@ -79,12 +81,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def variance_chart(variance: Sequence[float | None], width: int = 48) -> Text:
+def variance_chart(variance: Sequence[float | None]) -> Text:
     """One bar per layer, in proportion to the largest variance; no bar for a variance that is not finite.
 
     Args:
         variance: of each layer, from the first.
-        width: length of the longest bar, in characters.
     """
     lines = ["variance of the residual stream after each layer"]
     top = max((value for value in variance if is_finite(value)), default=0)
@@ -92,7 +93,7 @@ def variance_chart(variance: Sequence[float | None], width: int = 48) -> Text:
         if not is_finite(value):
             lines.append(f"{layer:>5}  not finite")
             continue
-        bar = "█" * max(round(width * value / top), 1) if top > 0 else ""
+        bar = "█" * max(round(BAR * value / top), 1) if top > 0 else ""
         lines.append(f"{layer:>5}  {bar} {value:.4g}")
     return Text("\n".join(lines))
 

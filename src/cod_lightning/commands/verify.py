@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.commands.options import add_model, compose_norm, require_model
+from cod_lightning.commands.options import add_model, compose_norm, is_run, require_model
 
 HELP = (
     "Check by running it that every block of a model applies a norm strategy: unchanged, after bfloat16, after the "
@@ -41,10 +41,10 @@ def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str])
 
 def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
     """The decoder of a run folder, with its strategy where `verify` looks for it, or a model of `transformers`."""
-    from cod_lightning.config.saved import CONFIG, load
+    from cod_lightning.config.saved import load
     from cod_lightning.nn.apply import CONFIG_KEY
 
-    if (Path(model) / CONFIG).is_file():
+    if is_run(model):
         from cod_lightning._torchmetrics import import_torchmetrics
 
         import_torchmetrics()

@@ -137,15 +137,11 @@ class Swaps(AblationResult):
 
 
 @dataclass(frozen=True)
-class LinearReplacement(Result):
-    """Loss in nats per target with each block alone replaced by its best linear map."""
+class LinearReplacement(AblationResult):
+    """Loss with each block alone replaced by its best linear map."""
 
-    tokens: int
-    """Number of targets."""
     fit_tokens: int
     """Number of tokens that the maps are fitted to."""
-    loss: float
-    """Loss of the whole model."""
     losses: list[float]
     """Loss with block l replaced at [l - 1]."""
     usefulness: float
@@ -303,7 +299,7 @@ def linear_replacement(
             losses.append(mean_loss(model, batches, pad_id)[0])
         advance()
     usefulness = fmean(linear > USEFUL * loss for linear in losses)
-    return LinearReplacement(model.name, tokens, fit_tokens, loss, losses, usefulness)
+    return LinearReplacement(model.name, tokens, loss, fit_tokens, losses, usefulness)
 
 
 @torch.no_grad()

@@ -321,7 +321,7 @@ def log_products(terms: Tensor, weights: Sequence[float]) -> list[float]:
     return [0.0, *factors.cumsum(0).tolist()]
 
 
-def fit_nonnegative(terms: Tensor, logs: Sequence[float], steps: int = 500) -> list[float]:
+def fit_nonnegative(terms: Tensor, logs: Sequence[float]) -> list[float]:
     """Fit weights >= 0 whose `log_products` are nearest to `logs` in least squares, by Levenberg-Marquardt steps.
 
     A weight of zero that a step would make negative stays zero. numpy and torch have no solver with bounds.
@@ -329,7 +329,6 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float], steps: int = 500) -> l
     Args:
         terms: [n - 1, weights].
         logs: [n], the first is 0.
-        steps: maximum number of steps.
     """
     target = torch.tensor(list(logs[1:]), dtype=torch.float64)
     # Scale each weight, so that the damping is the same for all.
@@ -341,7 +340,7 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float], steps: int = 500) -> l
 
     weights = torch.ones(terms.shape[1], dtype=torch.float64)
     best, damp = loss(weights), 1e-3
-    for _ in range(steps):
+    for _ in range(500):
         inside = 1 + terms @ weights
         slopes = (terms / inside[:, None]).cumsum(0)
         downhill = slopes.T @ (target - inside.log().cumsum(0))

@@ -340,11 +340,11 @@ def feed_forward(n: Array, c: Mapping[str, float]) -> tuple[Array, Callable[[Arr
     return factor * product * n, lambda kernel, transposed: factor * (product + gate * slope) * kernel
 
 
-def pair_mean(function: Callable[[Array], Array], kernel: Array, terms: int = 12) -> Array:
-    """E[f(x_t) f(x_s)] of Gaussians with covariances `kernel`, by the Hermite series of f."""
+def pair_mean(function: Callable[[Array], Array], kernel: Array) -> Array:
+    """E[f(x_t) f(x_s)] of Gaussians with covariances `kernel`, by twelve terms of the Hermite series of f."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
-    factorials = np.array([math.sqrt(math.factorial(k)) for k in range(terms)])
-    basis = np.polynomial.hermite_e.hermevander(nodes, terms - 1) / factorials
+    factorials = np.array([math.sqrt(math.factorial(k)) for k in range(12)])
+    basis = np.polynomial.hermite_e.hermevander(nodes, 11) / factorials
     std = np.sqrt(kernel.diagonal())
     coefficients = function(std[:, None] * nodes) @ (weights[:, None] / weights.sum() * basis)
     correlation = np.clip(kernel / np.maximum(np.outer(std, std), 1e-300), -1, 1)
@@ -385,9 +385,9 @@ def norm_factors(
     return weight**2 * ratios, weight**2 * slopes * (removed if config.norm == "bhyt" else 1.0)
 
 
-def norm_kernel(q: Array, eps: float, weight: float = 1.0) -> Array:
+def norm_kernel(q: Array, eps: float) -> Array:
     """The factor of a norm on the kernel q of its input."""
-    scale = weight / np.sqrt(q.diagonal() + eps)
+    scale = 1 / np.sqrt(q.diagonal() + eps)
     return np.outer(scale, scale)
 
 

@@ -215,18 +215,17 @@ def pad_token_id(tokenizer: TokenizerLike, vocab_size: int) -> int:
 # Import ---------------------------------------------------------------------------------------------------
 
 
-def import_hf(name: str | Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """A `pre_ln` decoder with the logits of a Llama, Mistral or Qwen2 checkpoint.
+def import_hf(name: str | Path) -> Decoder:
+    """A `pre_ln` decoder in float32 with the logits of a Llama, Mistral or Qwen2 checkpoint.
 
     Args:
         name: folder of the checkpoint, or its name on the hub.
-        dtype: dtype of the weights; float32 is exact for every checkpoint.
 
     Raises:
         UserError: no such checkpoint, or the decoder does not compute what it needs; names every field at fault.
     """
     import_transformers("importing")
-    hf_model = load_checkpoint(name, dtype, check=lambda config: config_from_hf(config, name)).model
+    hf_model = load_checkpoint(name, check=lambda config: config_from_hf(config, name)).model
     shape = config_from_hf(hf_model.config, name)
     with torch.device("meta"):
         decoder = Decoder(shape, build_all({"name": "pre_ln"}, shape.num_hidden_layers))

@@ -91,12 +91,12 @@ def t_tails(t: float, degrees: int) -> float:
     return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
-def t_quantile(degrees: int, level: float = LEVEL) -> float:
-    """The t whose tails hold `level` of the probability, by bisection."""
+def t_quantile(degrees: int) -> float:
+    """The t whose tails hold `LEVEL` of the probability, by bisection."""
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_tails(middle, degrees) > level else (low, middle)
+        low, high = (middle, high) if t_tails(middle, degrees) > LEVEL else (low, middle)
     return high
 
 

@@ -49,9 +49,6 @@ NAMES = {
 }
 """By launcher. `lightning` starts the ranks of a node itself, unless LOCAL_RANK says that this is one of them."""
 
-RANK_VARIABLES = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
-"""Environment variables that hold a rank; all of them are 0 or unset on the first rank."""
-
 INTERACTIVE_JOBS = ("bash", "interactive")
 """Names of the Slurm jobs in which Lightning ignores Slurm: `srun --pty bash`, `salloc`."""
 
