@@ -132,7 +132,7 @@ def test_a_massive_activation_is_above_100_and_1000_medians(causal_lm, value, ot
     x[0, 1, 2] = value
     finder = Finder()
     finder.add(1, x, torch.ones(1, 3, dtype=torch.bool), tokens(1, 3))
-    assert finder.found(None)[1] == massive
+    assert finder.largest_channels(None)[1] == massive
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_the_headline_names_the_cheap_blocks_and_the_longest_run():
 def test_numbers_that_are_not_finite_are_named():
     diverged = results([0.5, 0.5], variance=[1.0, None])
     diverged["removal"]["losses"] = [None, 2.5]
-    assert "1 behind block 1 and not finite behind block 2" in SECTIONS["variance"].sentence(diverged["variance"])
+    assert "1 after block 1 and not finite after block 2" in SECTIONS["variance"].sentence(diverged["variance"])
     assert "0.5 ± 0.03 (block 2) and 0.5 ± 0.03 (block 2)" in SECTIONS["removal"].sentence(diverged["removal"])
     assert summary(diverged)["last over first"] == "not finite"
 
@@ -73,7 +73,7 @@ def test_a_massive_activation_is_named():
         SECTIONS["variance"]
         .sentence(found)
         .endswith(
-            "1 channel with massive activations; the largest is -4,096 in channel 3 behind block 2, at position 1 "
+            "1 channel with massive activations; the largest is -4,096 in channel 3 after block 2, at position 1 "
             '(`"a\'\\n"`) of sequence 0.'
         )
     )

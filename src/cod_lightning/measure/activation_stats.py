@@ -167,7 +167,8 @@ def activation_stats(
         errors, maximum = means.error[at, 0].tolist(), largest[at].tolist()
         return Statistics(variance, errors, mean, rms, kurtosis, maximum, *columns)
 
-    return ActivationStats(model.name, len(is_first), *map(statistics_at, PLACES), *massive.found(model.decode))
+    statistics_by_place = map(statistics_at, PLACES)
+    return ActivationStats(model.name, len(is_first), *statistics_by_place, *massive.largest_channels(model.decode))
 
 
 def over_tokens(variance: np.ndarray, is_first: np.ndarray) -> tuple[float, ...]:

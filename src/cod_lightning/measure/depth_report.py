@@ -18,7 +18,7 @@ Results = Mapping[str, Any]
 """The fields of a model's results by measure."""
 
 REPORTED = ("variance", "jacobian", "angular", "readout", "removal", "longest_run", "influence", "contribution")
-"""The measures of `measure report`; longest_run comes behind removal, whose losses it uses."""
+"""The measures of `measure report`; longest_run comes after removal, whose losses it uses."""
 COMPARED = ("variance", "jacobian", "angular", "removal", "linear_replacement", "influence")
 """The measures of `measure compare`."""
 CHEAP = 0.01
@@ -103,10 +103,10 @@ def extremes(
 
 
 def growth(values: Sequence[float | None]) -> str:
-    """The first and the last value, such as "0.8 behind block 1 and 2.4 behind block 24 (3 times)"."""
+    """The first and the last value, such as "0.8 after block 1 and 2.4 after block 24 (3 times)"."""
     first, last = values[0], values[-1]
     times = f" ({number(last / first)} times)" if first and last is not None else ""
-    return f"{number(first)} behind block 1 and {number(last)} behind block {len(values)}{times}"
+    return f"{number(first)} after block 1 and {number(last)} after block {len(values)}{times}"
 
 
 def headline(results: Results) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def headline(results: Results) -> dict[str, Any]:
     loss, costs = removal["loss"], differences(removal)
     cheap = [layer for layer, cost in enumerate(costs, start=1) if cost is not None and cost < CHEAP * loss]
     thirds = [min(int(3 * (layer - 0.5) / blocks), 2) for layer in cheap]
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "blocks": blocks,
         "loss": loss,
         "targets": removal["tokens"],
@@ -129,8 +129,8 @@ def headline(results: Results) -> dict[str, Any]:
             first = search["first"][length - 1] if length else None
             last = first and first + length - 1
             runs[f"{limit:g}"] = {"blocks": length, "first": first, "last": last}
-        found["longest_runs"] = runs
-    return found
+        numbers["longest_runs"] = runs
+    return numbers
 
 
 # Sentences -----------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def variance_sentence(result: Any) -> str:
     token = "" if top["text"] is None else f" (`{top['text'].replace('`', chr(39))!r}`)"
     return text + (
         f"{count(result['massive_channels'], 'channel')} with massive activations; the largest is "
-        f"{number(top['value'])} in channel {top['channel']} behind block {top['layer']}, at position "
+        f"{number(top['value'])} in channel {top['channel']} after block {top['layer']}, at position "
         f"{top['position']}{token} of sequence {top['row']}."
     )
 

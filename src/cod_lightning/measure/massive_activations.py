@@ -69,7 +69,7 @@ class Finder:
                 self.largest[place] = max(self.largest.get(place, entry), entry, key=lambda each: abs(each[0]))
                 self.tokens[place] = self.tokens.get(place, 0) + int(massive[:, channel].sum())
 
-    def found(self, decode: Callable[[int], str] | None) -> tuple[list[MassiveActivation], int]:
+    def largest_channels(self, decode: Callable[[int], str] | None) -> tuple[list[MassiveActivation], int]:
         """The channels with the largest massive activations, largest first, and the number of all such channels."""
         layers: dict[int, list[int]] = {}
         for channel, layer in sorted(self.largest):
