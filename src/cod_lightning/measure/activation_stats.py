@@ -9,7 +9,7 @@ sequence, may carry most of that mean: the median and the 95th percentile over t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -133,14 +133,14 @@ def activation_stats(
     # Of the batch that runs; every place is written again in the next one.
     found: dict[tuple[str, int], Tensor] = {}
     maxima: dict[tuple[str, int], Tensor] = {}
-    batches = list(batches)
+    total = len(batches) if isinstance(batches, Sized) else 0
 
     def counted() -> Iterator[Batch]:
         for batch in batches:
             yield batch
             massive.rows += len(batch)  # also of padding alone, which is not run
 
-    advance = None if progress is None else lambda done, _: progress(done, len(batches))
+    advance = None if progress is None else lambda done, _: progress(done, total)
     for batch, keep in iter_batches(model, counted(), pad_id, advance):
 
         def hook(name: str, layer: int, x: Tensor, batch: Batch = batch, keep: Tensor = keep) -> None:
