@@ -86,6 +86,16 @@ def test_scripts_say_what_the_configuration_says(capsys, tmp_path):
     assert subprocess.run(["bash", "-n", tmp_path / "job.sh"]).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--mem", "1G\nrm -rf x"), ("--partition", "a b"), ("--qos", ""), ("--time", "1:00 ")]
+)
+def test_an_option_of_sbatch_is_one_word(option, value, capsys):
+    assert main(["launch", "slurm", option, value]) == 2
+    printed = capsys.readouterr()
+    assert f"{option}={value!r} must be one word" in printed.err
+    assert not printed.out
+
+
 def test_a_script_is_not_written_over_and_not_made_of_a_bad_configuration(capsys, tmp_path):
     (tmp_path / "job.sh").write_text("mine")
     assert main(["launch", "slurm", f"--output={tmp_path / 'job.sh'}"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -68,6 +69,9 @@ def run(
     from cod_lightning.config.compose import compose
 
     require_at_least("grace", grace, 1)
+    for name, value in options.items():
+        if value is not None and not re.fullmatch(r"\S+", value):
+            raise UserError(f"--{name.replace('_', '-')}={value!r} must be one word, as sbatch takes it")
     script = slurm_script(compose(overrides), overrides, signal=signal, grace=grace, **options)
     if output is not None:
         if output.exists():

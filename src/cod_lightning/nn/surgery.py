@@ -181,3 +181,5 @@ def divide(linear: Any, factor: float) -> None:
     """Divide the weight of a linear layer, in float64; its bias stays."""
     if factor != 1:
         linear.weight.copy_(linear.weight.double() / factor)
+        if not linear.weight.isfinite().all():
+            raise UserError(f"weights divided by {factor:.3g}, to make up for a coefficient, are not finite")
