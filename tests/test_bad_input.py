@@ -443,6 +443,7 @@ COMMANDS = [
     (with_run(), ["measure", "jacobian", "run", "probes=0", "rows=2"], ["probes=0"]),
     (with_run(), ["measure", "angular", "run", "tokens=0", "rows=2"], ["tokens=0"]),
     (with_run(), ["measure", "removal", "run", "sizes=[0,99]", "only=run_removal", "rows=2"], ["sizes"]),
+    (with_run(), ["measure", "variance", "run", "only=", "rows=2"], ["only=''", "is not a measure of variance"]),
     (with_run(), ["measure", "prune", "run", "layers=99", "output=x", "rows=2"], ["layers", "99"]),
     (with_run(), ["measure", "prune", "run", "sparsity=2", "output=x", "rows=2"], ["sparsity=2"]),
     (nothing, ["predict", "norm=mixln"], ["norm='mixln' does not exist: did you mean 'mix_ln'"]),

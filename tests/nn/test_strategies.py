@@ -554,6 +554,10 @@ def returns_nothing(layer, depth):
     return None
 
 
+def leaves(layer, depth):
+    raise SystemExit(0)
+
+
 def rate_of_zero(layer, depth):
     return block(input_rates=Rates(lr=0.0, eps=math.nan), input_init=-1.0, skip=10**400)
 
@@ -623,6 +627,7 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "norm_preserving", "beta": 4.5}, ["norm.beta=4.5", "between 0 and the number of blocks, 4"]),
         ({"name": "complete_p", "base_depth": 0}, ["norm.base_depth=0", "at least 1"]),
         ({"name": "qk_norm", "base": "hybrid_norm"}, ["norm='qk_norm'", "norm.base", "sets head_norm itself"]),
+        ({"name": "test_strategies:leaves"}, ["raised SystemExit for layer=1"]),
         ({"name": "test_strategies:skip_without_norm"}, ["ffn.skip_from='pre_norm' without pre_norm"]),
         ({"name": "lns", "base": "post_ln"}, ["attention.gain=0.7", "ffn.gain=0.7", "without pre_norm", "layer=2"]),
         ({"name": "lns", "position": "before_ln", "base": "olmo2"}, ["attention.input_scale=0.7", "without pre_norm"]),

@@ -152,8 +152,8 @@ def measures_of(study: str, hidden: int = 0, widest: int = MAX_FULL_JACOBIAN, on
     if study != "all" and study not in studies:
         raise UserError(f"{study!r} is not a study: {nearest(study, [*studies, 'all', 'report', 'compare', 'prune'])}")
     names = [name for name, measure in MEASURES.items() if study in (measure.study, "all")]
-    if unknown := next((name for name in only if name not in names), None):
-        raise UserError(f"only={unknown!r} is not a measure of {study}: {nearest(unknown, names)}")
+    if unknown := [name for name in only if name not in names]:
+        raise UserError(f"only={unknown[0]!r} is not a measure of {study}: {nearest(unknown[0], names)}")
     return [name for name in names if name in only or (not only and (name != "jacobian_map" or hidden <= widest))]
 
 

@@ -107,7 +107,7 @@ class SublayerSpec:
             return 1.0
         try:
             value = self.branch_schedule(step)
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             cause = f"{type(error).__name__}: {error}"
             raise UserError(f"branch_schedule of layer {layer} at step {step}: {cause}") from error
         if not is_number(value):

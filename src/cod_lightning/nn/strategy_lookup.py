@@ -111,7 +111,7 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
         spec = strategy(layer, depth, **options)
     except UserError:
         raise
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         where = f"layer={layer}, depth={depth}"
         raise UserError(
             f"norm={name!r} raised {type(error).__name__} for {where}: {error}{coefficient_hint(error)}"
@@ -123,7 +123,7 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     return spec
 
 
-def coefficient_hint(error: Exception) -> str:
+def coefficient_hint(error: BaseException) -> str:
     """The nearest coefficient, if `error` is about one that does not exist."""
     unknown = re.search(r"^(Block|Sublayer)Spec.* unexpected keyword argument '(\w+)'", str(error))
     if unknown is None:
