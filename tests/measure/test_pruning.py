@@ -254,6 +254,13 @@ def test_a_trained_ffn_comes_close_to_the_run_without_attention(causal_lm, famil
     assert not after["attention", 2].any()
 
 
+def test_a_replacement_whose_training_diverges_is_not_written(folder):
+    options = {"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 5, "replace_lr": 1e30}
+    with pytest.raises(UserError, match=r"its training diverged, nothing is written: lower replace_lr=1e\+30"):
+        prune(decoder("pre_ln"), padded_batches(), PAD, folder=folder, export=export, **options)
+    assert not folder.exists()
+
+
 def test_a_linear_map_is_taken_before_the_scale_of_channels():
     model = decoder("layer_scale", init=0.5)
     with torch.no_grad():

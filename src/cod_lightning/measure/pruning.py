@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,8 @@ def prune(
     advance = step_counter(progress, 2 * len(batches))
     loss_before, tokens = mean_loss(model, batches, pad_id, lambda *_: advance())
     loss_after, _ = mean_loss(pruning.model, batches, pad_id, lambda *_: advance())
+    if replace is not None and math.isfinite(loss_before) and not math.isfinite(loss_after):
+        raise UserError(f"replace={replace}: its training diverged, nothing is written: lower replace_lr={replace_lr}")
     loss_without = None if pruning.without is None else mean_loss(pruning.without, batches, pad_id)[0]
     with new_folder(folder) as partial:
         export(pruning.model.model, partial)
