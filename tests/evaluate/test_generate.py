@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -40,6 +42,14 @@ def test_the_seed_determines_the_sample(decoder):
 def test_generation_stops_before_the_end_token(decoder):
     tokens = greedy(decoder, [1], 1)
     assert list(generate(decoder, [1], max_tokens=6, temperature=0, eos_id=tokens[0])) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_with_nan_in_its_weights_is_an_error(decoder, temperature):
+    broken = deepcopy(decoder)
+    torch.nn.init.constant_(broken.lm_head.weight, torch.nan)
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        list(generate(broken, [1], max_tokens=2, temperature=temperature))
 
 
 def test_a_token_without_an_embedding_is_an_error(decoder):

@@ -45,7 +45,7 @@ def generate(
         eos_id: ends the text; it is not yielded.
 
     Raises:
-        UserError: a token of the prompt has no embedding.
+        UserError: a token of the prompt has no embedding, or logits are not finite.
     """
     largest, size = max(prompt), decoder.lm_head.out_features
     if largest >= size:
@@ -56,6 +56,8 @@ def generate(
     layers = [] if dola is None else dola_layers(len(decoder.blocks), dola, decoder.config.tie_word_embeddings)
     for _ in range(max_tokens):
         logits = dola_logits(decoder, tokens, layers).cpu() if layers else decoder(tokens)[0, -1].float().cpu()
+        if not logits.max().isfinite():  # DoLa's are -inf for all tokens but the likeliest
+            raise UserError("the model's logits are NaN or infinite: its weights are damaged, or its training diverged")
         if top_k is not None and top_k < len(logits):
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
         if temperature < 1e-6:
