@@ -102,7 +102,7 @@ def test_a_gain_of_zero_is_refused(before, after, monkeypatch):
 
 def test_a_scale_that_no_weight_can_make_up_for_is_refused(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "faint", lambda layer, depth: block(branch_scale=1e-300))
-    with pytest.raises(UserError, match="weights divided by 1e-300, to make up for a coefficient, are not finite"):
+    with pytest.raises(UserError, match="norm= changes a factor by 1e-300, for which finite weights cannot"):
         convert(trained(name="pre_ln").float(), {"name": "faint"})
 
 

@@ -31,7 +31,7 @@ COLUMNS = ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block
 
 @dataclass(frozen=True)
 class Contribution(Result):
-    """Norms and directions of the contributions of each layer; x + a also where it is normed or x is scaled."""
+    """Norms and directions of the contributions of each layer, with x + a also where the FFN reads a norm of it."""
 
     tokens: int
     attention: list[float]

@@ -182,4 +182,6 @@ def divide(linear: Any, factor: float) -> None:
     if factor != 1:
         linear.weight.copy_(linear.weight.double() / factor)
         if not linear.weight.isfinite().all():
-            raise UserError(f"weights divided by {factor:.3g}, to make up for a coefficient, are not finite")
+            raise UserError(
+                f"norm= changes a factor by {factor:.3g}, for which finite weights cannot make up: use another option"
+            )
