@@ -38,7 +38,7 @@ def listed(name: str) -> dict[str, str]:
 def composed(name: str) -> dict[str, str]:
     """What the configuration of an experiment says."""
     from cod_lightning.config.compose import compose
-    from cod_lightning.paper.experiments import format_tokens, num_parameters, training_tokens
+    from cod_lightning.paper.experiments import format_tokens, num_parameters
 
     config = compose([f"experiments={name}"])
     model, measured = config.model, any("subject" in row for row in (config.paper.get("rows") or {}).values())
@@ -47,7 +47,7 @@ def composed(name: str) -> dict[str, str]:
         "reproduces": config.description,
         "model": f"{model.num_hidden_layers} x {model.hidden_size}",
         "parameters": f"{num_parameters(config) / 1e6:,.1f}M",
-        "token positions": "none, measured" if measured else format_tokens(training_tokens(config)),
+        "token positions": "none, measured" if measured else format_tokens(config.training_tokens),
         "published": published(config.paper),
     }
 

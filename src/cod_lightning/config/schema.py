@@ -193,6 +193,16 @@ class Config:
         return [name for name in dict.fromkeys(names) if name not in ("none", None)]
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence, or patches of an image."""
+        return self.data.seq_len if self.task == "language" else self.images.patches
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens, or patches, of the whole run."""
+        return self.trainer.max_steps * self.data.batch_size * self.sequence_length
+
+    @property
     def max_length(self) -> int:
         """Longest supported sequence: that of the imported model, or the one of the run."""
         return self.model.max_position_embeddings or self.data.seq_len

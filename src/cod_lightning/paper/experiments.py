@@ -254,7 +254,7 @@ def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:
 def axis_values(config: Config) -> dict[str, float]:
     """The settings that an experiment may vary (`paper.axis`), by name."""
     return {
-        "tokens": training_tokens(config),
+        "tokens": config.training_tokens,
         "blocks": config.model.num_hidden_layers,
         "lr": config.optim.lr,
         "embedding_std": config.model.embedding_std,
@@ -275,10 +275,10 @@ def describe_setting(row: Row) -> str:
         return f"{row.public_model}, {shape}; {inputs}"
     if "tasks" in config.paper and row.tasks is None:
         inputs += ", scored by accuracy on held-out answers instead of the paper's tasks"
-    tokens = data.batch_size * sequence_length(config)
+    tokens = data.batch_size * config.sequence_length
     return (
         f"{shape}; {inputs}, protocol={config.protocol}; {config.trainer.max_steps:,} steps of {tokens:,} tokens, "
-        f"{format_tokens(training_tokens(config))} tokens in total"
+        f"{format_tokens(config.training_tokens)} tokens in total"
     )
 
 
@@ -288,16 +288,6 @@ def num_parameters(config: Config) -> int:
         images = config.images
         return num_vit_parameters(config.model, images.size, images.patch_size, images.known_classes or 0)
     return config.model.num_parameters(config.data.vocab_size)
-
-
-def sequence_length(config: Config) -> int:
-    """Tokens of a sequence, or patches of an image."""
-    return config.images.patches if config.task == "vision" else config.data.seq_len
-
-
-def training_tokens(config: Config) -> int:
-    """Token positions of the whole run."""
-    return config.trainer.max_steps * config.data.batch_size * sequence_length(config)
 
 
 def format_tokens(tokens: float) -> str:

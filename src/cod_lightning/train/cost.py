@@ -101,7 +101,7 @@ class Architecture:
         return []
 
     @property
-    def positions(self) -> int:
+    def sequence_length(self) -> int:
         """Tokens of a sequence, or patches of an image."""
         return self.seq_len if self.images is None else self.images.patches
 

@@ -141,7 +141,7 @@ def estimate(
         largest = largest_batch(count(largest), device_memory)
     sizes = architecture.sizes()
     flops = trainer.max_steps * data.batch_size * training_flops(architecture)
-    positions = trainer.max_steps * data.batch_size * architecture.positions
+    positions = config.training_tokens
     return Estimate(
         hardware=hardware,
         gpus=gpus,
@@ -154,7 +154,7 @@ def estimate(
         non_embedding=sizes.parameters - sizes.outer,
         positions=positions,
         published_tokens=config.paper.get("tokens") if config.scale == "paper" else None,
-        flops_per_token=round(training_flops(architecture) / architecture.positions),
+        flops_per_token=round(training_flops(architecture) / architecture.sequence_length),
         flops=flops,
         memory=memory(data.micro_batch_size),
         device_memory=device_memory,

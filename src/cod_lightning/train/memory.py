@@ -25,15 +25,14 @@ def check_memory(config: Config) -> None:
     nodes = settings.num_nodes if settings.strategy == "fsdp" else 1
     cpu = accelerator(settings) == "cpu"
     weight = 2 if cpu and precision(settings) == "bf16-true" else 4
-    parameters = least_parameters(config)
+    parameters, length = least_parameters(config), config.sequence_length
     model = parameters * weight * (4 if cpu else 1) * ranks // nodes
-    positions = data.seq_len if config.task == "language" else config.images.patches
-    blocks = config.model.num_hidden_layers * config.model.hidden_size * data.micro_batch_size * positions * weight
-    batch = 8 * data.batch_size * positions // settings.num_nodes
+    blocks = config.model.num_hidden_layers * config.model.hidden_size * data.micro_batch_size * length * weight
+    batch = 8 * data.batch_size * length // settings.num_nodes
     needed = model + batch + (blocks * settings.devices if cpu else 0)
     if needed > (memory := host_memory()):
         raise UserError(
-            f"out of memory: {parameters:,} parameters and micro-batches of {data.micro_batch_size} x {positions} "
+            f"out of memory: {parameters:,} parameters and micro-batches of {data.micro_batch_size} x {length} "
             f"tokens take at least {needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB: choose a "
             "smaller model, data.micro_batch_size or data.seq_len"
         )

@@ -54,8 +54,7 @@ class VisionModule(StepModule):
         return images, labels
 
     def count_tokens(self, inputs: Tensor) -> Tensor:
-        patches = (self.shape["image_size"] // self.shape["patch_size"]) ** 2
-        return torch.tensor(len(inputs) * patches, device=inputs.device)
+        return torch.tensor(len(inputs) * self.config.sequence_length, device=inputs.device)
 
     def statistics(self, network: VisionTransformer, probe: tuple[Tensor, Tensor]) -> LayerStatistics:
         images, labels = self.rank_share(probe[0], 0), self.rank_share(probe[1], IGNORE)
