@@ -8,8 +8,9 @@ from builders import FAMILIES, PAD, learn, padded_batches, residual_stream, sile
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.batches import mean_loss
-from cod_lightning.measure.layer_importance import block_influence, layer_importance, order_losses
+from cod_lightning.measure.layer_importance import block_influence, layer_importance
 from cod_lightning.measure.logit_lens import logit_lens
+from cod_lightning.measure.reordering import order_losses
 
 MEASURES = (block_influence, logit_lens, layer_importance)
 

@@ -29,9 +29,9 @@ from cod_lightning.measure.batches import (
     mean_loss,
     step_counter,
 )
-from cod_lightning.measure.layer_importance import order_losses, sequence_losses
 from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
+from cod_lightning.measure.reordering import changed_losses, sequence_losses
 from cod_lightning.measure.result import Progress, Result, table_rows
 
 Pairs = Literal["neighbours", "all"]
@@ -186,19 +186,6 @@ class CausalScore(Result):
 
     def panels(self) -> list[Panel]:
         return [HeatMap(self.effects, "later layer", "layer skipped", "relative change of the update", log=True)]
-
-
-def changed_losses(
-    model: ModelAdapter,
-    orders: Sequence[Sequence[int]],
-    batches: Iterable[Batch],
-    pad_id: int | None,
-    progress: Progress | None,
-) -> tuple[float, int, list[float]]:
-    """Return the loss and the number of targets of the model, and its loss with its layers in each of `orders`."""
-    whole = tuple(range(1, model.depth + 1))
-    losses, tokens = order_losses(model, [whole, *orders], batches, pad_id, progress)
-    return losses[whole], tokens, [losses[tuple(order)] for order in orders]
 
 
 def removal(

@@ -9,26 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, takewhile
+from itertools import combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import (
     RunningMean,
     at_least_fp32,
     hidden_states,
     iter_batches,
-    iter_targets,
-    step_counter,
 )
-from cod_lightning.measure.logit_lens import log_probabilities, token_chunks
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
+from cod_lightning.measure.reordering import order_losses
 from cod_lightning.measure.result import Progress, Result
 
 EXACT_DEPTH = 16
@@ -201,73 +197,3 @@ def layer_importance(
         empty_loss=losses[()],
         permutations=permutations,
     )
-
-
-@torch.no_grad()
-def order_losses(
-    model: ModelAdapter,
-    orders: Iterable[Sequence[int]],
-    batches: Iterable[Batch],
-    pad_id: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[dict[tuple[int, ...], float], int]:
-    """Return the mean loss per target of the model with only the blocks of each order, and the number of targets.
-
-    Orders and cost are as for `sequence_losses`.
-    """
-    losses, counts = sequence_losses(model, orders, batches, pad_id, progress)
-    target_count = int(counts.sum())
-    return {layers: float(sums.sum()) / target_count for layers, sums in losses.items()}, target_count
-
-
-@torch.no_grad()
-def sequence_losses(
-    model: ModelAdapter,
-    orders: Iterable[Sequence[int]],
-    batches: Iterable[Batch],
-    pad_id: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[dict[tuple[int, ...], Tensor], Tensor]:
-    """Return the summed loss of every sequence in the model with only the blocks of each order, and numbers of targets.
-
-    Both are [sequences], on the CPU. Orders are layers, from 1. Every block keeps the mask and the positions of its
-    own layer. Removing every block alone costs about half the blocks' time in as many forward passes, and one head for
-    each.
-    """
-    order = sorted({tuple(layers) for layers in orders})  # neighbours share their first blocks' outputs
-    sums: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in order}
-    counts = []
-    batches_with_targets = list(iter_targets(model, batches, pad_id))
-    advance = step_counter(progress, len(batches_with_targets) * len(order))
-    for tokens, targets in batches_with_targets:
-        counts.append((targets != IGNORE).sum(dim=1).cpu())
-        # the stream before every block is there already, so that only the blocks behind a removed one run again
-        outputs, blocks = model.block_functions(tokens)
-        previous = tuple(range(1, model.depth))
-        for layers in order:
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, layers, strict=False)))
-            del outputs[shared + 1 :]
-            with torch.compiler.set_stance("force_eager"):
-                for layer in layers[shared:]:
-                    outputs.append(blocks[layer - 1](outputs[-1]))
-            sums[layers].append(summed_losses(model, outputs[-1], targets).cpu())
-            previous = layers
-            advance()
-    return {layers: torch.cat(parts) for layers, parts in sums.items()}, torch.cat(counts)
-
-
-def summed_losses(model: ModelAdapter, x: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss of every sequence [batch], in nats and float64.
-
-    Args:
-        model: in any dtype.
-        x: final hidden states [batch, length, hidden].
-        targets: [batch, length]; `IGNORE` does not count.
-    """
-    keep = targets != IGNORE
-    x, labels = x[keep], targets[keep]
-    losses = [
-        F.nll_loss(log_probabilities(model, x[chunk]), labels[chunk], reduction="none").double()
-        for chunk in token_chunks(model, len(labels))
-    ]
-    return torch.stack([part.sum() for part in torch.cat(losses).split(keep.sum(dim=1).tolist())])
