@@ -114,7 +114,7 @@ def test_the_settings_table_has_every_group_and_choice():
 
 
 def decoder_of(norm, depth=4, **options):
-    """A decoder at a step behind the end of every schedule."""
+    """A decoder at a step after the end of every schedule."""
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(8, 16, depth, 2, vocab_size=8), build_all({"name": norm, **options}, depth))
     set_step(decoder, 10**6)

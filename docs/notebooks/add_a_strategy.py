@@ -77,7 +77,7 @@ decoders = {name: train(strategy) for name, strategy in strategies.items()}
 # %% [markdown]
 # ## The comparison
 #
-# Validation loss in nats per byte, then the variance of the residual stream behind each block, and what it costs to
+# Validation loss in nats per byte, then the variance of the residual stream after each block, and what it costs to
 # leave a block out.
 
 # %%
@@ -93,18 +93,18 @@ for name, decoder in decoders.items():
     layers = range(1, DEPTH + 1)
     left.plot(layers, [row["variance"] for row in variance.rows() if row["of"] == "residual"], label=name)
     right.plot(layers, [row["delta_loss"] for row in removal.rows()], label=name)
-left.set(xlabel="layer", ylabel="variance behind the block", yscale="log")
+left.set(xlabel="layer", ylabel="variance after the block", yscale="log")
 right.set(xlabel="layer", ylabel="loss added by removing the block (nats)", yscale="symlog")
 left.legend()
 
 # %% [markdown]
-# ![Variance behind each block on the left, loss added by removing it on the right, for three strategies
+# ![Variance after each block on the left, loss added by removing it on the right, for three strategies
 # ](../images/add_a_strategy.png)
 #
 # | 300 steps, one seed | Pre-LN | gentler | LNS |
 # | --- | --- | --- | --- |
 # | validation loss (nats per byte) | 1.732 | 1.766 | 1.782 |
-# | variance behind block 16 | 0.853 | 0.253 | 0.077 |
+# | variance after block 16 | 0.853 | 0.253 | 0.077 |
 #
 # The gentler factor lies between the two in both rows. It keeps the variance down, but at this depth and length that
 # buys no loss. One seed of one small model decides nothing: repeat it with other seeds, more blocks and more steps

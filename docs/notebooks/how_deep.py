@@ -22,14 +22,14 @@ tokens = torch.tensor([tokenizer.encode(text)])
 # %% [markdown]
 # ## How much does a block write?
 #
-# The variance of the residual stream behind each block, the quantity of the paper's Figure 4.
+# The variance of the residual stream after each block, the quantity of the paper's Figure 4.
 
 # %%
 variance = cod.measure.variance(model, tokens)
 variance.plot()
 
 # %% [markdown]
-# | behind block | 1 | 2 | 3 | 4 |
+# | after block | 1 | 2 | 3 | 4 |
 # | --- | --- | --- | --- | --- |
 # | variance | 4.63 | 6.25 | 8.66 | 10.62 |
 #

@@ -24,7 +24,7 @@ def shaken():
 def decoder(shaken):
     """`decoder(strategy, **fields)`: a decoder with 101 tokens, 4 blocks of width 48, whose parameters are shaken.
 
-    It is at a step behind the end of every schedule.
+    It is at a step after the end of every schedule.
     """
 
     def build(strategy="pre_ln", specs=None, **fields):

@@ -135,7 +135,7 @@ def test_training_goes_on_where_the_loss_was(train, toy, tmp_path):
         ("stack", 4, 7, [1, 2, 3, 4, 2, 3, 4], []),
         ("interpolate", 3, 6, [1, 1, 2, 2, 3, 3], []),
         ("interpolate", 4, 5, [1, 1, 2, 3, 4], []),
-        ("identity", 4, 6, [1, 2, 2, 3, 4, 4], [3, 6]),  # LLaMA Pro: 32 to 40 puts one behind every fourth
+        ("identity", 4, 6, [1, 2, 2, 3, 4, 4], [3, 6]),  # LLaMA Pro: 32 to 40 puts one after every fourth
         ("identity", 3, 6, [1, 1, 2, 2, 3, 3], [2, 4, 6]),
         ("lesa", 5, 7, [1, 2, 3, 3, 4, 4, 5], [4, 6]),  # LESA: 32 to 48 fills the last 16 gaps
     ],

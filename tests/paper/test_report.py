@@ -515,7 +515,7 @@ def test_a_difference_within_its_errors_has_no_sign(error, direction):
 
 def test_models_from_outside_stand_behind_our_runs():
     markdown = build_report(figure_experiments("Figure 5"), models=[REAL]).markdown
-    behind = markdown.index("### Figure 5: models from outside")
+    after = markdown.index("### Figure 5: models from outside")
     assert (
-        markdown.index("### Figure 5: ours at scale=toy") < behind < markdown.index("Opposite to the paper (Jacobians")
+        markdown.index("### Figure 5: ours at scale=toy") < after < markdown.index("Opposite to the paper (Jacobians")
     )

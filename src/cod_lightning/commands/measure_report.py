@@ -41,16 +41,16 @@ class Part:
 
 
 PARTS: dict[str, Part] = {
-    "variance": Part(lambda depth, head: 2),
+    "variance": Part(lambda depth, head: 1.2),
     "jacobian": Part(lambda depth, head: 20, sequences=8),
-    "angular": Part(lambda depth, head: 1.5),
+    "angular": Part(lambda depth, head: 1.1),
     "readout": Part(lambda depth, head: 1 + 2.5 * depth * head, sequences=8),
     "removal": Part(lambda depth, head: 2 + depth * (1 + head) / 2),
     # if a quarter of the blocks can go: three runs of each length
     "longest_run": Part(lambda depth, head: depth / 4 * (1 + 3 * (1 + head) / 2)),
     "linear_replacement": Part(lambda depth, head: 3 * depth),
-    "influence": Part(lambda depth, head: 1.5),
-    "contribution": Part(lambda depth, head: 1.5),
+    "influence": Part(lambda depth, head: 1.2),
+    "contribution": Part(lambda depth, head: 1.2),
 }
 
 

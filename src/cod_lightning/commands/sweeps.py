@@ -99,7 +99,7 @@ def lines(groups: Iterable[tuple[str, list[Record | None]]]) -> list[Line]:
 
 
 def cells(line: Line, names: Sequence[str], above: str, top: float) -> list[str]:
-    """The cells of a line behind its label."""
+    """The cells of a line after its label."""
     if not line.records:
         return ["failed"]
     first, *others = [line.mean(name) for name in names]

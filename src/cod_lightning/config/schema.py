@@ -65,7 +65,7 @@ class OptimConfig:
     min_lr_ratio: float = setting(0.1, at_least=0, at_most=1)
     """The schedule ends at this share of `lr`."""
     schedule: str = setting("cosine", choices=("cosine", "cosine_released", "linear"))
-    """`cosine`; `cosine_released`, one update behind it: the released code's first update has rate 0; or `linear`."""
+    """`cosine`; `cosine_released`, one update later: the released code's first update has rate 0; or `linear`."""
     weighting: str = setting("tokens", choices=("tokens", "micro_batches"))
     """`tokens`: every target of a step counts the same; `micro_batches`: the mean of micro-batch means (paper)."""
     lisa_layers: int = setting(0, at_least=0)

@@ -6,7 +6,7 @@ from torch import Tensor
 BOUNDED = ("dyt", "derf", "bhyt")
 """Kinds of `reference_bounded_norm`."""
 KAPPA = 10.0
-"""Of BHyT."""
+"""BHyT's constant kappa."""
 
 
 def reference_add_norm(

@@ -3,7 +3,7 @@
 The paper does not define its "output variance". Here it is the unbiased variance over the hidden dimension of each
 token, averaged over tokens, as in its authors' later code. In trained models a few tokens, often the first of a
 sequence, may carry most of that mean: the median and the 95th percentile over tokens say what the others do, and
-`massive_activations` names the channels behind it.
+`massive_activations` names the channels that cause it.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def fold_linear_map(
     """A copy of the model without several blocks, and with a linear map in their place (ReplaceMe, arXiv 2505.02819).
 
     The map T acts on the output m of the FFN before the blocks: x - m + T m is the nearest in least squares to the
-    residual stream behind them, where x is the stream before them. It is multiplied into the FFN's last projection, so
+    residual stream after them, where x is the stream before them. It is multiplied into the FFN's last projection, so
     that the copy has no other parts than the model.
 
     Args:
@@ -214,7 +214,7 @@ def fold_linear_map(
     ffn = site_of(smaller, previous, "ffn")
     output, learned = ffn.output, getattr(getattr(ffn.block, "ffn_residual", None), "branch_scale", None)
     in_projection = change
-    if learned is not None and len(learned) > 1:  # a scale of each channel behind the projection
+    if learned is not None and len(learned) > 1:  # a scale of each channel after the projection
         if not learned.all():
             raise UserError(f"{model.name}: a scale of zero hides channels of the FFN; use replace=layer")
         in_projection = change * learned.double() / learned.double()[:, None]
@@ -233,7 +233,7 @@ def fold_linear_map(
 def states_around(
     model: ModelAdapter, batch: Batch, keep: Tensor, previous: int, last: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the FFN of block `previous` adds to the stream, the stream behind that block, and behind block `last`.
+    """What the FFN of block `previous` adds to the stream, the stream after that block, and after block `last`.
 
     Each is [kept tokens, hidden] in float64, for a mask keep [batch, length].
     """

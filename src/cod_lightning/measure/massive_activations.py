@@ -1,7 +1,7 @@
 """Massive activations: single entries of the residual stream far above all others (Sun et al., arXiv 2402.17762).
 
 An entry is massive if its magnitude is above 100 and above 1,000 times the median magnitude of its hidden state, which
-is that of a sequence behind a block. They lie in a few channels and on a few tokens, often the first, and may carry
+is that of a sequence after a block. They lie in a few channels and on a few tokens, often the first, and may carry
 most of the mean variance of a layer.
 """
 
@@ -27,7 +27,7 @@ class MassiveActivation:
     channel: int
     """Counts from 0."""
     layer: int
-    """The block behind which it is largest, counting from 1."""
+    """The block after which it is largest, counting from 1."""
     row: int
     """Its sequence, counting from 0."""
     position: int
@@ -38,13 +38,13 @@ class MassiveActivation:
     """The token's text, if the tokenizer is known."""
     value: float
     tokens: int
-    """The number of tokens with a massive activation in this channel behind this block."""
+    """The number of tokens with a massive activation in this channel after this block."""
     layers: list[int]
-    """All blocks behind which the channel has massive activations."""
+    """All blocks after which the channel has massive activations."""
 
 
 class Finder:
-    """Collects the largest massive activation of every channel behind every block."""
+    """Collects the largest massive activation of every channel after every block."""
 
     def __init__(self) -> None:
         self.rows = 0

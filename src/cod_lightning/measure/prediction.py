@@ -11,7 +11,7 @@ For a sub-layer with the kernel N of its norm's output, n n^T * q with n_t = gai
     q <- norms( skip^2 q + branch_scale^2 f(N) )    attention   f(N) = c_v c_o E[A N A^T]
                                                     FFN         f(N) = c_down c_up E[silu silu^T] * N
 
-and c is the number of inputs of a projection times the variance of its weights; behind a norm of queries, keys or
+and c is the number of inputs of a projection times the variance of its weights; after a norm of queries, keys or
 values, c N is normalised as well. A bounded function h in place of a norm gives N = gain^2 E[h(x_t) h(x_s)]. p and g
 follow the derivatives.
 
@@ -19,7 +19,7 @@ It assumes that
 
 - branches are independent of the stream they are added to, which new random weights make exact on average, and that
   the width is large: one draw of the weights differs from the average by about 1/sqrt(width);
-- a norm's input is Gaussian, or has a fixed norm behind a norm of the sum;
+- a norm's input is Gaussian, or has a fixed norm after a norm of the sum;
 - attention nearly averages the values of all earlier tokens: the variance of its logits is well below the logarithm
   of the number of tokens, and logits differ independently from token to token;
 - the logits of the head are small, and tokens are uniformly random, as are the targets. The head is not tied.
@@ -209,20 +209,20 @@ class Step:
     branch: float
     """Variance of the scaled branch."""
     outer: Array | float
-    """Of the sum's norm, and of the norms below: the factors of its derivative."""
+    """Factors of the derivative of the sum's norm and of the norms below."""
     skip: Array | float
-    """Of the skip connection, its square."""
+    """Square of the skip connection's factor."""
     from_block: bool
     """Whether the skip starts at the input of the block."""
     after: Array | float
-    """Of the branch's norm and scale."""
+    """Factor of the branch's norm and scale."""
     mix: Callable[[Array, bool], Array]
-    """Of f; True: of its transpose."""
+    """What f makes of a kernel; True: what its transpose makes of it."""
     before: Array | float
-    """Of the pre-norm."""
+    """Factor of the pre-norm."""
 
     def forward(self, p: Array, of_block: Array) -> Array:
-        """The kernel behind the sub-layer; `of_block` is that of the block's input."""
+        """The kernel after the sub-layer; `of_block` is that of the block's input."""
         start = of_block if self.from_block else p
         return self.outer * (self.skip * start + self.after * self.mix(self.before * p, False))
 

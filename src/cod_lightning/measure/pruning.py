@@ -177,8 +177,8 @@ def prune(
         allocation: how the sparsity is divided among blocks: `owl` (default), `alpha_pruning`, `arithmetic` (ATP), or
             `uniform`.
         method: selects the weights: the smallest by `wanda` (default) or by `magnitude`, see `sparsify`.
-        calibration: input norms for `wanda`: `once` (default), all of the dense model; or `sequential`, those of a
-            block behind the pruned blocks before it, as in the released code, see `sparsify_sequentially`.
+        calibration: input norms for `wanda`: `once` (default), all of the dense model; or `sequential`, those of the
+            model whose earlier blocks are pruned, as in the released code, see `sparsify_sequentially`.
         threshold: M of OWL, see `outlier_ratios`.
         owl_lambda: lambda of OWL, see `owl_sparsities`.
         epsilon: epsilon of AlphaPruning, see `alpha_sparsities`.

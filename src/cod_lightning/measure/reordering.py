@@ -70,7 +70,7 @@ def sequence_losses(
     advance = step_counter(progress, len(batches_with_targets) * len(order))
     for tokens, targets in batches_with_targets:
         counts.append((targets != IGNORE).sum(dim=1).cpu())
-        # the stream before every block is there already, so that only the blocks behind a removed one run again
+        # the stream before every block is there already, so that only the blocks after a removed one run again
         outputs, blocks = model.block_functions(tokens)
         previous = tuple(range(1, model.depth))
         for layers in order:

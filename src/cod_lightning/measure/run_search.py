@@ -83,15 +83,15 @@ def longest_run(
     starts, whole, tokens = list(range(1, depth + 1)), math.nan, 0
     for n in range(1, depth + 1):
         if n == 1 and removal is not None:
-            whole, *found = (math.nan if loss is None else loss for loss in (removal["loss"], *removal["losses"]))
+            whole, *changed = (math.nan if loss is None else loss for loss in (removal["loss"], *removal["losses"]))
             tokens = removal["tokens"]
         elif starts:
             orders = [[*range(1, start), *range(start + n, depth + 1)] for start in starts]
-            whole, tokens, found = changed_losses(model, orders, batches, pad_id, None)
+            whole, tokens, changed = changed_losses(model, orders, batches, pad_id, None)
         advance()
         if not starts:
             continue
-        cheapest = sorted(zip(found, starts, strict=True), key=lambda pair: (math.isnan(pair[0]), pair))[:width]
+        cheapest = sorted(zip(changed, starts, strict=True), key=lambda pair: (math.isnan(pair[0]), pair))[:width]
         losses.append(cheapest[0][0])
         first.append(cheapest[0][1])
         extended = [start for loss, start in cheapest if perplexity_rise(loss, whole) <= max(limits)]

@@ -3,7 +3,7 @@
 Contributions are relative to the stream (Csordas et al., arXiv 2505.13898). With x the stream that a block adds to, y
 its output, a what its attention adds and m what its FFN adds, they are |a| / |x|, |m| / |x + a| and |y - x| / |x|, and
 the cosines of the same pairs of vectors; means over tokens. A negative cosine means that a sub-layer erases a part of
-the stream. x is the block's input, except behind a norm of it (Peri-LN) or a mix with the embeddings (x0_mix).
+the stream. x is the block's input, except after a norm of it (Peri-LN) or a mix with the embeddings (x0_mix).
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ def sparsify_sequentially(
 ) -> ModelAdapter:
     """Return a copy of the model pruned by Wanda block by block, with the masks of the released code (locuslab/wanda).
 
-    The input norms of a block are measured behind the blocks that are pruned already, and the number of weights to
+    The input norms of a block are measured with the blocks before it pruned, and the number of weights to
     remove from a row is rounded down. The hidden states of all batches are in memory.
 
     Args:

@@ -46,7 +46,7 @@ def apply(
         norm: name of a strategy, such as "lns", or `package.module:function`.
         layout: where the model keeps its blocks and norms; None: by the names of its modules.
         trained: what to do with a model that is trained already. "refuse" it; "preserve" its function, by dividing the
-            weights behind scaled norms, so that it continues training under the strategy; or "change" its function.
+            weights after scaled norms, so that it continues training under the strategy; or "change" its function.
         options: of the strategy, such as `position="only_ffn"`.
 
     Returns:
@@ -163,9 +163,9 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
     if trained == "preserve" and (initial or any(spec.branch_scale != 1 for spec in specs)):
         raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
     if trained == "preserve" and not all(site.inputs for site in scaled):
-        raise UserError("layout.inputs is missing: the linear layers behind the norms, for trained='preserve'")
+        raise UserError("layout.inputs is missing: the linear layers after the norms, for trained='preserve'")
     if any(spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):
-        raise UserError("layout.inputs is missing: the linear layers behind the norms")
+        raise UserError("layout.inputs is missing: the linear layers after the norms")
     if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in where):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
     for site, spec in zip(where, specs, strict=True):

@@ -4,7 +4,7 @@ Each block computes, for attention and then for the feed-forward network f,
 
     y = gate( sum_norm( skip * x + branch_scale * branch_norm( f( gain * pre_norm(x) ) ) ) )
 
-where `skip_from` may start the skip behind the pre-norm or at the block's input instead of at x.
+where `skip_from` may start the skip after the pre-norm or at the block's input instead of at x.
 
 Parameters have the names of `transformers.LlamaForCausalLM`; a Pre-LN or LNS decoder has exactly its parameters.
 Shape suffixes: B sequences, T tokens, D hidden size, H heads, G key/value heads, K head width.

@@ -21,7 +21,7 @@ HIDDEN = 256
 EPOCHS = 10
 BATCH = 64
 LR = 1e-3
-"""Of AdamW, with PyTorch's default weight decay of 0.01."""
+"""Learning rate of AdamW, with PyTorch's default weight decay of 0.01."""
 NORM_SHARE = 5e-4
 """Share of the norm's squared error in the loss; the rest is the mean squared error."""
 
@@ -30,7 +30,7 @@ NORM_SHARE = 5e-4
 def predict_blocks(
     blocks: Sequence[Block], layers: Sequence[int], progress: Callable[[int, int], object] | None = None
 ) -> list[Block]:
-    """New blocks, one behind each of some layers.
+    """New blocks, one after each of some layers.
 
     Matrices are predicted; norms, biases, scales and the spec are copies of those of the block before.
 
@@ -51,7 +51,7 @@ def predict_blocks(
 
 
 def predict_between(matrices: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
-    """Predict a matrix behind each of some layers, always with the same random numbers.
+    """Predict a matrix after each of some layers, always with the same random numbers.
 
     Args:
         matrices: [out, in] of every block, first to last, at least three.

@@ -108,7 +108,7 @@ class Site:
     branch: Any
     """Its output is added to the residual stream."""
     inputs: list[Any]
-    """The linear layers behind the norm; empty if the layout does not name them."""
+    """The linear layers after the norm; empty if the layout does not name them."""
     output: Any
     """The last linear layer; None if the layout does not name it."""
     sum_norm: Any

@@ -74,7 +74,7 @@ def param_groups(
     blocks = checked_specs({"name": norm, **options}, len(where) // 2)
     specs = [without_gain(sublayer, form, norm) for spec in blocks for sublayer in spec.sublayers]
     if any(spec.input_rates or spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):
-        raise UserError("layout.inputs is missing: the linear layers behind the norms; or pass form='norm_weights'")
+        raise UserError("layout.inputs is missing: the linear layers after the norms; or pass form='norm_weights'")
     if initial_weights == "scale":
         if hasattr(model, SCALED) or any(is_trained(site.norm) for site in where):
             raise UserError(

@@ -85,11 +85,11 @@ class SublayerSpec:
     xavier: float | None = None
     """Gain of a Xavier-normal initialisation of v, o and the feed-forward weights; that of q and k is 1."""
     input_init: Multiplier = 1.0
-    """Multiplies the initial weights of the projections behind the pre-norm (q, k, v; gate, up)."""
+    """Multiplies the initial weights of the projections after the pre-norm (q, k, v; gate, up)."""
     rates: Rates = Rates()
     """Optimizer multipliers of every parameter of the sub-layer, norms and biases included."""
     input_rates: Rates | None = None
-    """Those of the weights of the projections behind the pre-norm; None: `rates`."""
+    """Those of the weights of the projections after the pre-norm; None: `rates`."""
     norm_rates: Rates | None = None
     """Those of the pre-norm; None: `rates`."""
 

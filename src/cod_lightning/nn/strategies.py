@@ -260,7 +260,7 @@ def rezero(layer: int, depth: int) -> BlockSpec:
 
 @register
 def nf_residual(layer: int, depth: int, alpha: float = 0.2) -> BlockSpec:
-    """x + alpha f(x / b), b^2 = 1 + alpha^2 k behind k branches (NF-ResNet); 1/b is exact as weights and rates."""
+    """x + alpha f(x / b), b^2 = 1 + alpha^2 k after k branches (NF-ResNet); 1/b is exact as weights and rates."""
 
     def sublayer(branches: int) -> SublayerSpec:
         g = (1 + alpha**2 * branches) ** -0.5

@@ -146,12 +146,13 @@ def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:
 
 def warnings(specs: list[BlockSpec]) -> list[str]:
     """Warnings about combinations that defeat themselves."""
-    sublayers, found = [sublayer for spec in specs for sublayer in spec.sublayers], []
+    sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
+    messages: list[str] = []
     if any(s.gain != 1 for s in sublayers) and any(s.output_init != 1 for s in sublayers):
-        found.append(
+        messages.append(
             "LayerNorm Scaling and depth-scaled initialisation both damp the deep blocks; together they are worse than "
             "LNS alone (Table 6): choose one"
         )
     if any(spec.head_norm == "qkv" and spec.attention.gain != 1 for spec in specs):
-        found.append("norms of queries, keys and values undo the gain of attention's pre-norm: choose one")
-    return found
+        messages.append("norms of queries, keys and values undo the gain of attention's pre-norm: choose one")
+    return messages

@@ -1,6 +1,6 @@
 """Give a trained decoder another norm strategy, or more blocks.
 
-The weights next to a constant factor make up for it: with g times the gain, a norm needs 1/g of the weights behind it
+The weights next to a constant factor make up for it: with g times the gain, a norm needs 1/g of the weights after it
 (q, k, v; gate, up); with g times the scale, a branch needs 1/g of its last projection (o; down).
 """
 
@@ -166,7 +166,7 @@ def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[st
             names = [field.name for field in fields(old) if field.name not in (*ignored, "branch_schedule")]
             pairs += [(name, getattr(old, name), getattr(new, name)) for name in names]
             pairs.append(("branch_schedule", None, new.branch_schedule))  # the old one has ended
-        # A norm of the branch would undo the change of its last projection, and a skip behind a norm takes its gain.
+        # A norm of the branch would undo the change of its last projection, and a skip after a norm takes its gain.
         lost = {"branch_scale" for sublayer in spec.sublayers if sublayer.branch_norm}
         lost |= {"gain" for sublayer in spec.sublayers if sublayer.skip_from == "pre_norm"}
         factors = [name for name in FACTORS if name not in lost]

@@ -39,7 +39,7 @@ class Contrast:
     finding: str
     measure: str
     numbers: Callable[[Any], tuple[float, float]]
-    """Of other blocks, and of deep ones."""
+    """The number of the other blocks, and of the deep ones."""
     unit: str
     places: tuple[str, str]
     """Names of the blocks."""

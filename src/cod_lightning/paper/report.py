@@ -58,7 +58,7 @@ class Picture:
     """A figure in the text."""
 
     name: str
-    """Of its files, without suffix."""
+    """Name of its files, without suffix."""
     alt: str
     figure: Figure
 

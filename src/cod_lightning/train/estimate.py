@@ -66,14 +66,14 @@ class Estimate:
     """The paper's number of tokens of the run."""
     flops_per_token: int
     flops: int
-    """Of all training steps, without validation."""
+    """FLOPs of all training steps, without validation."""
     memory: Memory
     device_memory: int
     """Bytes of a device."""
     max_micro_batch_size: int
     """Largest micro-batch that fits into it; 0 if none does."""
     token_bytes: int | None
-    """Of the prepared tokens, without repetitions; None for images, which are not prepared."""
+    """Size of the prepared tokens, without repetitions; None for images, which are not prepared."""
     documents: int | None
     """Documents of C4 that contain these tokens (`data.max_documents`); None for other sources."""
     text_bytes: int | None

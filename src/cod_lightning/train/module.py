@@ -59,7 +59,7 @@ class StepModule(LightningModule, ABC):
         self.initial_weights: InitialWeights | None = None
         """Weights that replace the random initialisation."""
         self.first_step = 0
-        """Optimizer steps behind the initial weights, for `branch_schedule`."""
+        """Optimizer steps since the initial weights, for `branch_schedule`."""
         self.origin: dict[str, Any] | None = None
         """The entry `init_from` of a checkpoint and a record: path and step of the initial weights."""
         self.stop_requested = False

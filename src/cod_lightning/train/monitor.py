@@ -123,7 +123,7 @@ def find_model(module: nn.Module) -> ModelAdapter:
 
 @torch.no_grad()
 def variance(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
-    """Variance of the residual stream behind every block: mean and median over tokens."""
+    """Variance of the residual stream after every block: mean and median over tokens."""
     keep, means, medians = token_mask(model, tokens, pad_id), [], []
 
     def hook(name: str, layer: int, x: Tensor) -> None:

@@ -97,14 +97,14 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     known = {
         name for n in NAMES.values() for name in (n.rank, n.local_rank, n.node, n.world_size, n.ranks_per_node, n.nodes)
     }
-    found = {name: environ[name] for name in sorted(known & environ.keys())}
+    values = {name: environ[name] for name in sorted(known & environ.keys())}
     if errors := [
         f"{name}={value!r} in the environment is not an integer: unset it"
-        for name, value in found.items()
+        for name, value in values.items()
         if not (value.isascii() and value.isdecimal())
     ]:
         raise UserError("\n".join(errors))
-    return Ranks(launcher, {name: int(value) for name, value in found.items()})
+    return Ranks(launcher, {name: int(value) for name, value in values.items()})
 
 
 def is_first_rank() -> bool:
