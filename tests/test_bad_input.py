@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -17,10 +18,12 @@ import torch
 
 from cod_lightning.cli import main
 from cod_lightning.commands.fit import train_run
+from cod_lightning.commands.measure import open_subject
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load, save
 from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.train.checkpoint import checkpoints
+from command_words import last_of_each
 
 
 class Malicious:
@@ -280,7 +283,15 @@ STRATEGIES = [
         ["toy", MINE],
         ["branch_schedule of layer 1 at step 0: ZeroDivisionError: division by zero"],
     ),
-]
+    *((module(body), ["toy", MINE], [message]) for body, message in (
+        (f"{SCHEDULED}10**400, end=50))", f"at step 0 is 1{'0' * 39}... (401 characters), expected a finite number"),
+        (f"{SCHEDULED}-(10**5000), end=50))", "at step 0 is <int>, expected a finite number"),
+        (f"{RETURNS}block(gain=10**400)", f"attention.gain=1{'0' * 39}... (401 characters), expected a finite"),
+        (f"{RETURNS}block(gain='x' * 999)", f"attention.gain='{'x' * 39}... (1001 characters), expected a finite"),
+        (f"{RETURNS}block(groups=-(10**400))", f"attention.groups=-1{'0' * 38}... (402 characters), expected a whole"),
+    )),
+    (nothing, ["fit", f"seed={'9' * 400}"], [f"seed={'9' * 40}... (400 characters) is too large"]),
+]  # fmt: skip
 
 # --- text and prepared sets -----------------------------------------------------------------------------------------
 
@@ -298,7 +309,7 @@ SETS = [
     (files(a_txt=LONG.encode("utf-16")), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
     (files(a_jsonl_gz="no gzip"), [*TEXT, "data.files=a.jsonl.gz"], ["a.jsonl.gz cannot be read: Not a gzipped file"]),
     (files(a_txt_gz=gzip.compress(LONG.encode())[:-9]), [*TEXT, "data.files=a.txt.gz"], ["a.txt.gz cannot be read"]),
-    (files(a_txt=LONG), [*TEXT, "data.files=a.txt", "data.root=a.txt/x"], ["a.txt/x", "cannot be written"]),
+    (files(a_txt=LONG), [*TEXT[:-1], "data.files=a.txt", "data.root=a.txt/x"], ["data.root=a.txt/x cannot be written"]),
     (
         nothing,
         ["toy", "data.folder=nowhere"],
@@ -418,7 +429,6 @@ COMMANDS = [
     (with_run(), ["evaluate", "run", "data.folder=nowhere"], ["nowhere is not a prepared set"]),
     (with_run(), ["export", "run", "--max-length", "0"], ["--max-length=0 must be at least 1"]),
     (with_run(), ["export", "run", "--output", "run"], ["run exists and is not an empty folder"]),
-    (with_run(), ["export", "run", "--output", "run/config.yaml/x"], ["run/config.yaml", "is a file, or not writable"]),
     (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
     (nothing, ["import", "nowhere", "--output", "x"], ["nowhere is not a folder here", "Give a folder"]),
     (nothing, ["import", "../nowhere", "--output", "x"], ["../nowhere does not exist: name the folder"]),
@@ -438,11 +448,9 @@ COMMANDS = [
     (nothing, ["measure", "variance", "nowhere", "data.seqlen=3"], ["did you mean 'seq_len'"]),
     (nothing, ["measure", "prune", "nowhere", "layers=1"], ["name its new folder, as in --output FOLDER"]),
     (nothing, ["measure", "prune", "nowhere", "by=bi", "--output", "x"], ["by=bi: known: influence, removal, stream"]),
-    (with_run(), ["measure", "variance", "run", "output=run/config.yaml"], ["run/config.yaml is a file"]),
     (with_run(), ["measure", "jacobian", "run", "layers=99", "rows=2"], ["layers", "99"]),
     (with_run(), ["measure", "jacobian", "run", "probes=0", "rows=2"], ["probes=0"]),
     (with_run(), ["measure", "angular", "run", "tokens=0", "rows=2"], ["tokens=0"]),
-    (with_run(), ["measure", "removal", "run", "sizes=[0,99]", "only=run_removal", "rows=2"], ["sizes"]),
     (with_run(), ["measure", "variance", "run", "only=", "rows=2"], ["only=''", "is not a measure of variance"]),
     (with_run(), ["measure", "prune", "run", "layers=99", "output=x", "rows=2"], ["layers", "99"]),
     (with_run(), ["measure", "prune", "run", "sparsity=2", "output=x", "rows=2"], ["sparsity=2"]),
@@ -465,6 +473,116 @@ COMMANDS = [
     (record(edit("record.json", config__output="${oc.env:HOME}")), REPORT, ["record.json", "interpolation"]),
 ]  # fmt: skip
 
+# --- a key twice ----------------------------------------------------------------------------------------------------
+
+REPEATED = [
+    *((nothing, [*words, one, two], [f"{one.lstrip('+')} and {two.lstrip('+')} are both given: keep one"])
+      for words, one, two in (
+        (["fit"], "norm=lns", "norm=pre_ln"),
+        (["fit"], "optim.lr=1", "optim.lr=1"),
+        (["fit"], "+optim.lr=1", "optim.lr=2"),
+        (["fit"], "logger=csv", "++logger=wandb"),
+        (["fit", "-m"], "seed=1,2", "seed=3"),
+        (["prepare"], "shard=0/2", "shard=1/2"),
+        (["convert", "x", "--output", "new"], "norm=lns", "norm=pre_ln"),
+        (["grow", "x", "--output", "new"], "blocks=8", "blocks=9"),
+        (["estimate"], "gpus=1", "gpus=2"),
+        (["evaluate", "x"], "tasks=a", "tasks=b"),
+        (["predict"], "seed=1", "seed=2"),
+        (["verify", "x"], "norm=lns", "norm=pre_ln"),
+        (["launch", "slurm"], "seed=1", "seed=2"),
+        (["reproduce", "table1"], "scale=toy", "scale=mini"),
+        (["measure", "variance", "x"], "rows=1", "rows=2"),
+        (["measure", "prune", "x"], "output=a", "output=b"),
+    )),
+    *((nothing, [*words, option, one, option, two], [f"{option}: {one} and {two} are both given: keep one"])
+      for words, option, one, two in (
+        (["generate", "x", "text"], "--seed", "1", "2"),
+        (["export", "x"], "--dtype", "float32", "float16"),
+        (["predict"], "--output", "a", "b"),
+        (["launch", "slurm"], "--time", "1:00:00", "2:00:00"),
+        (["measure", "variance", "x"], "--rows", "2", "2"),
+    )),
+    (nothing, ["fit", "-m", "-j", "1", "--jobs", "2"], ["-j/--jobs: 1 and 2 are both given"]),
+    (nothing, ["measure", "variance", "x", "--rows", "2", "rows=2"], ["--rows=2 and rows=2 are both given"]),
+    (nothing, ["measure", "prune", "x", "output=a", "--output", "b"], ["--output=b and output=a are both given"]),
+]  # fmt: skip
+
+# --- overrides without effect on a finished run ---------------------------------------------------------------------
+
+UNREAD = [
+    *((with_run(), [*command, word], [f"{word} has no effect, remove it: {reads}"]) for command, reads, words in (
+        (LOADED, "evaluate reads of a finished run only data, images",
+         ["seed=3", "optim.lr=9", "trainer.max_steps=5", "name=x", "output=x", "init_from=x", "logger=csv",
+          "eval.every=3", "+trainer.measures.gain=3", "task=vision", "paper.target=x", "nonsense=1"]),
+        ((*LOADED, "tasks=piqa"), "evaluate tasks= reads of a finished run only data.seq_len", ["data.val_every=3"]),
+        (("measure", "variance", "run"), "measure reads of a finished run only data, images",
+         ["seed=3", "optim.weight_decay=9", "trainer.precision=bf16-true", "eval.paper_batch=2", "name=x"]),
+    ) for word in words),
+    (with_run(), [*LOADED, "seed=3", "name=x"], ["seed=3 has no effect", "name=x has no effect"]),
+    (with_run(), ["export", "run", "seed=3"], ["unrecognized arguments: seed=3"]),
+    (with_run(), ["generate", "run", "text", "seed=3"], ["unrecognized arguments: seed=3"]),
+]  # fmt: skip
+
+# --- values and destinations that are refused before anything is computed -------------------------------------------
+
+EARLY = [
+    (with_run(), ["measure", "removal", "run", "rows=2", "sizes=[0]"], ["cannot remove 0 contiguous blocks of 3"]),
+    (with_run(), ["measure", "removal", "run", "rows=2", "sizes=[]"], ["sizes=[]: expected a whole number"]),
+    (with_run(), ["measure", "report", "run", "rows=2", "longest=4"], ["longest=4: expected 1 to 3"]),
+    (with_run(), ["grow", "run", "blocks=100000000", "how=interpolate", "--output", "x"], ["makes 4 to 10000"]),
+    (with_run(), ["grow", "run", "blocks=-1", "--output", "x"], ["blocks=-1: the model has 3 blocks"]),
+    (nothing, ["predict", "model.intermediate_size=4000000", "model.num_hidden_layers=999"], ["model: out of memory"]),
+    *((with_run(), [*words, f"{option}/proc/x"],
+       [f"{name}/proc/x", "cannot be written: /proc is not a writable folder (No such file or directory)"])
+      for words, option, name in (
+        (["export", "run"], "--output=", "--output="),
+        (["import", "x"], "--output=", "--output="),
+        (["convert", "run", "norm=pre_ln"], "--output=", "--output="),
+        (["grow", "run", "blocks=4"], "--output=", "--output="),
+        (["consolidate", "run"], "--output=", "--output="),
+        (["predict"], "--output=", "--output="),
+        (["launch", "slurm"], "--output=", "--output="),
+        (["report"], "--output=", "--output="),
+        (["reproduce", "table1", "scale=toy"], "--results=", "--results="),
+        (["measure", "variance", "run"], "output=", "--output="),
+        (["measure", "report", "run"], "--output=", "--output="),
+        (["measure", "prune", "run", "layers=1"], "--output=", "--output="),
+        (["toy", "name=run"], "output=", "the run folder "),
+        (["prepare", "data=docs"], "data.root=", "data.root="),
+    )),
+    (with_run(), ["export", "run", "--output", "run/config.yaml/x"], ["run/config.yaml is not a writable folder"]),
+    (with_run(), ["measure", "variance", "run", "output=run/config.yaml"], ["run/config.yaml is not a writable"]),
+    (with_run(), ["launch", "slurm", "--output=run"], ["--output=run exists: choose a new file"]),
+]  # fmt: skip
+
+# --- weights that are not finite ------------------------------------------------------------------------------------
+
+
+def broken(value):
+    """Put a value into one weight of the last checkpoint of a run."""
+
+    def change(content):
+        content["state_dict"]["decoder.model.layers.1.mlp.up_proj.weight"][3, 4] = value
+        return content
+
+    return with_run(resave(change))
+
+
+FINITE = [
+    *((broken(value), words, ["model.layers.1.mlp.up_proj.weight holds NaN or Inf (1 weights do): use another check"])
+      for value, words in (
+        (math.nan, ["export", "run", "--output", "x"]),
+        (math.inf, ["measure", "prune", "run", "layers=1", "--output", "x"]),
+        (-math.inf, ["convert", "run", "norm=pre_ln", "--output", "x"]),
+        (math.nan, ["grow", "run", "blocks=4", "--output", "x"]),
+        (math.nan, ["generate", "run", "the norm"]),
+        (math.nan, ["toy", "init_from=run"]),
+    )),
+    (broken(1e5), ["export", "run", "--dtype", "float16", "--output", "x"],
+     ["the float16 model to write: model.layers.1.mlp.up_proj.weight holds NaN or Inf"]),
+]  # fmt: skip
+
 
 def folder_content():
     """The bytes of every file below the current folder, except locks and bytecode."""
@@ -481,7 +599,7 @@ def error_of(words, capsys, monkeypatch, toy):
     while words and words[0].partition("=")[0].isupper():
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     if words[:1] == ["toy"]:
-        words[:1] = ["fit", *toy, "output=out"]
+        words = last_of_each(["fit", *toy, "output=out", *words[1:]])
     before = folder_content()
     capsys.readouterr()
     try:
@@ -500,7 +618,7 @@ def error_of(words, capsys, monkeypatch, toy):
     return "\n".join(errors)
 
 
-ALL = [*CONFIGS, *WORLDS, *STRATEGIES, *SETS, *RUNS, *COMMANDS]
+ALL = [*CONFIGS, *WORLDS, *STRATEGIES, *SETS, *RUNS, *COMMANDS, *REPEATED, *UNREAD, *EARLY, *FINITE]
 NAMES = [ascii(f"{number} {' '.join(words)[:60]}") for number, (_, words, _) in enumerate(ALL)]
 
 
@@ -516,13 +634,24 @@ def test_bad_input_is_one_error_with_status_2_and_nothing_written(
     assert all(part in error for part in expected), error
 
 
+def test_more_rows_than_there_are_is_one_warning(finished, capsys):
+    folder = str(finished[0])
+    found = sum(map(len, open_subject(folder, [], "last", 10**6).batches))
+    assert (
+        capsys.readouterr().err == f"warning: rows=1000000, but {folder} has {found} held-out rows: all are measured\n"
+    )
+    open_subject(folder, [], "last", None)  # the default is a maximum
+    open_subject(folder, [], "last", found)
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["fit", "norm=mixln"], "error: norm='mixln' does not exist: did you mean 'mix_ln'?"),
         (["fit", "optim.lr=${oc.env:HOME}"], "error: optim.lr=${oc.env:HOME}: interpolation (${...}) is not supported"),
         (["evaluate", "nowhere"], "error: nowhere: not a run folder"),
-        (["report", "--results", "."], "error: --output=/dev/null/new cannot be written: /dev/null is a file"),
+        (["report", "--results", "."], "error: --output=/dev/null/new cannot be written: /dev/null is not a w"),
     ],
 )
 def test_a_process_prints_only_errors_to_stderr(words, expected, tmp_path):
@@ -568,7 +697,7 @@ def test_commands_refuse_weights_of_another_name(command, toy, tmp_path, monkeyp
 
 def test_out_of_memory_is_an_error_that_names_the_remedies(toy, tmp_path, capsys):
     size = ["model.intermediate_size=4000000", "model.num_hidden_layers=999"]
-    assert main(["fit", *toy, f"output={tmp_path}", *size]) == 2
+    assert main(last_of_each(["fit", *toy, f"output={tmp_path}", *size])) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: out of memory")
     assert "choose a smaller model, data.micro_batch_size or data.seq_len" in error

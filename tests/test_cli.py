@@ -23,6 +23,7 @@ from cod_lightning.cli import COMMANDS, main
 from cod_lightning.config.compose import compose
 from cod_lightning.config.groups import choices
 from cod_lightning.config.saved import load
+from command_words import last_of_each
 
 PYTHON = [sys.executable, "-m", "cod_lightning"]
 
@@ -30,7 +31,7 @@ PYTHON = [sys.executable, "-m", "cod_lightning"]
 def run(*words, **options):
     """Run a command in a process; return the process."""
     options = {"capture_output": True, "text": True, "timeout": 300, **options}
-    return subprocess.run([*PYTHON, *map(str, words)], **options)
+    return subprocess.run([*PYTHON, *last_of_each(words)], **options)
 
 
 def run_ok(*words, **options):
@@ -44,7 +45,7 @@ def call(*words):
     """Run a command in this process, which saves 3 s of imports; return its status and what it printed."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([str(word) for word in words])
+        status = main(last_of_each(words))
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
@@ -180,7 +181,7 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
 
     run_ok("import", model, "--output", imported)
     assert load(imported).max_length == load(imported).data.seq_len == 32
-    words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.seq_len=32", "eval.every=3"]
+    words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.seq_len=32"]
     figures = metrics(call_ok("evaluate", imported, *words, "trainer.accelerator=cpu"))
     expected = json.loads((folder / "record.json").read_text())
     assert float(figures["val_loss"]) == pytest.approx(expected["val_loss"], rel=1e-5)
@@ -375,7 +376,7 @@ def test_experiments_shows_the_size_of_those_that_are_named(capsys):
 
 
 def test_prepare_merges_shards_into_the_set_that_prepare_would_write(toy, tmp_path, capsys):
-    words = ["prepare", *toy, f"data.root={tmp_path}"]
+    words = last_of_each(["prepare", *toy, f"data.root={tmp_path}"])
     for shard in ("shard=1/2", "shard=0/2"):
         assert main([*words, shard]) == 0
     assert main([*words, "merge=2"]) == 0
@@ -428,7 +429,7 @@ def test_a_run_killed_twice_resumes_bit_identically(toy, tmp_path):
     # While a checkpoint is being written, and around a validation (steps 6, 12, ...).
     for moment in (".step-000000*.partial", "step-00000024.ckpt"):
         process = subprocess.Popen(
-            [*PYTHON, "fit", *words, f"output={tmp_path / 'killed'}"],
+            [*PYTHON, "fit", *last_of_each(words), f"output={tmp_path / 'killed'}"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -448,7 +449,7 @@ def test_a_run_killed_twice_resumes_bit_identically(toy, tmp_path):
 def test_ctrl_c_exits_with_130_and_says_how_to_resume(toy, tmp_path):
     words = [*toy, f"output={tmp_path}", "name=stopped", "trainer.max_steps=5000"]
     process = subprocess.Popen(
-        [*PYTHON, "fit", *words],
+        [*PYTHON, "fit", *last_of_each(words)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import zipfile
 
 import pytest
@@ -13,7 +14,16 @@ from cod_lightning.config.saved import CONFIG, load, save
 from cod_lightning.data.chunks import require_home
 from cod_lightning.data.manifest import MANIFEST, read_manifest
 from cod_lightning.errors import UserError
-from cod_lightning.files import locked, new_folder, partial_folder, replace_path, write_atomic
+from cod_lightning.files import (
+    check_new_file,
+    check_new_folder,
+    check_writable,
+    locked,
+    new_folder,
+    partial_folder,
+    replace_path,
+    write_atomic,
+)
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
 from cod_lightning.train.record import read_record
 
@@ -50,6 +60,47 @@ def test_a_user_without_a_home_folder_gets_an_error(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     with pytest.raises(UserError, match="HOME is not set"):
         require_home()
+
+
+# Destinations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", [check_writable, check_new_folder, check_new_file])
+@pytest.mark.parametrize(
+    ("place", "closest", "reason"),
+    [
+        ("/proc/x", "/proc", "No such file or directory"),
+        ("/sys/x/y", "/sys", "Operation not permitted|Permission denied|Read-only file system"),
+        ("file/x", "file", "Not a directory"),
+        ("link/x", "link", "No such file or directory|Not a directory"),
+        ("n" * 300 + "/x", "n", "File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_with_the_reason(check, place, closest, reason, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    path = tmp_path / place
+    with pytest.raises(UserError) as error:
+        check(path, "--output=")
+    name = f"--output={path} cannot be written: "
+    assert re.fullmatch(rf"{name}\S*{closest}\S* is not a writable folder \(({reason})\): .*", str(error.value))
+
+
+@pytest.mark.parametrize(("check", "place"), [(check_writable, "a/b"), (check_new_folder, "a"), (check_new_file, "a")])
+def test_a_check_of_a_place_that_can_be_written_leaves_nothing_behind(check, place, tmp_path):
+    check(tmp_path / place)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: write_atomic(path, "new"), partial_folder, lambda path: write_folder(path / "x")]
+)
+def test_an_error_does_not_show_a_temporary_name(write, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises((UserError, OSError)) as error:
+        write(tmp_path / "file/x")
+    assert "file/x" in str(error.value)
+    assert "partial" not in str(error.value)
 
 
 # Links in a folder of another person ----------------------------------------------------------------------------------

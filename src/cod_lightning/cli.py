@@ -33,6 +33,7 @@ from cod_lightning.commands import (
     reproduce,
     verify,
 )
+from cod_lightning.commands.options import refuse_repeated
 from cod_lightning.errors import TRY_AGAIN, Stopped, UserError, nearest
 from cod_lightning.signals import stopping
 from cod_lightning.train.ranks import is_first_on_node
@@ -61,10 +62,33 @@ CUSTOM_NORM = re.compile(r"\+*norm(\.name|\.base)?=.*:")
 """Overrides that name a strategy as module:function."""
 
 
+class StoreOnce(argparse._StoreAction):
+    """Stores the value of an option; a second value is an error, which names both."""
+
+    earlier: Any = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string is not None and self.earlier is not None:
+            raise argparse.ArgumentError(self, f"{self.earlier} and {values} are both given: keep one")
+        self.earlier = values
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose help ends with text that is built only when the help is printed."""
+    """A parser whose help ends with text that is built only when the help is printed; its options are `StoreOnce`."""
 
     details: Callable[[], str] = staticmethod(str)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for action in (None, "store"):
+            self.register("action", action, StoreOnce)
 
     def format_help(self) -> str:
         return "\n".join(filter(None, [super().format_help(), self.details()]))
@@ -104,12 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? instead of ending the command
-    arguments = parse(argv)
-    names_code = arguments.get("trust_code") or any(map(CUSTOM_NORM.match, arguments.get("overrides", ())))
-    if names_code and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `python -m` has it, the installed command does not
-    command = COMMANDS[arguments.pop("command")]
     try:
+        arguments = parse(argv)
+        names_code = arguments.get("trust_code") or any(map(CUSTOM_NORM.match, arguments.get("overrides", ())))
+        if names_code and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # `python -m` has it, the installed command does not
+        command = COMMANDS[arguments.pop("command")]
         with stopping():
             return command.run(**arguments)
     except (UserError, OSError) as error:
@@ -127,7 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
-    """Parse a command line; overrides may follow an option, as in `fit norm=lns -m seed=1,2`."""
+    """Parse a command line; overrides may follow an option, as in `fit norm=lns -m seed=1,2`.
+
+    Raises:
+        UserError: a key is given twice.
+    """
     top = parser()
     word = next(iter(sys.argv[1:] if argv is None else argv), "-")
     if not word.startswith("-") and word not in COMMANDS:
@@ -140,4 +168,5 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if positional is not None:
         arguments[positional] = [*arguments[positional], *rest]
+        refuse_repeated(arguments[positional])
     return arguments

@@ -35,6 +35,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def short_repr(value: object) -> str:
+    """The repr of a value of the user; a long one is cut, and an integer of over 4,300 digits has none."""
+    try:
+        text = repr(value)
+    except Exception:  # also that of an object of the user
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest of `known` if one is similar, then all of `known`."""
     known = sorted(known)

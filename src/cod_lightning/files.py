@@ -41,14 +41,16 @@ def open_atomic(path: Path, rename: Callable[[Path, Path], object] = os.replace)
     Raises:
         OSError: the folder is not writable.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    with name_target(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        rename(Path(temporary), path)
+        with name_target(path):
+            rename(Path(temporary), path)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
@@ -74,32 +76,86 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_new_folder(folder: Path) -> None:
+# Checks of a destination, before anything is computed for it. `option` stands before its path in the error, such as
+# `--output=`.
+
+
+def check_new_folder(folder: Path, option: str = "") -> None:
     """Check that `folder` can be created and that this overwrites nothing.
 
     Raises:
-        UserError: `folder` exists and is not an empty folder, or it is not writable.
+        UserError: `folder` exists and is not an empty folder, or its parent is not writable.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder: choose another output")
-    check_writable(folder)
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{option}{folder} exists and is not an empty folder: choose another output")
+    require_writable(folder, f"{option}{folder}", new=True)
+
+
+def check_new_file(path: Path, option: str = "") -> None:
+    """Check that the file `path` can be created, with the folders above it, and that this overwrites nothing.
+
+    Raises:
+        UserError: it exists, or its parent is not writable.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{option}{path} exists: choose a new file")
+    require_writable(path, f"{option}{path}", new=True)
 
 
 def check_writable(folder: Path, option: str = "") -> None:
     """Check that files can be written into a folder, which need not exist.
 
+    Raises:
+        UserError: it is a file, or not writable.
+    """
+    require_writable(folder, f"{option}{folder}")
+
+
+def require_writable(path: Path, name: str, new: bool = False) -> None:
+    """Write a temporary file into a folder, or into the closest folder above it that exists.
+
+    The system is asked, because permissions do not tell: root may write everywhere, but not into /proc.
+
     Args:
-        folder: the folder.
-        option: stands before its name in the error, such as `--output=`.
+        path: the folder.
+        name: stands at the start of the error.
+        new: `path` itself will be created or replaced, so that only the folders above it are written to.
 
     Raises:
-        UserError: it or its closest parent that exists is a file, or not writable.
+        UserError: that failed, or `path` cannot exist.
     """
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    closest = path = Path(os.path.abspath(path))
+    try:
+        if not is_there(path) or new:
+            closest = next(parent for parent in path.parents if is_there(parent))
+        with tempfile.TemporaryFile(dir=closest):
+            pass
+    except OSError as error:
         raise UserError(
-            f"{option}{folder} cannot be written: {parent} is a file, or not writable: choose another output"
-        )
+            f"{name} cannot be written: {closest} is not a writable folder ({error.strerror}): choose another place"
+        ) from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists, also as a link to nothing.
+
+    Raises:
+        OSError: it cannot exist, because its name is too long.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+@contextmanager
+def name_target(path: Path) -> Generator[None]:
+    """Let the errors of a temporary file or folder name `path`, which it stands for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -119,7 +175,8 @@ def new_folder(folder: Path) -> Generator[Path]:
         yield partial
         partial.replace(folder)
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+        name = str(error.filename or folder).replace(str(partial or folder), str(folder))
+        raise UserError(f"{name}: {error.strerror or error}") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -127,7 +184,8 @@ def new_folder(folder: Path) -> Generator[Path]:
 
 def partial_folder(path: Path) -> Path:
     """Create an empty folder beside `path`, exclusively and under an unpredictable name: no link is followed."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    with name_target(path):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     folder.chmod(0o777 & ~_umask())
     return folder
 

@@ -1,6 +1,7 @@
 """Job scripts, carried out by stand-ins for the scheduler's programs."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import sys
 import pytest
 
 from cod_lightning.cli import main
+from cod_lightning.commands.launch import seconds_of
+from command_words import last_of_each
 
 SBATCH = """#!/bin/bash
 script=$(mktemp); cat > "$script"
@@ -59,7 +62,9 @@ def test_a_job_that_is_told_to_stop_is_queued_again_until_its_end(scheduler, toy
     log = scheduler / "log"
     with open(log, "w") as out:
         job = subprocess.Popen(
-            [sys.executable, "-m", "cod_lightning", "launch", "slurm", *words, "--submit"], stdout=out, stderr=out
+            [sys.executable, "-m", "cod_lightning", "launch", "slurm", *last_of_each(words), "--submit"],
+            stdout=out,
+            stderr=out,
         )
     wait_for(lambda: "step      9/" in log.read_text(), job, log)
     for rank in range(2):  # as the scheduler does before the limit
@@ -94,6 +99,41 @@ def test_an_option_of_sbatch_is_one_word(option, value, capsys):
     printed = capsys.readouterr()
     assert f"{option}={value!r} must be one word" in printed.err
     assert not printed.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--grace=300", "--time=5"], "--grace=300 must be less than the 300 seconds of --time=5"),
+        (["--grace=600", "--time=0:09:59"], "--grace=600 must be less than the 599 seconds of --time=0:09:59"),
+        (["--grace=0"], "--grace=0 must be at least 1"),
+        (["--time=0"], "--time=0 must be longer than 0"),
+        (["--time=0-00:00:00"], "--time=0-00:00:00 must be longer than 0"),
+        (["--time=-5"], "--time=-5 must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
+        (["--time=tomorrow"], "--time=tomorrow must be MINUTES"),
+        (["--cpus-per-task=0"], "--cpus-per-task=0 must be at least 1"),
+        (["--cpus-per-task=-2"], "--cpus-per-task=-2 must be at least 1"),
+        (["--mem=-1G"], "--mem=-1G must be a number of megabytes"),
+        (["trainer.devices=0"], "trainer.devices=0 must be at least 1"),
+        (["trainer.num_nodes=-1"], "trainer.num_nodes=-1 must be at least 1"),
+    ],
+)
+def test_numbers_that_sbatch_cannot_use_are_refused(words, message, capsys):
+    assert main(["launch", "slurm", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {message}")
+    assert not printed.out
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        *(("90", 5400), ("90:30", 5430), ("2:00:00", 7200), ("1-0", 86400), ("1-12:30", 131400), ("0-0:0:9", 9)),
+        ("UNLIMITED", math.inf),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(time, seconds):
+    assert seconds_of(time) == seconds
 
 
 def test_a_script_is_not_written_over_and_not_made_of_a_bad_configuration(capsys, tmp_path):

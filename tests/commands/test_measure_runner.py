@@ -58,13 +58,27 @@ def test_disagreements_of_the_theory_are_printed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"), [("file", "file is a file: choose a folder for the results"), ("file/x", "Not a directory")]
+    ("study", "options", "message"),
+    [
+        ("removal", {"sizes": [1, -1]}, "sizes: cannot remove -1 contiguous blocks of 3; expected 1 to 3"),
+        ("removal", {"sizes": [4]}, "sizes: cannot remove 4 contiguous blocks"),
+        ("removal", {"sizes": []}, "give at least one size"),
+        ("removal", {"sizes": [2, 2]}, "each size once"),
+        ("removal", {"width": 0}, "width=0"),
+        ("removal", {"limits": [float("nan")]}, "rises in percent above 0"),
+        ("influence", {"longest": 4}, "longest=4: expected 1 to 3"),
+        ("influence", {"permutations": 0}, "permutations=0: expected at least 1"),
+        ("all", {"layers": [1, 9]}, "has layers 1 to 3, not 9"),
+        ("all", {"iterations": 0}, "iterations=0: expected at least 1"),
+        ("jacobian", {"probes": 1}, "probes=1"),
+        ("jacobian", {"layers": [1], "all_layers": True}, "exclude each other"),
+        ("jacobian", {"only": ["jacobian", "jacobian_map"], "widest": 15}, "hidden size 16 exceeds widest=15"),
+    ],
 )
-def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path, folder, message):
-    (tmp_path / "file").write_text("")
+def test_options_are_refused_before_anything_is_measured(tmp_path, study, options, message):
     with pytest.raises(UserError, match=message):
-        run_study("variance", subject(), {}, tmp_path / folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        run_study(study, subject(), options, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pruned_model_has_its_losses_beside_it(tmp_path, capsys):

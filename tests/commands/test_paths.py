@@ -16,6 +16,7 @@ from cod_lightning.data.config import DataConfig
 from cod_lightning.data.corpora import open_corpus
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import build_all
+from command_words import last_of_each
 
 NAMES = [
     "a=b",
@@ -186,7 +187,7 @@ def test_printed_text_is_not_read_as_markup(text, capsys):
 
 
 def test_a_folder_name_is_not_read_as_markup_while_it_is_prepared(toy, capsys):
-    assert main(["prepare", *toy, "data.root='mk[/x]'"]) == 0
+    assert main(last_of_each(["prepare", *toy, "data.root='mk[/x]'"])) == 0
     assert capsys.readouterr().out.startswith("mk[/x]/")
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from cod_lightning.errors import Stopped
 from cod_lightning.signals import PARENT, STOP_SIGNALS, stopping
 from cod_lightning.train.checkpoint import checkpoints
+from command_words import last_of_each
 
 NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 ALL = [getattr(signal, name) for name in (*NAMES, "SIGINT", "SIGKILL")]
@@ -183,7 +184,7 @@ def test_a_sweep_with_sigint_ignored_stops_on_sigterm_with_a_checkpoint(toy, run
     words = ["fit", "-m", *toy, f"output={tmp_path}", "trainer.max_steps=100000", "trainer.checkpoint_every=100000"]
     words += ["eval.every=100000", "trainer.progress=true", "trainer.stats_every=0", "trainer.measures.jacobian=0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cod_lightning", *words, "data.loader_workers=1"],
+        [sys.executable, "-m", "cod_lightning", *last_of_each([*words, "data.loader_workers=1"])],
         start_new_session=True,
         preexec_fn=lambda: (defaults(), signal.signal(signal.SIGINT, signal.SIG_IGN)),
         stderr=subprocess.PIPE,

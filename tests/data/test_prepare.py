@@ -167,7 +167,7 @@ def start(tmp_path, c4_corpus, workers) -> subprocess.Popen:
 
 def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/\S+ cannot be written \(.*\)"):
+    with pytest.raises(UserError, match=r"data\.root=\S+/file cannot be written: .* \(Not a directory\)"):
         prepare(make_config(tmp_path / "file"), progress=False)
 
 

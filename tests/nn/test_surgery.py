@@ -225,7 +225,7 @@ def test_predicted_blocks_have_the_factors_of_the_block_before():
     [
         ("pre_ln", 4, "stack", "blocks=4: the model has 4 blocks, and how=stack makes 5 to 8"),
         ("pre_ln", 9, "identity", "makes 5 to 8"),
-        ("pre_ln", 3, "interpolate", "makes more than 4"),
+        ("pre_ln", 3, "interpolate", "makes 5 to 10000"),
         ("pre_ln", 8, "lesa", "how=lesa makes 5 to 7"),
         ("post_ln", 6, "identity", "how=identity needs blocks x [+] f[(]x[)], which those of norm='post_ln' are not"),
         ("deep_norm", 6, "stack", "skip=1.86.* for which weights cannot make up"),
@@ -234,6 +234,12 @@ def test_predicted_blocks_have_the_factors_of_the_block_before():
 def test_what_cannot_be_grown_is_refused(norm, blocks, how, message):
     with pytest.raises(UserError, match=message):
         grow(trained(name=norm), {"name": norm}, blocks, how)
+
+
+def test_blocks_that_do_not_fit_into_the_memory_are_refused(monkeypatch):
+    monkeypatch.setattr("cod_lightning.memory.free_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"blocks=6: out of memory: [\d,]+ parameters in float32 take"):
+        grow(trained(name="pre_ln"), {"name": "pre_ln"}, 6, "stack")
 
 
 def test_two_blocks_are_too_few_for_a_prediction():

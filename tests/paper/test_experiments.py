@@ -21,6 +21,7 @@ from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks
+from command_words import last_of_each
 
 # The published figures, copied from the paper independently of the experiments.
 BASELINES = ("post_ln", "deep_norm", "mix_ln", "pre_ln", "lns")
@@ -402,7 +403,7 @@ def reproduce(capfd):
     """`reproduce(*words)` returns the exit status and the output, including that of child processes."""
 
     def run(*words):
-        status = main(["reproduce", *map(str, words)])
+        status = main(last_of_each(["reproduce", *words]))
         return status, capfd.readouterr().err
 
     return run
@@ -413,7 +414,7 @@ def test_a_killed_reproduction_resumes_and_repeats_nothing(small, tmp_path, repr
     words = ["table1_130m", "table7_130m", "row=pre_ln,lns", "scale=toy", "--results", str(results), *small]
     words += ["trainer.max_steps=40", "trainer.checkpoint_every=2", "eval.every=40", "trainer.progress=true"]
     with log.open("w") as file:
-        command = [sys.executable, "-m", "cod_lightning", "reproduce", *words]
+        command = [sys.executable, "-m", "cod_lightning", "reproduce", *last_of_each(words)]
         process = subprocess.Popen(command, start_new_session=True, stdout=file, stderr=file)
 
     def second_run_has_a_checkpoint():

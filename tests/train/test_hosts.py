@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from cod_lightning.train.checkpoint import checkpoints
+from command_words import last_of_each
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 240
@@ -52,7 +53,7 @@ def start(host, rank, words, log):
         "MASTER_PORT": "29400",
         "GLOO_SOCKET_IFNAME": host,
     }
-    process = ["ip", "netns", "exec", host, sys.executable, "-m", "cod_lightning", "fit", *words]
+    process = ["ip", "netns", "exec", host, sys.executable, "-m", "cod_lightning", "fit", *last_of_each(words)]
     with open(log, "w") as out:
         return subprocess.Popen(process, env=os.environ | environment, stdout=out, stderr=out)
 

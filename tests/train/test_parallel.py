@@ -21,6 +21,7 @@ from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.spec import SublayerSpec
 from cod_lightning.train.callbacks import StopOnSignal
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, MetadataUnpickler, checkpoints, read_checkpoint
+from command_words import last_of_each
 from strategy_kinds import one_of_each_kind
 
 pytestmark = pytest.mark.slow
@@ -58,7 +59,7 @@ def on_two_ranks(folder, runs):
 
 def start(words, log, **variables):
     """Start the command line with more environment variables; its output goes to the file `log`."""
-    command = [sys.executable, "-m", "cod_lightning", *words]
+    command = [sys.executable, "-m", "cod_lightning", *last_of_each(words)]
     with open(log, "w") as out:
         return subprocess.Popen(command, env=environment() | variables, stdout=out, stderr=subprocess.STDOUT)
 

@@ -20,6 +20,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
 from cod_lightning.train.optim import frozen_blocks
 from cod_lightning.train.run import build
+from command_words import last_of_each
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +391,7 @@ def ranks(tuning, tune_shared, tmp_path_factory):
     output = tmp_path_factory.mktemp("ranks")
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"output={output}", "name=two"]
     process = subprocess.run(
-        [sys.executable, "-m", "cod_lightning", "fit", *tuning, *overrides, *ddp],
+        [sys.executable, "-m", "cod_lightning", "fit", *last_of_each([*tuning, *overrides, *ddp])],
         capture_output=True,
         text=True,
         timeout=300,

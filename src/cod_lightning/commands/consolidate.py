@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cod_lightning.commands.options import add_run
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_new_file
 
 HELP = "Write a sharded checkpoint of a run as one file."
 
@@ -24,10 +25,11 @@ def run(run: Path, checkpoint: str, output: Path | None) -> int:
     from cod_lightning.train.load import checkpoint_of
 
     path = checkpoint_of(run, checkpoint)
+    if output is not None:
+        check_new_file(output, "--output=")
     content = read_checkpoint(path)
     target = output or path.with_name(f"whole-{content.get('global_step', 0):08d}.ckpt")
-    if target.exists():
-        raise UserError(f"{target} exists: name a new file with --output")
+    check_new_file(target, "--output=")
     io = AtomicCheckpointIO()
     io.save_checkpoint(content, target)
     if io.failure:

@@ -60,7 +60,7 @@ def read_trained(
     from cod_lightning.train.load import load_run
 
     require_path(model)
-    check_new_folder(output)
+    check_new_folder(output, "--output=")
     if is_run(model):
         return load(Path(model), trust_code=trust_code), *load_run(model, checkpoint, trust_code)
     return read_foreign(model, output)

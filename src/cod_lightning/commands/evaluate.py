@@ -45,10 +45,10 @@ def run(
     from cod_lightning.config.compose import selects_other_text
 
     options, overrides = pop_options(overrides, OPTIONS, "evaluate")
-    config = load_run_config(run, overrides, trust_code)
+    if "tasks" in options and selects_other_text(overrides):
+        raise UserError("tasks= includes its text: remove data=, or tasks=")
+    config = load_run_config(run, overrides, trust_code, "evaluate tasks=" if "tasks" in options else "evaluate")
     if "tasks" in options:
-        if selects_other_text(overrides):
-            raise UserError("tasks= includes its text: remove data=, or tasks=")
         return score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit require tasks=")

@@ -38,7 +38,7 @@ def run(
     from cod_lightning.train.load import checkpoint_of, load_decoder
 
     folder = output or run / to
-    check_new_folder(folder)
+    check_new_folder(folder, "--output=")
     decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     export(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.max_length)
     print(folder)

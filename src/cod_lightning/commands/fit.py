@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
 from cod_lightning.commands.processes import CommandPool, run_labels
 from cod_lightning.errors import Diverged, UserError, first_line
-from cod_lightning.files import locked
+from cod_lightning.files import check_writable, locked
 from cod_lightning.train.ranks import check_ranks, is_first_rank
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         return record, folder
     check_init_from(config)
     check_loggers(config.loggers)
+    if first:
+        check_writable(folder, "the run folder ")
     try:
         with lock_folder(folder) if first else nullcontext():
             return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder

@@ -30,7 +30,7 @@ def run(model: str, output: Path) -> int:
     from cod_lightning.files import check_new_folder
     from cod_lightning.train.load import write_run
 
-    check_new_folder(output)
+    check_new_folder(output, "--output=")
     write_run(*read_foreign(model, output), output)
     print(output)
     return 0

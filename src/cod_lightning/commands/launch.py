@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import subprocess
@@ -9,10 +10,11 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cod_lightning.commands.options import add_overrides, require_at_least
 from cod_lightning.errors import TRY_AGAIN, UserError
+from cod_lightning.files import check_new_file
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -24,6 +26,10 @@ Examples:
   launch slurm experiments=table1_1b trainer=fsdp trainer.devices=8 trainer.num_nodes=4 --time 12:00:00 --submit
 The run folder must be on a file system that all nodes share. Prepare the data first: see prepare.
 """
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
+"""A time limit as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, each also behind days-."""
+NO_LIMIT = ("infinite", "unlimited")
+"""Time limits that are not in `TIME`."""
 SIGNALS = ("TERM", "HUP", "USR1", "USR2")
 SLURM = """\
 #!/bin/bash
@@ -51,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--grace", type=int, default=300, help="seconds between the signal and the time limit (default: 300)"
     )
     for name in ("partition", "account", "qos", "constraint", "cpus-per-task", "mem"):
-        parser.add_argument(f"--{name}", help="passed to sbatch")
+        parser.add_argument(f"--{name}", type=int if name == "cpus-per-task" else str, help="passed to sbatch")
     parser.add_argument("--output", type=Path, help="new file for the script (default: print it)")
     parser.add_argument("--submit", action="store_true", help="pass the script to sbatch")
     add_overrides(parser)
@@ -64,18 +70,16 @@ def run(
     grace: int,
     output: Path | None,
     submit: bool,
-    **options: str | None,
+    **options: Any,
 ) -> int:
     from cod_lightning.config.compose import compose
 
-    require_at_least("grace", grace, 1)
-    for name, value in options.items():
-        if value is not None and not re.fullmatch(r"\S+", value):
-            raise UserError(f"--{name.replace('_', '-')}={value!r} must be one word, as sbatch takes it")
+    check_options(grace, **options)
+    if output is not None:
+        check_new_file(output, "--output=")
     script = slurm_script(compose(overrides), overrides, signal=signal, grace=grace, **options)
     if output is not None:
-        if output.exists():
-            raise UserError(f"--output={output} exists: choose a new file")
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(script)
         print(output)
     if submit:
@@ -88,6 +92,45 @@ def run(
     if output is None:
         print(script, end="")
     return 0
+
+
+def check_options(
+    grace: int, time: str, cpus_per_task: int | None = None, mem: str | None = None, **words: str | None
+) -> None:
+    """Check the options of sbatch.
+
+    Raises:
+        UserError: one is not a word, a number is too small, or the signal is sent before the job starts.
+    """
+    require_at_least("grace", grace, 1)
+    require_at_least("cpus-per-task", cpus_per_task, 1)
+    for name, value in {"time": time, "mem": mem, **words}.items():
+        if value is not None and not re.fullmatch(r"\S+", value):
+            raise UserError(f"--{name}={value!r} must be one word, as sbatch takes it")
+    if mem is not None and not re.fullmatch(r"\d+([KMGT]B?)?", mem, re.ASCII | re.IGNORECASE):
+        raise UserError(f"--mem={mem} must be a number of megabytes, or one with a unit, such as 64G")
+    limit = seconds_of(time)
+    if limit <= 0:
+        raise UserError(f"--time={time} must be longer than 0, such as 24:00:00")
+    if grace >= limit:
+        raise UserError(f"--grace={grace} must be less than the {limit:.0f} seconds of --time={time}")
+
+
+def seconds_of(time: str) -> float:
+    """The seconds of a time limit as sbatch takes it.
+
+    Raises:
+        UserError: it is not one.
+    """
+    if time.lower() in NO_LIMIT:
+        return math.inf
+    match = TIME.fullmatch(time)
+    if match is None:
+        raise UserError(f"--time={time} must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, such as 24:00:00")
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 24 * 3600 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def slurm_script(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from cod_lightning.commands.options import (
     require_path,
 )
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_new_folder, check_writable
 from cod_lightning.measure.options import parse_options
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ prune writes a model that stock transformers loads, without some blocks or weigh
 """
 
 
+ROWS = 32
+"""Default of --rows."""
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "study", help="variance, jacobian, angular, removal, influence, theory, all, report, compare, or prune"
@@ -61,11 +67,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add_checkpoint(parser)
     add_trust_code(parser)
-    parser.add_argument("--rows", type=int, default=32, help="held-out rows to measure on (default: 32)")
+    parser.add_argument("--rows", type=int, help=f"held-out rows to measure on (default: {ROWS})")
     parser.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
 
 
-def run(study: str, words: Sequence[str], checkpoint: str, trust_code: bool, rows: int, output: Path | None) -> int:
+def run(
+    study: str, words: Sequence[str], checkpoint: str, trust_code: bool, rows: int | None, output: Path | None
+) -> int:
     models = [word for word in words if is_model(word)]
     for model in models:
         require_path(model)
@@ -73,6 +81,9 @@ def run(study: str, words: Sequence[str], checkpoint: str, trust_code: bool, row
 
     import_torchmetrics()
     options, overrides = split_options([word for word in words if not is_model(word)], study)
+    for name, flag in (("rows", rows), ("output", output)):
+        if flag is not None and name in options:
+            raise UserError(f"--{name}={flag} and {name}={options[name]} are both given: keep one")
     rows = options.pop("rows", rows)
     output = Path(options.pop("output")) if "output" in options else output
     require_at_least("rows", rows, 1)
@@ -82,18 +93,18 @@ def run(study: str, words: Sequence[str], checkpoint: str, trust_code: bool, row
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, not {len(models)}; measure report takes several")
     from cod_lightning.commands.measure_runner import run_prune, run_study
-    from cod_lightning.files import check_new_folder
     from cod_lightning.measure.registry import measures_of
 
+    model = Path(models[0])
+    folder = output or (model / "measure" if is_run(model) else Path("measure") / model.name)
     if study == "prune":
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
-        check_new_folder(output)
-    elif "only" in options:
-        measures_of(study, only=options["only"])  # refuses unknown names before the model is loaded
+        check_new_folder(folder, "--output=")
+    else:
+        check_writable(folder, "--output=")
+        measures_of(study, only=options.get("only", ()))  # refuses unknown names before the model is loaded
     subject = open_model(models[0])
-    model = Path(models[0])
-    folder = output or (model / "measure" if is_run(model) else Path("measure") / model.name)
     if study == "prune":
         run_prune(subject, options, folder)
     else:
@@ -125,8 +136,12 @@ def is_model(word: str) -> bool:
     return not equals or os.sep in key or os.path.exists(word)
 
 
-def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: int, trust_code: bool = False) -> Subject:
+def open_subject(
+    model: str, overrides: Sequence[str], checkpoint: str, rows: int | None, trust_code: bool = False
+) -> Subject:
     """A run or a model of `transformers`, with held-out rows of the text that `overrides` choose.
+
+    Prints a warning if there are fewer than `rows`, unless that is None, the default of `ROWS`.
 
     Raises:
         UserError: the model or the text cannot be read.
@@ -134,16 +149,21 @@ def open_subject(model: str, overrides: Sequence[str], checkpoint: str, rows: in
     from cod_lightning.config.compose import compose
 
     if is_run(Path(model)):
-        config = load_run_config(Path(model), overrides, trust_code)
+        config = load_run_config(Path(model), overrides, trust_code, "measure")
         from cod_lightning.commands.measure_runner import open_run
         from cod_lightning.train.load import checkpoint_of
 
-        return open_run(config, Path(model), checkpoint_of(Path(model), checkpoint), rows)
-    config = compose(overrides)
-    require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
-    from cod_lightning.commands.measure_runner import open_model
+        subject = open_run(config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
+    else:
+        config = compose(overrides)
+        require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
+        from cod_lightning.commands.measure_runner import open_model
 
-    return open_model(model, config, rows)
+        subject = open_model(model, config, rows or ROWS)
+    found = sum(map(len, subject.batches))
+    if rows is not None and found < rows:
+        print(f"warning: rows={rows}, but {model} has {found} held-out rows: all are measured", file=sys.stderr)
+    return subject
 
 
 def report(study: str, models: Sequence[str], open_model: Any, options: dict[str, Any], output: Path | None) -> int:
@@ -159,5 +179,6 @@ def report(study: str, models: Sequence[str], open_model: Any, options: dict[str
 
     subjects = {name: partial(open_model, model) for name, model in zip(names, models, strict=True)}
     folder = output or Path("measure") / "-".join([study, *names])
+    check_writable(folder, "--output=")
     print(run_report(subjects, options, folder, REPORTED if study == "report" else COMPARED, study))
     return 0

@@ -18,7 +18,6 @@ import torch
 from cod_lightning import __version__
 from cod_lightning.commands.measure_runner import Subject, with_progress
 from cod_lightning.commands.terminal import format_duration
-from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import token_mask
@@ -79,8 +78,6 @@ def run_report(
     Raises:
         UserError: a model does not predict the next token, a measure fails, or the folder cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose a folder for the results")
     models, texts, uniform = {}, {}, {}
     for model, open_subject in subjects.items():
         subject = open_subject()
@@ -111,6 +108,8 @@ def measure_parts(
         each: {option: value for option, value in options.items() if option in MEASURES[each].options}
         for each in measures
     }
+    for each in measures:
+        MEASURES[each].check_options(subject.model, options)
     identity = subject_identity(subject)
     keys = {each: f"{identity} {each} {sorted(own.items())} {PARTS[each].sequences}" for each, own in chosen.items()}
     results = {each: found for each in measures if (found := stored(folder, each, keys[each])) is not None}

@@ -153,6 +153,9 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
         images = " is a model of images" if subject.export is None else ""
         raise UserError(f"{subject.model.name}{images}: {reasons}")
     for name in names:
+        if name not in skipped:
+            MEASURES[name].check_options(subject.model, options)
+    for name in names:
         if name in skipped:
             print(f"{name}: left out, {skipped[name]}")
         else:
@@ -173,8 +176,6 @@ def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> Non
 
 def run_measure(name: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> Any:
     """Take one measure and save its result."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose a folder for the results")
     known = MEASURES[name].options
     own = {option: value for option, value in options.items() if option in known}
     result = with_progress(name, MEASURES[name], subject, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,24 @@ section.field=value. Examples:
   fit -m norm=pre_ln,lns seed=1,2
   fit 'logger=[csv,wandb]'
   fit data=files 'data.files=texts/*.json.gz' norm=my_package.my_module:my_strategy
+"""
+
+
+READS = {
+    "evaluate": (
+        *("data", "images", "model", "norm", "eval.paper_batch", "eval.paper_ranks"),
+        *("trainer.precision", "trainer.auto_cuda", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
+        *("trainer.strategy", "trainer.hybrid", "trainer.offload", "trainer.checkpointing", "trainer.compile"),
+        *("trainer.timeout", "trainer.threads"),
+    ),
+    "evaluate tasks=": (
+        *("data.seq_len", "data.batch_size", "data.micro_batch_size", "model", "norm", "trainer.accelerator"),
+    ),
+    "measure": ("data", "images", "model", "norm", "trainer.accelerator"),
+}
+"""The sections and fields of a finished run that a command reads, so that an override of another one is refused.
+
+`model` and `norm` have fields that are not in the weights, such as `model.norm_backend`; `load` refuses the others.
 """
 
 
@@ -67,11 +86,28 @@ def add_results(parser: ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, help="folder of the records (default: experiments/results)")
 
 
+def refuse_repeated(words: Sequence[str]) -> None:
+    """Check that no key of the words of a command is given twice, also as +key; paths may hold = themselves.
+
+    Raises:
+        UserError: one is; names it and both values.
+    """
+    values: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.lstrip("+")
+        if not equals or os.sep in key or os.path.exists(word):
+            continue
+        if key in values:
+            raise UserError(f"{key}={values[key]} and {key}={value} are both given: keep one")
+        values[key] = value
+
+
 def pop_options(words: Sequence[str], types: Mapping[str, Any], command: str) -> tuple[dict[str, Any], list[str]]:
     """Split `key=value` words into the options of a command and the overrides of the configuration.
 
     Args:
-        words: `key=value` arguments; the last value of an option counts.
+        words: `key=value` arguments.
         types: type of each option.
         command: name of the command, for errors.
 
@@ -107,22 +143,54 @@ def require_at_least(option: str, value: int | None, bound: int) -> None:
         raise UserError(f"--{option}={value} must be at least {bound}")
 
 
-def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool = False) -> Config:
+def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, command: str) -> Config:
     """Load the configuration of a run folder; text that `overrides` select is read with the run's tokenizer.
 
+    Args:
+        run: the folder.
+        overrides: of the command line.
+        trust_code: see `load`.
+        command: a key of `READS`.
+
     Raises:
-        UserError: `load` fails, or the overrides select text for a run of images.
+        UserError: `load` fails, an override has no effect on the command, or the overrides select text for a run of
+            images.
     """
     from cod_lightning.config.compose import selects_other_text
     from cod_lightning.config.saved import load
     from cod_lightning.config.schema import TOKENIZER
 
+    refuse_unread(overrides, command)
     config = load(run, overrides, trust_code)
     if selects_other_text(overrides):
         if config.task != "language":
             raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
         config.data.tokenizer = str(run / TOKENIZER)
     return config
+
+
+def refuse_unread(overrides: Sequence[str], command: str) -> None:
+    """Check that every override sets a field that a command reads of a finished run; `load` checks choices of groups.
+
+    Args:
+        overrides: of the command line.
+        command: a key of `READS`.
+
+    Raises:
+        UserError: names every override that has no effect.
+    """
+    from cod_lightning.config.compose import parse
+    from cod_lightning.config.groups import groups
+
+    known = READS[command]
+    unread = [
+        override.input_line
+        for override in parse(overrides)
+        if (key := override.key_or_group) not in groups() and key not in known and key.partition(".")[0] not in known
+    ]
+    if unread:
+        hint = f"{command} reads of a finished run only {', '.join(known)}"
+        raise UserError("\n".join(f"{word} has no effect, remove it: {hint}" for word in unread))
 
 
 def require_model(model: str, alternative: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cod_lightning.commands.options import add_overrides
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_writable
 
 HELP = "Predict a strategy's variance, gradient and Jacobian by layer in closed form, beside an untrained model."
 EPILOG = """\
@@ -29,6 +30,7 @@ def run(overrides: Sequence[str], output: Path) -> int:
     from cod_lightning.config.compose import compose
 
     config = compose(overrides)
+    check_writable(output, "--output=")
     if config.task != "language":
         raise UserError(f"predict does not support task={config.task}")
     from cod_lightning.commands.terminal import result_table, show

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cod_lightning.commands.options import add_jobs, add_results, pop_options, require_at_least
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import UserError, nearest
+from cod_lightning.files import check_writable
 
 if TYPE_CHECKING:
     from cod_lightning.paper.experiments import Row, Task
@@ -54,6 +55,8 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     import_torchmetrics()
     results = results or RESULTS
     tasks = remaining_tasks(rows, range(1, seeds + 1), results)
+    if tasks:
+        check_writable(results, "--results=")
     print(f"{len(tasks)} of {len(rows) * seeds} runs remaining", file=sys.stderr, flush=True)
     with CommandPool(jobs) as pool:
         # A run that starts from another one comes after all that do not.
@@ -88,7 +91,8 @@ def run_task(task: Task, pool: CommandPool, results: Path) -> int:
     if status == 0 and task.measures:
         command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
         if task.row.public_model is not None:
-            command += [*task.row.overrides, f"output={task.folder / MEASURES_FOLDER}"]  # the last output= counts
+            others = [word for word in task.row.overrides if not word.lstrip("+").startswith("output=")]
+            command += [*others, f"output={task.folder / MEASURES_FOLDER}"]
         status = pool.run_command(command, task.label)
         if status == 0:
             save_result(task.folder, results, task.measures)

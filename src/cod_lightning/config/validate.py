@@ -10,7 +10,7 @@ from typing import Any
 
 from cod_lightning.config.schema import Config, flatten
 from cod_lightning.data.config import data_errors, image_errors
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, short_repr
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn import strategies
 from cod_lightning.nn.config import MOST_LAYERS
@@ -40,7 +40,7 @@ def problems(config: Config) -> list[str]:
 def value_errors(config: Config) -> list[str]:
     """Values that no field can have: infinite numbers, integers over 64 bits, strings that are not valid UTF-8."""
     return [
-        f"{name}={value!r} {reason}"
+        f"{name}={short_repr(value)} {reason}"
         for name, value in flatten(asdict(config)).items()
         for part in (value if isinstance(value, list) else [value])
         if (reason := invalid_value(part)) is not None

@@ -38,7 +38,7 @@ from cod_lightning.data.manifest import (
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.data.workers import available_cores
 from cod_lightning.errors import UserError
-from cod_lightning.files import locked, new_folder
+from cod_lightning.files import check_writable, locked, new_folder
 
 PREPARED_VAL_TOKENS = 10_000_000
 """Validation tokens to prepare even if `val_tokens` is smaller, so that a smaller value reuses the set."""
@@ -79,6 +79,7 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Calla
     """
     if is_complete(folder):
         return
+    check_writable(folder.parent, "data.root=")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         real = Path(os.path.realpath(folder))

@@ -217,15 +217,28 @@ def run_removal(
     depth = model.depth
     if sizes is None:
         sizes = [size for size in (1, 2, 4) if size < depth] or [1]
-    for n in sizes:
-        if not 1 <= n <= depth:
-            raise UserError(f"sizes: cannot remove {n} contiguous blocks of {depth}; expected 1 to {depth}")
+    check_sizes(model, sizes)
     runs = [(n, first) for n in sizes for first in range(1, depth - n + 2)]
     orders = [[*range(1, first), *range(first + n, depth + 1)] for n, first in runs]
     loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
     remaining = iter(losses)
     by_size = [[next(remaining) for _ in range(depth - n + 1)] for n in sizes]
     return RunRemoval(model.name, tokens, loss, list(sizes), by_size)
+
+
+def check_sizes(model: ModelAdapter, sizes: Sequence[int] | None = None) -> None:
+    """Check the options of `run_removal`.
+
+    Raises:
+        UserError: a size is not from 1 to the depth, or is given twice, or there is none.
+    """
+    if sizes is None:
+        return
+    for n in sizes:
+        if not 1 <= n <= model.depth:
+            raise UserError(f"sizes: cannot remove {n} contiguous blocks of {model.depth}; expected 1 to {model.depth}")
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise UserError(f"sizes={list(sizes)}: give at least one size, and each size once")
 
 
 def swaps(

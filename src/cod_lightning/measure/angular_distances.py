@@ -14,7 +14,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, hidden_states, iter_batches
-from cod_lightning.measure.options import require_choice
+from cod_lightning.measure.options import require_choice, require_positive
 from cod_lightning.measure.panels import HeatMap, Panel
 from cod_lightning.measure.result import Progress, Result
 
@@ -54,7 +54,19 @@ class AngularDistance(Result):
         return [HeatMap(self.distances, "layer", "layers further on, n", f"angular distance ({unit})")]
 
 
-@torch.no_grad()
+def check_angular(
+    model: ModelAdapter, tokens: int = 1, token: TokenChoice = "all", normalise: Normalisation = "raw"
+) -> None:
+    """Check the options of `angular_distance`, on which the model has no influence.
+
+    Raises:
+        UserError: one is not a choice, or there are no tokens.
+    """
+    require_choice(TokenChoice, token=token)
+    require_choice(Normalisation, normalise=normalise)
+    require_positive(tokens=tokens)
+
+
 def angular_distance(
     model: ModelAdapter,
     batches: Iterable[Batch],
@@ -74,10 +86,7 @@ def angular_distance(
         token: "all" of a sequence, as the paper says, or the "last" before the padding, as Gromov et al. do.
         normalise: "raw" angles, or scaled for each n as in the released code (see `scale_as_released`).
     """
-    require_choice(TokenChoice, token=token)
-    require_choice(Normalisation, normalise=normalise)
-    if tokens < 1:
-        raise UserError(f"tokens={tokens}: expected at least 1")
+    check_angular(model, tokens, token, normalise)
     depth, mean = model.depth, RunningMean()
     first, second = torch.triu_indices(depth + 1, depth + 1, offset=1)
     for batch, keep in iter_batches(model, batches, pad_id, progress):

@@ -34,6 +34,7 @@ from cod_lightning.measure.jacobian_products import (
     rademacher,
     vjp,
 )
+from cod_lightning.measure.options import require_positive, select_layers
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN
 from cod_lightning.measure.result import Progress, Result, table_rows
@@ -169,10 +170,8 @@ def jacobian(
         exact: compute every entry of J instead; for small models.
         seed: seed of positions and probes.
     """
-    require_positive(tokens=tokens, iterations=iterations)
+    check_jacobian(model, layers, probes, tokens, iterations)
     chosen = select_layers(model, layers)
-    if probes < 2:
-        raise UserError(f"probes={probes}: the share of the diagonal needs pairs of probes; give at least 2")
     generator = torch.Generator().manual_seed(seed)
     samples: dict[int, list[Tensor]] = {layer: [] for layer in chosen}
     weights: list[Tensor] = []
@@ -232,13 +231,8 @@ def mean_jacobian(
     Raises:
         UserError: the model is wider than `widest`.
     """
-    require_positive(tokens=tokens)
+    check_mean_jacobian(model, layers, tokens, widest=widest)
     chosen = select_layers(model, model.evenly_spaced(5) if layers is None else layers)
-    if model.hidden > widest:
-        raise UserError(
-            f"{model.name}: hidden size {model.hidden} exceeds widest={widest}; a full Jacobian has {model.hidden}^2 "
-            "entries and needs a backward pass per row and position; raise widest to compute it"
-        )
     generator = torch.Generator().manual_seed(seed)
     totals = {layer: torch.zeros(model.hidden, model.hidden, dtype=torch.float64) for layer in chosen}
     count, total = 0, 0.0
@@ -279,9 +273,7 @@ def jacobian_growth(
         iterations: Lanczos iterations for the largest singular value.
         seed: seed of the probes.
     """
-    require_positive(probes=probes, iterations=iterations)
-    if all_layers and layers is not None:
-        raise UserError("layers= and all_layers=true exclude each other")
+    check_growth(model, layers, all_layers, probes, iterations)
     chosen = select_layers(model, model.evenly_spaced(GROWTH_LAYERS) if layers is None and not all_layers else layers)
     generator = torch.Generator().manual_seed(seed)
     masked_batches = list(iter_batches(model, batches, pad_id))
@@ -393,18 +385,60 @@ def root(square: float, error: float) -> tuple[float, float]:
     return square**0.5, min(error / (2 * square**0.5), error**0.5)
 
 
-def require_positive(**options: int) -> None:
-    for name, value in options.items():
-        if value < 1:
-            raise UserError(f"{name}={value}: expected at least 1")
+def check_jacobian(
+    model: ModelAdapter,
+    layers: Sequence[int] | None = None,
+    probes: int = 4,
+    tokens: int = 1,
+    iterations: int = 3,
+    **others: Any,
+) -> None:
+    """Check the options of `jacobian`; others may have any value.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    require_positive(tokens=tokens, iterations=iterations)
+    select_layers(model, layers)
+    if probes < 2:
+        raise UserError(f"probes={probes}: the share of the diagonal needs pairs of probes; give at least 2")
 
 
-def select_layers(model: ModelAdapter, layers: Sequence[int] | None) -> list[int]:
-    """Validate `layers`; None selects all."""
-    if layers is None:
-        return list(range(1, model.depth + 1))
-    if unknown := [layer for layer in layers if not 1 <= layer <= model.depth]:
-        raise UserError(f"layers={list(layers)}: {model.name} has layers 1 to {model.depth}, not {unknown[0]}")
-    if not layers or len(set(layers)) < len(layers):
-        raise UserError(f"layers={list(layers)}: give at least one layer, and each layer once")
-    return list(layers)
+def check_mean_jacobian(
+    model: ModelAdapter,
+    layers: Sequence[int] | None = None,
+    tokens: int = 1,
+    widest: int = MAX_FULL_JACOBIAN,
+    **others: Any,
+) -> None:
+    """Check the options of `mean_jacobian`; others may have any value.
+
+    Raises:
+        UserError: one is out of range, or the model is wider than `widest`.
+    """
+    require_positive(tokens=tokens)
+    select_layers(model, layers)
+    if model.hidden > widest:
+        raise UserError(
+            f"{model.name}: hidden size {model.hidden} exceeds widest={widest}; a full Jacobian has {model.hidden}^2 "
+            "entries and needs a backward pass per row and position; raise widest to compute it"
+        )
+
+
+def check_growth(
+    model: ModelAdapter,
+    layers: Sequence[int] | None = None,
+    all_layers: bool = False,
+    probes: int = 8,
+    iterations: int = 12,
+    **others: Any,
+) -> None:
+    """Check the options of `jacobian_growth`; others may have any value.
+
+    Raises:
+        UserError: one is out of range, or both `layers` and `all_layers` are given.
+    """
+    require_positive(probes=probes, iterations=iterations)
+    if all_layers and layers is not None:
+        raise UserError("layers= and all_layers=true exclude each other")
+    select_layers(model, layers)

@@ -73,6 +73,16 @@ class BlockInfluence(Result):
         ]
 
 
+def check_longest(model: ModelAdapter, longest: int | None = None) -> None:
+    """Check the options of `block_influence`.
+
+    Raises:
+        UserError: `longest` is not from 1 to the depth.
+    """
+    if longest is not None and not 1 <= longest <= model.depth:
+        raise UserError(f"longest={longest}: expected 1 to {model.depth}, the number of blocks")
+
+
 @torch.no_grad()
 def block_influence(
     model: ModelAdapter,
@@ -91,8 +101,7 @@ def block_influence(
     """
     depth = model.depth
     longest = depth if longest is None else longest
-    if not 1 <= longest <= depth:
-        raise UserError(f"longest={longest}: expected 1 to {depth}, the number of blocks")
+    check_longest(model, longest)
     pairs = [(first, first + n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     means = RunningMean()
     for tokens, keep in iter_batches(model, batches, pad_id, progress):
@@ -136,6 +145,20 @@ class LayerImportance(Result):
         return [Lines("reduction of the loss (nats)", lines, errors={"Shapley value": self.error})]
 
 
+def check_permutations(model: ModelAdapter, permutations: int | None = 20, seed: int = 0) -> None:
+    """Check the options of `layer_importance`; any seed is valid.
+
+    Raises:
+        UserError: fewer than one order, or the model is too deep for exact values.
+    """
+    if permutations is None and model.depth > EXACT_DEPTH:
+        raise UserError(
+            f"permutations=None needs 2^{model.depth} losses; give a number, or a model of at most {EXACT_DEPTH} blocks"
+        )
+    if permutations is not None and permutations < 1:
+        raise UserError(f"permutations={permutations}: expected at least 1, or None for exact values")
+
+
 @torch.no_grad()
 def layer_importance(
     model: ModelAdapter,
@@ -158,12 +181,7 @@ def layer_importance(
         UserError: the model is too deep for exact values.
     """
     depth, whole = model.depth, tuple(range(1, model.depth + 1))
-    if permutations is None and depth > EXACT_DEPTH:
-        raise UserError(
-            f"permutations=None needs 2^{depth} losses; give a number, or a model of at most {EXACT_DEPTH} blocks"
-        )
-    if permutations is not None and permutations < 1:
-        raise UserError(f"permutations={permutations}: expected at least 1, or None for exact values")
+    check_permutations(model, permutations)
     generator = torch.Generator().manual_seed(seed)
     orders = [(torch.randperm(depth, generator=generator) + 1).tolist() for _ in range(permutations or 0)]
     without = [tuple(other for other in whole if other != layer) for layer in whole]

@@ -23,6 +23,32 @@ def require_choice(choices: Any, **options: Any) -> None:
             raise UserError(f"{name}={value!r}: {nearest(str(value), get_args(choices))}")
 
 
+def require_positive(**options: int) -> None:
+    """Check that options are at least 1.
+
+    Raises:
+        UserError: names the first that is not.
+    """
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: expected at least 1")
+
+
+def select_layers(model: Any, layers: Sequence[int] | None) -> list[int]:
+    """The layers that an option selects; None selects all.
+
+    Raises:
+        UserError: a layer does not exist or is given twice, or there is none.
+    """
+    if layers is None:
+        return list(range(1, model.depth + 1))
+    if unknown := [layer for layer in layers if not 1 <= layer <= model.depth]:
+        raise UserError(f"layers={list(layers)}: {model.name} has layers 1 to {model.depth}, not {unknown[0]}")
+    if not layers or len(set(layers)) < len(layers):
+        raise UserError(f"layers={list(layers)}: give at least one layer, and each layer once")
+    return list(layers)
+
+
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Names and types of the keyword-only parameters that can be given as text."""
     types = get_type_hints(function)

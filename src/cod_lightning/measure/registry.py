@@ -5,7 +5,7 @@ This module does not import torch, so that a configuration can be checked agains
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, get_type_hints
@@ -35,6 +35,8 @@ class Measure:
     """A training run draws its figure too, because the series do not hold all layer pairs or entries."""
     needs_targets: bool = False
     """Reads losses of next tokens or labels, so that it does not apply to BERT."""
+    check: str = ""
+    """`module:name` of the check of its options: (model, **options) -> None, which the measure also calls."""
     not_for_images: str = ""
     """Why it does not apply to models of images; empty if it does."""
 
@@ -51,6 +53,17 @@ class Measure:
     def result_type(self) -> type:
         """The `Result` subclass that it returns, whose fields are the keys of its JSON file."""
         return get_type_hints(self.measure)["return"]
+
+    def check_options(self, model: Any, options: Mapping[str, Any]) -> None:
+        """Check the values of those of `options` that it has, before anything is measured.
+
+        Raises:
+            UserError: one is out of range for the model.
+        """
+        if self.check:
+            resolve_name(f"cod_lightning.measure.{self.check}")(
+                model, **{name: value for name, value in options.items() if name in self.options}
+            )
 
     def recorded(self, result: Any) -> dict[str, list[Any]]:
         """The series of a result that a training run records."""
@@ -74,6 +87,7 @@ MEASURES: dict[str, Measure] = {
         "jacobians:jacobian",
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share", "largest_singular_value"),
         first_batch=True,
+        check="jacobians:check_jacobian",
     ),
     "gain": Measure(
         "jacobian",
@@ -81,6 +95,7 @@ MEASURES: dict[str, Measure] = {
         ("layer", "spectral", "frobenius"),
         first_batch=True,
         first_sequences=2,
+        check="jacobians:check_growth",
     ),
     "jacobian_map": Measure(
         "jacobian",
@@ -88,13 +103,31 @@ MEASURES: dict[str, Measure] = {
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share"),
         first_batch=True,
         is_map=True,
+        check="jacobians:check_mean_jacobian",
     ),
-    "angular": Measure("angular", "angular_distances:angular_distance", ("distance",), is_map=True),
+    "angular": Measure(
+        "angular",
+        "angular_distances:angular_distance",
+        ("distance",),
+        is_map=True,
+        check="angular_distances:check_angular",
+    ),
     "removal": Measure("removal", "ablation:removal", ("delta_loss",), needs_targets=True),
     "run_removal": Measure(
-        "removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4"), needs_targets=True
+        "removal",
+        "ablation:run_removal",
+        ("delta_loss_1", "delta_loss_2", "delta_loss_4"),
+        needs_targets=True,
+        check="ablation:check_sizes",
     ),
-    "longest_run": Measure("removal", "run_search:longest_run", ("removable",), is_map=True, needs_targets=True),
+    "longest_run": Measure(
+        "removal",
+        "run_search:longest_run",
+        ("removable",),
+        is_map=True,
+        needs_targets=True,
+        check="run_search:check_search",
+    ),
     "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True),
     "linear_replacement": Measure(
         "removal",
@@ -115,7 +148,13 @@ MEASURES: dict[str, Measure] = {
         "sublayers:contribution",
         ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block_cosine"),
     ),
-    "influence": Measure("influence", "layer_importance:block_influence", ("influence",), is_map=True),
+    "influence": Measure(
+        "influence",
+        "layer_importance:block_influence",
+        ("influence",),
+        is_map=True,
+        check="layer_importance:check_longest",
+    ),
     "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js"), needs_targets=True),
     "importance": Measure(
         "influence",
@@ -123,6 +162,7 @@ MEASURES: dict[str, Measure] = {
         ("shapley", "leave_one_out"),
         first_batch=True,
         needs_targets=True,
+        check="layer_importance:check_permutations",
     ),
     "sparsity": Measure(
         "influence", "weight_sparsity:layer_sparsity", ("outlier_ratio", "owl", "alpha", "alpha_pruning")

@@ -57,6 +57,16 @@ def perplexity_rise(loss: float, whole: float) -> float:
     return 100 * math.expm1(loss - whole) if loss - whole < 700 else math.inf
 
 
+def check_search(model: ModelAdapter, limits: Sequence[float] = LIMITS, width: int = 2) -> None:
+    """Check the options of `longest_run`, on which the model has no influence.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if width < 1 or not limits or not all(limit > 0 for limit in limits):
+        raise UserError(f"width={width}, limits={list(limits)}: expected at least 1, and rises in percent above 0")
+
+
 def longest_run(
     model: ModelAdapter,
     batches: Iterable[Batch],
@@ -74,8 +84,7 @@ def longest_run(
         width: number of runs of each length that are extended.
         removal: the fields of `removal` on the same batches, which then is not measured again.
     """
-    if width < 1 or not limits or min(limits) <= 0:
-        raise UserError(f"width={width}, limits={list(limits)}: expected at least 1, and rises in percent above 0")
+    check_search(model, limits, width)
     depth, batches = model.depth, [batch for batch, _ in iter_targets(model, batches, pad_id)]
     advance = step_counter(progress, depth)
     first: list[int] = []

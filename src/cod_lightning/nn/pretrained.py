@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError, first_line, first_of
-from cod_lightning.memory import free_memory
+from cod_lightning.memory import require_memory
 from cod_lightning.nn.gguf import read_gguf, require_gguf
 from cod_lightning.nn.packaged_models import packaged_path
+from cod_lightning.nn.weights import require_finite
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -117,7 +118,8 @@ def load_checkpoint(
             kind, options = transformers.AutoModel, {"add_pooling_layer": False}
         with torch.device("meta"):
             empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False, **options)
-        require_memory(empty, dtype, str(name))
+        parameters = sum(parameter.numel() for parameter in empty.parameters())
+        require_memory(parameters, str(name), str(dtype).removeprefix("torch."), dtype.itemsize)
         state = read_weights(source) if source.gguf is None else read_gguf(Path(source.name) / source.gguf, empty)
         if integers := [key for key, x in state.items() if not x.is_floating_point() and not MASKS.search(key)]:
             raise UserError(
@@ -139,26 +141,10 @@ def load_checkpoint(
         )
         if error := weight_errors(empty, info):
             raise UserError(f"{name}: {error}")
-        if broken := [key for key, x in model.named_parameters() if not x.isfinite().all()]:
-            raise UserError(f"{name}: {broken[0]} holds NaN or Inf ({len(broken)} weights do): use another checkpoint")
+        require_finite(model.named_parameters(), str(name))
         dropped = load_generation_config(model, source)
     largest = max((x for x in state.values() if x.is_floating_point()), key=Tensor.numel)
     return Checkpoint(model.eval(), source, largest.dtype, dropped)
-
-
-def require_memory(empty: Any, dtype: torch.dtype, name: str) -> None:
-    """Check that the weights of a model fit into the free memory, by the shapes of its configuration.
-
-    Raises:
-        UserError: they do not.
-    """
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
-    if (needed := parameters * dtype.itemsize) > (free := free_memory()):
-        raise UserError(
-            f"{name}: out of memory: {parameters:,} parameters in {str(dtype).removeprefix('torch.')} take "
-            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: use a machine with more memory, or a smaller "
-            "model"
-        )
 
 
 def find_source(name: str) -> Source:
@@ -341,10 +327,12 @@ def save_pretrained(model: Any, folder: Path, tokenizer: Any = None) -> None:
     """Write a model and its tokenizer into an existing folder, readable by `transformers` 4.57 and 5.
 
     Raises:
-        UserError: the folder is not writable.
+        UserError: the folder is not writable, or a weight holds NaN or Inf, as one beyond the range of float16.
     """
     from safetensors import SafetensorError
 
+    dtype = str(model.dtype).removeprefix("torch.")
+    require_finite(model.named_parameters(), f"the {dtype} model to write", "use other weights, or another dtype")
     with quiet_transformers():
         try:
             model.save_pretrained(folder)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, short_repr
 
 Multiplier = Annotated[float, "above 0"]
 
@@ -111,7 +111,9 @@ class SublayerSpec:
             cause = f"{type(error).__name__}: {error}"
             raise UserError(f"branch_schedule of layer {layer} at step {step}: {cause}") from error
         if not is_number(value):
-            raise UserError(f"branch_schedule of layer {layer} at step {step} is {value!r}, expected a finite number")
+            raise UserError(
+                f"branch_schedule of layer {layer} at step {step} is {short_repr(value)}, expected a finite number"
+            )
         return value
 
 
@@ -161,7 +163,7 @@ def spec_problems(spec: BlockSpec) -> list[str]:
     for part in ("attention", "ffn"):
         sublayer = getattr(spec, part)
         if not isinstance(sublayer, SublayerSpec):
-            problems.append(f"{part}={sublayer!r}, expected a SublayerSpec,")
+            problems.append(f"{part}={short_repr(sublayer)}, expected a SublayerSpec,")
             continue
         problems += field_problems(part, sublayer, COEFFICIENTS)
         need_norm = {
@@ -182,7 +184,7 @@ def field_problems(name: str, values: Any, hints: dict[str, Any]) -> list[str]:
     for key, hint in hints.items():
         value = getattr(values, key)
         if expected := mismatch(hint, value):
-            problems.append(f"{name}.{key}={value!r}, expected {expected},")
+            problems.append(f"{name}.{key}={short_repr(value)}, expected {expected},")
         elif type(value) in PARTS:
             problems += field_problems(f"{name}.{key}", value, PARTS[type(value)])
     return problems

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from cod_lightning.errors import UserError
+from cod_lightning.memory import require_memory
+from cod_lightning.nn.config import MOST_LAYERS
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.huggingface import TRAINING, unfinished_schedule
 from cod_lightning.nn.layer_prediction import predict_blocks
@@ -65,10 +67,11 @@ def grow(
         progress: see `predict_blocks`.
 
     Raises:
-        UserError: `blocks` is out of range, or the strategy has coefficients for the new depth that weights cannot make
-            up for.
+        UserError: `blocks` is out of range or does not fit into the free memory, or the strategy has coefficients for
+            the new depth that weights cannot make up for.
     """
     sources, inserted = copies(len(decoder.blocks), blocks, how)
+    require_memory(replace(decoder.config, num_hidden_layers=blocks).num_parameters(), f"blocks={blocks}")
     originals = [decoder.blocks[source - 1] for source in sources]
     if how == "lesa":
         predicted = predict_blocks(decoder.blocks, [sources[layer - 1] for layer in inserted], progress)
@@ -95,10 +98,9 @@ def copies(depth: int, blocks: int, how: How) -> tuple[list[int], list[int]]:
     """
     if how == "lesa" and depth < 3:
         raise UserError(f"how=lesa learns from three neighbouring blocks, and the model has {depth}: use another how=")
-    most = {"interpolate": blocks, "lesa": depth * 2 - 1}.get(how, depth * 2)
+    most = {"interpolate": MOST_LAYERS, "lesa": depth * 2 - 1}.get(how, depth * 2)
     if not depth < blocks <= most:
-        bound = f"more than {depth}" if how == "interpolate" else f"{depth + 1} to {most}"
-        raise UserError(f"blocks={blocks}: the model has {depth} blocks, and how={how} makes {bound}")
+        raise UserError(f"blocks={blocks}: the model has {depth} blocks, and how={how} makes {depth + 1} to {most}")
     if how == "stack":
         second = blocks // 2
         return [*range(1, blocks - second + 1), *range(depth - second + 1, depth + 1)], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         raise UserError(f"{source}: {len(mismatches)} parameters have another shape than this run's: {mismatches[0]}")
     for name, parameter in model.named_parameters():
         copy_(parameter, weights[name])
+
+
+def require_finite(weights: Iterable[tuple[str, Tensor]], source: str, remedy: str = "use another checkpoint") -> None:
+    """Check that no weight holds NaN or Inf.
+
+    Raises:
+        UserError: names `source`, the first such weight and their number.
+    """
+    if broken := [name for name, tensor in weights if not tensor.isfinite().all()]:
+        raise UserError(f"{source}: {broken[0]} holds NaN or Inf ({len(broken)} weights do): {remedy}")
 
 
 def shape_mismatches(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

@@ -21,7 +21,7 @@ from cod_lightning.files import new_folder, write_atomic
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
-from cod_lightning.nn.weights import load_weights, shape_mismatches
+from cod_lightning.nn.weights import load_weights, require_finite, shape_mismatches
 from cod_lightning.train.checkpoint import BEST, CHECKPOINTS, AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 
 
@@ -104,12 +104,13 @@ def read_weights(checkpoint: Path, model: str, head: str) -> tuple[dict[str, Ten
     """The weights of a run's `decoder` or `vit`, the number of outputs of its `head`, and the step of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is unreadable, or has no such head.
+        UserError: the checkpoint is unreadable, has no such head, or holds NaN or Inf.
     """
     state = read_checkpoint(checkpoint)
     weights = weights_of(state, model)
     if head not in weights or weights[head].ndim != 2:
         raise UserError(f"{checkpoint}: not a checkpoint of a {model}: {head} is missing or not a matrix")
+    require_finite(weights.items(), str(checkpoint))
     return weights, len(weights[head]), state.get("global_step", 0)
 
 
@@ -133,7 +134,7 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
         source: a run folder, whose last checkpoint is read, or a .ckpt file.
 
     Raises:
-        UserError: there is no checkpoint, or shapes or tokenizers differ.
+        UserError: there is no checkpoint, shapes or tokenizers differ, or a weight holds NaN or Inf.
     """
     if not source.exists():
         raise UserError(f"init_from={source}: no such run folder or .ckpt file")
@@ -159,6 +160,7 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
             f"init_from={source}: {len(mismatches)} parameters have another shape than this run's ({mismatches[0]}): "
             f"{remedy}"
         )
+    require_finite(weights.items(), f"init_from={source}")
     return InitialWeights(weights, str(path), checkpoint.get("global_step", 0))
 
 
