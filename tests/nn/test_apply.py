@@ -1,4 +1,4 @@
-"""Strategies on models from elsewhere: `apply` and `fold`."""
+"""Strategies on stock models: `apply` and `fold`."""
 
 import re
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""`verify` measures the factors of a strategy in models from elsewhere, right and broken ones."""
+"""`verify` measures the factors of a strategy in stock models, right and broken ones."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run, by_target
 from cod_lightning.paper.figures import fit_sizes
 from cod_lightning.paper.layer_figures import draw
-from cod_lightning.paper.real_models import RealModel, real_model_lines
+from cod_lightning.paper.real_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
 from cod_lightning.paper.tuning import tuned_rows
@@ -476,10 +476,10 @@ def test_a_fit_stays_above_zero():
     assert curve(np.array([1e15])) > 0
 
 
-# Models from outside --------------------------------------------------------------------------------------------------
+# Pretrained models ----------------------------------------------------------------------------------------------------
 
 
-REAL = RealModel(
+REAL = PretrainedModel(
     "real",
     "results/reports/real/report.html",
     {
@@ -495,27 +495,27 @@ REAL = RealModel(
 )
 
 
-def test_a_model_from_outside_agrees_or_disagrees_with_a_figure():
-    assert real_model_lines("Figure 2", [REAL]) == [
+def test_a_pretrained_model_agrees_or_disagrees_with_a_figure():
+    assert pretrained_model_lines("Figure 2", [REAL]) == [
         "**real** (loss 2 nats, 6.9 for a uniform guess; `results/reports/real/report.html`). Opposite to the paper "
         "(removing deep blocks costs less): median increase of the loss in nats 0.255 in the shallower half, 0.65 in "
         "the deeper half. As in the paper (deep blocks rotate the stream less): median angular distance to the next "
         "layer 0.25 in the shallower half, 0.1 in the deeper half. 1 of 4 blocks cost less than 1% of the loss when "
         "removed alone (0 early, 1 middle, 0 late); the cheapest adds 0.01 nats (block 2)."
     ]
-    assert real_model_lines("Figure 7", [REAL]) == []
+    assert pretrained_model_lines("Figure 7", [REAL]) == []
 
 
 @pytest.mark.parametrize(("error", "direction"), [(0.01, "Opposite to the paper"), (0.1, "Within two standard errors")])
 def test_a_difference_within_its_errors_has_no_sign(error, direction):
     jacobian = REAL.results["jacobian"] | {"errors": dict.fromkeys(("distance", "largest_singular_value"), [error] * 4)}
-    (line,) = real_model_lines("Figure 5", [replace(REAL, results=REAL.results | {"jacobian": jacobian})])
+    (line,) = pretrained_model_lines("Figure 5", [replace(REAL, results=REAL.results | {"jacobian": jacobian})])
     assert f"{direction} (Jacobians approach I with depth): distance of the Jacobian from I 0.2 ± {error} in" in line
 
 
-def test_models_from_outside_stand_behind_our_runs():
+def test_pretrained_models_stand_behind_our_runs():
     markdown = build_report(figure_experiments("Figure 5"), models=[REAL]).markdown
-    after = markdown.index("### Figure 5: models from outside")
+    after = markdown.index("### Figure 5: pretrained models")
     assert (
         markdown.index("### Figure 5: ours at scale=toy") < after < markdown.index("Opposite to the paper (Jacobians")
     )

@@ -13,7 +13,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
 from cod_lightning.paper.experiments import experiment_rows, load_experiments, remaining_tasks
-from cod_lightning.paper.real_models import load_real_models
+from cod_lightning.paper.real_models import load_pretrained_models
 from cod_lightning.paper.results import load_measures, save_result
 
 
@@ -188,7 +188,7 @@ def test_reproduce_prints_a_table_and_does_not_repeat_diverged_runs(toy, tmp_pat
     assert capfd.readouterr().err == "0 of 1 runs remaining\n"
 
 
-def test_depth_reports_on_models_from_outside_are_read(tmp_path):
+def test_depth_reports_on_pretrained_models_are_read(tmp_path):
     for name in ("variance", "removal", "angular", "jacobian"):
         path = tmp_path / "reports" / "both" / "smollm2" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,13 +196,13 @@ def test_depth_reports_on_models_from_outside_are_read(tmp_path):
     models = {"smollm2": {"uniform_loss": 10.8}, "lns-seed1-0a1b2c3d": {"uniform_loss": 7.6}}
     headline = tmp_path / "reports" / "both" / "report.json"
     headline.write_text(json.dumps({"models": models}))
-    (model,) = load_real_models(tmp_path)
+    (model,) = load_pretrained_models(tmp_path)
     assert (model.name, model.uniform_loss) == ("smollm2", 10.8)
     assert model.page == f"{tmp_path}/reports/both/report.html"
     assert model.results["removal"]["losses"] == [1.5, 1.25]
     path.unlink()
     with pytest.raises(UserError, match=r"smollm2: jacobian\.json is missing"):
-        load_real_models(tmp_path)
+        load_pretrained_models(tmp_path)
     headline.write_text("[]")
     with pytest.raises(UserError, match=r"report\.json"):
-        load_real_models(tmp_path)
+        load_pretrained_models(tmp_path)

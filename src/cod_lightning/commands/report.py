@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(results: Path | None, output: Path, pdf: bool) -> int:
     from cod_lightning.paper.claims import SCALES
     from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
-    from cod_lightning.paper.real_models import load_real_models
+    from cod_lightning.paper.real_models import load_pretrained_models
     from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
     from cod_lightning.paper.results import RECORD, RESULTS
     from cod_lightning.plots import FORMATS
@@ -39,7 +39,7 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     names = reproducible_experiments()
     rows = (row for scale in scales for row in experiment_rows(names, scale))
     experiments, formats = load_experiments(rows, results), FORMATS if pdf else FORMATS[:1]
-    report = build_report(experiments, ESTIMATED_FOR, formats, load_real_models(results))
+    report = build_report(experiments, ESTIMATED_FOR, formats, load_pretrained_models(results))
     files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
     files |= {f"{FIGURES}/{name}": image for name, image in report.figures.items()}
     for name, content in files.items():

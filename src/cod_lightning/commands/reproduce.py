@@ -79,7 +79,7 @@ def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 
 
 def run_task(task: Task, pool: CommandPool, results: Path) -> int:
-    """Train, score and measure a run, or measure a public model, and save the results; returns the exit status."""
+    """Train, score and measure a run, or measure a pretrained model, and save the results; returns the exit status."""
     from cod_lightning.paper.results import MEASURES_FOLDER, save_result
 
     model, status = task.row.public_model or str(task.folder), 0

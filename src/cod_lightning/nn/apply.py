@@ -1,4 +1,4 @@
-"""Put a norm strategy onto a Pre-LN model from elsewhere, and fold it into the weights of a stock checkpoint.
+"""Put a norm strategy onto any Pre-LN model, and fold it into the weights of a stock checkpoint.
 
 Each scaled norm or branch gets a Python float, `output_scale`, and a forward hook that multiplies its output by it. So
 parameter names do not change, and the factor survives meta initialisation, `.to(bfloat16)`, compilation, sharding

@@ -1,4 +1,4 @@
-"""Where a model from elsewhere keeps its blocks, the norms before their sub-layers, and the sub-layers' projections.
+"""Where a stock model keeps its blocks, the norms before their sub-layers, and the sub-layers' projections.
 
 `LAYOUTS` are those of causal language models of `transformers`. Any other Pre-LN model is described by a `Layout`.
 """

@@ -1,4 +1,4 @@
-"""Optimizer groups with the rates of a strategy, for the models of this package and for those from elsewhere."""
+"""Optimizer groups with the rates of a strategy, for the models of this package and for others."""
 
 from __future__ import annotations
 

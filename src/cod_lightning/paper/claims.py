@@ -32,11 +32,11 @@ stay at the frequencies of words gain 0.015 nats there, the slowest of the other
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or diverged run, or a public model that was measured."""
+    """A finished or diverged run, or a pretrained model that was measured."""
 
     seed: int
     record: Mapping[str, Any]
-    """Content of record.json, or of failed.json with the reason as `failure`; empty for a public model."""
+    """Content of record.json, or of failed.json with the reason as `failure`; empty for a pretrained model."""
     measures: Mapping[str, Mapping[str, Any]]
     """Results of measures by name, as in their JSON files."""
     folder: Path = Path()

@@ -36,7 +36,7 @@ class Row:
 
     @property
     def public_model(self) -> str | None:
-        """The public model to measure at scale=paper; at other scales a trained run stands in for it."""
+        """The pretrained model to measure at scale=paper; at other scales a trained run stands in for it."""
         return self.spec.get("subject") if self.config.scale == "paper" else None
 
     @property
@@ -52,7 +52,7 @@ class Row:
         return replace(config, name=f"{config.scale}/{config.label}")
 
     def run_id(self, seed: int) -> str:
-        """Key of `load_runs`; a public model has the same for all seeds."""
+        """Key of `load_runs`; a pretrained model has the same for all seeds."""
         if self.public_model is not None:
             return f"{self.config.scale}/{Path(self.public_model).name}"
         return self.config_for(seed).id
@@ -110,12 +110,12 @@ def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[
 
 @dataclass
 class Task:
-    """A run to train and measure, or a public model to measure."""
+    """A run to train and measure, or a pretrained model to measure."""
 
     row: Row
     """The first row that needs the task."""
     config: Config
-    """Configuration of the run; unused for a public model."""
+    """Configuration of the run; unused for a pretrained model."""
     cli_args: tuple[str, ...]
     """Arguments of `fit` that train the run."""
     measures: set[str]
@@ -127,7 +127,7 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Folder of the run, or of the public model's measures."""
+        """Folder of the run, or of the pretrained model's measures."""
         config = self.config
         return Path(config.output, config.scale, self.label) if self.row.public_model else config.folder
 

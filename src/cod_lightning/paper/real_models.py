@@ -1,4 +1,4 @@
-"""Depth reports on models from outside, and what they say about the paper's findings on such models."""
+"""Depth reports on pretrained models, and what they say about the paper's findings on such models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPORTS = "reports"
 
 
 @dataclass(frozen=True)
-class RealModel:
+class PretrainedModel:
     """A model on the page of a depth report."""
 
     name: str
@@ -91,7 +91,7 @@ MEASURED = ("variance", "removal", "angular", "jacobian")
 """Measures that the sentences need."""
 
 
-def load_real_models(results: Path) -> list[RealModel]:
+def load_pretrained_models(results: Path) -> list[PretrainedModel]:
     """The models of all depth reports in the results folder; runs are left out.
 
     Raises:
@@ -107,11 +107,11 @@ def load_real_models(results: Path) -> list[RealModel]:
             measured = load_measures(path.parent / name)
             if missing := [each for each in MEASURED if each not in measured]:
                 raise UserError(f"{path.parent / name}: {missing[0]}.json is missing; copy the whole report")
-            models.append(RealModel(name, path.with_suffix(".html").as_posix(), measured, losses[name]))
+            models.append(PretrainedModel(name, path.with_suffix(".html").as_posix(), measured, losses[name]))
     return models
 
 
-def real_model_lines(target: str, models: Sequence[RealModel]) -> list[str]:
+def pretrained_model_lines(target: str, models: Sequence[PretrainedModel]) -> list[str]:
     """One paragraph for each model on the paper's findings about a figure."""
     return [
         f"**{model.name}** (loss {number(model.results['removal']['loss'])} nats, {number(model.uniform_loss)} for a "

@@ -28,7 +28,7 @@ from cod_lightning.paper.claims import (
 from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, seed_count, tuned_figure
 from cod_lightning.paper.findings import ClaimResult
 from cod_lightning.paper.layer_figures import draw
-from cod_lightning.paper.real_models import RealModel, real_model_lines
+from cod_lightning.paper.real_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
@@ -67,7 +67,7 @@ def build_report(
     experiments: Sequence[Experiment],
     hardware: str = "",
     formats: Collection[str] = ("png",),
-    models: Sequence[RealModel] = (),
+    models: Sequence[PretrainedModel] = (),
 ) -> Report:
     """Build the report on all runs.
 
@@ -75,14 +75,14 @@ def build_report(
         experiments: at scale=paper, run or not, and at every other scale that was run.
         hardware: device that the hours are estimated for, such as "H100".
         formats: of the figures: png, which the pages show, and pdf or svg.
-        models: from outside, with their depth reports.
+        models: pretrained ones, with their depth reports.
     """
     targets = by_target(experiments)
     summaries = summarize(targets)
     top = length_and_depth(targets)
     significant = {summary.scale: summary.significant for summary in summaries}
     sections: list[dict[str, Any]] = [
-        section(target, scales, significant) | {"models": real_model_lines(target, models)}
+        section(target, scales, significant) | {"models": pretrained_model_lines(target, models)}
         for target, scales in targets.items()
         if has_enough_runs(scales)
     ]

@@ -28,7 +28,7 @@ RESULTS = Path("experiments/results")
 
 
 def load_runs(results: Path) -> dict[str, Run]:
-    """All runs in the results folder by id, also diverged ones; measured public models by "scale/name".
+    """All runs in the results folder by id, also diverged ones; measured pretrained models by "scale/name".
 
     Raises:
         UserError: a file is damaged.
@@ -59,7 +59,7 @@ def save_result(folder: Path, results: Path, measures: Collection[str] = ()) -> 
     """Copy a run's record and measures into the results folder; a run without either writes nothing.
 
     Args:
-        folder: run folder, or folder of a public model; its parent is named after the scale.
+        folder: run folder, or folder of a pretrained model; its parent is named after the scale.
         results: the results folder.
         measures: names of measures to copy.
     """
