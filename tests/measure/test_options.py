@@ -65,6 +65,7 @@ def test_words_become_values_of_their_types(word, value):
         ("count=many", "count=many: expected a whole number"),
         ("count=none", "count=none: expected a whole number"),
         ("share=half", "share=half: expected a number"),
+        ("share=nan", "share=nan: expected a finite number"),
         ("exact=1", "exact=1: expected true or false"),
         ("colour=rde", "colour=rde: did you mean 'red'? known: green, red"),
         ("sizes=[1,b]", "sizes=[1,b]: expected a whole number"),

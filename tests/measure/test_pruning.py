@@ -370,15 +370,55 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
         ({"by": "influence", "blocks": 1, "threshold": 3.0}, "threshold= needs allocation=owl"),
         ({"by": "removal", "blocks": 1, "replace": "layer"}, "replace= needs by=streamline"),
         ({"by": "streamline", "blocks": 3, "replace": "layer"}, "blocks=3 with replace=: expected 1 to 2"),
-        ({"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 0}, "replace_steps=0 .* be positive"),
+        (
+            {"by": "streamline", "blocks": 1, "replace": "layer", "replace_steps": 0},
+            "^replace_steps=0 must be at least 1$",
+        ),
+        *(
+            (
+                {"by": "streamline", "blocks": 1, "replace": "ffn", "replace_lr": lr},
+                f"^replace_lr={lr} must be {limit}$",
+            )
+            for lr, limit in ((math.nan, "a finite number"), (math.inf, "a finite number"), (-1.0, "greater than 0"))
+        ),
+        *(
+            ({"sparsity": 0.5, "allocation": allocation, name: value}, f"^{name}={value} must be {limit}$")
+            for allocation, name, value, limit in (
+                ("owl", "threshold", math.nan, "a finite number"),
+                ("owl", "threshold", -1.0, "greater than 0"),
+                ("owl", "owl_lambda", math.nan, "a finite number"),
+                ("owl", "owl_lambda", -0.1, "at least 0"),
+                ("alpha_pruning", "epsilon", math.inf, "a finite number"),
+                ("alpha_pruning", "epsilon", 1.5, "at most 1"),
+                ("arithmetic", "difference", math.nan, "a finite number"),
+            )
+        ),
+        *(
+            ({"sparsity": value}, f"^sparsity={value} must be {limit}$")
+            for value, limit in ((math.nan, "a finite number"), (-0.1, "at least 0"), (1.5, "at most 1"))
+        ),
+        *(
+            (
+                {"sparsity": value, "allocation": allocation},
+                rf"^sparsity={value} with {option}: expected 0\S* to 0\.\d+: l",
+            )
+            for allocation, option in (("owl", "owl_lambda=0.08"), ("alpha_pruning", "epsilon=0.3"))
+            for value in ((0.0, 0.99, 1.0) if allocation == "owl" else (0.99, 1.0))
+        ),
         ({"by": "streamline", "blocks": 1, "replace": "lin"}, "replace='lin'"),
         ({"by": "streamline", "blocks": 4, "replace": "linear"}, "blocks=4: expected 1 to 3 of the 4 of ours"),
-        ({"sparsity": 1.5, "allocation": "uniform"}, r"sparsity=1.5 is not a share of weights"),
         (
             {"sparsity": 0.5, "allocation": "even"},
             "allocation='even': .*known: alpha_pruning, arithmetic",
         ),
-        ({"sparsity": 0.5, "allocation": "arithmetic", "difference": 0.4}, "difference=0.4 .* sets layer 1 to -0.100"),
+        (
+            {"sparsity": 0.5, "allocation": "arithmetic", "difference": 0.4},
+            "difference=0.4 is too large for any sparsity=",
+        ),
+        (
+            {"sparsity": 0.1, "allocation": "arithmetic", "difference": 0.2},
+            r"sparsity=0.1 with .*: expected 0.3 to 0.7: l",
+        ),
         ({"sparsity": 0.5, "method": "magnitude", "calibration": "once"}, "calibration= needs .* method=wanda"),
         ({"layers": [1], "calibration": "sequential"}, "calibration= needs sparsity="),
         ({"sparsity": 0.5, "calibration": "sequentially"}, "calibration='sequentially': did you mean 'sequential'"),

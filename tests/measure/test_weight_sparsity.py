@@ -260,9 +260,15 @@ def test_equal_blocks_get_equal_sparsities(sparsities):
 @pytest.mark.parametrize(
     ("sparsities", "values", "options", "message"),
     [
-        (owl_sparsities, [0.0, 0.1], (0.7, 0.4), r"owl_lambda=0.4 with sparsity=0.7 sets layer 1 to 1.100, outside"),
-        (alpha_sparsities, [1.0, 2.0], (0.9,), r"epsilon=0.3 with sparsity=0.9 sets layer 2 to 1.170"),
-        (alpha_sparsities, [1.0, 2.0], (0.5, 1.5), r"epsilon=1.5 .* sets layer 1 to -0.250"),
+        (
+            owl_sparsities,
+            [0.0, 0.1],
+            (0.7, 0.4),
+            r"sparsity=0.7 with owl_lambda=0.4: expected 0.4 to 0.6: layer 1 would lose 1.100 of its weights",
+        ),
+        (owl_sparsities, [0.0, 0.1], (0.7, 0.6), r"owl_lambda=0.6 is too large for any sparsity=: lower it"),
+        (alpha_sparsities, [1.0, 2.0], (0.9,), r"sparsity=0.9 with epsilon=0.3: expected 0.0 to 0.769: layer 2 "),
+        (alpha_sparsities, [1.0, 2.0], (0.5, 1.5), r"epsilon=1.5 is too large .* layer 1 would lose -0.250"),
         (owl_sparsities, [1.0, 2.0], (1.2,), r"sparsity=1.2 is not a share"),
         (alpha_sparsities, [1.0, 2.0], (1.2,), r"sparsity=1.2 is not a share"),
     ],

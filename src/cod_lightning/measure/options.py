@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from types import NoneType, UnionType
@@ -111,9 +112,12 @@ def parse(kind: Any, text: str) -> Any:
             raise ValueError(nearest(text, get_args(plain)))
         return text
     try:
-        return {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
+        value = {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
     except (KeyError, ValueError):
         raise ValueError(f"expected {EXPECTED[plain]}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value
 
 
 def without_none(kind: Any) -> Any:

@@ -38,6 +38,7 @@ from cod_lightning.measure.weight_sparsity import (
 )
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import unsupported_features
+from cod_lightning.settings import bound_errors
 
 Export = Callable[[Any, Path], object]
 """Writes a model into an existing empty folder."""
@@ -46,6 +47,16 @@ Replace = Literal["layer", "ffn", "linear"]
 REPLACED = {"layer": "trained layer", "ffn": "trained FFN", "linear": "linear map"}
 """In the `how` of a result."""
 Allocation = Literal["owl", "alpha_pruning", "arithmetic", "uniform"]
+LIMITS: dict[str, dict[str, float]] = {
+    "replace_steps": {"at_least": 1},
+    "replace_lr": {"above": 0},
+    "sparsity": {"at_least": 0, "at_most": 1},
+    "threshold": {"above": 0},
+    "owl_lambda": {"at_least": 0, "at_most": 0.5},
+    "epsilon": {"at_least": 0, "at_most": 1},
+    "difference": {"at_least": -1, "at_most": 1},
+}
+"""Bounds of the numeric options of `prune`; see `cod_lightning.settings`."""
 TRIED_DIFFERENCES = 9
 """Differences of `allocation=arithmetic` that are tried; the search of its paper tries as many for 32 blocks."""
 
@@ -198,8 +209,15 @@ def prune(
         require_choice(Replace, replace=replace)
         if by != "streamline":
             raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
-        if replace_steps < 1 or not replace_lr > 0:
-            raise UserError(f"replace_steps={replace_steps} and replace_lr={replace_lr} must be positive")
+    require_limits(
+        replace_steps=replace_steps,
+        replace_lr=replace_lr,
+        sparsity=sparsity,
+        threshold=threshold,
+        owl_lambda=owl_lambda,
+        epsilon=epsilon,
+        difference=difference,
+    )
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))
@@ -307,6 +325,22 @@ def require_use(way: str, used: bool, **options: Any) -> None:
     for name, value in options.items():
         if not used and value != defaults[name].default:
             raise UserError(f"{name}= needs {way}")
+
+
+def require_limits(**options: float | None) -> None:
+    """Check that options of `prune` are finite and inside `LIMITS`.
+
+    Raises:
+        UserError: names each that is not.
+    """
+    errors = []
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            errors.append(f"{name}={value} must be a finite number")
+        else:
+            errors += bound_errors(name, value, LIMITS[name])
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def prune_blocks(
@@ -422,7 +456,7 @@ def prune_weights(
 
         sparsities = candidates[0] if len(candidates) == 1 else min(candidates, key=loss_with)
     else:
-        sparsities = check_sparsities([sparsity] * model.depth, sparsity, "allocation=uniform")
+        sparsities = check_sparsities([sparsity] * model.depth, sparsity)
     how = f"{method}, {allocation}" + (", sequential" if sequential else "")
     return Pruning(sparse(sparsities, progress), how, [], sparsities, "share of weights removed")
 

@@ -72,6 +72,7 @@ def layer_sparsity(
     Raises:
         UserError: a sparsity is outside [0, 1].
     """
+    check_sparsities([], sparsity)
     batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)
     alphas = layer_alphas(model)
@@ -183,7 +184,8 @@ def owl_sparsities(ratios: Sequence[float], sparsity: float, owl_lambda: float =
     """
     scaled = [2 * owl_lambda * x for x in scale_to_unit_range(ratios)]
     mean = fmean(scaled)
-    return check_sparsities([sparsity - (x - mean) for x in scaled], sparsity, f"owl_lambda={owl_lambda}")
+    limits = max(scaled) - mean, 1 - (mean - min(scaled))
+    return check_sparsities([sparsity - (x - mean) for x in scaled], sparsity, f"owl_lambda={owl_lambda}", limits)
 
 
 def pl_alpha_hill(weight: Tensor) -> float:
@@ -232,7 +234,9 @@ def alpha_sparsities(alphas: Sequence[float], sparsity: float, epsilon: float = 
     """
     mapped = [1 - epsilon + 2 * epsilon * x for x in scale_to_unit_range(alphas)]
     mean = fmean(mapped)
-    return check_sparsities([sparsity * x / mean if mean else math.nan for x in mapped], sparsity, f"epsilon={epsilon}")
+    limits = (0.0, mean / max(mapped)) if min(mapped) >= 0 and mean else (1.0, 0.0)
+    sparsities = [sparsity * x / mean if mean else math.nan for x in mapped]
+    return check_sparsities(sparsities, sparsity, f"epsilon={epsilon}", limits)
 
 
 def arithmetic_sparsities(depth: int, sparsity: float, difference: float) -> list[float]:
@@ -248,7 +252,8 @@ def arithmetic_sparsities(depth: int, sparsity: float, difference: float) -> lis
     """
     # Rounded, so that at the largest difference none is 1 + 2e-16.
     sparsities = [round(sparsity + difference * (layer - (depth - 1) / 2), 12) for layer in range(depth)]
-    return check_sparsities(sparsities, sparsity, f"difference={difference}")
+    largest = abs(difference) * (depth - 1) / 2
+    return check_sparsities(sparsities, sparsity, f"difference={difference}", (largest, 1 - largest))
 
 
 def largest_difference(depth: int, sparsity: float) -> float:
@@ -262,13 +267,30 @@ def scale_to_unit_range(values: Sequence[float]) -> list[float]:
     return [(x - low) / (high - low) if high > low else 0.5 for x in values]
 
 
-def check_sparsities(sparsities: list[float], sparsity: float, option: str) -> list[float]:
-    """Return `sparsities`, or raise a `UserError` that names the first outside [0, 1]."""
+def check_sparsities(
+    sparsities: list[float], sparsity: float, option: str = "", limits: tuple[float, float] = (0, 1)
+) -> list[float]:
+    """Return `sparsities` if all are in [0, 1].
+
+    Args:
+        sparsities: of the blocks.
+        sparsity: their mean.
+        option: what makes them differ.
+        limits: least and largest mean with which all are in [0, 1]; the least is larger if there is none.
+
+    Raises:
+        UserError: one is not; names the mean with its range, or `option` if no mean fits.
+    """
     if not 0 <= sparsity <= 1:
         raise UserError(f"sparsity={sparsity} is not a share of weights: expected 0 to 1")
     for layer, value in enumerate(sparsities, start=1):
         if not 0 <= value <= 1:
-            raise UserError(f"{option} with sparsity={sparsity} sets layer {layer} to {value:.3f}, outside 0 to 1")
+            sets = f"layer {layer} would lose {value:.3f} of its weights"
+            least = math.ceil(round(limits[0] * 1000, 6)) / 1000
+            most = math.floor(round(limits[1] * 1000, 6)) / 1000
+            if least <= most:
+                raise UserError(f"sparsity={sparsity} with {option}: expected {least} to {most}: {sets}")
+            raise UserError(f"{option} is too large for any sparsity=: lower it: with sparsity={sparsity} {sets}")
     return sparsities
 
 
