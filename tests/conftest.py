@@ -1,6 +1,9 @@
 """The environment and the shared fixtures of all tests. Libraries read these variables when they are imported."""
 
+import builtins
 import contextlib
+import errno
+import io
 import os
 import random
 import time
@@ -93,6 +96,24 @@ def train(toy, tmp_path):
         return train_run(compose([*toy, f"output={tmp_path}", *overrides]))
 
     return run
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """`forbid(path)`: opening a file fails as for a user without permission; root may read any file."""
+
+    def patch(path):
+        for module in (builtins, io, os):
+            original = module.open
+
+            def guarded(file, *arguments, original=original, **options):
+                if isinstance(file, str | Path) and Path(file).absolute() == Path(path).absolute():
+                    raise PermissionError(errno.EACCES, "Permission denied", str(file))
+                return original(file, *arguments, **options)
+
+            monkeypatch.setattr(module, "open", guarded)
+
+    return patch
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from cod_lightning.cli import main
+from cod_lightning.commands.export import check_max_length
 from cod_lightning.commands.fit import train_run
 from cod_lightning.commands.measure import open_subject
 from cod_lightning.config.compose import compose
@@ -149,6 +150,23 @@ def flip(content):
 
 def half(content):
     return content[: len(content) // 2]
+
+
+def to_folder(run):
+    """Put a folder in the place of the last checkpoint."""
+    (run / LAST).unlink()
+    (run / LAST).mkdir()
+
+
+def lone(run):
+    """Truncate the last checkpoint, and remove the one before it."""
+    overwrite(LAST, half)(run)
+    (run / "checkpoints/step-00000004.ckpt").unlink()
+
+
+def with_runs(run, prepared):
+    """A copy of the finished run in a folder of runs."""
+    shutil.copytree(run, "runs/a")
 
 
 def reshape(content):
@@ -337,17 +355,17 @@ SETS = [
 
 # --- checkpoints, and the rest of a run folder ----------------------------------------------------------------------
 
-DAMAGED = ["not a readable checkpoint", "remove it to resume from an earlier one"]
+DAMAGED = ["damaged, not a readable checkpoint", "; remove it to use step-00000004.ckpt, or copy it again, or pass res"]
 LAST = "checkpoints/step-00000006.ckpt"
 RUNS = [
     *((nothing, [*words], ["nowhere: not a run folder", "config.yaml"]) for words in (
         ["evaluate", "nowhere"], ["generate", "nowhere", "text"], ["export", "nowhere"],
         ["evaluate", "nowhere", "tasks=piqa,boolq"],
     )),
-    *((files(config_json="{}"), words, [f"{words[-1]}: a model, not a run", "import . --output RUN"]) for words in (
+    *((files(config_json="{}"), words, [f"{words[-1]}: a pretrained model", "import . --output RUN"]) for words in (
         ["evaluate", "."], ["export", "."], ["toy", "init_from=."],
     )),
-    (files(m_gguf="GGUF"), ["toy", "init_from=m.gguf"], ["init_from=m.gguf: a model", "import m.gguf --output RUN"]),
+    (files(m_gguf="GGUF"), ["toy", "init_from=m.gguf"], ["init_from=m.gguf: a pretrained", "import m.gguf --output"]),
     *((with_run(overwrite(LAST, content)), words, [f"run/{LAST}", *DAMAGED]) for content, words in (
         ("", LOADED),
         ("text", ["generate", "run", "the norm"]),
@@ -356,6 +374,12 @@ RUNS = [
         (pickle.dumps(Malicious()), LOADED),
         (b"\x00" * 5000, ["measure", "variance", "run"]),
     )),
+    (with_run(to_folder), LOADED, [f"run/{LAST}", "a folder without rest.pt", *DAMAGED]),
+    (with_run(lone), LOADED, [f"run/{LAST}: damaged", "); copy it again, or pass resume=false"]),
+    (with_run(overwrite("checkpoints/best.ckpt", half)), [*LOADED, "--checkpoint", "best"],
+     ["best.ckpt: damaged", "; use step-00000006.ckpt, or copy it"]),
+    (with_run(lambda folder: shutil.rmtree(folder / "tokenizer")), ["generate", "run", "x"],
+     ["run: no folder tokenizer/"]),
     (with_run(resave(lambda content: [])), LOADED, [*DAMAGED, "it holds no decoder"]),
     (with_run(resave(lambda content: {"state_dict": {"a": 1}, "tokens": 0})), LOADED, ["it holds no decoder"]),
     (with_run(resave(lambda content: {"state_dict": {"a": Malicious()}, "tokens": 0})), LOADED, DAMAGED),
@@ -376,7 +400,16 @@ RUNS = [
     (unfinished(lambda path: None), [*RESUMED, "seed=2"], ["out/run holds a run of another configuration (seed=1"]),
     (with_run(overwrite("record.json", "[]")), ["toy", "output=.", "name=run"], ["run/record.json: not a readable"]),
     (with_run(edit("record.json", history__val__step=[])), ["toy", "output=.", "name=run"], ["step is missing"]),
-    (with_run(overwrite("config.yaml", "a: [b")), LOADED, ["run/config.yaml: not a saved configuration"]),
+    *((with_run(overwrite("config.yaml", content)), LOADED, [f"run/config.yaml: {problem}", "; restore it, or remove"])
+      for content, problem in (
+        ("", "not a saved configuration: it is empty"),
+        ("\n", "not a saved configuration: it is empty"),
+        ("a: [b", "not a saved configuration: while parsing a flow sequence"),
+        ("- a", "not a saved configuration: not a mapping of sections"),
+        ("5", "not a saved configuration: not a mapping of sections"),
+        ("text", "not a saved configuration: "),
+        (half, "not a saved configuration: "),
+    )),
     (with_run(overwrite("config.yaml", b"\xff\x00")), LOADED, ["run/config.yaml: not a saved configuration"]),
     (with_run(overwrite("config.yaml", "output: ${oc.env:HOME}")), LOADED, ["config.yaml", "interpolation"]),
     (with_run(overwrite("config.yaml", "name: !!python/object/apply:os.mkdir [executed]")), LOADED, ["config.yaml"]),
@@ -391,6 +424,7 @@ RUNS = [
     (with_run(overwrite("tokenizer/special_tokens_map.json", '{"eos_token": 5}')), ["generate", "run", "x"],
      ["eos_token=5 must be a token"]),
     (with_run(), ["toy", "norm=pro_res", "init_from=run"], ["init_from does not support norm=pro_res, whose branch_"]),
+    (with_runs, ["toy", "init_from=runs"], ["init_from=runs: not a run folder", "name one, such as runs/a"]),
     (with_run(), ["toy", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
     (with_run(overwrite(LAST, half)), ["toy", "init_from=run"], DAMAGED),
     (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["decoder: add norm=lns norm.position=after_ln, or"]),
@@ -417,6 +451,9 @@ COMMANDS = [
     (nothing, ["nonsense"], ["'nonsense' is not a command"]),
     (nothing, [], ["the following arguments are required: command"]),
     (with_run(), ["generate", "run", ""], ["prompt='' is empty"]),
+    *((with_run(), ["generate", "run", prompt], [f"prompt is not UTF-8: {place}: convert it"]) for prompt, place in (
+        ("caf\udce9", "byte 0xe9 in place 4"), ("\udcff\udcfe", "byte 0xff in place 1"),
+    )),
     (with_run(), ["generate", "run", "x", "--temperature", "nan"], ["--temperature=nan must lie between 0"]),
     (with_run(), ["generate", "run", "x", "--max-tokens", "0"], ["--max-tokens=0 must lie between 1"]),
     (with_run(), ["generate", "run", "x", "--top-k", "-1"], ["--top-k=-1 must lie between 1"]),
@@ -428,10 +465,25 @@ COMMANDS = [
     (with_run(), ["evaluate", "run", "protocol=papre"], ["protocol='papre'", "did you mean 'paper'"]),
     (with_run(), ["evaluate", "run", "data.folder=nowhere"], ["nowhere is not a prepared set"]),
     (with_run(), ["export", "run", "--max-length", "0"], ["--max-length=0 must be at least 1"]),
+    (with_run(), ["export", "run", "--max-length", "16777217"], ["--max-length=16777217 must be at most 16777216"]),
+    (with_run(overwrite("config.yaml", lambda text: text.replace(b"embeddings: null", b"embeddings: 64"))),
+     ["export", "run", "--max-length", "65"], ["--max-length=65 is longer than the context of the imported model"]),
+    (with_run(), ["export", "run", "--output", "caf\udce9"], ["the name is not UTF-8: choose another output"]),
     (with_run(), ["export", "run", "--output", "run"], ["run exists and is not an empty folder"]),
     (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
     (nothing, ["import", "nowhere", "--output", "x"], ["nowhere is not a folder here", "Give a folder"]),
     (nothing, ["import", "../nowhere", "--output", "x"], ["../nowhere does not exist: name the folder"]),
+    (with_run(), ["import", "run", "--output", "x"], ["run: a run folder, not a pretrained model", "evaluate run`"]),
+    *((with_runs, words, ["runs: neither a run nor a model", "it holds runs: name one, such as runs/a"])
+      for words in (["import", "runs", "--output", "x"], ["convert", "runs", "norm=lns", "--output", "x"],
+                    ["measure", "variance", "runs"], ["measure", "report", "runs"], ["verify", "runs"])),
+    *((with_runs, words, ["runs: not a run folder: it has no config.yaml", "name one, such as runs/a"])
+      for words in (["evaluate", "runs"], ["generate", "runs", "x"], ["export", "runs"])),
+    *((nothing, words, ["'' names no model: name the folder"])
+      for words in (["import", "", "--output", "x"], ["convert", "", "norm=lns", "--output", "x"],
+                    ["grow", "", "blocks=3", "--output", "x"], ["measure", "variance", ""], ["verify", ""])),
+    *((nothing, words, ["argument run: '' is empty: name a run folder"])
+      for words in (["evaluate", ""], ["generate", "", "x"], ["export", ""], ["consolidate", ""])),
     (files(x="file"), ["import", ".", "--output", "x"], ["x exists and is not an empty folder"]),
     (nothing, ["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),
     (nothing, ["measure", "variance", "nowhere"], ["nowhere is not a folder here", "Give a run folder"]),
@@ -453,7 +505,11 @@ COMMANDS = [
     (with_run(), ["measure", "angular", "run", "tokens=0", "rows=2"], ["tokens=0"]),
     (with_run(), ["measure", "variance", "run", "only=", "rows=2"], ["only=''", "is not a measure of variance"]),
     (with_run(), ["measure", "prune", "run", "layers=99", "output=x", "rows=2"], ["layers", "99"]),
-    (with_run(), ["measure", "prune", "run", "sparsity=2", "output=x", "rows=2"], ["sparsity=2"]),
+    (with_run(), ["measure", "prune", "run", "sparsity=2", "output=x", "rows=2"], ["sparsity=2.0 must be at most 1"]),
+    *((nothing, ["measure", "prune", "nowhere", word, "--output", "x"], [f"{word}: expected a"]) for word in (
+        "sparsity=nan", "sparsity=inf", "sparsity=half", "replace_lr=nan", "replace_steps=1.5", "blocks=two",
+        "threshold=-inf", "owl_lambda=", "epsilon=nan", "difference=x",
+    )),
     (nothing, ["predict", "norm=mixln"], ["norm='mixln' does not exist: did you mean 'mix_ln'"]),
     (nothing, ["predict", "experiments=table5_vit_s"], ["predict does not support task=vision"]),
     (module("def f(layer, depth):\n    return 1 / (layer - 1)"), ["predict", MINE], ["raised ZeroDivisionError"]),
@@ -678,7 +734,13 @@ def test_code_in_a_model_folder_is_not_executed(command, weights, toy, tmp_path,
     else:
         Path("model/mine.py").write_text("import pathlib\npathlib.Path('executed').touch()\n")
         edit("config.json", model_type="mine", auto_map={"AutoConfig": "mine.C"})(Path("model"))
-    assert "model: not a c" in error_of(command, capsys, monkeypatch, toy)
+    Path("model/tokenizer.json").touch()
+    errors = {
+        "pickle": "pytorch_model.bin: damaged",
+        "zip": "pytorch_model.bin: holds more than tensors",
+        "code": "config.json: not a c",
+    }
+    assert f"model/{errors[weights]}" in error_of(command, capsys, monkeypatch, toy)
 
 
 PRUNE = ["measure", "prune", "model", "layers=1", "--output", "x"]
@@ -692,7 +754,38 @@ def test_commands_refuse_weights_of_another_name(command, toy, tmp_path, monkeyp
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=300, **shape))
     model.config.save_pretrained("model")
     torch.save({f"_orig_mod.{name}": x for name, x in model.state_dict().items()}, "model/pytorch_model.bin")
+    Path("model/tokenizer.json").touch()
     assert "model: the checkpoint lacks lm_head.weight and 20 other" in error_of(command, capsys, monkeypatch, toy)
+
+
+@pytest.mark.parametrize("command", [["import", "model", "--output", "x"], ["measure", "variance", "model"], PRUNE])
+def test_a_model_without_a_tokenizer_is_one_line_that_says_how_to_give_it(command, toy, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    assert error_of(command, capsys, monkeypatch, toy) == (
+        "error: model: the model has no tokenizer: copy its tokenizer.json, or tokenizer.model, and "
+        "tokenizer_config.json into the folder"
+    )
+
+
+@pytest.mark.parametrize("file", [LAST, "config.yaml", "tokenizer/tokenizer.json"])
+def test_a_file_of_a_run_that_may_not_be_read_is_named(file, finished, forbid, toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with_run()(*finished)
+    forbid(Path("run") / file)
+    assert main(["generate", "run", "x"]) == 2
+    error = f"error: run/{file}: permission denied: change its permissions (chmod) or ask its owner\n"
+    assert capsys.readouterr().err.endswith(error)
+
+
+def test_a_longer_export_than_the_training_sequences_is_a_warning(capsys):
+    config = compose(["data.seq_len=32"])
+    check_max_length(32, config)
+    assert not capsys.readouterr().err
+    check_max_length(33, config)
+    assert capsys.readouterr().err.startswith("warning: --max-length=33 is longer than data.seq_len=32")
 
 
 def test_out_of_memory_is_an_error_that_names_the_remedies(toy, tmp_path, capsys):

@@ -34,7 +34,7 @@ from cod_lightning.commands import (
     verify,
 )
 from cod_lightning.commands.options import refuse_repeated
-from cod_lightning.errors import TRY_AGAIN, Stopped, UserError, nearest
+from cod_lightning.errors import TRY_AGAIN, Stopped, UserError, nearest, no_permission
 from cod_lightning.signals import stopping
 from cod_lightning.train.ranks import is_first_on_node
 
@@ -137,8 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stopping():
             return command.run(**arguments)
     except (UserError, OSError) as error:
-        has_path = isinstance(error, OSError) and error.filename is not None
-        for line in (f"{error.filename}: {error.strerror}" if has_path else str(error)).splitlines():
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
+            message = str(no_permission(error)) if isinstance(error, PermissionError) else message
+        for line in message.splitlines():
             sys.stderr.write(f"error: {line}\n")  # one write, because ranks share stderr
         return 2
     except Stopped as reason:

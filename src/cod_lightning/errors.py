@@ -44,6 +44,17 @@ def short_repr(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 
+def one_line(error: BaseException) -> str:
+    """The whole message of an exception in one line, or its type if the message is empty; a KeyError has only a key."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"KeyError: {text}" if isinstance(error, KeyError) else text
+
+
+def no_permission(error: PermissionError, path: object = None) -> UserError:
+    """The error for the file that `error` names, or for `path` if it names none."""
+    return UserError(f"{error.filename or path}: permission denied: change its permissions (chmod) or ask its owner")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest of `known` if one is similar, then all of `known`."""
     known = sorted(known)

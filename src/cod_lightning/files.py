@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, no_permission
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -84,8 +84,10 @@ def check_new_folder(folder: Path, option: str = "") -> None:
     """Check that `folder` can be created and that this overwrites nothing.
 
     Raises:
-        UserError: `folder` exists and is not an empty folder, or its parent is not writable.
+        UserError: `folder` exists and is not an empty folder, its parent is not writable, or its name is not UTF-8.
     """
+    if not is_utf8(folder):
+        raise UserError(f"{option}{folder}: the name is not UTF-8: choose another output")
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{option}{folder} exists and is not an empty folder: choose another output")
     require_writable(folder, f"{option}{folder}", new=True)
@@ -100,6 +102,15 @@ def check_new_file(path: Path, option: str = "") -> None:
     if os.path.lexists(path):
         raise UserError(f"{option}{path} exists: choose a new file")
     require_writable(path, f"{option}{path}", new=True)
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the name of a path is UTF-8, as libraries in Rust require."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def check_writable(folder: Path, option: str = "") -> None:
@@ -232,6 +243,34 @@ def read_regular(path: Path) -> str:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ValueError("not a regular file")
         return file.read()
+
+
+@contextmanager
+def fetched(path: Path) -> Generator[None]:
+    """Read the downloaded file at `path` inside the `with`.
+
+    Libraries raise many kinds of errors for damaged bytes, with messages about their own code.
+
+    Raises:
+        UserError: any error but a UserError; names the file, and says to fetch it again or to change its permissions.
+    """
+    if not is_utf8(path):
+        raise UserError(f"{path}: the name is not UTF-8: rename the file or its folder")
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # libraries call a file without permission missing
+        yield
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise no_permission(error, path) from error
+    except Exception as error:
+        raise UserError(f"{path}: {damage(path)}") from error
+
+
+def damage(path: Path) -> str:
+    """The end of an error about a downloaded file that cannot be read."""
+    size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
+    return f"damaged or truncated ({size} on disk): fetch it again"
 
 
 def _umask() -> int:

@@ -26,25 +26,31 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from cod_lightning.errors import DAMAGED, UserError, first_line
+from cod_lightning.errors import DAMAGED, UserError, first_line, no_permission
 from cod_lightning.files import read_regular
 
 T = TypeVar("T")
 
 
-def read_json(path: Path, kind: type[T], remedy: str) -> T:
+def read_json(path: Path, kind: type[T], remedy: str, *, ignore_unknown: bool = False) -> T:
     """Read the JSON file at `path` as a value of type `kind`; see `from_json`.
 
     Args:
         path: a UTF-8 file.
         kind: a dataclass, or another type that `from_json` supports.
         remedy: tells the user what to do with a bad file; the last part of the message.
+        ignore_unknown: leave out the fields that `kind` does not have.
 
     Raises:
         UserError: the file is missing, is not JSON, or has a missing, unknown or wrongly typed field.
     """
     try:
-        return from_json(kind, json.loads(read_regular(path)))
+        return from_json(kind, json.loads(read_regular(path)), ignore_unknown=ignore_unknown)
+    except PermissionError as error:
+        raise no_permission(error, path) from error
+    except json.JSONDecodeError as error:
+        problem = f"not JSON at line {error.lineno} column {error.colno}" if error.doc.strip() else "empty"
+        raise UserError(f"{path}: {problem}; {remedy}") from error
     except DAMAGED as error:
         raise UserError(f"{path}: {first_line(error)}; {remedy}") from error
 

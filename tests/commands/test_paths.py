@@ -152,7 +152,7 @@ def test_a_name_on_the_hub_is_not_a_missing_path(name):
 
 @pytest.mark.parametrize("words", [["variance", "runs/nope"], ["compare", "runs", "runs/nope"]])
 def test_measure_checks_the_folders_before_it_loads_a_model(words, capsys):
-    write("runs/x")
+    write("runs/config.json", "{}")
     assert main(["measure", *words]) == 2
     assert capsys.readouterr().err.startswith("error: runs/nope does not exist")
 

@@ -1,5 +1,7 @@
 """`verify` on the command line."""
 
+from pathlib import Path
+
 import pytest
 
 from cod_lightning.cli import main
@@ -23,6 +25,13 @@ def test_a_run_is_checked_against_its_own_strategy(train, capsys):
     _, folder = train("norm=lns", "norm.position=only_ffn")
     assert main(["verify", str(folder)]) == 0
     assert "branch_scale" in capsys.readouterr().out
+
+
+def test_no_tokenizer_is_needed(llama, capsys):
+    for path in Path(llama).glob("*token*"):
+        path.unlink()
+    assert main(["verify", llama, "norm=pre_ln"]) == 0
+    assert "gain" in capsys.readouterr().out
 
 
 def test_a_model_without_the_strategy_fails_and_its_first_block_is_named(llama, capsys):

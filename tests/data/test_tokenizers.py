@@ -114,6 +114,17 @@ def test_an_unreachable_hub_fails_immediately(monkeypatch):
         load_tokenizer("google-t5/t5-base")
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_folder_without_a_vocabulary_is_one_line(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError) as error:
+        load_tokenizer(str(tmp_path))
+    assert str(error.value) == (
+        f"data.tokenizer={str(tmp_path)!r}: no tokenizer: copy its tokenizer.json, or tokenizer.model, and "
+        "tokenizer_config.json into the folder"
+    )
+
+
 def test_damaged_files_are_named(word_level, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):

@@ -1,6 +1,7 @@
-"""Checkpoints from outside: loaded with all of their weights, or refused by name."""
+"""Pretrained models: loaded with all of their weights, or refused by name."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -260,14 +261,9 @@ def damage(folder, kind):
         (folder / "adapter_config.json").write_text("{}")
     elif kind == "quantized":
         edit_json(folder, "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    elif kind == "index":
-        weights.unlink()
-        (folder / "model.safetensors.index.json").write_text("[]")
     elif kind == "large":
         edit_json(folder, "config.json", vocab_size=10**12)
         weights.unlink()
-    elif kind == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize(
@@ -279,15 +275,85 @@ def damage(folder, kind):
         ("training checkpoint", r"pytorch_model\.bin: not a state dict"),
         ("adapter", r"adapter_config\.json makes it an adapter"),
         ("quantized", "quantization_config is not supported"),
-        ("index", "not a checkpoint of a causal language model"),
         ("large", r"out of memory: [\d,]+ parameters in float32 take 128,000\.0 GB, and [\d,.]+ GB are free: use a "),
-        ("truncated", "not a checkpoint of a causal language model"),
     ],
 )
 def test_damaged_and_other_files_are_refused_by_name(folder, kind, message):
     damage(folder, kind)
     with pytest.raises(UserError, match=message):
         load_checkpoint(folder)
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "page": lambda content: b"<html>Not found</html>",
+}
+PARTS = {
+    "config.json": lambda folder: None,
+    "model.safetensors": lambda folder: None,
+    "b.safetensors": shard,
+    "model.safetensors.index.json": shard,
+    "pytorch_model.bin": to_bin,
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGES)
+@pytest.mark.parametrize("part", [*PARTS, "tiny.gguf"])
+def test_a_damaged_file_is_named_with_its_size(folder, llama, part, damaged):
+    path = folder / part
+    if part in PARTS:
+        PARTS[part](folder)
+    else:
+        write_gguf(path, llama)
+    path.write_bytes(DAMAGES[damaged](path.read_bytes()))
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path if part == "tiny.gguf" else folder)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ")
+    assert message.endswith(f"damaged or truncated ({path.stat().st_size:,} bytes on disk): fetch it again")
+    assert not re.search(r"\n|numpy|struct|buffer|reshape|Error", message)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_without_a_list_of_shards_is_named(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: .*; damaged .*: fetch it again$"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_may_not_be_read_is_named(folder, part, forbid):
+    PARTS[part](folder)
+    forbid(folder / part)
+    with pytest.raises(UserError, match=rf"/model/{part}: permission denied: change its permissions \(chmod\) or"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a positive integer: correct it, or fetch"),
+        ({"num_attention_heads": -2, "vocab_size": 1.5}, "vocab_size=1.5, num_attention_heads=-2 must be a positive"),
+        ({"hidden_size": -16}, "hidden_size=-16 must be"),
+        ({"hidden_size": "16"}, "hidden_size='16' must be"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be"),
+        ({"head_dim": 0}, "head_dim=0 must be"),
+        ({"num_attention_heads": 3}, "not a checkpoint of a causal language model: .*3"),
+        ({"rms_norm_eps": "x"}, "not a checkpoint of a causal language model: .*rms_norm_eps.*float.*'x'"),
+        ({"model_type": "lama"}, "not a checkpoint of a causal language model: .*lama"),
+        ({"model_type": None}, "not a checkpoint of a causal language model: .*model_type"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_checkpoint, import_hf])
+def test_a_configuration_with_impossible_values_is_named(folder, settings, message, load):
+    content = json.loads((folder / "config.json").read_text()) | settings
+    content = {name: value for name, value in content.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"^{folder}/config.json: {message}") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_that_exceeds_the_limit_of_a_container_is_refused(saved, tmp_path, monkeypatch):

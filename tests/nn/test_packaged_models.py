@@ -9,7 +9,7 @@ import cod_lightning as cod
 from cod_lightning.cli import main
 from cod_lightning.errors import UserError
 from cod_lightning.nn import packaged_models
-from cod_lightning.nn.pretrained import find_source
+from cod_lightning.nn.model_files import find_source
 
 pytest.importorskip("transformers")
 
@@ -100,7 +100,7 @@ def test_minilm_is_read_from_its_package():
 def test_a_word_is_no_run_folder(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "glassllm"]) == 2
-    assert "glassllm: a model, not a run folder: make one of it with" in capsys.readouterr().err
+    assert "glassllm: a pretrained model, not a run folder: make one of it with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

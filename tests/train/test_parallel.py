@@ -338,7 +338,7 @@ def test_a_damaged_sharded_checkpoint_is_an_error_and_executes_nothing(sharded_c
         shard.write_bytes(shard.read_bytes()[:20])
     else:
         metadata.unlink()
-    with pytest.raises(UserError, match=r"step-00000001\.ckpt: not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"step-00000001\.ckpt: damaged, not a readable checkpoint"):
         read_checkpoint(sharded_checkpoint)
     assert not (tmp_path / "executed").exists()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.import_ import read_foreign
+from cod_lightning.commands.import_ import read_pretrained
 from cod_lightning.commands.options import add_model, compose_norm, is_run, require_path
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, overrides: 
 def read_trained(
     model: str, checkpoint: str, trust_code: bool, output: Path
 ) -> tuple[Config, Decoder, DocumentTokenizer]:
-    """A run, or a model that `import` reads, for a run that will be in the new folder `output`.
+    """A run, or a pretrained model that `import` reads, for a run that will be in the new folder `output`.
 
     Raises:
         UserError: there is no such model, or `output` is not a new folder.
@@ -57,10 +57,12 @@ def read_trained(
     import_torchmetrics()
     from cod_lightning.config.saved import load
     from cod_lightning.files import check_new_folder
-    from cod_lightning.train.load import load_run
+    from cod_lightning.train.load import checkpoint_of, load_decoder
 
     require_path(model)
     check_new_folder(output, "--output=")
     if is_run(model):
-        return load(Path(model), trust_code=trust_code), *load_run(model, checkpoint, trust_code)
-    return read_foreign(model, output)
+        folder = Path(model)
+        config = load(folder, trust_code=trust_code)
+        return config, *load_decoder(config, folder, checkpoint_of(folder, checkpoint))
+    return read_pretrained(model, output)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cod_lightning.commands.options import add_run, add_trust_code, require_at_least
+from cod_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
 
 HELP = "Write a run as a model that stock transformers loads."
 
@@ -27,7 +33,7 @@ def run(
     from cod_lightning.config.saved import load
 
     config = load(run, trust_code=trust_code)
-    require_at_least("max-length", max_length, 1)
+    check_max_length(max_length, config)
     from cod_lightning._torchmetrics import import_torchmetrics
 
     import_torchmetrics()
@@ -43,3 +49,31 @@ def run(
     export(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.max_length)
     print(folder)
     return 0
+
+
+def check_max_length(length: int | None, config: Config) -> None:
+    """Check the longest sequence that the exported model will announce; warn about one longer than in training.
+
+    Rotary embeddings compute any position, so a trained run may announce more than it was trained on.
+
+    Raises:
+        UserError: the length is not positive, longer than the context of an imported model, or than any sequence.
+    """
+    from cod_lightning.data.config import LONGEST_SEQUENCE
+
+    require_at_least("max-length", length, 1)
+    context = config.model.max_position_embeddings
+    if length is None:
+        return
+    if context is not None and length > context:
+        raise UserError(
+            f"--max-length={length} is longer than the context of the imported model, "
+            f"model.max_position_embeddings={context}: shorten it"
+        )
+    if length > LONGEST_SEQUENCE:
+        raise UserError(f"--max-length={length} must be at most {LONGEST_SEQUENCE}, the longest data.seq_len")
+    if context is None and length > config.data.seq_len:
+        sys.stderr.write(
+            f"warning: --max-length={length} is longer than data.seq_len={config.data.seq_len}, on which the run was "
+            "trained: later positions may be worse\n"
+        )

@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.options import add_run, add_trust_code
+from cod_lightning.commands.options import add_run, add_trust_code, require_text
 from cod_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run(
 ) -> int:
     from cod_lightning.config.saved import load
 
+    require_text("prompt", prompt)
     config = load(run, trust_code=trust_code)
     for name, value, least, most in (
         ("max-tokens", max_tokens, 1, math.inf),

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.options import require_model
+from cod_lightning.commands.options import is_run, require_model
 from cod_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ def run(model: str, output: Path) -> int:
     from cod_lightning.train.load import write_run
 
     check_new_folder(output, "--output=")
-    write_run(*read_foreign(model, output), output)
+    write_run(*read_pretrained(model, output), output)
     print(output)
     return 0
 
 
-def read_foreign(model: str, output: Path) -> tuple[Config, Decoder, DocumentTokenizer]:
-    """A model of transformers as a run that will be in the folder `output`.
+def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, DocumentTokenizer]:
+    """A pretrained model as a run that will be in the folder `output`.
 
     Raises:
         UserError: there is no such model, or the decoder cannot have its weights, shape or tokenizer.
@@ -47,12 +47,19 @@ def read_foreign(model: str, output: Path) -> tuple[Config, Decoder, DocumentTok
     from cod_lightning.data.config import DataConfig
 
     require_model(model, "Give a folder with config.json, weights and tokenizer, or a .gguf file.")
+    if is_run(model):
+        raise UserError(
+            f"{model}: a run folder, not a pretrained model: use it without import, as in `python -m cod_lightning "
+            f"evaluate {model}`, or change it with convert or grow"
+        )
     from cod_lightning.data.tokenizers import load_tokenizer, with_pad_below
     from cod_lightning.nn.huggingface import import_hf
+    from cod_lightning.nn.model_files import find_source, require_tokenizer
     from cod_lightning.nn.packaged_models import packaged_path
 
+    require_tokenizer(find_source(model))
     decoder = import_hf(model)
-    tokenizer = load_tokenizer(packaged_path(model))
+    tokenizer = load_tokenizer(packaged_path(model), model)
     if tokenizer.eos_id >= decoder.lm_head.out_features:
         raise UserError(
             f"{model}: the end-of-sequence token {tokenizer.eos_id} has no embedding: the model has "
@@ -68,7 +75,7 @@ def read_foreign(model: str, output: Path) -> tuple[Config, Decoder, DocumentTok
             tokenizer=str(output.absolute() / TOKENIZER),
             # Unused, but `evaluate data=...` checks it before it sets this tokenizer.
             vocab_size=decoder.lm_head.out_features,
-            # The usual length for perplexities of pre-trained models; evaluate can change it.
+            # The usual length for perplexities of pretrained models; evaluate can change it.
             seq_len=min(1024, decoder.config.max_position_embeddings or 1024),
             micro_batch_size=1,
         ),

@@ -24,6 +24,7 @@ from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures_of, options_for
 from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
+from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 from cod_lightning.train.devices import accelerator
 from cod_lightning.train.load import load_decoder, load_vit
@@ -112,6 +113,7 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
         UserError: the model or the text cannot be read.
     """
     device = accelerator(config.trainer)
+    require_tokenizer(find_source(name))
     checkpoint = load_checkpoint(name, check=lambda found: require_length(found, name, config.data.seq_len))
     tokenizer = checkpoint.tokenizer()
     if checkpoint.source.gguf is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,19 @@ def add_overrides(parser: ArgumentParser) -> None:
 
 def add_run(parser: ArgumentParser) -> None:
     """Add a run folder and `--checkpoint`."""
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=run_folder, help="run folder")
     add_checkpoint(parser)
 
 
+def run_folder(word: str) -> Path:
+    """The folder that a word names; an empty word, such as an unset variable, would be the current folder."""
+    if not word:
+        raise ArgumentTypeError("'' is empty: name a run folder")
+    return Path(word)
+
+
 def add_model(parser: ArgumentParser) -> None:
-    """Add a run or a model from elsewhere, `--checkpoint` and `--trust-code`."""
+    """Add a run or a pretrained model, `--checkpoint` and `--trust-code`."""
     parser.add_argument("model", help="run folder, model folder, .gguf file, glassllm, smollm2 or hub name")
     add_checkpoint(parser)
     add_trust_code(parser)
@@ -143,6 +150,22 @@ def require_at_least(option: str, value: int | None, bound: int) -> None:
         raise UserError(f"--{option}={value} must be at least {bound}")
 
 
+def require_text(option: str, text: str) -> None:
+    """Check that the text of an option is valid UTF-8; Python keeps other bytes of a command line as surrogates.
+
+    Raises:
+        UserError: it is not; names the first other byte.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise UserError(
+            f"{option} is not UTF-8: byte {byte:#x} in place {error.start + 1}: convert it, as with "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+
+
 def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, command: str) -> Config:
     """Load the configuration of a run folder; text that `overrides` select is read with the run's tokenizer.
 
@@ -214,14 +237,22 @@ def is_run(model: str | Path) -> bool:
 
 
 def require_path(model: str) -> None:
-    """Check that a model is a folder, unless it looks like NAME or OWNER/NAME on the Hugging Face hub.
+    """Check that a model is a folder with one, unless it looks like NAME or OWNER/NAME on the Hugging Face hub.
 
     Raises:
-        UserError: it is a file, or a path to nothing.
+        UserError: it is empty, a file, a path to nothing, or a folder without a model.
     """
+    if not model.strip():
+        raise UserError(f"{model!r} names no model: name the folder of a run or of a model, or a .gguf file")
     path = Path(model)
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{model} is a file: name the folder of a run or of a model, or a .gguf file")
     in_folder = len(path.parts) == 2 and path.parent.is_dir()  # runs/nope, but not OWNER/NAME
     if not path.exists() and (in_folder or len(path.parts) > 2 or model.startswith(("/", ".", "~"))):
         raise UserError(f"{model} does not exist: name the folder of a run or of a model")
+    if path.is_dir() and not is_run(path) and not (path / "config.json").exists() and not any(path.glob("*.gguf")):
+        from cod_lightning.config.saved import runs_inside
+
+        raise UserError(
+            f"{model}: neither a run nor a model: it has no config.yaml, config.json or .gguf file{runs_inside(path)}"
+        )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.commands.options import add_model, compose_norm, is_run, require_model
+from cod_lightning.commands.options import add_model, compose_norm, is_run, require_model, require_path
 
 HELP = (
     "Check by running it that every block of a model applies a norm strategy: unchanged, after bfloat16, after the "
@@ -41,19 +41,24 @@ def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str])
 
 def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
     """The decoder of a run folder, with its strategy where `verify` looks for it, or a model of `transformers`."""
-    from cod_lightning.config.saved import load
-    from cod_lightning.nn.apply import CONFIG_KEY
-
+    require_path(model)
     if is_run(model):
         from cod_lightning._torchmetrics import import_torchmetrics
 
         import_torchmetrics()
-        from cod_lightning.train.load import load_run
+        from cod_lightning.config.saved import load
+        from cod_lightning.nn.apply import CONFIG_KEY
+        from cod_lightning.train.load import checkpoint_of, load_decoder
 
-        network, _ = load_run(model, checkpoint, trust_code)
-        setattr(network, CONFIG_KEY, dict(load(Path(model), trust_code=trust_code).norm))
+        folder = Path(model)
+        config = load(folder, trust_code=trust_code)
+        network, _ = load_decoder(config, folder, checkpoint_of(folder, checkpoint))
+        setattr(network, CONFIG_KEY, dict(config.norm))
         return network
     require_model(model, "pass the folder of a run or of a model")
-    from cod_lightning.measure.adapter import load_pretrained
+    from cod_lightning.measure.adapter import ModelAdapter, check_layout
+    from cod_lightning.nn.pretrained import load_checkpoint
 
-    return load_pretrained(model)[0].model
+    network = load_checkpoint(model).model
+    check_layout(ModelAdapter(network, Path(model).name))
+    return network

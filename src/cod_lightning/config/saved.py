@@ -27,12 +27,13 @@ from cod_lightning.config.compose import (
 )
 from cod_lightning.config.schema import Config, flatten, identity, identity_fields
 from cod_lightning.config.validate import problems
-from cod_lightning.errors import DAMAGED, UserError
+from cod_lightning.errors import DAMAGED, UserError, no_permission, one_line
 from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.nn.packaged_models import is_packaged
 
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
+REMEDY = "restore it, or remove it and repeat the fit command of the run, which writes it"
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Deeply nested brackets take the loader in Python minutes."""
 
@@ -53,8 +54,12 @@ def named_if_damaged(path: Path) -> Generator[None]:
     """Turn the errors of a damaged configuration into a `UserError` that names its file."""
     try:
         yield
+    except PermissionError as error:
+        raise no_permission(error, path) from error
     except (*DAMAGED, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a saved configuration: {cause(error)}") from error
+        reason = one_line(error) if isinstance(error, yaml.YAMLError) else cause(error)
+        remedy = f"; {REMEDY}" if path.name == CONFIG else ""
+        raise UserError(f"{path}: not a saved configuration: {reason}{remedy}") from error
 
 
 def from_dict(values: Any, path: Path) -> Config:
@@ -88,26 +93,37 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        refuse_foreign_model(folder, str(folder))
-        raise UserError(f"{folder}: not a run folder: it has no {CONFIG}")
+        refuse_pretrained(folder, str(folder))
+        raise UserError(f"{folder}: not a run folder: it has no {CONFIG}{runs_inside(folder)}")
     with named_if_damaged(path):
         text = read_regular(path)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=FAST_LOADER)):
+        if not text.strip():
+            raise ValueError("it is empty")
+        events = [event for event in yaml.parse(text, Loader=FAST_LOADER) if isinstance(event, yaml.NodeEvent)]
+        if not events or not isinstance(events[0], yaml.MappingStartEvent):
+            raise ValueError("not a mapping of sections")
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
             raise ValueError("YAML aliases (*) are not supported: write the value")  # few of them expand to any size
         node = with_defaults(OmegaConf.to_container(OmegaConf.create(text), resolve=False))
         return node, as_config(node)
 
 
-def refuse_foreign_model(path: Path, name: str) -> None:
-    """Say how to make a run folder of a Hugging Face model.
+def runs_inside(folder: Path) -> str:
+    """The end of an error about a folder that holds runs but is none: names one of them; empty if it holds none."""
+    runs = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
+    return f"; it holds runs: name one, such as {runs[0]}" if runs else ""
+
+
+def refuse_pretrained(path: Path, name: str) -> None:
+    """Say how to make a run folder of a pretrained model.
 
     Raises:
         UserError: `path`, called `name` in the error, is one.
     """
     if path.suffix == ".gguf" or (path / "config.json").is_file() or is_packaged(name):
         raise UserError(
-            f"{name}: a model, not a run folder: make one of it with `python -m cod_lightning import {path} --output "
-            "RUN` and use RUN"
+            f"{name}: a pretrained model, not a run folder: make one of it with `python -m cod_lightning import "
+            f"{path} --output RUN` and use RUN"
         )
 
 
@@ -224,7 +240,9 @@ def check_init_from(config: Config) -> None:
     if config.init_from is None:
         return
     if not (Path(config.init_from) / CONFIG).is_file():
-        refuse_foreign_model(Path(config.init_from), f"init_from={config.init_from}")
+        refuse_pretrained(Path(config.init_from), f"init_from={config.init_from}")
+        if inside := runs_inside(Path(config.init_from)):
+            raise UserError(f"init_from={config.init_from}: not a run folder{inside}")
         return
 
     def decoder(run: Config) -> dict[str, Any]:

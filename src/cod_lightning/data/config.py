@@ -19,6 +19,7 @@ SMALLEST_BPE = 258
 TEXT_FIELD, UTF_8 = "text", "utf-8"
 MOST_PROCESSES = 1024
 """More than one machine can use; like the other upper bounds, it makes a mistyped number an error."""
+LONGEST_SEQUENCE = 2**24
 DRAWN_SHAPES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
 IMAGE_SOURCES = ("drawn", "folder")
 
@@ -56,7 +57,7 @@ class DataConfig:
     layout: str = setting("packed", choices=LAYOUTS)
     """`packed`: documents joined by EOS and split into sequences; `document`: one document per sequence, truncated or
     padded (paper). Instructions ignore it: they have one example per sequence."""
-    seq_len: int = setting(128, at_least=2, at_most=2**24)
+    seq_len: int = setting(128, at_least=2, at_most=LONGEST_SEQUENCE)
     """Tokens per sequence, of which `seq_len - 1` are targets."""
     val_tokens: int = 10_000_000
     """Largest number of validation tokens; the paper evaluates on 10M non-pad tokens."""

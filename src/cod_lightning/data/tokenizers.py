@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.manifest import TOKENIZER
 from cod_lightning.data.workers import interruptible
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, no_permission, one_line
+from cod_lightning.files import read_regular
 from cod_lightning.typed_json import read_json
 
 PAD, EOS = "<pad>", "<eos>"
@@ -117,22 +118,27 @@ def _split_long_words(document: str) -> str:
     return _LONG_RUN.sub(r"\g<0>\n", document)
 
 
-def load_tokenizer(name: str) -> DocumentTokenizer:
+def load_tokenizer(name: str, setting: str | None = None) -> DocumentTokenizer:
     """Load the tokenizer of a folder or of a repository on the hub.
 
     Its configuration names pad and EOS; otherwise well-known spellings are tried. A tokenizer without a pad (Llama,
     GPT-2) gets `<pad>` as an additional last token, so its vocabulary is one larger than published.
 
+    Args:
+        name: a folder, a .gguf file, or a name on the hub.
+        setting: what named it, for errors; None: data.tokenizer.
+
     Raises:
         UserError: no such folder, hub not reachable, no tokenizer in it, or no EOS token.
     """
+    setting = setting or f"data.tokenizer={name!r}"
     if Path(name).is_dir():
-        return _from_folder(Path(name), name)
+        return _from_folder(Path(name), setting)
     if name.endswith(".gguf"):
-        return _converted(Path(name), name)
+        return _converted(Path(name), setting)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"data.tokenizer={name!r}: no such folder")
-    return _from_folder(_download(name), name)
+        raise UserError(f"{setting}: no such folder")
+    return _from_folder(_download(name, setting), setting)
 
 
 def with_pad_below(tokenizer: DocumentTokenizer, vocab_size: int) -> DocumentTokenizer:
@@ -154,12 +160,11 @@ def with_pad_below(tokenizer: DocumentTokenizer, vocab_size: int) -> DocumentTok
     return replace(tokenizer, pad_id=max(special))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, setting: str) -> Path:
     """Return a local folder with the tokenizer files of a hub repository, without network if they are cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    setting = f"data.tokenizer={name!r}"
     try:
         cached = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), local_files_only=True))
         if any((cached / file).is_file() for file in (TOKENIZER, "spiece.model", "tokenizer.model")):
@@ -175,20 +180,22 @@ def _download(name: str) -> Path:
         raise UserError(f"{setting}: {error}") from error
 
 
-def _from_folder(folder: Path, name: str) -> DocumentTokenizer:
+def _from_folder(folder: Path, setting: str) -> DocumentTokenizer:
     if not (folder / TOKENIZER).is_file():
-        return _converted(folder, name)
+        return _converted(folder, setting)
     try:
-        backend = Tokenizer.from_file(str(folder / TOKENIZER))
+        backend = Tokenizer.from_str(read_regular(folder / TOKENIZER))
+    except PermissionError as error:
+        raise no_permission(error, folder / TOKENIZER) from error
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"data.tokenizer={name!r}: {folder / TOKENIZER} cannot be read: {error}") from error
+        raise UserError(f"{setting}: {folder / TOKENIZER} cannot be read: {one_line(error)}") from error
     backend.no_truncation()
     backend.no_padding()
     named = _named_specials(folder)
     eos = _first_known(backend, [named.get("eos_token"), *EOS_NAMES])
     if eos is None:
         raise UserError(
-            f"data.tokenizer={name!r} has no end-of-sequence token: name one as eos_token in "
+            f"{setting} has no end-of-sequence token: name one as eos_token in "
             f"{folder / 'tokenizer_config.json'} (tried {', '.join(EOS_NAMES)})"
         )
     pad = _first_known(backend, [token for token in (named.get("pad_token"), *PAD_NAMES) if token != eos])
@@ -220,22 +227,25 @@ def _first_known(backend: Tokenizer, tokens: Iterable[str | None]) -> str | None
     return next((token for token in tokens if token and backend.token_to_id(token) is not None), None)
 
 
-def _converted(folder: Path, name: str) -> DocumentTokenizer:
+def _converted(folder: Path, setting: str) -> DocumentTokenizer:
     """Convert another format (a SentencePiece model, vocab and merges, a .gguf file) with transformers."""
-    setting = f"data.tokenizer={name!r}"
     try:
         from transformers import AutoTokenizer
 
-        from cod_lightning.nn.pretrained import find_source
+        from cod_lightning.nn.model_files import COPY_TOKENIZER, find_source, has_tokenizer
     except ImportError as error:
         raise UserError(f"{setting} has no {TOKENIZER}; pip install 'cod_lightning[hf]' to convert it") from error
+    if folder.is_dir() and not has_tokenizer(folder):
+        raise UserError(f"{setting}: no tokenizer: {COPY_TOKENIZER}")
     with tempfile.TemporaryDirectory() as converted:
         try:
             source = find_source(str(folder))
             tokenizer: Any = AutoTokenizer.from_pretrained(source.name, **source.options)
             tokenizer.save_pretrained(converted)
+        except UserError:
+            raise
         except Exception as error:  # transformers raises many kinds
-            raise UserError(f"{setting} has no {TOKENIZER} and cannot be converted: {error}") from error
+            raise UserError(f"{setting} has no {TOKENIZER} and cannot be converted: {one_line(error)}") from error
         if not (Path(converted) / TOKENIZER).is_file():
             raise UserError(f"{setting} has no {TOKENIZER}, and transformers has no fast tokenizer for it")
-        return _from_folder(Path(converted), name)
+        return _from_folder(Path(converted), setting)

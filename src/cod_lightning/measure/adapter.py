@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, scale
 from cod_lightning.nn.layouts import BERT, COHERE, ENCODER, Layout, find_layout, sites, submodule
+from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
@@ -348,6 +349,7 @@ def load_pretrained(
     Raises:
         UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`.
     """
+    require_tokenizer(find_source(str(name)))
     checkpoint = load_checkpoint(name, dtype)
     tokenizer = checkpoint.tokenizer()
     model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)

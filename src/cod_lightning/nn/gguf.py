@@ -12,18 +12,35 @@ from typing import Any
 from torch import Tensor
 
 from cod_lightning.errors import UserError, first_of
+from cod_lightning.files import fetched
 
 
-def read_gguf(path: Path, empty: Any) -> dict[str, Tensor]:
+def open_gguf(path: Path) -> Any:
+    """A `gguf.GGUFReader` of a file, whose tensors are all there.
+
+    Raises:
+        UserError: the file is damaged, or the optional package `gguf` is not installed.
+    """
+    require_gguf(str(path))
+    from gguf import GGUFReader
+
+    with fetched(path):
+        return GGUFReader(path)
+
+
+def read_gguf(reader: Any, path: str, empty: Any) -> dict[str, Tensor]:
     """The dequantized tensors of a .gguf file in float32, by their names in the `empty` model of `transformers`.
+
+    Args:
+        reader: from `open_gguf`.
+        path: of the file.
+        empty: the model, without memory for weights.
 
     Raises:
         UserError: the file has tensors, or a scaling of the rotary embeddings, that `transformers` would leave out.
     """
-    from gguf import GGUFReader
     from transformers import modeling_gguf_pytorch_utils as library
 
-    reader = GGUFReader(path)
     family = reader.fields["general.architecture"].contents()
     options: dict[str, Any] = {}
     if "processor" in signature(library.get_gguf_hf_weights_map).parameters:  # in version 5
@@ -39,7 +56,7 @@ def read_gguf(path: Path, empty: Any) -> dict[str, Tensor]:
                 f"{path}: transformers leaves out {field.name}={field.contents()!r}: use the model's safetensors files"
             )
     with redirect_stderr(io.StringIO()):  # a progress bar
-        return library.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=empty)["tensors"]
+        return library.load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)["tensors"]
 
 
 def require_gguf(name: str) -> None:

@@ -14,22 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cod_lightning.errors import UserError, first_line, first_of
+from cod_lightning.errors import UserError, first_line, first_of, no_permission, one_line
+from cod_lightning.files import damage
 from cod_lightning.memory import require_memory
-from cod_lightning.nn.gguf import read_gguf, require_gguf
-from cod_lightning.nn.packaged_models import packaged_path
+from cod_lightning.nn.gguf import open_gguf, read_gguf
+from cod_lightning.nn.model_files import Source, find_file, find_source, read_weights, require_tokenizer
 from cod_lightning.nn.weights import require_finite
+from cod_lightning.typed_json import read_json
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
 )
-"""Files that hold the weights or list their shards; the first that exists is read, as in `transformers`."""
-
-READ_SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja")
-"""Files of a folder that a model or a tokenizer is loaded from."""
+"""Fields of a configuration that are positive integers, where it has them."""
 
 MASKS = re.compile(r"(position_ids|(attn|attention)\.(masked_)?bias|num_batches_tracked)$")
 """Buffers of older checkpoints that hold integers and are not weights."""
@@ -42,21 +39,6 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "eps
 
 BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty")
 """Generation settings without a meaning for one beam."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint is."""
-
-    name: str
-    """A folder, or a name on the hub."""
-    gguf: str | None = None
-    """A file in the folder, instead of its other files."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of every `from_pretrained`."""
-        return {"trust_remote_code": False} | ({} if self.gguf is None else {"gguf_file": self.gguf})
 
 
 @dataclass(frozen=True)
@@ -75,8 +57,9 @@ class Checkpoint:
         """The tokenizer of the checkpoint.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it is missing or cannot be read.
         """
+        require_tokenizer(self.source)
         transformers = import_transformers(f"reading {self.source.name}")
         with named_if_damaged(self.source.name, "its tokenizer cannot be read"), quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
@@ -103,9 +86,10 @@ def load_checkpoint(
     """
     transformers = import_transformers(f"reading {name}")
     source = find_source(str(name))
-    if source.gguf is not None:
-        require_gguf(str(name))
-    with named_if_damaged(str(name), "not a checkpoint of a causal language model"), quiet_transformers():
+    reader = None if source.gguf is None else open_gguf(Path(source.name) / source.gguf)
+    problem = "not a checkpoint of a causal language model"
+    with named_if_damaged(source.config_file, problem), quiet_transformers():
+        check_sizes(source)
         config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
         if check is not None:
             check(config)
@@ -118,9 +102,10 @@ def load_checkpoint(
             kind, options = transformers.AutoModel, {"add_pooling_layer": False}
         with torch.device("meta"):
             empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False, **options)
+    with named_if_damaged(str(name), problem), quiet_transformers():
         parameters = sum(parameter.numel() for parameter in empty.parameters())
         require_memory(parameters, str(name), str(dtype).removeprefix("torch."), dtype.itemsize)
-        state = read_weights(source) if source.gguf is None else read_gguf(Path(source.name) / source.gguf, empty)
+        state = read_weights(source) if reader is None else read_gguf(reader, source.config_file, empty)
         if integers := [key for key, x in state.items() if not x.is_floating_point() and not MASKS.search(key)]:
             raise UserError(
                 f"{name}: {integers[0]} holds {state[integers[0]].dtype} ({len(integers)} weights do): save the model "
@@ -147,88 +132,27 @@ def load_checkpoint(
     return Checkpoint(model.eval(), source, largest.dtype, dropped)
 
 
-def find_source(name: str) -> Source:
-    """The checkpoint that a path, the word of a model in a package, or a name on the hub means.
+def check_sizes(source: Source) -> None:
+    """Check the sizes in config.json, from which `transformers` computes before it checks them.
 
     Raises:
-        UserError: the package is not installed; or a folder holds several .gguf files, an adapter, or a link to a file
-            outside of it.
+        UserError: the file is missing or damaged, or a size is not a positive integer.
     """
-    name = packaged_path(name)
-    folder = Path(name)
-    if folder.suffix == ".gguf" and folder.is_file():
-        return Source(str(folder.parent), folder.name)
-    if not folder.is_dir():
-        return Source(name)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in READ_SUFFIXES:
-            require_inside(folder, path.name)
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{name}: adapter_config.json makes it an adapter of another model: merge the two and save them"
-        )
-    quantized = sorted(folder.glob("*.gguf"))
-    if not quantized or any((folder / file).exists() for file in WEIGHT_FILES):
-        return Source(name)
-    if len(quantized) > 1:
-        raise UserError(f"{name}: has {len(quantized)} .gguf files: name one, such as {quantized[0]}")
-    return Source(name, quantized[0].name)
-
-
-def require_inside(folder: Path, file: str) -> Path:
-    """The path of a file in a folder, or in the cache of the hub that the folder belongs to.
-
-    Raises:
-        UserError: it leads out of the folder.
-    """
-    root, path = folder.resolve(), folder / file
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.resolve().is_relative_to(place) for place in roots):
-        raise UserError(f"{folder}: {file} leads out of the folder to {path.resolve()}: copy the file into the folder")
-    return path
-
-
-def find_file(source: Source, file: str) -> Path | None:
-    """A file of a folder, or of the hub's repository in the cache; None if it does not exist."""
-    if Path(source.name).is_dir():
-        path = require_inside(Path(source.name), file)
-        return path if path.is_file() else None
-    from transformers.utils import cached_file
-
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    cached = cached_file(source.name, file, **optional)
-    return None if cached is None else Path(cached)
-
-
-def read_weights(source: Source) -> dict[str, Tensor]:
-    """All tensors of the weight files, by name.
-
-    Raises:
-        UserError: there is no weight file, a shard is missing, or a file is not a state dict.
-    """
-    from safetensors.torch import load_file
-
-    listed = next((path for file in WEIGHT_FILES if (path := find_file(source, file)) is not None), None)
-    if listed is None:
-        raise UserError(f"{source.name}: no weights: expected one of {', '.join(WEIGHT_FILES)}, or one .gguf file")
-    files = [listed]
-    if listed.suffix == ".json":
-        files = []
-        for shard in sorted(set(json.loads(listed.read_text())["weight_map"].values())):
-            path = find_file(source, shard)
-            if path is None:
-                raise UserError(f"{source.name}: {shard} is missing, which {listed.name} lists: copy all shards")
-            files.append(path)
-    state: dict[str, Tensor] = {}
-    for path in files:
-        safe = path.suffix == ".safetensors"
-        part = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(part, Mapping) or not all(isinstance(x, Tensor) for x in part.values()):
-            raise UserError(f"{path}: not a state dict of names and tensors: save model.state_dict()")
-        if twice := sorted(part.keys() & state.keys()):
-            raise UserError(f"{source.name}: {twice[0]} is in two shards ({len(twice)} weights are): remove one")
-        state |= part
-    return state
+    if source.gguf is not None:
+        return
+    path = find_file(source, "config.json")
+    if path is None:
+        if Path(source.name).is_dir():
+            raise UserError(f"{source.name}: not a checkpoint of a causal language model: it has no config.json")
+        return
+    config = read_json(path, dict[str, Any], damage(path))
+    wrong = [
+        f"{name}={value!r}"
+        for name in SIZES
+        if isinstance(value := config.get(name), str | float) or (isinstance(value, int) and value < 1)
+    ]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)} must be a positive integer: correct it, or fetch the file again")
 
 
 def has_own_head(empty: Any, state: Mapping[str, Tensor]) -> bool:
@@ -396,8 +320,10 @@ def named_if_damaged(name: str, problem: str) -> Generator[None]:
         yield
     except UserError:
         raise
+    except PermissionError as error:
+        raise no_permission(error, name) from error
     except Exception as error:
-        raise UserError(f"{name}: {problem}: {first_line(error)}") from error
+        raise UserError(f"{name}: {problem}: {one_line(error)}") from error
 
 
 @contextmanager

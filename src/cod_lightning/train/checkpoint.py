@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from cod_lightning.errors import Diverged, Stopped, UserError, first_line
+from cod_lightning.errors import Diverged, Stopped, UserError, first_line, no_permission
 from cod_lightning.files import open_atomic, partial_folder, remove, replace_path
 
 CHECKPOINTS = "checkpoints"
@@ -143,7 +143,7 @@ def load_file(path: Path, checkpoint: Path, mmap: bool = False) -> dict[str, Any
     """Read one file of a checkpoint; errors name `checkpoint`."""
     try:
         if not path.is_file():
-            raise ValueError("not a regular file")
+            raise ValueError(f"a folder without {NON_TENSORS}" if checkpoint.is_dir() else "not a regular file")
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             # torch.save only stores: a compressed or overlapping member could expand to any size.
@@ -206,10 +206,15 @@ def read_sharded(
 
 
 def unreadable_error(path: Path, error: BaseException) -> UserError:
-    return UserError(
-        f"{path}: not a readable checkpoint ({first_line(error)}); remove it to resume from an earlier one, or pass "
-        "resume=false to retrain"
-    )
+    """The error for a checkpoint that may not be read, or is damaged; names an earlier one in its folder."""
+    if isinstance(error, PermissionError):
+        return no_permission(error, path)
+    numbered = CHECKPOINT_NAME.fullmatch(path.name)
+    earlier = [other for other in checkpoints(path.parent) if not numbered or step_of(other) < step_of(path)]
+    remedy = "copy it again, or pass resume=false to retrain"
+    if earlier:
+        remedy = f"{'remove it to use' if numbered else 'use'} {earlier[-1].name}, or {remedy}"
+    return UserError(f"{path}: damaged, not a readable checkpoint ({first_line(error)}); {remedy}")
 
 
 class PortableWriter(FileSystemWriter):
@@ -313,8 +318,16 @@ CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, sorted by step."""
-    return sorted((path for path in folder.glob("step-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
+    """The checkpoints in a folder, sorted by step.
+
+    Raises:
+        UserError: the folder may not be read.
+    """
+    try:
+        paths = list(folder.iterdir()) if folder.is_dir() else []
+    except PermissionError as error:  # with glob the folder would seem empty, and a run would begin again
+        raise no_permission(error, folder) from error
+    return sorted((path for path in paths if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -78,7 +78,9 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     """
     if config.task != "language":
         raise UserError(f"{folder} is a run of task={config.task}: only fit, evaluate and measure can read it")
-    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    if not (folder / TOKENIZER).is_dir():
+        raise UserError(f"{folder}: no folder {TOKENIZER}/: copy it from where the run was trained")
+    tokenizer = load_tokenizer(str(folder / TOKENIZER), f"{folder}: its tokenizer")
     weights, vocab_size, step = read_weights(checkpoint, "decoder", "lm_head.weight")
     decoder = empty_decoder(config, vocab_size)
     load_weights(decoder, weights, str(checkpoint))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import cod_lightning
-from cod_lightning.errors import DAMAGED, UserError
+from cod_lightning.errors import DAMAGED, UserError, no_permission
 from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.measure.result import finite
 from cod_lightning.typed_json import from_json
@@ -104,6 +104,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(read_regular(path))
         check_record(record)
+    except PermissionError as error:
+        raise no_permission(error, path) from error
     except DAMAGED as error:
         raise UserError(f"{path}: not a readable run record ({error}); remove it and run again") from error
     return record

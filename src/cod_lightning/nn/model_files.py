@@ -1,0 +1,177 @@
+"""The files of a model of `transformers`, in a folder or in the cache of the hub: find them, read its weights."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cod_lightning.errors import UserError
+from cod_lightning.files import damage, fetched
+from cod_lightning.nn.packaged_models import packaged_path
+from cod_lightning.typed_json import read_json
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Files that hold the weights or list their shards; the first that exists is read, as in `transformers`."""
+
+READ_SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja")
+"""Files of a folder that a model or a tokenizer is loaded from."""
+
+TOKENIZER_FILES = re.compile(r"tokenizer\.|vocab|tekken|\.(model|spm|tiktoken)$")
+"""Names of the files that hold the vocabulary of a tokenizer."""
+COPY_TOKENIZER = "copy its tokenizer.json, or tokenizer.model, and tokenizer_config.json into the folder"
+"""The end of an error about a folder without these."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is."""
+
+    name: str
+    """A folder, or a name on the hub."""
+    gguf: str | None = None
+    """A file in the folder, instead of its other files."""
+
+    @property
+    def config_file(self) -> str:
+        """The file with the configuration."""
+        return f"{self.name}/{self.gguf or 'config.json'}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of every `from_pretrained`."""
+        return {"trust_remote_code": False} | ({} if self.gguf is None else {"gguf_file": self.gguf})
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """The list of the shards."""
+
+    weight_map: dict[str, str]
+    """The file of each weight."""
+
+
+def find_source(name: str) -> Source:
+    """The checkpoint that a path, the word of a model in a package, or a name on the hub means.
+
+    Raises:
+        UserError: the package is not installed; or a folder holds several .gguf files, an adapter, or a link to a file
+            outside of it.
+    """
+    name = packaged_path(name)
+    folder = Path(name)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return Source(str(folder.parent), folder.name)
+    if not folder.is_dir():
+        return Source(name)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_SUFFIXES:
+            require_inside(folder, path.name)
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{name}: adapter_config.json makes it an adapter of another model: merge the two and save them"
+        )
+    quantized = sorted(folder.glob("*.gguf"))
+    if not quantized or any((folder / file).exists() for file in WEIGHT_FILES):
+        return Source(name)
+    if len(quantized) > 1:
+        raise UserError(f"{name}: has {len(quantized)} .gguf files: name one, such as {quantized[0]}")
+    return Source(name, quantized[0].name)
+
+
+def require_inside(folder: Path, file: str) -> Path:
+    """The path of a file in a folder, or in the cache of the hub that the folder belongs to.
+
+    Raises:
+        UserError: it leads out of the folder.
+    """
+    root, path = folder.resolve(), folder / file
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(place) for place in roots):
+        raise UserError(f"{folder}: {file} leads out of the folder to {path.resolve()}: copy the file into the folder")
+    return path
+
+
+def find_file(source: Source, file: str) -> Path | None:
+    """A file of a folder, or of the hub's repository in the cache; None if it does not exist."""
+    if Path(source.name).is_dir():
+        path = require_inside(Path(source.name), file)
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    cached = cached_file(source.name, file, **optional)
+    return None if cached is None else Path(cached)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file with a vocabulary."""
+    return any(TOKENIZER_FILES.search(path.name) for path in folder.iterdir())
+
+
+def require_tokenizer(source: Source) -> None:
+    """Check that a folder with a model has a tokenizer.
+
+    Raises:
+        UserError: it has none.
+    """
+    folder = Path(source.name)
+    if source.gguf is None and (folder / "config.json").is_file() and not has_tokenizer(folder):
+        raise UserError(f"{folder}: the model has no tokenizer: {COPY_TOKENIZER}")
+
+
+def read_weights(source: Source) -> dict[str, Tensor]:
+    """All tensors of the weight files, by name.
+
+    Raises:
+        UserError: there is no weight file, a shard is missing, or a file is damaged or not a state dict.
+    """
+    listed = next((path for file in WEIGHT_FILES if (path := find_file(source, file)) is not None), None)
+    if listed is None:
+        raise UserError(f"{source.name}: no weights: expected one of {', '.join(WEIGHT_FILES)}, or one .gguf file")
+    files = [listed]
+    if listed.suffix == ".json":
+        files = []
+        index = read_json(listed, WeightIndex, damage(listed), ignore_unknown=True)
+        for shard in sorted(set(index.weight_map.values())):
+            path = find_file(source, shard)
+            if path is None:
+                raise UserError(f"{source.name}: {shard} is missing, which {listed.name} lists: copy all shards")
+            files.append(path)
+    state: dict[str, Tensor] = {}
+    for path in files:
+        part = read_tensors(path)
+        if not isinstance(part, Mapping) or not all(isinstance(x, Tensor) for x in part.values()):
+            raise UserError(f"{path}: not a state dict of names and tensors: save model.state_dict()")
+        if twice := sorted(part.keys() & state.keys()):
+            raise UserError(f"{source.name}: {twice[0]} is in two shards ({len(twice)} weights are): remove one")
+        state |= part
+    return state
+
+
+def read_tensors(path: Path) -> Any:
+    """The content of a .safetensors file, or of one that `torch.save` wrote; executes no code.
+
+    Raises:
+        UserError: it is damaged, or holds more than tensors.
+    """
+    from safetensors.torch import load_file
+
+    with fetched(path):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{path}: holds more than tensors, which is not read, or is {damage(path)}") from error
