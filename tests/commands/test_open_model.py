@@ -68,5 +68,5 @@ def test_the_folder_of_a_pruned_model_must_be_writable(model, config, tmp_path):
     (tmp_path / "file").write_text("")
     subject = open_model(model(), config, 2)
     subject.model.model.forward = None  # nothing is computed
-    with pytest.raises(UserError, match="file is a file, or not writable"):
+    with pytest.raises(UserError, match="file is not a writable folder"):
         run_prune(subject, {"layers": [1]}, tmp_path / "file/small")
