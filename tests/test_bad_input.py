@@ -587,6 +587,8 @@ EARLY = [
     (with_run(), ["measure", "removal", "run", "rows=2", "sizes=[]"], ["sizes=[]: expected a whole number"]),
     (with_run(), ["measure", "report", "run", "rows=2", "longest=4"], ["longest=4: expected 1 to 3"]),
     (with_run(), ["grow", "run", "blocks=100000000", "how=interpolate", "--output", "x"], ["makes 4 to 10000"]),
+    (nothing, ["grow", "x", f"blocks={'9' * 400}", "--output", "x"], ["... (407 characters): too large"]),
+    (nothing, ["measure", "variance", "x", f"rows=-{'9' * 5000}"], ["(5006 characters): expected a whole number"]),
     (with_run(), ["grow", "run", "blocks=-1", "--output", "x"], ["blocks=-1: the model has 3 blocks"]),
     (nothing, ["predict", "model.intermediate_size=4000000", "model.num_hidden_layers=999"], ["model: out of memory"]),
     *((with_run(), [*words, f"{option}/proc/x"],

@@ -41,6 +41,11 @@ def short_repr(value: object) -> str:
         text = repr(value)
     except Exception:  # also that of an object of the user
         return f"<{type(value).__name__}>"
+    return shorten(text)
+
+
+def shorten(text: str) -> str:
+    """A text of the user, cut after 80 characters."""
     return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 

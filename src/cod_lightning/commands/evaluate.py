@@ -17,6 +17,7 @@ from cod_lightning.commands.options import (
     require_at_least,
 )
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_writable
 from cod_lightning.settings import choice_errors
 from cod_lightning.train.ranks import check_ranks
 
@@ -81,6 +82,8 @@ def score_run(
     from cod_lightning.evaluate.lm_eval import PAPER_TASKS, save_scores, score_tasks, task_manager
 
     require_at_least("limit", limit, 1)
+    if limit is None:
+        check_writable(run, "the run folder ")
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
     manager = task_manager(names, task_folder)
     from cod_lightning._torchmetrics import import_torchmetrics

@@ -97,7 +97,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     check_init_from(config)
     check_loggers(config.loggers)
     if first:
-        check_writable(folder, "the run folder ")
+        check_writable(folder, f"output={config.output}: the run folder ")
     try:
         with lock_folder(folder) if first else nullcontext():
             return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder

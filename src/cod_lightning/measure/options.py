@@ -8,7 +8,7 @@ from inspect import signature
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError, nearest, shorten
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
@@ -81,7 +81,7 @@ def parse_options(words: Iterable[str], known: Mapping[str, Any], command: str) 
         try:
             options[name] = parse(known[name], text)
         except ValueError as error:
-            problems.append(f"{word}: {error}")
+            problems.append(f"{shorten(word)}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return options
@@ -117,6 +117,8 @@ def parse(kind: Any, text: str) -> Any:
         raise ValueError(f"expected {EXPECTED[plain]}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("expected a finite number")
+    if plain is int and abs(value) >= 2**63:
+        raise ValueError("too large: an integer has 64 bits")
     return value
 
 
