@@ -94,7 +94,7 @@ def test_rows_with_the_same_runs_have_all_labels():
     assert [row.label for row in column.rows] == ["Qwen3-8B, LLaMA2-13B"]
 
 
-def test_a_stand_in_for_a_public_model_is_named_so():
+def test_a_stand_in_for_a_pretrained_model_is_named_so():
     paper = {"rows": {"pre_ln": {"subject": "meta-llama/Llama-2-13b-hf"}}}
     labels = {
         scale: Column((table(row("pre_ln", None, label="LLaMA2-13B"), scale=scale, **paper),)).rows[0].label

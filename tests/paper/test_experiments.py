@@ -345,9 +345,9 @@ def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(scale, tmp_pat
 @pytest.mark.parametrize(
     "name", [*(name for name in WITHOUT_FIGURES if name.startswith("figure2_")), "figure5", "figure10"]
 )
-def test_a_stand_in_for_a_public_model_is_a_run_of_table_1(name, scale):
+def test_a_stand_in_for_a_pretrained_model_is_a_run_of_table_1(name, scale):
     (row,) = rows_of(name, scale).values()
-    assert (row.public_model is not None) == (scale == "paper")
+    assert (row.pretrained_model is not None) == (scale == "paper")
     config = row.config
     if (name, scale) == ("figure5", "small"):
         config = compose([*row.overrides, "model.norm_eps=1e-6"])  # it has LLaMA2's 1e-5
@@ -442,7 +442,7 @@ def test_a_killed_reproduction_resumes_and_repeats_nothing(small, tmp_path, repr
         assert record["config"]["name"] == f"toy/{label}"
 
 
-def test_a_public_model_is_measured_and_not_trained(corpus, tmp_path, reproduce):
+def test_a_pretrained_model_is_measured_and_not_trained(corpus, tmp_path, reproduce):
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     results, model = tmp_path / "results", tmp_path / "Public-Model"
@@ -464,7 +464,7 @@ def test_a_public_model_is_measured_and_not_trained(corpus, tmp_path, reproduce)
     assert reproduce(*words) == (0, "0 of 1 runs remaining\n")
 
 
-def test_an_unavailable_public_model_is_named(tmp_path, reproduce, monkeypatch):
+def test_an_unavailable_pretrained_model_is_named(tmp_path, reproduce, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, printed = reproduce("figure5")
     assert status == 2

@@ -422,7 +422,7 @@ def test_a_figure_that_was_not_measured_is_not_drawn():
     assert built.figures == {}
 
 
-def test_a_public_model_is_measured_without_a_run():
+def test_a_pretrained_model_is_measured_without_a_run():
     measured = Run(0, {}, {"removal": {"loss": 2.0, "losses": [3.0, 2.5, 2.1, 2.3]}})
     rows = [row("pre_ln", None, measured, label="LLaMA2-13B")]
     experiments = [table(*rows, target="Figure 2", name="figure2_llama2_13b", scale="paper")]

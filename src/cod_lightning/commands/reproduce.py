@@ -82,15 +82,15 @@ def run_task(task: Task, pool: CommandPool, results: Path) -> int:
     """Train, score and measure a run, or measure a pretrained model, and save the results; returns the exit status."""
     from cod_lightning.paper.results import MEASURES_FOLDER, save_result
 
-    model, status = task.row.public_model or str(task.folder), 0
-    if task.row.public_model is None:
+    model, status = task.row.pretrained_model or str(task.folder), 0
+    if task.row.pretrained_model is None:
         status = pool.run_command(["fit", *task.cli_args], task.label)
         if status == 0 and task.row.tasks is not None:
             status = pool.run_command(["evaluate", model, f"tasks={task.row.tasks}"], task.label)
         save_result(task.folder, results)
     if status == 0 and task.measures:
         command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
-        if task.row.public_model is not None:
+        if task.row.pretrained_model is not None:
             others = [word for word in task.row.overrides if not word.lstrip("+").startswith("output=")]
             command += [*others, f"output={task.folder / MEASURES_FOLDER}"]
         status = pool.run_command(command, task.label)

@@ -35,7 +35,7 @@ class Row:
         return self.config.paper["rows"][self.name]
 
     @property
-    def public_model(self) -> str | None:
+    def pretrained_model(self) -> str | None:
         """The pretrained model to measure at scale=paper; at other scales a trained run stands in for it."""
         return self.spec.get("subject") if self.config.scale == "paper" else None
 
@@ -53,8 +53,8 @@ class Row:
 
     def run_id(self, seed: int) -> str:
         """Key of `load_runs`; a pretrained model has the same for all seeds."""
-        if self.public_model is not None:
-            return f"{self.config.scale}/{Path(self.public_model).name}"
+        if self.pretrained_model is not None:
+            return f"{self.config.scale}/{Path(self.pretrained_model).name}"
         return self.config_for(seed).id
 
     def cli_args(self, seed: int) -> tuple[str, ...]:
@@ -123,13 +123,13 @@ class Task:
 
     @property
     def label(self) -> str:
-        return Path(self.row.public_model).name if self.row.public_model else self.config.label
+        return Path(self.row.pretrained_model).name if self.row.pretrained_model else self.config.label
 
     @property
     def folder(self) -> Path:
         """Folder of the run, or of the pretrained model's measures."""
         config = self.config
-        return Path(config.output, config.scale, self.label) if self.row.public_model else config.folder
+        return Path(config.output, config.scale, self.label) if self.row.pretrained_model else config.folder
 
 
 def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) -> list[Task]:
@@ -221,7 +221,7 @@ def report_row(row: Row, runs: tuple[Run, ...]) -> ReportRow:
 
 def gpu_hours(row: Row) -> float | None:
     """Estimated GPU-hours of one run at scale=paper; None if nothing is trained."""
-    if row.config.scale != "paper" or row.public_model is not None:
+    if row.config.scale != "paper" or row.pretrained_model is not None:
         return None
     from cod_lightning.train import estimate  # takes seconds of imports
 
@@ -271,8 +271,8 @@ def describe_setting(row: Row) -> str:
         inputs = f"{config.images.source} images of {config.images.size} pixels"
     else:
         inputs = f"{data.source}, sequences of {data.seq_len} tokens"
-    if row.public_model is not None:
-        return f"{row.public_model}, {shape}; {inputs}"
+    if row.pretrained_model is not None:
+        return f"{row.pretrained_model}, {shape}; {inputs}"
     if "tasks" in config.paper and row.tasks is None:
         inputs += ", scored by accuracy on held-out answers instead of the paper's tasks"
     tokens = data.batch_size * config.sequence_length
