@@ -45,8 +45,8 @@ class Source:
 
     @property
     def config_file(self) -> str:
-        """The file with the configuration."""
-        return f"{self.name}/{self.gguf or 'config.json'}"
+        """The file with the configuration; for a name on the hub that name."""
+        return f"{self.name}/{self.gguf or 'config.json'}" if Path(self.name).is_dir() else self.name
 
     @property
     def options(self) -> dict[str, Any]:
