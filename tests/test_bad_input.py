@@ -635,6 +635,7 @@ FINITE = [
         (-math.inf, ["convert", "run", "norm=pre_ln", "--output", "x"]),
         (math.nan, ["grow", "run", "blocks=4", "--output", "x"]),
         (math.nan, ["generate", "run", "the norm"]),
+        (math.inf, ["evaluate", "run"]),
         (math.nan, ["toy", "init_from=run"]),
     )),
     (broken(1e5), ["export", "run", "--dtype", "float16", "--output", "x"],

@@ -27,7 +27,7 @@ Examples:
 The run folder must be on a file system that all nodes share. Prepare the data first: see prepare.
 """
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
-"""A time limit as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, each also behind days-."""
+"""A time limit as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, each also after days-."""
 NO_LIMIT = ("infinite", "unlimited")
 """Time limits that are not in `TIME`."""
 SIGNALS = ("TERM", "HUP", "USR1", "USR2")

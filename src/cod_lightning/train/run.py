@@ -19,6 +19,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.result import finite
 from cod_lightning.nn.spec import check_schedules
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.weights import require_finite
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
@@ -113,12 +114,13 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     """The validation metrics of a checkpoint on the data of `config`.
 
     Raises:
-        UserError: the checkpoint is unreadable, or the data does not fit it.
+        UserError: the checkpoint is unreadable or not finite, or the data does not fit it.
     """
     with quiet_lightning():
         data, module = build(config)
         state = read_checkpoint(checkpoint)
         weights = {name.partition(".")[2]: tensor for name, tensor in state["state_dict"].items()}
+        require_finite(weights.items(), str(checkpoint))
         module.first_step = state.get("global_step", 0)
         module.initial_weights = InitialWeights(weights, str(checkpoint), module.first_step)
         trainer = build_trainer(config)
