@@ -568,12 +568,14 @@ REPEATED = [
 
 UNREAD = [
     *((with_run(), [*command, word], [f"{word} has no effect, remove it: {reads}"]) for command, reads, words in (
-        (LOADED, "evaluate reads of a finished run only data, images",
+        (LOADED, "evaluate reads only data, images",
          ["seed=3", "optim.lr=9", "trainer.max_steps=5", "name=x", "output=x", "init_from=x", "logger=csv",
           "eval.every=3", "+trainer.measures.gain=3", "task=vision", "paper.target=x", "nonsense=1"]),
-        ((*LOADED, "tasks=piqa"), "evaluate tasks= reads of a finished run only data.seq_len", ["data.val_every=3"]),
-        (("measure", "variance", "run"), "measure reads of a finished run only data, images",
+        ((*LOADED, "tasks=piqa"), "evaluate tasks= reads only data.seq_len", ["data.val_every=3"]),
+        (("measure", "variance", "run"), "measure reads only data, images",
          ["seed=3", "optim.weight_decay=9", "trainer.precision=bf16-true", "eval.paper_batch=2", "name=x"]),
+        (("measure", "variance", "x"), "measure of a pretrained model reads only data, trainer.accelerator",
+         ["seed=3", "norm=lns", "model=tiny", "optim=adamw", "trainer.max_steps=3", "output.x=3"]),
     ) for word in words),
     (with_run(), [*LOADED, "seed=3", "name=x"], ["seed=3 has no effect", "name=x has no effect"]),
     (with_run(), ["export", "run", "seed=3"], ["unrecognized arguments: seed=3"]),

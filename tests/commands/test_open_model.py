@@ -1,6 +1,7 @@
 """Models of `transformers` that `measure` opens with text."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def model(tmp_path):
         return str(tmp_path / "llama")
 
     return save
+
+
+def test_the_threads_of_the_configuration_are_used(model, config, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    open_model(model(), replace(config, trainer=replace(config.trainer, threads=3)), 2)
+    assert used == [3]
 
 
 def test_a_pruned_model_keeps_dtype_and_drops_contradictory_generation_settings(model, config, tmp_path, capsys):

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning.commands.options import (
+    TEXT_CHOICES,
     add_checkpoint,
     add_trust_code,
     is_run,
     load_run_config,
+    refuse_unread,
     require_at_least,
     require_model,
     require_path,
@@ -155,6 +157,7 @@ def open_subject(
 
         subject = open_run(config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
     else:
+        refuse_unread(overrides, "measure of a pretrained model", TEXT_CHOICES)
         config = compose(overrides)
         require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
         from cod_lightning.commands.measure_runner import open_model

@@ -26,7 +26,7 @@ from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
-from cod_lightning.train.devices import accelerator
+from cod_lightning.train.devices import accelerator, set_threads
 from cod_lightning.train.load import load_decoder, load_vit
 
 
@@ -79,6 +79,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subje
     Raises:
         UserError: the checkpoint or the data cannot be read.
     """
+    set_threads(config.trainer)
     if config.task == "vision":
         return open_vision_run(config, folder, checkpoint, rows)
     decoder, tokenizer = load_decoder(config, folder, checkpoint)
@@ -113,6 +114,7 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
         UserError: the model or the text cannot be read.
     """
     device = accelerator(config.trainer)
+    set_threads(config.trainer)
     require_tokenizer(find_source(name))
     checkpoint = load_checkpoint(name, check=lambda found: require_length(found, name, config.data.seq_len))
     tokenizer = checkpoint.tokenizer()

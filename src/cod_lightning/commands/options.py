@@ -36,12 +36,16 @@ READS = {
     "evaluate tasks=": (
         *("data.seq_len", "data.batch_size", "data.micro_batch_size", "model", "norm", "trainer.accelerator"),
     ),
-    "measure": ("data", "images", "model", "norm", "trainer.accelerator"),
+    "measure": ("data", "images", "model", "norm", "trainer.accelerator", "trainer.threads"),
+    "measure of a pretrained model": ("data", "trainer.accelerator", "trainer.threads"),
 }
-"""The sections and fields of a finished run that a command reads, so that an override of another one is refused.
+"""The sections and fields that a command reads with a model, so that an override of another one is refused.
 
 `model` and `norm` have fields that are not in the weights, such as `model.norm_backend`; `load` refuses the others.
 """
+
+TEXT_CHOICES = ("data", "trainer", "experiments", "scale", "protocol")
+"""The groups of which a command with a pretrained model takes a choice: they set text or device, or may do so."""
 
 
 def add_overrides(parser: ArgumentParser) -> None:
@@ -180,10 +184,11 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
             images.
     """
     from cod_lightning.config.compose import selects_other_text
+    from cod_lightning.config.groups import groups
     from cod_lightning.config.saved import load
     from cod_lightning.config.schema import TOKENIZER
 
-    refuse_unread(overrides, command)
+    refuse_unread(overrides, command, groups())  # `load` checks the choices
     config = load(run, overrides, trust_code)
     if selects_other_text(overrides):
         if config.task != "language":
@@ -192,27 +197,27 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
     return config
 
 
-def refuse_unread(overrides: Sequence[str], command: str) -> None:
-    """Check that every override sets a field that a command reads of a finished run; `load` checks choices of groups.
+def refuse_unread(overrides: Sequence[str], command: str, choices: Sequence[str]) -> None:
+    """Check that every override sets a field that a command reads with a model.
 
     Args:
         overrides: of the command line.
         command: a key of `READS`.
+        choices: the groups of which it takes a choice.
 
     Raises:
         UserError: names every override that has no effect.
     """
     from cod_lightning.config.compose import parse
-    from cod_lightning.config.groups import groups
 
     known = READS[command]
     unread = [
         override.input_line
         for override in parse(overrides)
-        if (key := override.key_or_group) not in groups() and key not in known and key.partition(".")[0] not in known
+        if (key := override.key_or_group) not in choices and key not in known and key.partition(".")[0] not in known
     ]
     if unread:
-        hint = f"{command} reads of a finished run only {', '.join(known)}"
+        hint = f"{command} reads only {', '.join(known)}"
         raise UserError("\n".join(f"{word} has no effect, remove it: {hint}" for word in unread))
 
 

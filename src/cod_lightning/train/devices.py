@@ -23,6 +23,12 @@ def accelerator(settings: TrainerConfig) -> str:
     return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
 
 
+def set_threads(settings: TrainerConfig) -> None:
+    """Use `trainer.threads` CPU threads in this process."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+
 def precision(settings: TrainerConfig) -> Any:
     """Lightning's precision; `auto` is `auto_cuda` on a CUDA device with bfloat16, float32 otherwise."""
     if settings.precision != "auto":

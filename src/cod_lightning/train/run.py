@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from cod_lightning.train.checkpoint import (
     read_resumable,
     step_of,
 )
-from cod_lightning.train.devices import accelerator
+from cod_lightning.train.devices import accelerator, set_threads
 from cod_lightning.train.load import InitialWeights, load_initial_weights, write_tokenizer
 from cod_lightning.train.loggers import build_loggers, finish, log_config, log_layout
 from cod_lightning.train.memory import check_memory
@@ -136,8 +135,7 @@ def build(config: Config) -> tuple[Data, StepModule]:
             device is missing.
     """
     accelerator(config.trainer)  # raises before text is prepared for hours
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
+    set_threads(config.trainer)
     if config.task == "vision":
         images = ImageDataModule(config.images, config.data, config.seed)
         images.setup("fit")
