@@ -169,6 +169,11 @@ def with_runs(run, prepared):
     shutil.copytree(run, "runs/a")
 
 
+def with_norm(weight):
+    """Replace one weight of a checkpoint."""
+    return lambda content: content | {"state_dict": content["state_dict"] | {"decoder.model.norm.weight": weight}}
+
+
 def reshape(content):
     state = content["state_dict"]
     return content | {"state_dict": {name: tensor[:1] if tensor.ndim else tensor for name, tensor in state.items()}}
@@ -274,6 +279,7 @@ STRATEGIES = [
     (nothing, ["fit", "norm=mix_ln", "norm.fraction=2"], ["norm.fraction=2 must lie between 0 and 1"]),
     (nothing, ["fit", "norm=mix_ln", "norm.fraction=true"], ["norm.fraction=True has the wrong type"]),
     (nothing, ["fit", "norm=group_ln", "norm.groups=0"], ["norm.groups=0 must be at least 1"]),
+    (nothing, ["fit", "norm=gpas", "norm.base=nope"], ["norm.base='nope' is not a strategy"]),
     (nothing, ["fit", "norm.foo=1"], ["norm.foo is not an option of 'lns'", "position"]),
     (module("def f(:"), ["fit", MINE], ["SyntaxError", "package.module:function"]),
     (module("import sys\nsys.exit(0)"), ["fit", MINE], ["SystemExit", "package.module:function"]),
@@ -306,6 +312,9 @@ STRATEGIES = [
         (f"{SCHEDULED}-(10**5000), end=50))", "at step 0 is <int>, expected a finite number"),
         (f"{RETURNS}block(gain=10**400)", f"attention.gain=1{'0' * 39}... (401 characters), expected a finite"),
         (f"{RETURNS}block(gain='x' * 999)", f"attention.gain='{'x' * 39}... (1001 characters), expected a finite"),
+        (f"import torch\n{RETURNS}block(gain=torch.ones(3))", "attention.gain=tensor([1., 1., 1.]), expected a finite"),
+        (f"import numpy\n{RETURNS}block(gate=numpy.ones(3))", "attention.gate=array([1., 1., 1.]), expected one of no"),
+        ("def f(layer, depth):\n    raise ValueError('a\\nb')", "raised ValueError for layer=1, depth=3: a b"),
         (f"{RETURNS}block(groups=-(10**400))", f"attention.groups=-1{'0' * 38}... (402 characters), expected a whole"),
     )),
     (nothing, ["fit", f"seed={'9' * 400}"], [f"seed={'9' * 40}... (400 characters) is too large"]),
@@ -321,6 +330,10 @@ SETS = [
     (files(a_jsonl="[" * 100000), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: a list"]),
     (files(a_jsonl='{"text": 3}'), [*TEXT, "data.files=a.jsonl"], ['a.jsonl, line 1: no string in the field "text"']),
     (files(a_jsonl='{"text": ""}\n'), [*TEXT, "data.files=a.jsonl"], ["the corpus has no training documents"]),
+    (files(a_csv="text\nhello, world\n"), [*TEXT, "data.files=a.csv"],
+     ["a.csv, line 2: 2 values for 1 column", "quote values that hold a comma"]),
+    (files(a_csv="text,text\na,b\n"), [*TEXT, "data.files=a.csv"], ['a.csv: two columns "text": rename one']),
+    (files(a_txt=LONG), [*TEXT, "data.files=a.txt", "data.tokenizer=a.txt"], ["data.tokenizer='a.txt' is a file"]),
     (files(a_txt=""), [*TEXT, "data.files=a.txt"], ["the corpus has no training documents"]),
     (files(a_txt="few words"), [*TEXT, "data.files=a.txt"], ["do not fill one", "data.seq_len=32"]),
     (files(a_txt=bytes(range(256)) * 9), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
@@ -351,7 +364,7 @@ SETS = [
     (with_set(overwrite("tokenizer.json", half)), SET, ["tokenizer.json is damaged: its SHA-256"]),
     (with_set(), [*SET, "data.seq_len=64", "data.vocab_size=400"], ["data.seq_len=64, but the set has 32", "400"]),
     (with_set(), [*SET, "model.vocab_size=299", "data.vocab_size=300"], ["model.vocab_size=299 is smaller"]),
-]
+]  # fmt: skip
 
 # --- checkpoints, and the rest of a run folder ----------------------------------------------------------------------
 
@@ -385,6 +398,12 @@ RUNS = [
     (with_run(resave(lambda content: {"state_dict": {"a": Malicious()}, "tokens": 0})), LOADED, DAMAGED),
     (with_run(resave(lambda content: {"state_dict": {}, "tokens": 0})), ["generate", "run", "the norm"],
      ["not a checkpoint of a decoder: lm_head.weight is missing"]),
+    *((with_run(resave(with_norm(value))), ["generate", "run", "x"],
+       [f"run/{LAST}", f"decoder.model.norm.weight is {kind}"])
+      for value, kind in (
+        (torch.ones(32).to_sparse(), "torch.sparse_coo"), (torch.ones(32, device="meta"), "without values"),
+        (torch.ones(32).int(), "torch.int32"), (torch.ones(32) * 1j, "torch.complex64"),
+      )),
     (with_run(resave(reshape)), LOADED, [LAST, "parameters have another shape", "in the checkpoint", "in this run"]),
     (with_run(lambda folder: shutil.rmtree(folder / "checkpoints")), LOADED, ["no last checkpoint", "fit"]),
     (with_run(remove("checkpoints/best.ckpt")), [*LOADED, "--checkpoint", "best"], ["run: no best checkpoint"]),
@@ -395,6 +414,14 @@ RUNS = [
     (unfinished(resave(reshape)), RESUMED, ["of another shape than this run's", "resume=false"]),
     (unfinished(resave(lambda content: {name: content[name] for name in ("state_dict", "tokens")})), RESUMED,
      ["holds weights, but not pytorch-lightning_version", "init_from="]),
+    *((unfinished(resave(lambda content, name=name, value=value: content | {name: value})), RESUMED,
+       [LAST, "damaged", f"{name}: expected {kind}"])
+      for name, value, kind in (
+        ("optimizer_states", 3, "a list with entries, got 3"), ("optimizer_states", [], "a list with entries, got []"),
+        ("loops", {}, "a dict with entries, got {}"), ("callbacks", [], "a dict with entries, got []"),
+        ("pytorch-lightning_version", 3, "a str with entries, got 3"),
+        ("TokenDataModule", 3, "a dict with entries, got 3"),
+      )),
     (unfinished(resave(lambda content: content | {"TokenDataModule": {"fingerprint": "0" * 64}})), RESUMED,
      ["trained on a set with fingerprint 0000000000000000...", "resume with the same data"]),
     (unfinished(lambda path: None), [*RESUMED, "seed=2"], ["out/run holds a run of another configuration (seed=1"]),
@@ -410,10 +437,20 @@ RUNS = [
         ("text", "not a saved configuration: "),
         (half, "not a saved configuration: "),
     )),
+    *((with_run(overwrite("config.yaml", lambda text, end=end: text[: text.index(end)])), LOADED,
+       [f"run/config.yaml: not a saved configuration: truncated, it lacks {section}", "; restore it, or remove"])
+      for end, section in ((b"data:", "data, eval, optim, paper, scales, trainer"), (b"paper:", "paper, scales"))),
+    *((with_run(overwrite("config.yaml", lambda text, old=old, new=new: text.replace(old, new))), LOADED,
+       [f"run/config.yaml: not a saved configuration: {field}: ", "; restore it, or remove"])
+      for field, old, new in (
+        ("seed", b"seed: 1", b"seed: x"), ("model.hidden_size", b"hidden_size: 32", b"hidden_size: x"),
+        ("data.seq_len", b"seq_len: 32", b"seq_len: null"),
+      )),
     (with_run(overwrite("config.yaml", b"\xff\x00")), LOADED, ["run/config.yaml: not a saved configuration"]),
     (with_run(overwrite("config.yaml", "output: ${oc.env:HOME}")), LOADED, ["config.yaml", "interpolation"]),
     (with_run(overwrite("config.yaml", "name: !!python/object/apply:os.mkdir [executed]")), LOADED, ["config.yaml"]),
-    (with_run(overwrite("config.yaml", "{norm: {name: lns}, seed: -1}")), LOADED, ["run/config.yaml: seed=-1 must"]),
+    (with_run(overwrite("config.yaml", lambda text: text.replace(b"seed: 1", b"seed: -1"))), LOADED,
+     ["run/config.yaml: seed=-1 must"]),
     (with_run(overwrite("config.yaml", "a: " + "[" * 50000)), LOADED, ["run/config.yaml: not a saved configuration"]),
     (with_run(overwrite("tokenizer/tokenizer.json", "{}")), ["generate", "run", "x"],
      ["tokenizer.json cannot be read"]),

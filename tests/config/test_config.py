@@ -281,7 +281,7 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
         (["++optim.lrr=1"], ["optim.lrr is not a field", "did you mean 'lr'"]),
         (["norm=custom"], ["norm='custom' does not exist"]),
         (["norm.positon=after_ln"], ["norm.positon", "did you mean 'position'"]),
-        (["norm=gpas", "norm.base=3"], ["norm=3 is not the name of a strategy"]),
+        (["norm=gpas", "norm.base=3"], ["norm.base=3 is not the name of a strategy"]),
         (["norm=skip_init", "norm.init=x"], ["norm.init='x' must be a number"]),
         (["norm=scaled_init", "norm.base=deep_norm"], ["norm='scaled_init'", "norm.base", "xavier"]),
         (["norm=skip_init", "norm.base=layer_scale"], ["norm='skip_init'", "branch_scale"]),

@@ -323,6 +323,64 @@ def test_an_index_without_a_list_of_shards_is_named(folder, content):
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "null", "{"])
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_file_that_holds_no_json_object_is_named(folder, file, content):
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=rf"^{folder}/{file}: .*; damaged .*: fetch it again$"):
+        load_checkpoint(folder).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "message"),
+    [
+        ("generation_config.json", {"do_sample": "x", "temperature": 0}, "_config.json is invalid: .*do_sample.*"),
+        ("generation_config.json", {"cache_implementation": "zz"}, "/generation_config.json: not a generation .*zz"),
+        (
+            "tokenizer_config.json",
+            {"model_max_length": "x"},
+            "/tokenizer_config.json: model_max_length='x' must be a n",
+        ),
+    ],
+)
+def test_a_setting_of_another_file_is_named(folder, file, settings, message):
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / file).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(folder).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (lambda x: x.to_sparse(), r"embed_tokens\.weight is torch\.sparse_coo: save dense weights"),
+        (lambda x: x.to("meta"), r"embed_tokens\.weight is without values: save dense weights"),
+    ],
+)
+def test_weights_that_are_not_arrays_are_named(folder, weight, message):
+    to_bin(folder)
+    path = folder / "pytorch_model.bin"
+    state = torch.load(path)
+    torch.save(state | {EMBEDDING: weight(state[EMBEDDING])}, path)
+    with pytest.raises(UserError, match=rf"pytorch_model\.bin: .*{message}"):
+        load_checkpoint(folder)
+
+
+def test_weights_without_names_are_refused(folder):
+    to_bin(folder)
+    path = folder / "pytorch_model.bin"
+    torch.save(dict(enumerate(torch.load(path).values())), path)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: not a state dict of names and tensors"):
+        load_checkpoint(folder)
+
+
+def test_rotary_frequencies_that_are_not_finite_are_refused(folder):
+    edit_json(folder, "config.json", rope_theta=-5.0, rope_parameters={"rope_type": "default", "rope_theta": -5.0})
+    with pytest.raises(UserError, match=r"/config\.json: .*inv_freq holds NaN or Inf .*rotary"):
+        load_checkpoint(folder)
+
+
 @pytest.mark.parametrize("part", ["config.json", "model.safetensors", "pytorch_model.bin"])
 def test_a_file_that_may_not_be_read_is_named(folder, part, forbid):
     PARTS[part](folder)
@@ -344,6 +402,11 @@ def test_a_file_that_may_not_be_read_is_named(folder, part, forbid):
         ({"rms_norm_eps": "x"}, "not a checkpoint of a causal language model: .*rms_norm_eps.*float.*'x'"),
         ({"model_type": "lama"}, "not a checkpoint of a causal language model: .*lama"),
         ({"model_type": None}, "not a checkpoint of a causal language model: .*model_type"),
+        (
+            {"dtype": "nonsense"},
+            "not a checkpoint of .*cannot use one of its values .*nonsense.*: correct it, or fetch",
+        ),
+        ({"auto_map": 3}, "not a checkpoint of a causal language model: transformers cannot use one of its values"),
     ],
 )
 @pytest.mark.parametrize("load", [load_checkpoint, import_hf])
@@ -501,6 +564,16 @@ def write_gguf(path, model, change=lambda tensors: tensors, family="llama", scal
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_gguf_file_without_sizes_is_named(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"/a\.gguf: no llama\.block_count in its metadata: fetch"):
+        load_checkpoint(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("named", ["file", "folder"])

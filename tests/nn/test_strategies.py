@@ -599,7 +599,7 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "mix_ln", "fraction": 2.0}, ["norm.fraction=2.0", "between 0 and 1"]),
         ({"name": "mix_ln", "fraction": "x"}, ["norm.fraction='x'", "wrong type"]),
         ({"name": "group_ln", "groups": 0}, ["norm.groups=0", "at least 1"]),
-        ({"name": "gpas", "base": "nope"}, ["norm='nope'", "known:"]),
+        ({"name": "gpas", "base": "nope"}, ["norm.base='nope'", "known:"]),
         ({"name": "gpas", "base": "lns", "fraction": 0.5}, ["norm.fraction", "position"]),
         ({"name": "no.such:f"}, ["norm='no.such:f'", "package.module:function"]),
         ({"name": "math:nothing"}, ["norm='math:nothing'", "package.module:function"]),

@@ -338,7 +338,8 @@ def row_of(config: Config) -> str | None:
 
 
 def cause(error: BaseException) -> str:
-    """The first line of the error at the bottom of a chain."""
+    """The first line of the error at the bottom of a chain, after the field that OmegaConf's error is about."""
+    field = getattr(error, "full_key", None)
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    return f"{field}: {first_line(error)}" if field else first_line(error)

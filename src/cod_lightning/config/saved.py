@@ -34,6 +34,8 @@ from cod_lightning.nn.packaged_models import is_packaged
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
 REMEDY = "restore it, or remove it and repeat the fit command of the run, which writes it"
+SECTIONS = {"model", "norm", "data", "optim", "eval", "trainer", "paper", "scales"}
+"""Sections that every version writes; `scales` is the last one."""
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Deeply nested brackets take the loader in Python minutes."""
 
@@ -104,7 +106,10 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
             raise ValueError("not a mapping of sections")
         if any(isinstance(event, yaml.AliasEvent) for event in events):
             raise ValueError("YAML aliases (*) are not supported: write the value")  # few of them expand to any size
-        node = with_defaults(OmegaConf.to_container(OmegaConf.create(text), resolve=False))
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        node = with_defaults(values)
+        if isinstance(values, dict) and (missing := sorted(SECTIONS.difference(values))):
+            raise ValueError(f"truncated, it lacks {', '.join(missing)}")
         return node, as_config(node)
 
 

@@ -227,8 +227,17 @@ def csv_records(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
     rows = csv.DictReader((line for _, line in numbered_lines(path, file)), strict=True)
     limit = csv.field_size_limit(DOCUMENT_BYTES)  # of the process: others read CSV, too
     try:
+        names = list(rows.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f'{path}: two columns "{twice[0]}": rename one')
         for row in rows:
-            yield f"{path}, line {rows.line_num}", row
+            location = f"{path}, line {rows.line_num}"
+            if unnamed := row.get(None):  # values beyond the named columns
+                raise UserError(
+                    f"{location}: {len(names) + len(unnamed)} values for {len(names)} column{'s' * (len(names) > 1)}: "
+                    "quote values that hold a comma"
+                )
+            yield location, row
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
     finally:

@@ -136,6 +136,8 @@ def load_tokenizer(name: str, setting: str | None = None) -> DocumentTokenizer:
         return _from_folder(Path(name), setting)
     if name.endswith(".gguf"):
         return _converted(Path(name), setting)
+    if Path(name).is_file():
+        raise UserError(f"{setting} is a file: name the folder that holds tokenizer.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{setting}: no such folder")
     return _from_folder(_download(name, setting), setting)

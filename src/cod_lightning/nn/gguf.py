@@ -25,7 +25,11 @@ def open_gguf(path: Path) -> Any:
     from gguf import GGUFReader
 
     with fetched(path):
-        return GGUFReader(path)
+        reader = GGUFReader(path)
+        family = reader.fields["general.architecture"].contents()
+    if f"{family}.block_count" not in reader.fields:  # transformers would take the sizes of a model of its own
+        raise UserError(f"{path}: no {family}.block_count in its metadata: fetch it again, or convert the model again")
+    return reader
 
 
 def read_gguf(reader: Any, path: str, empty: Any) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.files import damage, fetched
 from cod_lightning.nn.packaged_models import packaged_path
+from cod_lightning.nn.weights import not_dense
 from cod_lightning.typed_json import read_json
 
 WEIGHT_FILES = (
@@ -30,6 +31,8 @@ READ_SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".j
 
 TOKENIZER_FILES = re.compile(r"tokenizer\.|vocab|tekken|\.(model|spm|tiktoken)$")
 """Names of the files that hold the vocabulary of a tokenizer."""
+TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of a tokenizer that hold a JSON object."""
 COPY_TOKENIZER = "copy its tokenizer.json, or tokenizer.model, and tokenizer_config.json into the folder"
 """The end of an error about a folder without these."""
 
@@ -131,6 +134,21 @@ def require_tokenizer(source: Source) -> None:
         raise UserError(f"{folder}: the model has no tokenizer: {COPY_TOKENIZER}")
 
 
+def check_tokenizer_files(folder: Path) -> None:
+    """Check the JSON files of a tokenizer in a folder, whose errors in `transformers` name neither file nor field.
+
+    Raises:
+        UserError: one is damaged, or `model_max_length` is not a number.
+    """
+    for path in (folder / name for name in TOKENIZER_JSON if (folder / name).is_file()):
+        content = read_json(path, dict[str, Any], damage(path))
+        longest = content.get("model_max_length")
+        if longest is not None and not isinstance(longest, int | float):
+            raise UserError(
+                f"{path}: model_max_length={longest!r} must be a number: correct it, or fetch the file again"
+            )
+
+
 def read_weights(source: Source) -> dict[str, Tensor]:
     """All tensors of the weight files, by name.
 
@@ -152,8 +170,13 @@ def read_weights(source: Source) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for path in files:
         part = read_tensors(path)
-        if not isinstance(part, Mapping) or not all(isinstance(x, Tensor) for x in part.values()):
+        if not isinstance(part, Mapping) or not all(
+            isinstance(k, str) and isinstance(x, Tensor) for k, x in part.items()
+        ):
             raise UserError(f"{path}: not a state dict of names and tensors: save model.state_dict()")
+        for key, tensor in part.items():
+            if problem := not_dense(tensor):
+                raise UserError(f"{path}: {key} is {problem}: save dense weights, with their values")
         if twice := sorted(part.keys() & state.keys()):
             raise UserError(f"{source.name}: {twice[0]} is in two shards ({len(twice)} weights are): remove one")
         state |= part

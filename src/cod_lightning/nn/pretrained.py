@@ -9,16 +9,24 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cod_lightning.errors import UserError, first_line, first_of, no_permission, one_line
+from cod_lightning.errors import UserError, first_of, no_permission, one_line
 from cod_lightning.files import damage
 from cod_lightning.memory import require_memory
 from cod_lightning.nn.gguf import open_gguf, read_gguf
-from cod_lightning.nn.model_files import Source, find_file, find_source, read_weights, require_tokenizer
+from cod_lightning.nn.model_files import (
+    Source,
+    check_tokenizer_files,
+    find_file,
+    find_source,
+    read_weights,
+    require_tokenizer,
+)
 from cod_lightning.nn.weights import require_finite
 from cod_lightning.typed_json import read_json
 
@@ -60,6 +68,7 @@ class Checkpoint:
             UserError: it is missing or cannot be read.
         """
         require_tokenizer(self.source)
+        check_tokenizer_files(Path(self.source.name))
         transformers = import_transformers(f"reading {self.source.name}")
         with named_if_damaged(self.source.name, "its tokenizer cannot be read"), quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
@@ -127,6 +136,8 @@ def load_checkpoint(
         if error := weight_errors(empty, info):
             raise UserError(f"{name}: {error}")
         require_finite(model.named_parameters(), str(name))
+        frequencies = [(key, x) for key, x in model.named_buffers() if key.endswith("inv_freq")]
+        require_finite(frequencies, source.config_file, "correct its settings of the rotary embeddings")
         dropped = load_generation_config(model, source)
     largest = max((x for x in state.values() if x.is_floating_point()), key=Tensor.numel)
     return Checkpoint(model.eval(), source, largest.dtype, dropped)
@@ -200,8 +211,11 @@ def load_generation_config(model: Any, source: Source) -> list[str]:
 
     if not model.can_generate():
         return []
-    if source.gguf is None and find_file(source, "generation_config.json") is not None:
-        model.generation_config = GenerationConfig.from_pretrained(source.name)
+    path = find_file(source, "generation_config.json") if source.gguf is None else None
+    if path is not None:
+        read_json(path, dict[str, Any], damage(path))
+        with named_if_damaged(str(path), "not a generation configuration"):
+            model.generation_config = GenerationConfig.from_pretrained(source.name)
     generation, defaults = model.generation_config, GenerationConfig()
     try:
         generation.validate(strict=True)
@@ -215,7 +229,7 @@ def load_generation_config(model: Any, source: Source) -> list[str]:
     try:
         generation.validate(strict=True)
     except ValueError as error:
-        raise UserError(f"{source.name}: generation_config.json is invalid: {first_line(error)}") from error
+        raise UserError(f"{source.name}: generation_config.json is invalid: {one_line(error)}") from error
     return dropped
 
 
@@ -323,7 +337,10 @@ def named_if_damaged(name: str, problem: str) -> Generator[None]:
     except PermissionError as error:
         raise no_permission(error, name) from error
     except Exception as error:
-        raise UserError(f"{name}: {problem}: {one_line(error)}") from error
+        reason = shorten(one_line(error), 400, placeholder=" ...")
+        if isinstance(error, AttributeError | KeyError | TypeError):
+            reason = f"transformers cannot use one of its values ({reason})"
+        raise UserError(f"{name}: {problem}: {reason}: correct it, or fetch it again") from error
 
 
 @contextmanager

@@ -158,14 +158,16 @@ PARTS = {kind: get_type_hints(kind, include_extras=True) for kind in (Rates, Sch
 def spec_problems(spec: BlockSpec) -> list[str]:
     """One line for each coefficient of the wrong type or out of range."""
     problems = field_problems("block", spec, BLOCK_COEFFICIENTS)
-    if spec.norm_kind != "model" and any(getattr(sublayer, "groups", 1) != 1 for sublayer in spec.sublayers):
+    if not problems and spec.norm_kind != "model" and any(getattr(s, "groups", 1) != 1 for s in spec.sublayers):
         problems.append(f"norm_kind={spec.norm_kind!r} with groups, which it does not have: set groups=1,")
     for part in ("attention", "ffn"):
         sublayer = getattr(spec, part)
         if not isinstance(sublayer, SublayerSpec):
             problems.append(f"{part}={short_repr(sublayer)}, expected a SublayerSpec,")
             continue
-        problems += field_problems(part, sublayer, COEFFICIENTS)
+        if wrong := field_problems(part, sublayer, COEFFICIENTS):
+            problems += wrong
+            continue
         need_norm = {
             "gain": sublayer.gain != 1,
             "input_scale": sublayer.input_scale != 1,
@@ -216,7 +218,7 @@ def mismatch(hint: Any, value: Any) -> str:
         return "" if type(value) is int and value > 0 else "a whole number from 1"
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
-        return "" if value in arguments else f"one of {', '.join(arguments)}"
+        return "" if isinstance(value, str) and value in arguments else f"one of {', '.join(arguments)}"
     if value is None and type(None) in arguments:
         return ""
     if get_origin(hint) is Callable:

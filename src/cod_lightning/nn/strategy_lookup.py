@@ -22,28 +22,34 @@ def register(function: Strategy) -> Strategy:
     return function
 
 
-def resolve(name: str) -> Strategy:
-    """The registered strategy `name`, or the function at `package.module:function`.
+def resolve(name: str, field: str = "norm") -> Strategy:
+    """The registered strategy `name`, or the function at `package.module:function`; errors name the `field`.
 
     Raises:
         UserError: no such strategy, module or function.
     """
     if not isinstance(name, str):
-        raise UserError(f"norm={name!r} is not the name of a strategy: {nearest(str(name), STRATEGIES)}")
+        raise UserError(f"{field}={name!r} is not the name of a strategy: {nearest(str(name), STRATEGIES)}")
     if ":" not in name:
         if name not in STRATEGIES:
-            raise UserError(f"norm={name!r} is not a strategy: {suggestion(name)}")
+            raise UserError(f"{field}={name!r} is not a strategy: {suggestion(name)}")
         return STRATEGIES[name]
     module_name, _, function_name = name.partition(":")
     try:
         strategy = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise UserError(
-            f"norm={name!r}: {type(error).__name__}: {error}; expected an importable package.module:function"
+            f"{field}={name!r}: {type(error).__name__}: {in_one_line(error)}; expected an importable "
+            "package.module:function"
         ) from error
     if not callable(strategy):
-        raise UserError(f"norm={name!r} is not a function (layer, depth, **options) -> BlockSpec")
+        raise UserError(f"{field}={name!r} is not a function (layer, depth, **options) -> BlockSpec")
     return strategy
+
+
+def in_one_line(error: BaseException) -> str:
+    """The message of an exception, without line breaks."""
+    return " ".join(str(error).split())
 
 
 def suggestion(name: str) -> str:
@@ -75,7 +81,7 @@ def check_options(name: str, strategy: Strategy, options: Mapping[str, Any]) -> 
     """
     known = default_options(strategy)
     if "base" in known and (base := options.get("base", known["base"])) not in (name, None):
-        known = default_options(resolve(base)) | known
+        known = default_options(resolve(base, "norm.base")) | known
     for option, value in options.items():
         if option not in known:
             hint = nearest(option, known) if known else "it has none"
@@ -112,9 +118,9 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a user's function may raise anything
-        where = f"layer={layer}, depth={depth}"
+        where, reason = f"layer={layer}, depth={depth}", in_one_line(error)
         raise UserError(
-            f"norm={name!r} raised {type(error).__name__} for {where}: {error}{coefficient_hint(error)}"
+            f"norm={name!r} raised {type(error).__name__} for {where}: {reason}{coefficient_hint(error)}"
         ) from error
     if not isinstance(spec, BlockSpec):
         raise UserError(f"norm={name!r} returned {type(spec).__name__}, expected a BlockSpec")

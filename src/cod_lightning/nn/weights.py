@@ -41,6 +41,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         copy_(parameter, weights[name])
 
 
+def not_dense(tensor: Tensor) -> str:
+    """Why a tensor of a file is not a plain array of numbers; empty if it is."""
+    if tensor.is_meta:
+        return "without values"
+    return "" if tensor.layout == torch.strided else str(tensor.layout)
+
+
 def require_finite(weights: Iterable[tuple[str, Tensor]], source: str, remedy: str = "use another checkpoint") -> None:
     """Check that no weight holds NaN or Inf.
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from cod_lightning.errors import Diverged, Stopped, UserError, first_line, no_permission
+from cod_lightning.errors import Diverged, Stopped, UserError, first_line, no_permission, short_repr
 from cod_lightning.files import open_atomic, partial_folder, remove, replace_path
+from cod_lightning.nn.weights import not_dense
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run folder."""
@@ -105,6 +106,11 @@ def write_error(write: Callable[[], object], path: Path) -> str | None:
 
 RESUME_KEYS = ("pytorch-lightning_version", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
 """Entries that Lightning needs to resume, besides the weights."""
+NOT_EMPTY = {
+    **{"pytorch-lightning_version": str, "loops": dict, "callbacks": dict, "optimizer_states": list},
+    "TokenDataModule": dict,
+}
+"""Types of the entries that are read when a run resumes, and that hold something."""
 
 
 def read_resumable(path: Path) -> dict[str, Any]:
@@ -119,6 +125,11 @@ def read_resumable(path: Path) -> dict[str, Any]:
             f"{path}: holds weights, but not {missing[0]}, which a run needs to resume: remove the file, or start "
             f"another run with init_from={path}"
         )
+    for name, kind in NOT_EMPTY.items():
+        value = checkpoint.get(name)
+        if name in checkpoint and not (value and isinstance(value, kind)):
+            error = ValueError(f"{name}: expected a {kind.__name__} with entries, got {short_repr(value)}")
+            raise unreadable_error(path, error)
     return checkpoint
 
 
@@ -156,6 +167,9 @@ def load_file(path: Path, checkpoint: Path, mmap: bool = False) -> dict[str, Any
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not is_checkpoint(content):
             raise ValueError("it holds no decoder")
+        for name, tensor in content["state_dict"].items():
+            if problem := not_dense(tensor) or ("" if tensor.is_floating_point() else str(tensor.dtype)):
+                raise ValueError(f"{name} is {problem}")
     except Exception as error:  # damaged bytes raise many types, in zipfile, in torch and in its unpickler
         raise unreadable_error(checkpoint, error) from error
     return content
