@@ -463,6 +463,8 @@ RUNS = [
     (with_run(), ["toy", "norm=pro_res", "init_from=run"], ["init_from does not support norm=pro_res, whose branch_"]),
     (with_runs, ["toy", "init_from=runs"], ["init_from=runs: not a run folder", "name one, such as runs/a"]),
     (with_run(), ["toy", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
+    *((nothing, ["toy", f"init_from={path}"], [f"init_from={path or '.'}: no such run folder or .ckpt file"])
+      for path in ("", ".", "/dev/null")),
     (with_run(overwrite(LAST, half)), ["toy", "init_from=run"], DAMAGED),
     (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["decoder: add norm=lns norm.position=after_ln, or"]),
 ]  # fmt: skip
@@ -552,6 +554,14 @@ COMMANDS = [
     (module("def f(layer, depth):\n    return 1 / (layer - 1)"), ["predict", MINE], ["raised ZeroDivisionError"]),
     (nothing, ["estimate", "hardware=abacus"], ["hardware='abacus'", "h100"]),
     (nothing, ["estimate", "gpus=many"], ["gpus=many: expected a whole number"]),
+    *((nothing, [*words, option, ""], [f"argument {option}: '' is empty: name a path"]) for words, option in (
+        (["predict"], "--output"), (["report"], "--results"), (["export", "x"], "--output"),
+        (["measure", "variance", "x"], "--output"), (["launch", "slurm"], "--output"),
+    )),
+    (nothing, ["measure", "variance", "x", "output="], ["output= is empty: name a path"]),
+    (nothing, ["fit", "output="], ["output is empty: name a folder"]),
+    (nothing, ["reproduce", "scale=toy"], ["no experiment is named: name one, such as table1"]),
+    (nothing, ["reproduce", "table1", "row="], ["row='' does not exist: known: "]),
     (nothing, ["reproduce", "table99"], ["'table99' is not an experiment"]),
     (nothing, ["reproduce", "table1", "scale=huge"], ["scale='huge' does not exist", "mini, paper, small, toy"]),
     (nothing, ["reproduce", "table1", "seeds=none"], ["seeds=none: expected a whole number"]),

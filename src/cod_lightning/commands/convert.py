@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning.commands.import_ import read_pretrained
-from cod_lightning.commands.options import add_model, compose_norm, is_run, require_path
+from cod_lightning.commands.options import add_model, compose_norm, is_run, require_path, some_path
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -25,7 +25,7 @@ EPILOG = """\
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--output", type=Path, required=True, help="new run folder")
+    parser.add_argument("--output", type=some_path, required=True, help="new run folder")
     parser.add_argument("overrides", nargs="*", metavar="norm=...", help="the new strategy and its options")
 
 

@@ -15,6 +15,7 @@ from cod_lightning.commands.options import (
     load_run_config,
     pop_options,
     require_at_least,
+    some_path,
 )
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
@@ -35,7 +36,7 @@ OPTIONS = {"tasks": str, "protocol": str}
 def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
     add_trust_code(parser)
-    parser.add_argument("--task-folder", type=Path, help="with tasks=: folder with your tasks as YAML")
+    parser.add_argument("--task-folder", type=some_path, help="with tasks=: folder with your tasks as YAML")
     parser.add_argument("--limit", type=int, help="with tasks=: largest number of examples of a task")
     add_overrides(parser)
 

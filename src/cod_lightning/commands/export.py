@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.options import add_run, add_trust_code, require_at_least
+from cod_lightning.commands.options import add_run, add_trust_code, require_at_least, some_path
 from cod_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
     add_trust_code(parser)
     parser.add_argument("--to", choices=("hf",), default="hf", help="format: Hugging Face (default)")
-    parser.add_argument("--output", type=Path, help="new folder (default: hf, inside the run folder)")
+    parser.add_argument("--output", type=some_path, help="new folder (default: hf, inside the run folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
         "--max-length", type=int, help="max_position_embeddings (default: that of an imported model, else data.seq_len)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.commands.convert import read_trained
-from cod_lightning.commands.options import add_model
+from cod_lightning.commands.options import add_model, some_path
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
 
@@ -28,7 +28,7 @@ gains=kept      weights make up for factors that the strategy has for the new la
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--output", type=Path, required=True, help="new run folder")
+    parser.add_argument("--output", type=some_path, required=True, help="new run folder")
     parser.add_argument("words", nargs="*", metavar="option=value", help="blocks=N, how=, gains=")
 
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.options import is_run, require_model
+from cod_lightning.commands.options import is_run, require_model, some_path
 from cod_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ HELP = "Make a run folder from a Llama, Mistral or Qwen2 checkpoint."
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", help="folder of the checkpoint, .gguf file, glassllm, smollm2, or name on the hub")
-    parser.add_argument("--output", type=Path, required=True, help="new run folder")
+    parser.add_argument("--output", type=some_path, required=True, help="new run folder")
 
 
 def run(model: str, output: Path) -> int:

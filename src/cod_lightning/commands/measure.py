@@ -20,6 +20,7 @@ from cod_lightning.commands.options import (
     require_at_least,
     require_model,
     require_path,
+    some_path,
 )
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, check_writable
@@ -70,7 +71,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_checkpoint(parser)
     add_trust_code(parser)
     parser.add_argument("--rows", type=int, help=f"held-out rows to measure on (default: {ROWS})")
-    parser.add_argument("--output", type=Path, help="folder (default: measure, inside the run folder or here)")
+    parser.add_argument("--output", type=some_path, help="folder (default: measure, inside the run folder or here)")
 
 
 def run(
@@ -87,6 +88,8 @@ def run(
         if flag is not None and name in options:
             raise UserError(f"--{name}={flag} and {name}={options[name]} are both given: keep one")
     rows = options.pop("rows", rows)
+    if options.get("output") == "":
+        raise UserError("output= is empty: name a path")
     output = Path(options.pop("output")) if "output" in options else output
     require_at_least("rows", rows, 1)
     open_model = partial(open_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)

@@ -66,6 +66,13 @@ def run_folder(word: str) -> Path:
     return Path(word)
 
 
+def some_path(word: str) -> Path:
+    """The path that a word names; see `run_folder`."""
+    if not word:
+        raise ArgumentTypeError("'' is empty: name a path")
+    return Path(word)
+
+
 def add_model(parser: ArgumentParser) -> None:
     """Add a run or a pretrained model, `--checkpoint` and `--trust-code`."""
     parser.add_argument("model", help="run folder, model folder, .gguf file, glassllm, smollm2 or hub name")
@@ -94,7 +101,7 @@ def add_jobs(parser: ArgumentParser) -> None:
 
 def add_results(parser: ArgumentParser) -> None:
     """Add `--results`."""
-    parser.add_argument("--results", type=Path, help="folder of the records (default: experiments/results)")
+    parser.add_argument("--results", type=some_path, help="folder of the records (default: experiments/results)")
 
 
 def refuse_repeated(words: Sequence[str]) -> None:

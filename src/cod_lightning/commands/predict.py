@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from cod_lightning.commands.options import add_overrides
+from cod_lightning.commands.options import add_overrides, some_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
 
@@ -20,7 +20,7 @@ Builds the untrained decoder on the CPU. Writes JSON, CSV, PNG and PDF. Examples
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("predict"), help="folder (default: predict)")
+    parser.add_argument("--output", type=some_path, default=Path("predict"), help="folder (default: predict)")
     add_overrides(parser)
 
 

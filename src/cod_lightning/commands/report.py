@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from cod_lightning.commands.options import add_results
+from cod_lightning.commands.options import add_results, some_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
 
@@ -16,7 +16,7 @@ ESTIMATED_FOR = "one H100 at 40 % of its peak"
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_results(parser)
-    parser.add_argument("--output", type=Path, default=Path(), help="folder of the files (default: here)")
+    parser.add_argument("--output", type=some_path, default=Path(), help="folder of the files (default: here)")
     parser.add_argument("--pdf", action="store_true", help="write every figure as PDF as well")
 
 

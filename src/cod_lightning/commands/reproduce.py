@@ -46,6 +46,8 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     if seeds < 1:
         raise UserError(f"seeds={seeds} must be at least 1")
     names = find_experiments([word for word in words if "=" not in word])
+    if not names:
+        raise UserError("no experiment is named: name one, such as table1")
     overrides = [word for word in words if "=" in word]
     rows = list(experiment_rows(names, options.get("scale", "paper"), overrides))
     if "row" in options:
@@ -73,8 +75,8 @@ def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
         UserError: no row has one of the names.
     """
     known = {row.name for row in rows}
-    if unknown := next((name for name in names if name not in known), None):
-        raise UserError(f"row={unknown!r} does not exist: {nearest(unknown, known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"row={unknown[0]!r} does not exist: {nearest(unknown[0], known)}")
     return [row for row in rows if row.name in names]
 
 

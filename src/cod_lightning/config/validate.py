@@ -79,6 +79,8 @@ def folder_errors(config: Config) -> list[str]:
         for field, value in (("experiment", config.experiment), ("name", config.name))
         if value is not None and (not Path(value).parts or Path(value).is_absolute() or ".." in Path(value).parts)
     ]
+    if not config.output:
+        errors.append("output is empty: name a folder")
     if config.task == "vision" and config.init_from is not None:
         errors.append("init_from does not support task=vision: remove init_from")
     return errors

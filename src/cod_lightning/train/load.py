@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cod_lightning.config.saved import load, save
+from cod_lightning.config.saved import CONFIG, load, save
 from cod_lightning.config.schema import TOKENIZER, Config, run_folder_of
 from cod_lightning.data.datamodule import tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
@@ -138,7 +138,8 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
     Raises:
         UserError: there is no checkpoint, shapes or tokenizers differ, or a weight holds NaN or Inf.
     """
-    if not source.exists():
+    is_run = (source / CHECKPOINTS).is_dir() or (source / CONFIG).is_file()
+    if not is_run and not (source.suffix == ".ckpt" and source.exists()):
         raise UserError(f"init_from={source}: no such run folder or .ckpt file")
     path = source if source.suffix == ".ckpt" else checkpoint_of(source)
     source_tokenizer, name = run_folder_of(source) / TOKENIZER, config.data.tokenizer
