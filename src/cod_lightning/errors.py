@@ -49,9 +49,14 @@ def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 
+def without_breaks(text: str) -> str:
+    """A text in one line, with single spaces."""
+    return " ".join(text.split())
+
+
 def one_line(error: BaseException) -> str:
     """The whole message of an exception in one line, or its type if the message is empty; a KeyError has only a key."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_breaks(str(error)) or type(error).__name__
     return f"KeyError: {text}" if isinstance(error, KeyError) else text
 
 

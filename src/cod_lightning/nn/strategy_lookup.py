@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError, nearest, without_breaks
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, COEFFICIENTS, BlockSpec, mismatch, spec_problems
 
 Strategy = Callable[..., BlockSpec]
@@ -39,17 +39,12 @@ def resolve(name: str, field: str = "norm") -> Strategy:
         strategy = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise UserError(
-            f"{field}={name!r}: {type(error).__name__}: {in_one_line(error)}; expected an importable "
+            f"{field}={name!r}: {type(error).__name__}: {without_breaks(str(error))}; expected an importable "
             "package.module:function"
         ) from error
     if not callable(strategy):
         raise UserError(f"{field}={name!r} is not a function (layer, depth, **options) -> BlockSpec")
     return strategy
-
-
-def in_one_line(error: BaseException) -> str:
-    """The message of an exception, without line breaks."""
-    return " ".join(str(error).split())
 
 
 def suggestion(name: str) -> str:
@@ -118,7 +113,7 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a user's function may raise anything
-        where, reason = f"layer={layer}, depth={depth}", in_one_line(error)
+        where, reason = f"layer={layer}, depth={depth}", without_breaks(str(error))
         raise UserError(
             f"norm={name!r} raised {type(error).__name__} for {where}: {reason}{coefficient_hint(error)}"
         ) from error
