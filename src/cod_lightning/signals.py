@@ -23,6 +23,8 @@ PARENT = "COD_LIGHTNING_PARENT"
 def raise_stopped(number: int, frame: Any) -> None:
     """Raise `Stopped`; a handler of signals. Later ones are ignored, so that they do not interrupt the cleanup."""
     install(lambda number, frame: None)
+    if "LOCAL_RANK" not in os.environ:
+        end_with_parent(0)  # a parent with several threads sends the signal of its end once a thread
     raise Stopped(f"interrupted by {signal.Signals(number).name}")
 
 
@@ -78,7 +80,7 @@ def stopping() -> Generator[None]:
 
 
 def end_with_parent(number: int) -> None:
-    """Ask Linux to send this process a signal when its parent ends; does nothing on other systems."""
+    """Ask Linux to send this process a signal when its parent ends, 0 for none; does nothing on other systems."""
     if sys.platform == "linux":
         import ctypes
 
