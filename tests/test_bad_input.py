@@ -462,8 +462,8 @@ RUNS = [
      ["eos_token=5 must be a token"]),
     (with_run(), ["toy", "norm=pro_res", "init_from=run"], ["init_from does not support norm=pro_res, whose branch_"]),
     (with_runs, ["toy", "init_from=runs"], ["init_from=runs: not a run folder", "name one, such as runs/a"]),
-    (with_run(), ["toy", "init_from=nowhere"], ["init_from=nowhere: no such run folder"]),
-    *((nothing, ["toy", f"init_from={path}"], [f"init_from={path or '.'}: no such run folder or .ckpt file"])
+    (with_run(), ["toy", "init_from=nowhere"], ["init_from=nowhere: neither a run folder"]),
+    *((nothing, ["toy", f"init_from={path}"], [f"init_from={path or '.'}: neither a run folder nor a .ckpt file"])
       for path in ("", ".", "/dev/null")),
     (with_run(overwrite(LAST, half)), ["toy", "init_from=run"], DAMAGED),
     (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["decoder: add norm=lns norm.position=after_ln, or"]),
@@ -621,7 +621,7 @@ UNREAD = [
         ((*LOADED, "tasks=piqa"), "evaluate tasks= reads only data.seq_len", ["data.val_every=3"]),
         (("measure", "variance", "run"), "measure reads only data, images",
          ["seed=3", "optim.weight_decay=9", "trainer.precision=bf16-true", "eval.paper_batch=2", "name=x"]),
-        (("measure", "variance", "x"), "measure of a pretrained model reads only data, trainer.accelerator",
+        (("measure", "variance", "x"), "measure of a pretrained model reads only data, row.accelerator",
          ["seed=3", "norm=lns", "model=tiny", "optim=adamw", "trainer.max_steps=3", "output.x=3"]),
     ) for word in words),
     (with_run(), [*LOADED, "seed=3", "name=x"], ["seed=3 has no effect", "name=x has no effect"]),

@@ -218,9 +218,9 @@ def sources(source, tmp_path_factory):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["init_from={tmp}/nowhere"], "nowhere: no such run folder"),
-        (["init_from={tmp}/untrained"], "untrained: no last checkpoint"),
-        (["init_from={tmp}/untrained/x.ckpt"], r"x\.ckpt: no such run folder or \.ckpt file"),
+        (["init_from={tmp}/nowhere"], "nowhere: neither a run folder"),
+        (["init_from={tmp}/untrained"], "untrained: neither a run folder"),
+        (["init_from={tmp}/untrained/x.ckpt"], r"x\.ckpt: neither a run folder nor a \.ckpt file"),
         (["init_from={tmp}/stray.ckpt"], r"stray\.ckpt: no tokenizer at \S+; name one with data\.tok"),
         (["init_from={run}", "data.tokenizer={tmp}/other"], "is not the tokenizer of init_from="),
         (

@@ -37,7 +37,7 @@ READS = {
         *("data.seq_len", "data.batch_size", "data.micro_batch_size", "model", "norm", "trainer.accelerator"),
     ),
     "measure": ("data", "images", "model", "norm", "trainer.accelerator", "trainer.threads"),
-    "measure of a pretrained model": ("data", "trainer.accelerator", "trainer.threads"),
+    "measure of a pretrained model": ("data", "row", "paper", "trainer.accelerator", "trainer.threads"),
 }
 """The sections and fields that a command reads with a model, so that an override of another one is refused.
 
@@ -204,28 +204,33 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
     return config
 
 
-def refuse_unread(overrides: Sequence[str], command: str, choices: Sequence[str]) -> None:
-    """Check that every override sets a field that a command reads with a model.
+def unread(overrides: Sequence[str], command: str, choices: Sequence[str]) -> list[str]:
+    """The overrides that set no field that a command reads with a model.
 
     Args:
         overrides: of the command line.
         command: a key of `READS`.
         choices: the groups of which it takes a choice.
-
-    Raises:
-        UserError: names every override that has no effect.
     """
     from cod_lightning.config.compose import parse
 
     known = READS[command]
-    unread = [
-        override.input_line
+    return [
+        str(override.input_line)
         for override in parse(overrides)
         if (key := override.key_or_group) not in choices and key not in known and key.partition(".")[0] not in known
     ]
-    if unread:
-        hint = f"{command} reads only {', '.join(known)}"
-        raise UserError("\n".join(f"{word} has no effect, remove it: {hint}" for word in unread))
+
+
+def refuse_unread(overrides: Sequence[str], command: str, choices: Sequence[str]) -> None:
+    """Check that no override is `unread`.
+
+    Raises:
+        UserError: names every override that has no effect.
+    """
+    if words := unread(overrides, command, choices):
+        hint = f"{command} reads only {', '.join(READS[command])}"
+        raise UserError("\n".join(f"{word} has no effect, remove it: {hint}" for word in words))
 
 
 def require_model(model: str, alternative: str) -> None:

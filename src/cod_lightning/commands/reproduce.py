@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.options import add_jobs, add_results, pop_options, require_at_least
+from cod_lightning.commands.options import (
+    TEXT_CHOICES,
+    add_jobs,
+    add_results,
+    pop_options,
+    require_at_least,
+    unread,
+)
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.files import check_writable
@@ -93,8 +100,9 @@ def run_task(task: Task, pool: CommandPool, results: Path) -> int:
     if status == 0 and task.measures:
         command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
         if task.row.pretrained_model is not None:
-            others = [word for word in task.row.overrides if not word.lstrip("+").startswith("output=")]
-            command += [*others, f"output={task.folder / MEASURES_FOLDER}"]
+            ignored = unread(task.row.overrides, "measure of a pretrained model", TEXT_CHOICES)
+            text = [word for word in task.row.overrides if word not in ignored]
+            command += [*text, f"output={task.folder / MEASURES_FOLDER}"]
         status = pool.run_command(command, task.label)
         if status == 0:
             save_result(task.folder, results, task.measures)

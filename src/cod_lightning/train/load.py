@@ -140,7 +140,7 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
     """
     is_run = (source / CHECKPOINTS).is_dir() or (source / CONFIG).is_file()
     if not is_run and not (source.suffix == ".ckpt" and source.exists()):
-        raise UserError(f"init_from={source}: no such run folder or .ckpt file")
+        raise UserError(f"init_from={source}: neither a run folder nor a .ckpt file")
     path = source if source.suffix == ".ckpt" else checkpoint_of(source)
     source_tokenizer, name = run_folder_of(source) / TOKENIZER, config.data.tokenizer
     if str(source_tokenizer) == name and not source_tokenizer.is_dir():
