@@ -318,6 +318,16 @@ def test_a_damaged_saved_configuration_is_named(tmp_path, content):
         load(tmp_path)
 
 
+def test_a_run_whose_tokenizer_was_moved_has_its_own_copy(tmp_path):
+    (tmp_path / "there").mkdir()
+    words = [f"output={tmp_path}", "name=run", f"data.tokenizer={tmp_path}/there"]
+    folder = create_run_folder(compose(words))
+    assert load(folder).data.tokenizer == f"{tmp_path}/there"
+    (tmp_path / "there").rmdir()
+    assert load(folder).data.tokenizer == str(folder / "tokenizer")
+    assert load(folder, ["data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
+
+
 @pytest.mark.parametrize("word", ["protocol=paper", "norm=lns", "seed=1,2", "~data", "data=wiki", "optim.lrr=1"])
 def test_a_trained_run_accepts_data_trainer_and_fields(tmp_path, word):
     folder = create_run_folder(compose([f"output={tmp_path}"]))

@@ -25,7 +25,7 @@ from cod_lightning.config.compose import (
     has_interpolation,
     parse,
 )
-from cod_lightning.config.schema import Config, flatten, identity, identity_fields
+from cod_lightning.config.schema import TOKENIZER, Config, flatten, identity, identity_fields
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import DAMAGED, UserError, no_permission, one_line
 from cod_lightning.files import read_regular, write_atomic
@@ -145,6 +145,8 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     """
     path = folder / CONFIG
     node, saved = read(folder)
+    if Path(saved.data.tokenizer).is_absolute() and not Path(saved.data.tokenizer).exists():
+        node.data.tokenizer = str((folder / TOKENIZER).absolute())  # this run, or that of `init_from`, was moved
     words = parse(overrides)
     refuse_code(saved, folder, trust_code)
     with named_if_damaged(path):
