@@ -621,7 +621,7 @@ UNREAD = [
         ((*LOADED, "tasks=piqa"), "evaluate tasks= reads only data.seq_len", ["data.val_every=3"]),
         (("measure", "variance", "run"), "measure reads only data, images",
          ["seed=3", "optim.weight_decay=9", "trainer.precision=bf16-true", "eval.paper_batch=2", "name=x"]),
-        (("measure", "variance", "x"), "measure of a pretrained model reads only data, row.accelerator",
+        (("measure", "variance", "x"), "measure of a pretrained model reads only data, row, paper, trainer.accelerator",
          ["seed=3", "norm=lns", "model=tiny", "optim=adamw", "trainer.max_steps=3", "output.x=3"]),
     ) for word in words),
     (with_run(), [*LOADED, "seed=3", "name=x"], ["seed=3 has no effect", "name=x has no effect"]),
