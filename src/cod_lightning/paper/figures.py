@@ -151,7 +151,7 @@ def forest(axes: Axes, series: Mapping[str, Mapping[str, Point]], rows: Sequence
 def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Sequence[Column]) -> Figure | None:
     """Loss differences to the baseline over varied settings, with the paper's values as hollow marks.
 
-    A panel needs two settings that were run; None without any panel.
+    A panel needs two settings that were run; None without any panel. Rows that did not train are left out.
 
     Args:
         panels: title, setting (a key of `AXES`) and columns of one scale each.
@@ -170,13 +170,12 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
         marks = [(column.first.axes[axis], published_points(column)) for column in published]
         for row in rows:
             colour = row_colour(row)
-            values = [(x, p.value, p.margin or 0) for x, points in ours if (p := points.get(row.name))]
+            points_of_row = [(x, points[row.name]) for x, points in ours if row.name in points]
+            values = [(x, point.value, point.margin or 0) for x, point in points_of_row if point.trained]
             if not values:
                 continue
             x, y, margins = zip(*values, strict=True)
-            legend[f"{row.label} (bars: 95 % interval)"] = panel.errorbar(
-                x, y, margins, marker="o", ms=4, capsize=2, color=colour
-            )
+            legend[row.label] = panel.errorbar(x, y, margins, marker="o", ms=4, capsize=2, color=colour)
             for x, points in marks:
                 if row.name in points and points[row.name].trained:
                     panel.plot(x, points[row.name].value, "D", ms=6, mfc="none", color=colour)
@@ -187,11 +186,11 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
         if axis == "tokens":
             panel.xaxis.set_major_formatter(lambda x, _: short_number(x))
         else:
-            label_ticks(panel, [x for x, _ in ours])
+            label_ticks(panel, [x for x, points in ours if points])
     for panel in axes.flat[len(panels) :]:
         panel.set_axis_off()
     for panel in axes[:, 0]:
-        panel.set_ylabel(f"loss minus that of {panels[0][2][0].baseline.label} (nats)")
+        panel.set_ylabel(f"loss minus that of {panels[0][2][0].baseline.label} (nats)\nbars: 95 % interval")
     figure.legend(list(legend.values()), list(legend), loc="outside upper left", ncols=4)
     return figure
 
