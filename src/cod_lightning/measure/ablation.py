@@ -226,7 +226,7 @@ def run_removal(
     return RunRemoval(model.name, tokens, loss, list(sizes), by_size)
 
 
-def check_sizes(model: ModelAdapter, sizes: Sequence[int] | None = None) -> None:
+def check_sizes(model: ModelAdapter, sizes: Sequence[int] | None) -> None:
     """Check the options of `run_removal`.
 
     Raises:

@@ -54,9 +54,7 @@ class AngularDistance(Result):
         return [HeatMap(self.distances, "layer", "layers further on, n", f"angular distance ({unit})")]
 
 
-def check_angular(
-    model: ModelAdapter, tokens: int = 1, token: TokenChoice = "all", normalise: Normalisation = "raw"
-) -> None:
+def check_angular(model: ModelAdapter, tokens: int, token: TokenChoice, normalise: Normalisation) -> None:
     """Check the options of `angular_distance`, on which the model has no influence.
 
     Raises:

@@ -387,10 +387,10 @@ def root(square: float, error: float) -> tuple[float, float]:
 
 def check_jacobian(
     model: ModelAdapter,
-    layers: Sequence[int] | None = None,
-    probes: int = 4,
-    tokens: int = 1,
-    iterations: int = 3,
+    layers: Sequence[int] | None,
+    probes: int,
+    tokens: int,
+    iterations: int,
     **others: Any,
 ) -> None:
     """Check the options of `jacobian`; others may have any value.
@@ -406,9 +406,9 @@ def check_jacobian(
 
 def check_mean_jacobian(
     model: ModelAdapter,
-    layers: Sequence[int] | None = None,
-    tokens: int = 1,
-    widest: int = MAX_FULL_JACOBIAN,
+    layers: Sequence[int] | None,
+    tokens: int,
+    widest: int,
     **others: Any,
 ) -> None:
     """Check the options of `mean_jacobian`; others may have any value.
@@ -427,10 +427,10 @@ def check_mean_jacobian(
 
 def check_growth(
     model: ModelAdapter,
-    layers: Sequence[int] | None = None,
-    all_layers: bool = False,
-    probes: int = 8,
-    iterations: int = 12,
+    layers: Sequence[int] | None,
+    all_layers: bool,
+    probes: int,
+    iterations: int,
     **others: Any,
 ) -> None:
     """Check the options of `jacobian_growth`; others may have any value.

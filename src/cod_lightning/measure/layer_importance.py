@@ -73,7 +73,7 @@ class BlockInfluence(Result):
         ]
 
 
-def check_longest(model: ModelAdapter, longest: int | None = None) -> None:
+def check_longest(model: ModelAdapter, longest: int | None) -> None:
     """Check the options of `block_influence`.
 
     Raises:
@@ -145,7 +145,7 @@ class LayerImportance(Result):
         return [Lines("reduction of the loss (nats)", lines, errors={"Shapley value": self.error})]
 
 
-def check_permutations(model: ModelAdapter, permutations: int | None = 20, seed: int = 0) -> None:
+def check_permutations(model: ModelAdapter, permutations: int | None, **others: Any) -> None:
     """Check the options of `layer_importance`; any seed is valid.
 
     Raises:

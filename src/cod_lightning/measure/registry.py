@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
@@ -61,9 +62,9 @@ class Measure:
             UserError: one is out of range for the model.
         """
         if self.check:
-            resolve_name(f"cod_lightning.measure.{self.check}")(
-                model, **{name: value for name, value in options.items() if name in self.options}
-            )
+            parameters = signature(self.measure).parameters
+            values = {name: options.get(name, parameters[name].default) for name in self.options}
+            resolve_name(f"cod_lightning.measure.{self.check}")(model, **values)
 
     def recorded(self, result: Any) -> dict[str, list[Any]]:
         """The series of a result that a training run records."""

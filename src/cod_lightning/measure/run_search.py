@@ -57,7 +57,7 @@ def perplexity_rise(loss: float, whole: float) -> float:
     return 100 * math.expm1(loss - whole) if loss - whole < 700 else math.inf
 
 
-def check_search(model: ModelAdapter, limits: Sequence[float] = LIMITS, width: int = 2) -> None:
+def check_search(model: ModelAdapter, limits: Sequence[float], width: int) -> None:
     """Check the options of `longest_run`, on which the model has no influence.
 
     Raises:
