@@ -25,7 +25,7 @@ from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run, by_target
 from cod_lightning.paper.figures import fit_sizes
 from cod_lightning.paper.layer_figures import draw
-from cod_lightning.paper.real_models import PretrainedModel, pretrained_model_lines
+from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
 from cod_lightning.paper.tuning import tuned_rows

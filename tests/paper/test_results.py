@@ -13,7 +13,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
 from cod_lightning.paper.experiments import experiment_rows, load_experiments, remaining_tasks
-from cod_lightning.paper.real_models import load_pretrained_models
+from cod_lightning.paper.pretrained_models import load_pretrained_models
 from cod_lightning.paper.results import load_measures, save_result
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(results: Path | None, output: Path, pdf: bool) -> int:
     from cod_lightning.paper.claims import SCALES
     from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
-    from cod_lightning.paper.real_models import load_pretrained_models
+    from cod_lightning.paper.pretrained_models import load_pretrained_models
     from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
     from cod_lightning.paper.results import RECORD, RESULTS
     from cod_lightning.plots import FORMATS

@@ -28,7 +28,7 @@ from cod_lightning.paper.claims import (
 from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, seed_count, tuned_figure
 from cod_lightning.paper.findings import ClaimResult
 from cod_lightning.paper.layer_figures import draw
-from cod_lightning.paper.real_models import PretrainedModel, pretrained_model_lines
+from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
