@@ -427,7 +427,7 @@ RUNS = [
     (unfinished(lambda path: None), [*RESUMED, "seed=2"], ["out/run holds a run of another configuration (seed=1"]),
     (with_run(overwrite("record.json", "[]")), ["toy", "output=.", "name=run"], ["run/record.json: not a readable"]),
     (with_run(edit("record.json", history__val__step=[])), ["toy", "output=.", "name=run"], ["step is missing"]),
-    *((with_run(overwrite("config.yaml", content)), LOADED, [f"run/config.yaml: {problem}", "; restore it, or remove"])
+    *((with_run(overwrite("config.yaml", content)), LOADED, [f"run/config.yaml: {problem}", "; restore it from a copy"])
       for content, problem in (
         ("", "not a saved configuration: it is empty"),
         ("\n", "not a saved configuration: it is empty"),
@@ -438,10 +438,10 @@ RUNS = [
         (half, "not a saved configuration: "),
     )),
     *((with_run(overwrite("config.yaml", lambda text, end=end: text[: text.index(end)])), LOADED,
-       [f"run/config.yaml: not a saved configuration: truncated, it lacks {section}", "; restore it, or remove"])
+       [f"run/config.yaml: not a saved configuration: truncated, it lacks {section}", "; restore it from a copy"])
       for end, section in ((b"data:", "data, eval, optim, paper, scales, trainer"), (b"paper:", "paper, scales"))),
     *((with_run(overwrite("config.yaml", lambda text, old=old, new=new: text.replace(old, new))), LOADED,
-       [f"run/config.yaml: not a saved configuration: {field}: ", "; restore it, or remove"])
+       [f"run/config.yaml: not a saved configuration: {field}: ", "; restore it from a copy"])
       for field, old, new in (
         ("seed", b"seed: 1", b"seed: x"), ("model.hidden_size", b"hidden_size: 32", b"hidden_size: x"),
         ("data.seq_len", b"seq_len: 32", b"seq_len: null"),
@@ -521,7 +521,7 @@ COMMANDS = [
     *((nothing, words, ["'' names no model: name the folder"])
       for words in (["import", "", "--output", "x"], ["convert", "", "norm=lns", "--output", "x"],
                     ["grow", "", "blocks=3", "--output", "x"], ["measure", "variance", ""], ["verify", ""])),
-    *((nothing, words, ["argument run: '' is empty: name a run folder"])
+    *((nothing, words, ["argument run: '' is empty: name a path"])
       for words in (["evaluate", ""], ["generate", "", "x"], ["export", ""], ["consolidate", ""])),
     (files(x="file"), ["import", ".", "--output", "x"], ["x exists and is not an empty folder"]),
     (nothing, ["measure", "varianc", "nowhere"], ["'varianc' is not a study: did you mean 'variance'?"]),

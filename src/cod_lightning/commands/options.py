@@ -34,7 +34,12 @@ READS = {
         *("trainer.timeout", "trainer.threads"),
     ),
     "evaluate tasks=": (
-        *("data.seq_len", "data.batch_size", "data.micro_batch_size", "model", "norm", "trainer.accelerator"),
+        "data.seq_len",
+        "data.batch_size",
+        "data.micro_batch_size",
+        "model",
+        "norm",
+        "trainer.accelerator",
     ),
     "measure": ("data", "images", "model", "norm", "trainer.accelerator", "trainer.threads"),
     "measure of a pretrained model": ("data", "row", "paper", "trainer.accelerator", "trainer.threads"),
@@ -55,19 +60,12 @@ def add_overrides(parser: ArgumentParser) -> None:
 
 def add_run(parser: ArgumentParser) -> None:
     """Add a run folder and `--checkpoint`."""
-    parser.add_argument("run", type=run_folder, help="run folder")
+    parser.add_argument("run", type=some_path, help="run folder")
     add_checkpoint(parser)
 
 
-def run_folder(word: str) -> Path:
-    """The folder that a word names; an empty word, such as an unset variable, would be the current folder."""
-    if not word:
-        raise ArgumentTypeError("'' is empty: name a run folder")
-    return Path(word)
-
-
 def some_path(word: str) -> Path:
-    """The path that a word names; see `run_folder`."""
+    """The path that a word names; an empty word, such as an unset variable, would be the current folder."""
     if not word:
         raise ArgumentTypeError("'' is empty: name a path")
     return Path(word)

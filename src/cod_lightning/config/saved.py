@@ -33,7 +33,8 @@ from cod_lightning.nn.packaged_models import is_packaged
 
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
-REMEDY = "restore it, or remove it and repeat the fit command of the run, which writes it"
+REMEDY = "restore it from a copy; record.json of a finished run holds the same values, under config"
+"""The end of an error about a damaged one."""
 SECTIONS = {"model", "norm", "data", "optim", "eval", "trainer", "paper", "scales"}
 """Sections that every version writes; `scales` is the last one."""
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
