@@ -20,6 +20,8 @@ TOLERANCE = 0.15
 WIDE = {"deep_norm_released": 0.3}
 """Its logits have variance 1 and its branches are larger than the stream: seeds differ by 0.1 to 0.2."""
 
+ALPHAS = {"alpha": 0.2, "attention_alpha": 0.8}
+
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_closed_form_meets_the_measurement(name):
@@ -62,11 +64,11 @@ def test_a_strategy_without_a_closed_form_is_an_error():
         predict(CONFIG, {"name": "value_residual", "form": "mean"})
 
 
-@pytest.mark.parametrize("kind", BOUNDED)
-@pytest.mark.parametrize("base", ["sandwich_ln", "hybrid_norm"])
-def test_the_closed_form_of_bounded_functions_holds_where_they_are_not_linear(kind, base):
+@pytest.mark.parametrize("norm", [{"name": kind} for kind in BOUNDED] + [{"name": "dyt", **ALPHAS}], ids=str)
+@pytest.mark.parametrize("base", ["peri_ln", "hybrid_norm"])
+def test_the_closed_form_of_bounded_functions_holds_where_they_are_not_linear(norm, base):
     config = replace(CONFIG, embedding_std=3.0, init_std=0.1)
-    prediction = predict(config, {"name": kind, "base": base})
+    prediction = predict(config, {**norm, "base": base})
     for quantity in QUANTITIES:
         expected, measured = getattr(prediction, quantity), getattr(prediction, f"{quantity}_measured")
         assert expected == pytest.approx(measured, rel=TOLERANCE), quantity

@@ -322,6 +322,15 @@ def test_the_final_norm_has_the_kind_of_the_last_block(name):
     assert decoder_of(name).model.norm.kind == name
 
 
+@pytest.mark.parametrize("base", ["peri_ln", "post_ln", "hybrid_norm"])
+def test_every_alpha_starts_at_the_option_of_its_sublayer(base):
+    specs = build_all({"name": "dyt", "base": base, "alpha": 0.2, "attention_alpha": 0.8}, L)
+    alphas = {n: p.item() for n, p in build_decoder(CONFIG, specs, seed=3).named_parameters() if n.endswith("alpha")}
+    attention = re.compile("entry_norm|input_layernorm|self_attn|attention_residual")
+    assert alphas == {name: pytest.approx(0.8 if attention.search(name) else 0.2) for name in alphas}
+    assert "model.norm.alpha" in alphas
+
+
 def test_every_block_of_x0_mix_reads_the_embeddings():
     decoder = decoder_of("x0_mix")
     x = torch.randn(2, 5, 32, requires_grad=True)
@@ -566,6 +575,10 @@ def skip_without_norm(layer, depth):
     return block(pre_norm=False, skip_from="pre_norm")
 
 
+def alpha_of_a_norm(layer, depth):
+    return block(norm_alpha=0.5)
+
+
 def norm_of_heads(layer, depth):
     return dataclasses.replace(block(), head_norm="kv")
 
@@ -634,6 +647,10 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "test_strategies:norm_of_heads"}, ["block.head_norm='kv', expected one of no, qk, qkv"]),
         ({"name": "value_residual", "form": "sum"}, ["norm.form='sum'", "known: learned, mean"]),
         ({"name": "dyt", "base": "group_ln"}, ["norm_kind='dyt' with groups"]),
+        ({"name": "dyt", "alpha": 0.0}, ["attention.norm_alpha=0.0, expected a finite number above 0"]),
+        ({"name": "dyt", "attention_alpha": "x"}, ["norm.attention_alpha='x' must be a number"]),
+        ({"name": "bhyt", "base": "dyt"}, ["norm='bhyt'", "norm.base", "sets norm_kind itself"]),
+        ({"name": "test_strategies:alpha_of_a_norm"}, ["norm_alpha without a bounded norm_kind"]),
         ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
     ],
 )

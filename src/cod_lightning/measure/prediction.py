@@ -31,6 +31,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ from cod_lightning.memory import require_memory
 from cod_lightning.nn.config import MOST_LAYERS, DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import LAST, build_decoder, outer_stds, projection_std
-from cod_lightning.nn.norms import ALPHA, with_kind
+from cod_lightning.nn.norms import with_kind
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
 Array = np.ndarray
@@ -191,7 +192,8 @@ def closed_form(decoder: Decoder) -> dict[str, list[float]]:
     # |softmax - onehot|^2 over the vocabulary for every token but the last of a sequence, which has no target.
     softmax = min(math.exp(min(hidden * head, 99)), vocabulary) / vocabulary
     error = head * (1 - 2 / vocabulary + softmax) / (SEQUENCES * (TOKENS - 1)) ** 2
-    _, last = norm_factors(outputs[-1].q, with_kind(config, decoder.blocks[-1].spec))
+    of_last = decoder.blocks[-1].spec
+    _, last = norm_factors(outputs[-1].q, with_kind(config, of_last), alpha=of_last.ffn.norm_alpha)
     g, gradient_norm = last * np.diag([error] * (TOKENS - 1) + [0.0]), []
     for attention_step, ffn_step in zip(reversed(steps[::2]), reversed(outputs), strict=True):
         gradient_norm.append(math.sqrt(SEQUENCES * hidden * g.trace()))
@@ -241,7 +243,7 @@ def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
     for layer, block in enumerate(decoder.blocks, start=1):
         config = with_kind(decoder.config, block.spec)
         if block.spec.entry_norm:
-            q = q * norm_factors(q, config)[0]
+            q = q * norm_factors(q, config, alpha=block.spec.attention.norm_alpha)[0]
         of_block = q
         for spec, module in ((block.spec.attention, block.self_attn), (block.spec.ffn, block.mlp)):
             spec = replace(spec, branch_scale=spec.branch_scale * spec.factor(layer, decoder.step))
@@ -262,20 +264,22 @@ def step_of(
     head_norm: str,
 ) -> Step:
     """The sub-layer of a spec at the kernels q of its input and `of_block` of its block's; c as in `fan_variances`."""
+    factors = partial(norm_factors, config=config, alpha=spec.norm_alpha)
     before, slope = 1.0, 1.0
     if spec.pre_norm:
         weight, size = spec.gain * spec.pre_norm_weight, config.hidden_size // spec.groups
-        before, slope = norm_factors(q, config, weight, size, spec.input_scale)
+        before, slope = factors(q, weight=weight, size=size, input_scale=spec.input_scale)
     if "q_proj" in c:
-        value, mix = attention(before * q, c, head_norm, config)
+        head_factors = partial(factors, size=config.head_dim)
+        value, mix = attention(before * q, c, {name: head_factors for name in "qkv" if name in head_norm})
     else:
         value, mix = feed_forward(before * q, c)
-    after, after_slope = norm_factors(value, config, spec.branch_norm_weight) if spec.branch_norm else (1.0, 1.0)
+    after, after_slope = factors(value, weight=spec.branch_norm_weight) if spec.branch_norm else (1.0, 1.0)
     branch = spec.branch_scale**2 * after * value
     start = {"input": q, "pre_norm": before * q, "block": of_block}[spec.skip_from]
     total = skip * start + branch
     # A sum that is normalised is not Gaussian from then on: its length is fixed.
-    outer, outer_slope = norm_factors(total, config, fixed=True) if spec.sum_norm else (1.0, 1.0)
+    outer, outer_slope = factors(total, fixed=True) if spec.sum_norm else (1.0, 1.0)
     return Step(
         q=outer * total,
         branch=float(branch.diagonal().mean()),
@@ -289,13 +293,16 @@ def step_of(
 
 
 def attention(
-    n: Array, c: Mapping[str, float], head_norm: str, config: DecoderConfig
+    n: Array, c: Mapping[str, float], norms: Mapping[str, Callable[[Array], tuple[Array, Array]]]
 ) -> tuple[Array, Callable[[Array, bool], Array]]:
-    """The kernel of attention's output on the kernel n, and the same map of p and, transposed, of g."""
+    """The kernel of attention's output on the kernel n, and the same map of p and, transposed, of g.
+
+    `norms` are the factors of the norms of queries, keys and values, by the letters q, k and v.
+    """
     # The factors of projections and norms from n to the kernels of queries, keys and values; those of a derivative.
     (to_q, dq), (to_k, dk), (to_v, dv) = (
-        [inputs * factor for factor in (norm_factors(inputs * n, config, size=config.head_dim) if normed else (1, 1))]
-        for inputs, normed in ((c[f"{name}_proj"], name in head_norm) for name in "qkv")
+        [inputs * factor for factor in (norms[name](inputs * n) if name in norms else (1, 1))]
+        for name, inputs in ((name, c[f"{name}_proj"]) for name in "qkv")
     )
     queries, values = to_q * n, to_v * n
     key_spread, value_spread = spread_of(to_k * n), spread_of(values)
@@ -360,6 +367,7 @@ def norm_factors(
     size: int | None = None,
     input_scale: float = 1.0,
     fixed: bool = False,
+    alpha: float = 1.0,
 ) -> tuple[Array, Array]:
     """The factors of a norm on the kernel q of its input, and on the kernel of a perturbation.
 
@@ -370,13 +378,13 @@ def norm_factors(
         size: number of channels; None: the hidden size.
         input_scale: of the norm.
         fixed: the input has a fixed length instead of being Gaussian.
+        alpha: initial value of that of a bounded function.
     """
     kernel = norm_kernel(q, config.norm_eps / input_scale**2)
     removed = 1.0 if fixed else norm_jacobian(size or config.hidden_size)
     if config.norm not in BOUNDED:
         return weight**2 * kernel, weight**2 * kernel * removed
     # The function reads sqrt(slope) q.
-    alpha = ALPHA[config.norm]
     into = (alpha / KAPPA) ** 2 * kernel if config.norm == "bhyt" else np.full_like(q, (alpha * input_scale) ** 2)
     if config.norm == "derf":
         value, derivative = np.vectorize(math.erf), lambda z: 2 / math.sqrt(math.pi) * np.exp(-(z**2))

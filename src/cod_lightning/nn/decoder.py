@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cod_lightning.kernels.loss import TokenLoss, linear_cross_entropy
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.norms import IdentityNorm, Norm, norm_if, pre_norm, with_kind
+from cod_lightning.nn.norms import IdentityNorm, Norm, final_norm, norm_if, pre_norm, with_kind
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 
 ActivationHook = Callable[[str, int, Tensor], object]
@@ -44,9 +44,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d, kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(d, d, bias=output_bias)
-        self.q_norm, self.k_norm, self.v_norm = (
-            norm_if(name in spec.head_norm, config, before_matmul=True, size=self.head_dim) for name in "qkv"
-        )
+        options = {"before_matmul": True, "size": self.head_dim, "alpha": spec.attention.norm_alpha}
+        self.q_norm, self.k_norm, self.v_norm = (norm_if(name in spec.head_norm, config, **options) for name in "qkv")
         self.value_residual = spec.value_residual
         self.value_mix = nn.Parameter(torch.empty(3)) if spec.value_residual == "learned" else None
 
@@ -99,8 +98,9 @@ class Residual(nn.Module):
     def __init__(self, config: DecoderConfig, spec: SublayerSpec):
         super().__init__()
         self.spec = spec
-        self.branch_norm = norm_if(spec.branch_norm, config, spec=SublayerSpec(pre_norm_weight=spec.branch_norm_weight))
-        self.sum_norm = norm_if(spec.sum_norm, config)
+        weight, alpha = SublayerSpec(pre_norm_weight=spec.branch_norm_weight), spec.norm_alpha
+        self.branch_norm = norm_if(spec.branch_norm, config, spec=weight, alpha=alpha)
+        self.sum_norm = norm_if(spec.sum_norm, config, alpha=alpha)
         # [1] and not 0-dimensional, which `fully_shard` refuses.
         shape = {"no": None, "scalar": (1,), "channel": (config.hidden_size,)}[spec.learned_branch_scale]
         self.branch_scale = None if shape is None else nn.Parameter(torch.empty(shape))
@@ -146,7 +146,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.spec, config = spec, with_kind(config, spec)
-        self.entry_norm = norm_if(spec.entry_norm, config)
+        self.entry_norm = norm_if(spec.entry_norm, config, alpha=spec.attention.norm_alpha)
         self.input_layernorm = pre_norm(config, spec.attention)
         self.self_attn = attention or Attention(config, spec)
         self.attention_residual = Residual(config, spec.attention)
@@ -214,7 +214,7 @@ class Stack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size or 0, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, spec) for spec in specs)
-        self.norm = Norm(with_kind(config, specs[-1]), before_matmul=True)
+        self.norm = final_norm(config, specs)
 
 
 class Decoder(nn.Module):

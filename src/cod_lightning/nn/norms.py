@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,6 @@ from cod_lightning.kernels.reference import BOUNDED
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.spec import BlockSpec, SublayerSpec
 
-ALPHA = {"dyt": 0.5, "derf": 0.5, "bhyt": 1.0}
-"""Initial alpha of the bounded kinds."""
-
 
 class Norm(nn.Module):
     """gain * weight * norm(x), or a bounded function of x (`reference_bounded_norm`) in place of the norm.
@@ -23,7 +21,7 @@ class Norm(nn.Module):
     The gain is a constant of the strategy, a Python float and not state.
 
     With `before_matmul`, autocast rounds the output to its dtype, which the matrix product would do anyway. `size` is
-    the number of channels, by default the hidden size.
+    the number of channels, by default the hidden size, and `alpha` the initial value of a bounded function's.
     """
 
     def __init__(
@@ -32,6 +30,7 @@ class Norm(nn.Module):
         spec: SublayerSpec | None = None,
         before_matmul: bool = False,
         size: int | None = None,
+        alpha: float = 1.0,
     ):
         super().__init__()
         spec = spec or SublayerSpec()
@@ -41,7 +40,7 @@ class Norm(nn.Module):
         # norm(s x) with eps equals norm(x) with eps / s^2, so that the input needs no multiplication.
         self.eps = config.norm_eps / spec.input_scale**2
         self.before_matmul, self.backend = before_matmul, config.norm_backend
-        self.initial_weight = spec.pre_norm_weight
+        self.initial_weight, self.initial_alpha = spec.pre_norm_weight, alpha
         size = size or config.hidden_size
         self.weight = nn.Parameter(torch.empty(size)) if config.norm_affine else None
         self.input_scale, bounded = spec.input_scale, self.kind in BOUNDED
@@ -79,7 +78,7 @@ class Norm(nn.Module):
         """Set the parameters to their initial values."""
         for parameter, value in (
             (self.weight, self.initial_weight),
-            (self.alpha, ALPHA.get(self.kind, 0.0)),
+            (self.alpha, self.initial_alpha),
             (self.shift, 0.0),
             (self.bias, 0.0),
         ):
@@ -112,4 +111,10 @@ def norm_if(present: bool, config: DecoderConfig, **options: Any) -> Norm | Iden
 
 def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | IdentityNorm:
     """The norm before a sub-layer; autocast rounds its output unless it becomes the residual stream."""
-    return norm_if(spec.pre_norm, config, spec=spec, before_matmul=spec.skip_from != "pre_norm")
+    before_matmul = spec.skip_from != "pre_norm"
+    return norm_if(spec.pre_norm, config, spec=spec, before_matmul=before_matmul, alpha=spec.norm_alpha)
+
+
+def final_norm(config: DecoderConfig, specs: Sequence[BlockSpec]) -> Norm:
+    """The norm before the head, of the kind of the last block."""
+    return Norm(with_kind(config, specs[-1]), before_matmul=True, alpha=specs[-1].ffn.norm_alpha)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.nn.spec import BlockSpec, Rates, Schedule, SublayerSpec, scaled_rates
@@ -297,6 +297,11 @@ def change_block(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
     return replace(spec, **changes)
 
 
+def change_norms(kind: Literal["dyt", "derf", "bhyt"], spec: BlockSpec, alpha: float) -> BlockSpec:
+    """`spec` with a bounded function, which starts at `alpha`, in place of every norm."""
+    return change_block(kind, spec, norm_kind=kind).replace(norm_alpha=alpha)
+
+
 @register
 def layer_scale(layer: int, depth: int, init: float = 1e-4, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + diag(w) f(LN(x)), w learned with a small `init`; the paper does not state it, CaiT's default is 1e-4."""
@@ -347,23 +352,35 @@ def value_residual(layer: int, depth: int, form: str = "learned", base: str = "p
 
 
 @register
-def dyt(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """x + f(w tanh(a x) + b) in place of every norm, a learned from 0.5 (DyT), without its scale of the embeddings."""
-    return change_block("dyt", build(base, layer, depth, options), norm_kind="dyt")
-
-
-@register
-def derf(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """x + f(w erf(a x + s) + b) in place of every norm, a and s learned from 0.5 and 0 (Derf)."""
-    return change_block("derf", build(base, layer, depth, options), norm_kind="derf")
-
-
-@register
-def bhyt(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """x + f(w tanh(a x / (10 rms(x)))) in place of every norm, a learned from 1: the form that the code of BHyT calls
-    BHyT*. BHyT itself estimates rms(x) before the FFN.
+def dyt(
+    layer: int,
+    depth: int,
+    alpha: float = 0.5,
+    attention_alpha: float | None = None,
+    base: str = "pre_ln",
+    **options: Any,
+) -> BlockSpec:
+    """x + f(w tanh(a x) + b) in place of every norm, a learned from `alpha`, in attention from `attention_alpha` if
+    given (DyT), without its scale of the embeddings.
     """
-    return change_block("bhyt", build(base, layer, depth, options), norm_kind="bhyt")
+    spec = change_norms("dyt", build(base, layer, depth, options), alpha)
+    if attention_alpha is None:
+        return spec
+    return replace(spec, attention=replace(spec.attention, norm_alpha=number("attention_alpha", attention_alpha)))
+
+
+@register
+def derf(layer: int, depth: int, alpha: float = 0.5, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(w erf(a x + s) + b) in place of every norm, a and s learned from `alpha` and 0 (Derf)."""
+    return change_norms("derf", build(base, layer, depth, options), alpha)
+
+
+@register
+def bhyt(layer: int, depth: int, alpha: float = 1.0, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(w tanh(a x / (10 rms(x)))) in place of every norm, a learned from `alpha`: the form that the code of BHyT
+    calls BHyT*. BHyT itself estimates rms(x) before the FFN.
+    """
+    return change_norms("bhyt", build(base, layer, depth, options), alpha)
 
 
 @register

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cod_lightning.kernels.loss import IGNORE, TokenLoss
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import ActivationHook, Attention, Block, run_blocks, set_step
-from cod_lightning.nn.norms import Norm, with_kind
+from cod_lightning.nn.norms import final_norm, with_kind
 from cod_lightning.nn.strategies import BlockSpec
 
 
@@ -75,7 +75,7 @@ class VisionTransformer(nn.Module):
             Block(config, spec, Attention(with_kind(config, spec), spec, causal=False, output_bias=True), Mlp(config))
             for spec in specs
         )
-        self.norm = Norm(with_kind(config, specs[-1]), before_matmul=True)
+        self.norm = final_norm(config, specs)
         self.head = nn.Linear(config.hidden_size, classes)
         set_step(self, 0)
 
