@@ -18,6 +18,7 @@ CASES = {
         "--models toy --rows 1 --length 8 --seconds 0",
         ["torch norms, compiled", "released norms", "transformers"],
     ),
+    "strategies.py": ("--model tiny --strategies lns gpas --rows 1 --length 8 --seconds 0", ["lns", "gpas", "memory"]),
     "startup.py": (
         f"--repeats 1 --steps 2 --set data.root={{folder}} {FILES} {TINY} data.val_tokens=400",
         ["--help", "first step", "loading"],

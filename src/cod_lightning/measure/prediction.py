@@ -378,7 +378,7 @@ def norm_factors(
         size: number of channels; None: the hidden size.
         input_scale: of the norm.
         fixed: the input has a fixed length instead of being Gaussian.
-        alpha: initial value of that of a bounded function.
+        alpha: initial alpha of a bounded function.
     """
     kernel = norm_kernel(q, config.norm_eps / input_scale**2)
     removed = 1.0 if fixed else norm_jacobian(size or config.hidden_size)

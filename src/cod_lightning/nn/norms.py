@@ -21,7 +21,7 @@ class Norm(nn.Module):
     The gain is a constant of the strategy, a Python float and not state.
 
     With `before_matmul`, autocast rounds the output to its dtype, which the matrix product would do anyway. `size` is
-    the number of channels, by default the hidden size, and `alpha` the initial value of a bounded function's.
+    the number of channels, by default the hidden size, and `alpha` the initial alpha of a bounded function.
     """
 
     def __init__(
