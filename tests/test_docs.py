@@ -1,6 +1,7 @@
 """README.md and docs/: commands that compose, messages that the source still has, tables, links, the site."""
 
 import ast
+import csv
 import re
 import shlex
 import subprocess
@@ -148,6 +149,33 @@ def test_the_strategy_table_has_parameters_and_folding_of_every_strategy():
         "2 - 2d": -14,
     }
     assert [(name, counts[added.partition(",")[0]], folds) for name, added, folds in lines] == measured
+
+
+def read_csv(path):
+    with open(ROOT / path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def strategy_of(row):
+    """The strategy of a row of the report that was trained with the rate of Table 1."""
+    if row["experiment"] == "table1_130m" and row["row"] == "deep_norm":
+        return "deep_norm_released"
+    return row["row"] if row["experiment"] in ("league_same", "why_lns") else None
+
+
+def test_the_strategy_table_has_the_measured_memory_and_losses():
+    (costs,) = (ROOT / "benchmarks/results").glob("*_strategies.csv")
+    memory = {row["strategy"]: f"{float(row['memory']):.2f}" for row in read_csv(costs)}
+    losses = {
+        strategy_of(row): f"{float(row['difference']):+.3f}"
+        + (f" ± {float(row['margin_95']):.3f}" if row["margin_95"] else "")
+        + f" ({row['pairs']})"
+        for row in read_csv("experiments/results/reproduction.csv")
+        if row["scale"] == "small" and row["difference"] and strategy_of(row)
+    }
+    lines = re.findall(r"^\| `(\w+)` \| .* \| (?:yes|no) \| (.*?) \|(.*?)\| ", PAGES["strategies.md"], re.MULTILINE)
+    assert {name: cost for name, cost, _ in lines if name in STRATEGIES} == memory
+    assert {name: loss.strip() for name, _, loss in lines if name in STRATEGIES and loss.strip()} == losses
 
 
 def test_the_table_of_positions_says_which_fold():
