@@ -159,3 +159,16 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="not a checkpoint of a causal language model"):
         load_pretrained(str(tmp_path))
+
+
+@every_family
+def test_activations_need_only_the_last_logits(causal_lm, family):
+    model, sizes = causal_lm(family), []
+    _, expected = run(model)
+    if head := model.layout.head:
+        model.model.get_submodule(head).register_forward_hook(lambda head, args, y: sizes.append(y.shape[1]))
+    activations = {}
+    model.run(TOKENS, lambda name, layer, x: activations.__setitem__((name, layer), x))
+    assert sizes == [1]
+    assert activations.keys() == expected.keys()
+    assert all(torch.equal(x, expected[place]) for place, x in activations.items())

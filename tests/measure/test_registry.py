@@ -169,3 +169,17 @@ def test_expensive_measures_take_few_sequences_of_the_first_batch(causal_lm):
     model, batches = causal_lm("ours", depth=2), [tokens(3, 8, seed) for seed in (0, 1)]
     assert MEASURES["gain"](model, batches, None, None).sequences == 2
     assert MEASURES["importance"](model, batches, None, None, permutations=1).tokens == 3 * 7
+
+
+NEEDS_GRADIENTS = ("jacobian", "gain", "jacobian_map", "theory")
+
+
+@pytest.mark.parametrize("family", ["ours", "llama"])
+@pytest.mark.parametrize("name", [name for name in MEASURES if name not in NEEDS_GRADIENTS])
+def test_a_measure_without_gradients_builds_no_graph(causal_lm, family, name):
+    model, graphs = causal_lm(family, depth=2), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, y: graphs.append(y.requires_grad))
+    MEASURES[name](model, BATCHES, PAD, None)
+    assert graphs
+    assert not any(graphs)

@@ -151,7 +151,7 @@ def activation_stats(
             if name == "residual" and maxima[name, layer] > MAGNITUDE:
                 massive.add(layer, x, keep, batch)
 
-        model.logits(batch, hook, keep)
+        model.run(batch, hook, keep)
         statistics = torch.stack([found[place] for place in places], dim=1)
         means.add(statistics)
         variances.append(statistics[:, :, 0].double().cpu())

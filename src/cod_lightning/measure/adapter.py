@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,9 @@ class ModelAdapter:
         cap = self.config_value("final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def logits(self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None) -> Tensor:
+    def logits(
+        self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None, last: int = 0
+    ) -> Tensor:
         """Logits [batch, length, vocabulary], for images [batch, 1, classes], without a head [batch, length, hidden].
 
         Args:
@@ -161,17 +164,30 @@ class ModelAdapter:
             hook: gets every layer's activations.
             keep: False for padding [batch, length], which a token does not attend to; causal models need none, because
                 padding follows the other tokens.
+            last: only the logits of this many last tokens, if the model's `forward` has `logits_to_keep`; 0: all.
         """
+        options: dict[str, Any] = {}
+        if last and "logits_to_keep" in signature(self.model.forward).parameters:
+            options["logits_to_keep"] = last
         with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
             if isinstance(batch, Images):
                 return self.model(batch.pixels, hook=hook)[:, None]
             if isinstance(self.model, Decoder):
-                return self.model(batch, hook=hook)
+                return self.model(batch, hook=hook, **options)
             for handle in [] if hook is None else self.register_hooks(hook):
                 handles.enter_context(handle)
-            mask = {} if self.predicts_next or keep is None else {"attention_mask": keep.long()}
-            output = self.model(input_ids=batch, use_cache=False, **mask)
+            if keep is not None and not self.predicts_next:
+                options["attention_mask"] = keep.long()
+            output = self.model(input_ids=batch, use_cache=False, **options)
             return output.last_hidden_state if self.layout.head is None else output.logits
+
+    @torch.no_grad()
+    def run(self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None) -> None:
+        """Run the model for its activations: without gradients, and with the last token's logits only, if it can.
+
+        The logits of a whole batch can take more memory than the model. The arguments are those of `logits`.
+        """
+        self.logits(batch, hook, keep, last=1)
 
     def register_hooks(self, hook: ActivationHook) -> Iterator[RemovableHandle]:
         """Register module hooks on a model of `transformers` that call `hook` as our models do."""
@@ -220,7 +236,7 @@ class ModelAdapter:
         with ExitStack() as handles:
             for block in self.blocks:
                 handles.enter_context(block.register_forward_pre_hook(capture, with_kwargs=True))
-            self.logits(batch, keep=keep)
+            self.run(batch, keep=keep)
         return inputs, functions
 
     def stream_at(self, layer: int, x: Tensor, embedding: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Mean loss in nats per target, a next token or an image's label, and the number of targets.
 
-    Logits are computed at least in float32, one sequence at a time, and losses are summed in float64.
+    The logits of a batch are in memory, in the dtype of the model. Losses are computed at least in float32, one
+    sequence at a time, and summed in float64.
 
     Args:
         model: in any dtype.
@@ -118,7 +119,7 @@ def hidden_states(model: ModelAdapter, batch: Batch, keep: Tensor) -> list[Tenso
         if name in ("embedding", "residual"):
             states.append(x[keep])
 
-    model.logits(batch, hook, keep)
+    model.run(batch, hook, keep)
     return states
 
 

@@ -243,7 +243,7 @@ def states_around(
         if layer in (previous, last):
             seen[name, layer] = x[keep].double()
 
-    model.logits(batch, hook, keep)
+    model.run(batch, hook, keep)
     return seen["ffn", previous], seen["residual", previous], seen["residual", last]
 
 

@@ -81,7 +81,7 @@ def contribution(
                 means[layer - 1].add(torch.stack([*norms, *cosines], dim=1))
             seen["stream" if name in ("embedding", "residual") else name] = y
 
-        model.logits(batch, hook, keep)
+        model.run(batch, hook, keep)
     values = torch.stack([mean.mean for mean in means], dim=1).tolist()
     errors = torch.stack([mean.error for mean in means], dim=1).tolist()
     return Contribution(model.name, means[0].count, *values, errors=dict(zip(COLUMNS, errors, strict=True)))

@@ -117,7 +117,7 @@ def input_norms(
     with input_squares(model.blocks, masks) as squares:
         for tokens, keep in iter_batches(model, batches, pad_id, progress):
             masks[:] = [keep.flatten()]
-            model.logits(tokens, keep=keep)
+            model.run(tokens, keep=keep)
     return [{name: total.sqrt() for name, total in sums.items()} for sums in squares]
 
 

@@ -258,7 +258,11 @@ class Decoder(nn.Module):
         return [block for block in self.model.layers if isinstance(block, Block)]
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, hook: ActivationHook | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        hook: ActivationHook | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor | TokenLoss:
         """Logits of `tokens`, or the loss against `targets`, which never holds all logits at once.
 
@@ -266,6 +270,7 @@ class Decoder(nn.Module):
             tokens: [B, T], integers.
             targets: [B, T], from `next_tokens`, or None.
             hook: called with the activations of every layer.
+            logits_to_keep: only the logits of this many last tokens, as in transformers; 0: all.
 
         Returns:
             Logits [B, T, vocabulary]; with targets, a `TokenLoss`.
@@ -273,7 +278,9 @@ class Decoder(nn.Module):
         x_BTD = self.model.embed_tokens(tokens)
         rope = rotary(tokens.shape[1], self.config.head_dim, self.config.rope_theta, x_BTD)
         y_BTD = self.model.norm(run_blocks(self.blocks, x_BTD, rope, hook))
-        return self.lm_head(y_BTD) if targets is None else linear_cross_entropy(y_BTD, self.lm_head.weight, targets)
+        if targets is not None:
+            return linear_cross_entropy(y_BTD, self.lm_head.weight, targets)
+        return self.lm_head(y_BTD[:, -logits_to_keep:])
 
 
 def run_blocks(blocks: list[Block], x_BTD: Tensor, rope: Rope | None, hook: ActivationHook | None) -> Tensor:

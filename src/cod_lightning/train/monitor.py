@@ -132,7 +132,7 @@ def variance(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
             means.append(values.mean())
             medians.append(values.median())
 
-    model.logits(tokens, hook)
+    model.run(tokens, hook)
     return {"variance": torch.stack(means).tolist(), "variance_median": torch.stack(medians).tolist()}
 
 
