@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from cod_lightning.config.compose import choices, compose, sweep
 from cod_lightning.config.groups import default_values, describe_settings
 from cod_lightning.config.saved import create_run_folder, load, to_yaml
-from cod_lightning.config.schema import flatten, identity
+from cod_lightning.config.schema import flatten, identity, init_from_run
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 
@@ -123,6 +124,34 @@ def test_a_saved_configuration_loads_unchanged(tmp_path):
     assert OmegaConf.to_container(OmegaConf.create(to_yaml(config))) == asdict(config)
     amended = load(folder, ["data=files", "data.files=[a,b]", "trainer.threads=3"])
     assert (amended.data.source, amended.data.files, amended.trainer.threads) == ("files", ["a", "b"], 3)
+
+
+@pytest.mark.parametrize(
+    ("of_run", "chosen", "dropped"),
+    [
+        ({"data.files": "a", "data.val_files": "v"}, {"data.files": "b"}, {"val_files"}),
+        ({"data.files": "a", "data.folder": "set"}, {"data.files": "b"}, {"folder"}),
+        ({"data.files": "a", "data.sha256": "0" * 64}, {"data.files": "b"}, {"sha256"}),
+        ({"data.files": "a", "data.val_files": "v"}, {"data": "docs"}, {"files", "val_files"}),
+        ({"data.files": "a", "data.val_files": "v"}, {"data.folder": "set"}, {"val_files"}),
+    ],
+)
+def test_another_text_replaces_all_that_names_the_text_of_a_run(of_run, chosen, dropped, tmp_path):
+    words = [f"{key}={value}" for key, value in of_run.items()]
+    folder = create_run_folder(compose([f"output={tmp_path}", "data=files", *words]))
+    data = load(folder, [f"{key}={value}" for key, value in chosen.items()]).data
+    assert all(getattr(data, name) is None for name in dropped)
+    assert getattr(data, "source" if "data" in chosen else next(iter(chosen))[5:]) == next(iter(chosen.values()))
+
+
+@pytest.mark.parametrize("source", ["small/a", "small/a/checkpoints/last.ckpt"])
+def test_the_id_of_a_run_that_starts_from_another_does_not_depend_on_the_folder_of_runs(source, tmp_path):
+    def run_id(output, source=source):
+        return init_from_run(compose([f"output={output}"]), Path(output, source)).id
+
+    assert run_id("runs") == run_id(tmp_path) == run_id(".")
+    assert run_id("runs") != run_id("runs", "small/b")
+    assert run_id("runs") != init_from_run(compose(), Path("elsewhere", source)).id
 
 
 def test_a_folder_of_another_configuration_is_not_overwritten(tmp_path):

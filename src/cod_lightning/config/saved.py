@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -149,6 +150,7 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     if Path(saved.data.tokenizer).is_absolute() and not Path(saved.data.tokenizer).exists():
         node.data.tokenizer = str((folder / TOKENIZER).absolute())  # this run, or that of `init_from`, was moved
     words = parse(overrides)
+    forget_text(node, words)
     refuse_code(saved, folder, trust_code)
     with named_if_damaged(path):
         saved_errors = problems(saved)
@@ -161,6 +163,15 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     except UserError as error:
         lines = str(error).splitlines()
         raise UserError("\n".join(f"{path}: {e}" if e in saved_errors else e for e in lines)) from error
+
+
+def forget_text(node: DictConfig, words: Sequence[Override]) -> None:
+    """Drop what names the text of the run if `words` choose another, which would be ignored or mixed with it."""
+    chosen = {word.key_or_group for word in words}
+    other_source = chosen & {"data", "data.source"}
+    if other_source or chosen & {"data.files", "data.folder"}:
+        for name in ("val_files", "folder", "sha256", *(("files",) if other_source else ())):
+            node.data[name] = None
 
 
 def refuse_code(saved: Config, folder: Path, trust_code: bool) -> None:

@@ -231,6 +231,11 @@ class Config:
 def identity(config: Config) -> dict[str, Any]:
     """The settings that change the result of a run, as nested dictionaries."""
     values = identity_fields(config)
+    if config.init_from is not None:  # the folder in which runs are kept changes nothing
+        source = run_folder_of(Path(config.init_from))
+        values["init_from"] = under_default_output(config, config.init_from)
+        if Path(config.data.tokenizer).is_relative_to(source):
+            values["data"]["tokenizer"] = under_default_output(config, config.data.tokenizer)
     if config.task == "vision":  # it reads no other field of `data`
         values["data"] = {"batch_size": config.data.batch_size}
     if config.data.sha256 is not None:  # the hash of the text stands for the names of its files
@@ -238,6 +243,13 @@ def identity(config: Config) -> dict[str, Any]:
     if config.optim.weighting == "micro_batches":  # a mean of means depends on the size of each
         values["data"]["micro_batch_size"] = config.data.micro_batch_size
     return values
+
+
+def under_default_output(config: Config, path: str) -> str:
+    """A path below `output`, as it would be below the default output; any other path as it is."""
+    if not Path(path).is_relative_to(config.output):
+        return path
+    return str(Path(Config.output) / Path(path).relative_to(config.output))
 
 
 def identity_fields(section: Any) -> dict[str, Any]:
