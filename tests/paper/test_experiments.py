@@ -504,7 +504,9 @@ def test_a_prefix_names_all_of_a_table_or_figure():
     assert find_experiments(["table1", "table1_130m"]) == ["table1_130m", "table1_1b", "table1_250m", "table1_350m"]
 
 
-@pytest.mark.parametrize("word", ["norm=lns", "row=lns", "seed=2", "name=mine"])
+@pytest.mark.parametrize(
+    "word", ["experiments=table1_130m", "init_from=runs/x", "norm=lns", "row=lns", "seed=2", "name=mine"]
+)
 def test_settings_chosen_by_rows_and_seeds_cannot_be_overridden(word):
     with pytest.raises(UserError, match=f"{word}: the rows of an experiment choose {word.split('=')[0]}"):
         list(experiment_rows(["theory"], "toy", [word]))

@@ -84,6 +84,26 @@ def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiment
     assert "Other claims at scale=toy (our difference ± half its 95 % interval):" in text
 
 
+def test_runs_that_diverged_are_told_with_the_difference_of_the_others():
+    rows = [
+        row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5), diverged(3)),
+        row("lns", 19.0, run(1, 4.6), run(2, 5.1), diverged(3), diverged(4)),
+        row("post_ln", 20.1, diverged(1), diverged(2)),
+    ]
+    markdown = build_report(published_and(table(*rows))).markdown
+    assert "0.400; pre_ln: 1 of 3 diverged; lns: 2 of 4 diverged)" in markdown
+    at_a_glance = tables_of(markdown)["## At a glance"]
+    assert at_a_glance[1][-2:] == ["lns (2 of 4 diverged)", "post_ln"]
+
+
+def test_one_test_with_two_labels_is_named_once():
+    baseline = row("pre_ln", 20.0, *(run(seed, 5.0) for seed in range(4)))
+    pairs = [run(seed, 4.5 + seed / 1000) for seed in range(4)]
+    lns, same = (row("lns", 19.0, *pairs, label=label, run_id="lns") for label in ("LNS", "After LN"))
+    tables = [table(baseline, lns), table(baseline, same, target="Table 8", name="table8_130m")]
+    assert "1 comparison remains significant (†): LNS." in build_report(published_and(*tables)).markdown
+
+
 def test_an_interval_that_holds_zero_may_be_noise():
     rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5)), row("lns", 19.0, run(1, 5.2), run(2, 5.1))]
     assert ", which may be noise." in verdict_on(*published_and(table(*rows)))

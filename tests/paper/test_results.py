@@ -4,12 +4,14 @@ import json
 import math
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from cod_lightning.cli import main
 from cod_lightning.config.compose import choices
 from cod_lightning.errors import UserError
+from cod_lightning.evaluate.lm_eval import save_scores
 from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
 from cod_lightning.paper.experiments import experiment_rows, load_experiments, remaining_tasks
@@ -169,6 +171,27 @@ def test_a_missing_results_folder_is_refused(tmp_path, capsys):
     assert main(["report", "--results", str(tmp_path / "nowhere"), "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: --results={tmp_path / 'nowhere'} is not a folder\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("scores", "scored"), [(None, False), ({}, False), ({"piqa": {"acc": 0.5}}, True)])
+def test_a_run_that_was_not_scored_remains_to_be_scored(scores, scored, tmp_path):
+    row = next(row for row in experiment_rows(["table2_250m"], "paper") if row.name == "lns")
+    for each in (row, row.source):
+        add_result(tmp_path, each, 1, **losses(3.0))
+    if scores is not None:
+        save_scores(tmp_path / row.config_for(1).name, scores)
+    remaining = [task.config.id for task in remaining_tasks([row], [1], tmp_path)]
+    assert (row.config_for(1).id not in remaining) == scored
+
+
+def test_a_scale_at_which_every_run_diverged_is_in_the_report(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pre_ln", "lns"):
+        add_result(tmp_path / "results", toys[name], 1, "failed.json", failure="the loss is nan at step 3")
+    assert main(["report", "--results", "results"]) == 0
+    text = Path("REPRODUCTION.md").read_text()
+    assert "LNS cannot be compared with Pre-LN; Pre-LN: 1 of 1 diverged; LNS: 1 of 1 diverged." in text
+    assert re.search(r"^\| Table 7 \| toy \|.*\| Pre-LN; LNS \|$", text, re.MULTILINE)
 
 
 def test_reproduce_prints_a_table_and_does_not_repeat_diverged_runs(toy, tmp_path, capfd):

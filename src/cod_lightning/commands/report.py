@@ -25,8 +25,9 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
     from cod_lightning.paper.pretrained_models import load_pretrained_models
     from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
-    from cod_lightning.paper.results import RECORD, RESULTS
+    from cod_lightning.paper.results import RESULTS
     from cod_lightning.plots import FORMATS
+    from cod_lightning.train.record import FAILURE, RECORD
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
@@ -35,7 +36,8 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
 
     import_torchmetrics()
     results = results or RESULTS
-    scales = [scale for scale in SCALES if scale == "paper" or any(results.glob(f"{scale}/*/{RECORD}"))]
+    ended = {path.parts[-3] for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
+    scales = [scale for scale in SCALES if scale == "paper" or scale in ended]
     names = reproducible_experiments()
     rows = (row for scale in scales for row in experiment_rows(names, scale))
     experiments, formats = load_experiments(rows, results), FORMATS if pdf else FORMATS[:1]

@@ -223,6 +223,12 @@ class Comparison:
         """Reasons of runs that diverged."""
         return [run.failure for run in self.row.runs if run.failure]
 
+    @property
+    def caveat(self) -> str:
+        """Whether runs did not train or diverged, in words; empty if none did."""
+        diverged = f"{len(self.failures)} of {len(self.row.runs)} diverged" if self.failures else ""
+        return ", ".join(filter(None, ["did not train here" if self.untrained else "", diverged]))
+
     def direction(self, published: Published) -> str | None:
         """`same`, `opposite`, `within noise` or `one seed`; None if there is nothing to compare."""
         return self.difference.direction(published.difference) if self.difference else None

@@ -92,7 +92,7 @@ def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[
         UserError: as `compose`; an experiment without rows; an override of something that the rows choose.
     """
     for override in parse(overrides):
-        if override.key_or_group in ("norm", "row", "seed", "name"):
+        if override.key_or_group in ("experiments", "norm", "row", "seed", "name", "init_from"):
             raise UserError(f"{override.input_line}: the rows of an experiment choose {override.key_or_group}")
     for name in experiments:
         arguments = (f"experiments={name}", f"scale={scale}", *overrides)
@@ -149,7 +149,8 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) ->
         if run is not None and run.failure:
             return
         missing = set(row.config.paper.get("measures", ())) - (run.measures.keys() if run else set())
-        if run is None or missing or needs_weights:
+        unscored = run is not None and row.tasks is not None and "average" not in run.record
+        if run is None or missing or unscored or needs_weights:
             if row.source is not None:  # the results folder has no weights
                 checkpoints = row.source.config_for(seed).folder / "checkpoints"
                 add(row.source, seed, needs_weights=not checkpoints.is_dir())

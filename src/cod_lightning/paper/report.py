@@ -116,10 +116,13 @@ def overview(targets: Targets) -> Table:
     for target, scales in targets.items():
         for scale, experiments in scales.items():
             claims = [c for column in columns(experiments) for c in claim_results(column) if c.direction]
-            if claims:
+            compared = [c for column in columns(experiments) for c in column.compare(column.headline)]
+            diverged = list(dict.fromkeys(c.row.label for c in compared if c.failures and c.sample is None))
+            if claims or diverged:
                 seeds = seed_count(row for e in experiments for row in e.rows)
-                rows.append([target, scale, seeds, *("; ".join(labels_of(claims, name)) for name in HEADINGS)])
-    head = ["target", "scale", "seeds", *HEADINGS.values()]
+                labels = [*(labels_of(claims, name) for name in HEADINGS), diverged]
+                rows.append([target, scale, seeds, *map("; ".join, labels)])
+    head = ["target", "scale", "seeds", *HEADINGS.values(), "diverged"]
     used = [index for index in range(len(head)) if any(row[index] for row in rows)]
     return Table([head[i] for i in used], [[row[i] for i in used] for row in rows], range(len(used)))
 

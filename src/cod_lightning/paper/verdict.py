@@ -29,7 +29,7 @@ def claim_results(column: Column) -> Iterator[ClaimResult]:
                     key=c.key,
                     target=column.first.target,
                     column=experiment.heading,
-                    label=c.row.label + (" (did not train here)" if c.untrained else ""),
+                    label=c.row.label + (f" ({c.caveat})" if c.caveat else ""),
                     statement=f"{name} {'beats' if better else 'loses to'} {column.baseline.label}",
                     direction=c.direction(published),
                     difference=c.difference,
@@ -44,7 +44,9 @@ class ScaleSummary:
     scale: str
     setting: str
     headline: Comparison | None
-    """LNS compared with Pre-LN in the first table that has both."""
+    """LNS compared with Pre-LN in the first table that has both; without a difference if all runs of one diverged."""
+    caveat: str
+    """Runs of these two that did not train or diverged, in words."""
     claims: list[ClaimResult]
     varied: dict[str, list[tuple[str, Difference]]]
     """LNS compared with Pre-LN by column, for each target that varies a setting."""
@@ -81,8 +83,9 @@ class ScaleSummary:
 
     @property
     def significant_labels(self) -> list[str]:
-        labels = (claim.label.removeprefix("+ ") for claim in self.claims if claim.key in self.significant)
-        return list(dict.fromkeys(labels))
+        """The first label of each of these tests."""
+        first = {claim.key: claim.label for claim in reversed(self.claims) if claim.key in self.significant}
+        return [label.removeprefix("+ ") for label in reversed(first.values())]
 
     @cached_property
     def by_direction(self) -> dict[str, list[ClaimResult]]:
@@ -104,27 +107,30 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
     """One summary for each scale with a comparison, the largest scale first."""
     summaries = []
     for scale in SCALES:
-        claims, headline, setting = list[ClaimResult](), None, ""
+        claims, headline, caveat, setting = list[ClaimResult](), None, "", ""
         varied: dict[str, list[tuple[str, Difference]]] = {}
         for target, scales in targets.items():
             for column in columns(scales.get(scale, ())):
                 claims += claim_results(column)
-                lns = lns_comparison(column)
+                lns, of_both = lns_comparison(column)
                 if column.first.axis and lns and lns.difference:
                     varied.setdefault(target, []).append((column.heading, lns.difference))
                 elif not column.first.axis and headline is None:
-                    headline, setting = lns, column.first.setting
-        if claims:
+                    headline, caveat, setting = lns, of_both, column.first.setting
+        if claims or headline:
             varied = {target: differences for target, differences in varied.items() if len(differences) > 1}
-            summaries.append(ScaleSummary(scale, setting, headline, claims, varied))
+            summaries.append(ScaleSummary(scale, setting, headline, caveat, claims, varied))
     return summaries
 
 
-def lns_comparison(column: Column) -> Comparison | None:
-    """Compare LNS with Pre-LN in a column of losses."""
+def lns_comparison(column: Column) -> tuple[Comparison | None, str]:
+    """LNS compared with Pre-LN in a column of losses, and the caveats of both; None if there is nothing to say."""
     if column.headline is None or not column.headline.lower_is_better or column.baseline.name != BASELINE:
-        return None
-    return next((c for c in column.compare(column.headline) if c.row.name == "lns" and c.difference), None)
+        return None, ""
+    both = {c.row.name: c for c in column.compare(column.headline) if c.row.name in ("lns", BASELINE)}
+    caveat = "; ".join(f"{c.row.label}: {c.caveat}" for c in both.values() if c.caveat)
+    lns = both.get("lns")
+    return (lns if lns and (lns.difference or (lns.row.runs and caveat)) else None), caveat
 
 
 def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
