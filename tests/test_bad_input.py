@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from cod_lightning.cli import main
+from cod_lightning.commands import experiments
 from cod_lightning.commands.export import check_max_length
 from cod_lightning.commands.fit import train_run
 from cod_lightning.commands.measure import open_subject
@@ -199,6 +201,7 @@ CONFIGS = [
     (nothing, ["fit", "norm=mixln", "optim.lrr=2"], ["did you mean 'mix_ln'", "did you mean 'lr'"]),
     (nothing, ["fit", "-m", "norm=lns,mixln"], ["norm='mixln'"]),
     (nothing, ["fit", "-m", "trainer.log_every=1,2"], ["would be the same run"]),
+    (nothing, ["fit", "-m", "norm=pre_ln,lns", "name=x"], ["name= gives several runs of the sweep one folder"]),
     (nothing, ["fit", "-m", "seed=interval(1,3)"], ["a sweep takes a,b,c"]),
     (nothing, ["fit", "-j", "2"], ["--jobs=2", "-m"]),
     (nothing, ["fit", "-m", "-j", "0", "seed=1,2"], ["--jobs=0 must be at least 1"]),
@@ -499,6 +502,7 @@ COMMANDS = [
     (with_run(), ["generate", "run", "x", "--seed", str(2**64)], ["--seed=18446744073709551616 must lie between"]),
     (with_run(), ["evaluate", "run", "--limit", "3"], ["--task-folder and --limit require tasks="]),
     (with_run(), ["evaluate", "run", "tasks=piqa", "data.files=x"], ["tasks= includes its text"]),
+    (with_run(), ["evaluate", "run", "tasks=piqa", "protocol=paper"], ["protocol= has no effect with tasks="]),
     (with_run(), ["evaluate", "run", "tasks=piqa", "--limit", "0"], ["--limit=0 must be at least 1"]),
     (with_run(), ["evaluate", "run", "optim=adamw"], ["optim=adamw: a trained run accepts data=, trainer="]),
     (with_run(), ["evaluate", "run", "protocol=papre"], ["protocol='papre'", "did you mean 'paper'"]),
@@ -838,6 +842,30 @@ def test_a_longer_export_than_the_training_sequences_is_a_warning(capsys):
     assert not capsys.readouterr().err
     check_max_length(33, config)
     assert capsys.readouterr().err.startswith("warning: --max-length=33 is longer than data.seq_len=32")
+
+
+def full_gpu(**arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+
+
+def full_host(**arguments):
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("run", [full_gpu, full_host])
+def test_running_out_of_memory_in_a_command_is_an_error(run, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "run", run)
+    assert main(["experiments"]) == 2
+    assert re.fullmatch(r"error: out of memory \(.*\): lower data\.micro_batch_size, .*\n", capsys.readouterr().err)
+
+
+def test_a_broken_command_is_a_traceback(monkeypatch):
+    def broken(**arguments):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(experiments, "run", broken)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        main(["experiments"])
 
 
 def test_out_of_memory_is_an_error_that_names_the_remedies(toy, tmp_path, capsys):

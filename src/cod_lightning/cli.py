@@ -34,7 +34,7 @@ from cod_lightning.commands import (
     verify,
 )
 from cod_lightning.commands.options import refuse_repeated
-from cod_lightning.errors import TRY_AGAIN, Stopped, UserError, nearest, no_permission
+from cod_lightning.errors import TRY_AGAIN, Stopped, UserError, first_line, nearest, no_permission
 from cod_lightning.signals import stopping
 from cod_lightning.train.ranks import is_first_on_node
 
@@ -141,9 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
             message = str(no_permission(error)) if isinstance(error, PermissionError) else message
-        for line in message.splitlines():
-            sys.stderr.write(f"error: {line}\n")  # one write, because ranks share stderr
-        return 2
+        return refuse(message)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        return refuse(
+            f"out of memory ({first_line(error)}): lower data.micro_batch_size, for `measure` also rows=, or the size "
+            "of the model; `estimate` predicts the memory of a run"
+        )
     except Stopped as reason:
         print(f"{reason}\nrun the same command again to resume", file=sys.stderr)
         # Lightning kills this process if a rank that it launched fails, so only the first rank reports the status.
@@ -151,6 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         return 130
+
+
+def refuse(message: str) -> int:
+    """Print every line of an error; returns the exit status."""
+    for line in message.splitlines():
+        sys.stderr.write(f"error: {line}\n")  # one write, because ranks share stderr
+    return 2
 
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:

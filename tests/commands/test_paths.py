@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cod_lightning.cli import main
-from cod_lightning.commands.measure import is_model
+from cod_lightning.commands.measure import is_model, name_of
 from cod_lightning.commands.options import require_path
 from cod_lightning.commands.terminal import show
 from cod_lightning.config.compose import compose, parse, sweep
@@ -137,6 +137,11 @@ def test_a_missing_path_of_a_model_is_an_error_that_says_so(name):
     write("runs/x")
     with pytest.raises(UserError, match="does not exist: name the folder of a run or of a model"):
         require_path(name)
+
+
+def test_a_relative_folder_has_the_name_of_its_place():
+    here = Path.cwd()
+    assert [name_of(Path(path)) for path in (".", "..", "a/../b", "c")] == [here.name, here.parent.name, "b", "c"]
 
 
 def test_a_file_is_not_a_model():

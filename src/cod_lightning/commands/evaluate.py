@@ -47,6 +47,8 @@ def run(
     from cod_lightning.config.compose import selects_other_text
 
     options, overrides = pop_options(overrides, OPTIONS, "evaluate")
+    if "tasks" in options and "protocol" in options:
+        raise UserError("protocol= has no effect with tasks=: remove one of them")
     if "tasks" in options and selects_other_text(overrides):
         raise UserError("tasks= includes its text: remove data=, or tasks=")
     config = load_run_config(run, overrides, trust_code, "evaluate tasks=" if "tasks" in options else "evaluate")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
 from cod_lightning.commands.processes import CommandPool, run_labels
-from cod_lightning.errors import Diverged, UserError, first_line
+from cod_lightning.errors import Diverged, UserError
 from cod_lightning.files import check_writable, locked
 from cod_lightning.train.ranks import check_ranks, is_first_rank
 
@@ -105,13 +105,6 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         if first:
             write_failure(folder, asdict(config), str(error))
         raise
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"out of memory ({first_line(error)}): lower data.micro_batch_size or the size of the model; `estimate` "
-            "with the same overrides predicts the memory"
-        ) from error
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
     except SystemExit as stop:
@@ -146,6 +139,8 @@ def run_sweep(overrides: Sequence[str], jobs: int) -> int:
     runs = list(sweep(overrides))
     configs = [compose(words) for words in runs]
     if len({config.folder for config in configs}) < len(configs):
+        if any(config.name for config in configs):
+            raise UserError("name= gives several runs of the sweep one folder: remove it")
         raise UserError("two runs of the sweep would be the same run: vary a setting that changes the result")
     labels = run_labels(runs)
     with CommandPool(jobs) as pool:

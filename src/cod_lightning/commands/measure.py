@@ -101,7 +101,7 @@ def run(
     from cod_lightning.measure.registry import measures_of
 
     model = Path(models[0])
-    folder = output or (model / "measure" if is_run(model) else Path("measure") / model.name)
+    folder = output or (model / "measure" if is_run(model) else Path("measure") / name_of(model))
     if study == "prune":
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
@@ -133,6 +133,11 @@ def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
     others = fields_and_groups() - types.keys()
     own = [word for word in words if (key := word.partition("=")[0]).isidentifier() and key not in others]
     return parse_options(own, types, f"measure {study}"), [word for word in words if word not in own]
+
+
+def name_of(model: Path) -> str:
+    """The name of a model's folder or file, also of . and .."""
+    return Path(os.path.abspath(model)).name
 
 
 def is_model(word: str) -> bool:
@@ -177,7 +182,7 @@ def report(study: str, models: Sequence[str], open_model: Any, options: dict[str
     least = 2 if study == "compare" else 1
     if len(models) < least:
         raise UserError(f"measure {study} takes at least {('one model', 'two models')[least - 1]}, not {len(models)}")
-    names = [Path(model).name for model in models]
+    names = [name_of(Path(model)) for model in models]
     if len(set(names)) < len(names):
         raise UserError(f"two models have the name {max(names, key=names.count)}: rename a folder")
     from cod_lightning.commands.measure_report import run_report
