@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cod_lightning.data.config import FILE_SOURCES, SOURCES, TEXT_FIELD, UTF_8, DataConfig, patterns
+from cod_lightning.data.debian12 import CORPUS
 from cod_lightning.data.documentation import docs, docs_versions
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.instructions import DRAWN_RECIPE, PROMPT_RECIPE, Example, drawn
@@ -188,7 +189,8 @@ def find_files(field: str, value: Any) -> list[Path]:
                     f"{field}: {pattern!r} is a folder: name its files, as in {pattern.rstrip('/')}/*.jsonl"
                 )
             where = "" if os.path.isabs(pattern) else f" in {os.getcwd()}, to which it is relative"
-            raise UserError(f"{field}: no file matches {pattern!r}{where}")
+            how = "; `python -m cod_lightning.data.debian12 --help` says how to build it" * (Path(pattern) == CORPUS)
+            raise UserError(f"{field}: no file matches {pattern!r}{where}{how}")
         files |= matches
     for path in sorted(files):
         if not is_readable(path):
