@@ -103,6 +103,12 @@ def test_measures_of_the_next_token_are_left_out_for_bert(bert, tmp_path, capsys
     assert "swaps: left out, bert does not predict the next token" in capsys.readouterr().out
 
 
+def test_measures_of_deeper_models_are_left_out(tmp_path, capsys):
+    run_study("removal", subject(depth=1), {"only": ["swaps", "removal"]}, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["removal.json"]
+    assert "swaps: left out, it needs at least 2 blocks, but the model has 1" in capsys.readouterr().out
+
+
 def test_bert_cannot_be_pruned(bert, tmp_path):
     with pytest.raises(UserError, match="large: bert does not predict the next token: measure prune needs it"):
         run_prune(bert, {"layers": [1]}, tmp_path / "small")

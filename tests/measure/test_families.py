@@ -16,6 +16,7 @@ from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.block_removal import remove_blocks
 from cod_lightning.measure.layer_importance import layer_importance
 from cod_lightning.measure.pruning import prune
+from cod_lightning.measure.weight_sparsity import layer_sparsity
 from cod_lightning.nn.layouts import find_layout
 from cod_lightning.nn.pretrained import quiet_transformers
 
@@ -29,6 +30,17 @@ BATCHES = [tokens(3, 9) % 32]
 def adapter(family, **fields):
     with quiet_transformers():
         return ModelAdapter(tiny_model(family, **fields), family)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_mixture_of_experts_has_no_sparsity(family, tmp_path):
+    model = adapter(family, depth=2)
+    for measure in (
+        lambda: layer_sparsity(model, BATCHES),
+        lambda: prune(model, BATCHES, sparsity=0.5, folder=tmp_path / "pruned", export=None),
+    ):
+        with pytest.raises(UserError, match=f"^{family}: its experts are not linear layers; sparsity does not support"):
+            measure()
 
 
 FAMILIES = [

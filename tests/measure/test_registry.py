@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import PAD, tokens
 
+import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES, measures_of, options_for
 
@@ -122,6 +123,18 @@ def test_a_model_in_bfloat16_is_measured(causal_lm, name, column):
 def numbers(values):
     """A copy of a column that pytest compares: NaN, which equals itself there, in place of None."""
     return [math.nan if value is None else value for value in values]
+
+
+@pytest.mark.parametrize(("name", "least"), [("theory", 3), ("swaps", 2)])
+def test_a_model_with_too_few_blocks_is_an_error_before_it_runs(causal_lm, name, least):
+    with pytest.raises(UserError, match=f"^ours: it needs at least {least} blocks, but the model has {least - 1}$"):
+        MEASURES[name](causal_lm("ours", depth=least - 1), None, PAD, None)
+
+
+@every_measure
+def test_no_batches_are_an_error_of_the_api(causal_lm, name):
+    with pytest.raises(UserError, match="Decoder: no tokens to measure on"):
+        getattr(cod.measure, name)(causal_lm("ours", depth=3).model, [])
 
 
 def test_names_are_known_without_torch():

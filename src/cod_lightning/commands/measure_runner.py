@@ -46,14 +46,6 @@ class Subject:
     config: str = ""
     """What defines the model besides its weights, and the text."""
 
-    def why_not(self, name: str) -> str:
-        """Why a measure does not apply to the model; empty if it does."""
-        if self.export is None:
-            return MEASURES[name].not_for_images
-        if MEASURES[name].needs_targets and not self.model.predicts_next:
-            return self.model.why_not_next
-        return ""
-
     def require_next_token(self, command: str) -> None:
         if self.export is None:
             raise UserError(f"{self.model.name} is a model of images: measure {command} supports models of text only")
@@ -151,7 +143,7 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
         UserError: a measure fails, no measure applies to the model, or the folder cannot be written to.
     """
     names = measures_of(study, subject.model.hidden, options.get("widest", MAX_FULL_JACOBIAN), options.get("only", ()))
-    skipped = {name: reason for name in names if (reason := subject.why_not(name))}
+    skipped = {name: reason for name in names if (reason := MEASURES[name].why_not(subject.model))}
     if len(skipped) == len(names):
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         images = " is a model of images" if subject.export is None else ""

@@ -102,6 +102,11 @@ class ModelAdapter:
         return len(self.blocks)
 
     @property
+    def reads_images(self) -> bool:
+        """Whether its batches are `Images`."""
+        return isinstance(self.model, VisionTransformer)
+
+    @property
     def predicts_next(self) -> bool:
         """Whether the logits are for the next token; BERT's are for the token itself, which attends to all others."""
         return self.layout not in (BERT, ENCODER) or self.config.is_decoder
@@ -110,6 +115,18 @@ class ModelAdapter:
     def why_not_next(self) -> str:
         """For errors about a model that does not predict the next token."""
         return f"{family(self.model)} does not predict the next token"
+
+    @property
+    def why_not_sparse(self) -> str:
+        """Why sparsity does not apply, or an empty string.
+
+        `transformers` 5 keeps the experts of a block in one parameter [experts, out, in].
+        """
+        for module in (module for block in self.blocks for module in block.modules()):
+            is_convolution = type(module).__name__.startswith("Conv")
+            if not is_convolution and any(weight.ndim > 2 for weight in module.parameters(recurse=False)):
+                return "its experts are not linear layers; sparsity does not support mixtures of experts"
+        return ""
 
     def evenly_spaced(self, count: int) -> list[int]:
         """At most `count` layers, counting from 1, evenly from the first to the last."""

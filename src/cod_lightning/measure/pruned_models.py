@@ -27,6 +27,7 @@ from cod_lightning.measure.weight_sparsity import (
     linear_weights,
     outlier_ratios,
     owl_sparsities,
+    require_linear,
     sparsify,
     sparsify_sequentially,
 )
@@ -137,8 +138,10 @@ def prune_weights(
     """Set a share of the weights to zero; see `prune`.
 
     Raises:
-        UserError: the allocation, method or calibration is unknown, or a sparsity is outside [0, 1].
+        UserError: the allocation, method or calibration is unknown, a sparsity is outside [0, 1], or the model is a
+            mixture of experts.
     """
+    require_linear(model)
     require_choice(Allocation, allocation=allocation)
     require_choice(Method, method=method)
     require_choice(Calibration, calibration=calibration)

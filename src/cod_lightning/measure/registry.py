@@ -40,6 +40,10 @@ class Measure:
     """`module:name` of the check of its options: (model, **options) -> None, which the measure also calls."""
     not_for_images: str = ""
     """Why it does not apply to models of images; empty if it does."""
+    least_blocks: int = 1
+    """Smallest depth of a model that it applies to."""
+    of_linear_layers: bool = False
+    """Reads the weights of linear layers, which are not all weights of a mixture of experts."""
 
     @property
     def measure(self) -> Callable[..., Any]:
@@ -54,6 +58,16 @@ class Measure:
     def result_type(self) -> type:
         """The `Result` subclass that it returns, whose fields are the keys of its JSON file."""
         return get_type_hints(self.measure)["return"]
+
+    def why_not(self, model: Any) -> str:
+        """Why it does not apply to a `ModelAdapter`; empty if it does."""
+        if model.reads_images:
+            return self.not_for_images
+        if self.needs_targets and not model.predicts_next:
+            return model.why_not_next
+        if model.depth < self.least_blocks:
+            return f"it needs at least {self.least_blocks} blocks, but the model has {model.depth}"
+        return model.why_not_sparse if self.of_linear_layers else ""
 
     def check_options(self, model: Any, options: Mapping[str, Any]) -> None:
         """Check the values of those of `options` that it has, before anything is measured.
@@ -72,8 +86,10 @@ class Measure:
         return {name: list(columns[name]) for name in self.series if name in columns}
 
     def __call__(self, model: Any, batches: Any, pad_id: int | None, progress: Any, **options: Any) -> Any:
+        if reason := self.why_not(model):
+            raise UserError(f"{model.name}: {reason}")
         if self.first_batch:
-            batches = [batches[0][: self.first_sequences]]
+            batches = [batch[: self.first_sequences] for batch in batches[:1]]
         return self.measure(model, batches, pad_id, progress, **options)
 
 
@@ -129,7 +145,7 @@ MEASURES: dict[str, Measure] = {
         needs_targets=True,
         check="run_search:check_search",
     ),
-    "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True),
+    "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True, least_blocks=2),
     "linear_replacement": Measure(
         "removal",
         "ablation:linear_replacement",
@@ -166,13 +182,17 @@ MEASURES: dict[str, Measure] = {
         check="layer_importance:check_permutations",
     ),
     "sparsity": Measure(
-        "influence", "weight_sparsity:layer_sparsity", ("outlier_ratio", "owl", "alpha", "alpha_pruning")
+        "influence",
+        "weight_sparsity:layer_sparsity",
+        ("outlier_ratio", "owl", "alpha", "alpha_pruning"),
+        of_linear_layers=True,
     ),
     "theory": Measure(
         "theory",
         "paper_theory:measured_theory",
         ("variance", "lemma", "lemma_fitted", "recursion", "gain"),
         not_for_images="the paper's lemmas and theorems are about decoders",
+        least_blocks=3,
     ),
 }
 

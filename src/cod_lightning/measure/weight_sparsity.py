@@ -70,9 +70,10 @@ def layer_sparsity(
         epsilon: AlphaPruning's, see `alpha_sparsities`.
 
     Raises:
-        UserError: a sparsity is outside [0, 1].
+        UserError: a sparsity is outside [0, 1], or the model is a mixture of experts.
     """
     check_sparsities([], sparsity)
+    require_linear(model)
     batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)
     alphas = layer_alphas(model)
@@ -85,6 +86,12 @@ def layer_sparsity(
         alpha=alphas,
         alpha_pruning=alpha_sparsities(alphas, sparsity, epsilon),
     )
+
+
+def require_linear(model: ModelAdapter) -> None:
+    """Raise a UserError if the blocks have experts, whose weights are not those of linear layers."""
+    if model.why_not_sparse:
+        raise UserError(f"{model.name}: {model.why_not_sparse}")
 
 
 def linear_weights(block: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
