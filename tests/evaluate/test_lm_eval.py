@@ -3,12 +3,15 @@
 import json
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
 import yaml
 
 from cod_lightning.errors import UserError
+from cod_lightning.evaluate import lm_eval
 from cod_lightning.evaluate.lm_eval import (
     PAPER_TASKS,
     numeric_metrics,
@@ -20,6 +23,7 @@ from cod_lightning.evaluate.lm_eval import (
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.typed_json import read_json
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
 
@@ -55,6 +59,19 @@ def test_a_damaged_file_of_scores_is_an_error(tmp_path):
     (tmp_path / "tasks.json").write_text("[1")
     with pytest.raises(UserError, match=r"tasks\.json: .*; remove the file and evaluate again"):
         save_scores(tmp_path, {"piqa": {"acc": 0.5}})
+
+
+def test_scores_of_two_processes_at_once_are_all_kept(tmp_path, monkeypatch):
+    def read_slowly(*arguments):
+        scores = read_json(*arguments)
+        time.sleep(0.02)
+        return scores
+
+    monkeypatch.setattr(lm_eval, "read_json", read_slowly)
+    save_scores(tmp_path, {"piqa": {"acc": 0.5}})
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda task: save_scores(tmp_path, {task: {"acc": 0.6}}), "abcd"))
+    assert json.loads((tmp_path / "tasks.json").read_text()).keys() == {"piqa", *"abcd"}
 
 
 def failing(error, cause=None):
@@ -131,11 +148,15 @@ def test_bad_tasks_are_errors(tmp_path):
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_only_tasks_that_the_harness_lacks_are_errors(tmp_path):
+def test_only_names_that_have_no_score_in_the_harness_are_errors(tmp_path):
     (tmp_path / "mine.yaml").write_text("task: toy_choice")
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [piqa, boolq]")
     with pytest.raises(UserError, match=r"unknown task 'toy_choise'; similar: toy_choice\b") as error:
-        task_manager(("toy_choise", *PAPER_TASKS), tmp_path)
-    assert str(error.value).count("unknown task") == 1
+        task_manager(("toy_choise", "glue", "both", *PAPER_TASKS), tmp_path)
+    assert str(error.value).splitlines()[1:] == [
+        "tasks: 'glue' is a tag without a score of its own: name its tasks",
+        "tasks: 'both' is a group without a score of its own: name its tasks",
+    ]
 
 
 @needs_harness

@@ -19,7 +19,7 @@ import yaml
 from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.evaluate import SCORES_FILE
-from cod_lightning.files import write_atomic
+from cod_lightning.files import locked, write_atomic
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export, quiet_transformers, unsupported_features
 from cod_lightning.typed_json import read_json
@@ -36,7 +36,7 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
         folder: holds the YAML of additional tasks.
 
     Raises:
-        UserError: lm-evaluation-harness is not installed, `tasks` is empty, or a task is unknown.
+        UserError: lm-evaluation-harness is not installed, `tasks` is empty, or a task is unknown or has no score.
     """
     try:
         importlib.import_module("lm_eval.models.huggingface")  # imports optional dependencies that lm_eval does not
@@ -51,13 +51,26 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
     known = set(manager.all_tasks)
     errors = []
     for task in tasks:
-        if task not in known:
+        if task in known:
+            errors += [f"tasks: {reason}: name its tasks" for reason in [without_score(manager, task)] if reason]
+        else:
             similar = ", ".join(difflib.get_close_matches(task, known, n=5))
             errors.append(f"tasks: unknown task {task!r}" + (f"; similar: {similar}" if similar else ""))
     if errors:
         # The harness skips files that it cannot read.
         raise UserError("\n".join(errors + ([] if folder is None else unreadable(folder))))
     return manager
+
+
+def without_score(manager: Any, task: str) -> str:
+    """What a name is that stands for several tasks without a common score; empty for tasks, and groups with a score."""
+    if task in manager.all_tags:
+        return f"{task!r} is a tag without a score of its own"
+    if task in manager.all_groups and (path := yaml_path(manager, task)) is not None:
+        fields = task_fields(path)
+        if not fields.get("aggregate_metric_list") and "include" not in fields:
+            return f"{task!r} is a group without a score of its own"
+    return ""
 
 
 def unreadable(folder: Path) -> list[str]:
@@ -144,11 +157,16 @@ def run_tasks(evaluate: Callable[..., Any], tasks: Sequence[str], files: Mapping
 
 def yaml_of(manager: Any, task: str) -> Path | None:
     """The YAML of a task of `--task-folder`; None for a task of the harness."""
+    path = yaml_path(manager, task)
+    own = Path(importlib.import_module("lm_eval.tasks").__path__[0])
+    return None if path is None or path.resolve().is_relative_to(own.resolve()) else path
+
+
+def yaml_path(manager: Any, task: str) -> Path | None:
+    """The YAML of a task or group, if it has one."""
     entry = manager.task_index[task]
     path = entry.get("yaml_path") if isinstance(entry, dict) else entry.yaml_path
-    own = importlib.import_module("lm_eval.tasks").__path__[0]
-    is_file = isinstance(path, str | Path) and Path(path).is_file()
-    return Path(path).absolute() if is_file and not Path(path).resolve().is_relative_to(Path(own).resolve()) else None
+    return Path(path).absolute() if isinstance(path, str | Path) and Path(path).is_file() else None
 
 
 @contextmanager
@@ -212,8 +230,9 @@ def save_scores(folder: Path, scores: dict[str, dict[str, float]]) -> None:
         UserError: the existing file cannot be read.
     """
     path = folder / SCORES_FILE
-    previous = read_json(path, dict[str, Any], "remove the file and evaluate again") if path.is_file() else {}
-    write_atomic(path, json.dumps(previous | scores, indent=1) + "\n")
+    with locked(path.with_name(f".{path.name}.lock")):  # another process may add the scores of other tasks
+        previous = read_json(path, dict[str, Any], "remove the file and evaluate again") if path.is_file() else {}
+        write_atomic(path, json.dumps(previous | scores, indent=1) + "\n")
 
 
 def numeric_metrics(results: dict[str, Any]) -> dict[str, float]:
