@@ -17,9 +17,9 @@ from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.huggingface import TRAINING
 from cod_lightning.nn.init import build_decoder, build_vit
 from cod_lightning.nn.parallel import parallelise
+from cod_lightning.nn.spec import INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.train import estimate as module
 from cod_lightning.train.cost import Architecture, training_flops
@@ -211,7 +211,7 @@ def test_the_peak_of_a_step_is_estimated(architecture, precision, checkpointing,
     assert peak_over_estimate(architecture, 3, precision, checkpointing) == pytest.approx(1, abs=tolerance)
 
 
-@for_norms(one_of_each_kind(ignore=TRAINING))
+@for_norms(one_of_each_kind(ignore=(*INITIAL, *OPTIMIZER)))
 def test_the_peak_of_every_kind_of_strategy_is_estimated(norm):
     assert peak_over_estimate(decoder_like(norm, 128, **WIDE), 8, "32-true") == pytest.approx(1, abs=0.01)
 

@@ -242,6 +242,23 @@ def test_a_gradient_that_is_not_finite_is_caught_in_its_own_step(train, monkeypa
         train(f"trainer.max_steps={last}", f"optim.clip={clip}", "name=spoiled", *QUIET)
 
 
+def test_every_part_of_a_bad_batch_is_searched_as_ranks_wait_for_each_other(train, monkeypatch):
+    searched = []
+
+    def search(network, *part):
+        searched.append(part)
+        return "layer 1"
+
+    def spoil(module):
+        module.network.lm_head.weight.data[0] = math.nan
+
+    monkeypatch.setattr(module, "first_bad_layer", search)
+    monkeypatch.setattr(DecoderModule, "on_train_start", spoil)
+    with pytest.raises(Diverged, match="the loss is nan at step 1; .* appears in layer 1"):
+        train("data.micro_batch_size=2", "data.batch_size=6", "trainer.max_steps=1", "name=bad", *QUIET)
+    assert len(searched) == 3
+
+
 def test_a_run_with_an_infinite_validation_loss_is_not_finished(train, monkeypatch, tmp_path):
     monkeypatch.setattr(Perplexity, "compute", lambda self: {"val_loss": math.inf})
     with pytest.raises(Diverged, match="the validation loss is inf after step 1"):

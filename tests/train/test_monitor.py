@@ -186,6 +186,9 @@ WRONG = {
     "an unknown measure": (lambda: cod.DepthMonitor(PROBE, measures=["varianc"]), "variance"),
     "a period of zero": (lambda: cod.DepthMonitor(PROBE, every=0), "every=0 must be at least 1"),
     "a probe of numbers": (lambda: cod.DepthMonitor(PROBE.float()), "expected tokens"),
+    "a probe of labels": (lambda: cod.DepthMonitor(PROBE - 100), "token -[0-9]+ is not one: pass input_ids"),
+    "an empty probe": (lambda: cod.DepthMonitor(PROBE[:, :0]), "no tokens but padding"),
+    "a probe of padding": (lambda: cod.DepthMonitor(torch.ones_like(PROBE), pad_id=1), "no tokens but padding"),
 }
 
 
@@ -194,6 +197,12 @@ def test_a_wrong_monitor_is_an_error(llama, case):
     build, message = WRONG[case]
     with pytest.raises(UserError, match=message):
         build().step(llama, 0)
+
+
+def test_frozen_blocks_have_gradients_of_zero(llama):
+    llama.model.layers.requires_grad_(False)
+    numbers = cod.DepthMonitor(PROBE, measures=["gradient_norm"]).step(llama, 0)
+    assert set(numbers.values()) == {0.0}
 
 
 def test_a_model_without_known_blocks_is_an_error():

@@ -59,7 +59,7 @@ class StepModule(LightningModule, ABC):
         self.initial_weights: InitialWeights | None = None
         """Weights that replace the random initialisation."""
         self.first_step = 0
-        """Optimizer steps since the initial weights, for `branch_schedule`."""
+        """The step of the initial weights, from which `branch_schedule` continues."""
         self.origin: dict[str, Any] | None = None
         """The entry `init_from` of a checkpoint and a record: path and step of the initial weights."""
         self.stop_requested = False
@@ -189,7 +189,8 @@ class StepModule(LightningModule, ABC):
         # One wait for the device serves both.
         value, norm_value = torch.stack([total, norm.to(total)]).tolist()
         if not math.isfinite(value):
-            layers = (first_bad_layer(self.network, *part) for part in micro_batches)
+            # Of all parts, although the first bad one would do: under FSDP the ranks gather weights in every forward.
+            layers = [first_bad_layer(self.network, *part) for part in micro_batches]
             bad = next((layer for layer in layers if layer), "the loss, or on another rank")
             raise Diverged(
                 f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. {ADVICE}"

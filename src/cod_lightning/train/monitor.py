@@ -50,6 +50,10 @@ class DepthMonitor(Callback):
     ):
         if probe.ndim != 2 or probe.is_floating_point():
             raise UserError(f"probe: expected tokens [batch, length], not {probe.dtype} {list(probe.shape)}")
+        if probe.numel() and int(probe.min()) < 0:
+            raise UserError(f"probe: token {int(probe.min())} is not one: pass input_ids, not labels")
+        if probe.numel() == 0 or (pad_id is not None and bool((probe == pad_id).all())):
+            raise UserError("probe: it has no tokens but padding")
         if every < 1:
             raise UserError(f"every={every} must be at least 1")
         if unknown := [name for name in measures if name not in MONITORED]:
@@ -145,6 +149,8 @@ def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Se
         logits = model.logits(tokens).float().flatten(0, 1)
         loss = F.cross_entropy(logits, next_tokens(tokens, pad_id).flatten(), ignore_index=IGNORE)
         flat = [parameter for block in parameters for parameter in block]
+        if not flat:  # all blocks are frozen
+            return {"gradient_norm": [0.0] * len(parameters)}
         gradients = iter(torch.autograd.grad(loss, flat, materialize_grads=True))
     norms = [torch.stack([next(gradients).float().norm() for _ in block] or [loss * 0]).norm() for block in parameters]
     return {"gradient_norm": torch.stack(norms).tolist()}
