@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
 
-from cod_lightning.errors import nearest
+from cod_lightning.errors import UserError, nearest
 
 MOST_TOKENS = 2**22
 """Larger than any published vocabulary (1.0M)."""
@@ -60,6 +60,16 @@ def setting_errors(section: Any, prefix: str = "") -> list[str]:
 def choice_errors(name: str, value: str, known: Sequence[str]) -> list[str]:
     """The error of a value that is not a choice, as a list of one or none."""
     return [] if value in known else [f"{name}={value!r} does not exist: {nearest(str(value), known)}"]
+
+
+def require_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Check that a value is a choice.
+
+    Raises:
+        UserError: as `choice_errors`.
+    """
+    for error in choice_errors(name, value, known):
+        raise UserError(error)
 
 
 def bound_errors(name: str, value: Any, bounds: Mapping[str, float]) -> list[str]:

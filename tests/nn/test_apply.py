@@ -13,6 +13,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import apply, fold, strategy_of
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.layouts import Layout
 from cod_lightning.nn.strategies import build_all
 
@@ -27,6 +28,11 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
+
+
+def decoder_of(norm):
+    """An untrained decoder of this package under a strategy."""
+    return build_decoder(DecoderConfig(32, 48, 3, 4, vocab_size=60), build_all({"name": norm}, 3), seed=1)
 
 
 def build(family, **changes):
@@ -205,6 +211,12 @@ REFUSED = {
     "an unknown strategy": (lambda: build("Llama"), {"norm": "lnss"}, "lns"),
     "an unknown option": (lambda: build("Llama"), {"norm": "lns", "positon": "only_ffn"}, "position"),
     "initial weights on meta": (lambda: build("Llama").to("meta"), {"norm": "scaled_init"}, "meta device"),
+    "a misspelled decision": (
+        trained_llama,
+        {"norm": "lns", "trained": "preserved"},
+        "trained='preserved' does not exist: did you mean 'preserve'?",
+    ),
+    "a decoder of this package": (lambda: decoder_of("pre_ln"), {"norm": "lns"}, "gets its strategy when it is built"),
     "preserving scaled branches": (
         trained_llama,
         {"norm": "lns", "position": "after_branch", "trained": "preserve"},

@@ -12,8 +12,8 @@ from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.kernels.reference import reference_add_norm
 from cod_lightning.nn import norms
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.huggingface import TRAINING
 from cod_lightning.nn.init import build_decoder
+from cod_lightning.nn.spec import INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import build_all
 from strategy_kinds import one_of_each_kind
 
@@ -61,7 +61,7 @@ def largest_error(results, exact):
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-@pytest.mark.parametrize("name", one_of_each_kind(ignore=TRAINING))
+@pytest.mark.parametrize("name", one_of_each_kind(ignore=(*INITIAL, *OPTIMIZER)))
 def test_every_kind_of_strategy_errs_with_triton_as_little_as_with_the_reference(name, norm, monkeypatch):
     fused = loss_and_gradients(build("triton", name, norm=norm))
     use_the_reference(monkeypatch)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_apply import PLAIN, PlainModel, build, trained_llama
+from test_apply import PLAIN, PlainModel, build, decoder_of, trained_llama
 from torch.nn.functional import cross_entropy
 
 import cod_lightning as cod
@@ -89,6 +89,7 @@ REFUSED = {
     "no decision on initial weights": (lambda: build("Llama"), {"initial_weights": None}, "initial_weights=None"),
     "an unknown form": (lambda: build("Llama"), {"form": "norms"}, "form='norms'"),
     "an applied strategy": (lambda: cod.apply(build("Llama"), "lns"), {}, "not both"),
+    "a decoder with a strategy": (lambda: decoder_of("lns"), {}, "the decoder was built with a strategy"),
     "scaled branches": (lambda: build("Llama"), {"norm": "complete_p"}, "sets branch_scale=0.66"),
     "another placement": (lambda: build("Llama"), {"norm": "post_ln"}, "pre_norm=False, sum_norm=True"),
     "no inputs in the layout": (PlainModel, {"layout": PLAIN}, "layout.inputs is missing"),

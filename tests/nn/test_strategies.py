@@ -26,6 +26,7 @@ from cod_lightning.nn.strategies import (
     build,
     build_all,
     mix_ln,
+    register,
     warnings,
 )
 
@@ -322,6 +323,25 @@ def test_the_final_norm_has_the_kind_of_the_last_block(name):
     assert decoder_of(name).model.norm.kind == name
 
 
+def test_a_name_belongs_to_one_module(monkeypatch):
+    monkeypatch.setattr("cod_lightning.nn.strategy_lookup.STRATEGIES", {"lns": STRATEGIES["lns"]})
+
+    def lns(layer, depth):
+        return block(gain=0.5)
+
+    with pytest.raises(
+        UserError, match=r"norm='lns' is a strategy of cod_lightning\.nn\.strategies: give the function"
+    ):
+        register(lns)
+    with pytest.raises(UserError, match="has no name to be registered under"):
+        register(partial(lns))
+
+    def mine(layer, depth):
+        return block()
+
+    assert register(register(mine)) is mine  # a cell of a notebook that runs twice
+
+
 @pytest.mark.parametrize("base", ["peri_ln", "post_ln", "hybrid_norm"])
 def test_every_alpha_starts_at_the_option_of_its_sublayer(base):
     specs = build_all({"name": "dyt", "base": base, "alpha": 0.2, "attention_alpha": 0.8}, L)
@@ -575,6 +595,10 @@ def skip_without_norm(layer, depth):
     return block(pre_norm=False, skip_from="pre_norm")
 
 
+def input_of_zero(layer, depth):
+    return block(input_scale=0.0)
+
+
 def alpha_of_a_norm(layer, depth):
     return block(norm_alpha=0.5)
 
@@ -650,6 +674,7 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "dyt", "alpha": 0.0}, ["attention.norm_alpha=0.0, expected a finite number above 0"]),
         ({"name": "dyt", "attention_alpha": "x"}, ["norm.attention_alpha='x' must be a number"]),
         ({"name": "bhyt", "base": "dyt"}, ["norm='bhyt'", "norm.base", "sets norm_kind itself"]),
+        ({"name": "test_strategies:input_of_zero"}, ["attention.input_scale=0.0, expected a finite number above 0"]),
         ({"name": "test_strategies:alpha_of_a_norm"}, ["norm_alpha without a bounded norm_kind"]),
         ({"name": "test_strategies:one_argument"}, ["cannot be called as (layer, depth"]),
     ],

@@ -11,7 +11,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.layer_prediction import predict_between
-from cod_lightning.nn.strategies import STRATEGIES, block, build_all
+from cod_lightning.nn.strategies import STRATEGIES, block, build, build_all
 from cod_lightning.nn.surgery import convert, copies, grow
 
 SHAPE = DecoderConfig(
@@ -225,6 +225,7 @@ def test_predicted_blocks_have_the_factors_of_the_block_before():
     [
         ("pre_ln", 4, "stack", "blocks=4: the model has 4 blocks, and how=stack makes 5 to 8"),
         ("pre_ln", 9, "identity", "makes 5 to 8"),
+        ("pre_ln", 6, "stacked", "how='stacked' does not exist: did you mean 'stack'?"),
         ("pre_ln", 3, "interpolate", "makes 5 to 10000"),
         ("pre_ln", 8, "lesa", "how=lesa makes 5 to 7"),
         ("post_ln", 6, "identity", "how=identity needs blocks x [+] f[(]x[)], which those of norm='post_ln' are not"),
@@ -234,6 +235,22 @@ def test_predicted_blocks_have_the_factors_of_the_block_before():
 def test_what_cannot_be_grown_is_refused(norm, blocks, how, message):
     with pytest.raises(UserError, match=message):
         grow(trained(name=norm), {"name": norm}, blocks, how)
+
+
+def test_unknown_gains_are_refused():
+    with pytest.raises(UserError, match="gains='old' does not exist: known: kept, new"):
+        grow(trained(name="pre_ln"), {"name": "pre_ln"}, 6, "stack", gains="old")
+
+
+def by_layer(layer, depth):
+    return build("dyt", layer, depth, {"alpha": 1 / layer})
+
+
+def test_initial_values_that_differ_by_layer_do_not_matter_for_growing(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "by_layer", by_layer)
+    decoder = trained(name="by_layer")
+    grown = grow(decoder, {"name": "by_layer"}, 6, "stack")
+    assert torch.equal(grown.blocks[-1].input_layernorm.alpha, decoder.blocks[-1].input_layernorm.alpha)
 
 
 def test_blocks_that_do_not_fit_into_the_memory_are_refused(monkeypatch):

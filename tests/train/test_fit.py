@@ -254,7 +254,7 @@ def test_every_part_of_a_bad_batch_is_searched_as_ranks_wait_for_each_other(trai
 
     monkeypatch.setattr(module, "first_bad_layer", search)
     monkeypatch.setattr(DecoderModule, "on_train_start", spoil)
-    with pytest.raises(Diverged, match="the loss is nan at step 1; .* appears in layer 1"):
+    with pytest.raises(Diverged, match=r"the loss is nan at step 1; .* appears in layer 1"):
         train("data.micro_batch_size=2", "data.batch_size=6", "trainer.max_steps=1", "name=bad", *QUIET)
     assert len(searched) == 3
 

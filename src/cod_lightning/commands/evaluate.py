@@ -19,7 +19,7 @@ from cod_lightning.commands.options import (
 )
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
-from cod_lightning.settings import choice_errors
+from cod_lightning.settings import require_choice
 from cod_lightning.train.ranks import check_ranks
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def run(
     from cod_lightning.train.run import evaluate
 
     protocol = options.get("protocol", config.protocol)
-    if errors := choice_errors("protocol", protocol, ("paper", "strict")):
-        raise UserError(errors[0])
+    require_choice("protocol", protocol, ("paper", "strict"))
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
     if rank:
         sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints the results\n")

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
+from cod_lightning.nn.decoder import Block
 from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, OPTIMIZER
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, block, build_all
+from cod_lightning.settings import require_choice
 
 Model = TypeVar("Model", bound=nn.Module)
 Trained = Literal["refuse", "preserve", "change"]
 
-FACTORS = ("gain", "branch_scale")
-"""Coefficients that are applied in the forward pass."""
-INITIAL = ("pre_norm_weight", "input_init", "output_init")
-"""Coefficients that are applied once, to the weights."""
-OPTIMIZER = ("rates", "input_rates", "norm_rates")
-"""Coefficients of the optimizer, for `param_groups`. All others must have the values of Pre-LN."""
+WEIGHTS = ("pre_norm_weight", "input_init", "output_init")
+"""Coefficients that `apply` multiplies into the initial weights."""
+SUPPORTED = (*FACTORS, *WEIGHTS, *OPTIMIZER)
+"""Coefficients of `apply` and `param_groups`. All others must have the values of Pre-LN."""
 CONFIG_KEY = "cod_lightning"
 """Name under which the strategy stands in the model's configuration, or on a model without one."""
 
@@ -53,10 +53,13 @@ def apply(
         The model.
 
     Raises:
-        UserError: an unknown strategy or layout, a coefficient that an existing model cannot have, a strategy that is
-            applied already, or a trained model and `trained="refuse"`. The model is unchanged.
+        UserError: an unknown strategy or layout, a `Decoder`, a coefficient that an existing model cannot have, a
+            strategy that is applied already, or a trained model and `trained="refuse"`. The model is unchanged.
     """
+    require_choice("trained", trained, get_args(Trained))
     where = pre_norm_sites(model, layout)
+    if any(isinstance(site.block, Block) for site in where):
+        raise UserError("a Decoder gets its strategy when it is built: pass build_all(...) to build_decoder")
     section = {"name": norm, **options}
     specs = [sublayer for spec in checked_specs(section, len(where) // 2) for sublayer in spec.sublayers]
     if any(spec.has_rates for spec in specs):
@@ -133,7 +136,7 @@ def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
         UserError: names every coefficient that it cannot have.
     """
     specs, default, problems = build_all(norm, depth), SublayerSpec(), []
-    for name in [field.name for field in fields(SublayerSpec) if field.name not in FACTORS + INITIAL + OPTIMIZER]:
+    for name in [field.name for field in fields(SublayerSpec) if field.name not in SUPPORTED]:
         values = [getattr(sublayer, name) for spec in specs for sublayer in spec.sublayers]
         problems += [f"{name}={value!r}" for value in dict.fromkeys(values) if value != getattr(default, name)][:1]
     for name in BLOCK_COEFFICIENTS:
@@ -151,7 +154,7 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
     Raises:
         UserError: see `apply`; nothing is changed.
     """
-    initial = any(getattr(spec, name) != 1 for spec in specs for name in INITIAL)
+    initial = any(getattr(spec, name) != 1 for spec in specs for name in WEIGHTS)
     scaled = [site for site, spec in zip(where, specs, strict=True) if spec.gain != 1]
     if trained == "refuse" and any(is_trained(site.norm) for site in where):
         raise UserError(

@@ -20,18 +20,13 @@ from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.pretrained import import_transformers, load_checkpoint, quiet_transformers, save_pretrained
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, schedule_end
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, INITIAL, OPTIMIZER, schedule_end
 from cod_lightning.nn.strategies import SublayerSpec, block, build_all
 
-FOLDED = ("gain", "branch_scale", "learned_branch_scale", "branch_schedule")
-"""Coefficients of a sub-layer that are folded into weights; a schedule that has ended is 1."""
-
-TRAINING = (
-    *("pre_norm_weight", "branch_norm_weight", "input_init", "output_init", "xavier"),
-    *("rates", "input_rates", "norm_rates"),
-)
-"""Coefficients of initialisation and optimizer. All others must have the values of Pre-LN; `input_scale` too, which
-changes the eps of a norm, and a checkpoint has one eps for all norms."""
+EXPORTED = (*FACTORS, "learned_branch_scale", "branch_schedule", *INITIAL, *OPTIMIZER)
+"""Coefficients of a sub-layer that are folded into weights, a schedule if it has ended, or that only training needs.
+All others must have the values of Pre-LN; `input_scale` too, which changes the eps of a norm, and a checkpoint has one
+eps for all norms."""
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 """Importable families by `model_type`; DeepSeek-LLM is a Llama."""
@@ -68,7 +63,7 @@ def unsupported_features(decoder: Decoder) -> list[str]:
     specs, default, problems = [block.spec for block in decoder.blocks], SublayerSpec(), []
     if decoder.config.norm != "rms":
         problems.append(f"model.norm={decoder.config.norm!r} has no place in a Llama checkpoint, whose norms are 'rms'")
-    for name in [field.name for field in fields(SublayerSpec) if field.name not in FOLDED + TRAINING]:
+    for name in [field.name for field in fields(SublayerSpec) if field.name not in EXPORTED]:
         others = [
             (layer, value)
             for layer, spec in enumerate(specs, start=1)

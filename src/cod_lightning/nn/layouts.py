@@ -24,7 +24,8 @@ class Layout:
     blocks: str
     """The list of blocks, from the model."""
     norms: tuple[str, str] | None
-    """The norms before the sub-layers, from a block; None: not one for each, so it takes no strategy."""
+    """The norms before the sub-layers, from a block; None: the sub-layers have none of their own, so the model takes no
+    strategy."""
     sublayers: tuple[str, str]
     """The sub-layers, from a block: each gets the output of its norm."""
     branches: tuple[str, str] | None = None

@@ -66,7 +66,7 @@ class WeightIndex:
 
 
 def find_source(name: str) -> Source:
-    """The checkpoint that a path, the word of a model in a package, or a name on the hub means.
+    """The checkpoint that a path, the short name of a packaged model, or a name on the hub means.
 
     Raises:
         UserError: the package is not installed; or a folder holds several .gguf files, an adapter, or a link to a file

@@ -29,11 +29,11 @@ class PackagedModel:
     install: str
     """The command that installs the package."""
     convert: Callable[[Path, Path], None] | None = None
-    """Writes `file` as a folder of `transformers`; None for what `load_checkpoint` reads."""
+    """Writes `file` as a folder of `transformers`; None: `load_checkpoint` reads it as it is."""
 
 
 def is_packaged(name: str) -> bool:
-    """Whether a name is the word of a model in a package; a folder or file of that name takes precedence."""
+    """Whether a name is the short name of a packaged model; a folder or file of that name takes precedence."""
     return name in PACKAGED and not Path(name).exists()
 
 

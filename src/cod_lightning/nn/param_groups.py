@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from cod_lightning.errors import UserError, nearest
-from cod_lightning.nn.apply import change_weights, checked_specs, is_trained, strategy_of
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.errors import UserError
+from cod_lightning.nn.apply import SUPPORTED, change_weights, checked_specs, is_trained, strategy_of
+from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.layouts import LLAMA, Layout, Site, pre_norm_sites, sites
-from cod_lightning.nn.spec import Rates, SublayerSpec, scaled_rates
+from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, scaled_rates
 from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.settings import require_choice
 
 DECODER = replace(LLAMA, branches=("attention_residual", "ffn_residual"))
 VIT = replace(DECODER, blocks="layers", inputs=(LLAMA.inputs[0], ("mlp.up_proj",)))
@@ -61,8 +62,7 @@ def param_groups(
         UserError: as `apply`; a strategy with other factors than gains; a wrong `form` or `initial_weights`; "scale"
             for a model that is trained or scaled. The model is unchanged.
     """
-    if form not in FORMS:
-        raise UserError(f"form={form!r} does not exist: {nearest(str(form), FORMS)}")
+    require_choice("form", form, FORMS)
     if initial_weights not in ("scale", "scaled"):
         raise UserError(
             f"initial_weights={initial_weights!r} does not exist: pass 'scale' to multiply the initial weights now, or "
@@ -71,6 +71,8 @@ def param_groups(
     if (applied := strategy_of(model)) is not None:
         raise UserError(f"the model has a strategy already: {applied}; use apply or param_groups, not both")
     where = pre_norm_sites(model, layout)
+    if any(isinstance(site.block, Block) and has_rates_or_factors(site.block.spec) for site in where):
+        raise UserError("the decoder was built with a strategy: build it with norm=pre_ln, or train it as it is")
     blocks = checked_specs({"name": norm, **options}, len(where) // 2)
     specs = [without_gain(sublayer, form, norm) for spec in blocks for sublayer in spec.sublayers]
     if any(spec.input_rates or spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):
@@ -85,6 +87,12 @@ def param_groups(
         setattr(model, SCALED, True)
     rates = rates_of(where, specs)
     return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
+
+
+def has_rates_or_factors(spec: BlockSpec) -> bool:
+    """Whether a block has a coefficient that this module would set as well."""
+    default = SublayerSpec()
+    return any(getattr(sublayer, name) != getattr(default, name) for sublayer in spec.sublayers for name in SUPPORTED)
 
 
 def without_gain(spec: SublayerSpec, form: str, norm: str) -> SublayerSpec:

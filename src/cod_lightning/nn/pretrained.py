@@ -84,7 +84,7 @@ def load_checkpoint(
 
     Args:
         name: a folder with config.json and weights (safetensors or .bin, sharded or not); a .gguf file, or a folder
-            with one; the word of a model in a package (`PACKAGED`); or a name on the hub.
+            with one; the short name of a packaged model (`PACKAGED`); or a name on the hub.
         dtype: dtype of the weights; quantized ones of a .gguf file are dequantized.
         check: called with the configuration before the weights are read; raises a UserError to refuse it.
 

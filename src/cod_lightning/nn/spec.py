@@ -58,7 +58,7 @@ class SublayerSpec:
     pre_norm: bool = True
     gain: float = 1.0
     """Multiplies the output of the pre-norm (LayerNorm Scaling)."""
-    input_scale: float = 1.0
+    input_scale: Multiplier = 1.0
     """Multiplies the input of the pre-norm."""
     pre_norm_weight: float = 1.0
     """Initial value of the pre-norm's weight."""
@@ -148,6 +148,12 @@ class BlockSpec:
         return replace(self, attention=replace(self.attention, **changes), ffn=replace(self.ffn, **changes))
 
 
+FACTORS = ("gain", "branch_scale")
+"""Coefficients of a sub-layer that multiply the output of its norm or branch, for which weights can make up."""
+INITIAL = ("pre_norm_weight", "branch_norm_weight", "norm_alpha", "input_init", "output_init", "xavier")
+"""Those of the initial parameters alone."""
+OPTIMIZER = ("rates", "input_rates", "norm_rates")
+"""Those of the optimizer."""
 COEFFICIENTS = get_type_hints(SublayerSpec, include_extras=True)
 """Type hints of the coefficients."""
 BLOCK_COEFFICIENTS = {

@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError
 from cod_lightning.nn.spec import BlockSpec, Rates, Schedule, SublayerSpec, scaled_rates
 from cod_lightning.nn.strategy_lookup import STRATEGIES as STRATEGIES
 from cod_lightning.nn.strategy_lookup import build, number, register
 from cod_lightning.nn.strategy_lookup import build_all as build_all
 from cod_lightning.nn.strategy_lookup import suggestion as suggestion
 from cod_lightning.nn.strategy_lookup import warnings as warnings
+from cod_lightning.settings import require_choice
 
 ROUNDING = 1e-9
 """Tolerance for a number of blocks: 15/22 of 22 is 14.999999999999998 in floating point."""
@@ -160,8 +161,7 @@ LNS_POSITIONS = {
 @register
 def lns(layer: int, depth: int, position: str = "after_ln", base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper."""
-    if position not in LNS_POSITIONS:
-        raise UserError(f"norm.position={position!r} does not exist: {nearest(str(position), LNS_POSITIONS)}")
+    require_choice("norm.position", position, list(LNS_POSITIONS))
     spec = build(base, layer, depth, options)
     scaled = change_base("lns", spec, **dict.fromkeys(LNS_POSITIONS[position], layer**-0.5))
     attention, ffn = position != "only_ffn", position != "only_attention"
@@ -346,8 +346,7 @@ def value_residual(layer: int, depth: int, form: str = "learned", base: str = "p
     """x + f(LN(x)), values s (a V + b V1) / sqrt(a^2 + b^2), V1 those of block 1; s, a, b learned from 1, 1, 0 (IMU-1).
     `form=mean`: (V + V1) / 2 (ResFormer).
     """
-    if form not in ("learned", "mean"):
-        raise UserError(f"norm.form={form!r} does not exist: {nearest(str(form), ('learned', 'mean'))}")
+    require_choice("norm.form", form, ("learned", "mean"))
     return change_block("value_residual", build(base, layer, depth, options), value_residual=form)
 
 
@@ -426,8 +425,7 @@ def pro_res(
 
     Progressive Residual Warmup (arXiv 2603.05369); `schedule` names others of its paper.
     """
-    if schedule not in PRO_RES_SCHEDULES:
-        raise UserError(f"norm.schedule={schedule!r} does not exist: {nearest(str(schedule), PRO_RES_SCHEDULES)}")
+    require_choice("norm.schedule", schedule, list(PRO_RES_SCHEDULES))
     if warmup < 1:
         raise UserError(f"norm.warmup={warmup} must be at least 1")
     factor = PRO_RES_SCHEDULES[schedule](layer, depth, warmup)

@@ -17,8 +17,18 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def register(function: Strategy) -> Strategy:
-    """Register a strategy under the name of its function."""
-    STRATEGIES[getattr(function, "__name__", "")] = function
+    """Register a strategy under the name of its function.
+
+    Raises:
+        UserError: the function has no name, as a partial one, or another function is registered under it.
+    """
+    name = getattr(function, "__name__", None)
+    if name is None:
+        raise UserError(f"{function!r} has no name to be registered under: define a function with def")
+    other: Any = STRATEGIES.get(name, function)
+    if other.__module__ != function.__module__:
+        raise UserError(f"norm={name!r} is a strategy of {other.__module__}: give the function another name")
+    STRATEGIES[name] = function
     return function
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,13 +17,11 @@ from cod_lightning.errors import UserError
 from cod_lightning.memory import require_memory
 from cod_lightning.nn.config import MOST_LAYERS
 from cod_lightning.nn.decoder import Block, Decoder
-from cod_lightning.nn.huggingface import TRAINING, unfinished_schedule
+from cod_lightning.nn.huggingface import unfinished_schedule
 from cod_lightning.nn.layer_prediction import predict_blocks
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import BlockSpec, build_all
-
-FACTORS = ("gain", "branch_scale")
-"""Coefficients that weights make up for."""
+from cod_lightning.settings import require_choice
 
 How = Literal["stack", "interpolate", "identity", "lesa"]
 Gains = Literal["kept", "new"]
@@ -67,9 +65,11 @@ def grow(
         progress: see `predict_blocks`.
 
     Raises:
-        UserError: `blocks` is out of range or does not fit into the free memory, or the strategy has coefficients for
-            the new depth that weights cannot make up for.
+        UserError: `how` or `gains` does not exist, `blocks` is out of range or does not fit into the free memory, or
+            the strategy has coefficients for the new depth that weights cannot make up for.
     """
+    require_choice("how", how, get_args(How))
+    require_choice("gains", gains, get_args(Gains))
     sources, inserted = copies(len(decoder.blocks), blocks, how)
     require_memory(replace(decoder.config, num_hidden_layers=blocks).num_parameters(), f"blocks={blocks}")
     originals = [decoder.blocks[source - 1] for source in sources]
@@ -164,8 +164,9 @@ def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[st
         pairs = [(name, getattr(block.spec, name), getattr(spec, name)) for name in BLOCK_COEFFICIENTS]
         for old, new in zip(block.spec.sublayers, spec.sublayers, strict=True):
             # A learned scale is copied; the coefficient is only its initial value.
-            ignored = TRAINING if new.learned_branch_scale == "no" else (*TRAINING, "branch_scale")
-            names = [field.name for field in fields(old) if field.name not in (*ignored, "branch_schedule")]
+            learned = () if new.learned_branch_scale == "no" else ("branch_scale",)
+            ignored = (*INITIAL, *OPTIMIZER, *learned, "branch_schedule")
+            names = [field.name for field in fields(old) if field.name not in ignored]
             pairs += [(name, getattr(old, name), getattr(new, name)) for name in names]
             pairs.append(("branch_schedule", None, new.branch_schedule))  # the old one has ended
         # A norm of the branch would undo the change of its last projection, and a skip after a norm takes its gain.
