@@ -50,7 +50,7 @@ def bounded_arguments(kernel: str, width: int, dtype: str, kind: str) -> tuple[A
         return triton_bounded.backward_kernel, constants, types | sums | streams
     types |= {"x": dtype, "y": dtype, "eps": "fp32"} | ({} if kind == "bhyt" else {"bias": "*fp32"})
     types |= {"branch": dtype, "stream": dtype} if kernel == "add_norm" else {}
-    return triton_bounded.forward_kernel, constants, types
+    return triton_bounded.forward_kernel, constants | {"LOAD": False}, types
 
 
 def kernel_arguments(kernel: str, width: int, dtype: str, kind: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:

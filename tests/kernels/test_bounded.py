@@ -135,19 +135,31 @@ def test_a_second_derivative_is_an_error():
 @pytest.mark.parametrize("kind", BOUNDED)
 def test_the_custom_operators_pass_opcheck(kind):
     x, alpha, weight, bias, shift, branch, dstream, dy = draw(kind, rows=5, dtype=torch.float32)
-    erf, normalised = kind == "derf", kind == "bhyt"
+    erf, normalised, eps = kind == "derf", kind == "bhyt", torch.tensor(1e-5, device=DEVICE)
     library.opcheck(
-        triton_bounded.forward_op, (x, branch, weight, bias, alpha, shift, 1e-5, erf, normalised, torch.bfloat16)
+        triton_bounded.forward_op, (x, branch, weight, bias, alpha, shift, eps, erf, normalised, torch.bfloat16)
     )
     rstd = triton_bounded.forward(x, None, weight, bias, alpha, shift, 1e-5, erf, normalised, None)[1:]
     kept = (x, weight, alpha, shift, rstd[0] if normalised else None, dy, dstream, erf)
     library.opcheck(triton_bounded.backward_op, (*kept, torch.float32, torch.bfloat16))
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "rms"}, {"kind": "dyt", "backend": "cuda"}])
-def test_an_unknown_kind_or_backend_is_an_error(wrong):
-    with pytest.raises(ValueError, match=r"must be dyt, derf, bhyt, backend=.* auto, torch or triton"):
-        bounded_norm(torch.zeros(2, 8), torch.ones(1), **wrong)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "rms"}, r"kind='rms' must be dyt, derf, bhyt"),
+        ({"backend": "cuda"}, r"backend='cuda' must be auto, torch or triton"),
+        ({"alpha": torch.ones(8)}, r"alpha has the shape \[8\], expected \[1\]"),
+        ({"shift": torch.ones(8)}, r"shift has the shape \[8\], expected \[1\]"),
+        ({"weight": torch.ones(1)}, r"weight has the shape \[1\], expected \[8\]"),
+        ({"bias": torch.ones(3), "backend": "triton"}, r"bias has the shape \[3\], expected \[8\]"),
+        ({"bias": torch.ones(8).double(), "backend": "triton"}, "torch.float64 is not float32"),
+        ({"alpha": torch.ones(1, device="meta"), "backend": "triton"}, "the tensors are on several devices"),
+    ],
+)
+def test_arguments_that_the_kernels_would_misread_are_errors(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        bounded_norm(torch.zeros(2, 8), **({"alpha": torch.ones(1), "kind": "dyt"} | wrong))
 
 
 @pytest.mark.parametrize("kind", BOUNDED)

@@ -109,8 +109,9 @@ def test_activation_checkpointing_is_bit_identical():
         ("triton", "lns", {}),
         ("torch", "lns", {}),
         ("triton", "lns", {"position": "before_ln"}),
+        ("torch", "lns", {"position": "before_ln"}),
         ("triton", "derf", {"base": "lns"}),
-        ("triton", "bhyt", {"base": "lns"}),
+        ("triton", "bhyt", {"base": "lns", "position": "before_ln"}),
         ("torch", "hybrid_norm", {}),
     ],
 )

@@ -52,28 +52,48 @@ def add_norm(
     Raises:
         ValueError: an unknown kind or backend, or tensors that backend="triton" does not support, with the reason.
     """
-    if kind not in ("rms", "layer") or backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"kind={kind!r} must be rms or layer, backend={backend!r} must be auto, torch or triton")
-    compiling = torch.compiler.is_compiling()
-    if torch._C._are_functorch_transforms_active():
-        return reference_add_norm(x, weight, branch, kind=kind, eps=eps, gain=gain, groups=groups, dtype=dtype)
-    if backend == "torch" or (backend == "auto" and (not x.is_cuda or unsupported(x, weight, branch, groups))):
-        return torch_add_norm(x, weight, branch, kind, eps, gain, groups, dtype)
-    if reason := unsupported(x, weight, branch, groups):
-        raise ValueError(f"norm_backend='triton' does not support this: {reason}; use norm_backend='auto'")
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"kind={kind!r} must be rms or layer")
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or not use_triton(backend, x, weight, branch, groups):
+        # torch's norms would compile eps in, and the blocks of a model differ in it.
+        plain_norm = reference_add_norm if transformed or torch.compiler.is_compiling() else torch_add_norm
+        return plain_norm(x, weight, branch, kind=kind, eps=eps, gain=gain, groups=groups, dtype=dtype)
     assert triton_norm is not None
-    constants: tuple[float | Tensor, float | Tensor] = gain, eps
-    if compiling:
-        # Floats would be compiled in; as tensors they let all blocks share one compilation.
-        ones = torch.ones((), dtype=torch.float32, device=x.device)
-        constants = ones * gain, ones * eps
+    constants = shared_constant(gain, x.device), shared_constant(eps, x.device)
     return triton_norm.TritonAddNorm.apply(x, weight, branch, *constants, kind == "layer", groups, dtype)
+
+
+def use_triton(
+    backend: str, x: Tensor, weight: Tensor | None, branch: Tensor | None, groups: int = 1, *others: Tensor | None
+) -> bool:
+    """Whether the Triton kernels compute a norm of these tensors, `others` being its other parameters.
+
+    Raises:
+        ValueError: an unknown backend, or tensors that backend="triton" does not support, with the reason.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend={backend!r} must be auto, torch or triton")
+    if backend == "torch" or (backend == "auto" and not x.is_cuda):
+        return False
+    reason = unsupported(x, weight, branch, groups, *others)
+    if reason and backend == "triton":
+        raise ValueError(f"norm_backend='triton' does not support this: {reason}; use norm_backend='auto'")
+    return reason is None
+
+
+def shared_constant(value: float, device: torch.device) -> float | Tensor:
+    """A constant of a kernel; in compiled code a tensor, so that blocks with other constants share one compilation."""
+    if not torch.compiler.is_compiling():
+        return value
+    return torch.ones((), dtype=torch.float32, device=device) * value
 
 
 def torch_add_norm(
     x: Tensor,
     weight: Tensor | None,
     branch: Tensor | None,
+    *,
     kind: str,
     eps: float,
     gain: float,
@@ -130,26 +150,33 @@ def bounded_norm(
         The stream [..., hidden] and y [..., hidden].
 
     Raises:
-        ValueError: an unknown kind or backend, or tensors that backend="triton" does not support, with the reason.
+        ValueError: an unknown kind or backend, a parameter of another shape, or tensors that backend="triton" does not
+            support, with the reason.
     """
-    if kind not in BOUNDED or backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"kind={kind!r} must be {', '.join(BOUNDED)}, backend={backend!r} auto, torch or triton")
-    reason = None if backend == "torch" else unsupported(x, weight, branch, 1)
+    if kind not in BOUNDED:
+        raise ValueError(f"kind={kind!r} must be {', '.join(BOUNDED)}")
+    for name, number in (("alpha", alpha), ("shift", shift)):
+        if number is not None and number.numel() != 1:
+            raise ValueError(f"{name} has the shape {list(number.shape)}, expected [1]")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has the shape {list(vector.shape)}, expected {list(x.shape[-1:])}")
     transformed = torch._C._are_functorch_transforms_active()
-    if transformed or backend == "torch" or (backend == "auto" and (not x.is_cuda or reason)):
+    if transformed or not use_triton(backend, x, weight, branch, 1, alpha, bias, shift):
         return reference_bounded_norm(x, alpha, weight, bias, shift, branch, kind=kind, eps=eps, gain=gain, dtype=dtype)
-    if reason:
-        raise ValueError(f"norm_backend='triton' does not support this: {reason}; use norm_backend='auto'")
     assert triton_bounded is not None
     # The constants are part of the parameters: in float32, which half precision would round, and so that the blocks of
     # a model share one compilation.
     alpha = alpha.float() / KAPPA if kind == "bhyt" else alpha.float()
-    ones = torch.ones(x.shape[-1:], dtype=torch.float32, device=x.device)
-    weight = (ones if weight is None else weight.float()) * gain
+    if weight is None:
+        weight = torch.ones(x.shape[-1:], dtype=torch.float32, device=x.device)
+    weight = weight.float() * gain
     bias = None if bias is None else bias.float() * gain
     shift = None if shift is None else shift.float()
     parameters = weight, bias, alpha, shift
-    return triton_bounded.TritonBoundedNorm.apply(x, branch, *parameters, eps, kind == "derf", kind == "bhyt", dtype)
+    return triton_bounded.TritonBoundedNorm.apply(
+        x, branch, *parameters, shared_constant(eps, x.device), kind == "derf", kind == "bhyt", dtype
+    )
 
 
 def checked_backend(
@@ -239,9 +266,11 @@ def kernel_error(
     return None
 
 
-def unsupported(x: Tensor, weight: Tensor | None, branch: Tensor | None, groups: int) -> str | None:
+def unsupported(
+    x: Tensor, weight: Tensor | None, branch: Tensor | None, groups: int, *others: Tensor | None
+) -> str | None:
     """Why the Triton kernels do not support these tensors, or None if they do."""
-    tensors = [tensor for tensor in (x, weight, branch) if tensor is not None]
+    tensors = [tensor for tensor in (x, weight, branch, *others) if tensor is not None]
     if triton_norm is None:
         return "Triton is not installed; it supports only Linux"
     if not x.is_cuda and not triton_norm.INTERPRETED:

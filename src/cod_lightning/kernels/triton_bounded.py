@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from cod_lightning.kernels.triton_norm import constants, multiprocessors, rows_of
+from cod_lightning.kernels.triton_norm import Number, constants, multiprocessors, rows_of
 
 
 @triton.jit
@@ -32,9 +32,11 @@ def tanh(z):
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x, branch, weight, bias, alpha, shift, stream, y, rstd, rows, x_stride, branch_stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ERF: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ERF: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS rows; None: `branch` and `stream`, `bias`, `shift`, `rstd` (of BHyT)."""
+    if LOAD:
+        eps = tl.load(eps)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -138,7 +140,7 @@ def forward(
     bias: Tensor | None,
     alpha: Tensor,
     shift: Tensor | None,
-    eps: float,
+    eps: Number,
     erf: bool,
     normalised: bool,
     dtype: torch.dtype | None,
@@ -148,7 +150,8 @@ def forward(
     rstd = outputs[1] if normalised else None
     stream = None if branch is None else outputs[-1]
     hidden = x.shape[-1]
-    rows, shape = x.numel() // hidden, tiles(hidden, erf)
+    rows = x.numel() // hidden
+    shape: dict[str, Any] = tiles(hidden, erf) | {"LOAD": isinstance(eps, Tensor)}
     x, x_stride = rows_of(x)
     branch, branch_stride = (None, 0) if branch is None else rows_of(branch)
     with torch.cuda.device_of(x):
@@ -205,7 +208,7 @@ forward_op = library.custom_op(
     "cod_lightning::bounded_norm",
     forward,
     mutates_args=(),
-    schema="(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, Tensor alpha, Tensor? shift, float eps, bool erf, "
+    schema="(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, Tensor alpha, Tensor? shift, Tensor eps, bool erf, "
     "bool normalised, ScalarType? dtype) -> Tensor[]",
 )
 backward_op = library.custom_op(
