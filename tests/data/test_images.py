@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cod_lightning.data.config import DataConfig, ImageConfig
-from cod_lightning.data.images import DRAWN_SHAPES, MEAN, STD, DrawnImages, ImageDataModule, random_crop
+from cod_lightning.data.images import DRAWN_SHAPES, MEAN, STD, DrawnImages, ImageDataModule, ImageFolder, random_crop
 from cod_lightning.data.order import uniform
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
@@ -141,6 +141,20 @@ def test_a_broken_image_is_named(root, damage):
     path.write_bytes(b"no image" if damage == "text" else path.read_bytes()[:400])
     with pytest.raises(UserError, match=r"train/bee/1\.jpg is not a readable image"):
         list(opened(root).train_dataloader())
+
+
+def test_grey_of_16_bits_is_read_as_8(root):
+    grey = np.linspace(0, 65535, 40 * 30).reshape(40, 30).astype(np.uint16)
+    Image.fromarray(grey).save(root / "train" / "ant" / "0.png")
+    pixels = np.asarray(ImageFolder(root, "train").read(0))
+    assert (pixels == (grey // 256)[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_named(root, dtype):
+    Image.fromarray(np.ones((40, 30), dtype)).save(root / "train" / "ant" / "0.png", format="tiff")
+    with pytest.raises(UserError, match=r"train/ant/0\.png has 32 bits a pixel \(mode [IF]\); save it with 8 bits"):
+        ImageFolder(root, "train").read(0)
 
 
 def rename_an_image(root):

@@ -68,14 +68,18 @@ class ImageFolder:
         return [self.files, self.bytes]
 
     def read(self, index: int) -> Image.Image:
-        """Return one image, in RGB.
+        """Return one image, in RGB; of 16 bits the upper 8, which Pillow keeps of colours but not of grey.
 
         Raises:
-            UserError: it cannot be decoded.
+            UserError: it cannot be decoded, or has 32 bits a pixel.
         """
         path = self.folder / self.files[index]
         try:
             with Image.open(path) as image:
+                if image.mode in ("I", "F"):
+                    raise UserError(f"{path} has 32 bits a pixel (mode {image.mode}); save it with 8 bits a channel")
+                if image.mode.startswith("I;16"):
+                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} is not a readable image ({error}); replace or remove it") from error
