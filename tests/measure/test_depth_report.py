@@ -3,7 +3,7 @@
 import pytest
 
 from cod_lightning.measure.depth_page import maps, panels, report_page, summary
-from cod_lightning.measure.depth_report import SECTIONS, headline, headline_sentence
+from cod_lightning.measure.depth_report import SECTIONS, headline, headline_sentence, number
 from cod_lightning.measure.panels import draw_panels
 
 
@@ -47,6 +47,19 @@ def test_the_headline_names_the_cheap_blocks_and_the_longest_run():
         "-0.1 ± 0.03 nats (block 5). The longest run found whose removal raises the perplexity by at most 1%: no "
         "block; 10%: 2 blocks, 4 to 5."
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (999.4, 99.4, "999 ± 99"),
+        (999.7, 99.7, "1,000 ± 100"),
+        (-999.7, None, "-1,000"),
+        (4077.8, 0.031, "4,078 ± 0.031"),
+    ],
+)
+def test_large_numbers_are_rounded_without_an_exponent(value, error, text):
+    assert number(value, error) == text
 
 
 def test_numbers_that_are_not_finite_are_named():

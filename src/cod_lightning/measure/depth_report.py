@@ -66,10 +66,10 @@ def number(value: float | None, error: float | None = None) -> str:
     """Such as 0.0123, 4,078 or 0.52 ± 0.03."""
     if value is None or not math.isfinite(value):
         return "not finite"
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    text = f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
     if error is None:
         return text
-    return f"{text} ± " + (f"{error:,.0f}" if error >= 100 else f"{error:.2g}")
+    return f"{text} ± " + (f"{error:,.0f}" if error >= 99.5 else f"{error:.2g}")
 
 
 def differences(removal: Any) -> list[float | None]:
