@@ -12,19 +12,19 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of this machine's memory, up to the limit of a container."""
+    limits = [Path(path).read_text().strip() for path in LIMITS if os.access(path, os.R_OK)]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def free_memory() -> int:
     """Bytes that a process can take: those that Linux calls available, elsewhere all, up to a container's limit."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(fields["MemAvailable"].split()[0])
+        return min(1024 * int(fields["MemAvailable"].split()[0]), host_memory())
     except (OSError, KeyError):
-        free = host_memory()
-    limits = [Path(path).read_text().strip() for path in LIMITS if os.access(path, os.R_OK)]
-    return min([free, *(int(limit) for limit in limits if limit.isdigit())])
+        return host_memory()
 
 
 def require_memory(parameters: int, name: str, dtype: str = "float32", itemsize: int = 4) -> None:

@@ -271,6 +271,13 @@ def test_fsdp_shards_and_gathers(architecture):
     assert fsdp.activations == single.activations
 
 
+def test_hybrid_sharding_shards_over_one_node():
+    words = ("experiments=quickstart", "trainer.strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=1")
+    node = estimated(*words).memory
+    assert estimated(*words, "trainer.num_nodes=4", "trainer.hybrid=true").memory == node
+    assert estimated(*words, "trainer.num_nodes=4").memory.weights == node.weights // 4
+
+
 def test_every_kind_of_block_is_counted():
     shallow, deep = (decoder_like({"name": "mix_ln"}, num_hidden_layers=layers) for layers in (4, 8))
     assert set(shallow.kinds.values()) == {1, 3}

@@ -18,6 +18,7 @@ from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train import module
 from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.checkpoint import read_checkpoint
+from cod_lightning.train.memory import check_memory, least_parameters
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import read_record
 from cod_lightning.train.run import build, fit
@@ -282,6 +283,16 @@ def test_a_run_that_cannot_fit_into_memory_is_refused_before_it_is_prepared(toy,
     with pytest.raises(UserError, match=r"out of memory: .* take at least [\d,]+ GB, and this machine has"):
         fit(config, config.folder, lambda: pytest.fail("it writes"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("nodes", "hybrid"), [(1, False), (4, True)])
+def test_the_whole_model_must_fit_into_the_container_of_a_node(toy, tmp_path, monkeypatch, nodes, hybrid):
+    words = ["model.vocab_size=100000", "data.micro_batch_size=1", "trainer.accelerator=cpu", "trainer.strategy=fsdp"]
+    config = compose([*toy, *words, f"trainer.num_nodes={nodes}", f"trainer.hybrid={hybrid}"])
+    (limit := tmp_path / "memory.max").write_text(f"{12 * least_parameters(config)}\n")
+    monkeypatch.setattr("cod_lightning.memory.LIMITS", [str(limit)])
+    with pytest.raises(UserError, match="out of memory"):
+        check_memory(config)
 
 
 def test_a_vocabulary_that_is_too_small_is_an_error(train):

@@ -166,7 +166,7 @@ class Architecture:
             precision: `bf16-mixed`: float32 weights under autocast; `bf16-true`: all bfloat16, Adam's moments too.
             batch_size: micro-batch size at which the memory is counted; for other sizes it is extrapolated.
             strategy: `single`, `ddp` or `fsdp`.
-            ranks: number of devices.
+            ranks: number of devices; under hybrid sharding those of one node.
             checkpointing: `none`, `selective` or `full`.
             cpu: use torch's norms on a CPU instead of the fused ones of a GPU.
         """

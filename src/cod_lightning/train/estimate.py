@@ -107,7 +107,7 @@ def estimate(
         config: the run.
         hardware: a name of `GPUS`, or `cpu` for this machine.
         mfu: model FLOPs utilisation, the share of the hardware's dense peak in the run's precision.
-        gpus: number of ranks; None: the trainer's.
+        gpus: number of ranks; None: the trainer's. `trainer.hybrid` shards over those of one node.
         strategy: `single`, `ddp`, or `fsdp` (bfloat16 by FSDP2's policy instead of autocast); None: the trainer's.
         checkpointing: `none`, `selective` or `full`; None: the trainer's. MFU does not count recomputation.
 
@@ -131,7 +131,7 @@ def estimate(
         architecture.memory,
         precision,
         strategy=strategy,
-        ranks=gpus,
+        ranks=min(gpus, trainer.devices) if trainer.hybrid else gpus,
         checkpointing=checkpointing,
         cpu=hardware == "cpu",
     )

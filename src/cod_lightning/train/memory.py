@@ -22,7 +22,7 @@ def check_memory(config: Config) -> None:
     """
     settings, data = config.trainer, config.data
     ranks = 1 if settings.strategy == "fsdp" else settings.devices
-    nodes = settings.num_nodes if settings.strategy == "fsdp" else 1
+    nodes = settings.num_nodes if settings.strategy == "fsdp" and not settings.hybrid else 1
     cpu = accelerator(settings) == "cpu"
     weight = 2 if cpu and precision(settings) == "bf16-true" else 4
     parameters, length = least_parameters(config), config.sequence_length
