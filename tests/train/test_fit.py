@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from run_files import copy_checkpoints, history, last, losses, weights
 from cod_lightning.commands.fit import lock_folder, train_run
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
-from cod_lightning.errors import Diverged, UserError
+from cod_lightning.config.saved import load
+from cod_lightning.errors import Diverged, Stopped, UserError
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.strategies import STRATEGIES
@@ -21,7 +24,7 @@ from cod_lightning.train.checkpoint import read_checkpoint
 from cod_lightning.train.memory import check_memory, least_parameters
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import read_record
-from cod_lightning.train.run import build, fit
+from cod_lightning.train.run import build, evaluate, fit
 
 QUIET = ("trainer.stats_every=0", "trainer.measures.jacobian=0")
 """No measures during training, which do not change it."""
@@ -293,6 +296,16 @@ def test_the_whole_model_must_fit_into_the_container_of_a_node(toy, tmp_path, mo
     monkeypatch.setattr("cod_lightning.memory.LIMITS", [str(limit)])
     with pytest.raises(UserError, match="out of memory"):
         check_memory(config)
+
+
+def test_a_rank_that_is_gone_stops_an_evaluation(plain, monkeypatch):
+    def validate(*_, **__):
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    config = load(plain[1])
+    monkeypatch.setattr("cod_lightning.train.run.build_trainer", lambda _: SimpleNamespace(validate=validate))
+    with pytest.raises(Stopped, match="another of the 2 ranks is gone"):
+        evaluate(replace(config, trainer=replace(config.trainer, devices=2)), last(plain[1]))
 
 
 def test_a_vocabulary_that_is_too_small_is_an_error(train):

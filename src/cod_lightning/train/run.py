@@ -36,7 +36,7 @@ from cod_lightning.train.checkpoint import (
     step_of,
 )
 from cod_lightning.train.devices import accelerator, set_threads
-from cod_lightning.train.load import InitialWeights, load_initial_weights, write_tokenizer
+from cod_lightning.train.load import InitialWeights, load_initial_weights, weights_of, write_tokenizer
 from cod_lightning.train.loggers import build_loggers, finish, log_config, log_layout
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
@@ -114,16 +114,18 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
 
     Raises:
         UserError: the checkpoint is unreadable or not finite, or the data does not fit it.
+        Stopped: a signal interrupted the validation, or another rank is gone.
     """
     with quiet_lightning():
         data, module = build(config)
         state = read_checkpoint(checkpoint)
-        weights = {name.partition(".")[2]: tensor for name, tensor in state["state_dict"].items()}
+        weights = weights_of(state, "vit" if config.task == "vision" else "decoder")
         require_finite(weights.items(), str(checkpoint))
         module.first_step = state.get("global_step", 0)
         module.initial_weights = InitialWeights(weights, str(checkpoint), module.first_step)
         trainer = build_trainer(config)
-        trainer.validate(module, data, verbose=False)
+        with translate_rank_failures(config.trainer):
+            trainer.validate(module, data, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
