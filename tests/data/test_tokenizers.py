@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from cod_lightning.data import tokenizers as tokenizers_room
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe, with_pad_below
@@ -37,8 +37,14 @@ def test_a_pad_beyond_the_vocabulary_is_replaced_by_an_unused_special_token():
     assert 0 not in tokenizer.encode(["the <pad> fox"])[0]
     content = json.loads(backend.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != 0]
-    with pytest.raises(UserError, match=r"no special token but EOS .* below the 300"):
+    with pytest.raises(UserError, match=r"no special token to pad rows with .* below the 300"):
         with_pad_below(DocumentTokenizer(json.dumps(content), pad_id=300, eos_id=1), 300)
+
+
+def test_a_pad_is_not_replaced_by_the_token_for_unknown_text(word_level, tmp_path):
+    tokenizer = load_tokenizer(word_level(tmp_path, ["<s>", "</s>"]))
+    assert tokenizer.backend.token_to_id("<unk>") == 2
+    assert with_pad_below(tokenizer, tokenizer.pad_id).pad_id == 0
 
 
 def test_bpe_trains_on_a_bounded_part(monkeypatch):
@@ -97,6 +103,53 @@ def test_another_format_is_converted(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.encode(["ab"]) == [[3, 0]]
     assert tokenizer.pad_id not in (0, 1, 2, 3)
+
+
+def test_another_format_on_the_hub_is_converted(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("transformers")
+    contents = {
+        "vocab.json": '{"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}',
+        "merges.txt": "#version: 0.2\na b\n",
+        "config.json": '{"model_type": "gpt2"}',
+    }
+
+    def snapshot_download(name, allow_patterns, local_files_only=False):
+        for file in [] if local_files_only else set(contents) & set(allow_patterns):
+            (tmp_path / file).write_text(contents[file])
+        return str(tmp_path)
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(tokenizers_room, "require_hub", lambda *setting: asked.append(setting))
+    for _ in range(2):
+        assert load_tokenizer("owner/name").encode(["ab"]) == [[3, 0]]
+    assert len(asked) == 1  # then it is in the cache
+
+
+WORDS = {"<unk>": 0, "</s>": 1, "a": 2}
+BYTES = {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+
+
+@pytest.mark.parametrize(
+    ("model", "pad"),
+    [
+        (models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], unk_id=0, byte_fallback=False), "<pad>"),
+        (models.WordLevel(WORDS, "<unk>"), "<pad>"),
+        (models.BPE(WORDS, [], unk_token="<unk>"), "<pad>"),
+        (models.BPE(WORDS, [], unk_token="<unk>", byte_fallback=True), "<pad>"),
+        (models.BPE(WORDS | BYTES, [], unk_token="<unk>", byte_fallback=True), "<unk>"),
+    ],
+    ids=["Unigram", "WordLevel", "BPE", "BPE of some bytes", "BPE of all bytes"],
+)
+def test_a_token_for_unknown_text_is_no_pad(model, pad, tmp_path):
+    backend = Tokenizer(model)
+    backend.add_special_tokens(["<unk>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "<unk>"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.backend.id_to_token(tokenizer.pad_id) == pad
+    assert tokenizer.pad_id not in tokenizer.encode(["zz"])[0]
 
 
 @pytest.mark.parametrize(

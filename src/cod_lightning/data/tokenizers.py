@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,12 +29,19 @@ WORD_CHARACTERS = 4096
 """The trainer's time is quadratic in the length of a word (200,000 letters take 30 s), so longer ones are split."""
 EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[EOS]")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
-_HUB_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "tokenizer.model")
+_HUB_FILES = (
+    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
+    *("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
 
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """A tokenizer as plain data, with the ids of pad and EOS. No text encodes to `pad_id`."""
+    """A tokenizer as plain data, with the ids of pad and EOS.
+
+    No text encodes to `pad_id`, unless the tokenizer's model itself has the spelling of pad as a piece, as T5's has:
+    then a document that spells it out does.
+    """
 
     json: str
     pad_id: int
@@ -146,18 +154,21 @@ def load_tokenizer(name: str, setting: str | None = None) -> DocumentTokenizer:
 def with_pad_below(tokenizer: DocumentTokenizer, vocab_size: int) -> DocumentTokenizer:
     """Return the tokenizer for an embedding of `vocab_size` rows; another special token replaces a pad beyond them.
 
-    No text encodes to a special token here, so any can serve as pad.
+    No text encodes to a special token here but to EOS and to the one for unknown text, so any other can serve as pad.
 
     Raises:
-        UserError: EOS is the only special token.
+        UserError: there is no other special token.
     """
     if tokenizer.pad_id < vocab_size:
         return tokenizer
     added = tokenizer.backend.get_added_tokens_decoder().items()
-    special = [id for id, token in added if token.special and id < vocab_size and id != tokenizer.eos_id]
+    unknown = unknown_token(tokenizer.backend)
+    free = {id for id, token in added if token.special and token.content != unknown} - {tokenizer.eos_id}
+    special = [id for id in free if id < vocab_size]
     if not special:
         raise UserError(
-            f"the tokenizer has no special token but EOS to pad rows with, below the {vocab_size} of the model"
+            "the tokenizer has no special token to pad rows with but EOS and the unknown token, below the "
+            f"{vocab_size} of the model"
         )
     return replace(tokenizer, pad_id=max(special))
 
@@ -169,7 +180,7 @@ def _download(name: str, setting: str) -> Path:
 
     try:
         cached = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), local_files_only=True))
-        if any((cached / file).is_file() for file in (TOKENIZER, "spiece.model", "tokenizer.model")):
+        if (cached / TOKENIZER).is_file() or can_convert(cached):
             return cached
     except HFValidationError as error:
         raise UserError(f"{setting} is neither a folder nor a name on the hub: {error}") from error
@@ -200,7 +211,8 @@ def _from_folder(folder: Path, setting: str) -> DocumentTokenizer:
             f"{setting} has no end-of-sequence token: name one as eos_token in "
             f"{folder / 'tokenizer_config.json'} (tried {', '.join(EOS_NAMES)})"
         )
-    pad = _first_known(backend, [token for token in (named.get("pad_token"), *PAD_NAMES) if token != eos])
+    used = (eos, unknown_token(backend))
+    pad = _first_known(backend, [token for token in (named.get("pad_token"), *PAD_NAMES) if token not in used])
     if pad is None:
         pad = PAD
         backend.add_special_tokens([PAD])
@@ -225,8 +237,25 @@ def _named_specials(folder: Path) -> dict[str, str]:
     return named
 
 
+def unknown_token(backend: Tokenizer) -> str | None:
+    """The token that text without any other is encoded to; None if there is none, or bytes take its place."""
+    model = json.loads(backend.to_str())["model"]
+    if model.get("byte_fallback") and all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256)):
+        return None
+    if model.get("unk_id") is not None:  # Unigram
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
 def _first_known(backend: Tokenizer, tokens: Iterable[str | None]) -> str | None:
     return next((token for token in tokens if token and backend.token_to_id(token) is not None), None)
+
+
+def can_convert(folder: Path) -> bool:
+    """Whether a folder has a tokenizer in any format."""
+    from cod_lightning.nn.model_files import has_tokenizer  # imports torch, which tokenizer.json does not need
+
+    return has_tokenizer(folder)
 
 
 def _converted(folder: Path, setting: str) -> DocumentTokenizer:
@@ -234,10 +263,10 @@ def _converted(folder: Path, setting: str) -> DocumentTokenizer:
     try:
         from transformers import AutoTokenizer
 
-        from cod_lightning.nn.model_files import COPY_TOKENIZER, find_source, has_tokenizer
+        from cod_lightning.nn.model_files import COPY_TOKENIZER, find_source
     except ImportError as error:
         raise UserError(f"{setting} has no {TOKENIZER}; pip install 'cod_lightning[hf]' to convert it") from error
-    if folder.is_dir() and not has_tokenizer(folder):
+    if folder.is_dir() and not can_convert(folder):
         raise UserError(f"{setting}: no tokenizer: {COPY_TOKENIZER}")
     with tempfile.TemporaryDirectory() as converted:
         try:
