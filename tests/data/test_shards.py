@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -78,7 +79,8 @@ def test_shards_yield_the_set_of_one_machine(
     if bound == LIMITED:
         monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 600)
     if split == OWN_FILES:
-        changes["val_files"] = str(uneven / changes["val_files"])
+        shutil.copytree(uneven, tmp_path / "val")
+        changes["val_files"] = str(tmp_path / "val" / changes["val_files"])
     config = make_config(tmp_path / "one", **changes)
     unsharded = prepare(config, progress=False)
     manifest = read_manifest(unsharded)
@@ -145,6 +147,18 @@ def test_c4_is_split_by_its_files(c4_corpus, make_config, tmp_path, monkeypatch)
     unsharded = prepare(config, progress=False)
     assert read_manifest(unsharded).source.documents == {"train": 333, "val": 100}
     assert content(prepare_all(replace(config, root=str(tmp_path / "three")), 3)) == content(unsharded)
+
+
+def test_a_merge_of_fewer_documents_than_val_every_is_refused(make_config, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog " * 9)
+    config = make_config(tmp_path / "root", files=str(tmp_path / "*.txt"), val_every=5)
+    with pytest.raises(UserError) as error:
+        prepare_all(config, 2)
+    assert str(error.value) == (
+        "4 documents are fewer than data.val_every=5, so that none is held out for validation: prepare without "
+        "shard=, or set data.val_files"
+    )
 
 
 def test_a_finished_shard_is_not_prepared_again(make_config, tmp_path, monkeypatch):

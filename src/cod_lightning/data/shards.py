@@ -1,7 +1,8 @@
 """Prepare one set on many machines: each encodes a share of the files, and a merge writes the set from all shares.
 
 The merge decides what depends on the whole corpus: which documents are held out or exceed `max_documents`, and where
-sequences and chunks begin. So the set equals the one that `prepare` writes, byte for byte.
+sequences and chunks begin. So the set equals the one that `prepare` writes, byte for byte. `prepare` also divides a
+corpus of fewer documents than `val_every` inside of a document, which a merge cannot and refuses.
 
 {root}/{source}-{hash of the settings}.parts-{count}/
     tokenizer.json                  trained by the first shard, if it is trained
@@ -226,7 +227,8 @@ def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Pa
     Memory holds a few blocks of documents, whatever the size of the set. The parts are removed afterwards.
 
     Raises:
-        UserError: parts are missing, damaged or prepared with other settings, each of which is named; or as `prepare`.
+        UserError: parts are missing, damaged or prepared with other settings, each of which is named; there are fewer
+            documents than `val_every`, and no validation text; or as `prepare`.
     """
     check_settings(config)
     folder = prepared_folder(config)
@@ -238,6 +240,12 @@ def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Pa
 def _merge(config: DataConfig, count: int, partial: Path, progress: bool) -> None:
     parts = [parts_folder(config, count) / str(index) for index in range(count)]
     records = _read_parts(config, parts)
+    documents = sum(record.streams["train"].documents for record in records)
+    if documents < config.val_every and not all("val" in record.streams for record in records):
+        raise UserError(
+            f"{documents} documents are fewer than data.val_every={config.val_every}, so that none is held out for "
+            "validation: prepare without shard=, or set data.val_files"
+        )
     ids = {name: records[0].tokenizer[name] for name in ("pad_id", "eos_id")}
     tokenizer = DocumentTokenizer((parts[0] / TOKENIZER).read_text("utf-8"), **ids)
     if tokenizer.sha256 != records[0].tokenizer["sha256"]:
