@@ -53,6 +53,26 @@ def test_files_in_other_encodings_and_with_another_field_are_read(tmp_path, name
         list(read_file(tmp_path / name, "content"))
 
 
+def test_every_spelling_of_utf_8_drops_a_byte_order_mark(tmp_path):
+    (tmp_path / "x.txt").write_text("text", "utf-8-sig")
+    (tmp_path / "x.csv").write_text("text\ntext\n", "utf-8-sig")
+    config = DataConfig(source="files", files=str(tmp_path / "x.*"), encoding="UTF8")
+    assert set(corpora.texts_of_shard(config, 0, 1)["train"]()) == {"text"}
+    assert prepared_folder(config) == prepared_folder(replace(config, encoding="utf-8"))
+
+
+def test_a_file_for_training_and_validation_is_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("text")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    config = DataConfig(source="files", files=str(tmp_path / "[ab].txt"), val_files=str(tmp_path / "link.txt"))
+    with pytest.raises(UserError) as error:
+        prepared_folder(config)
+    assert str(error.value) == (
+        f"data.files and data.val_files both match {tmp_path / 'b.txt'}: exclude it from data.files"
+    )
+
+
 def test_a_field_or_an_encoding_makes_another_set_and_the_defaults_make_the_old_one(tmp_path):
     (tmp_path / "x.txt").write_text("text")
     config = DataConfig(source="files", files=str(tmp_path / "x.txt"))
@@ -218,6 +238,18 @@ def test_c4_streams_its_own_validation_split(monkeypatch):
     corpus = open_corpus(DataConfig(source="c4", max_documents=3))
     assert list(corpus.train()) == ["train 0", "train 1", "train 2"]
     assert len(list(corpus.val())) == 5
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset by peer"), RuntimeError("reset by peer")])
+def test_a_hub_that_fails_while_c4_streams_is_named(monkeypatch, error):
+    def load_dataset(*names, **options):
+        yield {"text": "a"}
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, __spec__=object()))
+    monkeypatch.setattr(corpora, "require_hub", lambda what, instead: None)
+    with pytest.raises(UserError, match=r"^data.source=c4: cannot read the hub: reset by peer; run again, or split"):
+        list(open_corpus(DataConfig(source="c4")).train())
 
 
 def test_a_hub_that_answers_with_any_status_is_reachable(monkeypatch):

@@ -26,6 +26,7 @@ def test_the_defaults_are_valid():
         ({"text_field": ""}, ["data.text_field is empty"]),
         ({"encoding": "utf-9"}, ["data.encoding='utf-9' is not an encoding: use utf-8, latin-1"]),
         ({"encoding": "base64"}, ["data.encoding='base64' is not an encoding"]),
+        ({"encoding": "utf-8\0"}, ["data.encoding='utf-8\\x00' is not an encoding"]),
         ({"sha256": "ABC"}, ["data.sha256='ABC' must be 64 hexadecimal digits"]),
         (
             {"val_tokens": 100, "val_every": 1},
@@ -38,6 +39,13 @@ def test_every_bad_field_is_named(changes, expected):
     assert len(errors) == len(expected)
     for line, start in zip(errors, expected, strict=True):
         assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "codec"), [("UTF-8", "utf-8"), ("utf8", "utf-8"), ("U8", "utf-8"), ("utf-16", "utf-16"), ("L1", "L1")]
+)
+def test_spellings_of_utf_8_are_one_encoding(encoding, codec):
+    assert DataConfig(encoding=encoding).codec == codec
 
 
 def test_a_given_tokenizer_ignores_the_vocabulary_size():

@@ -1,5 +1,7 @@
 """Documents to sequences: `document` and dtypes here, `packed` in test_chunks, instructions in test_instructions."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from cod_lightning.data.encode import DOCUMENT_DTYPE, Encoded, Encoder, concatenate, take_tokens
 from cod_lightning.data.tokenizers import load_tokenizer
+from cod_lightning.data.workers import worker_pool
+from cod_lightning.errors import UserError
 
 
 @given(
@@ -44,6 +48,14 @@ def test_document_sequences_are_those_of_hugging_face(word_level, tmp_path):
 )
 def test_sequences_are_stored_in_16_bits_if_all_numbers_fit(numbers, vocab_size, layout, seq_len, dtype):
     assert Encoder(numbers(vocab_size), layout, seq_len).dtype == dtype
+
+
+def test_a_killed_worker_is_an_error():
+    with (
+        pytest.raises(UserError, match=r"a worker was killed, probably out of memory: lower data\.workers"),
+        worker_pool(1) as executor,
+    ):
+        executor.submit(os._exit, 1).result()
 
 
 def test_batches_are_taken_until_the_bound_is_reached():

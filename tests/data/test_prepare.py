@@ -93,6 +93,14 @@ def test_another_time_or_size_of_a_file_leads_to_another_set(make_config, tmp_pa
     assert len(folders) == 3
 
 
+def test_another_tokenizer_file_leads_to_another_set(make_config, tmp_path):
+    folders = set()
+    for content in ("GGUF", "GGUF of more"):
+        (tmp_path / "model.gguf").write_text(content)
+        folders.add(prepared_folder(make_config(tmp_path, tokenizer=str(tmp_path / "model.gguf"))))
+    assert len(folders) == 2
+
+
 def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 100)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,11 @@ class DataConfig:
     """DataLoader workers; 0 reads in the main process."""
 
     @property
+    def codec(self) -> str:
+        """`encoding`, where `utf-8` stands for all spellings of it, such as UTF8."""
+        return UTF_8 if codecs.lookup(self.encoding).name == UTF_8 else self.encoding
+
+    @property
     def row_layout(self) -> str:
         """Layout of the sequences: `layout`, or `instructions`."""
         return "instructions" if self.source in INSTRUCTION_SOURCES else self.layout
@@ -112,7 +118,7 @@ def data_errors(config: DataConfig) -> list[str]:
         errors.append("data.text_field is empty: name the field with the text")
     try:
         "a".encode(config.encoding)
-    except (LookupError, UnicodeError):
+    except (LookupError, ValueError):  # also of a character that no name has
         errors.append(f"data.encoding={config.encoding!r} is not an encoding: use utf-8, latin-1 or utf-16")
     if config.folder == "":
         errors.append("data.folder is empty: name a prepared set, or pass data.folder=null")

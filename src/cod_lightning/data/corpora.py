@@ -6,7 +6,7 @@ import glob
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, chain, islice
@@ -19,7 +19,7 @@ from cod_lightning.data.documentation import docs, docs_versions
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.instructions import DRAWN_RECIPE, PROMPT_RECIPE, Example, drawn
 from cod_lightning.data.readers import SUFFIXES_HELP, example_of, is_readable, read_examples, read_file
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError, nearest, one_line
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def texts_of_shard(config: DataConfig, index: int, count: int) -> Texts:
         return _c4(index, count)
     if config.source not in FILE_SOURCES:
         raise UserError(f"data.source={config.source!r}: {nearest(config.source, SOURCES)}")
-    read: Callable[[Path], Iterator[str]] = partial(read_examples, encoding=config.encoding)
+    read: Callable[[Path], Iterator[str]] = partial(read_examples, encoding=config.codec)
     if config.source == "files":
-        read = partial(read_file, field=config.text_field, encoding=config.encoding)
+        read = partial(read_file, field=config.text_field, encoding=config.codec)
 
     def stream(files: list[Path]) -> Callable[[], Iterator[str]]:
         shard = share(files, index, count)
@@ -91,17 +91,25 @@ def identity(config: DataConfig) -> dict[str, Any]:
 
     They are package versions for `docs`, and name, size and time of every file for `files`: a changed file leads to
     another set.
+
+    Raises:
+        UserError: a file is both for training and for validation.
     """
     facts: dict[str, Any] = {"source": config.source, "max_documents": config.max_documents}
     if config.source == "docs":
         facts["versions"] = docs_versions()
     elif config.source in FILE_SOURCES:
-        for split, files in _split_files(config).items():
-            facts["files" if split == "train" else "val_files"] = [_stamp(path) for path in files]
+        split_files = _split_files(config)
+        require_disjoint(**split_files)
+        for split, files in split_files.items():
+            facts["files" if split == "train" else "val_files"] = [stamp(path) for path in files]
         # Only other values than the default ones count, so that sets from before these fields keep their names.
-        for name, default in (("text_field", TEXT_FIELD), ("encoding", UTF_8)):
-            if getattr(config, name) != default:
-                facts[name] = getattr(config, name)
+        for name, value, default in (
+            ("text_field", config.text_field, TEXT_FIELD),
+            ("encoding", config.codec, UTF_8),
+        ):
+            if value != default:
+                facts[name] = value
     if config.row_layout == "instructions":
         facts["recipes"] = {"prompt": PROMPT_RECIPE, "drawn": DRAWN_RECIPE}
     if config.source != "c4" and not config.val_files:
@@ -109,7 +117,16 @@ def identity(config: DataConfig) -> dict[str, Any]:
     return facts
 
 
-def _stamp(path: Path) -> list[Any]:
+def require_disjoint(train: list[Path], val: Sequence[Path] = ()) -> None:
+    """Raise a UserError for a file that is for training and for validation, also by a link."""
+    held_out = {path.resolve() for path in val}
+    for path in train:
+        if path.resolve() in held_out:
+            raise UserError(f"data.files and data.val_files both match {path}: exclude it from data.files")
+
+
+def stamp(path: Path) -> list[Any]:
+    """Resolved name, size in bytes and time of change of a file."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
@@ -216,12 +233,17 @@ def _c4(index: int, count: int) -> Texts:
     require_hub("data.source=c4", instead)
 
     def stream(split: str) -> Iterator[str]:
-        records = importlib.import_module("datasets").load_dataset("allenai/c4", "en", split=split, streaming=True)
-        if count > 1:
-            shares = min(count, records.num_shards)  # files; datasets cannot make more shares than that
-            records = records.shard(shares, index, contiguous=True) if index < shares else ()
-        for record in records:
-            if record["text"] and not record["text"].isspace():
-                yield record["text"]
+        try:
+            records = importlib.import_module("datasets").load_dataset("allenai/c4", "en", split=split, streaming=True)
+            if count > 1:
+                shares = min(count, records.num_shards)  # files; datasets cannot make more shares than that
+                records = records.shard(shares, index, contiguous=True) if index < shares else ()
+            for record in records:
+                if record["text"] and not record["text"].isspace():
+                    yield record["text"]
+        except Exception as error:  # of requests, httpx, fsspec, datasets
+            raise UserError(
+                f"data.source=c4: cannot read the hub: {one_line(error)}; run again, or split with shard=K/N"
+            ) from error
 
     return {"train": partial(stream, "train"), "val": partial(stream, "validation")}

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cod_lightning.data.chunks import ChunkWriter
 from cod_lightning.data.config import DataConfig, data_errors
-from cod_lightning.data.corpora import Corpus, identity, open_corpus
+from cod_lightning.data.corpora import Corpus, identity, open_corpus, stamp
 from cod_lightning.data.encode import Encoded, Encoder, batches, encoder_pool, take_tokens
 from cod_lightning.data.manifest import (
     MANIFEST,
@@ -115,6 +115,8 @@ def set_identity(config: DataConfig) -> dict[str, Any]:
         tokenizer: list[str | int] = ["bpe", config.vocab_size]
     elif Path(config.tokenizer).is_dir():
         tokenizer = ["folder", load_tokenizer(config.tokenizer).sha256]
+    elif Path(config.tokenizer).is_file():  # a .gguf
+        tokenizer = ["file", *stamp(Path(config.tokenizer))]
     else:
         tokenizer = ["hub", config.tokenizer]
     return {

@@ -6,11 +6,12 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from cod_lightning import signals
+from cod_lightning.errors import UserError
 
 T = TypeVar("T")
 
@@ -23,11 +24,17 @@ def available_cores() -> int:
 def worker_pool(
     workers: int, start: Callable[..., object] | None = None, *arguments: Any
 ) -> Generator[ProcessPoolExecutor]:
-    """Yield an executor whose processes end with this one, however it ends; each calls `start(*arguments)` first."""
+    """Yield an executor whose processes end with this one, however it ends; each calls `start(*arguments)` first.
+
+    Raises:
+        UserError: a process was killed.
+    """
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, _start_worker, (start, arguments))
     try:
         yield executor
+    except BrokenExecutor as error:
+        raise UserError("a worker was killed, probably out of memory: lower data.workers") from error
     finally:
         executor.shutdown(cancel_futures=True)
 
