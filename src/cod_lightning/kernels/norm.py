@@ -33,7 +33,7 @@ def add_norm(
     """`reference_add_norm`, fast: the residual stream x + branch, and its norm times gain.
 
     Use the returned stream in place of x: the backward pass of the norm then adds its gradient. Transforms of
-    `torch.func` run the reference.
+    `torch.func`, and compiled code without Triton, run the reference.
 
     Args:
         x: [..., hidden].

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Names:
+class LauncherVariables:
     """The environment variables of a launcher."""
 
     rank: str
@@ -26,8 +26,8 @@ class Names:
     required: tuple[str, ...] = ()
 
 
-NAMES = {
-    "torchrun": Names(
+LAUNCHERS = {
+    "torchrun": LauncherVariables(
         "RANK",
         "LOCAL_RANK",
         "GROUP_RANK",
@@ -36,7 +36,7 @@ NAMES = {
         "GROUP_WORLD_SIZE",
         required=("RANK", "LOCAL_RANK", "WORLD_SIZE"),
     ),
-    "slurm": Names(
+    "slurm": LauncherVariables(
         "SLURM_PROCID",
         "SLURM_LOCALID",
         "SLURM_NODEID",
@@ -45,7 +45,9 @@ NAMES = {
         "SLURM_NNODES",
         required=("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
     ),
-    "lightning": Names("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    "lightning": LauncherVariables(
+        "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"
+    ),
 }
 """By launcher. `lightning` starts the ranks of a node itself, unless LOCAL_RANK says that this is one of them."""
 
@@ -58,13 +60,13 @@ class Ranks:
     """The place of this process among the ranks, as the environment says."""
 
     launcher: str
-    """A key of `NAMES`."""
+    """A key of `LAUNCHERS`."""
     values: Mapping[str, int]
     """The variables that are set, by name."""
 
     @property
-    def names(self) -> Names:
-        return NAMES[self.launcher]
+    def variables(self) -> LauncherVariables:
+        return LAUNCHERS[self.launcher]
 
     def get(self, name: str) -> int:
         """The value of a variable, 0 if it is unset."""
@@ -73,13 +75,13 @@ class Ranks:
     @property
     def node(self) -> int:
         """The number of this node; Lightning reads torchrun's variable if there is none of its own."""
-        return self.values.get(self.names.node, self.get("GROUP_RANK"))
+        return self.values.get(self.variables.node, self.get("GROUP_RANK"))
 
     def rank(self, devices: int) -> int:
         """The rank of this process, computed as Lightning does; a node has `devices` ranks."""
         if self.launcher == "lightning":
             return self.node * devices + self.get("LOCAL_RANK")
-        return self.get(self.names.rank)
+        return self.get(self.variables.rank)
 
 
 def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
@@ -95,7 +97,9 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     else:
         launcher = "lightning"
     known = {
-        name for n in NAMES.values() for name in (n.rank, n.local_rank, n.node, n.world_size, n.ranks_per_node, n.nodes)
+        name
+        for v in LAUNCHERS.values()
+        for name in (v.rank, v.local_rank, v.node, v.world_size, v.ranks_per_node, v.nodes)
     }
     values = {name: environ[name] for name in sorted(known & environ.keys())}
     if errors := [
@@ -139,7 +143,7 @@ def rank_problems(trainer: TrainerConfig, environ: Mapping[str, str]) -> list[st
         UserError: a variable is not an integer.
     """
     ranks = read_ranks(environ)
-    names, values, world_size = ranks.names, ranks.values, trainer.world_size
+    names, values, world_size = ranks.variables, ranks.values, trainer.world_size
     started = values.get(names.world_size, world_size)
     if started != world_size:
         remedy = {
@@ -187,7 +191,7 @@ def slurm_problems(trainer: TrainerConfig, ranks: Ranks, environ: Mapping[str, s
         ]
     if trainer.world_size > 1 and "SLURM_NTASKS_PER_NODE" not in ranks.values:
         return [f"SLURM_NTASKS_PER_NODE is not set: pass --ntasks-per-node={trainer.devices} to sbatch or srun"]
-    slurm, generic = ranks.names, NAMES["torchrun"]
+    slurm, generic = ranks.variables, LAUNCHERS["torchrun"]
     return [
         f"{other}={ranks.get(other)} in the environment contradicts {name}={ranks.get(name)}: unset {other}"
         for name, other in (
