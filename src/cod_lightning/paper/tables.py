@@ -27,8 +27,8 @@ def published_tables(columns: Sequence[Column]) -> list[Table]:
     else:
         cells = []
         for experiment in experiments:
-            undone = " (corrected)" if "evaluation_batches" in experiment.paper else ""
-            cells.append((experiment.heading + undone, experiment, experiment.metrics[0]))
+            corrected = " (corrected)" if "evaluation_batches" in experiment.paper else ""
+            cells.append((experiment.heading + corrected, experiment, experiment.metrics[0]))
         tables = [published_table("row", cells)]
     return [table for table in tables if table.rows]
 
@@ -48,8 +48,8 @@ def published_table(corner: str, columns: Sequence[tuple[str, Experiment, Metric
 def format_published(metric: Metric, published: Published) -> str:
     if published.value is None:
         return ""
-    undone = "" if published.unbiased is None else f" ({published.unbiased:{metric.value_format}})"
-    return f"{published.value:{metric.value_format}}{undone}"
+    corrected = "" if published.unbiased is None else f" ({published.unbiased:{metric.value_format}})"
+    return f"{published.value:{metric.value_format}}{corrected}"
 
 
 # Comparisons ---------------------------------------------------------------------------------------------------------
