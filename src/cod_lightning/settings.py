@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
-from typing import Any
+from typing import Any, get_args
 
 from cod_lightning.errors import UserError, nearest
 
@@ -62,13 +62,13 @@ def choice_errors(name: str, value: str, known: Sequence[str]) -> list[str]:
     return [] if value in known else [f"{name}={value!r} does not exist: {nearest(str(value), known)}"]
 
 
-def require_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Check that a value is a choice.
+def require_choice(name: str, value: str, known: Any) -> None:
+    """Check that a value is one of `known`, a `Literal` type or some strings.
 
     Raises:
         UserError: as `choice_errors`.
     """
-    for error in choice_errors(name, value, known):
+    for error in choice_errors(name, value, get_args(known) or tuple(known)):
         raise UserError(error)
 
 

@@ -7,7 +7,8 @@ import pytest
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.options import options_of, parse_options, require_choice
+from cod_lightning.measure.options import options_of, parse_options
+from cod_lightning.settings import require_choice
 
 Colour = Literal["red", "green"]
 
@@ -89,6 +90,6 @@ def test_a_measure_without_options_says_so():
 
 
 def test_a_choice_is_checked_when_a_measure_is_called():
-    require_choice(Colour, colour="red")
-    with pytest.raises(UserError, match=r"colour='gren': did you mean 'green'\? known: green, red"):
-        require_choice(Colour, colour="gren")
+    require_choice("colour", "red", Colour)
+    with pytest.raises(UserError, match=r"colour='gren' does not exist: did you mean 'green'\? known: green, red"):
+        require_choice("colour", "gren", Colour)

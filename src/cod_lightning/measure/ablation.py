@@ -29,10 +29,10 @@ from cod_lightning.measure.batches import (
     mean_loss,
     step_counter,
 )
-from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.reordering import changed_losses, sequence_losses
 from cod_lightning.measure.result import Progress, Result, table_rows
+from cod_lightning.settings import require_choice
 
 Pairs = Literal["neighbours", "all"]
 USEFUL = 1.1
@@ -257,7 +257,7 @@ def swaps(
     Raises:
         UserError: the model has a single block.
     """
-    require_choice(Pairs, pairs=pairs)
+    require_choice("pairs", pairs, Pairs)
     layers = range(1, model.depth + 1)
     chosen = [pair for pair in combinations(layers, 2) if pairs == "all" or pair[1] == pair[0] + 1]
     if not chosen:

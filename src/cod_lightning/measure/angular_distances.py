@@ -14,9 +14,10 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, hidden_states, iter_batches
-from cod_lightning.measure.options import require_choice, require_positive
+from cod_lightning.measure.options import require_positive
 from cod_lightning.measure.panels import HeatMap, Panel
 from cod_lightning.measure.result import Progress, Result
+from cod_lightning.settings import require_choice
 
 TokenChoice = Literal["all", "last"]
 Normalisation = Literal["raw", "released"]
@@ -60,8 +61,8 @@ def check_angular(model: ModelAdapter, tokens: int, token: TokenChoice, normalis
     Raises:
         UserError: one is not a choice, or there are no tokens.
     """
-    require_choice(TokenChoice, token=token)
-    require_choice(Normalisation, normalise=normalise)
+    require_choice("token", token, TokenChoice)
+    require_choice("normalise", normalise, Normalisation)
     require_positive(tokens=tokens)
 
 

@@ -13,17 +13,6 @@ from cod_lightning.errors import UserError, nearest, shorten
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
-def require_choice(choices: Any, **options: Any) -> None:
-    """Check that options have values of the `Literal` type `choices`.
-
-    Raises:
-        UserError: names the option and the known values.
-    """
-    for name, value in options.items():
-        if value not in get_args(choices):
-            raise UserError(f"{name}={value!r}: {nearest(str(value), get_args(choices))}")
-
-
 def require_positive(**options: int) -> None:
     """Check that options are at least 1.
 

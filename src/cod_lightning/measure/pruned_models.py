@@ -13,7 +13,6 @@ from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import mean_loss, step_counter
 from cod_lightning.measure.block_removal import fold_linear_map, remove_blocks, train_replacement
 from cod_lightning.measure.layer_importance import block_influence
-from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.weight_sparsity import (
     Calibration,
@@ -31,6 +30,7 @@ from cod_lightning.measure.weight_sparsity import (
     sparsify,
     sparsify_sequentially,
 )
+from cod_lightning.settings import require_choice
 
 Signal = Literal["influence", "streamline", "removal"]
 Replace = Literal["layer", "ffn", "linear"]
@@ -70,7 +70,7 @@ def prune_blocks(
     Raises:
         UserError: the signal is unknown, or the number removes no block or all.
     """
-    require_choice(Signal, by=by)
+    require_choice("by", by, Signal)
     if not 1 <= blocks < model.depth:
         raise UserError(f"blocks={blocks}: expected 1 to {model.depth - 1} of the {model.depth} of {model.name}")
     if by == "streamline":
@@ -142,9 +142,9 @@ def prune_weights(
             mixture of experts.
     """
     require_linear(model)
-    require_choice(Allocation, allocation=allocation)
-    require_choice(Method, method=method)
-    require_choice(Calibration, calibration=calibration)
+    require_choice("allocation", allocation, Allocation)
+    require_choice("method", method, Method)
+    require_choice("calibration", calibration, Calibration)
     sequential = calibration == "sequential"
     needs_norms = allocation == "owl" or (method == "wanda" and not sequential)
     norms = input_norms(model, batches, pad_id, progress) if needs_norms else []

@@ -15,7 +15,6 @@ from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import mean_loss, step_counter
 from cod_lightning.measure.block_removal import remove_blocks
-from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -31,7 +30,7 @@ from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.weight_sparsity import Calibration, Method
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import unsupported_features
-from cod_lightning.settings import bound_errors
+from cod_lightning.settings import bound_errors, require_choice
 
 Export = Callable[[Any, Path], object]
 """Writes a model into an existing empty folder."""
@@ -179,7 +178,7 @@ def prune(
     require_use("allocation=alpha_pruning", allocation == "alpha_pruning", epsilon=epsilon)
     require_use("allocation=arithmetic", allocation == "arithmetic", difference=difference)
     if replace is not None:
-        require_choice(Replace, replace=replace)
+        require_choice("replace", replace, Replace)
         if by != "streamline":
             raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
     require_limits(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches, step_counter
-from cod_lightning.measure.options import require_choice
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
+from cod_lightning.settings import require_choice
 
 Method = Literal["wanda", "magnitude"]
 Calibration = Literal["once", "sequential"]
@@ -320,7 +320,7 @@ def sparsify(
     Raises:
         UserError: the method is unknown, needs norms, or `sparsities` are not one share per block.
     """
-    require_choice(Method, method=method)
+    require_choice("method", method, Method)
     if method == "wanda" and norms is None:
         raise UserError("method='wanda' needs norms, the input norms of every linear layer: pass those of input_norms")
     copy = copy_to_sparsify(model, sparsities)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def apply(
         UserError: an unknown strategy or layout, a `Decoder`, a coefficient that an existing model cannot have, a
             strategy that is applied already, or a trained model and `trained="refuse"`. The model is unchanged.
     """
-    require_choice("trained", trained, get_args(Trained))
+    require_choice("trained", trained, Trained)
     where = pre_norm_sites(model, layout)
     if any(isinstance(site.block, Block) for site in where):
         raise UserError("a Decoder gets its strategy when it is built: pass build_all(...) to build_decoder")

@@ -161,7 +161,7 @@ LNS_POSITIONS = {
 @register
 def lns(layer: int, depth: int, position: str = "after_ln", base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper."""
-    require_choice("norm.position", position, list(LNS_POSITIONS))
+    require_choice("norm.position", position, LNS_POSITIONS)
     spec = build(base, layer, depth, options)
     scaled = change_base("lns", spec, **dict.fromkeys(LNS_POSITIONS[position], layer**-0.5))
     attention, ffn = position != "only_ffn", position != "only_attention"
@@ -425,7 +425,7 @@ def pro_res(
 
     Progressive Residual Warmup (arXiv 2603.05369); `schedule` names others of its paper.
     """
-    require_choice("norm.schedule", schedule, list(PRO_RES_SCHEDULES))
+    require_choice("norm.schedule", schedule, PRO_RES_SCHEDULES)
     if warmup < 1:
         raise UserError(f"norm.warmup={warmup} must be at least 1")
     factor = PRO_RES_SCHEDULES[schedule](layer, depth, warmup)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -68,8 +68,8 @@ def grow(
         UserError: `how` or `gains` does not exist, `blocks` is out of range or does not fit into the free memory, or
             the strategy has coefficients for the new depth that weights cannot make up for.
     """
-    require_choice("how", how, get_args(How))
-    require_choice("gains", gains, get_args(Gains))
+    require_choice("how", how, How)
+    require_choice("gains", gains, Gains)
     sources, inserted = copies(len(decoder.blocks), blocks, how)
     require_memory(replace(decoder.config, num_hidden_layers=blocks).num_parameters(), f"blocks={blocks}")
     originals = [decoder.blocks[source - 1] for source in sources]
