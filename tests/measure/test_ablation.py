@@ -235,7 +235,12 @@ def test_an_interrupted_ablation_leaves_the_model_unchanged(causal_lm, batch, me
     ("measure", "depth", "options", "message"),
     [
         (run_removal, 4, {"sizes": [1, 5]}, "sizes: cannot remove 5 contiguous blocks of 4; expected 1 to 4"),
-        (swaps, 4, {"pairs": "neighbors"}, r"pairs='neighbors': did you mean 'neighbours'\? known: all, neighbours"),
+        (
+            swaps,
+            4,
+            {"pairs": "neighbors"},
+            r"pairs='neighbors' does not exist: did you mean 'neighbours'\? known: all, neighbours",
+        ),
         (swaps, 1, {}, "a model of one block has no two blocks to swap"),
     ],
 )

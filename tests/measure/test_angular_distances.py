@@ -91,8 +91,8 @@ def test_more_tokens_than_a_chunk_are_measured(causal_lm):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"token": "lst"}, r"token='lst': did you mean 'last'\? known: all, last"),
-        ({"normalise": "relative"}, r"normalise='relative': .*known: raw, released"),
+        ({"token": "lst"}, r"token='lst' does not exist: did you mean 'last'\? known: all, last"),
+        ({"normalise": "relative"}, r"normalise='relative' does not exist: .*known: raw, released"),
         ({"tokens": 0}, "tokens=0: expected at least 1"),
     ],
 )

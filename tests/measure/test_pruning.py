@@ -358,7 +358,7 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
         ({"layers": [1], "sparsity": 0.5}, "given: layers, sparsity"),
         ({"by": "influence"}, "by= selects blocks and blocks= is their number"),
         ({"layers": [1], "blocks": 2}, "by= selects blocks and blocks= is their number"),
-        ({"by": "influenc", "blocks": 1}, "by='influenc': did you mean 'influence'"),
+        ({"by": "influenc", "blocks": 1}, "by='influenc' does not exist: did you mean 'influence'"),
         ({"by": "removal", "blocks": 4}, "blocks=4: expected 1 to 3 of the 4 of ours"),
         ({"by": "streamline", "blocks": 0}, "blocks=0: expected 1 to 3"),
         ({"layers": [1], "method": "wanda"}, "allocation= and method= need sparsity="),
@@ -409,7 +409,7 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
         ({"by": "streamline", "blocks": 4, "replace": "linear"}, "blocks=4: expected 1 to 3 of the 4 of ours"),
         (
             {"sparsity": 0.5, "allocation": "even"},
-            "allocation='even': .*known: alpha_pruning, arithmetic",
+            "allocation='even' does not exist: .*known: alpha_pruning, arithmetic",
         ),
         (
             {"sparsity": 0.5, "allocation": "arithmetic", "difference": 0.4},
@@ -421,8 +421,11 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
         ),
         ({"sparsity": 0.5, "method": "magnitude", "calibration": "once"}, "calibration= needs .* method=wanda"),
         ({"layers": [1], "calibration": "sequential"}, "calibration= needs sparsity="),
-        ({"sparsity": 0.5, "calibration": "sequentially"}, "calibration='sequentially': did you mean 'sequential'"),
-        ({"sparsity": 0.5, "method": "wand"}, "method='wand': did you mean 'wanda'"),
+        (
+            {"sparsity": 0.5, "calibration": "sequentially"},
+            "calibration='sequentially' does not exist: did you mean 'sequential'",
+        ),
+        ({"sparsity": 0.5, "method": "wand"}, "method='wand' does not exist: did you mean 'wanda'"),
     ],
 )
 def test_bad_options_are_errors(causal_lm, options, message, pruned, tmp_path):

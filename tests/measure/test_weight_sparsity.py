@@ -281,7 +281,7 @@ def test_sparsities_outside_0_to_1_are_errors(sparsities, values, options, messa
 @pytest.mark.parametrize(
     ("shares", "options", "message"),
     [
-        ([0.5] * 4, ("wand",), "method='wand': did you mean 'wanda'"),
+        ([0.5] * 4, ("wand",), "method='wand' does not exist: did you mean 'wanda'"),
         ([0.5] * 4, (), "needs norms"),
         ([0.5] * 3, ("magnitude",), "expected 4 numbers from 0 to 1"),
         ([0.5, 0.5, 0.5, 1.5], ("magnitude",), "expected 4 numbers from 0 to 1"),
