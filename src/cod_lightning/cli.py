@@ -128,9 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? instead of ending the command
+    words: Sequence[str] = ()
     try:
         arguments = parse(argv)
-        names_code = arguments.get("trust_code") or any(map(CUSTOM_NORM.match, arguments.get("overrides", ())))
+        words = arguments.get("overrides", ())
+        names_code = arguments.get("trust_code") or any(map(CUSTOM_NORM.match, words))
         if names_code and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # `python -m` has it, the installed command does not
         command = COMMANDS[arguments.pop("command")]
@@ -150,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "of the model; `estimate` predicts the memory of a run"
         )
     except Stopped as reason:
-        print(f"{reason}\nrun the same command again to resume", file=sys.stderr)
+        again = next((f", without {word}" for word in words if word.startswith("resume=")), "")
+        print(f"{reason}\nrun the same command again{again} to resume", file=sys.stderr)
         # Lightning kills this process if a rank that it launched fails, so only the first rank reports the status.
         return TRY_AGAIN if is_first_on_node() else 0
     except KeyboardInterrupt:

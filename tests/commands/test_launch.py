@@ -75,6 +75,20 @@ def test_a_job_that_is_told_to_stop_is_queued_again_until_its_end(scheduler, toy
     assert record["history"]["train"]["loss"] == pytest.approx(alone["history"]["train"]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [(0, 0, False), (2, 0, False), (75, 0, True), (75, 99, True), (134, 0, True), (137, 9, True), (137, 10, False)],
+)
+def test_a_job_is_queued_again_by_its_status(status, restarts, requeued, scheduler, capsys):
+    (scheduler / "programs" / "srun").write_text(f"#!/bin/bash\necho $@ > ranks\nexit {status}\n")
+    assert main(["launch", "slurm", "trainer=cpu", "--cpus-per-task", "3"]) == 0
+    environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    job = subprocess.run(["bash"], input=capsys.readouterr().out, text=True, env=environment)
+    assert job.returncode == status
+    assert (scheduler / "requests").exists() == requeued
+    assert (scheduler / "ranks").read_text().startswith("--cpus-per-task=3 ")
+
+
 def test_scripts_say_what_the_configuration_says(capsys, tmp_path):
     words = ["launch", "slurm", "experiments=table1_1b", "trainer=fsdp", "trainer.devices=8", "trainer.num_nodes=4"]
     assert main([*words, "--time", "2:00:00", "--partition", "long", "data.micro_batch_size=16", "output=a b"]) == 0
@@ -116,6 +130,7 @@ def test_an_option_of_sbatch_is_one_word(option, value, capsys):
         (["--mem=-1G"], "--mem=-1G must be a number of megabytes"),
         (["trainer.devices=0"], "trainer.devices=0 must be at least 1"),
         (["trainer.num_nodes=-1"], "trainer.num_nodes=-1 must be at least 1"),
+        (["resume=false"], "resume=false would start again at every requeue"),
     ],
 )
 def test_numbers_that_sbatch_cannot_use_are_refused(words, message, capsys):

@@ -31,16 +31,23 @@ TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 NO_LIMIT = ("infinite", "unlimited")
 """Time limits that are not in `TIME`."""
 SIGNALS = ("TERM", "HUP", "USR1", "USR2")
+MOST_RESTARTS = 10
+"""Requeues of a job before a killed rank ends it."""
 SLURM = """\
 #!/bin/bash
 {directives}
 
 # Slurm may signal this script too; catch the signals so that it waits for the ranks, which save a checkpoint.
 trap : TERM HUP USR1 USR2
-srun {command}
+{srun} {command}
 status=$?
-# Status {try_again}: interrupted by a signal or a lost node; the requeued job resumes from the last checkpoint.
-if [ "$status" -eq {try_again} ]; then
+# A requeued job resumes from the last checkpoint. Status {try_again}: interrupted by a signal, or a rank is gone. 134:
+# ended by NCCL, which met a lost rank. 137: a rank was killed, maybe for lack of memory, so the requeues are limited.
+case "$status" in
+{try_again}) requeue=yes ;;
+134 | 137) if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most_restarts} ]; then requeue=yes; fi ;;
+esac
+if [ "${{requeue:-no}}" = yes ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
@@ -77,7 +84,10 @@ def run(
     check_options(grace, **options)
     if output is not None:
         check_new_file(output, "--output=")
-    script = slurm_script(compose(overrides), overrides, signal=signal, grace=grace, **options)
+    config = compose(overrides)
+    if not config.resume:
+        raise UserError("resume=false would start again at every requeue: move the run folder aside, and leave it out")
+    script = slurm_script(config, overrides, signal=signal, grace=grace, **options)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(script)
@@ -158,4 +168,11 @@ def slurm_script(
     }
     directives = [f"#SBATCH --{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
     command = shlex.join([sys.executable, "-m", "cod_lightning", "fit", *overrides])
-    return SLURM.format(directives="\n".join([*directives, "#SBATCH --requeue"]), command=command, try_again=TRY_AGAIN)
+    cpus = options.get("cpus_per_task")
+    return SLURM.format(
+        directives="\n".join([*directives, "#SBATCH --requeue"]),
+        srun="srun" if cpus is None else f"srun --cpus-per-task={cpus}",  # srun does not inherit that of sbatch
+        command=command,
+        try_again=TRY_AGAIN,
+        most_restarts=MOST_RESTARTS,
+    )
