@@ -161,6 +161,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept(train):
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")
     val = record["history"]["val"]
     assert best["global_step"] == val["step"][val["val_loss"].index(min(val["val_loss"]))]
+    assert "optimizer_states" not in best  # no run resumes from it
 
 
 def test_a_finished_run_is_not_repeated(train):
@@ -224,6 +225,24 @@ def test_a_run_resumes_from_its_newest_checkpoint(plain, train, tmp_path):
     record, folder = plain
     copy_checkpoints(folder, tmp_path / "parts", until=2)
     assert history(train("name=parts")[0]) == history(record)
+
+
+def test_a_run_does_not_resume_in_another_precision(plain, train, tmp_path, monkeypatch):
+    copy_checkpoints(plain[1], tmp_path / "moved", until=2)
+    monkeypatch.setattr(module, "precision", lambda settings: "bf16-mixed")
+    with pytest.raises(UserError, match=r"was trained in 32-true, and trainer\.precision=auto is bf16-mixed on"):
+        train("name=moved")
+
+
+def test_other_optimizer_groups_are_refused_under_fsdp(plain, train, tmp_path):
+    copy_checkpoints(plain[1], tmp_path / "sharded", until=2)
+    (path,) = (tmp_path / "sharded" / "checkpoints").glob("step-*.ckpt")
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["optimizer_states"][0]
+    state["param_groups"] = [state["param_groups"][0] | {"params": list(state["state"])}]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"optimizer groups of \[\d+\] parameters, this version of \[\d+, \d+\]"):
+        train("name=sharded", "trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu")
 
 
 def test_a_run_that_diverges_names_the_step_and_the_layer(train):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
 from cod_lightning.train import loggers
 
@@ -13,6 +14,13 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_written(na
         train(f"logger=[csv,{name}]", f"data.root={tmp_path / 'data'}")
     assert str(error.value) == f"logger={name} needs {name}: pip install 'cod_lightning[{name}]'"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_csv_are_written_at_once(tmp_path):
+    config = compose(["logger=csv"])
+    (logger,) = loggers.build_loggers(config, tmp_path, None)
+    logger.log_metrics({"Loss/train": 1.0}, step=10)
+    assert (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[1:] == ["1.0,10"]
 
 
 @pytest.fixture

@@ -92,7 +92,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             on_first_rank(lambda: replace_path(partial, path))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        # Every rank reads it; on a GPU it is copied to the device at once, so that the host needs no memory for it.
+        return read_checkpoint(Path(path), mmap=torch.cuda.is_available())
 
 
 def write_error(write: Callable[[], object], path: Path) -> str | None:
@@ -432,6 +433,6 @@ class Checkpoints(Checkpoint):
         Raises:
             UserError: the checkpoint cannot be written; raised on every rank.
         """
-        trainer.save_checkpoint(self.folder / name)
+        trainer.save_checkpoint(self.folder / name, weights_only=name == BEST)  # no run resumes from the best one
         if failure := trainer.strategy.broadcast(self.io.failure):
             raise UserError(failure)

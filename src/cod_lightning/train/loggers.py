@@ -47,7 +47,7 @@ def build_loggers(config: Config, folder: Path, step: int | None) -> list[Logger
     """
     builders = {
         "tensorboard": lambda: tensorboard_logger(folder, step),
-        "csv": lambda: CSVLogger(folder, name="csv"),
+        "csv": lambda: CSVLogger(folder, name="csv", flush_logs_every_n_steps=1),
         "wandb": lambda: wandb_logger(config, folder),
         "mlflow": lambda: mlflow_logger(config),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -233,6 +233,7 @@ class StepModule(LightningModule, ABC):
             )
         checkpoint["tokens"] = self.tokens
         checkpoint["init_from"] = self.origin
+        checkpoint["precision"] = precision(self.config.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if mismatches := shape_mismatches(self, checkpoint["state_dict"]):
@@ -240,6 +241,23 @@ class StepModule(LightningModule, ABC):
                 f"the newest checkpoint has {len(mismatches)} parameters of another shape than this run's "
                 f"({mismatches[0]}): remove it to resume from an earlier one, or pass resume=false to retrain"
             )
+        self.check_groups(checkpoint)
+        ours = precision(self.config.trainer)
+        if (theirs := checkpoint.get("precision", ours)) != ours:
+            raise UserError(
+                f"the newest checkpoint was trained in {theirs}, and trainer.precision=auto is {ours} on this machine: "
+                "resume on the kind of device that began the run, or pass resume=false to retrain"
+            )
+        self.tokens = checkpoint["tokens"]
+        self.origin = checkpoint.get("init_from")
+        set_step(self.network, checkpoint["global_step"])
+
+    def check_groups(self, checkpoint: Mapping[str, Any]) -> None:
+        """Check that a checkpoint has the optimizer groups of this run.
+
+        Raises:
+            UserError: it does not.
+        """
         expected = [len(group["params"]) for group in parameter_groups(self.network, self.optim)]
         for state in checkpoint.get("optimizer_states", ()):
             if (saved := [len(group["params"]) for group in state["param_groups"]]) != expected:
@@ -247,9 +265,6 @@ class StepModule(LightningModule, ABC):
                     f"the newest checkpoint has optimizer groups of {saved} parameters, this version of {expected}: "
                     "finish the run with the version that started it, or pass resume=false to retrain"
                 )
-        self.tokens = checkpoint["tokens"]
-        self.origin = checkpoint.get("init_from")
-        set_step(self.network, checkpoint["global_step"])
 
 
 class DecoderModule(StepModule):

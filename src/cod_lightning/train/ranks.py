@@ -220,7 +220,7 @@ def lightning_problems(trainer: TrainerConfig, ranks: Ranks, environ: Mapping[st
         return [
             f"trainer.num_nodes={trainer.num_nodes}, but no environment variable numbers this node or finds the first "
             f"({' and '.join(missing)} not set): start all nodes with torchrun or Slurm, or set MASTER_ADDR, "
-            "MASTER_PORT and NODE_RANK on each"
+            "MASTER_PORT and NODE_RANK on each; for one process pass trainer=auto"
         ]
     if trainer.world_size > 1 and "LOCAL_RANK" in values and "WORLD_SIZE" not in values:
         return [

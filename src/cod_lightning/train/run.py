@@ -79,8 +79,8 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         data, module = build(config)
         module.initial_weights = initial
         if checkpoint is not None:
-            state = read_resumable(checkpoint)
-            data.load_state_dict(state.get(type(data).__qualname__, {"fingerprint": None}))
+            # Kept in a variable, its memory map would keep the file on the disk after it is replaced.
+            data.load_state_dict(read_resumable(checkpoint).get(type(data).__qualname__, {"fingerprint": None}))
 
         recorder = Recorder(settings.log_every, config.protocol)
         callbacks = [recorder, StopOnSignal(), *probes(settings, data, recorder)]

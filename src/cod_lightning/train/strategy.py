@@ -104,13 +104,14 @@ class Sharded(ModelParallelStrategy):
         Raises:
             UserError: the checkpoint is unreadable, or has other parameters.
         """
-        path, module = Path(checkpoint_path), self.lightning_module
-        assert module is not None
+        path = Path(checkpoint_path)
+        module: Any = self.lightning_module
         if path.is_dir():
             checkpoint = read_sharded(path, module.state_dict(), self.optimizer_parameters())
         else:
             checkpoint = read_checkpoint(path, mmap=True)
             load_weights(module, checkpoint["state_dict"], str(path))
+        module.check_groups(checkpoint)
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             shards = {
