@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cod_lightning.measure.weight_sparsity import (
     sparsify,
     sparsify_sequentially,
 )
+from cod_lightning.nn.apply import apply
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export
 
@@ -156,6 +158,14 @@ def test_ours_is_exported_for_transformers(causal_lm, family, folder):
     loaded = load_hf(folder)
     torch.testing.assert_close(logits(loaded), logits(remove_blocks(model, [3])), rtol=1e-5, atol=1e-5)
     assert result.loss_after == pytest.approx(loss(loaded), rel=1e-6)
+
+
+def test_an_applied_strategy_is_folded_into_the_pruned_checkpoint(causal_lm, folder):
+    model = ModelAdapter(apply(deepcopy(causal_lm("llama").model), "lns"))
+    blocks = model.blocks
+    prune(model, padded_batches(), PAD, layers=[2], folder=folder, export=save_hf)
+    with model.with_blocks([blocks[0], *blocks[2:]]):
+        torch.testing.assert_close(logits(load_hf(folder)), logits(model))
 
 
 def test_progress_counts_both_evaluations(causal_lm, pruned):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cod_lightning.errors import UserError
+from cod_lightning.nn.apply import apply
 from cod_lightning.nn.huggingface import import_hf
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 
@@ -156,6 +158,35 @@ def test_an_encoder_without_a_head_is_loaded_without_its_pooler(tmp_path):
     edit_weights(tmp_path, lambda s: {key: x for key, x in s.items() if "layer.0.output.dense" not in key})
     with pytest.raises(UserError, match=r"lacks encoder\.layer\.0\.output\.dense\.bias and 1 other weight:"):
         load_checkpoint(tmp_path)
+
+
+# A strategy in config.json --------------------------------------------------------------------------------------------
+
+
+def test_a_strategy_that_the_configuration_names_is_applied(llama, tmp_path):
+    model = apply(deepcopy(llama), "lns", position="after_branch")
+    model.save_pretrained(tmp_path)
+    assert not torch.allclose(logits(model), logits(llama), atol=1e-3)
+    assert torch.equal(logits(load_checkpoint(tmp_path).model), logits(model))
+    torch.testing.assert_close(import_hf(tmp_path)(TOKENS), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("lns", "not a strategy: expected its name and options"),
+        ({}, "norm.name is missing"),
+        ({"name": "lnss"}, "did you mean 'lns'"),
+        ({"name": "lns", "trained": "change"}, "norm.trained is not an option"),
+        ({"name": "post_ln"}, "pre_norm=False"),
+        ({"name": "evil:run"}, "'evil:run' is code outside of this package"),
+        ({"name": "lns", "base": "evil:run"}, "'evil:run' is code outside of this package"),
+    ],
+)
+def test_a_strategy_that_cannot_be_applied_is_refused(folder, section, message):
+    edit_json(folder, "config.json", cod_lightning=section)
+    with pytest.raises(UserError, match=f"config.json: cod_lightning=.*{message}"):
+        load_checkpoint(folder)
 
 
 # Tied embeddings ------------------------------------------------------------------------------------------------------

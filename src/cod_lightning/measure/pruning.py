@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from cod_lightning.measure.pruned_models import (
 )
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.weight_sparsity import Calibration, Method
+from cod_lightning.nn.apply import fold
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.huggingface import unsupported_features
+from cod_lightning.nn.huggingface import has_factors, unsupported_features
 from cod_lightning.settings import bound_errors, require_choice
 
 Export = Callable[[Any, Path], object]
@@ -140,6 +143,8 @@ def prune(
 ) -> Pruned:
     """Write the model without some of its blocks or weights into `folder`, completely or not at all.
 
+    The factors of a strategy that was applied to a stock model are folded into the weights that are written.
+
     Exactly one of `layers`, `by` with `blocks`, and `sparsity` selects what is removed.
 
     Options:
@@ -193,6 +198,8 @@ def prune(
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))
+    if has_factors(model.model):  # which depend on the layer's number
+        model = dataclasses.replace(model, model=fold(deepcopy(model.model)))
     batches = list(batches)
     if layers is not None:
         pruning = Pruning(remove_blocks(model, layers), "named", sorted(set(layers)), [], "")

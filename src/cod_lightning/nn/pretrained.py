@@ -18,6 +18,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError, first_of, no_permission, one_line
 from cod_lightning.files import damage
 from cod_lightning.memory import require_memory
+from cod_lightning.nn.apply import CONFIG_KEY, apply, checked_specs, strategy_of
 from cod_lightning.nn.gguf import open_gguf, read_gguf
 from cod_lightning.nn.model_files import (
     Source,
@@ -82,6 +83,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a causal language model, a multimodal one with a language model, or BERT with or without its head.
 
+    If config.json names a strategy, as after `apply` and `save_pretrained`, it is applied.
+
     Args:
         name: a folder with config.json and weights (safetensors or .bin, sharded or not); a .gguf file, or a folder
             with one; the short name of a packaged model (`PACKAGED`); or a name on the hub.
@@ -91,7 +94,7 @@ def load_checkpoint(
     Raises:
         UserError: a package is missing; the model is larger than the free memory; a file is damaged or outside the
             folder; weights are missing, left over, of another shape, quantized, integers, NaN or Inf; names the first
-            and their number.
+            and their number. Or config.json names a strategy that cannot be applied.
     """
     transformers = import_transformers(f"reading {name}")
     source = find_source(str(name))
@@ -139,6 +142,7 @@ def load_checkpoint(
         frequencies = [(key, x) for key, x in model.named_buffers() if key.endswith("inv_freq")]
         require_finite(frequencies, source.config_file, "correct its settings of the rotary embeddings")
         dropped = load_generation_config(model, source)
+        apply_saved_strategy(model, source.config_file)
     largest = max((x for x in state.values() if x.is_floating_point()), key=Tensor.numel)
     return Checkpoint(model.eval(), source, largest.dtype, dropped)
 
@@ -199,6 +203,31 @@ def weight_errors(empty: Any, info: Mapping[str, Any]) -> str | None:
     else:
         advice = "use the config.json that the weights were saved with"
     return f"the checkpoint {' and '.join(problems)}: {advice}"
+
+
+def apply_saved_strategy(model: Any, file: str) -> None:
+    """Apply the strategy that the configuration of a model names, if any; the weights are those of the strategy.
+
+    Raises:
+        UserError: the model cannot have it, or it is not one of this package, because a downloaded file must not choose
+            what is imported; names the `file` of the configuration.
+    """
+    section = strategy_of(model)
+    if section is None:
+        return
+    where = f"{file}: {CONFIG_KEY}={section!r}"
+    if not isinstance(section, dict):
+        raise UserError(f"{where} is not a strategy: expected its name and options, such as {{'name': 'lns'}}")
+    if names := [value for value in section.values() if isinstance(value, str) and ":" in value]:
+        raise UserError(
+            f"{where}: {names[0]!r} is code outside of this package, which is not imported for a checkpoint: pass "
+            "cod.fold(model).save_pretrained(...)"
+        )
+    try:
+        checked_specs(section, depth=1)
+        apply(model, section["name"], **{name: value for name, value in section.items() if name != "name"})
+    except UserError as error:
+        raise UserError(f"{where} cannot be applied: {error}") from error
 
 
 def load_generation_config(model: Any, source: Source) -> list[str]:
