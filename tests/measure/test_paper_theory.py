@@ -1,11 +1,14 @@
 """Lemmas, bounds and fits on planted sequences and against loops written out."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
+from builders import decoder
 
 from cod_lightning.errors import UserError
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.paper_theory import (
     Shapes,
     bound_constants,
@@ -21,6 +24,9 @@ from cod_lightning.measure.paper_theory import (
     shapes_of,
     theory,
 )
+from cod_lightning.nn.apply import apply
+from cod_lightning.nn.strategies import block
+from cod_lightning.nn.strategy_lookup import STRATEGIES
 
 VARIANCES = [0.4, 0.9, 2.5, 3.0, 7.0, 11.0, 30.0]
 
@@ -170,6 +176,16 @@ def test_bad_input_is_an_error(variances, gains, message):
 
 def test_lns_is_detected_in_our_models(causal_lm):
     assert (has_lns(causal_lm("ours-lns")), has_lns(causal_lm("llama"))) == (True, False)
+
+
+def test_lns_is_detected_in_models_that_it_is_applied_to(causal_lm):
+    assert has_lns(ModelAdapter(apply(deepcopy(causal_lm("llama").model), "lns")))
+
+
+@pytest.mark.parametrize(("strategy", "options"), [("lns", {"position": "only_ffn"}), ("pre_ln", {}), ("halved", {})])
+def test_other_gains_than_those_of_lns_are_not_lns(strategy, options, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "halved", lambda layer, depth: block(gain=0.5))
+    assert not has_lns(decoder(strategy, **options))
 
 
 def test_the_first_variance_is_that_of_the_embeddings(causal_lm):

@@ -29,6 +29,7 @@ from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.layouts import sites
 
 GROWTH_SEQUENCES = 2
 """Sequences that the growth up to every layer is measured on: its time grows with the square of the depth."""
@@ -393,9 +394,14 @@ def embedding_variance(model: ModelAdapter, batches: Sequence[Tensor], pad_id: i
 
 
 def has_lns(model: ModelAdapter) -> bool:
-    """Whether the pre-norms are scaled by layer (LayerNorm Scaling)."""
-    blocks = model.model.blocks if isinstance(model.model, Decoder) else []
-    return any(sublayer.gain != 1 for block in blocks for sublayer in block.spec.sublayers)
+    """Whether every norm before a sub-layer of block l is scaled by 1/sqrt(l), as ours are or those after `apply`."""
+    if isinstance(model.model, Decoder):
+        specs = [block.spec for block in model.model.blocks]
+        gains = [(layer, part.gain) for layer, spec in enumerate(specs, start=1) for part in spec.sublayers]
+    else:
+        where = sites(model.model, model.layout)
+        gains = [(site.layer, getattr(site.norm, "output_scale", 1.0)) for site in where]
+    return all(math.isclose(gain, layer**-0.5) for layer, gain in gains)
 
 
 def shapes_of(model: ModelAdapter, length: int) -> Shapes:
