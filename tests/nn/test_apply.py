@@ -197,6 +197,53 @@ def test_initial_weights_of_norms_scale_trained_ones():
         torch.testing.assert_close(block.input_layernorm.weight, weight * layer**-0.5)
 
 
+def compiled_logits(model):
+    with torch.no_grad():
+        return torch.compile(model, backend="eager")(TOKENS).logits
+
+
+def test_compiled_code_of_other_models_is_not_run():
+    """torch.compile does not look at hooks by default, so that it took the code of a model without them."""
+    stock, scaled = build("Llama"), build("Llama")
+    before = compiled_logits(stock)
+    torch.testing.assert_close(compiled_logits(apply(scaled, "lns")), logits(scaled))
+    torch.testing.assert_close(compiled_logits(only_ffn()), logits(only_ffn()))
+    assert not torch.allclose(compiled_logits(apply(stock, "lns")), before, atol=1e-3)
+    torch.testing.assert_close(compiled_logits(fold(stock)), logits(stock))
+
+
+def test_models_of_one_configuration_do_not_share_the_strategy():
+    config = build("Llama").config
+    baseline, model = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    apply(model, "scaled_init")
+    assert (strategy_of(baseline), strategy_of(model)) == (None, {"name": "scaled_init"})
+    assert model.model.config is model.config
+    apply(baseline, "lns")
+
+
+def test_the_norms_before_the_sublayers_of_gemma_3_with_images_are_scaled():
+    text = {**SHAPE, "head_dim": 8, "pad_token_id": 0}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28})
+        model = apply(transformers.Gemma3ForConditionalGeneration(config), "lns")
+    block = model.model.language_model.layers[2]
+    scaled = [name for name, module in block.named_modules() if hasattr(module, "output_scale")]
+    assert scaled == ["input_layernorm", "pre_feedforward_layernorm"]
+
+
+@pytest.mark.parametrize("norm", ["pre_ln", "scaled_init"])
+def test_a_strategy_without_factors_is_folded_away(norm):
+    assert strategy_of(fold(apply(build("Llama"), norm))) is None
+
+
+def adapted_llama():
+    """With an adapter, whose weights are not those of the layer itself."""
+    model = trained_llama()
+    model.model.layers[2].self_attn.q_proj.base_layer = nn.Identity()
+    return model
+
+
 REFUSED = {
     "trained": (trained_llama, {"norm": "lns"}, "trained='preserve'"),
     "applied twice": (only_ffn, {"norm": "lns"}, "has a strategy already"),
@@ -211,6 +258,13 @@ REFUSED = {
     "an unknown strategy": (lambda: build("Llama"), {"norm": "lnss"}, "lns"),
     "an unknown option": (lambda: build("Llama"), {"norm": "lns", "positon": "only_ffn"}, "position"),
     "initial weights on meta": (lambda: build("Llama").to("meta"), {"norm": "scaled_init"}, "meta device"),
+    "norms without weights": (lambda: build("Olmo"), {"norm": "lns"}, "which would show whether it is trained"),
+    "an adapter": (adapted_llama, {"norm": "lns", "trained": "preserve"}, "layer 3, which it cannot: Linear; merge"),
+    "a shared norm": (
+        PlainModel,
+        {"norm": "lns", "layout": Layout("layers", norms=("ln_1", "ln_1"), sublayers=("attn", "ffn"))},
+        "layer 1, ffn: its norm is also that of layer 1, attention",
+    ),
     "a misspelled decision": (
         trained_llama,
         {"norm": "lns", "trained": "preserved"},
@@ -240,6 +294,26 @@ def test_a_checkpoint_of_another_strategy_is_refused(tmp_path):
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="differs from"):
         apply(loaded, "lns")
+
+
+def test_a_layout_of_one_norm_is_an_error():
+    with pytest.raises(UserError, match=r"layout\.norms=\('ln',\): expected two"):
+        Layout("layers", norms=("ln",), sublayers=("attn", "ffn"))
+
+
+def test_lost_factors_cannot_be_folded(tmp_path):
+    only_ffn().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"are lost, as after from_pretrained: call apply again, then fold"):
+        fold(transformers.LlamaForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_factor_is_not_folded_into_an_adapted_layer():
+    model = apply(build("Llama"), "minicpm")
+    model.model.layers[2].mlp.down_proj.base_layer = nn.Identity()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"layer 3: the factor of its ffn has no weight to go into: Linear; merge"):
+        fold(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_there_is_nothing_to_fold_in_a_plain_model():

@@ -1,5 +1,7 @@
 """`param_groups`: a stock model that trains as under `apply`."""
 
+import tempfile
+
 import pytest
 import torch
 from test_apply import PLAIN, PlainModel, build, decoder_of, trained_llama
@@ -77,6 +79,13 @@ def test_initial_weights_scaled_before_are_left_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def loaded_llama():
+    """Scaled, saved and loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        scaled_llama().save_pretrained(folder)
+        return transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
 def scaled_llama():
     model = build("Llama")
     cod.param_groups(model, "lns", initial_weights="scale", **SETTINGS)
@@ -86,6 +95,7 @@ def scaled_llama():
 REFUSED = {
     "a trained model": (trained_llama, {}, "initial_weights='scale': the model is trained"),
     "scaling twice": (scaled_llama, {}, "initial_weights='scale': the model is trained, or scaled"),
+    "scaling again after loading": (loaded_llama, {}, "initial_weights='scale': the model is trained, or scaled"),
     "no decision on initial weights": (lambda: build("Llama"), {"initial_weights": None}, "initial_weights=None"),
     "an unknown form": (lambda: build("Llama"), {"form": "norms"}, "form='norms'"),
     "an applied strategy": (lambda: cod.apply(build("Llama"), "lns"), {}, "not both"),

@@ -153,6 +153,23 @@ def test_an_applied_llama_passes():
     verify(apply(llama(), "lns"))
 
 
+@pytest.mark.parametrize("family", ["Granite", "Olmo"])
+def test_a_family_with_another_branch_or_eps_passes(family):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+    more = {"residual_multiplier": 0.22} if family == "Granite" else {}
+    config = getattr(transformers, f"{family}Config")(**shape, **heads, **more)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    assert len(verify(apply(model, "lns", trained="change"), "lns")) == 12
+
+
+@pytest.mark.parametrize("norm", ["scaled_init", "lns_learnable", "lns_as_rates"])
+def test_what_a_forward_pass_does_not_show_is_refused(norm):
+    with pytest.raises(UserError, match=f"norm='{norm}' sets .*, which no forward pass shows"):
+        verify(Model(Block), norm, layout=PLAIN, inputs=TOKENS)
+
+
 def test_branches_that_start_at_zero_pass():
     model = llama()
     for block in model.model.layers:

@@ -7,7 +7,7 @@ and loading.
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
@@ -38,7 +38,7 @@ def apply(
     """Put a norm strategy onto a Pre-LN model, in place, before it is trained.
 
     A checkpoint keeps the weights and, in its configuration, the name of the strategy, but not its factors: call
-    `apply` again after `from_pretrained`.
+    `apply` again after `from_pretrained`. Code that `torch.compile` made before is forgotten, as it has no factors.
 
     Args:
         model: a causal language model of `transformers` laid out like Llama, Gemma 2 or GPT-2, or with `layout` any
@@ -77,7 +77,9 @@ def apply(
     for site, spec in zip(where, specs, strict=True):
         scale_output(site.norm, spec.gain)
         scale_output(site.branch, spec.branch_scale)
-    setattr(config_of(model), CONFIG_KEY, section)
+    if written is None:
+        setattr(own_config(model), CONFIG_KEY, section)
+    forget_compiled()
     return model
 
 
@@ -96,18 +98,26 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
         The model, without factors, and without the strategy in its configuration.
 
     Raises:
-        UserError: no strategy is applied, or a factor has no weight to go into. The model is unchanged.
+        UserError: no strategy is applied, or a factor has no weight to go into, as that of a quantised layer or of one
+            with an adapter. The model is unchanged.
     """
     targets = []
-    for site in pre_norm_sites(model, layout):
+    where, section = pre_norm_sites(model, layout), strategy_of(model)
+    for site in where:
         for module in (site.norm, site.branch):
             if hasattr(module, "output_scale"):
                 target = site.output if module is site.sublayer else module
-                if not isinstance(getattr(target, "weight", None), Tensor):
-                    raise UserError(f"layer {site.layer}: the factor of its {site.part} has no weight to go into")
+                require_weight(target, f"layer {site.layer}: the factor of its {site.part} has no weight to go into")
                 targets.append((module, target))
-    if strategy_of(model) is None or not targets:
+    if section is None:
         raise UserError(f"{type(model).__name__} has no strategy to fold: call apply first")
+    if not targets and any(
+        getattr(sublayer, name) != 1
+        for spec in checked_specs(section, len(where) // 2)
+        for sublayer in spec.sublayers
+        for name in FACTORS
+    ):
+        raise UserError(f"the factors of {section} are lost, as after from_pretrained: call apply again, then fold")
     for module, target in targets:
         offset = weight_offset(target) if target.weight.ndim == 1 else 0.0  # of a norm, not of a linear layer
         target.weight.copy_((target.weight.double() + offset) * module.output_scale - offset)
@@ -115,6 +125,7 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
             target.bias.copy_(target.bias.double() * module.output_scale)
         remove_scale(module)
     delattr(config_of(model), CONFIG_KEY)
+    forget_compiled()
     return model
 
 
@@ -127,6 +138,40 @@ def config_of(model: Any) -> Any:
     """The configuration that a model of `transformers` is saved with; any other model itself."""
     config = getattr(model, "config", None)
     return config if hasattr(config, "to_json_file") else model
+
+
+def own_config(model: nn.Module) -> Any:
+    """`config_of` a model, copied before it is changed: models that were made from one object share it."""
+    shared = config_of(model)
+    if shared is model:
+        return model
+    own = copy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
+    return own
+
+
+def forget_compiled() -> None:
+    """Let `torch.compile` see the hooks: by default it runs code of the same class that was compiled without them."""
+    import torch._dynamo  # takes a second, which models of transformers have spent
+
+    settings: Any = torch._dynamo.config
+    settings.skip_nnmodule_hook_guards = False
+    torch.compiler.reset()
+
+
+def require_weight(module: Any, otherwise: str) -> None:
+    """Check that a layer has a weight that can be multiplied: not quantised, without an adapter such as LoRA.
+
+    Raises:
+        UserError: `otherwise`, with the reason.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(module, "base_layer"):
+        raise UserError(
+            f"{otherwise}: {type(module).__name__}; merge an adapter (merge_and_unload) or dequantise the model first"
+        )
 
 
 def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
@@ -156,10 +201,16 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
     """
     initial = any(getattr(spec, name) != 1 for spec in specs for name in WEIGHTS)
     scaled = [site for site, spec in zip(where, specs, strict=True) if spec.gain != 1]
-    if trained == "refuse" and any(is_trained(site.norm) for site in where):
+    states = {is_trained(site.norm) for site in where} if trained == "refuse" else set()
+    if True in states:
         raise UserError(
             f"norm={norm!r} would change the function of a trained model (its norms are not at their initial weights): "
             "pass trained='preserve' to keep the function, or trained='change'"
+        )
+    if None in states:
+        raise UserError(
+            f"norm={norm!r}: the norms of the model have no weights here, which would show whether it is trained: pass "
+            "trained='preserve' to keep its function, or trained='change', also for a model that is not trained"
         )
     if initial and any(parameter.is_meta for site in where for parameter in site.block.parameters()):
         raise UserError(f"norm={norm!r} changes initial weights: initialise the model before, it is on the meta device")
@@ -171,6 +222,12 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
         raise UserError("layout.inputs is missing: the linear layers after the norms")
     if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in where):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
+    for site, spec in zip(where, specs, strict=True):
+        changed = [site.norm] if spec.pre_norm_weight != 1 else []
+        changed += site.inputs if spec.input_init != 1 or (trained == "preserve" and spec.gain != 1) else []
+        changed += [site.output] if spec.output_init != 1 else []
+        for module in changed:
+            require_weight(module, f"norm={norm!r} changes the weights of layer {site.layer}, which it cannot")
     for site, spec in zip(where, specs, strict=True):
         if trained == "preserve":
             for linear in site.inputs:
@@ -207,12 +264,16 @@ def remove_scale(module: Any) -> None:
     del module.output_scale
 
 
-def is_trained(norm: Any) -> bool:
-    """True if the weight of a norm differs from its initial value: one, or zero where the norm adds one."""
+def is_trained(norm: Any) -> bool | None:
+    """Whether the weight of a norm differs from its initial value: one, or zero where the norm adds one.
+
+    None: it has no weight, or an offloaded one. A weight on the meta device, whose initialisation is still to come, is
+    not trained.
+    """
     weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        return False
-    return bool((weight != 1 - weight_offset(norm)).any())
+    if not isinstance(weight, Tensor) or (weight.is_meta and hasattr(norm, "_hf_hook")):
+        return None
+    return not weight.is_meta and bool((weight != 1 - weight_offset(norm)).any())
 
 
 @torch.no_grad()

@@ -41,6 +41,11 @@ class Layout:
     head: str | None = "lm_head"
     """The module that gives the logits, from the model; None: it has none. Read by measures only."""
 
+    def __post_init__(self) -> None:
+        for name in ("norms", "sublayers", "branches", "inputs", "outputs", "sum_norms"):
+            if (pair := getattr(self, name)) is not None and len(pair) != 2:
+                raise UserError(f"layout.{name}={pair!r}: expected two, for attention and the feed-forward network")
+
 
 LLAMA = Layout(
     "model.layers",
@@ -54,6 +59,7 @@ GEMMA2 = replace(
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     branches=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
+GEMMA3_VL = replace(GEMMA2, blocks="model.language_model.layers", final_norm="model.language_model.norm")
 GLM4 = replace(
     LLAMA,
     branches=("post_self_attn_layernorm", "post_mlp_layernorm"),
@@ -89,7 +95,7 @@ BERT = Layout(
 )
 ENCODER = replace(BERT, blocks="encoder.layer", head=None)
 """BERT without its head, as models of sentences are."""
-LAYOUTS = (GEMMA2, GLM4, LLAMA, OLMO2, COHERE, PHI, LLAMA4, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT, ENCODER)
+LAYOUTS = (GEMMA2, GLM4, LLAMA, OLMO2, COHERE, PHI, LLAMA4, GEMMA3_VL, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT, ENCODER)
 """Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
 HINT = "name its modules: layout=Layout(blocks='path.to.the.list', norms=('ln_1', 'ln_2'), sublayers=('attn', 'mlp'))"
 
@@ -120,7 +126,7 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
     """`sites` of a model that can take a strategy.
 
     Raises:
-        UserError: as `sites`, or no norms before the sub-layers are known.
+        UserError: as `sites`, no norms before the sub-layers are known, or two sub-layers share a norm or a branch.
     """
     layout = layout or find_layout(model)
     if layout.norms is None:
@@ -128,7 +134,17 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             f"{type(model).__name__} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their "
             f"outputs); {HINT}"
         )
-    return sites(model, layout)
+    where = sites(model, layout)
+    owner: dict[int, Site] = {}
+    for site in where:
+        for kind, module in {"norm": site.norm, "branch": site.branch}.items():
+            first = owner.setdefault(id(module), site)
+            if first is not site:
+                raise UserError(
+                    f"layer {site.layer}, {site.part}: its {kind} is also that of layer {first.layer}, {first.part}; a "
+                    "strategy needs one for each sub-layer"
+                )
+    return where
 
 
 def sites(model: nn.Module, layout: Layout) -> list[Site]:

@@ -9,7 +9,15 @@ from typing import Any, Literal
 from torch import nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.nn.apply import SUPPORTED, change_weights, checked_specs, is_trained, strategy_of
+from cod_lightning.nn.apply import (
+    SUPPORTED,
+    change_weights,
+    checked_specs,
+    config_of,
+    is_trained,
+    own_config,
+    strategy_of,
+)
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.layouts import LLAMA, Layout, Site, pre_norm_sites, sites
 from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, scaled_rates
@@ -20,7 +28,7 @@ DECODER = replace(LLAMA, branches=("attention_residual", "ffn_residual"))
 VIT = replace(DECODER, blocks="layers", inputs=(LLAMA.inputs[0], ("mlp.up_proj",)))
 FORMS = ("matrices", "norm_weights")
 SCALED = "cod_initial_weights_scaled"
-"""Attribute of a model whose initial weights `param_groups` has scaled."""
+"""Attribute of the configuration of a model whose initial weights `param_groups` has scaled."""
 
 
 def param_groups(
@@ -46,7 +54,8 @@ def param_groups(
     Args:
         model: as for `apply`, without a strategy.
         norm: a strategy that sets gains, rates or initial weights only.
-        lr: learning rate; a scheduler multiplies that of every group.
+        lr: learning rate. A scheduler must multiply the rate of every group, as LambdaLR does; OneCycleLR needs
+            `max_lr=[group["lr"] for group in groups]`, CosineAnnealingLR `eta_min=0`.
         initial_weights: "scale" multiplies the initial weights now, in place, once; "scaled" expects that this is
             done, as in a checkpoint of such a training. Without either half, the training is not that of the strategy.
         eps: of AdamW.
@@ -78,13 +87,13 @@ def param_groups(
     if any(spec.input_rates or spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):
         raise UserError("layout.inputs is missing: the linear layers after the norms; or pass form='norm_weights'")
     if initial_weights == "scale":
-        if hasattr(model, SCALED) or any(is_trained(site.norm) for site in where):
+        if hasattr(config_of(model), SCALED) or any(is_trained(site.norm) for site in where):
             raise UserError(
                 "initial_weights='scale': the model is trained, or scaled already (its norms are not at their initial "
                 "weights, or param_groups was called before): pass initial_weights='scaled'"
             )
-        change_weights(where, specs, norm, "refuse")
-        setattr(model, SCALED, True)
+        change_weights(where, specs, norm, "change")
+        setattr(own_config(model), SCALED, True)
     rates = rates_of(where, specs)
     return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.nn.apply import checked_specs, strategy_of
+from cod_lightning.nn.apply import WEIGHTS, checked_specs, config_of, strategy_of
 from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites
+from cod_lightning.nn.spec import OPTIMIZER, SublayerSpec
 
 TOLERANCE = 5e-5
 """Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
@@ -78,6 +79,7 @@ def verify(
     section = {"name": norm, **options} if norm else strategy_of(model)
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
+    require_visible(section, len(pre_norm_sites(model, layout)) // 2)
     original = deepcopy(model).float().eval()
     for site in pre_norm_sites(original, layout):
         if site.output is not None and not site.output.weight.any():
@@ -91,6 +93,20 @@ def verify(
     check(measure(save_and_load(original), section, layout, tokens), section, " after saving and loading")
     check_compiled(original, tokens, section)
     return factors
+
+
+def require_visible(norm: dict[str, Any], depth: int) -> None:
+    """Check that a forward pass shows all coefficients of a strategy.
+
+    Raises:
+        UserError: one is of the initial weights or of the optimizer; or as `checked_specs`.
+    """
+    default = SublayerSpec()
+    for spec in checked_specs(norm, depth):
+        for sublayer in spec.sublayers:
+            for name in (*WEIGHTS, *OPTIMIZER):
+                if getattr(sublayer, name) != getattr(default, name):
+                    raise UserError(f"norm={norm['name']!r} sets {name}, which no forward pass shows")
 
 
 @torch.no_grad()
@@ -107,13 +123,14 @@ def measure(model: nn.Module, norm: dict[str, Any], layout: Layout | None, token
     for site, spec in zip(where[1::2], specs[1::2], strict=True):
         if (site.layer, "middle") not in seen:  # a fused kernel ran instead of the norm's forward
             seen[site.layer, "middle"] = seen[site.layer, "output"] - spec.branch_scale * seen[site.layer, "ffn output"]
+    multiplier = getattr(config_of(model), "residual_multiplier", 1.0)  # Granite's
     factors = []
     for site, spec in zip(where, specs, strict=True):
         ends = ("block", "middle") if site.part == "attention" else ("middle", "output")
         x, y = (seen[site.layer, end] for end in ends)  # the residual stream before and after the sub-layer
         gain = ratio(seen[site.layer, f"{site.part} input"], candidates(site.norm, x))
         factors.append(Factor(site.layer, site.part, "gain", spec.gain, gain))
-        branch = ratio(y - x, [seen[site.layer, f"{site.part} output"]])
+        branch = ratio(y - x, [multiplier * seen[site.layer, f"{site.part} output"]])
         factors.append(Factor(site.layer, site.part, "branch_scale", spec.branch_scale, branch))
     return factors
 
@@ -147,14 +164,18 @@ def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
 
 
 def candidates(norm: Any, x: Tensor) -> list[Tensor]:
-    """What a norm without a gain may make of x: RMSNorm or LayerNorm, whose weight may be stored less one."""
-    eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    """What a norm without a gain may make of x: RMSNorm or LayerNorm, whose weight may be stored less one.
+
+    A norm that does not name its eps has the default of `nn.RMSNorm` or that of `F.layer_norm`, as OLMo 1 has.
+    """
+    named = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
+    epsilons = (torch.finfo(torch.float32).eps, 1e-5) if named is None else (named,)
     centred = x - x.mean(-1, keepdim=True)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     return [
         (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)) * w + (0 if bias is None else bias)
         for h in (x, centred)
+        for eps in epsilons
         for w in ([1.0] if weight is None else [weight, 1 + weight])
     ]
 
