@@ -65,6 +65,15 @@ def test_a_measure_takes_its_options():
     assert result.sizes == [2]
 
 
+def test_measures_and_their_options_take_what_a_tokenizer_returns():
+    config = cod.DecoderConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32
+    )
+    decoder = cod.build_decoder(config, cod.build_all({"name": "lns"}, 3), seed=0)
+    encoding = {"input_ids": torch.arange(24, dtype=torch.int32).reshape(2, 12)}
+    assert cod.measure.linear_replacement(decoder, encoding, fit=encoding).fit_tokens == 24
+
+
 def test_an_unknown_measure_names_the_known_ones():
     with pytest.raises(AttributeError, match="measures: variance, jacobian"):
         _ = cod.measure.varianc

@@ -2,10 +2,13 @@ import math
 
 import pytest
 import torch
-from builders import PAD, tokens
+from builders import PAD, VOCABULARY, tokens
 
+from cod_lightning.errors import UserError
+from cod_lightning.measure.adapter import Images
 from cod_lightning.measure.batches import (
     RunningMean,
+    checked_batches,
     error_over_sequences,
     hidden_states,
     iter_batches,
@@ -75,3 +78,39 @@ def test_steps_are_counted(total):
     for _ in range(total):
         advance()
     assert calls == [(n + 1, total) for n in range(total)]
+
+
+@pytest.mark.parametrize("given", [TOKENS, TOKENS.int(), {"input_ids": TOKENS}, [TOKENS.byte()], iter([TOKENS])])
+def test_batches_are_read_as_int64_tokens(causal_lm, given):
+    (batch,) = checked_batches(causal_lm("ours"), given)
+    assert batch.dtype == torch.int64
+    assert torch.equal(batch, TOKENS)
+
+
+PADDED = torch.tensor([[5, 6, 7], [PAD, 8, 9]])
+WRONG = {
+    "lists": ([[1, 2], [3, 4]], None, "expected tokens .batch, length., not list: pass tokenizer"),
+    "integers": ([1, 2], None, "not int:"),
+    "a text": ("text", None, "not str:"),
+    "nothing": (None, None, "not NoneType:"),
+    "an encoding of labels": ({"labels": TOKENS}, None, "not NoneType:"),
+    "one dimension": (TOKENS[0], None, r"not torch.int64 \[5\]"),
+    "floats": (TOKENS.float(), None, r"not torch.float32 \[3, 5\]"),
+    "a mask": (TOKENS > 5, None, "not torch.bool"),
+    "labels": (TOKENS - 100, None, "is not one: pass input_ids, not labels"),
+    "another vocabulary": (TOKENS + VOCABULARY, None, "not in the model's vocabulary of 37: another tokenizer"),
+    "images": (Images(TOKENS, TOKENS), None, "not Images"),
+    "padding first": (PADDED, PAD, "padding must follow the tokens: padding_side='right'"),
+    "padding without its token": ({"input_ids": PADDED, "attention_mask": PADDED != PAD}, None, "pass pad_id="),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_other_batches_are_refused(causal_lm, case):
+    batches, pad_id, message = WRONG[case]
+    with pytest.raises(UserError, match=f"^fit: .*{message}"):
+        checked_batches(causal_lm("ours"), batches, pad_id, "fit")
+
+
+def test_a_model_that_sees_all_tokens_may_have_padding_first(causal_lm):
+    assert torch.equal(checked_batches(causal_lm("bert"), PADDED, PAD)[0], PADDED)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.ablation import causal_score, removal, swaps
@@ -42,6 +43,15 @@ def images():
     labels = torch.tensor([3, 0, IGNORE, 4, 1])
     whole = Images(torch.randn(5, 3, 12, 12, generator=draw, dtype=torch.float64), labels)
     return [whole[:3], whole[3:]]
+
+
+def test_images_are_measured_from_python(model, images):
+    assert cod.measure.influence(model, images[0]).series()["layer"]
+
+
+def test_a_model_of_images_refuses_tokens(model):
+    with pytest.raises(UserError, match="batches: expected Images, not Tensor: vit is a model of images"):
+        cod.measure.influence(model, torch.ones(2, 3, dtype=torch.long))
 
 
 def labelled(images):

@@ -129,6 +129,11 @@ def test_the_variance_is_that_of_the_hidden_states(llama):
     assert measured["variance_median/layer_01"] == pytest.approx(states.var(-1).median().item())
 
 
+def test_the_probe_can_be_what_a_tokenizer_returns(llama):
+    watch = cod.DepthMonitor({"input_ids": PROBE.int()}, measures=["gradient_norm"])
+    assert watch.measure(llama) == monitor(["gradient_norm"]).measure(llama)
+
+
 def test_the_gradient_norm_is_that_of_a_backward_pass(llama):
     model = deepcopy(llama).eval()
     measured = monitor(["gradient_norm"]).step(model, 0)
@@ -188,6 +193,7 @@ WRONG = {
     "a probe of numbers": (lambda: cod.DepthMonitor(PROBE.float()), "expected tokens"),
     "a probe of labels": (lambda: cod.DepthMonitor(PROBE - 100), "token -[0-9]+ is not one: pass input_ids"),
     "an empty probe": (lambda: cod.DepthMonitor(PROBE[:, :0]), "no tokens but padding"),
+    "padding first": (lambda: cod.DepthMonitor(PROBE, pad_id=0), "padding must follow the tokens"),
     "a probe of padding": (lambda: cod.DepthMonitor(torch.ones_like(PROBE), pad_id=1), "no tokens but padding"),
 }
 

@@ -23,6 +23,7 @@ from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter, hidden_input
 from cod_lightning.measure.batches import (
     at_least_fp32,
+    checked_batches,
     error_over_sequences,
     hidden_states,
     iter_batches,
@@ -274,7 +275,7 @@ def linear_replacement(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    fit: Iterable[Batch] | None = None,
+    fit: Batch | Iterable[Batch] | None = None,
 ) -> LinearReplacement:
     """Replace each block alone by the linear map that is nearest to it on the tokens of `fit`.
 
@@ -282,13 +283,13 @@ def linear_replacement(
     [hidden + 1, hidden + 1] in float64.
 
     Options:
-        fit: tokens [batch, length] each; None: `batches`, as in the released code, which favours the maps.
+        fit: tokens [batch, length], or several such; None: `batches`, as in the released code, which favours the maps.
 
     Raises:
-        UserError: `fit` has no more tokens than the hidden size.
+        UserError: `fit` has no more tokens than the hidden size, or is not tokens.
     """
     batches = list(batches)
-    fit_batches = batches if fit is None else list(fit)
+    fit_batches = batches if fit is None else checked_batches(model, fit, pad_id, "fit")
     fit_tokens = sum(int(keep.sum()) for _, keep in iter_batches(model, fit_batches, pad_id))
 
     advance = step_counter(progress, model.depth)

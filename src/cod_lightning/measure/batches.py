@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,70 @@ from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.vit import VisionTransformer
+
+
+def checked_batches(model: ModelAdapter, batches: Any, pad_id: int | None = None, name: str = "batches") -> list[Batch]:
+    """One batch, or each of several, as `checked_tokens` returns it; for a model of images, `Images` as they are.
+
+    Raises:
+        UserError: as `checked_tokens`, or a model of images is not given images; names the argument `name`.
+    """
+    several = isinstance(batches, Iterable) and not isinstance(batches, Batch | Mapping)
+    batches = list(batches) if several else [batches]
+    if not model.reads_images:
+        return [checked_tokens(model, batch, pad_id, name) for batch in batches]
+    if wrong := [batch for batch in batches if not isinstance(batch, Images)]:
+        raise UserError(f"{name}: expected Images, not {type(wrong[0]).__name__}: {model.name} is a model of images")
+    return batches
+
+
+def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: str) -> Tensor:
+    """A batch as tokens [batch, length] that the model has embeddings for.
+
+    Args:
+        model: a language model.
+        batch: a tensor, or the encoding that a tokenizer returns.
+        pad_id: padding token; None: there is no padding.
+        name: of the argument, for errors.
+
+    Raises:
+        UserError: as `as_tokens`; a token is not in the vocabulary; or tokens of a causal model follow padding, which
+            it would attend to.
+    """
+    tokens = as_tokens(batch, name)
+    vocabulary = len(model.head_weight)
+    if tokens.numel() and (largest := int(tokens.max())) >= vocabulary:
+        raise UserError(f"{name}: token {largest} is not in the model's vocabulary of {vocabulary}: another tokenizer?")
+    if pad_id is None and isinstance(batch, Mapping) and not torch.as_tensor(batch.get("attention_mask", 1)).all():
+        raise UserError(f"{name}: its attention_mask has padding: pass pad_id=tokenizer.pad_token_id")
+    if pad_id is not None and model.predicts_next:
+        is_padding = tokens == pad_id
+        if (is_padding[:, :-1] & ~is_padding[:, 1:]).any():
+            raise UserError(
+                f"{name}: padding must follow the tokens: padding_side='right'; pass pad_id=None if {pad_id} is no "
+                "padding"
+            )
+    return tokens
+
+
+def as_tokens(batch: Any, name: str) -> Tensor:
+    """A batch of tokens in int64 [batch, length], from any integers or from the encoding that a tokenizer returns.
+
+    Raises:
+        UserError: it is neither, or a token is negative; names the argument `name`.
+    """
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if not isinstance(tokens, Tensor):
+        problem = type(tokens).__name__
+    elif tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        problem = f"{tokens.dtype} {list(tokens.shape)}"
+    elif tokens.numel() and int(tokens.min()) < 0:
+        raise UserError(f"{name}: token {int(tokens.min())} is not one: pass input_ids, not labels")
+    else:
+        return tokens.long()
+    raise UserError(
+        f"{name}: expected tokens [batch, length], not {problem}: pass tokenizer(texts, return_tensors='pt')"
+    )
 
 
 def iter_batches(

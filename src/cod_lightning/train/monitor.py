@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from cod_lightning.errors import UserError, nearest
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.activation_stats import token_variance
 from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode
-from cod_lightning.measure.batches import token_mask
+from cod_lightning.measure.batches import as_tokens, checked_tokens, token_mask
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.train.callbacks import TRAINING_MEASURES, layer_scalars
 
@@ -31,7 +31,8 @@ class DepthMonitor(Callback):
     Training is the same to the bit with and without it: random states, training mode and gradients are restored.
 
     Args:
-        probe: tokens [batch, length], the same at every step; held-out text, best 8 to 32 sequences.
+        probe: tokens [batch, length], or the encoding that a tokenizer returns, the same at every step; held-out text,
+            best 8 to 32 sequences.
         every: steps between measurements.
         measures: "variance" (mean and median over tokens of the variance of the residual stream), "gradient_norm" (of
             each block's parameters), and names of the command `measure`, such as "jacobian", here on eight layers.
@@ -43,16 +44,13 @@ class DepthMonitor(Callback):
 
     def __init__(
         self,
-        probe: Tensor,
+        probe: Tensor | Mapping[str, Tensor],
         every: int = 100,
         measures: Sequence[str] = ("variance", "gradient_norm", "jacobian"),
         pad_id: int | None = None,
     ):
-        if probe.ndim != 2 or probe.is_floating_point():
-            raise UserError(f"probe: expected tokens [batch, length], not {probe.dtype} {list(probe.shape)}")
-        if probe.numel() and int(probe.min()) < 0:
-            raise UserError(f"probe: token {int(probe.min())} is not one: pass input_ids, not labels")
-        if probe.numel() == 0 or (pad_id is not None and bool((probe == pad_id).all())):
+        tokens = as_tokens(probe, "probe")
+        if tokens.numel() == 0 or (pad_id is not None and bool((tokens == pad_id).all())):
             raise UserError("probe: it has no tokens but padding")
         if every < 1:
             raise UserError(f"every={every} must be at least 1")
@@ -81,21 +79,17 @@ class DepthMonitor(Callback):
             model: a language model that `measure` reads, or a module that holds one.
 
         Raises:
-            UserError: the layout of the model cannot be proved, or its vocabulary lacks a token of the probe.
+            UserError: the layout of the model cannot be proved, or as `measure.batches.checked_tokens` of the probe.
         """
         adapter = find_model(model)
-        vocabulary = len(adapter.head_weight)
-        if (largest := int(self.probe.max())) >= vocabulary:
-            raise UserError(
-                f"probe: token {largest} is not in the model's vocabulary of {vocabulary}: another tokenizer?"
-            )
+        tokens = checked_tokens(adapter, self.probe, self.pad_id, "probe").to(adapter.device)
         numbers: dict[str, float] = {}
         with isolate_rng(), evaluation_mode(adapter.model):
             if not self.is_checked:
                 check_layout(adapter)
                 self.is_checked = True
             for name in self.measures:
-                numbers |= layer_scalars(MONITORED[name](adapter, self.probe.to(adapter.device), self.pad_id))
+                numbers |= layer_scalars(MONITORED[name](adapter, tokens, self.pad_id))
         return numbers
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
