@@ -15,11 +15,12 @@ class DepthMonitorCallback(TrainerCallback):
         trainer.add_callback(cod.hf.DepthMonitorCallback(trainer, probe=tokens, every=100))
 
     Args:
-        trainer: logs the numbers.
+        trainer: logs the numbers. None, for `Trainer(callbacks=[...])`: they go to `trainer.state.log_history` and
+            trainer_state.json only, because a callback cannot reach the loggers without the trainer.
         **options: of `DepthMonitor`.
     """
 
-    def __init__(self, trainer: Any, **options: Any):
+    def __init__(self, trainer: Any = None, **options: Any):
         self.trainer, self.monitor = trainer, DepthMonitor(**options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -30,7 +31,12 @@ class DepthMonitorCallback(TrainerCallback):
 
     def log(self, state: Any, control: Any, model: Any) -> None:
         """Measure if it is time, and log the numbers."""
-        if numbers := self.monitor.step(model, state.global_step):
-            should_log = control.should_log
-            self.trainer.log(numbers)
-            control.should_log = should_log  # `log` clears it, and the loss of this step would not be logged
+        numbers = self.monitor.step(model, state.global_step)
+        if not numbers:
+            return
+        if self.trainer is None:
+            state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
+            return
+        should_log = control.should_log
+        self.trainer.log(numbers)
+        control.should_log = should_log  # `log` clears it, and the loss of this step would not be logged

@@ -83,7 +83,7 @@ def lightning_loop(model, folder, watch):
     return module.losses, {int(row["step"]): float(row["variance/layer_03"]) for row in logged}
 
 
-def hugging_face_loop(model, folder, watch_options):
+def hugging_face_loop(model, folder, added, passed):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -99,8 +99,9 @@ def hugging_face_loop(model, folder, watch_options):
         disable_tqdm=True,
     )
     data = [{"input_ids": SEQUENCE, "labels": SEQUENCE}] * STEPS
-    trainer = transformers.Trainer(model, arguments, train_dataset=data)
-    trainer.add_callback(cod.hf.DepthMonitorCallback(trainer, **watch_options))
+    callbacks = [cod.hf.DepthMonitorCallback(probe=PROBE, every=2, measures=[passed])]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    trainer.add_callback(cod.hf.DepthMonitorCallback(trainer, probe=PROBE, every=2, measures=[added]))
     torch.manual_seed(1)
     trainer.train()
     return trainer.state.log_history
@@ -152,12 +153,11 @@ def test_a_lightning_module_trains_the_same_and_logs_the_monitor(llama, tmp_path
 def test_the_hugging_face_trainer_trains_the_same_and_logs_the_monitor(llama, tmp_path):
     pytest.importorskip("accelerate")
     losses, measured = plain_loop(deepcopy(llama), monitor())
-    options = {"probe": PROBE, "every": 2, "measures": ["variance"]}
-    history = hugging_face_loop(deepcopy(llama), tmp_path, options)
+    history = hugging_face_loop(deepcopy(llama), tmp_path, added="variance", passed="gradient_norm")
     assert [row["loss"] for row in history if "loss" in row] == pytest.approx(losses, abs=2e-4)  # logged rounded
-    assert {row["step"]: row["variance/layer_03"] for row in history if "variance/layer_03" in row} == pytest.approx(
-        {step: numbers["variance/layer_03"] for step, numbers in measured.items()}
-    )
+    for name in ("variance/layer_03", "gradient_norm/layer_03"):
+        logged = {row["step"]: row[name] for row in history if name in row}
+        assert logged == pytest.approx({step: numbers[name] for step, numbers in measured.items()})
 
 
 def test_a_compiled_model_is_monitored(llama):
