@@ -234,17 +234,6 @@ def test_a_run_does_not_resume_in_another_precision(plain, train, tmp_path, monk
         train("name=moved")
 
 
-def test_other_optimizer_groups_are_refused_under_fsdp(plain, train, tmp_path):
-    copy_checkpoints(plain[1], tmp_path / "sharded", until=2)
-    (path,) = (tmp_path / "sharded" / "checkpoints").glob("step-*.ckpt")
-    checkpoint = read_checkpoint(path)
-    state = checkpoint["optimizer_states"][0]
-    state["param_groups"] = [state["param_groups"][0] | {"params": list(state["state"])}]
-    torch.save(checkpoint, path)
-    with pytest.raises(UserError, match=r"optimizer groups of \[\d+\] parameters, this version of \[\d+, \d+\]"):
-        train("name=sharded", "trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu")
-
-
 def test_a_run_that_diverges_names_the_step_and_the_layer(train):
     words = ["optim.lr=1e30", "optim.warmup_ratio=0", "trainer.checkpoint_every=1", "eval.every=100"]
     with pytest.raises(UserError, match=r"the (loss is \S+|gradient is not finite) at step 2|is not finite after step"):

@@ -454,6 +454,19 @@ def test_the_other_ranks_stop_with_an_error_if_one_dies(toy, tmp_path, wait_for)
     assert "another of the 2 ranks is gone" in log.read_text()
 
 
+def test_other_optimizer_groups_are_refused_under_fsdp(toy, plain, tmp_path):
+    copy_checkpoints(plain[1], tmp_path / "run", until=4)
+    path = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["optimizer_states"][0]
+    state["param_groups"] = [state["param_groups"][0] | {"params": list(state["state"])}]
+    torch.save(checkpoint, path)
+    log = tmp_path / "log"
+    words = ["fit", *toy, "data.micro_batch_size=4", *world("fsdp", 1), f"output={tmp_path}", "name=run"]
+    assert start(words, log).wait(TIMEOUT) == 2, log.read_text()
+    assert "optimizer groups of [" in log.read_text()
+
+
 def test_ranks_with_different_checkpoints_do_not_start(toy, plain, tmp_path):
     """The nodes do not share the run folder."""
     copy_checkpoints(plain[1], tmp_path / "0" / "run", until=4)

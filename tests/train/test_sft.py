@@ -159,7 +159,7 @@ def test_a_run_from_a_source_starts_at_step_one(source, initialised):
     record, folder = initialised
     assert record["history"]["train"]["step"] == [1]
     assert record["tokens"] < source[0]["tokens"]
-    (optimizer,) = read_checkpoint(folder / "checkpoints/best.ckpt")["optimizer_states"]
+    (optimizer,) = read_checkpoint(last(folder))["optimizer_states"]
     assert {int(state["step"]) for state in optimizer["state"].values()} == {1}
 
 
