@@ -30,9 +30,9 @@ from cod_lightning.measure.pruned_models import (
 )
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.weight_sparsity import Calibration, Method
-from cod_lightning.nn.apply import fold
+from cod_lightning.nn.apply import fold, strategy_of
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.huggingface import has_factors, unsupported_features
+from cod_lightning.nn.huggingface import unsupported_features
 from cod_lightning.settings import bound_errors, require_choice
 
 Export = Callable[[Any, Path], object]
@@ -198,7 +198,7 @@ def prune(
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))
-    if has_factors(model.model):  # which depend on the layer's number
+    if strategy_of(model.model) is not None:  # its factors depend on the layer's number
         model = dataclasses.replace(model, model=fold(deepcopy(model.model)))
     batches = list(batches)
     if layers is not None:

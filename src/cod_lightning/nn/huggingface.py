@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, new_folder
-from cod_lightning.nn.apply import fold
+from cod_lightning.nn.apply import fold, strategy_of
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.pretrained import import_transformers, load_checkpoint, quiet_transformers, save_pretrained
@@ -224,7 +224,7 @@ def import_hf(name: str | Path) -> Decoder:
     """
     import_transformers("importing")
     hf_model = load_checkpoint(name, check=lambda config: config_from_hf(config, name)).model
-    if has_factors(hf_model):
+    if strategy_of(hf_model) is not None:
         fold(hf_model)
     shape = config_from_hf(hf_model.config, name)
     with torch.device("meta"):
@@ -232,11 +232,6 @@ def import_hf(name: str | Path) -> Decoder:
     decoder.load_state_dict(hf_model.state_dict(), assign=True)
     decoder.tie()
     return decoder
-
-
-def has_factors(model: torch.nn.Module) -> bool:
-    """Whether a strategy is applied that `fold` can fold."""
-    return any(hasattr(module, "output_scale") for module in model.modules())
 
 
 def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
