@@ -17,8 +17,10 @@ from cod_lightning.measure.block_removal import remove_blocks
 from cod_lightning.measure.layer_importance import layer_importance
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.weight_sparsity import layer_sparsity
+from cod_lightning.nn.apply import apply
 from cod_lightning.nn.layouts import find_layout
 from cod_lightning.nn.pretrained import quiet_transformers
+from cod_lightning.nn.verify import verify
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,6 +56,13 @@ FAMILIES = [
 def test_the_layout_of_a_family_holds(family):
     check_layout(adapter(family, depth=2))
     assert family in LISTED
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "phi3", "qwen3_moe"])
+def test_a_family_with_the_norms_of_llama_takes_lns(family):
+    with quiet_transformers():
+        factors = verify(apply(tiny_model(family, depth=2), "lns"), "lns")
+    assert [factor.expected for factor in factors if factor.name == "gain"] == [1, 1, 2**-0.5, 2**-0.5]
 
 
 @pytest.mark.extended

@@ -41,8 +41,8 @@ def apply(
     `apply` again after `from_pretrained`. Code that `torch.compile` made before is forgotten, as it has no factors.
 
     Args:
-        model: a causal language model of `transformers` laid out like Llama, Gemma 2 or GPT-2, or with `layout` any
-            module; on any device, the meta device included.
+        model: a causal language model of `transformers` with the norms of Llama (also Mixtral, DeepSeek-V3, Phi-3),
+            Gemma 2 or GPT-2, or with `layout` any module; on any device, the meta device included.
         norm: name of a strategy, such as "lns", or `package.module:function`.
         layout: where the model keeps its blocks and norms; None: by the names of its modules.
         trained: what to do with a model that is trained already. "refuse" it; "preserve" its function, by dividing the

@@ -65,10 +65,12 @@ GLM4 = replace(
     branches=("post_self_attn_layernorm", "post_mlp_layernorm"),
     inputs=(LLAMA.inputs[0], ("mlp.gate_up_proj",)),
 )
+LLAMA_NORMS = Layout("model.layers", norms=LLAMA.norms, sublayers=LLAMA.sublayers)
+"""Llama's norms before other projections, as of mixtures of experts and of Phi-3."""
 OLMO2 = Layout("model.layers", norms=None, sublayers=LLAMA.sublayers, branches=GEMMA2.branches)
 COHERE = Layout("model.layers", norms=None, sublayers=("self_attn", "mlp"))
 PHI = replace(COHERE, final_norm="model.final_layernorm")
-LLAMA4 = replace(COHERE, sublayers=("self_attn", "feed_forward"))
+LLAMA4 = replace(LLAMA_NORMS, sublayers=("self_attn", "feed_forward"))
 QWEN2_5_VL = replace(LLAMA, blocks="model.language_model.layers", final_norm="model.language_model.norm")
 GPT2 = Layout(
     "transformer.h",
@@ -95,7 +97,23 @@ BERT = Layout(
 )
 ENCODER = replace(BERT, blocks="encoder.layer", head=None)
 """BERT without its head, as models of sentences are."""
-LAYOUTS = (GEMMA2, GLM4, LLAMA, OLMO2, COHERE, PHI, LLAMA4, GEMMA3_VL, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT, ENCODER)
+LAYOUTS = (
+    GEMMA2,
+    GLM4,
+    LLAMA,
+    OLMO2,
+    LLAMA_NORMS,
+    COHERE,
+    PHI,
+    LLAMA4,
+    GEMMA3_VL,
+    QWEN2_5_VL,
+    GPT2,
+    GPTJ,
+    GPT_NEOX,
+    BERT,
+    ENCODER,
+)
 """Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
 HINT = "name its modules: layout=Layout(blocks='path.to.the.list', norms=('ln_1', 'ln_2'), sublayers=('attn', 'mlp'))"
 
