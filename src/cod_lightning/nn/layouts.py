@@ -98,21 +98,8 @@ BERT = Layout(
 ENCODER = replace(BERT, blocks="encoder.layer", head=None)
 """BERT without its head, as models of sentences are."""
 LAYOUTS = (
-    GEMMA2,
-    GLM4,
-    LLAMA,
-    OLMO2,
-    LLAMA_NORMS,
-    COHERE,
-    PHI,
-    LLAMA4,
-    GEMMA3_VL,
-    QWEN2_5_VL,
-    GPT2,
-    GPTJ,
-    GPT_NEOX,
-    BERT,
-    ENCODER,
+    *(GEMMA2, GLM4, LLAMA, OLMO2, LLAMA_NORMS, COHERE, PHI, LLAMA4, GEMMA3_VL, QWEN2_5_VL),
+    *(GPT2, GPTJ, GPT_NEOX, BERT, ENCODER),
 )
 """Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
 HINT = "name its modules: layout=Layout(blocks='path.to.the.list', norms=('ln_1', 'ln_2'), sublayers=('attn', 'mlp'))"
