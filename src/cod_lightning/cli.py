@@ -152,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "of the model; `estimate` predicts the memory of a run"
         )
     except Stopped as reason:
-        again = next((f", without {word}" for word in words if word.startswith("resume=")), "")
-        print(f"{reason}\nrun the same command again{again} to resume", file=sys.stderr)
+        again = "without resume=false, " if "resume=false" in words else ""
+        print(f"{reason}\n{again}run the same command again to resume", file=sys.stderr)
         # Lightning kills this process if a rank that it launched fails, so only the first rank reports the status.
         return TRY_AGAIN if is_first_on_node() else 0
     except KeyboardInterrupt:

@@ -134,6 +134,7 @@ def test_a_saved_configuration_loads_unchanged(tmp_path):
         ({"data.files": "a", "data.sha256": "0" * 64}, {"data.files": "b"}, {"sha256"}),
         ({"data.files": "a", "data.val_files": "v"}, {"data": "docs"}, {"files", "val_files"}),
         ({"data.files": "a", "data.val_files": "v"}, {"data.folder": "set"}, {"val_files"}),
+        ({"data.files": "a", "data.folder": "set"}, {"data.val_files": "v"}, {"folder"}),
     ],
 )
 def test_another_text_replaces_all_that_names_the_text_of_a_run(of_run, chosen, dropped, tmp_path):

@@ -97,7 +97,7 @@ WRONG = {
     "one dimension": (TOKENS[0], None, r"not torch.int64 \[5\]"),
     "floats": (TOKENS.float(), None, r"not torch.float32 \[3, 5\]"),
     "a mask": (TOKENS > 5, None, "not torch.bool"),
-    "labels": (TOKENS - 100, None, "is not one: pass input_ids, not labels"),
+    "labels": (TOKENS - 100, None, "is negative: pass input_ids, not labels"),
     "another vocabulary": (TOKENS + VOCABULARY, None, "not in the model's vocabulary of 37: another tokenizer"),
     "images": (Images(TOKENS, TOKENS), None, "not Images"),
     "padding first": (PADDED, PAD, "padding must follow the tokens: padding_side='right'"),

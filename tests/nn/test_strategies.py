@@ -340,6 +340,10 @@ def test_a_name_belongs_to_one_module(monkeypatch):
         return block()
 
     assert register(register(mine)) is mine  # a cell of a notebook that runs twice
+    mine.__module__ = "__main__"
+    again = copy.copy(mine)  # norm=script:mine, while the script runs
+    again.__module__ = "script"
+    assert register(again) is again
 
 
 @pytest.mark.parametrize("base", ["peri_ln", "post_ln", "hybrid_norm"])

@@ -84,7 +84,7 @@ def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiment
     assert "Other claims at scale=toy (our difference ± half its 95 % interval):" in text
 
 
-def test_runs_that_diverged_are_told_with_the_difference_of_the_others():
+def test_runs_that_diverged_are_counted_beside_the_difference_of_the_others():
     rows = [
         row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5), diverged(3)),
         row("lns", 19.0, run(1, 4.6), run(2, 5.1), diverged(3), diverged(4)),

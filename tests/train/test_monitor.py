@@ -191,7 +191,7 @@ WRONG = {
     "an unknown measure": (lambda: cod.DepthMonitor(PROBE, measures=["varianc"]), "variance"),
     "a period of zero": (lambda: cod.DepthMonitor(PROBE, every=0), "every=0 must be at least 1"),
     "a probe of numbers": (lambda: cod.DepthMonitor(PROBE.float()), "expected tokens"),
-    "a probe of labels": (lambda: cod.DepthMonitor(PROBE - 100), "token -[0-9]+ is not one: pass input_ids"),
+    "a probe of labels": (lambda: cod.DepthMonitor(PROBE - 100), "token -[0-9]+ is negative: pass input_ids"),
     "an empty probe": (lambda: cod.DepthMonitor(PROBE[:, :0]), "no tokens but padding"),
     "padding first": (lambda: cod.DepthMonitor(PROBE, pad_id=0), "padding must follow the tokens"),
     "a probe of padding": (lambda: cod.DepthMonitor(torch.ones_like(PROBE), pad_id=1), "no tokens but padding"),

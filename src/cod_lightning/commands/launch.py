@@ -43,11 +43,12 @@ trap : TERM HUP USR1 USR2
 status=$?
 # A requeued job resumes from the last checkpoint. Status {try_again}: interrupted by a signal, or a rank is gone. 134:
 # ended by NCCL, which met a lost rank. 137: a rank was killed, maybe for lack of memory, so the requeues are limited.
+requeue=no
 case "$status" in
 {try_again}) requeue=yes ;;
 134 | 137) if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most_restarts} ]; then requeue=yes; fi ;;
 esac
-if [ "${{requeue:-no}}" = yes ]; then
+if [ "$requeue" = yes ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
@@ -86,7 +87,9 @@ def run(
         check_new_file(output, "--output=")
     config = compose(overrides)
     if not config.resume:
-        raise UserError("resume=false would start again at every requeue: move the run folder aside, and leave it out")
+        raise UserError(
+            "resume=false would start again at every requeue: omit it; to retrain, move the run folder aside"
+        )
     script = slurm_script(config, overrides, signal=signal, grace=grace, **options)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

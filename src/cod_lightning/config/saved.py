@@ -168,10 +168,13 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
 def forget_text(node: DictConfig, words: Sequence[Override]) -> None:
     """Drop what names the text of the run if `words` choose another, which would be ignored or mixed with it."""
     chosen = {word.key_or_group for word in words}
-    other_source = chosen & {"data", "data.source"}
-    if other_source or chosen & {"data.files", "data.folder"}:
-        for name in ("val_files", "folder", "sha256", *(("files",) if other_source else ())):
-            node.data[name] = None
+    stale = set()
+    if chosen & {"data", "data.source", "data.files", "data.val_files", "data.folder"}:
+        stale = {"val_files", "folder", "sha256"}
+    if chosen & {"data", "data.source"}:
+        stale.add("files")
+    for name in stale:
+        node.data[name] = None
 
 
 def refuse_code(saved: Config, folder: Path, trust_code: bool) -> None:

@@ -231,7 +231,7 @@ class Config:
 def identity(config: Config) -> dict[str, Any]:
     """The settings that change the result of a run, as nested dictionaries."""
     values = identity_fields(config)
-    if config.init_from is not None:  # the folder in which runs are kept changes nothing
+    if config.init_from is not None:  # a run below `output` is the same run wherever `output` is
         source = run_folder_of(Path(config.init_from))
         values["init_from"] = under_default_output(config, config.init_from)
         if Path(config.data.tokenizer).is_relative_to(source):
@@ -246,7 +246,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def under_default_output(config: Config, path: str) -> str:
-    """A path below `output`, as it would be below the default output; any other path as it is."""
+    """A path below `output`, as it would be below the default output; any other path unchanged."""
     if not Path(path).is_relative_to(config.output):
         return path
     return str(Path(Config.output) / Path(path).relative_to(config.output))

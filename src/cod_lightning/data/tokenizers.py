@@ -30,9 +30,10 @@ WORD_CHARACTERS = 4096
 EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[EOS]")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 _HUB_FILES = (
-    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
-    *("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer*", "*vocab*", "tekken*", "*.model", "*.spm", "*.tiktoken", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "config.json"),
 )
+"""Patterns of the files of a tokenizer, of every format that `has_tokenizer` knows."""
 
 
 @dataclass(frozen=True)

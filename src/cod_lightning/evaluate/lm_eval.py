@@ -63,7 +63,7 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
 
 
 def without_score(manager: Any, task: str) -> str:
-    """What a name is that stands for several tasks without a common score; empty for tasks, and groups with a score."""
+    """Why a name has no score: it is a tag, or a group without an aggregate; empty if it has one."""
     if task in manager.all_tags:
         return f"{task!r} is a tag without a score of its own"
     if task in manager.all_groups and (path := yaml_path(manager, task)) is not None:

@@ -73,7 +73,7 @@ def as_tokens(batch: Any, name: str) -> Tensor:
     elif tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         problem = f"{tokens.dtype} {list(tokens.shape)}"
     elif tokens.numel() and int(tokens.min()) < 0:
-        raise UserError(f"{name}: token {int(tokens.min())} is not one: pass input_ids, not labels")
+        raise UserError(f"{name}: token {int(tokens.min())} is negative: pass input_ids, not labels")
     else:
         return tokens.long()
     raise UserError(

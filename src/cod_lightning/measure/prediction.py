@@ -50,7 +50,7 @@ from cod_lightning.memory import require_memory
 from cod_lightning.nn.config import MOST_LAYERS, DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import LAST, build_decoder, outer_stds, projection_std
-from cod_lightning.nn.norms import with_kind
+from cod_lightning.nn.norms import ALPHA, with_kind
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
 Array = np.ndarray
@@ -367,7 +367,7 @@ def norm_factors(
     size: int | None = None,
     input_scale: float = 1.0,
     fixed: bool = False,
-    alpha: float = 1.0,
+    alpha: float | None = None,
 ) -> tuple[Array, Array]:
     """The factors of a norm on the kernel q of its input, and on the kernel of a perturbation.
 
@@ -378,13 +378,14 @@ def norm_factors(
         size: number of channels; None: the hidden size.
         input_scale: of the norm.
         fixed: the input has a fixed length instead of being Gaussian.
-        alpha: initial alpha of a bounded function.
+        alpha: initial alpha of a bounded function; None: the default of its kind.
     """
     kernel = norm_kernel(q, config.norm_eps / input_scale**2)
     removed = 1.0 if fixed else norm_jacobian(size or config.hidden_size)
     if config.norm not in BOUNDED:
         return weight**2 * kernel, weight**2 * kernel * removed
     # The function reads sqrt(slope) q.
+    alpha = ALPHA[config.norm] if alpha is None else alpha
     into = (alpha / KAPPA) ** 2 * kernel if config.norm == "bhyt" else np.full_like(q, (alpha * input_scale) ** 2)
     if config.norm == "derf":
         value, derivative = np.vectorize(math.erf), lambda z: 2 / math.sqrt(math.pi) * np.exp(-(z**2))

@@ -61,12 +61,12 @@ class Measure:
 
     def why_not(self, model: Any) -> str:
         """Why it does not apply to a `ModelAdapter`; empty if it does."""
+        if model.depth < self.least_blocks:
+            return f"it needs at least {self.least_blocks} blocks, but the model has {model.depth}"
         if model.reads_images:
             return self.not_for_images
         if self.needs_targets and not model.predicts_next:
             return model.why_not_next
-        if model.depth < self.least_blocks:
-            return f"it needs at least {self.least_blocks} blocks, but the model has {model.depth}"
         return model.why_not_sparse if self.of_linear_layers else ""
 
     def check_options(self, model: Any, options: Mapping[str, Any]) -> None:

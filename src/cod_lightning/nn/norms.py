@@ -14,6 +14,9 @@ from cod_lightning.kernels.reference import BOUNDED
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.spec import BlockSpec, SublayerSpec
 
+ALPHA = {"dyt": 0.5, "derf": 0.5, "bhyt": 1.0}
+"""Initial alpha of the bounded kinds, if a strategy names none."""
+
 
 class Norm(nn.Module):
     """gain * weight * norm(x), or a bounded function of x (`reference_bounded_norm`) in place of the norm.
@@ -30,7 +33,7 @@ class Norm(nn.Module):
         spec: SublayerSpec | None = None,
         before_matmul: bool = False,
         size: int | None = None,
-        alpha: float = 1.0,
+        alpha: float | None = None,
     ):
         super().__init__()
         spec = spec or SublayerSpec()
@@ -40,7 +43,8 @@ class Norm(nn.Module):
         # norm(s x) with eps equals norm(x) with eps / s^2, so that the input needs no multiplication.
         self.eps = config.norm_eps / spec.input_scale**2
         self.before_matmul, self.backend = before_matmul, config.norm_backend
-        self.initial_weight, self.initial_alpha = spec.pre_norm_weight, alpha
+        self.initial_weight = spec.pre_norm_weight
+        self.initial_alpha = ALPHA.get(self.kind, 0.0) if alpha is None else alpha
         size = size or config.hidden_size
         self.weight = nn.Parameter(torch.empty(size)) if config.norm_affine else None
         self.input_scale, bounded = spec.input_scale, self.kind in BOUNDED

@@ -29,7 +29,7 @@ class PackagedModel:
     install: str
     """The command that installs the package."""
     convert: Callable[[Path, Path], None] | None = None
-    """Writes `file` as a folder of `transformers`; None: `load_checkpoint` reads it as it is."""
+    """Writes `file` as a folder of `transformers`; None: `load_checkpoint` reads it directly."""
 
 
 def is_packaged(name: str) -> bool:

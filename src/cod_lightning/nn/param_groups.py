@@ -81,7 +81,9 @@ def param_groups(
         raise UserError(f"the model has a strategy already: {applied}; use apply or param_groups, not both")
     where = pre_norm_sites(model, layout)
     if any(isinstance(site.block, Block) and has_rates_or_factors(site.block.spec) for site in where):
-        raise UserError("the decoder was built with a strategy: build it with norm=pre_ln, or train it as it is")
+        raise UserError(
+            "the decoder was built with a strategy: build it with norm=pre_ln, or train it with its own strategy"
+        )
     blocks = checked_specs({"name": norm, **options}, len(where) // 2)
     specs = [without_gain(sublayer, form, norm) for spec in blocks for sublayer in spec.sublayers]
     if any(spec.input_rates or spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):

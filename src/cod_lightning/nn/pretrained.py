@@ -220,14 +220,17 @@ def apply_saved_strategy(model: Any, file: str) -> None:
         raise UserError(f"{where} is not a strategy: expected its name and options, such as {{'name': 'lns'}}")
     if names := [value for value in section.values() if isinstance(value, str) and ":" in value]:
         raise UserError(
-            f"{where}: {names[0]!r} is code outside of this package, which is not imported for a checkpoint: pass "
-            "cod.fold(model).save_pretrained(...)"
+            f"{where}: {names[0]!r} is code outside of this package, which is not imported for a checkpoint: load "
+            "it with transformers, call cod.apply and cod.fold, and save it again"
         )
     try:
         checked_specs(section, depth=1)
         apply(model, section["name"], **{name: value for name, value in section.items() if name != "name"})
     except UserError as error:
-        raise UserError(f"{where} cannot be applied: {error}") from error
+        raise UserError(
+            f"{where} cannot be applied: {error}. Load the model with transformers, call cod.apply and cod.fold, and "
+            "save it again"
+        ) from error
 
 
 def load_generation_config(model: Any, source: Source) -> list[str]:

@@ -64,9 +64,9 @@ class SublayerSpec:
     """Initial value of the pre-norm's weight."""
     groups: int = 1
     """Equal parts of the hidden dimension over which the pre-norm takes its statistics."""
-    norm_alpha: Multiplier = 1.0
+    norm_alpha: Multiplier | None = None
     """Initial alpha of all norms of the sub-layer, if the block has a bounded `norm_kind`; that of the last block's
-    feed-forward network is the final norm's too."""
+    feed-forward network is the final norm's too. None: 0.5, or 1 for BHyT."""
     branch_norm: bool = False
     branch_norm_weight: float = 1.0
     """Initial value of the branch norm's weight."""
@@ -169,7 +169,7 @@ def spec_problems(spec: BlockSpec) -> list[str]:
     problems = field_problems("block", spec, BLOCK_COEFFICIENTS)
     if not problems and spec.norm_kind != "model" and any(getattr(s, "groups", 1) != 1 for s in spec.sublayers):
         problems.append(f"norm_kind={spec.norm_kind!r} with groups, which it does not have: set groups=1,")
-    if not problems and spec.norm_kind == "model" and any(getattr(s, "norm_alpha", 1) != 1 for s in spec.sublayers):
+    if not problems and spec.norm_kind == "model" and any(getattr(s, "norm_alpha", None) for s in spec.sublayers):
         problems.append("norm_alpha without a bounded norm_kind: set norm_kind, such as 'dyt',")
     for part in ("attention", "ffn"):
         sublayer = getattr(spec, part)
@@ -237,7 +237,7 @@ def mismatch(hint: Any, value: Any) -> str:
     for part in PARTS:
         if part in (hint, *arguments):
             return "" if isinstance(value, part) else part.__name__
-    if hint == Multiplier:
+    if Multiplier in (hint, *arguments):
         return "" if is_number(value) and value > 0 else "a finite number above 0"
     return "" if is_number(value) else "a finite number"
 

@@ -297,8 +297,9 @@ def change_block(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
     return replace(spec, **changes)
 
 
-def change_norms(kind: Literal["dyt", "derf", "bhyt"], spec: BlockSpec, alpha: float) -> BlockSpec:
+def change_norms(kind: Literal["dyt", "derf", "bhyt"], spec: BlockSpec, alpha: float | None) -> BlockSpec:
     """`spec` with a bounded function, which starts at `alpha`, in place of every norm."""
+    alpha = None if alpha is None else number("alpha", alpha)
     return change_block(kind, spec, norm_kind=kind).replace(norm_alpha=alpha)
 
 
@@ -354,13 +355,13 @@ def value_residual(layer: int, depth: int, form: str = "learned", base: str = "p
 def dyt(
     layer: int,
     depth: int,
-    alpha: float = 0.5,
+    alpha: float | None = None,
     attention_alpha: float | None = None,
     base: str = "pre_ln",
     **options: Any,
 ) -> BlockSpec:
-    """x + f(w tanh(a x) + b) in place of every norm, a learned from `alpha`, in attention from `attention_alpha` if
-    given (DyT), without its scale of the embeddings.
+    """x + f(w tanh(a x) + b) in place of every norm, a learned from `alpha`, 0.5 by default, in attention from
+    `attention_alpha` if given (DyT), without its scale of the embeddings.
     """
     spec = change_norms("dyt", build(base, layer, depth, options), alpha)
     if attention_alpha is None:
@@ -369,15 +370,15 @@ def dyt(
 
 
 @register
-def derf(layer: int, depth: int, alpha: float = 0.5, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """x + f(w erf(a x + s) + b) in place of every norm, a and s learned from `alpha` and 0 (Derf)."""
+def derf(layer: int, depth: int, alpha: float | None = None, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(w erf(a x + s) + b) in place of every norm, a and s learned from `alpha`, 0.5 by default, and 0 (Derf)."""
     return change_norms("derf", build(base, layer, depth, options), alpha)
 
 
 @register
-def bhyt(layer: int, depth: int, alpha: float = 1.0, base: str = "pre_ln", **options: Any) -> BlockSpec:
-    """x + f(w tanh(a x / (10 rms(x)))) in place of every norm, a learned from `alpha`: the form that the code of BHyT
-    calls BHyT*. BHyT itself estimates rms(x) before the FFN.
+def bhyt(layer: int, depth: int, alpha: float | None = None, base: str = "pre_ln", **options: Any) -> BlockSpec:
+    """x + f(w tanh(a x / (10 rms(x)))) in place of every norm, a learned from `alpha`, 1 by default: the form that the
+    code of BHyT calls BHyT*. BHyT itself estimates rms(x) before the FFN.
     """
     return change_norms("bhyt", build(base, layer, depth, options), alpha)
 

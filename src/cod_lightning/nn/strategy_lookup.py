@@ -26,7 +26,7 @@ def register(function: Strategy) -> Strategy:
     if name is None:
         raise UserError(f"{function!r} has no name to be registered under: define a function with def")
     other: Any = STRATEGIES.get(name, function)
-    if other.__module__ != function.__module__:
+    if other.__module__ not in (function.__module__, "__main__"):  # norm=script:mine imports the script again
         raise UserError(f"norm={name!r} is a strategy of {other.__module__}: give the function another name")
     STRATEGIES[name] = function
     return function

@@ -106,7 +106,10 @@ def require_visible(norm: dict[str, Any], depth: int) -> None:
         for sublayer in spec.sublayers:
             for name in (*WEIGHTS, *OPTIMIZER):
                 if getattr(sublayer, name) != getattr(default, name):
-                    raise UserError(f"norm={norm['name']!r} sets {name}, which no forward pass shows")
+                    raise UserError(
+                        f"norm={norm['name']!r} sets {name}, which no forward pass shows: verify checks "
+                        "gain and branch_scale only"
+                    )
 
 
 @torch.no_grad()

@@ -92,8 +92,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             on_first_rank(lambda: replace_path(partial, path))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        # Every rank reads it; on a GPU it is copied to the device at once, so that the host needs no memory for it.
-        return read_checkpoint(Path(path), mmap=torch.cuda.is_available())
+        return read_checkpoint(Path(path))
 
 
 def write_error(write: Callable[[], object], path: Path) -> str | None:

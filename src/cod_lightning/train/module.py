@@ -246,7 +246,8 @@ class StepModule(LightningModule, ABC):
         if (theirs := checkpoint.get("precision", ours)) != ours:
             raise UserError(
                 f"the newest checkpoint was trained in {theirs}, and trainer.precision=auto is {ours} on this machine: "
-                "resume on the kind of device that began the run, or pass resume=false to retrain"
+                "resume on the kind of device that began the run (a CPU: trainer.accelerator=cpu), or retrain with "
+                "resume=false"
             )
         self.tokens = checkpoint["tokens"]
         self.origin = checkpoint.get("init_from")

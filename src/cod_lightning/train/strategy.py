@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
 from cod_lightning.nn.weights import load_weights, shard_like
-from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_sharded
+from cod_lightning.train.checkpoint import NON_TENSORS, AtomicCheckpointIO, load_file, read_checkpoint, read_sharded
 from cod_lightning.train.devices import accelerator, precision
 
 
@@ -107,19 +107,16 @@ class Sharded(ModelParallelStrategy):
         path = Path(checkpoint_path)
         module: Any = self.lightning_module
         if path.is_dir():
+            module.check_groups(load_file(path / NON_TENSORS, path))
             checkpoint = read_sharded(path, module.state_dict(), self.optimizer_parameters())
         else:
             checkpoint = read_checkpoint(path, mmap=True)
             load_weights(module, checkpoint["state_dict"], str(path))
-        module.check_groups(checkpoint)
+            module.check_groups(checkpoint)
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             shards = {
-                # The state of a file is not sharded; Adam's step is a scalar.
-                number: {
-                    name: shard_like(value, parameters[number]) if value.shape == parameters[number].shape else value
-                    for name, value in values.items()
-                }
+                number: {name: sharded_state(value, parameters[number]) for name, value in values.items()}
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict(state | {"state": shards})
@@ -128,3 +125,11 @@ class Sharded(ModelParallelStrategy):
     def optimizer_parameters(self) -> list[Mapping[int, Tensor]]:
         """For each optimizer its parameters by number; its state is sharded like them."""
         return [dict(enumerate(p for g in o.param_groups for p in g["params"])) for o in self.optimizers]
+
+
+def sharded_state(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value of an optimizer's state, which a file has whole, sharded like its parameter.
+
+    A scalar, such as Adam's step, is copied: it would keep the file of the checkpoint mapped.
+    """
+    return shard_like(value, parameter) if value.shape == parameter.shape else value.clone()
