@@ -92,7 +92,8 @@ def param_groups(
         if hasattr(config_of(model), SCALED) or any(is_trained(site.norm) for site in where):
             raise UserError(
                 "initial_weights='scale': the model is trained, or scaled already (its norms are not at their initial "
-                "weights, or param_groups was called before): pass initial_weights='scaled'"
+                "weights, or param_groups was called before): pass initial_weights='scaled'; for a new model with the "
+                f"configuration of a scaled one, delete config.{SCALED}"
             )
         change_weights(where, specs, norm, "change")
         setattr(own_config(model), SCALED, True)
