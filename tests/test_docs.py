@@ -178,6 +178,13 @@ def test_the_strategy_table_has_the_measured_memory_and_losses():
     assert {name: loss.strip() for name, _, loss in lines if name in STRATEGIES and loss.strip()} == losses
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_the_rows_of_a_table_have_as_many_cells_as_its_header(name):
+    for table in re.findall(r"(?:^\|.*\n)+", PAGES[name], re.MULTILINE):
+        header, *rows = (re.split(r"(?<!\\)\|", line) for line in table.splitlines())
+        assert [row for row in rows if len(row) != len(header)] == []
+
+
 def test_the_table_of_positions_says_which_fold():
     lines = re.findall(r"^\| (`\w+`.*?) \| .* \| (yes|no) \|$", PAGES["strategies.md"], re.MULTILINE)
     positions = {name: folds for names, folds in lines for name in re.findall(r"`(\w+)`", names)}
