@@ -253,6 +253,11 @@ REFUSED = {
     "learned branch scales": (lambda: build("Llama"), {"norm": "layer_scale"}, "learned_branch_scale='channel'"),
     "no norms before the sub-layers": (lambda: build("Olmo2"), {"norm": "lns"}, "no norms before its sub-layers"),
     "an unknown layout": (PlainModel, {"norm": "lns"}, "layout=Layout"),
+    "a wrapper": (
+        lambda: nn.DataParallel(build("Llama")),
+        {"norm": "lns"},
+        "DataParallel wraps a LlamaForCausalLM: pass its module 'module'",
+    ),
     "an unknown module": (PlainModel, {"norm": "lns", "layout": Layout("h", ("a", "b"), ("c", "d"))}, "no module 'h'"),
     "rates of the optimizer": (lambda: build("Llama"), {"norm": "lns_as_rates"}, "param_groups(model, 'lns_as_rates'"),
     "an unknown strategy": (lambda: build("Llama"), {"norm": "lnss"}, "lns"),

@@ -131,8 +131,13 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
     """`sites` of a model that can take a strategy.
 
     Raises:
-        UserError: as `sites`, no norms before the sub-layers are known, or two sub-layers share a norm or a branch.
+        UserError: as `sites`, the model is inside a wrapper such as DDP or PEFT's, no norms before the sub-layers are
+            known, or two sub-layers share a norm or a branch.
     """
+    if layout is None and known_layout(model) is None:
+        for path, module in model.named_modules():
+            if known_layout(module) is not None:
+                raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
     layout = layout or find_layout(model)
     if layout.norms is None:
         raise UserError(
@@ -196,15 +201,21 @@ def find_layout(model: nn.Module) -> Layout:
     Raises:
         UserError: the model is laid out in another way.
     """
-    name = type(model).__name__
+    if (layout := known_layout(model)) is None:
+        raise UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
+    return layout
+
+
+def known_layout(model: nn.Module) -> Layout | None:
+    """The first of `LAYOUTS` whose modules a model has."""
     for layout in LAYOUTS:
         try:
             sites(model, layout)
-            submodule(model, layout.final_norm or "", name)
+            submodule(model, layout.final_norm or "", "")
         except UserError:
             continue
         return layout
-    raise UserError(f"{name} has an unknown layout; {HINT}")
+    return None
 
 
 def submodule(module: nn.Module, path: str, name: str) -> Any:
