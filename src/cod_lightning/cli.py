@@ -34,7 +34,7 @@ from cod_lightning.commands import (
     verify,
 )
 from cod_lightning.commands.options import refuse_repeated
-from cod_lightning.errors import TRY_AGAIN, Stopped, UserError, first_line, nearest, no_permission
+from cod_lightning.errors import CTRL_C, Stopped, UserError, first_line, nearest, no_permission
 from cod_lightning.signals import stopping
 from cod_lightning.train.ranks import is_first_on_node
 
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, 2 after a `UserError`, `TRY_AGAIN` after an interruption, or 130 after Ctrl-C.
+        The exit status: 0, 2 after a `UserError`, `TRY_AGAIN` after an interruption, or `CTRL_C`.
     """
     # Waiting threads of libgomp spin: on 2 busy cores a step with 2 threads takes 18 times as long. With this bound
     # it takes 2 to 3 times as long, and no longer than before on an idle machine.
@@ -155,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = "without resume=false, " if "resume=false" in words else ""
         print(f"{reason}\n{again}run the same command again to resume", file=sys.stderr)
         # Lightning kills this process if a rank that it launched fails, so only the first rank reports the status.
-        return TRY_AGAIN if is_first_on_node() else 0
+        return reason.status if is_first_on_node() else 0
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
-        return 130
+        return CTRL_C
 
 
 def refuse(message: str) -> int:

@@ -1,6 +1,7 @@
 """Exceptions, and helpers for their messages."""
 
 import difflib
+import signal
 from collections.abc import Iterable, Sequence
 
 
@@ -19,12 +20,22 @@ class Stopped(BaseException):
     """A command was interrupted from outside; the same command resumes it.
 
     Signal handlers raise it anywhere, so `except Exception` must not catch it, as with KeyboardInterrupt. The command
-    line prints the reason and exits with status `TRY_AGAIN`.
+    line prints the reason and exits with `status`.
+
+    Args:
+        reason: the message.
+        number: the signal that stopped a run; after SIGINT a scheduler must not requeue it.
     """
+
+    def __init__(self, reason: str, number: int | None = None):
+        super().__init__(reason)
+        self.status = CTRL_C if number == signal.SIGINT else TRY_AGAIN
 
 
 TRY_AGAIN = 75
 """Exit status EX_TEMPFAIL of sysexits.h: a scheduler may requeue the job."""
+CTRL_C = 130
+"""Exit status of a shell for a command that SIGINT ended."""
 
 DAMAGED = (OSError, ValueError, RecursionError)
 """Exceptions of reading a JSON file that is missing, not UTF-8, not JSON, or nested too deeply."""

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,13 +28,13 @@ def raise_stopped(number: int, frame: Any) -> None:
     raise Stopped(f"interrupted by {signal.Signals(number).name}")
 
 
-def install(handler: Callable[[int, Any], Any]) -> None:
-    """Let `handler` handle `STOP_SIGNALS`; those that are ignored from the start stay so (nohup), except SIGTERM.
+def install(handler: Callable[[int, Any], Any], numbers: Iterable[int] = STOP_SIGNALS) -> None:
+    """Let `handler` handle signals; those that are ignored from the start stay so (nohup), except SIGTERM.
 
     Only the main thread can install handlers: in another one this does nothing.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
+        for number in numbers:
             if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handler)
 
@@ -57,16 +57,22 @@ def ignore_once() -> None:
 
 @contextmanager
 def stopping() -> Generator[None]:
-    """Raise `Stopped` on a stop signal, and end with the command that started this process, while the block runs."""
+    """Raise `Stopped` on a stop signal, and end with the command that started this process, while the block runs.
+
+    A run of a sweep ignores Ctrl-C, which the terminal sends to it too: the sweep stops it by SIGTERM.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOP_SIGNALS)}
     parent = os.environ.get(PARENT)
     install(raise_stopped)
     if parent == str(os.getppid()):
-        # A rank may wait for a lost one where no handler runs; a run of a sweep saves a checkpoint.
-        end_with_parent(signal.SIGKILL if "LOCAL_RANK" in os.environ else signal.SIGTERM)
+        if "LOCAL_RANK" in os.environ:
+            end_with_parent(signal.SIGKILL)  # a rank may wait for a lost one where no handler runs
+        else:
+            end_with_parent(signal.SIGTERM)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[PARENT] = str(os.getpid())
     try:
         yield

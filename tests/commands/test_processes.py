@@ -60,19 +60,41 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=names(STOP_SIGNALS))
-def test_training_saves_a_checkpoint_and_stops(number, train, tmp_path, monkeypatch):
+@pytest.fixture
+def train_signalled(train, monkeypatch):
+    """`train_signalled(*numbers)` trains a run that receives these signals after step 3."""
     from cod_lightning.train import run
 
-    class Sender(Callback):
-        def on_train_batch_end(self, trainer, *arguments):
-            if trainer.global_step == 3:
-                signal.raise_signal(number)
+    def train_until(*numbers):
+        class Sender(Callback):
+            def on_train_batch_end(self, trainer, *arguments):
+                if trainer.global_step == 3:
+                    for number in numbers:
+                        signal.raise_signal(number)
 
-    monkeypatch.setattr(run, "probes", lambda *arguments: [Sender()])
-    with pytest.raises(Stopped, match="interrupted at step 4; checkpoint saved"):
+        monkeypatch.setattr(run, "probes", lambda *arguments: [Sender()])
         train("name=run", "trainer.checkpoint_every=100", "eval.every=100")
+
+    return train_until
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [*((number, 75) for number in STOP_SIGNALS), (signal.SIGINT, 130)],
+    ids=[*names(STOP_SIGNALS), "SIGINT"],
+)
+def test_training_saves_a_checkpoint_and_stops(number, status, train_signalled, tmp_path):
+    with pytest.raises(Stopped, match="interrupted at step 4; checkpoint saved") as stopped:
+        train_signalled(number)
+    assert stopped.value.status == status
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000004.ckpt"]
+
+
+def test_a_second_ctrl_c_interrupts_training_at_once(train_signalled, capfd, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_signalled(signal.SIGINT, signal.SIGINT)
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    assert not checkpoints(tmp_path / "run" / "checkpoints")
 
 
 def test_the_process_id_of_the_parent_does_not_leak(monkeypatch):
@@ -96,6 +118,7 @@ try:
         time.sleep(100)
 except Stopped:
     Path(f"{name}.stopped").touch()
+    time.sleep(float(os.environ.get("SAVING", 0)))
     sys.exit(75)
 """
 """Stands for the interpreter of a child process."""
@@ -150,18 +173,37 @@ def start(script, folder, *arguments):
     return subprocess.Popen(command, start_new_session=True, preexec_fn=defaults, **streams)
 
 
+def start_sweep(folder):
+    """A sweep, two of whose runs have started."""
+    python = folder / "python"
+    python.write_text(f"#!{sys.executable}\n{CHILD}")
+    python.chmod(0o755)
+    process = start(POOL, folder, python)
+    wait_until(lambda: len(list(folder.glob("*.started"))) == 2)
+    return process
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", ALL, ids=names(ALL))
 def test_a_signal_to_a_sweep_stops_its_runs(number, running, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f"#!{sys.executable}\n{CHILD}")
-    python.chmod(0o755)
-    process = start(POOL, tmp_path, python)
-    wait_until(lambda: len(list(tmp_path.glob("*.started"))) == 2)
-    process.send_signal(number)
+    process = start_sweep(tmp_path)
+    # A terminal signals all processes of a command.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     assert process.wait(10) == (-number if number == signal.SIGKILL else 75), process.communicate()
     wait_until(lambda: not running(process.pid), 10)
     assert len(list(tmp_path.glob("*.stopped"))) == 2
+    process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_second_ctrl_c_kills_the_runs_of_a_sweep(running, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAVING", "100")
+    process = start_sweep(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_until(lambda: len(list(tmp_path.glob("*.stopped"))) == 2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(10) not in (0, 75), process.communicate()
+    wait_until(lambda: not running(process.pid), 10)
     process.communicate()
 
 

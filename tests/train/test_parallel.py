@@ -427,10 +427,11 @@ def test_a_run_interrupted_before_a_validation_resumes_with_it(train, monkeypatc
     whole, _ = train(*words, "name=whole")
     install_handler, calls = StopOnSignal.install_handler, []
 
-    def stop_in_the_second_validation(self, module):
+    def stop_in_the_second_validation(self, trainer, module):
         calls.append(module)
-        module.stop_requested = len(calls) == 3  # the fit, the first validation, the second
-        install_handler(self, module)
+        if len(calls) == 3:  # the fit, the first validation, the second
+            module.stop_signal = signal.SIGTERM
+        install_handler(self, trainer, module)
 
     with monkeypatch.context() as patch:
         patch.setattr(StopOnSignal, "install_handler", stop_in_the_second_validation)

@@ -17,7 +17,7 @@ class CommandPool(ThreadPoolExecutor):
     """Threads that run commands of this package in child processes.
 
     An exception in the block, such as `Stopped` by a signal, stops the children: each saves a checkpoint and ends. The
-    pool waits for them. They also stop if this process is killed.
+    pool waits for them; another Ctrl-C kills them. They also stop if this process is killed.
 
     Args:
         jobs: number of commands that run at the same time; they share the CPU cores.
@@ -36,7 +36,13 @@ class CommandPool(ThreadPoolExecutor):
                 self.stopped = True
                 for child in self.children:
                     child.terminate()
-        super().__exit__(exc_type, exc_val, exc_tb)
+        try:
+            super().__exit__(exc_type, exc_val, exc_tb)
+        except KeyboardInterrupt:
+            with self.lock:
+                for child in self.children:
+                    child.kill()
+            raise
         if exc_type is KeyboardInterrupt:
             raise Stopped("interrupted by SIGINT") from exc_val
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -40,6 +42,9 @@ over all blocks if the series has no `layer`."""
 
 MAX_FIGURES = 8
 """The number of figures of a measure in the loggers, besides the one of step 0 (see `is_figure_step`)."""
+
+STOPPING = b"\nfinishing the step to save a checkpoint; Ctrl-C again stops at once, without a checkpoint\n"
+"""The answer to the first Ctrl-C."""
 
 LOSSES = {"train/loss": "Loss/train", "val/val_loss": "Loss/val"}
 """Tags of the losses in the loggers: TensorBoard sorts upper case first, so it opens on them."""
@@ -156,24 +161,34 @@ class Recorder(Callback):
 
 
 class StopOnSignal(Callback):
-    """Stops cleanly on any of `STOP_SIGNALS`, on all ranks after the same step or validation batch.
+    """Stops cleanly on SIGINT and any of `STOP_SIGNALS`, on all ranks after the same step or validation batch.
 
-    After a step, `Checkpoints` saves and stops. During a validation there already is a checkpoint of its step.
+    After a step, `Checkpoints` saves and stops. During a validation there already is a checkpoint of its step. A second
+    SIGINT interrupts at once.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.install_handler(pl_module)
+        self.install_handler(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.install_handler(pl_module)
+        self.install_handler(trainer, pl_module)
 
-    def install_handler(self, pl_module: Any) -> None:
+    def install_handler(self, trainer: Trainer, pl_module: Any) -> None:
         """Replace Lightning's SIGTERM handler, which starts a collective at an arbitrary point."""
-        signals.install(lambda number, frame: setattr(pl_module, "stop_requested", True))
+
+        def request_stop(number: int, frame: Any) -> None:
+            if number == signal.SIGINT and pl_module.stop_signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            pl_module.stop_signal = number
+            if number == signal.SIGINT and trainer.is_global_zero:
+                os.write(2, STOPPING)  # print fails in a handler that interrupts a print
+
+        signals.install(request_stop, (*signals.STOP_SIGNALS, signal.SIGINT))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *arguments: Any, **named: Any) -> None:
-        if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_requested))).item():
-            raise Stopped(f"interrupted in the validation after step {trainer.global_step}")
+        if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_signal is not None))).item():
+            reason = f"interrupted in the validation after step {trainer.global_step}"
+            raise Stopped(reason, pl_module.stop_signal)
 
 
 class ProbeCallback(Callback, ABC):

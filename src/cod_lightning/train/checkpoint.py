@@ -415,7 +415,7 @@ class Checkpoints(Checkpoint):
                 for old in checkpoints(self.folder)[: -self.keep]:
                     remove(old)
         if pl_module.should_stop and step < trainer.max_steps:
-            raise Stopped(f"interrupted at step {step}; checkpoint saved")
+            raise Stopped(f"interrupted at step {step}; checkpoint saved", pl_module.stop_signal)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = trainer.global_step

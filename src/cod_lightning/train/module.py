@@ -62,8 +62,8 @@ class StepModule(LightningModule, ABC):
         """The step of the initial weights, from which `branch_schedule` continues."""
         self.origin: dict[str, Any] | None = None
         """The entry `init_from` of a checkpoint and a record: path and step of the initial weights."""
-        self.stop_requested = False
-        """This process received a stop signal."""
+        self.stop_signal: int | None = None
+        """The last signal that asked this process to stop."""
         self.should_stop = False
         """Some rank received a stop signal before this step; the same on all ranks."""
         self.tokens = 0
@@ -166,7 +166,7 @@ class StepModule(LightningModule, ABC):
         inputs, targets = self.inputs_and_targets(batch)
         size = self.micro_batch_size
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
-        stop = torch.tensor(int(self.stop_requested), device=inputs.device)
+        stop = torch.tensor(int(self.stop_signal is not None), device=inputs.device)
         count, tokens, stops = self.sum_over_ranks((targets != IGNORE).sum(), self.count_tokens(inputs), stop).tolist()
         self.should_stop = stops > 0
         total = torch.zeros((), device=inputs.device, dtype=torch.float64)
