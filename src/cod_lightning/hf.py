@@ -24,7 +24,8 @@ class DepthMonitorCallback(TrainerCallback):
         self.trainer, self.monitor = trainer, DepthMonitor(**options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.log(state, control, others["model"])
+        if state.global_step == 0:  # a resumed training has measured its step before it saved the checkpoint
+            self.log(state, control, others["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.log(state, control, others["model"])

@@ -162,7 +162,7 @@ def test_the_mean_jacobian_agrees_with_torch(torch_jacobians):
 def test_products_with_the_jacobian_agree_with_torch(torch_jacobians):
     model, batch, jacobians = torch_jacobians
     for (x, block), whole in zip(pairs(model, batch), jacobians, strict=True):
-        with differentiable():
+        with differentiable(model.model):
             product = jvp_and_vjp(block, x)[0](torch.ones_like(x))
         torch.testing.assert_close(product[0], whole.double().sum((2, 3)), rtol=1e-4, atol=1e-4)
 
@@ -174,7 +174,7 @@ def test_products_agree_with_forward_mode_under_every_wiring(strategy):
     for name, parameter in model.model.named_parameters():
         if name.endswith("gate"):
             nn.init.constant_(parameter, 0.7)
-    with differentiable():
+    with differentiable(model.model):
         for x, block in blocks:
             v = torch.randn_like(x)
             expected = torch.func.jvp(block, (x,), (v,))[1].double()
@@ -240,7 +240,7 @@ def test_rows_are_weighted_by_their_length():
 
 def test_rows_of_a_full_jacobian_are_outputs():
     weight, x = matrix(7), torch.zeros(2, 1, WIDTH)
-    with differentiable():
+    with differentiable(nn.Identity()):
         product = vjp(lambda x: x @ weight.T, x)
         full = full_jacobian(lambda v: product(v[:, None])[:, 0], x)
     torch.testing.assert_close(full, weight.double().expand(2, -1, -1))

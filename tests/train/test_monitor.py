@@ -7,7 +7,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import cod_lightning as cod
@@ -160,9 +163,57 @@ def test_the_hugging_face_trainer_trains_the_same_and_logs_the_monitor(llama, tm
         assert logged == pytest.approx({step: numbers[name] for step, numbers in measured.items()})
 
 
+def test_a_resumed_training_does_not_measure_its_first_step_again(llama):
+    callback = cod.hf.DepthMonitorCallback(probe=PROBE, every=2, measures=["variance"])
+    for step, logged in ((0, [0]), (2, [])):
+        state = transformers.TrainerState(global_step=step)
+        callback.on_train_begin(None, state, None, model=llama)
+        assert [row["step"] for row in state.log_history] == logged
+
+
 def test_a_compiled_model_is_monitored(llama):
     compiled = torch.compile(deepcopy(llama), backend="eager")
     assert monitor(["variance"]).step(compiled, 0) == monitor(["variance"]).step(llama, 0)
+
+
+def with_accelerate(model):
+    accelerate = pytest.importorskip("accelerate")
+    reset = accelerate.state.AcceleratorState._reset_state
+    reset(reset_partial_state=True)  # the Trainer of another test has set the precision of this process
+    wrapped = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    reset(reset_partial_state=True)
+    return wrapped
+
+
+def with_fabric(model):
+    return Fabric(accelerator="cpu", devices=1, precision="bf16-mixed").setup(model)
+
+
+@pytest.mark.parametrize("wrap", [with_accelerate, with_fabric, torch.nn.DataParallel])
+def test_a_model_in_mixed_precision_is_measured_in_that_of_its_weights(llama, wrap):
+    wrapped = wrap(deepcopy(llama))
+    measures = ["variance", "gradient_norm", "jacobian"]
+    assert monitor(measures).measure(wrapped) == monitor(measures).measure(llama)
+    assert cod.measure.variance(wrapped, PROBE).series() == cod.measure.variance(llama, PROBE).series()
+
+
+@pytest.fixture
+def sharded(llama, tmp_path):
+    """A model under FSDP2, with one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    model = deepcopy(llama)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    yield fully_shard(model, mesh=mesh)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["gradient_norm", "jacobian", "gain", "jacobian_map", "theory"])
+def test_a_gradient_of_a_sharded_model_is_refused(sharded, name):
+    """A Jacobian of one ended the process with SIGSEGV."""
+    with pytest.raises(UserError, match="support sharded parameters"):
+        monitor([name]).measure(sharded)
 
 
 @pytest.mark.parametrize("name", sorted(MONITORED))

@@ -10,8 +10,8 @@ A measure is a function (model, batches, pad_id, progress, *, options) -> `Resul
 
 It raises a `UserError` if an option is invalid, or if there are no tokens, or no targets for a loss.
 
-Every name of `registry.MEASURES` is a function of this package that also takes a plain model and one batch. It measures
-in evaluation mode, and refuses a model whose layout cannot be proved (`adapter.check_layout`) or batches that it
+Every name of `registry.MEASURES` is a function of this package that also takes a plain model, or a module that wraps or holds
+one, and one batch. It measures in evaluation mode, and refuses a model whose layout cannot be proved (`adapter.check_layout`) or batches that it
 cannot read (`batches.checked_tokens`):
 
     result = cod.measure.angular(model, tokenizer(texts, return_tensors="pt"))
@@ -32,11 +32,11 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
     @wraps(entry.measure)
     def measure(model: Any, batches: Any, pad_id: int | None = None, progress: Any = None, **options: Any) -> Any:
-        from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode
+        from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode, find_model
         from cod_lightning.measure.batches import checked_batches
 
         if not isinstance(model, ModelAdapter):
-            model = ModelAdapter(model, type(model).__name__)
+            model = find_model(model)
         batches = checked_batches(model, batches, pad_id)
         with evaluation_mode(model.model):
             check_layout(model)

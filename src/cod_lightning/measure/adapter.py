@@ -186,7 +186,7 @@ class ModelAdapter:
         options: dict[str, Any] = {}
         if last and "logits_to_keep" in signature(self.model.forward).parameters:
             options["logits_to_keep"] = last
-        with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
+        with torch.compiler.set_stance("force_eager"), without_autocast(self.model), ExitStack() as handles:
             if isinstance(batch, Images):
                 return self.model(batch.pixels, hook=hook)[:, None]
             if isinstance(self.model, Decoder):
@@ -282,6 +282,36 @@ class ModelAdapter:
             yield
         finally:
             setattr(stack, name, original)
+
+
+def find_model(module: Any) -> ModelAdapter:
+    """The language model that a module is, wraps or holds.
+
+    Raises:
+        UserError: there is none that is laid out in a known way.
+    """
+    for candidate in module.modules() if isinstance(module, nn.Module) else ():
+        try:
+            adapter = ModelAdapter(candidate, type(candidate).__name__)
+        except UserError:
+            continue
+        if adapter.layout.blocks.partition(".")[0] in candidate._modules:
+            return adapter  # no wrapper that only forwards attributes, and may autocast, as Fabric's
+    return ModelAdapter(module, type(module).__name__)  # raises, naming the module
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Generator[None]:
+    """Undo the wrapper of `accelerate` around `forward` inside the `with`: blocks that run alone have none."""
+    own: dict[str, Any] = vars(model)
+    if not {"forward", "_original_forward"} <= own.keys():
+        yield
+        return
+    wrapped, own["forward"] = own["forward"], own["_original_forward"]
+    try:
+        yield
+    finally:
+        own["forward"] = wrapped
 
 
 @contextmanager

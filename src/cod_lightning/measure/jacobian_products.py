@@ -17,19 +17,27 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.weights import is_sharded
 
 LinearMap = Callable[[Tensor], Tensor]
 """A batch of matrices times a batch of vectors."""
 
 
 @contextmanager
-def differentiable() -> Generator[None]:
+def differentiable(model: nn.Module) -> Generator[None]:
     """Use kernels that `torch.func` can differentiate twice: attention as plain products, nothing compiled.
 
     Gradients are off outside the transforms of `torch.func`, so none are recorded for the parameters.
+
+    Raises:
+        UserError: the model is sharded, for which `torch.func` can end the process (torch 2.13, SIGSEGV).
     """
+    if is_sharded(model):
+        raise UserError("Jacobians (jacobian, gain, jacobian_map, theory) do not support sharded parameters (FSDP)")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         yield
 

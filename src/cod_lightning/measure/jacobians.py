@@ -175,7 +175,7 @@ def jacobian(
     generator = torch.Generator().manual_seed(seed)
     samples: dict[int, list[Tensor]] = {layer: [] for layer in chosen}
     weights: list[Tensor] = []
-    with differentiable():
+    with differentiable(model.model):
         for block in iter_blocks_with_positions(model, batches, pad_id, chosen, tokens, generator, progress):
             x = block.x
             forward, backward = jvp_and_vjp(block.function, x)
@@ -236,7 +236,7 @@ def mean_jacobian(
     generator = torch.Generator().manual_seed(seed)
     totals = {layer: torch.zeros(model.hidden, model.hidden, dtype=torch.float64) for layer in chosen}
     count, total = 0, 0.0
-    with differentiable():
+    with differentiable(model.model):
         for block in iter_blocks_with_positions(model, batches, pad_id, chosen, tokens, generator, progress):
             backward = vjp(block.function, block.x)
             for position, weight in zip(block.positions.T, block.weights.T, strict=True):
@@ -279,7 +279,7 @@ def jacobian_growth(
     masked_batches = list(iter_batches(model, batches, pad_id))
     spectral, squares = RunningMean(), RunningMean()
     advance = step_counter(progress, len(masked_batches) * len(chosen))
-    with differentiable():
+    with differentiable(model.model):
         for batch, keep in masked_batches:
             batch, keep = batch[keep.any(1)], keep[keep.any(1)]
             inputs, functions = model.block_functions(batch, keep)

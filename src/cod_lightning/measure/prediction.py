@@ -145,7 +145,7 @@ def measured(decoder: Decoder, seed: int) -> dict[str, list[float]]:
     loss: Any = decoder(tokens, next_tokens(tokens), lambda name, _, x: name == "residual" and streams.append(x))
     gradients = torch.autograd.grad(loss.total / loss.counts.sum(), streams)
     gain = []
-    with differentiable():
+    with differentiable(decoder):
         inputs, functions = ModelAdapter(decoder).block_functions(tokens)
         v = rademacher(inputs[0].shape, generator, inputs[0].device)
         for function, x in zip(functions, inputs, strict=True):

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Attention, Block, Decoder, Residual
@@ -16,7 +15,7 @@ from cod_lightning.nn.norms import Norm
 from cod_lightning.nn.parallel import Model
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 from cod_lightning.nn.vit import VisionTransformer
-from cod_lightning.nn.weights import copy_
+from cod_lightning.nn.weights import copy_, is_sharded
 
 M = TypeVar("M", bound=Model)
 
@@ -171,7 +170,7 @@ def profile_skips(model: Model, seed: int) -> None:
     skips = residual_skips(model)
     if all(skip is None for skip in skips):
         return
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if is_sharded(model):
         with torch.device("meta"):
             whole = model.empty_like()
         for skip, values in zip(skips, residual_skips(initialise(whole.to_empty(device="cpu"), seed)), strict=True):

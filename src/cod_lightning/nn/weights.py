@@ -11,6 +11,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from cod_lightning.errors import UserError
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a parameter is sharded, as by FSDP2."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def to_local(tensor: Tensor) -> Tensor:
     """The shard of `tensor` that this rank holds; `tensor` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

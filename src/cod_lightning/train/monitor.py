@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.activation_stats import token_variance
-from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode
+from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode, find_model
 from cod_lightning.measure.batches import as_tokens, checked_tokens, token_mask
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.nn.weights import is_sharded
 from cod_lightning.train.callbacks import TRAINING_MEASURES, layer_scalars
 
 Series = dict[str, list[Any]]
@@ -93,7 +93,8 @@ class DepthMonitor(Callback):
         return numbers
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.record(trainer, pl_module)
+        if trainer.global_step == 0:  # a resumed training has measured its step before it saved the checkpoint
+            self.record(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.record(trainer, pl_module)
@@ -103,20 +104,6 @@ class DepthMonitor(Callback):
         if numbers := self.step(pl_module, trainer.global_step):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
-
-
-def find_model(module: nn.Module) -> ModelAdapter:
-    """The language model that a module is, wraps or holds.
-
-    Raises:
-        UserError: there is none that is laid out in a known way.
-    """
-    for candidate in module.modules():
-        try:
-            return ModelAdapter(candidate)
-        except UserError:
-            continue
-    return ModelAdapter(module)  # raises, naming the module
 
 
 @torch.no_grad()
@@ -137,7 +124,7 @@ def variance(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
 def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
     """L2 norm of the gradient of the mean loss with respect to every block's parameters; `.grad` stays as it is."""
     parameters = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
-    if any(isinstance(parameter, DTensor) for block in parameters for parameter in block):
+    if is_sharded(model.model):
         raise UserError("measures: gradient_norm does not support sharded parameters (FSDP): leave it out")
     with torch.enable_grad():
         logits = model.logits(tokens).float().flatten(0, 1)
