@@ -10,9 +10,9 @@ A measure is a function (model, batches, pad_id, progress, *, options) -> `Resul
 
 It raises a `UserError` if an option is invalid, or if there are no tokens, or no targets for a loss.
 
-Every name of `registry.MEASURES` is a function of this package that also takes a plain model, or a module that wraps or holds
-one, and one batch. It measures in evaluation mode, and refuses a model whose layout cannot be proved (`adapter.check_layout`) or batches that it
-cannot read (`batches.checked_tokens`):
+Every name of `registry.MEASURES` is a function of this package that also takes a plain model, or a module that wraps or
+holds one, and one batch. It measures in evaluation mode, and refuses a model whose layout cannot be proved
+(`adapter.check_layout`) or batches that it cannot read (`batches.checked_tokens`):
 
     result = cod.measure.angular(model, tokenizer(texts, return_tensors="pt"))
     result.plot(), result.to_pandas(), result.save("folder", "angular")
