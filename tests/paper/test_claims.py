@@ -9,7 +9,7 @@ from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, tabl
 
 from cod_lightning.paper.claims import Column, Metric, by_target, columns
 from cod_lightning.paper.findings import finding_results, quantity_rows, smaller
-from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, Sample
+from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNLIKE, Sample
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_experiments_with_the_same_runs_are_one_column():
     (column,) = columns([small, large])
     assert column.heading == "130M, 250M"
     post_ln = next(c for c in column.comparisons if c.row.name == "post_ln")
-    assert [post_ln.direction(published) for published in post_ln.published] == [OPPOSITE, OPPOSITE]
+    assert [post_ln.direction(published) for published in post_ln.published] == [OPPOSITE, UNLIKE]
     other = replace(large, rows=(replace(large.rows[0], run_id="another shape"), *large.rows[1:]))
     assert len(columns([small, other])) == 2
 
@@ -143,29 +143,31 @@ def test_a_finding_about_rows_that_were_not_run_is_left_out():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_measure_that_is_not_finite_is_left_out_of_a_finding(loss):
-    def seeds(third):
-        return [run(seed, 5.0, removal={"loss": 2.0, "losses": [third, 2.1]}) for seed, third in ((1, loss), (2, 2.5))]
-
-    column = Column((table(row("pre_ln", None, *seeds(1)), row("lns", None, *seeds(2)), target="Figure 7"),))
+    runs = [
+        run(seed, 5.0, removal={"loss": 2.0, "losses": [2.1, second, 2.2]}) for seed, second in ((1, loss), (2, 2.5))
+    ]
+    column = Column((table(row("pre_ln", None, *runs), row("lns", None, *runs), target="Figure 7"),))
     assert {result.difference.n for result in finding_results(column)} == {1}
     assert all("nan" not in cell and "inf" not in cell for cells in quantity_rows(column) for cell in cells)
 
 
 def test_a_ratio_with_zero_is_no_finding():
+    identity = run(1, 5.0, jacobian={"distance": [0.1, 0.1, 0.0]})
+    assert finding_results(Column((table(row("pre_ln", None, identity), target="Figure 5"),))) == []
     assert smaller("less", "a", "b", lambda run: float(run.seed)).evaluate([run(0, 5.0), run(1, 5.0)]) is None
 
 
 @pytest.mark.parametrize(("lns", "pre_ln", "direction"), [("even", "uneven", SAME), ("uneven", "even", OPPOSITE)])
 def test_blocks_matter_more_evenly_if_the_costliest_has_less_of_the_cost(lns, pre_ln, direction):
-    """The first block has 1 / 1.2 of 1.0 + 0.1 + 0.1 + 0.0, and a quarter of four times 0.5."""
-    losses = {"uneven": [3.0, 2.1, 2.1, 2.0], "even": [2.5] * 4}
+    """Without the first block: the second has 1 / 1.2 of 1.0 + 0.1 + 0.1, and a third of three times 0.5."""
+    losses = {"uneven": [9.0, 3.0, 2.1, 2.1], "even": [2.1, 2.5, 2.5, 2.5]}
     rows = [
         row(name, None, *(run(seed, 5.0, removal={"loss": 2.0, "losses": losses[kind]}) for seed in (1, 2)))
         for name, kind in (("pre_ln", pre_ln), ("lns", lns))
     ]
     result = finding_results(Column((table(*rows, target="Figure 7"),)))[0]
     assert result.direction == direction
-    assert abs(result.difference.mean) == pytest.approx(math.log(4 / 1.2))
+    assert abs(result.difference.mean) == pytest.approx(math.log(3 / 1.2))
 
 
 def test_an_experiment_of_ours_is_compared_without_published_figures():

@@ -84,16 +84,17 @@ def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiment
     assert "Other claims at scale=toy (our difference ± half its 95 % interval):" in text
 
 
-def test_runs_that_diverged_are_counted_beside_the_difference_of_the_others():
+def test_a_row_with_a_diverged_run_has_no_difference():
     rows = [
-        row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5), diverged(3)),
+        row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5), run(3, 5.2)),
         row("lns", 19.0, run(1, 4.6), run(2, 5.1), diverged(3), diverged(4)),
         row("post_ln", 20.1, diverged(1), diverged(2)),
+        row("mix_ln", 19.5, run(1, 4.9), run(2, 5.3), run(3, 5.2)),
     ]
     markdown = build_report(published_and(table(*rows))).markdown
-    assert "0.400; pre_ln: 1 of 3 diverged; lns: 2 of 4 diverged)" in markdown
+    assert "LNS cannot be compared with Pre-LN; lns: 2 of 4 diverged." in markdown
     at_a_glance = tables_of(markdown)["## At a glance"]
-    assert at_a_glance[1][-2:] == ["lns (2 of 4 diverged)", "post_ln"]
+    assert at_a_glance[1][-2:] == ["mix_ln", "lns; post_ln"]
 
 
 def test_one_test_with_two_labels_is_named_once():
@@ -172,6 +173,16 @@ def test_the_best_rows_and_omitted_seeds_are_named():
         "Left out of the differences for lack of a pair: lns, seed 3.",
     ]
     assert comparison_table(Column((table(*rows),))).rows[1][3] == "**-0.950 ± 0.635** (2 pairs)"
+
+
+def test_the_first_three_seeds_and_rows_equal_to_the_best_are_named():
+    losses = {"pre_ln": [5.0, 5.1, 5.0, 5.1], "lns": [4.9, 5.0, 4.9, 3.9], "post_ln": [4.8, 5.1, 4.8, 4.1]}
+    rows = [row(name, 20.0, *(run(seed, loss) for seed, loss in enumerate(own))) for name, own in losses.items()]
+    lines = summary_lines(Column((table(*rows),)))
+    assert lines[1:3] == [
+        "The first three seeds alone: lns (-0.100 ± 0.000) and post_ln (-0.133 ± 0.287).",
+        "Lowest perplexity: lns here (within noise of it: pre_ln and post_ln); lns in the paper (130M).",
+    ]
 
 
 def test_rows_that_did_not_train_or_diverged_are_marked():
@@ -340,6 +351,7 @@ def test_a_rate_at_which_some_runs_fail_is_not_the_best():
         columns.append(Column((table(row("pre_ln", None, run(1, 5.0)), row("lns", None, *lns), column=rate),)))
     best = tuned_rows(columns)[0]
     assert (best.row.name, best.rate, best.rates, best.good) == ("lns", "1 x", ("1 x", "2 x", "4 x"), ("1 x",))
+    assert best.edge == "the lowest run"
     assert tuned_strategies_table(tuned_rows(columns[2:])).rows[1][2] == "diverged"
 
 
@@ -411,11 +423,11 @@ def test_figures_have_tables_of_their_numbers(all_figures):
     first_rows = {
         heading: rows[1][1:] for heading, rows in tables_of(all_figures.markdown).items() if "ours at" in heading
     }
-    assert first_rows["### Figure 7: ours at scale=toy"] == ["0.1 ± 0", "0.045 ± 0", "2"]
+    assert first_rows["### Figure 7: ours at scale=toy"] == ["0.1 ± 0", "0 ± 0", "0.045 ± 0", "2"]
     assert first_rows["### Figure 4: ours at scale=toy"] == ["24 ± 0", "24 ± 0", "1.14 ± 0", "2"]
     assert first_rows["### Figure 5: ours at scale=toy"] == ["0.2 ± 0", "0.1 ± 0", "1 ± 0", "2"]
     assert first_rows["### Figure 9: ours at scale=toy"] == ["9 ± 0", "14 ± 0", "2"]
-    assert first_rows["### Theory: ours at scale=toy"] == ["2 ± 0", "0.9 ± 0", "1 ± 0", "3 ± 0", "2"]
+    assert first_rows["### Theory: ours at scale=toy"] == ["2 ± 0", "0.9 ± 0", "0.585 ± 0", "1 ± 0", "3 ± 0", "2"]
 
 
 def test_the_papers_findings_are_compared(all_figures):
@@ -451,7 +463,7 @@ def test_a_pretrained_model_is_measured_without_a_run():
         "figure2_paper.png": b"\x89PNG",
         "figure2_paper.pdf": b"%PDF",
     }
-    assert "| LLaMA2-13B | not measured | 0.2 | 1 |" in built.markdown
+    assert "| LLaMA2-13B | not measured | not measured | 0.2 | 1 |" in built.markdown
     assert "## Environments" not in built.markdown
 
 
@@ -513,6 +525,11 @@ REAL = PretrainedModel(
     },
     6.9,
 )
+
+
+def test_a_model_that_has_not_learned_the_text_is_not_compared():
+    (line,) = pretrained_model_lines("Figure 2", [replace(REAL, uniform_loss=2.9)])
+    assert line.endswith("It has not learned this text, and says nothing about the finding.")
 
 
 def test_a_pretrained_model_agrees_or_disagrees_with_a_figure():

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.paper.statistics import Difference, Sample
+from cod_lightning.paper.statistics import UNLIKE, Difference, Sample
 
 SCALES = ("paper", "mini", "small", "toy")
 """Scales, from the published size down."""
@@ -108,6 +108,11 @@ class Metric:
     def by_seed(self, row: ReportRow) -> dict[int, float]:
         """Values of the runs that have one."""
         return {run.seed: float(v) for run in row.runs if (v := run.record.get(self.name)) is not None}
+
+    def pairs(self, row: ReportRow, base: ReportRow) -> list[float]:
+        """Differences of two rows on the seeds that both have, in the order of the seeds."""
+        values, bases = self.by_seed(row), self.by_seed(base)
+        return [self.difference(values[seed], bases[seed]) for seed in sorted(values.keys() & bases.keys())]
 
     def difference(self, value: float, base: float) -> float:
         return math.log(value / base) if self.is_ppl else value - base
@@ -210,9 +215,10 @@ class Comparison:
     untrained: int
     """Number of runs in `sample` that did not train."""
     difference: Difference | None
-    """Difference to the baseline; None for the baseline, and if the two share no seed."""
+    """Difference to the baseline; None for the baseline, if the two share no seed, and if a run of either diverged: the
+    seeds that are left would flatter it."""
     unpaired: tuple[int, ...]
-    """Seeds that only one of row and baseline has; the difference leaves them out."""
+    """Seeds that only one of row and baseline was run with; the difference leaves them out."""
     published: tuple[Published, ...]
     """Published figures, one for each experiment of the column."""
     key: tuple[str, ...]
@@ -230,8 +236,10 @@ class Comparison:
         return ", ".join(filter(None, ["did not train here" if self.untrained else "", diverged]))
 
     def direction(self, published: Published) -> str | None:
-        """`same`, `opposite`, `within noise` or `one seed`; None if there is nothing to compare."""
-        return self.difference.direction(published.difference) if self.difference else None
+        """One of the directions in `statistics`; None if there is nothing to compare."""
+        if self.difference is None or published.difference is None:
+            return None
+        return self.difference.direction(published.difference) if published.trained != bool(self.untrained) else UNLIKE
 
 
 @dataclass(frozen=True)
@@ -283,13 +291,14 @@ class Column:
         """Compare every row with the baseline in a metric; empty without a metric."""
         if metric is None:
             return []
-        base = metric.by_seed(self.baseline)
+        base_seeds = {run.seed for run in self.baseline.runs}
         published = zip(*(experiment.published(metric) for experiment in self.experiments), strict=True)
         comparisons = []
         for row, figures in zip(self.rows, published, strict=True):
-            values = metric.by_seed(row)
-            pairs = [metric.difference(values[seed], base[seed]) for seed in sorted(values.keys() & base.keys())]
-            compared = pairs and row is not self.baseline and all(map(math.isfinite, pairs))
+            values, seeds = metric.by_seed(row), {run.seed for run in row.runs}
+            pairs = metric.pairs(row, self.baseline)
+            diverged = any(run.failure for run in (*row.runs, *self.baseline.runs))
+            compared = pairs and row is not self.baseline and not diverged and all(map(math.isfinite, pairs))
             untrained = [run for run in row.runs if run.seed in values and metric.lower_is_better and stuck(run.record)]
             comparisons.append(
                 Comparison(
@@ -298,7 +307,7 @@ class Column:
                     sample=Sample.of(list(values.values())) if values else None,
                     untrained=len(untrained),
                     difference=Difference.of(pairs) if compared else None,
-                    unpaired=tuple(sorted(values.keys() ^ base.keys())) if values and base else (),
+                    unpaired=tuple(sorted(seeds ^ base_seeds)) if seeds and base_seeds else (),
                     published=figures,
                     key=(row.run_id, self.baseline.run_id, metric.name),
                 )

@@ -227,8 +227,8 @@ def label_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def short_number(value: float) -> str:
-    """Such as 1.3B, 134M or 0.02."""
-    return f"{value / 1e9:.2g}B" if value >= 1e9 else f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value:,.4g}"
+    """Such as 1.3B, 134M, 0.5M or 0.02."""
+    return f"{value / 1e9:.2g}B" if value >= 1e9 else f"{value / 1e6:.3g}M" if value >= 1e5 else f"{value:,.4g}"
 
 
 # Figure 1 ------------------------------------------------------------------------------------------------------------

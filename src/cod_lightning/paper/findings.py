@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from cod_lightning.measure.angular_distances import scale_as_released
+from cod_lightning.measure.depth_report import differences
+from cod_lightning.measure.paper_theory import growth
 from cod_lightning.paper.claims import Column, Run, nearest_step
 from cod_lightning.paper.statistics import Difference, Sample
 
@@ -46,8 +49,8 @@ def depth_ratio(_: list[int], variance: np.ndarray) -> float:
 
 
 def loss_increases(removal: Mapping[str, Any]) -> list[float]:
-    """Increase of the loss without each block (nats)."""
-    return [loss - removal["loss"] for loss in removal["losses"]]
+    """Increase of the loss without each block (nats); NaN where it is not finite."""
+    return [math.nan if value is None else value for value in differences(removal)]
 
 
 def halves(values: Sequence[float | None]) -> tuple[list[float], list[float]]:
@@ -60,15 +63,29 @@ def deeper_mean(values: Sequence[float | None]) -> float:
     return fmean(halves(values)[1])
 
 
-def deeper_less_shallower(values: Sequence[float | None]) -> float:
-    """Difference of the medians of both halves; no single layer dominates it."""
+def half_medians(values: Sequence[float | None]) -> tuple[float, float]:
+    """Medians of the shallower and of the deeper half, which no single layer dominates; NaN if one layer has NaN."""
     shallower, deeper = halves(values)
-    return median(deeper) - median(shallower)
+    return float(np.median(shallower)), float(np.median(deeper))
+
+
+def deeper_less_shallower(values: Sequence[float | None]) -> float:
+    """Difference of the medians of both halves."""
+    shallower, deeper = half_medians(values)
+    return deeper - shallower
+
+
+def rescaled(distances: Sequence[float | None]) -> list[float]:
+    """Distances of the layers scaled as in the maps of the released code, where 1 is the largest of the model."""
+    return scale_as_released([value for value in distances if value is not None])
 
 
 def largest_share(increases: Sequence[float]) -> float:
-    """Share of the costliest block in the cost of all blocks; small if all blocks matter evenly."""
-    return max(increases) / sum(map(abs, increases))
+    """Share of the costliest block in the cost of all blocks but the first; small if they matter evenly.
+
+    The first block reads the embeddings and is the costliest in any model.
+    """
+    return max(increases[1:]) / sum(map(abs, increases[1:]))
 
 
 def diagonal_share(matrix: Sequence[Sequence[float]]) -> float:
@@ -82,19 +99,19 @@ def final_loss(run: Run) -> float | None:
 
 
 LAST_VARIANCE = recorded_variance(variance_at(1.0))
+DEPTH_RATIO = recorded_variance(depth_ratio)
 DEEP_ANGLE = measure("angular", lambda result: deeper_mean(result["distances"][0]))
-LAYERS: dict[str, Quantity] = {
-    "angular distance to the next layer, deeper half": DEEP_ANGLE,
-    "increase of the loss without a block, deeper half (nats)": measure(
-        "removal", lambda result: deeper_mean(loss_increases(result))
-    ),
-}
+RESCALED_ANGLE = measure("angular", lambda result: deeper_mean(rescaled(result["distances"][0])))
+DEEP_COST = measure("removal", lambda result: deeper_mean(loss_increases(result)))
+ANGLE = {"angular distance to the next layer, deeper half": DEEP_ANGLE}
+COST = {"increase of the loss without a block, deeper half (nats)": DEEP_COST}
+LAYERS = {**ANGLE, "the same, scaled to [0, 1] as in the released code": RESCALED_ANGLE, **COST}
 VARIANCE: dict[str, Quantity] = {
     "variance after the last layer, end of the run": LAST_VARIANCE,
     "highest during the run": recorded_variance(lambda _, variance: float(variance[:, -1].max())),
-    "last layer / first layer, end of the run": recorded_variance(depth_ratio),
+    "last layer / first layer, end of the run": DEPTH_RATIO,
 }
-DEPTH = {"variance after the last layer": LAST_VARIANCE, **LAYERS}
+DEPTH = {"variance after the last layer": LAST_VARIANCE, **ANGLE, **COST}
 QUANTITIES: dict[str, dict[str, Quantity]] = {
     **dict.fromkeys(("Figure 2", "Figure 3", "Figure 7", "Figure 10"), LAYERS),
     **dict.fromkeys(("Figure 4", "Figure 8"), VARIANCE),
@@ -108,8 +125,13 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
     },
     "Figure 6": {"validation loss at the end": final_loss},
     "Theory": {
-        "p of a variance ~ l^p": measure("theory", lambda result: result["growth"]["power"]),
+        "p of variance ~ l^p, from the embeddings (l = 1) on": measure(
+            "theory", lambda result: result["growth"]["power"]
+        ),
         "its R^2": measure("theory", lambda result: result["growth"]["power_r2"]),
+        "p without the embeddings, from block l = 1 on": measure(
+            "theory", lambda result: growth(result["variances"][1:]).power
+        ),
         "c of the lemma, fitted": measure("theory", lambda result: result["c"]),
         "gain to the last layer": measure("theory", lambda result: result["gains"][-1]),
     },
@@ -137,7 +159,12 @@ def quantity_rows(column: Column) -> list[list[str]]:
         values = [list(filter(math.isfinite, seeds)) for seeds in values]
         if any(values):
             cells = [Sample.of(seeds).format(".3g", ".2g") if seeds else "not measured" for seeds in values]
-            rows.append([row.label, *cells, str(max(map(len, values)))])
+            n = max(map(len, values))
+            cells = [
+                f"{cell} (n = {len(seeds)})" if 0 < len(seeds) < n else cell
+                for cell, seeds in zip(cells, values, strict=True)
+            ]
+            rows.append([row.label, *cells, str(n)])
     return rows
 
 
@@ -157,10 +184,10 @@ class Finding:
 
     def evaluate(self, runs: Sequence[Run]) -> float | None:
         """The number for one run of each row; None if something was not measured, or the number is not finite."""
-        values = [self.quantity(run) for run in runs]
-        if None in values:
-            return None
         try:
+            values = [self.quantity(run) for run in runs]
+            if None in values:
+                return None
             number = self.number(*values)
         except (ValueError, ZeroDivisionError):  # the logarithm of a ratio with zero
             return None
@@ -201,6 +228,7 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
     "Figure 4": (
         smaller("LNS: less final variance than Pre-LN", "lns", "pre_ln", LAST_VARIANCE),
         smaller("LNS: less final variance than Scaled Initialization", "lns", "scaled_init", LAST_VARIANCE),
+        smaller("LNS: less growth of the variance with depth than Pre-LN", "lns", "pre_ln", DEPTH_RATIO),
     ),
     "Figure 5": (positive("Pre-LN: Jacobians approach I with depth", "pre_ln", NEARER_TO_IDENTITY),),
     "Figure 6": (smaller("LNS: lower final loss", "lns", "pre_ln", final_loss),),

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.depth_report import SECTIONS, headline, headline_sentence, number
-from cod_lightning.paper.findings import halves, loss_increases
+from cod_lightning.measure.result import finite
+from cod_lightning.paper.findings import half_medians, loss_increases
 from cod_lightning.paper.results import load_measures, read_object
 from cod_lightning.plots import RUN
 
@@ -45,11 +45,6 @@ class Contrast:
     """Names of the blocks."""
     errors: Callable[[Any], tuple[float, float]] | None = None
     """Standard errors of the numbers."""
-
-
-def half_medians(values: Sequence[float | None]) -> tuple[float, float]:
-    shallower, deeper = halves(values)
-    return median(shallower), median(deeper)
 
 
 HALVES = ("shallower half", "deeper half")
@@ -87,6 +82,8 @@ DETAILS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "Figure 5": lambda results: SECTIONS["jacobian"].sentence(results["jacobian"]),
 }
 """Sentences of the report's page."""
+LEARNED = 1.0
+"""A model whose loss is less nats below that of a uniform guess has not learned the text it is measured on."""
 MEASURED = ("variance", "removal", "angular", "jacobian")
 """Measures that the sentences need."""
 
@@ -104,7 +101,7 @@ def load_pretrained_models(results: Path) -> list[PretrainedModel]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not the headline of a depth report; remove it") from error
         for name in (name for name in losses if not RUN.fullmatch(name)):
-            measured = load_measures(path.parent / name)
+            measured = finite(load_measures(path.parent / name))
             if missing := [each for each in MEASURED if each not in measured]:
                 raise UserError(f"{path.parent / name}: {missing[0]}.json is missing; copy the whole report")
             models.append(PretrainedModel(name, path.with_suffix(".html").as_posix(), measured, losses[name]))
@@ -113,12 +110,17 @@ def load_pretrained_models(results: Path) -> list[PretrainedModel]:
 
 def pretrained_model_lines(target: str, models: Sequence[PretrainedModel]) -> list[str]:
     """One paragraph for each model on the paper's findings about a figure."""
-    return [
-        f"**{model.name}** (loss {number(model.results['removal']['loss'])} nats, {number(model.uniform_loss)} for a "
-        f"uniform guess; `{model.page}`). {' '.join(sentences)} {DETAILS[target](model.results)}"
-        for model in models
-        if (sentences := [contrast_sentence(each, model.results) for each in CONTRASTS.get(target, ())])
-    ]
+    lines = []
+    for model in models if target in CONTRASTS else ():
+        loss = model.results["removal"]["loss"]
+        losses = f"loss {number(loss)} nats, {number(model.uniform_loss)} for a uniform guess"
+        head = f"**{model.name}** ({losses}; `{model.page}`)."
+        if loss is None or loss > model.uniform_loss - LEARNED:
+            lines.append(f"{head} It has not learned this text, and says nothing about the finding.")
+            continue
+        sentences = [contrast_sentence(each, model.results) for each in CONTRASTS[target]]
+        lines.append(f"{head} {' '.join(sentences)} {DETAILS[target](model.results)}")
+    return lines
 
 
 def contrast_sentence(contrast: Contrast, results: Mapping[str, Any]) -> str:
@@ -126,6 +128,8 @@ def contrast_sentence(contrast: Contrast, results: Mapping[str, Any]) -> str:
     first, deep = contrast.numbers(result)
     of_first, of_deep = contrast.errors(result) if contrast.errors is not None else (None, None)
     direction = "As in the paper" if deep < first else "Opposite to the paper"
+    if not math.isfinite(deep - first):
+        direction = "No comparison"
     if abs(deep - first) < 2 * math.hypot(of_first or 0, of_deep or 0):
         direction = "Within two standard errors"
     return (

@@ -29,7 +29,7 @@ from cod_lightning.paper.figures import along_axes, difference_figure, loss_over
 from cod_lightning.paper.findings import ClaimResult
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
-from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME
+from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME, UNLIKE
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
 from cod_lightning.plots import image
@@ -39,7 +39,7 @@ HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reprod
 """Paths of the files, from the top of a checkout."""
 MOST_LINES = 12
 """Rows that a figure over a setting can tell apart."""
-HEADINGS = {SAME: "as in the paper", OPPOSITE: "opposite", NOISE: NOISE, ONE_SEED: ONE_SEED}
+HEADINGS = {SAME: "as in the paper", OPPOSITE: OPPOSITE, NOISE: NOISE, ONE_SEED: ONE_SEED, UNLIKE: UNLIKE}
 """Headings of the overview, by direction."""
 
 
@@ -117,7 +117,7 @@ def overview(targets: Targets) -> Table:
         for scale, experiments in scales.items():
             claims = [c for column in columns(experiments) for c in claim_results(column) if c.direction]
             compared = [c for column in columns(experiments) for c in column.compare(column.headline)]
-            diverged = list(dict.fromkeys(c.row.label for c in compared if c.failures and c.sample is None))
+            diverged = list(dict.fromkeys(c.row.label for c in compared if c.failures))
             if claims or diverged:
                 seeds = seed_count(row for e in experiments for row in e.rows)
                 labels = [*(labels_of(claims, name) for name in HEADINGS), diverged]

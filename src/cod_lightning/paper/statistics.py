@@ -14,7 +14,8 @@ K = TypeVar("K", bound=Hashable)
 LEVEL = 0.05
 """Level of intervals, and of the family-wise error in Holm's correction."""
 SAME, OPPOSITE, NOISE, ONE_SEED = "same", "opposite", "within noise", "one seed"
-"""The direction of a difference compared with the paper's."""
+UNLIKE = "only one trained"
+"""Directions of a difference compared with the paper's; `UNLIKE`: the row did not train here, or not in the paper."""
 
 
 @dataclass(frozen=True)

@@ -129,13 +129,19 @@ def summary_lines(column: Column) -> list[str]:
     """Differences beyond noise, the best row here and in the paper, and seeds that differences leave out."""
     lines = []
     for metric in dict.fromkeys(c.metric for c in column.comparisons if c.sample):
-        comparisons = column.compare(metric)
+        comparisons, form = column.compare(metric), metric.difference_format
         prefix = "" if len(column.metrics) == 1 else f"{metric.title}: "
         differences = [(c.row.label, c.difference) for c in comparisons if c.difference]
         if any(difference.margin is not None for _, difference in differences):
-            form = metric.difference_format
             beyond = [f"{label} ({d.mean:+{form}})" for label, d in differences if d.beyond_noise]
             lines.append(f"{prefix}Beyond noise: {join(beyond) or 'no row'}.")
+        early = [
+            f"{c.row.label} ({Difference.of(metric.pairs(c.row, column.baseline)[:3]).format(f'+{form}', form)})"
+            for c in comparisons
+            if c.difference and c.difference.n > 3
+        ]
+        if early:
+            lines.append(f"{prefix}The first three seeds alone: {join(early)}.")
         lines.append(f"{prefix}{best_rows(column, metric)}")
         unpaired = [
             f"{c.row.label}, seed{'s' * (len(c.unpaired) > 1)} {', '.join(map(str, c.unpaired))}"
@@ -151,7 +157,12 @@ def best_rows(column: Column, metric: Metric) -> str:
     """The best row here, and in each of the paper's columns."""
     best, word = (min, "Lowest") if metric.lower_is_better else (max, "Highest")
     comparisons = column.compare(metric)
-    parts = [f"{best((c.sample.mean, c.row.label) for c in comparisons if c.sample)[1]} here"]
+    ours = [(c.sample.mean, c.row) for c in comparisons if c.sample and math.isfinite(c.sample.mean)]
+    parts = []
+    if ours:
+        _, first = best(ours, key=lambda item: item[0])
+        equal = [row.label for _, row in ours if row is not first and is_within_noise(metric, row, first)]
+        parts.append(f"{first.label} here" + (f" (within noise of it: {join(equal)})" if equal else ""))
     headings: dict[str, list[str]] = {}
     for index, experiment in enumerate(column.experiments):
         values = [(v, c.row.label) for c in comparisons if (v := c.published[index].value) is not None]
@@ -159,6 +170,12 @@ def best_rows(column: Column, metric: Metric) -> str:
             headings.setdefault(best(values)[1], []).append(experiment.heading)
     parts += [f"{label} in the paper ({', '.join(names)})" for label, names in headings.items()]
     return f"{word} {metric.title}: {'; '.join(parts)}."
+
+
+def is_within_noise(metric: Metric, row: ReportRow, other: ReportRow) -> bool:
+    """Whether the interval of the difference of two rows, over the seeds of both, contains zero."""
+    pairs = metric.pairs(row, other)
+    return len(pairs) > 1 and not Difference.of(pairs).beyond_noise
 
 
 def figure_tables(column: Column, significant: Keys) -> list[Table]:
@@ -180,7 +197,8 @@ def tuned_strategies_table(tuned: Sequence[Tuned]) -> Table:
         loss = Sample.of(losses).format(".3f", ".3f") if all(map(math.isfinite, losses)) else "diverged"
         difference = format_difference(best.difference, "+.3f", ".3f") if best.difference else ""
         good = f"{', '.join(best.good)} of {len(best.rates)}"
-        rows.append([best.row.label, best.rate, loss, str(len(best.losses)), difference, good])
+        rate = f"{best.rate} ({best.edge})" if best.edge else best.rate
+        rows.append([best.row.label, rate, loss, str(len(best.losses)), difference, good])
     head = ["row", "best rate", "loss, mean ± sd", "n", "difference to Pre-LN at its best, nats (95 %)"]
     return Table([*head, f"within {GOOD_RATE} nats of its best"], rows, (0, 1, 5))
 
@@ -192,9 +210,8 @@ def not_run_table(targets: Targets, hardware: str) -> Table:
     """Rows without runs by target and scale, and the hours of those of scale=paper; equal runs count once."""
     rows, all_hours = [], dict[str, float]()
     for target, scales in targets.items():
-        by_scale = {scale: [row for e in scales.get(scale, ()) for row in e.rows] for scale in SCALES}
-        cells = [missing_cell(by_scale[scale]) for scale in SCALES]
-        missing = [row for row in by_scale["paper"] if not row.runs]
+        cells = [missing_cell(scales.get(scale, ())) for scale in SCALES]
+        missing = [row for e in scales["paper"] for row in e.rows if not row.runs]
         hours = {row.run_id: row.gpu_hours for row in missing if row.gpu_hours is not None}
         all_hours |= hours
         if any(cells):
@@ -205,12 +222,13 @@ def not_run_table(targets: Targets, hardware: str) -> Table:
     return Table(head, rows, range(len(head) - 1))
 
 
-def missing_cell(rows: Sequence[ReportRow]) -> str:
+def missing_cell(experiments: Sequence[Experiment]) -> str:
     """Labels of the rows without runs, or their number if many or all are missing."""
-    missing = [row for row in rows if not row.runs]
+    rows = [(e, row) for e in experiments for row in e.rows]
+    missing = [(e, row) for e, row in rows if not row.runs]
     if len(missing) == len(rows):
         return "all"
-    labels = dict.fromkeys(row.label for row in missing)
+    labels = dict.fromkeys(f"{e.heading}: {row.label}" if e.axis else row.label for e, row in missing)
     return join(labels) if len(missing) < 4 else f"{len(missing)} of {len(rows)} rows"
 
 

@@ -30,6 +30,13 @@ class Tuned:
     good: tuple[str, ...]
     """Headings of those within `GOOD_RATE` of the lowest."""
 
+    @property
+    def edge(self) -> str:
+        """Whether a better rate may lie beyond those that were run, in words."""
+        if len(self.rates) == 1:
+            return "the only one run"
+        return {self.rates[0]: "the lowest run", self.rates[-1]: "the highest run"}.get(self.rate, "")
+
 
 def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
     """The rows that were run, the best first; the rate is chosen by the losses that are compared.

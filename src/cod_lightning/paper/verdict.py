@@ -10,10 +10,10 @@ from pathlib import Path
 from cod_lightning.page import render
 from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, columns
 from cod_lightning.paper.findings import ClaimResult, finding_results
-from cod_lightning.paper.statistics import LEVEL, NOISE, ONE_SEED, OPPOSITE, SAME, Difference, holm
+from cod_lightning.paper.statistics import LEVEL, NOISE, ONE_SEED, OPPOSITE, SAME, UNLIKE, Difference, holm
 from cod_lightning.paper.tables import join
 
-DIRECTIONS = (SAME, OPPOSITE, NOISE, ONE_SEED)
+DIRECTIONS = (SAME, OPPOSITE, NOISE, ONE_SEED, UNLIKE)
 MIXED = "mixed"
 """Direction of a row that has the sign of some published columns only."""
 
@@ -97,7 +97,8 @@ class ScaleSummary:
             if claim.direction and (self.headline is None or claim.key != self.headline.key):
                 by_key.setdefault(claim.key, []).append(claim)
         grouped: dict[str, list[ClaimResult]] = {name: [] for name in (*DIRECTIONS, MIXED)}
-        for first, *others in by_key.values():
+        for claims in by_key.values():
+            first, *others = [claim for claim in claims if claim.direction != UNLIKE] or claims
             same = all(claim.direction == first.direction for claim in others)
             grouped[str(first.direction) if same else MIXED].append(first)
         return {name: claims for name, claims in grouped.items() if claims}
