@@ -168,18 +168,23 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
     for panel, (title, axis, columns) in zip(axes.flat, panels, strict=False):
         ours = sorted(((column.first.axes[axis], our_points(column)) for column in columns), key=lambda item: item[0])
         marks = [(column.first.axes[axis], published_points(column)) for column in published]
-        for row in rows:
+        settings = [x for x, points in (*ours, *marks) if points]
+        aside = (max(settings) / min(settings)) ** 0.01  # rows beside each other, so that their bars can be told apart
+        for index, row in enumerate(rows):
             colour = row_colour(row)
             points_of_row = [(x, points[row.name]) for x, points in ours if row.name in points]
             values = [(x, point.value, point.margin or 0) for x, point in points_of_row if point.trained]
             if not values:
                 continue
             x, y, margins = zip(*values, strict=True)
-            legend[row.label] = panel.errorbar(x, y, margins, marker="o", ms=4, capsize=2, color=colour)
+            places = [value * aside ** (index - (len(rows) - 1) / 2) for value in x]
+            legend[row.label] = panel.errorbar(places, y, margins, marker="o", ms=4, capsize=2, color=colour)
             for x, points in marks:
                 if row.name in points and points[row.name].trained:
                     panel.plot(x, points[row.name].value, "D", ms=6, mfc="none", color=colour)
-                    legend["the paper, at its scale"] = Line2D([], [], marker="D", ls="", mfc="none", color="black")
+                    legend["the paper, at its scale (tokens with padding)"] = Line2D(
+                        [], [], marker="D", ls="", mfc="none", color="black"
+                    )
         panel.axhline(0, color="black", lw=0.8)
         panel.set(xlabel=AXES[axis], title=title)
         log_axis(panel.xaxis)
