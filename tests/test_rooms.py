@@ -100,6 +100,17 @@ def violations(path: Path, src: Path = SRC) -> list[str]:
     return found
 
 
+def reached(path: Path, seen: set[str]) -> set[str]:
+    """Add to `seen` the names of all that a file imports, directly or through modules of this package."""
+    for _, name in imports(path, SRC):
+        if name not in seen:
+            seen.add(name)
+            file = SRC / Path(*name.split(".")).with_suffix(".py")
+            if file.is_file():
+                reached(file, seen)
+    return seen
+
+
 MODULES = sorted((SRC / PACKAGE).rglob("*.py"))
 
 
@@ -107,6 +118,13 @@ MODULES = sorted((SRC / PACKAGE).rglob("*.py"))
 def test_a_module_imports_only_what_its_room_may(path):
     found = violations(path)
     assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("room", ["kernels", "nn", "measure"])
+def test_a_room_loads_no_torchmetrics(room):
+    """Which imports scipy and transformers."""
+    names = [reached(path, set()) for path in MODULES if path.parent.name == room]
+    assert not [name for name in set.union(*names) if name.startswith("torchmetrics")]
 
 
 @pytest.mark.parametrize(

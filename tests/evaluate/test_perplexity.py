@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from cod_lightning.evaluate.perplexity import Perplexity, perplexity_of
+from cod_lightning.evaluate.perplexity import Perplexity
+from cod_lightning.kernels.loss import perplexity_of
 
 SIZES = pytest.mark.parametrize(
     ("sequences", "batch", "ranks"), [(24, 4, 1), (25, 4, 1), (40, 4, 2), (37, 4, 3), (5, 64, 1)]

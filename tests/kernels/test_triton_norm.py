@@ -324,7 +324,7 @@ def test_an_unknown_kind_or_backend_is_an_error(wrong, known):
 
 def test_a_cpu_without_the_interpreter_is_an_error(monkeypatch):
     monkeypatch.setattr(triton_norm, "INTERPRETED", False)
-    with pytest.raises(ValueError, match=r"the tensors are on cpu, not on a GPU .* use norm_backend='auto'"):
+    with pytest.raises(ValueError, match=r"the tensors are on cpu, not on a GPU .* use backend='auto'"):
         add_norm(torch.zeros(2, 8), backend="triton")
 
 

@@ -7,6 +7,7 @@ import torch
 from builders import FAMILIES, PAD, padded_batches, tokens
 
 from cod_lightning.errors import UserError
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.weight_sparsity import (
     alpha_sparsities,
     input_norms,
@@ -290,6 +291,15 @@ def test_sparsities_outside_0_to_1_are_errors(sparsities, values, options, messa
 def test_bad_options_are_errors(causal_lm, shares, options, message):
     with pytest.raises(UserError, match=message):
         sparsify(causal_lm("ours"), shares, *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sparsity", 1.2), ("epsilon", -0.5), ("owl_lambda", -0.2), ("threshold", -1.0), ("threshold", math.nan)],
+)
+def test_options_out_of_range_are_errors_before_anything_is_measured(causal_lm, option, value):
+    with pytest.raises(UserError, match=f"^{option}={value} must be"):
+        MEASURES["sparsity"].check_options(causal_lm("ours"), {option: value})
 
 
 def test_a_block_without_linear_layers_is_an_error():

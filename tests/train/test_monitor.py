@@ -133,6 +133,26 @@ def test_the_variance_is_that_of_the_hidden_states(llama):
     assert measured["variance_median/layer_01"] == pytest.approx(states.var(-1).median().item())
 
 
+def build_bert():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=32, **shape)).eval()
+
+
+def test_the_variance_of_bert_does_not_depend_on_padding():
+    model, tokens = build_bert(), PROBE[:, :9].clamp(min=1)
+    padded = torch.nn.functional.pad(tokens, (0, 3))
+    measured, expected = (
+        cod.DepthMonitor(probe, measures=["variance"], pad_id=0).measure(model) for probe in (padded, tokens)
+    )
+    assert measured == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gradient_norm_of_bert_is_refused():
+    with pytest.raises(UserError, match=r"gradient_norm does not apply, bert does not predict .* leave it out"):
+        monitor(["gradient_norm"]).measure(build_bert())
+
+
 def test_the_probe_can_be_what_a_tokenizer_returns(llama):
     watch = cod.DepthMonitor({"input_ids": PROBE.int()}, measures=["gradient_norm"])
     assert watch.measure(llama) == monitor(["gradient_norm"]).measure(llama)

@@ -12,7 +12,9 @@ from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import layer_statistics
-from cod_lightning.measure.adapter import Images
+from cod_lightning.measure.adapter import Images, ModelAdapter
+from cod_lightning.measure.registry import MEASURES
+from cod_lightning.train.callbacks import TRAINING_MEASURES
 from cod_lightning.train.run import build
 from command_words import last_of_each
 
@@ -92,6 +94,23 @@ def test_layers_are_measured_over_patches_not_the_class_token(train_images):
     (loss.total / 4).backward()
     norms = [torch.cat([p.grad.flatten() for p in block.parameters()]).norm().item() for block in module.vit.blocks]
     assert statistics.gradient_norm == pytest.approx(norms, rel=1e-4)
+
+
+def test_measures_are_taken_of_images(train_images):
+    words = ("trainer.measures.angular=2", "trainer.measures.jacobian=2", "trainer.stats_every=0", "eval.every=100")
+    record, folder = train_images(*words, "trainer.max_steps=2", "trainer.probe_rows=5", "data.micro_batch_size=2")
+    data, module = restored(folder)
+    probe = Images(*data.probe_batch(5))
+    for name, column in (("angular", "distance"), ("jacobian", "frobenius")):
+        result = TRAINING_MEASURES[name](ModelAdapter(module.vit), [probe], None, lambda done, total: None)
+        series = record["history"][name]
+        assert series["step"] == [0, 2]
+        assert series[column][-1] == pytest.approx(MEASURES[name].recorded(result)[column], rel=1e-4, nan_ok=True)
+
+
+def test_a_measure_that_does_not_apply_to_images_is_an_error_of_the_configuration():
+    with pytest.raises(UserError, match=r"trainer.measures.theory does not support task=vision: the paper's lemmas"):
+        compose([*VISION, "trainer.measures.theory=10"])
 
 
 def test_table_5_has_the_settings_of_the_paper():

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cod_lightning.config.schema import METRIC_FORMATS, printed_metrics
+from cod_lightning.measure.result import format_cell
 from cod_lightning.paper.claims import Experiment, by_target, columns
 from cod_lightning.paper.tables import comparison_table, summary_lines
 
@@ -183,13 +184,7 @@ def format_bytes(count: int | None) -> str:
 def result_table(title: str, rows: Sequence[Mapping[str, Any]], max_rows: int) -> Table:
     """The first `max_rows` rows of a measure, with the columns that fit into `WIDTH`."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = {
-        name: [
-            f"{value:.4g}" if isinstance(value, float) else str(value)
-            for value in (row.get(name, "") for row in rows[:max_rows])
-        ]
-        for name in columns
-    }
+    cells = {name: [format_cell(row.get(name, "")) for row in rows[:max_rows]] for name in columns}
     widths = {name: max(map(len, [name, *values])) + 3 for name, values in cells.items()}
     shown = [name for index, name in enumerate(columns) if sum(widths[c] for c in columns[: index + 1]) < WIDTH]
     table = Table(title=title, title_justify="left")

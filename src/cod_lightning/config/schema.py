@@ -129,7 +129,7 @@ class TrainerConfig:
     measures: dict[str, int] = field(
         default_factory=lambda: {"jacobian": 1000}, metadata=metadata(runtime=True, at_least=0)
     )
-    """Steps between other measures of a decoder's layers, by name; 0: none."""
+    """Steps between other measures of the layers, by name; 0: none."""
     probe_rows: int = setting(8, runtime=True, at_least=1, at_most=2**24)
     """Validation sequences or images used for layer statistics and measures."""
     checkpoint_every: int = setting(1000, runtime=True, at_least=1)

@@ -131,6 +131,9 @@ def trainer_errors(config: Config) -> list[str]:
         ]
     for name in trainer.measures:
         errors += choice_errors("trainer.measures", name, tuple(MEASURES))
+    for name, every in trainer.measures.items():
+        if config.task == "vision" and every and name in MEASURES and (reason := MEASURES[name].not_for_images):
+            errors.append(f"trainer.measures.{name} does not support task=vision: {reason}; set it to 0")
     return errors
 
 

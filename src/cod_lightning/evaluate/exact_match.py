@@ -25,7 +25,7 @@ class ExactMatch(Metric):
         self.add_state("sequences", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, loss: TokenLoss) -> None:
-        """Add the sequences of a loss that was computed without gradients, which counts its `hits`."""
+        """Add the sequences of a loss that was computed without gradients, which has `correct`."""
         assert loss.correct is not None
         self.matches += ((loss.correct == loss.counts) & (loss.counts > 0)).sum()
         self.sequences += (loss.counts > 0).sum()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError
+from cod_lightning.kernels.loss import jensen_shannon
 from cod_lightning.nn.decoder import Decoder
 
 Dola = Literal["low", "high"]
@@ -100,7 +101,5 @@ def dola_logits(decoder: Decoder, tokens: Tensor, layers: Sequence[int]) -> Tens
 
     last = decoder(tokens, hook=hook)[0, -1].float().log_softmax(-1)
     early = decoder.lm_head(decoder.model.norm(torch.stack(streams))).float().log_softmax(-1)
-    mixture = torch.logaddexp(last, early) - math.log(2)
-    divergence = (last.exp() * (last - mixture) + early.exp() * (early - mixture)).sum(-1) / 2
-    contrast = last - early[divergence.argmax()]
+    contrast = last - early[jensen_shannon(last, early).argmax()]
     return contrast.masked_fill(last < last.max() + math.log(PLAUSIBLE), -torch.inf)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
+from cod_lightning.kernels.loss import perplexity_of
+
 
 class Perplexity(Metric):
     """Loss per token over all sequences, and the perplexity that the released evaluation would print for them.
@@ -73,8 +75,3 @@ class Perplexity(Metric):
             "ppl_paper_protocol": perplexity_of(paper_loss),
             "val_tokens": targets,
         }
-
-
-def perplexity_of(loss: float) -> float:
-    """Return exp(loss), or infinity where it overflows a float."""
-    return math.exp(loss) if loss < 709 else math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,18 @@ def chunk_size(device: torch.device, vocabulary: int) -> int:
     256 tokens nevertheless, because each chunk reads and writes the whole gradient of the weight.
     """
     return max(1, 2**27 // vocabulary) if device.type == "cuda" else max(256, 2**21 // vocabulary)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), or infinity where it overflows a float."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The Jensen-Shannon divergence in nats, at most log 2, of log-probabilities [..., classes]: [...]."""
+    mixture = torch.logaddexp(log_p, log_q) - math.log(2)
+    p, q = log_p.exp(), log_q.exp()
+    return ((p * (log_p - mixture)).sum(-1) + (q * (log_q - mixture)).sum(-1)) / 2
 
 
 class TokenLoss(NamedTuple):

@@ -78,7 +78,7 @@ def use_triton(
         return False
     reason = unsupported(x, weight, branch, groups, *others)
     if reason and backend == "triton":
-        raise ValueError(f"norm_backend='triton' does not support this: {reason}; use norm_backend='auto'")
+        raise ValueError(f"backend='triton' does not support this: {reason}; use backend='auto'")
     return reason is None
 
 

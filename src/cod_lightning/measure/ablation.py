@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate.perplexity import perplexity_of
-from cod_lightning.measure.adapter import Batch, ModelAdapter, hidden_input
+from cod_lightning.kernels.loss import perplexity_of
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import (
     at_least_fp32,
     checked_batches,
@@ -33,6 +33,7 @@ from cod_lightning.measure.batches import (
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.reordering import changed_losses, sequence_losses
 from cod_lightning.measure.result import Progress, Result, table_rows
+from cod_lightning.nn.layouts import hidden_input
 from cod_lightning.settings import require_choice
 
 Pairs = Literal["neighbours", "all"]

@@ -21,7 +21,17 @@ from torch.utils.hooks import RemovableHandle
 
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, scale
-from cod_lightning.nn.layouts import BERT, COHERE, ENCODER, Layout, find_layout, sites, submodule
+from cod_lightning.nn.layouts import (
+    BERT,
+    COHERE,
+    ENCODER,
+    Layout,
+    find_layout,
+    hidden_input,
+    hidden_output,
+    sites,
+    submodule,
+)
 from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.pretrained import load_checkpoint
@@ -392,16 +402,6 @@ def without_entry_norm(block: Block) -> Block:
     other = copy(block)
     other._modules = {**block._modules, "entry_norm": IdentityNorm()}
     return other
-
-
-def hidden_input(args: tuple, kwargs: dict) -> Tensor:
-    """The hidden states among the arguments of a block."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def hidden_output(y: Any) -> Tensor:
-    """The hidden states that a block or a sub-layer returns; some return a tuple."""
-    return y[0] if isinstance(y, tuple) else y
 
 
 def load_pretrained(

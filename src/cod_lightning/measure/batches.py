@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -122,6 +122,13 @@ def iter_targets(
             yield batch, targets
     if empty:
         raise UserError(f"{model.name}: no token has a next one to predict")
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of equal length, or of images, as one batch."""
+    if images := [batch for batch in batches if isinstance(batch, Images)]:
+        return Images(torch.cat([batch.pixels for batch in images]), torch.cat([batch.labels for batch in images]))
+    return torch.cat([batch for batch in batches if isinstance(batch, Tensor)])
 
 
 def token_mask(model: ModelAdapter, batch: Batch, pad_id: int | None) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cod_lightning.kernels.loss import IGNORE, chunk_size
+from cod_lightning.kernels.loss import IGNORE, chunk_size, jensen_shannon
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, hidden_states, iter_targets
 from cod_lightning.measure.panels import Lines, Panel
@@ -61,11 +60,9 @@ def divergences(final: Tensor, layer: Tensor, targets: Tensor) -> Tensor:
         layer: log-probabilities of a layer [tokens, vocabulary].
         targets: [tokens].
     """
-    mixture = torch.logaddexp(final, layer) - math.log(2)
-    p, q = final.exp(), layer.exp()
-    kl = (p * (final - layer)).sum(-1)
-    js = ((p * (final - mixture)).sum(-1) + (q * (layer - mixture)).sum(-1)) / 2
-    return torch.stack((-layer.gather(1, targets[:, None])[:, 0], kl, js), dim=-1)
+    kl = (final.exp() * (final - layer)).sum(-1)
+    loss = -layer.gather(1, targets[:, None])[:, 0]
+    return torch.stack((loss, kl, jensen_shannon(final, layer)), dim=-1)
 
 
 def log_probabilities(model: ModelAdapter, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cod_lightning.errors import UserError, nearest, shorten
+from cod_lightning.settings import bound_errors
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
@@ -22,6 +23,22 @@ def require_positive(**options: int) -> None:
     for name, value in options.items():
         if value < 1:
             raise UserError(f"{name}={value}: expected at least 1")
+
+
+def require_limits(limits: Mapping[str, Mapping[str, float]], **options: float | None) -> None:
+    """Check that options are finite and inside `limits`, the bounds of each by name; None is always allowed.
+
+    Raises:
+        UserError: names each that is not.
+    """
+    errors = []
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            errors.append(f"{name}={value} must be a finite number")
+        else:
+            errors += bound_errors(name, value, limits[name])
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def select_layers(model: Any, layers: Sequence[int] | None) -> list[int]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.files import check_new_folder, new_folder
+from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import mean_loss, step_counter
 from cod_lightning.measure.block_removal import remove_blocks
+from cod_lightning.measure.options import require_limits
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -29,23 +30,15 @@ from cod_lightning.measure.pruned_models import (
     share_of_zeros,
 )
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.measure.weight_sparsity import Calibration, Method
+from cod_lightning.measure.weight_sparsity import SPARSITY_LIMITS, Calibration, Method
 from cod_lightning.nn.apply import fold, strategy_of
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import unsupported_features
-from cod_lightning.settings import bound_errors, require_choice
+from cod_lightning.settings import require_choice
 
 Export = Callable[[Any, Path], object]
 """Writes a model into an existing empty folder."""
-LIMITS: dict[str, dict[str, float]] = {
-    "replace_steps": {"at_least": 1},
-    "replace_lr": {"above": 0},
-    "sparsity": {"at_least": 0, "at_most": 1},
-    "threshold": {"above": 0},
-    "owl_lambda": {"at_least": 0, "at_most": 0.5},
-    "epsilon": {"at_least": 0, "at_most": 1},
-    "difference": {"at_least": -1, "at_most": 1},
-}
+LIMITS = SPARSITY_LIMITS | {"replace_steps": {"at_least": 1}, "replace_lr": {"above": 0}}
 """Bounds of the numeric options of `prune`; see `cod_lightning.settings`."""
 
 
@@ -187,6 +180,7 @@ def prune(
         if by != "streamline":
             raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
     require_limits(
+        LIMITS,
         replace_steps=replace_steps,
         replace_lr=replace_lr,
         sparsity=sparsity,
@@ -304,19 +298,3 @@ def require_use(way: str, used: bool, **options: Any) -> None:
     for name, value in options.items():
         if not used and value != defaults[name].default:
             raise UserError(f"{name}= needs {way}")
-
-
-def require_limits(**options: float | None) -> None:
-    """Check that options of `prune` are finite and inside `LIMITS`.
-
-    Raises:
-        UserError: names each that is not.
-    """
-    errors = []
-    for name, value in options.items():
-        if value is not None and not math.isfinite(value):
-            errors.append(f"{name}={value} must be a finite number")
-        else:
-            errors += bound_errors(name, value, LIMITS[name])
-    if errors:
-        raise UserError("\n".join(errors))

@@ -185,6 +185,7 @@ MEASURES: dict[str, Measure] = {
         "influence",
         "weight_sparsity:layer_sparsity",
         ("outlier_ratio", "owl", "alpha", "alpha_pruning"),
+        check="weight_sparsity:check_sparsity",
         of_linear_layers=True,
     ),
     "theory": Measure(

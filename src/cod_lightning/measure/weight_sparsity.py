@@ -16,12 +16,21 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches, step_counter
+from cod_lightning.measure.options import require_limits
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.settings import require_choice
 
 Method = Literal["wanda", "magnitude"]
 Calibration = Literal["once", "sequential"]
+SPARSITY_LIMITS: dict[str, dict[str, float]] = {
+    "sparsity": {"at_least": 0, "at_most": 1},
+    "threshold": {"above": 0},
+    "owl_lambda": {"at_least": 0, "at_most": 0.5},
+    "epsilon": {"at_least": 0, "at_most": 1},
+    "difference": {"at_least": -1, "at_most": 1},
+}
+"""Bounds of the numeric options of sparsities, here and of `prune`; see `cod_lightning.settings`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,15 @@ class LayerSparsity(Result):
         ]
 
 
+def check_sparsity(model: ModelAdapter, **options: float) -> None:
+    """Check the options of `layer_sparsity`, on which the model has no influence.
+
+    Raises:
+        UserError: names each that is not finite or outside `SPARSITY_LIMITS`.
+    """
+    require_limits(SPARSITY_LIMITS, **options)
+
+
 @torch.no_grad()
 def layer_sparsity(
     model: ModelAdapter,
@@ -70,9 +88,9 @@ def layer_sparsity(
         epsilon: AlphaPruning's, see `alpha_sparsities`.
 
     Raises:
-        UserError: a sparsity is outside [0, 1], or the model is a mixture of experts.
+        UserError: an option or a sparsity is out of range, or the model is a mixture of experts.
     """
-    check_sparsities([], sparsity)
+    check_sparsity(model, sparsity=sparsity, threshold=threshold, owl_lambda=owl_lambda, epsilon=epsilon)
     require_linear(model)
     batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)

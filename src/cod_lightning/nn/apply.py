@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import Block
-from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites
+from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites, require_inputs
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, OPTIMIZER
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, block, build_all
 from cod_lightning.settings import require_choice
@@ -216,10 +216,10 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
         raise UserError(f"norm={norm!r} changes initial weights: initialise the model before, it is on the meta device")
     if trained == "preserve" and (initial or any(spec.branch_scale != 1 for spec in specs)):
         raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
-    if trained == "preserve" and not all(site.inputs for site in scaled):
-        raise UserError("layout.inputs is missing: the linear layers after the norms, for trained='preserve'")
-    if any(spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):
-        raise UserError("layout.inputs is missing: the linear layers after the norms")
+    if trained == "preserve":
+        require_inputs(scaled, ", for trained='preserve'")
+    if any(spec.input_init != 1 for spec in specs):
+        require_inputs(where)
     if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in where):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
     for site, spec in zip(where, specs, strict=True):

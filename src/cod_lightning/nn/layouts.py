@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 
@@ -134,11 +135,12 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
         UserError: as `sites`, the model is inside a wrapper such as DDP or PEFT's, no norms before the sub-layers are
             known, or two sub-layers share a norm or a branch.
     """
-    if layout is None and known_layout(model) is None:
+    layout = layout or known_layout(model)
+    if layout is None:
         for path, module in model.named_modules():
             if known_layout(module) is not None:
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
-    layout = layout or find_layout(model)
+        raise unknown_layout(model)
     if layout.norms is None:
         raise UserError(
             f"{type(model).__name__} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their "
@@ -195,6 +197,26 @@ def module_of_pair(block: nn.Module, name: str, index: int, paths: tuple[str, st
     return submodule(block, paths[index], name) if paths else None
 
 
+def require_inputs(where: Iterable[Site], otherwise: str = "") -> None:
+    """Check that the layout names the linear layers after the norms.
+
+    Raises:
+        UserError: it does not; the message ends in `otherwise`.
+    """
+    if not all(site.inputs for site in where):
+        raise UserError(f"layout.inputs is missing: the linear layers after the norms{otherwise}")
+
+
+def hidden_input(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states among the arguments of a block or a sub-layer."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def hidden_output(y: Any) -> Tensor:
+    """The hidden states that a block or a sub-layer returns; some return a tuple."""
+    return y[0] if isinstance(y, tuple) else y
+
+
 def find_layout(model: nn.Module) -> Layout:
     """The layout of a causal language model of `transformers`, by the names of its modules.
 
@@ -202,8 +224,12 @@ def find_layout(model: nn.Module) -> Layout:
         UserError: the model is laid out in another way.
     """
     if (layout := known_layout(model)) is None:
-        raise UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
+        raise unknown_layout(model)
     return layout
+
+
+def unknown_layout(model: nn.Module) -> UserError:
+    return UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
 
 
 def known_layout(model: nn.Module) -> Layout | None:

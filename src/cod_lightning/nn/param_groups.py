@@ -19,7 +19,7 @@ from cod_lightning.nn.apply import (
     strategy_of,
 )
 from cod_lightning.nn.decoder import Block, Decoder
-from cod_lightning.nn.layouts import LLAMA, Layout, Site, pre_norm_sites, sites
+from cod_lightning.nn.layouts import LLAMA, Layout, Site, pre_norm_sites, require_inputs, sites
 from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, scaled_rates
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.settings import require_choice
@@ -69,7 +69,7 @@ def param_groups(
 
     Raises:
         UserError: as `apply`; a strategy with other factors than gains; a wrong `form` or `initial_weights`; "scale"
-            for a model that is trained or scaled. The model is unchanged.
+            for a model that is trained or scaled, or whose norms have no weights to show it. The model is unchanged.
     """
     require_choice("form", form, FORMS)
     if initial_weights not in ("scale", "scaled"):
@@ -86,14 +86,21 @@ def param_groups(
         )
     blocks = checked_specs({"name": norm, **options}, len(where) // 2)
     specs = [without_gain(sublayer, form, norm) for spec in blocks for sublayer in spec.sublayers]
-    if any(spec.input_rates or spec.input_init != 1 for spec in specs) and not all(site.inputs for site in where):
-        raise UserError("layout.inputs is missing: the linear layers after the norms; or pass form='norm_weights'")
+    if any(spec.input_rates or spec.input_init != 1 for spec in specs):
+        require_inputs(where, "; or pass form='norm_weights'")
     if initial_weights == "scale":
-        if hasattr(config_of(model), SCALED) or any(is_trained(site.norm) for site in where):
+        states = {is_trained(site.norm) for site in where}
+        if hasattr(config_of(model), SCALED) or True in states:
             raise UserError(
                 "initial_weights='scale': the model is trained, or scaled already (its norms are not at their initial "
                 "weights, or param_groups was called before): pass initial_weights='scaled'; for a new model with the "
                 f"configuration of a scaled one, delete config.{SCALED}"
+            )
+        if None in states:
+            raise UserError(
+                "initial_weights='scale': the norms of the model have no weights here, which would show whether it is "
+                "trained: multiply the weights after each norm of a new model by its gain yourself, and pass "
+                "initial_weights='scaled'"
             )
         change_weights(where, specs, norm, "change")
         setattr(own_config(model), SCALED, True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import WEIGHTS, checked_specs, config_of, strategy_of
-from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites
+from cod_lightning.nn.layouts import Layout, Site, hidden_input, hidden_output, pre_norm_sites
 from cod_lightning.nn.spec import OPTIMIZER, SublayerSpec
 
 TOLERANCE = 5e-5
@@ -143,13 +143,13 @@ def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
 
     def keep_input(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen[site.layer, name] = args[0] if args else kwargs["hidden_states"]
+            seen[site.layer, name] = hidden_input(args, kwargs)
 
         return hook
 
     def keep_output(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen[site.layer, name] = output[0] if isinstance(output, tuple) else output
+            seen[site.layer, name] = hidden_output(output)
 
         return hook
 

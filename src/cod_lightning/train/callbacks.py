@@ -23,11 +23,11 @@ from cod_lightning import signals
 from cod_lightning.config.schema import COUNTS, METRIC_FORMATS, is_shown, printed_metrics
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.measure.activation_stats import plot_variance
-from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.adapter import Batch, ModelAdapter
+from cod_lightning.measure.batches import joined
 from cod_lightning.measure.jacobians import Jacobian, jacobian
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Progress
-from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.train.loggers import log_figure
 
@@ -261,27 +261,28 @@ class MeasureCallback(ProbeCallback):
 
     Every rank measures the whole probe, because maxima, spectra and standard errors are not sums over sequences.
 
-    The decoder is measured in the precision of its weights, as by the command `measure`.
+    The model is measured in the precision of its weights, as by the command `measure`.
 
     Args:
         recorder: records the results.
-        probe: tokens [sequences, length], the same on every rank.
+        probe: tokens [sequences, length] or images, the same on every rank.
         every: steps between measurements.
         name: the measure.
     """
 
-    def __init__(self, recorder: Recorder, probe: Tensor, every: int, name: str):
+    def __init__(self, recorder: Recorder, probe: Batch, every: int, name: str):
         super().__init__(recorder, probe, every)
         self.name = name
 
-    def measure(self, trainer: Trainer, pl_module: Any, network: Decoder) -> None:
+    def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
         """Measure `network` and record the result.
 
         Raises:
-            UserError: this measure does not apply to the decoder or the probe; after step 0 a warning instead.
+            UserError: this measure does not apply to the model or the probe; after step 0 a warning instead.
         """
         model = ModelAdapter(network, f"step {trainer.global_step}")
-        batches = self.probe.split(pl_module.micro_batch_size)
+        size = pl_module.micro_batch_size
+        batches = [self.probe[first : first + size] for first in range(0, len(self.probe), size)]
         try:
             result = TRAINING_MEASURES[self.name](model, batches, pl_module.pad_id, lambda done, total: None)
         except UserError as error:
@@ -308,14 +309,14 @@ def is_figure_step(step: int, every: int, max_steps: int) -> bool:
 
 
 def training_jacobian(
-    model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None, progress: Progress
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None, progress: Progress
 ) -> Jacobian:
-    """Jacobians of eight layers at one token of four sequences.
+    """Jacobians of eight layers at one token of four sequences or images.
 
     Tokens and probe vectors are the same at every step. Two iterations underestimate the largest singular value by 1 to
     2%, and by up to 12% in the first layer.
     """
-    sequences = torch.cat(tuple(batches))[:4]
+    sequences = joined(batches)[:4]
     return jacobian(
         model, [sequences], pad_id, progress, layers=model.evenly_spaced(8), tokens=1, probes=4, iterations=2
     )

@@ -56,6 +56,8 @@ class StepModule(LightningModule, ABC):
         self.automatic_optimization = False
         self.config, self.optim = config, config.optim
         self.micro_batch_size = config.data.micro_batch_size
+        self.pad_id: int | None = None
+        """The padding token, None if there is no padding."""
         self.initial_weights: InitialWeights | None = None
         """Weights that replace the random initialisation."""
         self.first_step = 0

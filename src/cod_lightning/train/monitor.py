@@ -117,12 +117,18 @@ def variance(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
             means.append(values.mean())
             medians.append(values.median())
 
-    model.run(tokens, hook)
+    model.run(tokens, hook, keep)
     return {"variance": torch.stack(means).tolist(), "variance_median": torch.stack(medians).tolist()}
 
 
 def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
-    """L2 norm of the gradient of the mean loss with respect to every block's parameters; `.grad` stays as it is."""
+    """L2 norm of the gradient of the mean loss with respect to every block's parameters; `.grad` stays as it is.
+
+    Raises:
+        UserError: the model does not predict the next token, or its parameters are sharded.
+    """
+    if not model.predicts_next:
+        raise UserError(f"measures: gradient_norm does not apply, {model.why_not_next}: leave it out")
     parameters = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
     if is_sharded(model.model):
         raise UserError("measures: gradient_norm does not support sharded parameters (FSDP): leave it out")

@@ -15,6 +15,7 @@ from cod_lightning.config.schema import TOKENIZER, Config, TrainerConfig
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
+from cod_lightning.measure.adapter import Images
 from cod_lightning.measure.result import finite
 from cod_lightning.nn.spec import check_schedules
 from cod_lightning.nn.strategies import build_all
@@ -182,7 +183,7 @@ def vocab_size(config: Config, data: TokenDataModule) -> int:
 
 
 def probes(settings: TrainerConfig, data: Data, recorder: Recorder) -> list[Callback]:
-    """Callbacks that measure the layers during training; images have layer statistics only.
+    """Callbacks that measure the layers during training.
 
     Raises:
         UserError: there are fewer validation rows than `probe_rows`.
@@ -194,8 +195,8 @@ def probes(settings: TrainerConfig, data: Data, recorder: Recorder) -> list[Call
     callbacks: list[Callback] = []
     if settings.stats_every:
         callbacks.append(LayerStatisticsCallback(recorder, probe, settings.stats_every))
-    if isinstance(probe, Tensor):
-        callbacks += [MeasureCallback(recorder, probe, every, name) for name, every in measures.items()]
+    batch = probe if isinstance(probe, Tensor) else Images(*probe)
+    callbacks += [MeasureCallback(recorder, batch, every, name) for name, every in measures.items()]
     return callbacks
 
 
