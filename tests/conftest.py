@@ -15,6 +15,8 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported and when a kernel is decorated
@@ -114,6 +116,21 @@ def forbid(monkeypatch):
             monkeypatch.setattr(module, "open", guarded)
 
     return patch
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """`shard(model, blocks)` shards a model by FSDP2, in a group of one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+
+    def shard(model, blocks):
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    yield shard
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import apply, fold, strategy_of
@@ -119,17 +118,23 @@ def test_a_model_on_the_meta_device_keeps_the_factors():
     torch.testing.assert_close(logits(empty), logits(apply(model, "lns")))
 
 
-def test_a_sharded_model_keeps_the_factors(tmp_path):
+def test_a_sharded_model_keeps_the_factors(shard):
     model = apply(build("Llama"), "lns")
     expected = logits(model)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh)
-        torch.testing.assert_close(logits(fully_shard(model, mesh=mesh)), expected)
-    finally:
-        dist.destroy_process_group()
+    torch.testing.assert_close(logits(shard(model, model.model.layers)), expected)
+
+
+@pytest.mark.parametrize("norm", ["lns", "scaled_init"])
+def test_a_sharded_model_takes_no_strategy(shard, norm):
+    model = build("Llama")
+    with pytest.raises(UserError, match=r"is sharded.*do so before fully_shard"):
+        apply(shard(model, model.model.layers), norm)
+
+
+def test_a_sharded_model_is_not_folded(shard):
+    model = apply(build("Llama"), "lns")
+    with pytest.raises(UserError, match="is sharded: do so before fully_shard, or in a model with the full state dict"):
+        fold(shard(model, model.model.layers))
 
 
 class PlainBlock(nn.Module):
@@ -221,6 +226,29 @@ def test_models_of_one_configuration_do_not_share_the_strategy():
     apply(baseline, "lns")
 
 
+def test_a_new_model_with_the_configuration_of_an_applied_one_is_folded_alone():
+    first = apply(build("Llama"), "lns")
+    second = apply(transformers.LlamaForCausalLM(first.config), "lns")
+    assert (strategy_of(fold(first)), strategy_of(second)) == (None, {"name": "lns"})
+    assert strategy_of(fold(second)) is None
+
+
+@pytest.mark.parametrize(("initial_weights", "factor"), [("scale", 6**-0.5), ("scaled", 1)])
+def test_a_named_strategy_changes_initial_weights_on_request(initial_weights, factor):
+    model = transformers.LlamaForCausalLM(apply(build("Llama"), "scaled_init").config)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    before = weight.clone()
+    apply(model, "scaled_init", initial_weights=initial_weights)
+    torch.testing.assert_close(weight, before * factor)
+
+
+def test_hooks_of_the_user_are_not_run():
+    model = build("Llama")
+    for block in model.model.layers:
+        block.input_layernorm.register_forward_hook(lambda *arguments: pytest.fail("hook of the user"))
+    fold(apply(model, "lns"))
+
+
 def test_the_norms_before_the_sublayers_of_gemma_3_with_images_are_scaled():
     text = {**SHAPE, "head_dim": 8, "pad_token_id": 0}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -237,13 +265,47 @@ def test_a_strategy_without_factors_is_folded_away(norm):
     assert strategy_of(fold(apply(build("Llama"), norm))) is None
 
 
-def adapted_llama():
-    """With an adapter, whose weights are not those of the layer itself."""
-    model = trained_llama()
-    model.model.layers[2].self_attn.q_proj.base_layer = nn.Identity()
+def changed(model, change):
+    """A model after `change(block)` of its blocks."""
+    for block in model.model.layers:
+        change(block)
     return model
 
 
+def wrapped(part):
+    """As by an adapter of PEFT, whose weights are not those of the layer itself."""
+    return lambda block: setattr(block.get_submodule(part), "base_layer", nn.Identity())
+
+
+def saved_by_peft(part):
+    return lambda block: setattr(block.get_submodule(part), "modules_to_save", nn.ModuleDict())
+
+
+def pruned(part):
+    return lambda block: prune.l1_unstructured(block.get_submodule(part), "weight", amount=0.3)
+
+
+def sharing(part):
+    """Gives every block the same weight."""
+    weight = build("Llama").model.layers[0].get_submodule(part).weight
+    return lambda block: setattr(block.get_submodule(part), "weight", weight)
+
+
+class FusedNorm(nn.RMSNorm):
+    """Adds before it norms, as fused kernels do."""
+
+    def forward(self, x, residual):
+        return super().forward(x + residual)
+
+
+def with_fused_norms():
+    model = PlainModel()
+    for block in model.layers:
+        block.ln_1 = FusedNorm(8)
+    return model
+
+
+PRESERVE = {"norm": "lns", "trained": "preserve"}
 REFUSED = {
     "trained": (trained_llama, {"norm": "lns"}, "trained='preserve'"),
     "applied twice": (only_ffn, {"norm": "lns"}, "has a strategy already"),
@@ -264,7 +326,56 @@ REFUSED = {
     "an unknown option": (lambda: build("Llama"), {"norm": "lns", "positon": "only_ffn"}, "position"),
     "initial weights on meta": (lambda: build("Llama").to("meta"), {"norm": "scaled_init"}, "meta device"),
     "norms without weights": (lambda: build("Olmo"), {"norm": "lns"}, "which would show whether it is trained"),
-    "an adapter": (adapted_llama, {"norm": "lns", "trained": "preserve"}, "layer 3, which it cannot: Linear; merge"),
+    "preserving on meta": (
+        lambda: build("Llama").to("meta"),
+        PRESERVE,
+        "layer 2: it is on the meta device, or offloaded",
+    ),
+    "an adapter": (
+        lambda: changed(trained_llama(), wrapped("self_attn.q_proj")),
+        PRESERVE,
+        "cannot change a weight of layer 2: Linear has an adapter: merge it first",
+    ),
+    "an adapter of a norm": (
+        lambda: changed(build("Llama"), saved_by_peft("input_layernorm")),
+        {"norm": "lns"},
+        "layer 2, attention: LlamaRMSNorm has an adapter",
+    ),
+    "pruned weights": (
+        lambda: changed(trained_llama(), pruned("mlp.up_proj")),
+        PRESERVE,
+        "layer 2: Linear has no parameter 'weight' of floating-point numbers",
+    ),
+    "shared last projections": (
+        lambda: changed(build("Llama"), sharing("mlp.down_proj")),
+        {"norm": "scaled_init"},
+        "layer 1, ffn: another module has the weight of its Linear",
+    ),
+    "shared projections to preserve": (
+        lambda: changed(trained_llama(), sharing("self_attn.q_proj")),
+        PRESERVE,
+        "layer 2, attention: another module has the weight of its Linear",
+    ),
+    "no decision on initial weights": (
+        lambda: transformers.LlamaForCausalLM(apply(build("Llama"), "lns_learnable").config),
+        {"norm": "lns_learnable"},
+        "pass initial_weights='scaled' after from_pretrained, or 'scale' for a new model",
+    ),
+    "an attribute of the user": (
+        lambda: changed(build("Llama"), lambda block: setattr(block.input_layernorm, "output_scale", 1.0)),
+        {"norm": "lns"},
+        "layer 2, attention: LlamaRMSNorm has an attribute output_scale of its own",
+    ),
+    "a norm of two tensors": (
+        with_fused_norms,
+        {"norm": "lns", "layout": PLAIN},
+        "FusedNorm cannot be run on one tensor [batch, length, hidden]",
+    ),
+    "a layout that is a path": (
+        lambda: build("Llama"),
+        {"norm": "lns", "layout": "model.layers"},
+        "is not a Layout; name",
+    ),
     "a shared norm": (
         PlainModel,
         {"norm": "lns", "layout": Layout("layers", norms=("ln_1", "ln_1"), sublayers=("attn", "ffn"))},
@@ -312,13 +423,47 @@ def test_lost_factors_cannot_be_folded(tmp_path):
         fold(transformers.LlamaForCausalLM.from_pretrained(tmp_path))
 
 
-def test_a_factor_is_not_folded_into_an_adapted_layer():
-    model = apply(build("Llama"), "minicpm")
-    model.model.layers[2].mlp.down_proj.base_layer = nn.Identity()
+def mixture_of_experts():
+    shape = SHAPE | {"num_local_experts": 2, "pad_token_id": 0}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape))
+
+
+NOT_FOLDED = {
+    "an adapter": ("minicpm", wrapped("mlp.down_proj"), "layer 1: the factor of its ffn .*: Linear has an adapter"),
+    "an adapter of a norm": ("lns", saved_by_peft("input_layernorm"), "LlamaRMSNorm has an adapter"),
+    "pruned weights": ("minicpm", pruned("mlp.down_proj"), "Linear has no parameter 'weight'"),
+    "parametrized weights": (
+        "minicpm",
+        lambda block: parametrizations.weight_norm(block.mlp.down_proj),
+        "ParametrizedLinear has no parameter 'weight'",
+    ),
+    "shared norms": (
+        "lns",
+        sharing("input_layernorm"),
+        "layer 2, attention: another module has the weight of its Llama",
+    ),
+    "offloaded weights": ("lns", lambda block: block.to("meta"), "on the meta device, or offloaded"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FOLDED)
+def test_a_factor_without_a_weight_of_its_own_is_not_folded(case):
+    norm, change, message = NOT_FOLDED[case]
+    model = changed(apply(build("Llama"), norm), change)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=r"layer 3: the factor of its ffn has no weight to go into: Linear; merge"):
+    with pytest.raises(UserError, match=message):
         fold(model)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(tensor.is_meta or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_factor_of_experts_is_not_folded():
+    with pytest.raises(UserError, match=r"the factor of its attention .*: layout\.outputs is missing"):
+        fold(apply(mixture_of_experts(), "minicpm"))
+
+
+def test_only_modules_take_a_strategy():
+    with pytest.raises(UserError, match=r"model is a NoneType: expected an nn\.Module"):
+        apply(None, "lns")
 
 
 def test_there_is_nothing_to_fold_in_a_plain_model():

@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 import torch
-from test_apply import PLAIN, PlainModel, build, decoder_of, trained_llama
+from test_apply import PLAIN, PlainModel, build, changed, decoder_of, pruned, sharing, trained_llama
 from torch.nn.functional import cross_entropy
 
 import cod_lightning as cod
@@ -104,6 +104,21 @@ REFUSED = {
     "scaled branches": (lambda: build("Llama"), {"norm": "complete_p"}, "sets branch_scale=0.66"),
     "another placement": (lambda: build("Llama"), {"norm": "post_ln"}, "pre_norm=False, sum_norm=True"),
     "no inputs in the layout": (PlainModel, {"layout": PLAIN}, "layout.inputs is missing"),
+    "a rate that is text": (lambda: build("Llama"), {"lr": "1e-3"}, "lr='1e-3' must be a finite number"),
+    "no rate": (lambda: build("Llama"), {"lr": None}, "lr=None must be a finite number"),
+    "a decay that is text": (lambda: build("Llama"), {"weight_decay": "0.1"}, "weight_decay='0.1' must be"),
+    "a negative eps": (lambda: build("Llama"), {"eps": -1.0}, "eps=-1.0 must be a finite number of at least 0"),
+    "a rate that is NaN": (lambda: build("Llama"), {"lr": float("nan")}, "lr=nan must be"),
+    "pruned weights": (
+        lambda: changed(build("Llama"), pruned("mlp.up_proj")),
+        {"initial_weights": "scaled"},
+        "layer 2, ffn: no rates for a weight: Linear has no parameter 'weight'",
+    ),
+    "shared weights": (
+        lambda: changed(build("Llama"), sharing("self_attn.q_proj")),
+        {"initial_weights": "scaled"},
+        "layer 2, attention: it shares a weight with a layer of other rates",
+    ),
 }
 
 
@@ -115,6 +130,12 @@ def test_a_model_without_exact_groups_is_refused_and_unchanged(case):
     with pytest.raises(UserError, match=message):
         cod.param_groups(model, **({"norm": "lns", "initial_weights": "scale", **SETTINGS} | changes))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_a_sharded_model_are_not_scaled(shard):
+    model = build("Llama")
+    with pytest.raises(UserError, match=r"is sharded.*do so before fully_shard"):
+        cod.param_groups(shard(model, model.model.layers), "lns", initial_weights="scale", **SETTINGS)
 
 
 def test_the_initial_weights_are_required():

@@ -7,10 +7,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import cod_lightning as cod
@@ -217,21 +215,11 @@ def test_a_model_in_mixed_precision_is_measured_in_that_of_its_weights(llama, wr
     assert cod.measure.variance(wrapped, PROBE).series() == cod.measure.variance(llama, PROBE).series()
 
 
-@pytest.fixture
-def sharded(llama, tmp_path):
-    """A model under FSDP2, with one rank."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    model = deepcopy(llama)
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    yield fully_shard(model, mesh=mesh)
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("name", ["gradient_norm", "jacobian", "gain", "jacobian_map", "theory"])
-def test_a_gradient_of_a_sharded_model_is_refused(sharded, name):
+def test_a_gradient_of_a_sharded_model_is_refused(llama, shard, name):
     """A Jacobian of one ended the process with SIGSEGV."""
+    model = deepcopy(llama)
+    sharded = shard(model, model.model.layers)
     with pytest.raises(UserError, match="support sharded parameters"):
         monitor([name]).measure(sharded)
 

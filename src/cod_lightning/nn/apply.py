@@ -7,14 +7,17 @@ and loading.
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import Block
 from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites, require_inputs
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, OPTIMIZER
@@ -23,6 +26,7 @@ from cod_lightning.settings import require_choice
 
 Model = TypeVar("Model", bound=nn.Module)
 Trained = Literal["refuse", "preserve", "change"]
+InitialWeights = Literal["scale", "scaled"]
 
 WEIGHTS = ("pre_norm_weight", "input_init", "output_init")
 """Coefficients that `apply` multiplies into the initial weights."""
@@ -33,7 +37,13 @@ CONFIG_KEY = "cod_lightning"
 
 
 def apply(
-    model: Model, norm: str, *, layout: Layout | None = None, trained: Trained = "refuse", **options: Any
+    model: Model,
+    norm: str,
+    *,
+    layout: Layout | None = None,
+    trained: Trained = "refuse",
+    initial_weights: InitialWeights | None = None,
+    **options: Any,
 ) -> Model:
     """Put a norm strategy onto a Pre-LN model, in place, before it is trained.
 
@@ -42,11 +52,14 @@ def apply(
 
     Args:
         model: a causal language model of `transformers` with the norms of Llama (also Mixtral, DeepSeek-V3, Phi-3),
-            Gemma 2 or GPT-2, or with `layout` any module; on any device, the meta device included.
+            Gemma 2 or GPT-2, or with `layout` any module; on any device, the meta device included. Pass the model that
+            is saved, not one inside it: its configuration keeps the name.
         norm: name of a strategy, such as "lns", or `package.module:function`.
         layout: where the model keeps its blocks and norms; None: by the names of its modules.
         trained: what to do with a model that is trained already. "refuse" it; "preserve" its function, by dividing the
             weights after scaled norms, so that it continues training under the strategy; or "change" its function.
+        initial_weights: needed where the configuration names a strategy of initial weights, such as `scaled_init`,
+            which a checkpoint has and a new model lacks: "scale" multiplies them now, "scaled" leaves them.
         options: of the strategy, such as `position="only_ffn"`.
 
     Returns:
@@ -54,9 +67,12 @@ def apply(
 
     Raises:
         UserError: an unknown strategy or layout, a `Decoder`, a coefficient that an existing model cannot have, a
-            strategy that is applied already, or a trained model and `trained="refuse"`. The model is unchanged.
+            strategy that is applied already, a trained model and `trained="refuse"`, no decision on initial weights,
+            or weights that cannot be changed here (see `require_weight`). The model is unchanged.
     """
     require_choice("trained", trained, Trained)
+    if initial_weights is not None:
+        require_choice("initial_weights", initial_weights, InitialWeights)
     where = pre_norm_sites(model, layout)
     if any(isinstance(site.block, Block) for site in where):
         raise UserError("a Decoder gets its strategy when it is built: pass build_all(...) to build_decoder")
@@ -68,17 +84,26 @@ def apply(
             f"param_groups(model, {norm!r}, ...)"
         )
     written = strategy_of(model)
-    if any(hasattr(module, "output_scale") for module in model.modules()):
+    if any(is_scaled(module) for module in model.modules()):
         raise UserError(f"norm={norm!r}: the model has a strategy already: {written}")
     if written not in (None, section):
         raise UserError(f"norm={section} differs from {written}, the strategy in the configuration of the model")
-    if written is None:
-        change_weights(where, specs, norm, trained)
-    for site, spec in zip(where, specs, strict=True):
-        scale_output(site.norm, spec.gain)
-        scale_output(site.branch, spec.branch_scale)
-    if written is None:
-        setattr(own_config(model), CONFIG_KEY, section)
+    if written is not None and initial_weights is None and changes_initial_weights(specs):
+        raise UserError(
+            f"norm={norm!r}: the configuration names this strategy, but not whether the initial weights are multiplied "
+            "already: pass initial_weights='scaled' after from_pretrained, or 'scale' for a new model"
+        )
+    factors = [(site, site.norm, spec.gain) for site, spec in zip(where, specs, strict=True)]
+    factors += [(site, site.branch, spec.branch_scale) for site, spec in zip(where, specs, strict=True)]
+    for site, module, factor in factors:
+        if factor != 1:
+            require_scalable(module, f"norm={norm!r}: layer {site.layer}, {site.part}")
+    if initial_weights == "scale" or (initial_weights is None and written is None):
+        change_weights(model, where, specs, norm, trained)
+    for _, module, factor in factors:
+        if factor != 1:
+            scale_output(module, factor)
+    setattr(own_config(model), CONFIG_KEY, section)
     forget_compiled()
     return model
 
@@ -98,17 +123,20 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
         The model, without factors, and without the strategy in its configuration.
 
     Raises:
-        UserError: no strategy is applied, or a factor has no weight to go into, as that of a quantised layer or of one
-            with an adapter. The model is unchanged.
+        UserError: no strategy is applied, or a factor has no weight to go into (see `require_weight`). The model is
+            unchanged.
     """
     targets = []
     where, section = pre_norm_sites(model, layout), strategy_of(model)
     for site in where:
         for module in (site.norm, site.branch):
-            if hasattr(module, "output_scale"):
+            otherwise = f"layer {site.layer}: the factor of its {site.part} has no weight to go into"
+            require_no_adapter(module, otherwise)
+            if is_scaled(module):
                 target = site.output if module is site.sublayer else module
-                require_weight(target, f"layer {site.layer}: the factor of its {site.part} has no weight to go into")
+                require_weight(target, otherwise)
                 targets.append((module, target))
+    require_own_weights(model, where, [target for _, target in targets])
     if section is None:
         raise UserError(f"{type(model).__name__} has no strategy to fold: call apply first")
     if not targets and any(
@@ -124,7 +152,7 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
         if getattr(target, "bias", None) is not None:
             target.bias.copy_(target.bias.double() * module.output_scale)
         remove_scale(module)
-    delattr(config_of(model), CONFIG_KEY)
+    delattr(own_config(model), CONFIG_KEY)
     forget_compiled()
     return model
 
@@ -161,17 +189,70 @@ def forget_compiled() -> None:
     torch.compiler.reset()
 
 
-def require_weight(module: Any, otherwise: str) -> None:
-    """Check that a layer has a weight that can be multiplied: not quantised, without an adapter such as LoRA.
+def require_no_adapter(module: Any, otherwise: str) -> None:
+    """Check that PEFT does not wrap a module: its weights are not all, and merging loses a factor of the wrapper.
 
     Raises:
         UserError: `otherwise`, with the reason.
     """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(module, "base_layer"):
+    if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
+        raise UserError(f"{otherwise}: {type(module).__name__} has an adapter: merge it first (merge_and_unload)")
+
+
+def require_parameter(module: Any, otherwise: str) -> None:
+    """Check that the weight of a layer is a parameter of its own that the layer computes with.
+
+    Raises:
+        UserError: `otherwise`, with the reason.
+    """
+    if module is None:
         raise UserError(
-            f"{otherwise}: {type(module).__name__}; merge an adapter (merge_and_unload) or dequantise the model first"
+            f"{otherwise}: layout.outputs is missing, the last linear layers (mixtures of experts have none)"
         )
+    require_no_adapter(module, otherwise)
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point():
+        raise UserError(
+            f"{otherwise}: {type(module).__name__} has no parameter 'weight' of floating-point numbers: dequantise the "
+            "model, or remove pruning (prune.remove) or parametrizations (remove_parametrizations) first"
+        )
+
+
+def require_weight(module: Any, otherwise: str) -> None:
+    """Check that the weight of a layer can be multiplied: as `require_parameter`, and its values are here.
+
+    Raises:
+        UserError: `otherwise`, with the reason.
+    """
+    require_parameter(module, otherwise)
+    if module.weight.is_meta:
+        raise UserError(f"{otherwise}: it is on the meta device, or offloaded: initialise or load the weights first")
+    if isinstance(module.weight, DTensor):
+        raise UserError(f"{otherwise}: it is sharded: do so before fully_shard, or in a model with the full state dict")
+    if type(module.weight.data) is not Tensor:
+        raise UserError(f"{otherwise}: it is a {type(module.weight.data).__name__}: dequantise the model first")
+
+
+def require_own_weights(model: nn.Module, where: list[Site], changed: Sequence[Any]) -> None:
+    """Check that no other module has the parameters of the modules that are changed: their factors would multiply.
+
+    Raises:
+        UserError: names the first sub-layer that shares one.
+    """
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    chosen = set(changed)
+    for site in where:
+        for module in [module for module in (site.norm, *site.inputs, site.output) if module in chosen]:
+            others = [other for other in where if module in (other.norm, *other.inputs, other.output)]
+            if len(others) > 1 or any(holders[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+                raise UserError(
+                    f"layer {site.layer}, {site.part}: another module has the weight of its {type(module).__name__}, "
+                    "too, so that the factors would multiply: give each a weight of its own"
+                )
+
+
+def changes_initial_weights(specs: list[SublayerSpec]) -> bool:
+    return any(getattr(spec, name) != 1 for spec in specs for name in WEIGHTS)
 
 
 def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
@@ -193,13 +274,13 @@ def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
 
 
 @torch.no_grad()
-def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trained: Trained) -> None:
+def change_weights(model: nn.Module, where: list[Site], specs: list[SublayerSpec], norm: str, trained: Trained) -> None:
     """Set the initial weights of a strategy, or keep the function of a trained model.
 
     Raises:
         UserError: see `apply`; nothing is changed.
     """
-    initial = any(getattr(spec, name) != 1 for spec in specs for name in WEIGHTS)
+    initial = changes_initial_weights(specs)
     scaled = [site for site, spec in zip(where, specs, strict=True) if spec.gain != 1]
     states = {is_trained(site.norm) for site in where} if trained == "refuse" else set()
     if True in states:
@@ -212,8 +293,6 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
             f"norm={norm!r}: the norms of the model have no weights here, which would show whether it is trained: pass "
             "trained='preserve' to keep its function, or trained='change', also for a model that is not trained"
         )
-    if initial and any(parameter.is_meta for site in where for parameter in site.block.parameters()):
-        raise UserError(f"norm={norm!r} changes initial weights: initialise the model before, it is on the meta device")
     if trained == "preserve" and (initial or any(spec.branch_scale != 1 for spec in specs)):
         raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
     if trained == "preserve":
@@ -222,12 +301,15 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
         require_inputs(where)
     if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in where):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
+    changed = []
     for site, spec in zip(where, specs, strict=True):
-        changed = [site.norm] if spec.pre_norm_weight != 1 else []
-        changed += site.inputs if spec.input_init != 1 or (trained == "preserve" and spec.gain != 1) else []
-        changed += [site.output] if spec.output_init != 1 else []
-        for module in changed:
-            require_weight(module, f"norm={norm!r} changes the weights of layer {site.layer}, which it cannot")
+        layers = [site.norm] if spec.pre_norm_weight != 1 else []
+        layers += site.inputs if spec.input_init != 1 or (trained == "preserve" and spec.gain != 1) else []
+        layers += [site.output] if spec.output_init != 1 else []
+        for module in layers:
+            require_weight(module, f"norm={norm!r} cannot change a weight of layer {site.layer}")
+        changed += layers
+    require_own_weights(model, where, changed)
     for site, spec in zip(where, specs, strict=True):
         if trained == "preserve":
             for linear in site.inputs:
@@ -242,11 +324,26 @@ def change_weights(where: list[Site], specs: list[SublayerSpec], norm: str, trai
             site.output.weight.mul_(spec.output_init)
 
 
+def require_scalable(module: Any, where: str) -> None:
+    """Check that the factor of a module would not be lost.
+
+    Raises:
+        UserError: PEFT wraps the module, or it has an attribute `output_scale` of its own; says `where` it stands.
+    """
+    require_no_adapter(module, where)
+    if hasattr(module, "output_scale"):
+        raise UserError(f"{where}: {type(module).__name__} has an attribute output_scale of its own: rename it")
+
+
 def scale_output(module: Any, factor: float) -> None:
     """Multiply the output of a module by a factor from now on."""
-    if factor != 1:
-        module.output_scale = factor
-        module.register_forward_hook(multiply_output)
+    module.output_scale = factor
+    module.register_forward_hook(multiply_output)
+
+
+def is_scaled(module: nn.Module) -> bool:
+    """Whether `scale_output` was called."""
+    return multiply_output in module._forward_hooks.values()
 
 
 def multiply_output(module: Any, args: Any, output: Any) -> Any:
@@ -269,8 +366,13 @@ def is_trained(norm: Any) -> bool | None:
 
     None: it has no weight, or an offloaded one. A weight on the meta device, whose initialisation is still to come, is
     not trained.
+
+    Raises:
+        UserError: the weight is sharded.
     """
     weight = getattr(norm, "weight", None)
+    if isinstance(weight, DTensor):
+        raise UserError("the model is sharded, which hides whether it is trained: do so before fully_shard")
     if not isinstance(weight, Tensor) or (weight.is_meta and hasattr(norm, "_hf_hook")):
         return None
     return not weight.is_meta and bool((weight != 1 - weight_offset(norm)).any())
@@ -278,12 +380,21 @@ def is_trained(norm: Any) -> bool | None:
 
 @torch.no_grad()
 def weight_offset(norm: Any) -> float:
-    """What a norm adds to its weight: 0, or 1 in models like Gemma, from a run of it with weight 0."""
-    probe = deepcopy(norm).float()
-    if hasattr(probe, "output_scale"):
-        remove_scale(probe)
+    """What a norm adds to its weight: 0, or 1 in models like Gemma, from a run of it with weight 0.
+
+    Raises:
+        UserError: the norm cannot be run on one tensor.
+    """
+    bare = copy(norm)
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()  # of the user, and of `scale_output`
+    probe = deepcopy(bare).float()
     for parameter in probe.parameters():
         parameter.zero_()
     x = torch.ones_like(probe.weight)
     x[::2] = -1  # mean 0, variance 1
-    return float(probe(x[None])[0, 1].round())
+    try:
+        return float(probe(x[None, None])[0, 0, 1].round())
+    except Exception as error:  # a norm of the user raises many kinds
+        raise UserError(
+            f"{type(norm).__name__} cannot be run on one tensor [batch, length, hidden]: {first_line(error)}"
+        ) from error

@@ -135,6 +135,10 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
         UserError: as `sites`, the model is inside a wrapper such as DDP or PEFT's, no norms before the sub-layers are
             known, or two sub-layers share a norm or a branch.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
+    if not isinstance(layout, Layout | None):
+        raise UserError(f"layout={layout!r} is not a Layout; {HINT}")
     layout = layout or known_layout(model)
     if layout is None:
         for path, module in model.named_modules():

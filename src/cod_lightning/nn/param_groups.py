@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import (
@@ -16,6 +18,7 @@ from cod_lightning.nn.apply import (
     config_of,
     is_trained,
     own_config,
+    require_parameter,
     strategy_of,
 )
 from cod_lightning.nn.decoder import Block, Decoder
@@ -68,9 +71,12 @@ def param_groups(
         Groups to pass to `torch.optim.AdamW`; those with rates of their own have a `name`.
 
     Raises:
-        UserError: as `apply`; a strategy with other factors than gains; a wrong `form` or `initial_weights`; "scale"
-            for a model that is trained or scaled, or whose norms have no weights to show it. The model is unchanged.
+        UserError: as `apply`; a strategy with other factors than gains; a `form`, `initial_weights`, `lr`, `eps` or
+            `weight_decay` out of range; "scale" for a model that is trained or scaled, or whose norms have no weights
+            to show it; layers with different rates that share a weight. The model is unchanged.
     """
+    for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+        require_number(name, value)
     require_choice("form", form, FORMS)
     if initial_weights not in ("scale", "scaled"):
         raise UserError(
@@ -88,6 +94,7 @@ def param_groups(
     specs = [without_gain(sublayer, form, norm) for spec in blocks for sublayer in spec.sublayers]
     if any(spec.input_rates or spec.input_init != 1 for spec in specs):
         require_inputs(where, "; or pass form='norm_weights'")
+    rates = rates_of(where, specs)
     if initial_weights == "scale":
         states = {is_trained(site.norm) for site in where}
         if hasattr(config_of(model), SCALED) or True in states:
@@ -102,10 +109,19 @@ def param_groups(
                 "trained: multiply the weights after each norm of a new model by its gain yourself, and pass "
                 "initial_weights='scaled'"
             )
-        change_weights(where, specs, norm, "change")
+        change_weights(model, where, specs, norm, "change")
         setattr(own_config(model), SCALED, True)
-    rates = rates_of(where, specs)
     return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
+
+
+def require_number(name: str, value: Any) -> None:
+    """Check a setting of AdamW.
+
+    Raises:
+        UserError: it is not a finite number of at least 0, as the text `1e-3` is that YAML reads.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:
+        raise UserError(f"{name}={value!r} must be a finite number of at least 0")
 
 
 def has_rates_or_factors(spec: BlockSpec) -> bool:
@@ -141,17 +157,29 @@ def model_rates(model: nn.Module) -> dict[nn.Parameter, Rates]:
 
 
 def rates_of(where: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter, Rates]:
-    """The rates of every parameter of the sub-layers."""
+    """The rates of every parameter of the sub-layers.
+
+    Raises:
+        UserError: a layer has rates but no weight of its own, or two sub-layers with different rates share one.
+    """
     rates: dict[nn.Parameter, Rates] = {}
     for site, spec in zip(where, specs, strict=True):
+        own: dict[nn.Parameter, Rates] = {}
+        place = f"layer {site.layer}, {site.part}"
         for module in (site.norm, site.sublayer, site.branch):
-            rates |= dict.fromkeys(module.parameters(), spec.rates)
+            own |= dict.fromkeys(module.parameters(), spec.rates)
         if spec.norm_rates is not None:
+            require_parameter(site.norm, f"{place}: no rates for its norm")
             # A gain multiplies weight and bias of a bounded norm, not what is inside its function.
             scaled = [p for name, p in site.norm.named_parameters() if name not in ("alpha", "shift")]
-            rates |= dict.fromkeys(scaled, spec.norm_rates)
+            own |= dict.fromkeys(scaled, spec.norm_rates)
         if spec.input_rates is not None:
-            rates |= dict.fromkeys((linear.weight for linear in site.inputs), spec.input_rates)
+            for linear in site.inputs:
+                require_parameter(linear, f"{place}: no rates for a weight")
+                own[linear.weight] = spec.input_rates
+        if any(rates.get(parameter, own[parameter]) != own[parameter] for parameter in own):
+            raise UserError(f"{place}: it shares a weight with a layer of other rates: give each a weight of its own")
+        rates |= own
     return rates
 
 

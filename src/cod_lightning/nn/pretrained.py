@@ -225,7 +225,8 @@ def apply_saved_strategy(model: Any, file: str) -> None:
         )
     try:
         checked_specs(section, depth=1)
-        apply(model, section["name"], **{name: value for name, value in section.items() if name != "name"})
+        options = {name: value for name, value in section.items() if name != "name"}
+        apply(model, section["name"], initial_weights="scaled", **options)
     except UserError as error:
         raise UserError(
             f"{where} cannot be applied: {error}. Load the model with transformers, call cod.apply and cod.fold, and "
