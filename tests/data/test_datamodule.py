@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,15 @@ def test_without_a_trainer_training_is_one_epoch_in_order(packed, open_tokens):
     indices = sample_indices(3 * 8, 8, seed=1, chunk_sizes=tuple(chunk.rows for chunk in data.manifest.train.chunks))
     assert batches[3].dtype == torch.int64
     assert torch.equal(batches[3], data.train_set.read(indices))
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_batches_are_pinned_for_a_trainer_on_a_gpu_only(packed, open_tokens, monkeypatch, device, pinned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    data = open_tokens(packed)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=None, max_steps=1)
+    assert data.train_dataloader().pin_memory == data.val_dataloader().pin_memory == pinned
 
 
 def test_ranks_see_one_global_batch(packed, open_tokens):

@@ -185,6 +185,14 @@ def test_only_the_set_remains_after_the_merge(make_config, tmp_path):
     assert prepare_shard(config, 0, 2, progress=False) == merge_shards(config, 2, progress=False) == folder
 
 
+@pytest.mark.parametrize(
+    "prepare_again", [lambda config: prepare_shard(config, 0, 2), lambda config: merge_shards(config, 2)]
+)
+def test_a_complete_set_of_another_text_is_refused(packed, prepare_again):
+    with pytest.raises(UserError, match=r"data\.sha256=0{16}\.\.\., but .*files-\w+ has"):
+        prepare_again(replace(packed, sha256="0" * 64))
+
+
 def test_the_tokenizer_is_trained_once(make_config, tmp_path, monkeypatch):
     config = make_config(tmp_path)
     prepare_shard(config, 2, 3, progress=False)

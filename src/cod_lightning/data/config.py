@@ -73,7 +73,7 @@ class DataConfig:
     workers: int = setting(0, runtime=True, at_least=0, at_most=MOST_PROCESSES)
     """Processes that tokenize during preparation; 0: one per core."""
     loader_workers: int = setting(0, runtime=True, at_least=0, at_most=MOST_PROCESSES)
-    """DataLoader workers; 0 reads in the main process."""
+    """DataLoader workers; 0 reads in the main process, as validation tokens always are."""
 
     @property
     def codec(self) -> str:

@@ -119,7 +119,7 @@ class StepDataModule(LightningDataModule, ABC):
         else:
             steps = trainer.max_steps
         sampler = StepSampler(self.batch_keys, first=lambda: trainer.global_step if trainer else 0, steps=steps)
-        return StepLoader(self.train_set, batch_sampler=sampler, **_loader_options(self.config.loader_workers))
+        return StepLoader(self.train_set, batch_sampler=sampler, **self._loader_options(self.config.loader_workers))
 
     def _val_loader(self, dataset: Dataset, workers: int) -> DataLoader:
         """Return this rank's share of the first `val_count` samples, `micro_batch_size` at a time.
@@ -132,18 +132,18 @@ class StepDataModule(LightningDataModule, ABC):
         indices = range(rank, batches * size * world_size, world_size)
         indices = [index if index < self.val_count else -1 for index in indices]
         sampler = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return DataLoader(dataset, batch_sampler=sampler, **_loader_options(workers))
+        return DataLoader(dataset, batch_sampler=sampler, **self._loader_options(workers))
 
-
-def _loader_options(workers: int) -> dict[str, Any]:
-    return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        # Not fork: by now threads exist (tokenizers, gloo, CUDA), whose locks would be copied in their locked state.
-        "multiprocessing_context": "spawn" if workers else None,
-        "worker_init_fn": start_loader_worker,
-        "pin_memory": torch.cuda.is_available(),
-    }
+    def _loader_options(self, workers: int) -> dict[str, Any]:
+        return {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            # Not fork: by now threads exist (tokenizers, gloo, CUDA), whose locks would be copied while locked.
+            "multiprocessing_context": "spawn" if workers else None,
+            "worker_init_fn": start_loader_worker,
+            # Pinning starts CUDA, which a run on the CPU does not need.
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }
 
 
 def start_loader_worker(number: int) -> None:

@@ -58,8 +58,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
     check_settings(config)
     folder = prepared_folder(config)
     build_folder(folder, is_complete, lambda partial: _prepare(config, partial, progress))
-    check_sha256(config, read_manifest(folder).source.sha256, str(folder))
-    return folder
+    return checked_set(config, folder)
 
 
 def check_settings(config: DataConfig) -> None:
@@ -140,6 +139,12 @@ def is_complete(folder: Path) -> bool:
         UserError: a newer version prepared the set, which must not be overwritten.
     """
     return (folder / MANIFEST).is_file() and not find_damage(folder, read_manifest(folder))
+
+
+def checked_set(config: DataConfig, folder: Path) -> Path:
+    """Return the folder of a complete set; raise a UserError if its text differs from `data.sha256`."""
+    check_sha256(config, read_manifest(folder).source.sha256, str(folder))
+    return folder
 
 
 def check_against(config: DataConfig, manifest: Manifest, source: str) -> None:

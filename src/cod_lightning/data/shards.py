@@ -42,6 +42,7 @@ from cod_lightning.data.prepare import (
     Report,
     build_folder,
     check_settings,
+    checked_set,
     is_complete,
     prepared_folder,
     set_identity,
@@ -127,7 +128,7 @@ def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool 
         )
     folder = prepared_folder(config)
     if is_complete(folder):
-        return folder
+        return checked_set(config, folder)
     settings = _settings(config)
 
     def is_complete_part(part: Path) -> bool:
@@ -233,6 +234,7 @@ def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Pa
     check_settings(config)
     folder = prepared_folder(config)
     build_folder(folder, is_complete, lambda partial: _merge(config, count, partial, progress))
+    checked_set(config, folder)
     shutil.rmtree(parts_folder(config, count), ignore_errors=True)
     return folder
 
