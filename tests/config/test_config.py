@@ -126,6 +126,20 @@ def test_a_saved_configuration_loads_unchanged(tmp_path):
     assert (amended.data.source, amended.data.files, amended.trainer.threads) == ("files", ["a", "b"], 3)
 
 
+@pytest.mark.parametrize("name", choices("trainer"))
+def test_a_trainer_means_the_same_for_a_saved_run_as_for_a_new_one(tmp_path, name):
+    many = ["trainer=fsdp", "trainer.num_nodes=2", "trainer.hybrid=true", "trainer.offload=true"]
+    folder = create_run_folder(compose([*many, "data.micro_batch_size=4", f"output={tmp_path}"]))
+    words = [f"trainer={name}", "data.micro_batch_size=4"]
+    assert load(folder, words).trainer == compose(words).trainer
+
+
+def test_a_field_wins_over_a_group_that_follows_it(tmp_path):
+    folder = create_run_folder(compose([f"output={tmp_path}"]))
+    words = ["trainer.devices=4", "trainer=ddp", "data.micro_batch_size=4"]
+    assert load(folder, words).trainer == compose(words).trainer
+
+
 @pytest.mark.parametrize(
     ("of_run", "chosen", "dropped"),
     [

@@ -36,6 +36,8 @@ from cod_lightning.nn import strategies
 
 CONTENT = {"model", "data", "data.source", "task"}
 """Overrides after which a run is no longer the default experiment."""
+TEXT = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
+"""Overrides that choose the text."""
 GLOB_FIELDS = {"data.files", "data.val_files"}
 PATH_FIELDS = GLOB_FIELDS | {
     *("data.root", "data.folder", "data.tokenizer", "images.folder", "init_from", "output"),
@@ -157,8 +159,7 @@ def sweep_values(override: Override) -> list[str]:
 
 def selects_other_text(overrides: Sequence[str]) -> bool:
     """Whether overrides choose a text other than that of a run."""
-    text = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
-    return any(override.key_or_group in text for override in parse(overrides))
+    return any(override.key_or_group in TEXT for override in parse(overrides))
 
 
 # Composition ---------------------------------------------------------------------------------------------------------

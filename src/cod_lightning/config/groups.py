@@ -18,6 +18,8 @@ SECTIONS = ("model", "norm", "data", "optim", "trainer")
 FIELDS_OF_FILES = ("experiment", "description", "row", "paper", "scales")
 """Fields that the files of an experiment set."""
 WIDTH = 120
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Deeply nested brackets take the loader in Python minutes."""
 
 
 def config_folder() -> Path:
@@ -40,7 +42,7 @@ def groups() -> list[str]:
 def read_yaml(name: str) -> dict[str, Any]:
     """A file of configs/ as a dictionary."""
     text = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+    return yaml.load(text, FAST_LOADER) or {}
 
 
 def default_choices() -> dict[str, str]:

@@ -18,14 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cod_lightning.config.compose import (
     INTERPOLATION,
+    TEXT,
     apply_overrides,
     as_config,
     cause,
     checked,
-    groups,
     has_interpolation,
     parse,
 )
+from cod_lightning.config.groups import FAST_LOADER, groups
 from cod_lightning.config.schema import TOKENIZER, Config, flatten, identity, identity_fields
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import DAMAGED, UserError, no_permission, one_line
@@ -38,8 +39,6 @@ REMEDY = "restore it from a copy; record.json of a finished run holds the same v
 """The end of an error about a damaged one."""
 SECTIONS = {"model", "norm", "data", "optim", "eval", "trainer", "paper", "scales"}
 """Sections that every version writes; `scales` is the last one."""
-FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Deeply nested brackets take the loader in Python minutes."""
 
 
 def to_yaml(config: Config) -> str:
@@ -156,7 +155,9 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
         saved_errors = problems(saved)
     fixed = [o for o in words if o.key_or_group in groups() and o.key_or_group not in ("data", "trainer")]
     errors = [f"{o.input_line}: a trained run accepts data=, trainer= and section.field=value" for o in fixed]
-    errors += apply_overrides(node, [o for o in words if o not in fixed])
+    # Groups come first, as in `compose`: a group resets the fields before it.
+    accepted = sorted((o for o in words if o not in fixed), key=lambda o: o.key_or_group not in groups())
+    errors += apply_overrides(node, accepted)
     errors += decoder_changes(folder, saved, node)
     try:
         return checked(node, errors)
@@ -169,7 +170,7 @@ def forget_text(node: DictConfig, words: Sequence[Override]) -> None:
     """Drop what names the text of the run if `words` choose another, which would be ignored or mixed with it."""
     chosen = {word.key_or_group for word in words}
     stale = set()
-    if chosen & {"data", "data.source", "data.files", "data.val_files", "data.folder"}:
+    if chosen & TEXT:
         stale = {"val_files", "folder", "sha256"}
     if chosen & {"data", "data.source"}:
         stale.add("files")
