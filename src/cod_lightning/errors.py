@@ -71,6 +71,11 @@ def one_line(error: BaseException) -> str:
     return f"KeyError: {text}" if isinstance(error, KeyError) else text
 
 
+def os_message(error: OSError, path: object) -> str:
+    """The file that `error` names, or `path` if it names none, and the system's reason."""
+    return f"{error.filename or path}: {error.strerror or error}"
+
+
 def no_permission(error: PermissionError, path: object = None) -> UserError:
     """The error for the file that `error` names, or for `path` if it names none."""
     return UserError(f"{error.filename or path}: permission denied: change its permissions (chmod) or ask its owner")

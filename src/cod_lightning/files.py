@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cod_lightning.errors import UserError, no_permission
+from cod_lightning.errors import UserError, no_permission, os_message
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -186,8 +186,7 @@ def new_folder(folder: Path) -> Generator[Path]:
         yield partial
         partial.replace(folder)
     except OSError as error:
-        name = str(error.filename or folder).replace(str(partial or folder), str(folder))
-        raise UserError(f"{name}: {error.strerror or error}") from error
+        raise UserError(os_message(error, folder).replace(str(partial or folder), str(folder))) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

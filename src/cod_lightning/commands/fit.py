@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
 from cod_lightning.commands.processes import CommandPool, run_labels
-from cod_lightning.errors import Diverged, UserError
+from cod_lightning.errors import Diverged, UserError, os_message
 from cod_lightning.files import check_writable, locked
 from cod_lightning.train.ranks import check_ranks, is_first_rank
 
@@ -106,7 +106,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
             write_failure(folder, asdict(config), str(error))
         raise
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+        raise UserError(os_message(error, folder)) from error
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from stop

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, os_message
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.panels import Panel, draw_panels
 from cod_lightning.page import Table, html_fragment
@@ -137,7 +137,7 @@ class Result(ABC):
             for path, content in zip(paths, contents.values(), strict=True):
                 write_atomic(path, content)
         except OSError as error:
-            raise UserError(f"{error.filename or folder}: {error.strerror or error}") from error
+            raise UserError(os_message(error, folder)) from error
         return paths
 
     def _repr_html_(self) -> str:
