@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from cod_lightning.kernels.triton_norm import Number, constants, multiprocessors, rows_of
+from cod_lightning.kernels.triton_norm import Number, constants, num_programs, rows_of
 
 
 @triton.jit
@@ -188,8 +188,7 @@ def backward(
     outputs = backward_outputs(stream, weight, dtype, branch_dtype)
     hidden = stream.shape[-1]
     rows, shape = stream.numel() // hidden, tiles(hidden, erf, backward=True)
-    resident = multiprocessors(stream.device) * max(1, 16 // shape["num_warps"])
-    programs = max(1, min(resident, triton.cdiv(rows, shape["ROWS"])))
+    programs = num_programs(stream.device, rows, shape)
     partial = [torch.empty((programs, len(total)), dtype=torch.float32, device=stream.device) for total in outputs[:4]]
     stream, stream_stride = rows_of(stream)
     dy, dy_stride = rows_of(dy)

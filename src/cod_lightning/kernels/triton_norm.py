@@ -157,6 +157,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def num_programs(device: torch.device, rows: int, shape: dict[str, Any]) -> int:
+    """Programs of a backward kernel: as many as the device runs at once, at most one for each tile of rows."""
+    resident = multiprocessors(device) * max(1, 16 // shape["num_warps"])
+    return max(1, min(resident, triton.cdiv(rows, shape["ROWS"])))
+
+
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """View x [..., hidden] as rows of contiguous elements, copied if necessary, and their stride."""
     if x.is_contiguous():
@@ -234,8 +240,7 @@ def backward(
     hidden, groups = stream.shape[-1], rstd.shape[-1]
     rows = stream.numel() // hidden
     shape = constants(hidden, groups, isinstance(gain, Tensor), backward=True)
-    resident = multiprocessors(stream.device) * max(1, 16 // shape["num_warps"])
-    programs = max(1, min(resident, triton.cdiv(rows, shape["ROWS"])))
+    programs = num_programs(stream.device, rows, shape)
     partial = torch.empty((programs, hidden), dtype=torch.float32, device=stream.device) if weighted else None
     stream, stream_stride = rows_of(stream)
     dy, dy_stride = rows_of(dy)
