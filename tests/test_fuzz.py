@@ -24,7 +24,7 @@ from cod_lightning.paper.claims import Column, columns
 from cod_lightning.paper.experiments import experiment_rows, load_experiments
 from cod_lightning.paper.findings import QUANTITIES, quantity_rows
 from cod_lightning.paper.results import load_task_scores
-from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
+from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_for_weights
 from cod_lightning.train.record import RECORD, read_record
 
 SECRET = "a value of the environment"
@@ -172,8 +172,8 @@ def test_a_damaged_checkpoint_is_read_unchanged_or_an_error(tmp_path, data):
     if not path.exists():
         AtomicCheckpointIO().save_checkpoint(CHECKPOINT, path)
     (tmp_path / "b.ckpt").write_bytes(data.draw(mutated_bytes(path.read_bytes())))
-    for mmap in (False, True):
-        result = result_or_error(read_checkpoint, tmp_path / "b.ckpt", mmap=mmap)
+    for read in (read_checkpoint, read_for_weights):
+        result = result_or_error(read, tmp_path / "b.ckpt")
         assert equal(result, CHECKPOINT) or "b.ckpt: damaged, not a readable checkpoint" in str(result)
 
 

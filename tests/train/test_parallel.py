@@ -20,7 +20,13 @@ from cod_lightning.config.compose import compose
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.spec import SublayerSpec
 from cod_lightning.train.callbacks import StopOnSignal
-from cod_lightning.train.checkpoint import AtomicCheckpointIO, MetadataUnpickler, checkpoints, read_checkpoint
+from cod_lightning.train.checkpoint import (
+    AtomicCheckpointIO,
+    MetadataUnpickler,
+    checkpoints,
+    read_checkpoint,
+    read_for_weights,
+)
 from command_words import last_of_each
 from strategy_kinds import one_of_each_kind
 
@@ -291,7 +297,8 @@ def save_sharded(path, store):
     """Save a sharded checkpoint in a group of one process; return the error message or None."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     try:
-        checkpoint = {"state_dict": {"decoder.weight": torch.ones(3)}, "tokens": 3, "optimizer_states": []}
+        states = [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}]
+        checkpoint = {"state_dict": {"decoder.weight": torch.ones(3)}, "tokens": 3, "optimizer_states": states}
         io = AtomicCheckpointIO()
         io.save_sharded(checkpoint, path, True, lambda failure: failure)
         return io.failure
@@ -316,6 +323,13 @@ def test_a_sharded_checkpoint_replaces_an_existing_one(sharded_checkpoint, tmp_p
     assert save_sharded(sharded_checkpoint, tmp_path / "store") is None
     assert torch.equal(read_checkpoint(sharded_checkpoint)["state_dict"]["decoder.weight"], torch.ones(3))
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_the_optimizer_state_of_a_sharded_checkpoint_is_read_only_if_it_is_used(sharded_checkpoint):
+    complete, for_weights = read_checkpoint(sharded_checkpoint), read_for_weights(sharded_checkpoint)
+    assert complete["optimizer_states"][0]["state"][0].keys() == {"exp_avg"}
+    assert for_weights["optimizer_states"][0]["state"] == {}
+    assert torch.equal(for_weights["state_dict"]["decoder.weight"], torch.ones(3))
 
 
 @pytest.mark.parametrize("damage", ["malicious", "bytes", "truncated", "no metadata"])

@@ -133,21 +133,23 @@ def read_resumable(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """A complete checkpoint on the CPU, read without executing code.
 
     Checksums are verified for a file; for a folder, those of `rest.pt` only.
 
-    Args:
-        path: the file or folder.
-        mmap: memory-map the tensors of a file, which must stay; saves memory if the optimizer state is not used.
-
     Raises:
         UserError: the checkpoint is missing, damaged, or holds more than plain data.
     """
-    if path.is_dir():
-        return read_sharded(path, {}, [])
-    return load_file(path, path, mmap)
+    return read_sharded(path, {}, []) if path.is_dir() else load_file(path, path)
+
+
+def read_for_weights(path: Path) -> dict[str, Any]:
+    """`read_checkpoint` without the memory of the optimizer state, twice that of the weights.
+
+    The tensors of a file are memory-mapped, so it must stay; the optimizer state of a folder is not read.
+    """
+    return read_sharded(path, {}, None) if path.is_dir() else load_file(path, path, mmap=True)
 
 
 def load_file(path: Path, checkpoint: Path, mmap: bool = False) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def load_file(path: Path, checkpoint: Path, mmap: bool = False) -> dict[str, Any
 
 
 def read_sharded(
-    path: Path, parameters: Mapping[str, Tensor], optimizer_parameters: Sequence[Mapping[int, Tensor]]
+    path: Path, parameters: Mapping[str, Tensor], optimizer_parameters: Sequence[Mapping[int, Tensor]] | None
 ) -> dict[str, Any]:
     """Read a checkpoint folder.
 
@@ -184,7 +186,7 @@ def read_sharded(
         path: the folder.
         parameters: by name, sharded or not; the checkpoint's values are loaded into these in place.
         optimizer_parameters: for each optimizer its parameters by number; state of a parameter's shape is sharded as
-            the parameter. If empty, the state is read unsharded.
+            the parameter. If empty, the state is read unsharded; None: it is not read.
 
     Raises:
         UserError: the checkpoint is damaged, holds more than plain data, or has parameters of another shape.
@@ -198,6 +200,8 @@ def read_sharded(
             if not isinstance(entry, TensorStorageMetadata):
                 raise ValueError(f"{name} is not a tensor")
             section, *keys = name.split(SEPARATOR)
+            if section == "optimizer_states" and optimizer_parameters is None:
+                continue
             like = parameters.get(keys[0]) if section == "state_dict" else None
             if section == "optimizer_states" and optimizer_parameters:
                 like = optimizer_parameters[int(keys[0])][int(keys[2])]

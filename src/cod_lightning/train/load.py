@@ -22,7 +22,7 @@ from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.nn.weights import load_weights, require_finite, shape_mismatches
-from cod_lightning.train.checkpoint import BEST, CHECKPOINTS, AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from cod_lightning.train.checkpoint import BEST, CHECKPOINTS, AtomicCheckpointIO, newest_checkpoint, read_for_weights
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def read_run_weights(checkpoint: Path, model: str, head: str) -> tuple[dict[str,
     Raises:
         UserError: the checkpoint is unreadable, has no such head, or holds NaN or Inf.
     """
-    state = read_checkpoint(checkpoint)
+    state = read_for_weights(checkpoint)
     weights = weights_of(state, model)
     if head not in weights or weights[head].ndim != 2:
         raise UserError(f"{checkpoint}: not a checkpoint of a {model}: {head} is missing or not a matrix")
@@ -150,7 +150,7 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
         raise UserError(
             f"data.tokenizer={name!r} is not the tokenizer of init_from={source}: use data.tokenizer={source_tokenizer}"
         )
-    checkpoint = read_checkpoint(path, mmap=True)
+    checkpoint = read_for_weights(path)
     weights = weights_of(checkpoint, "decoder")
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     with torch.device("meta"):

@@ -32,7 +32,7 @@ from cod_lightning.train.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
     newest_checkpoint,
-    read_checkpoint,
+    read_for_weights,
     read_resumable,
     step_of,
 )
@@ -119,7 +119,7 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     """
     with quiet_lightning():
         data, module = build(config)
-        state = read_checkpoint(checkpoint)
+        state = read_for_weights(checkpoint)
         weights = weights_of(state, "vit" if config.task == "vision" else "decoder")
         require_finite(weights.items(), str(checkpoint))
         module.first_step = state.get("global_step", 0)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
 from cod_lightning.nn.weights import load_weights, shard_like
-from cod_lightning.train.checkpoint import NON_TENSORS, AtomicCheckpointIO, load_file, read_checkpoint, read_sharded
+from cod_lightning.train.checkpoint import NON_TENSORS, AtomicCheckpointIO, load_file, read_sharded
 from cod_lightning.train.devices import accelerator, precision
 
 
@@ -110,7 +110,7 @@ class Sharded(ModelParallelStrategy):
             module.check_groups(load_file(path / NON_TENSORS, path))
             checkpoint = read_sharded(path, module.state_dict(), self.optimizer_parameters())
         else:
-            checkpoint = read_checkpoint(path, mmap=True)
+            checkpoint = load_file(path, path, mmap=True)
             load_weights(module, checkpoint["state_dict"], str(path))
             module.check_groups(checkpoint)
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
