@@ -17,7 +17,7 @@ loading or logging. Each variant uses the default optimizer of its trainer:
 On a CPU all variants take turns in each round, and `over_...` is the median over rounds of the ratio to the first.
 `gib` is the peak memory of parameters, optimizer state and a step, as counted by torch.
 
-MFU is `cod_lightning.train.cost.flops_per_token` over the peak of the hardware: that of the data sheet for dense
+MFU is `cod_lightning.train.cost.training_flops` over the peak of the hardware: that of the data sheet for dense
 bfloat16 if the GPU is known, else that of a large matrix product in the same run.
 """
 
@@ -62,7 +62,7 @@ from cod_lightning.nn import norms
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.cost import flops_per_token
+from cod_lightning.train.cost import Architecture, training_flops
 from cod_lightning.train.estimate import GPUS, matmul_rate
 from cod_lightning.train.optim import build_optimizer
 
@@ -261,6 +261,7 @@ def measure(name: str, args: argparse.Namespace, threads: int) -> list[dict[str,
             for label, values in series.items()
         }
     peak, source = peak_flops()
+    flops_per_token = training_flops(Architecture(shape, {"name": "pre_ln"}, length)) / length
     return [
         {
             "model": name,
@@ -273,7 +274,7 @@ def measure(name: str, args: argparse.Namespace, threads: int) -> list[dict[str,
             "ms": round(times[label], 2),
             f"over_{first.replace(' ', '_')}": round(over[label], 3),
             "tokens_per_s": round(tokens.numel() / times[label] * 1000),
-            "mfu": round(flops_per_token(shape, length) * tokens.numel() / times[label] * 1000 / peak, 4),
+            "mfu": round(flops_per_token * tokens.numel() / times[label] * 1000 / peak, 4),
             "peak": source,
             "gib": memory[label],
         }

@@ -555,6 +555,7 @@ COMMANDS = [
     )),
     (nothing, ["predict", "norm=mixln"], ["norm='mixln' does not exist: did you mean 'mix_ln'"]),
     (nothing, ["predict", "experiments=table5_vit_s"], ["predict does not support task=vision"]),
+    (nothing, ["predict", "model=tiny", "data.tokenizer=t5-base"], ["model.vocab_size is open, and data.tokenizer"]),
     (module("def f(layer, depth):\n    return 1 / (layer - 1)"), ["predict", MINE], ["raised ZeroDivisionError"]),
     (nothing, ["estimate", "hardware=abacus"], ["hardware='abacus'", "h100"]),
     (nothing, ["estimate", "gpus=many"], ["gpus=many: expected a whole number"]),

@@ -271,6 +271,26 @@ def test_fsdp_shards_and_gathers(architecture):
     assert fsdp.activations == single.activations
 
 
+@pytest.mark.parametrize("architecture", [decoder_like(), vit_like()], ids=["decoder", "vit"])
+def test_offload_leaves_the_shard_of_one_block_on_the_device(architecture):
+    sharded, offloaded = (
+        architecture.memory("32-true", strategy="fsdp", ranks=4, offload=offload)(2) for offload in (False, True)
+    )
+    sizes = architecture.sizes()
+    assert offloaded.weights == offloaded.gradients == 4 * ((sizes.parameters - sizes.outer) // 4) // 4
+    assert offloaded.moments == 0
+    kept = ("copies", "communication", "activations", "work")
+    assert [getattr(offloaded, name) for name in kept] == [getattr(sharded, name) for name in kept]
+
+
+def test_offload_makes_room_for_larger_micro_batches_under_fsdp_only():
+    words = ("experiments=table1_1b", "trainer=fsdp", "data.micro_batch_size=8")
+    sharded, offloaded = estimated(*words), estimated(*words, "trainer.offload=true")
+    assert offloaded.memory.total < sharded.memory.total
+    assert offloaded.max_micro_batch_size > sharded.max_micro_batch_size
+    assert estimated(*words, "trainer.offload=true", strategy="ddp") == estimated(*words, strategy="ddp")
+
+
 def test_hybrid_sharding_shards_over_one_node():
     words = ("experiments=quickstart", "trainer.strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=1")
     node = estimated(*words).memory
@@ -336,6 +356,11 @@ def test_packed_data_takes_the_documents_of_its_tokens():
     few = estimated(*words, "data.max_documents=1000")
     assert (few.documents, few.token_bytes) == (1000, 2 * round(1000 * 156e9 / 364_868_892))
     assert estimated(*words, "model.vocab_size=70000").token_bytes == 2 * result.token_bytes
+
+
+def test_the_size_of_another_source_than_c4_is_not_known():
+    result = estimated("experiments=quickstart")
+    assert (result.token_bytes, result.documents, result.text_bytes, result.download_bytes) == (None,) * 4
 
 
 def test_the_largest_micro_batch_fits_and_a_larger_one_does_not():

@@ -14,6 +14,7 @@ from cod_lightning.commands.fit import lock_folder, train_run
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
+from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import Diverged, Stopped, UserError
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import next_tokens
@@ -21,7 +22,9 @@ from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train import module
 from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.checkpoint import read_checkpoint
-from cod_lightning.train.memory import check_memory, least_parameters
+from cod_lightning.train.devices import precision
+from cod_lightning.train.load import load_run
+from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import read_record
 from cod_lightning.train.run import build, evaluate, fit
@@ -300,10 +303,43 @@ def test_a_run_that_cannot_fit_into_memory_is_refused_before_it_is_prepared(toy,
 def test_the_whole_model_must_fit_into_the_container_of_a_node(toy, tmp_path, monkeypatch, nodes, hybrid):
     words = ["model.vocab_size=100000", "data.micro_batch_size=1", "trainer.accelerator=cpu", "trainer.strategy=fsdp"]
     config = compose([*toy, *words, f"trainer.num_nodes={nodes}", f"trainer.hybrid={hybrid}"])
-    (limit := tmp_path / "memory.max").write_text(f"{12 * least_parameters(config)}\n")
+    (limit := tmp_path / "memory.max").write_text(f"{12 * config.num_parameters(1)}\n")
     monkeypatch.setattr("cod_lightning.memory.LIMITS", [str(limit)])
     with pytest.raises(UserError, match="out of memory"):
         check_memory(config)
+
+
+def test_the_cpu_memory_of_a_gpu_run_holds_the_moments_with_offload_only(toy, tmp_path, monkeypatch):
+    words = ["model.vocab_size=100000", "data.micro_batch_size=1", "trainer.strategy=fsdp"]
+    config = compose([*toy, *words])
+    (limit := tmp_path / "memory.max").write_text(f"{12 * config.num_parameters(1)}\n")
+    monkeypatch.setattr("cod_lightning.memory.LIMITS", [str(limit)])
+    monkeypatch.setattr("cod_lightning.train.memory.accelerator", lambda settings: "cuda")
+    check_memory(config)
+    with pytest.raises(UserError, match="out of memory"):
+        check_memory(replace(config, trainer=replace(config.trainer, offload=True)))
+
+
+def test_emulated_bfloat16_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert precision(TrainerConfig()) == "32-true"
+
+
+@pytest.mark.parametrize("use", [load_run, lambda folder: evaluate(load(folder), last(folder))])
+def test_commands_that_use_the_weights_only_map_the_checkpoint(plain, monkeypatch, use):
+    mapped = []
+
+    def spy(*args, mmap, **options):
+        mapped.append(mmap)
+        return torch_load(*args, mmap=mmap, **options)
+
+    torch_load = torch.load
+    monkeypatch.setattr(torch, "load", spy)
+    trainer = SimpleNamespace(validate=lambda *_, **__: None, callback_metrics={})
+    monkeypatch.setattr("cod_lightning.train.run.build_trainer", lambda _: trainer)
+    use(plain[1])
+    assert mapped == [True]
 
 
 def test_a_rank_that_is_gone_stops_an_evaluation(plain, monkeypatch):

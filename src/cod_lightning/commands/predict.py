@@ -28,16 +28,18 @@ def run(overrides: Sequence[str], output: Path) -> int:
     from dataclasses import replace
 
     from cod_lightning.config.compose import compose
+    from cod_lightning.config.validate import vocab_size_errors
 
     config = compose(overrides)
     check_writable(output, "--output=")
     if config.task != "language":
         raise UserError(f"predict does not support task={config.task}")
+    if errors := vocab_size_errors(config):
+        raise UserError(*errors)
     from cod_lightning.commands.terminal import result_table, show
     from cod_lightning.measure.prediction import predict
 
-    model = replace(config.model, vocab_size=config.model.vocab_size or config.data.vocab_size)
-    result = predict(model, config.norm, config.seed)
+    result = predict(replace(config.model, vocab_size=config.vocab_size), config.norm, config.seed)
     paths = result.save(output, result.model.replace(":", "-"))
     rows = result.rows()
     show(result_table(result.title(), rows, len(rows)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.data.config import MOST_PROCESSES, DataConfig, ImageConfig
-from cod_lightning.nn.config import DecoderConfig
+from cod_lightning.nn.config import DecoderConfig, num_vit_parameters
 from cod_lightning.settings import metadata, setting
 
 METRIC_FORMATS = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
@@ -191,6 +191,22 @@ class Config:
         """The names in `logger`, without `none`."""
         names = self.logger if isinstance(self.logger, list) else [self.logger]
         return [name for name in dict.fromkeys(names) if name not in ("none", None)]
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Size of a decoder's vocabulary: the model's, or that of the tokenizer to train; None: not in the settings."""
+        return self.model.vocab_size or (self.data.vocab_size if self.data.tokenizer == "bpe" else None)
+
+    def num_parameters(self, vocab_size: int) -> int:
+        """Parameters of the model under Pre-LN; a strategy with learned scales or more norms has more.
+
+        Args:
+            vocab_size: used if `model.vocab_size` is open; open `images.classes` count as one.
+        """
+        if self.task == "language":
+            return self.model.num_parameters(vocab_size)
+        images = self.images
+        return num_vit_parameters(self.model, images.size, images.patch_size, images.known_classes or 1)
 
     @property
     def sequence_length(self) -> int:

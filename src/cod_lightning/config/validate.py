@@ -72,6 +72,13 @@ def paper_block_errors(config: Config) -> list[str]:
     ]
 
 
+def vocab_size_errors(config: Config) -> list[str]:
+    """An error if the size of the vocabulary is in a tokenizer that is not read."""
+    if config.vocab_size is not None:
+        return []
+    return [f"model.vocab_size is open, and data.tokenizer={config.data.tokenizer!r} is not read here: set it"]
+
+
 def folder_errors(config: Config) -> list[str]:
     """Errors in the fields that name folders and the source of the weights."""
     errors = [

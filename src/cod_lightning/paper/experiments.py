@@ -8,11 +8,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.config.compose import choices, compose, parse
-from cod_lightning.config.groups import read_yaml
+from cod_lightning.config.compose import compose, parse
+from cod_lightning.config.groups import choices, read_yaml
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.nn.config import num_vit_parameters
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
 from cod_lightning.paper.results import load_runs, record_path
 
@@ -284,11 +283,8 @@ def describe_setting(row: Row) -> str:
 
 
 def num_parameters(config: Config) -> int:
-    """Parameters of the model under Pre-LN; a strategy with learned scales or more norms has more."""
-    if config.task == "vision":
-        images = config.images
-        return num_vit_parameters(config.model, images.size, images.patch_size, images.known_classes or 0)
-    return config.model.num_parameters(config.data.vocab_size)
+    """Parameters of the model under Pre-LN; a vocabulary that is not known counts as one."""
+    return config.num_parameters(config.vocab_size or 1)
 
 
 def format_tokens(tokens: float) -> str:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cod_lightning.config.schema import Config
+from cod_lightning.config.validate import vocab_size_errors
 from cod_lightning.data.config import ImageConfig
 from cod_lightning.kernels.loss import chunk_size
 from cod_lightning.nn.config import DecoderConfig
@@ -89,14 +90,13 @@ class Architecture:
         if config.task == "vision":
             images = replace(config.images, classes=config.images.known_classes)
             return cls(config.model, config.norm, config.data.seq_len, images)
-        vocab_size = config.model.vocab_size or (config.data.vocab_size if config.data.tokenizer == "bpe" else None)
-        return cls(replace(config.model, vocab_size=vocab_size), config.norm, config.data.seq_len)
+        return cls(replace(config.model, vocab_size=config.vocab_size), config.norm, config.data.seq_len)
 
     def errors(self, config: Config) -> list[str]:
         """One error for each size that the configuration does not contain."""
-        if self.images is None and not self.model.vocab_size:
-            return [f"model.vocab_size is open, and data.tokenizer={config.data.tokenizer!r} is not read here: set it"]
-        if self.images is not None and not self.images.classes:
+        if self.images is None:
+            return vocab_size_errors(config)
+        if not self.images.classes:
             return [f"images.classes is open, and images.folder={self.images.folder!r} is not read here: set it"]
         return []
 
@@ -158,6 +158,7 @@ class Architecture:
         strategy: str = "single",
         ranks: int = 1,
         checkpointing: str = "none",
+        offload: bool = False,
         cpu: bool = False,
     ) -> Callable[[int], Memory]:
         """The memory of a training step on one of `ranks` devices, as a function of the micro-batch size.
@@ -168,6 +169,8 @@ class Architecture:
             strategy: `single`, `ddp` or `fsdp`.
             ranks: number of devices; under hybrid sharding those of one node.
             checkpointing: `none`, `selective` or `full`.
+            offload: under `fsdp`, keep weights, gradients and Adam's moments in CPU memory. FSDP2 copies the shard of a
+                block to the device before it gathers the block, and the shard of its gradient back.
             cpu: use torch's norms on a CPU instead of the fused ones of a GPU.
         """
         sizes = self.sizes()
@@ -178,21 +181,22 @@ class Architecture:
         dtype = torch.float32 if autocast or precision == "32-true" else torch.bfloat16
         saved, work = count_bytes(self, batch_size, dtype, autocast, checkpointing, cpu)
         more_saved, more_work = count_bytes(self, 2 * batch_size, dtype, autocast, checkpointing, cpu)
+        block = (sizes.parameters - sizes.outer) // self.model.num_hidden_layers
         communication = 0
         if strategy == "ddp":
             communication = sizes.parameters * weight
         elif sharded:
             # Embeddings and head, this block and the next one, and the same of their gradients.
-            block = (sizes.parameters - sizes.outer) // self.model.num_hidden_layers
             communication = 2 * (sizes.outer + 2 * block) * compute
-        shard = sizes.parameters * weight // (ranks if sharded else 1)
+        offload = offload and sharded
+        shard = (block if offload else sizes.parameters) * weight // (ranks if sharded else 1)
 
         def at(count: int) -> Memory:
             loss = 0 if self.images is not None else self.loss_bytes(count * self.seq_len, compute, cpu)
             return Memory(
                 weights=shard,
                 gradients=shard,
-                moments=2 * shard,
+                moments=0 if offload else 2 * shard,
                 copies=2 * sizes.cast if autocast else 0,
                 communication=communication,
                 activations=count * (more_saved - saved) // batch_size,
@@ -276,11 +280,6 @@ def count_bytes(
     blocks = [after - before for before, after in pairwise(entries)]
     repeated = sum((count - 1) * size for count, size in zip(architecture.kinds.values(), blocks, strict=True))
     return saved + repeated, max(live.peak - saved, 0)
-
-
-def flops_per_token(model: DecoderConfig, seq_len: int) -> float:
-    """FLOPs of a training step per token of a decoder; see `training_flops`."""
-    return training_flops(Architecture(model, {"name": "pre_ln"}, seq_len)) / seq_len
 
 
 def wiring(spec: BlockSpec) -> str:

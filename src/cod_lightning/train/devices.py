@@ -30,8 +30,8 @@ def set_threads(settings: TrainerConfig) -> None:
 
 
 def precision(settings: TrainerConfig) -> Any:
-    """Lightning's precision; `auto` is `auto_cuda` on a CUDA device with bfloat16, float32 otherwise."""
+    """Lightning's precision; `auto` is `auto_cuda` on a CUDA device whose hardware has bfloat16, float32 otherwise."""
     if settings.precision != "auto":
         return settings.precision
-    cuda = accelerator(settings) == "cuda" and torch.cuda.is_bf16_supported()
+    cuda = accelerator(settings) == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return settings.auto_cuda if cuda else "32-true"

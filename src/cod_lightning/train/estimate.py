@@ -73,7 +73,7 @@ class Estimate:
     max_micro_batch_size: int
     """Largest micro-batch that fits into it; 0 if none does."""
     token_bytes: int | None
-    """Size of the prepared tokens, without repetitions; None for images, which are not prepared."""
+    """Size of the prepared tokens of C4, without repetitions; None for other sources, whose size is not known here."""
     documents: int | None
     """Documents of C4 that contain these tokens (`data.max_documents`); None for other sources."""
     text_bytes: int | None
@@ -133,6 +133,7 @@ def estimate(
         strategy=strategy,
         ranks=min(gpus, trainer.devices) if trainer.hybrid else gpus,
         checkpointing=checkpointing,
+        offload=trainer.offload,
         cpu=hardware == "cpu",
     )
     memory = count(data.micro_batch_size)
@@ -206,10 +207,9 @@ def largest_batch(memory: Callable[[int], Memory], limit: int) -> int:
 
 def data_needed(data: DataConfig, positions: int, architecture: Architecture) -> dict[str, Any]:
     """The fields of `Estimate` on data."""
-    item = 2 if (architecture.model.vocab_size or 0) <= 2**16 else 4
     if data.source != "c4" or architecture.images is not None:
-        token_bytes = positions * item if architecture.images is None else None
-        return {"token_bytes": token_bytes, "documents": None, "text_bytes": None, "download_bytes": None}
+        return dict.fromkeys(("token_bytes", "documents", "text_bytes", "download_bytes"))
+    item = 2 if (architecture.model.vocab_size or 0) <= 2**16 else 4
     per_document = data.seq_len if data.layout == "document" else C4_TOKENS / C4_DOCUMENTS
     documents = min(math.ceil(positions / per_document), data.max_documents or C4_DOCUMENTS, C4_DOCUMENTS)
     return {
