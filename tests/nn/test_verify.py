@@ -85,6 +85,24 @@ class LostWhenCompiled(Block):
         return 1.0 if torch.compiler.is_compiling() else self.layer**-0.5
 
 
+class LostInTraining(Block):
+    def factor(self):
+        return 1.0 if self.training else self.layer**-0.5
+
+
+class Dropped(Block):
+    """With dropout by a module and by a probability."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.resid_dropout, self.hidden_dropout = nn.Dropout(0.5), 0.5
+
+    def forward(self, x):
+        x = x + self.resid_dropout(self.attention(self.norm_1(x) * self.factor()))
+        ffn = self.ffn(self.norm_2(x) * self.factor())
+        return x + nn.functional.dropout(ffn, self.hidden_dropout, self.training)
+
+
 class Model(nn.Module):
     def __init__(self, block):
         super().__init__()
@@ -105,8 +123,9 @@ def test_the_measured_factors_are_one_over_the_root_of_the_layer():
     assert gains == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
 
 
-def test_a_buffer_that_is_set_again_passes():
-    verify(Model(MendedBuffer), "lns", layout=PLAIN, inputs=TOKENS)
+@pytest.mark.parametrize("block", [MendedBuffer, Dropped])
+def test_a_right_implementation_passes(block):
+    verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS)
 
 
 BROKEN = {
@@ -115,6 +134,7 @@ BROKEN = {
     OffByOne: "hold: layer 2, attention: gain is 1,",
     OnlyAttention: "hold: layer 2, ffn: gain is 1,",
     HalvedBranch: "hold: layer 1, attention: branch_scale is 0.5, expected 1",
+    LostInTraining: "hold in training mode: layer 2, attention: gain is 1, expected 0.707107",
     LostWhenCompiled: "hold after compilation",
 }
 
@@ -141,6 +161,36 @@ def test_our_decoder_passes(norm):
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.3)
     verify(decoder, norm)
+
+
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(Model(Block).eval(), {nn.Linear}, dtype=torch.qint8)
+
+
+NOT_RUN = {
+    "on the meta device": (lambda: Model(Block).to("meta"), TOKENS, "Model is on the meta device, or offloaded"),
+    "quantised": (quantised, TOKENS, "Model is quantised: dequantise"),
+    "tokens in a list": (lambda: Model(Block), [[1, 2]], "inputs is a list: expected a tensor of tokens"),
+    "tokens outside the vocabulary": (
+        lambda: Model(Block),
+        TOKENS + 90,
+        r"Model cannot be verified on inputs \[1, 12\]: IndexError: index out of range",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("case", NOT_RUN)
+def test_what_cannot_be_run_is_refused(case):
+    model, inputs, message = NOT_RUN[case]
+    with pytest.raises(UserError, match=message):
+        verify(model(), "lns", layout=PLAIN, inputs=inputs)
+
+
+def test_a_sharded_model_is_refused(shard):
+    model = Model(Block)
+    with pytest.raises(UserError, match="Model is sharded: call verify before fully_shard"):
+        verify(shard(model, model.layers), "lns", layout=PLAIN, inputs=TOKENS)
 
 
 def llama():

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import ismethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.apply import WEIGHTS, checked_specs, config_of, strategy_of
 from cod_lightning.nn.layouts import Layout, Site, hidden_input, hidden_output, pre_norm_sites
 from cod_lightning.nn.spec import OPTIMIZER, SublayerSpec
+from cod_lightning.nn.weights import is_sharded
 
 TOLERANCE = 5e-5
 """Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
@@ -57,8 +59,8 @@ def verify(
 ) -> list[Factor]:
     """Check that every block applies the factors of a strategy: as the model is, and after what a model goes through.
 
-    These are a round trip through bfloat16, initialisation on the meta device, loading of a saved state dict, and
-    compilation. Each works on a copy, in float32; the model does not change.
+    These are training mode (without dropout), a round trip through bfloat16, initialisation on the meta device, loading
+    of a saved state dict, and compilation. Each works on a copy, in float32; the model does not change.
 
     Args:
         model: a Pre-LN language model, as for `apply`; its forward takes tokens [batch, length].
@@ -74,25 +76,74 @@ def verify(
 
     Raises:
         UserError: a factor is missing or wrong; names the first block and when. Or the strategy is not known, not named
-            anywhere, or has coefficients other than gains and branch scales.
+            anywhere, or has coefficients other than gains and branch scales. Or the model cannot be run, as on the
+            meta device, or is sharded.
     """
     section = {"name": norm, **options} if norm else strategy_of(model)
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
     require_visible(section, len(pre_norm_sites(model, layout)) // 2)
+    require_values(model)
+    tokens = example_tokens(model) if inputs is None else inputs
+    if not isinstance(tokens, Tensor):
+        raise UserError(f"inputs is a {type(tokens).__name__}: expected a tensor of tokens [batch, length]")
+    try:
+        return check_copies(model, section, layout, tokens, reset or reset_buffers)
+    except UserError:
+        raise
+    except Exception as error:  # models of the user raise many kinds
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{type(model).__name__} cannot be verified on inputs {list(tokens.shape)}: {reason}"
+        ) from error
+
+
+def check_copies(
+    model: nn.Module,
+    section: dict[str, Any],
+    layout: Layout | None,
+    tokens: Tensor,
+    reset: Callable[[nn.Module], object],
+) -> list[Factor]:
+    """The factors of a model, which hold in every copy; arguments and errors are those of `verify`."""
     original = deepcopy(model).float().eval()
     for site in pre_norm_sites(original, layout):
         if site.output is not None and not site.output.weight.any():
             nn.init.eye_(site.output.weight)  # a branch that starts at zero has no factor
-    tokens = example_tokens(original) if inputs is None else inputs
     factors = measure(original, section, layout, tokens)
     check(factors, section, "")
+    check(measure(train_without_dropout(original), section, layout, tokens), section, " in training mode")
     check(measure(deepcopy(original).bfloat16().float(), section, layout, tokens), section, " after .to(bfloat16)")
-    fresh = leave_meta_device(original, reset or reset_buffers)
+    fresh = leave_meta_device(original, reset)
     check(measure(fresh, section, layout, tokens), section, " after meta initialisation")
     check(measure(save_and_load(original), section, layout, tokens), section, " after saving and loading")
     check_compiled(original, tokens, section)
     return factors
+
+
+def require_values(model: nn.Module) -> None:
+    """Check that a model can be copied and run here.
+
+    Raises:
+        UserError: it is sharded, quantised, or on the meta device.
+    """
+    name = type(model).__name__
+    if is_sharded(model):
+        raise UserError(f"{name} is sharded: call verify before fully_shard")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"{name} is on the meta device, or offloaded: initialise or load the weights first")
+    if any(ismethod(getattr(module, "weight", None)) for module in model.modules()):
+        raise UserError(f"{name} is quantised: dequantise the model first")
+
+
+def train_without_dropout(model: nn.Module) -> nn.Module:
+    """A copy in training mode, in which every probability of dropout is 0."""
+    copy = deepcopy(model).train()
+    for module in copy.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Drop" in type(module).__name__)):
+                setattr(module, name, 0.0)
+    return copy
 
 
 def require_visible(norm: dict[str, Any], depth: int) -> None:
