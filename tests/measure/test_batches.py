@@ -5,7 +5,7 @@ import torch
 from builders import PAD, VOCABULARY, tokens
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Images
+from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.batches import (
     RunningMean,
     checked_batches,
@@ -100,6 +100,7 @@ WRONG = {
     "labels": (TOKENS - 100, None, "is negative: pass input_ids, not labels"),
     "another vocabulary": (TOKENS + VOCABULARY, None, "not in the model's vocabulary of 37: another tokenizer"),
     "images": (Images(TOKENS, TOKENS), None, "not Images"),
+    "tokens without values": (TOKENS.to("meta"), None, "not tokens on the meta device"),
     "padding first": (PADDED, PAD, "padding must follow the tokens: padding_side='right'"),
     "padding without its token": ({"input_ids": PADDED, "attention_mask": PADDED != PAD}, None, "pass pad_id="),
 }
@@ -110,6 +111,29 @@ def test_other_batches_are_refused(causal_lm, case):
     batches, pad_id, message = WRONG[case]
     with pytest.raises(UserError, match=f"^fit: .*{message}"):
         checked_batches(causal_lm("ours"), batches, pad_id, "fit")
+
+
+@pytest.mark.parametrize("pad_id", ["0", 0.5])
+def test_padding_that_is_no_integer_is_refused(causal_lm, pad_id):
+    with pytest.raises(UserError, match=f"pad_id={pad_id!r}: expected an integer"):
+        checked_batches(causal_lm("ours"), TOKENS, pad_id)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_more_tokens_than_position_embeddings_are_refused(causal_lm, family):
+    model = causal_lm(family)
+    with pytest.raises(
+        UserError, match=f"batches: .* tokens, but the model has embeddings for {model.positions}: trun"
+    ):
+        checked_batches(model, torch.ones(1, model.positions + 1, dtype=torch.long))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantised_model_is_refused(causal_lm):
+    model = causal_lm("llama")
+    quantised = torch.ao.quantization.quantize_dynamic(model.model, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UserError, match="llama: its Linear is quantised: dequantise"):
+        checked_batches(ModelAdapter(quantised, "llama"), TOKENS)
 
 
 def test_a_model_that_sees_all_tokens_may_have_padding_first(causal_lm):

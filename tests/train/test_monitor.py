@@ -248,7 +248,12 @@ def test_a_model_whose_layout_does_not_hold_is_refused():
 WRONG = {
     "another vocabulary": (lambda: cod.DepthMonitor(PROBE + 20), "token 51 is not in the model's vocabulary of 32"),
     "an unknown measure": (lambda: cod.DepthMonitor(PROBE, measures=["varianc"]), "variance"),
-    "a period of zero": (lambda: cod.DepthMonitor(PROBE, every=0), "every=0 must be at least 1"),
+    "a period of zero": (lambda: cod.DepthMonitor(PROBE, every=0), "every=0 must be an integer of at least 1"),
+    "a period of text": (lambda: cod.DepthMonitor(PROBE, every="10"), "every='10' must be an integer"),
+    "a period of a fraction": (lambda: cod.DepthMonitor(PROBE, every=2.5), r"every=2\.5 must be an integer"),
+    "a measure as text": (lambda: cod.DepthMonitor(PROBE, measures="variance"), "measures='variance': expected a list"),
+    "no measures": (lambda: cod.DepthMonitor(PROBE, measures=None), "measures=None: expected a list"),
+    "padding of text": (lambda: cod.DepthMonitor(PROBE, pad_id="0"), "pad_id='0': expected an integer"),
     "a probe of numbers": (lambda: cod.DepthMonitor(PROBE.float()), "expected tokens"),
     "a probe of labels": (lambda: cod.DepthMonitor(PROBE - 100), "token -[0-9]+ is negative: pass input_ids"),
     "an empty probe": (lambda: cod.DepthMonitor(PROBE[:, :0]), "no tokens but padding"),

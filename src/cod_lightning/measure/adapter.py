@@ -162,9 +162,22 @@ class ModelAdapter:
         """[vocabulary or classes, hidden]; without a head the embeddings."""
         model: Any = self.model
         if self.layout.head is None:
-            return model.get_input_embeddings().weight
-        head = model.get_output_embeddings() if self.layout is BERT else submodule(model, self.layout.head, self.name)
+            head = model.get_input_embeddings()
+        elif self.layout is BERT:
+            head = model.get_output_embeddings()
+        else:
+            head = submodule(model, self.layout.head, self.name)
+        if not isinstance(head.weight, Tensor):
+            raise UserError(f"{self.name}: its {type(head).__name__} is quantised: dequantise the model first")
         return head.weight
+
+    @property
+    def positions(self) -> int | None:
+        """Number of position embeddings, the length of the longest sequence; None: it has none."""
+        for path, module in self.model.named_modules():
+            if path.rpartition(".")[2] in ("wpe", "position_embeddings") and isinstance(module, nn.Embedding):
+                return module.num_embeddings
+        return None
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,10 +43,15 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
         name: of the argument, for errors.
 
     Raises:
-        UserError: as `as_tokens`; a token is not in the vocabulary; or tokens of a causal model follow padding, which
-            it would attend to.
+        UserError: as `as_tokens` and `require_pad_id`; a token is not in the vocabulary; there are more tokens than
+            position embeddings; or tokens of a causal model follow padding, which it would attend to.
     """
+    require_pad_id(pad_id)
     tokens = as_tokens(batch, name)
+    if model.positions is not None and tokens.shape[1] > model.positions:
+        raise UserError(
+            f"{name}: {tokens.shape[1]} tokens, but the model has embeddings for {model.positions}: truncate"
+        )
     vocabulary = len(model.head_weight)
     if tokens.numel() and (largest := int(tokens.max())) >= vocabulary:
         raise UserError(f"{name}: token {largest} is not in the model's vocabulary of {vocabulary}: another tokenizer?")
@@ -61,6 +67,16 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
     return tokens
 
 
+def require_pad_id(pad_id: Any) -> None:
+    """Check that a padding token is an integer, or None.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if pad_id is not None and not isinstance(pad_id, Integral):
+        raise UserError(f"pad_id={pad_id!r}: expected an integer, such as tokenizer.pad_token_id, or None")
+
+
 def as_tokens(batch: Any, name: str) -> Tensor:
     """A batch of tokens in int64 [batch, length], from any integers or from the encoding that a tokenizer returns.
 
@@ -72,6 +88,8 @@ def as_tokens(batch: Any, name: str) -> Tensor:
         problem = type(tokens).__name__
     elif tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         problem = f"{tokens.dtype} {list(tokens.shape)}"
+    elif tokens.is_meta:
+        problem = "tokens on the meta device"
     elif tokens.numel() and int(tokens.min()) < 0:
         raise UserError(f"{name}: token {int(tokens.min())} is negative: pass input_ids, not labels")
     else:

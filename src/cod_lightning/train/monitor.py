@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from cod_lightning.errors import UserError, nearest
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.activation_stats import token_variance
 from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode, find_model
-from cod_lightning.measure.batches import as_tokens, checked_tokens, token_mask
+from cod_lightning.measure.batches import as_tokens, checked_tokens, require_pad_id, token_mask
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.weights import is_sharded
 from cod_lightning.train.callbacks import TRAINING_MEASURES, layer_scalars
@@ -39,7 +40,8 @@ class DepthMonitor(Callback):
         pad_id: padding token, which is not measured; None: there is no padding.
 
     Raises:
-        UserError: a measure does not exist, the probe is not a batch of tokens, or `every` is less than 1.
+        UserError: a measure does not exist, the probe is not a batch of tokens, or another argument has a wrong type or
+            is out of range.
     """
 
     def __init__(
@@ -49,11 +51,14 @@ class DepthMonitor(Callback):
         measures: Sequence[str] = ("variance", "gradient_norm", "jacobian"),
         pad_id: int | None = None,
     ):
+        require_pad_id(pad_id)
         tokens = as_tokens(probe, "probe")
         if tokens.numel() == 0 or (pad_id is not None and bool((tokens == pad_id).all())):
             raise UserError("probe: it has no tokens but padding")
-        if every < 1:
-            raise UserError(f"every={every} must be at least 1")
+        if not isinstance(every, Integral) or every < 1:
+            raise UserError(f"every={every!r} must be an integer of at least 1")
+        if isinstance(measures, str) or not isinstance(measures, Iterable):
+            raise UserError(f"measures={measures!r}: expected a list of names, such as ['variance']")
         if unknown := [name for name in measures if name not in MONITORED]:
             raise UserError(f"measures: {unknown[0]!r} is not a measure: {nearest(unknown[0], MONITORED)}")
         self.probe, self.every, self.measures, self.pad_id = probe, every, tuple(measures), pad_id
