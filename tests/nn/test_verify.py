@@ -91,16 +91,16 @@ class LostInTraining(Block):
 
 
 class Dropped(Block):
-    """With dropout by a module and by a probability."""
+    """With dropout by a module and by a function."""
 
     def __init__(self, layer):
         super().__init__(layer)
-        self.resid_dropout, self.hidden_dropout = nn.Dropout(0.5), 0.5
+        self.resid_dropout = nn.Dropout(0.5)
 
     def forward(self, x):
         x = x + self.resid_dropout(self.attention(self.norm_1(x) * self.factor()))
         ffn = self.ffn(self.norm_2(x) * self.factor())
-        return x + nn.functional.dropout(ffn, self.hidden_dropout, self.training)
+        return x + nn.functional.dropout(ffn, 0.5, self.training)
 
 
 class Model(nn.Module):

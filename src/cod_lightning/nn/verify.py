@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.apply import WEIGHTS, checked_specs, config_of, strategy_of
@@ -112,7 +113,8 @@ def check_copies(
             nn.init.eye_(site.output.weight)  # a branch that starts at zero has no factor
     factors = measure(original, section, layout, tokens)
     check(factors, section, "")
-    check(measure(train_without_dropout(original), section, layout, tokens), section, " in training mode")
+    with WithoutDropout():
+        check(measure(deepcopy(original).train(), section, layout, tokens), section, " in training mode")
     check(measure(deepcopy(original).bfloat16().float(), section, layout, tokens), section, " after .to(bfloat16)")
     fresh = leave_meta_device(original, reset)
     check(measure(fresh, section, layout, tokens), section, " after meta initialisation")
@@ -136,14 +138,13 @@ def require_values(model: nn.Module) -> None:
         raise UserError(f"{name} is quantised: dequantise the model first")
 
 
-def train_without_dropout(model: nn.Module) -> nn.Module:
-    """A copy in training mode, in which every probability of dropout is 0."""
-    copy = deepcopy(model).train()
-    for module in copy.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or (name == "p" and "Drop" in type(module).__name__)):
-                setattr(module, name, 0.0)
-    return copy
+class WithoutDropout(TorchFunctionMode):
+    """Inside the `with`, every function of dropout returns its input."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
 
 
 def require_visible(norm: dict[str, Any], depth: int) -> None:
