@@ -92,7 +92,7 @@ def test_python_blocks_use_public_names(code):
     assert used <= set(cod.__all__)
 
 
-def test_the_optimizer_groups_of_the_guide_are_made(capsys):
+def test_the_guide_builds_optimizer_groups(capsys):
     pytest.importorskip("transformers")
     (code,) = (block for _, block, _ in BLOCK.findall(PAGES["own_training.md"]) if "groups = cod.param_groups" in block)
     exec(compile(code, "own_training.md", "exec"), {})
@@ -287,4 +287,5 @@ def test_the_guides_name_existing_settings():
     fields = flatten(asdict(Config())).keys() | {"trainer.measures.jacobian", "trainer.measures.angular"}
     guides = "".join(text for name, text in PAGES.items() if name != "audit.md")
     named = set(re.findall(r"\b((?:model|data|optim|trainer|images)\.[a-z_]+(?:\.[a-z]+)?)=", guides))
+    assert len(named) > 20
     assert named <= fields, named - fields

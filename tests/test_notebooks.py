@@ -37,7 +37,7 @@ def test_how_deep_reads_the_numbers_that_it_measures(notebook):
         assert f"# | {row} | " + " | ".join(f"{value:.{digits}f}" for value in values) + " |" in text
 
 
-def test_a_strategy_of_ones_own_is_compared(notebook):
+def test_a_custom_strategy_is_compared(notebook):
     _, names = notebook("add_a_strategy.py")
     assert names["losses"].keys() == names["strategies"].keys() == {"Pre-LN", "LNS", "gentler"}
     assert all(4 < loss < 6 for loss in names["losses"].values())  # 256 bytes: 5.5 nats

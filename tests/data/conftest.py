@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 from cod_lightning.data import chunks
 from cod_lightning.data.config import DataConfig

@@ -204,7 +204,7 @@ def test_held_out_documents_are_all_the_others(count, every):
         ([], [], []),
     ],
 )
-def test_of_few_documents_the_last_part_of_the_text_is_held_out(documents, train, val):
+def test_a_short_corpus_holds_out_its_last_part(documents, train, val):
     corpus = hold_out(lambda: iter(documents), 6)
     assert list(corpus.train()) == train
     assert list(corpus.val()) == val

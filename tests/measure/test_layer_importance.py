@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, PAD, learn, padded_batches, residual_stream, silence, tokens
+from builders import FAMILIES, PAD, padded_batches, residual_stream, silence
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.batches import mean_loss
@@ -141,22 +141,3 @@ def test_silent_blocks_have_neither_influence_nor_importance(model):
 def test_bad_options_are_errors(causal_lm, measure, depth, options, message):
     with pytest.raises(UserError, match=message):
         measure(causal_lm("ours", depth=depth), padded_batches(), **options)
-
-
-def test_a_silent_block_has_no_influence(model):
-    silence(model, [3])
-    learn(model, tokens(seed=1))
-    result = block_influence(model, [tokens()])
-    assert result.influence[2] == 0
-    assert sorted(result.influence)[1] > 1e-3
-    assert result.best[0] == (3, 3)
-
-
-@pytest.mark.parametrize("permutations", [None, 12])
-def test_a_silent_block_has_no_importance(model, permutations):
-    silence(model, [3])
-    learn(model, tokens(seed=1))
-    result = layer_importance(model, [tokens(seed=1)], permutations=permutations)
-    for values in (result.shapley, result.leave_one_out):
-        assert values[2] == 0 == min(values)
-        assert sorted(values)[1] > 1e-3

@@ -396,7 +396,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_applied_is_refused(case):
+def test_an_unsupported_model_or_option_is_refused(case):
     model, arguments, message = REFUSED[case]
     model = model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -56,7 +56,7 @@ def test_a_stock_model_trains_as_under_lns(family, form, tolerance):
     torch.testing.assert_close(train(stock, groups), train_applied(family), rtol=0, atol=tolerance)
 
 
-def test_a_checkpoint_is_one_of_the_stock_model_and_goes_on(tmp_path):
+def test_a_checkpoint_of_the_stock_model_resumes_as_under_lns(tmp_path):
     model = build_double()
     cod.param_groups(model, "lns", initial_weights="scale", **SETTINGS)
     model.save_pretrained(tmp_path)
@@ -66,7 +66,7 @@ def test_a_checkpoint_is_one_of_the_stock_model_and_goes_on(tmp_path):
     torch.testing.assert_close(train(loaded, groups), train_applied(), rtol=0, atol=1e-12)
 
 
-def test_a_folded_model_goes_on_as_under_lns():
+def test_a_folded_model_continues_training_as_under_lns():
     folded = cod.fold(cod.apply(build_double(), "lns"))
     groups = cod.param_groups(folded, "lns", form="norm_weights", initial_weights="scaled", **SETTINGS)
     torch.testing.assert_close(train(folded, groups), train_applied(), rtol=0, atol=1e-12)

@@ -120,7 +120,7 @@ def test_a_gain_that_the_skip_takes_as_well_is_refused(monkeypatch):
         convert(trained(name="plain"), {"name": "scaled"})
 
 
-def test_training_goes_on_where_the_loss_was(train, toy, tmp_path):
+def test_training_continues_at_the_loss_of_the_converted_run(train, toy, tmp_path):
     record, run = train("norm=pre_ln", "name=before")
     assert main(["convert", str(run), "norm=lns", "--output", str(tmp_path / "converted")]) == 0
     after, _ = train("norm=lns", f"init_from={tmp_path / 'converted'}", "name=after", "optim.lr=1e-9")
@@ -232,7 +232,7 @@ def test_predicted_blocks_have_the_factors_of_the_block_before():
         ("deep_norm", 6, "stack", "skip=1.86.* for which weights cannot make up"),
     ],
 )
-def test_what_cannot_be_grown_is_refused(norm, blocks, how, message):
+def test_unsupported_growth_is_refused(norm, blocks, how, message):
     with pytest.raises(UserError, match=message):
         grow(trained(name=norm), {"name": norm}, blocks, how)
 
@@ -264,7 +264,7 @@ def test_two_blocks_are_too_few_for_a_prediction():
         copies(2, 3, "lesa")
 
 
-def test_a_grown_run_goes_on_training(train, tmp_path):
+def test_training_continues_at_the_loss_of_the_grown_run(train, tmp_path):
     record, run = train("norm=lns", "name=before")
     assert main(["grow", str(run), "blocks=6", "--output", str(tmp_path / "grown")]) == 0
     words = ["norm=lns", "model.num_hidden_layers=6", f"init_from={tmp_path / 'grown'}", "name=after", "optim.lr=1e-9"]

@@ -181,7 +181,7 @@ NOT_RUN = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("case", NOT_RUN)
-def test_what_cannot_be_run_is_refused(case):
+def test_an_unsupported_model_or_input_is_refused(case):
     model, inputs, message = NOT_RUN[case]
     with pytest.raises(UserError, match=message):
         verify(model(), "lns", layout=PLAIN, inputs=inputs)
@@ -215,7 +215,7 @@ def test_a_family_with_another_branch_or_eps_passes(family):
 
 
 @pytest.mark.parametrize("norm", ["scaled_init", "lns_learnable", "lns_as_rates"])
-def test_what_a_forward_pass_does_not_show_is_refused(norm):
+def test_a_strategy_that_no_forward_pass_shows_is_refused(norm):
     with pytest.raises(UserError, match=f"norm='{norm}' sets .*, which no forward pass shows"):
         verify(Model(Block), norm, layout=PLAIN, inputs=TOKENS)
 

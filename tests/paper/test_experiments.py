@@ -80,7 +80,7 @@ WITHOUT_FIGURES = {
     "figure10": ("language",),
     "theory": ("pre_ln", "lns"),
 }
-SHARED = {"post_ln", "mix_ln", "pre_ln", "lns", "layer_scale", "scaled_init", "lns_scaled_init", "before_ln"}
+SHARED_ROWS = {"post_ln", "mix_ln", "pre_ln", "lns", "layer_scale", "scaled_init", "lns_scaled_init", "before_ln"}
 """Rows of experiments beyond the paper that are rows of its tables too."""
 ADDITIONS = ("scaled_init", "gpas", "value_residual", "peri_ln", "qk_norm", "x0_mix")
 LEAGUE = sorted(STRATEGIES.keys() - {"lns_as_rates", "lns_as_norm_weights", "deep_norm_released"})
@@ -150,7 +150,7 @@ def test_an_experiment_beyond_the_paper_shares_its_middle_with_the_tables(name):
     tables = [rows_of(f"table{number}_130m", "small").values() for number in (1, 6, 8)]
     ids = {row.config.id for rows in tables for row in rows}
     for row in rows_of(name, "small").values():
-        assert row.name not in SHARED or row.config.id in ids, row.name
+        assert row.name not in SHARED_ROWS or row.config.id in ids, row.name
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def small(toy, tmp_path):
     return [f"{key}={value}" for key, value in values.items()] + [f"output={tmp_path}"]
 
 
-def test_every_row_trains(small):
+def test_every_language_row_of_the_paper_trains(small):
     """Every row trains two steps at toy scale with the smallest model; equal runs train once."""
     rows = [row for name in LANGUAGE for row in rows_of(name, "toy").values()]
     configs = {config.id: config for row in rows if (config := compose([*row.overrides, *small]))}

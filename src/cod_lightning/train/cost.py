@@ -132,6 +132,7 @@ class Architecture:
         labels = torch.empty(batch_size, dtype=torch.long)
         return torch.empty((batch_size, 3, self.images.size, self.images.size)), labels
 
+    @lru_cache(maxsize=64)  # noqa: B019 -- an architecture is small
     def sizes(self) -> Sizes:
         with FakeTensorMode():
             network = self.build(list(self.kinds))
