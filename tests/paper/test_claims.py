@@ -31,6 +31,20 @@ def test_accuracies_have_no_such_bias_and_differ_in_points():
     assert result.published[0].difference == pytest.approx(0.84)
 
 
+def test_equal_differences_of_rounded_accuracies_are_not_exact():
+    """One image of 256 is 0.39 points."""
+
+    def scored(*images):
+        records = [{"accuracy": 100 * count / 256, "val_images": 256.0} for count in images]
+        return [replace(run(seed, 1.0), record=record) for seed, record in enumerate(records)]
+
+    rows = [row("pre_ln", {"accuracy": 67.91}, *scored(252, 250)), row("lns", {"accuracy": 68.75}, *scored(251, 249))]
+    difference = comparison(table(*rows), "lns").difference
+    assert difference.mean == pytest.approx(-100 / 256)
+    assert difference.sd == pytest.approx(100 / 256 / math.sqrt(6))
+    assert not difference.beyond_noise
+
+
 def test_values_are_means_over_seeds_and_differences_are_paired(experiments):
     result = comparison(experiments[1], "lns")
     perplexities = [math.exp(loss) for loss in LOSSES["lns"]]

@@ -109,10 +109,19 @@ class Metric:
         """Values of the runs that have one."""
         return {run.seed: float(v) for run in row.runs if (v := run.record.get(self.name)) is not None}
 
-    def pairs(self, row: ReportRow, base: ReportRow) -> list[float]:
-        """Differences of two rows on the seeds that both have, in the order of the seeds."""
+    def paired(self, row: ReportRow, base: ReportRow, most: int | None = None) -> Difference | None:
+        """Difference of two rows on the first `most` seeds that both have; None without any, or if one is not finite.
+
+        Accuracies of few images are rounded: equal differences over the seeds still vary by that.
+        """
         values, bases = self.by_seed(row), self.by_seed(base)
-        return [self.difference(values[seed], bases[seed]) for seed in sorted(values.keys() & bases.keys())]
+        pairs = [self.difference(values[seed], bases[seed]) for seed in sorted(values.keys() & bases.keys())][:most]
+        if not pairs or not all(map(math.isfinite, pairs)):
+            return None
+        images = row.runs[0].record.get("val_images", math.inf)
+        rounding = 100 / images / math.sqrt(6)  # sd of the difference of two values rounded to 100 / images points
+        difference = Difference.of(pairs)
+        return difference if difference.sd is None else replace(difference, sd=max(difference.sd, rounding))
 
     def difference(self, value: float, base: float) -> float:
         return math.log(value / base) if self.is_ppl else value - base
@@ -296,9 +305,8 @@ class Column:
         comparisons = []
         for row, figures in zip(self.rows, published, strict=True):
             values, seeds = metric.by_seed(row), {run.seed for run in row.runs}
-            pairs = metric.pairs(row, self.baseline)
             diverged = any(run.failure for run in (*row.runs, *self.baseline.runs))
-            compared = pairs and row is not self.baseline and not diverged and all(map(math.isfinite, pairs))
+            compared = row is not self.baseline and not diverged
             untrained = [run for run in row.runs if run.seed in values and metric.lower_is_better and stuck(run.record)]
             comparisons.append(
                 Comparison(
@@ -306,7 +314,7 @@ class Column:
                     metric=metric,
                     sample=Sample.of(list(values.values())) if values else None,
                     untrained=len(untrained),
-                    difference=Difference.of(pairs) if compared else None,
+                    difference=metric.paired(row, self.baseline) if compared else None,
                     unpaired=tuple(sorted(seeds ^ base_seeds)) if seeds and base_seeds else (),
                     published=figures,
                     key=(row.run_id, self.baseline.run_id, metric.name),

@@ -241,7 +241,7 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
             DEEP_ANGLE,
         ),
     ),
-    "Figure 8": (smaller("LNS: less final variance", "after_branch", "pre_ln", LAST_VARIANCE),),
+    "Figure 8": (smaller("ViT, LNS after Attn/MLP: less final variance", "after_branch", "pre_ln", LAST_VARIANCE),),
     "Figure 9": (
         positive("Pre-LN: the variance grows with depth", "pre_ln", DEPTH_GROWTH),
         positive("Pre-LN: the variance grows with training", "pre_ln", TIME_GROWTH),

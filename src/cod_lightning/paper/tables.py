@@ -135,10 +135,11 @@ def summary_lines(column: Column) -> list[str]:
         if any(difference.margin is not None for _, difference in differences):
             beyond = [f"{label} ({d.mean:+{form}})" for label, d in differences if d.beyond_noise]
             lines.append(f"{prefix}Beyond noise: {join(beyond) or 'no row'}.")
+        extended = [c.row for c in comparisons if c.difference and c.difference.n > 3]
         early = [
-            f"{c.row.label} ({Difference.of(metric.pairs(c.row, column.baseline)[:3]).format(f'+{form}', form)})"
-            for c in comparisons
-            if c.difference and c.difference.n > 3
+            f"{row.label} ({first.format(f'+{form}', form)})"
+            for row in extended
+            if (first := metric.paired(row, column.baseline, most=3))
         ]
         if early:
             lines.append(f"{prefix}The first three seeds alone: {join(early)}.")
@@ -174,8 +175,8 @@ def best_rows(column: Column, metric: Metric) -> str:
 
 def is_within_noise(metric: Metric, row: ReportRow, other: ReportRow) -> bool:
     """Whether the interval of the difference of two rows, over the seeds of both, contains zero."""
-    pairs = metric.pairs(row, other)
-    return len(pairs) > 1 and not Difference.of(pairs).beyond_noise
+    difference = metric.paired(row, other)
+    return difference is not None and difference.margin is not None and not difference.beyond_noise
 
 
 def figure_tables(column: Column, significant: Keys) -> list[Table]:

@@ -119,7 +119,10 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
                 elif not column.first.axis and headline is None:
                     headline, caveat, setting = lns, of_both, column.first.setting
         if claims or headline:
-            varied = {target: differences for target, differences in varied.items() if len(differences) > 1}
+            same_runs: dict[str, str] = {}  # the league has the runs of the learning rates
+            for target, differences in varied.items():
+                same_runs.setdefault(repr(differences), target)
+            varied = {target: varied[target] for target in same_runs.values() if len(varied[target]) > 1}
             summaries.append(ScaleSummary(scale, setting, headline, caveat, claims, varied))
     return summaries
 
