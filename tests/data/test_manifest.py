@@ -32,12 +32,6 @@ def test_the_fingerprint_covers_the_content_alone(manifest, change, same):
     assert (replace(manifest, **change(manifest)).fingerprint == manifest.fingerprint) is same
 
 
-def test_a_set_without_sha256_is_read(manifest):
-    record = json.loads(manifest.to_json())
-    del record["sha256"]
-    assert Manifest.from_json(json.dumps(record), "here") == manifest
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

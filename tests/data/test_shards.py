@@ -161,12 +161,13 @@ def test_a_merge_of_fewer_documents_than_val_every_is_refused(make_config, tmp_p
     )
 
 
-def test_a_finished_shard_is_not_prepared_again(make_config, tmp_path, monkeypatch):
+def test_a_finished_shard_is_not_prepared_again(make_config, tmp_path):
     config = make_config(tmp_path)
     part = prepare_shard(config, 1, 2, progress=False)
     assert [path.name for path in part.parent.iterdir() if path.is_dir()] == ["1"]
-    monkeypatch.setattr(shards, "_prepare_part", None)
+    written = (part / "part.json").stat().st_mtime_ns
     assert prepare_shard(config, 1, 2, progress=False) == part
+    assert (part / "part.json").stat().st_mtime_ns == written
 
 
 def test_a_damaged_shard_is_prepared_again(make_config, tmp_path):

@@ -117,7 +117,7 @@ def test_activation_checkpointing_is_bit_identical():
 )
 def test_all_blocks_need_two_compilations_without_a_graph_break(backend, name, options):
     torch._dynamo.reset()
-    decoder = build(backend, name, depth=8, options=options)
+    decoder = build(backend, name, depth=4, options=options)
     expected = loss_and_gradients(decoder)
     counter = CompileCounterWithBackend("aot_eager")
     for block in decoder.blocks:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
@@ -14,6 +13,7 @@ from cod_lightning.nn.decoder import set_step
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.strategies import PRO_RES_SCHEDULES, build_all
+from operator_calls import OperatorCalls
 
 DEPTH, T = 4, 3
 CONFIG = DecoderConfig(
@@ -88,20 +88,10 @@ def test_a_new_step_needs_no_compilation():
     assert frames == [2] * 5  # the first block, whose input is the embedding, and all others
 
 
-class CountOperations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += 1
-        return operation(*args, **(kwargs or {}))
-
-
 def operations(decoder):
-    with CountOperations() as counted:
+    with OperatorCalls() as operators:
         decoder(TOKENS)
-    return counted.count
+    return operators.calls.total()
 
 
 def test_only_a_block_with_a_schedule_multiplies_by_its_factor():

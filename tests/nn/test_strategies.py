@@ -4,14 +4,12 @@ import copy
 import dataclasses
 import math
 import re
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.functional import silu
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
@@ -29,6 +27,7 @@ from cod_lightning.nn.strategies import (
     register,
     warnings,
 )
+from operator_calls import OperatorCalls
 
 L, STEP = 8, 2500
 CONFIG = DecoderConfig(
@@ -700,15 +699,6 @@ def test_scaling_twice_is_a_warning():
 
 
 def test_a_pre_ln_block_runs_the_operations_of_its_equation_alone():
-    class Counted(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.operations = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.operations.append(str(function))
-            return function(*args, **(kwargs or {}))
-
     pre_ln = decoder_of("pre_ln").blocks[0]
     x = torch.randn(2, 5, 32, requires_grad=True)
     rope = rotary(5, 16, 1e4, x)
@@ -728,7 +718,7 @@ def test_a_pre_ln_block_runs_the_operations_of_its_equation_alone():
 
     counts = []
     for block_ in (ours, theirs):
-        with Counted() as counted:
+        with OperatorCalls() as operators:
             torch.autograd.grad(block_().sum(), [x, *pre_ln.parameters()])
-        counts.append(Counter(counted.operations))
+        counts.append(operators.calls)
     assert counts[0] == counts[1]

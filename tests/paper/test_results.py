@@ -167,12 +167,6 @@ def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypa
     assert str(tmp_path / "second/REPRODUCTION.md") in capsys.readouterr().out
 
 
-def test_a_missing_results_folder_is_refused(tmp_path, capsys):
-    assert main(["report", "--results", str(tmp_path / "nowhere"), "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: --results={tmp_path / 'nowhere'} is not a folder\n"
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(("scores", "scored"), [(None, False), ({}, False), ({"piqa": {"acc": 0.5}}, True)])
 def test_a_run_that_was_not_scored_remains_to_be_scored(scores, scored, tmp_path):
     row = next(row for row in experiment_rows(["table2_250m"], "paper") if row.name == "lns")
