@@ -14,9 +14,11 @@ import torch
 
 from cod_lightning.cli import main
 from cod_lightning.commands.fit import train_run
+from cod_lightning.commands.processes import CommandPool
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.config.schema import flatten
 from cod_lightning.errors import UserError
+from cod_lightning.evaluate import lm_eval
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import STRATEGIES, build_all
@@ -440,6 +442,20 @@ def test_a_killed_reproduction_resumes_and_repeats_nothing(small, tmp_path, repr
     for label, record in records.items():
         assert record["history"]["train"]["step"] == list(range(1, 41))
         assert record["config"]["name"] == f"toy/{label}"
+
+
+def test_a_fine_tuned_row_of_the_paper_is_scored_once(small, tmp_path, reproduce, monkeypatch):
+    scores = {task: {"acc": 0.25} for task in lm_eval.PAPER_TASKS}
+    monkeypatch.setattr(CommandPool, "run_command", lambda pool, words, label: main([*words]))
+    monkeypatch.setattr(lm_eval, "task_manager", lambda tasks, folder: None)
+    monkeypatch.setattr(lm_eval, "score_tasks", lambda *_, **__: scores)
+    words = ["table2_250m", "row=lns", *small, "optim.warmup_steps=1", "data.sha256=null", "data.tokenizer=bpe"]
+    words += ["data.repeat=true", "--results", str(tmp_path / "results")]
+    status, printed = reproduce(*words)
+    assert status == 0, printed
+    (path,) = (tmp_path / "results").rglob("tasks.json")
+    assert json.loads(path.read_text()) == scores
+    assert reproduce(*words) == (0, "0 of 1 runs remaining\n")
 
 
 def test_a_pretrained_model_is_measured_and_not_trained(corpus, tmp_path, reproduce):
