@@ -131,6 +131,12 @@ STILL = ("optim.lr=1e-30", "trainer.max_steps=1", "eval.every=1")
 """One step that changes no weight in float32."""
 
 
+def assert_same_weights(path, source):
+    after, before = weights(path), weights(source)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.fixture(scope="module")
 def source(tune_shared):
     """Record and folder of a run of three steps."""
@@ -145,9 +151,7 @@ def initialised(request, tune_shared, source):
 
 
 def test_a_run_starts_with_the_weights_of_the_source(source, initialised):
-    before, after = weights(last(source[1])), weights(last(initialised[1]))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_weights(last(initialised[1]), last(source[1]))
     assert initialised[0]["val_loss"] == source[0]["val_loss"]
 
 
@@ -243,11 +247,16 @@ def test_an_unusable_source_is_one_error_and_writes_nothing(tune, tmp_path, sour
 
 
 def test_a_checkpoint_file_can_start_a_run_of_another_norm(tune, sources):
-    tune(f"init_from={sources['last']}", "norm=pre_ln", *STILL)
+    record, folder = tune(f"init_from={sources['last']}", "norm=pre_ln", *STILL)
+    assert record["init_from"]["checkpoint"] == str(sources["last"])
+    assert_same_weights(last(folder), sources["last"])
 
 
 def test_a_checkpoint_file_without_a_run_needs_a_tokenizer(tune, sources):
-    tune(f"init_from={sources['tmp']}/stray.ckpt", f"data.tokenizer={sources['run']}/tokenizer", *STILL)
+    stray = sources["tmp"] / "stray.ckpt"
+    record, folder = tune(f"init_from={stray}", f"data.tokenizer={sources['run']}/tokenizer", *STILL)
+    assert record["init_from"]["checkpoint"] == str(stray)
+    assert_same_weights(last(folder), stray)
 
 
 @pytest.fixture(scope="module")
