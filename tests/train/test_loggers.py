@@ -1,4 +1,8 @@
-"""Loggers whose packages are extras; `test_callbacks.py` covers TensorBoard and CSV."""
+"""Loggers whose packages are extras; `test_callbacks.py` covers TensorBoard and CSV.
+
+The tests that log with wandb and mlflow are marked `extended`, because `.[dev]` does not install these large packages.
+To run them: `pip install -e '.[wandb,mlflow]'`, then `pytest -m extended tests/train/test_loggers.py`.
+"""
 
 import pytest
 
@@ -30,11 +34,12 @@ def logged(train, monkeypatch):
     def run(name):
         for variable in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
             monkeypatch.delenv(variable, raising=False)
-        return train(f"logger={name}", "trainer.max_steps=2", "trainer.measures.influence=2")
+        return train(f"logger={name}", "trainer.max_steps=2", "trainer.measures={jacobian: 2, influence: 2}")
 
     return run
 
 
+@pytest.mark.extended
 def test_wandb_keeps_a_run_offline_in_its_run_folder(logged):
     pytest.importorskip("wandb", reason="wandb is not installed")
     record, folder = logged("wandb")
@@ -46,6 +51,7 @@ def test_wandb_keeps_a_run_offline_in_its_run_folder(logged):
     assert record["config"]["logger"] == "wandb"
 
 
+@pytest.mark.extended
 @pytest.mark.filterwarnings("default")  # mlflow uses what sqlalchemy has deprecated
 def test_mlflow_has_the_numbers_the_settings_and_the_figures(logged, tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
