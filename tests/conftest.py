@@ -35,7 +35,10 @@ if not torch.cuda.is_available():
     interpreter._convert_float = rounded
 
 
-LONGEST_FIRST = ["test_cli.py", "test_parallel.py", "test_hosts.py", "test_packaging.py", "test_norm_backends.py"]
+LONGEST_FIRST = [
+    *("test_cli.py", "test_parallel.py", "test_hosts.py", "test_packaging.py", "test_norm_backends.py"),
+    *("test_experiments.py", "test_sft.py", "test_fit.py", "test_estimate.py", "test_docs.py"),
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -78,6 +81,7 @@ def toy(corpus, tmp_path_factory):
         "trainer.max_steps=6",
         "trainer.log_every=1",
         "trainer.stats_every=3",
+        "trainer.measures.jacobian=0",
         "trainer.probe_rows=4",
         "trainer.checkpoint_every=2",
         "trainer.progress=false",
@@ -135,14 +139,18 @@ def shard(tmp_path):
 
 @pytest.fixture(scope="session")
 def wait_for():
-    """`wait_for(condition, process, log)` returns when the condition holds; a process that ends before is a failure."""
+    """`wait_for(condition, process, log)` returns when the condition holds; a process that ends before is a failure.
 
-    def wait(condition, process, log):
+    A failure prints the file `log`; both process and log may be left out.
+    """
+
+    def wait(condition, process=None, log=None):
         end = time.monotonic() + 300
         while not condition():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.02)
+            printed = log.read_text() if log else ""
+            assert process is None or process.poll() is None, printed
+            assert time.monotonic() < end, printed
+            time.sleep(0.002)
 
     return wait
 

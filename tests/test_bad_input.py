@@ -762,7 +762,6 @@ def test_more_rows_than_there_are_is_one_warning(finished, capsys):
     ("words", "expected"),
     [
         (["fit", "norm=mixln"], "error: norm='mixln' does not exist: did you mean 'mix_ln'?"),
-        (["fit", "optim.lr=${oc.env:HOME}"], "error: optim.lr=${oc.env:HOME}: interpolation (${...}) is not supported"),
         (["evaluate", "nowhere"], "error: nowhere: not a run folder"),
         (["report", "--results", "."], "error: --output=/dev/null/new cannot be written: /dev/null is not a w"),
     ],

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from lightning.pytorch import Callback
@@ -14,8 +13,8 @@ from cod_lightning.signals import PARENT, STOP_SIGNALS, stopping
 from cod_lightning.train.checkpoint import checkpoints
 from command_words import last_of_each
 
-NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-ALL = [getattr(signal, name) for name in (*NAMES, "SIGINT", "SIGKILL")]
+KINDS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
+"""The other stop signals have the handler of SIGTERM."""
 
 
 @pytest.fixture(autouse=True)
@@ -152,70 +151,56 @@ if __name__ == "__main__":
 """
 
 
-def defaults():
-    """Undo what the parent of the tests ignores, such as SIGINT for a job in the background."""
-    for number in ALL:
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def start(script, folder, *arguments):
     (folder / "script.py").write_text(script)
     command = [sys.executable, folder / "script.py", *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, start_new_session=True, preexec_fn=defaults, **streams)
+    return subprocess.Popen(command, start_new_session=True, **streams)
 
 
-def start_sweep(folder):
+def start_sweep(folder, wait_for):
     """A sweep, two of whose runs have started."""
     python = folder / "python"
     python.write_text(f"#!{sys.executable}\n{CHILD}")
     python.chmod(0o755)
     process = start(POOL, folder, python)
-    wait_until(lambda: len(list(folder.glob("*.started"))) == 2)
+    wait_for(lambda: len(list(folder.glob("*.started"))) == 2, process)
     return process
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("number", ALL, ids=names(ALL))
-def test_a_signal_to_a_sweep_stops_its_runs(number, running, tmp_path):
-    process = start_sweep(tmp_path)
+@pytest.mark.parametrize("number", KINDS, ids=names(KINDS))
+def test_a_signal_to_a_sweep_stops_its_runs(number, running, wait_for, tmp_path):
+    process = start_sweep(tmp_path, wait_for)
     # A terminal signals all processes of a command.
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     assert process.wait(10) == (-number if number == signal.SIGKILL else 75), process.communicate()
-    wait_until(lambda: not running(process.pid), 10)
+    wait_for(lambda: not running(process.pid))
     assert len(list(tmp_path.glob("*.stopped"))) == 2
     process.communicate()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_second_ctrl_c_kills_the_runs_of_a_sweep(running, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_kills_the_runs_of_a_sweep(running, wait_for, tmp_path, monkeypatch):
     monkeypatch.setenv("SAVING", "100")
-    process = start_sweep(tmp_path)
+    process = start_sweep(tmp_path, wait_for)
     os.killpg(process.pid, signal.SIGINT)
-    wait_until(lambda: len(list(tmp_path.glob("*.stopped"))) == 2)
+    wait_for(lambda: len(list(tmp_path.glob("*.stopped"))) == 2)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(10) not in (0, 75), process.communicate()
-    wait_until(lambda: not running(process.pid), 10)
+    wait_for(lambda: not running(process.pid))
     process.communicate()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("number", ALL, ids=names(ALL))
-def test_a_signal_to_a_preparation_ends_its_workers(number, running, tmp_path):
+@pytest.mark.parametrize("number", KINDS, ids=names(KINDS))
+def test_a_signal_to_a_preparation_ends_its_workers(number, running, wait_for, tmp_path):
     process = start(WORKERS, tmp_path, tmp_path / "worker")
-    wait_until(lambda: len(list(tmp_path.glob("worker.*.started"))) == 2)
+    wait_for(lambda: len(list(tmp_path.glob("worker.*.started"))) == 2, process)
     # A scheduler signals all processes of a job.
     (process.send_signal if number in (signal.SIGKILL, signal.SIGTERM) else lambda n: os.killpg(process.pid, n))(number)
     status = process.wait(10)
-    wait_until(lambda: not running(process.pid), 10)
+    wait_for(lambda: not running(process.pid))
     _, printed = process.communicate()
     assert status == (-number if number == signal.SIGKILL else 75), printed
 
@@ -224,11 +209,11 @@ def test_a_signal_to_a_preparation_ends_its_workers(number, running, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_sweep_with_sigint_ignored_stops_on_sigterm_with_a_checkpoint(toy, running, tmp_path):
     words = ["fit", "-m", *toy, f"output={tmp_path}", "trainer.max_steps=100000", "trainer.checkpoint_every=100000"]
-    words += ["eval.every=100000", "trainer.progress=true", "trainer.stats_every=0", "trainer.measures.jacobian=0"]
+    words += ["eval.every=100000", "trainer.progress=true", "trainer.stats_every=0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "cod_lightning", *last_of_each([*words, "data.loader_workers=1"])],
         start_new_session=True,
-        preexec_fn=lambda: (defaults(), signal.signal(signal.SIGINT, signal.SIG_IGN)),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         stderr=subprocess.PIPE,
         text=True,
     )

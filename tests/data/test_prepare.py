@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -181,23 +180,17 @@ def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.usefixtures("small_chunks")
-def test_a_killed_preparation_leaves_no_set_and_no_process(c4_corpus, make_config, running, tmp_path):
+def test_a_killed_preparation_leaves_no_set_and_no_process(c4_corpus, make_config, running, wait_for, tmp_path):
     root = tmp_path / "root"
     process = start(tmp_path, c4_corpus, workers=2)
-    deadline = time.monotonic() + 300
-    while not list(root.glob(".*.partial/train/chunk-0-2.bin")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(lambda: list(root.glob(".*.partial/train/chunk-0-2.bin")), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     config = make_config(root)
     folder = prepared_folder(config)
     assert not folder.exists()
     assert list(root.glob(".*.partial"))
-    while running(process.pid):
-        assert time.monotonic() < deadline, running(process.pid)
-        time.sleep(0.05)
+    wait_for(lambda: not running(process.pid))
     assert prepare(config, progress=False) == folder
     assert is_complete(folder)
     assert not list(root.glob(".*.partial"))

@@ -39,7 +39,7 @@ def measured(toy, tmp_path_factory):
 
 def test_training_is_bit_identical_without_measures(measured, train):
     record, folder = measured
-    quiet, quiet_folder = train("trainer.stats_every=0", "trainer.measures.jacobian=0")
+    quiet, quiet_folder = train("trainer.stats_every=0")
     assert quiet["history"].keys() == {"train", "val"}
     assert losses(quiet) == losses(record)
     expected, actual = weights(last(quiet_folder)), weights(last(folder))
@@ -147,7 +147,8 @@ def test_tensorboard_has_the_configuration_and_hyperparameters(events):
 
 
 def test_a_selection_of_layers_keeps_their_numbers(train):
-    record, folder = train("model.num_hidden_layers=11", "trainer.max_steps=1", "logger=tensorboard")
+    words = ("model.num_hidden_layers=11", "trainer.max_steps=1", "trainer.measures.jacobian=1")
+    record, folder = train(*words, "logger=tensorboard")
     layers = [1, 2, 3, 5, 6, 8, 9, 11]
     assert record["history"]["jacobian"]["layer"] == [layers, layers]
     tags = [tag for tag in read_events(folder).Tags()["scalars"] if tag.startswith("jacobian_distance/")]

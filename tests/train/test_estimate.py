@@ -25,7 +25,7 @@ from cod_lightning.train import estimate as module
 from cod_lightning.train.cost import Architecture, training_flops
 from cod_lightning.train.estimate import estimate
 from cod_lightning.train.optim import build_optimizer
-from strategy_kinds import one_of_each_kind
+from strategy_kinds import covering_strategies
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _results import peak_bytes
@@ -211,8 +211,8 @@ def test_the_peak_of_a_step_is_estimated(architecture, precision, checkpointing,
     assert peak_over_estimate(architecture, 3, precision, checkpointing) == pytest.approx(1, abs=tolerance)
 
 
-@for_norms(one_of_each_kind(ignore=(*INITIAL, *OPTIMIZER)))
-def test_the_peak_of_every_kind_of_strategy_is_estimated(norm):
+@for_norms(covering_strategies(ignore=(*INITIAL, *OPTIMIZER)))
+def test_the_peak_of_strategies_of_all_coefficients_is_estimated(norm):
     assert peak_over_estimate(decoder_like(norm, 128, **WIDE), 8, "32-true") == pytest.approx(1, abs=0.01)
 
 

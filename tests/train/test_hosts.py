@@ -60,7 +60,7 @@ def start(host, rank, words, log):
 
 def test_a_lost_host_stops_the_other_and_both_resume(hosts, toy, train, tmp_path, wait_for):
     words = ["trainer.max_steps=30", "data.micro_batch_size=4", "eval.every=15", "trainer.checkpoint_every=10"]
-    words += ["trainer.stats_every=0", "trainer.measures.jacobian=0"]
+    words += ["trainer.stats_every=0"]
     alone, _ = train(*words, "name=alone")
     words = [*toy, *words, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
     words += [f"output={tmp_path}", "name=both", f"trainer.timeout={RANK_TIMEOUT}", "trainer.progress=true"]

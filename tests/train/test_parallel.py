@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +29,7 @@ from cod_lightning.train.checkpoint import (
     read_for_weights,
 )
 from command_words import last_of_each
-from strategy_kinds import one_of_each_kind
+from strategy_kinds import covering_strategies
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 240
@@ -36,29 +37,19 @@ BETA = 0.9
 """Adam's beta1."""
 CLIP = 0.01
 """Maximum gradient norm, below the norm of every strategy."""
-QUIET = ["trainer.stats_every=0", "trainer.measures.jacobian=0"]
-
-RUNS = """
-import json, sys
-from cod_lightning.commands.fit import train_run
-from cod_lightning.config.compose import compose
-for overrides in json.load(open(sys.argv[1])):
-    train_run(compose(overrides))
-"""
-"""Trains several runs in one process group."""
+QUIET = "trainer.stats_every=0"
 
 
 def environment():
     return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
-def on_two_ranks(folder, runs):
-    """Train runs, each a list of overrides, on two ranks started by torchrun."""
-    script, listed = folder / "runs.py", folder / "runs.json"
-    script.write_text(RUNS)
-    listed.write_text(json.dumps(runs))
+def on_two_ranks(folder, entries):
+    """Run `train_runs.py` with these entries on two ranks started by torchrun."""
+    listed = folder / "runs.json"
+    listed.write_text(json.dumps(entries))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = [sys.executable, *launcher, str(script), str(listed)]
+    process = [sys.executable, *launcher, str(Path(__file__).with_name("train_runs.py")), str(listed)]
     done = subprocess.run(process, env=environment(), capture_output=True, text=True, timeout=2 * TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -102,21 +93,21 @@ def record_of(folder):
 # --- runs on two ranks ------------------------------------------------------------------------------------------------
 
 FIRST_STEP = [
-    *("trainer.max_steps=1", "eval.every=100", *QUIET),
+    *("trainer.max_steps=1", "eval.every=100", QUIET),
     *(f"optim.clip={CLIP}", "optim.warmup_ratio=0", "data.micro_batch_size=2", "data.val_tokens=512"),
 ]
 PROTOCOL = [
     *("data.layout=document", "data.micro_batch_size=2", "trainer.max_steps=4", "optim.warmup_ratio=0"),
-    *("trainer.probe_rows=3", "trainer.measures={angular: 2, removal: 4}"),
+    *("trainer.probe_rows=3", "trainer.measures={jacobian: 4, angular: 2, removal: 4}"),
 ]
-SHORT = ["data.micro_batch_size=1", "trainer.stats_every=3"]
+SHORT = ["data.micro_batch_size=2", "trainer.measures.jacobian=6"]
 MIXED = "trainer.precision=bf16-mixed"
 PROTOCOLS = ["strict", "paper"]
 
 
 NUMBERS = [name for name, value in vars(SublayerSpec()).items() if type(value) in (int, float, type(None))]
-NORMS = one_of_each_kind(ignore={*NUMBERS} - {"input_rates", "norm_rates", "branch_schedule"})
-"""One strategy of each kind that ranks can tell apart."""
+NORMS = covering_strategies(ignore={*NUMBERS} - {"input_rates", "norm_rates", "branch_schedule"})
+"""Strategies with every coefficient that ranks can tell apart."""
 MODES = {"ddp": ["admin", "gpas", "lns_as_rates"], "fsdp": NORMS}
 """Strategies by mode: DDP leaves parameters as they are, FSDP cuts them."""
 
@@ -127,10 +118,28 @@ def output(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(toy, output):
+def single(train_in, output):
+    """Record of a run in one process."""
+    return train_in(output, *SHORT, "name=one")[0]
+
+
+RESUMED = {"on2": ("two", "fsdp"), "ddp": ("two", "ddp"), "file": ("one", "fsdp")}
+"""Runs on two ranks that resume another one: its name, and the strategy."""
+
+
+def interrupted_copy(output, source, target):
+    """The arguments of `copy_checkpoints` for a run `target` that resumes the run `source` after step 4."""
+    return {"source": str(output / source), "target": str(output / target), "until": 4}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(toy, output, single):
     """Folder of the runs that two ranks train, all in one process group: starting another takes 10 s."""
-    short = [*toy, *SHORT, *world("fsdp"), f"output={output}"]
-    runs = [[*short, "name=two"], [*short, "trainer.checkpointing=selective", MIXED, "name=mixed"]]
+    short = [*toy, *SHORT, f"output={output}"]
+    runs = [[*short, *world("fsdp"), "name=two"]]
+    runs += [[*short, *world("fsdp"), "trainer.checkpointing=selective", MIXED, "name=mixed"]]
+    for name, (source, strategy) in RESUMED.items():
+        runs += [interrupted_copy(output, source, name), [*short, *world(strategy), f"name={name}"]]
     for mode in MODES:
         words = [*toy, *FIRST_STEP, *world(mode), f"output={output / mode}"]
         runs += [[*words, f"norm={name}", f"name={name}"] for name in MODES[mode]]
@@ -216,31 +225,22 @@ def test_two_ranks_report_the_measures_of_one_process(train, two_ranks, protocol
 
 
 @pytest.fixture(scope="module")
-def single(train_in, output):
-    """Record of a run in one process."""
-    return train_in(output, *SHORT, "name=one")[0]
-
-
-@pytest.fixture(scope="module")
 def sharded(two_ranks):
     """Record of a run under FSDP on two ranks."""
     return record_of(two_ranks / "two")
 
 
 @pytest.fixture(scope="module")
-def resumed(toy, train_in, output, single, sharded):
+def resumed(toy, train_in, output, two_ranks):
     """Records by name of runs that resume: `on1`, `on2`, `on4` and `ddp` a sharded run, `file` an unsharded one."""
-    for name in ("on1", "on2", "on4", "ddp", "file"):
-        copy_checkpoints(output / ("one" if name == "file" else "two"), output / name, until=4)
-    overrides = [*toy, *SHORT, f"output={output}"]
-    runs = [("on2", "fsdp"), ("ddp", "ddp"), ("file", "fsdp")]
-    on_two_ranks(output, [[*overrides, *world(strategy), f"name={name}"] for name, strategy in runs])
+    for name in ("on1", "on4"):
+        copy_checkpoints(output / "two", output / name, until=4)
     # Four ranks on two nodes with hybrid sharding: our launcher starts the second rank of a node.
-    nodes = [*overrides, *world("fsdp"), "trainer.num_nodes=2", "trainer.hybrid=true", "name=on4"]
+    nodes = [*toy, *SHORT, f"output={output}", *world("fsdp"), "trainer.num_nodes=2", "trainer.hybrid=true", "name=on4"]
     for status, printed in on_two_nodes(output, lambda rank: nodes):
         assert status == 0, printed
     train_in(output, *SHORT, "name=on1")
-    return {name: record_of(output / name) for name in ("on1", "on2", "on4", "ddp", "file")}
+    return {name: record_of(output / name) for name in ("on1", "on4", *RESUMED)}
 
 
 def test_a_sharded_run_has_the_losses_of_one_process(single, sharded):
@@ -289,8 +289,10 @@ def test_consolidate_copies_the_checkpoint_of_an_imported_model(tmp_path):
     assert read_checkpoint(source.with_name("whole-00000000.ckpt")).keys() == read_checkpoint(source).keys()
 
 
-def test_evaluate_reads_a_sharded_checkpoint(output, sharded):
+def test_evaluate_reads_a_sharded_checkpoint(output, sharded, capsys):
     assert main(["evaluate", str(output / "two"), "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1"]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(printed["val_loss"]) == pytest.approx(sharded["val_loss"], rel=1e-5)
 
 
 def save_sharded(path, store):
@@ -395,24 +397,21 @@ def test_activation_checkpointing_changes_nothing(recomputed, mode):
     assert history(recomputed(mode)) == history(recomputed("none"))
 
 
-LONG = ["trainer.max_steps=60", "trainer.checkpoint_every=1000", "data.micro_batch_size=4", "eval.every=20", *QUIET]
+LONG = ["trainer.max_steps=60", "trainer.checkpoint_every=1000", "data.micro_batch_size=4", "eval.every=20", QUIET]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def interrupted(request, toy, tmp_path_factory, wait_for):
-    """A run that received SIGTERM after step 7: overrides, ranks, exit status, output, and number of checkpoints."""
+@pytest.fixture(scope="module")
+def interrupted(toy, tmp_path_factory, wait_for):
+    """A run of two ranks that received SIGTERM after step 7: overrides, exit status, output, number of checkpoints."""
     folder = tmp_path_factory.mktemp("interrupted")
-    strategy = world("ddp") if request.param == 2 else []
-    overrides = ["fit", *toy, f"output={folder}", *LONG, *strategy, "name=stopped"]
+    overrides = ["fit", *toy, f"output={folder}", *LONG, *world("ddp"), "name=stopped"]
     log = folder / "log"
     process = start([*overrides, "trainer.progress=true"], log)
     wait_for(lambda: "step      7/" in log.read_text(), process, log)
     process.send_signal(signal.SIGTERM)
     status = process.wait(TIMEOUT)
     saved = len(checkpoints(folder / "stopped" / "checkpoints"))
-    return SimpleNamespace(
-        overrides=overrides, ranks=request.param, status=status, output=log.read_text(), saved=saved, folder=folder
-    )
+    return SimpleNamespace(overrides=overrides, status=status, output=log.read_text(), saved=saved, folder=folder)
 
 
 def test_sigterm_exits_with_status_75_and_one_checkpoint(interrupted):
@@ -433,7 +432,7 @@ def test_the_same_command_resumes_after_sigterm(interrupted, uninterrupted):
     expected, resumed = history(uninterrupted), history(record_of(interrupted.folder / "stopped"))
     for series in ("train", "val"):
         for name, values in expected[series].items():
-            assert resumed[series][name] == (values if interrupted.ranks == 1 else pytest.approx(values, rel=1e-5))
+            assert resumed[series][name] == pytest.approx(values, rel=1e-5)
 
 
 def test_a_run_interrupted_before_a_validation_resumes_with_it(train, monkeypatch):
@@ -488,7 +487,7 @@ def test_ranks_with_different_checkpoints_do_not_start(toy, plain, tmp_path):
     overrides = [
         *toy,
         "data.micro_batch_size=4",
-        *QUIET,
+        QUIET,
         *world("ddp"),
         "trainer.num_nodes=2",
         "trainer.devices=1",

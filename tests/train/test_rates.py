@@ -151,7 +151,7 @@ def test_every_group_follows_the_schedule_and_keeps_its_name():
     assert schedule.get_last_lr() == pytest.approx([OPTIM.lr / 4 * factor for factor in expected])
 
 
-RUN = ("optim=adamw", "optim.eps=1e-4", "optim.clip=0.5", "optim.lisa_layers=1", "trainer.measures.jacobian=0")
+RUN = ("optim=adamw", "optim.eps=1e-4", "optim.clip=0.5", "optim.lisa_layers=1")
 
 
 def test_a_run_with_clipping_and_lisa_has_the_losses_of_lns(train):

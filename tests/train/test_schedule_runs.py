@@ -10,7 +10,7 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.train.load import load_run
 from cod_lightning.train.run import evaluate
 
-RUN = ("norm=pro_res", "norm.warmup=3", "trainer.measures.jacobian=0")
+RUN = ("norm=pro_res", "norm.warmup=3")
 """The three layers reach 1 at steps 3, 6 and 9; the run has six steps."""
 
 
