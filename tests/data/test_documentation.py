@@ -1,7 +1,12 @@
 """The corpus of installed documentation."""
 
+import random
+from string import ascii_lowercase
+
+import pytest
+
 from cod_lightning.data import documentation
-from cod_lightning.data.documentation import NearDuplicates, html_text
+from cod_lightning.data.documentation import NearDuplicates, docs, html_text
 
 
 def test_html_is_text_with_a_line_for_each_block():
@@ -25,22 +30,36 @@ def test_a_text_without_shingles_is_not_a_duplicate():
     assert NearDuplicates().is_new("too short")
 
 
-def test_docstrings_are_parsed_and_joined(tmp_path):
-    prose = "A paragraph of plain English words extends " * 3 + "and ends here"
-    body = "\n\n".join(f"    {prose} in place number {word}." for word in ["1st", "2nd", "3rd", "4th", "5th", "6th"])
-    code = f"    >>> {prose}\n\n    x: {'1, ' * 60}"
-    source = f'"""{prose}."""\nraise SystemExit\nclass A:\n    """{body}\n\n{code}\n    """\n'
-    (tmp_path / "module.py").write_text(source)
-    paragraphs = documentation._unit_paragraphs([tmp_path / "module.py"])
-    assert paragraphs[0] == prose + "."
-    assert len(paragraphs) == 7
-    assert [text.count("\n") for text in documentation.join_paragraphs(paragraphs * 3)] == [10, 9]
+def prose(seed, words):
+    """A paragraph of random words without digits."""
+    letters = random.Random(seed)
+    return " ".join("".join(letters.choices(ascii_lowercase, k=7)) for _ in range(words))
 
 
-def test_too_much_text_is_thinned_evenly():
-    selected = documentation._thin_out([f"{n:04}" for n in range(1000)], 1000)
-    assert 245 <= len(selected) <= 250
-    assert {int(text) // 100 for text in selected} == set(range(10))
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """`install(source)`: a module with this source is all that is installed."""
+    monkeypatch.setattr(documentation.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(documentation.importlib.util, "find_spec", lambda name: None)
+    return (tmp_path / "module.py").write_text
+
+
+def test_docstrings_are_parsed_and_joined(install):
+    paragraphs = [prose(seed, words=20) for seed in range(21)]
+    body = "\n\n".join(f"    {paragraph}" for paragraph in paragraphs[1:])
+    code = f"    >>> {paragraphs[0]}\n\n    x: {'1, ' * 60}"
+    install(f'"""{paragraphs[0]}"""\nraise SystemExit\nclass A:\n    """{body}\n\n{code}\n    """\n')
+    assert docs() == ["\n".join(paragraphs[:11]), "\n".join(paragraphs[11:])]
+
+
+def test_too_much_text_is_thinned_evenly(install, monkeypatch):
+    documents = [prose(seed, words=201) for seed in range(100)]
+    monkeypatch.setattr(documentation, "DOCS_CHARACTERS", 25 * len(documents[0]))
+    install("".join(f'class A:\n    """{document}"""\n' for document in documents))
+    selected = [documents.index(document) for document in docs()]
+    assert selected == sorted(selected)
+    assert 23 <= len(selected) <= 25
+    assert {number // 10 for number in selected} == set(range(10))
 
 
 def test_docs_are_deterministic_prose_without_markup():
