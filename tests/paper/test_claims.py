@@ -1,12 +1,14 @@
 """Published figures compared with ours: values, paired differences, directions, columns and their order."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, table, with_published
 
+from cod_lightning.commands.terminal import reproduction_tables, show
 from cod_lightning.paper.claims import Column, Metric, by_target, columns
 from cod_lightning.paper.findings import finding_results, quantity_rows, smaller
 from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNLIKE, Sample
@@ -153,6 +155,14 @@ def test_deep_and_shallow_blocks_are_compared(losses, directions):
 
 def test_a_finding_about_rows_that_were_not_run_is_left_out():
     assert finding_results(Column((table(row("lns", None, run(1, 5.0)), target="Figure 2"),))) == []
+
+
+def test_a_reproduced_figure_is_shown_by_its_quantities_and_findings(capsys):
+    measured = [run(seed, 5.0, jacobian={"distance": [0.3, 0.2, 0.1]}) for seed in (1, 2)]
+    show(reproduction_tables([table(row("pre_ln", None, *measured), target="Figure 5", name="figure5")]))
+    printed = capsys.readouterr().out
+    assert re.findall(r"^┃ (row|the paper's finding)", printed, re.MULTILINE) == ["row", "the paper's finding"]
+    assert re.search(r"Pre-LN: Jacobians approach I with depth │ +\+0\.693 ± 0 ", printed)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

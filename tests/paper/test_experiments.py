@@ -350,11 +350,8 @@ def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(scale, tmp_pat
 def test_a_stand_in_for_a_pretrained_model_is_a_run_of_table_1(name, scale):
     (row,) = rows_of(name, scale).values()
     assert (row.pretrained_model is not None) == (scale == "paper")
-    config = row.config
-    if (name, scale) == ("figure5", "small"):
-        config = compose([*row.overrides, "model.norm_eps=1e-6"])  # it has LLaMA2's 1e-5
     if scale != "paper":
-        assert config.id == rows_of("table1_130m", scale)[config.norm["name"]].config.id
+        assert row.config.id == rows_of("table1_130m", scale)[row.config.norm["name"]].config.id
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -14,10 +14,11 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from cod_lightning import page
 from cod_lightning.config.schema import METRIC_FORMATS, printed_metrics
 from cod_lightning.measure.result import format_cell
 from cod_lightning.paper.claims import Experiment, by_target, columns
-from cod_lightning.paper.tables import comparison_table, summary_lines
+from cod_lightning.paper.tables import comparison_table, figure_tables, summary_lines
 
 if TYPE_CHECKING:
     from cod_lightning.train.estimate import Estimate
@@ -199,21 +200,26 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], max_rows: int) -
 
 
 def reproduction_tables(experiments: Sequence[Experiment]) -> Group:
-    """Our results beside the paper's, one table for each scale and column of an experiment, with a summary."""
+    """Our results beside the paper's, tables for each scale and column of an experiment, with a summary."""
     parts: list[Any] = []
     for target, scales in by_target(experiments).items():
         for scale, group in scales.items():
             for column in columns(group):
-                ours = comparison_table(column, complete=True)
-                table = Table(title=f"{target}, scale={scale}: {column.heading}", title_justify="left")
-                for name in ours.head:
-                    table.add_column(name, justify="left" if name == "row" else "right")
-                for row in ours.rows:
-                    table.add_row(
-                        *(Text(cell.replace("**", ""), "bold" if cell.startswith("**") else "") for cell in row)
-                    )
-                parts += [table, Text("\n".join(summary_lines(column)) + "\n")]
+                for ours in (comparison_table(column, complete=True), *figure_tables(column)):
+                    if ours.rows:
+                        parts.append(rich_table(f"{target}, scale={scale}: {column.heading}", ours))
+                parts.append(Text("\n".join(summary_lines(column)) + "\n"))
     return Group(*parts)
+
+
+def rich_table(title: str, ours: page.Table) -> Table:
+    """A table of the report for the terminal."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(ours.head):
+        table.add_column(name, justify="left" if index in ours.text_columns else "right")
+    for row in ours.rows:
+        table.add_row(*(Text(cell.replace("**", ""), "bold" if cell.startswith("**") else "") for cell in row))
+    return table
 
 
 def show(renderable: Any) -> None:

@@ -179,7 +179,7 @@ def is_within_noise(metric: Metric, row: ReportRow, other: ReportRow) -> bool:
     return difference is not None and difference.margin is not None and not difference.beyond_noise
 
 
-def figure_tables(column: Column, significant: Keys) -> list[Table]:
+def figure_tables(column: Column, significant: Keys = ()) -> list[Table]:
     """Quantities of a figure, and the paper's findings about it."""
     quantities = Table(["row", *quantities_of(column), "n"], quantity_rows(column))
     rows = []
