@@ -429,7 +429,7 @@ def test_a_killed_reproduction_resumes_and_repeats_nothing(small, tmp_path, repr
 
     status, printed = reproduce(*words)
     assert status == 0, printed
-    assert "1 of 4 runs remaining" in printed
+    assert "1 of 2 runs remaining" in printed
     steps = [int(line.split()[1].split("/")[0]) for line in printed.splitlines() if line.startswith("step ")]
     assert min(steps) > 2
     assert max(steps) == 40

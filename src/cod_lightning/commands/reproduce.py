@@ -66,7 +66,9 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     tasks = remaining_tasks(rows, range(1, seeds + 1), results)
     if tasks:
         check_writable(results, "--results=")
-    print(f"{len(tasks)} of {len(rows) * seeds} runs remaining", file=sys.stderr, flush=True)
+    requested = {row.run_id(seed) for row in rows for seed in range(1, seeds + 1)}
+    total = len(requested | {task.row.run_id(task.config.seed) for task in tasks})  # and those that they start from
+    print(f"{len(tasks)} of {total} runs remaining", file=sys.stderr, flush=True)
     with CommandPool(jobs) as pool:
         # A run that starts from another one comes after all that do not.
         waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
