@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from run_files import copy_checkpoints, history, losses, newest
+from run_files import copy_checkpoints, history, last, losses, newest
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from cod_lightning.cli import main
@@ -289,10 +290,40 @@ def test_consolidate_copies_the_checkpoint_of_an_imported_model(tmp_path):
     assert read_checkpoint(source.with_name("whole-00000000.ckpt")).keys() == read_checkpoint(source).keys()
 
 
+ONE_RANK = ["trainer=cpu", "trainer.strategy=auto", "trainer.devices=1"]
+
+
 def test_evaluate_reads_a_sharded_checkpoint(output, sharded, capsys):
-    assert main(["evaluate", str(output / "two"), "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1"]) == 0
+    assert main(["evaluate", str(output / "two"), *ONE_RANK]) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(printed["val_loss"]) == pytest.approx(sharded["val_loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def consolidated(output, sharded, tmp_path_factory):
+    """A copy of the sharded run with its checkpoint in one file."""
+    folder = tmp_path_factory.mktemp("consolidated") / "two"
+    shutil.copytree(output / "two", folder, ignore=shutil.ignore_patterns("checkpoints"))
+    target = folder / "checkpoints" / last(output / "two").name
+    assert main(["consolidate", str(output / "two"), f"--output={target}"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("words", [["evaluate", *ONE_RANK], ["generate", "the norm", "--max-tokens=8"]])
+def test_a_command_prints_the_same_for_a_sharded_and_a_consolidated_run(output, consolidated, words, capsys):
+    printed = []
+    for folder in (output / "two", consolidated):
+        assert main([words[0], str(folder), *words[1:]]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ""
+
+
+def test_a_sharded_run_is_exported_as_its_consolidated_run(output, consolidated, tmp_path):
+    pytest.importorskip("transformers")
+    for name, folder in (("shards", output / "two"), ("whole", consolidated)):
+        assert main(["export", str(folder), f"--output={tmp_path / name}"]) == 0
+    shards, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("shards", "whole"))
+    assert shards == whole
 
 
 def save_sharded(path, store):
