@@ -104,6 +104,27 @@ def train(toy, tmp_path):
     return run
 
 
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """`tiny_llama(folder, **fields)` saves an untrained Llama with a tokenizer of 8 words and returns the path."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["?", "</s>", "the", "norm", "of", "a", "deep", "grows"]
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+    def save(folder, dtype=torch.float32, **fields):
+        config = transformers.LlamaConfig(**(shape | {"vocab_size": len(words)} | fields))
+        transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+        numbers = {word: number for number, word in enumerate(words)}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="?"))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?")
+        fast.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
 @pytest.fixture
 def forbid(monkeypatch):
     """`forbid(path)`: opening a file fails as for a user without permission; root may read any file."""

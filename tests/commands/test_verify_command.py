@@ -6,19 +6,11 @@ import pytest
 
 from cod_lightning.cli import main
 
-transformers = pytest.importorskip("transformers")
-
 
 @pytest.fixture
-def llama(tmp_path):
+def llama(tiny_llama, tmp_path):
     """The folder of an untrained Llama of three blocks, with a tokenizer."""
-    from tokenizers import Tokenizer, models
-
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape)).save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({str(number): number for number in range(32)}, unk_token="0"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    return str(tmp_path)
+    return tiny_llama(tmp_path)
 
 
 def test_a_run_is_checked_against_its_own_strategy(train, capsys):

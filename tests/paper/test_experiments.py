@@ -454,17 +454,8 @@ def test_a_fine_tuned_row_of_the_paper_is_scored(small, tmp_path, reproduce, mon
     assert json.loads(path.read_text()) == scores
 
 
-def test_a_pretrained_model_is_measured_and_not_trained(corpus, tmp_path, reproduce):
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    results, model = tmp_path / "results", tmp_path / "Public-Model"
-    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_attention_heads=2)).save_pretrained(model)
-    words = {word: number for number, word in enumerate(["?", "the", "norm", "of", "a", "deep", "block", "grows"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(model / "tokenizer.json"))
-    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+def test_a_pretrained_model_is_measured_and_not_trained(tiny_llama, corpus, tmp_path, reproduce):
+    results, model = tmp_path / "results", tiny_llama(tmp_path / "Public-Model")
     words = ["figure2_llama2_13b", f"paper.rows.pre_ln.subject={model}", "data=files", f"data.files={corpus}/*.jsonl"]
     words += ["data.seq_len=16", "trainer.accelerator=cpu", f"output={tmp_path / 'runs'}", "--results", results]
     status, printed = reproduce(*words)
