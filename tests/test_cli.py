@@ -106,6 +106,7 @@ for command in ("", *sys.argv[1:]):
 def test_help_does_not_import_torch_or_hydra():
     process = subprocess.run([sys.executable, "-c", HELP, *COMMANDS], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("usage: cod_lightning [-h]")
     for command in COMMANDS:
         assert f"usage: cod_lightning {command} " in process.stdout
 
