@@ -14,6 +14,7 @@ from cod_lightning.paper.statistics import LEVEL, NOISE, ONE_SEED, OPPOSITE, SAM
 from cod_lightning.paper.tables import join
 
 DIRECTIONS = (SAME, OPPOSITE, NOISE, ONE_SEED, UNLIKE)
+MOST_WORDS = 150
 MIXED = "mixed"
 """Direction of a row that has the sign of some published columns only."""
 
@@ -119,9 +120,7 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
                 elif not column.first.axis and headline is None:
                     headline, caveat, setting = lns, of_both, column.first.setting
         if claims or headline:
-            same_runs: dict[str, str] = {}  # the league has the runs of the learning rates
-            for target, differences in varied.items():
-                same_runs.setdefault(repr(differences), target)
+            same_runs = {repr(differences): target for target, differences in varied.items()}  # League: Learning rate
             varied = {target: varied[target] for target in same_runs.values() if len(varied[target]) > 1}
             summaries.append(ScaleSummary(scale, setting, headline, caveat, claims, varied))
     return summaries
@@ -138,18 +137,23 @@ def lns_comparison(column: Column) -> tuple[Comparison | None, str]:
 
 
 def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
-    """The headline at every scale, other claims at one scale, and untried targets."""
+    """The headline at every scale, other claims at one scale, and untried targets, in about `MOST_WORDS` words."""
     untried: dict[str, list[str]] = {}
     for target, scales in targets.items():
         kind, _, number = target.partition(" ")
         if kind in ("Table", "Figure") and not any(e.has_runs for group in scales.values() for e in group):
             untried.setdefault(kind, []).append(number)
     tried = {summary.scale for summary in summaries}
-    return render(
-        Path(__file__).with_name("verdict.md.j2"),
-        summaries=summaries,
-        main=max(summaries, key=lambda summary: summary.rank, default=None),
-        untried=untried,
-        untried_scales=[scale for scale in SCALES if scale not in tried],
-        join=join,
-    )
+    for examples in (2, 1, 0):
+        text = render(
+            Path(__file__).with_name("verdict.md.j2"),
+            summaries=summaries,
+            main=max(summaries, key=lambda summary: summary.rank, default=None),
+            examples=examples,
+            untried=untried,
+            untried_scales=[scale for scale in SCALES if scale not in tried],
+            join=join,
+        )
+        if len(text.split()) <= MOST_WORDS:
+            break
+    return text
