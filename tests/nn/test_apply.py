@@ -349,12 +349,12 @@ REFUSED = {
     "shared last projections": (
         lambda: changed(build("Llama"), sharing("mlp.down_proj")),
         {"norm": "scaled_init"},
-        "layer 1, ffn: another module has the weight of its Linear",
+        "layer 1, ffn: another module shares the weight of its Linear",
     ),
     "shared projections to preserve": (
         lambda: changed(trained_llama(), sharing("self_attn.q_proj")),
         PRESERVE,
-        "layer 2, attention: another module has the weight of its Linear",
+        "layer 2, attention: another module shares the weight of its Linear",
     ),
     "no decision on initial weights": (
         lambda: transformers.LlamaForCausalLM(apply(build("Llama"), "lns_learnable").config),
@@ -440,7 +440,7 @@ NOT_FOLDED = {
     "shared norms": (
         "lns",
         sharing("input_layernorm"),
-        "layer 2, attention: another module has the weight of its Llama",
+        "layer 2, attention: another module shares the weight of its Llama",
     ),
     "offloaded weights": ("lns", lambda block: block.to("meta"), "on the meta device, or offloaded"),
 }

@@ -190,7 +190,7 @@ def forget_compiled() -> None:
 
 
 def require_no_adapter(module: Any, otherwise: str) -> None:
-    """Check that PEFT does not wrap a module: its weights are not all, and merging loses a factor of the wrapper.
+    """Check that PEFT does not wrap a module: the adapter adds weights, and merging it loses the wrapper's factor.
 
     Raises:
         UserError: `otherwise`, with the reason.
@@ -246,8 +246,8 @@ def require_own_weights(model: nn.Module, where: list[Site], changed: Sequence[A
             others = [other for other in where if module in (other.norm, *other.inputs, other.output)]
             if len(others) > 1 or any(holders[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
                 raise UserError(
-                    f"layer {site.layer}, {site.part}: another module has the weight of its {type(module).__name__}, "
-                    "too, so that the factors would multiply: give each a weight of its own"
+                    f"layer {site.layer}, {site.part}: another module shares the weight of its "
+                    f"{type(module).__name__}, so that the factors would multiply: give each a weight of its own"
                 )
 
 
