@@ -108,6 +108,7 @@ def test_a_sequence_is_prompt_answer_eos_pads_and_the_length_of_the_prompt(numbe
         # The fifth has no room for its answer.
         [2, 3, 1, 0, 0, 0, 1],
     ]
+    assert encoder.cut_answers(encoded) == 2
     assert (encoded.tokens, encoded.max_id) == (6 + 3 + 6 + 6 + 3, 10)
     assert encoder([Example("2 3 4 5 6 7", "8")]).ids.size == 0
 
@@ -155,9 +156,11 @@ def test_the_manifest_counts_skipped_examples_and_has_format_2(instructions, pac
     assert (text.format, text.row_width) == (1, text.seq_len)
 
 
-def test_the_report_counts_skipped_examples(instructions, tmp_path, capfd):
+def test_the_report_counts_skipped_examples_and_cut_answers(instructions, tmp_path, capfd):
     prepare(replace(instructions, root=str(tmp_path)))
-    assert "36 training and 4 validation sequences (1 examples skipped, whose prompts" in capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert "36 training and 4 validation sequences (1 examples skipped, whose prompts" in printed
+    assert "; 0 answers cut there)" in printed
 
 
 def test_the_names_of_other_sets_are_stable():

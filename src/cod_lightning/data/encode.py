@@ -108,6 +108,11 @@ class Encoder:
         records["numbers"] = [self.width if ids else 0 for ids in encoded]
         return Encoded(self._pad(encoded, prompts), records)
 
+    def cut_answers(self, encoded: Encoded) -> int:
+        """Number of `instructions` sequences without room for the whole answer and its EOS."""
+        last = encoded.ids.reshape(-1, self.width)[:, self.seq_len - 1]
+        return int(((last != self.tokenizer.eos_id) & (last != self.tokenizer.pad_id)).sum())
+
     def _encode_examples(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
         """Return the ids of each example, empty without room for its answer, and the lengths of the prompts."""
         parts = [cast(Example, document).parts for document in documents]

@@ -219,10 +219,12 @@ def write_set(
     Raises:
         UserError: a split has too little text for a sequence, or the text differs from `data.sha256`.
     """
-    sha256, documents, splits = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}
+    sha256, documents, splits, cut = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}, 0
 
     def hashed(name: str) -> Iterator[Encoded]:
+        nonlocal cut
         for batch in report.watch(name, encoded[name]):
+            cut += encoder.cut_answers(batch) if encoder.layout == "instructions" else 0
             documents[name] += len(batch.documents)
             sha256.update(batch.documents["sha256"].tobytes())
             yield batch
@@ -260,7 +262,8 @@ def write_set(
     line = f"prepared {prepared_folder(config)}: {train:,} training and {val:,} validation sequences"
     if encoder.layout == "instructions":
         skipped = sum(documents.values()) - train - val
-        line += f" ({skipped:,} examples skipped, whose prompts fill all of data.seq_len={config.seq_len})"
+        line += f" ({skipped:,} examples skipped, whose prompts fill all of data.seq_len={config.seq_len}"
+        line += f"; {cut:,} answers cut there)"
     report.done(line)
 
 
