@@ -205,7 +205,7 @@ def measures_of(study: str, hidden: int = 0, widest: int = MAX_FULL_JACOBIAN, on
         study: its name.
         hidden: the model's hidden size.
         widest: leave out whole Jacobians above this hidden size.
-        only: select these measures, whatever the hidden size; empty: all of the study.
+        only: select these measures (whole Jacobians above `widest` are then refused); empty: all of the study.
 
     Raises:
         UserError: the study does not exist, or does not have a measure of `only`.
