@@ -248,7 +248,8 @@ class Comparison:
         """One of the directions in `statistics`; None if there is nothing to compare."""
         if self.difference is None or published.difference is None:
             return None
-        return self.difference.direction(published.difference) if published.trained != bool(self.untrained) else UNLIKE
+        trained = not self.untrained
+        return self.difference.direction(published.difference) if trained == published.trained else UNLIKE
 
 
 @dataclass(frozen=True)
