@@ -107,8 +107,8 @@ def estimated(*overrides, **settings):
 def check_parameters(architecture):
     numel = {name: parameter.numel() for name, parameter in build(architecture).named_parameters()}
     ends = ("model.embed_tokens", "lm_head", "embedding", "head")
-    assert architecture.sizes().parameters == sum(numel.values())
-    assert architecture.sizes().outer == sum(size for name, size in numel.items() if name.startswith(ends))
+    assert architecture.sizes.parameters == sum(numel.values())
+    assert architecture.sizes.outer == sum(size for name, size in numel.items() if name.startswith(ends))
 
 
 both_models = pytest.mark.parametrize("like", [decoder_like, vit_like])
@@ -258,14 +258,14 @@ def test_the_kernels_of_a_gpu_save_the_estimated_bytes(name, precision):
 
 def test_ddp_adds_a_copy_of_the_gradients():
     single, ddp = (decoder_like().memory("32-true", strategy=s, ranks=4)(2) for s in ("single", "ddp"))
-    assert ddp.total - single.total == single.gradients == 4 * decoder_like().sizes().parameters
+    assert ddp.total - single.total == single.gradients == 4 * decoder_like().sizes.parameters
     assert ddp.activations == single.activations
 
 
 @pytest.mark.parametrize("architecture", [decoder_like(), vit_like()], ids=["decoder", "vit"])
 def test_fsdp_shards_and_gathers(architecture):
     single, fsdp = (architecture.memory("32-true", strategy=s, ranks=4)(2) for s in ("single", "fsdp"))
-    sizes = architecture.sizes()
+    sizes = architecture.sizes
     assert (fsdp.weights, fsdp.gradients, fsdp.moments) == (single.weights // 4,) * 2 + (2 * (single.weights // 4),)
     assert fsdp.communication == 2 * 4 * (sizes.outer + 2 * ((sizes.parameters - sizes.outer) // 4))
     assert fsdp.activations == single.activations
@@ -276,7 +276,7 @@ def test_offload_leaves_the_shard_of_one_block_on_the_device(architecture):
     sharded, offloaded = (
         architecture.memory("32-true", strategy="fsdp", ranks=4, offload=offload)(2) for offload in (False, True)
     )
-    sizes = architecture.sizes()
+    sizes = architecture.sizes
     assert offloaded.weights == offloaded.gradients == 4 * ((sizes.parameters - sizes.outer) // 4) // 4
     assert offloaded.moments == 0
     kept = ("copies", "communication", "activations", "work")

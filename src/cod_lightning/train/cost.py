@@ -132,7 +132,7 @@ class Architecture:
         labels = torch.empty(batch_size, dtype=torch.long)
         return torch.empty((batch_size, 3, self.images.size, self.images.size)), labels
 
-    @lru_cache(maxsize=64)  # noqa: B019 -- an architecture is small
+    @cached_property
     def sizes(self) -> Sizes:
         with FakeTensorMode():
             network = self.build(list(self.kinds))
@@ -174,7 +174,7 @@ class Architecture:
                 block to the device before it gathers the block, and the shard of its gradient back.
             cpu: use torch's norms on a CPU instead of the fused ones of a GPU.
         """
-        sizes = self.sizes()
+        sizes = self.sizes
         sharded = strategy == "fsdp"
         autocast = precision == "bf16-mixed" and not sharded
         weight = 2 if precision == "bf16-true" else 4

@@ -140,7 +140,7 @@ def estimate(
     largest = largest_batch(memory, device_memory)
     if largest > data.micro_batch_size:  # extrapolated from a small batch, where gradients of weights take the most
         largest = largest_batch(count(largest), device_memory)
-    sizes = architecture.sizes()
+    sizes = architecture.sizes
     flops = trainer.max_steps * data.batch_size * training_flops(architecture)
     positions = config.training_tokens
     return Estimate(
