@@ -112,3 +112,12 @@ def test_measures_of_deeper_models_are_left_out(tmp_path, capsys):
 def test_bert_cannot_be_pruned(bert, tmp_path):
     with pytest.raises(UserError, match="large: bert does not predict the next token: measure prune needs it"):
         run_prune(bert, {"layers": [1]}, tmp_path / "small")
+
+
+def test_a_measure_that_needs_more_tokens_is_left_out_of_a_study(tmp_path, capsys):
+    few = subject()
+    few = replace(few, batches=[few.batches[0][:1]])
+    run_study("removal", few, {}, tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == set(measures_of("removal")) - {"linear_replacement"}
+    printed = capsys.readouterr().out
+    assert "linear_replacement: left out, it needs more tokens than the hidden size 16, not 10" in printed

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +69,24 @@ def test_the_folder_of_a_pruned_model_must_be_writable(model, config, tmp_path):
     subject.model.model.forward = None  # nothing is computed
     with pytest.raises(UserError, match="file is not a writable folder"):
         run_prune(subject, {"layers": [1]}, tmp_path / "file/small")
+
+
+def test_every_sequence_begins_with_bos_if_the_tokenizer_adds_it(model, config):
+    folder = Path(model())
+    (plain,) = open_model(str(folder), config, 2).batches
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    begin, text = {"SpecialToken": {"id": "</s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+    }
+    path.write_text(json.dumps(tokenizer))
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "</s>"}))
+    (tokens,) = open_model(str(folder), config, 2).batches
+    assert tokens.shape == plain.shape
+    assert tokens[:, 0].tolist() == [1, 1]
+    assert tokens[:, 1:].flatten().tolist() == plain.flatten()[:30].tolist()

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, PAD, residual_stream, silence, tokens
+from builders import DEPTH, FAMILIES, PAD, padded_batches, residual_stream, silence, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.angular_distances import angles, angular_distance, last_token, scale_as_released
@@ -70,15 +70,16 @@ def test_released_scales_each_n(causal_lm, batch):
     raw = angular_distance(model, [batch]).distances
     scaled = angular_distance(model, [batch], normalise="released").distances
     for n, (before, after) in enumerate(zip(raw, scaled, strict=True), start=1):
-        row = np.array(before[: 7 - n])
+        row = np.zeros(6)  # the released code adds distances to a list of zeros, one for each layer
+        row[: 7 - n] = before[: 7 - n]
         row = np.clip(row, np.percentile(row, 1), np.percentile(row, 99))
-        expected = (row - row.min()) / (row.max() - row.min()) if n < 6 else [0]
-        assert after[: 7 - n] == pytest.approx(expected, abs=1e-12)
+        expected = (row - row.min()) / (row.max() - row.min())
+        assert after[: 7 - n] == pytest.approx(expected[: 7 - n], abs=1e-12)
         assert after[7 - n :] == [None] * (n - 1)
 
 
 def test_released_clips_at_percentiles():
-    assert scale_as_released([0.0, *[1.0] * 300, *[2.0] * 300, 9.0]) == [0.0] * 301 + [1.0] * 301
+    assert scale_as_released([0.0, *[1.0] * 300, *[2.0] * 300, 9.0], 602) == [0.0] * 301 + [1.0] * 301
 
 
 def test_more_tokens_than_a_chunk_are_measured(causal_lm):
@@ -116,3 +117,11 @@ def test_silent_blocks_do_not_turn_the_stream(causal_lm, batch, family):
     assert (distances[0][1], distances[0][2], distances[1][1]) == (0, 0, 0)
     assert distances[0][0] == pytest.approx(distances[2][0], rel=1e-12)
     assert min(distances[0][0], distances[0][3]) > 0.01
+
+
+def test_the_last_token_of_an_encoder_attends_to_the_others(causal_lm):
+    model, batch = causal_lm("bert"), padded_batches()[0]
+    kept = [row[row != PAD] for row in batch]
+    states = [residual_stream(model, row[None]).flatten(1, 2)[:, -1:] for row in kept]
+    expected = [definition(torch.cat(states, dim=1), 1, layer) for layer in range(1, DEPTH + 1)]
+    assert angular_distance(model, [batch], PAD, token="last").distances[0] == expected

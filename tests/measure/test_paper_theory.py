@@ -112,6 +112,8 @@ def test_constants_from_shapes():
     n = 2 * 16 * 4 * (2 + 2 + 0.5)
     assert a == pytest.approx(0.25 * (4 + 8) ** 2 + n * 0.25 * (16 * 2 + 1 + 0.5))
     assert b == pytest.approx(n * 0.0625 * 16 * 2)
+    wide = Shapes(hidden=16, intermediate=64, heads=4, length=4, std=0.5, head_dim=9)
+    assert bound_constants(wide)[1] == pytest.approx(n * 0.0625 * 16 * 3)
 
 
 class TestTheory:

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
-from builders import PAD, tokens
+from builders import PAD, decoder, tokens
 
 import cod_lightning as cod
 from cod_lightning.errors import UserError
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.registry import MEASURES, measures_of, options_for
 
 BATCHES = [tokens(2, 8, seed) for seed in (0, 1)]
@@ -178,10 +179,28 @@ def test_an_option_of_several_studies_is_not_offered():
     assert "tokens" not in options_for(MEASURES)
 
 
-def test_expensive_measures_take_few_sequences_of_the_first_batch(causal_lm):
-    model, batches = causal_lm("ours", depth=2), [tokens(3, 8, seed) for seed in (0, 1)]
+@pytest.mark.parametrize("size", [1, 18])
+def test_expensive_measures_take_few_sequences_whatever_the_micro_batch(causal_lm, size):
+    model, batches = causal_lm("ours", depth=2), tokens(18, 8).split(size)
     assert MEASURES["gain"](model, batches, None, None).sequences == 2
-    assert MEASURES["importance"](model, batches, None, None, permutations=1).tokens == 3 * 7
+    assert MEASURES["importance"](model, batches, None, None, permutations=1).tokens == 16 * 7
+
+
+@pytest.mark.parametrize(("name", "reason"), [("x0_mix", "read the embeddings"), ("value_residual", "read the values")])
+@pytest.mark.parametrize("measure", ["gain", "theory"])
+def test_jacobians_of_blocks_that_read_more_than_the_stream_are_not_multiplied(name, reason, measure):
+    with pytest.raises(UserError, match=f"{reason}.*do not multiply"):
+        MEASURES[measure](decoder(name), BATCHES, PAD, None)
+
+
+def test_adapters_must_be_merged_before_weights_are_measured(causal_lm):
+    peft = pytest.importorskip("peft")
+    model = causal_lm("llama")
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    adapted = ModelAdapter(peft.inject_adapter_in_model(config, model.model))
+    with pytest.raises(UserError, match="adapters: merge them first"):
+        MEASURES["sparsity"](adapted, BATCHES, PAD, None)
+    assert MEASURES["theory"](adapted, BATCHES, PAD, None).shape_constants == []
 
 
 NEEDS_GRADIENTS = ("jacobian", "gain", "jacobian_map", "theory")

@@ -109,5 +109,5 @@ def score_run(
         for name, value in figures.items():
             print(f"{task} {name} {value:.6g}")
     if limit is None:
-        save_scores(run, scores)
+        save_scores(run, scores, checkpoint)
     return 0

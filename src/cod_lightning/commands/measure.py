@@ -101,7 +101,8 @@ def run(
     from cod_lightning.measure.registry import measures_of
 
     model = Path(models[0])
-    folder = output or (model / "measure" if is_run(model) else Path("measure") / name_of(model))
+    own = model / ("measure" if checkpoint == "last" else f"measure_{checkpoint}")
+    folder = output or (own if is_run(model) else Path("measure") / name_of(model))
     if study == "prune":
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
@@ -165,6 +166,8 @@ def open_subject(
 
         subject = open_run(config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
     else:
+        if checkpoint != "last" or trust_code:
+            raise UserError(f"{model}: --checkpoint and --trust-code apply to runs, not to pretrained models")
         refuse_unread(overrides, "measure of a pretrained model", TEXT_CHOICES)
         config = compose(overrides)
         require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")

@@ -20,7 +20,7 @@ from cod_lightning.commands.measure_runner import Subject, with_progress
 from cod_lightning.commands.terminal import format_duration
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
-from cod_lightning.measure.batches import token_mask
+from cod_lightning.measure.batches import first_sequences, token_mask
 from cod_lightning.measure.depth_page import report_page
 from cod_lightning.measure.depth_report import headline
 from cod_lightning.measure.registry import MEASURES
@@ -213,13 +213,3 @@ def seconds_per_sequence(model: ModelAdapter, batches: Sequence[Batch]) -> float
     start = time.perf_counter()
     model.logits(sample).sum().item()
     return (time.perf_counter() - start) / len(sample)
-
-
-def first_sequences(batches: Sequence[Batch], number: int | None) -> list[Batch]:
-    """The first sequences of batches, in batches of the same size."""
-    if number is None:
-        return list(batches)
-    chosen: list[Batch] = []
-    for batch in batches:
-        chosen.append(batch[: number - sum(map(len, chosen))])
-    return [batch for batch in chosen if len(batch)]

@@ -18,6 +18,7 @@ from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.batches import token_mask
 from cod_lightning.measure.depth_report import COMPARED, REPORTED
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
@@ -102,6 +103,8 @@ def open_vision_run(config: Config, folder: Path, checkpoint: Path, rows: int) -
 def open_model(name: str, config: Config, rows: int) -> Subject:
     """Open a causal language model of `transformers` with `rows` sequences of the held-out text that `config` selects.
 
+    Each sequence begins with the tokenizer's BOS if the tokenizer puts it before a text.
+
     Raises:
         UserError: the model or the text cannot be read.
     """
@@ -116,12 +119,16 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    special = tokenizer("")["input_ids"]
+    start = special[0] if special[:1] == [tokenizer.bos_token_id] else None
+
     def write(model: Any, folder: Path) -> None:
         if checkpoint.dropped:
             print(f"{name}: generation settings dropped as invalid: {', '.join(checkpoint.dropped)}", file=sys.stderr)
         save_pretrained(model.to(checkpoint.dtype), folder, tokenizer)
 
-    tokens = packed(open_corpus(config.data).val(), encode, tokenizer.eos_token_id, rows, config.data.seq_len)
+    documents = open_corpus(config.data).val()
+    tokens = packed(documents, encode, tokenizer.eos_token_id, rows, config.data.seq_len, start)
     require_embeddings(checkpoint.model, tokenizer, tokens, name)
     model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
     batches = list(tokens.split(config.data.micro_batch_size))
@@ -143,7 +150,8 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
         UserError: a measure fails, no measure applies to the model, or the folder cannot be written to.
     """
     names = measures_of(study, subject.model.hidden, options.get("widest", MAX_FULL_JACOBIAN), options.get("only", ()))
-    skipped = {name: reason for name in names if (reason := MEASURES[name].why_not(subject.model))}
+    tokens = sum(int(token_mask(subject.model, batch, subject.pad_id).sum()) for batch in subject.batches)
+    skipped = {name: reason for name in names if (reason := MEASURES[name].why_not(subject.model, tokens))}
     if len(skipped) == len(names):
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         images = " is a model of images" if subject.export is None else ""

@@ -56,7 +56,8 @@ def generate(
     tokens = torch.tensor([prompt], device=device)
     layers = [] if dola is None else dola_layers(len(decoder.blocks), dola, decoder.config.tie_word_embeddings)
     for _ in range(max_tokens):
-        logits = dola_logits(decoder, tokens, layers).cpu() if layers else decoder(tokens)[0, -1].float().cpu()
+        logits = dola_logits(decoder, tokens, layers) if layers else decoder(tokens, logits_to_keep=1)[0, -1].float()
+        logits = logits.cpu()
         if not logits.max().isfinite():  # DoLa's are -inf for all tokens but the likeliest
             raise UserError("the model's logits are NaN or infinite: its weights are damaged, or its training diverged")
         if top_k is not None and top_k < len(logits):
@@ -99,7 +100,7 @@ def dola_logits(decoder: Decoder, tokens: Tensor, layers: Sequence[int]) -> Tens
         if name in ("embedding", "residual") and layer in layers:
             streams.append(x_BTD[0, -1])
 
-    last = decoder(tokens, hook=hook)[0, -1].float().log_softmax(-1)
+    last = decoder(tokens, hook=hook, logits_to_keep=1)[0, -1].float().log_softmax(-1)
     early = decoder.lm_head(decoder.model.norm(torch.stack(streams))).float().log_softmax(-1)
     contrast = last - early[jensen_shannon(last, early).argmax()]
     return contrast.masked_fill(last < last.max() + math.log(PLAUSIBLE), -torch.inf)

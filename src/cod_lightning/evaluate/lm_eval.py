@@ -223,13 +223,13 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def save_scores(folder: Path, scores: dict[str, dict[str, float]]) -> None:
-    """Merge scores into `tasks.json` of a run folder, atomically.
+def save_scores(folder: Path, scores: dict[str, dict[str, float]], checkpoint: str = "last") -> None:
+    """Merge scores into `tasks.json` of a run folder, atomically; into `tasks_best.json` those of the best checkpoint.
 
     Raises:
         UserError: the existing file cannot be read.
     """
-    path = folder / SCORES_FILE
+    path = folder / (SCORES_FILE if checkpoint == "last" else f"tasks_{checkpoint}.json")
     with locked(path.with_name(f".{path.name}.lock")):  # another process may add the scores of other tasks
         previous = read_json(path, dict[str, Any], "remove the file and evaluate again") if path.is_file() else {}
         write_atomic(path, json.dumps(previous | scores, indent=1) + "\n")

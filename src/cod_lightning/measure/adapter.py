@@ -128,14 +128,26 @@ class ModelAdapter:
 
     @property
     def why_not_sparse(self) -> str:
-        """Why sparsity does not apply, or an empty string.
+        """Why measures of the blocks' linear layers do not apply, or an empty string.
 
         `transformers` 5 keeps the experts of a block in one parameter [experts, out, in].
         """
         for module in (module for block in self.blocks for module in block.modules()):
+            if hasattr(module, "base_layer"):  # of peft
+                return "its linear layers have adapters: merge them first, as in model.merge_and_unload()"
             is_convolution = type(module).__name__.startswith("Conv")
             if not is_convolution and any(weight.ndim > 2 for weight in module.parameters(recurse=False)):
                 return "its experts are not linear layers; sparsity does not support mixtures of experts"
+        return ""
+
+    @property
+    def why_not_composed(self) -> str:
+        """Why Jacobians of blocks do not multiply to that of several blocks, or an empty string."""
+        specs = [block.spec for block in self.blocks if isinstance(block, Block)]
+        if any(spec.embedding_skip for spec in specs):
+            return "its blocks read the embeddings besides the stream, so their Jacobians do not multiply"
+        if any(spec.value_residual != "no" for spec in specs):
+            return "its blocks read the values of block 1 besides the stream, so their Jacobians do not multiply"
         return ""
 
     def evenly_spaced(self, count: int) -> list[int]:

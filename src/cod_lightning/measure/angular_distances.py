@@ -87,20 +87,18 @@ def angular_distance(
     """
     check_angular(model, tokens, token, normalise)
     depth, mean = model.depth, RunningMean()
-    first, second = torch.triu_indices(depth + 1, depth + 1, offset=1)
     for batch, keep in iter_batches(model, batches, pad_id, progress):
         if mean.count >= tokens:
             break
         if token == "last" and isinstance(batch, Images):
             raise UserError("token=last does not apply to the patches of an image; use token=all")
-        keep = last_token(keep) if token == "last" else keep
-        states = [x[: tokens - mean.count] for x in hidden_states(model, batch, keep)]
+        chosen = last_token(keep) if token == "last" else keep
+        states = [x[: tokens - mean.count] for x in hidden_states(model, batch, keep, chosen)]
         for chunk in zip(*(x.split(CHUNK) for x in states), strict=True):
-            mean.add(angles(torch.stack(chunk, dim=1))[:, first, second])
-    pairs = dict(zip(zip(first.tolist(), second.tolist(), strict=True), mean.mean.tolist(), strict=True))
-    matrix = [[pairs[layer, layer + n] for layer in range(depth + 1 - n)] for n in range(1, depth + 1)]
+            mean.add(angles(torch.stack(chunk, dim=1)))
+    matrix = [mean.mean.diagonal(n).tolist() for n in range(1, depth + 1)]
     if normalise == "released":
-        matrix = [scale_as_released(row) for row in matrix]
+        matrix = [scale_as_released(row, depth) for row in matrix]
     padded = [[*row, *[None] * (depth - len(row))] for row in matrix]
     return AngularDistance(model.name, padded, mean.count, token, normalise)
 
@@ -120,12 +118,14 @@ def last_token(keep: Tensor) -> Tensor:
     return keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
 
 
-def scale_as_released(values: list[float]) -> list[float]:
-    """Clip values at their 1st and 99th percentile and scale them to [0, 1]; 0 if all are equal.
+def scale_as_released(distances: Sequence[float], depth: int) -> list[float]:
+    """Clip the distances of one n at their 1st and 99th percentile and scale them to [0, 1]; 0 if all are equal.
 
     The figures of the released code are scaled like this: their colours compare layers at the same n and are no angles.
+    The code has a distance of zero for each of `depth` layers that has no n-th layer after it, and scales it too.
     """
-    x = torch.tensor(values, dtype=torch.float64)
+    x = torch.tensor([*distances, *[0.0] * (depth - len(distances))], dtype=torch.float64)
     x = x.clamp(x.quantile(0.01), x.quantile(0.99))
     span = x.max() - x.min()
-    return ((x - x.min()) / span if span > 0 else torch.zeros_like(x)).tolist()
+    scaled = (x - x.min()) / span if span > 0 else torch.zeros_like(x)
+    return scaled[: len(distances)].tolist()

@@ -201,16 +201,34 @@ def mean_loss(
     return float(total) / count, count
 
 
-def hidden_states(model: ModelAdapter, batch: Batch, keep: Tensor) -> list[Tensor]:
-    """The embedding and the output of every block, each [kept tokens, hidden], for a mask keep [batch, length]."""
+def hidden_states(model: ModelAdapter, batch: Batch, keep: Tensor, chosen: Tensor | None = None) -> list[Tensor]:
+    """The embedding and the output of every block, each [chosen tokens, hidden].
+
+    Args:
+        model: in evaluation mode.
+        batch: tokens or images.
+        keep: False for padding, which the model does not read [batch, length].
+        chosen: True for the tokens to return [batch, length]; None: all that `keep` keeps.
+    """
     states: list[Tensor] = []
+    chosen = keep if chosen is None else chosen
 
     def hook(name: str, layer: int, x: Tensor) -> None:
         if name in ("embedding", "residual"):
-            states.append(x[keep])
+            states.append(x[chosen])
 
     model.run(batch, hook, keep)
     return states
+
+
+def first_sequences(batches: Sequence[Batch], number: int | None) -> list[Batch]:
+    """The first sequences of batches, in batches of the same size; None: all."""
+    if number is None:
+        return list(batches)
+    chosen: list[Batch] = []
+    for batch in batches:
+        chosen.append(batch[: number - sum(map(len, chosen))])
+    return [batch for batch in chosen if len(batch)]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -249,9 +267,9 @@ class RunningMean:
 
     @property
     def error(self) -> Tensor:
-        """Standard error; zero for a single sample."""
+        """Standard error; NaN for a single sample."""
         variance = (self.squares / self.count - self.mean**2).clamp(min=0)
-        return (variance / max(self.count - 1, 1)).sqrt()
+        return (variance / (self.count - 1)).sqrt() if self.count > 1 else torch.full_like(variance, math.nan)
 
 
 def error_over_sequences(sums: Tensor, counts: Tensor) -> float:

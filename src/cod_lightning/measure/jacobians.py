@@ -12,6 +12,7 @@ over tokens, so their bias is of the order of 1 / tokens and does not depend on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Jacobian(Result):
     largest_singular_value: list[float]
     """||J||_2, mean over tokens."""
     errors: dict[str, list[float]]
-    """Standard error of each of the above, over tokens and probes; zero for a single token."""
+    """Standard error of each of the above, over tokens and probes; NaN for a single token."""
 
     def rows(self) -> list[dict[str, Any]]:
         return table_rows({**self.series(), **{f"{name}_error": self.errors[name] for name in STATISTICS}})
@@ -365,7 +366,7 @@ def summarise(samples: Tensor, weight: Tensor) -> dict[str, tuple[float, float]]
     def error(values: Tensor, center: Tensor) -> float:
         count = len(values)
         spread = (weight * (values - center)).square().sum().sqrt() / weight.sum()
-        return float(spread) * (count / (count - 1)) ** 0.5 if count > 1 else 0.0
+        return float(spread) * (count / (count - 1)) ** 0.5 if count > 1 else math.nan
 
     share = mean[3] / mean[0]
     return {
@@ -391,9 +392,8 @@ def check_jacobian(
     probes: int,
     tokens: int,
     iterations: int,
-    **others: Any,
 ) -> None:
-    """Check the options of `jacobian`; others may have any value.
+    """Check those options of `jacobian` that may not have any value.
 
     Raises:
         UserError: one is out of range.
@@ -409,9 +409,8 @@ def check_mean_jacobian(
     layers: Sequence[int] | None,
     tokens: int,
     widest: int,
-    **others: Any,
 ) -> None:
-    """Check the options of `mean_jacobian`; others may have any value.
+    """Check those options of `mean_jacobian` that may not have any value.
 
     Raises:
         UserError: one is out of range, or the model is wider than `widest`.
@@ -431,9 +430,8 @@ def check_growth(
     all_layers: bool,
     probes: int,
     iterations: int,
-    **others: Any,
 ) -> None:
-    """Check the options of `jacobian_growth`; others may have any value.
+    """Check those options of `jacobian_growth` that may not have any value.
 
     Raises:
         UserError: one is out of range, or both `layers` and `all_layers` are given.

@@ -130,7 +130,7 @@ class LayerImportance(Result):
     """Mean over orders of the blocks of the reduction when a block joins those before it; the values add up to
     `empty_loss - loss`."""
     error: list[float]
-    """Standard error over the sampled orders; zero if exact."""
+    """Standard error over the sampled orders; zero if exact, NaN for a single order."""
     leave_one_out: list[float]
     """Loss without the block minus loss of the whole model."""
     loss: float
@@ -145,7 +145,7 @@ class LayerImportance(Result):
         return [Lines("reduction of the loss (nats)", lines, errors={"Shapley value": self.error})]
 
 
-def check_permutations(model: ModelAdapter, permutations: int | None, **others: Any) -> None:
+def check_permutations(model: ModelAdapter, permutations: int | None) -> None:
     """Check the options of `layer_importance`; any seed is valid.
 
     Raises:
@@ -209,7 +209,7 @@ def layer_importance(
         model=model.name,
         tokens=tokens,
         shapley=means.mean.tolist(),
-        error=means.error.tolist(),
+        error=[0.0] * depth if permutations is None else means.error.tolist(),
         leave_one_out=[marginal(layer, others) for layer, others in zip(whole, without, strict=True)],
         loss=losses[whole],
         empty_loss=losses[()],

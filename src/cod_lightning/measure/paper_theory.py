@@ -23,7 +23,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import activation_stats, token_variance
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.batches import hidden_states, iter_batches
+from cod_lightning.measure.batches import RunningMean, at_least_fp32, first_sequences, hidden_states, iter_batches
 from cod_lightning.measure.jacobians import jacobian_growth
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
@@ -64,11 +64,13 @@ class Shapes:
     intermediate: int
     """d_FFN."""
     heads: int
-    """h; d_head = d / h."""
+    """h."""
     length: int
     """s, tokens in a sequence."""
     std: float
     """sigma, the standard deviation of the weights."""
+    head_dim: int | None = None
+    """d_head; None: d / h."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def bound_constants(shapes: Shapes) -> tuple[float, float]:
 
     Some radicals are inferred, because the text of the paper used here had lost them.
     """
-    d, head, square = shapes.hidden, shapes.hidden / shapes.heads, shapes.std**2
+    d, head, square = shapes.hidden, shapes.head_dim or shapes.hidden / shapes.heads, shapes.std**2
     n = 2 * d * shapes.heads * (shapes.length**0.5 + 2 + shapes.length**-0.5)
     attention = n * square * (d * head**0.5 + 1 + (head / d) ** 0.5)
     return square * (d**0.5 + shapes.intermediate**0.5) ** 2 + attention, n * square**2 * d * head**0.5
@@ -368,7 +370,8 @@ def measured_theory(
 ) -> Theory:
     """Measure variances and gradient growth, and compare them with the paper's lemma and theorem.
 
-    The growth is measured on `GROWTH_SEQUENCES` sequences of the first batch.
+    The growth is measured on the first `GROWTH_SEQUENCES` sequences. There are no constants from shapes for experts and
+    adapters, whose weights are not those of linear layers.
 
     Options:
         lns: the model has LayerNorm Scaling. None: detect it, which an exported model with folded gains does not allow.
@@ -377,8 +380,10 @@ def measured_theory(
     return theory(
         [embedding_variance(model, batches, pad_id), *outputs],
         lns=has_lns(model) if lns is None else lns,
-        shapes=shapes_of(model, batches[0].shape[1]),
-        gains=jacobian_growth(model, [batches[0][:GROWTH_SEQUENCES]], pad_id, progress, all_layers=True).spectral,
+        shapes=None if model.why_not_sparse else shapes_of(model, batches[0].shape[1]),
+        gains=jacobian_growth(
+            model, first_sequences(batches, GROWTH_SEQUENCES), pad_id, progress, all_layers=True
+        ).spectral,
         model=model.name,
     )
 
@@ -386,11 +391,10 @@ def measured_theory(
 @torch.no_grad()
 def embedding_variance(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None) -> float:
     """Variance of the first block's input, as in `activation_stats`."""
-    total, count = 0.0, 0
+    mean = RunningMean()
     for tokens, keep in iter_batches(model, batches, pad_id):
-        total += float(token_variance(hidden_states(model, tokens, keep)[0]).sum())
-        count += int(keep.sum())
-    return total / count
+        mean.add(token_variance(hidden_states(model, tokens, keep)[0]))
+    return float(mean.mean)
 
 
 def has_lns(model: ModelAdapter) -> bool:
@@ -408,11 +412,17 @@ def shapes_of(model: ModelAdapter, length: int) -> Shapes:
     """Shapes of a model; `std` is that of all weights of the blocks' linear layers."""
     config = model.config
     hidden = model.hidden
-    weights = [weight for block in model.blocks for _, weight in linear_weights(block).values()]
+    count, total, squares = 0, 0.0, 0.0
+    for block in model.blocks:
+        for _, weight in linear_weights(block).values():
+            count += weight.numel()
+            total += float(weight.sum(dtype=torch.float64))
+            squares += float(at_least_fp32(weight).square().sum(dtype=torch.float64))
     return Shapes(
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
         heads=config.num_attention_heads,
         length=length,
-        std=float(torch.cat([weight.float().flatten() for weight in weights]).std()),
+        std=math.sqrt((squares - total**2 / count) / (count - 1)),
+        head_dim=model.config_value("head_dim", None),
     )

@@ -14,6 +14,8 @@ from typing import Any, get_type_hints
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.measure.options import options_of
 
+EXPENSIVE = 16
+"""Number of sequences that an expensive measure reads."""
 MAX_FULL_JACOBIAN = 256
 """Largest hidden size at which whole Jacobians are computed by default: each costs a backward pass per row."""
 
@@ -28,22 +30,24 @@ class Measure:
     """`module:name` inside `cod_lightning.measure`: (model, batches, pad_id, progress, *, options) -> Result."""
     series: tuple[str, ...]
     """Columns of `Result.series` that a training run records, where the result has them."""
-    first_batch: bool = False
-    """Measure on the first batch only, because the measure is expensive."""
     first_sequences: int | None = None
-    """Use only this many sequences of the first batch; None: all."""
+    """Use only this many sequences, because the measure is expensive; None: all."""
     is_map: bool = False
     """A training run draws its figure too, because the series do not hold all layer pairs or entries."""
     needs_targets: bool = False
     """Reads losses of next tokens or labels, so that it does not apply to BERT."""
     check: str = ""
-    """`module:name` of the check of its options: (model, **options) -> None, which the measure also calls."""
+    """`module:name` of the check of some of its options: (model, options) -> None, which the measure also calls."""
     not_for_images: str = ""
     """Why it does not apply to models of images; empty if it does."""
     least_blocks: int = 1
     """Smallest depth of a model that it applies to."""
     of_linear_layers: bool = False
     """Reads the weights of linear layers, which are not all weights of a mixture of experts."""
+    fits_maps: bool = False
+    """Fits linear maps between hidden states."""
+    composes_blocks: bool = False
+    """Multiplies the Jacobians of the blocks, which must read nothing but the stream."""
 
     @property
     def measure(self) -> Callable[..., Any]:
@@ -59,14 +63,18 @@ class Measure:
         """The `Result` subclass that it returns, whose fields are the keys of its JSON file."""
         return get_type_hints(self.measure)["return"]
 
-    def why_not(self, model: Any) -> str:
-        """Why it does not apply to a `ModelAdapter`; empty if it does."""
+    def why_not(self, model: Any, tokens: int | None = None) -> str:
+        """Why it does not apply to a `ModelAdapter`, or to a number of tokens; empty if it does."""
         if model.depth < self.least_blocks:
             return f"it needs at least {self.least_blocks} blocks, but the model has {model.depth}"
         if model.reads_images:
             return self.not_for_images
         if self.needs_targets and not model.predicts_next:
             return model.why_not_next
+        if self.fits_maps and tokens is not None and tokens <= model.hidden:
+            return f"it needs more tokens than the hidden size {model.hidden}, not {tokens}: raise --rows"
+        if self.composes_blocks and model.why_not_composed:
+            return model.why_not_composed
         return model.why_not_sparse if self.of_linear_layers else ""
 
     def check_options(self, model: Any, options: Mapping[str, Any]) -> None:
@@ -76,9 +84,9 @@ class Measure:
             UserError: one is out of range for the model.
         """
         if self.check:
-            parameters = signature(self.measure).parameters
-            values = {name: options.get(name, parameters[name].default) for name in self.options}
-            resolve_name(f"cod_lightning.measure.{self.check}")(model, **values)
+            check, defaults = resolve_name(f"cod_lightning.measure.{self.check}"), signature(self.measure).parameters
+            checked = self.options.keys() & signature(check).parameters
+            check(model, **{name: options.get(name, defaults[name].default) for name in checked})
 
     def recorded(self, result: Any) -> dict[str, list[Any]]:
         """The series of a result that a training run records."""
@@ -88,8 +96,9 @@ class Measure:
     def __call__(self, model: Any, batches: Any, pad_id: int | None, progress: Any, **options: Any) -> Any:
         if reason := self.why_not(model):
             raise UserError(f"{model.name}: {reason}")
-        if self.first_batch:
-            batches = [batch[: self.first_sequences] for batch in batches[:1]]
+        from cod_lightning.measure.batches import first_sequences
+
+        batches = first_sequences(batches, self.first_sequences)
         return self.measure(model, batches, pad_id, progress, **options)
 
 
@@ -103,22 +112,22 @@ MEASURES: dict[str, Measure] = {
         "jacobian",
         "jacobians:jacobian",
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share", "largest_singular_value"),
-        first_batch=True,
+        first_sequences=EXPENSIVE,
         check="jacobians:check_jacobian",
     ),
     "gain": Measure(
         "jacobian",
         "jacobians:jacobian_growth",
         ("layer", "spectral", "frobenius"),
-        first_batch=True,
         first_sequences=2,
+        composes_blocks=True,
         check="jacobians:check_growth",
     ),
     "jacobian_map": Measure(
         "jacobian",
         "jacobians:mean_jacobian",
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share"),
-        first_batch=True,
+        first_sequences=EXPENSIVE,
         is_map=True,
         check="jacobians:check_mean_jacobian",
     ),
@@ -151,6 +160,7 @@ MEASURES: dict[str, Measure] = {
         "ablation:linear_replacement",
         ("delta_loss",),
         needs_targets=True,
+        fits_maps=True,
         not_for_images="its map would be fitted to patches, but the prediction is read from the class token",
     ),
     "sublayer_removal": Measure(
@@ -177,7 +187,7 @@ MEASURES: dict[str, Measure] = {
         "influence",
         "layer_importance:layer_importance",
         ("shapley", "leave_one_out"),
-        first_batch=True,
+        first_sequences=EXPENSIVE,
         needs_targets=True,
         check="layer_importance:check_permutations",
     ),
@@ -194,6 +204,7 @@ MEASURES: dict[str, Measure] = {
         ("variance", "lemma", "lemma_fitted", "recursion", "gain"),
         not_for_images="the paper's lemmas and theorems are about decoders",
         least_blocks=3,
+        composes_blocks=True,
     ),
 }
 

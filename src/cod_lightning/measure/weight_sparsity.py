@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
@@ -58,13 +58,13 @@ class LayerSparsity(Result):
         ]
 
 
-def check_sparsity(model: ModelAdapter, **options: float) -> None:
+def check_sparsity(model: ModelAdapter, sparsity: float, threshold: float, owl_lambda: float, epsilon: float) -> None:
     """Check the options of `layer_sparsity`, on which the model has no influence.
 
     Raises:
         UserError: names each that is not finite or outside `SPARSITY_LIMITS`.
     """
-    require_limits(SPARSITY_LIMITS, **options)
+    require_limits(SPARSITY_LIMITS, sparsity=sparsity, threshold=threshold, owl_lambda=owl_lambda, epsilon=epsilon)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def layer_sparsity(
     Raises:
         UserError: an option or a sparsity is out of range, or the model is a mixture of experts.
     """
-    check_sparsity(model, sparsity=sparsity, threshold=threshold, owl_lambda=owl_lambda, epsilon=epsilon)
+    check_sparsity(model, sparsity, threshold, owl_lambda, epsilon)
     require_linear(model)
     batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)
@@ -155,22 +155,18 @@ def input_squares(blocks: Iterable[nn.Module], masks: list[Tensor]) -> Generator
         masks: its only entry is the mask [batch * length] of the tokens that count in the batch that runs.
     """
     squares: list[dict[str, Tensor]] = []
-    handles = []
-    for block in blocks:
-        squares.append({})
-        for name, (module, weight) in linear_weights(block).items():
-            squares[-1][name] = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    with ExitStack() as handles:
+        for block in blocks:
+            squares.append({})
+            for name, (module, weight) in linear_weights(block).items():
+                squares[-1][name] = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
 
-            def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = squares[-1][name]) -> None:
-                x = args[0].flatten(0, -2)[masks[0]]
-                total += at_least_fp32(x).square().sum(0, dtype=torch.float64)
+                def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = squares[-1][name]) -> None:
+                    x = args[0].flatten(0, -2)[masks[0]]
+                    total += at_least_fp32(x).square().sum(0, dtype=torch.float64)
 
-            handles.append(module.register_forward_pre_hook(hook))
-    try:
+                handles.enter_context(module.register_forward_pre_hook(hook))
         yield squares
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def variance(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
         if name == "residual":
             values = token_variance(x)[keep]
             means.append(values.mean())
-            medians.append(values.median())
+            medians.append(values.quantile(0.5))
 
     model.run(tokens, hook, keep)
     return {"variance": torch.stack(means).tolist(), "variance_median": torch.stack(medians).tolist()}
