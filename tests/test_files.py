@@ -103,6 +103,16 @@ def test_an_error_does_not_show_a_temporary_name(write, tmp_path):
     assert "partial" not in str(error.value)
 
 
+def test_the_files_of_a_new_folder_are_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append((tmp_path / "x").exists()))
+    with new_folder(tmp_path / "x") as partial:
+        (partial / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            (partial / name).write_text(name)
+    assert flushed == [False, False]
+
+
 # Links in a folder of another person ----------------------------------------------------------------------------------
 
 

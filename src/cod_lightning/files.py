@@ -173,6 +173,8 @@ def name_target(path: Path) -> Generator[None]:
 def new_folder(folder: Path) -> Generator[Path]:
     """Yield a temporary folder that is renamed to `folder` on success and removed on failure.
 
+    Its files are on the disk before it gets its name.
+
     Raises:
         UserError: `folder` exists and is not an empty folder, or it is not writable.
     """
@@ -184,12 +186,21 @@ def new_folder(folder: Path) -> Generator[Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_folder(folder)
         yield partial
+        flush_files(partial)
         partial.replace(folder)
     except OSError as error:
         raise UserError(os_message(error, folder).replace(str(partial or folder), str(folder))) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush_files(folder: Path) -> None:
+    """Wait until the files in a folder are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def partial_folder(path: Path) -> Path:

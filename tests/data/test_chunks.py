@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from litdata.streaming import downloader
 from litdata.streaming.item_loader import TokensLoader
 
 from cod_lightning.data import chunks
@@ -16,7 +17,8 @@ from cod_lightning.data.chunks import is_remote, make_room
 from cod_lightning.data.encode import Encoder
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import _write_split, prepared_folder
-from cod_lightning.data.stream import TokenDataset
+from cod_lightning.data.stream import TokenDataset, open_set
+from cod_lightning.errors import UserError
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -67,6 +69,22 @@ def test_a_full_cache_evicts_the_oldest_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     make_room(tmp_path, 100, share=0.75)  # of 400 bytes
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_a_chunk_that_another_process_evicts_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "gone.bin").symlink_to(tmp_path / "nothing")  # listed, and missing when its size is read
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    make_room(tmp_path, 100, share=0.75)
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "google-cloud-storage"), ("azure", "azure-storage-blob")])
+def test_a_store_without_its_client_names_the_package(scheme, package, monkeypatch):
+    for name in ("GOOGLE", "AZURE"):
+        monkeypatch.setattr(downloader, f"_{name}_STORAGE_AVAILABLE", False)
+    with pytest.raises(
+        UserError, match=rf"^{scheme}://sets/a needs a package to be downloaded: pip install {package}$"
+    ):
+        open_set(f"{scheme}://sets/a")
 
 
 @pytest.mark.parametrize(

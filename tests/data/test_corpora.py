@@ -73,6 +73,16 @@ def test_a_file_for_training_and_validation_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("pattern", ["*.txt", "../a/*.txt", "../a/a.txt"])
+def test_a_file_with_two_names_is_read_once(tmp_path, pattern):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text")
+    (folder / "link.txt").symlink_to("a.txt")
+    files = corpora.find_files("data.files", [str(folder / "a.txt"), f"{folder}/../a/{pattern}"])
+    assert [path.resolve() for path in files] == [folder / "a.txt"]
+
+
 def test_a_field_or_an_encoding_makes_another_set_and_the_defaults_make_the_old_one(tmp_path):
     (tmp_path / "x.txt").write_text("text")
     config = DataConfig(source="files", files=str(tmp_path / "x.txt"))
@@ -259,6 +269,23 @@ def test_a_hub_that_answers_with_any_status_is_reachable(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
     hub.require_hub("data.source=c4", "")
+
+
+@pytest.mark.parametrize("endpoint", ["hf-mirror.com", "", "ftp://hf-mirror.com"])
+def test_an_endpoint_that_is_no_url_is_named(monkeypatch, endpoint):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(UserError, match=f"HF_ENDPOINT='{endpoint}' does not begin with https://"):
+        hub.require_hub("data.source=c4", "")
+
+
+@pytest.mark.parametrize("endpoint", ["https://hf mirror", "http://[", "http://localhost:x"])
+def test_a_malformed_endpoint_does_not_answer(monkeypatch, capfd, endpoint):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(UserError, match="does not answer"):
+        hub.require_hub("data.source=c4", "")
+    assert capfd.readouterr().err == ""
 
 
 def test_preparing_modules_do_not_import_torch():

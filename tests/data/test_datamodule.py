@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.fabric.utilities.data import _update_dataloader
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DistributedSampler
+from torch._utils import ExceptionWrapper
+from torch.utils.data import Dataset, DistributedSampler
 
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.order import sample_indices
@@ -94,6 +95,24 @@ def test_batches_do_not_depend_on_loader_workers(packed, tmp_path, open_tokens):
     loader = open_tokens(replace(config, loader_workers=2)).train_dataloader()
     assert torch.equal(torch.stack(list(loader)), plain)
     assert torch.equal(torch.stack(list(loader)), plain)  # the workers stay
+
+
+class Broken(Dataset):
+    """Fails as torch lets a dataset fail in a worker: the traceback is the message."""
+
+    def __getitem__(self, index):
+        try:
+            raise UserError("two\nlines") from OSError("no such file")
+        except UserError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_the_error_of_a_loader_worker_is_its_message_alone(packed, open_tokens, loader):
+    batches = getattr(open_tokens(packed), loader)()
+    with pytest.raises(UserError) as error:
+        next(iter(type(batches)(Broken(), batch_sampler=[[0]])))
+    assert str(error.value) == "two\nlines"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 64])

@@ -135,6 +135,14 @@ def test_a_drawn_image_depends_only_on_its_number():
     assert stripes.mean((1, 2)).std() > 4 * stripes.mean((0, 2)).std()
 
 
+def test_hidden_files_and_folders_are_skipped(root):
+    fingerprint = opened(root).fingerprint
+    (root / "train" / "ant" / "._0.png").touch()
+    for folder in ("train/.ipynb_checkpoints", "val/.DS_Store"):
+        (root / folder).mkdir()
+    assert opened(root).fingerprint == fingerprint
+
+
 @pytest.mark.parametrize("damage", ["text", "cut"])
 def test_a_broken_image_is_named(root, damage):
     path = root / "train" / "bee" / "1.jpg"

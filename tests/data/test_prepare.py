@@ -1,5 +1,7 @@
 """Preparing a set: its sequences, its folder, errors, and interruptions."""
 
+import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -60,10 +62,11 @@ def test_only_a_damaged_set_is_prepared_again(make_config, tmp_path):
     assert prepare(config, progress=False) == folder
     assert (folder / "manifest.json").stat().st_mtime_ns == before
     fingerprint = read_manifest(folder).fingerprint
-    (folder / "train" / "chunk-0-3.bin").unlink()
-    assert not is_complete(folder)
-    assert read_manifest(prepare(config, progress=False)).fingerprint == fingerprint
-    assert is_complete(folder)
+    for damage in ((folder / "train" / "chunk-0-3.bin").unlink, lambda: (folder / "tokenizer.json").write_text("{}")):
+        damage()
+        assert not is_complete(folder)
+        assert read_manifest(prepare(config, progress=False)).fingerprint == fingerprint
+        assert is_complete(folder)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,13 @@ def start(tmp_path, c4_corpus, workers) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
+def test_an_unguarded_script_is_refused_in_its_workers(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(UserError, match=r'if __name__ == "__main__": or set data\.workers=1'):
+        prepare(make_config(tmp_path), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.root=\S+/file cannot be written: .* \(Not a directory\)"):
@@ -243,6 +253,25 @@ def test_other_settings_are_named_with_both_values(packed, tmp_path):
         assert part in str(error.value)
     with pytest.raises(UserError, match=r"data.tokenizer='t5-base', but the set has 'bpe'"):
         check_against(replace(packed, tokenizer="t5-base"), manifest, "here")
+
+
+def test_other_special_tokens_of_a_tokenizer_lead_to_another_set(make_config, word_level, tmp_path):
+    config = make_config(tmp_path, tokenizer=word_level(tmp_path / "a", ["<pad>", "<x>", "</s>"]))
+    folders = []
+    for specials in ({}, {"eos_token": "</s>"}, {"eos_token": "<x>"}, {"pad_token": "<x>"}):
+        (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(specials))
+        folders.append(prepared_folder(config))
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 3
+
+
+def test_a_set_with_other_special_tokens_is_refused(make_config, word_level, tmp_path):
+    config = make_config(tmp_path, tokenizer=word_level(tmp_path / "a", ["<pad>", "<x>", "</s>"]))
+    manifest = read_manifest(prepare(config, progress=False))
+    check_against(config, manifest, "here")
+    (tmp_path / "a" / "tokenizer_config.json").write_text('{"eos_token": "<x>"}')
+    with pytest.raises(UserError, match=r"has pad 0 and EOS 1, but the set has 0 and 2"):
+        check_against(config, manifest, "here")
 
 
 def test_a_tokenizer_folder_is_compared_by_content(make_config, word_level, tmp_path):

@@ -250,6 +250,21 @@ def test_an_altered_part_is_refused_during_the_merge(make_config, tmp_path):
     assert not is_complete(prepared_folder(config))
 
 
+def test_altered_records_of_documents_are_named_and_their_shard_is_prepared_again(make_config, tmp_path):
+    config = make_config(tmp_path)
+    for index in range(2):
+        part = prepare_shard(config, index, 2, progress=False)
+    records = np.fromfile(part / "train.documents", encode.DOCUMENT_DTYPE)
+    records["numbers"][0] += 10
+    records.tofile(part / "train.documents")
+    with pytest.raises(
+        UserError, match=r"part 1/2 is damaged: \S+/1/train.documents: its SHA-256 differs from part.json;"
+    ):
+        merge_shards(config, 2, progress=False)
+    prepare_shard(config, 1, 2, progress=False)
+    assert is_complete(merge_shards(config, 2, progress=False))
+
+
 def test_blocks_are_bounded_even_with_long_documents(make_config, tmp_path):
     config = make_config(tmp_path)
     part = prepare_shard(config, 0, 1, progress=False)

@@ -103,6 +103,21 @@ def test_damaged_chunks_are_named_when_they_are_read(folder, tmp_path, monkeypat
     assert CHUNK in str(error.value)
 
 
+def test_a_chunk_evicted_by_another_process_is_read_from_memory(folder, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "write_atomic", lambda path, content: None)
+    dataset = TokenDataset(f"local:{folder}", read_manifest(folder), "train", tmp_path / "cache")
+    assert torch.equal(dataset[5], train[5])
+
+
+def test_partial_files_of_killed_downloads_are_removed(folder, tmp_path):
+    dataset = TokenDataset(f"local:{folder}", read_manifest(folder), "train", tmp_path / "cache")
+    dataset.folder.mkdir(parents=True)
+    for name in (".chunk-0-0.bin.a.partial", ".chunk-0-1.bin.b.partial"):
+        (dataset.folder / name).touch()
+    dataset[0]
+    assert [path.name for path in dataset.folder.glob(".*")] == [".chunk-0-1.bin.b.partial"]  # another lock guards it
+
+
 @pytest.mark.parametrize("prefix", ["", "local:"])
 def test_a_folder_without_a_set_is_refused(tmp_path, prefix):
     with pytest.raises(UserError, match=r"is not a prepared set \(.*manifest.json"):

@@ -11,16 +11,17 @@ import re
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from cod_lightning.data.manifest import INDEX, Chunk
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, one_line
 
 CHUNK_TOKENS = 2**23
 """Tokens per chunk, rounded down to whole sequences: 16 MB of 16-bit ids, one object in a store."""
-REMEDY = "prepare the set again, or copy the file again"
+REMEDY = "remove the set and prepare it again, or copy the file again"
 
 
 def require_home() -> None:
@@ -122,6 +123,8 @@ TIMEOUT = 30.0
 """Seconds to connect, and to wait for the next byte, before an attempt at an `s3://` URL fails."""
 PAUSE = 1.0
 """Seconds between the first two attempts; doubles for each further one."""
+CLIENTS = {"gs": "google-cloud-storage", "azure": "azure-storage-blob", "hf": "huggingface_hub"}
+"""Packages with litdata's clients that are not installed with it, by the scheme of the URL."""
 TRANSIENT = (408, 429)
 """HTTP statuses from 400 to 499 that a retry may cure."""
 
@@ -146,7 +149,12 @@ class Store:
             # One request per attempt; litdata's default retries a thousand times.
             retries = {"total_max_attempts": 1}
             options["config"] = Config(connect_timeout=TIMEOUT, read_timeout=TIMEOUT, retries=retries)
-        self.downloader = get_downloader(self.url, "", [], options)
+        try:
+            self.downloader = get_downloader(self.url, "", [], options)
+        except ModuleNotFoundError as error:
+            package = CLIENTS.get(self.url.partition(":")[0])
+            remedy = f"pip install {package}" if package else one_line(error)
+            raise UserError(f"{self.url} needs a package to be downloaded: {remedy}") from error
 
     def read(self, name: str, chunk: Chunk | None = None) -> bytes:
         """Return the content of a file; each attempt compares that of a `chunk` with the manifest.
@@ -195,8 +203,14 @@ def _is_final(error: Exception) -> bool:
 
 
 def make_room(folder: Path, needed: int, share: float) -> None:
-    """Delete the oldest chunks of a cache until it fits, with `needed` more bytes, into `share` of its disk space."""
-    chunks = {path: path.stat() for path in folder.glob("*.bin")}
+    """Delete the oldest chunks of a cache until it fits, with `needed` more bytes, into `share` of its disk space.
+
+    Other processes may delete them at the same time.
+    """
+    chunks = {}
+    for path in folder.glob("*.bin"):
+        with suppress(FileNotFoundError):
+            chunks[path] = path.stat()
     used = sum(stat.st_size for stat in chunks.values())
     limit = share * (used + shutil.disk_usage(folder).free) - needed
     for path in sorted(chunks, key=lambda path: chunks[path].st_mtime_ns):

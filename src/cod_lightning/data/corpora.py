@@ -188,7 +188,7 @@ def share(files: list[Path], index: int, count: int) -> list[Path]:
 
 
 def find_files(field: str, value: Any) -> list[Path]:
-    """Return the files that the globs of `field` match, sorted, each once.
+    """Return the files that the globs of `field` match, sorted, each once and under its first name.
 
     The path of an existing file is no glob, nor are the leading folders of a path if they exist and it matches nothing.
 
@@ -212,7 +212,8 @@ def find_files(field: str, value: Any) -> list[Path]:
     for path in sorted(files):
         if not is_readable(path):
             raise UserError(f"{field}: {path} is not one of {SUFFIXES_HELP}")
-    return sorted(files)
+    first = {path.resolve(): path for path in sorted(files, reverse=True)}  # links, and folder/../folder
+    return sorted(first.values())
 
 
 def escape_folders(pattern: str) -> str:

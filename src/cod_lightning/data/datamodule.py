@@ -132,7 +132,7 @@ class StepDataModule(LightningDataModule, ABC):
         indices = range(rank, batches * size * world_size, world_size)
         indices = [index if index < self.val_count else -1 for index in indices]
         sampler = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return DataLoader(dataset, batch_sampler=sampler, **self._loader_options(workers))
+        return PlainErrorLoader(dataset, batch_sampler=sampler, **self._loader_options(workers))
 
     def _loader_options(self, workers: int) -> dict[str, Any]:
         return {
@@ -168,7 +168,18 @@ class StepSampler(Sampler[list[int]]):
             yield self.batch_keys(step).tolist()
 
 
-class StepLoader(DataLoader):
+class PlainErrorLoader(DataLoader):
+    """A DataLoader that raises the UserError of a worker, which torch raises with the traceback as its message."""
+
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            message = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
+            raise UserError(message.rstrip()) from error
+
+
+class StepLoader(PlainErrorLoader):
     """A DataLoader that Lightning considers resumable; its position is the trainer's step, so its state is empty."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import threading
 import urllib.error
@@ -15,20 +16,23 @@ PROBE_SECONDS = 4.0
 def require_hub(what: str, instead: str) -> None:
     """Raise a UserError if the hub is switched off (`HF_HUB_OFFLINE`) or does not answer within `PROBE_SECONDS`.
 
+    Also if `HF_ENDPOINT`, the address of a mirror, is no URL.
     `what` names the setting that needs the hub, `instead` an alternative; both are part of the message.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}:
         raise UserError(f"{what} needs the Hugging Face hub, but HF_HUB_OFFLINE is set. {instead}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if not endpoint.startswith(("https://", "http://")):
+        raise UserError(f"{what} needs the Hugging Face hub, but HF_ENDPOINT={endpoint!r} does not begin with https://")
     answered = threading.Event()
 
     def probe() -> None:
-        request = urllib.request.Request(endpoint, method="HEAD")
         try:
+            request = urllib.request.Request(endpoint, method="HEAD")
             urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # any HTTP status is an answer
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):  # also a URL that is malformed
             return
         answered.set()
 

@@ -36,7 +36,7 @@ Box = tuple[float, float, float, float]
 
 
 class ImageFolder:
-    """The images in ROOT/SPLIT/CLASS/; classes and files sorted by name.
+    """The images in ROOT/SPLIT/CLASS/; classes and files sorted by name, without those that begin with a dot.
 
     Raises:
         UserError: there is no such folder, or a class has no image.
@@ -45,7 +45,7 @@ class ImageFolder:
     def __init__(self, root: Path, split: str) -> None:
         self.folder = root / split
         try:
-            self.classes = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+            self.classes = sorted(entry.name for entry in visible(self.folder) if entry.is_dir())
         except OSError as error:
             raise UserError(f"images.folder={root}: {split}/ cannot be read ({error.strerror})") from error
         if not self.classes:
@@ -54,7 +54,7 @@ class ImageFolder:
         self.bytes: list[int] = []
         self.labels: list[int] = []
         for label, name in enumerate(self.classes):
-            images = [entry for entry in os.scandir(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
+            images = [entry for entry in visible(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
             if not images:
                 raise UserError(f"{self.folder / name} has no image; supported: {', '.join(SUFFIXES)}")
             images.sort(key=lambda entry: entry.name)
@@ -83,6 +83,11 @@ class ImageFolder:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} is not a readable image ({error}); replace or remove it") from error
+
+
+def visible(folder: Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder but .ipynb_checkpoints, ._1.png of macOS and others that systems hide."""
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
 
 
 DRAWN = {"train": 4096, "val": 256}

@@ -177,12 +177,19 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def find_damage(folder: Path, manifest: Manifest) -> list[str]:
-    """Return a line for every file of a local set that is missing or has the wrong size; contents are not read."""
-    sizes: dict[Path, int | None] = {folder / TOKENIZER: None}
+    """Return a line for every file of a local set that is missing or has the wrong size, and for another tokenizer.
+
+    Chunks are not read.
+    """
+    tokenizer = folder / TOKENIZER
+    sizes: dict[Path, int | None] = {tokenizer: None}
     for split in SPLITS:
         sizes[folder / split / INDEX] = None
         sizes |= {folder / split / chunk.name: chunk.bytes for chunk in manifest.split(split).chunks}
-    return file_problems(sizes)
+    problems = file_problems(sizes)
+    if tokenizer.is_file() and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
+        problems.append(f"{tokenizer}: its SHA-256 differs from the manifest")
+    return problems
 
 
 def file_problems(sizes: dict[Path, int | None]) -> list[str]:

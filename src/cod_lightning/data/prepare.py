@@ -36,7 +36,7 @@ from cod_lightning.data.manifest import (
     read_manifest,
 )
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
-from cod_lightning.data.workers import available_cores
+from cod_lightning.data.workers import available_cores, require_main_guard
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable, locked, new_folder
 
@@ -74,10 +74,12 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Calla
     """Unless `folder` is complete, let `build` write a temporary folder, under a lock, and rename it to `folder`.
 
     Raises:
-        UserError: the disk cannot be written; or as `build`. Only the file of the lock remains.
+        UserError: the disk cannot be written, or this is a worker of an unguarded script; or as `build`. Only the file
+            of the lock remains.
     """
     if is_complete(folder):
         return
+    require_main_guard()
     check_writable(folder.parent, "data.root=")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,8 @@ def set_identity(config: DataConfig) -> dict[str, Any]:
     if config.tokenizer == "bpe":
         tokenizer: list[str | int] = ["bpe", config.vocab_size]
     elif Path(config.tokenizer).is_dir():
-        tokenizer = ["folder", load_tokenizer(config.tokenizer).sha256]
+        loaded = load_tokenizer(config.tokenizer)
+        tokenizer = ["folder", loaded.sha256, *loaded.configured_ids]
     elif Path(config.tokenizer).is_file():  # a .gguf
         tokenizer = ["file", *stamp(Path(config.tokenizer))]
     else:
@@ -133,7 +136,7 @@ def val_limit(config: DataConfig) -> int:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether `folder` holds a finished set with all its files, judged by their sizes.
+    """Return whether `folder` holds a finished set with all its files; chunks are judged by their sizes.
 
     Raises:
         UserError: a newer version prepared the set, which must not be overwritten.
@@ -161,11 +164,17 @@ def check_against(config: DataConfig, manifest: Manifest, source: str) -> None:
     if config.seq_len != manifest.seq_len:
         differences.append(f"data.seq_len={config.seq_len}, but the set has {manifest.seq_len}")
     record = manifest.tokenizer
-    if config.tokenizer != record.name:
-        # The same tokenizer may have another name: compare a folder by content.
-        path = Path(config.tokenizer) / TOKENIZER
-        if not (path.is_file() and load_tokenizer(config.tokenizer).sha256 == record.sha256):
-            differences.append(f"data.tokenizer={config.tokenizer!r}, but the set has {record.name!r}")
+    if (Path(config.tokenizer) / TOKENIZER).is_file():  # the same tokenizer may have another name
+        ours = load_tokenizer(config.tokenizer)
+        if ours.sha256 != record.sha256:
+            differences.append(f"data.tokenizer={config.tokenizer!r} differs from that of the set, {record.name!r}")
+        elif (ours.pad_id, ours.eos_id) != (record.pad_id, record.eos_id):
+            differences.append(
+                f"data.tokenizer={config.tokenizer!r} has pad {ours.pad_id} and EOS {ours.eos_id}, but the set has "
+                f"{record.pad_id} and {record.eos_id}"
+            )
+    elif config.tokenizer != record.name:
+        differences.append(f"data.tokenizer={config.tokenizer!r}, but the set has {record.name!r}")
     elif record.requested is not None and config.vocab_size != record.requested:
         differences.append(f"data.vocab_size={config.vocab_size}, but the set has {record.requested}")
     if differences:

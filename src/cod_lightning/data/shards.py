@@ -210,13 +210,28 @@ def _read_part(part: Path) -> Part | None:
 
 
 def _damage(part: Path, record: Part) -> list[str]:
-    """Return a line for every file of a part that is missing or has the wrong size."""
+    """Return a line for every file of a part that is missing or has the wrong size, and for other records.
+
+    The records of the documents are used before the end of their file is reached; the ids, which are large, are
+    compared with their SHA-256 while they are read.
+    """
     sizes: dict[Path, int | None] = {}
     for split, stream in record.streams.items():
         documents, ids = _stream_paths(part, split)
         sizes[documents] = stream.documents * DOCUMENT_DTYPE.itemsize
         sizes[ids] = stream.numbers * np.dtype(record.dtype).itemsize
-    return file_problems(sizes)
+    if problems := file_problems(sizes):
+        return problems
+    paths = {_stream_paths(part, split)[0]: stream.sha256[0] for split, stream in record.streams.items()}
+    return [f"{path}: its SHA-256 differs from {PART}" for path, sha256 in paths.items() if _sha256(path) != sha256]
+
+
+def _sha256(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 # --- the merge --------------------------------------------------------------------------------------------------------
@@ -356,17 +371,15 @@ def _take_documents(blocks: Iterable[Encoded], limit: int | None) -> Iterator[En
 
 
 def _blocks(part: Path, split: str, record: Part) -> Iterator[Encoded]:
-    """Read one split of a part, a block of documents at a time; compare both files with their SHA-256."""
-    hashes = [hashlib.sha256(), hashlib.sha256()]
-    paths = _stream_paths(part, split)
-    with open(paths[0], "rb") as records, open(paths[1], "rb") as numbers:
+    """Read one split of a part, a block of documents at a time; compare the ids with their SHA-256."""
+    sha256 = hashlib.sha256()
+    documents_path, ids_path = _stream_paths(part, split)
+    with open(documents_path, "rb") as records, open(ids_path, "rb") as numbers:
         while len(read := np.fromfile(records, DOCUMENT_DTYPE, READ_DOCUMENTS)):
-            hashes[0].update(read.tobytes())
             block = np.cumsum(read["numbers"], dtype=np.int64) // READ_NUMBERS
             for documents in np.split(read, np.flatnonzero(np.diff(block)) + 1):
                 ids = np.fromfile(numbers, record.dtype, int(documents["numbers"].sum(dtype=np.int64)))
-                hashes[1].update(ids.tobytes())
+                sha256.update(ids.tobytes())
                 yield Encoded(ids, documents)
-    for path, sha256, expected in zip(paths, hashes, record.streams[split].sha256, strict=True):
-        if sha256.hexdigest() != expected:
-            raise UserError(f"{path} is damaged: its SHA-256 differs from {PART}; {_remedy(part)}")
+    if sha256.hexdigest() != record.streams[split].sha256[1]:
+        raise UserError(f"{ids_path} is damaged: its SHA-256 differs from {PART}; {_remedy(part)}")

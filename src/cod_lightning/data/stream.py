@@ -41,8 +41,8 @@ def open_set(source: str) -> tuple[Manifest, str]:
         UserError: not a prepared set, not reachable, or files are missing or have the wrong size.
     """
     if is_remote(source):
+        store = Store(source)
         try:
-            store = Store(source)
             text, tokenizer = store.read(MANIFEST).decode(errors="replace"), store.read(TOKENIZER)
         except UserError as error:
             raise UserError(f"{source} is not a prepared set ({error})") from error
@@ -150,8 +150,12 @@ class TokenDataset(Dataset):
                     return self._map(number)
                 self._store = self._store or Store(self.source)
                 content = self._store.read(chunk.name, chunk)
+                for leftover in self.folder.glob(f".{path.name}.*.partial"):
+                    leftover.unlink(missing_ok=True)  # its process held the lock, so it is dead
                 make_room(self.folder, chunk.bytes, CACHE_SHARE)
                 write_atomic(path, content)
-                return self._map(number)
+                with suppress(FileNotFoundError):  # another process made room
+                    return self._map(number)
+                return np.frombuffer(content, np.uint8)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error}): free space, or choose another data.root") from error

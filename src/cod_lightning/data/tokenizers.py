@@ -64,6 +64,14 @@ class DocumentTokenizer:
     def sha256(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
+    @property
+    def configured_ids(self) -> list[int]:
+        """The ids of pad and EOS if they differ from those that the JSON alone yields, else nothing."""
+        eos = _first_known(self.backend, EOS_NAMES)
+        pad = _known_pad(self.backend, eos, PAD_NAMES)
+        ids = [self.pad_id, self.eos_id]
+        return [] if ids == [self.backend.token_to_id(token) for token in (pad, eos) if token] else ids
+
     def encode(self, documents: list[str]) -> list[list[int]]:
         """Return the ids of each document, followed by EOS.
 
@@ -212,8 +220,7 @@ def _from_folder(folder: Path, setting: str) -> DocumentTokenizer:
             f"{setting} has no end-of-sequence token: name one as eos_token in "
             f"{folder / 'tokenizer_config.json'} (tried {', '.join(EOS_NAMES)})"
         )
-    used = (eos, unknown_token(backend))
-    pad = _first_known(backend, [token for token in (named.get("pad_token"), *PAD_NAMES) if token not in used])
+    pad = _known_pad(backend, eos, [named.get("pad_token"), *PAD_NAMES])
     if pad is None:
         pad = PAD
         backend.add_special_tokens([PAD])
@@ -246,6 +253,12 @@ def unknown_token(backend: Tokenizer) -> str | None:
     if model.get("unk_id") is not None:  # Unigram
         return model["vocab"][model["unk_id"]][0]
     return model.get("unk_token")
+
+
+def _known_pad(backend: Tokenizer, eos: str | None, tokens: Iterable[str | None]) -> str | None:
+    """The first known token that is neither EOS nor the one for unknown text."""
+    used = (eos, unknown_token(backend))
+    return _first_known(backend, [token for token in tokens if token not in used])
 
 
 def _first_known(backend: Tokenizer, tokens: Iterable[str | None]) -> str | None:

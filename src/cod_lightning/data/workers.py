@@ -20,6 +20,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def require_main_guard() -> None:
+    """Check that this process is not a worker that imports the script of its parent again, and runs it once more.
+
+    Raises:
+        UserError: it is; the parent would wait for it, and it for a lock of the parent.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "a worker process imports the script that started it: put what the script runs under "
+            'if __name__ == "__main__": or set data.workers=1'
+        )
+
+
 @contextmanager
 def worker_pool(
     workers: int, start: Callable[..., object] | None = None, *arguments: Any
@@ -27,14 +40,17 @@ def worker_pool(
     """Yield an executor whose processes end with this one, however it ends; each calls `start(*arguments)` first.
 
     Raises:
-        UserError: a process was killed.
+        UserError: a process died.
     """
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, _start_worker, (start, arguments))
     try:
         yield executor
     except BrokenExecutor as error:
-        raise UserError("a worker was killed, probably out of memory: lower data.workers") from error
+        raise UserError(
+            "a worker died: see its error above; if there is none, it was killed, probably out of memory: lower "
+            "data.workers"
+        ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 
