@@ -28,7 +28,7 @@ from _results import DEVICE, ON_GPU, argument_parser, elapsed, mean_loss, millis
 from torch.utils.tensorboard import SummaryWriter
 
 from cod_lightning.config.compose import compose
-from cod_lightning.config.schema import Config
+from cod_lightning.config.schema import PROBE_ROWS, Config
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.activation_stats import layer_statistics, plot_variance
 from cod_lightning.measure.adapter import ModelAdapter
@@ -80,7 +80,7 @@ def measure(config: Config, sequences: int, seconds: float, only: Sequence[str] 
     shape = replace(config.model, vocab_size=vocabulary)
     decoder = build_decoder(shape, build_all(config.norm, shape.num_hidden_layers), seed=1, device=DEVICE)
     step, parts = partial_step(config, decoder, sequences)
-    probe = torch.randint(vocabulary, (trainer.probe_rows, config.data.seq_len), device=DEVICE)
+    probe = torch.randint(vocabulary, (trainer.probe_rows or PROBE_ROWS, config.data.seq_len), device=DEVICE)
     batches, model = probe.split(config.data.micro_batch_size), ModelAdapter(decoder)
     measures: dict[str, Function] = {"layer statistics": partial(layer_statistics, decoder, probe)}
     functions = {**TRAINING_MEASURES, "jacobian, all layers": MEASURES["jacobian"]}

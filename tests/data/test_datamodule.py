@@ -125,7 +125,7 @@ def test_validation_has_every_sequence_once_and_equally_many_batches(request, la
     sequences, index = (torch.cat(part) for part in zip(*(batch for share in shares for batch in share), strict=True))
     assert all(batch[0].shape == (4, config.seq_len) for share in shares for batch in share)
     filling = index == -1
-    assert (sequences[filling] == ranks[0].pad_id).all()
+    assert (sequences[filling] == (ranks[0].eos_id if layout == "packed" else ranks[0].pad_id)).all()
     assert torch.equal(index[~filling].sort().values, torch.arange(len(ranks[0].val_set)))
     assert torch.equal(sequences[~filling], ranks[0].val_set.read(index[~filling].numpy()))
     for rank, share in enumerate(shares):

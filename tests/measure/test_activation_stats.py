@@ -160,6 +160,12 @@ def test_gradient_norms_are_those_of_a_training_step(decoder):
     close(norms, torch.stack(expected), rtol=1e-4)
 
 
+def test_a_padding_token_outside_of_the_vocabulary_does_not_count(decoder):
+    outside = torch.cat([TOKENS, torch.full_like(TOKENS, 10_000)])
+    statistics = layer_statistics(decoder, outside, 10_000)
+    close(statistics.residual, layer_statistics(decoder, TOKENS).residual)
+
+
 def test_measuring_leaves_no_gradients(decoder):
     layer_statistics(decoder, TOKENS)
     assert all(parameter.grad is None for parameter in decoder.parameters())

@@ -3,7 +3,10 @@
 import json
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.callbacks import TRAINING_MEASURES, is_figure_step
+from cod_lightning.train.callbacks import TRAINING_MEASURES, Recorder, is_figure_step
 from cod_lightning.train.load import checkpoint_of, load_decoder
 from cod_lightning.train.module import rank_share
 from cod_lightning.train.run import build
@@ -45,6 +48,27 @@ def test_training_is_bit_identical_without_measures(measured, train):
     expected, actual = weights(last(quiet_folder)), weights(last(folder))
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     assert 0 == quiet["measure_seconds"] < record["measure_seconds"]
+
+
+class Waiting:
+    """A value on a device: reading it takes four seconds."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def __float__(self):
+        self.clock.append(self.clock[-1] + 4)
+        return 8.0
+
+
+def test_the_seconds_of_a_step_include_the_wait_for_its_values(monkeypatch):
+    clock, logged = [0.0], {}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
+    recorder, trainer = Recorder(10, "strict"), SimpleNamespace(global_step=3, max_steps=9)
+    module: Any = SimpleNamespace(log_dict=lambda values, **_: logged.update(values))
+    recorder.on_train_batch_start(trainer, module, None, 3)
+    recorder.on_train_batch_end(trainer, module, {"loss": 2.0, "tokens": Waiting(clock)}, None, 3)
+    assert (recorder.train_seconds, logged["tokens/s"]) == (4.0, 2.0)
 
 
 def test_a_measure_changes_neither_random_state_nor_mode(train, monkeypatch):

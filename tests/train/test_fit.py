@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from run_files import copy_checkpoints, history, last, losses, weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from cod_lightning.commands.fit import lock_folder, train_run
 from cod_lightning.commands.terminal import variance_chart
@@ -27,7 +30,7 @@ from cod_lightning.train.load import load_run
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.record import read_record
-from cod_lightning.train.run import build, evaluate, fit
+from cod_lightning.train.run import build, evaluate, fit, probes, vocab_size
 
 QUIET = "trainer.stats_every=0"
 """No measures during training, which do not change it."""
@@ -355,6 +358,30 @@ def test_a_rank_that_is_gone_stops_an_evaluation(plain, monkeypatch):
 def test_a_vocabulary_that_is_too_small_is_an_error(train):
     with pytest.raises(UserError, match=r"model\.vocab_size=270 is smaller than the tokenizer's"):
         train("model.vocab_size=270")
+
+
+@pytest.mark.parametrize(("layout", "fits"), [("packed", True), ("document", False), ("instructions", False)])
+def test_only_a_packed_set_needs_no_pad_in_the_vocabulary(layout, fits):
+    split = SimpleNamespace(max_id=269)
+    manifest = SimpleNamespace(train=split, val=split, layout=layout)
+    data = SimpleNamespace(manifest=manifest, pad_id=270, vocab_size=271, tokenizer=lambda: Tokenizer(WordLevel({})))
+    config = compose(["model.vocab_size=270", "data.vocab_size=270"])
+    with nullcontext() if fits else pytest.raises(UserError, match=r"token 270 .* set model\.vocab_size=271"):
+        assert vocab_size(config, data) == 270
+
+
+@pytest.mark.parametrize(("probe_rows", "held_out", "expected"), [(None, 7, 7), (None, 70, 8), (9, 7, 9)])
+def test_the_probe_is_eight_sequences_or_all_unless_it_is_set(probe_rows, held_out, expected):
+    data = SimpleNamespace(val_set=range(held_out), probe_batch=torch.zeros)
+    (callback,) = probes(TrainerConfig(probe_rows=probe_rows, measures={}), data, Recorder(1, "strict"))
+    assert len(callback.probe) == expected
+
+
+def test_more_validation_tokens_than_float32_counts_are_recorded_exactly(train, monkeypatch):
+    figures = {"val_loss": 1.5, "ppl": 4.5, "val_tokens": 2**24 + 1}
+    monkeypatch.setattr(Perplexity, "compute", lambda self: dict(figures))
+    record, _ = train("trainer.max_steps=1", "trainer.stats_every=0")
+    assert record["val_tokens"] == 2**24 + 1
 
 
 def test_resuming_on_other_data_is_an_error(plain, train, corpus, tmp_path):

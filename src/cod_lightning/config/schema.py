@@ -90,6 +90,8 @@ class EvalConfig:
     """GPUs in the released evaluation."""
 
 
+PROBE_ROWS = 8
+"""The default of `trainer.probe_rows`."""
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
@@ -130,8 +132,8 @@ class TrainerConfig:
         default_factory=lambda: {"jacobian": 1000}, metadata=metadata(runtime=True, at_least=0)
     )
     """Steps between other measures of the layers, by name; 0: none."""
-    probe_rows: int = setting(8, runtime=True, at_least=1, at_most=2**24)
-    """Validation sequences or images used for layer statistics and measures."""
+    probe_rows: int | None = setting(None, runtime=True, at_least=1, at_most=2**24)
+    """Validation sequences or images used for layer statistics and measures; None: 8, or all if there are fewer."""
     checkpoint_every: int = setting(1000, runtime=True, at_least=1)
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = setting(2, runtime=True, at_least=1)

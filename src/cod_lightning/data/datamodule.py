@@ -190,14 +190,14 @@ class StepLoader(PlainErrorLoader):
 
 
 class IndexedSequences(Dataset):
-    """Sequences with their indices; the sequence with the index -1 is all pad."""
+    """Sequences with their indices; the sequence with the index -1 is all `filler`."""
 
-    def __init__(self, dataset: TokenDataset, pad_id: int) -> None:
-        self.dataset, self.pad_id = dataset, pad_id
+    def __init__(self, dataset: TokenDataset, filler: int) -> None:
+        self.dataset, self.filler = dataset, filler
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
         index = np.array(indices)
-        sequences = torch.full((len(indices), self.dataset.width), self.pad_id)
+        sequences = torch.full((len(indices), self.dataset.width), self.filler)
         sequences[torch.from_numpy(index >= 0)] = self.dataset.read(index[index >= 0])
         return list(zip(sequences, indices, strict=True))
 
@@ -208,7 +208,7 @@ class TokenDataModule(StepDataModule):
     Training: int64 [batch_size / world_size, width], see `Manifest.row_width`.
 
     Validation: (int64 [m, width], int64 [m]) with m = `micro_batch_size`, sequences and their indices in the whole
-    split; the sequence with the index -1 is all pad.
+    split; the sequence with the index -1 is all pad, or all EOS in a packed set, whose model may have no pad.
 
     Attributes, after `setup`: `manifest` and those of `StepDataModule`.
     """
@@ -266,7 +266,8 @@ class TokenDataModule(StepDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return this rank's share of the validation sequences, at most `val_tokens` tokens over all ranks."""
-        return self._val_loader(IndexedSequences(self.val_set, self.pad_id), workers=0)
+        filler = self.eos_id if self.manifest.layout == "packed" else self.pad_id
+        return self._val_loader(IndexedSequences(self.val_set, filler), workers=0)
 
     @property
     def val_count(self) -> int:

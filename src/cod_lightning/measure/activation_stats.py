@@ -225,7 +225,7 @@ def layer_statistics(
     Args:
         model: in any dtype.
         batch: tokens [batch, length] or images; on several ranks, a part of the batch each.
-        pad_id: padding token, which does not count.
+        pad_id: padding token, which follows the others, does not count, and need not be in the model's vocabulary.
         gradients: run the backward pass.
         sum_over_ranks: adds up a tensor over the ranks, so that all get the statistics of the whole batch.
     """
@@ -233,6 +233,8 @@ def layer_statistics(
         inputs, targets = batch.pixels, batch.labels
     else:
         inputs, targets = batch, next_tokens(batch, pad_id)
+        if pad_id is not None:
+            inputs = batch.masked_fill(batch == pad_id, 0)
     weight = token_mask(ModelAdapter(model), batch, pad_id).float()
     variances: dict[str, list[Tensor]] = {place: [] for place in PLACES}
 

@@ -126,9 +126,9 @@ class Recorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
+        outputs = {name: float(value) for name, value in outputs.items()}  # waits for the device
         seconds = time.perf_counter() - self.batch_started
         self.train_seconds += seconds
-        outputs = {name: float(value) for name, value in outputs.items()}
         rate = (outputs["tokens"] - self.tokens) / seconds
         self.tokens = outputs["tokens"]
         pl_module.log_dict(

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cod_lightning.config.schema import Config
+from cod_lightning.config.schema import COUNTS, Config
 from cod_lightning.errors import Diverged, UserError
 from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
@@ -222,6 +222,12 @@ class StepModule(LightningModule, ABC):
     def rank_share(self, inputs: Tensor, filler: int) -> Tensor:
         return rank_share(inputs, self.trainer.global_rank, self.trainer.world_size, filler)
 
+    def log_figures(self, figures: Mapping[str, Any]) -> None:
+        """Log the figures of a validation, counts in float64: float32 rounds those above 2**24."""
+        for name, value in figures.items():
+            dtype = torch.float64 if name in COUNTS else torch.float32
+            self.log(name, torch.tensor(float(value), dtype=dtype, device=self.device), logger=False)
+
     def total_over_ranks(self, values: Tensor) -> Tensor:
         return self.sum_over_ranks(values)[0]
 
@@ -327,7 +333,7 @@ class DecoderModule(StepModule):
             figures["accuracy"] = 100 * self.accuracy.compute()
         self.perplexity.reset()
         self.accuracy.reset()
-        self.log_dict({name: float(value) for name, value in figures.items()}, logger=False)
+        self.log_figures(figures)
 
 
 def gradient_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from cod_lightning.config.schema import TOKENIZER, Config, TrainerConfig
+from cod_lightning.config.schema import PROBE_ROWS, TOKENIZER, Config, TrainerConfig
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
@@ -173,6 +173,8 @@ def vocab_size(config: Config, data: TokenDataModule) -> int:
     """
     size = config.model.vocab_size or data.vocab_size
     max_id = max(data.manifest.train.max_id, data.manifest.val.max_id)
+    if data.manifest.layout != "packed":
+        max_id = max(max_id, data.pad_id)
     if size <= max_id:
         raise UserError(
             f"model.vocab_size={size} is smaller than the tokenizer's {data.vocab_size}: token {max_id} "
@@ -186,12 +188,12 @@ def probes(settings: TrainerConfig, data: Data, recorder: Recorder) -> list[Call
     """Callbacks that measure the layers during training.
 
     Raises:
-        UserError: there are fewer validation rows than `probe_rows`.
+        UserError: there are fewer validation rows than `probe_rows`, if it is set.
     """
     measures = {name: every for name, every in settings.measures.items() if every}
     if not settings.stats_every and not measures:
         return []
-    probe = data.probe_batch(settings.probe_rows)
+    probe = data.probe_batch(settings.probe_rows or min(PROBE_ROWS, len(data.val_set)))
     callbacks: list[Callback] = []
     if settings.stats_every:
         callbacks.append(LayerStatisticsCallback(recorder, probe, settings.stats_every))

@@ -77,4 +77,4 @@ class VisionModule(StepModule):
         }
         self.losses.reset()
         self.accuracy.reset()
-        self.log_dict(figures, logger=False)
+        self.log_figures(figures)
