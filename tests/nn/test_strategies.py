@@ -15,6 +15,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, rotary, rotate, run_blocks, set_step
 from cod_lightning.nn.init import build_decoder, initialise, seed_of
+from cod_lightning.nn.spec import spec_problems
 from cod_lightning.nn.strategies import (
     STRATEGIES,
     BlockSpec,
@@ -663,7 +664,12 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ),
         ({"name": "pro_res", "schedule": "cosine"}, ["norm.schedule='cosine'", "linear", "stagewise_sqrt_L"]),
         ({"name": "pro_res", "warmup": 0}, ["norm.warmup=0 must be at least 1"]),
-        ({"name": "pro_res", "base": "admin"}, ["does not support this norm.base, which sets learned_skip itself"]),
+        ({"name": "pro_res", "base": "admin"}, ["attention.branch_schedule=Schedule", "with learned_skip"]),
+        ({"name": "ds_init", "base": "deep_norm"}, ["attention.output_init=0.7", "with xavier", "layer=1"]),
+        ({"name": "lns", "position": "after_residual", "base": "admin"}, ["skip=0.7", "with learned_skip"]),
+        ({"name": "lns", "base": "lns_as_rates"}, ["norm='lns'", "norm.base, which sets input_rates itself"]),
+        ({"name": "lns", "base": "lns_learnable"}, ["norm='lns'", "norm.base, which sets pre_norm_weight itself"]),
+        ({"name": "lns", "base": "lns_rate_only", "position": "only_ffn"}, ["which sets input_rates itself"]),
         ({"name": "norm_preserving", "beta": 4.5}, ["norm.beta=4.5", "between 0 and the number of blocks, 4"]),
         ({"name": "complete_p", "base_depth": 0}, ["norm.base_depth=0", "at least 1"]),
         ({"name": "qk_norm", "base": "hybrid_norm"}, ["norm='qk_norm'", "norm.base", "sets head_norm itself"]),
@@ -676,6 +682,8 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ({"name": "dyt", "base": "group_ln"}, ["norm_kind='dyt' with groups"]),
         ({"name": "dyt", "alpha": 0.0}, ["attention.norm_alpha=0.0, expected a finite number above 0"]),
         ({"name": "dyt", "attention_alpha": "x"}, ["norm.attention_alpha='x' must be a number"]),
+        ({"name": "dyt", "alpha": True}, ["norm.alpha=True must be a number"]),
+        ({"name": "skip_init", "init": [1]}, ["norm.init=[1] must be a number"]),
         ({"name": "bhyt", "base": "dyt"}, ["norm='bhyt'", "norm.base", "sets norm_kind itself"]),
         ({"name": "test_strategies:input_of_zero"}, ["attention.input_scale=0.0, expected a finite number above 0"]),
         ({"name": "test_strategies:alpha_of_a_norm"}, ["norm_alpha without a bounded norm_kind"]),
@@ -689,11 +697,46 @@ def test_errors_name_strategy_and_option(norm, words, monkeypatch):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_scaling_twice_is_a_warning():
-    assert not warnings(build_all({"name": "lns"}, 4))
-    assert not warnings(build_all({"name": "scaled_init"}, 4))
-    assert "Table 6" in warnings(build_all({"name": "scaled_init", "base": "lns"}, 4))[0]
-    assert not warnings(build_all({"name": "qk_norm", "base": "lns"}, 4))
+@pytest.mark.parametrize(
+    ("coefficients", "problem"),
+    [
+        ({"pre_norm": False, "groups": 4}, "ffn.groups=4 without pre_norm"),
+        ({"pre_norm": False, "pre_norm_weight": 0.3}, "ffn.pre_norm_weight=0.3 without pre_norm"),
+        ({"pre_norm": False, "norm_rates": Rates(lr=2.0)}, "ffn.norm_rates=Rates"),
+        ({"branch_norm_weight": 0.3}, "ffn.branch_norm_weight=0.3 without branch_norm"),
+        ({"learned_skip": True, "skip": 0.3}, "ffn.skip=0.3 with learned_skip"),
+        ({"xavier": 0.5, "output_init": 0.1}, "ffn.output_init=0.1 with xavier"),
+    ],
+)
+def test_a_coefficient_without_effect_is_a_problem(coefficients, problem):
+    assert [line for line in spec_problems(block(**coefficients)) if line.startswith(problem)]
+
+
+TWICE = "LayerNorm Scaling and depth-scaled initialisation both damp the deep blocks"
+UNDONE = "norms of the branches undo the initial scale of the output projections"
+
+
+@pytest.mark.parametrize("name", ["scaled_init", "ds_init"])
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("pre_ln", None),
+        ("nf_residual", None),
+        *((base, TWICE) for base in ("lns", "lns_as_rates", "lns_as_norm_weights", "lns_learnable", "lns_init_only")),
+        *((base, UNDONE) for base in ("peri_ln", "sandwich_ln", "olmo2", "depth_scaled_sandwich")),
+    ],
+)
+def test_an_initialisation_that_acts_twice_or_not_at_all_is_a_warning(name, base, expected):
+    found = warnings(build_all({"name": name, "base": base}, 4))
+    assert [message.partition(";")[0].partition(":")[0] for message in found] == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize("norm", [{"name": "lns"}, {"name": "qk_norm", "base": "lns"}, {"name": "peri_ln"}])
+def test_a_strategy_alone_is_no_warning(norm):
+    assert not warnings(build_all(norm, 4))
+
+
+def test_norms_of_values_that_undo_a_gain_are_a_warning():
     undone = dataclasses.replace(block(gain=0.5), head_norm="qkv")
     assert "norms of queries, keys and values undo the gain" in warnings([undone])[0]
 

@@ -8,7 +8,6 @@ the same logits up to the rounding of one product per weight. A strategy that ha
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +20,16 @@ from cod_lightning.nn.apply import fold, strategy_of
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.pretrained import import_transformers, load_checkpoint, quiet_transformers, save_pretrained
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, INITIAL, OPTIMIZER, schedule_end
-from cod_lightning.nn.strategies import SublayerSpec, block, build_all
+from cod_lightning.nn.spec import (
+    BLOCK_COEFFICIENTS,
+    COEFFICIENTS,
+    FACTORS,
+    INITIAL,
+    OPTIMIZER,
+    changes,
+    schedule_end,
+)
+from cod_lightning.nn.strategies import build_all
 
 EXPORTED = (*FACTORS, "learned_branch_scale", "branch_schedule", *INITIAL, *OPTIMIZER)
 """Coefficients of a sub-layer that are folded into weights, a schedule if it has ended, or that only training needs.
@@ -61,27 +68,19 @@ class TokenizerLike(Protocol):
 
 def unsupported_features(decoder: Decoder) -> list[str]:
     """One line for each coefficient that a Llama checkpoint cannot express; empty if `decoder` can be exported."""
-    specs, default, problems = [block.spec for block in decoder.blocks], SublayerSpec(), []
+    problems = []
     if decoder.config.norm != "rms":
         problems.append(f"model.norm={decoder.config.norm!r} has no place in a Llama checkpoint, whose norms are 'rms'")
-    for name in [field.name for field in fields(SublayerSpec) if field.name not in EXPORTED]:
-        others = [
-            (layer, value)
-            for layer, spec in enumerate(specs, start=1)
-            for sublayer in spec.sublayers
-            if (value := getattr(sublayer, name)) != getattr(default, name)
-        ]
-        if others:
+    changed = [
+        (layer, changes(part))
+        for layer, block in enumerate(decoder.blocks, start=1)
+        for part in (*block.spec.sublayers, block.spec)
+    ]
+    for name in [name for name in (*COEFFICIENTS, *BLOCK_COEFFICIENTS) if name not in EXPORTED]:
+        if others := [(layer, values[name]) for layer, values in changed if name in values]:
             layer, value = others[0]
-            problems.append(
-                f"{name}={value!r} (layer {layer}, {len(others)} of {2 * len(specs)} sub-layers) has no place "
-                f"in a Llama checkpoint, where it is {getattr(default, name)!r}"
-            )
-    for name in BLOCK_COEFFICIENTS:
-        values = [(layer, getattr(spec, name)) for layer, spec in enumerate(specs, start=1)]
-        if others := [(layer, value) for layer, value in values if value != getattr(block(), name)]:
-            layer, value = others[0]
-            problems.append(f"{name}={value!r} (layer {layer}) has no place in a Llama checkpoint")
+            count = f", {len(others)} of {2 * len(decoder.blocks)} sub-layers" if name in COEFFICIENTS else ""
+            problems.append(f"{name}={value!r} (layer {layer}{count}) has no place in a Llama checkpoint")
     return problems + unfinished_schedule(decoder)
 
 

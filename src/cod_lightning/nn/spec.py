@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cod_lightning.errors import UserError, short_repr
@@ -148,6 +148,13 @@ class BlockSpec:
         return replace(self, attention=replace(self.attention, **changes), ffn=replace(self.ffn, **changes))
 
 
+def changes(spec: SublayerSpec | BlockSpec) -> dict[str, Any]:
+    """The coefficients that differ from those of Pre-LN, by name; of a block without those of its sub-layers."""
+    pre_ln = SublayerSpec() if isinstance(spec, SublayerSpec) else BlockSpec(SublayerSpec(), SublayerSpec())
+    names = [field.name for field in fields(spec) if field.name not in ("attention", "ffn")]
+    return {name: getattr(spec, name) for name in names if getattr(spec, name) != getattr(pre_ln, name)}
+
+
 FACTORS = ("gain", "branch_scale")
 """Coefficients of a sub-layer that multiply the output of its norm or branch, for which weights can make up."""
 INITIAL = ("pre_norm_weight", "branch_norm_weight", "norm_alpha", "input_init", "output_init", "xavier")
@@ -164,8 +171,31 @@ PARTS = {kind: get_type_hints(kind, include_extras=True) for kind in (Rates, Sch
 """Those of the coefficients that have fields themselves."""
 
 
+EXCLUSIONS: tuple[tuple[tuple[str, ...], Callable[[SublayerSpec], bool], str], ...] = (
+    (
+        ("gain", "input_scale", "pre_norm_weight", "groups", "norm_rates"),
+        lambda s: not s.pre_norm,
+        "without pre_norm, which it acts on: set pre_norm=True",
+    ),
+    (
+        ("skip_from",),
+        lambda s: s.skip_from == "pre_norm" and not s.pre_norm,
+        "without pre_norm, which it acts on: set pre_norm=True",
+    ),
+    (
+        ("branch_norm_weight",),
+        lambda s: not s.branch_norm,
+        "without branch_norm, which it acts on: set branch_norm=True",
+    ),
+    (("skip",), lambda s: s.learned_skip, "with learned_skip, which replaces it: choose one"),
+    (("branch_schedule",), lambda s: s.learned_skip, "with learned_skip, whose profile ignores it: choose one"),
+    (("output_init",), lambda s: s.xavier is not None, "with xavier, which replaces it: choose one"),
+)
+"""Coefficients of a sub-layer, when they have no effect unless they are those of Pre-LN, and the reason."""
+
+
 def spec_problems(spec: BlockSpec) -> list[str]:
-    """One line for each coefficient of the wrong type or out of range."""
+    """One line for each coefficient of the wrong type, out of range, or without effect."""
     problems = field_problems("block", spec, BLOCK_COEFFICIENTS)
     if not problems and spec.norm_kind != "model" and any(getattr(s, "groups", 1) != 1 for s in spec.sublayers):
         problems.append(f"norm_kind={spec.norm_kind!r} with groups, which it does not have: set groups=1,")
@@ -179,15 +209,12 @@ def spec_problems(spec: BlockSpec) -> list[str]:
         if wrong := field_problems(part, sublayer, COEFFICIENTS):
             problems += wrong
             continue
-        need_norm = {
-            "gain": sublayer.gain != 1,
-            "input_scale": sublayer.input_scale != 1,
-            "skip_from": sublayer.skip_from == "pre_norm",
-        }
+        changed = changes(sublayer)
         problems += [
-            f"{part}.{name}={getattr(sublayer, name)!r} without pre_norm, which it acts on: set pre_norm=True,"
-            for name, needed in need_norm.items()
-            if needed and not sublayer.pre_norm
+            f"{part}.{name}={changed[name]!r} {reason},"
+            for names, without_effect, reason in EXCLUSIONS
+            for name in names
+            if name in changed and without_effect(sublayer)
         ]
     return problems
 

@@ -17,12 +17,12 @@ and select it with `norm=my_package.my_module:my_strategy norm.power=0.5`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cod_lightning.errors import UserError
-from cod_lightning.nn.spec import BlockSpec, Rates, Schedule, SublayerSpec, scaled_rates
+from cod_lightning.nn.spec import BlockSpec, Rates, Schedule, SublayerSpec, changes, scaled_rates
 from cod_lightning.nn.strategy_lookup import STRATEGIES as STRATEGIES
 from cod_lightning.nn.strategy_lookup import build, number, register
 from cod_lightning.nn.strategy_lookup import build_all as build_all
@@ -156,6 +156,8 @@ LNS_POSITIONS = {
     "only_ffn": ("gain",),
 }
 """Coefficients that are 1/sqrt(l) by position: `after_ln` is the paper's choice, the others are those of Table 8."""
+GAIN_FORMS = ("pre_norm_weight", "input_init", "input_rates", "norm_rates")
+"""Coefficients by which other strategies are LNS without a factor; with a gain it would act twice."""
 
 
 @register
@@ -163,7 +165,9 @@ def lns(layer: int, depth: int, position: str = "after_ln", base: str = "pre_ln"
     """x + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper."""
     require_choice("norm.position", position, LNS_POSITIONS)
     spec = build(base, layer, depth, options)
-    scaled = change_base("lns", spec, **dict.fromkeys(LNS_POSITIONS[position], layer**-0.5))
+    coefficients = LNS_POSITIONS[position]
+    also = GAIN_FORMS if "gain" in coefficients else ()
+    scaled = change_base("lns", spec, also, **dict.fromkeys(coefficients, layer**-0.5))
     attention, ffn = position != "only_ffn", position != "only_attention"
     return replace(scaled, attention=(scaled if attention else spec).attention, ffn=(scaled if ffn else spec).ffn)
 
@@ -272,29 +276,33 @@ def nf_residual(layer: int, depth: int, alpha: float = 0.2) -> BlockSpec:
 # Strategies that change a base strategy; further options are those of the base ----------------------------------------
 
 
-def change_base(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
-    """`spec` with `changes`.
+def change_base(name: str, spec: BlockSpec, also: tuple[str, ...] = (), **new: Any) -> BlockSpec:
+    """`spec` with `new` coefficients of both sub-layers.
 
     Raises:
-        UserError: the base strategy sets one of these coefficients; the message names it.
+        UserError: the base strategy sets one of these coefficients, or of `also`, which do the same; the message names
+            it.
     """
-    default = SublayerSpec()
     for sublayer in spec.sublayers:
-        conflicts = [field for field in changes if getattr(sublayer, field) != getattr(default, field)]
-        if "output_init" in changes and sublayer.xavier is not None:
-            conflicts.append("xavier")
-        if "branch_schedule" in changes and sublayer.learned_skip:  # profiled at initialisation
-            conflicts.append("learned_skip")
-        if conflicts:
-            raise UserError(f"norm={name!r} does not support this norm.base, which sets {', '.join(conflicts)} itself")
-    return spec.replace(**changes)
+        require_unset(name, sublayer, (*new, *also))
+    return spec.replace(**new)
 
 
-def change_block(name: str, spec: BlockSpec, **changes: Any) -> BlockSpec:
+def change_block(name: str, spec: BlockSpec, **new: Any) -> BlockSpec:
     """As `change_base`, for coefficients of the block itself."""
-    if conflicts := [field for field in changes if getattr(spec, field) != getattr(block(), field)]:
+    require_unset(name, spec, new)
+    return replace(spec, **new)
+
+
+def require_unset(name: str, spec: SublayerSpec | BlockSpec, coefficients: Iterable[str]) -> None:
+    """Check that a base strategy leaves the coefficients that the strategy `name` sets.
+
+    Raises:
+        UserError: names those that it sets.
+    """
+    changed = changes(spec)
+    if conflicts := [field for field in coefficients if field in changed]:
         raise UserError(f"norm={name!r} does not support this norm.base, which sets {', '.join(conflicts)} itself")
-    return replace(spec, **changes)
 
 
 def change_norms(kind: Literal["dyt", "derf", "bhyt"], spec: BlockSpec, alpha: float | None) -> BlockSpec:

@@ -93,9 +93,8 @@ def check_options(name: str, strategy: Strategy, options: Mapping[str, Any]) -> 
             raise UserError(f"norm.{option} is not an option of {name!r}: {hint}")
         default = known[option]
         types = (int, float) if isinstance(default, float) else type(default)
-        if isinstance(default, bool) != isinstance(value, bool) or (
-            isinstance(default, int | float | str) and not isinstance(value, types)
-        ):
+        same = isinstance(value, types) and isinstance(default, bool) == isinstance(value, bool)
+        if isinstance(default, int | float | str) and not same:
             raise UserError(f"norm.{option}={value!r} has the wrong type: expected one like {default!r}")
 
 
@@ -159,11 +158,14 @@ def warnings(specs: list[BlockSpec]) -> list[str]:
     """Warnings about combinations that defeat themselves."""
     sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
     messages: list[str] = []
-    if any(s.gain != 1 for s in sublayers) and any(s.output_init != 1 for s in sublayers):
+    scaled = any(s.pre_norm and s.gain * s.pre_norm_weight * s.input_init != 1 for s in sublayers)
+    if scaled and any(s.output_init != 1 for s in sublayers):
         messages.append(
             "LayerNorm Scaling and depth-scaled initialisation both damp the deep blocks; together they are worse than "
             "LNS alone (Table 6): choose one"
         )
+    if any(s.output_init != 1 and s.branch_norm for s in sublayers):
+        messages.append("norms of the branches undo the initial scale of the output projections: choose one")
     if any(spec.head_norm == "qkv" and spec.attention.gain != 1 for spec in specs):
         messages.append("norms of queries, keys and values undo the gain of attention's pre-norm: choose one")
     return messages
