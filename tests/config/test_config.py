@@ -299,6 +299,9 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
             ["data.seq_len=65 is longer than", "model.max_position_embeddings=64"],
         ),
         (["norm=group_ln", "norm.groups=7"], ["norm.groups=7", "model.hidden_size=96"]),
+        (["model.hidden_size=15"], ["model.hidden_size=15", "heads of width 5", "rotary embeddings"]),
+        (["task=vision", "model.rope_theta=5"], ["model.rope_theta=5.0 does not support task=vision"]),
+        (["task=vision", "model.tie_word_embeddings=true"], ["set model.tie_word_embeddings=false"]),
         (["norm=lns_as_rates", "optim.weight_decay=0.1"], ["optim.weight_decay=0.1", "set optim.name=adamw"]),
         (["norm=lns_as_norm_weights", "model.norm_affine=false"], ["norm=lns_as_norm_weights needs norms"]),
         (["optim.warmup_steps=250"], ["optim.warmup_steps=250", "trainer.max_steps=250"]),
@@ -327,7 +330,7 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
         (["norm.positon=after_ln"], ["norm.positon", "did you mean 'position'"]),
         (["norm=gpas", "norm.base=3"], ["norm.base=3 is not the name of a strategy"]),
         (["norm=skip_init", "norm.init=x"], ["norm.init='x' must be a number"]),
-        (["norm=scaled_init", "norm.base=deep_norm"], ["norm='scaled_init'", "norm.base", "xavier"]),
+        (["norm=scaled_init", "norm.base=deep_norm"], ["norm='scaled_init'", "output_init", "with xavier"]),
         (["norm=skip_init", "norm.base=layer_scale"], ["norm='skip_init'", "branch_scale"]),
         (["norm=lns_learnable", "model.norm_affine=false"], ["norm=lns_learnable", "model.norm_affine=true"]),
         (["optim.warmup_ratio=nan"], ["optim.warmup_ratio=nan", "finite"]),
@@ -340,6 +343,14 @@ def test_bad_overrides_are_refused_by_field(overrides, words):
     with pytest.raises(UserError) as error:
         compose(overrides)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["model.hidden_size=15", "model.vocab_size=5", "model.max_position_embeddings=9", "protocol=paper", "scale=mini"],
+)
+def test_a_vision_run_has_no_errors_about_tokens(word):
+    assert compose(["task=vision", "model=vit_tiny", "model.num_attention_heads=1", word]).task == "vision"
 
 
 def test_all_problems_are_reported_together():

@@ -107,6 +107,21 @@ def test_initial_weights_depend_only_on_seed_and_name():
             assert (parameter == 1).all(), name
 
 
+def test_fan_in_initialises_every_weight_by_its_inputs():
+    config = replace(CONFIG, hidden_size=96, init="fan_in", init_std=7.0)
+    model = build_vit(config, build_all({"name": "pre_ln"}, DEPTH), seed=0, **SHAPE)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and not name.endswith("bias"):
+            inputs = parameter.shape[-1]  # of an embedding, its width
+            assert parameter.std().item() == pytest.approx(inputs**-0.5, rel=0.2), name
+
+
+@pytest.mark.parametrize("norm", ["pre_ln", "qk_norm"])
+def test_heads_may_have_an_odd_width(norm):
+    model = build_vit(replace(CONFIG, hidden_size=14), build_all({"name": norm}, DEPTH), seed=0, **SHAPE)
+    assert model(images()).isfinite().all()
+
+
 def test_admin_is_profiled_on_images():
     model = build_vit(replace(CONFIG, init_std=0.3), build_all({"name": "admin"}, DEPTH), seed=0, **SHAPE)
     skips = [block.ffn_residual.skip for block in model.blocks]

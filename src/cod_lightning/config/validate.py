@@ -13,7 +13,7 @@ from cod_lightning.data.config import data_errors, image_errors
 from cod_lightning.errors import UserError, short_repr
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn import strategies
-from cod_lightning.nn.config import MOST_LAYERS
+from cod_lightning.nn.config import MOST_LAYERS, DecoderConfig
 from cod_lightning.nn.spec import schedule_end
 from cod_lightning.settings import choice_errors, setting_errors
 
@@ -23,7 +23,7 @@ def problems(config: Config) -> list[str]:
     if errors := value_errors(config) or paper_block_errors(config):
         return errors
     return [
-        *config.model.problems(),
+        *config.model.problems(rotary=config.task == "language"),
         *data_errors(config.data),
         *image_errors(config.images),
         *setting_errors(config.trainer, "trainer."),
@@ -33,7 +33,8 @@ def problems(config: Config) -> list[str]:
         *folder_errors(config),
         *optim_errors(config),
         *trainer_errors(config),
-        *model_errors(config),
+        *(token_errors(config) if config.task == "language" else vision_errors(config)),
+        *strategy_errors(config),
     ]
 
 
@@ -88,8 +89,6 @@ def folder_errors(config: Config) -> list[str]:
     ]
     if not config.output:
         errors.append("output is empty: name a folder")
-    if config.task == "vision" and config.init_from is not None:
-        errors.append("init_from does not support task=vision: remove init_from")
     return errors
 
 
@@ -138,14 +137,26 @@ def trainer_errors(config: Config) -> list[str]:
         ]
     for name in trainer.measures:
         errors += choice_errors("trainer.measures", name, tuple(MEASURES))
-    for name, every in trainer.measures.items():
-        if config.task == "vision" and every and name in MEASURES and (reason := MEASURES[name].not_for_images):
+    return errors
+
+
+def vision_errors(config: Config) -> list[str]:
+    """Settings that task=vision does not have."""
+    errors = []
+    if config.init_from is not None:
+        errors.append("init_from does not support task=vision: remove init_from")
+    for name in ("rope_theta", "tie_word_embeddings"):
+        if (value := getattr(config.model, name)) != (default := getattr(DecoderConfig, name)):
+            now, then = str(value).lower(), str(default).lower()
+            errors.append(f"model.{name}={now} does not support task=vision: set model.{name}={then}")
+    for name, every in config.trainer.measures.items():
+        if every and name in MEASURES and (reason := MEASURES[name].not_for_images):
             errors.append(f"trainer.measures.{name} does not support task=vision: {reason}; set it to 0")
     return errors
 
 
-def model_errors(config: Config) -> list[str]:
-    """Errors between the decoder, its norm strategy and the vocabulary."""
+def token_errors(config: Config) -> list[str]:
+    """Errors between the decoder, its vocabulary and the length of the sequences."""
     model, data = config.model, config.data
     errors = []
     new_tokenizer = data.tokenizer == "bpe" and data.folder is None
@@ -158,10 +169,17 @@ def model_errors(config: Config) -> list[str]:
             f"data.seq_len={data.seq_len} is longer than the context of the imported model, "
             f"model.max_position_embeddings={model.max_position_embeddings}: use shorter sequences"
         )
+    return errors
+
+
+def strategy_errors(config: Config) -> list[str]:
+    """Errors between the norm strategy, the model and the optimizer."""
+    model = config.model
+    errors = []
     try:
         specs = strategies.build_all(config.norm, min(max(model.num_hidden_layers, 1), MOST_LAYERS))
     except UserError as error:
-        return [*errors, str(error)]
+        return [str(error)]
     sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
     if groups := {sublayer.groups for sublayer in sublayers if model.hidden_size % sublayer.groups}:
         errors.append(f"norm.groups={groups.pop()} does not divide model.hidden_size={model.hidden_size}")

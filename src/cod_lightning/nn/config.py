@@ -39,9 +39,9 @@ class DecoderConfig:
     max_position_embeddings: int | None = setting(None, runtime=True, at_least=1)
     """Longest sequence that an imported model supports, in tokens; None: any."""
     init: str = setting("normal", choices=("normal", "fan_in"))
-    """Initial standard deviations. `normal`: `init_std` for linear weights, `embedding_std` for embeddings; `fan_in`:
-    1/sqrt(inputs) and 1/sqrt(hidden_size). The strategy may multiply them: `fan_in` with norm=ds_init is OLMo's scaled
-    initialisation ("mitchell")."""
+    """Initial standard deviations. `normal`: `init_std` for linear weights, `embedding_std` for embeddings (those of
+    tokens; a ViT has `init_std` for all); `fan_in`: 1/sqrt(inputs) and 1/sqrt(hidden_size). The strategy may multiply
+    them: `fan_in` with norm=ds_init is OLMo's scaled initialisation ("mitchell")."""
     init_cutoff: float | None = setting(None, above=0)
     """Truncates the normal distribution at this many standard deviations (OLMo: 3); None: no truncation."""
     init_std: float = setting(0.02, at_least=0)
@@ -57,8 +57,8 @@ class DecoderConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    def problems(self) -> list[str]:
-        """Every error of this shape, each with the name of its field."""
+    def problems(self, rotary: bool = True) -> list[str]:
+        """Every error of this shape, each with the name of its field; a ViT has no `rotary` embeddings."""
         errors = setting_errors(self, "model.")
         if errors:
             return errors
@@ -67,7 +67,7 @@ class DecoderConfig:
                 f"model.num_attention_heads={self.num_attention_heads} does not divide "
                 f"model.hidden_size={self.hidden_size}"
             )
-        elif self.head_dim % 2:
+        elif rotary and self.head_dim % 2:
             errors.append(
                 f"model.hidden_size={self.hidden_size} over model.num_attention_heads={self.num_attention_heads} gives "
                 f"heads of width {self.head_dim}; rotary embeddings need an even width"

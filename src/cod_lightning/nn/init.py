@@ -116,8 +116,10 @@ def outer_stds(model: Model) -> dict[str, float]:
     """Standard deviations by name for the weights outside of the blocks."""
     config = model.config
     if isinstance(model, VisionTransformer):
-        names = ("embedding.projection.weight", "embedding.class_token", "embedding.positions", "head.weight")
-        return dict.fromkeys(names, config.init_std)
+        names = ("embedding.class_token", "embedding.positions", "head.weight")
+        std = base_std(config, config.hidden_size, config.init_std)
+        pixels = model.embedding.projection.in_features
+        return dict.fromkeys(names, std) | {"embedding.projection.weight": base_std(config, pixels, config.init_std)}
     stds = {"model.embed_tokens.weight": base_std(config, config.hidden_size, config.embedding_std)}
     if not config.tie_word_embeddings:
         stds["lm_head.weight"] = base_std(config, config.hidden_size, config.init_std)

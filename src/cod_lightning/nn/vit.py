@@ -62,7 +62,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: DecoderConfig, specs: list[BlockSpec], image_size: int, patch_size: int, classes: int):
         super().__init__()
-        problems = config.problems()
+        problems = config.problems(rotary=False)
         if len(specs) != config.num_hidden_layers:
             problems.append(f"{len(specs)} block specs for model.num_hidden_layers={config.num_hidden_layers}")
         if image_size % patch_size:
