@@ -17,10 +17,10 @@ from cod_lightning.measure.block_removal import remove_blocks
 from cod_lightning.measure.layer_importance import layer_importance
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.weight_sparsity import layer_sparsity
-from cod_lightning.nn.apply import apply
+from cod_lightning.nn import verify
+from cod_lightning.nn.apply import apply, fold
 from cod_lightning.nn.layouts import find_layout
 from cod_lightning.nn.pretrained import quiet_transformers
-from cod_lightning.nn.verify import verify
 
 transformers = pytest.importorskip("transformers")
 
@@ -58,11 +58,85 @@ def test_the_layout_of_a_family_holds(family):
     assert family in LISTED
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "phi3", "qwen3_moe"])
-def test_a_family_with_the_norms_of_llama_takes_lns(family):
+WIRING = [
+    *((family, {}) for family in ("afmoe", "axk2", "deepseek_v3", "doge", "gemma2", "glm4", "gpt_oss", "granite")),
+    *((family, {}) for family in ("kolibri1", "llama4_text", "minicpm3", "mixtral", "nemotron", "phi3", "qwen3_moe")),
+    *(("hyperclovax", {"use_post_norm": on}) for on in (True, False)),
+    ("afmoe", {"num_dense_layers": 2}),
+]
+"""Families with norms or branches that others do not have, with fields of their configuration."""
+
+
+@pytest.mark.parametrize("norm", ["lns", "minicpm"])
+@pytest.mark.parametrize(("family", "fields"), WIRING)
+def test_the_factors_of_a_family_hold(family, fields, norm):
     with quiet_transformers():
-        factors = verify(apply(tiny_model(family, depth=2), "lns"), "lns")
-    assert [factor.expected for factor in factors if factor.name == "gain"] == [1, 1, 2**-0.5, 2**-0.5]
+        model = apply(tiny_model(family, depth=2, **fields), norm, trained="change")
+    assert [factor for factor in verify.measure(model, {"name": norm}, None, BATCHES[0]) if not factor.holds] == []
+
+
+@torch.no_grad()
+def model_logits(model):
+    return model(BATCHES[0]).logits
+
+
+@pytest.mark.parametrize("family", ["doge", "gemma2", "glm4", "hyperclovax", "qwen3"])
+def test_a_trained_family_keeps_its_function(family):
+    with quiet_transformers():
+        model = tiny_model(family, depth=2)
+    before = model_logits(model)
+    torch.testing.assert_close(model_logits(apply(model, "lns", trained="preserve")), before)
+
+
+def test_a_branch_norm_that_is_switched_off_takes_no_factor():
+    with quiet_transformers():
+        model = apply(tiny_model("hyperclovax", depth=2, use_post_norm=False), "minicpm")
+    before = model_logits(model)
+    torch.testing.assert_close(model_logits(fold(model)), before)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("beam", {}, "BeamDecoderLayer is no Pre-LN block: it multiplies its residual stream"),
+        ("dory", {}, "DoryDecoderLayer is no Pre-LN block"),
+        ("minimax", {}, "MiniMaxDecoderLayer is no Pre-LN block: it starts its skips after its norms"),
+        ("deepseek_v4", {}, "its blocks have other modules than Pre-LN: attn_hc, ffn_hc"),
+        ("inkling_text", {}, "its blocks have other modules than Pre-LN: attn_sconv, mlp_sconv"),
+        ("gpt2", {"add_cross_attention": True}, "other modules than Pre-LN: crossattention, ln_cross_attn"),
+    ],
+)
+def test_a_family_of_other_blocks_takes_no_strategy(family, fields, message):
+    with torch.device("meta"), quiet_transformers():
+        model = tiny_model(family, depth=2, **fields)
+    with pytest.raises(UserError, match=message):
+        apply(model, "lns", trained="change")
+
+
+@pytest.mark.extended
+@pytest.mark.filterwarnings("ignore")
+def test_the_factors_of_every_family_hold_or_it_takes_no_strategy():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    wrong, held = [], 0
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            with quiet_transformers():
+                with torch.device("meta"):
+                    assert sum(parameter.numel() for parameter in tiny_model(family, depth=2).parameters()) < 5e6
+                model = tiny_model(family, depth=2)
+                model.config.use_cache = False
+                model(BATCHES[0])
+        except Exception:  # a configuration that needs other fields
+            continue
+        try:
+            apply(model, "lns", trained="change")
+        except UserError:
+            continue
+        held += 1
+        wrong += [family for factor in verify.measure(model, {"name": "lns"}, None, BATCHES[0]) if not factor.holds]
+    assert not wrong
+    assert held > 50
 
 
 @pytest.mark.extended
@@ -96,7 +170,7 @@ def test_the_list_in_the_docs_is_of_the_families_that_hold():
         ("falcon", "falcon has an unknown layout"),
         ("mamba", "mamba has an unknown layout"),
         ("opt", "opt has an unknown layout"),
-        ("minicpm3", "block 1 adds something else than its attention and FFN to the residual stream"),
+        ("minimax", "block 1 adds something else than its attention and FFN to the residual stream"),
     ],
 )
 def test_another_family_is_refused_by_name(family, message):

@@ -13,7 +13,7 @@ from cod_lightning.nn.apply import apply, fold, strategy_of
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.layouts import Layout
+from cod_lightning.nn.layouts import LLAMA, Layout
 from cod_lightning.nn.strategies import build_all
 
 transformers = pytest.importorskip("transformers")
@@ -188,6 +188,21 @@ def test_a_trained_model_keeps_its_function_on_request():
     torch.testing.assert_close(logits(apply(model, "lns", trained="preserve")), before)
 
 
+def test_layers_without_a_gain_are_left_alone():
+    """Integers cannot be divided."""
+    model = trained_llama()
+    for block in model.model.layers:
+        weight = block.self_attn.q_proj.weight
+        block.self_attn.q_proj.weight = nn.Parameter(torch.ones_like(weight, dtype=torch.int8), requires_grad=False)
+    apply(model, "lns", trained="preserve", position="only_ffn")
+    assert [hasattr(block.post_attention_layernorm, "output_scale") for block in model.model.layers] == [0, 1, 1]
+
+
+def test_a_layout_of_the_user_is_trusted():
+    model = changed(build("Llama"), with_child("adapter", nn.Linear(32, 32)))
+    assert strategy_of(apply(model, "lns", layout=LLAMA)) == {"name": "lns"}
+
+
 def test_a_trained_model_changes_its_function_on_request():
     model = trained_llama()
     before = logits(model)
@@ -281,6 +296,15 @@ def saved_by_peft(part):
     return lambda block: setattr(block.get_submodule(part), "modules_to_save", nn.ModuleDict())
 
 
+def with_child(name, module):
+    return lambda block: block.add_module(name, deepcopy(module))
+
+
+def gated_llama():
+    """Trained; its attention has a further linear layer that could read the norm."""
+    return changed(trained_llama(), lambda block: block.self_attn.add_module("gate_proj", nn.Linear(32, 4)))
+
+
 def pruned(part):
     return lambda block: prune.l1_unstructured(block.get_submodule(part), "weight", amount=0.3)
 
@@ -341,6 +365,17 @@ REFUSED = {
         {"norm": "lns"},
         "layer 2, attention: LlamaRMSNorm has an adapter",
     ),
+    "another norm": (
+        lambda: changed(build("Llama"), with_child("pre_mlp_norm", nn.RMSNorm(32, elementwise_affine=False))),
+        {"norm": "lns"},
+        "its blocks have other modules than Pre-LN: pre_mlp_norm; name its modules",
+    ),
+    "another module": (
+        lambda: changed(build("Llama"), with_child("adapter", nn.Linear(32, 32))),
+        {"norm": "lns"},
+        "its blocks have other modules than Pre-LN: adapter; name its modules",
+    ),
+    "another reader of a norm to preserve": (gated_llama, PRESERVE, "layout.inputs is missing"),
     "pruned weights": (
         lambda: changed(trained_llama(), pruned("mlp.up_proj")),
         PRESERVE,

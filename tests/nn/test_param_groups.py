@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 import torch
-from test_apply import PLAIN, PlainModel, build, changed, decoder_of, pruned, sharing, trained_llama
+from test_apply import PLAIN, PlainModel, build, changed, decoder_of, gated_llama, pruned, sharing, trained_llama
 from torch.nn.functional import cross_entropy
 
 import cod_lightning as cod
@@ -103,6 +103,7 @@ REFUSED = {
     "a decoder with a strategy": (lambda: decoder_of("lns"), {}, "the decoder was built with a strategy"),
     "scaled branches": (lambda: build("Llama"), {"norm": "complete_p"}, "sets branch_scale=0.66"),
     "another placement": (lambda: build("Llama"), {"norm": "post_ln"}, "pre_norm=False, sum_norm=True"),
+    "another reader of a norm": (gated_llama, {"initial_weights": "scaled"}, "layout.inputs is missing"),
     "no inputs in the layout": (PlainModel, {"layout": PLAIN}, "layout.inputs is missing"),
     "a rate that is text": (lambda: build("Llama"), {"lr": "1e-3"}, "lr='1e-3' must be a finite number"),
     "no rate": (lambda: build("Llama"), {"lr": None}, "lr=None must be a finite number"),

@@ -11,7 +11,7 @@ from cod_lightning.commands.options import add_model, compose_norm, is_run, requ
 
 HELP = (
     "Check by running it that every block of a model applies a norm strategy: unchanged, after bfloat16, after the "
-    "meta device, after saving and loading, and compiled."
+    "meta device, after loading of the weights, and compiled."
 )
 EPILOG = """\
   verify runs/quickstart/lns-seed1-...                 # against the strategy of the run

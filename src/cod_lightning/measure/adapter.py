@@ -26,6 +26,7 @@ from cod_lightning.nn.layouts import (
     COHERE,
     ENCODER,
     Layout,
+    branch_multiplier,
     find_layout,
     hidden_input,
     hidden_output,
@@ -253,9 +254,9 @@ class ModelAdapter:
 
             return call
 
-        factor = self.config_value("residual_multiplier", 1)  # Granite
         yield self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
         for site in sites(self.model, self.layout):
+            factor = branch_multiplier(site.block)
             yield site.branch.register_forward_hook(after(site.part, site.layer, factor))
         for layer, block in enumerate(self.blocks, start=1):
             yield block.register_forward_hook(after("residual", layer))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import Block
 from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites, require_inputs
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, OPTIMIZER
-from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, block, build_all
+from cod_lightning.nn.spec import FACTORS, OPTIMIZER, changes
+from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, build_all
 from cod_lightning.settings import require_choice
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,16 +92,18 @@ def apply(
             f"norm={norm!r}: the configuration names this strategy, but not whether the initial weights are multiplied "
             "already: pass initial_weights='scaled' after from_pretrained, or 'scale' for a new model"
         )
-    factors = [(site, site.norm, spec.gain) for site, spec in zip(where, specs, strict=True)]
-    factors += [(site, site.branch, spec.branch_scale) for site, spec in zip(where, specs, strict=True)]
-    for site, module, factor in factors:
-        if factor != 1:
-            require_scalable(module, f"norm={norm!r}: layer {site.layer}, {site.part}")
+    factors = [
+        (site, module, factor)
+        for site, spec in zip(where, specs, strict=True)
+        for module, factor in ((site.norm, spec.gain), (site.branch, spec.branch_scale))
+        if factor != 1
+    ]
+    for site, module, _ in factors:
+        require_scalable(module, f"norm={norm!r}: layer {site.layer}, {site.part}")
     if initial_weights == "scale" or (initial_weights is None and written is None):
         change_weights(model, where, specs, norm, trained)
     for _, module, factor in factors:
-        if factor != 1:
-            scale_output(module, factor)
+        scale_output(module, factor)
     setattr(own_config(model), CONFIG_KEY, section)
     forget_compiled()
     return model
@@ -139,12 +140,8 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
     require_own_weights(model, where, [target for _, target in targets])
     if section is None:
         raise UserError(f"{type(model).__name__} has no strategy to fold: call apply first")
-    if not targets and any(
-        getattr(sublayer, name) != 1
-        for spec in checked_specs(section, len(where) // 2)
-        for sublayer in spec.sublayers
-        for name in FACTORS
-    ):
+    sublayers = [sublayer for spec in checked_specs(section, len(where) // 2) for sublayer in spec.sublayers]
+    if not targets and any(name in FACTORS for sublayer in sublayers for name in changes(sublayer)):
         raise UserError(f"the factors of {section} are lost, as after from_pretrained: call apply again, then fold")
     for module, target in targets:
         offset = weight_offset(target) if target.weight.ndim == 1 else 0.0  # of a norm, not of a linear layer
@@ -252,7 +249,7 @@ def require_own_weights(model: nn.Module, where: list[Site], changed: Sequence[A
 
 
 def changes_initial_weights(specs: list[SublayerSpec]) -> bool:
-    return any(getattr(spec, name) != 1 for spec in specs for name in WEIGHTS)
+    return any(name in WEIGHTS for spec in specs for name in changes(spec))
 
 
 def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
@@ -261,15 +258,13 @@ def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
     Raises:
         UserError: names every coefficient that it cannot have.
     """
-    specs, default, problems = build_all(norm, depth), SublayerSpec(), []
-    for name in [field.name for field in fields(SublayerSpec) if field.name not in SUPPORTED]:
-        values = [getattr(sublayer, name) for spec in specs for sublayer in spec.sublayers]
-        problems += [f"{name}={value!r}" for value in dict.fromkeys(values) if value != getattr(default, name)][:1]
-    for name in BLOCK_COEFFICIENTS:
-        values = [getattr(spec, name) for spec in specs]
-        problems += [f"{name}={value!r}" for value in dict.fromkeys(values) if value != getattr(block(), name)][:1]
+    specs = build_all(norm, depth)
+    problems: dict[str, Any] = {}
+    for part in [part for spec in specs for part in (*spec.sublayers, spec)]:
+        problems = {name: value for name, value in changes(part).items() if name not in SUPPORTED} | problems
     if problems:
-        raise UserError(f"norm={norm['name']!r} sets {', '.join(problems)}, which an existing Pre-LN model cannot have")
+        listed = ", ".join(f"{name}={value!r}" for name, value in problems.items())
+        raise UserError(f"norm={norm['name']!r} sets {listed}, which an existing Pre-LN model cannot have")
     return specs
 
 
@@ -311,7 +306,7 @@ def change_weights(model: nn.Module, where: list[Site], specs: list[SublayerSpec
         changed += layers
     require_own_weights(model, where, changed)
     for site, spec in zip(where, specs, strict=True):
-        if trained == "preserve":
+        if trained == "preserve" and spec.gain != 1:
             for linear in site.inputs:
                 linear.weight.div_(spec.gain)
         if spec.pre_norm_weight != 1:
@@ -378,6 +373,13 @@ def is_trained(norm: Any) -> bool | None:
     return not weight.is_meta and bool((weight != 1 - weight_offset(norm)).any())
 
 
+def bare(norm: Any) -> Any:
+    """A norm without hooks of the user and of `scale_output`; it shares the parameters."""
+    other = copy(norm)
+    other._forward_hooks, other._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return other
+
+
 @torch.no_grad()
 def weight_offset(norm: Any) -> float:
     """What a norm adds to its weight: 0, or 1 in models like Gemma, from a run of it with weight 0.
@@ -385,9 +387,7 @@ def weight_offset(norm: Any) -> float:
     Raises:
         UserError: the norm cannot be run on one tensor.
     """
-    bare = copy(norm)
-    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()  # of the user, and of `scale_output`
-    probe = deepcopy(bare).float()
+    probe = deepcopy(bare(norm)).float()
     for parameter in probe.parameters():
         parameter.zero_()
     x = torch.ones_like(probe.weight)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
+from cod_lightning.nn.norms import IdentityNorm
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Layout:
     sublayers: tuple[str, str]
     """The sub-layers, from a block: each gets the output of its norm."""
     branches: tuple[str, str] | None = None
-    """The modules whose outputs are added to the residual stream; None: the sub-layers."""
+    """The modules whose outputs are added to the residual stream; None, or an `nn.Identity`: the sub-layers."""
     inputs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """The linear layers that read the output of a norm; needed to keep a trained model's function."""
     outputs: tuple[str, str] | None = None
@@ -60,19 +60,28 @@ GEMMA2 = replace(
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     branches=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
-GEMMA3_VL = replace(GEMMA2, blocks="model.language_model.layers", final_norm="model.language_model.norm")
+GEMMA2_NORMS = replace(GEMMA2, inputs=((), ()), outputs=None)
 GLM4 = replace(
     LLAMA,
     branches=("post_self_attn_layernorm", "post_mlp_layernorm"),
     inputs=(LLAMA.inputs[0], ("mlp.gate_up_proj",)),
 )
-LLAMA_NORMS = Layout("model.layers", norms=LLAMA.norms, sublayers=LLAMA.sublayers)
+HYPERCLOVAX = replace(LLAMA, branches=("post_norm1", "post_norm2"))
+LLAMA_NORMS = replace(LLAMA, inputs=((), ()), outputs=None)
 """Llama's norms before other projections, as of mixtures of experts and of Phi-3."""
+KOLIBRI1 = replace(LLAMA_NORMS, branches=GLM4.branches)
+AFMOE = replace(
+    LLAMA_NORMS,
+    norms=("input_layernorm", "pre_mlp_layernorm"),
+    branches=("post_attention_layernorm", "post_mlp_layernorm"),
+)
 OLMO2 = Layout("model.layers", norms=None, sublayers=LLAMA.sublayers, branches=GEMMA2.branches)
 COHERE = Layout("model.layers", norms=None, sublayers=("self_attn", "mlp"))
 PHI = replace(COHERE, final_norm="model.final_layernorm")
 LLAMA4 = replace(LLAMA_NORMS, sublayers=("self_attn", "feed_forward"))
-QWEN2_5_VL = replace(LLAMA, blocks="model.language_model.layers", final_norm="model.language_model.norm")
+MULTIMODAL = {"blocks": "model.language_model.layers", "final_norm": "model.language_model.norm"}
+GEMMA3_VL = replace(GEMMA2, **MULTIMODAL)
+QWEN2_5_VL = replace(LLAMA, **MULTIMODAL)
 GPT2 = Layout(
     "transformer.h",
     norms=("ln_1", "ln_2"),
@@ -99,10 +108,18 @@ BERT = Layout(
 ENCODER = replace(BERT, blocks="encoder.layer", head=None)
 """BERT without its head, as models of sentences are."""
 LAYOUTS = (
-    *(GEMMA2, GLM4, LLAMA, OLMO2, LLAMA_NORMS, COHERE, PHI, LLAMA4, GEMMA3_VL, QWEN2_5_VL),
-    *(GPT2, GPTJ, GPT_NEOX, BERT, ENCODER),
+    *(GEMMA2, GLM4, HYPERCLOVAX, KOLIBRI1, AFMOE, LLAMA, GEMMA2_NORMS, OLMO2, LLAMA_NORMS, COHERE, PHI, LLAMA4),
+    *(GEMMA3_VL, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT, ENCODER),
 )
 """Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
+AFTER_INPUTS = ("dt_proj",)
+"""Further linear layers of a sub-layer that do not read the norm: Doge's reads the values."""
+OTHER_SUMS = {
+    "BeamDecoderLayer": "multiplies its residual stream by factors of its own",
+    "DoryDecoderLayer": "moves between points of a sphere instead of adding",
+    "MiniMaxDecoderLayer": "starts its skips after its norms",
+}
+"""Blocks with the modules of a layout that compute another equation, by class, and in which way."""
 HINT = "name its modules: layout=Layout(blocks='path.to.the.list', norms=('ln_1', 'ln_2'), sublayers=('attn', 'mlp'))"
 
 
@@ -133,24 +150,33 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
 
     Raises:
         UserError: as `sites`, the model is inside a wrapper such as DDP or PEFT's, no norms before the sub-layers are
-            known, or two sub-layers share a norm or a branch.
+            known, two sub-layers share a norm or a branch, or, without a layout, a block is one of `OTHER_SUMS` or
+            has modules that its known layout does not name.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
     if not isinstance(layout, Layout | None):
         raise UserError(f"layout={layout!r} is not a Layout; {HINT}")
+    by_name = layout is None
     layout = layout or known_layout(model)
     if layout is None:
         for path, module in model.named_modules():
             if known_layout(module) is not None:
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
         raise unknown_layout(model)
+    where = sites(model, layout)
+    for kind in [type(site.block).__name__ for site in where if by_name]:
+        if kind in OTHER_SUMS:
+            raise UserError(f"{type(model).__name__}: {kind} is no Pre-LN block: it {OTHER_SUMS[kind]}")
     if layout.norms is None:
         raise UserError(
             f"{type(model).__name__} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their "
             f"outputs); {HINT}"
         )
-    where = sites(model, layout)
+    for block in [site.block for site in where[::2] if by_name]:
+        if others := other_modules(block, layout):
+            listed = ", ".join(others)
+            raise UserError(f"{type(model).__name__}: its blocks have other modules than Pre-LN: {listed}; {HINT}")
     owner: dict[int, Site] = {}
     for site in where:
         for kind, module in {"norm": site.norm, "branch": site.branch}.items():
@@ -161,6 +187,19 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
                     "strategy needs one for each sub-layer"
                 )
     return where
+
+
+def other_modules(block: nn.Module, layout: Layout) -> list[str]:
+    """The children of a block that a layout does not name, and that have parameters or are norms."""
+    paths = [path for pair in (layout.norms, layout.sublayers, layout.branches) for path in pair or ()]
+    named = {path.partition(".")[0] for path in paths}
+    return [name for name, module in block.named_children() if name not in named and has_effect(module)]
+
+
+def has_effect(module: nn.Module) -> bool:
+    """Whether a module has parameters or is a norm, which may have none."""
+    is_norm = "Norm" in type(module).__name__ and not isinstance(module, IdentityNorm)
+    return is_norm or any(True for _ in module.parameters())
 
 
 def sites(model: nn.Module, layout: Layout) -> list[Site]:
@@ -176,29 +215,42 @@ def sites(model: nn.Module, layout: Layout) -> list[Site]:
     blocks: Any = submodule(model, layout.blocks, type(model).__name__)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise UserError(f"layout.blocks={layout.blocks!r} is a {type(blocks).__name__}; expected an nn.ModuleList")
-    result = []
-    for layer, block in enumerate(blocks, start=1):
-        for index, part in enumerate(("attention", "ffn")):
-            module = partial(module_of_pair, block, f"{layout.blocks}.{layer - 1}", index)
-            sublayer = module(layout.sublayers)
-            site = Site(
-                layer,
-                part,
-                block,
-                norm=module(layout.norms),
-                sublayer=sublayer,
-                branch=module(layout.branches) or sublayer,
-                inputs=[submodule(block, path, f"{layout.blocks}.{layer - 1}") for path in layout.inputs[index]],
-                output=module(layout.outputs),
-                sum_norm=module(layout.sum_norms),
-            )
-            result.append(site)
-    return result
+    return [site_of(layout, layer, block, index) for layer, block in enumerate(blocks, start=1) for index in (0, 1)]
 
 
-def module_of_pair(block: nn.Module, name: str, index: int, paths: tuple[str, str] | None) -> Any:
-    """The module of a block at one of two paths, or None without paths; raises like `submodule`."""
-    return submodule(block, paths[index], name) if paths else None
+def site_of(layout: Layout, layer: int, block: Any, index: int) -> Site:
+    """Attention (index 0) or the feed-forward network (1) of a block; raises like `submodule`."""
+    name = f"{layout.blocks}.{layer - 1}"
+
+    def module(pair: tuple[str, str] | None) -> Any:
+        return submodule(block, pair[index], name) if pair else None
+
+    sublayer, branch = module(layout.sublayers), module(layout.branches)
+    return Site(
+        layer,
+        ("attention", "ffn")[index],
+        block,
+        norm=module(layout.norms),
+        sublayer=sublayer,
+        branch=sublayer if branch is None or isinstance(branch, nn.Identity) else branch,
+        inputs=[submodule(block, path, name) for path in layout.inputs[index]],
+        output=module(layout.outputs),
+        sum_norm=module(layout.sum_norms),
+    )
+
+
+def names_all_inputs(site: Site) -> bool:
+    """Whether a layout names all linear layers of a sub-layer that may read the norm, if it names any.
+
+    Any other with as many inputs may be one, such as the gate of an attention or a router.
+    """
+    named = {inner for module in (*site.inputs, site.output) if module is not None for inner in module.modules()}
+    widths = {getattr(module, "in_features", None) for module in site.inputs}
+    return not any(
+        isinstance(module, nn.Linear) and module.in_features in widths and module not in named
+        for name, module in site.sublayer.named_modules()
+        if name not in AFTER_INPUTS
+    )
 
 
 def require_inputs(where: Iterable[Site], otherwise: str = "") -> None:
@@ -209,6 +261,11 @@ def require_inputs(where: Iterable[Site], otherwise: str = "") -> None:
     """
     if not all(site.inputs for site in where):
         raise UserError(f"layout.inputs is missing: the linear layers after the norms{otherwise}")
+
+
+def branch_multiplier(block: Any) -> float:
+    """What a block multiplies its branches by when it adds them, such as Granite's and MiniCPM3's; 1 for others."""
+    return getattr(block, "residual_multiplier", getattr(block, "residual_scale", 1.0))
 
 
 def hidden_input(args: tuple, kwargs: dict) -> Tensor:
@@ -237,14 +294,15 @@ def unknown_layout(model: nn.Module) -> UserError:
 
 
 def known_layout(model: nn.Module) -> Layout | None:
-    """The first of `LAYOUTS` whose modules a model has."""
+    """The first of `LAYOUTS` whose modules a model has, and that names all inputs or none."""
     for layout in LAYOUTS:
         try:
-            sites(model, layout)
+            where = sites(model, layout)
             submodule(model, layout.final_norm or "", "")
         except UserError:
             continue
-        return layout
+        if all(names_all_inputs(site) for site in where):
+            return layout
     return None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import (
     SUPPORTED,
+    InitialWeights,
     change_weights,
     checked_specs,
     config_of,
@@ -23,7 +24,7 @@ from cod_lightning.nn.apply import (
 )
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.layouts import LLAMA, Layout, Site, pre_norm_sites, require_inputs, sites
-from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, scaled_rates
+from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, changes, scaled_rates
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.settings import require_choice
 
@@ -39,7 +40,7 @@ def param_groups(
     norm: str,
     *,
     lr: float,
-    initial_weights: Literal["scale", "scaled"],
+    initial_weights: InitialWeights,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     form: Literal["matrices", "norm_weights"] = "matrices",
@@ -78,11 +79,7 @@ def param_groups(
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         require_number(name, value)
     require_choice("form", form, FORMS)
-    if initial_weights not in ("scale", "scaled"):
-        raise UserError(
-            f"initial_weights={initial_weights!r} does not exist: pass 'scale' to multiply the initial weights now, or "
-            "'scaled' if they are"
-        )
+    require_choice("initial_weights", initial_weights, InitialWeights)
     if (applied := strategy_of(model)) is not None:
         raise UserError(f"the model has a strategy already: {applied}; use apply or param_groups, not both")
     where = pre_norm_sites(model, layout)
@@ -126,8 +123,7 @@ def require_number(name: str, value: Any) -> None:
 
 def has_rates_or_factors(spec: BlockSpec) -> bool:
     """Whether a block has a coefficient that this module would set as well."""
-    default = SublayerSpec()
-    return any(getattr(sublayer, name) != getattr(default, name) for sublayer in spec.sublayers for name in SUPPORTED)
+    return any(name in SUPPORTED for sublayer in spec.sublayers for name in changes(sublayer))
 
 
 def without_gain(spec: SublayerSpec, form: str, norm: str) -> SublayerSpec:
