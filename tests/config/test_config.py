@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from cod_lightning.config.compose import choices, compose, sweep
 from cod_lightning.config.groups import default_values, describe_settings
-from cod_lightning.config.saved import create_run_folder, load, to_yaml
+from cod_lightning.config.saved import check_init_from, create_run_folder, load, to_yaml
 from cod_lightning.config.schema import flatten, identity, init_from_run
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
@@ -90,7 +90,7 @@ def test_the_micro_batch_size_changes_the_run_folder_under_the_protocol_of_the_p
         (["data=c4"], "quickstart-c4"),
         (["task=vision", "model=vit_tiny"], "vit_tiny-drawn"),
         (["experiments=quickstart", "model=tiny"], "quickstart"),
-        (["experiments=table1_130m", "scale=toy", "model=tiny"], "table1_130m"),
+        (["experiments=table1_130m", "scale=toy", "norm=pre_ln"], "table1_130m"),
         (["experiment=mine", "model=tiny"], "mine"),
     ],
     ids=" ".join,
@@ -109,6 +109,33 @@ def test_a_run_that_has_a_folder_of_the_default_experiment_is_found_there(tmp_pa
 def test_output_and_name_place_the_run_folder():
     assert compose(["output=/tmp/x"]).folder.parent.parent.as_posix() == "/tmp/x"
     assert compose(["name=mine"]).folder.as_posix() == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "replaced"),
+    [
+        (["experiments=table1_130m", "model=llama_1b"], "model.hidden_size, .* of model=llama_1b"),
+        (["data=c4"], "data.source, data.tokenizer of data=c4"),
+        (["protocol=paper"], "protocol, data.layout, .* of protocol=paper"),
+        (["experiments=table2_250m", "data=docs"], "data.source of data=docs"),
+    ],
+)
+def test_a_scale_does_not_replace_what_the_command_line_chooses(words, replaced):
+    with pytest.raises(UserError, match=f"^scale=toy replaces {replaced}: remove one of the two"):
+        compose([*words, "scale=toy"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["trainer=cpu"], ["protocol=strict"], ["norm=pre_ln"], ["data=docs"], ["optim=adamw", "optim.lr=0.1"]],
+    ids=" ".join,
+)
+def test_a_scale_stands_beside_choices_that_it_does_not_change(words):
+    assert compose([*words, "scale=toy"]).model.hidden_size == 64
+
+
+def test_the_run_id_does_not_depend_on_the_spelling_of_a_number_of_norm():
+    assert compose(["norm=mix_ln", "norm.fraction=1"]).id == compose(["norm=mix_ln", "norm.fraction=1.0"]).id
 
 
 def test_the_run_id_does_not_depend_on_file_names_if_their_hash_is_set():
@@ -167,6 +194,11 @@ def test_the_id_of_a_run_that_starts_from_another_does_not_depend_on_the_folder_
     assert run_id("runs") == run_id(tmp_path) == run_id(".")
     assert run_id("runs") != run_id("runs", "small/b")
     assert run_id("runs") != init_from_run(compose(), Path("elsewhere", source)).id
+
+
+def test_the_initialisation_of_the_source_does_not_matter(tmp_path):
+    folder = create_run_folder(compose([f"output={tmp_path}", "model.init=fan_in", "model.init_cutoff=3"]))
+    check_init_from(compose([f"init_from={folder}"]))
 
 
 def test_a_folder_of_another_configuration_is_not_overwritten(tmp_path):

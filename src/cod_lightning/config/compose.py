@@ -28,8 +28,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups
-from cod_lightning.config.schema import Config, init_from_run
+from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
+from cod_lightning.config.schema import Config, flatten, init_from_run
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import UserError, first_line, nearest
 from cod_lightning.nn import strategies
@@ -177,6 +177,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     files = tuple(o.input_line or "" for o in chosen if o not in scales)
     node = pickle.loads(merge_scale(config_folder(), files, str(scales[-1].value()) if scales else None))
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
+    if scales:
+        errors += replaced_choices(merge_files(config_folder(), files), node, words)
     rows = [str(o.value()) for o in words if o.key_or_group == "row" and o.value() is not None]
     if rows:
         errors += apply_overrides(node, row_overrides(node, rows[-1]))
@@ -234,6 +236,29 @@ def merge_scale(folder: Path, words: tuple[str, ...], scale: str | None) -> byte
         node = node.copy()
         node.merge_with(OmegaConf.load(folder / "scale" / f"{scale}.yaml"))
     return pickle.dumps(node)
+
+
+def replaced_choices(before: DictConfig, after: DictConfig, words: Sequence[Override]) -> list[str]:
+    """Errors for choices such as model=llama_1b of which a scale replaces fields that the command line does not set.
+
+    Args:
+        before: the files that are chosen, without the scale.
+        after: with it.
+        words: the command line.
+    """
+    given = {word.key_or_group: str(word.value()) for word in words}
+    errors, select = [], OmegaConf.select
+    for group in given.keys() & (set(groups()) - {"scale", "experiments"}):
+        content = read_yaml(f"{group}/{given[group]}") if given[group] in choices(group) else {}
+        chosen = flatten({group: content} if group in SECTIONS else content)
+        open_fields = {name: value for name, value in chosen.items() if name == group or name not in given}
+        replaced = [name for name, value in open_fields.items() if select(before, name) == value != select(after, name)]
+        if replaced:
+            errors.append(
+                f"scale={given['scale']} replaces {', '.join(replaced)} of {group}={given[group]}: remove one of the "
+                "two, or set these fields"
+            )
+    return sorted(errors)
 
 
 def row_overrides(node: DictConfig, name: str) -> list[Override]:

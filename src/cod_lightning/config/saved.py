@@ -270,7 +270,7 @@ def check_init_from(config: Config) -> None:
 
     def decoder(run: Config) -> dict[str, Any]:
         # The initialisation does not matter, and the vocabulary is compared with the weights themselves.
-        ignored = ("vocab_size", "init_std", "embedding_std")
+        ignored = ("vocab_size", "init", "init_cutoff", "init_std", "embedding_std")
         model = {name: value for name, value in identity_fields(run.model).items() if name not in ignored}
         return {"model": model, "norm": run.norm}
 

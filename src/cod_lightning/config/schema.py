@@ -249,6 +249,8 @@ class Config:
 def identity(config: Config) -> dict[str, Any]:
     """The settings that change the result of a run, as nested dictionaries."""
     values = identity_fields(config)
+    # The options of a strategy have no declared types: 1 and 1.0 are the same.
+    values["norm"] = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in config.norm.items()}
     if config.init_from is not None:  # a run below `output` is the same run wherever `output` is
         source = run_folder_of(Path(config.init_from))
         values["init_from"] = under_default_output(config, config.init_from)
