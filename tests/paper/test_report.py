@@ -54,8 +54,8 @@ def published_and(*experiments):
 def test_the_report_opens_with_the_headline_and_its_interval(report):
     assert report.markdown.startswith(
         "# Reproduction\n\n"
-        "**At scale=toy** (setting of toy, 3 seeds), LNS ends with a loss 0.367 nats lower than Pre-LN (95% interval "
-        "0.223 to 0.510). In the paper, the difference is -0.037 nats.\n"
+        "**At scale=toy** (setting of toy, 3 seeds), LNS minus Pre-LN is -0.367 nats (95% interval -0.510 to -0.223). "
+        "In the paper it is -0.037.\n"
     )
 
 
@@ -65,6 +65,15 @@ def test_the_verdict_lists_opposite_unsettled_and_untried_findings(experiments):
     assert "- Opposite: post_ln loses to pre_ln (-0.43±" in text
     assert "- Within noise: 1.\n" in text
     assert "Not run: Table 9; scale=paper, mini, small." in text
+
+
+def test_the_headline_says_when_many_comparisons_make_it_insignificant():
+    baseline = row("pre_ln", 20.0, *(run(seed, 5.0) for seed in (1, 2, 3)))
+    lns = row("lns", 19.0, run(1, 4.9), run(2, 4.87), run(3, 4.92))
+    others = [row(f"row {n}", 20.0, *(run(seed, 4.9 + seed / 20) for seed in (1, 2, 3))) for n in range(9)]
+    assert "to -0.041). In the paper" in verdict_on(*published_and(table(baseline, lns)))
+    headline = "to -0.041), not significant among 10 comparisons. In the paper"
+    assert headline in verdict_on(*published_and(table(baseline, lns, *others)))
 
 
 def test_the_verdict_has_at_most_150_words():
@@ -87,7 +96,9 @@ def test_the_committed_verdict_has_at_most_150_words():
 def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiments):
     small = table(*(replace(r, runs=r.runs[:1]) for r in rows_at("small", run_at="small")), scale="small")
     text = verdict_on(*experiments, small)
-    assert "**At scale=small** (setting of small, 1 seed), LNS ends with a loss 0.400 nats lower" in text
+    assert (
+        "**At scale=small** (setting of small, 1 seed), LNS minus Pre-LN is -0.400 nats, without an interval." in text
+    )
     assert "Other claims at scale=toy:" in text
 
 
@@ -255,15 +266,16 @@ def test_several_metrics_are_one_table_of_a_size():
     assert tables["### Table 2: ours at scale=paper"][2][:3] == ["lns", "25.00", "1"]
 
 
-def test_a_metric_without_published_figures_has_no_direction():
+def test_an_accuracy_of_ours_is_compared_with_the_published_average():
     rows = [
         row("pre_ln", {"average": 36.93}, *(Run(seed, {"accuracy": 20.0 + seed}, {}) for seed in (1, 2))),
         row("lns", {"average": 43.14}, *(Run(seed, {"accuracy": 30.0 + seed}, {}) for seed in (1, 2))),
     ]
     scored = table(*rows, metric="accuracy", target="Table 2")
     ours = comparison_table(Column((scored,)))
-    assert ours.head == ["row", "accuracy, mean ± sd", "n", "difference to pre_ln, points (95 %)"]
-    assert ours.rows[1] == ["lns", "31.50 ± 0.71", "2", "**+10.00 ± 0.00**"]
+    assert ours.head[1:4] == ["accuracy, mean ± sd", "n", "difference to pre_ln, points (95 %)"]
+    assert ours.rows[1] == ["lns", "31.50 ± 0.71", "2", "**+10.00 ± 0.00**", "+6.21, same"]
+    assert Column((scored,)).headline.name == "accuracy"
 
 
 def test_environments_name_hardware_versions_commit_and_data(report):
@@ -313,6 +325,8 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     rows = tables_of(built.markdown)["### Depth: ours at scale=small"]
     assert ["x 24: lns", "4.615 ± 0.007", "2", "**-0.385 ± 0.064** †"] in rows
     assert "- Depth (x 6 to x 24): -0.08±0.06, -0.39±0.06." in built.markdown
+    once = [replace(e, rows=tuple(replace(r, runs=r.runs[:1]) for r in e.rows)) for e in depth]
+    assert "- Depth (x 6 to x 24): -0.09 (one seed), -0.39 (one seed)." in build_report([*published, *once]).markdown
     assert "scale=small.** 4 distinct comparisons" in built.markdown
     with_one_setting = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in with_one_setting.figures
@@ -339,12 +353,17 @@ def test_the_league_is_a_figure_and_a_table_of_own_best_rates(monkeypatch):
 
 def test_a_rate_at_which_a_run_diverges_is_not_the_best():
     columns = []
-    for rate, losses in {"1 x": (5.0, 4.9), "2 x": (math.nan, math.inf)}.items():
+    for rate, losses in {"1 x": (5.0, 4.9), "2 x": (math.nan, math.inf), "4 x": (math.inf, math.inf)}.items():
         runs = [[run(seed, loss) for seed in (1, 2)] for loss in losses]
         columns.append(Column((table(row("pre_ln", None, *runs[0]), row("lns", None, *runs[1]), column=rate),)))
     assert [(best.row.name, best.rate) for best in tuned_rows(columns)] == [("lns", "1 x"), ("pre_ln", "1 x")]
-    (never, _) = tuned_rows(columns[1:])
-    assert never.difference is None
+    assert [best.difference for best in tuned_rows(columns[1:])] == [None, None]
+
+
+def test_a_strategy_that_was_run_at_one_rate_has_no_best_one():
+    rows = row("pre_ln", None, run(1, 5.0)), row("lns", None, run(1, 4.9)), row("post_ln", None, run(1, 4.0))
+    slow, fast = Column((table(*rows, column="1 x"),)), Column((table(*rows[:2], column="2 x"),))
+    assert [best.row.name for best in tuned_rows([slow, fast])] == ["lns", "pre_ln"]
 
 
 def test_a_rate_at_which_some_runs_fail_is_not_the_best():
@@ -358,8 +377,8 @@ def test_a_rate_at_which_some_runs_fail_is_not_the_best():
         columns.append(Column((table(row("pre_ln", None, run(1, 5.0)), row("lns", None, *lns), column=rate),)))
     best = tuned_rows(columns)[0]
     assert (best.row.name, best.rate, best.rates, best.good) == ("lns", "1 x", ("1 x", "2 x", "4 x"), ("1 x",))
-    assert best.edge == "the lowest run"
-    assert tuned_strategies_table(tuned_rows(columns[2:])).rows[1][2] == "diverged"
+    assert best.edge == "no lower one run"
+    assert tuned_strategies_table(tuned_rows(columns[1:])).rows[1][2] == "diverged"
 
 
 def test_rates_are_compared_on_the_seeds_that_all_have():

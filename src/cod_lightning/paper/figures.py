@@ -46,8 +46,12 @@ def row_colour(row: ReportRow) -> str:
 
 def seed_count(rows: Iterable[ReportRow]) -> str:
     """Number of seeds of the rows that were run, such as "3" or "1 to 3"."""
-    counts = [len(row.runs) for row in rows if row.runs]
-    low, high = min(counts, default=0), max(counts, default=0)
+    return number_range([len(row.runs) for row in rows if row.runs])
+
+
+def number_range(numbers: Sequence[int]) -> str:
+    """The smallest and the largest of some numbers, such as "1 to 3", or "3" if they are equal."""
+    low, high = min(numbers, default=0), max(numbers, default=0)
     return str(high) if low == high else f"{low} to {high}"
 
 

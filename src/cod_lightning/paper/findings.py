@@ -105,6 +105,9 @@ RESCALED_ANGLE = measure("angular", lambda result: deeper_mean(rescaled(result["
 DEEP_COST = measure("removal", lambda result: deeper_mean(loss_increases(result)))
 ANGLE = {"angular distance to the next layer, deeper half": DEEP_ANGLE}
 COST = {"increase of the loss without a block, deeper half (nats)": DEEP_COST}
+POWER = measure("theory", lambda result: growth(result["variances"][1:]).power)
+"""p of variance ~ l^p from block l = 1 on, without the embeddings."""
+LAST_GAIN = measure("theory", lambda result: result["gains"][-1])
 LAYERS = {**ANGLE, "the same, scaled to [0, 1] as in the released code": RESCALED_ANGLE, **COST}
 VARIANCE: dict[str, Quantity] = {
     "variance after the last layer, end of the run": LAST_VARIANCE,
@@ -129,11 +132,9 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
             "theory", lambda result: result["growth"]["power"]
         ),
         "its R^2": measure("theory", lambda result: result["growth"]["power_r2"]),
-        "p without the embeddings, from block l = 1 on": measure(
-            "theory", lambda result: growth(result["variances"][1:]).power
-        ),
+        "p without the embeddings, from block l = 1 on": POWER,
         "c of the lemma, fitted": measure("theory", lambda result: result["c"]),
-        "gain to the last layer": measure("theory", lambda result: result["gains"][-1]),
+        "gain to the last layer": LAST_GAIN,
     },
 }
 """Quantities in the report, by figure."""
@@ -141,13 +142,17 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
 
 def quantities_of(column: Column) -> dict[str, Quantity]:
     """The quantities of a column's figure."""
-    first = column.first
-    if fractions := first.paper.get("fractions"):
+    if fractions := column.first.paper.get("fractions"):
         return {
             f"variance after the last layer at {part:.0%} of the run": recorded_variance(variance_at(part))
             for part in fractions
         }
-    return QUANTITIES.get("Theory" if first.name == "theory" else first.target, {})
+    return QUANTITIES.get(statements_about(column), {})
+
+
+def statements_about(column: Column) -> str:
+    """The key of a column in `QUANTITIES` and `FINDINGS`."""
+    return "Theory" if column.first.name == "theory" else column.first.target
 
 
 def quantity_rows(column: Column) -> list[list[str]]:
@@ -199,6 +204,11 @@ def smaller(statement: str, less: str, more: str, quantity: Quantity) -> Finding
     return Finding(statement, (less, more), lambda a, b: math.log(b / a), quantity)
 
 
+def more(statement: str, row: str, base: str, quantity: Quantity) -> Finding:
+    """One row has more of a quantity than another: their difference."""
+    return Finding(statement, (row, base), lambda ours, theirs: ours - theirs, quantity)
+
+
 def positive(statement: str, row: str, quantity: Quantity) -> Finding:
     """A quantity of one row is positive."""
     return Finding(statement, (row,), lambda value: value, quantity)
@@ -214,6 +224,7 @@ COST_CHANGE = measure("removal", lambda result: deeper_less_shallower(loss_incre
 LARGEST_SHARE = measure("removal", lambda result: largest_share(loss_increases(result)))
 NEARER_TO_IDENTITY = measure("jacobian", lambda result: math.log(result["distance"][1] / result["distance"][-1]))
 """Compares the second block with the last: the first reads the embeddings and is far from I in any model."""
+BEYOND_LINEAR = measure("theory", lambda result: growth(result["variances"][1:]).power - 1)
 DEPTH_GROWTH = recorded_variance(lambda steps, variance: math.log(depth_ratio(steps, variance)))
 TIME_GROWTH = recorded_variance(lambda steps, v: math.log(variance_at(0.3)(steps, v) / variance_at(0.05)(steps, v)))
 """Growth of the variance from 5 % to 30 % of the run, as in Figure 9."""
@@ -234,12 +245,8 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
     "Figure 6": (smaller("LNS: lower final loss", "lns", "pre_ln", final_loss),),
     "Figure 7": (
         smaller("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
-        Finding(
-            "LNS: deep blocks rotate the stream more than under Pre-LN",
-            ("lns", "pre_ln"),
-            lambda lns, pre_ln: lns - pre_ln,
-            DEEP_ANGLE,
-        ),
+        more("LNS: removing deep blocks costs more than under Pre-LN", "lns", "pre_ln", DEEP_COST),
+        more("LNS: deep blocks rotate the stream more than under Pre-LN", "lns", "pre_ln", DEEP_ANGLE),
     ),
     "Figure 8": (smaller("ViT, LNS after Attn/MLP: less final variance", "after_branch", "pre_ln", LAST_VARIANCE),),
     "Figure 9": (
@@ -250,8 +257,13 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
         negative("Pre-LN: removing deep blocks costs less", "language", COST_CHANGE),
         negative("Pre-LN: deep blocks rotate the stream less", "language", ANGLE_CHANGE),
     ),
+    "Theory": (
+        positive("Pre-LN: the variance grows at least as l (Lemma 3.2)", "pre_ln", BEYOND_LINEAR),
+        positive("LNS: the variance grows at least as l (Lemma 4.1)", "lns", BEYOND_LINEAR),
+        smaller("LNS: more growth of the gradient than under Pre-LN (Theorems 3.3, 4.2)", "pre_ln", "lns", LAST_GAIN),
+    ),
 }
-"""Findings by figure. Figure 3 and the theorems state nothing that could be compared with a number."""
+"""Findings by figure, and about the theorems. Figure 3 states nothing that could be compared with a number."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +288,7 @@ def finding_results(column: Column) -> list[ClaimResult]:
     """The findings of a column's figure that were measured."""
     results = []
     rows = {row.name: row for row in column.rows}
-    for finding in FINDINGS.get(column.first.target, ()):
+    for finding in FINDINGS.get(statements_about(column), ()):
         if not set(finding.rows) <= rows.keys():
             continue
         by_seed = [{run.seed: run for run in rows[name].runs} for name in finding.rows]

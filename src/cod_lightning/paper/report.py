@@ -25,7 +25,7 @@ from cod_lightning.paper.claims import (
     by_target,
     columns,
 )
-from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, seed_count, tuned_figure
+from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, number_range, tuned_figure
 from cod_lightning.paper.findings import ClaimResult
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
@@ -119,7 +119,7 @@ def overview(targets: Targets) -> Table:
             compared = [c for column in columns(experiments) for c in column.compare(column.headline)]
             diverged = list(dict.fromkeys(c.row.label for c in compared if c.failures))
             if claims or diverged:
-                seeds = seed_count(row for e in experiments for row in e.rows)
+                seeds = number_range([claim.difference.n for claim in claims] or [len(c.row.runs) for c in compared])
                 labels = [*(labels_of(claims, name) for name in HEADINGS), diverged]
                 rows.append([target, scale, seeds, *map("; ".join, labels)])
     head = ["target", "scale", "seeds", *HEADINGS.values(), "diverged"]
@@ -171,8 +171,7 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
                 Table(table.head, [[prefix + row[0], *row[1:]] for row in table.rows], table.text_columns)
             )
         lines += [prefix + line for line in tables.summary_lines(column)]
-    if columns[0].first.axis == "lr":
-        tuned = tuned_rows(columns)
+    if columns[0].first.axis == "lr" and (tuned := tuned_rows(columns)):
         all_tables.append(tables.tuned_strategies_table(tuned))
         compared = sum(best.difference is not None and best.difference.margin is not None for best in tuned)
         lines.append(

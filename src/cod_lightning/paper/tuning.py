@@ -33,13 +33,11 @@ class Tuned:
     @property
     def edge(self) -> str:
         """Whether a better rate may lie beyond those that were run, in words."""
-        if len(self.rates) == 1:
-            return "the only one run"
-        return {self.rates[0]: "the lowest run", self.rates[-1]: "the highest run"}.get(self.rate, "")
+        return {self.rates[0]: "no lower one run", self.rates[-1]: "no higher one run"}.get(self.rate, "")
 
 
 def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
-    """The rows that were run, the best first; the rate is chosen by the losses that are compared.
+    """The rows that were run at several rates, the best first; the rate is chosen by the losses that are compared.
 
     A run that diverged, or whose loss is not finite, is the worst.
 
@@ -52,19 +50,24 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
             failed = {run.seed: math.inf for run in row.runs if run.failure}
             if by_seed := failed | Metric("val_loss").by_seed(row):
                 losses.setdefault(row.name, {})[column.heading] = by_seed
-    means = {name: mean_losses(rates) for name, rates in losses.items()}
+    means = {name: mean_losses(rates) for name, rates in losses.items() if len(rates) > 1}
     best = {name: min(rates, key=lambda rate: rates[rate]) for name, rates in means.items()}
     baseline, rows = columns[0].baseline.name, {row.name: row for row in columns[0].rows}
     base = losses[baseline][best[baseline]] if baseline in best else {}
     tuned = []
-    for name in sorted(best, key=lambda name: means[name][best[name]]):
+    for name in best:
         rate, values = best[name], losses[name][best[name]]
         pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
         compared = pairs and name != baseline and all(map(math.isfinite, pairs))
         difference = Difference.of(pairs) if compared else None
         good = tuple(other for other, mean in means[name].items() if mean - means[name][rate] <= GOOD_RATE)
         tuned.append(Tuned(rows[name], rate, values, difference, tuple(means[name]), good))
-    return tuned
+
+    def to_baseline(best: Tuned) -> float:
+        otherwise = 0.0 if best.row.name == baseline else math.inf
+        return best.difference.mean if best.difference else otherwise
+
+    return sorted(tuned, key=to_baseline)
 
 
 def mean_losses(rates: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
