@@ -370,6 +370,11 @@ REFUSED = {
         {"norm": "lns"},
         "its blocks have other modules than Pre-LN: pre_mlp_norm; name its modules",
     ),
+    "norms after the sub-layers": (
+        lambda: changed(build("Llama"), lambda block: setattr(block, "norm_after", True)),
+        {"norm": "lns"},
+        "LlamaDecoderLayer is no Pre-LN block: it norms the outputs of its sub-layers",
+    ),
     "another module": (
         lambda: changed(build("Llama"), with_child("adapter", nn.Linear(32, 32))),
         {"norm": "lns"},

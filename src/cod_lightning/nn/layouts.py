@@ -150,8 +150,8 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
 
     Raises:
         UserError: as `sites`, the model is inside a wrapper such as DDP or PEFT's, no norms before the sub-layers are
-            known, two sub-layers share a norm or a branch, or, without a layout, a block is one of `OTHER_SUMS` or
-            has modules that its known layout does not name.
+            known, two sub-layers share a norm or a branch, or, without a layout, a block computes another equation
+            (`OTHER_SUMS`) or has modules that its known layout does not name.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
@@ -165,9 +165,11 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
         raise unknown_layout(model)
     where = sites(model, layout)
-    for kind in [type(site.block).__name__ for site in where if by_name]:
-        if kind in OTHER_SUMS:
-            raise UserError(f"{type(model).__name__}: {kind} is no Pre-LN block: it {OTHER_SUMS[kind]}")
+    for block in [site.block for site in where if by_name]:
+        kind = type(block).__name__
+        if kind in OTHER_SUMS or getattr(block, "norm_after", False):
+            reason = OTHER_SUMS.get(kind, "norms the outputs of its sub-layers (norm_after)")  # Molmo2's switch
+            raise UserError(f"{type(model).__name__}: {kind} is no Pre-LN block: it {reason}")
     if layout.norms is None:
         raise UserError(
             f"{type(model).__name__} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their "
