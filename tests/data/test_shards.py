@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cod_lightning.commands.prepare import count_of, shard_of
 from cod_lightning.data import chunks, corpora, encode, shards
 from cod_lightning.data import prepare as preparation
 from cod_lightning.data.corpora import share
@@ -17,7 +18,7 @@ from cod_lightning.data.instructions import drawn
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import is_complete, prepare, prepared_folder
 from cod_lightning.data.readers import read_file
-from cod_lightning.data.shards import count_of, merge_shards, parts_folder, prepare_shard, shard_of
+from cod_lightning.data.shards import merge_shards, parts_folder, prepare_shard
 from cod_lightning.errors import UserError
 
 

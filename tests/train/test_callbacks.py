@@ -26,7 +26,7 @@ from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import TRAINING_MEASURES, Recorder, is_figure_step
 from cod_lightning.train.load import checkpoint_of, load_decoder
-from cod_lightning.train.module import rank_share
+from cod_lightning.train.module import StepModule
 from cod_lightning.train.run import build
 
 DEPTH, PAD = 3, 0
@@ -234,7 +234,9 @@ def statistics_of_two_ranks(tokens):
             barrier.wait(timeout=60)
             return result
 
-        return vars(layer_statistics(tiny(), rank_share(tokens, rank, 2, PAD), PAD, sum_over_ranks=total))
+        module: Any = SimpleNamespace(trainer=SimpleNamespace(global_rank=rank, world_size=2))
+        share = StepModule.rank_share(module, tokens, PAD)
+        return vars(layer_statistics(tiny(), share, PAD, sum_over_ranks=total))
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, range(2)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from cod_lightning.commands.options import OVERRIDES, add_overrides, pop_options
@@ -19,6 +20,23 @@ OPTIONS = {"shard": str, "merge": str}
 add_arguments = add_overrides
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """Parse "K/N", shard K of N, counted from 0; raise a UserError unless K < N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError(
+            f"shard={text}: must be K/N, where N shards are numbered from 0, such as shard=0/4 to shard=3/4"
+        )
+    return int(match[1]), int(match[2])
+
+
+def count_of(text: str) -> int:
+    """Parse the number of shards to merge; raise a UserError unless it is a positive integer."""
+    if not re.fullmatch(r"\d+", text) or not int(text):
+        raise UserError(f"merge={text}: must be the number of shards, such as merge=4 after shard=0/4 to shard=3/4")
+    return int(text)
+
+
 def run(overrides: Sequence[str]) -> int:
     from cod_lightning.config.compose import compose
     from cod_lightning.data import shards
@@ -27,8 +45,8 @@ def run(overrides: Sequence[str]) -> int:
     options, overrides = pop_options(overrides, OPTIONS, "prepare")
     if len(options) == 2:
         raise UserError(f"shard={options['shard']} and merge={options['merge']}: merge after all shards are finished")
-    shard = shards.shard_of(options["shard"]) if "shard" in options else None
-    count = shards.count_of(options["merge"]) if "merge" in options else None
+    shard = shard_of(options["shard"]) if "shard" in options else None
+    count = count_of(options["merge"]) if "merge" in options else None
     config = compose(overrides)
     if config.task != "language":
         raise UserError(f"task={config.task} needs no preparation: train it with fit")

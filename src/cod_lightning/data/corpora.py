@@ -13,13 +13,13 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cod_lightning.data.config import FILE_SOURCES, SOURCES, TEXT_FIELD, UTF_8, DataConfig, patterns
+from cod_lightning.data.config import FILE_SOURCES, TEXT_FIELD, UTF_8, DataConfig, patterns
 from cod_lightning.data.debian12 import CORPUS
 from cod_lightning.data.documentation import docs, docs_versions
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.instructions import DRAWN_RECIPE, PROMPT_RECIPE, Example, drawn
 from cod_lightning.data.readers import SUFFIXES_HELP, example_of, is_readable, read_examples, read_file
-from cod_lightning.errors import UserError, nearest, one_line
+from cod_lightning.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def open_corpus(config: DataConfig, workers: int = 1) -> Corpus:
     `max_documents` limits the training documents only, so that runs on less text are validated on the same text.
 
     Raises:
-        UserError: unknown source, no files, or the hub cannot be used; while reading, as `read_file`, `read_examples`.
+        UserError: no files, or the hub cannot be used; while reading, as `read_file`, `read_examples`.
     """
     if config.source == "docs":
         documents = docs(workers)
@@ -65,8 +65,6 @@ def texts_of_shard(config: DataConfig, index: int, count: int) -> Texts:
     """
     if config.source == "c4":
         return _c4(index, count)
-    if config.source not in FILE_SOURCES:
-        raise UserError(f"data.source={config.source!r}: {nearest(config.source, SOURCES)}")
     read: Callable[[Path], Iterator[str]] = partial(read_examples, encoding=config.codec)
     if config.source == "files":
         read = partial(read_file, field=config.text_field, encoding=config.codec)

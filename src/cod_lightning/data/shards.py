@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -83,23 +82,6 @@ class Part:
     """SHA-256 of its JSON, `pad_id` and `eos_id`."""
     dtype: str
     streams: dict[str, Stream]
-
-
-def shard_of(text: str) -> tuple[int, int]:
-    """Parse "K/N", shard K of N, counted from 0; raise a UserError unless K < N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise UserError(
-            f"shard={text}: must be K/N, where N shards are numbered from 0, such as shard=0/4 to shard=3/4"
-        )
-    return int(match[1]), int(match[2])
-
-
-def count_of(text: str) -> int:
-    """Parse the number of shards to merge; raise a UserError unless it is a positive integer."""
-    if not re.fullmatch(r"\d+", text) or not int(text):
-        raise UserError(f"merge={text}: must be the number of shards, such as merge=4 after shard=0/4 to shard=3/4")
-    return int(text)
 
 
 def parts_folder(config: DataConfig, count: int) -> Path:

@@ -384,13 +384,12 @@ class Checkpoints(Checkpoint):
             UserError: the ranks would resume from different steps.
         """
         if stage == "fit":
-            newest = [path.name for path in checkpoints(self.folder)[-1:]]
+            newest = next((path.name for path in reversed(checkpoints(self.folder))), "missing")
             first = trainer.strategy.broadcast(newest)
             if pl_module.sum_over_ranks(torch.tensor(int(newest != first))).item():
                 raise UserError(
-                    f"{self.folder}: the newest checkpoint is {first[0] if first else 'missing'} on the first rank, "
-                    f"{newest[0] if newest else 'missing'} on another: put the run folder on a file system that all "
-                    "nodes share"
+                    f"{self.folder}: the newest checkpoint is {first} on the first rank, {newest} on another: put the "
+                    "run folder on a file system that all nodes share"
                 )
         if trainer.is_global_zero:
             for partial in self.folder.glob(".*.partial"):

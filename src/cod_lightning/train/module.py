@@ -220,7 +220,9 @@ class StepModule(LightningModule, ABC):
         return self.trainer.strategy.reduce(stacked.to(self.trainer.strategy.root_device), reduce_op="sum")
 
     def rank_share(self, inputs: Tensor, filler: int) -> Tensor:
-        return rank_share(inputs, self.trainer.global_rank, self.trainer.world_size, filler)
+        """The part of this rank of `inputs` along dimension 0, or one entry of `filler` if there are too few."""
+        part = inputs[self.trainer.global_rank :: self.trainer.world_size]
+        return part if len(part) else torch.full_like(inputs[:1], filler)
 
     def log_figures(self, figures: Mapping[str, Any]) -> None:
         """Log the figures of a validation, counts in float64: float32 rounds those above 2**24."""
@@ -363,9 +365,3 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 def is_finite(gradient: Tensor | None) -> bool:
     """Whether this rank's part of a gradient is finite; True without a gradient."""
     return gradient is None or bool(torch.isfinite(to_local(gradient)).all())
-
-
-def rank_share(inputs: Tensor, rank: int, world_size: int, filler: int) -> Tensor:
-    """A rank's part of `inputs` along dimension 0, or one entry of `filler` if there are fewer entries than ranks."""
-    part = inputs[rank::world_size]
-    return part if len(part) else torch.full_like(inputs[:1], filler)

@@ -113,8 +113,8 @@ class Sharded(ModelParallelStrategy):
             checkpoint = load_file(path, path, mmap=True)
             load_weights(module, checkpoint["state_dict"], str(path))
             module.check_groups(checkpoint)
-        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        states = checkpoint.get("optimizer_states", ())
+        for optimizer, parameters, state in zip(self.optimizers, self.optimizer_parameters(), states, strict=False):
             shards = {
                 number: {name: sharded_state(value, parameters[number]) for name, value in values.items()}
                 for number, values in state["state"].items()

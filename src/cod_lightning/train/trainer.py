@@ -104,10 +104,6 @@ def quiet_lightning() -> Generator[None]:
         for message in (
             # The main process reads the data unless data.loader_workers is set.
             r".*does not have many workers.*",
-            # The order of the data is a function of the step: the loader has no state to resume.
-            r".*resuming from a checkpoint that ended before the epoch ended.*",
-            # Every rank reads its own share of the validation data.
-            r".*Your `IterableDataset` has `__len__` defined.*",
             # Metrics are already summed over the ranks.
             r".*It is recommended to use `self\.log\(.*sync_dist=True.*",
             # One process on a machine that has Slurm is intended.
