@@ -5,8 +5,9 @@ import pytest
 from cod_lightning.commands.sweeps import bars, sweep_table
 
 
-def record(loss, variance):
+def record(loss, variance, seed=1):
     return {
+        "seed": seed,
         **{"val_loss": loss, "ppl": 2.0, "wall_seconds": 60.0, "config": {"protocol": "strict"}},
         "history": {"layers": {"variance": [[0.0] * len(variance), variance]}},
     }
@@ -18,8 +19,8 @@ def rows(runs):
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
-PRE_LN = [("norm=pre_ln seed=1", record(6.0, [1.0, 8.0])), ("norm=pre_ln seed=2", record(5.0, [1.0, 8.0]))]
-LNS = [("norm=lns seed=1", record(4.0, [0.5, 1.0])), ("norm=lns seed=2", record(4.2, [1.5, 3.0]))]
+PRE_LN = [("norm=pre_ln seed=1", record(6.0, [1.0, 8.0])), ("norm=pre_ln seed=2", record(5.0, [1.0, 10.0], seed=2))]
+LNS = [("norm=lns seed=1", record(4.0, [0.5, 1.0])), ("norm=lns seed=2", record(4.2, [1.5, 3.0], seed=2))]
 
 
 def test_configurations_come_first_with_mean_and_standard_deviation_over_seeds():
@@ -29,12 +30,13 @@ def test_configurations_come_first_with_mean_and_standard_deviation_over_seeds()
         *("norm=lns seed=1", "norm=lns seed=2", "norm=pre_ln seed=2", "norm=pre_ln seed=1"),
     ]
     assert lines[0]["val_loss"] == "4.1000 ± 0.1414"
-    assert [line["above best"] for line in lines[:2]] == ["", "+1.4000"]
+    assert [line["above best"] for line in lines[:2]] == ["", "+1.4000 ± 7.6237"]
     assert lines[0]["last-layer variance"] == "2"
 
 
 def test_bars_of_all_lines_have_one_scale():
-    assert [line["by layer"] for line in rows([*PRE_LN, *LNS])[:2]] == ["▂▃", "▂█"]
+    lines = rows([*PRE_LN, *LNS])
+    assert [line["by layer"] for line in lines if "pre_ln" in line["run"]] == ["▁█", "▁█", "▁▇"]
 
 
 def test_a_sweep_of_one_seed_has_its_runs_alone():

@@ -42,10 +42,16 @@ def test_a_cheap_block_costs_less_than_a_hundredth_of_the_loss():
 
 
 def test_the_headline_names_the_cheap_blocks_and_the_longest_run():
-    assert headline_sentence(headline(SIX), SIX["removal"]) == (
+    sentence = headline_sentence(headline(SIX), SIX["removal"], uniform=9.0)
+    assert sentence == (
         "4 of 6 blocks cost less than 1% of the loss when removed alone (1 early, 1 middle, 2 late); the cheapest adds "
         "-0.1 ± 0.03 nats (block 5). The longest run found whose removal raises the perplexity by at most 1%: no "
         "block; 10%: 2 blocks, 4 to 5."
+    )
+    poor = headline_sentence(headline(SIX), SIX["removal"], uniform=2.2)
+    assert poor == sentence + (
+        " With a loss of 2 nats, where a uniform guess has 2.2, the model has not learned this text, and these numbers "
+        "say nothing about its depth."
     )
 
 
@@ -67,7 +73,7 @@ def test_numbers_that_are_not_finite_are_named():
     diverged["removal"]["losses"] = [None, 2.5]
     assert "1 after block 1 and not finite after block 2" in SECTIONS["variance"].sentence(diverged["variance"])
     assert "0.5 ± 0.03 (block 2) and 0.5 ± 0.03 (block 2)" in SECTIONS["removal"].sentence(diverged["removal"])
-    assert summary(diverged)["last over first"] == "not finite"
+    assert summary(diverged, 9.0)["last over first"] == "not finite"
 
 
 READOUTS = [([9, 5, 2.1, 2.3, 2.1, 2.0], 5), ([9, 8, 7], 3), ([2.0], 1)]
@@ -128,14 +134,14 @@ def test_all_panels_share_a_legend():
 
 
 def test_the_summary_of_a_model():
-    row = summary(results([0.5, 1.5, 2.5, 3.5]))
+    row = summary(results([0.5, 1.5, 2.5, 3.5]), 9.0)
     assert row["last over first"] == "4"
     assert row["mean increase of the loss when a block of the deeper half is removed"] == "3.0000"
 
 
 def test_the_page_escapes_names():
     text = {"source": "files: <a>", "sha256": "0", "sequences": 1, "tokens": 2}
-    page, _ = report_page({"<lns>": results([1.0, 2.0])}, {"<lns>": text})
+    page, _ = report_page({"<lns>": results([1.0, 2.0])}, {"<lns>": text}, {"<lns>": 9.0})
     assert "<h1>How much of its depth &lt;lns&gt; uses</h1>" in page
     assert "<lns>" not in page
     assert "<a>" not in page

@@ -159,8 +159,10 @@ def test_a_finding_about_rows_that_were_not_run_is_left_out():
 
 def test_a_reproduced_figure_is_shown_by_its_quantities_and_findings(capsys):
     measured = [run(seed, 5.0, jacobian={"distance": [0.3, 0.2, 0.1]}) for seed in (1, 2)]
-    show(reproduction_tables([table(row("pre_ln", None, *measured), target="Figure 5", name="figure5")]))
+    figure = table(row("pre_ln", None, *measured), target="Figure 5", name="figure5")
+    show(reproduction_tables([figure], ["trainer.max_steps=5"]))
     printed = capsys.readouterr().out
+    assert printed.startswith("Figure 5, scale=toy: 130M with trainer.max_steps=5\n")
     assert re.findall(r"^┃ (row|the paper's finding)", printed, re.MULTILINE) == ["row", "the paper's finding"]
     assert re.search(r"Pre-LN: Jacobians approach I with depth │ +\+0\.693 ± 0 ", printed)
 

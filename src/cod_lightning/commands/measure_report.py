@@ -85,7 +85,7 @@ def run_report(
         models[model] = measure_parts(subject, options, folder / model, measures)
         texts[model] = text_of(subject)
         uniform[model] = math.log(len(subject.model.head_weight))
-    page, figures = report_page(models, texts, name)
+    page, figures = report_page(models, texts, uniform, name)
     for figure, content in figures.items():
         write_atomic(folder / figure, content)
     numbers = {

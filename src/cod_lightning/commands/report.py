@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
 from cod_lightning.commands.options import add_results, some_path
@@ -12,6 +14,8 @@ from cod_lightning.files import check_writable
 HELP = "Write REPRODUCTION.md, an HTML page, CSV and figures: the claims of the paper beside the results of runs."
 ESTIMATED_FOR = "one H100 at 40 % of its peak"
 """Default hardware of `estimate`."""
+LISTED = 5
+"""Runs named in a message, if there are more."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -36,11 +40,13 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
 
     import_torchmetrics()
     results = results or RESULTS
-    ended = {path.parts[-3] for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
-    scales = [scale for scale in SCALES if scale == "paper" or scale in ended]
+    ended = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
+    scales = [scale for scale in SCALES if scale == "paper" or scale in {folder.parent.name for folder in ended}]
     names = reproducible_experiments()
     rows = (row for scale in scales for row in experiment_rows(names, scale))
     experiments, formats = load_experiments(rows, results), FORMATS if pdf else FORMATS[:1]
+    if others := sorted(map(str, ended - {run.folder for e in experiments for row in e.rows for run in row.runs})):
+        print(left_out(others), file=sys.stderr)
     report = build_report(experiments, ESTIMATED_FOR, formats, load_pretrained_models(results))
     files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
     files |= {f"{FIGURES}/{name}": image for name, image in report.figures.items()}
@@ -50,3 +56,11 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
         path.write_bytes(content)
         print(path)
     return 0
+
+
+def left_out(folders: Sequence[str]) -> str:
+    """A message that names runs which are in no table."""
+    from cod_lightning.measure.depth_report import count
+
+    listed = ", ".join(folders[:LISTED]) + ", ..." * (len(folders) > LISTED)
+    return f"left out {count(len(folders), 'run')} whose settings are those of no experiment: {listed}"

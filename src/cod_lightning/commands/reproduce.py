@@ -73,7 +73,7 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
         # A run that starts from another one comes after all that do not.
         waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
         statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, pool, results), wave)]
-    show(reproduction_tables(load_experiments(rows, results)))
+    show(reproduction_tables(load_experiments(rows, results), overrides))
     return max(statuses, key=abs, default=0)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cod_lightning.commands.terminal import Record, format_duration, is_finite
 from cod_lightning.config.schema import METRIC_FORMATS, printed_metrics
-from cod_lightning.paper.statistics import Sample
+from cod_lightning.paper.statistics import Difference, Sample
 
 BARS = "▁▂▃▄▅▆▇█"
 MOST_BARS = 12
@@ -47,6 +47,13 @@ class Line:
         values = [record[name] for record in self.records if name in record]
         return Sample.of(values).format(METRIC_FORMATS[name], METRIC_FORMATS[name]) if values else ""
 
+    def above(self, best: Line) -> str:
+        """How much the loss is above that of the best line: over the seeds of both, ± half of its 95 % interval."""
+        ours, theirs = ({r["seed"]: r["val_loss"] for r in line.records} for line in (self, best))
+        pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+        difference = Difference.of(pairs) if pairs else Difference(1, self.loss - best.loss, None)
+        return difference.format("+.4f", ".4f")
+
     def last_variance(self) -> str:
         variance = self.variance
         if not variance:
@@ -69,7 +76,8 @@ def sweep_table(runs: Sequence[tuple[str, Record | None]]) -> Table:
         sections.insert(0, lines(groups.items()))
     compared = sections[0]
     names = [name for name in METRIC_FORMATS if any(name in line.metrics for line in compared)]
-    top = max((value for line in compared for value in line.variance if is_finite(value)), default=0.0)
+    every = [value for section in sections for line in section for value in line.variance]
+    top = max(filter(is_finite, every), default=0.0)
 
     table = Table(title="runs by validation loss", title_justify="left", caption_justify="left")
     table.add_column("run", overflow="fold")
@@ -79,10 +87,11 @@ def sweep_table(runs: Sequence[tuple[str, Record | None]]) -> Table:
     table.add_column("wall time", justify="right")
     for section in sections:
         for line in section:
-            above = f"{line.loss - compared[0].loss:+.4f}" if section is compared and line is not compared[0] else ""
+            above = line.above(compared[0]) if section is compared and line is not compared[0] else ""
             table.add_row(line.label, *cells(line, names, above, top))
         table.add_section()
-    notes = ["mean ± standard deviation over seeds"] if seeds_vary else []
+    notes = ["mean ± standard deviation over seeds", "above best: paired by seed, ± half of the 95 % interval"]
+    notes = notes if seeds_vary else []
     if top:
         notes.append(f"bars: variance after each layer, all lines from 0 to {top:.4g}")
     table.caption = "; ".join(notes)

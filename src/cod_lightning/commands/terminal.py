@@ -199,15 +199,21 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], max_rows: int) -
     return table
 
 
-def reproduction_tables(experiments: Sequence[Experiment]) -> Group:
-    """Our results beside the paper's, tables for each scale and column of an experiment, with a summary."""
+def reproduction_tables(experiments: Sequence[Experiment], overrides: Sequence[str] = ()) -> Group:
+    """Our results beside the paper's, tables for each scale and column of an experiment, with a summary.
+
+    Args:
+        experiments: with their runs.
+        overrides: what the runs change of the experiments; the titles name it.
+    """
+    changes = f" with {' '.join(overrides)}" if overrides else ""
     parts: list[Any] = []
     for target, scales in by_target(experiments).items():
         for scale, group in scales.items():
             for column in columns(group):
                 for ours in (comparison_table(column, complete=True), *figure_tables(column)):
                     if ours.rows:
-                        parts.append(rich_table(f"{target}, scale={scale}: {column.heading}", ours))
+                        parts.append(rich_table(f"{target}, scale={scale}: {column.heading}{changes}", ours))
                 parts.append(Text("\n".join(summary_lines(column)) + "\n"))
     return Group(*parts)
 

@@ -54,14 +54,15 @@ def maps(models: Mapping[str, Results]) -> list[Panel]:
     return [HeatMap(matrix, *names, title=labels[name], limits=limits) for name, matrix in matrices.items()]
 
 
-def summary(results: Results) -> dict[str, str]:
-    """The table's entries for one model."""
+def summary(results: Results, uniform: float) -> dict[str, str]:
+    """The table's entries for one model; `uniform` is the loss of a uniform guess."""
     residual, numbers = results["variance"]["residual"], headline(results)
     variance, middle = residual["variance"], residual["variance_median"]
     deeper = [cost for cost in differences(results["removal"])[numbers["blocks"] // 2 :] if cost is not None]
     entries = {
         "blocks": str(numbers["blocks"]),
         "loss": "not finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}",
+        "loss of a uniform guess": f"{uniform:.4f}",
         "blocks that cost less than 1% of the loss": str(len(numbers["cheap_blocks"])),
     }
     entries |= {f"of these, {third}": str(amount) for third, amount in numbers["cheap_by_third"].items()}
@@ -82,13 +83,17 @@ def summary(results: Results) -> dict[str, str]:
 
 
 def report_page(
-    models: Mapping[str, Results], texts: Mapping[str, Mapping[str, Any]], name: str = "report"
+    models: Mapping[str, Results],
+    texts: Mapping[str, Mapping[str, Any]],
+    uniform: Mapping[str, float],
+    name: str = "report",
 ) -> tuple[str, dict[str, bytes]]:
     """The HTML page, which needs no other file, and its figures as PNG and PDF by file name.
 
     Args:
         models: results by measure, for every model the same measures.
         texts: for every model `source`, `sha256`, `sequences` and `tokens` of the text.
+        uniform: for every model the loss of a uniform guess over its vocabulary, in nats.
         name: of the figure with all curves, which is not on the page.
     """
     measures = [measure for measure in SECTIONS if all(measure in results for results in models.values())]
@@ -101,10 +106,10 @@ def report_page(
     )
     lines = [f"# {title}", ""]
     lines += [
-        f"- **{labels[each]}**: {headline_sentence(headline(results), results['removal'])}"
+        f"- **{labels[each]}**: {headline_sentence(headline(results), results['removal'], uniform[each])}"
         for each, results in models.items()
     ]
-    columns = [summary(results) for results in models.values()]
+    columns = [summary(results, uniform[each]) for each, results in models.items()]
     rows = [["model", *(f"`{each}`" for each in models)]]
     rows += [[row, *(column[row] for column in columns)] for row in columns[0]]
     lines += ["", str(Table(["", *labels.values()], rows)), ""]

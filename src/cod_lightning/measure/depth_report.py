@@ -23,6 +23,8 @@ COMPARED = ("variance", "jacobian", "angular", "removal", "linear_replacement", 
 """The measures of `measure compare`."""
 CHEAP = 0.01
 """A block is cheap if its removal raises the loss by less than this share of it."""
+LEARNED = 1.0
+"""A model whose loss is less nats below that of a uniform guess has not learned the text it is measured on."""
 THIRDS = ("early", "middle", "late")
 READABLE = 1.1
 """A layer is readable if its logit lens and those of all later layers are within this multiple of the model's loss."""
@@ -140,7 +142,8 @@ def count(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
 
 
-def headline_sentence(numbers: Mapping[str, Any], removal: Any) -> str:
+def headline_sentence(numbers: Mapping[str, Any], removal: Any, uniform: float) -> str:
+    """What the headline's numbers show, or that they show nothing; `uniform` is the loss of a uniform guess."""
     cheap, blocks = numbers["cheap_blocks"], numbers["blocks"]
     cheapest, _ = extremes(differences(removal), None, removal["error"])
     text = f"{len(cheap)} of {count(blocks, 'block')} cost less than 1% of the loss when removed alone"
@@ -154,7 +157,16 @@ def headline_sentence(numbers: Mapping[str, Any], removal: Any) -> str:
     ]
     if parts:
         text += f" The longest run found whose removal raises the perplexity by at most {'; '.join(parts)}."
+    if not has_learned(numbers["loss"], uniform):
+        text += (
+            f" With a loss of {number(numbers['loss'])} nats, where a uniform guess has {number(uniform)}, the model "
+            "has not learned this text, and these numbers say nothing about its depth."
+        )
     return text
+
+
+def has_learned(loss: float | None, uniform: float) -> bool:
+    return loss is not None and loss <= uniform - LEARNED
 
 
 def span(first: int, last: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.depth_report import SECTIONS, headline, headline_sentence, number
+from cod_lightning.measure.depth_report import SECTIONS, has_learned, headline, headline_sentence, number
 from cod_lightning.measure.result import finite
 from cod_lightning.paper.findings import half_medians, loss_increases
 from cod_lightning.paper.results import load_measures, read_object
@@ -77,13 +77,11 @@ CONTRASTS = {
     ),
 }
 """Findings by figure; see `findings.FINDINGS`."""
-DETAILS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "Figure 2": lambda results: headline_sentence(headline(results), results["removal"]),
-    "Figure 5": lambda results: SECTIONS["jacobian"].sentence(results["jacobian"]),
+DETAILS: dict[str, Callable[[PretrainedModel], str]] = {
+    "Figure 2": lambda model: headline_sentence(headline(model.results), model.results["removal"], model.uniform_loss),
+    "Figure 5": lambda model: SECTIONS["jacobian"].sentence(model.results["jacobian"]),
 }
 """Sentences of the report's page."""
-LEARNED = 1.0
-"""A model whose loss is less nats below that of a uniform guess has not learned the text it is measured on."""
 MEASURED = ("variance", "removal", "angular", "jacobian")
 """Measures that the sentences need."""
 
@@ -115,11 +113,11 @@ def pretrained_model_lines(target: str, models: Sequence[PretrainedModel]) -> li
         loss = model.results["removal"]["loss"]
         losses = f"loss {number(loss)} nats, {number(model.uniform_loss)} for a uniform guess"
         head = f"**{model.name}** ({losses}; `{model.page}`)."
-        if loss is None or loss > model.uniform_loss - LEARNED:
+        if not has_learned(loss, model.uniform_loss):
             lines.append(f"{head} It has not learned this text, and says nothing about the finding.")
             continue
         sentences = [contrast_sentence(each, model.results) for each in CONTRASTS[target]]
-        lines.append(f"{head} {' '.join(sentences)} {DETAILS[target](model.results)}")
+        lines.append(f"{head} {' '.join(sentences)} {DETAILS[target](model)}")
     return lines
 
 
