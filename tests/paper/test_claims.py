@@ -162,7 +162,7 @@ def test_a_reproduced_figure_is_shown_by_its_quantities_and_findings(capsys):
     figure = table(row("pre_ln", None, *measured), target="Figure 5", name="figure5")
     show(reproduction_tables([figure], ["trainer.max_steps=5"]))
     printed = capsys.readouterr().out
-    assert printed.startswith("Figure 5, scale=toy: 130M with trainer.max_steps=5\n")
+    assert "Figure 5, scale=toy: 130M with trainer.max_steps=5 " in printed
     assert re.findall(r"^┃ (row|the paper's finding)", printed, re.MULTILINE) == ["row", "the paper's finding"]
     assert re.search(r"Pre-LN: Jacobians approach I with depth │ +\+0\.693 ± 0 ", printed)
 
