@@ -765,3 +765,11 @@ def test_a_pre_ln_block_runs_the_operations_of_its_equation_alone():
             torch.autograd.grad(block_().sum(), [x, *pre_ln.parameters()])
         counts.append(operators.calls)
     assert counts[0] == counts[1]
+
+
+def test_a_function_in_place_of_its_name_is_told_its_name():
+    def gentler(layer, depth):
+        return block(gain=layer**-0.25)
+
+    with pytest.raises(UserError, match=r"^norm is a function: give its place as text, such as '[\w.]+:gentler'$"):
+        build_all({"name": gentler}, 2)

@@ -38,6 +38,9 @@ def resolve(name: str, field: str = "norm") -> Strategy:
     Raises:
         UserError: no such strategy, module or function.
     """
+    if callable(name):
+        place = f"{getattr(name, '__module__', 'package.module')}:{getattr(name, '__name__', 'function')}"
+        raise UserError(f"{field} is a function: give its place as text, such as {place!r}")
     if not isinstance(name, str):
         raise UserError(f"{field}={name!r} is not the name of a strategy: {nearest(str(name), STRATEGIES)}")
     if ":" not in name:
