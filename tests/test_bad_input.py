@@ -421,6 +421,7 @@ RUNS = [
        [LAST, "damaged", f"{name}: expected {kind}"])
       for name, value, kind in (
         ("optimizer_states", 3, "a list with entries, got 3"), ("optimizer_states", [], "a list with entries, got []"),
+        ("lr_schedulers", None, "a list with entries, got None"), ("global_step", "3", "a int with entries, got '3'"),
         ("loops", {}, "a dict with entries, got {}"), ("callbacks", [], "a dict with entries, got []"),
         ("pytorch-lightning_version", 3, "a str with entries, got 3"),
         ("TokenDataModule", 3, "a dict with entries, got 3"),

@@ -177,8 +177,12 @@ def rename_an_image(root):
         (lambda root: shutil.rmtree(root / "val"), r"val/ cannot be read"),
         (lambda root: (root / "train" / "yak").mkdir(), r"yak has no image; supported: \.jpg"),
         (rename_an_image, "only one of train/ and val/ has yak"),
+        (
+            lambda root: (root / "val" / "ant" / "9.png").symlink_to("nothing"),
+            r"ant/9\.png cannot be read \(No such file or directory\); replace or remove it",
+        ),
     ],
-    ids=["no folder", "no split", "empty class", "other classes"],
+    ids=["no folder", "no split", "empty class", "other classes", "link to nothing"],
 )
 def test_an_incomplete_folder_is_named(root, damage, message):
     damage(root)

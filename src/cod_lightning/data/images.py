@@ -39,7 +39,7 @@ class ImageFolder:
     """The images in ROOT/SPLIT/CLASS/; classes and files sorted by name, without those that begin with a dot.
 
     Raises:
-        UserError: there is no such folder, or a class has no image.
+        UserError: there is no such folder, a class has no image, or an image is a link to nothing.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -59,7 +59,10 @@ class ImageFolder:
                 raise UserError(f"{self.folder / name} has no image; supported: {', '.join(SUFFIXES)}")
             images.sort(key=lambda entry: entry.name)
             self.files += [f"{name}/{entry.name}" for entry in images]
-            self.bytes += [entry.stat().st_size for entry in images]
+            try:
+                self.bytes += [entry.stat().st_size for entry in images]
+            except OSError as error:  # a link to nothing
+                raise UserError(f"{error.filename} cannot be read ({error.strerror}); replace or remove it") from error
             self.labels += [label] * len(images)
 
     @property

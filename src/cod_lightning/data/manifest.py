@@ -188,7 +188,7 @@ def find_damage(folder: Path, manifest: Manifest) -> list[str]:
         sizes |= {folder / split / chunk.name: chunk.bytes for chunk in manifest.split(split).chunks}
     problems = file_problems(sizes)
     if tokenizer.is_file() and hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
-        problems.append(f"{tokenizer}: its SHA-256 differs from the manifest")
+        problems.append(f"{tokenizer} is damaged: its SHA-256 differs from the manifest")
     return problems
 
 

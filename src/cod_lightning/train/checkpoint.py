@@ -104,13 +104,11 @@ def write_error(write: Callable[[], object], path: Path) -> str | None:
     return None
 
 
-RESUME_KEYS = ("pytorch-lightning_version", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
-"""Entries that Lightning needs to resume, besides the weights."""
-NOT_EMPTY = {
-    **{"pytorch-lightning_version": str, "loops": dict, "callbacks": dict, "optimizer_states": list},
-    "TokenDataModule": dict,
+RESUMED = {
+    **{"pytorch-lightning_version": str, "global_step": int, "loops": dict, "callbacks": dict},
+    **{"optimizer_states": list, "lr_schedulers": list},
 }
-"""Types of the entries that are read when a run resumes, and that hold something."""
+"""Entries that Lightning needs to resume, besides the weights, and their types; none is empty."""
 
 
 def read_resumable(path: Path) -> dict[str, Any]:
@@ -120,12 +118,12 @@ def read_resumable(path: Path) -> dict[str, Any]:
         UserError: the checkpoint is unreadable, or holds weights only.
     """
     checkpoint = load_file(path / NON_TENSORS, path) if path.is_dir() else load_file(path, path, mmap=True)
-    if missing := [name for name in RESUME_KEYS if name not in checkpoint]:
+    if missing := [name for name in RESUMED if name not in checkpoint]:
         raise UserError(
             f"{path}: holds weights, but not {missing[0]}, which a run needs to resume: remove the file, or start "
             f"another run with init_from={path}"
         )
-    for name, kind in NOT_EMPTY.items():
+    for name, kind in {**RESUMED, "TokenDataModule": dict}.items():
         value = checkpoint.get(name)
         if name in checkpoint and not (value and isinstance(value, kind)):
             error = ValueError(f"{name}: expected a {kind.__name__} with entries, got {short_repr(value)}")
