@@ -258,8 +258,8 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
         negative("Pre-LN: deep blocks rotate the stream less", "language", ANGLE_CHANGE),
     ),
     "Theory": (
-        positive("Pre-LN: the variance grows at least as l (Lemma 3.2)", "pre_ln", BEYOND_LINEAR),
-        positive("LNS: the variance grows at least as l (Lemma 4.1)", "lns", BEYOND_LINEAR),
+        positive("Pre-LN: from block 1 on the variance grows at least as l (Lemma 3.2)", "pre_ln", BEYOND_LINEAR),
+        positive("LNS: from block 1 on the variance grows at least as l (Lemma 4.1)", "lns", BEYOND_LINEAR),
         smaller("LNS: more growth of the gradient than under Pre-LN (Theorems 3.3, 4.2)", "pre_ln", "lns", LAST_GAIN),
     ),
 }
