@@ -113,6 +113,20 @@ def test_a_family_of_other_blocks_takes_no_strategy(family, fields, message):
         apply(model, "lns", trained="change")
 
 
+def of_a_subclass(block):
+    block.__class__ = type("FSDPBlock", (type(block),), {})  # as `fully_shard` renames the class
+    return block
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, of_a_subclass], ids=lambda wrap: wrap.__name__)
+def test_wrapped_blocks_of_another_equation_take_no_strategy(wrap):
+    with torch.device("meta"), quiet_transformers():
+        model = tiny_model("minimax", depth=1)
+    model.model.layers[0] = wrap(model.model.layers[0])
+    with pytest.raises(UserError, match="is no Pre-LN block: it starts its skips after its norms"):
+        apply(model, "lns", trained="change")
+
+
 @pytest.mark.extended
 @pytest.mark.filterwarnings("ignore")
 def test_the_factors_of_every_family_hold_or_it_takes_no_strategy():

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 
 from cod_lightning.errors import UserError
@@ -135,6 +136,27 @@ def test_a_sharded_model_is_not_folded(shard):
     model = apply(build("Llama"), "lns")
     with pytest.raises(UserError, match="is sharded: do so before fully_shard, or in a model with the full state dict"):
         fold(shard(model, model.model.layers))
+
+
+def with_blocks(model, wrap):
+    """A model whose blocks are wrapped in place."""
+    layers = model.model.layers
+    for index, block in enumerate(layers):
+        layers[index] = wrap(block)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper], ids=lambda wrap: wrap.__name__)
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_a_model_of_wrapped_blocks_is_applied_and_folded(wrap, wrapped_first):
+    expected = logits(apply(build("Llama"), "lns"))
+    if wrapped_first:
+        model = apply(with_blocks(build("Llama"), wrap), "lns")
+    else:
+        model = with_blocks(apply(build("Llama"), "lns"), wrap)
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(logits(model), expected)
+        torch.testing.assert_close(logits(fold(model)), expected)
 
 
 class PlainBlock(nn.Module):
@@ -427,6 +449,11 @@ REFUSED = {
         "trained='preserved' does not exist: did you mean 'preserve'?",
     ),
     "a decoder of this package": (lambda: decoder_of("pre_ln"), {"norm": "lns"}, "gets its strategy when it is built"),
+    "a decoder of compiled blocks": (
+        lambda: with_blocks(decoder_of("pre_ln"), torch.compile),
+        {"norm": "lns"},
+        "gets its strategy when it is built",
+    ),
     "preserving scaled branches": (
         trained_llama,
         {"norm": "lns", "position": "after_branch", "trained": "preserve"},

@@ -132,6 +132,7 @@ class Site:
     part: str
     """"attention" or "ffn"."""
     block: Any
+    """Without the wrapper of `torch.compile` or of activation checkpointing."""
     norm: Any
     """Before the sub-layer; None if the layout does not name it."""
     sublayer: Any
@@ -165,20 +166,13 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
         raise unknown_layout(model)
     where = sites(model, layout)
-    for block in [site.block for site in where if by_name]:
-        kind = type(block).__name__
-        if kind in OTHER_SUMS or getattr(block, "norm_after", False):
-            reason = OTHER_SUMS.get(kind, "norms the outputs of its sub-layers (norm_after)")  # Molmo2's switch
-            raise UserError(f"{type(model).__name__}: {kind} is no Pre-LN block: it {reason}")
     if layout.norms is None:
         raise UserError(
             f"{type(model).__name__} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their "
             f"outputs); {HINT}"
         )
-    for block in [site.block for site in where[::2] if by_name]:
-        if others := other_modules(block, layout):
-            listed = ", ".join(others)
-            raise UserError(f"{type(model).__name__}: its blocks have other modules than Pre-LN: {listed}; {HINT}")
+    if by_name:
+        refuse_other_blocks(model, where, layout)
     owner: dict[int, Site] = {}
     for site in where:
         for kind, module in {"norm": site.norm, "branch": site.branch}.items():
@@ -189,6 +183,18 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
                     "strategy needs one for each sub-layer"
                 )
     return where
+
+
+def refuse_other_blocks(model: nn.Module, where: list[Site], layout: Layout) -> None:
+    """Raise a UserError if a block computes another equation or has modules that a known layout does not name."""
+    for block in [site.block for site in where[::2]]:
+        kind = next((base.__name__ for base in type(block).__mro__ if base.__name__ in OTHER_SUMS), None)
+        reason = OTHER_SUMS[kind] if kind else "norms the outputs of its sub-layers (norm_after)"  # Molmo2's switch
+        if kind or getattr(block, "norm_after", False):
+            raise UserError(f"{type(model).__name__}: {type(block).__name__} is no Pre-LN block: it {reason}")
+        if others := other_modules(block, layout):
+            listed = ", ".join(others)
+            raise UserError(f"{type(model).__name__}: its blocks have other modules than Pre-LN: {listed}; {HINT}")
 
 
 def other_modules(block: nn.Module, layout: Layout) -> list[str]:
@@ -217,7 +223,15 @@ def sites(model: nn.Module, layout: Layout) -> list[Site]:
     blocks: Any = submodule(model, layout.blocks, type(model).__name__)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise UserError(f"layout.blocks={layout.blocks!r} is a {type(blocks).__name__}; expected an nn.ModuleList")
-    return [site_of(layout, layer, block, index) for layer, block in enumerate(blocks, start=1) for index in (0, 1)]
+    inner = [unwrapped(block) for block in blocks]
+    return [site_of(layout, layer, block, index) for layer, block in enumerate(inner, start=1) for index in (0, 1)]
+
+
+def unwrapped(block: Any) -> Any:
+    """A block without the wrappers of `torch.compile` and of `checkpoint_wrapper`."""
+    while (inner := getattr(block, "_orig_mod", getattr(block, "_checkpoint_wrapped_module", None))) is not None:
+        block = inner
+    return block
 
 
 def site_of(layout: Layout, layer: int, block: Any, index: int) -> Site:
