@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import stat
 import zipfile
 
 import pytest
@@ -18,12 +19,14 @@ from cod_lightning.files import (
     check_new_file,
     check_new_folder,
     check_writable,
+    fetched,
     locked,
     new_folder,
     partial_folder,
     replace_path,
     write_atomic,
 )
+from cod_lightning.memory import free_memory
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
 from cod_lightning.train.record import read_record
 
@@ -201,3 +204,31 @@ def test_yaml_aliases_are_refused(tmp_path):
     (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text() + bomb)
     with pytest.raises(UserError, match="YAML aliases"):
         load(tmp_path)
+
+
+def test_files_and_folders_have_the_permissions_of_the_umask(tmp_path, monkeypatch):
+    old = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", None)  # it would change that of other threads
+        write_atomic(tmp_path / "file", "x")
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "x").touch()
+    finally:
+        monkeypatch.undo()
+        os.umask(old)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder")]
+    assert modes == [0o640, 0o750]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory")])
+def test_lack_of_memory_is_no_damage_of_a_file(tmp_path, error):
+    (tmp_path / "file").touch()
+    with pytest.raises(type(error)), fetched(tmp_path / "file"):
+        raise error
+
+
+def test_free_memory_leaves_out_what_a_container_uses(tmp_path, monkeypatch):
+    monkeypatch.setattr("cod_lightning.memory.LIMITS", [str(tmp_path / "memory.max")])
+    for name, content in (("max", "40000"), ("current", "30000"), ("stat", "anon 1\ninactive_file 5000\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert free_memory() == 15000

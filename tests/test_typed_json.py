@@ -79,3 +79,8 @@ def test_a_bad_file_is_one_error_that_names_it_and_the_remedy(tmp_path, content)
 def test_a_missing_file_is_one_error(tmp_path):
     with pytest.raises(UserError, match=r"No such file .*a\.json.*; remove it"):
         read_json(tmp_path / "a.json", Chunk, "remove it")
+
+
+def test_an_integer_beyond_floats_is_an_error():
+    with pytest.raises(ValueError, match="expected a number"):
+        from_json(float, 10**400)

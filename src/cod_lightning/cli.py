@@ -34,7 +34,7 @@ from cod_lightning.commands import (
     verify,
 )
 from cod_lightning.commands.options import refuse_repeated
-from cod_lightning.errors import CTRL_C, Stopped, UserError, first_line, nearest, no_permission
+from cod_lightning.errors import CTRL_C, Stopped, UserError, first_line, is_out_of_memory, nearest, no_permission
 from cod_lightning.signals import stopping
 from cod_lightning.train.ranks import is_first_on_node
 
@@ -144,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = f"{error.filename}: {error.strerror}"
             message = str(no_permission(error)) if isinstance(error, PermissionError) else message
         return refuse(message)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         return refuse(
             f"out of memory ({first_line(error)}): lower data.micro_batch_size, for `measure` also rows=, or the size "

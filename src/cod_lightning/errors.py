@@ -46,6 +46,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch says that memory could not be allocated."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
 def short_repr(value: object) -> str:
     """The repr of a value of the user; a long one is cut, and an integer of over 4,300 digits has none."""
     try:

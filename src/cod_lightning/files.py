@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cod_lightning.errors import UserError, no_permission, os_message
+from cod_lightning.errors import UserError, is_out_of_memory, no_permission, os_message
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -42,15 +43,15 @@ def open_atomic(path: Path, rename: Callable[[Path, Path], object] = os.replace)
         OSError: the folder is not writable.
     """
     with name_target(path):
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        temporary = partial_path(path)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         with name_target(path):
-            rename(Path(temporary), path)
+            rename(temporary, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
@@ -205,10 +206,15 @@ def flush_files(folder: Path) -> None:
 
 def partial_folder(path: Path) -> Path:
     """Create an empty folder beside `path`, exclusively and under an unpredictable name: no link is followed."""
+    folder = partial_path(path)
     with name_target(path):
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    folder.chmod(0o777 & ~_umask())
+        folder.mkdir()
     return folder
+
+
+def partial_path(path: Path) -> Path:
+    """An unpredictable name beside `path`, for what becomes `path` when it is complete."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 @contextmanager
@@ -262,7 +268,8 @@ def fetched(path: Path) -> Generator[None]:
     Libraries raise many kinds of errors for damaged bytes, with messages about their own code.
 
     Raises:
-        UserError: any error but a UserError; names the file, and says to fetch it again or to change its permissions.
+        UserError: any other error, but for lack of memory; names the file, and says to fetch it again or to change its
+            permissions.
     """
     if not is_utf8(path):
         raise UserError(f"{path}: the name is not UTF-8: rename the file or its folder")
@@ -274,6 +281,8 @@ def fetched(path: Path) -> Generator[None]:
     except PermissionError as error:
         raise no_permission(error, path) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: {damage(path)}") from error
 
 
@@ -281,10 +290,3 @@ def damage(path: Path) -> str:
     """The end of an error about a downloaded file that cannot be read."""
     size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
     return f"damaged or truncated ({size} on disk): fetch it again"
-
-
-def _umask() -> int:
-    """The umask of this process; the system has no call that only reads it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from cod_lightning.errors import UserError
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Files with the limit of a container."""
+USAGES = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
+"""Files beside these with what the container uses."""
 
 
 def host_memory() -> int:
@@ -20,11 +23,23 @@ def host_memory() -> int:
 
 def free_memory() -> int:
     """Bytes that a process can take: those that Linux calls available, elsewhere all, up to a container's limit."""
+    free = host_memory() - container_usage()
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return min(1024 * int(fields["MemAvailable"].split()[0]), host_memory())
+        return min(1024 * int(fields["MemAvailable"].split()[0]), free)
     except (OSError, KeyError):
-        return host_memory()
+        return free
+
+
+def container_usage() -> int:
+    """Bytes that the processes of a container take, without the cached files that Linux gives up first."""
+    for limit in map(Path, LIMITS):
+        with suppress(OSError, KeyError, ValueError):
+            if limit.read_text().strip().isdigit():
+                usage = int(limit.with_name(USAGES[limit.name]).read_text())
+                fields = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+                return usage - int(fields["inactive_file"])
+    return 0
 
 
 def require_memory(parameters: int, name: str, dtype: str = "float32", itemsize: int = 4) -> None:

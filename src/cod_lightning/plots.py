@@ -161,7 +161,7 @@ def layer_lines(
         errors: error bars of lines, by label.
     """
     labels, known = run_labels(lines), [strategy_colour(name) for name in lines]
-    free = [colour for colour in COLOURS if colour not in known]
+    free = [colour for colour in COLOURS if colour not in known] or list(COLOURS)
     whole = True
     for index, (name, values) in enumerate(lines.items()):
         shown = [math.nan if value is None or (log and value <= 0) else value for value in values]

@@ -88,7 +88,8 @@ def _convert(kind: Any, value: Any, field: str, ignore_unknown: bool) -> Any:
     if kind is float and value is None:
         return math.nan
     if kind is float and type(value) is int:
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     if value in arguments if origin is Literal else type(value) is kind:
         return value
     raise ValueError(f"{field + ': ' if field else ''}expected {_describe(kind)}, got {repr(value)[:80]}")

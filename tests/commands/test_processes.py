@@ -8,6 +8,7 @@ import sys
 import pytest
 from lightning.pytorch import Callback
 
+from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import Stopped
 from cod_lightning.signals import PARENT, STOP_SIGNALS, stopping
 from cod_lightning.train.checkpoint import checkpoints
@@ -225,3 +226,13 @@ def test_a_sweep_with_sigint_ignored_stops_on_sigterm_with_a_checkpoint(toy, run
     assert "checkpoint saved" in printed
     assert not running(process.pid)
     assert len(list(tmp_path.glob("*/*/checkpoints/step-*.ckpt"))) == 1
+
+
+def test_output_that_is_no_utf8_and_a_kill_are_reported(tmp_path, monkeypatch, capsys):
+    child = tmp_path / "python"
+    child.write_text("#!/bin/sh\nprintf 'caf\\351\\n'\nkill -9 $$\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    with CommandPool(2) as pool:
+        assert pool.run_command([], "run") == 137
+    assert "[run] caf\ufffd" in capsys.readouterr().err

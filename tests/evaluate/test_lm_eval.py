@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate import lm_eval
+from cod_lightning.evaluate import PAPER_TASKS, lm_eval
 from cod_lightning.evaluate.lm_eval import (
-    PAPER_TASKS,
     numeric_metrics,
     run_tasks,
     save_scores,

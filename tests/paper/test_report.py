@@ -25,7 +25,7 @@ from paper_builders import (
 from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run, by_target
 from cod_lightning.paper.figures import fit_sizes
-from cod_lightning.paper.layer_figures import draw
+from cod_lightning.paper.layer_figures import at_common_steps, draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
@@ -527,6 +527,11 @@ def test_a_fit_of_two_sizes_is_a_line_and_of_one_nothing():
     assert fit_sizes([1e6], [5.0]) is None
 
 
+def test_a_fit_of_rising_losses_is_their_mean():
+    _, curve = fit_sizes([1e6, 2e6, 4e6, 8e6], [3.0, 3.1, 3.3, 3.2])
+    assert curve(np.array([1e6, 8e6])) == pytest.approx([3.15, 3.15])
+
+
 def test_a_fit_stays_above_zero():
     sizes = np.array([1e6, 1e7, 1e8, 1e9])
     equation, curve = fit_sizes(sizes, 9 - np.log10(sizes))
@@ -582,3 +587,11 @@ def test_pretrained_models_stand_behind_our_runs():
     assert (
         markdown.index("### Figure 5: ours at scale=toy") < after < markdown.index("Opposite to the paper (Jacobians")
     )
+
+
+def test_runs_that_recorded_at_other_steps_are_drawn_at_common_ones():
+    often = np.array([0, 2, 4, 6, 8]), np.array([0.0, 1.0, 2.0, 3.0, 4.0])
+    rarely = np.array([0, 4, 8]), np.array([10.0, 12.0, 14.0])
+    steps, values = at_common_steps([often, rarely])
+    assert steps.tolist() == [0, 4, 8]
+    assert values.tolist() == [[0, 2, 4], [10, 12, 14]]

@@ -11,12 +11,13 @@ import pytest
 from cod_lightning.cli import main
 from cod_lightning.config.compose import choices
 from cod_lightning.errors import UserError
+from cod_lightning.evaluate import PAPER_TASKS
 from cod_lightning.evaluate.lm_eval import save_scores
 from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
 from cod_lightning.paper.experiments import experiment_rows, load_experiments, remaining_tasks
 from cod_lightning.paper.pretrained_models import load_pretrained_models
-from cod_lightning.paper.results import load_measures, save_result
+from cod_lightning.paper.results import load_measures, load_task_scores, save_result
 
 
 @pytest.fixture(scope="module")
@@ -167,13 +168,13 @@ def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypa
     assert str(tmp_path / "second/REPRODUCTION.md") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("scores", "scored"), [(None, False), ({}, False), ({"piqa": {"acc": 0.5}}, True)])
+@pytest.mark.parametrize(("scores", "scored"), [(None, False), ({}, False), (("piqa",), False), (PAPER_TASKS, True)])
 def test_a_run_that_was_not_scored_remains_to_be_scored(scores, scored, tmp_path):
     row = next(row for row in experiment_rows(["table2_250m"], "paper") if row.name == "lns")
     for each in (row, row.source):
         add_result(tmp_path, each, 1, **losses(3.0))
     if scores is not None:
-        save_scores(tmp_path / row.config_for(1).name, scores)
+        save_scores(tmp_path / row.config_for(1).name, {task: {"acc": 0.5} for task in scores})
     remaining = [task.config.id for task in remaining_tasks([row], [1], tmp_path)]
     assert (row.config_for(1).id not in remaining) == scored
 
@@ -224,3 +225,9 @@ def test_depth_reports_on_pretrained_models_are_read(tmp_path):
     headline.write_text("[]")
     with pytest.raises(UserError, match=r"report\.json"):
         load_pretrained_models(tmp_path)
+
+
+def test_the_average_is_that_of_the_tasks_of_the_paper(tmp_path):
+    save_scores(tmp_path, {task: {"acc": 0.5} for task in PAPER_TASKS} | {"sciq": {"acc": 0.9}})
+    scores = load_task_scores(tmp_path / "tasks.json")
+    assert (scores["average"], scores["sciq"]) == (50, 90)

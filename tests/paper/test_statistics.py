@@ -47,3 +47,7 @@ def test_holm_compares_the_smallest_with_the_level_over_all_and_stops_at_the_fir
 
 def test_holm_takes_no_comparison_without_a_p_value():
     assert holm({"a": math.nan, "b": 0.9, "c": 0.01}) == {"c"}
+
+
+def test_a_p_value_is_not_negative():
+    assert 0 <= Difference(7, 1.0, 1.4e-4).p_value < 1e-15

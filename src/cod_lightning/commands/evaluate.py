@@ -81,7 +81,8 @@ def score_run(
     config: Config, run: Path, checkpoint: str, tasks: str, task_folder: Path | None, limit: int | None
 ) -> int:
     """Score a run on tasks; without `limit` the scores are saved in the run folder."""
-    from cod_lightning.evaluate.lm_eval import PAPER_TASKS, save_scores, score_tasks, task_manager
+    from cod_lightning.evaluate import PAPER_TASKS
+    from cod_lightning.evaluate.lm_eval import save_scores, score_tasks, task_manager
 
     require_at_least("limit", limit, 1)
     if limit is None:

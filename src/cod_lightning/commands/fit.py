@@ -154,4 +154,4 @@ def run_sweep(overrides: Sequence[str], jobs: int) -> int:
         read_record(config.folder) if status == 0 else None for config, status in zip(configs, statuses, strict=True)
     ]
     show(sweep_table(list(zip(labels, records, strict=True))))
-    return max(statuses, key=abs)
+    return max(statuses)

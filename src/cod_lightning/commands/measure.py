@@ -80,6 +80,8 @@ def run(
     models = [word for word in words if is_model(word)]
     for model in models:
         require_path(model)
+    if (checkpoint != "last" or trust_code) and not any(is_run(Path(model)) for model in models):
+        raise UserError("--checkpoint and --trust-code apply to runs, not to pretrained models: leave them out")
     from cod_lightning._torchmetrics import import_torchmetrics
 
     import_torchmetrics()
@@ -94,7 +96,8 @@ def run(
     require_at_least("rows", rows, 1)
     open_model = partial(open_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
     if study in ("report", "compare"):
-        return report(study, models, open_model, options, output)
+        page = "-".join([study, *map(name_of, map(Path, models)), *([] if checkpoint == "last" else [checkpoint])])
+        return report(study, models, open_model, options, output or Path("measure") / page)
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, not {len(models)}; measure report takes several")
     from cod_lightning.commands.measure_runner import run_prune, run_study
@@ -166,8 +169,6 @@ def open_subject(
 
         subject = open_run(config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
     else:
-        if checkpoint != "last" or trust_code:
-            raise UserError(f"{model}: --checkpoint and --trust-code apply to runs, not to pretrained models")
         refuse_unread(overrides, "measure of a pretrained model", TEXT_CHOICES)
         config = compose(overrides)
         require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
@@ -180,7 +181,7 @@ def open_subject(
     return subject
 
 
-def report(study: str, models: Sequence[str], open_model: Any, options: dict[str, Any], output: Path | None) -> int:
+def report(study: str, models: Sequence[str], open_model: Any, options: dict[str, Any], folder: Path) -> int:
     """Measure one or several models, and write a page that shows how much of their depth they use."""
     least = 2 if study == "compare" else 1
     if len(models) < least:
@@ -192,7 +193,6 @@ def report(study: str, models: Sequence[str], open_model: Any, options: dict[str
     from cod_lightning.measure.depth_report import COMPARED, REPORTED
 
     subjects = {name: partial(open_model, model) for name, model in zip(names, models, strict=True)}
-    folder = output or Path("measure") / "-".join([study, *names])
     check_writable(folder, "--output=")
     print(run_report(subjects, options, folder, REPORTED if study == "report" else COMPARED, study))
     return 0

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cod_lightning.data.workers import available_cores
 from cod_lightning.errors import TRY_AGAIN, Stopped
 
 
@@ -47,7 +48,7 @@ class CommandPool(ThreadPoolExecutor):
             raise Stopped("interrupted by SIGINT") from exc_val
 
     def run_command(self, arguments: Sequence[str], label: str) -> int:
-        """Run a command of this package in a child process and return its exit status.
+        """Run a command of this package in a child process and return its exit status; 128 + N if signal N killed it.
 
         Args:
             arguments: the command and its arguments.
@@ -58,20 +59,20 @@ class CommandPool(ThreadPoolExecutor):
         if self.jobs == 1:
             print(f"--- {label}", file=sys.stderr, flush=True)
         else:
-            threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
+            threads = str(max(available_cores() // self.jobs, 1))
             environment = {"OMP_NUM_THREADS": threads} | os.environ
-            options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
         with self.lock:
             if self.stopped:
                 return TRY_AGAIN
             child = subprocess.Popen(command, text=True, **options)
             self.children.add(child)
-        for line in child.stdout or ():
-            print(f"[{label}] {line}", end="", file=sys.stderr, flush=True)
-        status = child.wait()
+        with child:  # waits, and closes the pipe
+            for line in child.stdout or ():
+                print(f"[{label}] {line}", end="", file=sys.stderr, flush=True)
         with self.lock:
             self.children.remove(child)
-        return status
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def run_labels(runs: Sequence[Sequence[str]]) -> list[str]:

@@ -74,7 +74,7 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
         waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
         statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, pool, results), wave)]
     show(reproduction_tables(load_experiments(rows, results), overrides))
-    return max(statuses, key=abs, default=0)
+    return max(statuses, default=0)
 
 
 def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

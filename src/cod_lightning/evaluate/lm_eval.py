@@ -24,9 +24,6 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import export, quiet_transformers, unsupported_features
 from cod_lightning.typed_json import read_json
 
-PAPER_TASKS = ("mmlu", "boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande")
-"""The columns of Table 2, in its order, by their names in the harness."""
-
 
 def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
     """Return the harness's `TaskManager`, after checking that it knows all `tasks`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
@@ -37,7 +38,7 @@ def panel(curve: Curve, models: Mapping[str, Results], measure: str) -> Lines:
         lines[name] = values
         x[name] = [layer / depths[name] if relative else layer for layer in layers]
         if curve.errors is not None and (found := curve.errors(results[measure])) is not None:
-            errors[name] = [error or 0.0 for error in found]
+            errors[name] = [math.nan if error is None else error for error in found]
     log = curve.log
     if log is None:
         log = all(value is None or value > 0 for values in lines.values() for value in values)

@@ -423,6 +423,6 @@ def shapes_of(model: ModelAdapter, length: int) -> Shapes:
         intermediate=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,
         heads=config.num_attention_heads,
         length=length,
-        std=math.sqrt((squares - total**2 / count) / (count - 1)),
+        std=math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1)),
         head_dim=model.config_value("head_dim", None),
     )

@@ -118,7 +118,7 @@ class Metric:
         pairs = [self.difference(values[seed], bases[seed]) for seed in sorted(values.keys() & bases.keys())][:most]
         if not pairs or not all(map(math.isfinite, pairs)):
             return None
-        images = row.runs[0].record.get("val_images", math.inf)
+        images = row.runs[0].record.get("val_images", math.inf) if self.name == "accuracy" else math.inf
         rounding = 100 / images / math.sqrt(6)  # sd of the difference of two values rounded to 100 / images points
         difference = Difference.of(pairs)
         return difference if difference.sd is None else replace(difference, sd=max(difference.sd, rounding))

@@ -261,6 +261,8 @@ def fit_sizes(sizes: Sequence[float], losses: Sequence[float]) -> tuple[str, Cal
         b, a = np.polyfit(terms, loss, 1)
         if a < 0:
             a, b = 0.0, float(terms @ loss / (terms @ terms))
+        if b < 0:
+            a, b = float(loss.mean()), 0.0
         error = float(((a + b * terms - loss) ** 2).sum())
         best = min(best, (error, float(a), float(b), float(c)))
     _, a, b, c = best

@@ -77,7 +77,8 @@ def deeper_less_shallower(values: Sequence[float | None]) -> float:
 
 def rescaled(distances: Sequence[float | None]) -> list[float]:
     """Distances of the layers scaled as in the maps of the released code, where 1 is the largest of the model."""
-    return scale_as_released([value for value in distances if value is not None], len(distances))
+    known = [value for value in distances if value is not None]
+    return scale_as_released(known, len(known))
 
 
 def largest_share(increases: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from textwrap import fill
 from typing import Any
 
@@ -24,6 +25,9 @@ from cod_lightning.plots import (
     lines_by_depth,
     style,
 )
+
+Curve = tuple[np.ndarray, np.ndarray]
+"""Steps, and the values at these steps."""
 
 
 def by_seed(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
@@ -81,12 +85,20 @@ def angle_and_removal(column: Column) -> Figure | None:
 
 
 def recorded_variances(column: Column) -> list[tuple[ReportRow, list[int], np.ndarray]]:
-    """Row, steps and variance [runs, steps, layers] of every row that recorded it."""
+    """Row, common steps and variance [runs, steps, layers] of every row that recorded it."""
     recorded = []
     for row in column.rows:
         if series := [run.history["layers"] for run in row.runs if "layers" in run.history]:
-            recorded.append((row, series[0]["step"], by_seed(series, "variance")))
+            curves = [(np.array(each["step"]), np.array(each["variance"], dtype=float)) for each in series]
+            steps, variances = at_common_steps(curves)
+            recorded.append((row, steps.tolist(), variances))
     return recorded
+
+
+def at_common_steps(curves: Sequence[Curve]) -> Curve:
+    """The steps that all curves have, and the values at these [curves, steps, ...]; runs may record at other steps."""
+    steps = reduce(np.intersect1d, (each for each, _ in curves))
+    return steps, np.stack([values[np.isin(each, steps)] for each, values in curves])
 
 
 @style()
@@ -151,10 +163,6 @@ def mean_jacobians(column: Column) -> Figure | None:
     return figure
 
 
-Curve = tuple[np.ndarray, np.ndarray]
-"""Steps and losses."""
-
-
 def curve_difference(curve: Curve, other: Curve) -> Curve:
     """Difference of two curves at the steps that both have."""
     steps, here, there = np.intersect1d(curve[0], other[0], return_indices=True)
@@ -184,15 +192,14 @@ def loss_curves(column: Column) -> Figure | None:
         marker = "o" if title == "the paper" else None
         for row in (row for row in column.rows if row.name in curves):
             colour, own = row_colour(row), curves[row.name]
-            steps = next(iter(own.values()))[0]
-            mean = np.mean([losses for _, losses in own.values()], axis=0)
-            top.plot(steps, mean, color=colour, marker=marker, ms=3, label=row.label)
+            steps, losses = at_common_steps(list(own.values()))
+            top.plot(steps, losses.mean(axis=0), color=colour, marker=marker, ms=3, label=row.label)
             pairs = [curve_difference(own[seed], base[seed]) for seed in own if seed in base]
             if row is not column.baseline and pairs:
-                differences = np.array([losses for _, losses in pairs])
+                steps, differences = at_common_steps(pairs)
                 mean, sd = differences.mean(axis=0), sd_of(differences)
-                bottom.plot(pairs[0][0], mean, color=colour, marker=marker, ms=3)
-                bottom.fill_between(pairs[0][0], mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
+                bottom.plot(steps, mean, color=colour, marker=marker, ms=3)
+                bottom.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
         bottom.axhline(0, color="black", lw=0.8)
         top.set(ylabel="training loss (nats)", title=title)
         top.legend()

@@ -11,7 +11,7 @@ from typing import Any
 
 from cod_lightning.config.saved import from_dict
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate import SCORES_FILE
+from cod_lightning.evaluate import PAPER_TASKS, SCORES_FILE
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.paper.claims import Run
@@ -109,7 +109,7 @@ def load_measures(folder: Path) -> dict[str, Any]:
 
 
 def load_task_scores(path: Path) -> dict[str, float]:
-    """Accuracies in per cent by task, and their mean as `average`; empty if the run was not scored.
+    """Accuracies in per cent by task, and once all tasks of Table 2 are there their mean as `average`.
 
     Raises:
         UserError: the file does not hold scores by task.
@@ -120,7 +120,8 @@ def load_task_scores(path: Path) -> dict[str, float]:
     if not all(isinstance(scores, dict) and is_number(scores.get("acc", 0.0)) for scores in tasks.values()):
         raise UserError(f"{path}: not scores by task; remove it")
     accuracies = {task: 100.0 * scores["acc"] for task, scores in tasks.items() if "acc" in scores}
-    return accuracies | {"average": fmean(accuracies.values())} if accuracies else {}
+    is_complete = all(task in accuracies for task in PAPER_TASKS)
+    return accuracies | ({"average": fmean(accuracies[task] for task in PAPER_TASKS)} if is_complete else {})
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def t_tails(t: float, degrees: int) -> float:
         total += term
         term *= math.cos(angle) ** 2 * (k - 1) / k
     inside = math.sin(angle) * total
-    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
+    return max(1 - (2 / math.pi * (angle + inside) if odd else inside), 0.0)  # rounding
 
 
 def t_quantile(degrees: int) -> float:

@@ -37,7 +37,7 @@ class Tuned:
 
 
 def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
-    """The rows that were run at several rates, the best first; the rate is chosen by the losses that are compared.
+    """The rows that were run at several rates, by their difference; the rate is chosen by the losses that are compared.
 
     A run that diverged, or whose loss is not finite, is the worst.
 
@@ -63,9 +63,9 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
         good = tuple(other for other, mean in means[name].items() if mean - means[name][rate] <= GOOD_RATE)
         tuned.append(Tuned(rows[name], rate, values, difference, tuple(means[name]), good))
 
-    def to_baseline(best: Tuned) -> float:
-        otherwise = 0.0 if best.row.name == baseline else math.inf
-        return best.difference.mean if best.difference else otherwise
+    def to_baseline(row: Tuned) -> float:
+        otherwise = 0.0 if row.row.name == baseline else math.inf
+        return row.difference.mean if row.difference else otherwise
 
     return sorted(tuned, key=to_baseline)
 

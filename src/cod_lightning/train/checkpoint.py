@@ -108,7 +108,7 @@ RESUMED = {
     **{"pytorch-lightning_version": str, "global_step": int, "loops": dict, "callbacks": dict},
     **{"optimizer_states": list, "lr_schedulers": list},
 }
-"""Entries that Lightning needs to resume, besides the weights, and their types; none is empty."""
+"""Entries that Lightning needs to resume, besides the weights, and their types; no list or text is empty."""
 
 
 def read_resumable(path: Path) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def read_resumable(path: Path) -> dict[str, Any]:
         )
     for name, kind in {**RESUMED, "TokenDataModule": dict}.items():
         value = checkpoint.get(name)
-        if name in checkpoint and not (value and isinstance(value, kind)):
-            error = ValueError(f"{name}: expected a {kind.__name__} with entries, got {short_repr(value)}")
+        if name in checkpoint and not (isinstance(value, kind) and (value or kind is int)):
+            error = ValueError(f"{name}: expected {kind.__name__}, not empty, got {short_repr(value)}")
             raise unreadable_error(path, error)
     return checkpoint
 
