@@ -664,9 +664,13 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
         ),
         ({"name": "pro_res", "schedule": "cosine"}, ["norm.schedule='cosine'", "linear", "stagewise_sqrt_L"]),
         ({"name": "pro_res", "warmup": 0}, ["norm.warmup=0 must be at least 1"]),
-        ({"name": "pro_res", "base": "admin"}, ["attention.branch_schedule=Schedule", "with learned_skip"]),
-        ({"name": "ds_init", "base": "deep_norm"}, ["attention.output_init=0.7", "with xavier", "layer=1"]),
-        ({"name": "lns", "position": "after_residual", "base": "admin"}, ["skip=0.7", "with learned_skip"]),
+        ({"name": "pro_res", "base": "admin"}, ["norm='pro_res'", "norm.base, which sets learned_skip itself"]),
+        ({"name": "ds_init", "base": "deep_norm"}, ["norm='ds_init'", "norm.base, which sets xavier itself"]),
+        (
+            {"name": "lns", "position": "after_residual", "base": "admin"},
+            ["norm='lns'", "which sets learned_skip itself"],
+        ),
+        ({"name": "scaled_init", "base": "deep_norm"}, ["norm='scaled_init'", "norm.base, which sets xavier itself"]),
         ({"name": "lns", "base": "lns_as_rates"}, ["norm='lns'", "norm.base, which sets input_rates itself"]),
         ({"name": "lns", "base": "lns_learnable"}, ["norm='lns'", "norm.base, which sets pre_norm_weight itself"]),
         ({"name": "lns", "base": "lns_rate_only", "position": "only_ffn"}, ["which sets input_rates itself"]),
@@ -767,9 +771,23 @@ def test_a_pre_ln_block_runs_the_operations_of_its_equation_alone():
     assert counts[0] == counts[1]
 
 
-def test_a_function_in_place_of_its_name_is_told_its_name():
-    def gentler(layer, depth):
-        return block(gain=layer**-0.25)
+def returns_nothing_in_a_script(layer, depth): ...
 
-    with pytest.raises(UserError, match=r"^norm is a function: give its place as text, such as '[\w.]+:gentler'$"):
-        build_all({"name": gentler}, 2)
+
+returns_nothing_in_a_script.__module__ = "__main__"
+
+
+@pytest.mark.parametrize(
+    ("function", "place"),
+    [
+        (returns_nothing, "test_strategies:returns_nothing"),
+        (partial(returns_nothing), "package.module:function"),
+        (lambda layer, depth: None, "package.module:function"),
+        (returns_nothing_in_a_script, "package.module:function"),
+    ],
+    ids=["function", "partial", "lambda", "script"],
+)
+def test_a_function_in_place_of_its_name_is_told_a_place(function, place):
+    message = f"norm is a function: give its place as text, such as '{place}'"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        build_all({"name": function}, 2)

@@ -156,8 +156,6 @@ LNS_POSITIONS = {
     "only_ffn": ("gain",),
 }
 """Coefficients that are 1/sqrt(l) by position: `after_ln` is the paper's choice, the others are those of Table 8."""
-GAIN_FORMS = ("pre_norm_weight", "input_init", "input_rates", "norm_rates")
-"""Coefficients by which other strategies are LNS without a factor; with a gain it would act twice."""
 
 
 @register
@@ -165,9 +163,7 @@ def lns(layer: int, depth: int, position: str = "after_ln", base: str = "pre_ln"
     """x + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper."""
     require_choice("norm.position", position, LNS_POSITIONS)
     spec = build(base, layer, depth, options)
-    coefficients = LNS_POSITIONS[position]
-    also = GAIN_FORMS if "gain" in coefficients else ()
-    scaled = change_base("lns", spec, also, **dict.fromkeys(coefficients, layer**-0.5))
+    scaled = change_base("lns", spec, **dict.fromkeys(LNS_POSITIONS[position], layer**-0.5))
     attention, ffn = position != "only_ffn", position != "only_attention"
     return replace(scaled, attention=(scaled if attention else spec).attention, ffn=(scaled if ffn else spec).ffn)
 
@@ -275,16 +271,24 @@ def nf_residual(layer: int, depth: int, alpha: float = 0.2) -> BlockSpec:
 
 # Strategies that change a base strategy; further options are those of the base ----------------------------------------
 
+CONFLICTS = {
+    "gain": ("pre_norm_weight", "input_init", "input_rates", "norm_rates"),  # LNS in other forms, which would act twice
+    "skip": ("learned_skip",),
+    "output_init": ("xavier",),
+    "branch_schedule": ("learned_skip",),
+}
+"""Other coefficients of a base strategy that exclude one: they do the same, or it would have no effect."""
 
-def change_base(name: str, spec: BlockSpec, also: tuple[str, ...] = (), **new: Any) -> BlockSpec:
+
+def change_base(name: str, spec: BlockSpec, **new: Any) -> BlockSpec:
     """`spec` with `new` coefficients of both sub-layers.
 
     Raises:
-        UserError: the base strategy sets one of these coefficients, or of `also`, which do the same; the message names
-            it.
+        UserError: the base strategy sets one of these coefficients, or of their `CONFLICTS`; the message names it.
     """
+    conflicts = [other for coefficient in new for other in CONFLICTS.get(coefficient, ())]
     for sublayer in spec.sublayers:
-        require_unset(name, sublayer, (*new, *also))
+        require_unset(name, sublayer, (*new, *conflicts))
     return spec.replace(**new)
 
 

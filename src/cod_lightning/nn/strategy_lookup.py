@@ -39,8 +39,7 @@ def resolve(name: str, field: str = "norm") -> Strategy:
         UserError: no such strategy, module or function.
     """
     if callable(name):
-        place = f"{getattr(name, '__module__', 'package.module')}:{getattr(name, '__name__', 'function')}"
-        raise UserError(f"{field} is a function: give its place as text, such as {place!r}")
+        raise UserError(f"{field} is a function: give its place as text, such as {place_of(name)!r}")
     if not isinstance(name, str):
         raise UserError(f"{field}={name!r} is not the name of a strategy: {nearest(str(name), STRATEGIES)}")
     if ":" not in name:
@@ -58,6 +57,12 @@ def resolve(name: str, field: str = "norm") -> Strategy:
     if not callable(strategy):
         raise UserError(f"{field}={name!r} is not a function (layer, depth, **options) -> BlockSpec")
     return strategy
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """`module:name` of a function; a form to fill in for one of a script, a lambda or a partial."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__name__", "")
+    return f"{module}:{name}" if name.isidentifier() and module != "__main__" else "package.module:function"
 
 
 def suggestion(name: str) -> str:
