@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import apply, fold
@@ -109,6 +110,31 @@ class Dropped(Block):
         return x + nn.functional.dropout(ffn, 0.5, self.training)
 
 
+class NormOfTwo(nn.RMSNorm):
+    """Takes a further argument, as a norm under a condition does."""
+
+    def forward(self, x, condition):
+        return super().forward(x)
+
+
+class Conditioned(Block):
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.norm_1 = NormOfTwo(8)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x, None) * self.factor())
+        return x + self.ffn(self.norm_2(x) * self.factor())
+
+
+class ConditionedCube(Conditioned):
+    """Attention reads the cube of its norm."""
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x, None) ** 3 * self.factor())
+        return x + self.ffn(self.norm_2(x) * self.factor())
+
+
 class Model(nn.Module):
     def __init__(self, block):
         super().__init__()
@@ -129,9 +155,13 @@ def test_the_measured_factors_are_one_over_the_root_of_the_layer():
     assert gains == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
 
 
-@pytest.mark.parametrize("block", [MendedBuffer, Dropped])
+@pytest.mark.parametrize("block", [MendedBuffer, Dropped, Conditioned])
 def test_a_right_implementation_passes(block):
     verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS)
+
+
+def test_blocks_under_activation_checkpointing_pass():
+    verify(Model(lambda layer: checkpoint_wrapper(Block(layer))), "lns", layout=PLAIN, inputs=TOKENS)
 
 
 BROKEN = {
@@ -141,6 +171,7 @@ BROKEN = {
     OnlyAttention: "hold: layer 2, ffn: gain is 1,",
     HalvedBranch: "hold: layer 1, attention: branch_scale is 0.5, expected 1",
     LostInTraining: "hold in training mode: layer 2, attention: gain is 1, expected 0.707107",
+    ConditionedCube: "hold: layer 1, attention: gain is no constant factor, expected 1",
     LostWhenCompiled: "hold after compilation",
     LostWhenLoaded: "hold after meta initialisation: layer 2, attention: gain is 1, expected 0.707107",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from inspect import ismethod
@@ -183,7 +183,7 @@ def measure(model: nn.Module, norm: dict[str, Any], layout: Layout | None, token
         h = seen[site.layer, f"{site.part} input"]
         gain = ratio(h, candidates(site.norm, x))
         if math.isnan(gain):  # a norm of another kind counts without hooks, such as that of `apply`
-            gain = ratio(h, [bare(site.norm)(x)])
+            gain = ratio(h, output_alone(site.norm, x))
         factors.append(Factor(site.layer, site.part, "gain", spec.gain, gain))
         branch = ratio(y - x, [branch_multiplier(site.block) * seen[site.layer, f"{site.part} output"]])
         factors.append(Factor(site.layer, site.part, "branch_scale", spec.branch_scale, branch))
@@ -221,18 +221,30 @@ def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
 def candidates(norm: Any, x: Tensor) -> list[Tensor]:
     """What a norm without a gain may make of x: RMSNorm or LayerNorm.
 
-    A norm that does not name its eps has the default of `nn.RMSNorm` or that of `F.layer_norm`, as OLMo 1 has.
+    A norm that does not name its eps has the default of `nn.RMSNorm` or that of `F.layer_norm`, as OLMo 1 has. One
+    that does not run on x alone is taken to add nothing to its weight.
     """
     named = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
     epsilons = (torch.finfo(torch.float32).eps, 1e-5) if named is None else (named,)
     centred = x - x.mean(-1, keepdim=True)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    factor = 1.0 if weight is None else weight + weight_offset(norm)
+    factor = 1.0 if weight is None else weight
+    if weight is not None:
+        with suppress(UserError):
+            factor = weight + weight_offset(norm)
     return [
         h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * factor + (0 if bias is None else bias)
         for h in (x, centred)
         for eps in epsilons
     ]
+
+
+def output_alone(norm: Any, x: Tensor) -> list[Tensor]:
+    """The output of a norm without hooks; empty if it does not run on x alone."""
+    try:
+        return [bare(norm)(x)]
+    except Exception:  # a norm of the user raises many kinds
+        return []
 
 
 def ratio(y: Tensor, candidates: list[Tensor]) -> float:
@@ -278,7 +290,8 @@ def leave_meta_device(model: nn.Module, reset: Callable[[nn.Module], object]) ->
     for buffer in fresh.buffers():
         buffer.fill_(GARBAGE)
     reset(fresh)
-    fresh.load_state_dict(dict(model.named_parameters(remove_duplicate=False)), strict=False)
+    state = model.state_dict(keep_vars=True).items()  # wrappers name parameters otherwise in it
+    fresh.load_state_dict({name: x for name, x in state if isinstance(x, nn.Parameter)}, strict=False)
     return fresh
 
 
