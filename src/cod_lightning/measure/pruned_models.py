@@ -139,7 +139,7 @@ def prune_weights(
 
     Raises:
         UserError: the allocation, method or calibration is unknown, a sparsity is outside [0, 1], or the model is a
-            mixture of experts.
+            mixture of experts or has adapters.
     """
     require_linear(model)
     require_choice("allocation", allocation, Allocation)

@@ -43,7 +43,7 @@ class Measure:
     least_blocks: int = 1
     """Smallest depth of a model that it applies to."""
     of_linear_layers: bool = False
-    """Reads the weights of linear layers, which are not all weights of a mixture of experts."""
+    """Reads the weights of linear layers, which are not all weights of experts or adapters."""
     fits_maps: bool = False
     """Fits linear maps between hidden states."""
     composes_blocks: bool = False

@@ -88,7 +88,7 @@ def layer_sparsity(
         epsilon: AlphaPruning's, see `alpha_sparsities`.
 
     Raises:
-        UserError: an option or a sparsity is out of range, or the model is a mixture of experts.
+        UserError: an option or a sparsity is out of range, or the model is a mixture of experts or has adapters.
     """
     check_sparsity(model, sparsity, threshold, owl_lambda, epsilon)
     require_linear(model)
@@ -107,7 +107,7 @@ def layer_sparsity(
 
 
 def require_linear(model: ModelAdapter) -> None:
-    """Raise a UserError if the blocks have experts, whose weights are not those of linear layers."""
+    """Raise a UserError if the blocks have weights beside those of linear layers: of experts or adapters."""
     if model.why_not_sparse:
         raise UserError(f"{model.name}: {model.why_not_sparse}")
 
