@@ -18,7 +18,7 @@ from cod_lightning.commands.processes import CommandPool
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.config.schema import flatten
 from cod_lightning.errors import UserError
-from cod_lightning.evaluate import lm_eval
+from cod_lightning.evaluate import PAPER_TASKS, lm_eval
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import STRATEGIES, build_all
@@ -442,7 +442,7 @@ def test_a_killed_reproduction_resumes_and_repeats_nothing(small, tmp_path, repr
 
 
 def test_a_fine_tuned_row_of_the_paper_is_scored(small, tmp_path, reproduce, monkeypatch):
-    scores = {task: {"acc": 0.25} for task in lm_eval.PAPER_TASKS}
+    scores = {task: {"acc": 0.25} for task in PAPER_TASKS}
     monkeypatch.setattr(CommandPool, "run_command", lambda pool, words, label: main([*words]))
     monkeypatch.setattr(lm_eval, "task_manager", lambda tasks, folder: None)
     monkeypatch.setattr(lm_eval, "score_tasks", lambda *_, **__: scores)

@@ -128,7 +128,7 @@ def test_the_variance_is_that_of_the_hidden_states(llama):
     states = model.model(PROBE, output_hidden_states=True).hidden_states[1]
     measured = monitor(["variance"]).step(model, 0)
     assert measured["variance/layer_01"] == pytest.approx(states.var(-1).mean().item())
-    assert measured["variance_median/layer_01"] == pytest.approx(states.var(-1).median().item())
+    assert measured["variance_median/layer_01"] == pytest.approx(states.var(-1).quantile(0.5).item())
 
 
 def build_bert():
