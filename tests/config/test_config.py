@@ -362,7 +362,7 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
         (["norm.positon=after_ln"], ["norm.positon", "did you mean 'position'"]),
         (["norm=gpas", "norm.base=3"], ["norm.base=3 is not the name of a strategy"]),
         (["norm=skip_init", "norm.init=x"], ["norm.init='x' must be a number"]),
-        (["norm=scaled_init", "norm.base=deep_norm"], ["norm='scaled_init'", "does not support", "sets xavier"]),
+        (["norm=scaled_init", "norm.base=deep_norm"], ["norm='scaled_init'", "norm.base", "xavier"]),
         (["norm=skip_init", "norm.base=layer_scale"], ["norm='skip_init'", "branch_scale"]),
         (["norm=lns_learnable", "model.norm_affine=false"], ["norm=lns_learnable", "model.norm_affine=true"]),
         (["optim.warmup_ratio=nan"], ["optim.warmup_ratio=nan", "finite"]),

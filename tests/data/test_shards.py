@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cod_lightning.commands.prepare import count_of, shard_of
 from cod_lightning.data import chunks, corpora, encode, shards
 from cod_lightning.data import prepare as preparation
 from cod_lightning.data.corpora import share
@@ -275,22 +274,6 @@ def test_blocks_are_bounded_even_with_long_documents(make_config, tmp_path):
     assert sum(len(block.documents) for block in blocks) == 600
     ids = np.concatenate([part.ids for block in blocks for part in block.split()])
     assert ids.tobytes() == (part / "train.ids").read_bytes()
-
-
-@pytest.mark.parametrize("text", ["5/4", "4/4", "0/0", "a/b", "-1/4", "1", "1/", "", "1/4/2", "0.5/4"])
-def test_a_malformed_shard_is_refused(text):
-    with pytest.raises(UserError, match=rf"shard={text}: must be K/N, where N shards are numbered from 0"):
-        shard_of(text)
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "a", "", "1/4"])
-def test_a_malformed_number_of_shards_is_refused(text):
-    with pytest.raises(UserError, match=rf"merge={text}: must be the number of shards"):
-        count_of(text)
-
-
-def test_shards_are_numbered_from_zero():
-    assert (shard_of("0/3"), shard_of("2/3"), count_of("64")) == ((0, 3), (2, 3), 64)
 
 
 @pytest.mark.parametrize("source", ["docs", "drawn_instructions"])

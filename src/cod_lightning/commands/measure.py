@@ -95,17 +95,16 @@ def run(
     output = Path(options.pop("output")) if "output" in options else output
     require_at_least("rows", rows, 1)
     open_model = partial(open_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
+    suffix = "" if checkpoint == "last" else f"_{checkpoint}"
     if study in ("report", "compare"):
-        page = "-".join([study, *map(name_of, map(Path, models)), *([] if checkpoint == "last" else [checkpoint])])
-        return report(study, models, open_model, options, output or Path("measure") / page)
+        return report(study, models, open_model, options, output, suffix)
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, not {len(models)}; measure report takes several")
     from cod_lightning.commands.measure_runner import run_prune, run_study
     from cod_lightning.measure.registry import measures_of
 
     model = Path(models[0])
-    own = model / ("measure" if checkpoint == "last" else f"measure_{checkpoint}")
-    folder = output or (own if is_run(model) else Path("measure") / name_of(model))
+    folder = output or (model / f"measure{suffix}" if is_run(model) else Path("measure") / name_of(model))
     if study == "prune":
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
@@ -181,8 +180,13 @@ def open_subject(
     return subject
 
 
-def report(study: str, models: Sequence[str], open_model: Any, options: dict[str, Any], folder: Path) -> int:
-    """Measure one or several models, and write a page that shows how much of their depth they use."""
+def report(
+    study: str, models: Sequence[str], open_model: Any, options: dict[str, Any], output: Path | None, suffix: str
+) -> int:
+    """Measure one or several models, and write a page that shows how much of their depth they use.
+
+    `suffix` ends the name of the page's folder, if that is not `output`.
+    """
     least = 2 if study == "compare" else 1
     if len(models) < least:
         raise UserError(f"measure {study} takes at least {('one model', 'two models')[least - 1]}, not {len(models)}")
@@ -193,6 +197,7 @@ def report(study: str, models: Sequence[str], open_model: Any, options: dict[str
     from cod_lightning.measure.depth_report import COMPARED, REPORTED
 
     subjects = {name: partial(open_model, model) for name, model in zip(names, models, strict=True)}
+    folder = output or Path("measure") / ("-".join([study, *names]) + suffix)
     check_writable(folder, "--output=")
     print(run_report(subjects, options, folder, REPORTED if study == "report" else COMPARED, study))
     return 0

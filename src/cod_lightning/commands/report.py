@@ -15,7 +15,7 @@ HELP = "Write REPRODUCTION.md, an HTML page, CSV and figures: the claims of the 
 ESTIMATED_FOR = "one H100 at 40 % of its peak"
 """Default hardware of `estimate`."""
 LISTED = 5
-"""Runs named in a message, if there are more."""
+"""The most runs that a message names."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -95,6 +95,11 @@ def diagonal_share(matrix: Sequence[Sequence[float]]) -> float:
     return float(np.linalg.norm(np.diag(array)) / np.linalg.norm(array))
 
 
+def power_of_blocks(theory: Mapping[str, Any]) -> float:
+    """p of variance ~ l^p from block l = 1 on, without the embeddings."""
+    return growth(theory["variances"][1:]).power
+
+
 def final_loss(run: Run) -> float | None:
     return run.record.get("val_loss")
 
@@ -106,8 +111,6 @@ RESCALED_ANGLE = measure("angular", lambda result: deeper_mean(rescaled(result["
 DEEP_COST = measure("removal", lambda result: deeper_mean(loss_increases(result)))
 ANGLE = {"angular distance to the next layer, deeper half": DEEP_ANGLE}
 COST = {"increase of the loss without a block, deeper half (nats)": DEEP_COST}
-POWER = measure("theory", lambda result: growth(result["variances"][1:]).power)
-"""p of variance ~ l^p from block l = 1 on, without the embeddings."""
 LAST_GAIN = measure("theory", lambda result: result["gains"][-1])
 LAYERS = {**ANGLE, "the same, scaled to [0, 1] as in the released code": RESCALED_ANGLE, **COST}
 VARIANCE: dict[str, Quantity] = {
@@ -133,7 +136,7 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
             "theory", lambda result: result["growth"]["power"]
         ),
         "its R^2": measure("theory", lambda result: result["growth"]["power_r2"]),
-        "p without the embeddings, from block l = 1 on": POWER,
+        "p without the embeddings, from block l = 1 on": measure("theory", power_of_blocks),
         "c of the lemma, fitted": measure("theory", lambda result: result["c"]),
         "gain to the last layer": LAST_GAIN,
     },
@@ -225,7 +228,7 @@ COST_CHANGE = measure("removal", lambda result: deeper_less_shallower(loss_incre
 LARGEST_SHARE = measure("removal", lambda result: largest_share(loss_increases(result)))
 NEARER_TO_IDENTITY = measure("jacobian", lambda result: math.log(result["distance"][1] / result["distance"][-1]))
 """Compares the second block with the last: the first reads the embeddings and is far from I in any model."""
-BEYOND_LINEAR = measure("theory", lambda result: growth(result["variances"][1:]).power - 1)
+BEYOND_LINEAR = measure("theory", lambda result: power_of_blocks(result) - 1)
 DEPTH_GROWTH = recorded_variance(lambda steps, variance: math.log(depth_ratio(steps, variance)))
 TIME_GROWTH = recorded_variance(lambda steps, v: math.log(variance_at(0.3)(steps, v) / variance_at(0.05)(steps, v)))
 """Growth of the variance from 5 % to 30 % of the run, as in Figure 9."""

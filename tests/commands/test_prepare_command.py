@@ -1,0 +1,22 @@
+"""The words of `prepare` for shards."""
+
+import pytest
+
+from cod_lightning.commands.prepare import count_of, shard_of
+from cod_lightning.errors import UserError
+
+
+@pytest.mark.parametrize("text", ["5/4", "4/4", "0/0", "a/b", "-1/4", "1", "1/", "", "1/4/2", "0.5/4"])
+def test_a_malformed_shard_is_refused(text):
+    with pytest.raises(UserError, match=rf"shard={text}: must be K/N, where N shards are numbered from 0"):
+        shard_of(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "a", "", "1/4"])
+def test_a_malformed_number_of_shards_is_refused(text):
+    with pytest.raises(UserError, match=rf"merge={text}: must be the number of shards"):
+        count_of(text)
+
+
+def test_shards_are_numbered_from_zero():
+    assert (shard_of("0/3"), shard_of("2/3"), count_of("64")) == ((0, 3), (2, 3), 64)
