@@ -24,7 +24,7 @@ from paper_builders import (
 
 from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run, by_target
-from cod_lightning.paper.figures import fit_sizes
+from cod_lightning.paper.figures import along_axes, difference_figure, fit_sizes, short_number
 from cod_lightning.paper.layer_figures import at_common_steps, draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
@@ -345,10 +345,16 @@ def test_every_strategy_is_compared_at_its_own_best_rate():
 
 def test_the_league_is_a_figure_and_a_table_of_own_best_rates(monkeypatch):
     monkeypatch.setattr("cod_lightning.paper.report.MOST_LINES", 1)
+    monkeypatch.setattr("cod_lightning.paper.figures.FEWEST_TUNED", 1)
     league = family("League", "lr", {1e-3: 4.8, 2e-3: 4.7})
     built = build_report([*map(without_runs, league), *league])
     assert [name for name in built.figures if name.startswith("league")] == ["league_best.png"]
     assert "- Own best rates: 1 comparison with an interval. If no difference were real, 0.05 " in built.markdown
+
+
+def test_a_single_strategy_at_its_own_best_rate_is_no_figure():
+    league = family("League", "lr", {1e-3: 4.8, 2e-3: 4.7})
+    assert list(build_report([*map(without_runs, league), *league]).figures) == ["league.png"]
 
 
 def test_a_rate_at_which_a_run_diverges_is_not_the_best():
@@ -472,6 +478,43 @@ def test_axes_of_losses_have_their_unit(target):
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert any("loss" in label for label in labels)
     assert all("(nats)" in label for label in labels if "loss" in label)
+
+
+@pytest.mark.parametrize("target", ["Figure 4", "Figure 7", "Figure 9"])
+def test_panels_of_means_state_their_number_of_seeds(target):
+    figure = draw(Column((figure_experiments(target)[1],)))
+    titles = [axes.get_title().replace("\N{NO-BREAK SPACE}", " ") for axes in figure.axes]
+    assert [title for title in titles if title] == ["pre_ln (n = 2)", "lns (n = 2)"]
+
+
+def test_a_map_of_one_run_names_its_seed():
+    assert draw(Column((figure_experiments("Figure 5")[1],))).get_suptitle() == "seed 1"
+
+
+def test_rows_that_were_not_run_and_single_seeds_are_marked():
+    rows = [row("pre_ln", 20.0, run(1, 5.0)), row("lns", 19.0, run(1, 4.9)), row("mix_ln", 19.5)]
+    ours = table(*rows)
+    figure = difference_figure({"paper": [Column((without_runs(ours),))], "toy": [Column((ours,))]})
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["not run"]
+    assert figure.get_supxlabel().endswith("(x: one seed; horizontal axes differ)")
+
+
+@pytest.mark.parametrize(
+    ("number", "label"), [(0.4**0.5, "0.632"), (24, "24"), (3e-3, "0.003"), (134e6, "134M"), (1.3e9, "1.3B")]
+)
+def test_ticks_have_three_digits(number, label):
+    assert short_number(number) == label
+
+
+def test_two_settings_are_not_joined_by_a_line():
+    lines = {}
+    for settings in ((6, 24), (6, 12, 24)):
+        depth = family("Depth", "blocks", dict.fromkeys(settings, 4.6))
+        (axes,) = along_axes([("", "blocks", [Column((e,)) for e in depth])], []).axes
+        lines[len(settings)] = [
+            line for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2
+        ]
+    assert [len(found) for found in lines.values()] == [0, 1]
 
 
 def test_a_figure_that_was_not_measured_is_not_drawn():

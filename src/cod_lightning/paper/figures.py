@@ -1,7 +1,7 @@
 """Figures of losses: differences to the baseline, over a varied setting, and over model sizes (Figure 1).
 
 Every figure is 900 pixels wide, and equal records give equal bytes. With several seeds, lines and maps are means, and
-bands and bars one standard deviation, unless the figure says otherwise.
+bands and bars one standard deviation, unless the figure says otherwise. Differences of a single seed are crosses.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from textwrap import fill
 from typing import Any
 
@@ -33,7 +34,8 @@ AXES = {
     "embedding_std": "initial standard deviation of the embeddings",
 }
 """Labels of the settings that an experiment may vary (`paper.axis`)."""
-
+FEWEST_TUNED = 3
+"""Strategies that a figure of own best rates needs; fewer are read in the table."""
 
 ROW_STRATEGIES = {"deep_norm": "deep_norm_released", "deep_norm_deepnet": "deep_norm", "language": "pre_ln"}
 """Strategies of rows that have another name."""
@@ -71,12 +73,20 @@ class Point:
     margin: float | None
     """Half the width of the interval."""
     trained: bool
+    one_seed: bool = False
 
 
 def our_points(column: Column) -> dict[str, Point]:
     """Our differences in the headline metric, by row."""
     compared = {c.row.name: (c, c.difference) for c in column.compare(column.headline)}
-    return {name: Point(d.mean, d.margin, not c.untrained) for name, (c, d) in compared.items() if d}
+    return {name: Point(d.mean, d.margin, not c.untrained, d.n == 1) for name, (c, d) in compared.items() if d}
+
+
+def why_absent(column: Column) -> dict[str, str]:
+    """Why a row has no difference of ours, by row."""
+    return {
+        c.row.name: c.caveat or ("no common seed" if c.row.runs else "not run") for c in column.compare(column.headline)
+    }
 
 
 def published_points(column: Column) -> dict[str, Point]:
@@ -94,8 +104,11 @@ def difference_figure(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     """
     paper = scales["paper"]
     panels = {"the paper": {column.heading: published_points(column) for column in paper}}
+    absent: dict[str, dict[str, str]] = {}
     for scale, columns in scales.items():
-        panels[panel_title(scale, columns[0])] = {column.heading: our_points(column) for column in columns}
+        title = panel_title(scale, columns[0])
+        panels[title] = {column.heading: our_points(column) for column in columns}
+        absent[title] = why_absent(columns[0])
     panels = {title: series for title, series in panels.items() if any(series.values())}
     names = {name for series in panels.values() for points in series.values() for name in points}
     rows = [row for row in paper[0].rows if row.name in names]
@@ -104,12 +117,12 @@ def difference_figure(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
         return None
     figure, axes = figure_grid(1.4 + (0.22 + 0.09 * len(paper)) * len(rows), columns=len(panels), sharey=True)
     for panel, (title, series) in zip(axes[0], panels.items(), strict=True):
-        forest(panel, series, rows)
+        forest(panel, series, rows, absent.get(title, {}))
         panel.set_title(title)
         panel.xaxis.set_major_locator(MaxNLocator(9 // len(panels)))
     figure.supxlabel(
         f"difference to {paper[0].baseline.label} ({metric.unit}), {'less' if metric.lower_is_better else 'more'} "
-        "is better\n(bars: 95 % interval over seeds; hollow at the right edge: did not train)",
+        f"is better\n{forest_note(list(panels.values()), 'did not train')}",
         fontsize=9,
     )
     if len(paper) > 1:
@@ -120,15 +133,20 @@ def difference_figure(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     return figure
 
 
-def forest(axes: Axes, series: Mapping[str, Mapping[str, Point]], rows: Sequence[ReportRow]) -> None:
+Series = Mapping[str, Mapping[str, Point]]
+"""Points by heading of a column and name of a row."""
+
+
+def forest(axes: Axes, series: Series, rows: Sequence[ReportRow], absent: Mapping[str, str]) -> None:
     """Points with intervals, a line for each row from top to bottom, in its colour; marks are those of the columns.
 
     Rows that did not train have hollow marks at the right edge, with their value.
 
     Args:
         axes: to draw on.
-        series: points by heading of a column and name of a row.
+        series: points.
         rows: rows of the axes.
+        absent: why a row has no point, by row.
     """
     points = [point for by_row in series.values() for point in by_row.values()]
     ends = [point.value + sign * (point.margin or 0) for point in points if point.trained for sign in (-1, 1)]
@@ -139,23 +157,51 @@ def forest(axes: Axes, series: Mapping[str, Mapping[str, Point]], rows: Sequence
         if (point := by_row.get(row.name)) is None:
             continue
         y = line + 0.7 * ((index + 0.5) / len(series) - 0.5)
-        options: dict[str, Any] = {"fmt": MARKERS[index % len(MARKERS)], "ms": 5, "capsize": 2}
+        mark = "x" if point.one_seed else MARKERS[index % len(MARKERS)]
+        options: dict[str, Any] = {"fmt": mark, "ms": 5, "capsize": 2}
         if point.trained:
             axes.errorbar(point.value, y, xerr=point.margin, color=row_colour(row), **options)
         else:
             axes.errorbar(edge - room, y, mfc="white", color=row_colour(row), **options)
             text: dict[str, Any] = {"xytext": (-6, 0), "textcoords": "offset points", "va": "center", "ha": "right"}
             axes.annotate(f"{point.value:+.1f}", (edge - room, y), fontsize=8, **text)
+    for line, row in enumerate(rows):
+        if not any(row.name in by_row for by_row in series.values()):
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            options = {"transform": axes.get_yaxis_transform(), "va": "center", "color": "#666666", "fontsize": 8}
+            axes.text(0.03, line, absent.get(row.name, "not in the paper"), bbox=box, **options)
     axes.axvline(0, color="black", lw=0.8)
     axes.set(xlim=(low - room, edge), ylim=(len(rows) - 0.5, -0.5))
     axes.set_yticks(range(len(rows)), [fill(row.label, 20) for row in rows])
+
+
+def forest_note(panels: Sequence[Series], beyond: str) -> str:
+    """Explain the marks that are drawn.
+
+    Args:
+        panels: points of every panel.
+        beyond: about rows whose mark is at the right edge.
+    """
+    points = [point for series in panels for by_row in series.values() for point in by_row.values()]
+    notes = {
+        "bars: 95 % interval over seeds": any(point.margin for point in points),
+        "x: one seed": any(point.one_seed for point in points),
+        f"hollow at the right edge: {beyond}": not all(point.trained for point in points),
+        "horizontal axes differ": len(panels) > 1,
+    }
+    return f"({'; '.join(note for note, drawn in notes.items() if drawn)})" if any(notes.values()) else ""
+
+
+def only_trained(points: Mapping[str, Point]) -> dict[str, Point]:
+    return {name: point for name, point in points.items() if point.trained}
 
 
 @style()
 def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Sequence[Column]) -> Figure | None:
     """Loss differences to the baseline over varied settings, with the paper's values as hollow marks.
 
-    A panel needs two settings that were run; None without any panel. Rows that did not train are left out.
+    A panel needs two settings that were run; None without any panel. Rows that did not train are left out. A row has a
+    line from three settings on.
 
     Args:
         panels: title, setting (a key of `AXES`) and columns of one scale each.
@@ -168,25 +214,32 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
     rows = list({row.name: row for _, _, columns in panels for column in columns for row in column.rows}.values())
     lines, across = math.ceil(len(panels) / 2), min(len(panels), 2)
     figure, axes = figure_grid(0.5 + 2.9 * lines, lines, across)
-    legend: dict[str, Any] = {}
+    legend: dict[str, Line2D] = {}
+    notes: dict[str, Line2D] = {}
     for panel, (title, axis, columns) in zip(axes.flat, panels, strict=False):
-        ours = sorted(((column.first.axes[axis], our_points(column)) for column in columns), key=lambda item: item[0])
-        marks = [(column.first.axes[axis], published_points(column)) for column in published]
+        ours = sorted(
+            ((column.first.axes[axis], only_trained(our_points(column))) for column in columns), key=itemgetter(0)
+        )
+        marks = [(column.first.axes[axis], only_trained(published_points(column))) for column in published]
         settings = [x for x, points in (*ours, *marks) if points]
-        aside = (max(settings) / min(settings)) ** 0.01  # rows beside each other, so that their bars can be told apart
-        for index, row in enumerate(rows):
-            colour = row_colour(row)
-            points_of_row = [(x, points[row.name]) for x, points in ours if row.name in points]
-            values = [(x, point.value, point.margin or 0) for x, point in points_of_row if point.trained]
-            if not values:
-                continue
-            x, y, margins = zip(*values, strict=True)
-            places = [value * aside ** (index - (len(rows) - 1) / 2) for value in x]
-            legend[row.label] = panel.errorbar(places, y, margins, marker="o", ms=4, capsize=2, color=colour)
+        aside = (max(settings) / min(settings)) ** 0.005  # rows beside each other, so that their bars can be told apart
+        for row in rows:
+            colour, line = row_colour(row), []
+            for x, points in ours:
+                if point := points.get(row.name):
+                    place = x * aside ** (list(points).index(row.name) - (len(points) - 1) / 2)
+                    options = {"fmt": "x" if point.one_seed else "o", "ms": 4.5, "capsize": 2, "elinewidth": 1}
+                    panel.errorbar(place, point.value, point.margin, color=colour, **options)
+                    line.append((place, point.value))
+                    legend[row.label] = Line2D([], [], color=colour, lw=3)
+                    if point.one_seed:
+                        notes["one seed"] = Line2D([], [], marker="x", ms=4.5, ls="", color="black")
+            if len(line) > 2:  # a line through two points would suggest a trend
+                panel.plot(*zip(*line, strict=True), color=colour)
             for x, points in marks:
-                if row.name in points and points[row.name].trained:
+                if line and row.name in points:
                     panel.plot(x, points[row.name].value, "D", ms=6, mfc="none", color=colour)
-                    legend["the paper, at its scale (tokens with padding)"] = Line2D(
+                    notes["the paper, at its scale (tokens with padding)"] = Line2D(
                         [], [], marker="D", ls="", mfc="none", color="black"
                     )
         panel.axhline(0, color="black", lw=0.8)
@@ -200,6 +253,7 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
         panel.set_axis_off()
     for panel in axes[:, 0]:
         panel.set_ylabel(f"loss minus that of {panels[0][2][0].baseline.label} (nats)\nbars: 95 % interval")
+    legend |= notes
     figure.legend(list(legend.values()), list(legend), loc="outside upper left", ncols=4)
     return figure
 
@@ -208,24 +262,25 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
 def tuned_figure(scales: Mapping[str, Sequence[Tuned]]) -> Figure | None:
     """Differences of every strategy to the baseline, each at its own best learning rate, the best on top.
 
+    None if no scale has `FEWEST_TUNED` differences.
+
     Args:
         scales: rows by scale; those without a difference are left out.
     """
     panels = {scale: [best for best in tuned if best.difference] for scale, tuned in scales.items()}
-    panels = {scale: tuned for scale, tuned in panels.items() if tuned}
+    panels = {scale: tuned for scale, tuned in panels.items() if len(tuned) >= FEWEST_TUNED}
     if not panels:
         return None
     figure, axes = figure_grid(1.2 + 0.27 * max(map(len, panels.values())), columns=len(panels))
+    drawn: list[Series] = []
     for panel, (scale, tuned) in zip(axes[0], panels.items(), strict=True):
-        differences = [(best.row, best.difference) for best in tuned if best.difference]
-        points = {row.name: Point(d.mean, d.margin, d.mean <= UNTRAINED) for row, d in differences}
-        forest(panel, {"": points}, [row for row, _ in differences])
+        differences = [(best.row.name, best.difference) for best in tuned if best.difference]
+        points = {name: Point(d.mean, d.margin, d.mean <= UNTRAINED, d.n == 1) for name, d in differences}
+        drawn.append({"": points})
+        forest(panel, drawn[-1], [best.row for best in tuned], {})
         panel.set_title(f"scale={scale}")
-    figure.supxlabel(
-        "loss minus that of the baseline, each at its own best learning rate (nats)\n"
-        "(bars: 95 % interval over seeds; hollow at the right edge: far behind)",
-        fontsize=9,
-    )
+    label = "loss minus that of the baseline, each at its own best learning rate (nats)"
+    figure.supxlabel(f"{label}\n{forest_note(drawn, 'far behind')}", fontsize=9)
     return figure
 
 
@@ -237,7 +292,9 @@ def label_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 def short_number(value: float) -> str:
     """Such as 1.3B, 134M, 0.5M or 0.02."""
-    return f"{value / 1e9:.2g}B" if value >= 1e9 else f"{value / 1e6:.3g}M" if value >= 1e5 else f"{value:,.4g}"
+    if value >= 1e5:
+        return f"{value / 1e9:.2g}B" if value >= 1e9 else f"{value / 1e6:.3g}M"
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 # Figure 1 ------------------------------------------------------------------------------------------------------------

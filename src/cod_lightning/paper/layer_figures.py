@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 
@@ -40,9 +41,18 @@ def sd_of(values: np.ndarray) -> np.ndarray:
     return np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
 
 
+def titled(axes: Sequence[Axes], rows: Sequence[tuple[ReportRow, int]]) -> None:
+    """Title a panel for each row with its label and number of seeds."""
+    for panel, (row, seeds) in zip(axes, rows, strict=True):
+        panel.set_title(fill(f"{row.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{seeds})", 75 // len(rows)))
+
+
 @style()
 def angle_and_removal(column: Column) -> Figure | None:
-    """Figures 2, 3, 7 and 10: angular distances between layers, and the increase of the loss without each block."""
+    """Figures 2, 3, 7 and 10: angular distances between layers, and the increase of the loss without each block.
+
+    Angles are means over seeds; increases are dots, one for each seed, as they span decades and both signs.
+    """
     angles, costs = {}, {}
     for row in column.rows:
         if results := row.results("angular"):
@@ -54,8 +64,7 @@ def angle_and_removal(column: Column) -> Figure | None:
         return None
     parts = bool(angles) + bool(costs)
     figure, axes = figure_grid(0.4 + 2.6 * parts, rows=parts, columns=len(rows), sharey="row")
-    for panel, row in zip(axes[0], rows, strict=True):
-        panel.set_title(row.label)
+    titled(axes[0], [(row, max(len(row.results(name)) for name in ("angular", "removal"))) for row in rows])
     if angles:
         highest = max(float(np.nanmax(distances)) for distances in angles.values())
         for panel, row in zip(axes[0], rows, strict=True):
@@ -73,14 +82,15 @@ def angle_and_removal(column: Column) -> Figure | None:
         for panel, row in zip(axes[-1], rows, strict=True):
             panel.set_yscale("symlog", linthresh=1e-3)
             if row.name in costs:
-                mean, sd = costs[row.name].mean(axis=0), sd_of(costs[row.name])
-                bars = {"color": row_colour(row), "yerr": sd if sd.any() else None, "error_kw": {"lw": 0.8}}
-                panel.bar(range(1, len(mean) + 1), mean, **bars)
-                panel.set_xlim(0.5, len(mean) + 0.5)
+                increases, colour = costs[row.name], row_colour(row)
+                layers = np.arange(1, increases.shape[1] + 1)
+                panel.plot(layers, increases.T, "o", ms=3, mew=0, alpha=0.6, color=colour)
+                panel.hlines(np.median(increases, axis=0), layers - 0.35, layers + 0.35, color=colour)
+                panel.set_xlim(0.5, len(layers) + 0.5)
             panel.yaxis.set_major_formatter(PlainNumbers())
             integer_ticks(panel.xaxis)
             panel.set_xlabel("removed layer")
-        axes[-1][0].set_ylabel("increase of the loss (nats)")
+        axes[-1][0].set_ylabel("increase of the loss (nats)\ndots: seeds, lines: medians")
     return figure
 
 
@@ -109,10 +119,10 @@ def variance_over_steps(column: Column) -> Figure | None:
         return None
     figure, axes = figure_grid(3.1, columns=len(recorded), sharey=True)
     norm = Normalize(1, max(recorded[0][2].shape[-1], 2))
-    for panel, (row, steps, variances) in zip(axes[0], recorded, strict=True):
+    titled(axes[0], [(row, len(variances)) for row, _, variances in recorded])
+    for panel, (_, steps, variances) in zip(axes[0], recorded, strict=True):
         mean = variances.mean(axis=0)
         colours = lines_by_depth(panel, steps, mean, norm)
-        panel.set_title(row.label)
         last = f"last layer at the end: {mean[-1, -1]:.3g}"
         panel.text(0.97, 0.03, last, transform=panel.transAxes, ha="right", fontsize=8)
     axes[0][0].set_ylabel("variance of the residual stream")
@@ -127,14 +137,15 @@ def variance_by_layer(column: Column) -> Figure | None:
     if not recorded:
         return None
     figure, axes = figure_grid(3.2, columns=len(recorded), sharey=True)
-    for panel, (row, steps, variances) in zip(axes[0], recorded, strict=True):
+    titled(axes[0], [(row, len(variances)) for row, _, variances in recorded])
+    for panel, (_, steps, variances) in zip(axes[0], recorded, strict=True):
         lines, errors = {}, {}
-        for at in (nearest_step(steps, fraction) for fraction in column.first.paper["fractions"]):
-            label = f"step {steps[at]:,} of {steps[-1]:,} ({steps[at] / steps[-1]:.0%})"
+        for fraction in column.first.paper["fractions"]:
+            at = nearest_step(steps, fraction)
+            label = f"at {fraction:.0%} of the run (nearest recorded step: {steps[at]:,})"
             lines[label], errors[label] = variances[:, at].mean(axis=0), sd_of(variances[:, at])
         panel.set_prop_cycle(color=matplotlib.colormaps[DEPTH_COLOURS](np.linspace(0, 0.8, len(lines))))
         layer_lines(panel, lines, "", errors=errors)
-        panel.set_title(row.label)
         panel.legend()
     axes[0][0].set_ylabel("variance of the residual stream")
     return figure
@@ -143,13 +154,16 @@ def variance_by_layer(column: Column) -> Figure | None:
 @style()
 def mean_jacobians(column: Column) -> Figure | None:
     """Figure 5: Jacobians of five blocks, averaged over tokens, of the first seed; one line for each row."""
-    first_maps = [(row, maps[0]) for row in column.rows if (maps := row.results("jacobian_map"))]
+    measured = [(row, [run for run in row.runs if "jacobian_map" in run.measures]) for row in column.rows]
+    first_maps = [(row, runs[0].measures["jacobian_map"]) for row, runs in measured if runs]
     if not first_maps:
         return None
     across = max(len(result["layers"]) for _, result in first_maps)
     figure, axes = figure_grid(
         0.4 + 1.5 * len(first_maps), rows=len(first_maps), columns=across, sharex=True, sharey=True
     )
+    seeds = sorted({str(runs[0].seed) for _, runs in measured if runs and runs[0].record})
+    figure.suptitle(f"seed {' and '.join(seeds)}" if seeds else "", fontsize=9)
     norm = SymLogNorm(0.01, vmin=-1, vmax=1)
     for panels, (row, result) in zip(axes, first_maps, strict=True):
         for panel, layer, matrix in zip(panels, result["layers"], result["matrices"], strict=True):
@@ -228,13 +242,14 @@ def theorems(column: Column) -> Figure | None:
         lemma, theorem = ("4.1", "4.2") if results[0]["lns"] else ("3.2", "3.3")
         mean = {name: by_seed(results, name).mean(axis=0) for name in THEORY_FIELDS}
         colours = [row_colour(row), *THEORY_COLOURS]
+        ours = f"measured (n = {len(results)})"
         lines = {
-            "measured": mean["variances"],
-            f"Lemma {lemma}, c = 1": mean["lemma"],
-            f"Lemma {lemma}, c = {mean['c']:.2g} (fitted)": mean["lemma_fitted"],
-            f"Lemma {lemma}, c = 1, recursive": mean["recursion"],
+            ours: mean["variances"],
+            f"Lemma {lemma} on the measured variances, c = 1": mean["lemma"],
+            f"the same, c = {mean['c']:.2g} by least squares": mean["lemma_fitted"],
+            f"Lemma {lemma} on the first variance alone, c = 1": mean["recursion"],
         }
-        errors: dict[str, Any] = {"measured": sd_of(by_seed(results, "variances"))}
+        errors: dict[str, Any] = {ours: sd_of(by_seed(results, "variances"))}
         left.set_prop_cycle(color=colours)
         layer_lines(left, lines, f"{row.label}: variance of $x_l$", log=True, errors=errors)
         legend_above(left)
@@ -242,15 +257,17 @@ def theorems(column: Column) -> Figure | None:
             right.set_visible(False)
             continue
         a, b = mean["fitted_constants"]
-        bound = np.exp(mean["fitted_log_bound"])
-        lines = {"measured": mean["gains"], f"Theorem {theorem}, A = {a:.2g}, B = {b:.2g} (fitted)": bound}
-        log = bool(max(lines["measured"].max(), bound.max()) > 5 * min(lines["measured"].min(), bound.min()))
-        errors = {"measured": sd_of(by_seed(results, "gains"))}
+        gains, fitted = mean["gains"], np.exp(mean["fitted_log_bound"])
+        lines = {ours: gains, f"Theorem {theorem}, least squares: A = {a:.2g}, B = {b:.2g}": fitted}
+        log = bool(max(gains.max(), fitted.max()) > 5 * min(gains.min(), fitted.min()))
+        errors = {ours: sd_of(by_seed(results, "gains"))}
         right.set_prop_cycle(color=colours)
         layer_lines(right, lines, row.label + r": $\|dy_l/dx_1\|_2$", log=log, errors=errors)
         if mean["shape_log_bound"].size:
             exponent = mean["shape_log_bound"][-1]
-            right.errorbar([], [], fmt=" ", label=f"A, B from the shapes: $e^{{{exponent:.0f}}}$ at the last layer")
+            label = f"bound, A and B from the weights' shapes:\n$e^{{{exponent:.0f}}}$ at the last layer (not drawn)"
+            right.errorbar([], [], fmt=" ", label=label)
+        right.set_ylim(bottom=min(1.0, *gains, *fitted))  # a gain of 1 is no growth
         legend_above(right)
     return figure
 
