@@ -27,13 +27,17 @@ from cod_lightning.nn.strategies import build_all
 DEPTH, CLASSES = 3, 5
 
 
-@pytest.fixture(scope="module")
-def model():
+def build(strategy):
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
     config = DecoderConfig(**shape, norm="layer", init_std=0.3)
-    specs = build_all({"name": "lns"}, DEPTH)
+    specs = build_all({"name": strategy}, DEPTH)
     vit = build_vit(config, specs, seed=0, image_size=12, patch_size=4, classes=CLASSES)
     return ModelAdapter(vit.double().eval(), "vit")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("lns")
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +141,12 @@ def test_labels_are_read_from_the_class_token_of_every_layer(model, images):
 def test_jacobians_and_sparsities_are_of_the_patches(model, images):
     assert jacobian(model, images, layers=[1, DEPTH], tokens=2).tokens == 2 * 4
     assert len(layer_sparsity(model, images).rows()) == DEPTH
+
+
+@pytest.mark.parametrize("strategy", ["x0_mix", "value_residual"])
+def test_blocks_that_read_more_than_the_stream_are_refused_for_images_too(images, strategy):
+    with pytest.raises(UserError, match="their Jacobians do not multiply"):
+        cod.measure.gain(build(strategy), images)
 
 
 def test_measures_of_tokens_do_not_apply_to_images():

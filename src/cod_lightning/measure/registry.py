@@ -67,7 +67,7 @@ class Measure:
         """Why it does not apply to a `ModelAdapter`, or to a number of tokens; empty if it does."""
         if model.depth < self.least_blocks:
             return f"it needs at least {self.least_blocks} blocks, but the model has {model.depth}"
-        if model.reads_images:
+        if model.reads_images and self.not_for_images:
             return self.not_for_images
         if self.needs_targets and not model.predicts_next:
             return model.why_not_next
