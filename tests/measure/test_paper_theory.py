@@ -197,6 +197,10 @@ def test_the_first_variance_is_that_of_the_embeddings(causal_lm):
     assert embedding_variance(model, [tokens[:2], tokens[2:]], 0) == pytest.approx(float(x.var(-1).mean()), rel=1e-5)
 
 
+def test_the_first_variance_is_that_of_the_normalised_embeddings_of_peri_ln():
+    assert embedding_variance(decoder("peri_ln"), [torch.randint(3, 37, (3, 6))], 0) == pytest.approx(1, rel=0.1)
+
+
 def test_shapes_are_read_from_the_model(causal_lm):
     shapes = shapes_of(causal_lm("llama"), 6)
     assert (shapes.hidden, shapes.intermediate, shapes.heads, shapes.length) == (16, 24, 2, 6)

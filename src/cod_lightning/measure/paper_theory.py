@@ -23,7 +23,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import activation_stats, token_variance
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.batches import RunningMean, at_least_fp32, first_sequences, hidden_states, iter_batches
+from cod_lightning.measure.batches import RunningMean, at_least_fp32, first_sequences, iter_batches
 from cod_lightning.measure.jacobians import jacobian_growth
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
@@ -390,10 +390,10 @@ def measured_theory(
 
 @torch.no_grad()
 def embedding_variance(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None) -> float:
-    """Variance of the first block's input, as in `activation_stats`."""
+    """Variance of the first block's input, as in `activation_stats`; with Peri-LN that of the normalised embeddings."""
     mean = RunningMean()
     for tokens, keep in iter_batches(model, batches, pad_id):
-        mean.add(token_variance(hidden_states(model, tokens, keep)[0]))
+        mean.add(token_variance(model.block_functions(tokens, keep)[0][0][keep]))
     return float(mean.mean)
 
 
