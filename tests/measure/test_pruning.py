@@ -118,6 +118,12 @@ class TestRemoveBlocks:
         with pytest.raises(UserError, match=message):
             remove_blocks(causal_lm("ours"), layers)
 
+    def test_the_block_whose_values_the_others_read_stays(self):
+        model = decoder("value_residual", form="mean")
+        with pytest.raises(UserError, match="ours: its blocks read the values of block 1 .*: keep block 1"):
+            remove_blocks(model, [1, 3])
+        assert remove_blocks(model, [2, 3]).depth == 2
+
     def test_attention_that_depends_on_the_layer_number_is_an_error(self, causal_lm):
         model = causal_lm("gpt2")
         model.model.config.scale_attn_by_inverse_layer_idx = True

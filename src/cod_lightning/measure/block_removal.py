@@ -17,7 +17,7 @@ from cod_lightning.measure.adapter import Batch, ModelAdapter, differ, family
 from cod_lightning.measure.batches import iter_batches, step_counter
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.weight_sparsity import linear_weights
-from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.layouts import Site, sites
 
 
@@ -33,8 +33,8 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
         layers: the blocks to remove, counting from 1.
 
     Raises:
-        UserError: a layer does not exist, no layer would remain, or the configuration of `transformers` builds other
-            blocks than those that remain.
+        UserError: a layer does not exist, no layer would remain, the blocks need that of the first (`value_residual`),
+            or the configuration of `transformers` builds other blocks than those that remain.
     """
     depth, blocks = model.depth, model.blocks
     if unknown := sorted(set(layers) - set(range(1, depth + 1))):
@@ -42,6 +42,8 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
     remaining = [layer for layer in range(1, depth + 1) if layer not in layers]
     if not remaining:
         raise UserError(f"layers={sorted(set(layers))} are all layers of {model.name}: keep at least one")
+    if 1 in layers and any(isinstance(block, Block) and block.spec.value_residual != "no" for block in blocks):
+        raise UserError(f"{model.name}: its blocks read the values of block 1 (value_residual): keep block 1")
     with model.with_blocks([blocks[layer - 1] for layer in remaining]):  # so that only these are copied
         copy = ModelAdapter(deepcopy(model.model), model.name)
     if isinstance(copy.model, Decoder):
