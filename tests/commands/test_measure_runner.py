@@ -43,9 +43,12 @@ def test_every_measure_of_a_study_is_saved_and_shown(tmp_path, capsys):
     assert all(f"lns: {name}" in printed for name in names)
 
 
-@pytest.mark.parametrize(("widest", "saves"), [(16, True), (15, False)])
-def test_whole_jacobians_are_taken_up_to_widest(tmp_path, widest, saves):
-    options = {"widest": widest, "layers": [1, 3], "probes": 2, "iterations": 1, "tokens": 1}
+@pytest.mark.parametrize(
+    ("widest", "only", "saves"), [(16, (), True), (15, (), False), (15, ("jacobian", "jacobian_map"), True)]
+)
+def test_whole_jacobians_of_wide_models_are_taken_by_name_only(tmp_path, monkeypatch, widest, only, saves):
+    monkeypatch.setattr("cod_lightning.measure.registry.MAX_FULL_JACOBIAN", widest)
+    options = {"only": only, "layers": [1, 3], "probes": 2, "iterations": 1, "tokens": 1}
     run_study("jacobian", subject(), options, tmp_path)
     assert (tmp_path / "jacobian_map.json").is_file() == saves
 
@@ -71,8 +74,6 @@ def test_disagreements_of_the_theory_are_printed(tmp_path, capsys):
         ("all", {"layers": [1, 9]}, "has layers 1 to 3, not 9"),
         ("all", {"iterations": 0}, "iterations=0: expected at least 1"),
         ("jacobian", {"probes": 1}, "probes=1"),
-        ("jacobian", {"layers": [1], "all_layers": True}, "exclude each other"),
-        ("jacobian", {"only": ["jacobian", "jacobian_map"], "widest": 15}, "hidden size 16 exceeds widest=15"),
     ],
 )
 def test_options_are_refused_before_anything_is_measured(tmp_path, study, options, message):

@@ -120,7 +120,7 @@ class TestRemoveBlocks:
 
     def test_the_block_whose_values_the_others_read_stays(self):
         model = decoder("value_residual", form="mean")
-        with pytest.raises(UserError, match="ours: its blocks read the values of block 1 .*: keep block 1"):
+        with pytest.raises(UserError, match=r"ours: its blocks read the values of block 1 .*: keep block 1"):
             remove_blocks(model, [1, 3])
         assert remove_blocks(model, [2, 3]).depth == 2
 

@@ -22,7 +22,7 @@ from cod_lightning.measure.batches import token_mask
 from cod_lightning.measure.depth_report import COMPARED, REPORTED
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
-from cod_lightning.measure.registry import MAX_FULL_JACOBIAN, MEASURES, measures_of, options_for
+from cod_lightning.measure.registry import MEASURES, measures_of, options_for
 from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.model_files import find_source, require_tokenizer
@@ -149,7 +149,7 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
     Raises:
         UserError: a measure fails, no measure applies to the model, or the folder cannot be written to.
     """
-    names = measures_of(study, subject.model.hidden, options.get("widest", MAX_FULL_JACOBIAN), options.get("only", ()))
+    names = measures_of(study, subject.model.hidden, options.get("only", ()))
     tokens = sum(int(token_mask(subject.model, batch, subject.pad_id).sum()) for batch in subject.batches)
     skipped = {name: reason for name in names if (reason := MEASURES[name].why_not(subject.model, tokens))}
     if len(skipped) == len(names):

@@ -97,25 +97,8 @@ def full_jacobian(vjp: LinearMap, x: Tensor) -> Tensor:
     return torch.stack([vjp(unit.expand(len(x), -1)) for unit in identity], dim=1)
 
 
-def exact_statistics(matrices: Tensor) -> Tensor:
-    """Compute ||J||_F^2 / d, ||J - I||_F^2 / d, tr(J) / d, sum_i J_ii^2 / d, ||J||_2 [batch, 5] of J [batch, d, d]."""
-    width = matrices.shape[-1]
-    diagonal = matrices.diagonal(dim1=1, dim2=2)
-    difference = matrices - torch.eye(width, dtype=matrices.dtype, device=matrices.device)
-    return torch.stack(
-        (
-            matrices.square().sum((1, 2)) / width,
-            difference.square().sum((1, 2)) / width,
-            diagonal.mean(1),
-            diagonal.square().mean(1),
-            torch.linalg.matrix_norm(matrices, 2),
-        ),
-        dim=1,
-    )
-
-
 def estimate_statistics(vjp: LinearMap, x: Tensor, probes: int, generator: torch.Generator) -> Tensor:
-    """Estimate the first four of `exact_statistics` without bias [batch, 4].
+    """Estimate ||J||_F^2 / d, ||J - I||_F^2 / d, tr(J) / d and sum_i J_ii^2 / d without bias [batch, 4].
 
     Args:
         vjp: the product with J^T, from [batch, d] to [batch, d].

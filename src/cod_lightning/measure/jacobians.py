@@ -28,7 +28,6 @@ from cod_lightning.measure.jacobian_products import (
     compose,
     differentiable,
     estimate_statistics,
-    exact_statistics,
     full_jacobian,
     jvp_and_vjp,
     largest_singular_value,
@@ -37,7 +36,6 @@ from cod_lightning.measure.jacobian_products import (
 )
 from cod_lightning.measure.options import require_positive, select_layers
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
-from cod_lightning.measure.registry import MAX_FULL_JACOBIAN
 from cod_lightning.measure.result import Progress, Result, table_rows
 
 GROWTH_LAYERS = 8
@@ -54,7 +52,7 @@ class Jacobian(Result):
     tokens: int
     """Number of sampled tokens."""
     probes: int | None
-    """Random vectors per token; None: every entry of J was computed."""
+    """Random vectors per token; None: every entry of J was computed, as in some older results."""
     frobenius: list[float]
     """||J||_F / sqrt(d), root mean square over tokens; 1 for the identity."""
     distance: list[float]
@@ -153,14 +151,12 @@ def jacobian(
     probes: int = 4,
     tokens: int = 1,
     iterations: int = 3,
-    exact: bool = False,
     seed: int = 0,
 ) -> Jacobian:
     """Measure the token-wise Jacobians of blocks.
 
-    A block costs `probes` + 2 `iterations` + 1 backward passes for each batch and sampled position; with `exact` it
-    costs as many as the hidden size. More `tokens` lower the standard errors; three iterations leave the largest
-    singular value 0 to 0.8% low (see `largest_singular_value`).
+    A block costs `probes` + 2 `iterations` + 1 backward passes for each batch and sampled position. More `tokens` lower
+    the standard errors; three iterations leave the largest singular value 0 to 0.8% low (see `largest_singular_value`).
 
     Options:
         layers: blocks, counting from 1; None: all.
@@ -168,7 +164,6 @@ def jacobian(
         tokens: positions sampled in each sequence without replacement. Sequences are weighted by their number of tokens
             without padding, so the mean is one over all tokens.
         iterations: Lanczos iterations for the largest singular value.
-        exact: compute every entry of J instead; for small models.
         seed: seed of positions and probes.
     """
     check_jacobian(model, layers, probes, tokens, iterations)
@@ -183,9 +178,6 @@ def jacobian(
             statistics = []
             for position in block.positions.T:
                 token_vjp = at_token(backward, x, position)
-                if exact:
-                    statistics.append(exact_statistics(full_jacobian(token_vjp, x)))
-                    continue
                 start = torch.randn(len(x), x.shape[-1], generator=generator, dtype=torch.float64).to(x.device)
                 sigma = largest_singular_value(at_token(forward, x, position), token_vjp, start, iterations)
                 estimates = estimate_statistics(token_vjp, x, probes, generator)
@@ -202,7 +194,7 @@ def jacobian(
         model=model.name,
         layers=chosen,
         tokens=len(weight),
-        probes=None if exact else probes,
+        probes=probes,
         **values,
         errors=errors,
     )
@@ -217,7 +209,6 @@ def mean_jacobian(
     layers: Sequence[int] | None = None,
     tokens: int = 1,
     seed: int = 0,
-    widest: int = MAX_FULL_JACOBIAN,
 ) -> MeanJacobian:
     """Average the token-wise Jacobian over tokens, entry by entry, for the heat maps of Figure 5.
 
@@ -227,12 +218,8 @@ def mean_jacobian(
         layers: blocks, counting from 1; None: five from the first to the last, as in Figure 5.
         tokens: positions sampled in each sequence, as for `jacobian`.
         seed: seed of the positions.
-        widest: largest hidden size allowed.
-
-    Raises:
-        UserError: the model is wider than `widest`.
     """
-    check_mean_jacobian(model, layers, tokens, widest=widest)
+    check_mean_jacobian(model, layers, tokens)
     chosen = select_layers(model, model.evenly_spaced(5) if layers is None else layers)
     generator = torch.Generator().manual_seed(seed)
     totals = {layer: torch.zeros(model.hidden, model.hidden, dtype=torch.float64) for layer in chosen}
@@ -255,7 +242,6 @@ def jacobian_growth(
     progress: Progress | None = None,
     *,
     layers: Sequence[int] | None = None,
-    all_layers: bool = False,
     probes: int = 8,
     iterations: int = 12,
     seed: int = 0,
@@ -269,13 +255,12 @@ def jacobian_growth(
 
     Options:
         layers: the l of d y_l / d x_1, counting from 1; None: `GROWTH_LAYERS`, evenly from the first to the last.
-        all_layers: measure all layers instead.
         probes: random vectors per sequence, which estimate the squared Frobenius norm without bias.
         iterations: Lanczos iterations for the largest singular value.
         seed: seed of the probes.
     """
-    check_growth(model, layers, all_layers, probes, iterations)
-    chosen = select_layers(model, model.evenly_spaced(GROWTH_LAYERS) if layers is None and not all_layers else layers)
+    check_growth(model, layers, probes, iterations)
+    chosen = select_layers(model, model.evenly_spaced(GROWTH_LAYERS) if layers is None else layers)
     generator = torch.Generator().manual_seed(seed)
     masked_batches = list(iter_batches(model, batches, pad_id))
     spectral, squares = RunningMean(), RunningMean()
@@ -360,7 +345,12 @@ def sample_positions(keep: Tensor, count: int, generator: torch.Generator) -> tu
 
 
 def summarise(samples: Tensor, weight: Tensor) -> dict[str, tuple[float, float]]:
-    """Return each of `STATISTICS` of a block with its standard error, from `exact_statistics` of tokens [tokens, 5]."""
+    """Return each of `STATISTICS` of a block with its standard error.
+
+    Args:
+        samples: of each token `estimate_statistics` and the largest singular value [tokens, 5].
+        weight: of the tokens [tokens].
+    """
     mean = weight @ samples / weight.sum()
 
     def error(values: Tensor, center: Tensor) -> float:
@@ -408,35 +398,26 @@ def check_mean_jacobian(
     model: ModelAdapter,
     layers: Sequence[int] | None,
     tokens: int,
-    widest: int,
 ) -> None:
     """Check those options of `mean_jacobian` that may not have any value.
 
     Raises:
-        UserError: one is out of range, or the model is wider than `widest`.
+        UserError: one is out of range.
     """
     require_positive(tokens=tokens)
     select_layers(model, layers)
-    if model.hidden > widest:
-        raise UserError(
-            f"{model.name}: hidden size {model.hidden} exceeds widest={widest}; a full Jacobian has {model.hidden}^2 "
-            "entries and needs a backward pass per row and position; raise widest to compute it"
-        )
 
 
 def check_growth(
     model: ModelAdapter,
     layers: Sequence[int] | None,
-    all_layers: bool,
     probes: int,
     iterations: int,
 ) -> None:
     """Check those options of `jacobian_growth` that may not have any value.
 
     Raises:
-        UserError: one is out of range, or both `layers` and `all_layers` are given.
+        UserError: one is out of range.
     """
     require_positive(probes=probes, iterations=iterations)
-    if all_layers and layers is not None:
-        raise UserError("layers= and all_layers=true exclude each other")
     select_layers(model, layers)

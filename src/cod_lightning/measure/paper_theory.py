@@ -382,7 +382,7 @@ def measured_theory(
         lns=has_lns(model) if lns is None else lns,
         shapes=None if model.why_not_sparse else shapes_of(model, batches[0].shape[1]),
         gains=jacobian_growth(
-            model, first_sequences(batches, GROWTH_SEQUENCES), pad_id, progress, all_layers=True
+            model, first_sequences(batches, GROWTH_SEQUENCES), pad_id, progress, layers=range(1, model.depth + 1)
         ).spectral,
         model=model.name,
     )

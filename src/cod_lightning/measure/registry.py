@@ -17,7 +17,7 @@ from cod_lightning.measure.options import options_of
 EXPENSIVE = 16
 """Number of sequences that an expensive measure reads."""
 MAX_FULL_JACOBIAN = 256
-"""Largest hidden size at which whole Jacobians are computed by default: each costs a backward pass per row."""
+"""Largest hidden size at which a study includes whole Jacobians: each costs a backward pass per row."""
 
 
 @dataclass(frozen=True)
@@ -209,14 +209,13 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def measures_of(study: str, hidden: int = 0, widest: int = MAX_FULL_JACOBIAN, only: Sequence[str] = ()) -> list[str]:
+def measures_of(study: str, hidden: int = 0, only: Sequence[str] = ()) -> list[str]:
     """Names of the measures of a study, or of `all`, for a model with this hidden size.
 
     Args:
         study: its name.
         hidden: the model's hidden size.
-        widest: leave out whole Jacobians above this hidden size.
-        only: select these measures (whole Jacobians above `widest` are then refused); empty: all of the study.
+        only: select these measures; empty: all of the study, without whole Jacobians above `MAX_FULL_JACOBIAN`.
 
     Raises:
         UserError: the study does not exist, or does not have a measure of `only`.
@@ -227,7 +226,8 @@ def measures_of(study: str, hidden: int = 0, widest: int = MAX_FULL_JACOBIAN, on
     names = [name for name, measure in MEASURES.items() if study in (measure.study, "all")]
     if unknown := [name for name in only if name not in names]:
         raise UserError(f"only={unknown[0]!r} is not a measure of {study}: {nearest(unknown[0], names)}")
-    return [name for name in names if name in only or (not only and (name != "jacobian_map" or hidden <= widest))]
+    wide = hidden > MAX_FULL_JACOBIAN
+    return [name for name in names if name in only or (not only and not (wide and name == "jacobian_map"))]
 
 
 def options_for(names: Iterable[str]) -> dict[str, Any]:
