@@ -16,6 +16,7 @@ from cod_lightning.measure.ablation import (
     swaps,
 )
 from cod_lightning.measure.batches import mean_loss
+from cod_lightning.measure.registry import MEASURES
 
 ABLATIONS = (removal, run_removal, swaps, linear_replacement)
 
@@ -234,19 +235,19 @@ def test_an_interrupted_ablation_leaves_the_model_unchanged(causal_lm, batch, me
 @pytest.mark.parametrize(
     ("measure", "depth", "options", "message"),
     [
-        (run_removal, 4, {"sizes": [1, 5]}, "sizes: cannot remove 5 contiguous blocks of 4; expected 1 to 4"),
+        ("run_removal", 4, {"sizes": [1, 5]}, r"sizes=\[1, 5\]: expected 1 to 4, the number of blocks"),
         (
-            swaps,
+            "swaps",
             4,
             {"pairs": "neighbors"},
             r"pairs='neighbors' does not exist: did you mean 'neighbours'\? known: all, neighbours",
         ),
-        (swaps, 1, {}, "a model of one block has no two blocks to swap"),
+        ("swaps", 1, {}, "needs at least 2 blocks, but the model has 1"),
     ],
 )
 def test_bad_options_are_errors(causal_lm, batch, measure, depth, options, message):
     with pytest.raises(UserError, match=message):
-        measure(causal_lm("ours", depth=depth), [batch], **options)
+        MEASURES[measure](causal_lm("ours", depth=depth), [batch], None, None, **options)
 
 
 def test_no_targets_are_an_error(causal_lm):

@@ -7,6 +7,7 @@ from builders import DEPTH, FAMILIES, PAD, padded_batches, residual_stream, sile
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.angular_distances import angles, angular_distance, last_token, scale_as_released
+from cod_lightning.measure.registry import MEASURES
 
 
 @pytest.fixture
@@ -94,12 +95,12 @@ def test_more_tokens_than_a_chunk_are_measured(causal_lm):
     [
         ({"token": "lst"}, r"token='lst' does not exist: did you mean 'last'\? known: all, last"),
         ({"normalise": "relative"}, r"normalise='relative' does not exist: .*known: raw, released"),
-        ({"tokens": 0}, "tokens=0: expected at least 1"),
+        ({"tokens": 0}, "tokens=0 must be at least 1"),
     ],
 )
 def test_bad_options_are_errors(causal_lm, batch, option, message):
     with pytest.raises(UserError, match=message):
-        angular_distance(causal_lm("ours", depth=2), [batch], **option)
+        MEASURES["angular"](causal_lm("ours", depth=2), [batch], None, None, **option)
 
 
 def test_the_table_has_a_row_for_each_pair(causal_lm, batch):

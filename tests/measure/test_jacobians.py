@@ -16,9 +16,9 @@ from cod_lightning.measure.jacobian_products import (
     vjp,
 )
 from cod_lightning.measure.jacobians import STATISTICS, jacobian, jacobian_growth, mean_jacobian, sample_positions
+from cod_lightning.measure.registry import MEASURES
 
 WIDTH = 6
-JACOBIANS = (jacobian, mean_jacobian, jacobian_growth)
 
 
 def matrix(seed):
@@ -273,31 +273,33 @@ def test_the_mean_jacobian_has_five_layers_by_default(causal_lm):
     assert mean_jacobian(causal_lm("ours", depth=9), [tokens(1)]).layers == [1, 3, 5, 7, 9]
 
 
-@pytest.mark.parametrize("measure", JACOBIANS)
+@pytest.mark.parametrize("measure", ["jacobian", "jacobian_map", "gain"])
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("layers", "message"),
     [
-        ({"layers": [5]}, "layers 1 to 4, not 5"),
-        ({"layers": [1, 1]}, "each layer once"),
-        ({"layers": []}, "at least one"),
+        ([5], r"layers=\[5\]: expected 1 to 4, the number of blocks, each once"),
+        ([1, 1], "each once"),
+        ([], "at least one"),
     ],
 )
-def test_bad_layers_are_errors(causal_lm, measure, options, message):
+def test_bad_layers_are_errors(causal_lm, measure, layers, message):
     with pytest.raises(UserError, match=message):
-        measure(causal_lm("ours"), [tokens()], **options)
+        MEASURES[measure](causal_lm("ours"), [tokens()], None, None, layers=layers)
 
 
 @pytest.mark.parametrize(
     ("measure", "options", "message"),
     [
-        (jacobian, {"probes": 1}, r"probes=1: .* at least 2"),
-        (jacobian, {"tokens": 0}, "tokens=0: expected at least 1"),
-        (jacobian_growth, {"iterations": 0}, "iterations=0: expected at least 1"),
+        ("jacobian", {"probes": 1}, "probes=1 must be at least 2"),
+        ("jacobian", {"tokens": 0}, "tokens=0 must be at least 1"),
+        ("jacobian_map", {"tokens": 0}, "tokens=0 must be at least 1"),
+        ("gain", {"iterations": 0}, "iterations=0 must be at least 1"),
+        ("gain", {"probes": 0}, "probes=0 must be at least 1"),
     ],
 )
 def test_bad_options_are_errors(causal_lm, measure, options, message):
     with pytest.raises(UserError, match=message):
-        measure(causal_lm("ours"), [tokens()], **options)
+        MEASURES[measure](causal_lm("ours"), [tokens()], None, None, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -133,7 +133,7 @@ def test_labels_are_read_from_the_class_token_of_every_layer(model, images):
     losses = [F.cross_entropy(vit.head(vit.norm(y)), known.labels).item() for y in x]
     result = logit_lens(model, images)
     assert (result.tokens, result.loss) == (4, pytest.approx(losses[1:], rel=1e-9))
-    shares = layer_importance(model, images, permutations=None)
+    shares = layer_importance(model, images)
     assert (shares.empty_loss, shares.loss) == (pytest.approx(losses[0]), pytest.approx(losses[-1]))
     assert sum(shares.shapley) == pytest.approx(losses[0] - losses[-1])
 

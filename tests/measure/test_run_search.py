@@ -7,6 +7,7 @@ from builders import learn, silence, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal, run_removal
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.run_search import longest_run, perplexity_rise
 
 BATCH = tokens(seed=1)
@@ -49,10 +50,17 @@ def test_a_model_whose_loss_is_nan_has_no_run_that_can_go(model):
     assert result.blocks == [0, 0, 0]
 
 
-@pytest.mark.parametrize("options", [{"width": 0}, {"limits": []}, {"limits": [0.0]}])
-def test_bad_options_are_an_error(model, options):
-    with pytest.raises(UserError, match="expected at least 1, and rises in percent above 0"):
-        longest_run(model, [BATCH], **options)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0}, "width=0 must be at least 1"),
+        ({"limits": []}, "give at least one"),
+        ({"limits": (1.0, 0.0)}, r"limits=\[1.0, 0.0\] must be greater than 0"),
+    ],
+)
+def test_bad_options_are_an_error(model, options, message):
+    with pytest.raises(UserError, match=message):
+        MEASURES["longest_run"](model, [BATCH], None, None, **options)
 
 
 def test_the_rise_of_the_perplexity_is_in_percent():

@@ -8,7 +8,8 @@ A measure is a function (model, batches, pad_id, progress, *, options) -> `Resul
                 None: there is no padding
     progress    called with (done, total) after each step
 
-It raises a `UserError` if an option is invalid, or if there are no tokens, or no targets for a loss.
+It raises a `UserError` if there are no tokens, or no targets for a loss. Its entry in `registry.MEASURES` also refuses
+options outside the bounds of their hints.
 
 Every name of `registry.MEASURES` is a function of this package that also takes a plain model, or a module that wraps or
 holds one, and one batch. It measures in evaluation mode, and refuses a model whose layout cannot be proved

@@ -30,11 +30,11 @@ from cod_lightning.measure.batches import (
     mean_loss,
     step_counter,
 )
+from cod_lightning.measure.options import UpToDepth
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.reordering import changed_losses, sequence_losses
 from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.nn.layouts import hidden_input
-from cod_lightning.settings import require_choice
 
 Pairs = Literal["neighbours", "all"]
 USEFUL = 1.1
@@ -209,7 +209,7 @@ def run_removal(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    sizes: Sequence[int] | None = None,
+    sizes: UpToDepth = None,
 ) -> RunRemoval:
     """Remove n contiguous blocks, from every first block.
 
@@ -219,28 +219,12 @@ def run_removal(
     depth = model.depth
     if sizes is None:
         sizes = [size for size in (1, 2, 4) if size < depth] or [1]
-    check_sizes(model, sizes)
     runs = [(n, first) for n in sizes for first in range(1, depth - n + 2)]
     orders = [[*range(1, first), *range(first + n, depth + 1)] for n, first in runs]
     loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
     remaining = iter(losses)
     by_size = [[next(remaining) for _ in range(depth - n + 1)] for n in sizes]
     return RunRemoval(model.name, tokens, loss, list(sizes), by_size)
-
-
-def check_sizes(model: ModelAdapter, sizes: Sequence[int] | None) -> None:
-    """Check the options of `run_removal`.
-
-    Raises:
-        UserError: a size is not from 1 to the depth, or is given twice, or there is none.
-    """
-    if sizes is None:
-        return
-    for n in sizes:
-        if not 1 <= n <= model.depth:
-            raise UserError(f"sizes: cannot remove {n} contiguous blocks of {model.depth}; expected 1 to {model.depth}")
-    if not sizes or len(set(sizes)) < len(sizes):
-        raise UserError(f"sizes={list(sizes)}: give at least one size, and each size once")
 
 
 def swaps(
@@ -259,7 +243,6 @@ def swaps(
     Raises:
         UserError: the model has a single block.
     """
-    require_choice("pairs", pairs, Pairs)
     layers = range(1, model.depth + 1)
     chosen = [pair for pair in combinations(layers, 2) if pairs == "all" or pair[1] == pair[0] + 1]
     if not chosen:

@@ -14,10 +14,9 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, hidden_states, iter_batches
-from cod_lightning.measure.options import require_positive
+from cod_lightning.measure.options import Positive
 from cod_lightning.measure.panels import HeatMap, Panel
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.settings import require_choice
 
 TokenChoice = Literal["all", "last"]
 Normalisation = Literal["raw", "released"]
@@ -55,24 +54,13 @@ class AngularDistance(Result):
         return [HeatMap(self.distances, "layer", "layers further on, n", f"angular distance ({unit})")]
 
 
-def check_angular(model: ModelAdapter, tokens: int, token: TokenChoice, normalise: Normalisation) -> None:
-    """Check the options of `angular_distance`, on which the model has no influence.
-
-    Raises:
-        UserError: one is not a choice, or there are no tokens.
-    """
-    require_choice("token", token, TokenChoice)
-    require_choice("normalise", normalise, Normalisation)
-    require_positive(tokens=tokens)
-
-
 def angular_distance(
     model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    tokens: int = 256 * 1024,
+    tokens: Positive = 256 * 1024,
     token: TokenChoice = "all",
     normalise: Normalisation = "raw",
 ) -> AngularDistance:
@@ -85,7 +73,6 @@ def angular_distance(
         token: "all" of a sequence, as the paper says, or the "last" before the padding, as Gromov et al. do.
         normalise: "raw" angles, or scaled for each n as in the released code (see `scale_as_released`).
     """
-    check_angular(model, tokens, token, normalise)
     depth, mean = model.depth, RunningMean()
     for batch, keep in iter_batches(model, batches, pad_id, progress):
         if mean.count >= tokens:

@@ -15,12 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, iter_batches, step_counter
 from cod_lightning.measure.jacobian_products import (
@@ -34,7 +33,7 @@ from cod_lightning.measure.jacobian_products import (
     rademacher,
     vjp,
 )
-from cod_lightning.measure.options import require_positive, select_layers
+from cod_lightning.measure.options import Positive, UpToDepth
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
 
@@ -147,10 +146,10 @@ def jacobian(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    layers: Sequence[int] | None = None,
-    probes: int = 4,
-    tokens: int = 1,
-    iterations: int = 3,
+    layers: UpToDepth = None,
+    probes: Annotated[int, {"at_least": 2}] = 4,
+    tokens: Positive = 1,
+    iterations: Positive = 3,
     seed: int = 0,
 ) -> Jacobian:
     """Measure the token-wise Jacobians of blocks.
@@ -160,14 +159,13 @@ def jacobian(
 
     Options:
         layers: blocks, counting from 1; None: all.
-        probes: random vectors per token, at least 2.
+        probes: random vectors per token; the share of the diagonal needs pairs of them.
         tokens: positions sampled in each sequence without replacement. Sequences are weighted by their number of tokens
             without padding, so the mean is one over all tokens.
         iterations: Lanczos iterations for the largest singular value.
         seed: seed of positions and probes.
     """
-    check_jacobian(model, layers, probes, tokens, iterations)
-    chosen = select_layers(model, layers)
+    chosen = list(layers or range(1, model.depth + 1))
     generator = torch.Generator().manual_seed(seed)
     samples: dict[int, list[Tensor]] = {layer: [] for layer in chosen}
     weights: list[Tensor] = []
@@ -206,8 +204,8 @@ def mean_jacobian(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    layers: Sequence[int] | None = None,
-    tokens: int = 1,
+    layers: UpToDepth = None,
+    tokens: Positive = 1,
     seed: int = 0,
 ) -> MeanJacobian:
     """Average the token-wise Jacobian over tokens, entry by entry, for the heat maps of Figure 5.
@@ -219,8 +217,7 @@ def mean_jacobian(
         tokens: positions sampled in each sequence, as for `jacobian`.
         seed: seed of the positions.
     """
-    check_mean_jacobian(model, layers, tokens)
-    chosen = select_layers(model, model.evenly_spaced(5) if layers is None else layers)
+    chosen = list(layers or model.evenly_spaced(5))
     generator = torch.Generator().manual_seed(seed)
     totals = {layer: torch.zeros(model.hidden, model.hidden, dtype=torch.float64) for layer in chosen}
     count, total = 0, 0.0
@@ -241,9 +238,9 @@ def jacobian_growth(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    layers: Sequence[int] | None = None,
-    probes: int = 8,
-    iterations: int = 12,
+    layers: UpToDepth = None,
+    probes: Positive = 8,
+    iterations: Positive = 12,
     seed: int = 0,
 ) -> JacobianGrowth:
     """Measure the norms of d y_l / d x_1, the left side of Theorems 3.3 and 4.2, for each sequence.
@@ -259,8 +256,7 @@ def jacobian_growth(
         iterations: Lanczos iterations for the largest singular value.
         seed: seed of the probes.
     """
-    check_growth(model, layers, probes, iterations)
-    chosen = select_layers(model, model.evenly_spaced(GROWTH_LAYERS) if layers is None else layers)
+    chosen = list(layers or model.evenly_spaced(GROWTH_LAYERS))
     generator = torch.Generator().manual_seed(seed)
     masked_batches = list(iter_batches(model, batches, pad_id))
     spectral, squares = RunningMean(), RunningMean()
@@ -374,50 +370,3 @@ def root(square: float, error: float) -> tuple[float, float]:
     if square <= 0:
         return 0.0, error**0.5
     return square**0.5, min(error / (2 * square**0.5), error**0.5)
-
-
-def check_jacobian(
-    model: ModelAdapter,
-    layers: Sequence[int] | None,
-    probes: int,
-    tokens: int,
-    iterations: int,
-) -> None:
-    """Check those options of `jacobian` that may not have any value.
-
-    Raises:
-        UserError: one is out of range.
-    """
-    require_positive(tokens=tokens, iterations=iterations)
-    select_layers(model, layers)
-    if probes < 2:
-        raise UserError(f"probes={probes}: the share of the diagonal needs pairs of probes; give at least 2")
-
-
-def check_mean_jacobian(
-    model: ModelAdapter,
-    layers: Sequence[int] | None,
-    tokens: int,
-) -> None:
-    """Check those options of `mean_jacobian` that may not have any value.
-
-    Raises:
-        UserError: one is out of range.
-    """
-    require_positive(tokens=tokens)
-    select_layers(model, layers)
-
-
-def check_growth(
-    model: ModelAdapter,
-    layers: Sequence[int] | None,
-    probes: int,
-    iterations: int,
-) -> None:
-    """Check those options of `jacobian_growth` that may not have any value.
-
-    Raises:
-        UserError: one is out of range.
-    """
-    require_positive(probes=probes, iterations=iterations)
-    select_layers(model, layers)

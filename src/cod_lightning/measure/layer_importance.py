@@ -6,16 +6,13 @@ beside leave-one-out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 
-from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import (
     RunningMean,
@@ -23,12 +20,10 @@ from cod_lightning.measure.batches import (
     hidden_states,
     iter_batches,
 )
+from cod_lightning.measure.options import TO_DEPTH, Positive
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.reordering import order_losses
 from cod_lightning.measure.result import Progress, Result
-
-EXACT_DEPTH = 16
-"""Maximum depth for exact Shapley values, which need the losses of 2^16 coalitions."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +68,6 @@ class BlockInfluence(Result):
         ]
 
 
-def check_longest(model: ModelAdapter, longest: int | None) -> None:
-    """Check the options of `block_influence`.
-
-    Raises:
-        UserError: `longest` is not from 1 to the depth.
-    """
-    if longest is not None and not 1 <= longest <= model.depth:
-        raise UserError(f"longest={longest}: expected 1 to {model.depth}, the number of blocks")
-
-
 @torch.no_grad()
 def block_influence(
     model: ModelAdapter,
@@ -90,7 +75,7 @@ def block_influence(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    longest: int | None = None,
+    longest: Annotated[int | None, TO_DEPTH] = None,
 ) -> BlockInfluence:
     """Average the cosine between the residual stream before and after all contiguous blocks.
 
@@ -101,7 +86,6 @@ def block_influence(
     """
     depth = model.depth
     longest = depth if longest is None else longest
-    check_longest(model, longest)
     pairs = [(first, first + n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     means = RunningMean()
     for tokens, keep in iter_batches(model, batches, pad_id, progress):
@@ -130,7 +114,7 @@ class LayerImportance(Result):
     """Mean over orders of the blocks of the reduction when a block joins those before it; the values add up to
     `empty_loss - loss`."""
     error: list[float]
-    """Standard error over the sampled orders; zero if exact, NaN for a single order."""
+    """Standard error over the sampled orders; NaN for a single order."""
     leave_one_out: list[float]
     """Loss without the block minus loss of the whole model."""
     loss: float
@@ -138,25 +122,11 @@ class LayerImportance(Result):
     empty_loss: float
     """Loss of final norm and head applied to the embeddings."""
     permutations: int | None
-    """Number of sampled orders; None: exact."""
+    """Number of sampled orders; None: all, as in some older results."""
 
     def panels(self) -> list[Panel]:
         lines = {"Shapley value": self.shapley, "leave one out": self.leave_one_out}
         return [Lines("reduction of the loss (nats)", lines, errors={"Shapley value": self.error})]
-
-
-def check_permutations(model: ModelAdapter, permutations: int | None) -> None:
-    """Check the options of `layer_importance`; any seed is valid.
-
-    Raises:
-        UserError: fewer than one order, or the model is too deep for exact values.
-    """
-    if permutations is None and model.depth > EXACT_DEPTH:
-        raise UserError(
-            f"permutations=None needs 2^{model.depth} losses; give a number, or a model of at most {EXACT_DEPTH} blocks"
-        )
-    if permutations is not None and permutations < 1:
-        raise UserError(f"permutations={permutations}: expected at least 1, or None for exact values")
 
 
 @torch.no_grad()
@@ -166,50 +136,35 @@ def layer_importance(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    permutations: int | None = 20,
+    permutations: Positive = 20,
     seed: int = 0,
 ) -> LayerImportance:
     """Compute the blocks' Shapley values and leave-one-out; a block outside a coalition becomes the identity.
 
-    Each sampled order costs one loss per block and batch; exact values cost 2^depth losses.
+    Each sampled order costs one loss per block and batch.
 
     Options:
-        permutations: number of sampled orders; None: exact values, for at most `EXACT_DEPTH` blocks.
+        permutations: number of sampled orders.
         seed: seed of the sampled orders.
-
-    Raises:
-        UserError: the model is too deep for exact values.
     """
     depth, whole = model.depth, tuple(range(1, model.depth + 1))
-    check_permutations(model, permutations)
     generator = torch.Generator().manual_seed(seed)
-    orders = [(torch.randperm(depth, generator=generator) + 1).tolist() for _ in range(permutations or 0)]
+    orders = [(torch.randperm(depth, generator=generator) + 1).tolist() for _ in range(permutations)]
     without = [tuple(other for other in whole if other != layer) for layer in whole]
-    if permutations is None:
-        needed = {coalition for size in range(depth + 1) for coalition in combinations(whole, size)}
-    else:
-        needed = {tuple(sorted(order[:size])) for order in orders for size in range(depth + 1)} | set(without)
+    needed = {tuple(sorted(order[:size])) for order in orders for size in range(depth + 1)} | set(without)
     losses, tokens = order_losses(model, needed, batches, pad_id, progress)
 
     def marginal(layer: int, coalition: Collection[int]) -> float:
         return losses[tuple(sorted(coalition))] - losses[tuple(sorted([*coalition, layer]))]
 
     means = RunningMean()
-    if permutations is None:
-        weights = [math.factorial(size) * math.factorial(depth - 1 - size) for size in range(depth)]
-        exact = [
-            math.fsum(weights[size] * marginal(layer, s) for size in range(depth) for s in combinations(others, size))
-            for layer, others in zip(whole, without, strict=True)
-        ]
-        means.add(torch.tensor([exact], dtype=torch.float64) / math.factorial(depth))
-    else:
-        samples = [[marginal(layer, order[: order.index(layer)]) for layer in whole] for order in orders]
-        means.add(torch.tensor(samples, dtype=torch.float64))
+    samples = [[marginal(layer, order[: order.index(layer)]) for layer in whole] for order in orders]
+    means.add(torch.tensor(samples, dtype=torch.float64))
     return LayerImportance(
         model=model.name,
         tokens=tokens,
         shapley=means.mean.tolist(),
-        error=[0.0] * depth if permutations is None else means.error.tolist(),
+        error=means.error.tolist(),
         leave_one_out=[marginal(layer, others) for layer, others in zip(whole, without, strict=True)],
         loss=losses[whole],
         empty_loss=losses[()],

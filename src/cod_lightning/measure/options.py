@@ -1,59 +1,65 @@
-"""Options of measures on the command line: names and types are those of the functions' keyword-only parameters."""
+"""Options of measures: names, types and bounds are those of the functions' keyword-only parameters.
+
+A bound stands in the hint, as `Annotated[int, {"at_least": 2}]`, with the keys of `cod_lightning.settings.BOUNDS`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from inspect import signature
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cod_lightning.errors import UserError, nearest, shorten
-from cod_lightning.settings import bound_errors
+from cod_lightning.settings import bound_errors, choice_errors
 
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-
-
-def require_positive(**options: int) -> None:
-    """Check that options are at least 1.
-
-    Raises:
-        UserError: names the first that is not.
-    """
-    for name, value in options.items():
-        if value < 1:
-            raise UserError(f"{name}={value}: expected at least 1")
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+Positive = Annotated[int, {"at_least": 1}]
+TO_DEPTH = {"to_depth": True}
+"""The bound of numbers of blocks, or of layers, from 1 to the depth of the model; each may be given once."""
+UpToDepth = Annotated[Sequence[int] | None, TO_DEPTH]
 
 
-def require_limits(limits: Mapping[str, Mapping[str, float]], **options: float | None) -> None:
-    """Check that options are finite and inside `limits`, the bounds of each by name; None is always allowed.
+def require_options(function: Callable[..., Any], options: Mapping[str, Any], depth: int) -> None:
+    """Check that options are choices, or finite and inside the bounds, of a function's hints; None is always allowed.
+
+    Args:
+        function: has the options.
+        options: values by name.
+        depth: of the model.
 
     Raises:
         UserError: names each that is not.
     """
-    errors = []
+    hints, errors = annotated_types(function), []
     for name, value in options.items():
-        if value is not None and not math.isfinite(value):
+        if value is None:
+            continue
+        kind, bounds = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name], {})
+        kind, several = without_none(kind), isinstance(value, Sequence) and not isinstance(value, str)
+        values = list(value) if several else [value]
+        if several and not values:
+            errors.append(f"{name}=[]: give at least one")
+        elif get_origin(kind) is Literal:
+            errors += choice_errors(name, value, get_args(kind))
+        elif bounds == TO_DEPTH:
+            if not set(values) <= set(range(1, depth + 1)) or len(set(values)) < len(values):
+                expected = f"1 to {depth}, the number of blocks" + (", each once" if several else "")
+                errors.append(f"{name}={values if several else value}: expected {expected}")
+        elif isinstance(value, float) and not math.isfinite(value):
             errors.append(f"{name}={value} must be a finite number")
         else:
-            errors += bound_errors(name, value, limits[name])
+            errors += bound_errors(name, values if several else value, bounds)
     if errors:
         raise UserError("\n".join(errors))
 
 
-def select_layers(model: Any, layers: Sequence[int] | None) -> list[int]:
-    """The layers that an option selects; None selects all.
-
-    Raises:
-        UserError: a layer does not exist or is given twice, or there is none.
-    """
-    if layers is None:
-        return list(range(1, model.depth + 1))
-    if unknown := [layer for layer in layers if not 1 <= layer <= model.depth]:
-        raise UserError(f"layers={list(layers)}: {model.name} has layers 1 to {model.depth}, not {unknown[0]}")
-    if not layers or len(set(layers)) < len(layers):
-        raise UserError(f"layers={list(layers)}: give at least one layer, and each layer once")
-    return list(layers)
+@cache
+def annotated_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """The hints of a function with their bounds."""
+    return get_type_hints(function, include_extras=True)
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:

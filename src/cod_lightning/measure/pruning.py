@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, new_folder
@@ -17,7 +17,7 @@ from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import mean_loss, step_counter
 from cod_lightning.measure.block_removal import remove_blocks
-from cod_lightning.measure.options import require_limits
+from cod_lightning.measure.options import Positive, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -30,7 +30,7 @@ from cod_lightning.measure.pruned_models import (
     share_of_zeros,
 )
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.measure.weight_sparsity import SPARSITY_LIMITS, Calibration, Method
+from cod_lightning.measure.weight_sparsity import Calibration, Lambda, Method, Share, Threshold
 from cod_lightning.nn.apply import fold, strategy_of
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import unsupported_features
@@ -38,8 +38,6 @@ from cod_lightning.settings import require_choice
 
 Export = Callable[[Any, Path], object]
 """Writes a model into an existing empty folder."""
-LIMITS = SPARSITY_LIMITS | {"replace_steps": {"at_least": 1}, "replace_lr": {"above": 0}}
-"""Bounds of the numeric options of `prune`; see `cod_lightning.settings`."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +121,16 @@ def prune(
     by: Signal | None = None,
     blocks: int | None = None,
     replace: Replace | None = None,
-    replace_steps: int = 500,
-    replace_lr: float = 3e-4,
-    sparsity: float | None = None,
+    replace_steps: Positive = 500,
+    replace_lr: Annotated[float, {"above": 0}] = 3e-4,
+    sparsity: Annotated[float | None, {"at_least": 0, "at_most": 1}] = None,
     allocation: Allocation | None = None,
     method: Method | None = None,
     calibration: Calibration | None = None,
-    threshold: float = 5.0,
-    owl_lambda: float = 0.08,
-    epsilon: float = 0.3,
-    difference: float | None = None,
+    threshold: Threshold = 5.0,
+    owl_lambda: Lambda = 0.08,
+    epsilon: Share = 0.3,
+    difference: Annotated[float | None, {"at_least": -1, "at_most": 1}] = None,
 ) -> Pruned:
     """Write the model without some of its blocks or weights into `folder`, completely or not at all.
 
@@ -179,16 +177,9 @@ def prune(
         require_choice("replace", replace, Replace)
         if by != "streamline":
             raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
-    require_limits(
-        LIMITS,
-        replace_steps=replace_steps,
-        replace_lr=replace_lr,
-        sparsity=sparsity,
-        threshold=threshold,
-        owl_lambda=owl_lambda,
-        epsilon=epsilon,
-        difference=difference,
-    )
+    numbers = {"replace_steps": replace_steps, "replace_lr": replace_lr, "sparsity": sparsity, "threshold": threshold}
+    numbers |= {"owl_lambda": owl_lambda, "epsilon": epsilon, "difference": difference}
+    require_options(prune, numbers, model.depth)
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))

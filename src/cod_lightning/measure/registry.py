@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.measure.options import options_of
+from cod_lightning.measure.options import options_of, require_options
 
 EXPENSIVE = 16
 """Number of sequences that an expensive measure reads."""
@@ -36,8 +35,6 @@ class Measure:
     """A training run draws its figure too, because the series do not hold all layer pairs or entries."""
     needs_targets: bool = False
     """Reads losses of next tokens or labels, so that it does not apply to BERT."""
-    check: str = ""
-    """`module:name` of the check of some of its options: (model, options) -> None, which the measure also calls."""
     not_for_images: str = ""
     """Why it does not apply to models of images; empty if it does."""
     least_blocks: int = 1
@@ -81,12 +78,10 @@ class Measure:
         """Check the values of those of `options` that it has, before anything is measured.
 
         Raises:
-            UserError: one is out of range for the model.
+            UserError: names each that is not a choice, or out of range for the model.
         """
-        if self.check:
-            check, defaults = resolve_name(f"cod_lightning.measure.{self.check}"), signature(self.measure).parameters
-            checked = self.options.keys() & signature(check).parameters
-            check(model, **{name: options.get(name, defaults[name].default) for name in checked})
+        own = {name: value for name, value in options.items() if name in self.options}
+        require_options(self.measure, own, model.depth)
 
     def recorded(self, result: Any) -> dict[str, list[Any]]:
         """The series of a result that a training run records."""
@@ -96,6 +91,7 @@ class Measure:
     def __call__(self, model: Any, batches: Any, pad_id: int | None, progress: Any, **options: Any) -> Any:
         if reason := self.why_not(model):
             raise UserError(f"{model.name}: {reason}")
+        self.check_options(model, options)
         from cod_lightning.measure.batches import first_sequences
 
         batches = first_sequences(batches, self.first_sequences)
@@ -113,7 +109,6 @@ MEASURES: dict[str, Measure] = {
         "jacobians:jacobian",
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share", "largest_singular_value"),
         first_sequences=EXPENSIVE,
-        check="jacobians:check_jacobian",
     ),
     "gain": Measure(
         "jacobian",
@@ -121,7 +116,6 @@ MEASURES: dict[str, Measure] = {
         ("layer", "spectral", "frobenius"),
         first_sequences=2,
         composes_blocks=True,
-        check="jacobians:check_growth",
     ),
     "jacobian_map": Measure(
         "jacobian",
@@ -129,14 +123,12 @@ MEASURES: dict[str, Measure] = {
         ("layer", "frobenius", "distance", "mean_diagonal", "diagonal_share"),
         first_sequences=EXPENSIVE,
         is_map=True,
-        check="jacobians:check_mean_jacobian",
     ),
     "angular": Measure(
         "angular",
         "angular_distances:angular_distance",
         ("distance",),
         is_map=True,
-        check="angular_distances:check_angular",
     ),
     "removal": Measure("removal", "ablation:removal", ("delta_loss",), needs_targets=True),
     "run_removal": Measure(
@@ -144,7 +136,6 @@ MEASURES: dict[str, Measure] = {
         "ablation:run_removal",
         ("delta_loss_1", "delta_loss_2", "delta_loss_4"),
         needs_targets=True,
-        check="ablation:check_sizes",
     ),
     "longest_run": Measure(
         "removal",
@@ -152,7 +143,6 @@ MEASURES: dict[str, Measure] = {
         ("removable",),
         is_map=True,
         needs_targets=True,
-        check="run_search:check_search",
     ),
     "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True, least_blocks=2),
     "linear_replacement": Measure(
@@ -180,7 +170,6 @@ MEASURES: dict[str, Measure] = {
         "layer_importance:block_influence",
         ("influence",),
         is_map=True,
-        check="layer_importance:check_longest",
     ),
     "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js"), needs_targets=True),
     "importance": Measure(
@@ -189,13 +178,11 @@ MEASURES: dict[str, Measure] = {
         ("shapley", "leave_one_out"),
         first_sequences=EXPENSIVE,
         needs_targets=True,
-        check="layer_importance:check_permutations",
     ),
     "sparsity": Measure(
         "influence",
         "weight_sparsity:layer_sparsity",
         ("outlier_ratio", "owl", "alpha", "alpha_pruning"),
-        check="weight_sparsity:check_sparsity",
         of_linear_layers=True,
     ),
     "theory": Measure(

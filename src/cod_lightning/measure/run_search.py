@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import AblationResult, loss_columns
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import iter_targets, step_counter
+from cod_lightning.measure.options import Positive
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.reordering import changed_losses
 from cod_lightning.measure.result import Progress, table_rows
 
-LIMITS = (1.0, 5.0, 10.0)
-"""Rises of the perplexity in percent."""
+PERPLEXITY_RISES = (1.0, 5.0, 10.0)
+"""Limits of `longest_run`, in percent."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,14 @@ def perplexity_rise(loss: float, whole: float) -> float:
     return 100 * math.expm1(loss - whole) if loss - whole < 700 else math.inf
 
 
-def check_search(model: ModelAdapter, limits: Sequence[float], width: int) -> None:
-    """Check the options of `longest_run`, on which the model has no influence.
-
-    Raises:
-        UserError: one is out of range.
-    """
-    if width < 1 or not limits or not all(limit > 0 for limit in limits):
-        raise UserError(f"width={width}, limits={list(limits)}: expected at least 1, and rises in percent above 0")
-
-
 def longest_run(
     model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    limits: Sequence[float] = LIMITS,
-    width: int = 2,
+    limits: Annotated[Sequence[float], {"above": 0}] = PERPLEXITY_RISES,
+    width: Positive = 2,
     removal: Mapping[str, Any] | None = None,
 ) -> LongestRun:
     """Search the longest run of contiguous blocks that can be removed within each limit.
@@ -84,7 +74,6 @@ def longest_run(
         width: number of runs of each length that are extended.
         removal: the fields of `removal` on the same batches, which then is not measured again.
     """
-    check_search(model, limits, width)
     depth, batches = model.depth, [batch for batch, _ in iter_targets(model, batches, pad_id)]
     advance = step_counter(progress, depth)
     first: list[int] = []

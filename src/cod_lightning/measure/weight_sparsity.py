@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,15 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches, step_counter
-from cod_lightning.measure.options import require_limits
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.settings import require_choice
 
 Method = Literal["wanda", "magnitude"]
 Calibration = Literal["once", "sequential"]
-SPARSITY_LIMITS: dict[str, dict[str, float]] = {
-    "sparsity": {"at_least": 0, "at_most": 1},
-    "threshold": {"above": 0},
-    "owl_lambda": {"at_least": 0, "at_most": 0.5},
-    "epsilon": {"at_least": 0, "at_most": 1},
-    "difference": {"at_least": -1, "at_most": 1},
-}
-"""Bounds of the numeric options of sparsities, here and of `prune`; see `cod_lightning.settings`."""
+Share = Annotated[float, {"at_least": 0, "at_most": 1}]
+Threshold = Annotated[float, {"above": 0}]
+Lambda = Annotated[float, {"at_least": 0, "at_most": 0.5}]
 
 
 @dataclass(frozen=True)
@@ -58,15 +52,6 @@ class LayerSparsity(Result):
         ]
 
 
-def check_sparsity(model: ModelAdapter, sparsity: float, threshold: float, owl_lambda: float, epsilon: float) -> None:
-    """Check the options of `layer_sparsity`, on which the model has no influence.
-
-    Raises:
-        UserError: names each that is not finite or outside `SPARSITY_LIMITS`.
-    """
-    require_limits(SPARSITY_LIMITS, sparsity=sparsity, threshold=threshold, owl_lambda=owl_lambda, epsilon=epsilon)
-
-
 @torch.no_grad()
 def layer_sparsity(
     model: ModelAdapter,
@@ -74,10 +59,10 @@ def layer_sparsity(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    sparsity: float = 0.5,
-    threshold: float = 5.0,
-    owl_lambda: float = 0.08,
-    epsilon: float = 0.3,
+    sparsity: Share = 0.5,
+    threshold: Threshold = 5.0,
+    owl_lambda: Lambda = 0.08,
+    epsilon: Share = 0.3,
 ) -> LayerSparsity:
     """Compute signals and sparsities of OWL and of AlphaPruning; the latter needs no tokens.
 
@@ -88,9 +73,8 @@ def layer_sparsity(
         epsilon: AlphaPruning's, see `alpha_sparsities`.
 
     Raises:
-        UserError: an option or a sparsity is out of range, or the model is a mixture of experts or has adapters.
+        UserError: a sparsity is out of range, or the model is a mixture of experts or has adapters.
     """
-    check_sparsity(model, sparsity, threshold, owl_lambda, epsilon)
     require_linear(model)
     batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)
