@@ -53,13 +53,6 @@ def test_whole_jacobians_of_wide_models_are_taken_by_name_only(tmp_path, monkeyp
     assert (tmp_path / "jacobian_map.json").is_file() == saves
 
 
-def test_disagreements_of_the_theory_are_printed(tmp_path, capsys):
-    run_study("theory", subject(), {}, tmp_path)
-    printed = capsys.readouterr().out
-    assert "- Lemma 4.1 allows L^(2 - epsilon)" in printed
-    assert "Lemma 3.2" not in printed
-
-
 @pytest.mark.parametrize(
     ("study", "options", "message"),
     [

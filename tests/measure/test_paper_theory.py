@@ -143,10 +143,6 @@ class TestTheory:
         assert result.fitted_log_bound[0] == pytest.approx(math.log(1.1))
         assert len(result.fitted_log_bound) == 79
 
-    def test_disagreements_depend_on_the_strategy(self, result, lns):
-        assert any("Lemma 4.1" in text and "3/2 - epsilon/2" in text for text in result.disagreements) == lns
-        assert any("Theorem 3.3" in text for text in result.disagreements) != lns
-
     def test_the_table_leaves_out_missing_gains(self, result):
         rows = result.rows()
         assert len(rows) == 80

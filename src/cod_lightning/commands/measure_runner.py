@@ -202,7 +202,5 @@ def with_progress(
 
 
 def show_result(subject: Subject, name: str, result: Result) -> None:
-    """Print the table of a result, and the disagreements in the paper's theory."""
+    """Print the table of a result."""
     show(result_table(f"{subject.model.name}: {name}", result.rows(), 4 * subject.model.depth))
-    for disagreement in getattr(result, "disagreements", ()):
-        print(f"- {disagreement}")

@@ -7,7 +7,7 @@ that of the embeddings, then come the outputs of blocks 1, 2, ...; the output of
     Theorem 3.3, 4.2    ||d y_l / d x_1||_2 <= prod_{k<l} (1 + A / (g_k^2 sigma_{x_k}) + B / (g_k^4 sigma_{x_k}^2))
 
 with g_k = 1 for Pre-LN (3.2, 3.3) and sqrt(k) for LayerNorm Scaling (4.1, 4.2). The paper has c = 1 inside a Theta;
-here it is fitted too. `DISAGREEMENTS` lists the steps of the paper's proofs that contradict these equations.
+here it is fitted too. docs/audit.md lists the steps of the paper's proofs that contradict these equations.
 """
 
 from __future__ import annotations
@@ -33,26 +33,6 @@ from cod_lightning.nn.layouts import sites
 
 GROWTH_SEQUENCES = 2
 """Sequences that the growth up to every layer is measured on: its time grows with the square of the depth."""
-
-FIRST_BLOCK = "The bound for L blocks has L - 1 factors, so that the first block alone would have a gain of at most 1."
-DISAGREEMENTS = {
-    False: [
-        FIRST_BLOCK,
-        "Lemma 3.2 allows variances up to exp(L), from sigma >= 1. Fed with its own result its recursion is "
-        "d sigma^2 / dl = c sigma, so that sigma^2 grows as (c l / 2)^2: neither rate that Theorem 3.3 is about.",
-        "M of Theorem 3.3 takes sigma_{x_l} = e^l, a variance of e^(2l), and log(1 + u) = u - u^2 / 2 with "
-        "u = A e^-l + B e^-2l. That is less than log(1 + u): M is neither the limit of the bound nor above it.",
-        "For sigma^2 ~ l Theorem 3.3 says Theta(L); its product, of 1 + A / sqrt(l), grows as exp(2 A sqrt(L)).",
-    ],
-    True: [
-        FIRST_BLOCK,
-        "Lemma 4.1 allows L^(2 - epsilon), for which 1 / (sqrt(k) sigma_k) is k^-(3/2 - epsilon/2); the proof writes "
-        "the exponent 2 - epsilon/2. Fed with its own result its recursion gives sigma^2 ~ c^2 l.",
-        "Theorem 4.2 says omega(1) for sigma^2 ~ l^(2 - epsilon) and Theta(L) for sigma^2 ~ l. The sums of "
-        "A / (l sigma_l) are those of l^-(2 - epsilon/2) and l^-(3/2): both converge, and the products stay bounded.",
-    ],
-}
-"""Contradictions between the paper's proofs and its lemmas and theorems, by whether LayerNorm Scaling is used."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +98,6 @@ class Theory(Result):
     """A and B fitted to the logarithms of the gains relative to the first, not negative; empty without gains."""
     fitted_log_bound: list[float]
     """Natural logarithm of the first gain times the theorem's product with these."""
-    disagreements: list[str]
-    """Contradictions in the paper's proofs about such a model."""
 
     def series(self) -> dict[str, Sequence[Any]]:
         """Columns of equal length, padded with None."""
@@ -221,7 +199,6 @@ def theory(
         log_m=log_m(*shape_constants) if shape_constants and not lns else None,
         fitted_constants=fitted_constants,
         fitted_log_bound=fitted_log_bound,
-        disagreements=DISAGREEMENTS[lns],
     )
 
 
