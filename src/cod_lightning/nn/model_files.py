@@ -26,13 +26,8 @@ WEIGHT_FILES = (
 )
 """Files that hold the weights or list their shards; the first that exists is read, as in `transformers`."""
 
-READ_SUFFIXES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja")
-"""Files of a folder that a model or a tokenizer is loaded from."""
-
 TOKENIZER_FILES = re.compile(r"tokenizer\.|vocab|tekken|\.(model|spm|tiktoken)$")
 """Names of the files that hold the vocabulary of a tokenizer."""
-TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""Files of a tokenizer that hold a JSON object."""
 COPY_TOKENIZER = "copy its tokenizer.json, or tokenizer.model, and tokenizer_config.json into the folder"
 """The end of an error about a folder without these."""
 
@@ -69,8 +64,7 @@ def find_source(name: str) -> Source:
     """The checkpoint that a path, the short name of a packaged model, or a name on the hub means.
 
     Raises:
-        UserError: the package is not installed; or a folder holds several .gguf files, an adapter, or a link to a file
-            outside of it.
+        UserError: the package is not installed; or a folder holds several .gguf files, or an adapter.
     """
     name = packaged_path(name)
     folder = Path(name)
@@ -78,9 +72,6 @@ def find_source(name: str) -> Source:
         return Source(str(folder.parent), folder.name)
     if not folder.is_dir():
         return Source(name)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in READ_SUFFIXES:
-            require_inside(folder, path.name)
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"{name}: adapter_config.json makes it an adapter of another model: merge the two and save them"
@@ -93,23 +84,10 @@ def find_source(name: str) -> Source:
     return Source(name, quantized[0].name)
 
 
-def require_inside(folder: Path, file: str) -> Path:
-    """The path of a file in a folder, or in the cache of the hub that the folder belongs to.
-
-    Raises:
-        UserError: it leads out of the folder.
-    """
-    root, path = folder.resolve(), folder / file
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.resolve().is_relative_to(place) for place in roots):
-        raise UserError(f"{folder}: {file} leads out of the folder to {path.resolve()}: copy the file into the folder")
-    return path
-
-
 def find_file(source: Source, file: str) -> Path | None:
     """A file of a folder, or of the hub's repository in the cache; None if it does not exist."""
     if Path(source.name).is_dir():
-        path = require_inside(Path(source.name), file)
+        path = Path(source.name) / file
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
@@ -132,21 +110,6 @@ def require_tokenizer(source: Source) -> None:
     folder = Path(source.name)
     if source.gguf is None and (folder / "config.json").is_file() and not has_tokenizer(folder):
         raise UserError(f"{folder}: the model has no tokenizer: {COPY_TOKENIZER}")
-
-
-def check_tokenizer_files(folder: Path) -> None:
-    """Check the JSON files of a tokenizer in a folder, whose errors in `transformers` name neither file nor field.
-
-    Raises:
-        UserError: one is damaged, or `model_max_length` is not a number.
-    """
-    for path in (folder / name for name in TOKENIZER_JSON if (folder / name).is_file()):
-        content = read_json(path, dict[str, Any], damage(path))
-        longest = content.get("model_max_length")
-        if longest is not None and not isinstance(longest, int | float):
-            raise UserError(
-                f"{path}: model_max_length={longest!r} must be a number: correct it, or fetch the file again"
-            )
 
 
 def read_weights(source: Source) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from cod_lightning.nn.apply import CONFIG_KEY, apply, checked_specs, strategy_of
 from cod_lightning.nn.gguf import open_gguf, read_gguf
 from cod_lightning.nn.model_files import (
     Source,
-    check_tokenizer_files,
     find_file,
     find_source,
     read_weights,
@@ -69,7 +68,6 @@ class Checkpoint:
             UserError: it is missing or cannot be read.
         """
         require_tokenizer(self.source)
-        check_tokenizer_files(Path(self.source.name))
         transformers = import_transformers(f"reading {self.source.name}")
         with named_if_damaged(self.source.name, "its tokenizer cannot be read"), quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
