@@ -90,11 +90,6 @@ def test_a_notebook_shows_the_figure_and_the_table():
     assert ">0.5</td>" in html
 
 
-def test_the_table_becomes_a_data_frame():
-    pytest.importorskip("pandas")
-    assert list(EXAMPLE.to_pandas().columns) == ["layer", "loss", "gain"]
-
-
 def test_a_result_is_drawn_on_axes_of_the_caller():
     figure, axes = plots.grid_figure(6, 6, 2, 2)
     assert EXAMPLE.plot(axes.flat) is figure

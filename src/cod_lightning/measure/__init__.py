@@ -16,7 +16,7 @@ holds one, and one batch. It measures in evaluation mode, and refuses a model wh
 (`adapter.check_layout`) or batches that it cannot read (`batches.checked_tokens`):
 
     result = cod.measure.angular(model, tokenizer(texts, return_tensors="pt"))
-    result.plot(), result.to_pandas(), result.save("folder", "angular")
+    result.plot(), result.rows(), result.save("folder", "angular")
 """
 
 from collections.abc import Callable

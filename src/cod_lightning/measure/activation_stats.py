@@ -101,7 +101,7 @@ class ActivationStats(Result):
         }
         return [
             *(
-                Lines(label, {place: getattr(self.at(place), name) for place in PLACES}, log=name != "kurtosis")
+                Lines(label, {place: getattr(getattr(self, place), name) for place in PLACES}, log=name != "kurtosis")
                 for name, label in labels.items()
             ),
             Lines(
@@ -109,12 +109,9 @@ class ActivationStats(Result):
             ),
         ]
 
-    def at(self, place: str) -> Statistics:
-        return getattr(self, place)
-
     def columns(self, place: str) -> dict[str, list[float]]:
         """The statistics at a place that are there."""
-        return {name: values for name, values in vars(self.at(place)).items() if values}
+        return {name: values for name, values in vars(getattr(self, place)).items() if values}
 
 
 @torch.no_grad()

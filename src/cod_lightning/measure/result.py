@@ -99,18 +99,6 @@ class Result(ABC):
         """The fields, as in the JSON file: numbers that are not finite are None."""
         return finite(asdict(self))
 
-    def to_pandas(self) -> Any:
-        """The table as a `pandas.DataFrame`.
-
-        Raises:
-            UserError: pandas is not installed.
-        """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise UserError("to_pandas needs pandas: pip install pandas") from error
-        return pd.DataFrame(self.rows())
-
     def save(self, folder: str | Path, name: str) -> list[Path]:
         """Write `name`.json, .csv, .png and .pdf into `folder`, which is created; each file whole or not at all.
 
