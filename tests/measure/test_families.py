@@ -19,7 +19,7 @@ from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.weight_sparsity import layer_sparsity
 from cod_lightning.nn import verify
 from cod_lightning.nn.apply import apply, fold
-from cod_lightning.nn.layouts import find_layout
+from cod_lightning.nn.layouts import known_layout
 from cod_lightning.nn.pretrained import quiet_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -168,8 +168,9 @@ def test_the_list_in_the_docs_is_of_the_families_that_hold():
         if sum(parameter.numel() for parameter in model.parameters()) > 5e6:
             continue
         built.add(family)
+        if known_layout(model) is None:
+            continue
         try:
-            find_layout(model)
             check_layout(adapter(family, depth=2))
             hold.add(family)
         except UserError:

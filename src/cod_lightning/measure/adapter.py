@@ -27,9 +27,9 @@ from cod_lightning.nn.layouts import (
     ENCODER,
     Layout,
     branch_multiplier,
-    find_layout,
     hidden_input,
     hidden_output,
+    known_layout,
     sites,
     submodule,
 )
@@ -95,13 +95,12 @@ class ModelAdapter:
         """Where the model keeps its blocks, their sub-layers, the final norm and the head."""
         if isinstance(self.model, VisionTransformer):
             return VIT
-        try:
-            return find_layout(self.model)
-        except UserError:
+        if (layout := known_layout(self.model)) is None:
             raise UserError(
                 f"{self.name}: {family(self.model)} has an unknown layout and cannot be measured; "
                 "docs/models.md lists the families that can"
-            ) from None
+            )
+        return layout
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -164,7 +164,7 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
         for path, module in model.named_modules():
             if known_layout(module) is not None:
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
-        raise unknown_layout(model)
+        raise UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
     where = sites(model, layout)
     if layout.norms is None:
         raise UserError(
@@ -294,23 +294,11 @@ def hidden_output(y: Any) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def find_layout(model: nn.Module) -> Layout:
+def known_layout(model: nn.Module) -> Layout | None:
     """The layout of a causal language model of `transformers`, by the names of its modules.
 
-    Raises:
-        UserError: the model is laid out in another way.
+    It is the first of `LAYOUTS` whose modules the model has, and that names all inputs or none.
     """
-    if (layout := known_layout(model)) is None:
-        raise unknown_layout(model)
-    return layout
-
-
-def unknown_layout(model: nn.Module) -> UserError:
-    return UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
-
-
-def known_layout(model: nn.Module) -> Layout | None:
-    """The first of `LAYOUTS` whose modules a model has, and that names all inputs or none."""
     for layout in LAYOUTS:
         try:
             where = sites(model, layout)
