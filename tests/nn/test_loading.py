@@ -340,9 +340,7 @@ def test_generation_settings_that_are_no_json_object_are_named(folder, content):
 def test_the_folder_of_a_damaged_tokenizer_is_named(folder, file, content):
     (folder / "tokenizer.json").write_text("{}")
     (folder / file).write_text(content)
-    with pytest.raises(
-        UserError, match=rf"^{folder}: its tokenizer cannot be read: .*: correct it, or fetch it ag"
-    ):
+    with pytest.raises(UserError, match=rf"^{folder}: its tokenizer cannot be read: .*: correct it, or fetch it ag"):
         load_checkpoint(folder).tokenizer()
 
 

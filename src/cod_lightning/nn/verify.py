@@ -28,7 +28,7 @@ from cod_lightning.nn.weights import is_sharded
 TOLERANCE = 5e-5
 """Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
 GARBAGE = 1.7
-"""Stands for what memory happens to hold where a buffer is not set again."""
+"""Stands for uninitialised memory where a buffer is not set again."""
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,7 @@ class VisionTransformer(nn.Module):
 
 def patches(images: Tensor, side: int) -> Tensor:
     """Split images [B, 3, height, width] into patches [B, patches, 3 * side * side], in the order of reading."""
-    grid = images.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return F.unfold(images, side, stride=side).mT
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> TokenLoss:
