@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -123,6 +124,58 @@ def tiny_llama():
         return str(folder)
 
     return save
+
+
+@pytest.fixture
+def commands_in_process(monkeypatch):
+    """Commands that `fit -m` and `reproduce` start run in this process, which saves 3 s of imports each."""
+    from cod_lightning.cli import main
+    from cod_lightning.commands.processes import CommandPool
+
+    monkeypatch.setattr(CommandPool, "run_command", lambda pool, words, label: main([*words]))
+
+
+@pytest.fixture
+def without_images(monkeypatch):
+    """Figures are laid out once and not rendered."""
+
+    def lay_out(figure, suffix="png"):
+        if suffix == "png":
+            figure.draw_without_rendering()
+        return suffix.encode()
+
+    monkeypatch.setattr("cod_lightning.plots.image", lay_out)
+    monkeypatch.setattr("cod_lightning.paper.report.image", lay_out)
+
+
+@pytest.fixture
+def default_handlers():
+    """Give every stop signal its default effect, here and in child processes, however the suite was started."""
+    from cod_lightning.signals import STOP_SIGNALS
+
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def send_signals(monkeypatch):
+    """`send_signals(*numbers)`: every run receives these signals after step 3."""
+    from lightning.pytorch import Callback
+
+    from cod_lightning.train import run
+
+    def patch(*numbers):
+        class Sender(Callback):
+            def on_train_batch_end(self, trainer, *arguments):
+                if trainer.global_step == 3:
+                    for number in numbers:
+                        signal.raise_signal(number)
+
+        monkeypatch.setattr(run, "probes", lambda *arguments: [Sender()])
+
+    return patch
 
 
 @pytest.fixture

@@ -3,18 +3,16 @@
 import contextlib
 import io
 import json
-import random
+import math
 import re
 import resource
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import cod_lightning
 from cod_lightning.cli import COMMANDS, main
@@ -26,15 +24,10 @@ from command_words import last_of_each
 PYTHON = [sys.executable, "-m", "cod_lightning"]
 
 
-def run(*words, **options):
-    """Run a command in a process; return the process."""
-    options = {"capture_output": True, "text": True, "timeout": 300, **options}
-    return subprocess.run([*PYTHON, *last_of_each(words)], **options)
-
-
-def run_ok(*words, **options):
+def run_ok(*words):
     """Run a command in a process, in which it must succeed; return the process."""
-    process = run(*words, **options)
+    command = [*PYTHON, *last_of_each(words)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     return process
 
@@ -136,7 +129,7 @@ def test_fit_shows_a_finished_run_without_retraining(finished, toy):
 def test_evaluate_reproduces_the_metrics_of_the_record(finished):
     folder, _ = finished
     record = json.loads((folder / "record.json").read_text())
-    figures = metrics(run_ok("evaluate", folder, "protocol=paper"))
+    figures = metrics(call_ok("evaluate", folder, "protocol=paper"))
     assert float(figures["val_loss"]) == pytest.approx(record["val_loss"], rel=1e-5)
     assert float(figures["ppl_paper_protocol"]) == pytest.approx(record["ppl_paper_protocol"], rel=1e-5)
 
@@ -171,7 +164,7 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
     transformers = pytest.importorskip("transformers")
     folder, _ = finished
     model, imported = tmp_path / "model", tmp_path / "imported"
-    process = run_ok("export", folder, "--output", model)
+    process = call_ok("export", folder, "--output", model)
     assert process.stdout.strip() == str(model)
     assert process.stderr == ""
     decoder, tokenizer = decoder_of(folder)
@@ -196,10 +189,11 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_measure_gives_the_same_variance_for_a_run_and_its_export(finished, corpus, tmp_path):
+def test_measure_gives_the_same_variance_for_a_run_and_its_export(finished, corpus, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
     folder, _ = finished
-    process = run_ok("measure", "variance", folder, "rows=4", cwd=tmp_path)
+    process = call_ok("measure", "variance", folder, "rows=4")
     assert process.stdout.splitlines()[-1] == str(folder / "measure")
     assert sorted(path.name for path in (folder / "measure").iterdir()) == [
         f"variance.{s}" for s in ("csv", "json", "pdf", "png")
@@ -283,6 +277,7 @@ def test_a_pruned_transformers_model_loads_in_transformers(finished, corpus, tmp
     assert loaded("the norm").input_ids == tokenizer.encode(["the norm"])[0][:-1]
 
 
+@pytest.mark.usefixtures("without_images")
 def test_measure_compare_writes_one_page_for_two_runs(finished, toy, tmp_path):
     folder, _ = finished
     words = [*toy, f"output={tmp_path}", "norm=pre_ln", "name=plain"]
@@ -293,7 +288,7 @@ def test_measure_compare_writes_one_page_for_two_runs(finished, toy, tmp_path):
     page = (tmp_path / "page" / "compare.html").read_text()
     assert "<h1>LNS, seed 1 beside plain</h1>" in page
     assert f"<code>{folder.name}</code>" in page
-    assert (tmp_path / "page" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "page" / "compare.png").is_file()
     assert json.loads((tmp_path / "page/plain/jacobian.json").read_text())["probes"] == 2
 
 
@@ -315,7 +310,7 @@ def test_an_imported_model_without_pad_token_can_be_evaluated(finished, corpus, 
     call_ok("import", tmp_path / "model", "--output", tmp_path / "run")
     words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.layout=document"]
     process = call_ok("evaluate", tmp_path / "run", *words, "data.seq_len=32", "data.micro_batch_size=16")
-    assert float(metrics(process)["val_loss"]) < 10
+    assert float(metrics(process)["val_loss"]) == pytest.approx(math.log(tokenizer.vocab_size), rel=0.05)
 
 
 def test_export_and_prune_reject_a_strategy_that_llama_does_not_support(toy, tmp_path):
@@ -329,43 +324,6 @@ def test_export_and_prune_reject_a_strategy_that_llama_does_not_support(toy, tmp
     assert process.returncode == 2
     assert "peri cannot be written as a checkpoint of transformers\nerror: branch_norm=True" in process.stderr
     assert not (tmp_path / "small").exists()
-
-
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
-@pytest.mark.filterwarnings("default")  # the harness warns
-def test_harness_tasks_are_scored_with_the_logits_of_the_decoder(finished, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder, _ = finished
-    decoder, tokenizer = decoder_of(folder)
-    rng = random.Random(0)
-    words = ["the", "norm", "of", "a", "deep", "block", "grows", "with", "depth"]
-    rows = [{"choices": [" ".join(rng.choices(words, k=4)) for _ in range(3)], "label": i % 3} for i in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "toy_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},  # beside the task's YAML
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "early layers",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "label",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(task))
-
-    @torch.no_grad()
-    def likelihood(choice):
-        ids = tokenizer.encode([f"early layers {choice}"])[0][:-1]
-        start = len(tokenizer.encode(["early layers"])[0]) - 1
-        logits = decoder(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
-        return float(sum(logits[i - 1, ids[i]] for i in range(start, len(ids))))
-
-    right = sum(max(range(3), key=lambda i: likelihood(row["choices"][i])) == row["label"] for row in rows)
-    process = call_ok("evaluate", folder, "--task-folder", tmp_path, "tasks=toy_choice")
-    assert f"toy_choice acc {right / 12:.6g}\n" in process.stdout
-    assert "toy_choice acc_stderr" in process.stdout
 
 
 def test_experiments_lists_every_experiment_with_published_figures(capsys):
@@ -387,27 +345,24 @@ def test_prepare_merges_shards_into_the_set_that_prepare_would_write(toy, tmp_pa
         assert main([*words, shard]) == 0
     assert main([*words, "merge=2"]) == 0
     first, second, folder = capsys.readouterr().out.split()
+    assert Path(folder).parent == tmp_path
+    assert (Path(folder) / "manifest.json").is_file()
     assert (first, second) == (f"{folder}.parts-2/1", f"{folder}.parts-2/0")
     assert main(words) == 0
     assert capsys.readouterr().out.split() == [folder]
 
 
-def test_prepare_prints_the_folder_of_the_set(toy, tmp_path):
-    process = run_ok("prepare", *toy, f"data.root={tmp_path}")
-    folder = Path(process.stdout.strip())
-    assert folder.parent == tmp_path
-    assert (folder / "manifest.json").is_file()
-
-
+@pytest.mark.usefixtures("commands_in_process")
 def test_a_sweep_trains_every_combination_and_prints_them_by_loss(toy, tmp_path):
-    process = run_ok("fit", "-m", "-j", "2", *toy, f"output={tmp_path}", "norm=pre_ln,lns", "trainer.max_steps=2")
+    process = call_ok("fit", "-m", *toy, f"output={tmp_path}", "norm=pre_ln,lns", "trainer.max_steps=2")
+    table = process.stdout.partition("runs by validation loss")[2]
     losses = {}
     for norm in ("pre_ln", "lns"):
         record = record_of(tmp_path, *toy, f"norm={norm}", "trainer.max_steps=2")
         losses[f"norm={norm}"] = record["val_loss"]
-        assert f"{record['val_loss']:.4f}" in process.stdout
+        assert f"{record['val_loss']:.4f}" in table
     order = sorted(losses, key=losses.__getitem__)
-    assert process.stdout.index(order[0]) < process.stdout.index(order[1])
+    assert table.index(order[0]) < table.index(order[1])
 
 
 def test_a_run_killed_twice_resumes_bit_identically(toy, tmp_path, wait_for):
@@ -437,22 +392,13 @@ def test_a_run_killed_twice_resumes_bit_identically(toy, tmp_path, wait_for):
     assert not list(kept.glob(".*partial"))
 
 
-def test_ctrl_c_exits_with_130_and_says_how_to_resume(toy, tmp_path, wait_for):
-    words = [*toy, f"output={tmp_path}", "name=stopped", "trainer.max_steps=5000"]
-    process = subprocess.Popen(
-        [*PYTHON, "fit", *last_of_each(words)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts background jobs with SIGINT ignored, which children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    wait_for(lambda: list(tmp_path.glob("stopped/checkpoints/step-*.ckpt")), process)
-    process.send_signal(signal.SIGINT)
-    _, printed = process.communicate(timeout=240)
-    assert process.returncode == 130, printed
-    assert re.search("(; checkpoint saved|in the validation after step [0-9]+)\nrun the same command again", printed)
-    assert "Traceback" not in printed
+@pytest.mark.usefixtures("default_handlers")
+def test_ctrl_c_exits_with_130_and_says_how_to_resume(toy, tmp_path, send_signals):
+    send_signals(signal.SIGINT)
+    process = call("fit", *toy, f"output={tmp_path}", "name=stopped", "eval.every=100")
+    assert process.returncode == 130, process.stderr
+    assert process.stderr.endswith("interrupted at step 4; checkpoint saved\nrun the same command again to resume\n")
+    assert (tmp_path / "stopped/checkpoints/step-00000004.ckpt").is_file()
 
 
 def test_options_may_precede_or_follow_overrides(tmp_path, monkeypatch):
@@ -472,13 +418,13 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes(toy, tmp_path
     words += ["eval.every=1000", "trainer.log_every=1", "trainer.stats_every=0"]
     call_ok("fit", *words[:-3], "trainer.max_steps=2", "name=size", "eval.every=1000", "trainer.stats_every=0")
     size = (tmp_path / "size" / "checkpoints" / "step-00000002.ckpt").stat().st_size
-
-    def limit():
-        # The history in a checkpoint grows with the steps, so that a later one no longer fits.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 512, size + 512))
-
-    process = run("fit", *words, preexec_fn=limit)
+    # The history in a checkpoint grows with the steps, so that a later one no longer fits.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 512, hard))
+    try:
+        process = call("fit", *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert process.returncode == 2, process.stderr
     assert re.search(
         r"error: \S+step-\d+\.ckpt: the checkpoint cannot be written \(.*\); earlier ones are kept", process.stderr

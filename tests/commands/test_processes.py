@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from lightning.pytorch import Callback
 
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import Stopped
@@ -17,14 +16,7 @@ from command_words import last_of_each
 KINDS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
 """The other stop signals have the handler of SIGTERM."""
 
-
-@pytest.fixture(autouse=True)
-def default_handlers():
-    """Give every stop signal its default effect, here and in child processes, however the suite was started."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (*STOP_SIGNALS, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("default_handlers")
 
 
 def names(signals):
@@ -61,18 +53,11 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored():
 
 
 @pytest.fixture
-def train_signalled(train, monkeypatch):
+def train_signalled(train, send_signals):
     """`train_signalled(*numbers)` trains a run that receives these signals after step 3."""
-    from cod_lightning.train import run
 
     def train_until(*numbers):
-        class Sender(Callback):
-            def on_train_batch_end(self, trainer, *arguments):
-                if trainer.global_step == 3:
-                    for number in numbers:
-                        signal.raise_signal(number)
-
-        monkeypatch.setattr(run, "probes", lambda *arguments: [Sender()])
+        send_signals(*numbers)
         train("name=run", "trainer.checkpoint_every=100", "eval.every=100")
 
     return train_until

@@ -1,15 +1,18 @@
-"""Behaviour without lm-evaluation-harness; tests/test_cli.py runs it where it is installed."""
+"""Downstream tasks: without lm-evaluation-harness, and with it where it is installed."""
 
 import json
 import os
+import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
+import torch
 import yaml
 
+from cod_lightning.cli import main
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate import PAPER_TASKS, lm_eval
 from cod_lightning.evaluate.lm_eval import (
@@ -22,6 +25,7 @@ from cod_lightning.evaluate.lm_eval import (
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.train.load import load_run
 from cod_lightning.typed_json import read_json
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
@@ -174,3 +178,43 @@ def test_a_metric_that_the_harness_does_not_have_is_named(tmp_path):
     path.write_text(yaml.safe_dump({"task": "bad", "metric_list": [{"metric": "acc"}, {"metric": "accc"}]}))
     with pytest.raises(UserError, match=r"KeyError: None; 'accc' is not a metric of the harness; check"):
         run_tasks(failing(KeyError(None)), ["bad"], {"bad": path})
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_tasks_are_scored_with_the_logits_of_the_decoder(train, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    _, folder = train("trainer.stats_every=0")
+    decoder, tokenizer = load_run(folder)
+    rng = random.Random(0)
+    words = ["the", "norm", "of", "a", "deep", "block", "grows", "with", "depth"]
+    rows = [{"choices": [" ".join(rng.choices(words, k=4)) for _ in range(3)], "label": i % 3} for i in range(12)]
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "toy_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},  # beside the task's YAML
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "early layers",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tasks / "toy.yaml").write_text(yaml.safe_dump(task))
+
+    @torch.no_grad()
+    def likelihood(choice):
+        ids = tokenizer.encode([f"early layers {choice}"])[0][:-1]
+        start = len(tokenizer.encode(["early layers"])[0]) - 1
+        logits = decoder(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        return float(sum(logits[i - 1, ids[i]] for i in range(start, len(ids))))
+
+    right = sum(max(range(3), key=lambda i: likelihood(row["choices"][i])) == row["label"] for row in rows)
+    assert main(["evaluate", str(folder), "--task-folder", str(tasks), "tasks=toy_choice"]) == 0
+    printed = capsys.readouterr().out
+    assert f"toy_choice acc {right / 12:.6g}\n" in printed
+    assert "toy_choice acc_stderr" in printed
