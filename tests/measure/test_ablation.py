@@ -242,7 +242,6 @@ def test_an_interrupted_ablation_leaves_the_model_unchanged(causal_lm, batch, me
             {"pairs": "neighbors"},
             r"pairs='neighbors' does not exist: did you mean 'neighbours'\? known: all, neighbours",
         ),
-        ("swaps", 1, {}, "needs at least 2 blocks, but the model has 1"),
     ],
 )
 def test_bad_options_are_errors(causal_lm, batch, measure, depth, options, message):

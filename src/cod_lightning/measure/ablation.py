@@ -239,14 +239,9 @@ def swaps(
 
     Options:
         pairs: "neighbours", or "all" pairs; the published permutation score is the mean over all.
-
-    Raises:
-        UserError: the model has a single block.
     """
     layers = range(1, model.depth + 1)
     chosen = [pair for pair in combinations(layers, 2) if pairs == "all" or pair[1] == pair[0] + 1]
-    if not chosen:
-        raise UserError(f"{model.name}: a model of one block has no two blocks to swap")
     orders = [[{a: b, b: a}.get(layer, layer) for layer in layers] for a, b in chosen]
     loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
     scores = [abs(loss - swapped) / loss for swapped in losses]

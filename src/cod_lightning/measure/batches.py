@@ -128,10 +128,8 @@ def iter_targets(
     """Like `iter_batches`, with the targets [batch, length] of each batch instead of the mask; `IGNORE` is no target.
 
     Raises:
-        UserError: the model does not predict next tokens, or no token has one.
+        UserError: no token has a next one.
     """
-    if not model.predicts_next:
-        raise UserError(f"{model.name}: {model.why_not_next}")
     empty = True
     for batch, _ in iter_batches(model, batches, pad_id, progress):
         targets = prediction_targets(model, batch, pad_id)

@@ -155,7 +155,7 @@ def theory(
     """Compare measured variances and gains with the lemmas, the bounds and the growth laws.
 
     Args:
-        variances: sigma_{x_l}^2 of the inputs of blocks l = 1, 2, ....
+        variances: sigma_{x_l}^2 of the inputs of blocks l = 1, 2, ..., at least 3.
         lns: the model has LayerNorm Scaling.
         shapes: to compute A and B from.
         gains: ||d y_l / d x_1|| or other gains in the sense of the bound, for l = 1, 2, ..., to fit A and B to; at
@@ -163,10 +163,8 @@ def theory(
         model: its name, for tables and figures.
 
     Raises:
-        UserError: there are fewer than three variances, a number is not positive, or there are too many gains.
+        UserError: a number is not positive, or there are too few or too many gains.
     """
-    if len(variances) < 3:
-        raise UserError(f"{len(variances)} variances: a fit over layers needs at least 3")
     for name, values in (("variances", variances), ("gains", gains)):
         if not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(f"{name}={list(values)}: expected positive finite numbers")

@@ -19,14 +19,12 @@ from cod_lightning.measure.weight_sparsity import (
     Method,
     alpha_sparsities,
     arithmetic_sparsities,
-    check_sparsities,
     input_norms,
     largest_difference,
     layer_alphas,
     linear_weights,
     outlier_ratios,
     owl_sparsities,
-    require_linear,
     sparsify,
     sparsify_sequentially,
 )
@@ -141,7 +139,8 @@ def prune_weights(
         UserError: the allocation, method or calibration is unknown, a sparsity is outside [0, 1], or the model is a
             mixture of experts or has adapters.
     """
-    require_linear(model)
+    if model.why_not_sparse:
+        raise UserError(f"{model.name}: {model.why_not_sparse}")
     require_choice("allocation", allocation, Allocation)
     require_choice("method", method, Method)
     require_choice("calibration", calibration, Calibration)
@@ -169,7 +168,7 @@ def prune_weights(
 
         sparsities = candidates[0] if len(candidates) == 1 else min(candidates, key=loss_with)
     else:
-        sparsities = check_sparsities([sparsity] * model.depth, sparsity)
+        sparsities = [sparsity] * model.depth
     how = f"{method}, {allocation}" + (", sequential" if sequential else "")
     return Pruning(sparse(sparsities, progress), how, [], sparsities, "share of weights removed")
 

@@ -18,7 +18,6 @@ from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches, step_counter
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.settings import require_choice
 
 Method = Literal["wanda", "magnitude"]
 Calibration = Literal["once", "sequential"]
@@ -73,9 +72,8 @@ def layer_sparsity(
         epsilon: AlphaPruning's, see `alpha_sparsities`.
 
     Raises:
-        UserError: a sparsity is out of range, or the model is a mixture of experts or has adapters.
+        UserError: a sparsity is out of range.
     """
-    require_linear(model)
     batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)
     alphas = layer_alphas(model)
@@ -88,12 +86,6 @@ def layer_sparsity(
         alpha=alphas,
         alpha_pruning=alpha_sparsities(alphas, sparsity, epsilon),
     )
-
-
-def require_linear(model: ModelAdapter) -> None:
-    """Raise a UserError if the blocks have weights beside those of linear layers: of experts or adapters."""
-    if model.why_not_sparse:
-        raise UserError(f"{model.name}: {model.why_not_sparse}")
 
 
 def linear_weights(block: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
@@ -189,8 +181,7 @@ def owl_sparsities(ratios: Sequence[float], sparsity: float, owl_lambda: float =
     """
     scaled = [2 * owl_lambda * x for x in scale_to_unit_range(ratios)]
     mean = fmean(scaled)
-    limits = max(scaled) - mean, 1 - (mean - min(scaled))
-    return check_sparsities([sparsity - (x - mean) for x in scaled], sparsity, f"owl_lambda={owl_lambda}", limits)
+    return check_sparsities([sparsity - (x - mean) for x in scaled], "owl_lambda")
 
 
 def pl_alpha_hill(weight: Tensor) -> float:
@@ -239,9 +230,7 @@ def alpha_sparsities(alphas: Sequence[float], sparsity: float, epsilon: float = 
     """
     mapped = [1 - epsilon + 2 * epsilon * x for x in scale_to_unit_range(alphas)]
     mean = fmean(mapped)
-    limits = (0.0, mean / max(mapped)) if min(mapped) >= 0 and mean else (1.0, 0.0)
-    sparsities = [sparsity * x / mean if mean else math.nan for x in mapped]
-    return check_sparsities(sparsities, sparsity, f"epsilon={epsilon}", limits)
+    return check_sparsities([sparsity * x / mean for x in mapped], "epsilon")
 
 
 def arithmetic_sparsities(depth: int, sparsity: float, difference: float) -> list[float]:
@@ -257,8 +246,7 @@ def arithmetic_sparsities(depth: int, sparsity: float, difference: float) -> lis
     """
     # Rounded, so that at the largest difference none is 1 + 2e-16.
     sparsities = [round(sparsity + difference * (layer - (depth - 1) / 2), 12) for layer in range(depth)]
-    largest = abs(difference) * (depth - 1) / 2
-    return check_sparsities(sparsities, sparsity, f"difference={difference}", (largest, 1 - largest))
+    return check_sparsities(sparsities, "difference")
 
 
 def largest_difference(depth: int, sparsity: float) -> float:
@@ -272,30 +260,18 @@ def scale_to_unit_range(values: Sequence[float]) -> list[float]:
     return [(x - low) / (high - low) if high > low else 0.5 for x in values]
 
 
-def check_sparsities(
-    sparsities: list[float], sparsity: float, option: str = "", limits: tuple[float, float] = (0, 1)
-) -> list[float]:
-    """Return `sparsities` if all are in [0, 1].
-
-    Args:
-        sparsities: of the blocks.
-        sparsity: their mean.
-        option: what makes them differ.
-        limits: least and largest mean with which all are in [0, 1]; the least is larger if there is none.
+def check_sparsities(sparsities: list[float], option: str) -> list[float]:
+    """Return the sparsities of the blocks if all are in [0, 1]; `option` makes them differ.
 
     Raises:
-        UserError: one is not; names the mean with its range, or `option` if no mean fits.
+        UserError: names the first that is not.
     """
-    if not 0 <= sparsity <= 1:
-        raise UserError(f"sparsity={sparsity} is not a share of weights: expected 0 to 1")
     for layer, value in enumerate(sparsities, start=1):
         if not 0 <= value <= 1:
-            sets = f"layer {layer} would lose {value:.3f} of its weights"
-            least = math.ceil(round(limits[0] * 1000, 6)) / 1000
-            most = math.floor(round(limits[1] * 1000, 6)) / 1000
-            if least <= most:
-                raise UserError(f"sparsity={sparsity} with {option}: expected {least} to {most}: {sets}")
-            raise UserError(f"{option} is too large for any sparsity=: lower it: with sparsity={sparsity} {sets}")
+            change = "lower" if value > 1 else "raise"
+            raise UserError(
+                f"layer {layer} would lose {value:.3g} of its weights: lower {option}=, or {change} sparsity="
+            )
     return sparsities
 
 
@@ -304,7 +280,7 @@ def sparsify(
     model: ModelAdapter,
     sparsities: Sequence[float],
     method: Method = "wanda",
-    norms: Sequence[dict[str, Tensor]] | None = None,
+    norms: Sequence[dict[str, Tensor]] = (),
 ) -> ModelAdapter:
     """Return a copy of the model with the smallest weights of the blocks' linear layers set to zero.
 
@@ -314,17 +290,11 @@ def sparsify(
         method: `wanda`: the smallest |W| * ||X|| of each output row, with input norms of the dense model;
             `magnitude`: the smallest |W| of each matrix.
         norms: from `input_norms`, for `wanda`.
-
-    Raises:
-        UserError: the method is unknown, needs norms, or `sparsities` are not one share per block.
     """
-    require_choice("method", method, Method)
-    if method == "wanda" and norms is None:
-        raise UserError("method='wanda' needs norms, the input norms of every linear layer: pass those of input_norms")
-    copy = copy_to_sparsify(model, sparsities)
+    copy = ModelAdapter(deepcopy(model.model), model.name)
     for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
         for name, (_, weight) in linear_weights(block).items():
-            if norms is None or method == "magnitude":
+            if method == "magnitude":
                 pruned = smallest(weight.abs().flatten(), round(share * weight.numel())).view(weight.shape)
             else:
                 pruned = smallest(wanda_scores(weight, norms[index][name]), round(share * weight.shape[1]))
@@ -353,9 +323,9 @@ def sparsify_sequentially(
         progress: called after each block.
 
     Raises:
-        UserError: `sparsities` are not one share per block, or there are no tokens.
+        UserError: there are no tokens.
     """
-    copy = copy_to_sparsify(model, sparsities)
+    copy = ModelAdapter(deepcopy(model.model), model.name)
     streams = []
     for batch, keep in iter_batches(copy, batches, pad_id):
         inputs, functions = copy.block_functions(batch, keep)
@@ -374,13 +344,6 @@ def sparsify_sequentially(
             streams = [(functions[index](x), functions, mask) for x, functions, mask in streams]
             advance()
     return copy
-
-
-def copy_to_sparsify(model: ModelAdapter, sparsities: Sequence[float]) -> ModelAdapter:
-    """Return a copy of the model, or raise a `UserError` if `sparsities` are not one share per block."""
-    if len(sparsities) != model.depth or not all(0 <= share <= 1 for share in sparsities):
-        raise UserError(f"sparsities={list(sparsities)}: expected {model.depth} numbers from 0 to 1, one per block")
-    return ModelAdapter(deepcopy(model.model), model.name)
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
