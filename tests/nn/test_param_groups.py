@@ -93,10 +93,14 @@ def scaled_llama():
 
 
 REFUSED = {
-    "a trained model": (trained_llama, {}, "initial_weights='scale': the model is trained"),
-    "scaling twice": (scaled_llama, {}, "initial_weights='scale': the model is trained, or scaled"),
-    "scaling again after loading": (loaded_llama, {}, "initial_weights='scale': the model is trained, or scaled"),
-    "norms without weights": (lambda: build("Olmo"), {}, "initial_weights='scale': the norms .* have no weights"),
+    "a trained model": (
+        trained_llama,
+        {},
+        "initial_weights='scale' is .*: its norms are not at",
+    ),
+    "scaling twice": (scaled_llama, {}, "initial_weights='scale' .*: param_groups was called before: pass"),
+    "scaling again after loading": (loaded_llama, {}, "initial_weights='scale' .*: param_groups was called before"),
+    "norms without weights": (lambda: build("Olmo"), {}, "initial_weights='scale' .*: its norms have no weights"),
     "no decision on initial weights": (lambda: build("Llama"), {"initial_weights": None}, "initial_weights=None"),
     "an unknown form": (lambda: build("Llama"), {"form": "norms"}, "form='norms'"),
     "an applied strategy": (lambda: cod.apply(build("Llama"), "lns"), {}, "not both"),

@@ -378,8 +378,8 @@ def has_lns(model: ModelAdapter) -> bool:
         specs = [block.spec for block in model.model.blocks]
         gains = [(layer, part.gain) for layer, spec in enumerate(specs, start=1) for part in spec.sublayers]
     else:
-        where = sites(model.model, model.layout)
-        gains = [(site.layer, getattr(site.norm, "output_scale", 1.0)) for site in where]
+        sublayers = sites(model.model, model.layout)
+        gains = [(site.layer, getattr(site.norm, "cod_output_scale", 1.0)) for site in sublayers]
     return all(math.isclose(gain, layer**-0.5) for layer, gain in gains)
 
 

@@ -1,7 +1,7 @@
 """Put a norm strategy onto any Pre-LN model, and fold it into the weights of a stock checkpoint.
 
-Each scaled norm or branch gets a Python float, `output_scale`, and a forward hook that multiplies its output by it. So
-parameter names do not change, and the factor survives meta initialisation, `.to(bfloat16)`, compilation, sharding
+Each scaled norm or branch gets a Python float, `cod_output_scale`, and a forward hook that multiplies its output by it.
+So parameter names do not change, and the factor survives meta initialisation, `.to(bfloat16)`, compilation, sharding
 and loading.
 """
 
@@ -72,11 +72,11 @@ def apply(
     require_choice("trained", trained, Trained)
     if initial_weights is not None:
         require_choice("initial_weights", initial_weights, InitialWeights)
-    where = pre_norm_sites(model, layout)
-    if any(isinstance(site.block, Block) for site in where):
+    sublayers = pre_norm_sites(model, layout)
+    if any(isinstance(site.block, Block) for site in sublayers):
         raise UserError("a Decoder gets its strategy when it is built: pass build_all(...) to build_decoder")
     section = {"name": norm, **options}
-    specs = [sublayer for spec in checked_specs(section, len(where) // 2) for sublayer in spec.sublayers]
+    specs = [sublayer for spec in checked_specs(section, len(sublayers) // 2) for sublayer in spec.sublayers]
     if any(spec.has_rates for spec in specs):
         raise UserError(
             f"norm={norm!r} sets rates of the optimizer, which apply cannot: train the stock model with "
@@ -94,14 +94,14 @@ def apply(
         )
     factors = [
         (site, module, factor)
-        for site, spec in zip(where, specs, strict=True)
+        for site, spec in zip(sublayers, specs, strict=True)
         for module, factor in ((site.norm, spec.gain), (site.branch, spec.branch_scale))
         if factor != 1
     ]
     for site, module, _ in factors:
-        require_scalable(module, f"norm={norm!r}: layer {site.layer}, {site.part}")
+        require_no_adapter(module, f"norm={norm!r}: layer {site.layer}, {site.part}")
     if initial_weights == "scale" or (initial_weights is None and written is None):
-        change_weights(model, where, specs, norm, trained)
+        change_weights(model, sublayers, specs, norm, trained)
     for _, module, factor in factors:
         scale_output(module, factor)
     setattr(own_config(model), CONFIG_KEY, section)
@@ -128,8 +128,8 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
             unchanged.
     """
     targets = []
-    where, section = pre_norm_sites(model, layout), strategy_of(model)
-    for site in where:
+    sublayers, section = pre_norm_sites(model, layout), strategy_of(model)
+    for site in sublayers:
         for module in (site.norm, site.branch):
             otherwise = f"layer {site.layer}: the factor of its {site.part} has no weight to go into"
             require_no_adapter(module, otherwise)
@@ -137,17 +137,17 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
                 target = site.output if module is site.sublayer else module
                 require_weight(target, otherwise)
                 targets.append((module, target))
-    require_own_weights(model, where, [target for _, target in targets])
+    require_own_weights(model, sublayers, [target for _, target in targets])
     if section is None:
         raise UserError(f"{type(model).__name__} has no strategy to fold: call apply first")
-    sublayers = [sublayer for spec in checked_specs(section, len(where) // 2) for sublayer in spec.sublayers]
-    if not targets and any(name in FACTORS for sublayer in sublayers for name in changes(sublayer)):
+    specs = [sublayer for spec in checked_specs(section, len(sublayers) // 2) for sublayer in spec.sublayers]
+    if not targets and any(name in FACTORS for spec in specs for name in changes(spec)):
         raise UserError(f"the factors of {section} are lost, as after from_pretrained: call apply again, then fold")
     for module, target in targets:
         offset = weight_offset(target) if target.weight.ndim == 1 else 0.0  # of a norm, not of a linear layer
-        target.weight.copy_((target.weight.double() + offset) * module.output_scale - offset)
+        target.weight.copy_((target.weight.double() + offset) * module.cod_output_scale - offset)
         if getattr(target, "bias", None) is not None:
-            target.bias.copy_(target.bias.double() * module.output_scale)
+            target.bias.copy_(target.bias.double() * module.cod_output_scale)
         remove_scale(module)
     delattr(own_config(model), CONFIG_KEY)
     forget_compiled()
@@ -230,7 +230,7 @@ def require_weight(module: Any, otherwise: str) -> None:
         raise UserError(f"{otherwise}: it is a {type(module.weight.data).__name__}: dequantise the model first")
 
 
-def require_own_weights(model: nn.Module, where: list[Site], changed: Sequence[Any]) -> None:
+def require_own_weights(model: nn.Module, sublayers: list[Site], changed: Sequence[Any]) -> None:
     """Check that no other module has the parameters of the modules that are changed: their factors would multiply.
 
     Raises:
@@ -238,9 +238,9 @@ def require_own_weights(model: nn.Module, where: list[Site], changed: Sequence[A
     """
     holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     chosen = set(changed)
-    for site in where:
+    for site in sublayers:
         for module in [module for module in (site.norm, *site.inputs, site.output) if module in chosen]:
-            others = [other for other in where if module in (other.norm, *other.inputs, other.output)]
+            others = [other for other in sublayers if module in (other.norm, *other.inputs, other.output)]
             if len(others) > 1 or any(holders[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
                 raise UserError(
                     f"layer {site.layer}, {site.part}: another module shares the weight of its "
@@ -252,60 +252,59 @@ def changes_initial_weights(specs: list[SublayerSpec]) -> bool:
     return any(name in WEIGHTS for spec in specs for name in changes(spec))
 
 
-def checked_specs(norm: dict[str, Any], depth: int) -> list[BlockSpec]:
-    """The blocks of a strategy, all of whose coefficients an existing Pre-LN model can have.
+def checked_specs(
+    norm: dict[str, Any],
+    depth: int,
+    supported: Sequence[str] = SUPPORTED,
+    otherwise: str = "which an existing Pre-LN model cannot have",
+) -> list[BlockSpec]:
+    """The blocks of a strategy, all of whose coefficients are supported.
 
     Raises:
-        UserError: names every coefficient that it cannot have.
+        UserError: names every coefficient that is not; the message ends in `otherwise`.
     """
     specs = build_all(norm, depth)
     problems: dict[str, Any] = {}
     for part in [part for spec in specs for part in (*spec.sublayers, spec)]:
-        problems = {name: value for name, value in changes(part).items() if name not in SUPPORTED} | problems
+        problems = {name: value for name, value in changes(part).items() if name not in supported} | problems
     if problems:
         listed = ", ".join(f"{name}={value!r}" for name, value in problems.items())
-        raise UserError(f"norm={norm['name']!r} sets {listed}, which an existing Pre-LN model cannot have")
+        raise UserError(f"norm={norm['name']!r} sets {listed}, {otherwise}")
     return specs
 
 
 @torch.no_grad()
-def change_weights(model: nn.Module, where: list[Site], specs: list[SublayerSpec], norm: str, trained: Trained) -> None:
+def change_weights(
+    model: nn.Module, sublayers: list[Site], specs: list[SublayerSpec], norm: str, trained: Trained
+) -> None:
     """Set the initial weights of a strategy, or keep the function of a trained model.
 
     Raises:
         UserError: see `apply`; nothing is changed.
     """
     initial = changes_initial_weights(specs)
-    scaled = [site for site, spec in zip(where, specs, strict=True) if spec.gain != 1]
-    states = {is_trained(site.norm) for site in where} if trained == "refuse" else set()
-    if True in states:
-        raise UserError(
-            f"norm={norm!r} would change the function of a trained model (its norms are not at their initial weights): "
-            "pass trained='preserve' to keep the function, or trained='change'"
-        )
-    if None in states:
-        raise UserError(
-            f"norm={norm!r}: the norms of the model have no weights here, which would show whether it is trained: pass "
-            "trained='preserve' to keep its function, or trained='change', also for a model that is not trained"
-        )
+    scaled = [site for site, spec in zip(sublayers, specs, strict=True) if spec.gain != 1]
+    if trained == "refuse":
+        remedy = "pass trained='preserve' to keep the function, or trained='change'"
+        require_untrained(sublayers, f"norm={norm!r} changes what a trained model computes", remedy)
     if trained == "preserve" and (initial or any(spec.branch_scale != 1 for spec in specs)):
         raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
     if trained == "preserve":
         require_inputs(scaled, ", for trained='preserve'")
     if any(spec.input_init != 1 for spec in specs):
-        require_inputs(where)
-    if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in where):
+        require_inputs(sublayers)
+    if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in sublayers):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
     changed = []
-    for site, spec in zip(where, specs, strict=True):
+    for site, spec in zip(sublayers, specs, strict=True):
         layers = [site.norm] if spec.pre_norm_weight != 1 else []
         layers += site.inputs if spec.input_init != 1 or (trained == "preserve" and spec.gain != 1) else []
         layers += [site.output] if spec.output_init != 1 else []
         for module in layers:
             require_weight(module, f"norm={norm!r} cannot change a weight of layer {site.layer}")
         changed += layers
-    require_own_weights(model, where, changed)
-    for site, spec in zip(where, specs, strict=True):
+    require_own_weights(model, sublayers, changed)
+    for site, spec in zip(sublayers, specs, strict=True):
         if trained == "preserve" and spec.gain != 1:
             for linear in site.inputs:
                 linear.weight.div_(spec.gain)
@@ -319,20 +318,9 @@ def change_weights(model: nn.Module, where: list[Site], specs: list[SublayerSpec
             site.output.weight.mul_(spec.output_init)
 
 
-def require_scalable(module: Any, where: str) -> None:
-    """Check that the factor of a module would not be lost.
-
-    Raises:
-        UserError: PEFT wraps the module, or it has an attribute `output_scale` of its own; says `where` it stands.
-    """
-    require_no_adapter(module, where)
-    if hasattr(module, "output_scale"):
-        raise UserError(f"{where}: {type(module).__name__} has an attribute output_scale of its own: rename it")
-
-
 def scale_output(module: Any, factor: float) -> None:
     """Multiply the output of a module by a factor from now on."""
-    module.output_scale = factor
+    module.cod_output_scale = factor
     module.register_forward_hook(multiply_output)
 
 
@@ -342,10 +330,10 @@ def is_scaled(module: nn.Module) -> bool:
 
 
 def multiply_output(module: Any, args: Any, output: Any) -> Any:
-    """Forward hook: the output, or the first of a tuple of outputs, times the module's `output_scale`."""
+    """Forward hook: the output, or the first of a tuple of outputs, times the module's `cod_output_scale`."""
     if isinstance(output, tuple):
-        return output[0] * module.output_scale, *output[1:]
-    return output * module.output_scale
+        return output[0] * module.cod_output_scale, *output[1:]
+    return output * module.cod_output_scale
 
 
 def remove_scale(module: Any) -> None:
@@ -353,7 +341,7 @@ def remove_scale(module: Any) -> None:
     hooks = module._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is multiply_output]:
         del hooks[key]
-    del module.output_scale
+    del module.cod_output_scale
 
 
 def is_trained(norm: Any) -> bool | None:
@@ -373,7 +361,20 @@ def is_trained(norm: Any) -> bool | None:
     return not weight.is_meta and bool((weight != 1 - weight_offset(norm)).any())
 
 
-def bare(norm: Any) -> Any:
+def require_untrained(sublayers: list[Site], problem: str, remedy: str) -> None:
+    """Check that a model is not trained.
+
+    Raises:
+        UserError: its norms are not at their initial weights, or have none that would show it.
+    """
+    states = {is_trained(site.norm) for site in sublayers}
+    if True in states:
+        raise UserError(f"{problem}: its norms are not at their initial weights: {remedy}")
+    if None in states:
+        raise UserError(f"{problem}: its norms have no weights here, which would show whether it is trained: {remedy}")
+
+
+def without_hooks(norm: Any) -> Any:
     """A norm without hooks of the user and of `scale_output`; it shares the parameters."""
     other = copy(norm)
     other._forward_hooks, other._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -387,7 +388,7 @@ def weight_offset(norm: Any) -> float:
     Raises:
         UserError: the norm cannot be run on one tensor.
     """
-    probe = deepcopy(bare(norm)).float()
+    probe = deepcopy(without_hooks(norm)).float()
     for parameter in probe.parameters():
         parameter.zero_()
     x = torch.ones_like(probe.weight)

@@ -165,16 +165,16 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             if known_layout(module) is not None:
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
         raise UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
-    where = sites(model, layout)
+    sublayers = sites(model, layout)
     if layout.norms is None:
         raise UserError(
             f"{type(model).__name__} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their "
             f"outputs); {HINT}"
         )
     if by_name:
-        refuse_other_blocks(model, where, layout)
+        refuse_other_blocks(model, sublayers, layout)
     owner: dict[int, Site] = {}
-    for site in where:
+    for site in sublayers:
         for kind, module in {"norm": site.norm, "branch": site.branch}.items():
             first = owner.setdefault(id(module), site)
             if first is not site:
@@ -182,12 +182,12 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
                     f"layer {site.layer}, {site.part}: its {kind} is also that of layer {first.layer}, {first.part}; a "
                     "strategy needs one for each sub-layer"
                 )
-    return where
+    return sublayers
 
 
-def refuse_other_blocks(model: nn.Module, where: list[Site], layout: Layout) -> None:
+def refuse_other_blocks(model: nn.Module, sublayers: list[Site], layout: Layout) -> None:
     """Raise a UserError if a block computes another equation or has modules that a known layout does not name."""
-    for block in [site.block for site in where[::2]]:
+    for block in [site.block for site in sublayers[::2]]:
         kind = next((base.__name__ for base in type(block).__mro__ if base.__name__ in OTHER_SUMS), None)
         reason = OTHER_SUMS[kind] if kind else "norms the outputs of its sub-layers (norm_after)"  # Molmo2's switch
         if kind or getattr(block, "norm_after", False):
@@ -269,13 +269,13 @@ def names_all_inputs(site: Site) -> bool:
     )
 
 
-def require_inputs(where: Iterable[Site], otherwise: str = "") -> None:
+def require_inputs(sublayers: Iterable[Site], otherwise: str = "") -> None:
     """Check that the layout names the linear layers after the norms.
 
     Raises:
         UserError: it does not; the message ends in `otherwise`.
     """
-    if not all(site.inputs for site in where):
+    if not all(site.inputs for site in sublayers):
         raise UserError(f"layout.inputs is missing: the linear layers after the norms{otherwise}")
 
 
@@ -301,11 +301,11 @@ def known_layout(model: nn.Module) -> Layout | None:
     """
     for layout in LAYOUTS:
         try:
-            where = sites(model, layout)
+            sublayers = sites(model, layout)
             submodule(model, layout.final_norm or "", "")
         except UserError:
             continue
-        if all(names_all_inputs(site) for site in where):
+        if all(names_all_inputs(site) for site in sublayers):
             return layout
     return None
 

@@ -17,9 +17,9 @@ from cod_lightning.nn.apply import (
     change_weights,
     checked_specs,
     config_of,
-    is_trained,
     own_config,
     require_parameter,
+    require_untrained,
     strategy_of,
 )
 from cod_lightning.nn.decoder import Block, Decoder
@@ -82,31 +82,26 @@ def param_groups(
     require_choice("initial_weights", initial_weights, InitialWeights)
     if (applied := strategy_of(model)) is not None:
         raise UserError(f"the model has a strategy already: {applied}; use apply or param_groups, not both")
-    where = pre_norm_sites(model, layout)
-    if any(isinstance(site.block, Block) and has_rates_or_factors(site.block.spec) for site in where):
+    sublayers = pre_norm_sites(model, layout)
+    if any(isinstance(site.block, Block) and has_rates_or_factors(site.block.spec) for site in sublayers):
         raise UserError(
             "the decoder was built with a strategy: build it with norm=pre_ln, or train it with its own strategy"
         )
-    blocks = checked_specs({"name": norm, **options}, len(where) // 2)
+    blocks = checked_specs({"name": norm, **options}, len(sublayers) // 2)
     specs = [without_gain(sublayer, form, norm) for spec in blocks for sublayer in spec.sublayers]
     if any(spec.input_rates or spec.input_init != 1 for spec in specs):
-        require_inputs(where, "; or pass form='norm_weights'")
-    rates = rates_of(where, specs)
+        require_inputs(sublayers, "; or pass form='norm_weights'")
+    rates = rates_of(sublayers, specs)
     if initial_weights == "scale":
-        states = {is_trained(site.norm) for site in where}
-        if hasattr(config_of(model), SCALED) or True in states:
+        problem, remedy = "initial_weights='scale' is for a model that is not trained", "pass initial_weights='scaled'"
+        if hasattr(config_of(model), SCALED):
             raise UserError(
-                "initial_weights='scale': the model is trained, or scaled already (its norms are not at their initial "
-                "weights, or param_groups was called before): pass initial_weights='scaled'; for a new model with the "
-                f"configuration of a scaled one, delete config.{SCALED}"
+                f"{problem}: param_groups was called before: {remedy}; for a new model with the configuration of a "
+                f"scaled one, delete config.{SCALED}"
             )
-        if None in states:
-            raise UserError(
-                "initial_weights='scale': the norms of the model have no weights here, which would show whether it is "
-                "trained: multiply the weights after each norm of a new model by its gain yourself, and pass "
-                "initial_weights='scaled'"
-            )
-        change_weights(model, where, specs, norm, "change")
+        by_hand = "for a new model first multiply the weights after each norm by its gain"
+        require_untrained(sublayers, problem, f"{remedy}; {by_hand}")
+        change_weights(model, sublayers, specs, norm, "change")
         setattr(own_config(model), SCALED, True)
     return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
 
@@ -152,14 +147,14 @@ def model_rates(model: nn.Module) -> dict[nn.Parameter, Rates]:
     return rates_of(sites(model, DECODER if isinstance(model, Decoder) else VIT), specs)
 
 
-def rates_of(where: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter, Rates]:
+def rates_of(sublayers: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter, Rates]:
     """The rates of every parameter of the sub-layers.
 
     Raises:
         UserError: a layer has rates but no weight of its own, or two sub-layers with different rates share one.
     """
     rates: dict[nn.Parameter, Rates] = {}
-    for site, spec in zip(where, specs, strict=True):
+    for site, spec in zip(sublayers, specs, strict=True):
         own: dict[nn.Parameter, Rates] = {}
         place = f"layer {site.layer}, {site.part}"
         for module in (site.norm, site.sublayer, site.branch):

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cod_lightning.errors import UserError, first_line
-from cod_lightning.nn.apply import WEIGHTS, bare, checked_specs, strategy_of, weight_offset
+from cod_lightning.nn.apply import checked_specs, strategy_of, weight_offset, without_hooks
 from cod_lightning.nn.layouts import Layout, Site, branch_multiplier, hidden_input, hidden_output, pre_norm_sites
-from cod_lightning.nn.spec import OPTIMIZER, changes
+from cod_lightning.nn.spec import FACTORS, SublayerSpec
 from cod_lightning.nn.weights import is_sharded
 
 TOLERANCE = 5e-5
@@ -83,13 +83,15 @@ def verify(
     section = {"name": norm, **options} if norm else strategy_of(model)
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
-    require_visible(section, len(pre_norm_sites(model, layout)) // 2)
+    otherwise = "which no forward pass shows: verify checks gain and branch_scale only"
+    blocks = checked_specs(section, len(pre_norm_sites(model, layout)) // 2, FACTORS, otherwise)
+    specs = [sublayer for block in blocks for sublayer in block.sublayers]
     require_values(model)
     tokens = example_tokens(model) if inputs is None else inputs
     if not isinstance(tokens, Tensor):
         raise UserError(f"inputs is a {type(tokens).__name__}: expected a tensor of tokens [batch, length]")
     try:
-        return check_copies(model, section, layout, tokens, reset or reset_buffers)
+        return check_copies(model, section["name"], specs, layout, tokens, reset or reset_buffers)
     except UserError:
         raise
     except Exception as error:  # models of the user raise many kinds
@@ -101,7 +103,8 @@ def verify(
 
 def check_copies(
     model: nn.Module,
-    section: dict[str, Any],
+    norm: str,
+    specs: list[SublayerSpec],
     layout: Layout | None,
     tokens: Tensor,
     reset: Callable[[nn.Module], object],
@@ -111,14 +114,14 @@ def check_copies(
     for site in pre_norm_sites(original, layout):
         if site.output is not None and not site.output.weight.any():
             nn.init.eye_(site.output.weight)  # a branch that starts at zero has no factor
-    factors = measure(original, section, layout, tokens)
-    check(factors, section, "")
+    factors = measure_factors(original, specs, layout, tokens)
+    check(factors, norm, "")
     with WithoutDropout():
-        check(measure(deepcopy(original).train(), section, layout, tokens), section, " in training mode")
-    check(measure(deepcopy(original).bfloat16().float(), section, layout, tokens), section, " after .to(bfloat16)")
-    fresh = leave_meta_device(original, reset)
-    check(measure(fresh, section, layout, tokens), section, " after meta initialisation")
-    check_compiled(original, tokens, section)
+        check(measure_factors(deepcopy(original).train(), specs, layout, tokens), norm, " in training mode")
+    rounded, fresh = deepcopy(original).bfloat16().float(), leave_meta_device(original, reset)
+    check(measure_factors(rounded, specs, layout, tokens), norm, " after .to(bfloat16)")
+    check(measure_factors(fresh, specs, layout, tokens), norm, " after meta initialisation")
+    check_compiled(original, tokens, norm)
     return factors
 
 
@@ -146,38 +149,21 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def require_visible(norm: dict[str, Any], depth: int) -> None:
-    """Check that a forward pass shows all coefficients of a strategy.
-
-    Raises:
-        UserError: one is of the initial weights or of the optimizer; or as `checked_specs`.
-    """
-    for spec in checked_specs(norm, depth):
-        for sublayer in spec.sublayers:
-            for name in changes(sublayer):
-                if name in (*WEIGHTS, *OPTIMIZER):
-                    raise UserError(
-                        f"norm={norm['name']!r} sets {name}, which no forward pass shows: verify checks "
-                        "gain and branch_scale only"
-                    )
-
-
 @torch.no_grad()
-def measure(model: nn.Module, norm: dict[str, Any], layout: Layout | None, tokens: Tensor) -> list[Factor]:
+def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout | None, tokens: Tensor) -> list[Factor]:
     """Run a model on tokens [batch, length] and measure the factors of every sub-layer."""
-    where = pre_norm_sites(model, layout)
-    specs = [sublayer for spec in checked_specs(norm, len(where) // 2) for sublayer in spec.sublayers]
+    sublayers = pre_norm_sites(model, layout)
     seen: dict[tuple[int, str], Tensor] = {}
     with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
-        for site in where:
+        for site in sublayers:
             for handle in record(site, seen):
                 handles.enter_context(handle)
         model(tokens)
-    for site, spec in zip(where[1::2], specs[1::2], strict=True):
+    for site, spec in zip(sublayers[1::2], specs[1::2], strict=True):
         if (site.layer, "middle") not in seen:  # a fused kernel ran instead of the norm's forward
             seen[site.layer, "middle"] = seen[site.layer, "output"] - spec.branch_scale * seen[site.layer, "ffn output"]
     factors = []
-    for site, spec in zip(where, specs, strict=True):
+    for site, spec in zip(sublayers, specs, strict=True):
         ends = ("block", "middle") if site.part == "attention" else ("middle", "output")
         x, y = (seen[site.layer, end] for end in ends)  # the residual stream before and after the sub-layer
         h = seen[site.layer, f"{site.part} input"]
@@ -242,7 +228,7 @@ def candidates(norm: Any, x: Tensor) -> list[Tensor]:
 def output_alone(norm: Any, x: Tensor) -> list[Tensor]:
     """The output of a norm without hooks; empty if it does not run on x alone."""
     try:
-        return [bare(norm)(x)]
+        return [without_hooks(norm)(x)]
     except Exception:  # a norm of the user raises many kinds
         return []
 
@@ -259,23 +245,23 @@ def ratio(y: Tensor, candidates: list[Tensor]) -> float:
     return factor
 
 
-def check(factors: list[Factor], norm: dict[str, Any], when: str) -> None:
+def check(factors: list[Factor], norm: str, when: str) -> None:
     """Raise a UserError that names the first factor that does not hold."""
     for factor in factors:
         if not factor.holds:
             measured = f"{factor.measured:.6g}" if factor.measured == factor.measured else "no constant factor"
             raise UserError(
-                f"norm={norm['name']!r} does not hold{when}: layer {factor.layer}, {factor.part}: "
+                f"norm={norm!r} does not hold{when}: layer {factor.layer}, {factor.part}: "
                 f"{factor.name} is {measured}, expected {factor.expected:.6g}"
             )
 
 
-def check_compiled(model: nn.Module, tokens: Tensor, norm: dict[str, Any]) -> None:
+def check_compiled(model: nn.Module, tokens: Tensor, norm: str) -> None:
     """Raise a UserError if the compiled model computes other logits."""
     with torch.no_grad():
         eager, compiled = logits(model(tokens)), logits(torch.compile(deepcopy(model), backend="eager")(tokens))
     if not torch.allclose(eager, compiled, rtol=1e-3, atol=1e-3 * float(eager.abs().max())):
-        raise UserError(f"norm={norm['name']!r} does not hold after compilation: the logits differ")
+        raise UserError(f"norm={norm!r} does not hold after compilation: the logits differ")
 
 
 def logits(output: Any) -> Tensor:
