@@ -10,8 +10,8 @@ from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, tabl
 
 from cod_lightning.commands.terminal import reproduction_tables, show
 from cod_lightning.paper.claims import Column, Metric, by_target, columns
-from cod_lightning.paper.findings import finding_results, quantity_rows, smaller
-from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNLIKE, Sample
+from cod_lightning.paper.findings import finding_results, growth_over_blocks, quantity_rows, smaller
+from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE, Sample
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,45 @@ from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNLIKE, Sam
 def test_the_bias_of_the_released_evaluation_is_undone(value, batches, whole):
     assert Metric("ppl").unbiased(value, batches) == pytest.approx(whole, abs=0.006)
     assert Metric("val_loss").unbiased(math.log(value), batches) == pytest.approx(math.log(whole), abs=0.0004)
+
+
+def test_a_row_may_have_its_own_number_of_batches():
+    rows = [row("pre_ln", 26.73), row("mix_ln", 26.07)]
+    batches = {"evaluation_batches": 727, "rows": {"mix_ln": {"evaluation_batches": 182}}}
+    base, mix_ln = table(*rows, **batches).published(Metric("ppl"))
+    assert (base.unbiased, mix_ln.unbiased) == (
+        pytest.approx(26.73 ** (728 / 727)),
+        pytest.approx(26.07 ** (183 / 182)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("published", "direction"), [(20.18, UNCLEAR), (20.22, OPPOSITE), (19.82, UNCLEAR), (19.78, SAME)]
+)
+def test_a_published_difference_below_a_hundredth_of_a_nat_is_unclear(published, direction):
+    rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.0)), row("before_ln", published, run(1, 4.9), run(2, 4.9))]
+    result = comparison(table(*rows), "before_ln")
+    assert result.direction(result.published[0]) == direction
+
+
+def test_the_growth_of_the_variance_is_fitted_over_models_of_different_depth():
+    """Variances of L^2 and 3 L; only the seeds of all depths count."""
+
+    def runs(values):
+        return [
+            replace(run(seed, 5.0), record={"history": {"layers": {"step": [0], "variance": [[1.0, value]]}}})
+            for seed, value in enumerate(values)
+        ]
+
+    tables = [
+        table(
+            row("pre_ln", None, *runs([depth**2] * 2)), row("lns", None, *runs([3 * depth] * n)), axes={"blocks": depth}
+        )
+        for depth, n in ((6, 2), (24, 1))
+    ]
+    (line,) = growth_over_blocks([Column((each,)) for each in tables])
+    assert line.endswith("pre_ln 2.00 ± 0.00 (n = 2); lns 1.00 (n = 1).")
+    assert growth_over_blocks([Column((tables[0],))]) == []
 
 
 def test_accuracies_have_no_such_bias_and_differ_in_points():
@@ -163,7 +202,10 @@ def test_a_reproduced_figure_is_shown_by_its_quantities_and_findings(capsys):
     show(reproduction_tables([figure], ["trainer.max_steps=5"]))
     printed = capsys.readouterr().out
     assert "Figure 5, scale=toy: 130M with trainer.max_steps=5 " in printed
-    assert re.findall(r"^┃ (row|the paper's finding)", printed, re.MULTILINE) == ["row", "the paper's finding"]
+    assert re.findall(r"^┃ (mean ± sd|the paper's finding)", printed, re.MULTILINE) == [
+        "mean ± sd",
+        "the paper's finding",
+    ]
     assert re.search(r"Pre-LN: Jacobians approach I with depth │ +\+0\.693 ± 0 ", printed)
 
 

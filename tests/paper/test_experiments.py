@@ -144,7 +144,22 @@ def test_an_experiment_beyond_the_paper_claims_no_published_figure(name):
     rows = list(paper["rows"])
     assert (sorted(rows) if name.startswith("league") else rows) == list(BEYOND[name])
     assert paper["source"].startswith("not in the paper")
-    assert not any("published" in row for row in paper["rows"].values())
+    assert name == "embedding_0_632" or not any("published" in row for row in paper["rows"].values())
+
+
+def test_the_embeddings_of_the_published_runs_are_compared_with_table_1():
+    """Most likely they had 0.632 (docs/audit.md, 3)."""
+    table1, embedding = (composed(name).paper["rows"] for name in ("table1_130m", "embedding_0_632"))
+    for name, row in embedding.items():
+        for field in ("published", "evaluation_batches"):
+            assert row.get(field) == table1[name].get(field)
+
+
+def test_rows_of_the_mix_ln_paper_are_corrected_with_its_number_of_batches():
+    """docs/audit.md, 16."""
+    for name in ("table1_130m", "table1_250m", "table6_250m", "table7_130m"):
+        for row in composed(name).paper["rows"].values():
+            assert ("the Mix-LN paper" in row.get("note", "")) == (row.get("evaluation_batches") == 182)
 
 
 @pytest.mark.parametrize("name", ["length_full", "rates_same", "league_same", "depth_24", "why_lns", "interactions"])
@@ -190,7 +205,7 @@ def test_an_experiment_states_the_source_of_every_setting(name):
     assert set(paper.get("measures", ())) <= MEASURES.keys()
     assert (paper.get("metric") is None) == (name in WITHOUT_FIGURES)
     for row in paper["rows"].values():
-        assert row.keys() <= {"label", "set", "published", "note", "subject"}
+        assert row.keys() <= {"label", "set", "published", "evaluation_batches", "note", "subject"}
         assert row["label"]
         assert "norm" in row["set"]
 

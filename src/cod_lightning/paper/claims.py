@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.paper.statistics import UNLIKE, Difference, Sample
+from cod_lightning.paper.statistics import UNCLEAR, UNLIKE, Difference, Sample
 
 SCALES = ("paper", "mini", "small", "toy")
 """Scales, from the published size down."""
@@ -24,6 +24,9 @@ BASELINE = "pre_ln"
 UNTRAINED = 1.0
 """A published run did not train if its loss is more nats above the best of its column. Runs that stayed at
 the frequencies of words are 4 nats above, all others within 0.15."""
+
+PUBLISHED_NOISE = 0.01
+"""Smaller published differences (nats) have no clear sign: in Table 8 a factor that the norm cancels costs 0.009."""
 
 STUCK = 0.03
 """A run of ours did not train if its validation loss fell by fewer nats in the second half. At scale=toy, runs that
@@ -109,13 +112,18 @@ class Metric:
         """Values of the runs that have one."""
         return {run.seed: float(v) for run in row.runs if (v := run.record.get(self.name)) is not None}
 
-    def paired(self, row: ReportRow, base: ReportRow, most: int | None = None) -> Difference | None:
-        """Difference of two rows on the first `most` seeds that both have; None without any, or if one is not finite.
+    def common_seeds(self, *rows: ReportRow) -> list[int]:
+        """Seeds of which every row has a value."""
+        return sorted(set.intersection(*(set(self.by_seed(row)) for row in rows)))
+
+    def paired(self, row: ReportRow, base: ReportRow, seeds: Sequence[int] | None = None) -> Difference | None:
+        """Difference of two rows on these seeds, or all that both have; None without any, or if one is not finite.
 
         Accuracies of few images are rounded: equal differences over the seeds still vary by that.
         """
         values, bases = self.by_seed(row), self.by_seed(base)
-        pairs = [self.difference(values[seed], bases[seed]) for seed in sorted(values.keys() & bases.keys())][:most]
+        used = self.common_seeds(row, base) if seeds is None else seeds
+        pairs = [self.difference(values[seed], bases[seed]) for seed in used]
         if not pairs or not all(map(math.isfinite, pairs)):
             return None
         images = row.runs[0].record.get("val_images", math.inf) if self.name == "accuracy" else math.inf
@@ -175,11 +183,17 @@ class Experiment:
         return self.paper.get("axis")
 
     @property
+    def beyond_paper(self) -> bool:
+        """Whether the paper has no such experiment."""
+        return str(self.paper.get("source")).startswith("not in the paper")
+
+    @property
     def metrics(self) -> list[Metric]:
         """Metrics with published figures; also the experiment's own if runs have it and it is compared here."""
         names = dict.fromkeys(name for row in self.rows for name in row.published)
-        own, ours = self.paper.get("metric", ""), self.paper.get("source") == "not in the paper"
-        if any(own in run.record for row in self.rows for run in row.runs) and (names or self.axis or ours):
+        own = self.paper.get("metric", "")
+        has_own = any(own in run.record for row in self.rows for run in row.runs)
+        if has_own and (names or self.axis or self.beyond_paper):
             names[own] = None
         return [Metric(name) for name in names]
 
@@ -201,10 +215,15 @@ class Experiment:
 
         An accuracy of ours that the paper does not have is compared with the paper's average.
         """
-        batches = self.paper.get("evaluation_batches") if metric.lower_is_better else None
+        entries, usual = self.paper.get("rows", {}), self.paper.get("evaluation_batches")
+        counts = [entries.get(row.name, {}).get("evaluation_batches", usual) for row in self.rows]
         is_ours = metric.name == "accuracy" and not any(metric.name in row.published for row in self.rows)
         values = [row.published.get("average" if is_ours else metric.name) for row in self.rows]
-        unbiased = [metric.unbiased(value, batches) if value and batches else None for value in values]
+        biased = metric.lower_is_better
+        unbiased = [
+            metric.unbiased(value, count) if value and count and biased else None
+            for value, count in zip(values, counts, strict=True)
+        ]
         best = [corrected or value for value, corrected in zip(values, unbiased, strict=True)]
         lowest = min((value for value in best if value is not None), default=None)
         figures = []
@@ -252,8 +271,11 @@ class Comparison:
         """One of the directions in `statistics`; None if there is nothing to compare."""
         if self.difference is None or published.difference is None:
             return None
-        trained = not self.untrained
-        return self.difference.direction(published.difference) if trained == published.trained else UNLIKE
+        if published.trained == bool(self.untrained):
+            return UNLIKE
+        if self.metric.lower_is_better and abs(published.difference) < PUBLISHED_NOISE:
+            return UNCLEAR
+        return self.difference.direction(published.difference)
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,8 @@ def describe_setting(row: Row) -> str:
     if config.task == "vision":
         inputs = f"{config.images.source} images of {config.images.size} pixels"
     else:
-        inputs = f"{data.source}, sequences of {data.seq_len} tokens"
+        corpus = Path(data.files).name.split(".")[0] if data.files else data.source
+        inputs = f"{corpus}, sequences of {data.seq_len} tokens"
     if row.pretrained_model is not None:
         return f"{row.pretrained_model}, {shape}; {inputs}"
     if "tasks" in config.paper and row.tasks is None:
@@ -278,7 +279,8 @@ def describe_setting(row: Row) -> str:
     tokens = data.batch_size * config.sequence_length
     return (
         f"{shape}; {inputs}, protocol={config.protocol}; {config.trainer.max_steps:,} steps of {tokens:,} tokens, "
-        f"{format_tokens(config.training_tokens)} tokens in total"
+        f"{format_tokens(config.training_tokens)} tokens in total; lr {config.optim.lr:g}, embeddings of standard "
+        f"deviation {model.embedding_std:.3g}"
     )
 
 

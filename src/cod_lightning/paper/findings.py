@@ -43,6 +43,11 @@ def variance_at(fraction: float) -> Callable[[list[int], np.ndarray], float]:
     return lambda steps, variance: float(variance[nearest_step(steps, fraction)][-1])
 
 
+def first_variance(_: list[int], variance: np.ndarray) -> float:
+    """Variance after the first layer, at the end of the run."""
+    return float(variance[-1][0])
+
+
 def depth_ratio(_: list[int], variance: np.ndarray) -> float:
     """Variance after the last layer divided by that after the first, at the end of the run."""
     return float(variance[-1][-1] / variance[-1][0])
@@ -89,6 +94,20 @@ def largest_share(increases: Sequence[float]) -> float:
     return max(increases[1:]) / sum(map(abs, increases[1:]))
 
 
+def deeper_share(increases: Sequence[float]) -> float:
+    """Share of the deeper half in the cost of all blocks but the first."""
+    return sum(halves(increases)[1]) / sum(increases[1:])
+
+
+def approach_to_identity(jacobian: Mapping[str, Any]) -> float:
+    """Logarithm of the median distance from I in the shallower half over that in the deeper, without the first block.
+
+    The first block reads the embeddings and is far from I in any model.
+    """
+    shallower, deeper = half_medians(jacobian["distance"][1:])
+    return math.log(shallower / deeper)
+
+
 def diagonal_share(matrix: Sequence[Sequence[float]]) -> float:
     """Norm of the diagonal divided by the norm of the matrix."""
     array = np.array(matrix)
@@ -111,8 +130,15 @@ RESCALED_ANGLE = measure("angular", lambda result: deeper_mean(rescaled(result["
 DEEP_COST = measure("removal", lambda result: deeper_mean(loss_increases(result)))
 ANGLE = {"angular distance to the next layer, deeper half": DEEP_ANGLE}
 COST = {"increase of the loss without a block, deeper half (nats)": DEEP_COST}
-LAST_GAIN = measure("theory", lambda result: result["gains"][-1])
-LAYERS = {**ANGLE, "the same, scaled to [0, 1] as in the released code": RESCALED_ANGLE, **COST}
+GAIN_RATIO = measure("theory", lambda result: result["gains"][-1] / result["gains"][0])
+LAYERS = {
+    **ANGLE,
+    "the same, scaled to [0, 1] as in the released code": RESCALED_ANGLE,
+    **COST,
+    "share of the deeper half in the cost of all blocks but the first": measure(
+        "removal", lambda result: deeper_share(loss_increases(result))
+    ),
+}
 VARIANCE: dict[str, Quantity] = {
     "variance after the last layer, end of the run": LAST_VARIANCE,
     "highest during the run": recorded_variance(lambda _, variance: float(variance[:, -1].max())),
@@ -123,6 +149,12 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
     **dict.fromkeys(("Figure 2", "Figure 3", "Figure 7", "Figure 10"), LAYERS),
     **dict.fromkeys(("Figure 4", "Figure 8"), VARIANCE),
     **dict.fromkeys(("Length", "Depth"), DEPTH),
+    "Embedding scale": {
+        "variance after the first layer": recorded_variance(first_variance),
+        "variance after the last layer": LAST_VARIANCE,
+        "last layer / first layer": DEPTH_RATIO,
+        **LAYERS,
+    },
     "Figure 5": {
         "distance of the Jacobian from I, second layer": measure("jacobian", lambda result: result["distance"][1]),
         "last layer": measure("jacobian", lambda result: result["distance"][-1]),
@@ -138,7 +170,8 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
         "its R^2": measure("theory", lambda result: result["growth"]["power_r2"]),
         "p without the embeddings, from block l = 1 on": measure("theory", power_of_blocks),
         "c of the lemma, fitted": measure("theory", lambda result: result["c"]),
-        "gain to the last layer": LAST_GAIN,
+        "gain of the first layer": measure("theory", lambda result: result["gains"][0]),
+        "gain to the last layer / to the first": GAIN_RATIO,
     },
 }
 """Quantities in the report, by figure."""
@@ -175,6 +208,25 @@ def quantity_rows(column: Column) -> list[list[str]]:
             ]
             rows.append([row.label, *cells, str(n)])
     return rows
+
+
+def growth_over_blocks(columns: Sequence[Column]) -> list[str]:
+    """p of variance ~ L^p after the last of L blocks, by row, over models of different depth and the seeds of all."""
+    blocks = [column.first.axes["blocks"] for column in columns]
+    parts = []
+    for row in columns[0].rows:
+        same_row = [next(other for other in column.rows if other.name == row.name) for column in columns]
+        by_seed = [{run.seed: v for run in other.runs if (v := LAST_VARIANCE(run)) is not None} for other in same_row]
+        if len(columns) > 1 and (seeds := set.intersection(*map(set, by_seed))):
+            powers = [growth_power(blocks, [variances[seed] for variances in by_seed]) for seed in sorted(seeds)]
+            parts.append(f"{row.label} {Difference.of(powers).format('.2f', '.2f')} (n = {len(powers)})")
+    head = "p of variance ~ L^p after the last of L blocks (95 %; at least 1 by Lemmas 3.2 and 4.1)"
+    return [f"{head}: {'; '.join(parts)}."] if parts else []
+
+
+def growth_power(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """p of value ~ size^p, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 # Findings ------------------------------------------------------------------------------------------------------------
@@ -226,13 +278,18 @@ def negative(statement: str, row: str, quantity: Quantity) -> Finding:
 ANGLE_CHANGE = measure("angular", lambda result: deeper_less_shallower(result["distances"][0]))
 COST_CHANGE = measure("removal", lambda result: deeper_less_shallower(loss_increases(result)))
 LARGEST_SHARE = measure("removal", lambda result: largest_share(loss_increases(result)))
-NEARER_TO_IDENTITY = measure("jacobian", lambda result: math.log(result["distance"][1] / result["distance"][-1]))
-"""Compares the second block with the last: the first reads the embeddings and is far from I in any model."""
-BEYOND_LINEAR = measure("theory", lambda result: power_of_blocks(result) - 1)
+NEARER_TO_IDENTITY = measure("jacobian", approach_to_identity)
 DEPTH_GROWTH = recorded_variance(lambda steps, variance: math.log(depth_ratio(steps, variance)))
 TIME_GROWTH = recorded_variance(lambda steps, v: math.log(variance_at(0.3)(steps, v) / variance_at(0.05)(steps, v)))
 """Growth of the variance from 5 % to 30 % of the run, as in Figure 9."""
 
+LESS_VARIANCE = smaller("LNS: less final variance than Pre-LN", "lns", "pre_ln", LAST_VARIANCE)
+LESS_GROWTH = smaller("LNS: less growth of the variance with depth than Pre-LN", "lns", "pre_ln", DEPTH_RATIO)
+LAYERS_OF_LNS = (
+    smaller("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
+    more("LNS: removing deep blocks costs more than under Pre-LN", "lns", "pre_ln", DEEP_COST),
+    more("LNS: deep blocks rotate the stream more than under Pre-LN", "lns", "pre_ln", DEEP_ANGLE),
+)
 FINDINGS: dict[str, tuple[Finding, ...]] = {
     "Figure 2": (
         negative("Pre-LN: removing deep blocks costs less", "pre_ln", COST_CHANGE),
@@ -241,17 +298,13 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
         positive("Post-LN: deep blocks rotate the stream more", "post_ln", ANGLE_CHANGE),
     ),
     "Figure 4": (
-        smaller("LNS: less final variance than Pre-LN", "lns", "pre_ln", LAST_VARIANCE),
+        LESS_VARIANCE,
         smaller("LNS: less final variance than Scaled Initialization", "lns", "scaled_init", LAST_VARIANCE),
-        smaller("LNS: less growth of the variance with depth than Pre-LN", "lns", "pre_ln", DEPTH_RATIO),
+        LESS_GROWTH,
     ),
     "Figure 5": (positive("Pre-LN: Jacobians approach I with depth", "pre_ln", NEARER_TO_IDENTITY),),
     "Figure 6": (smaller("LNS: lower final loss", "lns", "pre_ln", final_loss),),
-    "Figure 7": (
-        smaller("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
-        more("LNS: removing deep blocks costs more than under Pre-LN", "lns", "pre_ln", DEEP_COST),
-        more("LNS: deep blocks rotate the stream more than under Pre-LN", "lns", "pre_ln", DEEP_ANGLE),
-    ),
+    "Figure 7": LAYERS_OF_LNS,
     "Figure 8": (smaller("ViT, LNS after Attn/MLP: less final variance", "after_branch", "pre_ln", LAST_VARIANCE),),
     "Figure 9": (
         positive("Pre-LN: the variance grows with depth", "pre_ln", DEPTH_GROWTH),
@@ -262,10 +315,9 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
         negative("Pre-LN: deep blocks rotate the stream less", "language", ANGLE_CHANGE),
     ),
     "Theory": (
-        positive("Pre-LN: from block 1 on the variance grows at least as l (Lemma 3.2)", "pre_ln", BEYOND_LINEAR),
-        positive("LNS: from block 1 on the variance grows at least as l (Lemma 4.1)", "lns", BEYOND_LINEAR),
-        smaller("LNS: more growth of the gradient than under Pre-LN (Theorems 3.3, 4.2)", "pre_ln", "lns", LAST_GAIN),
+        smaller("LNS: more growth of the gradient than under Pre-LN (Theorems 3.3, 4.2)", "pre_ln", "lns", GAIN_RATIO),
     ),
+    "Embedding scale": (LESS_VARIANCE, LESS_GROWTH, *LAYERS_OF_LNS),
 }
 """Findings by figure, and about the theorems. Figure 3 states nothing that could be compared with a number."""
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from cod_lightning.page import Table, html_page, render
 from cod_lightning.paper import tables
 from cod_lightning.paper.claims import (
+    PUBLISHED_NOISE,
     SCALES,
     STUCK,
     UNTRAINED,
@@ -26,10 +27,10 @@ from cod_lightning.paper.claims import (
     columns,
 )
 from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, number_range, tuned_figure
-from cod_lightning.paper.findings import ClaimResult
+from cod_lightning.paper.findings import ClaimResult, growth_over_blocks
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
-from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME, UNLIKE
+from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
 from cod_lightning.plots import image
@@ -37,9 +38,11 @@ from cod_lightning.plots import image
 MARKDOWN, FIGURES = "REPRODUCTION.md", "experiments/results/figures"
 HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reproduction.csv"
 """Paths of the files, from the top of a checkout."""
+PUBLISHED = "published, direction"
+"""Heading of the column with the published differences."""
 MOST_LINES = 12
 """Rows that a figure over a setting can tell apart."""
-HEADINGS = {SAME: "as in the paper", OPPOSITE: OPPOSITE, NOISE: NOISE, ONE_SEED: ONE_SEED, UNLIKE: UNLIKE}
+HEADINGS = {SAME: "as in the paper"} | {name: name for name in (OPPOSITE, NOISE, ONE_SEED, UNCLEAR, UNLIKE)}
 """Headings of the overview, by direction."""
 
 
@@ -84,7 +87,7 @@ def build_report(
     sections: list[dict[str, Any]] = [
         section(target, scales, significant) | {"models": pretrained_model_lines(target, models)}
         for target, scales in targets.items()
-        if has_enough_runs(scales)
+        if any(map(compared_columns, scales.values()))
     ]
     markdown = render(
         Path(__file__).with_name("report.md.j2"),
@@ -98,16 +101,17 @@ def build_report(
         figures=FIGURES,
         stuck=STUCK,
         untrained=UNTRAINED,
+        noise=PUBLISHED_NOISE,
     )
     pictures = [*top, *(picture for section in sections for picture in section["pictures"])]
     figures = {f"{picture.name}.{each}": image(picture.figure, each) for picture in pictures for each in formats}
     return Report(markdown, html_page("Reproduction", markdown, figures), comparisons_csv(targets), figures)
 
 
-def has_enough_runs(scales: Mapping[str, Sequence[Experiment]]) -> bool:
-    """Whether a target has runs at some scale; one that varies a setting needs runs at two of its values."""
-    most = max(sum(experiment.has_runs for experiment in experiments) for experiments in scales.values())
-    return most >= (2 if scales["paper"][0].axis else 1)
+def compared_columns(experiments: Sequence[Experiment]) -> list[Column]:
+    """The columns with runs of one target and scale; one value of a varied setting alone compares nothing."""
+    run = [column for column in columns(experiments) if any(row.runs for row in column.rows)]
+    return run if len(run) > 1 or not experiments[0].axis else []
 
 
 def overview(targets: Targets) -> Table:
@@ -115,8 +119,8 @@ def overview(targets: Targets) -> Table:
     rows = []
     for target, scales in targets.items():
         for scale, experiments in scales.items():
-            claims = [c for column in columns(experiments) for c in claim_results(column) if c.direction]
-            compared = [c for column in columns(experiments) for c in column.compare(column.headline)]
+            claims = [c for column in compared_columns(experiments) for c in claim_results(column) if c.direction]
+            compared = [c for column in compared_columns(experiments) for c in column.compare(column.headline)]
             diverged = list(dict.fromkeys(c.row.label for c in compared if c.failures))
             if claims or diverged:
                 seeds = number_range([claim.difference.n for claim in claims] or [len(c.row.runs) for c in compared])
@@ -147,12 +151,15 @@ def section(
     by_scale = {scale: columns(experiments) for scale, experiments in scales.items()}
     paper = scales["paper"]
     parts = []
-    for scale, all_columns in by_scale.items():
-        if run_columns := [column for column in all_columns if any(row.runs for row in column.rows)]:
+    for scale, experiments in scales.items():
+        if run_columns := compared_columns(experiments):
             parts.append({"scale": scale, **scale_section(run_columns, significant.get(scale, set()))})
     return {
         "target": target,
         "findings": headings_by_text((e.heading, e.paper["finding"]) for e in paper if "finding" in e.paper),
+        "unknown": headings_by_text(
+            (e.heading, text) for e in paper if not e.beyond_paper for text in e.paper.get("unknown", ())
+        ),
         "pictures": list(pictures(target, by_scale)),
         "published": tables.published_tables(by_scale["paper"]),
         "notes": headings_by_text((e.heading, f"{row.label}: {row.note}") for e in paper for row in e.rows if row.note),
@@ -171,6 +178,8 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
                 Table(table.head, [[prefix + row[0], *row[1:]] for row in table.rows], table.text_columns)
             )
         lines += [prefix + line for line in tables.summary_lines(column)]
+    if columns[0].first.axis == "blocks":
+        lines += growth_over_blocks(columns)
     if columns[0].first.axis == "lr" and (tuned := tuned_rows(columns)):
         all_tables.append(tables.tuned_strategies_table(tuned))
         compared = sum(best.difference is not None and best.difference.margin is not None for best in tuned)
@@ -186,11 +195,14 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
 def merge(all_tables: Sequence[Table]) -> list[Table]:
     """Merge tables of the same head, whichever column of the paper is listed with ours."""
     merged: dict[tuple[str, ...], Table] = {}
-    for table in all_tables:
-        published = table.head[-1].endswith(": published, direction")
-        head = (*table.head[:-1], "published, direction") if published and len(all_tables) > 1 else tuple(table.head)
+    heads = [tuple(table.head) for table in all_tables]
+    if len(heads) > 1:
+        heads = [(*h[:-1], PUBLISHED) if h[-1].endswith(f": {PUBLISHED}") else h for h in heads]
+    for table, own in zip(all_tables, heads, strict=True):
+        head = (*own, PUBLISHED) if (*own, PUBLISHED) in heads else own  # some columns have no published figures
         rows = merged[head].rows if head in merged else []
-        merged[head] = Table(head, [*rows, *table.rows], table.text_columns)
+        padded = [[*row, *[""] * (len(head) - len(row))] for row in table.rows]
+        merged[head] = Table(head, [*rows, *padded], table.text_columns)
     return [table for table in merged.values() if table.rows]
 
 
@@ -241,8 +253,9 @@ def length_and_depth(targets: Targets) -> list[Picture]:
     panels = [
         (f"{target}, scale={scale}", str(targets[target]["paper"][0].axis), columns(group))
         for target in ("Length", "Depth")
-        if target in targets and has_enough_runs(targets[target])
+        if target in targets
         for scale, group in targets[target].items()
+        if compared_columns(group)
     ]
     published = [e for target in ("Table 1", "Table 6") for e in targets.get(target, {}).get("paper", ())]
     figure = along_axes(panels, columns(published))

@@ -14,8 +14,9 @@ K = TypeVar("K", bound=Hashable)
 LEVEL = 0.05
 """Level of intervals, and of the family-wise error in Holm's correction."""
 SAME, OPPOSITE, NOISE, ONE_SEED = "same", "opposite", "within noise", "one seed"
-UNLIKE = "only one trained"
-"""Directions of a difference compared with the paper's; `UNLIKE`: the row did not train here, or not in the paper."""
+UNLIKE, UNCLEAR = "only one trained", "unclear in the paper"
+"""Directions of a difference compared with the paper's. `UNLIKE`: the row did not train here, or not in the paper;
+`UNCLEAR`: the published difference is within the paper's own noise."""
 
 
 @dataclass(frozen=True)

@@ -139,18 +139,19 @@ def summary_lines(column: Column) -> list[str]:
         early = [
             f"{row.label} ({first.format(f'+{form}', form)})"
             for row in extended
-            if (first := metric.paired(row, column.baseline, most=3))
+            if (first := metric.paired(row, column.baseline, metric.common_seeds(row, column.baseline)[:3]))
         ]
         if early:
             lines.append(f"{prefix}The first three seeds alone: {join(early)}.")
         lines.append(f"{prefix}{best_rows(column, metric)}")
-        unpaired = [
-            f"{c.row.label}, seed{'s' * (len(c.unpaired) > 1)} {', '.join(map(str, c.unpaired))}"
-            for c in comparisons
-            if c.unpaired
-        ]
+        unpaired: dict[str, list[str]] = {}
+        for c in comparisons:
+            if c.unpaired:
+                seeds = f"seed{'s' * (len(c.unpaired) > 1)} {join(map(str, c.unpaired))}"
+                unpaired.setdefault(seeds, []).append(c.row.label)
         if unpaired:
-            lines.append(f"{prefix}Left out of the differences for lack of a pair: {'; '.join(unpaired)}.")
+            groups = "; ".join(f"{seeds} ({', '.join(labels)})" for seeds, labels in unpaired.items())
+            lines.append(f"{prefix}Left out of the differences for lack of a pair: {groups}.")
     return lines
 
 
@@ -163,7 +164,9 @@ def best_rows(column: Column, metric: Metric) -> str:
     if ours:
         _, first = best(ours, key=lambda item: item[0])
         equal = [row.label for _, row in ours if row is not first and is_within_noise(metric, row, first)]
-        parts.append(f"{first.label} here" + (f" (within noise of it: {join(equal)})" if equal else ""))
+        notes = ["one seed"] if len(metric.by_seed(first)) == 1 else []
+        notes += [f"within noise of it: {join(equal)}"] if equal else []
+        parts.append(f"{first.label} here" + (f" ({'; '.join(notes)})" if notes else ""))
     headings: dict[str, list[str]] = {}
     for index, experiment in enumerate(column.experiments):
         values = [(v, c.row.label) for c in comparisons if (v := c.published[index].value) is not None]
@@ -181,7 +184,7 @@ def is_within_noise(metric: Metric, row: ReportRow, other: ReportRow) -> bool:
 
 def figure_tables(column: Column, significant: Keys = ()) -> list[Table]:
     """Quantities of a figure, and the paper's findings about it."""
-    quantities = Table(["row", *quantities_of(column), "n"], quantity_rows(column))
+    quantities = Table(["mean ± sd", *quantities_of(column), "n"], quantity_rows(column))
     rows = []
     for result in finding_results(column):
         difference = format_difference(result.difference, "+.3g", ".2g", result.key in significant)

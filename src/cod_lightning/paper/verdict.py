@@ -10,13 +10,13 @@ from pathlib import Path
 from cod_lightning.page import render
 from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, columns
 from cod_lightning.paper.findings import ClaimResult, finding_results
-from cod_lightning.paper.statistics import LEVEL, NOISE, ONE_SEED, OPPOSITE, SAME, UNLIKE, Difference, holm
+from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNLIKE, Difference, holm
 from cod_lightning.paper.tables import join
 
-DIRECTIONS = (SAME, OPPOSITE, NOISE, ONE_SEED, UNLIKE)
+JUDGED = (SAME, OPPOSITE, NOISE)
 MOST_WORDS = 150
-MIXED = "mixed"
-"""Direction of a row that has the sign of some published columns only."""
+MIXED, NO_VERDICT = "mixed", "no verdict"
+"""Directions of a row that has the sign of some published columns only, and of one that cannot be judged."""
 
 
 def claim_results(column: Column) -> Iterator[ClaimResult]:
@@ -50,7 +50,7 @@ class ScaleSummary:
     """Runs of these two that did not train or diverged, in words."""
     claims: list[ClaimResult]
     varied: dict[str, list[tuple[str, Difference]]]
-    """LNS compared with Pre-LN by column, for each target that varies a setting."""
+    """LNS compared with Pre-LN by column, on the same seeds, for each target that varies a setting."""
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -84,9 +84,13 @@ class ScaleSummary:
 
     @property
     def significant_labels(self) -> list[str]:
-        """The first label of each of these tests."""
-        first = {claim.key: claim.label for claim in reversed(self.claims) if claim.key in self.significant}
-        return [label.removeprefix("+ ") for label in reversed(first.values())]
+        """The first label of each of these tests, with its column if another test has the same label."""
+        first = {claim.key: claim for claim in reversed(self.claims) if claim.key in self.significant}
+        labels = [claim.label.removeprefix("+ ") for claim in first.values()]
+        return [
+            f"{label} ({claim.column})" if labels.count(label) > 1 else label
+            for label, claim in reversed([*zip(labels, first.values(), strict=True)])
+        ]
 
     @cached_property
     def by_direction(self) -> dict[str, list[ClaimResult]]:
@@ -97,11 +101,12 @@ class ScaleSummary:
         ):
             if claim.direction and (self.headline is None or claim.key != self.headline.key):
                 by_key.setdefault(claim.key, []).append(claim)
-        grouped: dict[str, list[ClaimResult]] = {name: [] for name in (*DIRECTIONS, MIXED)}
+        grouped: dict[str, list[ClaimResult]] = {name: [] for name in (*JUDGED, MIXED, NO_VERDICT)}
         for claims in by_key.values():
             first, *others = [claim for claim in claims if claim.direction != UNLIKE] or claims
             same = all(claim.direction == first.direction for claim in others)
-            grouped[str(first.direction) if same else MIXED].append(first)
+            direction = first.direction if first.direction in JUDGED else NO_VERDICT
+            grouped[direction if same else MIXED].append(first)
         return {name: claims for name, claims in grouped.items() if claims}
 
 
@@ -110,20 +115,29 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
     summaries = []
     for scale in SCALES:
         claims, headline, caveat, setting = list[ClaimResult](), None, "", ""
-        varied: dict[str, list[tuple[str, Difference]]] = {}
+        along: dict[str, list[tuple[Column, Comparison]]] = {}
         for target, scales in targets.items():
             for column in columns(scales.get(scale, ())):
                 claims += claim_results(column)
                 lns, of_both = lns_comparison(column)
                 if column.first.axis and lns and lns.difference:
-                    varied.setdefault(target, []).append((column.heading, lns.difference))
+                    along.setdefault(target, []).append((column, lns))
                 elif not column.first.axis and headline is None:
                     headline, caveat, setting = lns, of_both, column.first.setting
         if claims or headline:
+            varied = {target: on_common_seeds(pairs) for target, pairs in along.items() if len(pairs) > 1}
             same_runs = {repr(differences): target for target, differences in varied.items()}  # League: Learning rate
-            varied = {target: varied[target] for target in same_runs.values() if len(varied[target]) > 1}
+            varied = {target: varied[target] for target in same_runs.values() if varied[target]}
             summaries.append(ScaleSummary(scale, setting, headline, caveat, claims, varied))
     return summaries
+
+
+def on_common_seeds(pairs: Sequence[tuple[Column, Comparison]]) -> list[tuple[str, Difference]]:
+    """Difference to the baseline by column, on the seeds that all have; empty without such a seed."""
+    metric = pairs[0][1].metric
+    seeds = metric.common_seeds(*(row for column, c in pairs for row in (c.row, column.baseline)))
+    differences = [(column.heading, metric.paired(c.row, column.baseline, seeds)) for column, c in pairs]
+    return [(heading, difference) for heading, difference in differences if difference]
 
 
 def lns_comparison(column: Column) -> tuple[Comparison | None, str]:
