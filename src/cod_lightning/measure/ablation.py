@@ -291,20 +291,31 @@ def fit_linear(
     Raises:
         UserError: there are no more tokens than the hidden size, so that the fit would be exact for any block.
     """
-    width = model.hidden + 1
-    gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
-    cross = torch.zeros(width, width - 1, dtype=torch.float64, device=model.device)
-    count = 0
-    for tokens, keep in iter_batches(model, batches, pad_id):
-        x, y = (states.double() for states in hidden_states(model, tokens, keep)[layer - 1 : layer + 1])
-        inputs = F.pad(x, (0, 1), value=1.0)
-        gram += inputs.T @ inputs
-        cross += inputs.T @ (y - x)
-        count += len(x)
-    if count < width:
-        raise UserError(f"{model.name}: a linear map needs more tokens than the hidden size {width - 1}, not {count}")
-    solution = least_squares(gram, cross).to(torch.promote_types(model.head_weight.dtype, torch.float32))
+
+    def pairs() -> Generator[tuple[Tensor, Tensor]]:
+        for tokens, keep in iter_batches(model, batches, pad_id):
+            x, y = (states.double() for states in hidden_states(model, tokens, keep)[layer - 1 : layer + 1])
+            yield F.pad(x, (0, 1), value=1.0), y - x
+
+    solution = fit_map(model, pairs()).to(torch.promote_types(model.head_weight.dtype, torch.float32))
     return lambda x: x + F.linear(at_least_fp32(x), solution[:-1].T, solution[-1]).to(x.dtype)
+
+
+def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The matrix W [inputs, outputs] that minimises |X W - Y| over pairs X and Y of matrices [tokens, ...] in float64.
+
+    Raises:
+        UserError: there are no more tokens than the hidden size.
+    """
+    gram = cross = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for x, y in pairs:
+        gram, cross, count = gram + x.T @ x, cross + x.T @ y, count + len(x)
+    if count <= model.hidden:
+        raise UserError(
+            f"{model.name}: a linear map needs more tokens than the hidden size {model.hidden}, not {count}"
+        )
+    return least_squares(gram, cross)
 
 
 def least_squares(gram: Tensor, cross: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.ablation import least_squares
+from cod_lightning.measure.ablation import fit_map
 from cod_lightning.measure.adapter import Batch, ModelAdapter, differ, family
 from cod_lightning.measure.batches import iter_batches, step_counter
 from cod_lightning.measure.result import Progress
@@ -151,7 +151,7 @@ def train_replacement(
     block = smaller.blocks[first - 1].requires_grad_(True)
     if not attention:
         with torch.no_grad():
-            for parameter in site_of(smaller, first, "attention").sublayer.parameters():
+            for parameter in find_site(smaller, first, "attention").sublayer.parameters():
                 parameter.zero_().requires_grad_(False)
     examples = []
     for batch, keep in iter_batches(model, batches, pad_id):
@@ -198,22 +198,19 @@ def fold_linear_map(
     Raises:
         UserError: the FFN does not end in a projection that is known, or there are no more tokens than the hidden size.
     """
-    previous, width = first - 1, model.hidden
-    gram = torch.zeros(width, width, dtype=torch.float64, device=model.device)
-    cross, count = torch.zeros_like(gram), 0
-    kept = list(iter_batches(model, batches, pad_id))
-    advance = step_counter(progress, len(kept))
-    for batch, keep in kept:
-        m, x, y = states_around(model, batch, keep, previous, last)
-        gram += m.T @ m
-        cross += m.T @ (y - x)
-        count += len(m)
-        advance()
-    if count <= width:
-        raise UserError(f"{model.name}: a linear map needs more tokens than the hidden size {width}, not {count}")
-    change = least_squares(gram, cross).T  # T - I
+    previous = first - 1
+    masked_batches = list(iter_batches(model, batches, pad_id))
+    advance = step_counter(progress, len(masked_batches))
+
+    def pairs() -> Generator[tuple[Tensor, Tensor]]:
+        for batch, mask in masked_batches:
+            m, x, y = states_around(model, batch, mask, previous, last)
+            yield m, y - x
+            advance()
+
+    change = fit_map(model, pairs()).T  # T - I
     smaller = remove_blocks(model, range(first, last + 1))
-    ffn = site_of(smaller, previous, "ffn")
+    ffn = find_site(smaller, previous, "ffn")
     output, learned = ffn.output, getattr(getattr(ffn.block, "ffn_residual", None), "branch_scale", None)
     in_projection = change
     if learned is not None and len(learned) > 1:  # a scale of each channel after the projection
@@ -223,7 +220,8 @@ def fold_linear_map(
     for tensor in () if output is None else (linear_weights(output)[""][1], output.bias):
         if tensor is not None:
             tensor.copy_(tensor + in_projection @ tensor.double())
-    mapped, dtype = states_around(smaller, batch, keep, previous, previous)[0], model.head_weight.dtype
+    m, mapped = (states_around(each, *masked_batches[-1], previous, previous)[0] for each in (model, smaller))
+    dtype = model.head_weight.dtype
     if differ(mapped.to(dtype), (m + m @ change.T).to(dtype)):
         raise UserError(
             f"{model.name}: the FFN of {family(model.model)} does not end in a known projection, so it cannot hold a "
@@ -249,6 +247,6 @@ def states_around(
     return seen["ffn", previous], seen["residual", previous], seen["residual", last]
 
 
-def site_of(model: ModelAdapter, layer: int, part: str) -> Site:
+def find_site(model: ModelAdapter, layer: int, part: str) -> Site:
     """The attention or the FFN ("ffn") of a block, counting from 1."""
     return next(site for site in sites(model.model, model.layout) if (site.layer, site.part) == (layer, part))
