@@ -281,7 +281,7 @@ STRATEGIES = [
     (nothing, ["fit", "norm.name=null"], ["norm=None is not the name of a strategy"]),
     (nothing, ["fit", "norm=mix_ln", "norm.fraction=2"], ["norm.fraction=2 must lie between 0 and 1"]),
     (nothing, ["fit", "norm=mix_ln", "norm.fraction=true"], ["norm.fraction=True has the wrong type"]),
-    (nothing, ["fit", "norm=group_ln", "norm.groups=0"], ["norm.groups=0 must be at least 1"]),
+    (nothing, ["fit", "norm=group_ln", "norm.groups=0"], ["attention.groups=0, expected a whole number from 1"]),
     (nothing, ["fit", "norm=gpas", "norm.base=nope"], ["norm.base='nope' is not a strategy"]),
     (nothing, ["fit", "norm.foo=1"], ["norm.foo is not an option of 'lns'", "position"]),
     (module("def f(:"), ["fit", MINE], ["SyntaxError", "package.module:function"]),

@@ -361,7 +361,7 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
         (["norm=custom"], ["norm='custom' does not exist"]),
         (["norm.positon=after_ln"], ["norm.positon", "did you mean 'position'"]),
         (["norm=gpas", "norm.base=3"], ["norm.base=3 is not the name of a strategy"]),
-        (["norm=skip_init", "norm.init=x"], ["norm.init='x' must be a number"]),
+        (["norm=skip_init", "norm.init=x"], ["attention.branch_scale='x', expected a finite number"]),
         (["norm=scaled_init", "norm.base=deep_norm"], ["norm='scaled_init'", "norm.base", "xavier"]),
         (["norm=skip_init", "norm.base=layer_scale"], ["norm='skip_init'", "branch_scale"]),
         (["norm=lns_learnable", "model.norm_affine=false"], ["norm=lns_learnable", "model.norm_affine=true"]),

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from cod_lightning.errors import UserError
 from cod_lightning.nn.spec import BlockSpec, Rates, Schedule, SublayerSpec, changes, scaled_rates
 from cod_lightning.nn.strategy_lookup import STRATEGIES as STRATEGIES
-from cod_lightning.nn.strategy_lookup import build, number, register
+from cod_lightning.nn.strategy_lookup import build, register
 from cod_lightning.nn.strategy_lookup import build_all as build_all
 from cod_lightning.nn.strategy_lookup import suggestion as suggestion
 from cod_lightning.nn.strategy_lookup import warnings as warnings
@@ -77,8 +77,6 @@ def mix_ln(layer: int, depth: int, fraction: float = 0.25) -> BlockSpec:
 @register
 def group_ln(layer: int, depth: int, groups: int = 8) -> BlockSpec:
     """Pre-LN with statistics per group of channels; the paper does not state the number of groups."""
-    if groups < 1:
-        raise UserError(f"norm.groups={groups} must be at least 1")
     return block(groups=groups)
 
 
@@ -311,7 +309,6 @@ def require_unset(name: str, spec: SublayerSpec | BlockSpec, coefficients: Itera
 
 def change_norms(kind: Literal["dyt", "derf", "bhyt"], spec: BlockSpec, alpha: float | None) -> BlockSpec:
     """`spec` with a bounded function, which starts at `alpha`, in place of every norm."""
-    alpha = None if alpha is None else number("alpha", alpha)
     return change_block(kind, spec, norm_kind=kind).replace(norm_alpha=alpha)
 
 
@@ -325,7 +322,7 @@ def layer_scale(layer: int, depth: int, init: float = 1e-4, base: str = "pre_ln"
 @register
 def skip_init(layer: int, depth: int, init: float | None = None, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + a f(LN(x)), a learned from 1/sqrt(L) (text of the paper) or `init` (0.001 in the released code)."""
-    init = depth**-0.5 if init is None else number("init", init)
+    init = depth**-0.5 if init is None else init
     spec = build(base, layer, depth, options)
     return change_base("skip_init", spec, branch_scale=init, learned_branch_scale="scalar")
 
@@ -378,7 +375,7 @@ def dyt(
     spec = change_norms("dyt", build(base, layer, depth, options), alpha)
     if attention_alpha is None:
         return spec
-    return replace(spec, attention=replace(spec.attention, norm_alpha=number("attention_alpha", attention_alpha)))
+    return replace(spec, attention=replace(spec.attention, norm_alpha=attention_alpha))
 
 
 @register

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cod_lightning.errors import UserError, nearest, without_breaks
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, COEFFICIENTS, BlockSpec, mismatch, spec_problems
+from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, COEFFICIENTS, BlockSpec, spec_problems
 
 Strategy = Callable[..., BlockSpec]
 STRATEGIES: dict[str, Strategy] = {}
@@ -104,12 +104,6 @@ def check_options(name: str, strategy: Strategy, options: Mapping[str, Any]) -> 
         same = isinstance(value, types) and isinstance(default, bool) == isinstance(value, bool)
         if isinstance(default, int | float | str) and not same:
             raise UserError(f"norm.{option}={value!r} has the wrong type: expected one like {default!r}")
-
-
-def number(option: str, value: Any) -> float:
-    if mismatch(float, value):
-        raise UserError(f"norm.{option}={value!r} must be a number")
-    return value
 
 
 def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> BlockSpec:
