@@ -1,6 +1,6 @@
 """Give a trained decoder another norm strategy, or more blocks.
 
-The weights next to a constant factor make up for it: with g times the gain, a norm needs 1/g of the weights after it
+The weights next to a constant factor compensate it: with g times the gain, a norm needs 1/g of the weights after it
 (q, k, v; gate, up); with g times the scale, a branch needs 1/g of its last projection (o; down).
 """
 
@@ -11,7 +11,6 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.memory import require_memory
@@ -19,6 +18,7 @@ from cod_lightning.nn.config import MOST_LAYERS
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.huggingface import unfinished_schedule
 from cod_lightning.nn.layer_prediction import predict_blocks
+from cod_lightning.nn.layouts import LLAMA, sites
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import BlockSpec, build_all
 from cod_lightning.settings import require_choice
@@ -35,9 +35,9 @@ def convert(decoder: Decoder, norm: Mapping[str, Any]) -> Decoder:
         norm: `name` of the new strategy, and its options as further entries.
 
     Raises:
-        UserError: an unknown strategy, or one with coefficients that weights cannot make up for; names each of them.
+        UserError: an unknown strategy, or one with coefficients that weights cannot compensate; names each of them.
     """
-    return rebuild(decoder, norm, decoder.blocks, make_up=True)
+    return rebuild(decoder, norm, decoder.blocks, compensate=True)
 
 
 @torch.no_grad()
@@ -59,14 +59,14 @@ def grow(
             several times in its place; "identity": copies between groups of blocks whose last projections are zero, so
             that the function stays the same (LLaMA Pro, arXiv 2401.02415); "lesa": blocks between the last ones that a
             network predicts from their neighbours (LESA, arXiv 2502.13794, see `layer_prediction`).
-        gains: where the strategy depends on the layer or depth, weights make up for the factors of the new place
+        gains: where the strategy depends on the layer or depth, weights compensate the factors of the new place
             ("kept": every block computes what it did, and a predicted one has the factors of the block before it), or
             stay as they are ("new").
         progress: see `predict_blocks`.
 
     Raises:
         UserError: `how` or `gains` does not exist, `blocks` is out of range or does not fit into the free memory, or
-            the strategy has coefficients for the new depth that weights cannot make up for.
+            the strategy has coefficients for the new depth that weights cannot compensate.
     """
     require_choice("how", how, How)
     require_choice("gains", gains, Gains)
@@ -77,16 +77,15 @@ def grow(
         predicted = predict_blocks(decoder.blocks, [sources[layer - 1] for layer in inserted], progress)
         for layer, block in zip(inserted, predicted, strict=True):
             originals[layer - 1] = block
-    grown = rebuild(decoder, norm, originals, make_up=gains == "kept")
-    for layer in inserted if how == "identity" else ():
-        block = grown.blocks[layer - 1]
-        if block.spec.embedding_skip or any(sublayer.skip_from != "input" for sublayer in block.spec.sublayers):
+    grown = rebuild(decoder, norm, originals, compensate=gains == "kept")
+    for site in [site for site in sites(grown, LLAMA) if how == "identity" and site.layer in inserted]:
+        spec = site.block.spec
+        part = getattr(spec, site.part)
+        changed = part.skip != 1 or part.skip_from != "input" or part.learned_skip or part.sum_norm or part.gate != "no"
+        biased = part.branch_norm and spec.norm_kind in ("dyt", "derf")
+        if spec.embedding_skip or changed or biased:
             raise UserError(f"how=identity needs blocks x + f(x), which those of norm={norm['name']!r} are not")
-        for sublayer, last in zip(block.spec.sublayers, last_projections(block), strict=True):
-            biased = sublayer.branch_norm and block.spec.norm_kind in ("dyt", "derf")
-            if sublayer.skip != 1 or sublayer.learned_skip or sublayer.sum_norm or sublayer.gate != "no" or biased:
-                raise UserError(f"how=identity needs blocks x + f(x), which those of norm={norm['name']!r} are not")
-            last.weight.zero_()
+        site.output.weight.zero_()
     return grown
 
 
@@ -113,23 +112,23 @@ def copies(depth: int, blocks: int, how: How) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block], make_up: bool) -> Decoder:
+def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block], compensate: bool) -> Decoder:
     """A decoder under a strategy whose blocks are copies of `originals`.
 
     Args:
         decoder: has the other weights; it does not change.
         norm: the strategy.
         originals: one for each new block; they do not change.
-        make_up: let the weights make up for factors that differ.
+        compensate: let the weights compensate factors that differ.
 
     Raises:
-        UserError: the strategy has coefficients that weights cannot make up for; names each of them. Or the schedule of
+        UserError: the strategy has coefficients that weights cannot compensate; names each of them. Or the schedule of
             `decoder` has not ended.
     """
     specs = build_all(norm, len(originals))
     if problems := unfinished_schedule(decoder):
         raise UserError(problems[0])
-    if problems := obstacles(originals, specs):
+    if problems := unsupported_coefficients(originals, specs):
         raise UserError("\n".join(f"norm={norm['name']!r} sets {problem}" for problem in problems))
     with torch.device("meta"):
         rebuilt = Decoder(replace(decoder.config, num_hidden_layers=len(originals)), specs)
@@ -138,27 +137,17 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
     rebuilt.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     rebuilt.tie()
-    for original, block in zip(originals, rebuilt.blocks, strict=True) if make_up else ():
-        attention, ffn = block.self_attn, block.mlp
-        behind_norm = [attention.q_proj, attention.k_proj, attention.v_proj], [ffn.gate_proj, ffn.up_proj]
-        for old, new, inputs, last in zip(
-            original.spec.sublayers, block.spec.sublayers, behind_norm, last_projections(block), strict=True
-        ):
-            for linear in inputs:
-                divide(linear, new.gain / old.gain)
-            if new.learned_branch_scale == "no":
-                divide(last, new.branch_scale / old.branch_scale)
+    for site in sites(rebuilt, LLAMA) if compensate else ():
+        old, new = (getattr(block.spec, site.part) for block in (originals[site.layer - 1], site.block))
+        for linear in site.inputs:
+            divide(linear, new.gain / old.gain)
+        if new.learned_branch_scale == "no":
+            divide(site.output, new.branch_scale / old.branch_scale)
     return rebuilt
 
 
-def last_projections(block: Block) -> tuple[nn.Linear, Any]:
-    """The last linear layers of attention and FFN."""
-    mlp: Any = block.mlp
-    return block.self_attn.o_proj, mlp.down_proj
-
-
-def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[str]:
-    """One line for each coefficient of new specs that the weights of copied blocks cannot make up for."""
+def unsupported_coefficients(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[str]:
+    """One line for each coefficient of new specs that the weights of copied blocks cannot compensate."""
     problems: dict[str, str] = {}
     for layer, (block, spec) in enumerate(zip(originals, specs, strict=True), start=1):
         pairs = [(name, getattr(block.spec, name), getattr(spec, name)) for name in BLOCK_COEFFICIENTS]
@@ -175,7 +164,7 @@ def obstacles(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[st
         factors = [name for name in FACTORS if name not in lost]
         for name, old, new in pairs:
             if (name not in factors and new != old) or (name in factors and 0 in (old, new)):
-                text = f"{name}={new!r} (layer {layer}), for which weights cannot make up: the model has {old!r}"
+                text = f"{name}={new!r} (layer {layer}), which weights cannot compensate: the model has {old!r}"
                 problems.setdefault(name, text)
     return list(problems.values())
 
@@ -186,5 +175,5 @@ def divide(linear: Any, factor: float) -> None:
         linear.weight.copy_(linear.weight.double() / factor)
         if not linear.weight.isfinite().all():
             raise UserError(
-                f"norm= changes a factor by {factor:.3g}, for which finite weights cannot make up: use another option"
+                f"norm= changes a factor by {factor:.3g}, which finite weights cannot compensate: use another option"
             )
