@@ -14,7 +14,7 @@ from cod_lightning.measure.activation_stats import (
     plot_variance,
     token_statistics,
 )
-from cod_lightning.measure.massive_activations import Finder, MassiveActivation
+from cod_lightning.measure.massive_activations import MassiveActivation, MassiveActivationFinder
 
 TOKENS = tokens(5, 7)
 
@@ -130,7 +130,7 @@ def test_rows_count_batches_of_padding_alone(planted, sequences):
 def test_a_massive_activation_is_above_100_and_1000_medians(causal_lm, value, others, massive):
     x = torch.full((1, 3, 16), others)
     x[0, 1, 2] = value
-    finder = Finder()
+    finder = MassiveActivationFinder()
     finder.add(1, x, torch.ones(1, 3, dtype=torch.bool), tokens(1, 3))
     assert finder.largest_channels(None)[1] == massive
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, token_mask
-from cod_lightning.measure.massive_activations import MAGNITUDE, Finder, MassiveActivation
+from cod_lightning.measure.massive_activations import MAGNITUDE, MassiveActivation, MassiveActivationFinder
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.nn.decoder import Decoder
@@ -126,7 +126,7 @@ def activation_stats(
     means, largest = RunningMean(), torch.zeros(len(places))
     variances: list[Tensor] = []
     first: list[Tensor] = []
-    massive = Finder()
+    massive = MassiveActivationFinder()
     # Of the batch that runs; every place is written again in the next one.
     found: dict[tuple[str, int], Tensor] = {}
     maxima: dict[tuple[str, int], Tensor] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -23,8 +23,8 @@ from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, scale
 from cod_lightning.nn.layouts import (
     BERT,
-    COHERE,
     ENCODER,
+    VIT,
     Layout,
     branch_multiplier,
     hidden_input,
@@ -37,9 +37,6 @@ from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
-
-VIT = replace(COHERE, blocks="layers", final_norm="norm", head="head")
-"""Where our Vision Transformer keeps its modules."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class MassiveActivation:
     """All blocks after which the channel has massive activations."""
 
 
-class Finder:
+class MassiveActivationFinder:
     """Collects the largest massive activation of every channel after every block."""
 
     def __init__(self) -> None:

@@ -178,8 +178,8 @@ def closed_form(decoder: Decoder) -> dict[str, list[float]]:
     """The quantities from the coefficients and shapes of a decoder, whose weights are not read."""
     config, hidden = decoder.config, decoder.config.hidden_size
     stds, vocabulary = outer_stds(decoder), decoder.lm_head.out_features
-    embedding = stds["model.embed_tokens.weight"] ** 2 * cut_variance(config)
-    head = stds.get("lm_head.weight", stds["model.embed_tokens.weight"]) ** 2 * cut_variance(config)
+    embedding = stds["model.embed_tokens.weight"] ** 2 * truncated_variance(config)
+    head = stds.get("lm_head.weight", stds["model.embed_tokens.weight"]) ** 2 * truncated_variance(config)
     q = embedding * (np.eye(TOKENS) * (1 - 1 / vocabulary) + 1 / vocabulary)  # equal tokens have equal embeddings
     steps = sublayers(decoder, q, None)
     if any(sublayer.learned_skip for block in decoder.blocks for sublayer in block.spec.sublayers):
@@ -422,11 +422,11 @@ def fan_variances(spec: SublayerSpec, module: torch.nn.Module, config: DecoderCo
         if weight.ndim == 2:
             projection = name.removesuffix(".weight")
             std = projection_std(weight, projection, spec, config) * (1.0 if projection in LAST else spec.input_init)
-            c[projection] = weight.shape[1] * std**2 * cut_variance(config)
+            c[projection] = weight.shape[1] * std**2 * truncated_variance(config)
     return c
 
 
-def cut_variance(config: DecoderConfig) -> float:
+def truncated_variance(config: DecoderConfig) -> float:
     """Variance of a standard normal number that is truncated at `init_cutoff`."""
     if (cutoff := config.init_cutoff) is None:
         return 1.0

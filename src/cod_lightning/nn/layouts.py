@@ -107,6 +107,8 @@ BERT = Layout(
 )
 ENCODER = replace(BERT, blocks="encoder.layer", head=None)
 """BERT without its head, as models of sentences are."""
+VIT = replace(LLAMA, blocks="layers", inputs=(LLAMA.inputs[0], ("mlp.up_proj",)), final_norm="norm", head="head")
+"""Our Vision Transformer."""
 LAYOUTS = (
     *(GEMMA2, GLM4, HYPERCLOVAX, KOLIBRI1, AFMOE, LLAMA, GEMMA2_NORMS, OLMO2, LLAMA_NORMS, COHERE, PHI, LLAMA4),
     *(GEMMA3_VL, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT, ENCODER),

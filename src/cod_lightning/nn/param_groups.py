@@ -23,13 +23,11 @@ from cod_lightning.nn.apply import (
     strategy_of,
 )
 from cod_lightning.nn.decoder import Block, Decoder
-from cod_lightning.nn.layouts import LLAMA, Layout, Site, pre_norm_sites, require_inputs, sites
+from cod_lightning.nn.layouts import LLAMA, VIT, Layout, Site, pre_norm_sites, require_inputs, sites
 from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, changes, scaled_rates
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.settings import require_choice
 
-DECODER = replace(LLAMA, branches=("attention_residual", "ffn_residual"))
-VIT = replace(DECODER, blocks="layers", inputs=(LLAMA.inputs[0], ("mlp.up_proj",)))
 FORMS = ("matrices", "norm_weights")
 SCALED = "cod_initial_weights_scaled"
 """Attribute of the configuration of a model whose initial weights `param_groups` has scaled."""
@@ -144,7 +142,8 @@ def model_rates(model: nn.Module) -> dict[nn.Parameter, Rates]:
     if not isinstance(model, Decoder | VisionTransformer):
         return {}
     specs = [sublayer for block in model.blocks for sublayer in block.spec.sublayers]
-    return rates_of(sites(model, DECODER if isinstance(model, Decoder) else VIT), specs)
+    layout = replace(LLAMA if isinstance(model, Decoder) else VIT, branches=("attention_residual", "ffn_residual"))
+    return rates_of(sites(model, layout), specs)
 
 
 def rates_of(sublayers: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter, Rates]:

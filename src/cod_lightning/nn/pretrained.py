@@ -69,7 +69,7 @@ class Checkpoint:
         """
         require_tokenizer(self.source)
         transformers = import_transformers(f"reading {self.source.name}")
-        with named_if_damaged(self.source.name, "its tokenizer cannot be read"), quiet_transformers():
+        with named_errors(self.source.name, "its tokenizer cannot be read"), quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
 
 
@@ -98,7 +98,7 @@ def load_checkpoint(
     source = find_source(str(name))
     reader = None if source.gguf is None else open_gguf(Path(source.name) / source.gguf)
     problem = "not a checkpoint of a causal language model"
-    with named_if_damaged(source.config_file, problem), quiet_transformers():
+    with named_errors(source.config_file, problem), quiet_transformers():
         check_sizes(source)
         config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
         if check is not None:
@@ -112,7 +112,7 @@ def load_checkpoint(
             kind, options = transformers.AutoModel, {"add_pooling_layer": False}
         with torch.device("meta"):
             empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False, **options)
-    with named_if_damaged(str(name), problem), quiet_transformers():
+    with named_errors(str(name), problem), quiet_transformers():
         parameters = sum(parameter.numel() for parameter in empty.parameters())
         require_memory(parameters, str(name), str(dtype).removeprefix("torch."), dtype.itemsize)
         state = read_weights(source) if reader is None else read_gguf(reader, source.config_file, empty)
@@ -245,7 +245,7 @@ def load_generation_config(model: Any, source: Source) -> list[str]:
     path = find_file(source, "generation_config.json") if source.gguf is None else None
     if path is not None:
         read_json(path, dict[str, Any], damage(path))
-        with named_if_damaged(str(path), "not a generation configuration"):
+        with named_errors(str(path), "not a generation configuration"):
             model.generation_config = GenerationConfig.from_pretrained(source.name)
     generation, defaults = model.generation_config, GenerationConfig()
     try:
@@ -359,7 +359,7 @@ def import_transformers(purpose: str) -> Any:
 
 
 @contextmanager
-def named_if_damaged(name: str, problem: str) -> Generator[None]:
+def named_errors(name: str, problem: str) -> Generator[None]:
     """Turn the errors of a damaged checkpoint, which are of many kinds, into a `UserError` that names it."""
     try:
         yield

@@ -26,7 +26,7 @@ from cod_lightning.train.checkpoint import BEST, CHECKPOINTS, AtomicCheckpointIO
 
 
 @dataclass(frozen=True)
-class InitialWeights:
+class StartingWeights:
     """Weights that replace the random initialisation."""
 
     weights: Mapping[str, Tensor]
@@ -128,7 +128,7 @@ def empty_decoder(config: Config, vocab_size: int) -> Decoder:
     return Decoder(replace(config.model, vocab_size=vocab_size), specs)
 
 
-def load_initial_weights(config: Config, source: Path) -> InitialWeights:
+def load_initial_weights(config: Config, source: Path) -> StartingWeights:
     """The weights of `init_from`.
 
     Args:
@@ -164,7 +164,7 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
             f"{remedy}"
         )
     require_finite(weights.items(), f"init_from={source}")
-    return InitialWeights(weights, str(path), checkpoint.get("global_step", 0))
+    return StartingWeights(weights, str(path), checkpoint.get("global_step", 0))
 
 
 def write_run(config: Config, decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:

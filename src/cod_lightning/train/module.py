@@ -34,7 +34,7 @@ from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
 from cod_lightning.train.devices import precision
-from cod_lightning.train.load import InitialWeights
+from cod_lightning.train.load import StartingWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
 from cod_lightning.train.strategy import Sharded, backend
 
@@ -58,7 +58,7 @@ class StepModule(LightningModule, ABC):
         self.micro_batch_size = config.data.micro_batch_size
         self.pad_id: int | None = None
         """The padding token, None if there is no padding."""
-        self.initial_weights: InitialWeights | None = None
+        self.initial_weights: StartingWeights | None = None
         """Weights that replace the random initialisation."""
         self.first_step = 0
         """The step of the initial weights, from which `branch_schedule` continues."""

@@ -37,7 +37,7 @@ from cod_lightning.train.checkpoint import (
     step_of,
 )
 from cod_lightning.train.devices import accelerator, set_threads
-from cod_lightning.train.load import InitialWeights, load_initial_weights, weights_of, write_tokenizer
+from cod_lightning.train.load import StartingWeights, load_initial_weights, weights_of, write_tokenizer
 from cod_lightning.train.loggers import build_loggers, finish, log_config, log_layout
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
@@ -123,7 +123,7 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
         weights = weights_of(state, "vit" if config.task == "vision" else "decoder")
         require_finite(weights.items(), str(checkpoint))
         module.first_step = state.get("global_step", 0)
-        module.initial_weights = InitialWeights(weights, str(checkpoint), module.first_step)
+        module.initial_weights = StartingWeights(weights, str(checkpoint), module.first_step)
         trainer = build_trainer(config)
         with translate_rank_failures(config.trainer):
             trainer.validate(module, data, verbose=False)
