@@ -269,7 +269,7 @@ def linear_replacement(
     """
     batches = list(batches)
     fit_batches = batches if fit is None else checked_batches(model, fit, pad_id, "fit")
-    fit_tokens = sum(int(keep.sum()) for _, keep in iter_batches(model, fit_batches, pad_id))
+    fit_tokens = sum(int(mask.sum()) for _, mask in iter_batches(model, fit_batches, pad_id))
 
     advance = step_counter(progress, model.depth)
     loss, tokens = mean_loss(model, batches, pad_id)
@@ -293,8 +293,8 @@ def fit_linear(
     """
 
     def pairs() -> Generator[tuple[Tensor, Tensor]]:
-        for tokens, keep in iter_batches(model, batches, pad_id):
-            x, y = (states.double() for states in hidden_states(model, tokens, keep)[layer - 1 : layer + 1])
+        for tokens, mask in iter_batches(model, batches, pad_id):
+            x, y = (states.double() for states in hidden_states(model, tokens, mask)[layer - 1 : layer + 1])
             yield F.pad(x, (0, 1), value=1.0), y - x
 
     solution = fit_map(model, pairs()).to(torch.promote_types(model.head_weight.dtype, torch.float32))
@@ -360,13 +360,13 @@ def causal_score(
     depth, count = model.depth, 0
     changes = torch.zeros(depth, depth, dtype=torch.float64, device=model.device)
     norms = torch.zeros(depth, dtype=torch.float64, device=model.device)
-    for tokens, keep in iter_batches(model, batches, pad_id, progress):
+    for tokens, mask in iter_batches(model, batches, pad_id, progress):
         with torch.compiler.set_stance("force_eager"):
-            inputs, blocks = model.block_functions(tokens, keep)
+            inputs, blocks = model.block_functions(tokens, mask)
             states = [*inputs, blocks[-1](inputs[-1])]
 
-            def update(before: Tensor, after: Tensor, keep: Tensor = keep) -> Tensor:
-                return at_least_fp32(after[keep]) - at_least_fp32(before[keep])
+            def update(before: Tensor, after: Tensor, mask: Tensor = mask) -> Tensor:
+                return at_least_fp32(after[mask]) - at_least_fp32(before[mask])
 
             for later in range(depth):
                 norms[later] += update(states[later], states[later + 1]).norm(dim=-1).double().sum()
@@ -377,7 +377,7 @@ def causal_score(
                     change = update(x, y) - update(states[later], states[later + 1])
                     changes[skipped, later] += change.norm(dim=-1).double().sum()
                     x = y
-        count += int(keep.sum())
+        count += int(mask.sum())
     ratios, has_update = (changes / norms).tolist(), (norms > 0).tolist()
     effects = [
         [ratios[s][later] if later > s and has_update[later] else None for later in range(depth)] for s in range(depth)

@@ -138,22 +138,22 @@ def activation_stats(
             massive.rows += len(batch)  # also of padding alone, which is not run
 
     advance = None if progress is None else lambda done, _: progress(done, total)
-    for batch, keep in iter_batches(model, counted(), pad_id, advance):
+    for batch, mask in iter_batches(model, counted(), pad_id, advance):
 
-        def hook(name: str, layer: int, x: Tensor, batch: Batch = batch, keep: Tensor = keep) -> None:
+        def hook(name: str, layer: int, x: Tensor, batch: Batch = batch, mask: Tensor = mask) -> None:
             if name not in PLACES:
                 return
-            tokens = at_least_fp32(x.flatten(0, 1) if keep.all() else x[keep])
+            tokens = at_least_fp32(x.flatten(0, 1) if mask.all() else x[mask])
             found[name, layer], maxima[name, layer] = token_statistics(tokens), tokens.abs().amax()
             if name == "residual" and maxima[name, layer] > MAGNITUDE:
-                massive.add(layer, x, keep, batch)
+                massive.add(layer, x, mask, batch)
 
-        model.run(batch, hook, keep)
+        model.run(batch, hook, mask)
         statistics = torch.stack([found[place] for place in places], dim=1)
         means.add(statistics)
         variances.append(statistics[:, :, 0].double().cpu())
         largest = torch.maximum(largest, torch.stack([maxima[place] for place in places]).cpu())
-        first.append((keep & (keep.cumsum(1) == 1))[keep].cpu())
+        first.append((mask & (mask.cumsum(1) == 1))[mask].cpu())
     is_first, by_token = torch.cat(first).numpy(), torch.cat(variances).numpy()
 
     def statistics_at(place: str) -> Statistics:

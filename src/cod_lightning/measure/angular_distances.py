@@ -74,13 +74,13 @@ def angular_distance(
         normalise: "raw" angles, or scaled for each n as in the released code (see `scale_as_released`).
     """
     depth, mean = model.depth, RunningMean()
-    for batch, keep in iter_batches(model, batches, pad_id, progress):
+    for batch, mask in iter_batches(model, batches, pad_id, progress):
         if mean.count >= tokens:
             break
         if token == "last" and isinstance(batch, Images):
             raise UserError("token=last does not apply to the patches of an image; use token=all")
-        chosen = last_token(keep) if token == "last" else keep
-        states = [x[: tokens - mean.count] for x in hidden_states(model, batch, keep, chosen)]
+        chosen = last_token(mask) if token == "last" else mask
+        states = [x[: tokens - mean.count] for x in hidden_states(model, batch, mask, chosen)]
         for chunk in zip(*(x.split(CHUNK) for x in states), strict=True):
             mean.add(angles(torch.stack(chunk, dim=1)))
     matrix = [mean.mean.diagonal(n).tolist() for n in range(1, depth + 1)]
@@ -100,9 +100,9 @@ def angles(x: Tensor) -> Tensor:
     return cosine.masked_fill(cosine > 1 - 1e-15, 1).clamp(min=-1).acos() / math.pi
 
 
-def last_token(keep: Tensor) -> Tensor:
+def last_token(mask: Tensor) -> Tensor:
     """Keep only the last True of each sequence in a mask [batch, length]."""
-    return keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
+    return mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
 
 
 def scale_as_released(distances: Sequence[float], depth: int) -> list[float]:

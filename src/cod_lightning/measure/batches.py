@@ -112,10 +112,10 @@ def iter_batches(
     total, empty = len(batches) if isinstance(batches, Sized) else 0, True
     for done, batch in enumerate(batches, start=1):
         batch = batch.to(model.device)
-        keep = token_mask(model, batch, pad_id)
-        if keep.any():
+        mask = token_mask(model, batch, pad_id)
+        if mask.any():
             empty = False
-            yield batch, keep
+            yield batch, mask
         if progress is not None:
             progress(done, total)
     if empty:
@@ -150,9 +150,9 @@ def joined(batches: Sequence[Batch]) -> Batch:
 def token_mask(model: ModelAdapter, batch: Batch, pad_id: int | None) -> Tensor:
     """True for tokens that are not padding, and for patches of images with a label: [batch, length]."""
     if isinstance(batch, Images):
-        keep = (batch.labels != IGNORE)[:, None].repeat(1, num_positions(model))
-        keep[:, 0] = False  # the class token
-        return keep
+        mask = (batch.labels != IGNORE)[:, None].repeat(1, num_positions(model))
+        mask[:, 0] = False  # the class token
+        return mask
     return torch.ones_like(batch, dtype=torch.bool) if pad_id is None else batch != pad_id
 
 
@@ -199,23 +199,23 @@ def mean_loss(
     return float(total) / count, count
 
 
-def hidden_states(model: ModelAdapter, batch: Batch, keep: Tensor, chosen: Tensor | None = None) -> list[Tensor]:
+def hidden_states(model: ModelAdapter, batch: Batch, mask: Tensor, chosen: Tensor | None = None) -> list[Tensor]:
     """The embedding and the output of every block, each [chosen tokens, hidden].
 
     Args:
         model: in evaluation mode.
         batch: tokens or images.
-        keep: False for padding, which the model does not read [batch, length].
-        chosen: True for the tokens to return [batch, length]; None: all that `keep` keeps.
+        mask: False for padding, which the model does not read [batch, length].
+        chosen: True for the tokens to return [batch, length]; None: all of `mask`.
     """
     states: list[Tensor] = []
-    chosen = keep if chosen is None else chosen
+    chosen = mask if chosen is None else chosen
 
     def hook(name: str, layer: int, x: Tensor) -> None:
         if name in ("embedding", "residual"):
             states.append(x[chosen])
 
-    model.run(batch, hook, keep)
+    model.run(batch, hook, mask)
     return states
 
 

@@ -154,18 +154,18 @@ def train_replacement(
             for parameter in find_site(smaller, first, "attention").sublayer.parameters():
                 parameter.zero_().requires_grad_(False)
     examples = []
-    for batch, keep in iter_batches(model, batches, pad_id):
-        inputs, blocks = model.block_functions(batch, keep)
+    for batch, mask in iter_batches(model, batches, pad_id):
+        inputs, blocks = model.block_functions(batch, mask)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            target = blocks[last - 1](inputs[last - 1])[keep]
-        examples.append((smaller.block_functions(batch, keep)[1][first - 1], inputs[first - 1], keep, target))
+            target = blocks[last - 1](inputs[last - 1])[mask]
+        examples.append((smaller.block_functions(batch, mask)[1][first - 1], inputs[first - 1], mask, target))
     optimizer = torch.optim.AdamW(block.parameters(), lr, weight_decay=0)
     advance = step_counter(progress, steps)
     for step in range(steps):
-        function, x, keep, target = examples[step % len(examples)]
+        function, x, mask, target = examples[step % len(examples)]
         optimizer.zero_grad()
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            F.mse_loss(function(x)[keep], target).backward()
+            F.mse_loss(function(x)[mask], target).backward()
         optimizer.step()
         advance()
     optimizer.zero_grad()
@@ -231,19 +231,19 @@ def fold_linear_map(
 
 
 def states_around(
-    model: ModelAdapter, batch: Batch, keep: Tensor, previous: int, last: int
+    model: ModelAdapter, batch: Batch, mask: Tensor, previous: int, last: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the FFN of block `previous` adds to the stream, the stream after that block, and after block `last`.
 
-    Each is [kept tokens, hidden] in float64, for a mask keep [batch, length].
+    Each is [kept tokens, hidden] in float64, for a mask [batch, length].
     """
     seen: dict[tuple[str, int], Tensor] = {}
 
     def hook(name: str, layer: int, x: Tensor) -> None:
         if layer in (previous, last):
-            seen[name, layer] = x[keep].double()
+            seen[name, layer] = x[mask].double()
 
-    model.run(batch, hook, keep)
+    model.run(batch, hook, mask)
     return seen["ffn", previous], seen["residual", previous], seen["residual", last]
 
 

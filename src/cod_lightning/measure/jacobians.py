@@ -262,23 +262,23 @@ def jacobian_growth(
     spectral, squares = RunningMean(), RunningMean()
     advance = step_counter(progress, len(masked_batches) * len(chosen))
     with differentiable(model.model):
-        for batch, keep in masked_batches:
-            batch, keep = batch[keep.any(1)], keep[keep.any(1)]
-            inputs, functions = model.block_functions(batch, keep)
+        for batch, mask in masked_batches:
+            batch, mask = batch[mask.any(1)], mask[mask.any(1)]
+            inputs, functions = model.block_functions(batch, mask)
             blocks = [jvp_and_vjp(*block) for block in zip(functions[: max(chosen)], inputs, strict=False)]
-            mask = keep[:, :, None].double()
+            kept = mask[:, :, None].double()
             square = torch.zeros(len(batch), len(chosen), dtype=torch.float64, device=model.device)
             for _ in range(probes):
-                v = rademacher(inputs[0].shape, generator, model.device) * mask
+                v = rademacher(inputs[0].shape, generator, model.device) * kept
                 for layer, (forward, _) in enumerate(blocks, start=1):
                     v = forward(v)
                     if layer in chosen:
-                        square[:, chosen.index(layer)] += (v * mask).square().sum((1, 2)) / probes
-            squares.add(square / (keep.sum(1, keepdim=True) * model.hidden))
+                        square[:, chosen.index(layer)] += (v * kept).square().sum((1, 2)) / probes
+            squares.add(square / (mask.sum(1, keepdim=True) * model.hidden))
             columns = []
             for layer in chosen:
-                forward, backward = compose(blocks[:layer], mask)
-                start = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64).to(model.device) * mask
+                forward, backward = compose(blocks[:layer], kept)
+                start = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64).to(model.device) * kept
                 columns.append(largest_singular_value(forward, backward, start, iterations))
                 advance()
             spectral.add(torch.stack(columns, dim=1))
@@ -320,24 +320,24 @@ def iter_blocks_with_positions(
     """Yield every layer on every batch, with tokens that are sampled once per batch."""
     masked_batches = list(iter_batches(model, batches, pad_id))
     advance = step_counter(progress, len(masked_batches) * len(layers))
-    for batch, keep in masked_batches:
-        positions, weights = sample_positions(keep.cpu(), tokens, generator)
-        inputs, functions = model.block_functions(batch, keep)
+    for batch, mask in masked_batches:
+        positions, weights = sample_positions(mask.cpu(), tokens, generator)
+        inputs, functions = model.block_functions(batch, mask)
         for layer in layers:
             yield BlockWithPositions(layer, functions[layer - 1], inputs[layer - 1], positions, weights)
             advance()
 
 
-def sample_positions(keep: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sample positions [batch, count] among those to keep, with weights [batch, count] in float64.
+def sample_positions(mask: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sample positions [batch, count] of a mask [batch, length], with weights [batch, count] in float64.
 
     The weights of a sequence add up to its number of kept positions. A sequence with fewer than `count` is filled up
     with positions of weight zero.
     """
-    order = torch.rand(keep.shape, generator=generator).masked_fill(~keep, 2.0)
+    order = torch.rand(mask.shape, generator=generator).masked_fill(~mask, 2.0)
     positions = order.argsort(dim=1)[:, :count]
-    kept = keep.gather(1, positions).double()
-    return positions, kept * keep.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    kept = mask.gather(1, positions).double()
+    return positions, kept * mask.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
 
 
 def summarise(samples: Tensor, weight: Tensor) -> dict[str, tuple[float, float]]:

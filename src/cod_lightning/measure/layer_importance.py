@@ -88,8 +88,8 @@ def block_influence(
     longest = depth if longest is None else longest
     pairs = [(first, first + n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     means = RunningMean()
-    for tokens, keep in iter_batches(model, batches, pad_id, progress):
-        units = [F.normalize(at_least_fp32(x), dim=-1) for x in hidden_states(model, tokens, keep)]
+    for tokens, mask in iter_batches(model, batches, pad_id, progress):
+        units = [F.normalize(at_least_fp32(x), dim=-1) for x in hidden_states(model, tokens, mask)]
         means.add(torch.stack([(units[i] - units[j]).square().sum(-1) / 2 for i, j in pairs], dim=-1))
     mean, error = dict(zip(pairs, means.mean.tolist(), strict=True)), means.error.tolist()
     lengths = range(1, longest + 1)

@@ -43,8 +43,8 @@ def logit_lens(
     """Apply the final norm and the head to the output of every block."""
     means = RunningMean()
     for tokens, targets in iter_targets(model, batches, pad_id, progress):
-        keep = targets != IGNORE
-        outputs, labels = hidden_states(model, tokens, keep)[1:], targets[keep]
+        mask = targets != IGNORE
+        outputs, labels = hidden_states(model, tokens, mask)[1:], targets[mask]
         for chunk in token_chunks(model, len(labels)):
             final = log_probabilities(model, outputs[-1][chunk])
             layers = [divergences(final, log_probabilities(model, x[chunk]), labels[chunk]) for x in outputs]

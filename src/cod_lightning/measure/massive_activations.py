@@ -53,9 +53,9 @@ class MassiveActivationFinder:
         """Value, row, position and token by channel and layer."""
         self.tokens: dict[tuple[int, int], int] = {}
 
-    def add(self, layer: int, x: Tensor, keep: Tensor, batch: Batch) -> None:
-        """Search the output of a block [batch, length, hidden] at the positions to keep [batch, length]."""
-        for row, (states, kept) in enumerate(zip(x, keep, strict=True)):
+    def add(self, layer: int, x: Tensor, mask: Tensor, batch: Batch) -> None:
+        """Search the output of a block [batch, length, hidden] at the positions of a mask [batch, length]."""
+        for row, (states, kept) in enumerate(zip(x, mask, strict=True)):
             magnitude = states[kept].abs()
             if not len(magnitude) or not magnitude.max() > MAGNITUDE:
                 continue

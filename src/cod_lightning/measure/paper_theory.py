@@ -367,8 +367,8 @@ def measured_theory(
 def embedding_variance(model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None) -> float:
     """Variance of the first block's input, as in `activation_stats`; with Peri-LN that of the normalised embeddings."""
     mean = RunningMean()
-    for tokens, keep in iter_batches(model, batches, pad_id):
-        mean.add(token_variance(model.block_functions(tokens, keep)[0][0][keep]))
+    for tokens, mask in iter_batches(model, batches, pad_id):
+        mean.add(token_variance(model.block_functions(tokens, mask)[0][0][mask]))
     return float(mean.mean)
 
 

@@ -93,10 +93,10 @@ def summed_losses(model: ModelAdapter, x: Tensor, targets: Tensor) -> Tensor:
         x: final hidden states [batch, length, hidden].
         targets: [batch, length]; `IGNORE` does not count.
     """
-    keep = targets != IGNORE
-    x, labels = x[keep], targets[keep]
+    mask = targets != IGNORE
+    x, labels = x[mask], targets[mask]
     losses = [
         F.nll_loss(log_probabilities(model, x[chunk]), labels[chunk], reduction="none").double()
         for chunk in token_chunks(model, len(labels))
     ]
-    return torch.stack([part.sum() for part in torch.cat(losses).split(keep.sum(dim=1).tolist())])
+    return torch.stack([part.sum() for part in torch.cat(losses).split(mask.sum(dim=1).tolist())])

@@ -67,11 +67,11 @@ def contribution(
 ) -> Contribution:
     """Compare what attention, FFN and the whole block add with the stream that they add it to."""
     means = [RunningMean() for _ in range(model.depth)]
-    for batch, keep in iter_batches(model, batches, pad_id, progress):
+    for batch, mask in iter_batches(model, batches, pad_id, progress):
         seen: dict[str, Tensor] = {}
 
-        def hook(name: str, layer: int, x: Tensor, keep: Tensor = keep, seen: dict[str, Tensor] = seen) -> None:
-            y = at_least_fp32(x[keep])
+        def hook(name: str, layer: int, x: Tensor, mask: Tensor = mask, seen: dict[str, Tensor] = seen) -> None:
+            y = at_least_fp32(x[mask])
             seen.setdefault("embedding", y)
             if name == "residual":
                 x, a, m = model.stream_at(layer, seen["stream"], seen["embedding"]), seen["attention"], seen["ffn"]
@@ -81,7 +81,7 @@ def contribution(
                 means[layer - 1].add(torch.stack([*norms, *cosines], dim=1))
             seen["stream" if name in ("embedding", "residual") else name] = y
 
-        model.run(batch, hook, keep)
+        model.run(batch, hook, mask)
     values = torch.stack([mean.mean for mean in means], dim=1).tolist()
     errors = torch.stack([mean.error for mean in means], dim=1).tolist()
     return Contribution(model.name, means[0].count, *values, errors=dict(zip(COLUMNS, errors, strict=True)))

@@ -79,7 +79,7 @@ def layer_sparsity(
     alphas = layer_alphas(model)
     return LayerSparsity(
         model=model.name,
-        tokens=sum(int(keep.sum()) for _, keep in iter_batches(model, batches, pad_id)),
+        tokens=sum(int(mask.sum()) for _, mask in iter_batches(model, batches, pad_id)),
         sparsity=sparsity,
         outlier_ratio=ratios,
         owl=owl_sparsities(ratios, sparsity, owl_lambda),
@@ -116,9 +116,9 @@ def input_norms(
     """
     masks: list[Tensor] = []
     with input_squares(model.blocks, masks) as squares:
-        for tokens, keep in iter_batches(model, batches, pad_id, progress):
-            masks[:] = [keep.flatten()]
-            model.run(tokens, keep=keep)
+        for tokens, mask in iter_batches(model, batches, pad_id, progress):
+            masks[:] = [mask.flatten()]
+            model.run(tokens, keep=mask)
     return [{name: total.sqrt() for name, total in sums.items()} for sums in squares]
 
 
@@ -327,9 +327,9 @@ def sparsify_sequentially(
     """
     copy = ModelAdapter(deepcopy(model.model), model.name)
     streams = []
-    for batch, keep in iter_batches(copy, batches, pad_id):
-        inputs, functions = copy.block_functions(batch, keep)
-        streams.append((inputs[0], functions, keep.flatten()))
+    for batch, mask in iter_batches(copy, batches, pad_id):
+        inputs, functions = copy.block_functions(batch, mask)
+        streams.append((inputs[0], functions, mask.flatten()))
     advance = step_counter(progress, copy.depth)
     masks: list[Tensor] = []
     with torch.compiler.set_stance("force_eager"):

@@ -114,15 +114,15 @@ class DepthMonitor(Callback):
 @torch.no_grad()
 def variance(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
     """Variance of the residual stream after every block: mean and median over tokens."""
-    keep, means, medians = token_mask(model, tokens, pad_id), [], []
+    mask, means, medians = token_mask(model, tokens, pad_id), [], []
 
     def hook(name: str, layer: int, x: Tensor) -> None:
         if name == "residual":
-            values = token_variance(x)[keep]
+            values = token_variance(x)[mask]
             means.append(values.mean())
             medians.append(values.quantile(0.5))
 
-    model.run(tokens, hook, keep)
+    model.run(tokens, hook, mask)
     return {"variance": torch.stack(means).tolist(), "variance_median": torch.stack(medians).tolist()}
 
 
