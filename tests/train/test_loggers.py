@@ -4,6 +4,8 @@ The tests that log with wandb and mlflow are marked `extended`, because `.[dev]`
 To run them: `pip install -e '.[wandb,mlflow]'`, then `pytest -m extended tests/train/test_loggers.py`.
 """
 
+from dataclasses import asdict
+
 import pytest
 
 from cod_lightning.config.compose import compose
@@ -25,6 +27,13 @@ def test_rows_of_csv_are_written_at_once(tmp_path):
     (logger,) = loggers.build_loggers(config, tmp_path, None)
     logger.log_metrics({"Loss/train": 1.0}, step=10)
     assert (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[1:] == ["1.0,10"]
+
+
+def test_hyperparameters_tell_the_options_of_a_strategy_and_the_data_apart():
+    words = ("norm=lns", "norm.position=only_ffn", "data.batch_size=32", "trainer.max_steps=7")
+    fields = loggers.hyperparameters(asdict(compose(words)))
+    expected = {"norm.name": "lns", "norm.position": "only_ffn", "data.batch_size": 32, "max_steps": 7}
+    assert fields.items() >= expected.items()
 
 
 @pytest.fixture
@@ -60,7 +69,7 @@ def test_mlflow_has_the_numbers_the_settings_and_the_figures(logged, tmp_path):
     (run,) = client.search_runs([client.get_experiment_by_name("cod_lightning").experiment_id])
     assert run.data.metrics["Loss/val"] == pytest.approx(record["val_loss"])
     assert run.data.metrics["variance/layer_03"] == pytest.approx(record["history"]["layers"]["variance"][-1][-1])
-    assert run.data.params["norm"] == "lns"
+    assert run.data.params["norm.name"] == "lns"
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
         *("config.yaml", "influence", "variance by layer"),
     }

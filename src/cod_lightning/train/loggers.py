@@ -74,6 +74,7 @@ def wandb_logger(config: Config, folder: Path) -> WandbLogger:
 def mlflow_logger(config: Config) -> MLFlowLogger:
     """An MLflow run in `mlflow.db` of the output folder, or where MLFLOW_TRACKING_URI says."""
     root = Path(config.output).resolve()
+    root.mkdir(parents=True, exist_ok=True)  # this rank may be the first
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     with locked(root / ".mlflow.lock"):  # parallel runs of a sweep would create the same experiment
         logger = MLFlowLogger(
@@ -102,8 +103,9 @@ def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that distinguish runs."""
-    fields = {"norm": config["norm"]["name"], "seed": config["seed"], "protocol": config["protocol"]}
-    for section in ("model", "optim"):
+    fields = {name: config[name] for name in ("seed", "protocol", "init_from")}
+    fields |= {"max_steps": config["trainer"]["max_steps"]}
+    for section in ("norm", "model", "optim", "data"):
         fields |= {f"{section}.{key}": value for key, value in config[section].items()}
     return fields
 
