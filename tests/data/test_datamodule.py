@@ -52,6 +52,13 @@ def trainer_for(folder: Path, steps: int) -> Trainer:
     )
 
 
+def test_a_second_setup_does_not_open_the_set_again(packed, open_tokens):
+    data = open_tokens(packed)
+    opened = data.val_set
+    data.setup("validate")
+    assert data.val_set is opened
+
+
 def test_tokenizer_and_probe_come_from_the_set(packed, open_tokens):
     data = open_tokens(packed)
     assert (data.vocab_size, data.pad_id, data.eos_id) == (300, 0, 1)

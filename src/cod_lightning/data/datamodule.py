@@ -231,14 +231,18 @@ class TokenDataModule(StepDataModule):
         """
         if errors := data_errors(self.config) + self.share_errors():
             raise UserError("\n".join(errors))
-        self.source = self.config.folder or str(prepared_folder(self.config))
-        self.manifest, self._tokenizer_json = open_set(self.source)
-        check_against(self.config, self.manifest, self.source)
+        if not hasattr(self, "source"):  # Lightning calls again, and counting validation tokens takes a while
+            self._open_set()
         self._check_resumed()
-        cache = Path(self.config.root) / "cache"
-        self.train_set = TokenDataset(self.source, self.manifest, "train", cache)
-        self.val_set = TokenDataset(self.source, self.manifest, "val", cache)
+
+    def _open_set(self) -> None:
+        source, cache = self.config.folder or str(prepared_folder(self.config)), Path(self.config.root) / "cache"
+        self.manifest, self._tokenizer_json = open_set(source)
+        check_against(self.config, self.manifest, source)
+        self.train_set = TokenDataset(source, self.manifest, "train", cache)
+        self.val_set = TokenDataset(source, self.manifest, "val", cache)
         self._val_count: int | None = None
+        self.source = source
 
     @property
     def vocab_size(self) -> int:
