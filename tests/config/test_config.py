@@ -100,12 +100,6 @@ def test_a_run_is_named_by_its_experiment_or_by_its_own_model_and_data(words, na
     assert config.folder.as_posix() == f"runs/{name}/{config.label}"
 
 
-def test_a_run_that_has_a_folder_of_the_default_experiment_is_found_there(tmp_path):
-    words = ["model=tiny", f"output={tmp_path}"]
-    earlier = create_run_folder(dataclasses.replace(compose(words), experiment="quickstart"))
-    assert compose(words).folder == earlier == tmp_path / "quickstart" / compose(words).label
-
-
 def test_output_and_name_place_the_run_folder():
     assert compose(["output=/tmp/x"]).folder.parent.parent.as_posix() == "/tmp/x"
     assert compose(["name=mine"]).folder.as_posix() == "runs/mine"

@@ -191,15 +191,11 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
     """The configuration, named by its model and data if it chooses them instead of an experiment, such as `tiny-files`.
 
-    A run that has a folder of the experiment's name keeps it, so that it resumes.
-
     Args:
         config: what the overrides compose.
         chosen: the overrides by key.
     """
     if chosen.keys() & {"experiments", "experiment"} or not chosen.keys() & CONTENT:
-        return config
-    if Path(config.output, config.experiment, config.label).is_dir():
         return config
     model = chosen.get("model", config.experiment)
     source = config.images.source if config.task == "vision" else config.data.source
