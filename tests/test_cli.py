@@ -339,6 +339,12 @@ def test_experiments_shows_the_size_of_those_that_are_named(capsys):
     assert "table1_1b" not in shown
 
 
+def test_experiments_takes_a_prefix_as_reproduce_does(capsys):
+    assert main(["experiments", "table2"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("table2_250m", "table2_1b"))
+
+
 def test_prepare_merges_shards_into_the_set_that_prepare_would_write(toy, tmp_path, capsys):
     words = last_of_each(["prepare", *toy, f"data.root={tmp_path}"])
     for shard in ("shard=1/2", "shard=0/2"):

@@ -289,7 +289,7 @@ def test_the_csv_holds_every_row(report):
     rows = list(csv.DictReader(io.StringIO(report.csv)))
     assert len(rows) == 10
     (lns,) = (r for r in rows if (r["scale"], r["row"]) == ("toy", "lns"))
-    assert (lns["published"], lns["undone"], lns["n"], lns["direction"]) == ("25.76", "25.8754", "3", "same")
+    assert (lns["published"], lns["unbiased"], lns["n"], lns["direction"]) == ("25.76", "25.8754", "3", "same")
     assert float(lns["difference"]) == pytest.approx(-11 / 30, abs=1e-6)
     assert float(lns["p_value"]) == pytest.approx(0.00813, abs=1e-4)
     (missing,) = (r for r in rows if (r["scale"], r["row"]) == ("paper", "lns"))

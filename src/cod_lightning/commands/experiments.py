@@ -6,8 +6,6 @@ from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cod_lightning.errors import UserError, nearest
-
 HELP = "List the experiments: what they reproduce, published figures; with names, also model, parameters and tokens."
 
 
@@ -18,11 +16,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(names: Sequence[str]) -> int:
     from cod_lightning.commands.terminal import experiments_table, show
     from cod_lightning.config.groups import choices
+    from cod_lightning.paper.experiments import find_experiments
 
-    known = choices("experiments")
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"{unknown[0]!r} is not an experiment: {nearest(unknown[0], known)}")
-    show(experiments_table([composed(name) for name in names] or [listed(name) for name in known]))
+    rows = [composed(name) for name in find_experiments(names)] or [listed(name) for name in choices("experiments")]
+    show(experiments_table(rows))
     return 0
 
 

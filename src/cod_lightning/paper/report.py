@@ -327,7 +327,7 @@ def csv_line(target: str, experiment: Experiment, comparison: Comparison, index:
         "metric": comparison.metric.name,
         "scale": experiment.scale,
         "published": published.value,
-        "undone": published.unbiased,
+        "unbiased": published.unbiased,
         "published_difference": published.difference,
         "published_trained": published.trained,
         "n": sample.n if sample else 0,
