@@ -55,7 +55,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def short_repr(value: object) -> str:
-    """The repr of a value of the user; a long one is cut, and an integer of over 4,300 digits has none."""
+    """The repr of a value of the user; a long one is cut, and a value without a repr gives its type."""
     try:
         text = repr(value)
     except Exception:  # also that of an object of the user

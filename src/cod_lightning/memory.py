@@ -1,4 +1,4 @@
-"""The memory of this machine, and what of it is free."""
+"""The memory of this machine, and its free part."""
 
 from __future__ import annotations
 

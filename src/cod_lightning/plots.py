@@ -30,7 +30,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 MARKERS = "os^DvP*X"
 DEPTH_COLOURS = "viridis"
 """Colour map over depth."""
-STRATEGIES = {
+STRATEGY_STYLES = {
     "lns": ("LNS", COLOURS[0]),
     "pre_ln": ("Pre-LN", COLOURS[1]),
     "post_ln": ("Post-LN", COLOURS[2]),
@@ -120,7 +120,7 @@ def run_labels(names: Iterable[str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for name in names:
         match = RUN.fullmatch(name)
-        label = f"{STRATEGIES.get(match[1], (match[1], None))[0]}, seed {match[2]}" if match else name
+        label = f"{STRATEGY_STYLES.get(match[1], (match[1], None))[0]}, seed {match[2]}" if match else name
         same = sum(other.split(" (")[0] == label for other in labels.values())
         labels[name] = f"{label} ({same + 1})" if same else label
     return labels
@@ -129,7 +129,7 @@ def run_labels(names: Iterable[str]) -> dict[str, str]:
 def strategy_colour(name: str) -> str | None:
     """The colour of a strategy, or of a run by its name; None for other names."""
     match = RUN.fullmatch(name)
-    return STRATEGIES.get(match[1] if match else name, (name, None))[1]
+    return STRATEGY_STYLES.get(match[1] if match else name, (name, None))[1]
 
 
 def grid_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:

@@ -24,7 +24,7 @@ def raise_stopped(number: int, frame: Any) -> None:
     """Raise `Stopped`; a handler of signals. Later ones are ignored, so that they do not interrupt the cleanup."""
     install(lambda number, frame: None)
     if "LOCAL_RANK" not in os.environ:
-        end_with_parent(0)  # a parent with several threads sends the signal of its end once a thread
+        end_with_parent(0)  # a parent signals its end once for each of its threads
     raise Stopped(f"interrupted by {signal.Signals(number).name}")
 
 

@@ -159,8 +159,8 @@ def test_legends_name_strategies_and_no_ids_of_runs():
 
 
 def test_every_strategy_has_its_own_label_and_colour():
-    assert set(strategies.STRATEGIES) <= set(plots.STRATEGIES)
-    for column in zip(*plots.STRATEGIES.values(), strict=True):
+    assert set(strategies.STRATEGIES) <= set(plots.STRATEGY_STYLES)
+    for column in zip(*plots.STRATEGY_STYLES.values(), strict=True):
         assert len(set(column)) == len(column)
 
 

@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from cod_lightning.commands.options import add_overrides, pop_options
-from cod_lightning.commands.processes import run_labels
+from cod_lightning.commands.processes import sweep_labels
 
 HELP = "Predict what a run needs: parameters, memory, data, hours."
 EPILOG = """\
@@ -39,5 +39,5 @@ def run(overrides: Sequence[str], as_json: bool) -> int:
         entries = [{"overrides": words} | values.plain() for words, values in zip(runs, estimates, strict=True)]
         print(json.dumps(entries, indent=1))
     else:
-        show(estimate_table(list(zip(run_labels(runs), estimates, strict=True))))
+        show(estimate_table(list(zip(sweep_labels(runs), estimates, strict=True))))
     return 0

@@ -52,10 +52,10 @@ def composed(name: str) -> dict[str, str]:
 def published(paper: Mapping[str, Any]) -> str:
     """The published figures of all rows, one a line."""
     rows = (paper.get("rows") or {}).items()
-    return "\n".join(f"{name} {figure}" for name, row in rows for figure in format_published(row.get("published")))
+    return "\n".join(f"{name} {figure}" for name, row in rows for figure in published_figures(row.get("published")))
 
 
-def format_published(published: float | dict[str, float] | None) -> list[str]:
+def published_figures(published: float | dict[str, float] | None) -> list[str]:
     """The published figures of a row: one number, or several by name, of which `average` stands for all."""
     if published is None:
         return []

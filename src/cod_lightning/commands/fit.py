@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
-from cod_lightning.commands.processes import CommandPool, run_labels
+from cod_lightning.commands.processes import CommandPool, sweep_labels
 from cod_lightning.errors import Diverged, UserError, os_message
 from cod_lightning.files import check_writable, locked
 from cod_lightning.train.ranks import check_ranks, is_first_rank
@@ -142,7 +142,7 @@ def run_sweep(overrides: Sequence[str], jobs: int) -> int:
         if any(config.name for config in configs):
             raise UserError("name= gives several runs of the sweep one folder: remove it")
         raise UserError("two runs of the sweep would be the same run: vary a setting that changes the result")
-    labels = run_labels(runs)
+    labels = sweep_labels(runs)
     with CommandPool(jobs) as pool:
         statuses = list(pool.map(lambda words, label: pool.run_command(["fit", *words], label), runs, labels))
 

@@ -75,7 +75,7 @@ class CommandPool(ThreadPoolExecutor):
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def run_labels(runs: Sequence[Sequence[str]]) -> list[str]:
+def sweep_labels(runs: Sequence[Sequence[str]]) -> list[str]:
     """For each run of a sweep, the overrides that vary, such as "norm=lns seed=1"."""
     shared = set.intersection(*map(set, runs))
     return [" ".join(override for override in overrides if override not in shared) or "the run" for overrides in runs]

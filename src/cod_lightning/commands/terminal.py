@@ -65,7 +65,7 @@ def metrics(record: Record, config: Record) -> dict[str, str]:
 
 @contextmanager
 def progress_bar(label: str) -> Generator[Callable[[int, int], None]]:
-    """A function of done and total that moves a bar on stderr, which is shown on a terminal alone."""
+    """A function of done and total that moves a bar on stderr, shown only on a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(escape(label), total=None)

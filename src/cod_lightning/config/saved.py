@@ -115,7 +115,7 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
 
 
 def runs_inside(folder: Path) -> str:
-    """The end of an error about a folder that holds runs but is none: names one of them; empty if it holds none."""
+    """The end of an error about a folder that is not a run: names a run inside it; empty if there is none."""
     runs = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}"))
     return f"; it holds runs: name one, such as {runs[0]}" if runs else ""
 

@@ -196,7 +196,7 @@ def check_sha256(config: DataConfig, sha256: str, source: str) -> None:
 
 def _prepare(config: DataConfig, partial: Path, progress: bool) -> None:
     workers = config.workers or available_cores()
-    with Report(progress) as report:
+    with PreparationProgress(progress) as report:
         report.stage("gathering text")
         corpus = open_corpus(config, workers)
         report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
@@ -221,7 +221,11 @@ def tokenizer_for(config: DataConfig, corpus: Corpus) -> DocumentTokenizer:
 
 
 def write_set(
-    config: DataConfig, encoder: Encoder, encoded: Mapping[str, Iterable[Encoded]], partial: Path, report: Report
+    config: DataConfig,
+    encoder: Encoder,
+    encoded: Mapping[str, Iterable[Encoded]],
+    partial: Path,
+    report: PreparationProgress,
 ) -> None:
     """Write chunks, tokenizer and manifest of the `encoded` documents of each split into `partial`.
 
@@ -287,7 +291,7 @@ def _write_split(folder: Path, encoded: Iterable[Encoded], encoder: Encoder) -> 
     return Split(sum(chunk.rows for chunk in chunks), tokens - tail, max_id, chunks)
 
 
-class Report:
+class PreparationProgress:
     """Progress on stderr: a live line on a terminal, and one line at the end; silent unless `enabled`."""
 
     def __init__(self, enabled: bool) -> None:
@@ -302,7 +306,7 @@ class Report:
         )
         self.task = self.progress.add_task("", total=None)
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> PreparationProgress:
         self.progress.start()
         return self
 

@@ -38,7 +38,7 @@ from cod_lightning.data.encode import (
 )
 from cod_lightning.data.manifest import SPLITS, TOKENIZER, file_problems
 from cod_lightning.data.prepare import (
-    Report,
+    PreparationProgress,
     build_folder,
     check_settings,
     checked_set,
@@ -124,7 +124,7 @@ def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool 
 
 def _prepare_part(config: DataConfig, index: int, count: int, partial: Path, progress: bool) -> None:
     workers = config.workers or available_cores()
-    with Report(progress) as report:
+    with PreparationProgress(progress) as report:
         report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
         tokenizer = _shared_tokenizer(config, partial.parent)
         encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
@@ -250,7 +250,7 @@ def _merge(config: DataConfig, count: int, partial: Path, progress: bool) -> Non
     if tokenizer.sha256 != records[0].tokenizer["sha256"]:
         raise UserError(f"{parts[0] / TOKENIZER} is damaged; {_remedy(parts[0])}")
     encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
-    with Report(progress) as report:
+    with PreparationProgress(progress) as report:
         encoded = {split: _documents(config, split, parts, records) for split in SPLITS}
         write_set(config, encoder, encoded, partial, report)
 

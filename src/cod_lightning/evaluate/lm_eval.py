@@ -71,7 +71,7 @@ def without_score(manager: Any, task: str) -> str:
 
 
 def unreadable(folder: Path) -> list[str]:
-    """An error for each YAML in a folder of tasks that is none."""
+    """An error for each file in a folder of tasks that is not valid YAML."""
     errors = []
     for path in sorted(folder.rglob("*.yaml")):
         try:

@@ -215,11 +215,11 @@ def report_row(row: Row, runs: tuple[Run, ...]) -> ReportRow:
         note=row.spec.get("note"),
         run_id=row.run_id(0),
         runs=runs,
-        gpu_hours=gpu_hours(row),
+        gpu_hours=row_gpu_hours(row),
     )
 
 
-def gpu_hours(row: Row) -> float | None:
+def row_gpu_hours(row: Row) -> float | None:
     """Estimated GPU-hours of one run at scale=paper; None if nothing is trained."""
     if row.config.scale != "paper" or row.pretrained_model is not None:
         return None

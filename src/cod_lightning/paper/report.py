@@ -277,7 +277,7 @@ def environments(experiments: Sequence[Experiment]) -> Table:
     }
     groups: dict[tuple[str, ...], list[Run]] = {}
     for (scale, _, _), run in runs.items():
-        groups.setdefault((scale, *environment(run.record)), []).append(run)
+        groups.setdefault((scale, *environment_cells(run.record)), []).append(run)
     rows = []
     for key, group in sorted(groups.items()):
         days = sorted({run.record["date"][:10] for run in group})
@@ -287,7 +287,7 @@ def environments(experiments: Sequence[Experiment]) -> Table:
     return Table(head, rows, (0, 1, 2, 3, 4, 6))
 
 
-def environment(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def environment_cells(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Hardware, versions, commit and fingerprint of the data."""
     hardware = record["hardware"]
     threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)} per run"
