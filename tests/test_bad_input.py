@@ -638,7 +638,7 @@ UNREAD = [
 # --- values and destinations that are refused before anything is computed -------------------------------------------
 
 EARLY = [
-    (with_run(), ["measure", "removal", "run", "rows=2", "sizes=[0]"], ["sizes=[0]: expected 1 to 3, the number of blocks"]),
+    (with_run(), ["measure", "removal", "run", "rows=2", "sizes=[0]"], ["sizes=[0]: expected 1 to 3"]),
     (with_run(), ["measure", "removal", "run", "rows=2", "sizes=[]"], ["sizes=[]: expected a whole number"]),
     (with_run(), ["measure", "report", "run", "rows=2", "longest=4"], ["longest=4: expected 1 to 3"]),
     (nothing, ["measure", "variance", "glassllm", "--checkpoint", "best"], ["--checkpoint and --trust-code apply to"]),

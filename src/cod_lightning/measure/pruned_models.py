@@ -28,7 +28,6 @@ from cod_lightning.measure.weight_sparsity import (
     sparsify,
     sparsify_sequentially,
 )
-from cod_lightning.settings import require_choice
 
 Signal = Literal["influence", "streamline", "removal"]
 Replace = Literal["layer", "ffn", "linear"]
@@ -66,9 +65,8 @@ def prune_blocks(
     A run of `streamline` starts at block `earliest` or later.
 
     Raises:
-        UserError: the signal is unknown, or the number removes no block or all.
+        UserError: the number removes no block or all.
     """
-    require_choice("by", by, Signal)
     if not 1 <= blocks < model.depth:
         raise UserError(f"blocks={blocks}: expected 1 to {model.depth - 1} of the {model.depth} of {model.name}")
     if by == "streamline":
@@ -136,14 +134,10 @@ def prune_weights(
     """Set a share of the weights to zero; see `prune`.
 
     Raises:
-        UserError: the allocation, method or calibration is unknown, a sparsity is outside [0, 1], or the model is a
-            mixture of experts or has adapters.
+        UserError: a sparsity is outside [0, 1], or the model is a mixture of experts or has adapters.
     """
     if model.why_not_sparse:
         raise UserError(f"{model.name}: {model.why_not_sparse}")
-    require_choice("allocation", allocation, Allocation)
-    require_choice("method", method, Method)
-    require_choice("calibration", calibration, Calibration)
     sequential = calibration == "sequential"
     needs_norms = allocation == "owl" or (method == "wanda" and not sequential)
     norms = input_norms(model, batches, pad_id, progress) if needs_norms else []

@@ -34,7 +34,6 @@ from cod_lightning.measure.weight_sparsity import Calibration, Lambda, Method, S
 from cod_lightning.nn.apply import fold, strategy_of
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import unsupported_features
-from cod_lightning.settings import require_choice
 
 Export = Callable[[Any, Path], object]
 """Writes a model into an existing empty folder."""
@@ -173,13 +172,12 @@ def prune(
     require_use("allocation=owl", owl, threshold=threshold, owl_lambda=owl_lambda)
     require_use("allocation=alpha_pruning", allocation == "alpha_pruning", epsilon=epsilon)
     require_use("allocation=arithmetic", allocation == "arithmetic", difference=difference)
-    if replace is not None:
-        require_choice("replace", replace, Replace)
-        if by != "streamline":
-            raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
+    if replace is not None and by != "streamline":
+        raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
+    choices = {"by": by, "replace": replace, "allocation": allocation, "method": method, "calibration": calibration}
     numbers = {"replace_steps": replace_steps, "replace_lr": replace_lr, "sparsity": sparsity, "threshold": threshold}
     numbers |= {"owl_lambda": owl_lambda, "epsilon": epsilon, "difference": difference}
-    require_options(prune, numbers, model.depth)
+    require_options(prune, choices | numbers, model.depth)
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))
