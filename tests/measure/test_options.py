@@ -1,13 +1,13 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.options import options_of, parse_options
+from cod_lightning.measure.options import Positive, UpToDepth, options_of, parse_options, require_options
 from cod_lightning.settings import require_choice
 
 Colour = Literal["red", "green"]
@@ -87,6 +87,37 @@ def test_all_wrong_words_are_named_together():
 def test_a_measure_without_options_says_so():
     with pytest.raises(UserError, match="x is not an option of measure variance: it has no options"):
         parse_options(["x=1"], {}, "measure variance")
+
+
+def bounded(
+    *,
+    count: Positive = 1,
+    share: Annotated[float | None, {"at_most": 1}] = None,
+    layers: UpToDepth = None,
+    colour: Colour = "red",
+) -> None: ...
+
+
+def test_bounds_do_not_change_how_a_word_is_read():
+    words = ["count=0", "share=none", "layers=1,2", "colour=green"]
+    options = parse_options(words, options_of(bounded), "measure bounded")
+    assert options == {"count": 0, "share": None, "layers": [1, 2], "colour": "green"}
+
+
+@pytest.mark.parametrize("layers", [[1, 3], (2,), range(1, 4), None])
+def test_values_inside_their_bounds_are_accepted(layers):
+    require_options(bounded, {"count": 1, "share": None, "layers": layers, "colour": "green"}, depth=3)
+
+
+def test_all_values_outside_their_bounds_are_named_together():
+    with pytest.raises(UserError) as error:
+        require_options(bounded, {"count": 0, "share": float("nan"), "layers": (1, 4), "colour": "rde"}, depth=3)
+    assert str(error.value).splitlines() == [
+        "count=0 must be at least 1",
+        "share=nan must be a finite number",
+        "layers=[1, 4]: expected 1 to 3, the number of blocks, each once",
+        "colour='rde' does not exist: did you mean 'red'? known: green, red",
+    ]
 
 
 def test_a_choice_is_checked_when_a_measure_is_called():

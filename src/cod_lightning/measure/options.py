@@ -73,7 +73,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def parse_options(words: Iterable[str], known: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """Parse words such as `probes=32`, `exact=true` or `sizes=[1,2,4]`.
+    """Parse words such as `probes=32`, `lns=true` or `sizes=[1,2,4]`.
 
     Args:
         words: `option=value` each.
