@@ -16,7 +16,7 @@ from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.block_removal import remove_blocks
 from cod_lightning.measure.layer_importance import layer_importance
 from cod_lightning.measure.pruning import prune
-from cod_lightning.measure.weight_sparsity import layer_sparsity
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.apply import apply, fold
 from cod_lightning.nn.layouts import known_layout
 from cod_lightning.nn.pretrained import quiet_transformers
@@ -39,7 +39,7 @@ def adapter(family, **fields):
 def test_a_mixture_of_experts_has_no_sparsity(family, tmp_path):
     model = adapter(family, depth=2)
     for measure in (
-        lambda: layer_sparsity(model, BATCHES),
+        lambda: MEASURES["sparsity"](model, BATCHES, None, None),
         lambda: prune(model, BATCHES, sparsity=0.5, folder=tmp_path / "pruned", export=None),
     ):
         with pytest.raises(UserError, match=f"^{family}: its experts are not linear layers; sparsity does not support"):
