@@ -1,15 +1,18 @@
 """Few strategies that together use every coefficient."""
 
-from cod_lightning.nn.strategies import STRATEGIES, block
+from contextlib import suppress
+
+from cod_lightning.errors import UserError
+from cod_lightning.nn.strategies import STRATEGIES, block, build_all
 
 PRE_LN = vars(block().ffn) | vars(block())
 NORMS = ("pre_norm", "branch_norm", "sum_norm")
 """The places of a sub-layer's norms count together, because they decide which sum is fused with which norm."""
 
 
-def changes(strategy, ignore):
-    """The coefficients of a strategy that differ from Pre-LN with their values; of numbers only that they differ."""
-    blocks = [strategy(layer, 4) for layer in range(1, 5)]
+def changes(norm, ignore):
+    """The coefficients of a `norm` section that differ from Pre-LN, with their values unless those are numbers."""
+    blocks = build_all(norm, 4)
     sublayers = [sublayer for block in blocks for sublayer in block.sublayers]
     values = [item for part in (*sublayers, *blocks) for item in vars(part).items()]
     places = {("norms", tuple(getattr(sublayer, name) for name in NORMS)) for sublayer in sublayers}
@@ -20,15 +23,32 @@ def changes(strategy, ignore):
     }
 
 
+def candidates():
+    """Every strategy, alone and on every base that it has."""
+    for name in STRATEGIES:
+        yield {"name": name}
+        for base in STRATEGIES:
+            norm = {"name": name, "base": base}
+            with suppress(UserError):
+                build_all(norm, 4)
+                yield norm
+
+
+def label(norm):
+    """The values of a `norm` section, such as "gpas-keel"."""
+    return "-".join(map(str, norm.values()))
+
+
 def covering_strategies(ignore):
-    """Names of strategies that together have every change, each chosen for the most that are missing.
+    """A few `norm` sections that together have every change, each chosen for the most that are missing.
 
     Args:
         ignore: names of coefficients that make no difference.
     """
-    by_name = {name: changes(strategy, ignore) for name, strategy in STRATEGIES.items()}
-    chosen, missing = [], set().union(*by_name.values())
+    found = [(norm, changes(norm, ignore)) for norm in candidates()]
+    chosen, missing = [], set().union(*(kinds for _, kinds in found))
     while missing:
-        chosen.append(max(by_name, key=lambda name: len(by_name[name] & missing)))
-        missing -= by_name[chosen[-1]]
+        norm, kinds = max(found, key=lambda pair: len(pair[1] & missing))
+        chosen.append(norm)
+        missing -= kinds
     return chosen

@@ -25,7 +25,7 @@ from cod_lightning.train import estimate as module
 from cod_lightning.train.cost import Architecture, training_flops
 from cod_lightning.train.estimate import estimate
 from cod_lightning.train.optim import build_optimizer
-from strategy_kinds import covering_strategies
+from strategy_kinds import covering_strategies, label
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _results import peak_bytes
@@ -38,9 +38,8 @@ COMBINED = [
 ]
 
 
-def for_norms(names):
-    norms = [*({"name": name} for name in names), *COMBINED]
-    return pytest.mark.parametrize("norm", norms, ids=lambda norm: " ".join(map(str, norm.values())))
+def for_norms(norms):
+    return pytest.mark.parametrize("norm", [*norms, *COMBINED], ids=label)
 
 
 LNS = {"name": "lns"}
@@ -114,7 +113,7 @@ def check_parameters(architecture):
 both_models = pytest.mark.parametrize("like", [decoder_like, vit_like])
 
 
-@for_norms(STRATEGIES)
+@for_norms([{"name": name} for name in STRATEGIES])
 @both_models
 def test_parameters_of_every_strategy_are_those_of_the_model(like, norm):
     check_parameters(like(norm))
@@ -307,7 +306,7 @@ def test_every_kind_of_block_is_counted():
 # The whole estimate --------------------------------------------------------------------------------------------------
 
 
-def test_a_cell_of_table_1():
+def test_the_estimate_of_a_cell_of_table_1_is_that_of_its_formulas():
     result = estimated("experiments=table1_350m", "norm=lns", hardware="a100", gpus=4, mfu=0.5)
     norms = (2 * 24 + 1) * 1024
     assert result.parameters == 367_969_280
@@ -323,7 +322,7 @@ def test_a_cell_of_table_1():
     assert result.download_bytes == pytest.approx(326.8e9 * result.documents / 364.87e6, rel=1e-3)
 
 
-def test_a_vision_transformer():
+def test_the_estimate_of_a_vision_transformer_counts_its_patches():
     result = estimated("experiments=table5_vit_s", gpus=4)
     assert result.positions == 30_000 * 1024 * 196
     assert result.parameters == 64_609_768
@@ -340,7 +339,13 @@ def test_gpu_hours_are_those_of_the_estimate(name):
     assert module.gpu_hours(composed(experiment)) == pytest.approx(estimated(experiment).gpu_hours)
 
 
-@pytest.mark.parametrize("name", choices("experiments"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith(("table", "figure1_7b")) else pytest.mark.extended)
+        for name in choices("experiments")
+    ],
+)
 def test_every_experiment_has_an_estimate_and_every_table_fits_one_gpu(name):
     result = estimated(f"experiments={name}")
     fits = result.memory.total <= result.device_memory == 80e9
@@ -389,11 +394,9 @@ def test_precision_follows_the_hardware():
     assert slow / fast == pytest.approx(989.4 / 66.9)
 
 
-def test_this_machine_is_measured():
-    assert module.device("cpu", "32-true")[1] > 1e8
-    assert module.device("cpu", "32-true")[0] > 2**28
+def test_measuring_this_machine_keeps_the_number_of_threads():
     threads = torch.get_num_threads()
-    assert module.matmul_rate("cpu", torch.float32, size=64, threads=1) > 1e6
+    assert module.matmul_rate("cpu", torch.float32, size=64, threads=threads + 1) > 0
     assert torch.get_num_threads() == threads
 
 
