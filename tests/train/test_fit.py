@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from run_files import copy_checkpoints, history, last, losses, weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from cod_lightning.commands.fit import lock_folder, train_run
+from cod_lightning.commands.fit import lock_folder
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
@@ -112,8 +113,9 @@ def test_bfloat16_trains(plain, train, precision):
     assert dtypes == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
 
 
-def test_golden_losses_of_every_strategy(train):
-    measured = {name: losses(train(f"norm={name}", f"name={name}", QUIET)[0]) for name in STRATEGIES}
+def test_every_strategy_has_its_recorded_losses(train):
+    words = ("trainer.checkpoint_every=100", "eval.every=100", QUIET)
+    measured = {name: losses(train(f"norm={name}", f"name={name}", *words)[0]) for name in STRATEGIES}
     golden = json.loads(GOLDEN.read_text())
     assert measured.keys() == golden.keys(), json.dumps(measured)
     for name in measured:
@@ -170,13 +172,6 @@ def test_the_best_and_the_newest_checkpoints_are_kept(train):
     assert "optimizer_states" not in best  # no run resumes from it
 
 
-def test_a_finished_run_is_not_repeated(train):
-    record, folder = train()
-    changed = (folder / "record.json").stat().st_mtime_ns
-    assert train()[0] == json.loads(json.dumps(record))
-    assert (folder / "record.json").stat().st_mtime_ns == changed
-
-
 @pytest.mark.parametrize("every", [2, 100])
 def test_the_best_checkpoint_can_be_the_last(train, every):
     record, folder = train("trainer.max_steps=5", f"eval.every={every}", "optim.lr=0.01", QUIET)
@@ -194,20 +189,9 @@ def test_a_finished_run_without_a_record_ends_with_the_same_metrics(train):
         assert again[name] == record[name]
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("trainer.probe_rows=100000", "probe"),
-        pytest.param(
-            "trainer.accelerator=gpu",
-            r"trainer\.accelerator='gpu'",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
-    ],
-)
-def test_nothing_is_written_without_the_probe_or_the_device(train, tmp_path, word, message):
-    with pytest.raises(UserError, match=message):
-        train(word)
+def test_nothing_is_written_without_the_probe(train, tmp_path):
+    with pytest.raises(UserError, match="probe"):
+        train("trainer.probe_rows=100000")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
@@ -222,11 +206,6 @@ def test_a_run_in_use_is_left_alone(train, toy, tmp_path):
     train()
 
 
-def test_an_output_that_is_not_a_folder_is_an_error(toy):
-    with pytest.raises(UserError, match="/dev/null/x"):
-        train_run(compose([*toy, "output=/dev/null/x"]))
-
-
 def test_a_run_resumes_from_its_newest_checkpoint(plain, train, tmp_path):
     record, folder = plain
     copy_checkpoints(folder, tmp_path / "parts", until=2)
@@ -238,12 +217,6 @@ def test_a_run_does_not_resume_in_another_precision(plain, train, tmp_path, monk
     monkeypatch.setattr(module, "precision", lambda settings: "bf16-mixed")
     with pytest.raises(UserError, match=r"was trained in 32-true, and trainer\.precision=auto is bf16-mixed on"):
         train("name=moved")
-
-
-def test_a_run_that_diverges_names_the_step_and_the_layer(train):
-    words = ["optim.lr=1e30", "optim.warmup_ratio=0", "trainer.checkpoint_every=1", "eval.every=100"]
-    with pytest.raises(UserError, match=r"the (loss is \S+|gradient is not finite) at step 2|is not finite after step"):
-        train(*words, "name=diverges")
 
 
 @pytest.mark.parametrize("clip", [0, 1])
@@ -289,10 +262,10 @@ def test_a_run_with_an_infinite_validation_loss_is_not_finished(train, monkeypat
     "words",
     [
         ["model.hidden_size=1048576", "model.num_attention_heads=8"],
-        ["model.intermediate_size=4194304", "model.num_hidden_layers=10000"],
+        ["model.intermediate_size=4194304", "model.num_hidden_layers=999"],
         ["data.batch_size=16777216", "data.micro_batch_size=16777216"],
         ["data.batch_size=16777216", "data.seq_len=1048576", "data.val_tokens=1048576"],
-        ["task=vision", "model.intermediate_size=4194304", "model.num_hidden_layers=10000"],
+        ["task=vision", "model.intermediate_size=4194304", "model.num_hidden_layers=999"],
     ],
 )
 def test_a_run_that_cannot_fit_into_memory_is_refused_before_it_is_prepared(toy, tmp_path, words):
@@ -329,13 +302,15 @@ def test_emulated_bfloat16_is_not_used(monkeypatch):
     assert precision(TrainerConfig()) == "32-true"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for mapped files in /proc")
 @pytest.mark.parametrize("use", [load_run, lambda folder: evaluate(load(folder), last(folder))])
 def test_commands_that_use_the_weights_only_map_the_checkpoint(plain, monkeypatch, use):
     mapped = []
 
-    def spy(*args, mmap, **options):
-        mapped.append(mmap)
-        return torch_load(*args, mmap=mmap, **options)
+    def spy(path, **options):
+        content = torch_load(path, **options)
+        mapped.append(str(path) in Path("/proc/self/maps").read_text())
+        return content
 
     torch_load = torch.load
     monkeypatch.setattr(torch, "load", spy)
@@ -353,11 +328,6 @@ def test_a_rank_that_is_gone_stops_an_evaluation(plain, monkeypatch):
     monkeypatch.setattr("cod_lightning.train.run.build_trainer", lambda _: SimpleNamespace(validate=validate))
     with pytest.raises(Stopped, match="another of the 2 ranks is gone"):
         evaluate(replace(config, trainer=replace(config.trainer, devices=2)), last(plain[1]))
-
-
-def test_a_vocabulary_that_is_too_small_is_an_error(train):
-    with pytest.raises(UserError, match=r"model\.vocab_size=270 is smaller than the tokenizer's"):
-        train("model.vocab_size=270")
 
 
 @pytest.mark.parametrize(("layout", "fits"), [("packed", True), ("document", False), ("instructions", False)])
@@ -382,17 +352,6 @@ def test_more_validation_tokens_than_float32_counts_are_recorded_exactly(train, 
     monkeypatch.setattr(Perplexity, "compute", lambda self: dict(figures))
     record, _ = train("trainer.max_steps=1", "trainer.stats_every=0")
     assert record["val_tokens"] == 2**24 + 1
-
-
-def test_resuming_on_other_data_is_an_error(plain, train, corpus, tmp_path):
-    copy_checkpoints(plain[1], tmp_path / "moved", until=6)
-    extra = corpus / "extra.jsonl"
-    extra.write_text('{"text": "a document that was not there before"}\n' * 40)
-    try:
-        with pytest.raises(UserError, match="fingerprint"):
-            train("name=moved")
-    finally:
-        extra.unlink()
 
 
 def test_more_tokens_than_the_data_has_need_repeat(train):
