@@ -37,8 +37,9 @@ if not torch.cuda.is_available():
 
 
 LONGEST_FIRST = [
-    *("test_cli.py", "test_parallel.py", "test_hosts.py", "test_packaging.py", "test_norm_backends.py"),
-    *("test_experiments.py", "test_sft.py", "test_fit.py", "test_estimate.py", "test_docs.py"),
+    *("test_parallel.py", "test_experiments.py", "test_estimate.py", "test_cli.py", "test_packaging.py"),
+    *("test_triton_norm.py", "test_bad_input.py", "test_norm_backends.py", "test_fit.py", "test_launch.py"),
+    *("test_docs.py", "test_hosts.py", "test_sft.py"),
 ]
 
 

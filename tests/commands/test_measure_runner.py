@@ -15,6 +15,8 @@ from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
 
+pytestmark = pytest.mark.usefixtures("without_images")
+
 
 def subject(norm="lns", depth=3):
     config = DecoderConfig(

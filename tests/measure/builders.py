@@ -18,7 +18,8 @@ HF |= {"qwen2_5_vl": "Qwen2_5_VL", "bert": "Bert"}
 """Names in `transformers`; DeepSeek-LLM is a Llama."""
 ALL_FAMILIES = ("ours", "ours-lns", *HF)
 
-FAMILIES = ("ours", "ours-lns", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt2")
+FAMILIES = ("ours-lns", "llama", "olmo2", "gpt2")
+"""The layouts of causal models: ours, Pre-LN, norms of the branches, and biases with learned positions."""
 PAD = 0
 
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import DEPTH, FAMILIES, PAD, padded_batches, residual_stream, silence, tokens
+from builders import DEPTH, FAMILIES, PAD, padded_batches, residual_stream, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.angular_distances import angles, angular_distance, last_token, scale_as_released
@@ -108,16 +108,6 @@ def test_the_table_has_a_row_for_each_pair(causal_lm, batch):
     rows = result.rows()
     assert [(row["layer"], row["n"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)]
     assert rows[4]["distance"] == result.distances[1][1]
-
-
-@pytest.mark.parametrize("family", ["ours", "ours-lns", "llama"])
-def test_silent_blocks_do_not_turn_the_stream(causal_lm, batch, family):
-    model = causal_lm(family)
-    silence(model, [2, 3])
-    distances = angular_distance(model, [batch]).distances
-    assert (distances[0][1], distances[0][2], distances[1][1]) == (0, 0, 0)
-    assert distances[0][0] == pytest.approx(distances[2][0], rel=1e-12)
-    assert min(distances[0][0], distances[0][3]) > 0.01
 
 
 def test_the_last_token_of_an_encoder_attends_to_the_others(causal_lm):

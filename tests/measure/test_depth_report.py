@@ -133,7 +133,7 @@ def test_all_panels_share_a_legend():
     assert not any(axes.get_legend() for axes in figure.axes)
 
 
-def test_the_summary_of_a_model():
+def test_a_summary_compares_the_last_block_with_the_first_and_halves():
     row = summary(results([0.5, 1.5, 2.5, 3.5]), 9.0)
     assert row["last over first"] == "4"
     assert row["mean increase of the loss when a block of the deeper half is removed"] == "3.0000"

@@ -302,9 +302,8 @@ def test_bad_options_are_errors(causal_lm, measure, options, message):
         MEASURES[measure](causal_lm("ours"), [tokens()], None, None, **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_jacobian_of_a_silent_block_is_the_identity(causal_lm, family):
-    model = causal_lm(family)
+def test_the_jacobian_of_a_silent_block_is_the_identity(causal_lm):
+    model = causal_lm("llama")
     silence(model, range(1, 5))
     result = jacobian(model, [tokens()], tokens=2, iterations=2)
     for name, value in zip(STATISTICS, (1, 0, 1, 1, 1), strict=True):

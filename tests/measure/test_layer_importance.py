@@ -113,14 +113,6 @@ def test_shapley_values_add_up_to_the_loss(model):
     assert math.fsum(result.shapley) == pytest.approx(result.empty_loss - result.loss, abs=1e-9)
 
 
-def test_silent_blocks_have_neither_influence_nor_importance(model):
-    silence(model, range(1, 5))
-    influence = block_influence(model, padded_batches())
-    assert influence.influence == influence.error == [0] * 4
-    importance = layer_importance(model, padded_batches())
-    assert importance.shapley == importance.leave_one_out == [0] * 4
-
-
 @pytest.mark.parametrize(
     ("measure", "options", "message"),
     [

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, PAD, learn, padded_batches, residual_stream, silence, tokens
+from builders import FAMILIES, PAD, padded_batches, residual_stream
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.logit_lens import logit_lens
@@ -39,22 +39,3 @@ def test_losses_follow_their_definition(causal_lm, family):
 def test_a_single_token_is_an_error(causal_lm):
     with pytest.raises(UserError, match="ours: no token has a next one to predict"):
         logit_lens(causal_lm("ours"), [torch.ones(2, 1, dtype=torch.long)], PAD)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_silent_block_repeats_the_layer_before(causal_lm, family):
-    model = causal_lm(family)
-    silence(model, [3])
-    learn(model, tokens())
-    result = logit_lens(model, [tokens()])
-    assert (result.loss[2], result.kl[2], result.js[2]) == (result.loss[1], result.kl[1], result.js[1])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_silent_blocks_read_the_same_from_every_layer(causal_lm, family):
-    model = causal_lm(family)
-    silence(model, range(1, 5))
-    result = logit_lens(model, padded_batches())
-    assert result.kl == [0] * 4
-    assert result.js == pytest.approx([0] * 4, abs=1e-9)
-    assert len(set(result.loss)) == 1

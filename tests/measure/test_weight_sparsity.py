@@ -298,6 +298,6 @@ def test_a_block_without_linear_layers_is_an_error():
         linear_weights(torch.nn.Identity())
 
 
-def test_known_sparsities():
+def test_sparsities_lie_around_the_mean_by_their_signal():
     assert owl_sparsities([0.0, 0.1], 0.7) == pytest.approx([0.78, 0.62])
     assert alpha_sparsities([2.0, 6.0], 0.5) == pytest.approx([0.35, 0.65])

@@ -32,6 +32,8 @@ from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_st
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import summarize, verdict
 
+pytestmark = pytest.mark.usefixtures("without_images")  # the fixtures of the module have images
+
 
 @pytest.fixture(scope="module")
 def report(experiments):
@@ -536,10 +538,7 @@ def test_a_pretrained_model_is_measured_without_a_run():
     rows = [row("pre_ln", None, measured, label="LLaMA2-13B")]
     experiments = [table(*rows, target="Figure 2", name="figure2_llama2_13b", scale="paper")]
     built = build_report(experiments, formats=("png", "pdf"))
-    assert {name: content[:4] for name, content in built.figures.items()} == {
-        "figure2_paper.png": b"\x89PNG",
-        "figure2_paper.pdf": b"%PDF",
-    }
+    assert built.figures == {"figure2_paper.png": b"png", "figure2_paper.pdf": b"pdf"}
     assert "| LLaMA2-13B | not measured | not measured | 0.2 | 0.444 | 1 |" in built.markdown
     assert "## Environments" not in built.markdown
 
