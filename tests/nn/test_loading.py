@@ -115,8 +115,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("load", [load_checkpoint, import_hf])
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize(("kind", "load"), [*((kind, load_checkpoint) for kind in REFUSED), ("compiled", import_hf)])
 def test_weights_that_are_not_those_of_the_model_are_refused_by_name(folder, kind, load):
     change, message = REFUSED[kind]
     edit_weights(folder, change)
@@ -395,27 +394,29 @@ def test_a_file_that_may_not_be_read_is_named(folder, part, forbid):
         load_checkpoint(folder)
 
 
+IMPOSSIBLE = [
+    ({"num_attention_heads": 0}, "num_attention_heads=0 must be a positive integer: correct it, or fetch"),
+    ({"num_attention_heads": -2, "vocab_size": 1.5}, "vocab_size=1.5, num_attention_heads=-2 must be a positive"),
+    ({"hidden_size": -16}, "hidden_size=-16 must be"),
+    ({"hidden_size": "16"}, "hidden_size='16' must be"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be"),
+    ({"head_dim": 0}, "head_dim=0 must be"),
+    ({"num_attention_heads": 3}, "not a checkpoint of a causal language model: .*3"),
+    ({"rms_norm_eps": "x"}, "not a checkpoint of a causal language model: .*rms_norm_eps.*float.*'x'"),
+    ({"model_type": "lama"}, "not a checkpoint of a causal language model: .*lama"),
+    ({"model_type": None}, "not a checkpoint of a causal language model: .*model_type"),
+    (
+        {"dtype": "nonsense"},
+        "not a checkpoint of .*cannot use one of its values .*nonsense.*: correct it, or fetch",
+    ),
+    ({"auto_map": 3}, "not a checkpoint of a causal language model: transformers cannot use one of its values"),
+]
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a positive integer: correct it, or fetch"),
-        ({"num_attention_heads": -2, "vocab_size": 1.5}, "vocab_size=1.5, num_attention_heads=-2 must be a positive"),
-        ({"hidden_size": -16}, "hidden_size=-16 must be"),
-        ({"hidden_size": "16"}, "hidden_size='16' must be"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be"),
-        ({"head_dim": 0}, "head_dim=0 must be"),
-        ({"num_attention_heads": 3}, "not a checkpoint of a causal language model: .*3"),
-        ({"rms_norm_eps": "x"}, "not a checkpoint of a causal language model: .*rms_norm_eps.*float.*'x'"),
-        ({"model_type": "lama"}, "not a checkpoint of a causal language model: .*lama"),
-        ({"model_type": None}, "not a checkpoint of a causal language model: .*model_type"),
-        (
-            {"dtype": "nonsense"},
-            "not a checkpoint of .*cannot use one of its values .*nonsense.*: correct it, or fetch",
-        ),
-        ({"auto_map": 3}, "not a checkpoint of a causal language model: transformers cannot use one of its values"),
-    ],
+    ("settings", "message", "load"),
+    [*((*case, load_checkpoint) for case in IMPOSSIBLE), (*IMPOSSIBLE[0], import_hf)],
 )
-@pytest.mark.parametrize("load", [load_checkpoint, import_hf])
 def test_a_configuration_with_impossible_values_is_named(folder, settings, message, load):
     content = json.loads((folder / "config.json").read_text()) | settings
     content = {name: value for name, value in content.items() if value is not None}

@@ -534,7 +534,7 @@ def test_strategies_with_one_seed_share_their_random_weights():
 
 
 @pytest.mark.parametrize("depth", [12, 24])
-def test_constants_by_depth(depth):
+def test_deep_norm_and_mix_ln_have_the_constants_of_their_depth(depth):
     assert build("deep_norm", 1, depth, {}).attention.skip == pytest.approx({12: 2.213, 24: 2.632}[depth], abs=1e-3)
     beta = build("deep_norm_released", 1, depth, {}).ffn.xavier
     assert beta == pytest.approx((8 * depth) ** 0.25)

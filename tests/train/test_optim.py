@@ -15,7 +15,7 @@ def released(update, num, warmup, floor=0.1):
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(20, 2), (20, 0), (100, 10), (7, 6)])
-def test_rates_of_every_update(total, warmup):
+def test_the_cosine_of_the_released_code_is_one_update_late(total, warmup):
     settings = {"warmup": warmup, "total": total, "floor": 0.1}
     strict = [lr_multiplier(k, schedule="cosine", **settings) for k in range(total)]
     paper = [lr_multiplier(k, schedule="cosine_released", **settings) for k in range(total)]
@@ -68,7 +68,7 @@ def test_warmup_is_a_share_of_the_steps_or_a_number():
         ("embed_tokens.weight", OptimConfig(weight_decay=0.5, decay_embeddings=False), 0.0),
     ],
 )
-def test_weight_decay_of_embeddings(name, config, weight_decay):
+def test_embeddings_but_not_positions_have_weight_decay_unless_it_is_off(name, config, weight_decay):
     module = torch.nn.Module()
     outer, inner = name.split(".")
     module.add_module(outer, torch.nn.Module())

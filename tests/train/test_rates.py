@@ -129,7 +129,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("norm", EXPECTED)
-def test_the_rates_of_a_block(norm):
+def test_the_parameters_of_a_block_have_the_rates_of_their_strategy(norm):
     specs = build_all({"name": norm}, DEPTH)
     vit = build_vit(replace(SHAPE, qkv_bias=True), specs, 0, image_size=8, patch_size=4, classes=5)
     rates = rates_by_name(vit, OPTIM)

@@ -130,35 +130,45 @@ def test_table_5_has_the_settings_of_the_paper():
         assert compose(["experiments=table5_vit_s", f"row={name}"]).norm.get("position") == position
 
 
-def test_commands_on_a_run_of_images(toy, tmp_path, capsys):
+@pytest.fixture
+def seen(toy, tmp_path):
+    """The folder of a run of images of two steps, called seen."""
     words = [*toy, *VISION, f"output={tmp_path}", "name=seen", "trainer.max_steps=2", "trainer.progress=true"]
     assert main(["fit", *last_of_each(words)]) == 0
+    return tmp_path / "seen"
+
+
+def test_fit_and_evaluate_print_the_accuracy(capsys, seen):
     printed = capsys.readouterr()
-    run = tmp_path / "seen"
-    record = json.loads((run / "record.json").read_text())
+    record = json.loads((seen / "record.json").read_text())
     assert f"{record['accuracy']:.2f}" in printed.out
     assert f"accuracy {record['accuracy']:.2f}" in printed.err
-    assert main(["evaluate", str(run)]) == 0
+    assert main(["evaluate", str(seen)]) == 0
     figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(figures["val_loss"]) == pytest.approx(record["val_loss"], rel=1e-5)
     assert float(figures["accuracy"]) == pytest.approx(record["accuracy"], rel=1e-5)
     assert figures["val_images"] == "256"
+
+
+def test_commands_of_text_refuse_a_run_of_images(seen, tmp_path, capsys):
+    capsys.readouterr()
     for command in (
-        ["evaluate", run, "data.folder=x"],
-        ["generate", run, "a"],
-        ["export", run],
-        ["measure", "variance", run, "data.folder=x"],
+        ["evaluate", seen, "data.folder=x"],
+        ["generate", seen, "a"],
+        ["export", seen],
+        ["measure", "variance", seen, "data.folder=x"],
     ):
         assert main([str(word) for word in command]) == 2
-        assert capsys.readouterr().err.startswith(f"error: {run} is a run of task=vision")
+        assert capsys.readouterr().err.startswith(f"error: {seen} is a run of task=vision")
     for study, *more in (("theory",), ("prune", "blocks=1", "--output", str(tmp_path / "pruned"))):
-        assert main(["measure", study, str(run), *more]) == 2
+        assert main(["measure", study, str(seen), *more]) == 2
         assert capsys.readouterr().err.startswith("error: seen is a model of images: ")
     assert not (tmp_path / "pruned").exists()
-    assert main(["measure", "removal", str(run), "rows=6", "only=[removal,linear_replacement]"]) == 0
+
+
+def test_a_study_leaves_out_measures_that_images_do_not_have(seen, capsys):
+    assert main(["measure", "removal", str(seen), "rows=6", "only=[removal,linear_replacement]"]) == 0
     assert "linear_replacement: left out, " in capsys.readouterr().out
-    removal = json.loads((run / "measure/removal.json").read_text())
+    removal = json.loads((seen / "measure/removal.json").read_text())
     assert (removal["tokens"], len(removal["losses"])) == (6, 4)
-    assert not (run / "measure/linear_replacement.json").exists()
-    assert main(["prepare", "task=vision"]) == 2
-    assert "task=vision needs no preparation" in capsys.readouterr().err
+    assert not (seen / "measure/linear_replacement.json").exists()
