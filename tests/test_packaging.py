@@ -20,8 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 
-PIP_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-"""pip's own configuration, proxies and certificates are kept."""
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def run(*command, **options) -> str:
@@ -33,28 +32,23 @@ def run(*command, **options) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    """Skip where pip cannot get packages, judged by the one that every build of this package needs."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries=1", "hatchling>=1.25"]
-    folder = tmp_path_factory.mktemp("download")
-    done = subprocess.run(command, cwd=folder, env=PIP_ENVIRONMENT, text=True, capture_output=True)
-    if done.returncode:
-        pytest.skip(f"pip cannot get packages here: {(done.stderr.strip() or '?').splitlines()[-1]}")
+def build(*options):
+    """Build with the hatchling of this environment, which needs no network."""
+    run(sys.executable, "-m", "build", "--no-isolation", *options, ROOT, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
-def wheel(index, tmp_path_factory) -> Path:
+def wheel(tmp_path_factory) -> Path:
     """The wheel as a release makes it: built from the sdist, not from the checkout."""
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, env=PIP_ENVIRONMENT)
+    build("--outdir", folder)
     assert (folder / f"cod_lightning-{__version__}.tar.gz").is_file()
     return folder / f"cod_lightning-{__version__}-py3-none-any.whl"
 
 
 def test_the_wheel_holds_the_package_and_every_config(wheel, tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT, env=PIP_ENVIRONMENT)
+    build("--wheel", "--outdir", tmp_path)
     assert names == set(zipfile.ZipFile(tmp_path / wheel.name).namelist()), "the checkout gives another wheel"
     wanted = {f"cod_lightning/{path.relative_to(ROOT / 'src/cod_lightning')}" for path in (ROOT / "src").rglob("*.py")}
     wanted |= {"cod_lightning/py.typed", f"cod_lightning-{__version__}.dist-info/licenses/LICENSE"}
@@ -73,7 +67,7 @@ def test_the_wheel_trains_from_any_folder(wheel, tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     python = environment / "bin/python"
     (site_packages,) = environment.glob("lib/python*/site-packages")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, env=PIP_ENVIRONMENT)
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, env=ENVIRONMENT)
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 
     (elsewhere / "text.txt").write_text("The norm of a deep block grows with depth. " * 3000)
