@@ -8,6 +8,7 @@ import torch
 
 import cod_lightning as cod
 from cod_lightning.errors import UserError
+from tiny_models import tiny_decoder, tiny_llama
 
 
 @pytest.mark.parametrize("name", cod.__all__)
@@ -24,18 +25,15 @@ def test_importing_the_package_imports_neither_torch_nor_lightning():
 
 @pytest.mark.parametrize("name", ["variance", "jacobian", "angular", "removal", "importance", "sparsity"])
 def test_a_measure_takes_a_plain_model_and_one_batch(name):
-    transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape)).eval()
-    result = getattr(cod.measure, name)(model, torch.arange(24).reshape(2, 12))
+    pytest.importorskip("transformers")
+    result = getattr(cod.measure, name)(tiny_llama().eval(), torch.arange(24).reshape(2, 12))
     assert result.model == "LlamaForCausalLM"
     assert result.series()["layer"]
 
 
 def test_a_measure_uses_evaluation_mode_and_restores_the_mode():
-    transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, attention_dropout=0.5, **shape))
+    pytest.importorskip("transformers")
+    model = tiny_llama(attention_dropout=0.5)
     batch = torch.arange(24).reshape(2, 12)
     expected = cod.measure.variance(model.eval(), batch)
     assert cod.measure.variance(model.train(), batch) == expected
@@ -43,35 +41,28 @@ def test_a_measure_uses_evaluation_mode_and_restores_the_mode():
 
 
 def test_a_model_whose_layout_does_not_hold_is_refused():
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    model = tiny_llama()
 
-    class Shifted(transformers.LlamaForCausalLM):
+    class Shifted(type(model)):
         def forward(self, *arguments, **named):
             output = super().forward(*arguments, **named)
             output.logits = output.logits + torch.arange(32)
             return output
 
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model.__class__ = Shifted
     with pytest.raises(UserError, match="final norm and head do not give its logits"):
-        cod.measure.removal(Shifted(transformers.LlamaConfig(vocab_size=32, **shape)), torch.arange(12)[None])
+        cod.measure.removal(model, torch.arange(12)[None])
 
 
 def test_a_measure_takes_its_options():
-    config = cod.DecoderConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32
-    )
-    decoder = cod.build_decoder(config, cod.build_all({"name": "lns"}, 3), seed=0)
-    result = cod.measure.run_removal(decoder, [torch.arange(12)[None]], sizes=[2])
+    result = cod.measure.run_removal(tiny_decoder(), [torch.arange(12)[None]], sizes=[2])
     assert result.sizes == [2]
 
 
 def test_measures_and_their_options_take_what_a_tokenizer_returns():
-    config = cod.DecoderConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=32
-    )
-    decoder = cod.build_decoder(config, cod.build_all({"name": "lns"}, 3), seed=0)
     encoding = {"input_ids": torch.arange(24, dtype=torch.int32).reshape(2, 12)}
-    assert cod.measure.linear_replacement(decoder, encoding, fit=encoding).fit_tokens == 24
+    assert cod.measure.linear_replacement(tiny_decoder(), encoding, fit=encoding).fit_tokens == 24
 
 
 def test_an_unknown_measure_names_the_known_ones():

@@ -14,16 +14,11 @@ from cod_lightning.commands.measure_runner import Subject
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.depth_report import COMPARED, REPORTED
-from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.strategies import build_all
+from tiny_models import tiny_decoder
 
 
 def subject(norm="lns", depth=3, seed=0):
-    config = DecoderConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=depth, num_attention_heads=2, vocab_size=37
-    )
-    model = build_decoder(config, build_all({"name": norm}, depth), seed=seed).eval()
+    model = tiny_decoder(norm, depth, seed).eval()
     tokens = torch.randint(3, 37, (4, 10), generator=torch.Generator().manual_seed(0))
     return Subject(ModelAdapter(model, norm), [tokens], None, export=print, text="files: a|b.txt", config=norm)
 

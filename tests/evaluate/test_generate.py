@@ -5,17 +5,12 @@ import torch
 
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate.generate import dola_layers, dola_logits, generate
-from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.strategies import build_all
+from tiny_models import tiny_decoder
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    config = DecoderConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=9, init_std=0.5
-    )
-    return build_decoder(config, build_all({"name": "lns"}, 2), seed=0).eval()
+    return tiny_decoder(depth=2, vocab_size=9, init_std=0.5).eval()
 
 
 @torch.no_grad()

@@ -22,11 +22,9 @@ from cod_lightning.evaluate.lm_eval import (
     score_tasks,
     task_manager,
 )
-from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.load import load_run
 from cod_lightning.typed_json import read_json
+from tiny_models import tiny_decoder
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
 
@@ -40,12 +38,8 @@ def test_a_missing_harness_is_an_error(monkeypatch):
 
 def test_a_decoder_without_export_is_an_error():
     pytest.importorskip("transformers")
-    config = DecoderConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=9
-    )
-    decoder = build_decoder(config, build_all({"name": "sandwich_ln"}, 2), seed=0)
     with pytest.raises(UserError, match=r"this model has no export:\nbranch_norm=True"):
-        score_tasks(decoder, None, ("piqa",), None, max_length=8)
+        score_tasks(tiny_decoder("sandwich_ln"), None, ("piqa",), None, max_length=8)
 
 
 def test_metrics_without_a_filter_lose_the_suffix():

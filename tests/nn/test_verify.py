@@ -12,6 +12,7 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.layouts import Layout
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.verify import verify
+from tiny_models import tiny_llama
 
 TOKENS = torch.arange(12)[None]
 PLAIN = Layout("layers", norms=("norm_1", "norm_2"), sublayers=("attention", "ffn"))
@@ -232,9 +233,8 @@ def test_a_sharded_model_is_refused(shard):
 
 
 def llama():
-    transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape))
+    pytest.importorskip("transformers")
+    return tiny_llama()
 
 
 def test_an_applied_llama_passes():

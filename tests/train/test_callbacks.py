@@ -20,14 +20,12 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
 from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import unwrapped_copy
-from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import TRAINING_MEASURES, Recorder, is_figure_step
 from cod_lightning.train.load import checkpoint_of, load_decoder
 from cod_lightning.train.module import StepModule
 from cod_lightning.train.run import build
+from tiny_models import tiny_decoder
 
 DEPTH, PAD = 3, 0
 EVERY = [f"trainer.measures.{name}=4" for name in registry.MEASURES]
@@ -209,13 +207,6 @@ def test_a_measure_that_stops_to_apply_is_skipped(train, monkeypatch):
     assert record["history"]["sparsity"]["step"] == [0]
 
 
-def tiny():
-    shape = DecoderConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=DEPTH, num_attention_heads=2, vocab_size=37
-    )
-    return build_decoder(shape, build_all({"name": "lns"}, DEPTH), seed=0)
-
-
 def probe(sequences):
     tokens = torch.randint(1, 37, (sequences, 8), generator=torch.Generator().manual_seed(sequences))
     tokens[0, 5:] = PAD
@@ -236,7 +227,7 @@ def statistics_of_two_ranks(tokens):
 
         module: Any = SimpleNamespace(trainer=SimpleNamespace(global_rank=rank, world_size=2))
         share = StepModule.rank_share(module, tokens, PAD)
-        return vars(layer_statistics(tiny(), share, PAD, sum_over_ranks=total))
+        return vars(layer_statistics(tiny_decoder(), share, PAD, sum_over_ranks=total))
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, range(2)))
@@ -244,14 +235,14 @@ def statistics_of_two_ranks(tokens):
 
 @pytest.mark.parametrize("sequences", [1, 2, 5])
 def test_two_ranks_have_the_layer_statistics_of_one(sequences):
-    expected = vars(layer_statistics(tiny(), probe(sequences), PAD))
+    expected = vars(layer_statistics(tiny_decoder(), probe(sequences), PAD))
     for statistics in statistics_of_two_ranks(probe(sequences)):
         for name, values in expected.items():
             assert statistics[name] == pytest.approx(values, rel=1e-4), name
 
 
 def test_a_copy_of_an_unsharded_decoder_shares_its_weights():
-    decoder = tiny()
+    decoder = tiny_decoder()
     copy = unwrapped_copy(decoder)
     assert copy.lm_head.weight.data_ptr() == decoder.lm_head.weight.data_ptr()
     assert all(parameter.requires_grad for parameter in copy.parameters())

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.train.monitor import MONITORED
+from tiny_models import tiny_llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,9 +26,7 @@ MEASURES = ("variance", "gradient_norm", "jacobian", "angular")
 
 def build_llama(dropout=0.0):
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=32, attention_dropout=dropout, **shape)
-    return cod.apply(transformers.LlamaForCausalLM(config), "lns")
+    return cod.apply(tiny_llama(attention_dropout=dropout), "lns")
 
 
 @pytest.fixture(scope="module")
