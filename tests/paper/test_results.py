@@ -140,10 +140,10 @@ def test_an_unfinished_run_leaves_no_result(tmp_path):
 
 
 def test_hours_are_estimated_for_runs_at_the_papers_scale_only(toys):
-    assert experiments.gpu_hours(toys["lns"]) is None
+    assert experiments.row_gpu_hours(toys["lns"]) is None
     (public,) = experiment_rows(["figure5"], "paper")
-    assert experiments.gpu_hours(public) is None
-    assert 0.5 < experiments.gpu_hours(next(experiment_rows(["table7_130m"], "paper"))) < 5
+    assert experiments.row_gpu_hours(public) is None
+    assert 0.5 < experiments.row_gpu_hours(next(experiment_rows(["table7_130m"], "paper"))) < 5
 
 
 def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypatch, capsys):

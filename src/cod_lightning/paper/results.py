@@ -99,7 +99,7 @@ def load_measures(folder: Path) -> dict[str, Any]:
     measures = {}
     for path in sorted(path for path in folder.glob("*.json") if path.stem in MEASURES):
         try:
-            result: Any = from_json(MEASURES[path.stem].result_type, read_object(path))
+            result: Any = from_json(MEASURES[path.stem].result_type, read_object(path), ignore_unknown=True)
         except ValueError as error:
             raise UserError(
                 f"{path}: not a result of the measure {path.stem} ({str(error)[:80]}); remove it and measure again"
