@@ -1,13 +1,22 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
+import numpy as np
 import pytest
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.options import Positive, UpToDepth, options_of, parse_options, require_options
+from cod_lightning.measure.options import (
+    Bounds,
+    Positive,
+    UpToDepth,
+    bounded_type,
+    options_of,
+    parse_options,
+    require_options,
+)
 from cod_lightning.settings import require_choice
 
 Colour = Literal["red", "green"]
@@ -92,7 +101,7 @@ def test_a_measure_without_options_says_so():
 def bounded(
     *,
     count: Positive = 1,
-    share: Annotated[float | None, {"at_most": 1}] = None,
+    share: Annotated[float | None, Bounds(at_most=1)] = None,
     layers: UpToDepth = None,
     colour: Colour = "red",
 ) -> None: ...
@@ -104,7 +113,28 @@ def test_bounds_do_not_change_how_a_word_is_read():
     assert options == {"count": 0, "share": None, "layers": [1, 2], "colour": "green"}
 
 
-@pytest.mark.parametrize("layers", [[1, 3], (2,), range(1, 4), None])
+def test_an_optional_hint_keeps_its_bounds():
+    """Python 3.10 makes every hint with the default None optional from outside."""
+
+    def implicit(*, layers: Optional[UpToDepth] = None, share: Optional[Annotated[float, Bounds(above=0)]] = None): ...  # noqa: UP045
+
+    assert bounded_type(implicit, "layers") == (Sequence[int], Bounds(to_depth=True), True)
+    assert bounded_type(implicit, "share") == (float, Bounds(above=0), True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("count", None), ("colour", None)])
+def test_none_is_no_value_of_an_option_that_needs_one(name, value):
+    with pytest.raises(UserError, match=f"^{name}=None: give a value, or leave it out$"):
+        require_options(bounded, {name: value}, depth=3)
+
+
+def test_numbers_of_numpy_are_numbers():
+    require_options(bounded, {"count": np.int64(2), "share": np.float32(0.5), "layers": np.array([1, 2])}, depth=3)
+    with pytest.raises(UserError, match=r"^layers=\[4\]: expected 1 to 3"):
+        require_options(bounded, {"layers": np.array([4])}, depth=3)
+
+
+@pytest.mark.parametrize("layers", [[1, 3], (2,), {1, 2}, range(1, 4), None])
 def test_values_inside_their_bounds_are_accepted(layers):
     require_options(bounded, {"count": 1, "share": None, "layers": layers, "colour": "green"}, depth=3)
 

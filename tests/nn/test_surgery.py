@@ -96,19 +96,19 @@ def test_a_schedule_that_has_ended_is_dropped():
 @pytest.mark.parametrize(("before", "after"), [("silent", "pre_ln"), ("pre_ln", "silent"), ("silent", "silent")])
 def test_a_gain_of_zero_is_refused(before, after, monkeypatch):
     monkeypatch.setitem(STRATEGIES, "silent", lambda layer, depth: block(gain=0.0))
-    with pytest.raises(UserError, match=r"gain=.* \(layer 1\), which weights cannot compensate"):
+    with pytest.raises(UserError, match=r"gain=.* \(layer 1\), which weights cannot compensate for"):
         convert(trained(name=before), {"name": after})
 
 
 def test_a_scale_that_no_weight_can_compensate_is_refused(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "faint", lambda layer, depth: block(branch_scale=1e-300))
-    with pytest.raises(UserError, match="norm= changes a factor by 1e-300, which finite weights cannot"):
+    with pytest.raises(UserError, match="norm= changes a factor by 1e-300, too much for finite weights"):
         convert(trained(name="pre_ln").float(), {"name": "faint"})
 
 
 def test_a_scaled_branch_behind_a_norm_is_refused(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "damped", lambda layer, depth: block(branch_norm=True, branch_scale=layer**-0.5))
-    with pytest.raises(UserError, match=r"branch_scale=0.7.* \(layer 2\), which weights cannot compensate"):
+    with pytest.raises(UserError, match=r"branch_scale=0.7.* \(layer 2\), which weights cannot compensate for"):
         convert(trained(name="sandwich_ln"), {"name": "damped"})
 
 
@@ -116,7 +116,7 @@ def test_a_gain_that_the_skip_takes_as_well_is_refused(monkeypatch):
     for name, gain in (("plain", 1.0), ("scaled", 0.5)):
         spec = block(skip_from="pre_norm", gain=gain)
         monkeypatch.setitem(STRATEGIES, name, lambda layer, depth, spec=spec: spec)
-    with pytest.raises(UserError, match=r"gain=0.5 \(layer 1\), which weights cannot compensate"):
+    with pytest.raises(UserError, match=r"gain=0.5 \(layer 1\), which weights cannot compensate for"):
         convert(trained(name="plain"), {"name": "scaled"})
 
 
@@ -229,7 +229,7 @@ def test_predicted_blocks_have_the_factors_of_the_block_before():
         ("pre_ln", 3, "interpolate", "makes 5 to 10000"),
         ("pre_ln", 8, "lesa", "how=lesa makes 5 to 7"),
         ("post_ln", 6, "identity", "how=identity needs blocks x [+] f[(]x[)], which those of norm='post_ln' are not"),
-        ("deep_norm", 6, "stack", "skip=1.86.* which weights cannot compensate"),
+        ("deep_norm", 6, "stack", "skip=1.86.* which weights cannot compensate for"),
     ],
 )
 def test_unsupported_growth_is_refused(norm, blocks, how, message):

@@ -251,7 +251,7 @@ def test_a_family_with_another_eps_passes():
 
 @pytest.mark.parametrize("norm", ["scaled_init", "lns_learnable", "lns_as_rates"])
 def test_a_strategy_that_no_forward_pass_shows_is_refused(norm):
-    with pytest.raises(UserError, match=f"norm='{norm}' sets .*, which no forward pass shows"):
+    with pytest.raises(UserError, match=f"norm='{norm}' sets .*, which verify cannot check"):
         verify(Model(Block), norm, layout=PLAIN, inputs=TOKENS)
 
 

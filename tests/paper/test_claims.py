@@ -10,7 +10,7 @@ from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, tabl
 
 from cod_lightning.commands.terminal import reproduction_tables, show
 from cod_lightning.paper.claims import Column, Metric, by_target, columns
-from cod_lightning.paper.findings import finding_results, growth_over_blocks, quantity_rows, smaller
+from cod_lightning.paper.findings import deeper_share, finding_results, growth_over_blocks, quantity_rows, smaller
 from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE, Sample
 
 
@@ -59,6 +59,14 @@ def test_the_growth_of_the_variance_is_fitted_over_models_of_different_depth():
     (line,) = growth_over_blocks([Column((each,)) for each in tables])
     assert line.endswith("pre_ln 2.00 ± 0.00 (n = 2); lns 1.00 (n = 1).")
     assert growth_over_blocks([Column((tables[0],))]) == []
+    without_lns = replace(tables[1], rows=tables[1].rows[:1])
+    (line,) = growth_over_blocks([Column((tables[0],)), Column((without_lns,))])
+    assert line.endswith("pre_ln 2.00 ± 0.00 (n = 2).")
+
+
+def test_a_share_of_no_cost_is_not_a_number():
+    assert deeper_share([1.0, 0.2, 0.1, 0.1]) == pytest.approx(0.5)
+    assert math.isnan(deeper_share([1.0, 0.1, -0.1, 0.0]))
 
 
 def test_accuracies_have_no_such_bias_and_differ_in_points():

@@ -69,6 +69,17 @@ def test_the_verdict_lists_opposite_unsettled_and_untried_findings(experiments):
     assert "Not run: Table 9; scale=paper, mini, small." in text
 
 
+def test_a_row_that_is_opposite_at_one_size_and_unclear_at_another_holds_at_none():
+    rows = rows_at("toy")
+    small, large = (
+        table(*with_published(rows, (post_ln, 26.07, 26.73, 25.76, 27.0)), column=column, name=f"table1_{column}")
+        for column, post_ln in (("130M", 27.2), ("250M", 26.75))
+    )
+    text = verdict_on(*published_and(small, large))
+    assert "- The opposite of: post_ln loses to pre_ln (" in text
+    assert "some published sizes" not in text
+
+
 def test_the_headline_says_when_many_comparisons_make_it_insignificant():
     baseline = row("pre_ln", 20.0, *(run(seed, 5.0) for seed in (1, 2, 3)))
     lns = row("lns", 19.0, run(1, 4.9), run(2, 4.87), run(3, 4.92))
@@ -312,6 +323,14 @@ def family(target, axis, losses, **options):
         )
         for value, loss in losses.items()
     ]
+
+
+def test_settings_under_which_no_row_trained_have_no_figure():
+    stuck = [
+        replace(e, rows=(e.rows[0], replace(e.rows[1], runs=(run(1, 6.99, halfway=7.0),))))
+        for e in family("Depth", "blocks", {6: 4.9, 24: 4.6})
+    ]
+    assert along_axes([("", "blocks", [Column((e,)) for e in stuck])], []) is None
 
 
 def test_length_and_depth_come_first_once_two_settings_were_run(experiments):

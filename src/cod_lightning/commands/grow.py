@@ -18,7 +18,7 @@ how=identity    copies whose last projections are zero, so that the function sta
 how=stack       the first blocks, then the last ones again (SOLAR)
 how=interpolate every block several times in its place
 how=lesa        between the last blocks, blocks that a network predicts from their neighbours' weights (LESA)
-gains=kept      weights compensate factors that the strategy has for the new layers (the default); gains=new does not
+gains=kept      weights compensate for the strategy's factors of the new layers (the default); gains=new does not
 
   grow runs/quickstart/lns-seed1-... blocks=36 --output runs/grown
   fit init_from=runs/grown model.num_hidden_layers=36        # continues training

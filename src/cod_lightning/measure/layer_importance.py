@@ -20,7 +20,7 @@ from cod_lightning.measure.batches import (
     hidden_states,
     iter_batches,
 )
-from cod_lightning.measure.options import TO_DEPTH, Positive
+from cod_lightning.measure.options import Bounds, Positive
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.reordering import order_losses
 from cod_lightning.measure.result import Progress, Result
@@ -75,7 +75,7 @@ def block_influence(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    longest: Annotated[int | None, TO_DEPTH] = None,
+    longest: Annotated[int | None, Bounds(to_depth=True)] = None,
 ) -> BlockInfluence:
     """Average the cosine between the residual stream before and after all contiguous blocks.
 

@@ -1,12 +1,13 @@
 """Options of measures: names, types and bounds are those of the functions' keyword-only parameters.
 
-A bound stands in the hint, as `Annotated[int, {"at_least": 2}]`, with the keys of `cod_lightning.settings.BOUNDS`.
+Bounds stand in the hint, as in `Annotated[int, Bounds(at_least=2)]`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from inspect import signature
 from types import NoneType, UnionType
@@ -16,14 +17,30 @@ from cod_lightning.errors import UserError, nearest, shorten
 from cod_lightning.settings import bound_errors, choice_errors
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-Positive = Annotated[int, {"at_least": 1}]
-TO_DEPTH = {"to_depth": True}
-"""The bound of numbers of blocks, or of layers, from 1 to the depth of the model; each may be given once."""
-UpToDepth = Annotated[Sequence[int] | None, TO_DEPTH]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of a number, or of the numbers of a sequence; see `cod_lightning.settings.BOUNDS`."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    to_depth: bool = False
+    """Numbers of blocks, or of layers, from 1 to the depth of the model; each may be given once."""
+
+    def errors(self, name: str, value: Any) -> list[str]:
+        """One error for each bound that a value does not keep."""
+        bounds = {kind: bound for kind, bound in asdict(self).items() if bound is not None and kind != "to_depth"}
+        return bound_errors(name, value, bounds)
+
+
+Positive = Annotated[int, Bounds(at_least=1)]
+UpToDepth = Annotated[Sequence[int] | None, Bounds(to_depth=True)]
 
 
 def require_options(function: Callable[..., Any], options: Mapping[str, Any], depth: int) -> None:
-    """Check that options are choices, or finite and inside the bounds, of a function's hints; None is always allowed.
+    """Check that options are choices, or finite and inside the bounds, of a function's hints.
 
     Args:
         function: has the options.
@@ -33,33 +50,37 @@ def require_options(function: Callable[..., Any], options: Mapping[str, Any], de
     Raises:
         UserError: names each that is not.
     """
-    hints, errors = annotated_types(function), []
-    for name, value in options.items():
-        if value is None:
-            continue
-        kind, bounds = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name], {})
-        kind, several = without_none(kind), isinstance(value, Sequence) and not isinstance(value, str)
+    errors = []
+    for name, given in options.items():
+        kind, bounds, optional = bounded_type(function, name)
+        value = given.tolist() if hasattr(given, "tolist") else given  # numbers of NumPy and torch
+        several = isinstance(value, Iterable) and not isinstance(value, str)
         values = list(value) if several else [value]
-        if several and not values:
+        if value is None:
+            errors += [] if optional else [f"{name}=None: give a value, or leave it out"]
+        elif several and not values:
             errors.append(f"{name}=[]: give at least one")
         elif get_origin(kind) is Literal:
             errors += choice_errors(name, value, get_args(kind))
-        elif bounds == TO_DEPTH:
-            if not set(values) <= set(range(1, depth + 1)) or len(set(values)) < len(values):
+        elif bounds.to_depth:
+            if not all(each in range(1, depth + 1) for each in values) or len(set(values)) < len(values):
                 expected = f"1 to {depth}, the number of blocks" + (", each once" if several else "")
                 errors.append(f"{name}={values if several else value}: expected {expected}")
         elif isinstance(value, float) and not math.isfinite(value):
             errors.append(f"{name}={value} must be a finite number")
         else:
-            errors += bound_errors(name, values if several else value, bounds)
+            errors += bounds.errors(name, values if several else value)
     if errors:
         raise UserError("\n".join(errors))
 
 
 @cache
-def annotated_types(function: Callable[..., Any]) -> dict[str, Any]:
-    """The hints of a function with their bounds."""
-    return get_type_hints(function, include_extras=True)
+def bounded_type(function: Callable[..., Any], name: str) -> tuple[Any, Bounds, bool]:
+    """The type of a parameter without None, its bounds, and whether it may be None."""
+    hint = get_type_hints(function, include_extras=True)[name]
+    bounds = [each for kind in (hint, *get_args(hint)) for each in getattr(kind, "__metadata__", ())]
+    kind = get_type_hints(function)[name]
+    return without_none(kind), bounds[0] if bounds else Bounds(), without_none(kind) is not kind
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:

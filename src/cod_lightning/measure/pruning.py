@@ -17,7 +17,7 @@ from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import mean_loss, step_counter
 from cod_lightning.measure.block_removal import remove_blocks
-from cod_lightning.measure.options import Positive, require_options
+from cod_lightning.measure.options import Bounds, Positive, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -30,7 +30,7 @@ from cod_lightning.measure.pruned_models import (
     share_of_zeros,
 )
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.measure.weight_sparsity import Calibration, Lambda, Method, Share, Threshold
+from cod_lightning.measure.weight_sparsity import Calibration, Method, OwlLambda, Share, Threshold
 from cod_lightning.nn.apply import fold, strategy_of
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.huggingface import unsupported_features
@@ -121,15 +121,15 @@ def prune(
     blocks: int | None = None,
     replace: Replace | None = None,
     replace_steps: Positive = 500,
-    replace_lr: Annotated[float, {"above": 0}] = 3e-4,
-    sparsity: Annotated[float | None, {"at_least": 0, "at_most": 1}] = None,
+    replace_lr: Annotated[float, Bounds(above=0)] = 3e-4,
+    sparsity: Annotated[float | None, Bounds(at_least=0, at_most=1)] = None,
     allocation: Allocation | None = None,
     method: Method | None = None,
     calibration: Calibration | None = None,
     threshold: Threshold = 5.0,
-    owl_lambda: Lambda = 0.08,
+    owl_lambda: OwlLambda = 0.08,
     epsilon: Share = 0.3,
-    difference: Annotated[float | None, {"at_least": -1, "at_most": 1}] = None,
+    difference: Annotated[float | None, Bounds(at_least=-1, at_most=1)] = None,
 ) -> Pruned:
     """Write the model without some of its blocks or weights into `folder`, completely or not at all.
 
@@ -174,10 +174,10 @@ def prune(
     require_use("allocation=arithmetic", allocation == "arithmetic", difference=difference)
     if replace is not None and by != "streamline":
         raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
-    choices = {"by": by, "replace": replace, "allocation": allocation, "method": method, "calibration": calibration}
-    numbers = {"replace_steps": replace_steps, "replace_lr": replace_lr, "sparsity": sparsity, "threshold": threshold}
-    numbers |= {"owl_lambda": owl_lambda, "epsilon": epsilon, "difference": difference}
-    require_options(prune, choices | numbers, model.depth)
+    options: dict[str, Any] = {"by": by, "replace": replace, "replace_steps": replace_steps, "replace_lr": replace_lr}
+    options |= {"sparsity": sparsity, "allocation": allocation, "method": method, "calibration": calibration}
+    options |= {"threshold": threshold, "owl_lambda": owl_lambda, "epsilon": epsilon, "difference": difference}
+    require_options(prune, options, model.depth)
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))

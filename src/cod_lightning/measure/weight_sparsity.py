@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches, step_counter
+from cod_lightning.measure.options import Bounds
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
 
 Method = Literal["wanda", "magnitude"]
 Calibration = Literal["once", "sequential"]
-Share = Annotated[float, {"at_least": 0, "at_most": 1}]
-Threshold = Annotated[float, {"above": 0}]
-Lambda = Annotated[float, {"at_least": 0, "at_most": 0.5}]
+Share = Annotated[float, Bounds(at_least=0, at_most=1)]
+Threshold = Annotated[float, Bounds(above=0)]
+OwlLambda = Annotated[float, Bounds(at_least=0, at_most=0.5)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def layer_sparsity(
     *,
     sparsity: Share = 0.5,
     threshold: Threshold = 5.0,
-    owl_lambda: Lambda = 0.08,
+    owl_lambda: OwlLambda = 0.08,
     epsilon: Share = 0.3,
 ) -> LayerSparsity:
     """Compute signals and sparsities of OWL and of AlphaPruning; the latter needs no tokens.
@@ -264,14 +265,12 @@ def check_sparsities(sparsities: list[float], option: str) -> list[float]:
     """Return the sparsities of the blocks if all are in [0, 1]; `option` makes them differ.
 
     Raises:
-        UserError: names the first that is not.
+        UserError: names the block that is farthest outside.
     """
-    for layer, value in enumerate(sparsities, start=1):
-        if not 0 <= value <= 1:
-            change = "lower" if value > 1 else "raise"
-            raise UserError(
-                f"layer {layer} would lose {value:.3g} of its weights: lower {option}=, or {change} sparsity="
-            )
+    worst = max(range(len(sparsities)), key=lambda index: abs(sparsities[index] - 0.5))
+    if not 0 <= (value := sparsities[worst]) <= 1:
+        change = f"bring {option}= nearer to 0, or {'lower' if value > 1 else 'raise'} sparsity="
+        raise UserError(f"layer {worst + 1} would lose {value:.3g} of its weights: {change}")
     return sparsities
 
 

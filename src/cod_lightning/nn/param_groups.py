@@ -97,7 +97,8 @@ def param_groups(
                 f"{problem}: param_groups was called before: {remedy}; for a new model with the configuration of a "
                 f"scaled one, delete config.{SCALED}"
             )
-        by_hand = "for a new model first multiply the weights after each norm by its gain"
+        where = "of each norm" if form == "norm_weights" else "after each norm"
+        by_hand = f"for a new model first multiply the weights {where} by its gain"
         require_untrained(sublayers, problem, f"{remedy}; {by_hand}")
         change_weights(model, sublayers, specs, norm, "change")
         setattr(own_config(model), SCALED, True)

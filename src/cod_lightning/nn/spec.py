@@ -156,7 +156,7 @@ def changes(spec: SublayerSpec | BlockSpec) -> dict[str, Any]:
 
 
 FACTORS = ("gain", "branch_scale")
-"""Coefficients of a sub-layer that multiply the output of its norm or branch, which weights can compensate."""
+"""Coefficients of a sub-layer that multiply the output of its norm or branch, which weights can compensate for."""
 INITIAL = ("pre_norm_weight", "branch_norm_weight", "norm_alpha", "input_init", "output_init", "xavier")
 """Those of the initial parameters alone."""
 OPTIMIZER = ("rates", "input_rates", "norm_rates")

@@ -1,6 +1,6 @@
 """Give a trained decoder another norm strategy, or more blocks.
 
-The weights next to a constant factor compensate it: with g times the gain, a norm needs 1/g of the weights after it
+The weights next to a constant factor compensate for it: with g times the gain, a norm needs 1/g of the weights after it
 (q, k, v; gate, up); with g times the scale, a branch needs 1/g of its last projection (o; down).
 """
 
@@ -35,7 +35,7 @@ def convert(decoder: Decoder, norm: Mapping[str, Any]) -> Decoder:
         norm: `name` of the new strategy, and its options as further entries.
 
     Raises:
-        UserError: an unknown strategy, or one with coefficients that weights cannot compensate; names each of them.
+        UserError: an unknown strategy, or one with coefficients that weights cannot compensate for; names each of them.
     """
     return rebuild(decoder, norm, decoder.blocks, compensate=True)
 
@@ -59,14 +59,14 @@ def grow(
             several times in its place; "identity": copies between groups of blocks whose last projections are zero, so
             that the function stays the same (LLaMA Pro, arXiv 2401.02415); "lesa": blocks between the last ones that a
             network predicts from their neighbours (LESA, arXiv 2502.13794, see `layer_prediction`).
-        gains: where the strategy depends on the layer or depth, weights compensate the factors of the new place
+        gains: where the strategy depends on the layer or depth, weights compensate for the factors of the new place
             ("kept": every block computes what it did, and a predicted one has the factors of the block before it), or
             stay as they are ("new").
         progress: see `predict_blocks`.
 
     Raises:
         UserError: `how` or `gains` does not exist, `blocks` is out of range or does not fit into the free memory, or
-            the strategy has coefficients for the new depth that weights cannot compensate.
+            the strategy has coefficients for the new depth that weights cannot compensate for.
     """
     require_choice("how", how, How)
     require_choice("gains", gains, Gains)
@@ -119,11 +119,11 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
         decoder: has the other weights; it does not change.
         norm: the strategy.
         originals: one for each new block; they do not change.
-        compensate: let the weights compensate factors that differ.
+        compensate: let the weights compensate for factors that differ.
 
     Raises:
-        UserError: the strategy has coefficients that weights cannot compensate; names each of them. Or the schedule of
-            `decoder` has not ended.
+        UserError: the strategy has coefficients that weights cannot compensate for; names each of them. Or the schedule
+            of `decoder` has not ended.
     """
     specs = build_all(norm, len(originals))
     if problems := unfinished_schedule(decoder):
@@ -147,7 +147,7 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
 
 
 def unsupported_coefficients(originals: Sequence[Block], specs: Sequence[BlockSpec]) -> list[str]:
-    """One line for each coefficient of new specs that the weights of copied blocks cannot compensate."""
+    """One line for each coefficient of new specs that the weights of copied blocks cannot compensate for."""
     problems: dict[str, str] = {}
     for layer, (block, spec) in enumerate(zip(originals, specs, strict=True), start=1):
         pairs = [(name, getattr(block.spec, name), getattr(spec, name)) for name in BLOCK_COEFFICIENTS]
@@ -164,7 +164,7 @@ def unsupported_coefficients(originals: Sequence[Block], specs: Sequence[BlockSp
         factors = [name for name in FACTORS if name not in lost]
         for name, old, new in pairs:
             if (name not in factors and new != old) or (name in factors and 0 in (old, new)):
-                text = f"{name}={new!r} (layer {layer}), which weights cannot compensate: the model has {old!r}"
+                text = f"{name}={new!r} (layer {layer}), which weights cannot compensate for: the model has {old!r}"
                 problems.setdefault(name, text)
     return list(problems.values())
 
@@ -174,6 +174,4 @@ def divide(linear: Any, factor: float) -> None:
     if factor != 1:
         linear.weight.copy_(linear.weight.double() / factor)
         if not linear.weight.isfinite().all():
-            raise UserError(
-                f"norm= changes a factor by {factor:.3g}, which finite weights cannot compensate: use another option"
-            )
+            raise UserError(f"norm= changes a factor by {factor:.3g}, too much for finite weights: use another option")

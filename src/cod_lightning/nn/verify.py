@@ -83,7 +83,7 @@ def verify(
     section = {"name": norm, **options} if norm else strategy_of(model)
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
-    otherwise = "which no forward pass shows: verify checks gain and branch_scale only"
+    otherwise = "which verify cannot check: it measures gain and branch_scale"
     blocks = checked_specs(section, len(pre_norm_sites(model, layout)) // 2, FACTORS, otherwise)
     specs = [sublayer for block in blocks for sublayer in block.sublayers]
     require_values(model)
@@ -118,9 +118,10 @@ def check_copies(
     check(factors, norm, "")
     with WithoutDropout():
         check(measure_factors(deepcopy(original).train(), specs, layout, tokens), norm, " in training mode")
-    rounded, fresh = deepcopy(original).bfloat16().float(), leave_meta_device(original, reset)
-    check(measure_factors(rounded, specs, layout, tokens), norm, " after .to(bfloat16)")
-    check(measure_factors(fresh, specs, layout, tokens), norm, " after meta initialisation")
+    rounded = measure_factors(deepcopy(original).bfloat16().float(), specs, layout, tokens)
+    check(rounded, norm, " after .to(bfloat16)")
+    fresh = measure_factors(leave_meta_device(original, reset), specs, layout, tokens)
+    check(fresh, norm, " after meta initialisation")
     check_compiled(original, tokens, norm)
     return factors
 

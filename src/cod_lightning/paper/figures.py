@@ -207,7 +207,7 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
         panels: title, setting (a key of `AXES`) and columns of one scale each.
         paper: columns of scale=paper whose published differences are drawn at their own settings.
     """
-    panels = [panel for panel in panels if sum(bool(our_points(column)) for column in panel[2]) > 1]
+    panels = [panel for panel in panels if sum(bool(only_trained(our_points(column))) for column in panel[2]) > 1]
     if not panels:
         return None
     published = [Column((experiment,)) for column in paper for experiment in column.experiments]

@@ -95,8 +95,9 @@ def largest_share(increases: Sequence[float]) -> float:
 
 
 def deeper_share(increases: Sequence[float]) -> float:
-    """Share of the deeper half in the cost of all blocks but the first."""
-    return sum(halves(increases)[1]) / sum(increases[1:])
+    """Share of the deeper half in the cost of all blocks but the first; NaN unless they cost something together."""
+    total = sum(increases[1:])
+    return sum(halves(increases)[1]) / total if total > 0 else math.nan
 
 
 def approach_to_identity(jacobian: Mapping[str, Any]) -> float:
@@ -156,8 +157,10 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
         **LAYERS,
     },
     "Figure 5": {
-        "distance of the Jacobian from I, second layer": measure("jacobian", lambda result: result["distance"][1]),
-        "last layer": measure("jacobian", lambda result: result["distance"][-1]),
+        "median distance of the Jacobian from I, shallower half without the first layer": measure(
+            "jacobian", lambda result: half_medians(result["distance"][1:])[0]
+        ),
+        "deeper half": measure("jacobian", lambda result: half_medians(result["distance"][1:])[1]),
         "share of the diagonal in the mean Jacobian, last layer": measure(
             "jacobian_map", lambda result: diagonal_share(result["matrices"][-1])
         ),
@@ -215,9 +218,10 @@ def growth_over_blocks(columns: Sequence[Column]) -> list[str]:
     blocks = [column.first.axes["blocks"] for column in columns]
     parts = []
     for row in columns[0].rows:
-        same_row = [next(other for other in column.rows if other.name == row.name) for column in columns]
-        by_seed = [{run.seed: v for run in other.runs if (v := LAST_VARIANCE(run)) is not None} for other in same_row]
-        if len(columns) > 1 and (seeds := set.intersection(*map(set, by_seed))):
+        same_row = [other for column in columns for other in column.rows if other.name == row.name]
+        values = [{run.seed: LAST_VARIANCE(run) or math.nan for run in other.runs} for other in same_row]
+        by_seed = [{seed: value for seed, value in each.items() if math.isfinite(value)} for each in values]
+        if len(same_row) == len(columns) > 1 and (seeds := set.intersection(*map(set, by_seed))):
             powers = [growth_power(blocks, [variances[seed] for variances in by_seed]) for seed in sorted(seeds)]
             parts.append(f"{row.label} {Difference.of(powers).format('.2f', '.2f')} (n = {len(powers)})")
     head = "p of variance ~ L^p after the last of L blocks (95 %; at least 1 by Lemmas 3.2 and 4.1)"

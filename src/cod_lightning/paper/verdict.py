@@ -10,7 +10,7 @@ from pathlib import Path
 from cod_lightning.page import render
 from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, columns
 from cod_lightning.paper.findings import ClaimResult, finding_results
-from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNLIKE, Difference, holm
+from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR, UNLIKE, Difference, holm
 from cod_lightning.paper.tables import join
 
 JUDGED = (SAME, OPPOSITE, NOISE)
@@ -103,7 +103,7 @@ class ScaleSummary:
                 by_key.setdefault(claim.key, []).append(claim)
         grouped: dict[str, list[ClaimResult]] = {name: [] for name in (*JUDGED, MIXED, NO_VERDICT)}
         for claims in by_key.values():
-            first, *others = [claim for claim in claims if claim.direction != UNLIKE] or claims
+            first, *others = [claim for claim in claims if claim.direction not in (UNLIKE, UNCLEAR)] or claims
             same = all(claim.direction == first.direction for claim in others)
             direction = first.direction if first.direction in JUDGED else NO_VERDICT
             grouped[direction if same else MIXED].append(first)

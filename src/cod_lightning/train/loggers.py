@@ -105,7 +105,7 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that distinguish runs."""
     fields = {name: config[name] for name in ("seed", "protocol", "init_from")}
     fields |= {"max_steps": config["trainer"]["max_steps"]}
-    for section in ("norm", "model", "optim", "data"):
+    for section in ("norm", "model", "optim", "data", *(["images"] if config["task"] == "vision" else [])):
         fields |= {f"{section}.{key}": value for key, value in config[section].items()}
     return fields
 
