@@ -124,26 +124,12 @@ MEASURES: dict[str, Measure] = {
         first_sequences=EXPENSIVE,
         is_map=True,
     ),
-    "angular": Measure(
-        "angular",
-        "angular_distances:angular_distance",
-        ("distance",),
-        is_map=True,
-    ),
+    "angular": Measure("angular", "angular_distances:angular_distance", ("distance",), is_map=True),
     "removal": Measure("removal", "ablation:removal", ("delta_loss",), needs_targets=True),
     "run_removal": Measure(
-        "removal",
-        "ablation:run_removal",
-        ("delta_loss_1", "delta_loss_2", "delta_loss_4"),
-        needs_targets=True,
+        "removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4"), needs_targets=True
     ),
-    "longest_run": Measure(
-        "removal",
-        "run_search:longest_run",
-        ("removable",),
-        is_map=True,
-        needs_targets=True,
-    ),
+    "longest_run": Measure("removal", "run_search:longest_run", ("removable",), is_map=True, needs_targets=True),
     "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True, least_blocks=2),
     "linear_replacement": Measure(
         "removal",
@@ -165,12 +151,7 @@ MEASURES: dict[str, Measure] = {
         "sublayers:contribution",
         ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block_cosine"),
     ),
-    "influence": Measure(
-        "influence",
-        "layer_importance:block_influence",
-        ("influence",),
-        is_map=True,
-    ),
+    "influence": Measure("influence", "layer_importance:block_influence", ("influence",), is_map=True),
     "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js"), needs_targets=True),
     "importance": Measure(
         "influence",
