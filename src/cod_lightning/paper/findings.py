@@ -157,7 +157,7 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
         **LAYERS,
     },
     "Figure 5": {
-        "median distance of the Jacobian from I, shallower half without the first layer": measure(
+        "median of |J - I| / sqrt(d) (Frobenius), shallower half without the first layer": measure(
             "jacobian", lambda result: half_medians(result["distance"][1:])[0]
         ),
         "deeper half": measure("jacobian", lambda result: half_medians(result["distance"][1:])[1]),
@@ -224,7 +224,7 @@ def growth_over_blocks(columns: Sequence[Column]) -> list[str]:
         if len(same_row) == len(columns) > 1 and (seeds := set.intersection(*map(set, by_seed))):
             powers = [growth_power(blocks, [variances[seed] for variances in by_seed]) for seed in sorted(seeds)]
             parts.append(f"{row.label} {Difference.of(powers).format('.2f', '.2f')} (n = {len(powers)})")
-    head = "p of variance ~ L^p after the last of L blocks (95 %; at least 1 by Lemmas 3.2 and 4.1)"
+    head = "Exponent p of variance ~ L^p after the last of L blocks (95 % interval; by Lemmas 3.2 and 4.1 at least 1)"
     return [f"{head}: {'; '.join(parts)}."] if parts else []
 
 

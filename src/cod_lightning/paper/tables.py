@@ -187,7 +187,7 @@ def figure_tables(column: Column, significant: Keys = ()) -> list[Table]:
     quantities = Table(["mean ± sd", *quantities_of(column), "n"], quantity_rows(column))
     rows = []
     for result in finding_results(column):
-        difference = format_difference(result.difference, "+.3g", ".2g", result.key in significant)
+        difference = format_difference(result.difference, "+.3g", ".3g", result.key in significant)
         rows.append([result.statement, difference, str(result.difference.n), str(result.direction)])
     head = ["the paper's finding", "ours, positive if it holds (95 %)", "n", "direction"]
     return [table for table in (quantities, Table(head, rows, (0, 3))) if table.rows]
@@ -200,11 +200,11 @@ def tuned_strategies_table(tuned: Sequence[Tuned]) -> Table:
         losses = list(best.losses.values())
         loss = Sample.of(losses).format(".3f", ".3f") if all(map(math.isfinite, losses)) else "diverged"
         difference = format_difference(best.difference, "+.3f", ".3f") if best.difference else ""
-        good = f"{', '.join(best.good)} of {len(best.rates)}"
+        good = f"{', '.join(best.good)} ({len(best.good)} of {len(best.rates)})"
         rate = f"{best.rate} ({best.edge})" if best.edge else best.rate
         rows.append([best.row.label, rate, loss, str(len(best.losses)), difference, good])
     head = ["row", "best rate", "loss, mean ± sd", "n", "difference to Pre-LN at its best, nats (95 %)"]
-    return Table([*head, f"within {GOOD_RATE} nats of its best"], rows, (0, 1, 5))
+    return Table([*head, f"rates within {GOOD_RATE} nats of its best"], rows, (0, 1, 5))
 
 
 # Missing runs --------------------------------------------------------------------------------------------------------

@@ -86,10 +86,10 @@ class ScaleSummary:
     def significant_labels(self) -> list[str]:
         """The first label of each of these tests, with its column if another test has the same label."""
         first = {claim.key: claim for claim in reversed(self.claims) if claim.key in self.significant}
-        labels = [claim.label.removeprefix("+ ") for claim in first.values()]
+        tests = [label for label, _ in {(claim.label, claim.key) for claim in self.claims}]
         return [
-            f"{label} ({claim.column})" if labels.count(label) > 1 else label
-            for label, claim in reversed([*zip(labels, first.values(), strict=True)])
+            claim.label.removeprefix("+ ") + (f" ({claim.column})" if tests.count(claim.label) > 1 else "")
+            for claim in reversed(first.values())
         ]
 
     @cached_property
