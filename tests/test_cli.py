@@ -164,7 +164,7 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
     transformers = pytest.importorskip("transformers")
     folder, _ = finished
     model, imported = tmp_path / "model", tmp_path / "imported"
-    process = call_ok("export", folder, "--output", model)
+    process = run_ok("export", folder, "--output", model)
     assert process.stdout.strip() == str(model)
     assert process.stderr == ""
     decoder, tokenizer = decoder_of(folder)
@@ -345,17 +345,17 @@ def test_experiments_takes_a_prefix_as_reproduce_does(capsys):
     assert all(word in shown for word in ("table2_250m", "table2_1b"))
 
 
-def test_prepare_merges_shards_into_the_set_that_prepare_would_write(toy, tmp_path, capsys):
+def test_prepare_merges_shards_into_the_set_that_prepare_would_write(toy, tmp_path, capfd):
     words = last_of_each(["prepare", *toy, f"data.root={tmp_path}"])
     for shard in ("shard=1/2", "shard=0/2"):
         assert main([*words, shard]) == 0
     assert main([*words, "merge=2"]) == 0
-    first, second, folder = capsys.readouterr().out.split()
+    first, second, folder = capfd.readouterr().out.split()
     assert Path(folder).parent == tmp_path
     assert (Path(folder) / "manifest.json").is_file()
     assert (first, second) == (f"{folder}.parts-2/1", f"{folder}.parts-2/0")
     assert main(words) == 0
-    assert capsys.readouterr().out.split() == [folder]
+    assert capfd.readouterr().out.split() == [folder]
 
 
 @pytest.mark.usefixtures("commands_in_process")
@@ -404,6 +404,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_resume(toy, tmp_path, send_signal
     process = call("fit", *toy, f"output={tmp_path}", "name=stopped", "eval.every=100")
     assert process.returncode == 130, process.stderr
     assert process.stderr.endswith("interrupted at step 4; checkpoint saved\nrun the same command again to resume\n")
+    assert "Traceback" not in process.stderr
     assert (tmp_path / "stopped/checkpoints/step-00000004.ckpt").is_file()
 
 

@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from cod_lightning.cli import main
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import Stopped
 from cod_lightning.signals import PARENT, STOP_SIGNALS, stopping
@@ -221,3 +223,14 @@ def test_output_that_is_no_utf8_and_a_kill_are_reported(tmp_path, monkeypatch, c
     with CommandPool(2) as pool:
         assert pool.run_command([], "run") == 137
     assert "[run] caf\ufffd" in capsys.readouterr().err
+
+
+def test_jobs_is_the_number_of_runs_at_the_same_time(monkeypatch, tmp_path):
+    together = threading.Barrier(2)
+
+    def run_command(pool, words, label):
+        together.wait(60)
+        return 1
+
+    monkeypatch.setattr(CommandPool, "run_command", run_command)
+    assert main(["fit", "-m", "-j", "2", "seed=1,2", f"output={tmp_path}"]) == 1

@@ -161,7 +161,7 @@ def pairs(model, batch):
 
 
 @pytest.mark.usefixtures("exact")
-def test_exact_statistics_agree_with_torch(torch_jacobians):
+def test_jacobians_of_sampled_tokens_agree_with_torch(torch_jacobians):
     model, batch, jacobians = torch_jacobians
     result = jacobian(model, [batch], tokens=4)
     for layer, whole in enumerate(jacobians):

@@ -45,7 +45,7 @@ def test_a_measure_of_next_tokens_refuses_bert(causal_lm, name):
 
 @every_measure
 @pytest.mark.usefixtures("without_images")
-def test_the_result_of_every_measure_is_saved(causal_lm, name, tmp_path):
+def test_the_result_of_every_measure_is_saved_and_its_figure_laid_out(causal_lm, name, tmp_path):
     result = MEASURES[name](causal_lm("ours", depth=3), BATCHES, PAD, None)
     assert all(path.stat().st_size for path in result.save(tmp_path, name))
 

@@ -1,7 +1,5 @@
 """The decoder with Triton norms: compiled, sharded, with activation checkpointing, and under autocast."""
 
-import itertools
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -63,10 +61,8 @@ def largest_error(results, exact):
 COVERING = covering_strategies(ignore=(*INITIAL, *OPTIMIZER))
 
 
-@pytest.mark.parametrize(
-    ("norm", "kind"),
-    [pytest.param(norm, kind, id=label(norm)) for norm, kind in zip(COVERING, itertools.cycle(["rms", "layer"]))],
-)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("norm", COVERING, ids=label)
 def test_strategies_of_all_coefficients_err_with_triton_as_little_as_with_the_reference(norm, kind, monkeypatch):
     fused = loss_and_gradients(build("triton", options=norm, norm=kind))
     use_the_reference(monkeypatch)

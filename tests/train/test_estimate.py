@@ -396,7 +396,7 @@ def test_precision_follows_the_hardware():
 
 def test_measuring_this_machine_keeps_the_number_of_threads():
     threads = torch.get_num_threads()
-    assert module.matmul_rate("cpu", torch.float32, size=64, threads=threads + 1) > 0
+    module.matmul_rate("cpu", torch.float32, size=64, threads=threads + 1)
     assert torch.get_num_threads() == threads
 
 

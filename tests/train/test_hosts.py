@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cod_lightning.train.checkpoint import checkpoints, step_of
+from cod_lightning.train.checkpoint import checkpoints, read_checkpoint, step_of
 from command_words import last_of_each
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def start(host, rank, words, log):
         return subprocess.Popen(process, env=os.environ | environment, stdout=out, stderr=out)
 
 
-def test_a_lost_host_stops_the_other(hosts, toy, tmp_path, wait_for):
+def test_a_lost_host_stops_the_other_with_a_whole_checkpoint(hosts, toy, tmp_path, wait_for):
     words = [*toy, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
     words += ["trainer.stats_every=0", "data.micro_batch_size=4", "eval.every=1000", "trainer.checkpoint_every=10"]
     words += ["trainer.max_steps=1000", "trainer.progress=true", f"trainer.timeout={RANK_TIMEOUT}"]
@@ -73,4 +73,5 @@ def test_a_lost_host_stops_the_other(hosts, toy, tmp_path, wait_for):
         for process in both:
             process.kill()
             process.wait()
-    assert step_of(checkpoints(tmp_path / "both" / "checkpoints")[-1]) >= 10
+    saved = checkpoints(tmp_path / "both" / "checkpoints")[-1]
+    assert read_checkpoint(saved)["global_step"] == step_of(saved) >= 10

@@ -493,10 +493,12 @@ def test_other_optimizer_groups_are_refused_under_fsdp(train, plain, tmp_path):
     state = checkpoint["optimizer_states"][0]
     state["param_groups"] = [state["param_groups"][0] | {"params": list(state["state"])}]
     torch.save(checkpoint, path)
-    # Lightning sets LOCAL_RANK.
-    with mock.patch.dict(os.environ), pytest.raises(UserError, match=r"optimizer groups of \["):
-        train("data.micro_batch_size=4", *world("fsdp", 1), "name=run")
-    torch.distributed.destroy_process_group()
+    try:
+        # Lightning sets LOCAL_RANK, which later tests must not see.
+        with mock.patch.dict(os.environ), pytest.raises(UserError, match=r"optimizer groups of \["):
+            train("data.micro_batch_size=4", *world("fsdp", 1), "name=run")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_ranks_with_different_checkpoints_do_not_start(toy, plain, tmp_path):
