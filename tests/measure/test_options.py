@@ -1,7 +1,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -116,7 +116,7 @@ def test_bounds_do_not_change_how_a_word_is_read():
 def test_an_optional_hint_keeps_its_bounds():
     """Python 3.10 makes every hint with the default None optional from outside."""
 
-    def implicit(*, layers: Optional[UpToDepth] = None, share: Optional[Annotated[float, Bounds(above=0)]] = None): ...  # noqa: UP045
+    def implicit(*, layers: UpToDepth | None = None, share: Annotated[float, Bounds(above=0)] | None = None): ...
 
     assert bounded_type(implicit, "layers") == (Sequence[int], Bounds(to_depth=True), True)
     assert bounded_type(implicit, "share") == (float, Bounds(above=0), True)
