@@ -647,6 +647,16 @@ def test_a_pretrained_model_agrees_or_disagrees_with_a_figure():
     assert pretrained_model_lines("Figure 7", [REAL]) == []
 
 
+@pytest.mark.parametrize(("error", "direction"), [(0.01, "Opposite to the paper"), (0.1, "Within two standard errors")])
+def test_a_difference_within_its_errors_has_no_sign(error, direction):
+    jacobian = REAL.results["jacobian"] | {"errors": dict.fromkeys(("distance", "largest_singular_value"), [error] * 4)}
+    (line,) = pretrained_model_lines("Figure 5", [replace(REAL, results=REAL.results | {"jacobian": jacobian})])
+    numbers = (
+        f"median distance of the Jacobian from I 0.2 ± {error} in the shallower half, 0.25 ± {error} in the deeper"
+    )
+    assert f"{direction} (Jacobians approach I with depth): {numbers}" in line
+
+
 def test_pretrained_models_stand_behind_our_runs():
     markdown = build_report(figure_experiments("Figure 5"), models=[REAL]).markdown
     after = markdown.index("### Figure 5: pretrained models")

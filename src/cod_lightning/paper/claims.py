@@ -216,12 +216,14 @@ class Experiment:
         An accuracy of ours that the paper does not have is compared with the paper's average.
         """
         entries, usual = self.paper.get("rows", {}), self.paper.get("evaluation_batches")
-        counts = [entries.get(row.name, {}).get("evaluation_batches", usual) for row in self.rows]
+        counts = [
+            entries.get(row.name, {}).get("evaluation_batches", usual) if metric.lower_is_better else None
+            for row in self.rows
+        ]
         is_ours = metric.name == "accuracy" and not any(metric.name in row.published for row in self.rows)
         values = [row.published.get("average" if is_ours else metric.name) for row in self.rows]
-        biased = metric.lower_is_better
         unbiased = [
-            metric.unbiased(value, count) if value and count and biased else None
+            metric.unbiased(value, count) if value and count else None
             for value, count in zip(values, counts, strict=True)
         ]
         best = [corrected or value for value, corrected in zip(values, unbiased, strict=True)]

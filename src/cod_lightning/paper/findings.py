@@ -115,11 +115,6 @@ def diagonal_share(matrix: Sequence[Sequence[float]]) -> float:
     return float(np.linalg.norm(np.diag(array)) / np.linalg.norm(array))
 
 
-def power_of_blocks(theory: Mapping[str, Any]) -> float:
-    """p of variance ~ l^p from block l = 1 on, without the embeddings."""
-    return growth(theory["variances"][1:]).power
-
-
 def final_loss(run: Run) -> float | None:
     return run.record.get("val_loss")
 
@@ -171,7 +166,9 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
             "theory", lambda result: result["growth"]["power"]
         ),
         "its R^2": measure("theory", lambda result: result["growth"]["power_r2"]),
-        "p without the embeddings, from block l = 1 on": measure("theory", power_of_blocks),
+        "p without the embeddings, from block l = 1 on": measure(
+            "theory", lambda result: growth(result["variances"][1:]).power
+        ),
         "c of the lemma, fitted": measure("theory", lambda result: result["c"]),
         "gain of the first layer": measure("theory", lambda result: result["gains"][0]),
         "gain to the last layer / to the first": GAIN_RATIO,

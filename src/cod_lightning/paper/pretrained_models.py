@@ -41,6 +41,8 @@ class Contrast:
     numbers: Callable[[Any], tuple[float, float]]
     """The number of the shallower half of the blocks, and of the deeper half."""
     unit: str
+    errors: Callable[[Any], tuple[float, float]] | None = None
+    """Standard errors of the numbers; of a median at most that of a median block."""
 
 
 CONTRASTS = {
@@ -64,6 +66,7 @@ CONTRASTS = {
             "jacobian",
             lambda result: half_medians(result["distance"][1:]),
             "median distance of the Jacobian from I",
+            lambda result: half_medians(result["errors"]["distance"][1:]),
         ),
     ),
 }
@@ -113,11 +116,15 @@ def pretrained_model_lines(target: str, models: Sequence[PretrainedModel]) -> li
 
 
 def contrast_sentence(contrast: Contrast, results: Mapping[str, Any]) -> str:
-    shallow, deep = contrast.numbers(results[contrast.measure])
+    result = results[contrast.measure]
+    shallow, deep = contrast.numbers(result)
+    of_shallow, of_deep = contrast.errors(result) if contrast.errors is not None else (None, None)
     direction = "As in the paper" if deep < shallow else "Opposite to the paper"
     if not math.isfinite(deep - shallow):
         direction = "No comparison"
+    if abs(deep - shallow) < 2 * math.hypot(of_shallow or 0, of_deep or 0):
+        direction = "Within two standard errors"
     return (
-        f"{direction} ({contrast.finding}): {contrast.unit} {number(shallow)} in the shallower half, "
-        f"{number(deep)} in the deeper half."
+        f"{direction} ({contrast.finding}): {contrast.unit} {number(shallow, of_shallow)} in the shallower half, "
+        f"{number(deep, of_deep)} in the deeper half."
     )
