@@ -1,12 +1,14 @@
-"""The decoder with Triton norms: compiled, sharded, with activation checkpointing, and under autocast."""
+"""The decoder with Triton norms: compiled, sharded, with activation checkpointing, under autocast and in training."""
+
+import socket
 
 import pytest
 import torch
+import torch.multiprocessing
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.kernels.norm import add_norm
 from cod_lightning.kernels.reference import reference_add_norm
 from cod_lightning.nn import norms
 from cod_lightning.nn.config import DecoderConfig
@@ -129,30 +131,68 @@ def test_all_blocks_need_two_compilations_without_a_graph_break(backend, name, o
 
 @compiles
 @pytest.mark.slow
-def test_inductor_compiles_triton_norms(tmp_path, monkeypatch):
+def test_inductor_compiles_blocks_with_triton_norms(tmp_path, monkeypatch):
     # The cache of a processor with other instructions gives wrong results.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((18, 32), (32,), (18, 32))
-    x, weight, branch = (torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes)
-
-    def norm(x, weight, branch):
-        stream, y = add_norm(x, weight, branch, kind="layer", backend="triton")
-        return stream.sin() + y.sin()
-
-    results = []
-    for function in (norm, torch.compile(norm, fullgraph=True)):
-        output = function(x, weight, branch)
-        results.append([output.detach(), *torch.autograd.grad(output.square().sum(), [x, weight, branch])])
-    assert_equal(*results)
+    decoder = build("triton", depth=1, norm="layer")
+    expected = loss_and_gradients(decoder)
+    for block in decoder.blocks:
+        block.compile(fullgraph=True)
+    assert_equal(loss_and_gradients(decoder), expected)
 
 
-def test_a_decoder_sharded_by_fsdp2_equals_a_plain_one(shard):
+def shard(rank, port, folder):
+    """A rank of a sharded model; the first one saves what it computed."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
     decoder = build("triton", norm="layer")
-    shard(decoder, decoder.blocks)
-    batch = tokens()
+    for block in decoder.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(decoder, mesh=mesh)
+    batch = tokens()[rank : rank + 1]
     loss = decoder(batch, next_tokens(batch)).total
     loss.backward()
     gradients = [parameter.grad.full_tensor() for parameter in decoder.parameters()]
-    assert_equal([loss.detach(), *gradients], loss_and_gradients(build("triton", norm="layer")))
+    torch.distributed.all_reduce(total := loss.detach().clone())
+    if rank == 0:
+        torch.save([total, *gradients], folder / "gradients.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_of_fsdp2_equal_one_process(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(shard, (port, tmp_path), nprocs=2)
+    total, *gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    expected = loss_and_gradients(build("triton", norm="layer"))
+    # FSDP averages the gradients over the ranks.
+    assert_equal([total, *(2 * gradient for gradient in gradients)], expected)
+
+
+def test_training_stays_within_the_error_of_the_reference(monkeypatch):
+    def curve(backend, dtype=torch.float32):
+        decoder = build(backend).to(dtype)
+        optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+        generator, losses = torch.Generator().manual_seed(1), []
+        for _ in range(16):
+            start = torch.randint(VOCABULARY, (4, 1), generator=generator)
+            batch = (start + 7 * torch.arange(12)) % VOCABULARY
+            loss_sums = decoder(batch, next_tokens(batch))
+            loss = loss_sums.total / loss_sums.counts.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses, dtype=torch.float64)
+
+    triton = curve("triton")
+    use_the_reference(monkeypatch)
+    exact, plain = curve("torch", torch.float64), curve("torch")
+    assert exact[-1] < 0.95 * exact[0]
+    assert (triton - exact).abs().max() <= 4 * (plain - exact).abs().max()
