@@ -24,7 +24,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.huggingface import unsupported_features
 from cod_lightning.nn.strategies import LNS_POSITIONS, STRATEGIES, build_all
-from cod_lightning.train.estimate import GPUS, estimate, gpu_hours
+from cod_lightning.train.estimate import GPUS, estimate
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -246,40 +246,27 @@ def rows_of(width):
         yield name, *cells[1:]
 
 
-every_column = pytest.mark.parametrize("all_columns", [False, pytest.param(True, marks=pytest.mark.extended)])
-"""By default a row of a table is checked in one column, another one for each row."""
-
-
-def columns(number, all_columns):
-    """The numbers of the columns of a row that are checked."""
-    return range(len(COLUMNS)) if all_columns else [number % len(COLUMNS)]
-
-
 def needs(words, strategy, gpus, checkpointing, hardware="h100"):
     return estimate(composed(*words), strategy=strategy, gpus=gpus, checkpointing=checkpointing, hardware=hardware)
 
 
-@every_column
-def test_the_table_of_memory_is_what_estimate_says(all_columns, monkeypatch):
+def test_the_table_of_memory_is_what_estimate_says(monkeypatch):
     monkeypatch.setitem(GPUS, "h100", replace(GPUS["h100"], memory=0))  # no search for the largest micro-batch
     rows = list(rows_of(7))
     assert len(rows) == 10
-    for number, (name, size, *figures) in enumerate(rows):
+    for name, size, *figures in rows:
         words = [f"experiments={name}", f"data.micro_batch_size={size}"]
-        for i in columns(number, all_columns):
-            assert f"{needs(words, *COLUMNS[i]).memory.total / 1e9:.1f}" == figures[i], (name, size, COLUMNS[i])
+        assert [f"{needs(words, *column).memory.total / 1e9:.1f}" for column in COLUMNS] == figures, (name, size)
 
 
-@every_column
-def test_the_table_of_micro_batches_is_what_estimate_says(all_columns):
+def test_the_table_of_micro_batches_is_what_estimate_says():
     rows = list(rows_of(8))
     assert len(rows) == 12
-    for number, (name, hardware, *figures, hours) in enumerate(rows):
+    for name, hardware, *figures, hours in rows:
         words = [f"experiments={name}", "data.micro_batch_size=1"]
-        for i in columns(number, all_columns):
-            largest = needs(words, *COLUMNS[i], hardware.lower()).max_micro_batch_size
-            assert str(largest) == figures[i], (name, hardware, COLUMNS[i])
-        assert f"{gpu_hours(composed(*words), hardware.lower()):.1f}" == hours
+        found = [needs(words, *column, hardware.lower()) for column in COLUMNS]
+        assert [str(one.max_micro_batch_size) for one in found] == figures, (name, hardware)
+        assert f"{found[0].gpu_hours:.1f}" == hours
 
 
 def anchors(text):

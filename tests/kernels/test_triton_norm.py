@@ -92,9 +92,7 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")]
 
 
 @pytest.mark.parametrize(("rows", "width"), [*SIZES, *(pytest.param(*size, marks=GPU) for size in LARGE)])
-def test_errors_stay_within_those_of_plain_operations(rows, width, monkeypatch):
-    if width == 4096 and DEVICE == "cpu":  # the interpreter runs one program after the other
-        monkeypatch.setattr(triton_norm, "COLUMNS", 256)
+def test_errors_stay_within_those_of_plain_operations(rows, width):
     for dtype, kind, branched in itertools.product(DTYPES, ("rms", "layer"), (False, True)):
         tensors = draw(rows, width, dtype, branched=branched)
         settings = {"kind": kind, "eps": 1e-5, "gain": 7**-0.5}
@@ -333,7 +331,7 @@ def test_a_cpu_without_the_interpreter_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("archs", "widths", "kinds"),
     [
-        (("90",), ("4096",), ("layer",)),
+        (("90",), ("4096",), ("rms", "layer")),
         pytest.param(("80", "90"), ("768", "1024", "2048", "4096"), ("rms", "layer"), marks=pytest.mark.extended),
         pytest.param(("80", "90"), ("768", "4096"), BOUNDED, marks=pytest.mark.extended),
     ],
@@ -344,5 +342,4 @@ def test_kernels_compile_for_gpus_and_do_not_spill(archs, widths, kinds):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    kernels = sum(3 if kind in BOUNDED else 6 for kind in kinds)
-    assert all(run.stdout.count(f"sm_{arch}") >= kernels * len(widths) for arch in archs)
+    assert all(run.stdout.count(f"sm_{arch}") >= 9 * len(widths) for arch in archs)

@@ -339,13 +339,7 @@ def test_gpu_hours_are_those_of_the_estimate(name):
     assert module.gpu_hours(composed(experiment)) == pytest.approx(estimated(experiment).gpu_hours)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name.startswith(("table", "figure1_7b")) else pytest.mark.extended)
-        for name in choices("experiments")
-    ],
-)
+@pytest.mark.parametrize("name", choices("experiments"))
 def test_every_experiment_has_an_estimate_and_every_table_fits_one_gpu(name):
     result = estimated(f"experiments={name}")
     fits = result.memory.total <= result.device_memory == 80e9
@@ -392,6 +386,12 @@ def test_precision_follows_the_hardware():
     assert estimated("experiments=quickstart", hardware="cpu").precision == "32-true"
     slow, fast = (estimated(f"trainer.precision={p}", hardware="h100").hours for p in ("32-true", "bf16-true"))
     assert slow / fast == pytest.approx(989.4 / 66.9)
+
+
+def test_the_memory_and_speed_of_this_machine_are_in_bytes_and_operations():
+    memory, rate = module.device("cpu", "32-true")
+    assert memory > 2**28
+    assert rate > 1e8
 
 
 def test_measuring_this_machine_keeps_the_number_of_threads():

@@ -1,12 +1,13 @@
 """Two hosts, simulated by network namespaces."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from cod_lightning.train.checkpoint import checkpoints, read_checkpoint, step_of
+from cod_lightning.train.checkpoint import checkpoints
 from command_words import last_of_each
 
 pytestmark = pytest.mark.slow
@@ -57,13 +58,18 @@ def start(host, rank, words, log):
         return subprocess.Popen(process, env=os.environ | environment, stdout=out, stderr=out)
 
 
-def test_a_lost_host_stops_the_other_with_a_whole_checkpoint(hosts, toy, tmp_path, wait_for):
-    words = [*toy, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
-    words += ["trainer.stats_every=0", "data.micro_batch_size=4", "eval.every=1000", "trainer.checkpoint_every=10"]
-    words += ["trainer.max_steps=1000", "trainer.progress=true", f"trainer.timeout={RANK_TIMEOUT}"]
-    words += [f"output={tmp_path}", "name=both"]
+def test_a_lost_host_stops_the_other_and_both_resume(hosts, toy, train, tmp_path, wait_for):
+    words = ["trainer.max_steps=30", "data.micro_batch_size=4", "eval.every=15", "trainer.checkpoint_every=10"]
+    words += ["trainer.stats_every=0"]
+    alone, _ = train(*words, "name=alone")
+    words = [*toy, *words, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+    words += [f"output={tmp_path}", "name=both", f"trainer.timeout={RANK_TIMEOUT}", "trainer.progress=true"]
     logs = [tmp_path / "log0", tmp_path / "log1"]
-    both = [start(*each, words, log) for *each, log in zip(hosts, range(2), logs, strict=True)]
+
+    def start_both():
+        return [start(host, rank, words, log) for rank, (host, log) in enumerate(zip(hosts, logs, strict=True))]
+
+    both = start_both()
     try:
         wait_for(lambda: "step     12/" in logs[0].read_text(), both[0], logs[0])
         assert ip("-n", hosts[1], "link", "set", hosts[1], "down").returncode == 0
@@ -73,5 +79,11 @@ def test_a_lost_host_stops_the_other_with_a_whole_checkpoint(hosts, toy, tmp_pat
         for process in both:
             process.kill()
             process.wait()
-    saved = checkpoints(tmp_path / "both" / "checkpoints")[-1]
-    assert read_checkpoint(saved)["global_step"] == step_of(saved) >= 10
+    assert 10 <= int(checkpoints(tmp_path / "both" / "checkpoints")[-1].stem.removeprefix("step-")) < 30
+    assert ip("-n", hosts[1], "link", "set", hosts[1], "up").returncode == 0
+    again = start_both()
+    assert [process.wait(TIMEOUT) for process in again] == [0, 0], logs[0].read_text()
+    record = json.loads((tmp_path / "both" / "record.json").read_text())
+    assert record["world_size"] == 2
+    assert record["history"]["train"]["loss"] == pytest.approx(alone["history"]["train"]["loss"], rel=1e-4)
+    assert record["history"]["train"]["step"] == list(range(1, 31))
