@@ -226,6 +226,13 @@ def shard(folder, first="a.safetensors", second="b.safetensors"):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+@pytest.mark.parametrize("outside", ["../outside.safetensors", "{parent}/outside.safetensors"])
+def test_an_index_names_files_of_its_folder_alone(folder, outside):
+    shard(folder, second=outside.format(parent=folder.parent))
+    with pytest.raises(UserError, match=r"index\.json: .*outside\.safetensors leads out of the folder"):
+        load_checkpoint(folder)
+
+
 def to_bin(folder):
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

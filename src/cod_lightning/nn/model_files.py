@@ -126,6 +126,8 @@ def read_weights(source: Source) -> dict[str, Tensor]:
         files = []
         index = read_json(listed, WeightIndex, damage(listed), ignore_unknown=True)
         for shard in sorted(set(index.weight_map.values())):
+            if Path(shard).name != shard:
+                raise UserError(f"{listed}: {shard} leads out of the folder: name a file of the folder")
             path = find_file(source, shard)
             if path is None:
                 raise UserError(f"{source.name}: {shard} is missing, which {listed.name} lists: copy all shards")
