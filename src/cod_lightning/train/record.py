@@ -49,14 +49,14 @@ def package_version(name: str) -> str | None:
 
 def git_commit() -> str | None:
     """The commit of this package's checkout, with "+changes" if files differ; None outside of a checkout."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(cod_lightning.__file__).resolve().parent
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        if not git("ls-files", Path(__file__).name):
+        if not git("ls-files", "__init__.py"):
             return None
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
