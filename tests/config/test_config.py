@@ -409,6 +409,17 @@ def test_a_run_whose_tokenizer_was_moved_has_its_own_copy(tmp_path):
     assert load(folder, ["data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
 
 
+def test_a_run_whose_source_was_moved_has_its_own_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = create_run_folder(compose(["output=runs", "name=source"]))
+    (source / "tokenizer").mkdir()
+    words = ["output=runs", "name=run", f"init_from={source}", f"data.tokenizer={source}/tokenizer"]
+    folder = create_run_folder(compose(words))
+    assert load(folder).data.tokenizer == f"{source}/tokenizer"
+    source.rename("elsewhere")
+    assert load(folder).data.tokenizer == str(folder.absolute() / "tokenizer")
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

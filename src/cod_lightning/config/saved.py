@@ -27,7 +27,7 @@ from cod_lightning.config.compose import (
     parse,
 )
 from cod_lightning.config.groups import FAST_LOADER, groups
-from cod_lightning.config.schema import TOKENIZER, Config, flatten, identity, identity_fields
+from cod_lightning.config.schema import TOKENIZER, Config, flatten, identity, identity_fields, run_folder_of
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import DAMAGED, UserError, no_permission, one_line
 from cod_lightning.files import read_regular, write_atomic
@@ -37,7 +37,7 @@ CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
 REMEDY = "restore it from a copy; record.json of a finished run holds the same values, under config"
 """The end of an error about a damaged one."""
-SECTIONS = {"model", "norm", "data", "optim", "eval", "trainer", "paper", "scales"}
+REQUIRED_SECTIONS = {"model", "norm", "data", "optim", "eval", "trainer", "paper", "scales"}
 """Sections that every version writes; `scales` is the last one."""
 
 
@@ -109,7 +109,7 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
             raise ValueError("YAML aliases (*) are not supported: write the value")  # few of them expand to any size
         values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         node = with_defaults(values)
-        if isinstance(values, dict) and (missing := sorted(SECTIONS.difference(values))):
+        if isinstance(values, dict) and (missing := sorted(REQUIRED_SECTIONS.difference(values))):
             raise ValueError(f"truncated, it lacks {', '.join(missing)}")
         return node, as_config(node)
 
@@ -146,7 +146,8 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     """
     path = folder / CONFIG
     node, saved = read(folder)
-    if Path(saved.data.tokenizer).is_absolute() and not Path(saved.data.tokenizer).exists():
+    tokenizer, source = Path(saved.data.tokenizer), saved.init_from and run_folder_of(Path(saved.init_from))
+    if (tokenizer.is_absolute() or (source and tokenizer.is_relative_to(source))) and not tokenizer.exists():
         node.data.tokenizer = str((folder / TOKENIZER).absolute())  # this run, or that of `init_from`, was moved
     words = parse(overrides)
     forget_text(node, words)
