@@ -188,6 +188,30 @@ def test_a_resumed_training_does_not_measure_its_first_step_again(llama):
         assert [row["step"] for row in state.log_history] == logged
 
 
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch")
+def test_a_resumed_accumulation_does_not_measure_its_first_step_again(llama, tmp_path):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options = {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
+    measured = []
+    for steps, resumed in ((2, None), (4, tmp_path / "last.ckpt")):
+        trainer = pl.Trainer(
+            logger=CSVLogger(tmp_path, version=steps),
+            callbacks=[monitor(["variance"])],
+            max_steps=steps,
+            **options,
+            **quiet,
+        )
+        trainer.fit(Module(deepcopy(llama).train()), DataLoader([SEQUENCE] * 8), ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        logged = csv.DictReader((Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines())
+        measured.append([int(row["step"]) for row in logged])
+    assert measured == [[0, 2], [4]]
+
+
+def test_the_measures_may_be_a_generator():
+    assert cod.DepthMonitor(PROBE, measures=(name for name in MEASURES)).measures == MEASURES
+
+
 def test_a_compiled_model_is_monitored(llama):
     compiled = torch.compile(deepcopy(llama), backend="eager")
     assert monitor(["variance"]).step(compiled, 0) == monitor(["variance"]).step(llama, 0)

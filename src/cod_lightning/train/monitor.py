@@ -59,9 +59,10 @@ class DepthMonitor(Callback):
             raise UserError(f"every={every!r} must be an integer of at least 1")
         if isinstance(measures, str) or not isinstance(measures, Iterable):
             raise UserError(f"measures={measures!r}: expected a list of names, such as ['variance']")
+        measures = tuple(measures)
         if unknown := [name for name in measures if name not in MONITORED]:
             raise UserError(f"measures: {unknown[0]!r} is not a measure: {nearest(unknown[0], MONITORED)}")
-        self.probe, self.every, self.measures, self.pad_id = probe, every, tuple(measures), pad_id
+        self.probe, self.every, self.measures, self.pad_id = probe, every, measures, pad_id
         self.last_step = -1
         self.is_checked = False
 
@@ -100,6 +101,7 @@ class DepthMonitor(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step == 0:  # a resumed training has measured its step before it saved the checkpoint
             self.record(trainer, pl_module)
+        self.last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.record(trainer, pl_module)
@@ -152,7 +154,7 @@ def registered(name: str) -> Callable[[ModelAdapter, Tensor, int | None], Series
     """A measure of the registry as a function of a monitor."""
 
     def measure(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
-        result = TRAINING_MEASURES[name](model, [tokens], pad_id, lambda done, total: None)
+        result = TRAINING_MEASURES[name](model, [tokens], pad_id, None)
         series = MEASURES[name].recorded(result)
         return {column if column == "layer" else f"{name}_{column}": values for column, values in series.items()}
 
@@ -164,4 +166,4 @@ MONITORED: dict[str, Callable[[ModelAdapter, Tensor, int | None], Series]] = {
     "variance": variance,
     "gradient_norm": gradient_norm,
 }
-"""What a `DepthMonitor` measures, by name."""
+"""The measures of a `DepthMonitor`, by name."""
