@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from cod_lightning.commands.fit import lock_folder
+from cod_lightning.commands.options import load_run_config
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
@@ -30,7 +32,7 @@ from cod_lightning.train.devices import precision
 from cod_lightning.train.load import load_run
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule
-from cod_lightning.train.record import read_record
+from cod_lightning.train.record import git_commit, read_record
 from cod_lightning.train.run import build, evaluate, fit, probes, vocab_size
 
 QUIET = "trainer.stats_every=0"
@@ -292,8 +294,34 @@ def test_the_cpu_memory_of_a_gpu_run_holds_the_moments_with_offload_only(toy, tm
     monkeypatch.setattr("cod_lightning.memory.LIMITS", [str(limit)])
     monkeypatch.setattr("cod_lightning.train.memory.accelerator", lambda settings: "cuda")
     check_memory(config)
+    limit.write_text(f"{config.num_parameters(1)}\n")
+    check_memory(config)  # each shard is built on its GPU
     with pytest.raises(UserError, match="out of memory"):
         check_memory(replace(config, trainer=replace(config.trainer, offload=True)))
+
+
+def test_a_record_names_the_commit_and_any_change_of_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "src" / "cod_lightning"
+    (package / "nn").mkdir(parents=True)
+    for name in ("__init__.py", "nn/decoder.py"):
+        (package / name).touch()
+
+    def git(*words):
+        author = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        return subprocess.run(
+            ["git", "-C", tmp_path, *author, *words], check=True, capture_output=True, text=True
+        ).stdout
+
+    monkeypatch.setattr("cod_lightning.__file__", str(package / "__init__.py"))
+    git("init")
+    assert git_commit() is None  # as an installed package inside of another repository
+    git("add", "src")
+    git("commit", "-m", "package")
+    commit = git("rev-parse", "HEAD").strip()
+    (tmp_path / "README.md").write_text("not of the package")
+    assert git_commit() == commit
+    (package / "nn" / "decoder.py").write_text("changed = True\n")
+    assert git_commit() == f"{commit}+changes"
 
 
 def test_emulated_bfloat16_is_not_used(monkeypatch):
@@ -359,8 +387,13 @@ def test_more_tokens_than_the_data_has_need_repeat(train):
         train("data.repeat=false", "trainer.max_steps=100000")
 
 
-def test_enough_text_needs_no_repetition(train):
-    assert train("data.repeat=false", "trainer.max_steps=2")[0]["steps"] == 2
+def test_enough_text_needs_no_repetition(train, tmp_path):
+    record, folder = train("data.repeat=false", "trainer.max_steps=2")
+    assert record["steps"] == 2
+    # To evaluate on less text repeats nothing either.
+    (tmp_path / "less.jsonl").write_text('{"text": "Short words of another text, of which there is less."}\n' * 20)
+    words = [f"data.files={tmp_path}/less.jsonl", "data.val_every=2"]
+    assert evaluate(load_run_config(folder, words, False, "evaluate"), last(folder))["val_tokens"] < 500
 
 
 def test_numbers_that_are_not_finite_are_null_in_a_record(train, monkeypatch):

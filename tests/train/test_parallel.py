@@ -54,6 +54,7 @@ def on_two_ranks(folder, entries):
     process = [sys.executable, *launcher, str(Path(__file__).with_name("train_runs.py")), str(listed)]
     done = subprocess.run(process, env=environment(), capture_output=True, text=True, timeout=2 * TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "GLOBAL_RANK" not in done.stderr  # Lightning's message of every rank
 
 
 def start(words, log, **variables):

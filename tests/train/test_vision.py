@@ -15,6 +15,7 @@ from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.train.callbacks import TRAINING_MEASURES
+from cod_lightning.train.loggers import layout
 from cod_lightning.train.run import build
 from command_words import last_of_each
 
@@ -51,6 +52,11 @@ def test_a_run_learns_to_classify_drawn_images(train_images):
         logits = module.vit(torch.stack([image for image, _, _ in samples]))
     assert record["val_loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-5)
     assert record["accuracy"] == pytest.approx(100 * (logits.argmax(-1) == labels).double().mean().item(), rel=1e-6)
+
+
+def test_the_first_charts_are_loss_and_accuracy():
+    config = compose(VISION)
+    assert layout(config.task, config.trainer)["loss"]["accuracy"] == ["Multiline", ["val/accuracy"]]
 
 
 def test_a_run_resumed_from_its_newest_checkpoint_is_bit_identical(train_images, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_run, some_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_file
@@ -18,8 +19,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(run: Path, checkpoint: str, output: Path | None) -> int:
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
     from cod_lightning.train.load import checkpoint_of

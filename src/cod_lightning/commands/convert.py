@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.import_ import read_pretrained
 from cod_lightning.commands.options import add_model, compose_norm, is_run, require_path, some_path
 
@@ -52,8 +53,6 @@ def read_trained(
     Raises:
         UserError: there is no such model, or `output` is not a new folder.
     """
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     from cod_lightning.config.saved import load
     from cod_lightning.files import check_new_folder

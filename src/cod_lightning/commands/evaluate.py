@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import (
     add_overrides,
     add_run,
@@ -56,15 +57,13 @@ def run(
         return score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit require tasks=")
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
-    from cod_lightning.config.schema import COUNTS, is_shown
+    from cod_lightning.config.schema import COUNTS, PROTOCOLS, is_shown
     from cod_lightning.train.load import checkpoint_of
     from cod_lightning.train.run import evaluate
 
     protocol = options.get("protocol", config.protocol)
-    require_choice("protocol", protocol, ("paper", "strict"))
+    require_choice("protocol", protocol, PROTOCOLS)
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
     if rank:
         sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints the results\n")
@@ -89,8 +88,6 @@ def score_run(
         check_writable(run, "the run folder ")
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
     manager = task_manager(names, task_folder)
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     from cod_lightning.train.devices import accelerator
     from cod_lightning.train.load import checkpoint_of, load_decoder

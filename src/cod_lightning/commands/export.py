@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_run, add_trust_code, require_at_least, some_path
 from cod_lightning.errors import UserError
 
@@ -34,8 +35,6 @@ def run(
 
     config = load(run, trust_code=trust_code)
     check_max_length(max_length, config)
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     import torch
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
 from cod_lightning.commands.processes import CommandPool, sweep_labels
 from cod_lightning.errors import Diverged, UserError, os_message
@@ -62,7 +63,7 @@ def run(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
 
 
 def train_run(config: Config) -> tuple[dict[str, Any], Path]:
-    """Train a run unless it is finished; nothing is written before everything is checked.
+    """Train a run unless it is finished; nothing but a lock beside its folder is written before everything is checked.
 
     Returns:
         Its record and its folder.
@@ -83,8 +84,6 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
         for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
             print(f"warning: {warning}", file=sys.stderr)
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     from cod_lightning.train.loggers import check_loggers
     from cod_lightning.train.record import read_record, write_failure

@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_run, add_trust_code, require_text
 from cod_lightning.errors import UserError
 
@@ -55,8 +56,6 @@ def run(
     ):
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name}={value} must lie between {least} and {most}")
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     from cod_lightning.evaluate.generate import generate
     from cod_lightning.train.load import checkpoint_of, load_decoder

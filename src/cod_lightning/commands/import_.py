@@ -6,6 +6,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import is_run, require_model, some_path
 from cod_lightning.errors import UserError
 
@@ -24,8 +25,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(model: str, output: Path) -> int:
     """Import weights, shape and tokenizer; all other settings get their defaults."""
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     from cod_lightning.files import check_new_folder
     from cod_lightning.train.load import write_run

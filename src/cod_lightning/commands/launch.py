@@ -38,7 +38,7 @@ SLURM = """\
 {directives}
 
 # Slurm may signal this script too; catch the signals so that it waits for the ranks, which save a checkpoint.
-trap : TERM HUP USR1 USR2
+trap : {signals}
 {srun} {command}
 status=$?
 # A requeued job resumes from the last checkpoint. Status {try_again}: interrupted by a signal, or a rank is gone. 134:
@@ -147,7 +147,7 @@ def seconds_of(time: str) -> float:
 
 
 def slurm_script(
-    config: Config, overrides: Sequence[str], *, signal: str = "TERM", grace: int = 300, **options: str | int | None
+    config: Config, overrides: Sequence[str], *, signal: str, grace: int, **options: str | int | None
 ) -> str:
     """A script for `sbatch`: one task per rank, a signal before the time limit, and a requeue after an interruption.
 
@@ -175,6 +175,7 @@ def slurm_script(
     return SLURM.format(
         directives="\n".join([*directives, "#SBATCH --requeue"]),
         srun="srun" if cpus is None else f"srun --cpus-per-task={cpus}",  # srun does not inherit that of sbatch
+        signals=" ".join(SIGNALS),
         command=command,
         try_again=TRY_AGAIN,
         most_restarts=MOST_RESTARTS,

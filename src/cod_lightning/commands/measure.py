@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import (
     TEXT_CHOICES,
     add_checkpoint,
     add_trust_code,
+    is_model,
     is_run,
     load_run_config,
     refuse_unread,
@@ -82,8 +84,6 @@ def run(
         require_path(model)
     if (checkpoint != "last" or trust_code) and not any(is_run(Path(model)) for model in models):
         raise UserError("--checkpoint and --trust-code apply to runs, not to pretrained models: leave them out")
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     options, overrides = split_options([word for word in words if not is_model(word)], study)
     for name, flag in (("rows", rows), ("output", output)):
@@ -141,12 +141,6 @@ def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
 def name_of(model: Path) -> str:
     """The name of a model's folder or file, also of . and .."""
     return Path(os.path.abspath(model)).name
-
-
-def is_model(word: str) -> bool:
-    """Whether a word names a model and is not key=value; paths of models may hold =, as in sweeps/lr=0.1."""
-    key, equals, _ = word.partition("=")
-    return not equals or os.sep in key or os.path.exists(word)
 
 
 def open_subject(

@@ -20,7 +20,7 @@ from cod_lightning.commands.measure_runner import Subject, with_progress
 from cod_lightning.commands.terminal import format_duration
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
-from cod_lightning.measure.batches import first_sequences, token_mask
+from cod_lightning.measure.batches import first_sequences
 from cod_lightning.measure.depth_page import report_page
 from cod_lightning.measure.depth_report import headline
 from cod_lightning.measure.registry import MEASURES
@@ -104,10 +104,7 @@ def measure_parts(
 
     Before it starts it prints the expected cost of each part.
     """
-    chosen = {
-        each: {option: value for option, value in options.items() if option in MEASURES[each].options}
-        for each in measures
-    }
+    chosen = {each: MEASURES[each].own(options) for each in measures}
     for each in measures:
         MEASURES[each].check_options(subject.model, options)
     identity = subject_identity(subject)
@@ -168,12 +165,11 @@ def tokens_sha256(subject: Subject) -> str:
 
 def text_of(subject: Subject) -> dict[str, Any]:
     """The measured text, for the page."""
-    tokens = sum(int(token_mask(subject.model, batch, subject.pad_id).sum()) for batch in subject.batches)
     return {
         "source": subject.text,
         "sha256": tokens_sha256(subject),
         "sequences": sum(map(len, subject.batches)),
-        "tokens": tokens,
+        "tokens": subject.tokens,
     }
 
 

@@ -43,9 +43,14 @@ class Subject:
     export: Export | None
     """Writes a model of this kind and its tokenizer for `transformers`; None for models of images."""
     text: str = ""
-    """Where the sequences come from."""
+    """Source of the sequences."""
     config: str = ""
-    """What defines the model besides its weights, and the text."""
+    """Definition of the model besides its weights, and of the text."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of measured tokens."""
+        return sum(int(token_mask(self.model, batch, self.pad_id).sum()) for batch in self.batches)
 
     def require_next_token(self, command: str) -> None:
         if self.export is None:
@@ -136,7 +141,7 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
 
 
 def data_source(config: Config) -> str:
-    """Where the held-out text comes from, such as "files: texts/*.txt"."""
+    """The source of the held-out text, such as "files: texts/*.txt"."""
     files = patterns(config.data.val_files or config.data.files)
     return config.data.folder or ": ".join([config.data.source, *([", ".join(files)] if files else [])])
 
@@ -150,8 +155,7 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
         UserError: a measure fails, no measure applies to the model, or the folder cannot be written to.
     """
     names = measures_of(study, subject.model.hidden, options.get("only", ()))
-    tokens = sum(int(token_mask(subject.model, batch, subject.pad_id).sum()) for batch in subject.batches)
-    skipped = {name: reason for name in names if (reason := MEASURES[name].why_not(subject.model, tokens))}
+    skipped = {name: reason for name in names if (reason := MEASURES[name].why_not(subject.model, subject.tokens))}
     if len(skipped) == len(names):
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         images = " is a model of images" if subject.export is None else ""
@@ -180,9 +184,7 @@ def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> Non
 
 def run_measure(name: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> Any:
     """Take one measure and save its result."""
-    known = MEASURES[name].options
-    own = {option: value for option, value in options.items() if option in known}
-    result = with_progress(name, MEASURES[name], subject, own)
+    result = with_progress(name, MEASURES[name], subject, MEASURES[name].own(options))
     result.save(folder, name)
     return result
 

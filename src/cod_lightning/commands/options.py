@@ -50,7 +50,7 @@ READS = {
 """
 
 TEXT_CHOICES = ("data", "trainer", "experiments", "scale", "protocol")
-"""The groups of which a command with a pretrained model takes a choice: they set text or device, or may do so."""
+"""The groups of which a command with a pretrained model takes a choice: they may set the text or the device."""
 
 
 def add_overrides(parser: ArgumentParser) -> None:
@@ -102,6 +102,12 @@ def add_results(parser: ArgumentParser) -> None:
     parser.add_argument("--results", type=some_path, help="folder of the records (default: experiments/results)")
 
 
+def is_model(word: str) -> bool:
+    """Whether a word names a model and is not key=value; paths of models may hold =, as in sweeps/lr=0.1."""
+    key, equals, _ = word.partition("=")
+    return not equals or os.sep in key or os.path.exists(word)
+
+
 def refuse_repeated(words: Sequence[str]) -> None:
     """Check that no key of the words of a command is given twice, also as +key; paths may hold = themselves.
 
@@ -110,10 +116,9 @@ def refuse_repeated(words: Sequence[str]) -> None:
     """
     values: dict[str, str] = {}
     for word in words:
-        key, equals, value = word.partition("=")
-        key = key.lstrip("+")
-        if not equals or os.sep in key or os.path.exists(word):
+        if is_model(word):
             continue
+        key, _, value = word.lstrip("+").partition("=")
         if key in values:
             raise UserError(f"{key}={values[key]} and {key}={value} are both given: keep one")
         values[key] = value

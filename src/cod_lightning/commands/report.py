@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_results, some_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
@@ -36,8 +37,6 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
     check_writable(output, "--output=")
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     results = results or RESULTS
     ended = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import (
     TEXT_CHOICES,
     add_jobs,
@@ -59,8 +60,6 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     rows = list(experiment_rows(names, options.get("scale", "paper"), overrides))
     if "row" in options:
         rows = select_rows(rows, options["row"].split(","))
-    from cod_lightning._torchmetrics import import_torchmetrics
-
     import_torchmetrics()
     results = results or RESULTS
     tasks = remaining_tasks(rows, range(1, seeds + 1), results)

@@ -23,7 +23,7 @@ class Line:
 
     label: str
     records: list[Record]
-    """Of the runs that finished."""
+    """The runs that finished."""
     failed: int
 
     @property

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_model, compose_norm, is_run, require_model, require_path
 
 HELP = (
@@ -32,9 +34,7 @@ def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str])
     from cod_lightning.nn.verify import verify
 
     factors = verify(network, norm.pop("name", None), **norm)
-    rows = [
-        {key: getattr(factor, key) for key in ("layer", "part", "name", "expected", "measured")} for factor in factors
-    ]
+    rows = list(map(asdict, factors))
     show(result_table(f"{model}: every factor holds", rows, len(rows)))
     return 0
 
@@ -43,8 +43,6 @@ def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
     """The decoder of a run folder, with its strategy where `verify` looks for it, or a model of `transformers`."""
     require_path(model)
     if is_run(model):
-        from cod_lightning._torchmetrics import import_torchmetrics
-
         import_torchmetrics()
         from cod_lightning.config.saved import load
         from cod_lightning.nn.apply import CONFIG_KEY

@@ -179,7 +179,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
     if scales:
         errors += replaced_choices(merge_files(config_folder(), files), node, words)
-    rows = [str(o.value()) for o in words if o.key_or_group == "row" and o.value() is not None]
+    rows = [str(o.value()) for o in words if o.key_or_group == "row" and not unsupported(o) and o.value() is not None]
     if rows:
         errors += apply_overrides(node, row_overrides(node, rows[-1]))
         if any(o.key_or_group == "norm" for o in words):

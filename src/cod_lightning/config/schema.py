@@ -93,6 +93,8 @@ class EvalConfig:
 PROBE_ROWS = 8
 """The default of `trainer.probe_rows`."""
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+CHECKPOINTING = ("none", "selective", "full")
+PROTOCOLS = ("paper", "strict")
 
 
 @dataclass
@@ -115,7 +117,7 @@ class TrainerConfig:
     """With `fsdp`: shard within a node, and replicate across nodes."""
     offload: bool = setting(False, runtime=True)
     """With `fsdp`: keep parameters and optimizer state in CPU memory."""
-    checkpointing: str = setting("none", runtime=True, choices=("none", "selective", "full"))
+    checkpointing: str = setting("none", runtime=True, choices=CHECKPOINTING)
     """Activations recomputed in the backward pass: `none`; `selective`: all but the outputs of matrix products and
     attention; `full`: all of a block but its input."""
     compile: bool | None = setting(None, runtime=True)
@@ -157,7 +159,7 @@ class Config:
     """Row of the experiment; None: determined from the settings (`row_of`)."""
     task: str = setting("language", choices=("language", "vision"))
     """`language`: a decoder on `data`; `vision`: a Vision Transformer on `images` (Table 5)."""
-    protocol: str = setting("strict", choices=("paper", "strict"))
+    protocol: str = setting("strict", choices=PROTOCOLS)
     """Training and evaluation procedure of the settings: `paper` or `strict`."""
     init_from: str | None = None
     """Initial weights: a run folder (its last checkpoint; same `model` and `norm`) or a .ckpt file. The tokenizer of

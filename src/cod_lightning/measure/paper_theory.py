@@ -343,7 +343,12 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float]) -> list[float]:
 
 
 def measured_theory(
-    model: ModelAdapter, batches: Sequence[Tensor], pad_id: int | None, progress: Progress, *, lns: bool | None = None
+    model: ModelAdapter,
+    batches: Sequence[Tensor],
+    pad_id: int | None,
+    progress: Progress | None,
+    *,
+    lns: bool | None = None,
 ) -> Theory:
     """Measure variances and gradient growth, and compare them with the paper's lemma and theorem.
 

@@ -80,8 +80,11 @@ class Measure:
         Raises:
             UserError: names each that is not a choice, or out of range for the model.
         """
-        own = {name: value for name, value in options.items() if name in self.options}
-        require_options(self.measure, own, model.depth)
+        require_options(self.measure, self.own(options), model.depth)
+
+    def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `options` that it has."""
+        return {name: value for name, value in options.items() if name in self.options}
 
     def recorded(self, result: Any) -> dict[str, list[Any]]:
         """The series of a result that a training run records."""

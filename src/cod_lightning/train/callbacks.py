@@ -138,8 +138,6 @@ class Recorder(Callback):
             self.add(trainer, "train", **outputs, tokens_per_second=rate)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.last_validation == trainer.global_step:
-            return
         metrics = trainer.callback_metrics
         self.add(
             trainer, "val", **{name: float(metrics[name]) for name in (*METRIC_FORMATS, *COUNTS) if name in metrics}
@@ -284,7 +282,7 @@ class MeasureCallback(ProbeCallback):
         size = pl_module.micro_batch_size
         batches = [self.probe[first : first + size] for first in range(0, len(self.probe), size)]
         try:
-            result = TRAINING_MEASURES[self.name](model, batches, pl_module.pad_id, lambda done, total: None)
+            result = TRAINING_MEASURES[self.name](model, batches, pl_module.pad_id, None)
         except UserError as error:
             if trainer.global_step == 0:
                 raise UserError(f"trainer.measures.{self.name}: {error}") from error

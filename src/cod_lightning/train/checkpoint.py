@@ -105,8 +105,12 @@ def write_error(write: Callable[[], object], path: Path) -> str | None:
 
 
 RESUMED = {
-    **{"pytorch-lightning_version": str, "global_step": int, "loops": dict, "callbacks": dict},
-    **{"optimizer_states": list, "lr_schedulers": list},
+    "pytorch-lightning_version": str,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
 }
 """Entries that Lightning needs to resume, besides the weights, and their types; no list or text is empty."""
 
@@ -123,7 +127,7 @@ def read_resumable(path: Path) -> dict[str, Any]:
             f"{path}: holds weights, but not {missing[0]}, which a run needs to resume: remove the file, or start "
             f"another run with init_from={path}"
         )
-    for name, kind in {**RESUMED, "TokenDataModule": dict}.items():
+    for name, kind in {**RESUMED, "TokenDataModule": dict, "ImageDataModule": dict}.items():
         value = checkpoint.get(name)
         if name in checkpoint and not (isinstance(value, kind) and (value or kind is int)):
             error = ValueError(f"{name}: expected {kind.__name__}, not empty, got {short_repr(value)}")
@@ -398,7 +402,7 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-        self.validated = state_dict.get("validated", self.validated)
+        self.validated = state_dict["validated"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cod_lightning.config.schema import Config
+from cod_lightning.config.schema import CHECKPOINTING, Config
 from cod_lightning.data.config import DataConfig
 from cod_lightning.errors import UserError
 from cod_lightning.memory import host_memory
@@ -19,7 +19,8 @@ from cod_lightning.settings import choice_errors
 from cod_lightning.train.cost import Architecture, Memory, training_flops
 
 STRATEGIES = ("single", "ddp", "fsdp")
-CHECKPOINTING = ("none", "selective", "full")
+MFU = 0.4
+"""Model FLOPs utilisation that is assumed, as no run has measured it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def estimate(
     config: Config,
     *,
     hardware: str = "h100",
-    mfu: float = 0.4,
+    mfu: float = MFU,
     gpus: int | None = None,
     strategy: str | None = None,
     checkpointing: str | None = None,
@@ -190,14 +191,14 @@ def argument_errors(
     return errors
 
 
-def gpu_hours(config: Config, hardware: str = "h100", mfu: float = 0.4) -> float:
-    """GPU-hours of a run in the precision that it has on CUDA; as in `estimate`, without its memory."""
+def gpu_hours(config: Config) -> float:
+    """GPU-hours of a run in the precision that it has on CUDA; `estimate` with its defaults, without the memory."""
     architecture, trainer = Architecture.of(config), config.trainer
     if errors := architecture.errors(config):
         raise UserError("\n".join(errors))
     precision = trainer.auto_cuda if trainer.precision == "auto" else trainer.precision
     flops = trainer.max_steps * config.data.batch_size * training_flops(architecture)
-    return flops / (device(hardware, precision)[1] * mfu) / 3600
+    return flops / (device("h100", precision)[1] * MFU) / 3600
 
 
 def largest_batch(memory: Callable[[int], Memory], limit: int) -> int:

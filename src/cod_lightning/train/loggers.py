@@ -110,14 +110,14 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def log_layout(trainer: Trainer, settings: TrainerConfig) -> None:
+def log_layout(trainer: Trainer, config: Config) -> None:
     """Give TensorBoard's Custom Scalars tab the losses first, then one chart a measure with all of its layers."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_custom_scalars(layout(settings))
+            logger.experiment.add_custom_scalars(layout(config.task, config.trainer))
 
 
-def layout(settings: TrainerConfig) -> dict[str, dict[str, list[Any]]]:
+def layout(task: str, settings: TrainerConfig) -> dict[str, dict[str, list[Any]]]:
     """Groups of charts by name, as `SummaryWriter.add_custom_scalars` takes them."""
     groups: dict[str, list[str]] = {}
     if settings.stats_every:
@@ -125,7 +125,8 @@ def layout(settings: TrainerConfig) -> dict[str, dict[str, list[Any]]]:
     for name, every in settings.measures.items():
         if every:
             groups[name] = [f"{name}_{column}" for column in MEASURES[name].series if column != "layer"]
-    losses = {"loss": ["Multiline", ["Loss/train", "Loss/val"]], "perplexity": ["Multiline", ["val/ppl"]]}
+    metric, tag = ("accuracy", "val/accuracy") if task == "vision" else ("perplexity", "val/ppl")
+    losses = {"loss": ["Multiline", ["Loss/train", "Loss/val"]], metric: ["Multiline", [tag]]}
     return {"loss": losses} | {
         group: {chart: ["Multiline", [f"^{chart}/layer_"]] for chart in charts} for group, charts in groups.items()
     }

@@ -12,19 +12,20 @@ def check_memory(config: Config) -> None:
     """Check the least memory that training takes, before any is allocated; `estimate` predicts what it really takes.
 
     On a CPU these are weights, gradients, Adam's two moments, and the input of every block; with a GPU, only the
-    weights, which the CPU initialises, or with `trainer.offload` all but the inputs.
+    weights, which the CPU initialises, and with FSDP not even these; with `trainer.offload` all but the inputs.
 
     Raises:
         UserError: this machine has less.
     """
     settings, data = config.trainer, config.data
-    ranks = 1 if settings.strategy == "fsdp" else settings.devices
-    nodes = settings.num_nodes if settings.strategy == "fsdp" and not settings.hybrid else 1
-    cpu = accelerator(settings) == "cpu"
+    fsdp, cpu = settings.strategy == "fsdp", accelerator(settings) == "cpu"
+    ranks = 1 if fsdp else settings.devices
+    nodes = settings.num_nodes if fsdp and not settings.hybrid else 1
     trained = cpu or settings.offload
+    copies = 4 if trained else 0 if fsdp else 1  # FSDP builds its shards on the GPU
     weight = 2 if trained and precision(settings) == "bf16-true" else 4
     parameters, length = config.num_parameters(vocab_size=1), config.sequence_length
-    model = parameters * weight * (4 if trained else 1) * ranks // nodes
+    model = parameters * weight * copies * ranks // nodes
     blocks = config.model.num_hidden_layers * config.model.hidden_size * data.micro_batch_size * length * weight
     batch = 8 * data.batch_size * length // settings.num_nodes
     needed = model + batch + (blocks * settings.devices if cpu else 0)

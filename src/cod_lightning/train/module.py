@@ -36,7 +36,7 @@ from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
 from cod_lightning.train.devices import precision
 from cod_lightning.train.load import StartingWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
-from cod_lightning.train.strategy import Sharded, backend
+from cod_lightning.train.strategy import Sharded, compile_backend
 
 ADVICE = "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
 
@@ -60,8 +60,6 @@ class StepModule(LightningModule, ABC):
         """The padding token, None if there is no padding."""
         self.initial_weights: StartingWeights | None = None
         """Weights that replace the random initialisation."""
-        self.first_step = 0
-        """The step of the initial weights, from which `branch_schedule` continues."""
         self.origin: dict[str, Any] | None = None
         """The entry `init_from` of a checkpoint and a record: path and step of the initial weights."""
         self.stop_signal: int | None = None
@@ -131,16 +129,16 @@ class StepModule(LightningModule, ABC):
             return
         device = torch.device("cpu")
         settings = self.config.trainer
-        wrapping: dict[str, Any] = {"checkpointing": settings.checkpointing, "backend": backend(settings)}
+        wrapping: dict[str, Any] = {"checkpointing": settings.checkpointing, "backend": compile_backend(settings)}
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, Sharded):
             wrapping |= strategy.sharding()
             device = strategy.parameter_device
         self.build(device, partial(parallelise, **wrapping))
-        if self.initial_weights is not None:
-            load_weights(self.network, self.initial_weights.weights, self.initial_weights.checkpoint)
-            self.origin, self.initial_weights = self.initial_weights.origin, None
-        set_step(self.network, self.first_step)
+        if (initial := self.initial_weights) is not None:
+            load_weights(self.network, initial.weights, initial.checkpoint)
+            self.origin, self.initial_weights = initial.origin, None
+        set_step(self.network, 0 if initial is None else initial.step)
 
     @property
     def built(self) -> bool:
@@ -191,7 +189,7 @@ class StepModule(LightningModule, ABC):
         # One wait for the device serves both.
         value, norm_value = torch.stack([total, norm.to(total)]).tolist()
         if not math.isfinite(value):
-            # Of all parts, although the first bad one would do: under FSDP the ranks gather weights in every forward.
+            # All micro-batches are searched: under FSDP every rank takes part in every forward.
             layers = [first_bad_layer(self.network, *part) for part in micro_batches]
             bad = next((layer for layer in layers if layer), "the loss, or on another rank")
             raise Diverged(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from cod_lightning.errors import UserError
@@ -96,11 +96,7 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
         launcher = "slurm"
     else:
         launcher = "lightning"
-    known = {
-        name
-        for v in LAUNCHERS.values()
-        for name in (v.rank, v.local_rank, v.node, v.world_size, v.ranks_per_node, v.nodes)
-    }
+    known = {name for launcher in LAUNCHERS.values() for name in astuple(launcher)[:-1]}
     values = {name: environ[name] for name in sorted(known & environ.keys())}
     if errors := [
         f"{name}={value!r} in the environment is not an integer: unset it"

@@ -19,7 +19,6 @@ from cod_lightning.measure.adapter import Images
 from cod_lightning.measure.result import finite
 from cod_lightning.nn.spec import check_schedules
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.nn.weights import require_finite
 from cod_lightning.train.callbacks import (
     LayerStatisticsCallback,
     MeasureCallback,
@@ -32,12 +31,11 @@ from cod_lightning.train.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
     newest_checkpoint,
-    read_for_weights,
     read_resumable,
     step_of,
 )
 from cod_lightning.train.devices import accelerator, set_threads
-from cod_lightning.train.load import StartingWeights, load_initial_weights, weights_of, write_tokenizer
+from cod_lightning.train.load import StartingWeights, load_initial_weights, read_run_weights, write_tokenizer
 from cod_lightning.train.loggers import build_loggers, finish, log_config, log_layout
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
@@ -78,6 +76,8 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
             initial = load_initial_weights(config, Path(config.init_from))
 
         data, module = build(config)
+        if isinstance(data, TokenDataModule):
+            check_repetition(config, data.manifest.train.rows)
         module.initial_weights = initial
         if checkpoint is not None:
             # Kept in a variable, its memory map would keep the file on the disk after it is replaced.
@@ -95,7 +95,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         if isinstance(data, TokenDataModule) and trainer.is_global_zero:
             write_tokenizer(data.tokenizer(), data.eos_id, data.pad_id, folder / TOKENIZER)
         log_config(trainer, asdict(config))
-        log_layout(trainer, settings)
+        log_layout(trainer, config)
 
         started = environment()
         with translate_rank_failures(settings):
@@ -119,11 +119,9 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     """
     with quiet_lightning():
         data, module = build(config)
-        state = read_for_weights(checkpoint)
-        weights = weights_of(state, "vit" if config.task == "vision" else "decoder")
-        require_finite(weights.items(), str(checkpoint))
-        module.first_step = state.get("global_step", 0)
-        module.initial_weights = StartingWeights(weights, str(checkpoint), module.first_step)
+        model, head = ("vit", "head.weight") if config.task == "vision" else ("decoder", "lm_head.weight")
+        weights, _, step = read_run_weights(checkpoint, model, head)
+        module.initial_weights = StartingWeights(weights, str(checkpoint), step)
         trainer = build_trainer(config)
         with translate_rank_failures(config.trainer):
             trainer.validate(module, data, verbose=False)
@@ -146,7 +144,6 @@ def build(config: Config) -> tuple[Data, StepModule]:
     tokens = TokenDataModule(config.data, config.seed)
     tokens.prepare_data()
     tokens.setup("fit")
-    check_repetition(config, tokens.manifest.train.rows)
     model = replace(config.model, vocab_size=vocab_size(config, tokens))
     return tokens, DecoderModule(replace(config, model=model), pad_id=tokens.pad_id, val_rows=tokens.val_count)
 

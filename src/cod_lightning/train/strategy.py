@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.optim import Optimizer
 
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
@@ -40,7 +38,7 @@ def build_strategy(settings: TrainerConfig, *, unused: bool = False) -> Any:
     return settings.strategy
 
 
-def backend(settings: TrainerConfig) -> str | None:
+def compile_backend(settings: TrainerConfig) -> str | None:
     """The torch.compile backend of the blocks, None for eager mode; `trainer.compile=null` compiles on CUDA only."""
     wanted = accelerator(settings) == "cuda" if settings.compile is None else settings.compile
     return "inductor" if wanted else None
@@ -87,12 +85,9 @@ class Sharded(ModelParallelStrategy):
             if not any(True for _ in child.parameters()):
                 child.to(self.root_device)
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return self.lightning_module.state_dict()
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+    # Those of other strategies, which gather nothing.
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    optimizer_state = Strategy.optimizer_state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert isinstance(self.checkpoint_io, AtomicCheckpointIO)

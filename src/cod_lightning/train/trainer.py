@@ -97,9 +97,9 @@ def translate_rank_failures(settings: TrainerConfig) -> Generator[None]:
 @contextlib.contextmanager
 def quiet_lightning() -> Generator[None]:
     """Silence Lightning's info messages, and its warnings about choices that are intended here."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
+    for logger in levels:
+        logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in (
             # The main process reads the data unless data.loader_workers is set.
@@ -115,4 +115,5 @@ def quiet_lightning() -> Generator[None]:
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
