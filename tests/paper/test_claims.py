@@ -10,7 +10,14 @@ from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, tabl
 
 from cod_lightning.commands.terminal import reproduction_tables, show
 from cod_lightning.paper.claims import Column, Metric, by_target, columns
-from cod_lightning.paper.findings import deeper_share, finding_results, growth_over_blocks, quantity_rows, smaller
+from cod_lightning.paper.findings import (
+    deeper_share,
+    finding_results,
+    growth_over_blocks,
+    half_medians,
+    quantity_rows,
+    smaller,
+)
 from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE, Sample
 
 
@@ -202,6 +209,21 @@ def test_deep_and_shallow_blocks_are_compared(losses, directions):
 
 def test_a_finding_about_rows_that_were_not_run_is_left_out():
     assert finding_results(Column((table(row("lns", None, run(1, 5.0)), target="Figure 2"),))) == []
+
+
+def test_a_finding_about_a_row_of_which_a_run_diverged_is_left_out():
+    runs = [run(seed, 5.0, removal={"loss": 2.0, "losses": [2.1, 2.1, 2.5, 3.0]}) for seed in (1, 2)]
+    whole, broken = row("pre_ln", None, *runs), row("post_ln", None, *runs, diverged(3))
+    assert len(finding_results(Column((table(whole, row("post_ln", None, *runs), target="Figure 2"),)))) == 2
+    left = finding_results(Column((table(whole, broken, target="Figure 2"),)))
+    assert {result.statement.partition(":")[0] for result in left} == {"Pre-LN"}
+
+
+@pytest.mark.parametrize("values", [[3.0, None, 0.5, 0.1], [3.0, math.nan, 0.5, 0.1]])
+def test_a_layer_that_is_not_finite_leaves_its_half_without_a_median(values):
+    shallow, deep = half_medians(values)
+    assert math.isnan(shallow)
+    assert deep == pytest.approx(0.3)
 
 
 def test_a_reproduced_figure_is_shown_by_its_quantities_and_findings(capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cod_lightning.cli import main
+from cod_lightning.commands import reproduce
 from cod_lightning.config.compose import choices
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate import PAPER_TASKS
@@ -177,6 +178,34 @@ def test_a_run_that_was_not_scored_remains_to_be_scored(scores, scored, tmp_path
         save_scores(tmp_path / row.config_for(1).name, {task: {"acc": 0.5} for task in scores})
     remaining = [task.config.id for task in remaining_tasks([row], [1], tmp_path)]
     assert (row.config_for(1).id not in remaining) == scored
+
+
+def test_a_table_of_two_corpora_names_both(tmp_path):
+    words = ["data.source=files", "data.files=[texts/a.txt,b*.jsonl.gz]"]
+    (first, *_) = load_experiments(experiment_rows(["table7_130m"], "toy", words), tmp_path)
+    assert "; a and b*, sequences of" in first.setting
+
+
+def test_no_run_starts_from_one_that_diverged(tmp_path):
+    rows = list(experiment_rows(["table2_250m"], "toy"))
+    row = next(row for row in rows if row.name == "lns")
+    add_result(tmp_path, row.source, 1, "failed.json", failure="the loss is nan at step 3")
+    assert remaining_tasks([row], [1], tmp_path) == []
+    assert len(remaining_tasks([row], [2], tmp_path)) == 2
+
+
+def test_no_run_starts_from_one_that_fails_in_the_same_command(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def fail(task, pool, results):
+        started.append(task.label)
+        return 1 if task.row.name == "lns" else 0
+
+    monkeypatch.setattr(reproduce, "run_task", fail)
+    words = ["reproduce", "table2_250m", "row=lns,pre_ln", "scale=toy", "--results", str(tmp_path)]
+    assert main(words) == 1
+    assert len(started) == 3
+    assert "4 of 4 runs remaining" in capsys.readouterr().err
 
 
 def test_a_scale_at_which_every_run_diverged_is_in_the_report(toys, tmp_path, monkeypatch):

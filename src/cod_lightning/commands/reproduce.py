@@ -66,14 +66,21 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     if tasks:
         check_writable(results, "--results=")
     requested = {row.run_id(seed) for row in rows for seed in range(1, seeds + 1)}
-    total = len(requested | {task.row.run_id(task.config.seed) for task in tasks})  # and those that they start from
+    total = len(requested | {task.run_id for task in tasks})  # and those that they start from
     print(f"{len(tasks)} of {total} runs remaining", file=sys.stderr, flush=True)
+    statuses: dict[str, int] = {}
     with CommandPool(jobs) as pool:
-        # A run that starts from another one comes after all that do not.
-        waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
-        statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, pool, results), wave)]
+        # A run that starts from another one comes after all that do not, unless that one failed.
+        for starts_from_another in (False, True):
+            wave = {
+                task.run_id: task
+                for task in tasks
+                if (task.source_id is not None) == starts_from_another and not statuses.get(task.source_id or "")
+            }
+            ended = pool.map(lambda task: run_task(task, pool, results), wave.values())
+            statuses.update(zip(wave, ended, strict=True))
     show(reproduction_tables(load_experiments(rows, results), overrides))
-    return max(statuses, default=0)
+    return max(statuses.values(), default=0)
 
 
 def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

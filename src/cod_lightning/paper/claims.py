@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cod_lightning.paper.statistics import UNCLEAR, UNLIKE, Difference, Sample
 
 SCALES = ("paper", "mini", "small", "toy")
@@ -360,8 +362,8 @@ def stuck(record: Mapping[str, Any]) -> bool:
     validations = record.get("history", {}).get("val", {"step": []})
     if len(validations["step"]) < 2:
         return False
-    losses = validations["val_loss"]
-    return losses[nearest_step(validations["step"], 0.5)] - losses[-1] < STUCK
+    losses = np.array(validations["val_loss"], dtype=float)  # None stands for infinity
+    return bool(losses[nearest_step(validations["step"], 0.5)] - losses[-1] < STUCK)
 
 
 def nearest_step(steps: Sequence[int], fraction: float) -> int:

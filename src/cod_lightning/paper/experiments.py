@@ -11,6 +11,7 @@ from typing import Any
 from cod_lightning.config.compose import compose, parse
 from cod_lightning.config.groups import choices, read_yaml
 from cod_lightning.config.schema import Config, init_from_run
+from cod_lightning.data.config import patterns
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
 from cod_lightning.paper.results import load_runs, record_path
@@ -121,6 +122,15 @@ class Task:
     """Names of the measures to run."""
 
     @property
+    def run_id(self) -> str:
+        return self.row.run_id(self.config.seed)
+
+    @property
+    def source_id(self) -> str | None:
+        """The run whose weights it starts from."""
+        return None if self.row.source is None else self.row.source.run_id(self.config.seed)
+
+    @property
     def label(self) -> str:
         return Path(self.row.pretrained_model).name if self.row.pretrained_model else self.config.label
 
@@ -134,7 +144,7 @@ class Task:
 def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) -> list[Task]:
     """Tasks whose results are missing, without repetitions; a run follows the run it starts from.
 
-    A run that diverged is not repeated: the same configuration would diverge again.
+    A run that diverged is not repeated: the same configuration would diverge again. No run starts from it.
 
     Raises:
         UserError: as `load_runs`.
@@ -144,8 +154,8 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) ->
 
     def add(row: Row, seed: int, needs_weights: bool = False) -> None:
         key = row.run_id(seed)
-        run = runs.get(key)
-        if run is not None and run.failure:
+        run, source = runs.get(key), runs.get(row.source.run_id(seed)) if row.source is not None else None
+        if any(each is not None and each.failure for each in (run, source)):
             return
         missing = set(row.config.paper.get("measures", ())) - (run.measures.keys() if run else set())
         unscored = run is not None and row.tasks is not None and "average" not in run.record
@@ -270,7 +280,7 @@ def describe_setting(row: Row) -> str:
     if config.task == "vision":
         inputs = f"{config.images.source} images of {config.images.size} pixels"
     else:
-        corpus = Path(data.files).name.split(".")[0] if data.files else data.source
+        corpus = " and ".join(Path(glob).name.split(".")[0] for glob in patterns(data.files)) or data.source
         inputs = f"{corpus}, sequences of {data.seq_len} tokens"
     if row.pretrained_model is not None:
         return f"{row.pretrained_model}, {shape}; {inputs}"

@@ -7,7 +7,7 @@ bands and bars one standard deviation, unless the figure says otherwise. Differe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -46,11 +46,6 @@ def row_colour(row: ReportRow) -> str:
     return strategy_colour(ROW_STRATEGIES.get(row.name, row.name)) or COLOURS[0]
 
 
-def seed_count(rows: Iterable[ReportRow]) -> str:
-    """Number of seeds of the rows that were run, such as "3" or "1 to 3"."""
-    return number_range([len(row.runs) for row in rows if row.runs])
-
-
 def number_range(numbers: Sequence[int]) -> str:
     """The smallest and the largest of some numbers, such as "1 to 3", or "3" if they are equal."""
     low, high = min(numbers, default=0), max(numbers, default=0)
@@ -58,7 +53,7 @@ def number_range(numbers: Sequence[int]) -> str:
 
 
 def panel_title(scale: str, column: Column) -> str:
-    count = seed_count(column.rows)
+    count = number_range([len(row.runs) for row in column.rows if row.runs])
     return f"ours, scale={scale},\n{count} seed{'s' * (count != '1')}"
 
 
@@ -292,9 +287,9 @@ def label_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 def short_number(value: float) -> str:
     """Such as 1.3B, 134M, 0.5M or 0.02."""
-    if value >= 1e5:
-        return f"{value / 1e9:.2g}B" if value >= 1e9 else f"{value / 1e6:.3g}M"
-    return f"{float(f'{value:.3g}'):,g}"
+    if value >= 999.5e6:
+        return f"{float(f'{value / 1e9:.2g}'):,g}B"
+    return f"{value / 1e6:.3g}M" if value >= 1e5 else f"{float(f'{value:.3g}'):,g}"
 
 
 # Figure 1 ------------------------------------------------------------------------------------------------------------
@@ -342,7 +337,7 @@ def loss_over_size(scales: Mapping[str, Sequence[Column]]) -> Figure:
                 if scale == "paper" and (value := c.published[0].value) is not None:
                     add("the paper", c.row, column.first.size, value)
                 if c.sample is not None:
-                    size = c.row.runs[0].record["parameters"]
+                    size = next(run.record["parameters"] for run in c.row.runs if not run.failure)
                     add(panel_title(scale, column), c.row, size, c.sample.mean, c.sample.sd)
     rows = scales["paper"][0].rows
     figure, axes = figure_grid(3.6, columns=len(panels))

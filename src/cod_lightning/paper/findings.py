@@ -60,7 +60,7 @@ def loss_increases(removal: Mapping[str, Any]) -> list[float]:
 
 def halves(values: Sequence[float | None]) -> tuple[list[float], list[float]]:
     """Values of the shallower and of the deeper half of the layers."""
-    known = [value for value in values if value is not None]
+    known = [math.nan if value is None else value for value in values]
     return known[: len(known) // 2], known[len(known) // 2 :]
 
 
@@ -348,12 +348,15 @@ def finding_results(column: Column) -> list[ClaimResult]:
     for finding in FINDINGS.get(statements_about(column), ()):
         if not set(finding.rows) <= rows.keys():
             continue
-        by_seed = [{run.seed: run for run in rows[name].runs} for name in finding.rows]
+        compared = [rows[name] for name in finding.rows]
+        if any(run.failure for row in compared for run in row.runs):
+            continue  # the seeds that are left would flatter the row that diverged
+        by_seed = [{run.seed: run for run in row.runs} for row in compared]
         seeds = sorted(set.intersection(*map(set, by_seed)))
         numbers = [finding.evaluate([runs[seed] for runs in by_seed]) for seed in seeds]
         if measured := [number for number in numbers if number is not None]:
             ours, text = Difference.of(measured), finding.statement
-            key = (text, *(rows[name].run_id for name in finding.rows))
+            key = (text, *(row.run_id for row in compared))
             target, heading = column.first.target, column.heading
             results.append(ClaimResult(key, target, heading, text, text, ours.direction(1.0), ours))
     return results

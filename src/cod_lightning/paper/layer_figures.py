@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from cod_lightning.paper.claims import Column, ReportRow, nearest_step
 from cod_lightning.paper.figures import figure_grid, panel_title, row_colour
-from cod_lightning.paper.findings import loss_increases
+from cod_lightning.paper.findings import loss_increases, statements_about
 from cod_lightning.plots import (
     DEPTH_COLOURS,
     PlainNumbers,
@@ -31,7 +31,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 """Steps, and the values at these steps."""
 
 
-def by_seed(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+def stacked(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     """A field of the results of a measure [runs, ...]; None becomes NaN."""
     return np.array([result[name] for result in results], dtype=float)
 
@@ -56,7 +56,7 @@ def angle_and_removal(column: Column) -> Figure | None:
     angles, costs = {}, {}
     for row in column.rows:
         if results := row.results("angular"):
-            angles[row.name] = by_seed(results, "distances").mean(axis=0)
+            angles[row.name] = stacked(results, "distances").mean(axis=0)
         if results := row.results("removal"):
             costs[row.name] = np.array([loss_increases(result) for result in results])
     rows = [row for row in column.rows if row.name in angles or row.name in costs]
@@ -240,7 +240,7 @@ def theorems(column: Column) -> Figure | None:
     figure, axes = figure_grid(0.4 + 2.9 * len(measured), rows=len(measured), columns=2)
     for (left, right), (row, results) in zip(axes, measured, strict=True):
         lemma, theorem = ("4.1", "4.2") if results[0]["lns"] else ("3.2", "3.3")
-        mean = {name: by_seed(results, name).mean(axis=0) for name in THEORY_FIELDS}
+        mean = {name: stacked(results, name).mean(axis=0) for name in THEORY_FIELDS}
         colours = [row_colour(row), *THEORY_COLOURS]
         ours = f"measured (n = {len(results)})"
         lines = {
@@ -249,18 +249,15 @@ def theorems(column: Column) -> Figure | None:
             f"the same, c = {mean['c']:.2g} by least squares": mean["lemma_fitted"],
             f"Lemma {lemma} on the first variance alone, c = 1": mean["recursion"],
         }
-        errors: dict[str, Any] = {ours: sd_of(by_seed(results, "variances"))}
+        errors: dict[str, Any] = {ours: sd_of(stacked(results, "variances"))}
         left.set_prop_cycle(color=colours)
         layer_lines(left, lines, f"{row.label}: variance of $x_l$", log=True, errors=errors)
         legend_above(left)
-        if not results[0]["gains"]:
-            right.set_visible(False)
-            continue
         a, b = mean["fitted_constants"]
         gains, fitted = mean["gains"], np.exp(mean["fitted_log_bound"])
         lines = {ours: gains, f"Theorem {theorem}, least squares: A = {a:.2g}, B = {b:.2g}": fitted}
         log = bool(max(gains.max(), fitted.max()) > 5 * min(gains.min(), fitted.min()))
-        errors = {ours: sd_of(by_seed(results, "gains"))}
+        errors = {ours: sd_of(stacked(results, "gains"))}
         right.set_prop_cycle(color=colours)
         layer_lines(right, lines, row.label + r": $\|dy_l/dx_1\|_2$", log=log, errors=errors)
         if mean["shape_log_bound"].size:
@@ -278,12 +275,12 @@ DRAW: dict[str, Callable[[Column], Figure | None]] = {
     "Figure 5": mean_jacobians,
     "Figure 6": loss_curves,
     "Figure 9": variance_by_layer,
-    "theory": theorems,
+    "Theory": theorems,
 }
-"""Functions that draw the runs of one column, by target; the theorems by the experiment's name."""
+"""Functions that draw the runs of one column, by its key in `QUANTITIES`."""
 
 
 def draw(column: Column) -> Figure | None:
     """The figure of a column's target; None if it has no figure, or nothing was measured."""
-    function = DRAW.get(column.first.name) or DRAW.get(column.first.target)
+    function = DRAW.get(statements_about(column))
     return function(column) if function and any(row.runs for row in column.rows) else None

@@ -294,7 +294,7 @@ def environment_cells(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
     threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)} per run"
     cpu = f"{hardware['cpu']}, {hardware['cores']} cores, {threads}"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    commit, plus, changes = (record["git_commit"] or "unknown").partition("+")
+    commit, plus, changes = (record.get("git_commit") or "unknown").partition("+")
     data = str(record.get("data_fingerprint") or "unknown")[:12]
     return ", ".join(sorted(hardware["gpus"])) or cpu, versions, commit[:12] + plus + changes, data
 

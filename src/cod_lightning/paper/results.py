@@ -15,7 +15,7 @@ from cod_lightning.evaluate import PAPER_TASKS, SCORES_FILE
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.paper.claims import Run
-from cod_lightning.train.record import FAILURE, RECORD, check_record, is_number
+from cod_lightning.train.record import FAILURE, RECORD, load_record
 from cod_lightning.typed_json import from_json, read_json
 
 MEASURES_FOLDER = "measure"
@@ -38,11 +38,7 @@ def load_runs(results: Path) -> dict[str, Run]:
         measures = load_measures(folder)
         path = record_path(folder)
         if path.is_file():
-            record = read_object(path)
-            try:
-                check_record(record)
-            except ValueError as error:
-                raise UserError(f"{path}: not a run record ({error}); remove it") from error
+            record = load_record(path)
             scores = load_task_scores(folder / SCORES_FILE)
             runs[from_dict(record["config"], path).id] = Run(record["seed"], record | scores, measures, folder)
         elif measures:
@@ -77,17 +73,9 @@ def save_result(folder: Path, results: Path, measures: Collection[str] = ()) -> 
 
 def copy_json(path: Path, folder: Path, digits: int | None = None) -> None:
     """Write a JSON file into a folder as one line, rounded to significant digits if given."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, list):
-            return [rounded(item) for item in value]
-        if isinstance(value, dict):
-            return {key: rounded(item) for key, item in value.items()}
-        return float(f"{value:.{digits}g}") if isinstance(value, float) else value
-
-    content = json.loads(path.read_text("utf-8"))
-    line = json.dumps(content if digits is None else rounded(content), separators=(",", ":"))
-    write_atomic(folder / path.name, line + "\n")
+    parse = None if digits is None else lambda number: float(f"{float(number):.{digits}g}")
+    content = json.loads(path.read_text("utf-8"), parse_float=parse)
+    write_atomic(folder / path.name, json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def load_measures(folder: Path) -> dict[str, Any]:
@@ -116,9 +104,7 @@ def load_task_scores(path: Path) -> dict[str, float]:
     """
     if not path.is_file():
         return {}
-    tasks = read_object(path)
-    if not all(isinstance(scores, dict) and is_number(scores.get("acc", 0.0)) for scores in tasks.values()):
-        raise UserError(f"{path}: not scores by task; remove it")
+    tasks = read_json(path, dict[str, dict[str, float]], "remove it")
     accuracies = {task: 100.0 * scores["acc"] for task, scores in tasks.items() if "acc" in scores}
     is_complete = all(task in accuracies for task in PAPER_TASKS)
     return accuracies | ({"average": fmean(accuracies[task] for task in PAPER_TASKS)} if is_complete else {})

@@ -159,7 +159,7 @@ def best_rows(column: Column, metric: Metric) -> str:
     """The best row here, and in each of the paper's columns."""
     best, word = (min, "Lowest") if metric.lower_is_better else (max, "Highest")
     comparisons = column.compare(metric)
-    ours = [(c.sample.mean, c.row) for c in comparisons if c.sample and math.isfinite(c.sample.mean)]
+    ours = [(c.sample.mean, c.row) for c in comparisons if c.sample and math.isfinite(c.sample.mean) and not c.failures]
     parts = []
     if ours:
         _, first = best(ours, key=lambda item: item[0])

@@ -73,5 +73,4 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
 def mean_losses(rates: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     """Mean loss at each rate over the seeds that all have, or else over its own; infinite if one is not finite."""
     common = set.intersection(*map(set, rates.values()))
-    means = {rate: fmean(by_seed[seed] for seed in common or by_seed) for rate, by_seed in rates.items()}
-    return {rate: mean if math.isfinite(mean) else math.inf for rate, mean in means.items()}
+    return {rate: fmean(by_seed[seed] for seed in common or by_seed) for rate, by_seed in rates.items()}

@@ -126,7 +126,8 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
                     headline, caveat, setting = lns, of_both, column.first.setting
         if claims or headline:
             varied = {target: on_common_seeds(pairs) for target, pairs in along.items() if len(pairs) > 1}
-            same_runs = {repr(differences): target for target, differences in varied.items()}  # League: Learning rate
+            # Families with the same runs are named once.
+            same_runs = {repr(differences): target for target, differences in varied.items()}
             varied = {target: varied[target] for target in same_runs.values() if varied[target]}
             summaries.append(ScaleSummary(scale, setting, headline, caveat, claims, varied))
     return summaries

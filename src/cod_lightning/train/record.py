@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import cod_lightning
-from cod_lightning.errors import DAMAGED, UserError, no_permission
-from cod_lightning.files import read_regular, write_atomic
+from cod_lightning.errors import UserError
+from cod_lightning.files import write_atomic
 from cod_lightning.measure.result import finite
-from cod_lightning.typed_json import from_json
+from cod_lightning.typed_json import from_json, read_json
 
 RECORD = "record.json"
 FAILURE = "failed.json"
@@ -99,15 +99,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         UserError: the file is unreadable or not a run record.
     """
     path = folder / RECORD
-    if not path.exists():
-        return None
+    return load_record(path) if path.exists() else None
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """The content of a `record.json` or `failed.json`.
+
+    Raises:
+        UserError: the file is unreadable or not a run record.
+    """
+    record = read_json(path, dict[str, Any], "remove it")
     try:
-        record = json.loads(read_regular(path))
         check_record(record)
-    except PermissionError as error:
-        raise no_permission(error, path) from error
-    except DAMAGED as error:
-        raise UserError(f"{path}: not a readable run record ({error}); remove it and run again") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a run record ({error}); remove it") from error
     return record
 
 
