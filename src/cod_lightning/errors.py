@@ -64,7 +64,7 @@ def short_repr(value: object) -> str:
 
 
 def shorten(text: str) -> str:
-    """A text of the user, cut after 80 characters."""
+    """A text of the user, cut to 40 characters if it has more than 80."""
     return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -117,12 +118,13 @@ def run_labels(names: Iterable[str]) -> dict[str, str]:
 
     Runs of the same strategy and seed are numbered.
     """
-    labels: dict[str, str] = {}
+    labels, count = {}, Counter[str]()
     for name in names:
-        match = RUN.fullmatch(name)
-        label = f"{STRATEGY_STYLES.get(match[1], (match[1], None))[0]}, seed {match[2]}" if match else name
-        same = sum(other.split(" (")[0] == label for other in labels.values())
-        labels[name] = f"{label} ({same + 1})" if same else label
+        labels[name] = name
+        if match := RUN.fullmatch(name):
+            label = f"{STRATEGY_STYLES.get(match[1], (match[1], None))[0]}, seed {match[2]}"
+            count[label] += 1
+            labels[name] = f"{label} ({count[label]})" if count[label] > 1 else label
     return labels
 
 
@@ -190,7 +192,7 @@ def lines_by_depth(axes: Axes, steps: Sequence[int], values: Any, norm: Normaliz
         norm: maps layers to colours; None: from the first layer to the last.
 
     Returns:
-        What a colour bar needs.
+        The colours, for `depth_bar`.
     """
     values = np.asarray(values, dtype=float)
     colours = ScalarMappable(norm or Normalize(1, max(values.shape[1], 2)), DEPTH_COLOURS)

@@ -187,6 +187,12 @@ def test_validation_files_replace_held_out_documents(tmp_path):
     assert list(given_files.val()) == ["v"]
 
 
+def test_text_without_spaces_is_divided_at_its_border():
+    text = "title\n" + 9994 * "x"
+    corpus = hold_out(lambda: iter([text]), 10)
+    assert [len(part) for part in (*corpus.train(), *corpus.val())] == [9000, 1000]
+
+
 @given(st.integers(0, 60), st.integers(2, 9))
 def test_held_out_documents_are_all_the_others(count, every):
     corpus = hold_out(lambda: map(str, range(count)), every)

@@ -156,6 +156,7 @@ def test_legends_name_strategies_and_no_ids_of_runs():
     figure = draw_panels([Lines("loss (nats)", lines)])
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["LNS, seed 1", "LNS, seed 1 (2)", "Pre-LN, seed 2", "Llama-2"]
+    assert plots.run_labels(["llama (copy)", "llama"]) == {"llama (copy)": "llama (copy)", "llama": "llama"}
 
 
 def test_every_strategy_has_its_own_label_and_colour():

@@ -21,6 +21,9 @@ from cod_lightning.data.instructions import DRAWN_RECIPE, PROMPT_RECIPE, Example
 from cod_lightning.data.readers import SUFFIXES_HELP, example_of, is_readable, read_examples, read_file
 from cod_lightning.errors import UserError, one_line
 
+BORDER_CHARACTERS = 1000
+"""Largest distance that a border inside a document moves back to a space."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -132,7 +135,7 @@ def stamp(path: Path) -> list[Any]:
 def hold_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
     """Split one stream: the documents numbered `every`, 2 `every`, ... (from 1) are for validation.
 
-    Of fewer documents than `every`, the last 1/`every` of their text is for validation.
+    If there are fewer documents than `every`, the last 1/`every` of their text is for validation.
     """
     find_border = cache(lambda: border(documents, every))
 
@@ -156,9 +159,9 @@ def hold_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
 def border(documents: Callable[[], Iterator[str]], every: int) -> tuple[int, int] | None:
     """Return where the last 1/`every` of the characters of fewer than `every` documents begins.
 
-    This is the number (from 1) of a document and a position in it, after a space or line break if there is one; or the
-    number of the last document before it and 0. An example of instructions is not divided. None: the documents are not
-    fewer.
+    This is the number (from 1) of a document and a position in it, after a space or line break if there is one within
+    `BORDER_CHARACTERS`; or the number of the last document before it and 0. An example of instructions is not divided.
+    None if there are `every` documents or more.
     """
     sizes = [len(text) for text in islice(documents(), every)]
     if len(sizes) == every or not sizes:
@@ -169,7 +172,8 @@ def border(documents: Callable[[], Iterator[str]], every: int) -> tuple[int, int
     text = next(islice(documents(), number - 1, None))
     if isinstance(text, Example):
         return max(number - 1, 1), 0
-    space = max(text.rfind(" ", 0, left), text.rfind("\n", 0, left)) + 1
+    near = max(left - BORDER_CHARACTERS, 0)
+    space = max(text.rfind(mark, near, left) for mark in " \n") + 1
     return (number, space or left) if left else (number - 1, 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ class StepDataModule(LightningDataModule, ABC):
     Build the Trainer with `use_distributed_sampler=False`, because the samples of a rank are selected here; Lightning
     raises a TypeError otherwise. Without a trainer, `rank` and `world_size` apply.
 
-    Attributes, after `setup`: `source` (folder or URL), `train_set`, `val_set`.
+    Attributes, after `setup`: `source` (folder or URL), `fingerprint` (SHA-256 of the data), `train_set`, `val_set`.
     """
 
     source: str
+    fingerprint: str
     train_set: Any
     val_set: Any
 
@@ -50,10 +52,26 @@ class StepDataModule(LightningDataModule, ABC):
         self._rank, self._world_size = rank, world_size
         self._resumed: str | None = None
 
-    @property
     @abstractmethod
-    def fingerprint(self) -> str:
-        """SHA-256 of the data; a resumed run must have the same."""
+    def setting_errors(self) -> list[str]:
+        """Return one error for each invalid setting."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Set the attributes of the class."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the data, once; check that it matches the settings.
+
+        Raises:
+            UserError: bad settings, or data that is missing, damaged or does not match them; a batch that the ranks
+                cannot share equally; another set than that of the checkpoint to resume.
+        """
+        if errors := self.setting_errors() + self.share_errors():
+            raise UserError("\n".join(errors))
+        if not hasattr(self, "source"):  # Lightning calls again, and to count tokens or list images takes a while
+            self.open()
+        self._check_resumed()
 
     @property
     @abstractmethod
@@ -222,27 +240,16 @@ class TokenDataModule(StepDataModule):
         if self.config.folder is None:
             prepare(self.config)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Open the prepared set; check that it is complete and matches the settings.
+    def setting_errors(self) -> list[str]:
+        return data_errors(self.config)
 
-        Raises:
-            UserError: bad settings; a set that is missing, damaged or prepared with other settings; a batch that the
-                ranks cannot share equally; another set than that of the checkpoint to resume.
-        """
-        if errors := data_errors(self.config) + self.share_errors():
-            raise UserError("\n".join(errors))
-        if not hasattr(self, "source"):  # Lightning calls again, and counting validation tokens takes a while
-            self._open_set()
-        self._check_resumed()
-
-    def _open_set(self) -> None:
+    def open(self) -> None:
         source, cache = self.config.folder or str(prepared_folder(self.config)), Path(self.config.root) / "cache"
         self.manifest, self._tokenizer_json = open_set(source)
         check_against(self.config, self.manifest, source)
         self.train_set = TokenDataset(source, self.manifest, "train", cache)
         self.val_set = TokenDataset(source, self.manifest, "val", cache)
-        self._val_count: int | None = None
-        self.source = source
+        self.fingerprint, self.source = self.manifest.fingerprint, source
 
     @property
     def vocab_size(self) -> int:
@@ -257,10 +264,6 @@ class TokenDataModule(StepDataModule):
     def eos_id(self) -> int:
         return self.manifest.tokenizer.eos_id
 
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest.fingerprint
-
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_str(self._tokenizer_json)
 
@@ -273,12 +276,10 @@ class TokenDataModule(StepDataModule):
         filler = self.eos_id if self.manifest.layout == "packed" else self.pad_id
         return self._val_loader(IndexedSequences(self.val_set, filler), workers=0)
 
-    @property
+    @cached_property
     def val_count(self) -> int:
         """Number of leading validation sequences that have at most `val_tokens` non-pad tokens."""
-        if self._val_count is None:
-            self._val_count = _count_within(self.val_set, self.config.val_tokens, self.manifest)
-        return self._val_count
+        return _count_within(self.val_set, self.config.val_tokens, self.manifest)
 
     def probe_batch(self, n: int) -> Tensor:
         """Return the tokens of the first `n` validation sequences: int64 [n, seq_len].

@@ -16,7 +16,7 @@ PROBE_SECONDS = 4.0
 def require_hub(what: str, instead: str) -> None:
     """Raise a UserError if the hub is switched off (`HF_HUB_OFFLINE`) or does not answer within `PROBE_SECONDS`.
 
-    Also if `HF_ENDPOINT`, the address of a mirror, is no URL.
+    It raises one, too, if `HF_ENDPOINT`, the address of a mirror, is not a URL.
     `what` names the setting that needs the hub, `instead` an alternative; both are part of the message.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in {"1", "ON", "YES", "TRUE"}:

@@ -226,20 +226,11 @@ class ImageDataModule(StepDataModule):
         super().__init__(config, seed, rank=rank, world_size=world_size)
         self.images = images
 
-    def setup(self, stage: str | None = None) -> None:
-        """List the images of both splits.
+    def setting_errors(self) -> list[str]:
+        return image_errors(self.images)
 
-        Raises:
-            UserError: bad settings; folders that are missing, empty or have different classes; a batch that the ranks
-                cannot share equally; another set than that of the checkpoint to resume.
-        """
-        if errors := image_errors(self.images) + self.share_errors():
-            raise UserError("\n".join(errors))
-        if not hasattr(self, "source"):  # Lightning calls again, and listing a million files takes a while
-            self._list_images()
-        self._check_resumed()
-
-    def _list_images(self) -> None:
+    def open(self) -> None:
+        """List the images of both splits; the fingerprint is that of their names and sizes."""
         config = self.images
         if config.source == "folder":
             train, val = (ImageFolder(Path(config.folder or ""), split) for split in ("train", "val"))
@@ -252,13 +243,8 @@ class ImageDataModule(StepDataModule):
             train, val = (DrawnImages(split, config.size) for split in ("train", "val"))
         self.classes = train.classes
         self.train_set, self.val_set = TrainImages(train, config, self.seed), ValImages(val, config)
-        self._fingerprint = hashlib.sha256(json.dumps([train.content, val.content]).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([train.content, val.content]).encode()).hexdigest()
         self.source = f"images.source={config.source}" + (f", {config.folder}" if config.source == "folder" else "")
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the names and sizes of all images; a resumed run must have the same."""
-        return self._fingerprint
 
     def sample_keys(self, first: int, count: int) -> np.ndarray:
         """Return (image, sample): int64 [count, 2]."""

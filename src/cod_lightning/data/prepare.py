@@ -57,7 +57,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
     """
     check_settings(config)
     folder = prepared_folder(config)
-    build_folder(folder, is_complete, lambda partial: _prepare(config, partial, progress))
+    build_folder(folder, is_complete, lambda partial: _prepare(config, folder, partial, progress))
     return checked_set(config, folder)
 
 
@@ -194,9 +194,9 @@ def check_sha256(config: DataConfig, sha256: str, source: str) -> None:
 # --- from text to chunks ----------------------------------------------------------------------------------------------
 
 
-def _prepare(config: DataConfig, partial: Path, progress: bool) -> None:
+def _prepare(config: DataConfig, folder: Path, partial: Path, progress: bool) -> None:
     workers = config.workers or available_cores()
-    with PreparationProgress(progress) as report:
+    with PreparationProgress(folder, progress) as report:
         report.stage("gathering text")
         corpus = open_corpus(config, workers)
         report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
@@ -272,7 +272,7 @@ def write_set(
     (partial / TOKENIZER).write_text(tokenizer.json, "utf-8")
     (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
     train, val = manifest.train.rows, manifest.val.rows
-    line = f"prepared {prepared_folder(config)}: {train:,} training and {val:,} validation sequences"
+    line = f"{train:,} training and {val:,} validation sequences"
     if encoder.layout == "instructions":
         skipped = sum(documents.values()) - train - val
         line += f" ({skipped:,} examples skipped, whose prompts fill all of data.seq_len={config.seq_len}"
@@ -294,7 +294,8 @@ def _write_split(folder: Path, encoded: Iterable[Encoded], encoder: Encoder) -> 
 class PreparationProgress:
     """Progress on stderr: a live line on a terminal, and one line at the end; silent unless `enabled`."""
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, folder: Path, enabled: bool) -> None:
+        self.folder = folder
         self.console = Console(stderr=True, quiet=not enabled, markup=False, emoji=False)
         self.progress = Progress(
             BarColumn(bar_width=20),  # pulses: the length of a stream is known only at its end
@@ -325,4 +326,4 @@ class PreparationProgress:
 
     def done(self, line: str) -> None:
         elapsed = self.progress.tasks[self.task].elapsed or 0.0
-        self.console.print(f"{line} in {elapsed:.1f} s", highlight=False, soft_wrap=True)
+        self.console.print(f"prepared {self.folder}: {line} in {elapsed:.1f} s", highlight=False, soft_wrap=True)

@@ -118,13 +118,17 @@ def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool 
         return record is not None and record.settings == settings and not _damage(part, record)
 
     part = parts_folder(config, count) / str(index)
-    build_folder(part, is_complete_part, lambda partial: _prepare_part(config, index, count, partial, progress))
+    build_folder(
+        part, is_complete_part, lambda partial: _prepare_part(config, settings, part, count, partial, progress)
+    )
     return part
 
 
-def _prepare_part(config: DataConfig, index: int, count: int, partial: Path, progress: bool) -> None:
-    workers = config.workers or available_cores()
-    with PreparationProgress(progress) as report:
+def _prepare_part(
+    config: DataConfig, settings: dict[str, Any], part: Path, count: int, partial: Path, progress: bool
+) -> None:
+    index, workers = int(part.name), config.workers or available_cores()
+    with PreparationProgress(part, progress) as report:
         report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
         tokenizer = _shared_tokenizer(config, partial.parent)
         encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
@@ -140,13 +144,11 @@ def _prepare_part(config: DataConfig, index: int, count: int, partial: Path, pro
                     encoded = chain(take_tokens(encoded, val_limit(config)), islice(encoded, 1))
                 streams[split] = _write_stream(partial, split, report.watch(split, encoded))
         ids = {"sha256": tokenizer.sha256, "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
-        record = Part(_settings(config), ids, encoder.dtype.name, streams)
+        record = Part(settings, ids, encoder.dtype.name, streams)
         (partial / TOKENIZER).write_text(tokenizer.json, "utf-8")
         (partial / PART).write_text(json.dumps(asdict(record), indent=1) + "\n", "utf-8")
         total = sum(stream.documents for stream in streams.values())
-        report.done(
-            f"prepared {parts_folder(config, count) / str(index)}: {total:,} documents of shard {index}/{count}"
-        )
+        report.done(f"{total:,} documents of shard {index}/{count}")
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
@@ -230,13 +232,13 @@ def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Pa
     """
     check_settings(config)
     folder = prepared_folder(config)
-    build_folder(folder, is_complete, lambda partial: _merge(config, count, partial, progress))
+    build_folder(folder, is_complete, lambda partial: _merge(config, folder, count, partial, progress))
     checked_set(config, folder)
     shutil.rmtree(parts_folder(config, count), ignore_errors=True)
     return folder
 
 
-def _merge(config: DataConfig, count: int, partial: Path, progress: bool) -> None:
+def _merge(config: DataConfig, folder: Path, count: int, partial: Path, progress: bool) -> None:
     parts = [parts_folder(config, count) / str(index) for index in range(count)]
     records = _read_parts(config, parts)
     documents = sum(record.streams["train"].documents for record in records)
@@ -250,7 +252,7 @@ def _merge(config: DataConfig, count: int, partial: Path, progress: bool) -> Non
     if tokenizer.sha256 != records[0].tokenizer["sha256"]:
         raise UserError(f"{parts[0] / TOKENIZER} is damaged; {_remedy(parts[0])}")
     encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
-    with PreparationProgress(progress) as report:
+    with PreparationProgress(folder, progress) as report:
         encoded = {split: _documents(config, split, parts, records) for split in SPLITS}
         write_set(config, encoder, encoded, partial, report)
 
