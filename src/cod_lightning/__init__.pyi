@@ -2,7 +2,8 @@ from . import hf, measure
 from .kernels.loss import linear_cross_entropy, reference_linear_cross_entropy
 from .kernels.norm import add_norm, bounded_norm
 from .kernels.reference import reference_add_norm, reference_bounded_norm
-from .measure.adapter import ModelAdapter, load_pretrained
+from .measure.adapter import ModelAdapter
+from .measure.open_model import load_pretrained
 from .nn.apply import apply, fold
 from .nn.config import DecoderConfig
 from .nn.decoder import Decoder, set_step

@@ -5,7 +5,8 @@ from builders import ALL_FAMILIES, decoder, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import ModelAdapter, check_layout, load_pretrained
+from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.open_model import check_layout, load_pretrained
 
 every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
 TOKENS = tokens(2, 7)

@@ -1,6 +1,7 @@
 """LNS and a `DepthMonitor` in other people's training code: the same model, batches and optimizer everywhere."""
 
 import csv
+import pickle
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
 
 import cod_lightning as cod
@@ -245,6 +248,84 @@ def test_a_gradient_of_a_sharded_model_is_refused(llama, shard, name):
     sharded = shard(model, model.model.layers)
     with pytest.raises(UserError, match="support sharded parameters"):
         monitor([name]).measure(sharded)
+
+
+def with_fsdp1(model, **options):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+one_rank = pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+
+
+@one_rank
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("measure", ["gradient_norm", "jacobian", "variance"])
+def test_a_model_sharded_by_fsdp1_is_refused(llama, shard, measure, use_orig_params):
+    """Gradient norms were 0, and a Jacobian ended the process with SIGSEGV."""
+    policy = ModuleWrapPolicy({type(llama.model.layers[0])})
+    wrapped = with_fsdp1(deepcopy(llama), auto_wrap_policy=policy, use_orig_params=use_orig_params)
+    for model in (wrapped, wrapped.module, Module(wrapped)):
+        with pytest.raises(UserError, match=r"sharded by FSDP1 .* shard it by FSDP2"):
+            monitor([measure]).measure(model)
+
+
+@one_rank
+def test_applying_to_a_model_sharded_by_fsdp1_is_refused(shard):
+    """The error advised a Layout, with which a norm has no values on some ranks."""
+    wrapped = with_fsdp1(tiny_llama())
+    with pytest.raises(UserError, match=r"sharded by FSDP1 .* pass the model before it is wrapped"):
+        cod.apply(wrapped.module, "lns")
+
+
+def test_models_that_take_turns_are_each_measured(llama):
+    stock, watch = tiny_llama(), monitor(["variance"])
+    for step in (0, 1, 2):
+        numbers = [watch.step(model, step) for model in (llama, stock)]
+        expected = [monitor(["variance"]).step(model, step) for model in (llama, stock)]
+        assert numbers == expected
+
+
+def test_the_layout_of_every_model_is_proved(llama):
+    watch = monitor(["variance"])
+    watch.step(llama, 0)
+    other = tiny_llama()
+    other.model.layers[1].register_forward_hook(lambda block, args, y: 2 * y)
+    with pytest.raises(UserError, match="block 2 adds something else"):
+        watch.step(other, 0)
+
+
+def test_a_used_monitor_can_be_pickled(llama):
+    watch = monitor(["variance"])
+    numbers = watch.step(llama, 0)
+    assert pickle.loads(pickle.dumps(watch)).step(llama, 0) == numbers
+
+
+class Distillation(torch.nn.Module):
+    def __init__(self, teacher, student):
+        super().__init__()
+        self.teacher, self.student = teacher, student
+
+
+def test_one_of_several_language_models_is_chosen_by_its_path(llama):
+    model = Distillation(tiny_llama(depth=2).requires_grad_(False), llama)
+    with pytest.raises(UserError, match=r"several language models, teacher, student: .* module='student'"):
+        monitor(["variance"]).step(model, 0)
+    chosen = cod.DepthMonitor(PROBE, measures=["variance"], module="student").step(model, 0)
+    assert chosen == monitor(["variance"]).step(llama, 0)
+    with pytest.raises(UserError, match="Distillation has no module 'studnt'"):
+        cod.DepthMonitor(PROBE, module="studnt").step(model, 0)
+
+
+def test_a_model_that_is_held_twice_is_one(llama):
+    assert monitor(["variance"]).measure(Distillation(llama, torch.nn.Sequential(llama)))
+
+
+@pytest.mark.parametrize("outside", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes_around_a_measurement_do_not_change_it(llama, outside):
+    with outside():
+        measured, result = monitor().step(llama, 0), cod.measure.variance(llama, PROBE)
+    assert measured == monitor().step(llama, 0)
+    assert result == cod.measure.variance(llama, PROBE)
 
 
 PAIRS = {1, 2}

@@ -54,7 +54,8 @@ def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
         setattr(network, CONFIG_KEY, dict(config.norm))
         return network
     require_model(model, "pass the folder of a run or of a model")
-    from cod_lightning.measure.adapter import ModelAdapter, check_layout
+    from cod_lightning.measure.adapter import ModelAdapter
+    from cod_lightning.measure.open_model import check_layout
     from cod_lightning.nn.pretrained import load_checkpoint
 
     network = load_checkpoint(model).model

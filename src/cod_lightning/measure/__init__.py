@@ -13,7 +13,7 @@ options outside the bounds of their hints.
 
 Every name of `registry.MEASURES` is a function of this package that also takes a plain model, or a module that wraps or
 holds one, and one batch. It measures in evaluation mode, and refuses a model whose layout cannot be proved
-(`adapter.check_layout`) or batches that it cannot read (`batches.checked_tokens`):
+(`open_model.check_layout`) or batches that it cannot read (`batches.checked_tokens`):
 
     result = cod.measure.angular(model, tokenizer(texts, return_tensors="pt"))
     result.plot(), result.rows(), result.save("folder", "angular")
@@ -33,13 +33,14 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
     @wraps(entry.measure)
     def measure(model: Any, batches: Any, pad_id: int | None = None, progress: Any = None, **options: Any) -> Any:
-        from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode, find_model
+        from cod_lightning.measure.adapter import ModelAdapter
         from cod_lightning.measure.batches import checked_batches
+        from cod_lightning.measure.open_model import check_layout, find_model, measuring
 
         if not isinstance(model, ModelAdapter):
             model = find_model(model)
         batches = checked_batches(model, batches, pad_id)
-        with evaluation_mode(model.model):
+        with measuring(model):
             check_layout(model)
             return entry(model, batches, pad_id, progress, **options)
 

@@ -12,14 +12,13 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cod_lightning.errors import UserError, first_line
+from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, scale
 from cod_lightning.nn.layouts import (
     BERT,
@@ -33,9 +32,7 @@ from cod_lightning.nn.layouts import (
     sites,
     submodule,
 )
-from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.norms import IdentityNorm
-from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
 
 
@@ -316,22 +313,6 @@ class ModelAdapter:
             setattr(stack, name, original)
 
 
-def find_model(module: Any) -> ModelAdapter:
-    """The language model that a module is, wraps or holds.
-
-    Raises:
-        UserError: there is none that is laid out in a known way.
-    """
-    for candidate in module.modules() if isinstance(module, nn.Module) else ():
-        try:
-            adapter = ModelAdapter(candidate, type(candidate).__name__)
-        except UserError:
-            continue
-        if adapter.layout.blocks.partition(".")[0] in candidate._modules:
-            return adapter  # no wrapper that only forwards attributes, and may autocast, as Fabric's
-    return ModelAdapter(module, type(module).__name__)  # raises, naming the module
-
-
 @contextmanager
 def without_autocast(model: nn.Module) -> Generator[None]:
     """Undo the wrapper of `accelerate` around `forward` inside the `with`: blocks that run alone have none."""
@@ -346,74 +327,6 @@ def without_autocast(model: nn.Module) -> Generator[None]:
         own["forward"] = wrapped
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Generator[None]:
-    """Evaluation mode inside the `with`; afterwards every module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@torch.no_grad()
-def check_layout(model: ModelAdapter) -> None:
-    """Run a model of `transformers` on a few tokens to prove that its blocks, sub-layers and head are what they seem.
-
-    The model is in evaluation mode. Our own models need no proof.
-
-    Raises:
-        UserError: the model cannot be run; the embedding and what attention and FFN add are not the residual stream;
-            the head does not give the logits of the last layer; or a block, run alone, does not repeat its output.
-    """
-    if isinstance(model.model, Decoder | VisionTransformer):
-        return
-    try:
-        problem = layout_problem(model)
-    except Exception as error:  # models of unknown families raise many kinds
-        problem = f"it cannot be run on tokens alone: {first_line(error)}"
-    if problem:
-        raise UserError(f"{model.name}: {family(model.model)} cannot be measured: {problem}")
-
-
-def layout_problem(model: ModelAdapter) -> str:
-    """What `check_layout` finds, or an empty string."""
-    tokens = torch.arange(1, 6, device=model.device)[None] % len(model.head_weight)
-    seen: list[tuple[str, int]] = []
-    activations: dict[tuple[str, int], Tensor] = {}
-
-    def hook(name: str, layer: int, x: Tensor) -> None:
-        seen.append((name, layer))
-        activations[name, layer] = x
-
-    logits = model.logits(tokens, hook)
-    inputs, functions = model.block_functions(tokens)
-    if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
-        return "it does not run every block once"
-    x = activations["embedding", 0]
-    for site in sites(model.model, model.layout):
-        if site.part == "attention" and differ(inputs[site.layer - 1], x):
-            return f"the residual stream changes before block {site.layer}"
-        x = x + activations[site.part, site.layer]
-        x = x if site.sum_norm is None else site.sum_norm(x)
-        if site.part == "ffn":
-            y = activations["residual", site.layer]
-            if differ(x, y):
-                return f"block {site.layer} adds something else than its attention and FFN to the residual stream"
-            if differ(functions[site.layer - 1](inputs[site.layer - 1]), y):
-                return f"block {site.layer}, run alone, does not repeat its output"
-            x = y
-    expected = x if model.layout.head is None else model.head(x)
-    return "its final norm and head do not give its logits" if differ(expected, logits) else ""
-
-
-def differ(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors differ by more than rounding; NaN does not count."""
-    return x.shape != y.shape or bool((x - y).norm() > torch.finfo(x.dtype).eps ** 0.5 * y.norm())
-
-
 def family(model: Any) -> str:
     """The family of a model of `transformers`; of any other its class."""
     return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
@@ -424,19 +337,3 @@ def without_entry_norm(block: Block) -> Block:
     other = copy(block)
     other._modules = {**block._modules, "entry_norm": IdentityNorm()}
     return other
-
-
-def load_pretrained(
-    name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[ModelAdapter, Any]:
-    """Load a causal language model of `transformers` and its tokenizer; see `load_checkpoint`.
-
-    Raises:
-        UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`.
-    """
-    require_tokenizer(find_source(str(name)))
-    checkpoint = load_checkpoint(name, dtype)
-    tokenizer = checkpoint.tokenizer()
-    model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
-    check_layout(model)
-    return model, tokenizer

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import fit_map
-from cod_lightning.measure.adapter import Batch, ModelAdapter, differ, family
+from cod_lightning.measure.adapter import Batch, ModelAdapter, family
 from cod_lightning.measure.batches import iter_batches, step_counter
+from cod_lightning.measure.open_model import differ
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.decoder import Block, Decoder

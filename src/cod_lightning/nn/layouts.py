@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.norms import IdentityNorm
+from cod_lightning.nn.weights import refuse_fsdp1
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,15 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
     """`sites` of a model that can take a strategy.
 
     Raises:
-        UserError: as `sites`, the model is inside a wrapper such as DDP or PEFT's, no norms before the sub-layers are
-            known, two sub-layers share a norm or a branch, or, without a layout, a block computes another equation
-            (`OTHER_SUMS`) or has modules that its known layout does not name.
+        UserError: as `sites`, the model is inside a wrapper such as DDP or PEFT's, or sharded by FSDP1, no norms before
+            the sub-layers are known, two sub-layers share a norm or a branch, or, without a layout, a block computes
+            another equation (`OTHER_SUMS`) or has modules that its known layout does not name.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
     if not isinstance(layout, Layout | None):
         raise UserError(f"layout={layout!r} is not a Layout; {HINT}")
+    refuse_fsdp1(model)
     by_name = layout is None
     layout = layout or known_layout(model)
     if layout is None:

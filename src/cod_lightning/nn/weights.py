@@ -16,6 +16,20 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Check that a model is not sharded by FSDP1, whose weights only exist while its own forward runs.
+
+    Raises:
+        UserError: it is, or is inside such a model.
+    """
+    is_managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
+    if is_managed and not is_sharded(model):  # both kinds mark modules, but only FSDP2 makes DTensors
+        raise UserError(
+            f"{type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), which is not supported: pass the "
+            "model before it is wrapped, or shard it by FSDP2 (fully_shard)"
+        )
+
+
 def to_local(tensor: Tensor) -> Tensor:
     """The shard of `tensor` that this rank holds; `tensor` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

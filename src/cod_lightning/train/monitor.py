@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.measure.activation_stats import token_variance
-from cod_lightning.measure.adapter import ModelAdapter, check_layout, evaluation_mode, find_model
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import as_tokens, checked_tokens, require_pad_id, token_mask
+from cod_lightning.measure.open_model import check_layout, find_model, measuring
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.nn.layouts import submodule
 from cod_lightning.nn.weights import is_sharded
 from cod_lightning.train.callbacks import TRAINING_MEASURES, layer_scalars
 
@@ -38,6 +42,7 @@ class DepthMonitor(Callback):
         measures: "variance" (mean and median over tokens of the variance of the residual stream), "gradient_norm" (of
             each block's parameters), and names of the command `measure`, such as "jacobian", here on eight layers.
         pad_id: padding token, which is not measured; None: there is no padding.
+        module: path of the language model to measure, such as "student", in a module that holds several.
 
     Raises:
         UserError: a measure does not exist, the probe is not a batch of tokens, or another argument has a wrong type or
@@ -50,6 +55,7 @@ class DepthMonitor(Callback):
         every: int = 100,
         measures: Sequence[str] = ("variance", "gradient_norm", "jacobian"),
         pad_id: int | None = None,
+        module: str = "",
     ):
         require_pad_id(pad_id)
         tokens = as_tokens(probe, "probe")
@@ -63,19 +69,36 @@ class DepthMonitor(Callback):
         if unknown := [name for name in measures if name not in MONITORED]:
             raise UserError(f"measures: {unknown[0]!r} is not a measure: {nearest(unknown[0], MONITORED)}")
         self.probe, self.every, self.measures, self.pad_id = probe, every, measures, pad_id
-        self.last_step = -1
-        self.is_checked = False
+        self.module = module
+
+    @cached_property
+    def last_steps(self) -> WeakKeyDictionary[nn.Module, int]:
+        """The step of the last measurement of each model."""
+        return WeakKeyDictionary()
+
+    @cached_property
+    def proved(self) -> WeakSet[nn.Module]:
+        """The models whose layout is proved."""
+        return WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, without the weak references, which it cannot save."""
+        return {name: value for name, value in vars(self).items() if name not in ("last_steps", "proved")}
 
     def step(self, model: nn.Module, step: int) -> dict[str, float]:
         """The measured numbers, such as `variance/layer_01`, if it is time for them, else an empty dictionary.
+
+        Several models, such as a baseline and LNS, may take turns: each is measured once a step.
 
         Args:
             model: as for `measure`.
             step: number of optimizer steps so far.
         """
-        if step % self.every or step == self.last_step:
+        if not isinstance(model, nn.Module):
+            raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
+        if step % self.every or step == self.last_steps.get(model):
             return {}
-        self.last_step = step
+        self.last_steps[model] = step
         return self.measure(model)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -85,15 +108,16 @@ class DepthMonitor(Callback):
             model: a language model that `measure` reads, or a module that holds one.
 
         Raises:
-            UserError: the layout of the model cannot be proved, or as `measure.batches.checked_tokens` of the probe.
+            UserError: there is no language model, or several and no `module=`; it is sharded by FSDP1; its layout
+                cannot be proved; or as `measure.batches.checked_tokens` of the probe.
         """
-        adapter = find_model(model)
-        tokens = checked_tokens(adapter, self.probe, self.pad_id, "probe").to(adapter.device)
+        adapter = find_model(submodule(model, self.module, type(model).__name__) if self.module else model)
         numbers: dict[str, float] = {}
-        with isolate_rng(), evaluation_mode(adapter.model):
-            if not self.is_checked:
+        with isolate_rng(), measuring(adapter):
+            tokens = checked_tokens(adapter, self.probe, self.pad_id, "probe").to(adapter.device)
+            if adapter.model not in self.proved:
                 check_layout(adapter)
-                self.is_checked = True
+                self.proved.add(adapter.model)
             for name in self.measures:
                 numbers |= layer_scalars(MONITORED[name](adapter, tokens, self.pad_id))
         return numbers
@@ -101,7 +125,7 @@ class DepthMonitor(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step == 0:  # a resumed training has measured its step before it saved the checkpoint
             self.record(trainer, pl_module)
-        self.last_step = trainer.global_step
+        self.last_steps[pl_module] = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.record(trainer, pl_module)

@@ -1,0 +1,141 @@
+"""Open a model to measure it: find it inside a module, prove its layout, and run it as it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cod_lightning.errors import UserError, first_line
+from cod_lightning.measure.adapter import ModelAdapter, family
+from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.layouts import sites
+from cod_lightning.nn.model_files import find_source, require_tokenizer
+from cod_lightning.nn.pretrained import load_checkpoint
+from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.nn.weights import refuse_fsdp1
+
+
+def load_pretrained(
+    name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[ModelAdapter, Any]:
+    """Load a causal language model of `transformers` and its tokenizer; see `load_checkpoint`.
+
+    Raises:
+        UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`.
+    """
+    require_tokenizer(find_source(str(name)))
+    checkpoint = load_checkpoint(name, dtype)
+    tokenizer = checkpoint.tokenizer()
+    model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
+    check_layout(model)
+    return model, tokenizer
+
+
+def find_model(module: Any) -> ModelAdapter:
+    """The language model that a module is, wraps or holds.
+
+    Raises:
+        UserError: the module is no `nn.Module` or sharded by FSDP1, or holds no language model that is laid out in a
+            known way, or several.
+    """
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model is a {type(module).__name__}: expected an nn.Module")
+    refuse_fsdp1(module)
+    found: dict[str, ModelAdapter] = {}
+    for path, candidate in module.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        try:
+            adapter = ModelAdapter(candidate, type(candidate).__name__)
+        except UserError:
+            continue
+        if adapter.layout.blocks.partition(".")[0] not in candidate._modules:
+            continue  # a wrapper that only forwards attributes, and may autocast, as Fabric's
+        if not path:
+            return adapter
+        found[path] = adapter
+    if len(found) > 1:
+        raise UserError(
+            f"{type(module).__name__} holds several language models, {', '.join(found)}: pass one of them, to a "
+            f"DepthMonitor its path, such as module={min(found)!r}"
+        )
+    if found:
+        return found.popitem()[1]
+    return ModelAdapter(module, type(module).__name__)  # raises, naming the module
+
+
+@contextmanager
+def measuring(model: ModelAdapter) -> Generator[None]:
+    """Evaluation mode inside the `with`, in the precision of the weights, and gradients can be taken.
+
+    Afterwards every module has its own mode again.
+    """
+    modes = [(module, module.training) for module in model.model.modules()]
+    model.model.eval()
+    try:
+        with torch.inference_mode(False), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def check_layout(model: ModelAdapter) -> None:
+    """Run a model of `transformers` on a few tokens to prove that its blocks, sub-layers and head are what they seem.
+
+    The model is in evaluation mode. Our own models need no proof.
+
+    Raises:
+        UserError: the model cannot be run; the embedding and what attention and FFN add are not the residual stream;
+            the head does not give the logits of the last layer; or a block, run alone, does not repeat its output.
+    """
+    if isinstance(model.model, Decoder | VisionTransformer):
+        return
+    try:
+        problem = layout_problem(model)
+    except Exception as error:  # models of unknown families raise many kinds
+        problem = f"it cannot be run on tokens alone: {first_line(error)}"
+    if problem:
+        raise UserError(f"{model.name}: {family(model.model)} cannot be measured: {problem}")
+
+
+def layout_problem(model: ModelAdapter) -> str:
+    """What `check_layout` finds, or an empty string."""
+    tokens = torch.arange(1, 6, device=model.device)[None] % len(model.head_weight)
+    seen: list[tuple[str, int]] = []
+    activations: dict[tuple[str, int], Tensor] = {}
+
+    def hook(name: str, layer: int, x: Tensor) -> None:
+        seen.append((name, layer))
+        activations[name, layer] = x
+
+    logits = model.logits(tokens, hook)
+    inputs, functions = model.block_functions(tokens)
+    if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
+        return "it does not run every block once"
+    x = activations["embedding", 0]
+    for site in sites(model.model, model.layout):
+        if site.part == "attention" and differ(inputs[site.layer - 1], x):
+            return f"the residual stream changes before block {site.layer}"
+        x = x + activations[site.part, site.layer]
+        x = x if site.sum_norm is None else site.sum_norm(x)
+        if site.part == "ffn":
+            y = activations["residual", site.layer]
+            if differ(x, y):
+                return f"block {site.layer} adds something else than its attention and FFN to the residual stream"
+            if differ(functions[site.layer - 1](inputs[site.layer - 1]), y):
+                return f"block {site.layer}, run alone, does not repeat its output"
+            x = y
+    expected = x if model.layout.head is None else model.head(x)
+    return "its final norm and head do not give its logits" if differ(expected, logits) else ""
+
+
+def differ(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors differ by more than rounding; NaN does not count."""
+    return x.shape != y.shape or bool((x - y).norm() > torch.finfo(x.dtype).eps ** 0.5 * y.norm())
