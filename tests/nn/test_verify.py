@@ -1,5 +1,7 @@
 """`verify` measures the factors of a strategy in stock models, right and broken ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +113,48 @@ class Dropped(Block):
         return x + nn.functional.dropout(ffn, 0.5, self.training)
 
 
+class Parallel(Block):
+    """Both sub-layers read the input of the block, as GPT-NeoX's do."""
+
+    def forward(self, x):
+        return x + self.attention(self.norm_1(x) * self.factor()) + self.ffn(self.norm_2(x) * self.factor())
+
+
+class HalvedParallel(Parallel):
+    def forward(self, x):
+        return x + self.attention(self.norm_1(x) * self.factor()) + 0.5 * self.ffn(self.norm_2(x) * self.factor())
+
+
+class Merged(Block):
+    """Merges batch and length before the FFN, as OPT does."""
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x) * self.factor())
+        merged = x.flatten(0, 1)
+        return (merged + self.ffn(self.norm_2(merged) * self.factor())).view(x.shape)
+
+
+class AddingLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, h, x):
+        return x + self.dense(h)
+
+
+class Adding(Block):
+    """Its sub-layers add the stream, as BLOOM's do."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.attention, self.ffn = AddingLinear(), AddingLinear()
+
+    def forward(self, x):
+        x = self.attention(self.norm_1(x) * self.factor(), x)
+        return self.ffn(self.norm_2(x) * self.factor(), x)
+
+
 class NormOfTwo(nn.RMSNorm):
     """Takes a further argument, as a norm under a condition does."""
 
@@ -156,9 +200,20 @@ def test_the_measured_factors_are_one_over_the_root_of_the_layer():
     assert gains == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
 
 
-@pytest.mark.parametrize("block", [MendedBuffer, Dropped, Conditioned])
+@pytest.mark.parametrize("block", [MendedBuffer, Dropped, Conditioned, Parallel, Merged])
 def test_a_right_implementation_passes(block):
-    verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS)
+    verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS.reshape(3, 4))
+
+
+def test_sublayers_that_add_the_stream_pass_with_the_branches_inside():
+    inside = replace(PLAIN, branches=("attention.dense", "ffn.dense"))
+    verify(Model(Adding), "lns", layout=inside, inputs=TOKENS)
+
+
+def test_hidden_states_in_the_precision_of_the_model_are_inputs():
+    model = Model(Block).bfloat16()
+    model.embedding = nn.Identity()
+    verify(model, "lns", layout=PLAIN, inputs=torch.randn(2, 6, 8, dtype=torch.bfloat16))
 
 
 def test_blocks_under_activation_checkpointing_pass():
@@ -171,6 +226,8 @@ BROKEN = {
     OffByOne: "hold: layer 2, attention: gain is 1,",
     OnlyAttention: "hold: layer 2, ffn: gain is 1,",
     HalvedBranch: "hold: layer 1, attention: branch_scale is 0.5, expected 1",
+    HalvedParallel: "hold: layer 1, attention: branch_scale is no constant factor, expected 1",
+    Adding: "branch_scale is no constant factor, expected 1; if its sub-layer adds the stream itself, name the linear",
     LostInTraining: "hold in training mode: layer 2, attention: gain is 1, expected 0.707107",
     ConditionedCube: "hold: layer 1, attention: gain is no constant factor, expected 1",
     LostWhenCompiled: "hold after compilation",
@@ -209,7 +266,7 @@ def quantised():
 NOT_RUN = {
     "on the meta device": (lambda: Model(Block).to("meta"), TOKENS, "Model is on the meta device, or offloaded"),
     "quantised": (quantised, TOKENS, "Model is quantised: dequantise"),
-    "tokens in a list": (lambda: Model(Block), [[1, 2]], "inputs is a list: expected a tensor of tokens"),
+    "tokens in a list": (lambda: Model(Block), [[1, 2]], "inputs is a list: expected a tensor, such as tokens"),
     "tokens outside the vocabulary": (
         lambda: Model(Block),
         TOKENS + 90,

@@ -8,6 +8,7 @@ branch that is never reached, the other a buffer that is wiped, without an error
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from copy import deepcopy
@@ -64,10 +65,11 @@ def verify(
     loading of the weights, and compilation. Each works on a copy, in float32; the model does not change.
 
     Args:
-        model: a Pre-LN language model, as for `apply`; its forward takes tokens [batch, length].
+        model: a Pre-LN model, as for `apply`; its forward takes `inputs` alone.
         norm: name of the strategy; None: the one in the model's configuration.
         layout: where the model keeps its blocks, norms and sub-layers; None: by the names of its modules.
-        inputs: tokens [batch, length]; None: 16 tokens of the vocabulary of a `transformers` model.
+        inputs: tokens [batch, length], or another tensor that the model's forward takes, such as images; None: 16
+            tokens of the vocabulary of a `transformers` model.
         reset: sets the buffers of a model that has left the meta device, as its trainer does; None: calls
             `reset_buffers()` of every module that has it.
         options: of the strategy.
@@ -89,7 +91,8 @@ def verify(
     require_values(model)
     tokens = example_tokens(model) if inputs is None else inputs
     if not isinstance(tokens, Tensor):
-        raise UserError(f"inputs is a {type(tokens).__name__}: expected a tensor of tokens [batch, length]")
+        raise UserError(f"inputs is a {type(tokens).__name__}: expected a tensor, such as tokens [batch, length]")
+    tokens = tokens.float() if tokens.is_floating_point() else tokens  # as the copies of the model
     try:
         return check_copies(model, section["name"], specs, layout, tokens, reset or reset_buffers)
     except UserError:
@@ -152,7 +155,7 @@ class WithoutDropout(TorchFunctionMode):
 
 @torch.no_grad()
 def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout | None, tokens: Tensor) -> list[Factor]:
-    """Run a model on tokens [batch, length] and measure the factors of every sub-layer."""
+    """Run a model and measure the factors of every sub-layer."""
     sublayers = pre_norm_sites(model, layout)
     seen: dict[tuple[int, str], Tensor] = {}
     with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
@@ -164,7 +167,7 @@ def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout 
         if (site.layer, "middle") not in seen:  # a fused kernel ran instead of the norm's forward
             seen[site.layer, "middle"] = seen[site.layer, "output"] - spec.branch_scale * seen[site.layer, "ffn output"]
     factors = []
-    for site, spec in zip(sublayers, specs, strict=True):
+    for index, (site, spec) in enumerate(zip(sublayers, specs, strict=True)):
         ends = ("block", "middle") if site.part == "attention" else ("middle", "output")
         x, y = (seen[site.layer, end] for end in ends)  # the residual stream before and after the sub-layer
         h = seen[site.layer, f"{site.part} input"]
@@ -172,7 +175,11 @@ def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout 
         if math.isnan(gain):  # a norm of another kind counts without hooks, such as that of `apply`
             gain = ratio(h, output_alone(site.norm, x))
         factors.append(Factor(site.layer, site.part, "gain", spec.gain, gain))
-        branch = ratio(y - x, [branch_multiplier(site.block) * seen[site.layer, f"{site.part} output"]])
+        added, multiplier = y - x, branch_multiplier(site.block)
+        if torch.equal(seen[site.layer, "block"], seen[site.layer, "middle"]):  # parallel: both read the block's input
+            other = multiplier * seen[site.layer, f"{sublayers[index ^ 1].part} output"]
+            added = seen[site.layer, "output"] - x - specs[index ^ 1].branch_scale * other
+        branch = ratio(added, [multiplier * seen[site.layer, f"{site.part} output"]])
         factors.append(Factor(site.layer, site.part, "branch_scale", spec.branch_scale, branch))
     return factors
 
@@ -182,13 +189,13 @@ def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
 
     def keep_input(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen[site.layer, name] = hidden_input(args, kwargs)
+            seen[site.layer, name] = flat(hidden_input(args, kwargs))
 
         return hook
 
     def keep_output(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen[site.layer, name] = hidden_output(output)
+            seen[site.layer, name] = flat(hidden_output(output))
 
         return hook
 
@@ -203,6 +210,11 @@ def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
     else:
         handles.append(site.norm.register_forward_pre_hook(keep_input("middle"), with_kwargs=True))
     return handles
+
+
+def flat(x: Tensor) -> Tensor:
+    """Hidden states as [1, tokens, hidden]: some blocks, as OPT's, merge batch and length before a sub-layer."""
+    return x.reshape(1, -1, x.shape[-1])
 
 
 def candidates(norm: Any, x: Tensor) -> list[Tensor]:
@@ -251,15 +263,21 @@ def check(factors: list[Factor], norm: str, when: str) -> None:
     for factor in factors:
         if not factor.holds:
             measured = f"{factor.measured:.6g}" if factor.measured == factor.measured else "no constant factor"
+            adds = "; if its sub-layer adds the stream itself, name the linear layer before the sum in layout.branches"
+            hint = adds if math.isnan(factor.measured) and factor.name == "branch_scale" else ""
             raise UserError(
                 f"norm={norm!r} does not hold{when}: layer {factor.layer}, {factor.part}: "
-                f"{factor.name} is {measured}, expected {factor.expected:.6g}"
+                f"{factor.name} is {measured}, expected {factor.expected:.6g}{hint}"
             )
 
 
 def check_compiled(model: nn.Module, tokens: Tensor, norm: str) -> None:
     """Raise a UserError if the compiled model computes other logits."""
-    with torch.no_grad():
+    import torch._dynamo  # takes a second
+
+    settings: Any = torch._dynamo.config
+    # By default the ninth model of a class in a process runs without compilation.
+    with torch.no_grad(), settings.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
         eager, compiled = logits(model(tokens)), logits(torch.compile(deepcopy(model), backend="eager")(tokens))
     if not torch.allclose(eager, compiled, rtol=1e-3, atol=1e-3 * float(eager.abs().max())):
         raise UserError(f"norm={norm!r} does not hold after compilation: the logits differ")
@@ -294,5 +312,7 @@ def example_tokens(model: Any) -> Tensor:
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not isinstance(vocabulary := getattr(config, "vocab_size", None), int):
-        raise UserError(f"{type(model).__name__} has no config.vocab_size: pass inputs=, tokens [batch, length]")
+        raise UserError(
+            f"{type(model).__name__} has no config.vocab_size: pass inputs=, such as tokens [batch, length]"
+        )
     return (torch.arange(1, 17) * 7919 % vocabulary)[None].to(next(model.parameters()).device)
