@@ -630,6 +630,10 @@ def test_a_custom_strategy_is_imported_by_module_and_function(tmp_path, monkeypa
     assert isinstance(build("my_norms:half", 2, 4, {}), BlockSpec)
 
 
+def test_a_strategy_without_options_is_built_by_its_name():
+    assert build_all("lns", 4) == build_all({"name": "lns"}, 4)
+
+
 @pytest.mark.parametrize(
     ("norm", "words"),
     [

@@ -143,13 +143,14 @@ def coefficient_hint(error: BaseException) -> str:
     return f"; {nearest(unknown[2], BLOCK_COEFFICIENTS if unknown[1] == 'Block' else COEFFICIENTS)}"
 
 
-def build_all(norm: Mapping[str, Any], depth: int) -> list[BlockSpec]:
+def build_all(norm: str | Mapping[str, Any], depth: int) -> list[BlockSpec]:
     """The specs of blocks 1..depth.
 
     Args:
-        norm: a `norm` section: `name`, and the options of the strategy as further entries.
+        norm: the name of a strategy; or a `norm` section: `name`, and the options of the strategy as further entries.
         depth: number of blocks.
     """
+    norm = {"name": norm} if isinstance(norm, str) else norm
     options = {key: value for key, value in norm.items() if key != "name"}
     if "name" not in norm:
         raise UserError(f"norm.name is missing: {nearest('', STRATEGIES)}")
