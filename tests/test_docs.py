@@ -100,6 +100,14 @@ def test_the_guide_builds_optimizer_groups(capsys):
     assert capsys.readouterr().out.count("weight_decay x") == 3  # blocks 2, 3 and 4
 
 
+@pytest.mark.parametrize("model", ["nn.TransformerEncoder(", "ViTForImageClassification("])
+def test_the_layouts_of_the_guide_hold(model):
+    if model.startswith("ViT"):
+        pytest.importorskip("transformers", minversion="5")
+    (code,) = (block for _, block, _ in BLOCK.findall(PAGES["own_training.md"]) if model in block)
+    exec(compile(code, "own_training.md", "exec"), {})
+
+
 def test_the_table_of_studies_has_every_measure():
     lines = re.findall(r"^\| (\w+) \| .* \| (`\w+`(?: `\w+`)*) \|$", PAGES["measure.md"], re.MULTILINE)
     listed = {name: study for study, names in lines for name in re.findall(r"`(\w+)`", names)}

@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 
+import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import apply, fold, strategy_of
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.layouts import LLAMA, Layout
-from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.param_groups import param_groups
+from cod_lightning.nn.strategies import STRATEGIES, build_all
+from cod_lightning.nn.verify import verify
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,7 +41,7 @@ def decoder_of(norm):
 
 def build(family, **changes):
     """An untrained model of a family of transformers, 3 blocks of 32."""
-    names = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
+    names = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel", "Bert": "BertForMaskedLM"}
     shape = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 60} if family == "GPT2" else SHAPE
     if family.startswith(("Gemma", "Qwen3")):
         shape = shape | {"head_dim": 8}
@@ -159,6 +163,31 @@ def test_a_model_of_wrapped_blocks_is_applied_and_folded(wrap, wrapped_first):
         torch.testing.assert_close(logits(fold(model)), expected)
 
 
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def with_wrapped_parts(model, wrap):
+    """A model whose norms and sub-layers are wrapped in place."""
+    for layer in model.model.layers:
+        for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
+            setattr(layer, name, wrap(getattr(layer, name)))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [compiled, checkpoint_wrapper], ids=lambda wrap: wrap.__name__)
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_a_model_of_wrapped_norms_and_sublayers_is_copied_verified_and_folded(wrap, wrapped_first):
+    expected = logits(apply(build("Llama"), "lns", base="minicpm"))
+    if wrapped_first:
+        model = apply(with_wrapped_parts(build("Llama"), wrap), "lns", base="minicpm")
+    else:
+        model = with_wrapped_parts(apply(build("Llama"), "lns", base="minicpm"), wrap)
+    torch.testing.assert_close(logits(deepcopy(model)), expected)
+    verify(model)
+    torch.testing.assert_close(logits(fold(model)), expected)
+
+
 class PlainBlock(nn.Module):
     def __init__(self):
         super().__init__()
@@ -182,14 +211,21 @@ class PlainModel(nn.Module):
         return x
 
 
+def named_blocks(blocks):
+    return nn.ModuleDict({str(index): block for index, block in enumerate(blocks)})
+
+
 PLAIN = Layout("layers", norms=("ln_1", "ln_2"), sublayers=("attn", "ffn"), outputs=("attn", "ffn"))
 
 
-def test_any_module_with_named_blocks_takes_a_strategy():
-    model = apply(PlainModel(), "lns", layout=PLAIN)
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks), named_blocks])
+def test_any_module_with_named_blocks_takes_a_strategy(container):
+    model = PlainModel()
+    model.layers = container(model.layers)
+    apply(model, "lns", layout=PLAIN)
     x = torch.randn(1, 8)
-    block = model.layers[1]
-    torch.testing.assert_close(block.ln_1(x), nn.functional.layer_norm(x, (8,)) * 0.5**0.5)
+    second = list(model.layers.children())[1]
+    torch.testing.assert_close(second.ln_1(x), nn.functional.layer_norm(x, (8,)) * 0.5**0.5)
 
 
 def test_a_module_without_configuration_remembers_its_strategy():
@@ -208,6 +244,20 @@ def test_a_trained_model_keeps_its_function_on_request():
     model = trained_llama()
     before = logits(model)
     torch.testing.assert_close(logits(apply(model, "lns", trained="preserve")), before)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-42])
+def test_a_gain_that_finite_weights_cannot_compensate_for_is_refused(gain, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "faint", lambda layer, depth: cod.block(gain=gain))
+    with pytest.raises(UserError, match=r"weights divided by gain=.* of layer 1 are not finite"):
+        apply(trained_llama(), "faint", trained="preserve")
+
+
+def test_a_model_with_some_norms_without_weights_is_not_taken_for_trained():
+    """As ModernBERT, whose first block has none before attention."""
+    model = PlainModel()
+    model.layers[0].ln_1 = nn.Identity()
+    assert strategy_of(apply(model, "lns", layout=PLAIN)) == {"name": "lns"}
 
 
 def test_layers_without_a_gain_are_left_alone():
@@ -351,9 +401,86 @@ def with_fused_norms():
     return model
 
 
+class GammaNorm(nn.Module):
+    """Calls its weight gamma."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, (8,)) * self.gamma
+
+
+def with_gamma_norms():
+    model = PlainModel()
+    for layer in model.layers:
+        layer.ln_1, layer.ln_2 = GammaNorm(), GammaNorm()
+    return model
+
+
+class Outer(nn.Module):
+    """Holds a model with a strategy."""
+
+    def __init__(self):
+        super().__init__()
+        self.core = apply(PlainModel(), "lns", layout=PLAIN)
+
+
+OUTER = replace(PLAIN, blocks="core.layers")
+
+
+def scaled_llama():
+    model = build("Llama")
+    param_groups(model, "lns", lr=1e-3, initial_weights="scale")
+    return model
+
+
 PRESERVE = {"norm": "lns", "trained": "preserve"}
 REFUSED = {
-    "trained": (trained_llama, {"norm": "lns"}, "trained='preserve'"),
+    "trained": (
+        trained_llama,
+        {"norm": "lns"},
+        "for weights trained under this strategy call apply before load_state_dict, or pass trained='change'; for "
+        "others pass trained='preserve'",
+    ),
+    "trained, initial weights": (
+        trained_llama,
+        {"norm": "scaled_init"},
+        "call apply before load_state_dict, or pass initial_weights='scaled'; for others",
+    ),
+    "scaled by param_groups": (scaled_llama, {"norm": "lns"}, "param_groups scaled the initial weights: use apply or"),
+    "a strategy without initial weights": (
+        trained_llama,
+        {"norm": "lns", "initial_weights": "scaled"},
+        "norm='lns' sets no initial weights: leave out initial_weights='scaled'",
+    ),
+    "two decisions": (
+        trained_llama,
+        {"norm": "scaled_init", "base": "lns", "initial_weights": "scaled", "trained": "preserve"},
+        "trained='preserve' for others: pass one of them",
+    ),
+    "applied to a module inside": (
+        Outer,
+        {"norm": "lns", "layout": OUTER},
+        "has a strategy already: module 'core', which has {'name': 'lns'}",
+    ),
+    "Post-LN": (lambda: build("Bert"), {"norm": "lns"}, "BertForMaskedLM is Post-LN, it norms the sums"),
+    "norms of parallel blocks": (
+        lambda: build("GPTNeoX"),
+        {"norm": "lns"},
+        "layout=Layout('gpt_neox.layers', norms=('...', '...'), sublayers=('attention', 'mlp'))",
+    ),
+    "blocks of another kind": (
+        PlainModel,
+        {"norm": "lns", "layout": replace(PLAIN, blocks="embedding")},
+        "layout.blocks='embedding' is a Embedding of 0 modules; expected an nn.ModuleList, nn.Sequential or",
+    ),
+    "weights of another name": (
+        with_gamma_norms,
+        {"norm": "lns", "layout": PLAIN},
+        "its norms (GammaNorm) have no parameter 'weight' in memory, which would show",
+    ),
     "applied twice": (only_ffn, {"norm": "lns"}, "has a strategy already"),
     "another placement": (lambda: build("Llama"), {"norm": "post_ln"}, "pre_norm=False, sum_norm=True"),
     "norms of heads": (lambda: build("Llama"), {"norm": "qk_norm"}, "head_norm='qk', which an existing"),
@@ -526,6 +653,17 @@ def test_a_factor_of_experts_is_not_folded():
 def test_only_modules_take_a_strategy():
     with pytest.raises(UserError, match=r"model is a NoneType: expected an nn\.Module"):
         apply(None, "lns")
+
+
+def test_a_factor_of_a_norm_whose_weight_has_another_name_is_not_folded():
+    model = apply(with_gamma_norms(), "lns", layout=PLAIN, trained="change")
+    with pytest.raises(UserError, match=r"layer 2: .* GammaNorm has no parameter 'weight', but gamma: a layer that is"):
+        fold(model, layout=PLAIN)
+
+
+def test_the_module_to_fold_is_named():
+    with pytest.raises(UserError, match="Outer has no strategy to fold: pass its module 'core', which has"):
+        fold(Outer(), layout=OUTER)
 
 
 def test_there_is_nothing_to_fold_in_a_plain_model():

@@ -4,7 +4,20 @@ import tempfile
 
 import pytest
 import torch
-from test_apply import PLAIN, PlainModel, build, changed, decoder_of, gated_llama, pruned, sharing, trained_llama
+from test_apply import (
+    OUTER,
+    PLAIN,
+    Outer,
+    PlainModel,
+    build,
+    changed,
+    decoder_of,
+    gated_llama,
+    pruned,
+    scaled_llama,
+    sharing,
+    trained_llama,
+)
 from torch.nn.functional import cross_entropy
 
 import cod_lightning as cod
@@ -38,6 +51,28 @@ def train_applied(family="Llama"):
     model = build_double(family)
     groups = cod.param_groups(model, "pre_ln", initial_weights="scaled", **SETTINGS)
     return train(cod.apply(model, "lns"), groups)
+
+
+@pytest.mark.parametrize("form", ["matrices", "norm_weights"])
+def test_a_stock_model_trains_as_under_a_negative_gain(form, monkeypatch):
+    monkeypatch.setitem(cod.STRATEGIES, "flipped", lambda layer, depth: cod.block(gain=-(layer**-0.5)))
+    stock, applied = build_double(), build_double()
+    groups = cod.param_groups(stock, "flipped", form=form, initial_weights="scale", **SETTINGS)
+    usual = cod.param_groups(applied, "pre_ln", initial_weights="scaled", **SETTINGS)
+    expected = train(cod.apply(applied, "flipped"), usual)
+    torch.testing.assert_close(train(stock, groups), expected, rtol=0, atol=1e-12)
+
+
+def test_a_gain_of_zero_has_no_group(monkeypatch):
+    monkeypatch.setitem(cod.STRATEGIES, "silent", lambda layer, depth: cod.block(gain=0.0))
+    with pytest.raises(UserError, match=r"sets gain=0\.0, which no optimizer group replaces: use apply"):
+        cod.param_groups(build("Llama"), "silent", initial_weights="scale", **SETTINGS)
+
+
+def test_the_usual_groups_leave_a_model_to_apply():
+    model = build("Llama")
+    cod.param_groups(model, "pre_ln", initial_weights="scale", **SETTINGS)
+    cod.apply(model, "lns")
 
 
 @pytest.mark.parametrize(
@@ -86,12 +121,6 @@ def loaded_llama():
         return transformers.LlamaForCausalLM.from_pretrained(folder)
 
 
-def scaled_llama():
-    model = build("Llama")
-    cod.param_groups(model, "lns", initial_weights="scale", **SETTINGS)
-    return model
-
-
 REFUSED = {
     "a trained model": (
         trained_llama,
@@ -100,10 +129,15 @@ REFUSED = {
     ),
     "scaling twice": (scaled_llama, {}, "initial_weights='scale' .*: param_groups was called before: pass"),
     "scaling again after loading": (loaded_llama, {}, "initial_weights='scale' .*: param_groups was called before"),
-    "norms without weights": (lambda: build("Olmo"), {}, "initial_weights='scale' .*: its norms have no weights"),
+    "norms without weights": (
+        lambda: build("Olmo"),
+        {},
+        "initial_weights='scale' .*: its norms .* no parameter 'weight'",
+    ),
     "no decision on initial weights": (lambda: build("Llama"), {"initial_weights": None}, "initial_weights=None"),
     "an unknown form": (lambda: build("Llama"), {"form": "norms"}, "form='norms'"),
     "an applied strategy": (lambda: cod.apply(build("Llama"), "lns"), {}, "not both"),
+    "a strategy applied inside": (Outer, {"layout": OUTER}, "already: module 'core', which has .*, not both"),
     "a decoder with a strategy": (lambda: decoder_of("lns"), {}, "the decoder was built with a strategy"),
     "scaled branches": (lambda: build("Llama"), {"norm": "complete_p"}, "sets branch_scale=0.66"),
     "another placement": (lambda: build("Llama"), {"norm": "post_ln"}, "pre_norm=False, sum_norm=True"),

@@ -33,6 +33,8 @@ SUPPORTED = (*FACTORS, *WEIGHTS, *OPTIMIZER)
 """Coefficients of `apply` and `param_groups`. All others must have the values of Pre-LN."""
 CONFIG_KEY = "cod_lightning"
 """Name under which the strategy stands in the model's configuration, or on a model without one."""
+SCALED = "cod_initial_weights_scaled"
+"""Attribute of the configuration of a model whose initial weights `param_groups` has scaled."""
 
 
 def apply(
@@ -46,8 +48,9 @@ def apply(
 ) -> Model:
     """Put a norm strategy onto a Pre-LN model, in place, before it is trained.
 
-    A checkpoint keeps the weights and, in its configuration, the name of the strategy, but not its factors: call
-    `apply` again after `from_pretrained`. Code that `torch.compile` made before is forgotten, as it has no factors.
+    A checkpoint keeps the weights but not the factors: call `apply` before `load_state_dict`. One of `transformers`
+    keeps the name of the strategy in its configuration as well: call `apply` again after `from_pretrained`. Code that
+    `torch.compile` made before is forgotten, as it has no factors.
 
     Args:
         model: a causal language model of `transformers` with the norms of Llama (also Mixtral, DeepSeek-V3, Phi-3),
@@ -56,9 +59,10 @@ def apply(
         norm: name of a strategy, such as "lns", or `package.module:function`.
         layout: where the model keeps its blocks and norms; None: by the names of its modules.
         trained: what to do with a model that is trained already. "refuse" it; "preserve" its function, by dividing the
-            weights after scaled norms, so that it continues training under the strategy; or "change" its function.
-        initial_weights: needed where the configuration names a strategy of initial weights, such as `scaled_init`,
-            which a checkpoint has and a new model lacks: "scale" multiplies them now, "scaled" leaves them.
+            weights after scaled norms, so that it continues training under the strategy; or "change" its function, also
+            right for weights that were trained under the strategy.
+        initial_weights: for a strategy of initial weights, such as `scaled_init`, and needed where the configuration
+            names it, which a checkpoint has and a new model lacks: "scale" multiplies them now, "scaled" leaves them.
         options: of the strategy, such as `position="only_ffn"`.
 
     Returns:
@@ -66,8 +70,9 @@ def apply(
 
     Raises:
         UserError: an unknown strategy or layout, a `Decoder`, a coefficient that an existing model cannot have, a
-            strategy that is applied already, a trained model and `trained="refuse"`, no decision on initial weights,
-            or weights that cannot be changed here (see `require_weight`). The model is unchanged.
+            strategy that is applied already, here or by `param_groups`, a trained model and `trained="refuse"`, no
+            decision on initial weights, or weights that cannot be changed here (see `require_weight`). The model is
+            unchanged.
     """
     require_choice("trained", trained, Trained)
     if initial_weights is not None:
@@ -84,13 +89,25 @@ def apply(
         )
     written = strategy_of(model)
     if any(is_scaled(module) for module in model.modules()):
-        raise UserError(f"norm={norm!r}: the model has a strategy already: {written}")
+        raise UserError(f"norm={norm!r}: the model has a strategy already: {written or applied_inside(model)}")
+    if hasattr(config_of(model), SCALED):
+        raise UserError(
+            f"norm={norm!r}: param_groups scaled the initial weights: use apply or param_groups, not both; for a new "
+            f"model with the configuration of a scaled one, delete config.{SCALED}"
+        )
     if written not in (None, section):
         raise UserError(f"norm={section} differs from {written}, the strategy in the configuration of the model")
     if written is not None and initial_weights is None and changes_initial_weights(specs):
         raise UserError(
             f"norm={norm!r}: the configuration names this strategy, but not whether the initial weights are multiplied "
             "already: pass initial_weights='scaled' after from_pretrained, or 'scale' for a new model"
+        )
+    if written is None and initial_weights is not None and not changes_initial_weights(specs):
+        raise UserError(f"norm={norm!r} sets no initial weights: leave out initial_weights={initial_weights!r}")
+    if initial_weights == "scaled" and trained == "preserve":
+        raise UserError(
+            "initial_weights='scaled' is for weights that were trained under the strategy, trained='preserve' for "
+            "others: pass one of them"
         )
     factors = [
         (site, module, factor)
@@ -139,7 +156,8 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
                 targets.append((module, target))
     require_own_weights(model, sublayers, [target for _, target in targets])
     if section is None:
-        raise UserError(f"{type(model).__name__} has no strategy to fold: call apply first")
+        remedy = f"pass its {inside}" if (inside := applied_inside(model)) else "call apply first"
+        raise UserError(f"{type(model).__name__} has no strategy to fold: {remedy}")
     specs = [sublayer for spec in checked_specs(section, len(sublayers) // 2) for sublayer in spec.sublayers]
     if not targets and any(name in FACTORS for spec in specs for name in changes(spec)):
         raise UserError(f"the factors of {section} are lost, as after from_pretrained: call apply again, then fold")
@@ -157,6 +175,12 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
 def strategy_of(model: nn.Module) -> dict[str, Any] | None:
     """The strategy in the configuration of a model, such as `{"name": "lns"}`, or None."""
     return getattr(config_of(model), CONFIG_KEY, None)
+
+
+def applied_inside(model: nn.Module) -> str:
+    """The first module inside that `apply` was called on, with its strategy; empty if there is none."""
+    strategies = {path: strategy_of(module) for path, module in model.named_modules() if path}
+    return next((f"module {path!r}, which has {section}" for path, section in strategies.items() if section), "")
 
 
 def config_of(model: Any) -> Any:
@@ -207,6 +231,12 @@ def require_parameter(module: Any, otherwise: str) -> None:
             f"{otherwise}: layout.outputs is missing, the last linear layers (mixtures of experts have none)"
         )
     require_no_adapter(module, otherwise)
+    if getattr(module, "weight", None) is None:
+        own = ", ".join(name for name, parameter in module._parameters.items() if parameter is not None)
+        raise UserError(
+            f"{otherwise}: {type(module).__name__} has no parameter 'weight', but {own or 'none of its own'}: a layer "
+            "that is multiplied needs one of this name; dequantise a quantised model"
+        )
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point():
         raise UserError(
@@ -285,7 +315,11 @@ def change_weights(
     initial = changes_initial_weights(specs)
     scaled = [site for site, spec in zip(sublayers, specs, strict=True) if spec.gain != 1]
     if trained == "refuse":
-        remedy = "pass trained='preserve' to keep the function, or trained='change'"
+        same = "initial_weights='scaled'" if initial else "trained='change'"
+        remedy = (
+            f"for weights trained under this strategy call apply before load_state_dict, or pass {same}; for others "
+            "pass trained='preserve' to keep the function, or trained='change'"
+        )
         require_untrained(sublayers, f"norm={norm!r} changes what a trained model computes", remedy)
     if trained == "preserve" and (initial or any(spec.branch_scale != 1 for spec in specs)):
         raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
@@ -303,6 +337,10 @@ def change_weights(
         for module in layers:
             require_weight(module, f"norm={norm!r} cannot change a weight of layer {site.layer}")
         changed += layers
+        if trained == "preserve" and not all((layer.weight / spec.gain).isfinite().all() for layer in layers):
+            raise UserError(
+                f"norm={norm!r}: weights divided by gain={spec.gain:.3g} of layer {site.layer} are not finite"
+            )
     require_own_weights(model, sublayers, changed)
     for site, spec in zip(sublayers, specs, strict=True):
         if trained == "preserve" and spec.gain != 1:
@@ -365,13 +403,17 @@ def require_untrained(sublayers: list[Site], problem: str, remedy: str) -> None:
     """Check that a model is not trained.
 
     Raises:
-        UserError: its norms are not at their initial weights, or have none that would show it.
+        UserError: its norms are not at their initial weights, or none has one that would show it.
     """
     states = {is_trained(site.norm) for site in sublayers}
     if True in states:
         raise UserError(f"{problem}: its norms are not at their initial weights: {remedy}")
-    if None in states:
-        raise UserError(f"{problem}: its norms have no weights here, which would show whether it is trained: {remedy}")
+    if states == {None}:
+        norm = type(sublayers[0].norm).__name__
+        raise UserError(
+            f"{problem}: its norms ({norm}) have no parameter 'weight' in memory, which would show whether it is "
+            f"trained: {remedy}"
+        )
 
 
 def without_hooks(norm: Any) -> Any:

@@ -20,18 +20,22 @@ from cod_lightning.nn.weights import refuse_fsdp1
 class Layout:
     """Module paths of a model; each pair is for attention and for the feed-forward network.
 
+    `fold`, `param_groups` and `apply` of a trained model read and multiply parameters that are called `weight` and
+    `bias`, no others.
+
     Example: `Layout("transformer.blocks", norms=("ln_1", "ln_2"), sublayers=("attn", "ffn"))`.
     """
 
     blocks: str
-    """The list of blocks, from the model."""
+    """All blocks, first to last, from the model: an `nn.ModuleList`, `nn.Sequential` or `nn.ModuleDict`."""
     norms: tuple[str, str] | None
     """The norms before the sub-layers, from a block; None: the sub-layers have none of their own, so the model takes no
     strategy."""
     sublayers: tuple[str, str]
     """The sub-layers, from a block: each gets the output of its norm."""
     branches: tuple[str, str] | None = None
-    """The modules whose outputs are added to the residual stream; None, or an `nn.Identity`: the sub-layers."""
+    """The modules whose outputs are added to the residual stream; None, or an `nn.Identity`: the sub-layers. If a
+    sub-layer adds the stream itself, as BLOOM's do, its linear layer before the addition."""
     inputs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """The linear layers that read the output of a norm; needed to keep a trained model's function."""
     outputs: tuple[str, str] | None = None
@@ -171,9 +175,13 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
         raise UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
     sublayers = sites(model, layout)
     if layout.norms is None:
+        name = type(model).__name__
+        if layout.sum_norms is not None:
+            raise UserError(f"{name} is Post-LN, it norms the sums: a strategy needs a norm before each sub-layer")
         raise UserError(
-            f"{type(model).__name__} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their "
-            f"outputs); {HINT}"
+            f"{name} has no norms before its sub-layers that are known (OLMo 2 and 3 norm their outputs, parallel "
+            f"blocks may share one norm); if each sub-layer has one, name them: layout=Layout({layout.blocks!r}, "
+            f"norms=('...', '...'), sublayers={layout.sublayers!r})"
         )
     if by_name:
         refuse_other_blocks(model, sublayers, layout)
@@ -225,25 +233,30 @@ def sites(model: nn.Module, layout: Layout) -> list[Site]:
         UserError: the model has no module that the layout names.
     """
     blocks: Any = submodule(model, layout.blocks, type(model).__name__)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise UserError(f"layout.blocks={layout.blocks!r} is a {type(blocks).__name__}; expected an nn.ModuleList")
-    inner = [unwrapped(block) for block in blocks]
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential | nn.ModuleDict) or not len(blocks):
+        raise UserError(
+            f"layout.blocks={layout.blocks!r} is a {type(blocks).__name__} of {len(list(blocks.children()))} modules; "
+            "expected an nn.ModuleList, nn.Sequential or nn.ModuleDict of blocks"
+        )
+    inner = [unwrapped(block) for block in (blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)]
     return [site_of(layout, layer, block, index) for layer, block in enumerate(inner, start=1) for index in (0, 1)]
 
 
-def unwrapped(block: Any) -> Any:
-    """A block without the wrappers of `torch.compile` and of `checkpoint_wrapper`."""
-    while (inner := getattr(block, "_orig_mod", getattr(block, "_checkpoint_wrapped_module", None))) is not None:
-        block = inner
-    return block
+def unwrapped(module: Any) -> Any:
+    """A module without the wrappers of `torch.compile` and of `checkpoint_wrapper`."""
+    while (inner := getattr(module, "_orig_mod", getattr(module, "_checkpoint_wrapped_module", None))) is not None:
+        module = inner
+    return module
 
 
 def site_of(layout: Layout, layer: int, block: Any, index: int) -> Site:
     """Attention (index 0) or the feed-forward network (1) of a block; raises like `submodule`."""
-    name = f"{layout.blocks}.{layer - 1}"
+
+    def at(path: str) -> Any:
+        return unwrapped(submodule(block, path, f"{layout.blocks}.{layer - 1}"))
 
     def module(pair: tuple[str, str] | None) -> Any:
-        return submodule(block, pair[index], name) if pair else None
+        return at(pair[index]) if pair else None
 
     sublayer, branch = module(layout.sublayers), module(layout.branches)
     return Site(
@@ -253,7 +266,7 @@ def site_of(layout: Layout, layer: int, block: Any, index: int) -> Site:
         norm=module(layout.norms),
         sublayer=sublayer,
         branch=sublayer if branch is None or isinstance(branch, nn.Identity) else branch,
-        inputs=[submodule(block, path, name) for path in layout.inputs[index]],
+        inputs=[at(path) for path in layout.inputs[index]],
         output=module(layout.outputs),
         sum_norm=module(layout.sum_norms),
     )
@@ -301,7 +314,8 @@ def hidden_output(y: Any) -> Tensor:
 def known_layout(model: nn.Module) -> Layout | None:
     """The layout of a causal language model of `transformers`, by the names of its modules.
 
-    It is the first of `LAYOUTS` whose modules the model has, and that names all inputs or none.
+    It is the first of `LAYOUTS` whose modules the model has, with its blocks in an `nn.ModuleList`, and that names all
+    inputs or none.
     """
     for layout in LAYOUTS:
         try:
@@ -309,7 +323,8 @@ def known_layout(model: nn.Module) -> Layout | None:
             submodule(model, layout.final_norm or "", "")
         except UserError:
             continue
-        if all(names_all_inputs(site) for site in sublayers):
+        listed = isinstance(model.get_submodule(layout.blocks), nn.ModuleList)
+        if listed and all(names_all_inputs(site) for site in sublayers):
             return layout
     return None
 

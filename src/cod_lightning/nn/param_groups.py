@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import (
+    SCALED,
     SUPPORTED,
     InitialWeights,
+    applied_inside,
     change_weights,
+    changes_initial_weights,
     checked_specs,
     config_of,
+    is_scaled,
     own_config,
     require_parameter,
     require_untrained,
@@ -29,8 +33,6 @@ from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.settings import require_choice
 
 FORMS = ("matrices", "norm_weights")
-SCALED = "cod_initial_weights_scaled"
-"""Attribute of the configuration of a model whose initial weights `param_groups` has scaled."""
 
 
 def param_groups(
@@ -78,7 +80,8 @@ def param_groups(
         require_number(name, value)
     require_choice("form", form, FORMS)
     require_choice("initial_weights", initial_weights, InitialWeights)
-    if (applied := strategy_of(model)) is not None:
+    if (applied := strategy_of(model)) is not None or any(is_scaled(module) for module in model.modules()):
+        applied = applied or applied_inside(model)
         raise UserError(f"the model has a strategy already: {applied}; use apply or param_groups, not both")
     sublayers = pre_norm_sites(model, layout)
     if any(isinstance(site.block, Block) and has_rates_or_factors(site.block.spec) for site in sublayers):
@@ -101,7 +104,8 @@ def param_groups(
         by_hand = f"for a new model first multiply the weights {where} by its gain"
         require_untrained(sublayers, problem, f"{remedy}; {by_hand}")
         change_weights(model, sublayers, specs, norm, "change")
-        setattr(own_config(model), SCALED, True)
+        if changes_initial_weights(specs):
+            setattr(own_config(model), SCALED, True)
     return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
@@ -124,7 +128,7 @@ def without_gain(spec: SublayerSpec, form: str, norm: str) -> SublayerSpec:
     """The exact equivalent of a sub-layer that has initial weights and rates instead of a gain.
 
     Raises:
-        UserError: the sub-layer scales its branch, or has both a gain and rates.
+        UserError: the sub-layer scales its branch, has both a gain and rates, or a gain of 0.
     """
     if spec.branch_scale != 1:
         raise UserError(f"norm={norm!r} sets branch_scale={spec.branch_scale!r}, which no optimizer group replaces")
@@ -132,6 +136,8 @@ def without_gain(spec: SublayerSpec, form: str, norm: str) -> SublayerSpec:
         return spec
     if spec.has_rates:
         raise UserError(f"norm={norm!r} sets gain={spec.gain!r} and rates: param_groups supports one of them")
+    if spec.gain == 0:
+        raise UserError(f"norm={norm!r} sets gain={spec.gain!r}, which no optimizer group replaces: use apply")
     rates = scaled_rates(spec.gain)
     if form == "matrices":
         return replace(spec, gain=1.0, input_init=spec.input_init * spec.gain, input_rates=rates)

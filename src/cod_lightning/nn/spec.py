@@ -27,8 +27,10 @@ def scaled_rates(factor: float) -> Rates:
     """Rates under which a weight V that starts as g W, g the factor, stays exactly g W under AdamW.
 
     The gradient of V is 1/g times that of W, and so are Adam's m and sqrt(v). The step of V is therefore
-    g lr m / (sqrt(v) + eps/g), g times that of W, and its decay 1 - (g lr) (weight_decay/g) is that of W.
+    g lr m / (sqrt(v) + eps/g), g times that of W, and its decay 1 - (g lr) (weight_decay/g) is that of W. The sign of a
+    negative factor is in m, so that its rates are those of |g|.
     """
+    factor = abs(factor)
     return Rates(lr=factor, eps=1 / factor, weight_decay=1 / factor, clip=factor)
 
 
