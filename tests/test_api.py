@@ -1,5 +1,6 @@
 """The public names of the package."""
 
+import inspect
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 
 import cod_lightning as cod
 from cod_lightning.errors import UserError
+from cod_lightning.measure.registry import MEASURES
 from tiny_models import tiny_decoder, tiny_llama
 
 
@@ -63,6 +65,13 @@ def test_a_measure_takes_its_options():
 def test_measures_and_their_options_take_what_a_tokenizer_returns():
     encoding = {"input_ids": torch.arange(24, dtype=torch.int32).reshape(2, 12)}
     assert cod.measure.linear_replacement(tiny_decoder(), encoding, fit=encoding).fit_tokens == 24
+
+
+def test_a_measure_can_be_completed_and_shows_what_it_takes():
+    assert set(MEASURES) <= set(dir(cod.measure))
+    parameters = inspect.signature(cod.measure.jacobian).parameters
+    assert list(parameters)[:4] == ["model", "batches", "pad_id", "progress"]
+    assert {"layers", "probes", "tokens", "layout"} <= set(parameters)
 
 
 def test_an_unknown_measure_names_the_known_ones():

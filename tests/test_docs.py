@@ -114,6 +114,14 @@ def test_the_table_of_studies_has_every_measure():
     assert listed == {name: entry.study for name, entry in MEASURES.items()}
 
 
+def test_the_api_has_every_measure_and_its_result():
+    entry = re.compile(r"^::: (cod_lightning\.measure\.\S+)\n    options: {heading: cod\.measure\.(\w+)", re.MULTILINE)
+    functions = {name: path for path, name in entry.findall(PAGES["api.md"])}
+    assert functions == {name: f"{each.measure.__module__}.{each.measure.__name__}" for name, each in MEASURES.items()}
+    results = {f"{each.result_type.__module__}.{each.result_type.__name__}" for each in MEASURES.values()}
+    assert results <= set(re.findall(r"^::: (\S+)", PAGES["api.md"], re.MULTILINE))
+
+
 def test_the_settings_table_has_every_group_and_choice():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGES["reproduce.md"], flags=re.MULTILINE))
     assert set(groups()) == set(rows)

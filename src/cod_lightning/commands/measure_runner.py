@@ -55,8 +55,8 @@ class Subject:
     def require_next_token(self, command: str) -> None:
         if self.export is None:
             raise UserError(f"{self.model.name} is a model of images: measure {command} supports models of text only")
-        if not self.model.predicts_next:
-            raise UserError(f"{self.model.name}: {self.model.why_not_next}: measure {command} needs it")
+        if reason := self.model.why_no_loss:
+            raise UserError(f"{self.model.name}: {reason}: measure {command} needs it")
 
 
 def study_options(study: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class RunRemoval(AblationResult):
     sizes: list[int]
     """The numbers n of removed blocks."""
     losses: list[list[float]]
-    """Loss without blocks l to l + n - 1 at [index of n][l - 1]."""
+    """Loss without blocks l to l + n - 1 at `[index of n][l - 1]`."""
 
     def series(self) -> dict[str, Sequence[Any]]:
         """One column per size; a larger size has fewer entries."""
@@ -167,7 +167,7 @@ class CausalScore(Result):
 
     tokens: int
     effects: list[list[float | None]]
-    """Effect of skipping layer s on layer l at [s - 1][l - 1]; None if l <= s, or if the update of l is zero."""
+    """Effect of skipping layer s on layer l at `[s - 1][l - 1]`; None if l <= s, or if the update of l is zero."""
     scores: list[float | None]
     """Mean effect of skipping layer s at [s - 1]; None if there is no later layer."""
     score: float | None

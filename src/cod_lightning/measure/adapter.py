@@ -1,7 +1,7 @@
 """One view of every model that is measured: an embedding, blocks and a head.
 
-The models are our decoder, causal language models of `transformers`, and our Vision Transformer, whose tokens are the
-patches of images.
+The models are our decoder, language models of `transformers`, any others with a `Layout`, and our Vision Transformer,
+whose tokens are the patches of images.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,14 +23,16 @@ from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, scale
 from cod_lightning.nn.layouts import (
     BERT,
     ENCODER,
+    HINT,
+    LAYOUTS,
     VIT,
     Layout,
     branch_multiplier,
     hidden_input,
     hidden_output,
     known_layout,
+    logits_output,
     sites,
-    submodule,
 )
 from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.vit import VisionTransformer
@@ -59,6 +61,17 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
+BACKBONES = tuple(
+    replace(
+        layout,
+        blocks=layout.blocks.partition(".")[2],
+        final_norm=layout.final_norm and layout.final_norm.partition(".")[2],
+        head=None,
+    )
+    for layout in LAYOUTS
+    if layout not in (BERT, ENCODER)
+)
+"""The layouts without the causal model around them, as `AutoModel` gives them."""
 Batch = Tensor | Images
 """Tokens [batch, length], or images."""
 
@@ -68,38 +81,30 @@ class ModelAdapter:
     """Access to the blocks of a model.
 
     Args:
-        model: a `Decoder`, a `VisionTransformer`, or a model of `transformers` of a family in docs/models.md, for which
-            `check_layout` is the proof. BERT's logits are not for the next token.
+        model: a `Decoder`, a `VisionTransformer`, a model of `transformers` of a family in docs/models.md, or a model
+            whose forward takes tokens [batch, length] and returns logits, the first of a tuple or `.logits`.
+            `check_layout` is the proof. Logits are for the next token, except BERT's.
         name: for tables and figures.
         decode: the text of a token, for results that name tokens; None: they have ids only.
+        layout: the `Layout` of the model's blocks, their sub-layers, the final norm and the head; None: by the names of
+            its modules.
 
     Raises:
-        UserError: the model has none of `LAYOUTS`.
+        UserError: the model has not the modules of the layout, or, without one, of any of `LAYOUTS`.
     """
 
     model: nn.Module
     name: str = "model"
     decode: Callable[[int], str] | None = None
+    layout: Any = None
 
     def __post_init__(self):
-        _ = self.layout
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Where the model keeps its blocks, their sub-layers, the final norm and the head."""
-        if isinstance(self.model, VisionTransformer):
-            return VIT
-        if (layout := known_layout(self.model)) is None:
-            raise UserError(
-                f"{self.name}: {family(self.model)} has an unknown layout and cannot be measured; "
-                "docs/models.md lists the families that can"
-            )
-        return layout
+        object.__setattr__(self, "layout", layout_of(self.model, self.name, self.layout))
 
     @property
     def blocks(self) -> list[nn.Module]:
         blocks: Any = self.model.get_submodule(self.layout.blocks)
-        return list(blocks)
+        return list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)
 
     @property
     def depth(self) -> int:
@@ -113,12 +118,23 @@ class ModelAdapter:
     @property
     def predicts_next(self) -> bool:
         """Whether the logits are for the next token; BERT's are for the token itself, which attends to all others."""
-        return self.layout not in (BERT, ENCODER) or self.config.is_decoder
+        return self.layout not in (BERT, ENCODER) or getattr(self.config, "is_decoder", False)
 
     @property
-    def why_not_next(self) -> str:
-        """For errors about a model that does not predict the next token."""
-        return f"{family(self.model)} does not predict the next token"
+    def why_no_loss(self) -> str:
+        """Why it has no loss of next tokens or labels, or an empty string."""
+        return self.why_no_head if self.predicts_next else f"{family(self.model)} does not predict the next token"
+
+    @property
+    def why_no_head(self) -> str:
+        """Why hidden states do not give logits, or an empty string."""
+        name, layout = family(self.model), self.layout
+        if layout.head is None:
+            return f"{name} has no head, which gives logits"
+        for field, path in (("final_norm", layout.final_norm), ("head", layout.head)):
+            if path and not has_module(self.model, path):
+                return f"{name} has no module {path!r}, its {field}: name it in layout=Layout(..., {field}=...)"
+        return ""
 
     @property
     def why_not_sparse(self) -> str:
@@ -165,17 +181,30 @@ class ModelAdapter:
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocabulary or classes, hidden]; without a head the embeddings."""
+        """[vocabulary or classes, hidden]; without a head that has it, of the embeddings.
+
+        Raises:
+            UserError: neither has it, or it is quantised.
+        """
+        if (weight := self.known_weight) is None:
+            raise UserError(f"{self.name}: neither its head nor an nn.Embedding has a weight [vocabulary, hidden]")
+        return weight
+
+    @property
+    def known_weight(self) -> Tensor | None:
+        """`head_weight` if there is one."""
         model: Any = self.model
-        if self.layout.head is None:
-            head = model.get_input_embeddings()
-        elif self.layout is BERT:
-            head = model.get_output_embeddings()
-        else:
-            head = submodule(model, self.layout.head, self.name)
-        if not isinstance(head.weight, Tensor):
+        head: Any = None
+        if not self.why_no_head:
+            head = model.get_output_embeddings() if self.layout is BERT else model.get_submodule(self.layout.head)
+        if not hasattr(head, "weight"):
+            embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+            largest = max(embeddings, key=lambda module: module.num_embeddings, default=None)  # not of positions
+            head = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else largest
+        weight = getattr(head, "weight", None)
+        if not isinstance(weight, Tensor | None):
             raise UserError(f"{self.name}: its {type(head).__name__} is quantised: dequantise the model first")
-        return head.weight
+        return weight
 
     @property
     def positions(self) -> int | None:
@@ -187,23 +216,38 @@ class ModelAdapter:
 
     @property
     def device(self) -> torch.device:
-        return self.head_weight.device
+        weight = self.known_weight
+        return (next(self.model.parameters()) if weight is None else weight).device
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden states [..., hidden]: final norm, then head, scaled as the model does."""
-        if self.layout.head is None:
-            raise UserError(f"{self.name}: {family(self.model)} has no head, which gives logits")
+        if self.why_no_head:
+            raise UserError(f"{self.name}: {self.why_no_head}")
         if self.layout.final_norm:
             x = self.model.get_submodule(self.layout.final_norm)(x)
         factor = self.config_value("logit_scale", 1) / self.config_value("logits_scaling", 1)  # Cohere; Granite
-        logits = scale(self.model.get_submodule(self.layout.head)(x), factor)
+        head: Any = self.model.get_submodule(self.layout.head)
+        logits = scale(F.linear(x, head.weight) if isinstance(head, nn.Embedding) else head(x), factor)
         cap = self.config_value("final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def logits(
+    def logits(self, batch: Batch, hook: ActivationHook | None = None) -> Tensor:
+        """Logits [batch, length, vocabulary], for images [batch, 1, classes], without a head what the model returns.
+
+        A model that gives those of the last token only, as nanoGPT without targets, gets the others from its head.
+        `hook` gets every layer's activations.
+        """
+        if isinstance(self.model, Decoder | VisionTransformer):
+            return self.output(batch, hook)
+        states: list[Tensor] = []
+        with self.blocks[-1].register_forward_hook(lambda block, args, y: states.append(hidden_output(y))):
+            logits = self.output(batch, hook)
+        return self.head(states[-1]) if logits.shape[1] == 1 < states[-1].shape[1] else logits
+
+    def output(
         self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None, last: int = 0
     ) -> Tensor:
-        """Logits [batch, length, vocabulary], for images [batch, 1, classes], without a head [batch, length, hidden].
+        """What the model returns for a batch: logits, without a head something else.
 
         Args:
             batch: tokens [batch, length] or images.
@@ -212,8 +256,9 @@ class ModelAdapter:
                 padding follows the other tokens.
             last: only the logits of this many last tokens, if the model's `forward` has `logits_to_keep`; 0: all.
         """
+        parameters = signature(self.model.forward).parameters
         options: dict[str, Any] = {}
-        if last and "logits_to_keep" in signature(self.model.forward).parameters:
+        if last and "logits_to_keep" in parameters:
             options["logits_to_keep"] = last
         with torch.compiler.set_stance("force_eager"), without_autocast(self.model), ExitStack() as handles:
             if isinstance(batch, Images):
@@ -224,16 +269,19 @@ class ModelAdapter:
                 handles.enter_context(handle)
             if keep is not None and not self.predicts_next:
                 options["attention_mask"] = keep.long()
-            output = self.model(input_ids=batch, use_cache=False, **options)
-            return output.last_hidden_state if self.layout.head is None else output.logits
+            if "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                options["use_cache"] = False
+            if "input_ids" in parameters:
+                return logits_output(self.model(input_ids=batch, **options))
+            return logits_output(self.model(batch, **options))
 
     @torch.no_grad()
     def run(self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None) -> None:
         """Run the model for its activations: without gradients, and with the last token's logits only, if it can.
 
-        The logits of a whole batch can take more memory than the model. The arguments are those of `logits`.
+        The logits of a whole batch can take more memory than the model. The arguments are those of `output`.
         """
-        self.logits(batch, hook, keep, last=1)
+        self.output(batch, hook, keep, last=1)
 
     def register_hooks(self, hook: ActivationHook) -> Iterator[RemovableHandle]:
         """Register module hooks on a model of `transformers` that call `hook` as our models do."""
@@ -266,7 +314,7 @@ class ModelAdapter:
 
         Args:
             batch: tokens [batch, length] or images.
-            keep: as for `logits`.
+            keep: as for `output`.
         """
         inputs: list[Tensor] = []
         functions: list[Callable[[Tensor], Tensor]] = []
@@ -325,6 +373,31 @@ def without_autocast(model: nn.Module) -> Generator[None]:
         yield
     finally:
         own["forward"] = wrapped
+
+
+def layout_of(model: nn.Module, name: str, layout: Layout | None) -> Layout:
+    """Where a model keeps its modules; arguments and errors are those of `ModelAdapter`."""
+    if isinstance(model, VisionTransformer):
+        return VIT
+    if not isinstance(layout, Layout | None):
+        raise UserError(f"layout={layout!r} is not a Layout; {HINT}")
+    if layout is not None:
+        sites(model, layout)  # raises, naming what is missing
+        return layout
+    if (layout := known_layout(model) or known_layout(model, BACKBONES)) is None:
+        raise UserError(
+            f"{name}: {family(model)} has an unknown layout and cannot be measured; docs/models.md lists the families "
+            f"that can, for others {HINT}"
+        )
+    return layout
+
+
+def has_module(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def family(model: Any) -> str:

@@ -29,7 +29,7 @@ class AngularDistance(Result):
     """d(l, l + n) for all layers l and distances n, from 0 (same direction) through 0.5 (orthogonal) to 1."""
 
     distances: list[list[float | None]]
-    """Distance between l and l + n at [n - 1][l - 1]; None if there is no layer l + n. Layer L + 1 is the output."""
+    """Distance between l and l + n at `[n - 1][l - 1]`; None if there is no layer l + n. Layer L + 1 is the output."""
     tokens: int
     """Number of tokens in the average."""
     token: str

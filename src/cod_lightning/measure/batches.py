@@ -52,9 +52,11 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
         raise UserError(
             f"{name}: {tokens.shape[1]} tokens, but the model has embeddings for {model.positions}: truncate"
         )
-    vocabulary = len(model.head_weight)
-    if tokens.numel() and (largest := int(tokens.max())) >= vocabulary:
-        raise UserError(f"{name}: token {largest} is not in the model's vocabulary of {vocabulary}: another tokenizer?")
+    weight = model.known_weight
+    if weight is not None and tokens.numel() and (largest := int(tokens.max())) >= len(weight):
+        raise UserError(
+            f"{name}: token {largest} is not in the model's vocabulary of {len(weight)}: another tokenizer?"
+        )
     if pad_id is None and isinstance(batch, Mapping) and not torch.as_tensor(batch.get("attention_mask", 1)).all():
         raise UserError(f"{name}: its attention_mask has padding: pass pad_id=tokenizer.pad_token_id")
     if pad_id is not None and model.predicts_next:

@@ -46,7 +46,7 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
     if 1 in layers and any(isinstance(block, Block) and block.spec.value_residual != "no" for block in blocks):
         raise UserError(f"{model.name}: its blocks read the values of block 1 (value_residual): keep block 1")
     with model.with_blocks([blocks[layer - 1] for layer in remaining]):  # so that only these are copied
-        copy = ModelAdapter(deepcopy(model.model), model.name)
+        copy = dataclasses.replace(model, model=deepcopy(model.model))
     if isinstance(copy.model, Decoder):
         copy.model.config = dataclasses.replace(copy.model.config, num_hidden_layers=len(remaining))
         move_entry_norm(blocks[0], copy.blocks[0])

@@ -219,14 +219,15 @@ def mean_jacobian(
     """
     chosen = list(layers or model.evenly_spaced(5))
     generator = torch.Generator().manual_seed(seed)
-    totals = {layer: torch.zeros(model.hidden, model.hidden, dtype=torch.float64) for layer in chosen}
+    totals = dict.fromkeys(chosen, torch.zeros((), dtype=torch.float64))
     count, total = 0, 0.0
     with differentiable(model.model):
         for block in iter_blocks_with_positions(model, batches, pad_id, chosen, tokens, generator, progress):
             backward = vjp(block.function, block.x)
             for position, weight in zip(block.positions.T, block.weights.T, strict=True):
                 matrices = full_jacobian(at_token(backward, block.x, position), block.x)
-                totals[block.layer] += torch.einsum("r,rij->ij", weight.to(matrices.device), matrices).cpu()
+                mean = torch.einsum("r,rij->ij", weight.to(matrices.device), matrices).cpu()
+                totals[block.layer] = totals[block.layer] + mean
             if block.layer == chosen[0]:
                 count, total = count + int((block.weights > 0).sum()), total + float(block.weights.sum())
     return MeanJacobian(model.name, count, chosen, [(totals[layer] / total).tolist() for layer in chosen])
@@ -274,7 +275,7 @@ def jacobian_growth(
                     v = forward(v)
                     if layer in chosen:
                         square[:, chosen.index(layer)] += (v * kept).square().sum((1, 2)) / probes
-            squares.add(square / (mask.sum(1, keepdim=True) * model.hidden))
+            squares.add(square / (mask.sum(1, keepdim=True) * inputs[0].shape[-1]))
             columns = []
             for layer in chosen:
                 forward, backward = compose(blocks[:layer], kept)

@@ -36,7 +36,7 @@ class BlockInfluence(Result):
     error: list[float]
     """Standard error over tokens."""
     distance: list[list[float | None]]
-    """1 - E_t[cos(x_{l,t}, x_{l+n,t})] at [n - 1][l - 1]; None where fewer than n blocks follow (LLM-Streamline)."""
+    """1 - E_t[cos(x_{l,t}, x_{l+n,t})] at `[n - 1][l - 1]`; None where fewer than n blocks follow (LLM-Streamline)."""
     best: list[tuple[int, int]]
     """First and last of the n contiguous blocks with the smallest distance, at [n - 1]: LLM-Streamline removes them."""
 

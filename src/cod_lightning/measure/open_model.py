@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.measure.adapter import ModelAdapter, family
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.layouts import sites
+from cod_lightning.nn.layouts import Layout, sites
 from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
@@ -36,12 +36,16 @@ def load_pretrained(
     return model, tokenizer
 
 
-def find_model(module: Any) -> ModelAdapter:
+def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
     """The language model that a module is, wraps or holds.
 
+    Args:
+        module: a model, or a module around it.
+        layout: where the model keeps its blocks; None: by the names of its modules.
+
     Raises:
-        UserError: the module is no `nn.Module` or sharded by FSDP1, or holds no language model that is laid out in a
-            known way, or several.
+        UserError: the module is no `nn.Module` or sharded by FSDP1, or holds no language model that is laid out so
+            or in a known way, or several.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"model is a {type(module).__name__}: expected an nn.Module")
@@ -51,7 +55,7 @@ def find_model(module: Any) -> ModelAdapter:
         if any(path.startswith(f"{outer}.") for outer in found):
             continue
         try:
-            adapter = ModelAdapter(candidate, type(candidate).__name__)
+            adapter = ModelAdapter(candidate, type(candidate).__name__, layout=layout)
         except UserError:
             continue
         if adapter.layout.blocks.partition(".")[0] not in candidate._modules:
@@ -66,7 +70,7 @@ def find_model(module: Any) -> ModelAdapter:
         )
     if found:
         return found.popitem()[1]
-    return ModelAdapter(module, type(module).__name__)  # raises, naming the module
+    return ModelAdapter(module, type(module).__name__, layout=layout)  # raises, naming the module
 
 
 @contextmanager
@@ -87,7 +91,7 @@ def measuring(model: ModelAdapter) -> Generator[None]:
 
 @torch.no_grad()
 def check_layout(model: ModelAdapter) -> None:
-    """Run a model of `transformers` on a few tokens to prove that its blocks, sub-layers and head are what they seem.
+    """Run a model that is not ours on a few tokens to prove that its blocks, sub-layers and head are what they seem.
 
     The model is in evaluation mode. Our own models need no proof.
 
@@ -107,7 +111,8 @@ def check_layout(model: ModelAdapter) -> None:
 
 def layout_problem(model: ModelAdapter) -> str:
     """What `check_layout` finds, or an empty string."""
-    tokens = torch.arange(1, 6, device=model.device)[None] % len(model.head_weight)
+    vocabulary = 6 if model.known_weight is None else len(model.known_weight)
+    tokens = torch.arange(1, 6, device=model.device)[None] % vocabulary
     seen: list[tuple[str, int]] = []
     activations: dict[tuple[str, int], Tensor] = {}
 
@@ -115,7 +120,7 @@ def layout_problem(model: ModelAdapter) -> str:
         seen.append((name, layer))
         activations[name, layer] = x
 
-    logits = model.logits(tokens, hook)
+    logits = model.output(tokens, hook)
     inputs, functions = model.block_functions(tokens)
     if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
         return "it does not run every block once"
@@ -132,7 +137,11 @@ def layout_problem(model: ModelAdapter) -> str:
             if differ(functions[site.layer - 1](inputs[site.layer - 1]), y):
                 return f"block {site.layer}, run alone, does not repeat its output"
             x = y
-    expected = x if model.layout.head is None else model.head(x)
+    if model.why_no_head:
+        return ""  # no measure reads its output
+    expected = model.head(x)
+    if logits.shape[1:2] == (1,):  # as nanoGPT gives those of the last token only
+        expected = expected[:, -1:]
     return "its final norm and head do not give its logits" if differ(expected, logits) else ""
 
 

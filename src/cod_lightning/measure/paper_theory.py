@@ -353,16 +353,17 @@ def measured_theory(
     """Measure variances and gradient growth, and compare them with the paper's lemma and theorem.
 
     The growth is measured on the first `GROWTH_SEQUENCES` sequences. There are no constants from shapes for experts and
-    adapters, whose weights are not those of linear layers.
+    adapters, whose weights are not those of linear layers, and for models whose configuration has no heads.
 
     Options:
         lns: the model has LayerNorm Scaling. None: detect it, which an exported model with folded gains does not allow.
     """
     outputs = activation_stats(model, batches, pad_id).residual.variance
+    has_shapes = not model.why_not_sparse and model.config_value("num_attention_heads", None)
     return theory(
         [embedding_variance(model, batches, pad_id), *outputs],
         lns=has_lns(model) if lns is None else lns,
-        shapes=None if model.why_not_sparse else shapes_of(model, batches[0].shape[1]),
+        shapes=shapes_of(model, batches[0].shape[1]) if has_shapes else None,
         gains=jacobian_growth(
             model, first_sequences(batches, GROWTH_SEQUENCES), pad_id, progress, layers=range(1, model.depth + 1)
         ).spectral,

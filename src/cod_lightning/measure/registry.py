@@ -66,8 +66,8 @@ class Measure:
             return f"it needs at least {self.least_blocks} blocks, but the model has {model.depth}"
         if model.reads_images and self.not_for_images:
             return self.not_for_images
-        if self.needs_targets and not model.predicts_next:
-            return model.why_not_next
+        if self.needs_targets and model.why_no_loss:
+            return model.why_no_loss
         if self.fits_maps and tokens is not None and tokens <= model.hidden:
             return f"it needs more tokens than the hidden size {model.hidden}, not {tokens}: raise --rows"
         if self.composes_blocks and model.why_not_composed:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Annotated, Literal
 
@@ -290,7 +290,7 @@ def sparsify(
             `magnitude`: the smallest |W| of each matrix.
         norms: from `input_norms`, for `wanda`.
     """
-    copy = ModelAdapter(deepcopy(model.model), model.name)
+    copy = replace(model, model=deepcopy(model.model))
     for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
         for name, (_, weight) in linear_weights(block).items():
             if method == "magnitude":
@@ -324,7 +324,7 @@ def sparsify_sequentially(
     Raises:
         UserError: there are no tokens.
     """
-    copy = ModelAdapter(deepcopy(model.model), model.name)
+    copy = replace(model, model=deepcopy(model.model))
     streams = []
     for batch, mask in iter_batches(copy, batches, pad_id):
         inputs, functions = copy.block_functions(batch, mask)

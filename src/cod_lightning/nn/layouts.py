@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +45,8 @@ class Layout:
     final_norm: str | None = "model.norm"
     """The norm before the head, from the model; read by measures only."""
     head: str | None = "lm_head"
-    """The module that gives the logits, from the model; None: it has none. Read by measures only."""
+    """The module that gives the logits, or an `nn.Embedding` whose weight does, from the model; None: it has none. Read
+    by measures only."""
 
     def __post_init__(self) -> None:
         for name in ("norms", "sublayers", "branches", "inputs", "outputs", "sum_norms"):
@@ -311,13 +312,22 @@ def hidden_output(y: Any) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def known_layout(model: nn.Module) -> Layout | None:
+def logits_output(y: Any) -> Tensor:
+    """The logits that a language model returns: a tensor, `.logits`, ["logits"], or the first of several."""
+    if isinstance(y, Tensor):
+        return y
+    if isinstance(y, Mapping):  # also the outputs of `transformers`
+        return y["logits"] if "logits" in y else next(iter(y.values()))
+    return y.logits if hasattr(y, "logits") else y[0]
+
+
+def known_layout(model: nn.Module, layouts: Iterable[Layout] = LAYOUTS) -> Layout | None:
     """The layout of a causal language model of `transformers`, by the names of its modules.
 
-    It is the first of `LAYOUTS` whose modules the model has, with its blocks in an `nn.ModuleList`, and that names all
+    It is the first of `layouts` whose modules the model has, with its blocks in an `nn.ModuleList`, and that names all
     inputs or none.
     """
-    for layout in LAYOUTS:
+    for layout in layouts:
         try:
             sublayers = sites(model, layout)
             submodule(model, layout.final_norm or "", "")

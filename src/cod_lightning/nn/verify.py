@@ -22,7 +22,15 @@ from torch.overrides import TorchFunctionMode
 
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.apply import checked_specs, strategy_of, weight_offset, without_hooks
-from cod_lightning.nn.layouts import Layout, Site, branch_multiplier, hidden_input, hidden_output, pre_norm_sites
+from cod_lightning.nn.layouts import (
+    Layout,
+    Site,
+    branch_multiplier,
+    hidden_input,
+    hidden_output,
+    logits_output,
+    pre_norm_sites,
+)
 from cod_lightning.nn.spec import FACTORS, SublayerSpec
 from cod_lightning.nn.weights import is_sharded
 
@@ -278,13 +286,10 @@ def check_compiled(model: nn.Module, tokens: Tensor, norm: str) -> None:
     settings: Any = torch._dynamo.config
     # By default the ninth model of a class in a process runs without compilation.
     with torch.no_grad(), settings.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
-        eager, compiled = logits(model(tokens)), logits(torch.compile(deepcopy(model), backend="eager")(tokens))
+        compiled_model = torch.compile(deepcopy(model), backend="eager")
+        eager, compiled = logits_output(model(tokens)), logits_output(compiled_model(tokens))
     if not torch.allclose(eager, compiled, rtol=1e-3, atol=1e-3 * float(eager.abs().max())):
         raise UserError(f"norm={norm!r} does not hold after compilation: the logits differ")
-
-
-def logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import as_tokens, checked_tokens, require_pad_id, token_mask
 from cod_lightning.measure.open_model import check_layout, find_model, measuring
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.nn.layouts import submodule
+from cod_lightning.nn.layouts import Layout, submodule
 from cod_lightning.nn.weights import is_sharded
 from cod_lightning.train.callbacks import TRAINING_MEASURES, layer_scalars
 
@@ -42,6 +42,7 @@ class DepthMonitor(Callback):
         measures: "variance" (mean and median over tokens of the variance of the residual stream), "gradient_norm" (of
             each block's parameters), and names of the command `measure`, such as "jacobian", here on eight layers.
         pad_id: padding token, which is not measured; None: there is no padding.
+        layout: where the model keeps its blocks and head; None: by the names of its modules.
         module: path of the language model to measure, such as "student", in a module that holds several.
 
     Raises:
@@ -55,6 +56,7 @@ class DepthMonitor(Callback):
         every: int = 100,
         measures: Sequence[str] = ("variance", "gradient_norm", "jacobian"),
         pad_id: int | None = None,
+        layout: Layout | None = None,
         module: str = "",
     ):
         require_pad_id(pad_id)
@@ -69,7 +71,7 @@ class DepthMonitor(Callback):
         if unknown := [name for name in measures if name not in MONITORED]:
             raise UserError(f"measures: {unknown[0]!r} is not a measure: {nearest(unknown[0], MONITORED)}")
         self.probe, self.every, self.measures, self.pad_id = probe, every, measures, pad_id
-        self.module = module
+        self.layout, self.module = layout, module
 
     @cached_property
     def last_steps(self) -> WeakKeyDictionary[nn.Module, int]:
@@ -111,7 +113,8 @@ class DepthMonitor(Callback):
             UserError: there is no language model, or several and no `module=`; it is sharded by FSDP1; its layout
                 cannot be proved; or as `measure.batches.checked_tokens` of the probe.
         """
-        adapter = find_model(submodule(model, self.module, type(model).__name__) if self.module else model)
+        inner = submodule(model, self.module, type(model).__name__) if self.module else model
+        adapter = find_model(inner, self.layout)
         numbers: dict[str, float] = {}
         with isolate_rng(), measuring(adapter):
             tokens = checked_tokens(adapter, self.probe, self.pad_id, "probe").to(adapter.device)
@@ -156,10 +159,10 @@ def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Se
     """L2 norm of the gradient of the mean loss with respect to every block's parameters; `.grad` stays as it is.
 
     Raises:
-        UserError: the model does not predict the next token, or its parameters are sharded.
+        UserError: the model does not predict the next token or has no head, or its parameters are sharded.
     """
-    if not model.predicts_next:
-        raise UserError(f"measures: gradient_norm does not apply, {model.why_not_next}: leave it out")
+    if reason := model.why_no_loss:
+        raise UserError(f"measures: leave out gradient_norm, because {reason}")
     parameters = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
     if is_sharded(model.model):
         raise UserError("measures: gradient_norm does not support sharded parameters (FSDP): leave it out")
