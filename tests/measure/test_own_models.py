@@ -162,13 +162,44 @@ def test_blocks_may_stand_in_any_container(container):
     expected = cod.measure.contribution(model, TOKENS, layout=LAYOUT)
     blocks = list(model.body)
     model.body = CONTAINERS[container](blocks)
-    model.states = lambda sequences: [x := model.embed(sequences), *(x := block(x) for block in blocks)]
+    whole = container == "Sequential"
+    model.states = lambda sequences: [
+        x := model.embed(sequences),
+        *([model.body(x)] if whole else (x := block(x) for block in blocks)),
+    ]
     assert cod.measure.contribution(model, TOKENS, layout=LAYOUT) == expected
 
 
-def test_a_token_without_an_embedding_is_refused_without_a_head():
+@pytest.mark.parametrize("positions", [12, 100])
+def test_a_token_without_an_embedding_is_refused_without_a_head(positions):
+    model = OwnModel()
+    model.positions = nn.Embedding(positions, WIDTH)
     with pytest.raises(UserError, match="token 39 is not in the model's vocabulary of 37"):
-        cod.measure.variance(OwnModel(), torch.full((1, 4), 39), layout=WITHOUT_HEAD)
+        cod.measure.variance(model, torch.full((1, 4), 39), layout=WITHOUT_HEAD)
+
+
+def test_a_forward_that_passes_keywords_on_gets_none():
+    class Passing(OwnModel):
+        def forward(self, sequences, **options):
+            return super().forward(sequences, **options)
+
+    results = [cod.measure.variance(model, TOKENS, layout=LAYOUT) for model in (Passing(), OwnModel())]
+    assert results[0].series() == results[1].series()
+
+
+def test_a_model_on_the_meta_device_is_refused():
+    with pytest.raises(UserError, match="OwnModel is on the meta device: initialise or load the weights first"):
+        cod.measure.variance(OwnModel().to("meta"), TOKENS, layout=LAYOUT)
+
+
+def test_parts_of_an_unknown_model_are_not_taken_for_one():
+    """A ModuleDict has the names of a known backbone, but no forward."""
+    model = OwnModel()
+    model.parts = nn.ModuleDict({"h": model.body, "ln_f": model.last_norm})
+    for block in model.body:
+        block.ln_1, block.attn, block.ln_2, block.mlp = block.norm_1, block.mixer, block.norm_2, block.ffn
+    with pytest.raises(UserError, match=r"OwnModel has an unknown layout .*layout="):
+        cod.measure.variance(model, TOKENS)
 
 
 def transformers_model(name, kind):

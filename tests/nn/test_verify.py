@@ -226,7 +226,7 @@ BROKEN = {
     OffByOne: "hold: layer 2, attention: gain is 1,",
     OnlyAttention: "hold: layer 2, ffn: gain is 1,",
     HalvedBranch: "hold: layer 1, attention: branch_scale is 0.5, expected 1",
-    HalvedParallel: "hold: layer 1, attention: branch_scale is no constant factor, expected 1",
+    HalvedParallel: "hold: layer 1, ffn: branch_scale is 0.5, expected 1",
     Adding: "branch_scale is no constant factor, expected 1; if its sub-layer adds the stream itself, name the linear",
     LostInTraining: "hold in training mode: layer 2, attention: gain is 1, expected 0.707107",
     ConditionedCube: "hold: layer 1, attention: gain is no constant factor, expected 1",

@@ -250,6 +250,14 @@ def test_a_gradient_of_a_sharded_model_is_refused(llama, shard, name):
         monitor([name]).measure(sharded)
 
 
+def test_a_model_sharded_by_fsdp2_is_measured_again(llama, shard):
+    """Between two forward passes its parameters are whole, as those of FSDP1 seem."""
+    model = deepcopy(llama)
+    shard(model, [])
+    first, second = (monitor(["variance"]).measure(model) for _ in range(2))
+    assert first == second == monitor(["variance"]).measure(llama)
+
+
 def with_fsdp1(model, **options):
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
 
@@ -326,6 +334,14 @@ def test_modes_around_a_measurement_do_not_change_it(llama, outside):
         measured, result = monitor().step(llama, 0), cod.measure.variance(llama, PROBE)
     assert measured == monitor().step(llama, 0)
     assert result == cod.measure.variance(llama, PROBE)
+
+
+def test_a_probe_of_inference_mode_is_measured(llama):
+    with torch.inference_mode():
+        probe = PROBE.clone()
+    assert cod.DepthMonitor(probe, measures=["gradient_norm"]).measure(llama) == monitor(["gradient_norm"]).measure(
+        llama
+    )
 
 
 PAIRS = {1, 2}

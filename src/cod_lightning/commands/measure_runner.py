@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Subject:
     config: str = ""
     """Definition of the model besides its weights, and of the text."""
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Number of measured tokens."""
         return sum(int(token_mask(self.model, batch, self.pad_id).sum()) for batch in self.batches)

@@ -6,10 +6,11 @@ whose tokens are the patches of images.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -21,10 +22,10 @@ from torch.utils.hooks import RemovableHandle
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import ActivationHook, Block, Decoder, scale
 from cod_lightning.nn.layouts import (
+    BACKBONES,
     BERT,
     ENCODER,
     HINT,
-    LAYOUTS,
     VIT,
     Layout,
     branch_multiplier,
@@ -61,17 +62,8 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
-BACKBONES = tuple(
-    replace(
-        layout,
-        blocks=layout.blocks.partition(".")[2],
-        final_norm=layout.final_norm and layout.final_norm.partition(".")[2],
-        head=None,
-    )
-    for layout in LAYOUTS
-    if layout not in (BERT, ENCODER)
-)
-"""The layouts without the causal model around them, as `AutoModel` gives them."""
+POSITIONS = re.compile(r"(wpe|pos)[^.]*$")
+"""Paths of tables of positions, whose entries are no tokens."""
 Batch = Tensor | Images
 """Tokens [batch, length], or images."""
 
@@ -82,7 +74,7 @@ class ModelAdapter:
 
     Args:
         model: a `Decoder`, a `VisionTransformer`, a model of `transformers` of a family in docs/models.md, or a model
-            whose forward takes tokens [batch, length] and returns logits, the first of a tuple or `.logits`.
+            whose forward takes tokens [batch, length] and returns logits (see `logits_output`).
             `check_layout` is the proof. Logits are for the next token, except BERT's.
         name: for tables and figures.
         decode: the text of a token, for results that name tokens; None: they have ids only.
@@ -90,7 +82,7 @@ class ModelAdapter:
             its modules.
 
     Raises:
-        UserError: the model has not the modules of the layout, or, without one, of any of `LAYOUTS`.
+        UserError: the model lacks modules that the layout names, or its layout is not known.
     """
 
     model: nn.Module
@@ -198,8 +190,12 @@ class ModelAdapter:
         if not self.why_no_head:
             head = model.get_output_embeddings() if self.layout is BERT else model.get_submodule(self.layout.head)
         if not hasattr(head, "weight"):
-            embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-            largest = max(embeddings, key=lambda module: module.num_embeddings, default=None)  # not of positions
+            tables = [
+                module
+                for path, module in model.named_modules()
+                if isinstance(module, nn.Embedding) and not POSITIONS.search(path)
+            ]
+            largest = max(tables, key=lambda module: module.num_embeddings, default=None)  # a guess
             head = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else largest
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor | None):
@@ -269,7 +265,8 @@ class ModelAdapter:
                 handles.enter_context(handle)
             if keep is not None and not self.predicts_next:
                 options["attention_mask"] = keep.long()
-            if "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+            if "use_cache" in parameters or (takes_any and hasattr(self.config, "use_cache")):
                 options["use_cache"] = False
             if "input_ids" in parameters:
                 return logits_output(self.model(input_ids=batch, **options))
@@ -284,7 +281,7 @@ class ModelAdapter:
         self.output(batch, hook, keep, last=1)
 
     def register_hooks(self, hook: ActivationHook) -> Iterator[RemovableHandle]:
-        """Register module hooks on a model of `transformers` that call `hook` as our models do."""
+        """Register module hooks on a model that is not ours, which call `hook` as our models do."""
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             hook("embedding", 0, hidden_input(args, kwargs))

@@ -44,16 +44,16 @@ def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
         layout: where the model keeps its blocks; None: by the names of its modules.
 
     Raises:
-        UserError: the module is no `nn.Module` or sharded by FSDP1, or holds no language model that is laid out so
-            or in a known way, or several.
+        UserError: the module is not an `nn.Module`, is sharded by FSDP1, or holds several language models or none whose
+            layout is known.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"model is a {type(module).__name__}: expected an nn.Module")
     refuse_fsdp1(module)
     found: dict[str, ModelAdapter] = {}
     for path, candidate in module.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in found):
-            continue
+        if isinstance(candidate, nn.ModuleDict) or any(path.startswith(f"{outer}.") for outer in found):
+            continue  # a ModuleDict cannot be run
         try:
             adapter = ModelAdapter(candidate, type(candidate).__name__, layout=layout)
         except UserError:
@@ -75,10 +75,13 @@ def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
 
 @contextmanager
 def measuring(model: ModelAdapter) -> Generator[None]:
-    """Evaluation mode inside the `with`, in the precision of the weights, and gradients can be taken.
+    """Evaluation mode inside the `with`, without autocast and inference mode; afterwards modules have their own again.
 
-    Afterwards every module has its own mode again.
+    Raises:
+        UserError: the model is on the meta device.
     """
+    if model.device.type == "meta":
+        raise UserError(f"{model.name} is on the meta device: initialise or load the weights first")
     modes = [(module, module.training) for module in model.model.modules()]
     model.model.eval()
     try:

@@ -90,10 +90,11 @@ def apply(
     written = strategy_of(model)
     if any(is_scaled(module) for module in model.modules()):
         raise UserError(f"norm={norm!r}: the model has a strategy already: {written or applied_inside(model)}")
-    if hasattr(config_of(model), SCALED):
+    if trained == "refuse" and hasattr(config_of(model), SCALED):
         raise UserError(
             f"norm={norm!r}: param_groups scaled the initial weights: use apply or param_groups, not both; for a new "
-            f"model with the configuration of a scaled one, delete config.{SCALED}"
+            f"model with the configuration of a scaled one, delete config.{SCALED}; for a trained one pass "
+            "trained='preserve'"
         )
     if written not in (None, section):
         raise UserError(f"norm={section} differs from {written}, the strategy in the configuration of the model")

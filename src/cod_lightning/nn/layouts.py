@@ -119,6 +119,17 @@ LAYOUTS = (
     *(GEMMA2, GLM4, HYPERCLOVAX, KOLIBRI1, AFMOE, LLAMA, GEMMA2_NORMS, OLMO2, LLAMA_NORMS, COHERE, PHI, LLAMA4),
     *(GEMMA3_VL, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT, ENCODER),
 )
+BACKBONES = tuple(
+    replace(
+        layout,
+        blocks=layout.blocks.partition(".")[2],
+        final_norm=layout.final_norm and layout.final_norm.partition(".")[2],
+        head=None,
+    )
+    for layout in LAYOUTS
+    if layout not in (BERT, ENCODER)
+)
+"""The layouts without the causal model around them, as `AutoModel` gives them."""
 """Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
 AFTER_INPUTS = ("dt_proj",)
 """Further linear layers of a sub-layer that do not read the norm: Doge's reads the values."""

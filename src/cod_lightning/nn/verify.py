@@ -38,6 +38,8 @@ TOLERANCE = 5e-5
 """Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
 GARBAGE = 1.7
 """Stands for uninitialised memory where a buffer is not set again."""
+RESIDUAL = 1e-3
+"""Largest relative error of an output that is a multiple of another."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,11 @@ def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout 
         if math.isnan(gain):  # a norm of another kind counts without hooks, such as that of `apply`
             gain = ratio(h, output_alone(site.norm, x))
         factors.append(Factor(site.layer, site.part, "gain", spec.gain, gain))
-        added, multiplier = y - x, branch_multiplier(site.block)
+        outputs = [branch_multiplier(site.block) * seen[site.layer, f"{part} output"] for part in ("attention", "ffn")]
         if torch.equal(seen[site.layer, "block"], seen[site.layer, "middle"]):  # parallel: both read the block's input
-            other = multiplier * seen[site.layer, f"{sublayers[index ^ 1].part} output"]
-            added = seen[site.layer, "output"] - x - specs[index ^ 1].branch_scale * other
-        branch = ratio(added, [multiplier * seen[site.layer, f"{site.part} output"]])
+            branch = shares(seen[site.layer, "output"] - x, outputs)[index % 2]
+        else:
+            branch = ratio(y - x, [outputs[index % 2]])
         factors.append(Factor(site.layer, site.part, "branch_scale", spec.branch_scale, branch))
     return factors
 
@@ -254,9 +256,17 @@ def output_alone(norm: Any, x: Tensor) -> list[Tensor]:
         return []
 
 
+def shares(y: Tensor, outputs: list[Tensor]) -> list[float]:
+    """The factors by which y is the sum of the outputs; NaN if there are none."""
+    terms, total = torch.stack([output.double().flatten() for output in outputs], 1), y.double().flatten()
+    factors = torch.linalg.lstsq(terms, total[:, None]).solution[:, 0]
+    holds = (terms @ factors - total).norm() < RESIDUAL * total.norm()
+    return factors.tolist() if holds else [math.nan] * len(outputs)
+
+
 def ratio(y: Tensor, candidates: list[Tensor]) -> float:
     """The factor s of the candidate c for which y is s * c; NaN if there is none."""
-    best, factor = 1e-3, float("nan")
+    best, factor = RESIDUAL, float("nan")
     for candidate in candidates:
         y64, c64 = y.double().flatten(), candidate.double().flatten()
         s = (y64 @ c64) / (c64 @ c64)

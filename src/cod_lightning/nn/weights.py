@@ -22,8 +22,8 @@ def refuse_fsdp1(model: nn.Module) -> None:
     Raises:
         UserError: it is, or is inside such a model.
     """
-    is_managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
-    if is_managed and not is_sharded(model):  # both kinds mark modules, but only FSDP2 makes DTensors
+    # The flag is of FSDP1 alone: FSDP2 marks its modules in the same way, and has no DTensors between two passes.
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
         raise UserError(
             f"{type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), which is not supported: pass the "
             "model before it is wrapped, or shard it by FSDP2 (fully_shard)"

@@ -118,6 +118,7 @@ class DepthMonitor(Callback):
         numbers: dict[str, float] = {}
         with isolate_rng(), measuring(adapter):
             tokens = checked_tokens(adapter, self.probe, self.pad_id, "probe").to(adapter.device)
+            tokens = tokens.clone()  # a tensor of inference_mode takes part in no backward pass
             if adapter.model not in self.proved:
                 check_layout(adapter)
                 self.proved.add(adapter.model)
