@@ -418,6 +418,8 @@ def test_a_run_whose_source_was_moved_has_its_own_tokenizer(tmp_path, monkeypatc
     assert load(folder).data.tokenizer == f"{source}/tokenizer"
     source.rename("elsewhere")
     assert load(folder).data.tokenizer == str(folder.absolute() / "tokenizer")
+    other = create_run_folder(compose(["output=runs", "name=other", "init_from=w.ckpt", "data.tokenizer=gpt2"]))
+    assert load(other).data.tokenizer == "gpt2"
 
 
 @pytest.mark.parametrize(

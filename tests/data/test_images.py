@@ -1,5 +1,6 @@
 """Images: folders, crops, and one order for any number of ranks."""
 
+import os
 import pickle
 import shutil
 
@@ -149,6 +150,12 @@ def test_a_broken_image_is_named(root, damage):
     path.write_bytes(b"no image" if damage == "text" else path.read_bytes()[:400])
     with pytest.raises(UserError, match=r"train/bee/1\.jpg is not a readable image"):
         list(opened(root).train_dataloader())
+
+
+def test_a_pipe_among_the_images_is_named(root):
+    os.mkfifo(root / "train" / "bee" / "9.png")
+    with pytest.raises(UserError, match=r"train/bee/9\.png is not a file; replace or remove it"):
+        ImageFolder(root, "train")
 
 
 def test_grey_of_16_bits_is_read_as_8(root):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
 
+from cod_lightning.errors import UserError
 from cod_lightning.kernels import triton_norm
 from cod_lightning.kernels.norm import add_norm
 from cod_lightning.kernels.reference import BOUNDED, reference_add_norm
@@ -304,7 +305,7 @@ def test_the_custom_operators_pass_opcheck(layer, branched):
 )
 def test_unsupported_tensors_are_an_error_for_triton_and_run_in_torch(x, more, reason):
     x, more = x.to(DEVICE), {name: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for name, v in more.items()}
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         add_norm(x, backend="triton", **more)
     if "groups" in more or "weight" in more:
         with pytest.raises(RuntimeError):
@@ -324,7 +325,7 @@ def test_an_unknown_kind_or_backend_is_an_error(wrong, known):
 
 def test_a_cpu_without_the_interpreter_is_an_error(monkeypatch):
     monkeypatch.setattr(triton_norm, "INTERPRETED", False)
-    with pytest.raises(ValueError, match=r"the tensors are on cpu, not on a GPU .* use backend='auto'"):
+    with pytest.raises(UserError, match=r"the tensors are on cpu, not on a GPU .* use norm_backend='auto'"):
         add_norm(torch.zeros(2, 8), backend="triton")
 
 

@@ -8,6 +8,7 @@ import torch.multiprocessing
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.kernels.reference import reference_add_norm
 from cod_lightning.nn import norms
@@ -76,7 +77,7 @@ def test_strategies_of_all_coefficients_err_with_triton_as_little_as_with_the_re
 def test_unsupported_backends_are_an_error():
     with pytest.raises(ValueError, match=r"model.norm_backend='cuda' does not exist: known: auto, torch, triton"):
         build("cuda")
-    with pytest.raises(ValueError, match=r"^backend='triton' does not support this: torch.float64"):
+    with pytest.raises(UserError, match=r"^norm_backend='triton' does not support this: torch.float64"):
         build("triton").double()(tokens())
     assert build("auto").double()(tokens()).dtype == torch.float64
 

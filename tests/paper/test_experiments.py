@@ -514,7 +514,7 @@ def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):
         (["table1_350"], ["did you mean 'table1_350m'"]),
         (["quickstart"], ["quickstart has no rows"]),
         (["theory", "row=lns,ln"], ["row='ln' does not exist", "did you mean 'lns'"]),
-        (["theory", "seeds=0"], ["seeds=0 must be at least 1"]),
+        (["theory", "seeds=0"], ["seeds=0 must lie between 1 and 1,000"]),
     ],
 )
 def test_a_name_or_option_that_cannot_be_reproduced_is_an_error(names, words, reproduce):

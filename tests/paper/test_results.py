@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cod_lightning.cli import main
-from cod_lightning.commands import reproduce
+from cod_lightning.commands.processes import CommandPool
 from cod_lightning.config.compose import choices
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate import PAPER_TASKS
@@ -197,15 +197,24 @@ def test_no_run_starts_from_one_that_diverged(tmp_path):
 def test_no_run_starts_from_one_that_fails_in_the_same_command(tmp_path, monkeypatch, capsys):
     started = []
 
-    def fail(task, pool, results):
-        started.append(task.label)
-        return 1 if task.row.name == "lns" else 0
+    def run_command(self, words, label):
+        (name,) = (word.removeprefix("name=") for word in words if word.startswith("name="))
+        started.append(name)
+        if "lns" in name:
+            return 1
+        (folder := Path("runs", name)).mkdir(parents=True)
+        (folder / "record.json").write_text("{}")
+        return 0
 
-    monkeypatch.setattr(reproduce, "run_task", fail)
-    words = ["reproduce", "table2_250m", "row=lns,pre_ln", "scale=toy", "--results", str(tmp_path)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CommandPool, "run_command", run_command)
+    monkeypatch.setattr("cod_lightning.paper.results.save_result", lambda *_: None)
+    words = ["reproduce", "table2_250m", "row=lns,pre_ln", "scale=toy", "--results", "results"]
     assert main(words) == 1
     assert len(started) == 3
-    assert "4 of 4 runs remaining" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "4 of 4 runs remaining" in error
+    assert re.search(r"lns-\S+ is left out: it starts from runs/toy/lns-\S+, which is not trained", error)
 
 
 def test_a_scale_at_which_every_run_diverged_is_in_the_report(toys, tmp_path, monkeypatch):

@@ -324,6 +324,13 @@ def test_a_record_names_the_commit_and_any_change_of_the_package(tmp_path, monke
     assert git_commit() == f"{commit}+changes"
 
 
+def test_a_run_of_triton_without_a_gpu_is_refused_before_it_writes(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("cod_lightning.kernels.triton_norm.INTERPRETED", False)
+    config = compose([*toy, f"output={tmp_path}", "model.norm_backend=triton", "trainer.accelerator=cpu"])
+    with pytest.raises(UserError, match=r"model\.norm_backend='triton' needs a GPU .*pass model\.norm_backend=auto"):
+        fit(config, config.folder, lambda: pytest.fail("it writes"))
+
+
 def test_emulated_bfloat16_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)

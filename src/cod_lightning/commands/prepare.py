@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from cod_lightning.commands.options import OVERRIDES, add_overrides, pop_options
-from cod_lightning.errors import Stopped, UserError
+from cod_lightning.errors import Stopped, UserError, shorten
 
 HELP = "Tokenize the data of a run into litdata chunks."
 EPILOG = f"""{OVERRIDES}
@@ -22,18 +22,20 @@ add_arguments = add_overrides
 
 def shard_of(text: str) -> tuple[int, int]:
     """Parse "K/N", shard K of N, counted from 0; raise a UserError unless K < N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise UserError(
-            f"shard={text}: must be K/N, where N shards are numbered from 0, such as shard=0/4 to shard=3/4"
+            f"shard={shorten(text)}: must be K/N, where N shards are numbered from 0, such as shard=0/4 to shard=3/4"
         )
     return int(match[1]), int(match[2])
 
 
 def count_of(text: str) -> int:
     """Parse the number of shards to merge; raise a UserError unless it is a positive integer."""
-    if not re.fullmatch(r"\d+", text) or not int(text):
-        raise UserError(f"merge={text}: must be the number of shards, such as merge=4 after shard=0/4 to shard=3/4")
+    if not re.fullmatch(r"\d{1,9}", text) or not int(text):
+        raise UserError(
+            f"merge={shorten(text)}: must be the number of shards, such as merge=4 after shard=0/4 to shard=3/4"
+        )
     return int(text)
 
 

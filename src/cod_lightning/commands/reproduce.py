@@ -18,7 +18,7 @@ from cod_lightning.commands.options import (
     unread,
 )
 from cod_lightning.commands.processes import CommandPool
-from cod_lightning.errors import UserError, nearest
+from cod_lightning.errors import UserError, nearest, shorten
 from cod_lightning.files import check_writable
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ Examples:
   reproduce table8 row=lns,before_ln scale=toy          # selected rows
 """
 OPTIONS = {"scale": str, "seeds": int, "row": str}
+MOST_SEEDS = 1000
 MEASURED_ROWS = 64
 """Held-out rows for the measures of an experiment."""
 
@@ -51,8 +52,8 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     require_at_least("jobs", jobs, 1)
     options, words = pop_options(words, OPTIONS, "reproduce")
     seeds = options.get("seeds", 1)
-    if seeds < 1:
-        raise UserError(f"seeds={seeds} must be at least 1")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"seeds={shorten(str(seeds))} must lie between 1 and {MOST_SEEDS:,}")
     names = find_experiments([word for word in words if "=" not in word])
     if not names:
         raise UserError("no experiment is named: name one, such as table1")
@@ -68,19 +69,12 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     requested = {row.run_id(seed) for row in rows for seed in range(1, seeds + 1)}
     total = len(requested | {task.run_id for task in tasks})  # and those that they start from
     print(f"{len(tasks)} of {total} runs remaining", file=sys.stderr, flush=True)
-    statuses: dict[str, int] = {}
     with CommandPool(jobs) as pool:
-        # A run that starts from another one comes after all that do not, unless that one failed.
-        for starts_from_another in (False, True):
-            wave = {
-                task.run_id: task
-                for task in tasks
-                if (task.source_id is not None) == starts_from_another and not statuses.get(task.source_id or "")
-            }
-            ended = pool.map(lambda task: run_task(task, pool, results), wave.values())
-            statuses.update(zip(wave, ended, strict=True))
+        # A run that starts from another one comes after all that do not.
+        waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
+        statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, pool, results), wave)]
     show(reproduction_tables(load_experiments(rows, results), overrides))
-    return max(statuses.values(), default=0)
+    return max(statuses, default=0)
 
 
 def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
@@ -98,7 +92,11 @@ def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 def run_task(task: Task, pool: CommandPool, results: Path) -> int:
     """Train, score and measure a run, or measure a pretrained model, and save the results; returns the exit status."""
     from cod_lightning.paper.results import MEASURES_FOLDER, save_result
+    from cod_lightning.train.record import RECORD
 
+    if task.source is not None and not (task.source / RECORD).is_file():
+        print(f"{task.label} is left out: it starts from {task.source}, which is not trained", file=sys.stderr)
+        return 1
     model, status = task.row.pretrained_model or str(task.folder), 0
     if task.row.pretrained_model is None:
         status = pool.run_command(["fit", *task.cli_args], task.label)

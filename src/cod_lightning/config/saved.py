@@ -146,8 +146,9 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     """
     path = folder / CONFIG
     node, saved = read(folder)
-    tokenizer, source = Path(saved.data.tokenizer), saved.init_from and run_folder_of(Path(saved.init_from))
-    if (tokenizer.is_absolute() or (source and tokenizer.is_relative_to(source))) and not tokenizer.exists():
+    tokenizer, source = Path(saved.data.tokenizer), saved.init_from
+    is_of_source = source is not None and tokenizer == run_folder_of(Path(source)) / TOKENIZER
+    if (tokenizer.is_absolute() or is_of_source) and not tokenizer.exists():
         node.data.tokenizer = str((folder / TOKENIZER).absolute())  # this run, or that of `init_from`, was moved
     words = parse(overrides)
     forget_text(node, words)

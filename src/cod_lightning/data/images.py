@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class ImageFolder:
     """The images in ROOT/SPLIT/CLASS/; classes and files sorted by name, without those that begin with a dot.
 
     Raises:
-        UserError: there is no such folder, a class has no image, or an image is a link to nothing.
+        UserError: there is no such folder, a class has no image, or an image is a link to nothing or no file.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -60,9 +61,13 @@ class ImageFolder:
             images.sort(key=lambda entry: entry.name)
             self.files += [f"{name}/{entry.name}" for entry in images]
             try:
-                self.bytes += [entry.stat().st_size for entry in images]
+                stats = [entry.stat() for entry in images]
             except OSError as error:  # a link to nothing
                 raise UserError(f"{error.filename} cannot be read ({error.strerror}); replace or remove it") from error
+            for entry, stat in zip(images, stats, strict=True):
+                if not S_ISREG(stat.st_mode):  # to open a pipe would wait forever
+                    raise UserError(f"{entry.path} is not a file; replace or remove it")
+                self.bytes.append(stat.st_size)
             self.labels += [label] * len(images)
 
     @property

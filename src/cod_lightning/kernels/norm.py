@@ -50,7 +50,8 @@ def add_norm(
         The stream [..., hidden] and y [..., hidden].
 
     Raises:
-        ValueError: an unknown kind or backend, or tensors that backend="triton" does not support, with the reason.
+        ValueError: an unknown kind or backend.
+        UserError: tensors that backend="triton" does not support, with the reason.
     """
     if kind not in ("rms", "layer"):
         raise ValueError(f"kind={kind!r} must be rms or layer")
@@ -70,7 +71,8 @@ def use_triton(
     """Whether the Triton kernels compute a norm of these tensors, `others` being its other parameters.
 
     Raises:
-        ValueError: an unknown backend, or tensors that backend="triton" does not support, with the reason.
+        ValueError: an unknown backend.
+        UserError: tensors that backend="triton" does not support, with the reason.
     """
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend={backend!r} must be auto, torch or triton")
@@ -78,7 +80,7 @@ def use_triton(
         return False
     reason = unsupported(x, weight, branch, groups, *others)
     if reason and backend == "triton":
-        raise ValueError(f"backend='triton' does not support this: {reason}; use backend='auto'")
+        raise UserError(f"norm_backend='triton' does not support this: {reason}; use norm_backend='auto'")
     return reason is None
 
 

@@ -126,9 +126,9 @@ class Task:
         return self.row.run_id(self.config.seed)
 
     @property
-    def source_id(self) -> str | None:
-        """The run whose weights it starts from."""
-        return None if self.row.source is None else self.row.source.run_id(self.config.seed)
+    def source(self) -> Path | None:
+        """Folder of the run whose weights it starts from."""
+        return None if self.row.source is None else self.row.source.config_for(self.config.seed).folder
 
     @property
     def label(self) -> str:

@@ -132,6 +132,8 @@ def read_resumable(path: Path) -> dict[str, Any]:
         if name in checkpoint and not (isinstance(value, kind) and (value or kind is int)):
             error = ValueError(f"{name}: expected {kind.__name__}, not empty, got {short_repr(value)}")
             raise unreadable_error(path, error)
+    if (step := checkpoint["global_step"]) != step_of(path):
+        raise UserError(f"{path}: holds step {step}, not that of its name: rename it to step-{step:08d}.ckpt")
     return checkpoint
 
 

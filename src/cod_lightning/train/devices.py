@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from cod_lightning.config.schema import TrainerConfig
+from cod_lightning.config.schema import Config, TrainerConfig
 from cod_lightning.errors import UserError
+from cod_lightning.kernels.norm import triton_norm
 
 
 def accelerator(settings: TrainerConfig) -> str:
@@ -21,6 +22,20 @@ def accelerator(settings: TrainerConfig) -> str:
     if settings.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator='gpu', but torch has no CUDA device: pass trainer.accelerator=cpu")
     return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
+
+
+def check_norm_backend(config: Config) -> None:
+    """Check that `model.norm_backend=triton` can run where the run trains.
+
+    Raises:
+        UserError: it needs a GPU, and the run has none.
+    """
+    interpreted = triton_norm is not None and triton_norm.INTERPRETED
+    if config.model.norm_backend == "triton" and accelerator(config.trainer) == "cpu" and not interpreted:
+        raise UserError(
+            "model.norm_backend='triton' needs a GPU (TRITON_INTERPRET=1 runs slowly on the CPU): pass "
+            "model.norm_backend=auto"
+        )
 
 
 def set_threads(settings: TrainerConfig) -> None:

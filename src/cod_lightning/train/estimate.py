@@ -19,6 +19,7 @@ from cod_lightning.settings import choice_errors
 from cod_lightning.train.cost import Architecture, Memory, training_flops
 
 STRATEGIES = ("single", "ddp", "fsdp")
+LEAST_MFU = 1e-6
 MFU = 0.4
 """Model FLOPs utilisation that is assumed, as no run has measured it."""
 
@@ -173,8 +174,8 @@ def argument_errors(
     errors = choice_errors("hardware", hardware, (*GPUS, "cpu"))
     errors += choice_errors("strategy", strategy, STRATEGIES)
     errors += choice_errors("checkpointing", checkpointing, CHECKPOINTING)
-    if not 0 < mfu <= 1:
-        errors.append(f"mfu={mfu} must lie in (0, 1]: it is the share of the hardware's peak")
+    if not LEAST_MFU <= mfu <= 1:
+        errors.append(f"mfu={mfu} must lie between {LEAST_MFU} and 1: it is the share of the hardware's peak")
     if gpus < 1:
         errors.append(f"gpus={gpus} must be at least 1")
     elif data.batch_size % gpus:

@@ -34,7 +34,7 @@ from cod_lightning.train.checkpoint import (
     read_resumable,
     step_of,
 )
-from cod_lightning.train.devices import accelerator, set_threads
+from cod_lightning.train.devices import accelerator, check_norm_backend, set_threads
 from cod_lightning.train.load import StartingWeights, load_initial_weights, read_run_weights, write_tokenizer
 from cod_lightning.train.loggers import build_loggers, finish, log_config, log_layout
 from cod_lightning.train.memory import check_memory
@@ -68,6 +68,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
     """
     settings = config.trainer
     check_memory(config)
+    check_norm_backend(config)
     check_schedules(build_all(config.norm, config.model.num_hidden_layers), settings.max_steps)
     with quiet_lightning():
         checkpoint = newest_checkpoint(folder / CHECKPOINTS) if config.resume else None
