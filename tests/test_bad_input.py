@@ -238,6 +238,7 @@ CONFIGS = [
     (nothing, ["prepare", "data.vocab_size=1"], ["data.vocab_size=1 must be at least 258"]),
     (nothing, ["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),
     (nothing, ["prepare", "merge=0"], ["merge=0: must be the number"]),
+    (nothing, ["prepare", "merge=100000000"], ["merge=100000000: must be the number of shards, at most 10,000"]),
     (nothing, ["prepare", "merge=" + 5000 * "9"], ["merge=9999", "must be the number"]),
     (nothing, ["prepare", "shard=0/" + 5000 * "9"], ["shard=0/9999", "must be K/N"]),
     (nothing, ["prepare", "shard=0/4", "merge=4"], ["merge after all shards are finished"]),
@@ -428,6 +429,8 @@ RUNS = [
      ["trained on a set with fingerprint 0000000000000000...", "resume with the same data"]),
     (unfinished(lambda path: None), [*RESUMED, "seed=2"], ["out/run holds a run of another configuration (seed=1"]),
     (with_run(overwrite("record.json", "[]")), ["toy", "output=.", "name=run"], ["run/record.json: expected an"]),
+    (with_run(edit("record.json", config__optim__lr=0.5)), ["toy", "output=.", "name=run"],
+     ["run/record.json is of a run with other settings: remove it, or choose another name="]),
     (with_run(edit("record.json", history__val__step=[])), ["toy", "output=.", "name=run"], ["step is missing"]),
     *((with_run(overwrite("config.yaml", content)), LOADED, [f"run/config.yaml: {problem}", "; restore it from a copy"])
       for content, problem in (
@@ -486,6 +489,19 @@ def record(change):
     return prepare
 
 
+def more_tokens(run):
+    """Add tokens to a run's tokenizer that its model does not embed."""
+    path = run / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"extra{number}": len(vocabulary) + number for number in range(500)}
+    path.write_text(json.dumps(content))
+
+
+def no_results(run, prepared):
+    Path("results").mkdir()
+
+
 REPORT = ["report", "--results", "results", "--output", "new"]
 COMMANDS = [
     (nothing, ["nonsense"], ["'nonsense' is not a command"]),
@@ -496,6 +512,10 @@ COMMANDS = [
     )),
     (with_run(), ["generate", "run", "x", "--temperature", "nan"], ["--temperature=nan must lie between 0"]),
     (with_run(), ["generate", "run", "x", "--max-tokens", "0"], ["--max-tokens=0 must lie between 1"]),
+    (with_run(), ["generate", "run", "x", "--max-tokens", "9" * 20], ["must lie between 1 and 1000000"]),
+    (with_run(more_tokens), ["export", "run", "--output", "x"], ["run/tokenizer has ", "and the model embeds"]),
+    (with_run(more_tokens), ["generate", "run", "x"], ["run/tokenizer has ", "use the tokenizer that it was trained"]),
+    (no_results, REPORT, ["results has no results: run reproduce, or name the folder by --results"]),
     (with_run(), ["generate", "run", "x", "--top-k", "-1"], ["--top-k=-1 must lie between 1"]),
     (with_run(), ["generate", "run", "x", "--seed", str(2**64)], ["--seed=18446744073709551616 must lie between"]),
     (with_run(), ["evaluate", "run", "--limit", "3"], ["--task-folder and --limit require tasks="]),

@@ -65,6 +65,12 @@ def finished(toy, tmp_path_factory):
     return compose([*toy, f"output={output}"]).folder, process
 
 
+def test_a_closed_stderr_does_not_change_the_status():
+    words = "[sys.executable, '-m', 'cod_lightning', 'fit', 'nrom=lns']"
+    code = f"import os, sys; os.close(2); os.execv(sys.executable, {words})"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 2
+
+
 def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

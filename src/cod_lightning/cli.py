@@ -35,7 +35,7 @@ from cod_lightning.commands import (
 )
 from cod_lightning.commands.options import refuse_repeated
 from cod_lightning.errors import CTRL_C, Stopped, UserError, first_line, is_out_of_memory, nearest, no_permission
-from cod_lightning.signals import stopping
+from cod_lightning.signals import ignore_until_exit, stopping
 from cod_lightning.train.ranks import is_first_on_node
 
 COMMANDS: dict[str, ModuleType] = {
@@ -125,8 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Waiting threads of libgomp spin: on 2 busy cores a step with 2 threads takes 18 times as long. With this bound
     # it takes 2 to 3 times as long, and no longer than before on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by 2>&-, as by some daemons
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
+        if isinstance(stream := getattr(sys, name), TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? instead of ending the command
     words: Sequence[str] = ()
     try:
@@ -152,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "of the model; `estimate` predicts the memory of a run"
         )
     except Stopped as reason:
+        if argv is None:
+            ignore_until_exit()
         again = "without resume=false, " if "resume=false" in words else ""
         print(f"{reason}\n{again}run the same command again to resume", file=sys.stderr)
         # Lightning kills this process if a rank that it launched fails, so only the first rank reports the status.

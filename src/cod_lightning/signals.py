@@ -28,7 +28,7 @@ def raise_stopped(number: int, frame: Any) -> None:
     raise Stopped(f"interrupted by {signal.Signals(number).name}")
 
 
-def install(handler: Callable[[int, Any], Any], numbers: Iterable[int] = STOP_SIGNALS) -> None:
+def install(handler: Callable[[int, Any], Any] | signal.Handlers, numbers: Iterable[int] = STOP_SIGNALS) -> None:
     """Let `handler` handle signals; those that are ignored from the start stay so (nohup), except SIGTERM.
 
     Only the main thread can install handlers: in another one this does nothing.
@@ -53,6 +53,11 @@ def ignore_once() -> None:
     """As `ignore`, and ignore one SIGTERM too, which Slurm sends to all processes; the second one ends this process."""
     ignore()
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def ignore_until_exit() -> None:
+    """Ignore stop signals while the interpreter ends, so that a second one does not change the exit status."""
+    install(signal.SIG_IGN)
 
 
 @contextmanager

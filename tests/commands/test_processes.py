@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -213,6 +214,21 @@ def test_a_sweep_with_sigint_ignored_stops_on_sigterm_with_a_checkpoint(toy, run
     assert "checkpoint saved" in printed
     assert not running(process.pid)
     assert len(list(tmp_path.glob("*/*/checkpoints/step-*.ckpt"))) == 1
+
+
+@pytest.mark.slow
+def test_more_signals_while_a_run_ends_do_not_change_its_status(toy, tmp_path):
+    words = [*toy, f"output={tmp_path}", "trainer.max_steps=100000", "trainer.stats_every=0", "trainer.progress=true"]
+    command = [sys.executable, "-m", "cod_lightning", *last_of_each(["fit", *words])]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("step ") for line in process.stderr)
+        process.terminate()
+        assert any("checkpoint saved" in line for line in process.stderr)
+        while process.poll() is None:
+            process.terminate()
+            time.sleep(0.01)
+    assert process.returncode == 75
 
 
 def test_output_that_is_no_utf8_and_a_kill_are_reported(tmp_path, monkeypatch, capsys):

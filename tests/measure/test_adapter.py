@@ -7,6 +7,7 @@ from torch import nn
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.open_model import check_layout, load_pretrained
+from tiny_models import tiny_llama
 
 every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
 TOKENS = tokens(2, 7)
@@ -113,6 +114,11 @@ def test_the_blocks_come_back(causal_lm, family):
 @pytest.mark.parametrize(("count", "layers"), [(1, [1]), (2, [1, 4]), (3, [1, 2, 4]), (9, [1, 2, 3, 4])])
 def test_layers_are_evenly_spaced(causal_lm, count, layers):
     assert causal_lm("ours").evenly_spaced(count) == layers
+
+
+def test_a_model_whose_logits_are_nan_is_refused():
+    with pytest.raises(UserError, match="cannot be measured: its logits are NaN"):
+        check_layout(ModelAdapter(tiny_llama(rms_norm_eps=float("nan"))))
 
 
 @torch.no_grad()

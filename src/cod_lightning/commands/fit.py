@@ -73,7 +73,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
             as `train.run.fit`.
         Diverged: the loss is not finite; `failed.json` in the folder says so.
     """
-    from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder
+    from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder, from_dict
     from cod_lightning.nn.strategies import build_all, warnings
 
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
@@ -86,10 +86,12 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
             print(f"warning: {warning}", file=sys.stderr)
     import_torchmetrics()
     from cod_lightning.train.loggers import check_loggers
-    from cod_lightning.train.record import read_record, write_failure
+    from cod_lightning.train.record import RECORD, read_record, write_failure
     from cod_lightning.train.run import fit
 
     if config.resume and (record := read_record(folder)) is not None:
+        if from_dict(record["config"], folder / RECORD).id != config.id:
+            raise UserError(f"{folder / RECORD} is of a run with other settings: remove it, or choose another name=")
         if first:
             print("this run is finished: pass resume=false to retrain", file=sys.stderr)
         return record, folder

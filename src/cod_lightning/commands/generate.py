@@ -49,7 +49,7 @@ def run(
     require_text("prompt", prompt)
     config = load(run, trust_code=trust_code)
     for name, value, least, most in (
-        ("max-tokens", max_tokens, 1, math.inf),
+        ("max-tokens", max_tokens, 1, 10**6),
         ("temperature", temperature, 0, sys.float_info.max),
         ("top-k", top_k, 1, math.inf),
         ("seed", seed, 0, 2**63 - 1),

@@ -59,6 +59,7 @@ def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, Document
     require_tokenizer(find_source(model))
     decoder = import_hf(model)
     tokenizer = load_tokenizer(packaged_path(model), model)
+    tokenizer.require_embeddings(decoder.lm_head.out_features, f"{model}: its tokenizer")
     if tokenizer.eos_id >= decoder.lm_head.out_features:
         raise UserError(
             f"{model}: the end-of-sequence token {tokenizer.eos_id} has no embedding: the model has "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cod_lightning.commands.options import add_overrides, require_at_least, some_path
 from cod_lightning.errors import TRY_AGAIN, UserError
-from cod_lightning.files import check_new_file
+from cod_lightning.files import check_new_file, write_atomic
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -93,7 +93,7 @@ def run(
     script = slurm_script(config, overrides, signal=signal, grace=grace, **options)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(script)
+        write_atomic(output, script)
         print(output)
     if submit:
         try:

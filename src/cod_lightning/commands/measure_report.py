@@ -18,6 +18,7 @@ import torch
 from cod_lightning import __version__
 from cod_lightning.commands.measure_runner import Subject, with_progress
 from cod_lightning.commands.terminal import format_duration
+from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import first_sequences
@@ -107,6 +108,8 @@ def measure_parts(
     chosen = {each: MEASURES[each].own(options) for each in measures}
     for each in measures:
         MEASURES[each].check_options(subject.model, options)
+        if reason := MEASURES[each].why_not(subject.model, subject.tokens):
+            raise UserError(f"{subject.model.name}: {each}: {reason}")
     identity = subject_identity(subject)
     keys = {each: f"{identity} {each} {sorted(own.items())} {PARTS[each].sequences}" for each, own in chosen.items()}
     results = {each: found for each in measures if (found := stored(folder, each, keys[each])) is not None}

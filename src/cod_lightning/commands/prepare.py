@@ -16,14 +16,15 @@ machine would build. Shards are numbered from 0; each of them can be repeated:
   prepare OVERRIDES merge=64
 """
 OPTIONS = {"shard": str, "merge": str}
+MOST_SHARDS = 10_000
 
 add_arguments = add_overrides
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """Parse "K/N", shard K of N, counted from 0; raise a UserError unless K < N."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if match is None or not int(match[1]) < int(match[2]):
+    """Parse "K/N", shard K of N, counted from 0; raise a UserError unless K < N <= `MOST_SHARDS`."""
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+    if match is None or not int(match[1]) < int(match[2]) <= MOST_SHARDS:
         raise UserError(
             f"shard={shorten(text)}: must be K/N, where N shards are numbered from 0, such as shard=0/4 to shard=3/4"
         )
@@ -31,10 +32,11 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def count_of(text: str) -> int:
-    """Parse the number of shards to merge; raise a UserError unless it is a positive integer."""
-    if not re.fullmatch(r"\d{1,9}", text) or not int(text):
+    """Parse the number of shards to merge; raise a UserError unless it is from 1 to `MOST_SHARDS`."""
+    if not re.fullmatch(r"\d{1,5}", text) or not 1 <= int(text) <= MOST_SHARDS:
         raise UserError(
-            f"merge={shorten(text)}: must be the number of shards, such as merge=4 after shard=0/4 to shard=3/4"
+            f"merge={shorten(text)}: must be the number of shards, at most {MOST_SHARDS:,}, such as merge=4 after "
+            "shard=0/4 to shard=3/4"
         )
     return int(text)
 

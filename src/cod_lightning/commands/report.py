@@ -10,7 +10,7 @@ from pathlib import Path
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_results, some_path
 from cod_lightning.errors import UserError
-from cod_lightning.files import check_writable
+from cod_lightning.files import check_writable, write_atomic
 
 HELP = "Write REPRODUCTION.md, an HTML page, CSV and figures: the claims of the paper beside the results of runs."
 ESTIMATED_FOR = "one H100 at 40 % of its peak"
@@ -40,19 +40,22 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     import_torchmetrics()
     results = results or RESULTS
     ended = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
+    models = load_pretrained_models(results)
+    if not ended and not models:
+        raise UserError(f"{results} has no results: run reproduce, or name the folder by --results")
     scales = [scale for scale in SCALES if scale == "paper" or scale in {folder.parent.name for folder in ended}]
     names = reproducible_experiments()
     rows = (row for scale in scales for row in experiment_rows(names, scale))
     experiments, formats = load_experiments(rows, results), FORMATS if pdf else FORMATS[:1]
     if others := sorted(map(str, ended - {run.folder for e in experiments for row in e.rows for run in row.runs})):
         print(left_out(others), file=sys.stderr)
-    report = build_report(experiments, ESTIMATED_FOR, formats, load_pretrained_models(results))
+    report = build_report(experiments, ESTIMATED_FOR, formats, models)
     files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
     files |= {f"{FIGURES}/{name}": image for name, image in report.figures.items()}
     for name, content in files.items():
         path = output / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_atomic(path, content)
         print(path)
     return 0
 

@@ -60,6 +60,19 @@ class DocumentTokenizer:
         """The largest id plus one, as an embedding needs it."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def require_embeddings(self, count: int, name: str) -> None:
+        """Check that a model with `count` embeddings has one for every piece; those of unused added tokens may lack.
+
+        Raises:
+            UserError: it has not; `name` is that of the tokenizer.
+        """
+        pieces = max(self.backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        if pieces > count:
+            raise UserError(
+                f"{name} has {pieces:,} tokens, and the model embeds {count:,}: use the tokenizer that it was trained "
+                "with"
+            )
+
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()

@@ -124,6 +124,8 @@ def layout_problem(model: ModelAdapter) -> str:
         activations[name, layer] = x
 
     logits = model.output(tokens, hook)
+    if logits.isnan().any():
+        return "its logits are NaN"
     inputs, functions = model.block_functions(tokens)
     if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
         return "it does not run every block once"

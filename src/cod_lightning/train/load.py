@@ -82,6 +82,7 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
         raise UserError(f"{folder}: no folder {TOKENIZER}/: copy it from where the run was trained")
     tokenizer = load_tokenizer(str(folder / TOKENIZER), f"{folder}: its tokenizer")
     weights, vocab_size, step = read_run_weights(checkpoint, "decoder", "lm_head.weight")
+    tokenizer.require_embeddings(vocab_size, f"{folder / TOKENIZER}")
     decoder = empty_decoder(config, vocab_size)
     load_weights(decoder, weights, str(checkpoint))
     set_step(decoder, step)
