@@ -352,6 +352,10 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     assert "- Depth (x 6 to x 24; 2 seeds): -0.08±0.06, -0.39±0.06." in built.markdown
     once = [replace(e, rows=tuple(replace(r, runs=r.runs[:1]) for r in e.rows)) for e in depth]
     assert "- Depth (x 6 to x 24; 1 seed): -0.09, -0.39." in build_report([*published, *once]).markdown
+    (deepest,) = family("Depth", "blocks", {48: 4.5})
+    lone = replace(deepest, rows=tuple(replace(r, runs=r.runs[:1]) for r in deepest.rows))
+    markdown = build_report([*published, *depth, without_runs(deepest), lone]).markdown
+    assert "- Depth (x 6 to x 24; 2 seeds): -0.08±0.06, -0.39±0.06." in markdown
     assert "scale=small.** 4 distinct comparisons" in built.markdown
     with_one_setting = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in with_one_setting.figures

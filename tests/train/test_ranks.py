@@ -1,7 +1,10 @@
 """The rank of this process in the environments of torchrun, Slurm and Lightning."""
 
+from dataclasses import asdict
+
 import pytest
 
+from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
 from cod_lightning.train.ranks import rank_problems, read_ranks
@@ -117,10 +120,12 @@ def test_a_variable_that_is_not_an_integer_is_named(name, value):
         read_ranks({name: value})
 
 
-def test_a_rank_other_than_0_says_so_once(train, monkeypatch, capsys, tmp_path):
+def test_a_rank_other_than_0_says_so_once(toy, train, monkeypatch, capsys, tmp_path):
     for name, value in started_by_lightning(1, 2).items():
         monkeypatch.setenv(name, str(value))
     (tmp_path / "finished").mkdir()
-    monkeypatch.setattr("cod_lightning.train.record.read_record", lambda folder: {})
-    train("trainer=ddp", "trainer.devices=2", "data.micro_batch_size=4", "name=finished")
+    words = ("trainer=ddp", "trainer.devices=2", "data.micro_batch_size=4", "name=finished")
+    record = {"config": asdict(compose([*toy, *words]))}
+    monkeypatch.setattr("cod_lightning.train.record.read_record", lambda folder: record)
+    train(*words)
     assert capsys.readouterr().err == "rank 1 of 2: rank 0 prints and keeps the results\n"
