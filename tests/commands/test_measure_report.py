@@ -127,6 +127,16 @@ def test_all_measures_of_a_page_are_taken(measured, tmp_path, name, measures):
     assert json.loads((tmp_path / "pre_ln/jacobian.json").read_text())["probes"] == 2
 
 
+def test_too_few_tokens_are_refused_before_the_first_measure(measured, tmp_path):
+    def short():
+        whole = subject()
+        return replace(whole, batches=[batch[:1, :8] for batch in whole.batches[:1]])
+
+    with pytest.raises(UserError, match=r"lns: linear_replacement: it needs more tokens than the hidden size"):
+        run_report({"lns": short}, {}, tmp_path, COMPARED, "compare")
+    assert measured == []
+
+
 def test_models_of_images_have_no_report(tmp_path):
     with pytest.raises(UserError, match="lns is a model of images: measure report supports models of text only"):
         run_report({"lns": lambda: replace(subject(), export=None)}, {}, tmp_path, REPORTED)

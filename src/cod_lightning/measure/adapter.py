@@ -63,7 +63,7 @@ class Images:
 
 
 POSITIONS = re.compile(r"(wpe|pos)[^.]*$")
-"""Paths of tables of positions, whose entries are no tokens."""
+"""Paths of tables of positions, which hold no tokens."""
 Batch = Tensor | Images
 """Tokens [batch, length], or images."""
 
@@ -74,8 +74,8 @@ class ModelAdapter:
 
     Args:
         model: a `Decoder`, a `VisionTransformer`, a model of `transformers` of a family in docs/models.md, or a model
-            whose forward takes tokens [batch, length] and returns logits (see `logits_output`).
-            `check_layout` is the proof. Logits are for the next token, except BERT's.
+            whose forward takes tokens [batch, length] and returns logits (see `logits_output`). `check_layout` is the
+            proof. Logits are for the next token, except BERT's.
         name: for tables and figures.
         decode: the text of a token, for results that name tokens; None: they have ids only.
         layout: the `Layout` of the model's blocks, their sub-layers, the final norm and the head; None: by the names of
@@ -195,7 +195,8 @@ class ModelAdapter:
                 for path, module in model.named_modules()
                 if isinstance(module, nn.Embedding) and not POSITIONS.search(path)
             ]
-            largest = max(tables, key=lambda module: module.num_embeddings, default=None)  # a guess
+            # Of several tables, the largest is most likely that of the tokens.
+            largest = max(tables, key=lambda module: module.num_embeddings, default=None)
             head = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else largest
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor | None):
@@ -243,7 +244,7 @@ class ModelAdapter:
     def output(
         self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None, last: int = 0
     ) -> Tensor:
-        """What the model returns for a batch: logits, without a head something else.
+        """What the model returns for a batch: logits, without a head its first output.
 
         Args:
             batch: tokens [batch, length] or images.

@@ -1,4 +1,4 @@
-"""The device and the precision of a run; without lightning, whose import takes seconds."""
+"""The device, its norm backend and the precision of a run; without lightning, whose import takes seconds."""
 
 from __future__ import annotations
 
