@@ -316,12 +316,12 @@ def test_the_csv_holds_every_row(report):
 # Experiments beyond the paper ----------------------------------------------------------------------------------------
 
 
-def family(target, axis, losses, **options):
+def family(target, axis, losses, seeds=(1, 2), **options):
     """Pre-LN at loss 5 and LNS at given losses for each value of a setting, at scale=small."""
     return [
         table(
-            row("pre_ln", None, *(run(seed, 5.0) for seed in (1, 2)), run_id=f"{target}{value}p"),
-            row("lns", None, *(run(seed, loss + 0.01 * seed) for seed in (1, 2)), run_id=f"{target}{value}l"),
+            row("pre_ln", None, *(run(seed, 5.0) for seed in seeds), run_id=f"{target}{value}p"),
+            row("lns", None, *(run(seed, loss + 0.01 * seed) for seed in seeds), run_id=f"{target}{value}l"),
             **{"target": target, "name": f"{target.lower()}_{value}", "column": f"x {value}", "scale": "small"},
             **{"axis": axis, "metric": "val_loss", "axes": {axis: value}, **options},
         )
@@ -356,6 +356,9 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     lone = replace(deepest, rows=tuple(replace(r, runs=r.runs[:1]) for r in deepest.rows))
     markdown = build_report([*published, *depth, without_runs(deepest), lone]).markdown
     assert "- Depth (x 6 to x 24; 2 seeds): -0.08±0.06, -0.39±0.06." in markdown
+    thrice = family("Depth", "blocks", {6: 4.9, 24: 4.6}, seeds=(1, 2, 3))
+    markdown = build_report([*published, *thrice, without_runs(deepest), deepest]).markdown
+    assert "- Depth (x 6 to x 24; 3 seeds): -0.08±0.02, -0.38±0.02." in markdown
     assert "scale=small.** 4 distinct comparisons" in built.markdown
     with_one_setting = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in with_one_setting.figures

@@ -61,7 +61,7 @@ class DocumentTokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def require_embeddings(self, count: int, name: str) -> None:
-        """Check that a model with `count` embeddings has one for every piece; those of unused added tokens may lack.
+        """Check that a model with `count` embeddings has one for every piece; unused added tokens may lack one.
 
         Raises:
             UserError: it has not; `name` is that of the tokenizer.

@@ -136,10 +136,13 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
 def on_common_seeds(pairs: Sequence[tuple[Column, Comparison]]) -> list[tuple[str, Difference]]:
     """Difference to the baseline by column, on the seeds that all have; empty without such a seed.
 
-    Columns of one seed are left out if two have more.
+    Columns of fewer than three seeds are left out if two have three, and those of one seed if two have more.
     """
-    several = [(column, c) for column, c in pairs if c.difference and c.difference.n > 1]
-    pairs = several if len(several) > 1 else pairs
+    for least in (3, 2):
+        several = [(column, c) for column, c in pairs if c.difference and c.difference.n >= least]
+        if len(several) > 1:
+            pairs = several
+            break
     metric = pairs[0][1].metric
     seeds = metric.common_seeds(*(row for column, c in pairs for row in (c.row, column.baseline)))
     differences = [(column.heading, metric.paired(c.row, column.baseline, seeds)) for column, c in pairs]
