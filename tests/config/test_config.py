@@ -165,11 +165,10 @@ def test_a_field_wins_over_a_group_that_follows_it(tmp_path):
     ("of_run", "chosen", "dropped"),
     [
         ({"data.files": "a", "data.val_files": "v"}, {"data.files": "b"}, {"val_files"}),
-        ({"data.files": "a", "data.folder": "set"}, {"data.files": "b"}, {"folder"}),
+        ({"data.folder": "set"}, {"data.files": "b"}, {"folder"}),
         ({"data.files": "a", "data.sha256": "0" * 64}, {"data.files": "b"}, {"sha256"}),
         ({"data.files": "a", "data.val_files": "v"}, {"data": "docs"}, {"files", "val_files"}),
         ({"data.files": "a", "data.val_files": "v"}, {"data.folder": "set"}, {"val_files"}),
-        ({"data.files": "a", "data.folder": "set"}, {"data.val_files": "v"}, {"folder"}),
     ],
 )
 def test_another_text_replaces_all_that_names_the_text_of_a_run(of_run, chosen, dropped, tmp_path):

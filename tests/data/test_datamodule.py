@@ -199,7 +199,7 @@ def test_the_set_is_prepared_unless_a_folder_is_given(make_config, packed, tmp_p
     data.setup()
     assert data.source == str(prepare(config))
     folder = str(prepared_folder(packed))
-    given = TokenDataModule(replace(packed, source="docs", files=None, folder=folder, root=str(tmp_path / "none")), 1)
+    given = TokenDataModule(replace(packed, files=None, folder=folder, root=str(tmp_path / "none")), 1)
     given.prepare_data()
     given.setup("fit")
     assert not (tmp_path / "none").exists()

@@ -214,7 +214,9 @@ def test_a_chunk_altered_in_the_cache_is_fetched_again(proxy, local, tmp_path):
 def test_a_run_from_a_store_has_the_losses_of_the_local_set(proxy, packed, train, tmp_path):
     histories = []
     for folder in (str(prepared_folder(packed)), SOURCE):
-        record, _ = train(f"data.folder={folder}", f"data.root={tmp_path}", f"output={tmp_path}/{len(histories)}")
+        record, _ = train(
+            "data.files=null", f"data.folder={folder}", f"data.root={tmp_path}", f"output={tmp_path}/{len(histories)}"
+        )
         histories.append(record["history"])
     assert len(histories[0]["train"]["loss"]) == 6
     for split, key in (("train", "loss"), ("val", "val_loss")):

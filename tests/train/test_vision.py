@@ -160,12 +160,15 @@ def test_commands_of_text_refuse_a_run_of_images(seen, tmp_path, capsys):
     capsys.readouterr()
     for command in (
         ["evaluate", seen, "data.folder=x"],
+        ["evaluate", seen, "tasks=piqa"],
         ["generate", seen, "a"],
         ["export", seen],
         ["measure", "variance", seen, "data.folder=x"],
     ):
         assert main([str(word) for word in command]) == 2
         assert capsys.readouterr().err.startswith(f"error: {seen} is a run of task=vision")
+    assert main(["fit", f"init_from={seen}"]) == 2
+    assert capsys.readouterr().err.endswith(f"error: init_from={seen}: a run of task=vision: name a run of language\n")
     for study, *more in (("theory",), ("prune", "blocks=1", "--output", str(tmp_path / "pruned"))):
         assert main(["measure", study, str(seen), *more]) == 2
         assert capsys.readouterr().err.startswith("error: seen is a model of images: ")

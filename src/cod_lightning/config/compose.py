@@ -38,6 +38,8 @@ CONTENT = {"model", "data", "data.source", "task"}
 """Overrides after which a run is no longer the default experiment."""
 TEXT = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
 """Overrides that choose the text."""
+PREPARED = {f"data.{name}" for name in ("files", "val_files", "text_field", "encoding", "val_every", "max_documents")}
+"""Fields that a prepared set, `data.folder`, no longer depends on."""
 GLOB_FIELDS = {"data.files", "data.val_files"}
 PATH_FIELDS = GLOB_FIELDS | {
     *("data.root", "data.folder", "data.tokenizer", "images.folder", "init_from", "output"),
@@ -162,6 +164,19 @@ def selects_other_text(overrides: Sequence[str]) -> bool:
     return any(override.key_or_group in TEXT for override in parse(overrides))
 
 
+def ignored_text(overrides: Iterable[Override]) -> list[str]:
+    """Errors for overrides that choose a text beside a set that is prepared already."""
+    values = {override.key_or_group: override.value() for override in overrides}
+    if values.get("data.folder") is None:
+        return []
+    return [
+        f"{name}={values[name]} does not change data.folder={values['data.folder']}, a set that is prepared already: "
+        "remove one of the two"
+        for name in sorted(PREPARED & values.keys())
+        if values[name] is not None
+    ]
+
+
 # Composition ---------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +200,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         if any(o.key_or_group == "norm" for o in words):
             errors.append("row= and norm= both choose the strategy: remove one")
     errors += apply_overrides(node, sorted((o for o in words if o not in chosen), key=lambda o: not is_custom_norm(o)))
+    errors += ignored_text(words)
     return named_by_content(checked(node, errors), {o.key_or_group: str(o.value()) for o in words})
 
 

@@ -24,10 +24,19 @@ from cod_lightning.config.compose import (
     cause,
     checked,
     has_interpolation,
+    ignored_text,
     parse,
 )
 from cod_lightning.config.groups import FAST_LOADER, groups
-from cod_lightning.config.schema import TOKENIZER, Config, flatten, identity, identity_fields, run_folder_of
+from cod_lightning.config.schema import (
+    CHECKPOINTS,
+    TOKENIZER,
+    Config,
+    flatten,
+    identity,
+    identity_fields,
+    run_folder_of,
+)
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import DAMAGED, UserError, no_permission, one_line
 from cod_lightning.files import read_regular, write_atomic
@@ -160,6 +169,7 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     # Groups come first, as in `compose`: a group resets the fields before it.
     accepted = sorted((o for o in words if o not in fixed), key=lambda o: o.key_or_group not in groups())
     errors += apply_overrides(node, accepted)
+    errors += ignored_text(words)
     errors += decoder_changes(folder, saved, node)
     try:
         return checked(node, errors)
@@ -269,6 +279,9 @@ def check_init_from(config: Config) -> None:
         if inside := runs_inside(Path(config.init_from)):
             raise UserError(f"init_from={config.init_from}: not a run folder{inside}")
         return
+    source = read(Path(config.init_from))[1]
+    if source.task != "language":
+        raise UserError(f"init_from={config.init_from}: a run of task={source.task}: name a run of language")
 
     def decoder(run: Config) -> dict[str, Any]:
         # The initialisation does not matter, and the vocabulary is compared with the weights themselves.
@@ -276,7 +289,7 @@ def check_init_from(config: Config) -> None:
         model = {name: value for name, value in identity_fields(run.model).items() if name not in ignored}
         return {"model": model, "norm": run.norm}
 
-    theirs, ours = flatten(decoder(read(Path(config.init_from))[1])), flatten(decoder(config))
+    theirs, ours = flatten(decoder(source)), flatten(decoder(config))
     words = [
         f"{'norm' if name == 'norm.name' else name}={'null' if value is None else value}"
         for name, value in theirs.items()
@@ -296,7 +309,7 @@ def create_run_folder(config: Config) -> Path:
         UserError: as `check_folder`.
     """
     folder = check_folder(config)
-    if not config.resume and (folder / CONFIG).exists():
+    if not config.resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINTS)):
         number = next(n for n in itertools.count(1) if not Path(f"{folder}.previous-{n}").exists())
         folder.rename(f"{folder}.previous-{number}")
     save(config, folder)

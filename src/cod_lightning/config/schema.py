@@ -34,6 +34,8 @@ def printed_metrics(figures: Iterable[str], protocol: str) -> list[str]:
 
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer inside a run folder."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints inside a run folder."""
 
 
 def run_folder_of(source: Path) -> Path:
@@ -265,6 +267,14 @@ def identity(config: Config) -> dict[str, Any]:
     if config.optim.weighting == "micro_batches":  # a mean of means depends on the size of each
         values["data"]["micro_batch_size"] = config.data.micro_batch_size
     return values
+
+
+def resumable_settings(config: Config) -> dict[str, Any]:
+    """The settings that a resumed run must share with its checkpoint, by name.
+
+    Without the vocabulary, which the data may determine; the shapes of the weights show it.
+    """
+    return {name: value for name, value in flatten(identity(config)).items() if name != "model.vocab_size"}
 
 
 def under_default_output(config: Config, path: str) -> str:

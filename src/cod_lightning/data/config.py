@@ -122,6 +122,8 @@ def data_errors(config: DataConfig) -> list[str]:
         errors.append(f"data.encoding={config.encoding!r} is not an encoding: use utf-8, latin-1 or utf-16")
     if config.folder == "":
         errors.append("data.folder is empty: name a prepared set, or pass data.folder=null")
+    if not config.root:
+        errors.append("data.root is empty: name the folder of the prepared sets, such as data")
     if not config.tokenizer:
         errors.append("data.tokenizer is empty: use bpe, a folder with tokenizer.json or a name on the hub")
     return errors

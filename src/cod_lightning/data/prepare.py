@@ -161,6 +161,8 @@ def check_against(config: DataConfig, manifest: Manifest, source: str) -> None:
         # Instructions are a source and not a layout.
         key = "source" if "instructions" in (config.row_layout, manifest.layout) else "layout"
         differences.append(f"data.{key}={getattr(config, key)!r}, but the set has {manifest.layout!r}")
+    elif config.source != manifest.source.name:
+        differences.append(f"data.source={config.source!r}, but the set has {manifest.source.name!r}")
     if config.seq_len != manifest.seq_len:
         differences.append(f"data.seq_len={config.seq_len}, but the set has {manifest.seq_len}")
     record = manifest.tokenizer
@@ -214,7 +216,7 @@ def tokenizer_for(config: DataConfig, corpus: Corpus) -> DocumentTokenizer:
         UserError: there is no training text; or as `load_tokenizer`.
     """
     if next(corpus.train(), None) is None:
-        raise UserError(f"data.source={config.source}: the corpus has no training documents")
+        raise UserError(f"data.source={config.source}: the corpus has no training documents: give more text")
     if config.tokenizer == "bpe":
         return train_bpe(corpus.train(), config.vocab_size)
     return load_tokenizer(config.tokenizer)
@@ -249,7 +251,11 @@ def write_set(
             raise UserError(
                 f"data.source={config.source}: {documents[name]} documents do not fill one {name} sequence of "
                 f"data.seq_len={config.seq_len} tokens"
-                + (": give more text, a smaller data.val_every, or data.val_files" if name == "val" else "")
+                + (
+                    ": give more text, a smaller data.val_every, or data.val_files"
+                    if name == "val"
+                    else ": give more text"
+                )
             )
     check_sha256(config, sha256.hexdigest(), "the text")
     tokenizer = encoder.tokenizer

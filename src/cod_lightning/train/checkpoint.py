@@ -26,11 +26,9 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from cod_lightning.errors import Diverged, Stopped, UserError, first_line, no_permission, short_repr
-from cod_lightning.files import open_atomic, partial_folder, remove, replace_path
+from cod_lightning.files import open_atomic, partial_folder, remove, replace_path, require_utf8
 from cod_lightning.nn.weights import not_dense
 
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints in a run folder."""
 BEST = "best.ckpt"
 NON_TENSORS = "rest.pt"
 """The file in a checkpoint folder that holds the entries without tensors."""
@@ -100,7 +98,8 @@ def write_error(write: Callable[[], object], path: Path) -> str | None:
     try:
         write()
     except (OSError, RuntimeError, CheckpointException) as error:  # torch raises RuntimeError if the disk is full
-        return f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are kept"
+        reason = "no space left on the disk" if "inline_container" in str(error) else first_line(error)
+        return f"{path}: the checkpoint cannot be written ({reason}); earlier ones are kept"
     return None
 
 
@@ -127,7 +126,7 @@ def read_resumable(path: Path) -> dict[str, Any]:
             f"{path}: holds weights, but not {missing[0]}, which a run needs to resume: remove the file, or start "
             f"another run with init_from={path}"
         )
-    for name, kind in {**RESUMED, "TokenDataModule": dict, "ImageDataModule": dict}.items():
+    for name, kind in {**RESUMED, "TokenDataModule": dict, "ImageDataModule": dict, "settings": dict}.items():
         value = checkpoint.get(name)
         if name in checkpoint and not (isinstance(value, kind) and (value or kind is int)):
             error = ValueError(f"{name}: expected {kind.__name__}, not empty, got {short_repr(value)}")
@@ -158,6 +157,7 @@ def read_for_weights(path: Path) -> dict[str, Any]:
 
 def load_file(path: Path, checkpoint: Path, mmap: bool = False) -> dict[str, Any]:
     """Read one file of a checkpoint; errors name `checkpoint`."""
+    require_utf8(path)
     try:
         if not path.is_file():
             raise ValueError(f"a folder without {NON_TENSORS}" if checkpoint.is_dir() else "not a regular file")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cod_lightning.config.saved import CONFIG, load, save
-from cod_lightning.config.schema import TOKENIZER, Config, run_folder_of
+from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, run_folder_of
 from cod_lightning.data.datamodule import tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
@@ -22,7 +22,7 @@ from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.nn.weights import load_weights, require_finite, shape_mismatches
-from cod_lightning.train.checkpoint import BEST, CHECKPOINTS, AtomicCheckpointIO, newest_checkpoint, read_for_weights
+from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, newest_checkpoint, read_for_weights
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     Raises:
         UserError: the checkpoint is unreadable, or the run is one of images.
     """
-    if config.task != "language":
-        raise UserError(f"{folder} is a run of task={config.task}: only fit, evaluate and measure can read it")
+    require_language(config, folder)
     if not (folder / TOKENIZER).is_dir():
         raise UserError(f"{folder}: no folder {TOKENIZER}/: copy it from where the run was trained")
     tokenizer = load_tokenizer(str(folder / TOKENIZER), f"{folder}: its tokenizer")
@@ -87,6 +86,12 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     load_weights(decoder, weights, str(checkpoint))
     set_step(decoder, step)
     return decoder, tokenizer
+
+
+def require_language(config: Config, folder: Path) -> None:
+    """Raise a UserError if the run is one of images."""
+    if config.task != "language":
+        raise UserError(f"{folder} is a run of task={config.task}: only fit, evaluate and measure can read it")
 
 
 def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cod_lightning.config.schema import COUNTS, Config
+from cod_lightning.config.schema import COUNTS, Config, resumable_settings
 from cod_lightning.errors import Diverged, UserError
 from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
@@ -242,6 +242,7 @@ class StepModule(LightningModule, ABC):
         checkpoint["tokens"] = self.tokens
         checkpoint["init_from"] = self.origin
         checkpoint["precision"] = precision(self.config.trainer)
+        checkpoint["settings"] = resumable_settings(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if mismatches := shape_mismatches(self, checkpoint["state_dict"]):

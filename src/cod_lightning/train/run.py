@@ -11,7 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from cod_lightning.config.schema import PROBE_ROWS, TOKENIZER, Config, TrainerConfig
+from cod_lightning.config.saved import differences
+from cod_lightning.config.schema import CHECKPOINTS, PROBE_ROWS, TOKENIZER, Config, TrainerConfig, resumable_settings
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
@@ -28,7 +29,6 @@ from cod_lightning.train.callbacks import (
     StopOnSignal,
 )
 from cod_lightning.train.checkpoint import (
-    CHECKPOINTS,
     Checkpoints,
     newest_checkpoint,
     read_resumable,
@@ -72,6 +72,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
     check_schedules(build_all(config.norm, config.model.num_hidden_layers), settings.max_steps)
     with quiet_lightning():
         checkpoint = newest_checkpoint(folder / CHECKPOINTS) if config.resume else None
+        data_state = None if checkpoint is None else resumed_data_state(config, checkpoint)
         initial = None
         if checkpoint is None and config.init_from is not None:
             initial = load_initial_weights(config, Path(config.init_from))
@@ -80,9 +81,8 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         if isinstance(data, TokenDataModule):
             check_repetition(config, data.manifest.train.rows)
         module.initial_weights = initial
-        if checkpoint is not None:
-            # Kept in a variable, its memory map would keep the file on the disk after it is replaced.
-            data.load_state_dict(read_resumable(checkpoint).get(type(data).__qualname__, {"fingerprint": None}))
+        if data_state is not None:
+            data.load_state_dict(data_state)
 
         recorder = Recorder(settings.log_every, config.protocol)
         callbacks = [recorder, StopOnSignal(), *probes(settings, data, recorder)]
@@ -111,6 +111,25 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
     return record
 
 
+def resumed_data_state(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """The state of the data module in a checkpoint from which this run can resume.
+
+    Raises:
+        UserError: the checkpoint is unreadable, holds weights only, or is of a run with other settings.
+    """
+    # No variable of the caller holds the content: its memory map would keep the file on the disk after it is replaced.
+    content = read_resumable(checkpoint)
+    ours, defaults = resumable_settings(config), resumable_settings(Config())
+    # Checkpoints of earlier versions lack newer fields, or all of them.
+    theirs = {name: defaults.get(name) for name in ours} | content["settings"] if "settings" in content else ours
+    if differing := differences(theirs, ours):
+        raise UserError(
+            f"{checkpoint} is of a run with other settings ({differing}): choose another name=, or pass resume=false "
+            "to retrain"
+        )
+    return content.get("ImageDataModule" if config.task == "vision" else "TokenDataModule", {"fingerprint": None})
+
+
 def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     """The validation metrics of a checkpoint on the data of `config`.
 
@@ -119,9 +138,9 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
         Stopped: a signal interrupted the validation, or another rank is gone.
     """
     with quiet_lightning():
-        data, module = build(config)
         model, head = ("vit", "head.weight") if config.task == "vision" else ("decoder", "lm_head.weight")
-        weights, _, step = read_run_weights(checkpoint, model, head)
+        weights, _, step = read_run_weights(checkpoint, model, head)  # before hours of preparation
+        data, module = build(config)
         module.initial_weights = StartingWeights(weights, str(checkpoint), step)
         trainer = build_trainer(config)
         with translate_rank_failures(config.trainer):
