@@ -18,6 +18,7 @@ from _results import argument_parser, report
 from cod_lightning.commands.measure_report import tokens_sha256
 from cod_lightning.commands.measure_runner import Subject, open_model
 from cod_lightning.config.compose import compose
+from cod_lightning.data.corpora import open_corpus
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.batches import mean_loss
@@ -60,7 +61,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = compose(args.words)
-    subject = open_model(args.model, config, args.rows)
+    corpus = open_corpus(config.data)
+    subject = open_model(args.model, config, corpus, args.rows)
     rows = [row("none", [], *mean_loss(subject.model, subject.batches))]
     known: dict[tuple[int, ...], tuple[float, int]] = {}
     for by, chosen in selections(subject, args.blocks).items():
@@ -70,7 +72,7 @@ def main() -> None:
                 known[key] = mean_loss(remove_blocks(subject.model, key), subject.batches)
             rows.append(row(by, key, *known[key]))
     for folder in args.other:
-        other = open_model(folder, config, args.rows)
+        other = open_model(folder, config, corpus, args.rows)
         blocks = subject.model.depth - other.model.depth
         rows.append(row(other.model.name, [], *mean_loss(other.model, other.batches)) | {"blocks": blocks})
     report(args, rows, threads=args.threads, model=args.model, sequences=args.rows, sha256=tokens_sha256(subject))

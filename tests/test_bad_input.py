@@ -21,7 +21,7 @@ from cod_lightning.cli import main
 from cod_lightning.commands import experiments
 from cod_lightning.commands.export import check_max_length
 from cod_lightning.commands.fit import train_run
-from cod_lightning.commands.measure import open_subject
+from cod_lightning.commands.measure import find_subject
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load, save
 from cod_lightning.data.prepare import prepared_folder
@@ -191,7 +191,7 @@ LONG = "word " * 400
 MINE = "norm=norms_under_test:f"
 LOADED = ("evaluate", "run")
 RESUMED = ("toy", "name=run")
-SET = ("toy", "data.folder=set")
+SET = ("toy", "data.files=null", "data.folder=set")
 TEXT = ("prepare", *DATA)
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -233,6 +233,12 @@ CONFIGS = [
     (nothing, ["fit", "name='a\0b'"], ["name='a\\x00b' must be valid UTF-8 without NUL"]),
     (nothing, ["fit", "name=" + "a" * 300], ["a" * 300, "File name too long"]),
     (nothing, ["fit", "data.folder=''"], ["data.folder is empty"]),
+    (nothing, ["fit", "data.root=''"], ["data.root is empty: name the folder of the prepared sets"]),
+    (
+        nothing,
+        ["fit", "model.num_hidden_layers=2", "trainer.measures.theory=1"],
+        ["trainer.measures.theory needs at least 3 blocks, but model.num_hidden_layers=2: set it to 0"],
+    ),
     (nothing, ["fit", "data=files", "data.files={a: b}"], ["data.files={'a': 'b'} must be a glob"]),
     (nothing, ["fit", "task=vision", "images.source=folder"], ["images.folder is empty"]),
     (nothing, ["prepare", "data.vocab_size=1"], ["data.vocab_size=1 must be at least 258"]),
@@ -345,7 +351,7 @@ SETS = [
     (files(a_txt=LONG), [*TEXT[:-1], "data.files=a.txt", "data.root=a.txt/x"], ["data.root=a.txt/x cannot be written"]),
     (
         nothing,
-        ["toy", "data.folder=nowhere"],
+        ["toy", "data.files=null", "data.folder=nowhere"],
         ["nowhere is not a prepared set", "name the folder that prepare printed"],
     ),
     (with_set(remove("manifest.json")), SET, ["set is not a prepared set (manifest.json cannot be read"]),
@@ -363,6 +369,9 @@ SETS = [
     (with_set(remove("train/index.json")), SET, ["index.json: missing"]),
     (with_set(overwrite("tokenizer.json", half)), SET, ["tokenizer.json is damaged: its SHA-256"]),
     (with_set(), [*SET, "data.seq_len=64", "data.vocab_size=400"], ["data.seq_len=64, but the set has 32", "400"]),
+    (with_set(), [*SET, "data=docs"], ["data.source='docs', but the set has 'files'"]),
+    *((with_set(), [*SET, word], [f"{word} does not change data.folder=set, a set that is prepared already"])
+      for word in ("data.files=x", "data.val_files=x", "data.text_field=x", "data.val_every=7")),
     (with_set(), [*SET, "model.vocab_size=299", "data.vocab_size=300"], ["model.vocab_size=299 is smaller"]),
 ]  # fmt: skip
 
@@ -427,6 +436,12 @@ RUNS = [
       )),
     (unfinished(resave(lambda content: content | {"TokenDataModule": {"fingerprint": "0" * 64}})), RESUMED,
      ["trained on a set with fingerprint 0000000000000000...", "resume with the same data"]),
+    *((unfinished(lambda path: (path.parents[1] / "config.yaml").unlink()), [*RESUMED, word],
+       [f"{LAST} is of a run with other settings ({fields}): choose another name=, or pass resume=false to retrain"])
+      for word, fields in (
+        ("seed=2", "seed=1 there, 2 here"), ("trainer.max_steps=3", "trainer.max_steps=6 there, 3 here"),
+        ("norm.position=before_ln", "norm.position='after_ln' there, 'before_ln' here"),
+      )),
     (unfinished(lambda path: None), [*RESUMED, "seed=2"], ["out/run holds a run of another configuration (seed=1"]),
     (with_run(overwrite("record.json", "[]")), ["toy", "output=.", "name=run"], ["run/record.json: expected an"]),
     (with_run(edit("record.json", config__optim__lr=0.5)), ["toy", "output=.", "name=run"],
@@ -529,7 +544,9 @@ COMMANDS = [
     (with_run(), ["export", "run", "--max-length", "16777217"], ["--max-length=16777217 must be at most 16777216"]),
     (with_run(overwrite("config.yaml", lambda text: text.replace(b"embeddings: null", b"embeddings: 64"))),
      ["export", "run", "--max-length", "65"], ["--max-length=65 is longer than the context of the imported model"]),
-    (with_run(), ["export", "run", "--output", "caf\udce9"], ["the name is not UTF-8: choose another output"]),
+    (with_run(), ["export", "run", "--output", "caf\udce9"], ["not UTF-8: choose another output"]),
+    (lambda run, prepared: shutil.copytree(run, "caf\udce9"), ["generate", "caf\udce9", "x"],
+     ["step-00000006.ckpt: the name is not UTF-8: rename the file or its folder"]),
     (with_run(), ["export", "run", "--output", "run"], ["run exists and is not an empty folder"]),
     (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
     (nothing, ["import", "nowhere", "--output", "x"], ["nowhere is not a folder here", "Give a folder"]),
@@ -552,6 +569,10 @@ COMMANDS = [
     (nothing, ["measure", "compare", "one"], ["at least two models, not 1"]),
     (nothing, ["measure", "compare", "a/one", "b/one"], ["two models have the name one"]),
     (nothing, ["measure", "report", "a/one", "b/one"], ["two models have the name one"]),
+    *((with_run(lambda run: shutil.copytree(run, "b", ignore=shutil.ignore_patterns("checkpoints"))),
+       ["measure", study, "run", "b"], ["b: no last checkpoint"]) for study in ("report", "compare")),
+    (with_run(lambda run: (Path("b").mkdir(), Path("b/config.json").write_text("{}"))),
+     ["measure", "report", "run", "b"], ["b: the model has no tokenizer"]),
     (nothing, ["measure", "variance", "nowhere", "--rows", "0"], ["--rows=0"]),
     (nothing, ["measure", "variance", "nowhere", "rows=many"], ["rows=many: expected a whole number"]),
     (nothing, ["measure", "jacobian", "nowhere", "probs=32", "tokens=all"],
@@ -571,6 +592,8 @@ COMMANDS = [
         "sparsity=nan", "blocks=two",
     )),
     (nothing, ["predict", "norm=mixln"], ["norm='mixln' does not exist: did you mean 'mix_ln'"]),
+    *((nothing, ["predict", word], [f"{word} has no effect, remove it: predict reads only model, norm, seed"])
+      for word in ("output=x", "optim.lr=1", "data.files=x", "trainer.threads=1", "init_from=x")),
     (nothing, ["predict", "experiments=table5_vit_s"], ["predict does not support task=vision"]),
     (nothing, ["predict", "model=tiny", "data.tokenizer=t5-base"], ["model.vocab_size is open, and data.tokenizer"]),
     (module("def f(layer, depth):\n    return 1 / (layer - 1)"), ["predict", MINE], ["raised ZeroDivisionError"]),
@@ -769,12 +792,12 @@ def test_bad_input_is_one_error_with_status_2_and_nothing_written(
 
 def test_more_rows_than_there_are_is_one_warning(finished, capsys):
     folder = str(finished[0])
-    found = sum(map(len, open_subject(folder, [], "last", 10**6).batches))
+    found = sum(map(len, find_subject(folder, [], "last", 10**6)().batches))
     assert (
         capsys.readouterr().err == f"warning: rows=1000000, but {folder} has {found} held-out rows: all are measured\n"
     )
-    open_subject(folder, [], "last", None)  # the default is a maximum
-    open_subject(folder, [], "last", found)
+    find_subject(folder, [], "last", None)()  # the default is a maximum
+    find_subject(folder, [], "last", found)()
     assert not capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import resource
 import signal
@@ -69,6 +70,24 @@ def test_a_closed_stderr_does_not_change_the_status():
     words = "[sys.executable, '-m', 'cod_lightning', 'fit', 'nrom=lns']"
     code = f"import os, sys; os.close(2); os.execv(sys.executable, {words})"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 2
+
+
+def test_a_reader_that_closes_the_pipe_ends_a_command_without_a_message():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as stdout:
+        words = [sys.executable, "-m", "cod_lightning", "fit", "--cfg"]
+        process = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, timeout=300)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
+def test_output_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "wb") as stdout:
+        words = [sys.executable, "-m", "cod_lightning", "fit", "--cfg"]
+        process = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, timeout=300)
+    assert process.returncode == 2
+    assert process.stderr.decode().startswith("error: ")
+    assert process.stderr.count(b"\n") == 1
 
 
 def test_the_version_is_printed(capsys):
@@ -233,7 +252,7 @@ def loss_of(model, batches, pad_id=None):
 
 def test_a_pruned_run_loads_in_transformers_with_equal_logits_and_loss(finished, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from cod_lightning.commands.measure import open_subject
+    from cod_lightning.commands.measure import find_subject
     from cod_lightning.measure.block_removal import remove_blocks
 
     folder, _ = finished
@@ -242,7 +261,7 @@ def test_a_pruned_run_loads_in_transformers_with_equal_logits_and_loss(finished,
     assert process.stdout.splitlines()[-1] == str(small)
     result = json.loads((small / "prune.json").read_text())
     assert f"{result['loss_after']:.4g}" in process.stdout
-    subject = open_subject(str(folder), [], "last", 5)
+    subject = find_subject(str(folder), [], "last", 5)()
     exported = transformers.AutoModelForCausalLM.from_pretrained(small).eval()
     expected = remove_blocks(subject.model, [2, 3])
     tokens = subject.batches[0]
@@ -261,7 +280,7 @@ def test_a_pruned_run_loads_in_transformers_with_equal_logits_and_loss(finished,
 
 def test_a_pruned_transformers_model_loads_in_transformers(finished, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from cod_lightning.commands.measure import open_subject
+    from cod_lightning.commands.measure import find_subject
     from cod_lightning.nn.huggingface import to_hf_tokenizer
 
     _, tokenizer = decoder_of(finished[0])
@@ -277,7 +296,7 @@ def test_a_pruned_transformers_model_loads_in_transformers(finished, corpus, tmp
     assert result["how"] == "magnitude, alpha_pruning"
     assert result["zeros_after"] == pytest.approx(0.5, abs=0.02)
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").eval()
-    batches = open_subject(str(tmp_path / "gpt2"), words, "last", 4).batches
+    batches = find_subject(str(tmp_path / "gpt2"), words, "last", 4)().batches
     assert result["loss_after"] == pytest.approx(loss_of(exported, batches), rel=1e-5)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")
     assert loaded("the norm").input_ids == tokenizer.encode(["the norm"])[0][:-1]

@@ -212,12 +212,12 @@ def test_files_and_folders_have_the_permissions_of_the_umask(tmp_path, monkeypat
         monkeypatch.setattr(os, "umask", None)  # it would change that of other threads
         write_atomic(tmp_path / "file", "x")
         with new_folder(tmp_path / "folder") as folder:
-            (folder / "x").touch()
+            (folder / "x").touch(0o600)  # as safetensors does
     finally:
         monkeypatch.undo()
         os.umask(old)
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder")]
-    assert modes == [0o640, 0o750]
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "folder", "folder/x")]
+    assert modes == [0o640, 0o750, 0o640]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory")])

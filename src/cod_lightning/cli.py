@@ -34,7 +34,16 @@ from cod_lightning.commands import (
     verify,
 )
 from cod_lightning.commands.options import refuse_repeated
-from cod_lightning.errors import CTRL_C, Stopped, UserError, first_line, is_out_of_memory, nearest, no_permission
+from cod_lightning.errors import (
+    CLOSED_PIPE,
+    CTRL_C,
+    Stopped,
+    UserError,
+    first_line,
+    is_out_of_memory,
+    nearest,
+    no_permission,
+)
 from cod_lightning.signals import ignore_until_exit, stopping
 from cod_lightning.train.ranks import is_first_on_node
 
@@ -120,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, 2 after a `UserError`, `TRY_AGAIN` after an interruption, or `CTRL_C`.
+        The exit status: 0, 2 after a `UserError`, `TRY_AGAIN` after an interruption, `CTRL_C` or `CLOSED_PIPE`.
     """
     # Waiting threads of libgomp spin: on 2 busy cores a step with 2 threads takes 18 times as long. With this bound
     # it takes 2 to 3 times as long, and no longer than before on an idle machine.
@@ -130,6 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         if isinstance(stream := getattr(sys, name), TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? instead of ending the command
+    try:
+        status = run_command(argv)
+    except SystemExit as stop:  # of argparse, after --help and after a wrong option
+        raise SystemExit(flush_stdout() or stop.code) from None
+    return flush_stdout() or status
+
+
+def run_command(argv: Sequence[str] | None) -> int:
+    """Run a command and print its errors; returns the exit status."""
     words: Sequence[str] = ()
     try:
         arguments = parse(argv)
@@ -140,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[arguments.pop("command")]
         with stopping():
             return command.run(**arguments)
+    except BrokenPipeError:  # of stdout or stderr: the reader has what it wants, as `head` does
+        return CLOSED_PIPE
     except (UserError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
@@ -163,6 +183,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         return CTRL_C
+
+
+def flush_stdout() -> int:
+    """Write what is left for stdout; returns 0 or an exit status.
+
+    If this fails when the interpreter ends, it prints a message and a status of its own.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE if isinstance(error, BrokenPipeError) else refuse(f"stdout: {error.strerror}")
+    return 0
 
 
 def refuse(message: str) -> int:

@@ -36,6 +36,8 @@ TRY_AGAIN = 75
 """Exit status EX_TEMPFAIL of sysexits.h: a scheduler may requeue the job."""
 CTRL_C = 130
 """Exit status of a shell for a command that SIGINT ended."""
+CLOSED_PIPE = 141
+"""Exit status of a shell for a command that wrote into a pipe without a reader."""
 
 DAMAGED = (OSError, ValueError, RecursionError)
 """Exceptions of reading a JSON file that is missing, not UTF-8, not JSON, or nested too deeply."""

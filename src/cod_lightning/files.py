@@ -87,8 +87,8 @@ def check_new_folder(folder: Path, option: str = "") -> None:
     Raises:
         UserError: `folder` exists and is not an empty folder, its parent is not writable, or its name is not UTF-8.
     """
-    if not is_utf8(folder):
-        raise UserError(f"{option}{folder}: the name is not UTF-8: choose another output")
+    if not is_utf8(Path(os.path.abspath(folder))):
+        raise UserError(f"{option}{folder}: the name or that of a folder above is not UTF-8: choose another output")
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{option}{folder} exists and is not an empty folder: choose another output")
     require_writable(folder, f"{option}{folder}", new=True)
@@ -103,6 +103,12 @@ def check_new_file(path: Path, option: str = "") -> None:
     if os.path.lexists(path):
         raise UserError(f"{option}{path} exists: choose a new file")
     require_writable(path, f"{option}{path}", new=True)
+
+
+def require_utf8(path: Path) -> None:
+    """Raise a UserError if the name of a file to read is not UTF-8."""
+    if not is_utf8(path):
+        raise UserError(f"{path}: the name is not UTF-8: rename the file or its folder")
 
 
 def is_utf8(path: Path) -> bool:
@@ -187,7 +193,7 @@ def new_folder(folder: Path) -> Generator[Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_folder(folder)
         yield partial
-        flush_files(partial)
+        finish_files(partial)
         partial.replace(folder)
     except OSError as error:
         raise UserError(os_message(error, folder).replace(str(partial or folder), str(folder))) from error
@@ -196,10 +202,15 @@ def new_folder(folder: Path) -> Generator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def flush_files(folder: Path) -> None:
-    """Wait until the files in a folder are on the disk."""
+def finish_files(folder: Path) -> None:
+    """Let who may read a new folder read its files, and wait until they are on the disk.
+
+    safetensors gives its files to their owner alone.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
@@ -271,8 +282,7 @@ def fetched(path: Path) -> Generator[None]:
         UserError: any other error, but for lack of memory; names the file, and says to fetch it again or to change its
             permissions.
     """
-    if not is_utf8(path):
-        raise UserError(f"{path}: the name is not UTF-8: rename the file or its folder")
+    require_utf8(path)
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # libraries call a file without permission missing
         yield

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from cod_lightning.commands.measure_runner import open_model, run_prune
 from cod_lightning.config.compose import compose
+from cod_lightning.data.corpora import open_corpus
 from cod_lightning.errors import UserError
 
 
@@ -34,12 +35,12 @@ def model(tiny_llama, tmp_path):
 def test_the_threads_of_the_configuration_are_used(model, config, monkeypatch):
     used = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    open_model(model(), replace(config, trainer=replace(config.trainer, threads=3)), 2)
+    open_model(model(), replace(config, trainer=replace(config.trainer, threads=3)), open_corpus(config.data), 2)
     assert used == [3]
 
 
 def test_a_pruned_model_keeps_dtype_and_drops_contradictory_generation_settings(model, config, tmp_path, capsys):
-    subject = open_model(model(do_sample=False, temperature=0.9, top_p=0.6), config, 2)
+    subject = open_model(model(do_sample=False, temperature=0.9, top_p=0.6), config, open_corpus(config.data), 2)
     assert next(subject.model.model.parameters()).dtype == torch.float32
     run_prune(subject, {"layers": [1]}, tmp_path / "small")
     assert "generation settings dropped as invalid: temperature, top_p" in capsys.readouterr().err
@@ -54,18 +55,18 @@ def test_a_token_of_the_text_without_an_embedding_is_named(model, config):
     with pytest.raises(
         UserError, match=r"token 7 \('grows'\) has no embedding: the tokenizer has 8 tokens and the mod"
     ):
-        open_model(model(vocab_size=7), config, 2)
+        open_model(model(vocab_size=7), config, open_corpus(config.data), 2)
 
 
 def test_sequences_longer_than_the_context_are_refused(model, config):
     config.data.seq_len = 33
     with pytest.raises(UserError, match=r"data\.seq_len=33 is longer than max_position_embeddings=32"):
-        open_model(model(), config, 2)
+        open_model(model(), config, open_corpus(config.data), 2)
 
 
 def test_the_folder_of_a_pruned_model_must_be_writable(model, config, tmp_path):
     (tmp_path / "file").write_text("")
-    subject = open_model(model(), config, 2)
+    subject = open_model(model(), config, open_corpus(config.data), 2)
     subject.model.model.forward = None  # nothing is computed
     with pytest.raises(UserError, match="file is not a writable folder"):
         run_prune(subject, {"layers": [1]}, tmp_path / "file/small")
@@ -73,7 +74,7 @@ def test_the_folder_of_a_pruned_model_must_be_writable(model, config, tmp_path):
 
 def test_every_sequence_begins_with_bos_if_the_tokenizer_adds_it(model, config):
     folder = Path(model())
-    (plain,) = open_model(str(folder), config, 2).batches
+    (plain,) = open_model(str(folder), config, open_corpus(config.data), 2).batches
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     begin, text = {"SpecialToken": {"id": "</s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
@@ -86,7 +87,7 @@ def test_every_sequence_begins_with_bos_if_the_tokenizer_adds_it(model, config):
     path.write_text(json.dumps(tokenizer))
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "</s>"}))
-    (tokens,) = open_model(str(folder), config, 2).batches
+    (tokens,) = open_model(str(folder), config, open_corpus(config.data), 2).batches
     assert tokens.shape == plain.shape
     assert tokens[:, 0].tolist() == [1, 1]
     assert tokens[:, 1:].flatten().tolist() == plain.flatten()[:30].tolist()

@@ -82,15 +82,16 @@ def score_run(
     """Score a run on tasks; without `limit` the scores are saved in the run folder."""
     from cod_lightning.evaluate import PAPER_TASKS
     from cod_lightning.evaluate.lm_eval import save_scores, score_tasks, task_manager
+    from cod_lightning.train.load import checkpoint_of, load_decoder, require_language
 
     require_at_least("limit", limit, 1)
+    require_language(config, run)
     if limit is None:
         check_writable(run, "the run folder ")
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))
     manager = task_manager(names, task_folder)
     import_torchmetrics()
     from cod_lightning.train.devices import accelerator
-    from cod_lightning.train.load import checkpoint_of, load_decoder
 
     decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     scores = score_tasks(

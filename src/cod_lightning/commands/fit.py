@@ -74,6 +74,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         Diverged: the loss is not finite; `failed.json` in the folder says so.
     """
     from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder, from_dict
+    from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER
     from cod_lightning.nn.strategies import build_all, warnings
 
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
@@ -98,7 +99,8 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     check_init_from(config)
     check_loggers(config.loggers)
     if first:
-        check_writable(folder, f"output={config.output}: the run folder ")
+        for path in (folder, folder / CHECKPOINTS, folder / TOKENIZER):
+            check_writable(path, f"output={config.output}: the run folder ")
     try:
         with lock_folder(folder) if first else nullcontext():
             return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,10 +94,10 @@ def run(
         raise UserError("output= is empty: name a path")
     output = Path(options.pop("output")) if "output" in options else output
     require_at_least("rows", rows, 1)
-    open_model = partial(open_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
+    find = partial(find_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
     suffix = "" if checkpoint == "last" else f"_{checkpoint}"
     if study in ("report", "compare"):
-        return report(study, models, open_model, options, output, suffix)
+        return report(study, models, find, options, output, suffix)
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, not {len(models)}; measure report takes several")
     from cod_lightning.commands.measure_runner import run_prune, run_study
@@ -112,7 +112,7 @@ def run(
     else:
         check_writable(folder, "--output=")
         measures_of(study, only=options.get("only", ()))  # refuses unknown names before the model is loaded
-    subject = open_model(models[0])
+    subject = find(models[0])()
     if study == "prune":
         run_prune(subject, options, folder)
     else:
@@ -143,43 +143,53 @@ def name_of(model: Path) -> str:
     return Path(os.path.abspath(model)).name
 
 
-def open_subject(
+def find_subject(
     model: str, overrides: Sequence[str], checkpoint: str, rows: int | None, trust_code: bool = False
-) -> Subject:
-    """A run or a model of `transformers`, with held-out rows of the text that `overrides` choose.
+) -> Callable[[], Subject]:
+    """A function that opens a run or a model of `transformers`, with held-out rows of the text that `overrides` choose.
 
-    Prints a warning if there are fewer than `rows`, unless that is None, the default of `ROWS`.
+    It prints a warning if there are fewer than `rows`, unless that is None, the default of `ROWS`.
 
     Raises:
-        UserError: the model or the text cannot be read.
+        UserError: the configuration, the model or the text is missing; the function: one of them cannot be read.
     """
     from cod_lightning.config.compose import compose
 
+    opened: Callable[[], Subject]
     if is_run(Path(model)):
         config = load_run_config(Path(model), overrides, trust_code, "measure")
         from cod_lightning.commands.measure_runner import open_run
         from cod_lightning.train.load import checkpoint_of
 
-        subject = open_run(config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
+        opened = partial(open_run, config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
     else:
         refuse_unread(overrides, "measure of a pretrained model", TEXT_CHOICES)
         config = compose(overrides)
         require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
         from cod_lightning.commands.measure_runner import open_model
+        from cod_lightning.data.corpora import open_corpus
+        from cod_lightning.nn.model_files import find_source, require_tokenizer
 
-        subject = open_model(model, config, rows or ROWS)
-    found = sum(map(len, subject.batches))
-    if rows is not None and found < rows:
-        print(f"warning: rows={rows}, but {model} has {found} held-out rows: all are measured", file=sys.stderr)
-    return subject
+        require_tokenizer(find_source(model))
+        opened = partial(open_model, model, config, open_corpus(config.data), rows or ROWS)
+
+    def open_subject() -> Subject:
+        subject = opened()
+        found = sum(map(len, subject.batches))
+        if rows is not None and found < rows:
+            print(f"warning: rows={rows}, but {model} has {found} held-out rows: all are measured", file=sys.stderr)
+        return subject
+
+    return open_subject
 
 
 def report(
-    study: str, models: Sequence[str], open_model: Any, options: dict[str, Any], output: Path | None, suffix: str
+    study: str, models: Sequence[str], find: Any, options: dict[str, Any], output: Path | None, suffix: str
 ) -> int:
     """Measure one or several models, and write a page that shows how much of their depth they use.
 
-    `suffix` ends the name of the page's folder, if that is not `output`.
+    `find` is `find_subject` of a model alone: all models are found before the first is measured. `suffix` ends the name
+    of the page's folder, if that is not `output`.
     """
     least = 2 if study == "compare" else 1
     if len(models) < least:
@@ -190,8 +200,8 @@ def report(
     from cod_lightning.commands.measure_report import run_report
     from cod_lightning.measure.depth_report import COMPARED, REPORTED
 
-    subjects = {name: partial(open_model, model) for name, model in zip(names, models, strict=True)}
     folder = output or Path("measure") / ("-".join([study, *names]) + suffix)
     check_writable(folder, "--output=")
+    subjects = {name: find(model) for name, model in zip(names, models, strict=True)}
     print(run_report(subjects, options, folder, REPORTED if study == "report" else COMPARED, study))
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 from cod_lightning.commands.terminal import progress_bar, result_table, show
 from cod_lightning.config.schema import Config
 from cod_lightning.data.config import patterns
-from cod_lightning.data.corpora import open_corpus
+from cod_lightning.data.corpora import Corpus
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import packed
@@ -25,7 +25,6 @@ from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MEASURES, measures_of, options_for
 from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
-from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 from cod_lightning.train.devices import accelerator, set_threads
 from cod_lightning.train.load import load_decoder, load_vit
@@ -105,8 +104,8 @@ def open_vision_run(config: Config, folder: Path, checkpoint: Path, rows: int) -
     return Subject(ModelAdapter(vit.to(accelerator(config.trainer)).eval(), folder.name), batches, None, None)
 
 
-def open_model(name: str, config: Config, rows: int) -> Subject:
-    """Open a causal language model of `transformers` with `rows` sequences of the held-out text that `config` selects.
+def open_model(name: str, config: Config, corpus: Corpus, rows: int) -> Subject:
+    """Open a causal language model of `transformers` with `rows` sequences of the held-out text of a corpus.
 
     Each sequence begins with the tokenizer's BOS if the tokenizer puts it before a text.
 
@@ -115,7 +114,6 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
     """
     device = accelerator(config.trainer)
     set_threads(config.trainer)
-    require_tokenizer(find_source(name))
     checkpoint = load_checkpoint(name, check=lambda found: require_length(found, name, config.data.seq_len))
     tokenizer = checkpoint.tokenizer()
     if checkpoint.source.gguf is not None:
@@ -132,8 +130,7 @@ def open_model(name: str, config: Config, rows: int) -> Subject:
             print(f"{name}: generation settings dropped as invalid: {', '.join(checkpoint.dropped)}", file=sys.stderr)
         save_pretrained(model.to(checkpoint.dtype), folder, tokenizer)
 
-    documents = open_corpus(config.data).val()
-    tokens = packed(documents, encode, tokenizer.eos_token_id, rows, config.data.seq_len, start)
+    tokens = packed(corpus.val(), encode, tokenizer.eos_token_id, rows, config.data.seq_len, start)
     require_embeddings(checkpoint.model, tokenizer, tokens, name)
     model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
     batches = list(tokens.split(config.data.micro_batch_size))

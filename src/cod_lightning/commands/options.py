@@ -41,6 +41,7 @@ READS = {
         "norm",
         "trainer.accelerator",
     ),
+    "predict": ("model", "norm", "seed", "task", "data.vocab_size", "data.tokenizer", "row"),
     "measure": ("data", "images", "model", "norm", "trainer.accelerator", "trainer.threads"),
     "measure of a pretrained model": ("data", "row", "paper", "trainer.accelerator", "trainer.threads"),
 }

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from cod_lightning.commands.options import add_overrides, some_path
+from cod_lightning.commands.options import add_overrides, refuse_unread, some_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
 
@@ -28,8 +28,10 @@ def run(overrides: Sequence[str], output: Path) -> int:
     from dataclasses import replace
 
     from cod_lightning.config.compose import compose
+    from cod_lightning.config.groups import groups
     from cod_lightning.config.validate import vocab_size_errors
 
+    refuse_unread(overrides, "predict", groups())
     config = compose(overrides)
     check_writable(output, "--output=")
     if config.task != "language":

@@ -135,8 +135,13 @@ def trainer_errors(config: Config) -> list[str]:
             for name in ("hybrid", "offload")
             if getattr(trainer, name)
         ]
-    for name in trainer.measures:
+    for name, every in trainer.measures.items():
         errors += choice_errors("trainer.measures", name, tuple(MEASURES))
+        if every and name in MEASURES and config.model.num_hidden_layers < MEASURES[name].least_blocks:
+            errors.append(
+                f"trainer.measures.{name} needs at least {MEASURES[name].least_blocks} blocks, but "
+                f"model.num_hidden_layers={config.model.num_hidden_layers}: set it to 0"
+            )
     return errors
 
 
