@@ -123,15 +123,18 @@ class Metric:
 
         Accuracies of few images are rounded: equal differences over the seeds still vary by that.
         """
-        values, bases = self.by_seed(row), self.by_seed(base)
-        used = self.common_seeds(row, base) if seeds is None else seeds
-        pairs = [self.difference(values[seed], bases[seed]) for seed in used]
+        pairs = self.differences(row, base, self.common_seeds(row, base) if seeds is None else seeds)
         if not pairs or not all(map(math.isfinite, pairs)):
             return None
         images = row.runs[0].record.get("val_images", math.inf) if self.name == "accuracy" else math.inf
         rounding = 100 / images / math.sqrt(6)  # sd of the difference of two values rounded to 100 / images points
         difference = Difference.of(pairs)
         return difference if difference.sd is None else replace(difference, sd=max(difference.sd, rounding))
+
+    def differences(self, row: ReportRow, base: ReportRow, seeds: Sequence[int]) -> list[float]:
+        """Differences of two rows by seed; both have all seeds."""
+        values, bases = self.by_seed(row), self.by_seed(base)
+        return [self.difference(values[seed], bases[seed]) for seed in seeds]
 
     def difference(self, value: float, base: float) -> float:
         return math.log(value / base) if self.is_ppl else value - base

@@ -225,16 +225,16 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
                     place = x * aside ** (list(points).index(row.name) - (len(points) - 1) / 2)
                     options = {"fmt": "x" if point.one_seed else "o", "ms": 4.5, "capsize": 2, "elinewidth": 1}
                     panel.errorbar(place, point.value, point.margin, color=colour, **options)
-                    line.append((place, point.value))
+                    line += [] if point.one_seed else [(place, point.value)]
                     legend[row.label] = Line2D([], [], color=colour, lw=3)
                     if point.one_seed:
                         notes["one seed"] = Line2D([], [], marker="x", ms=4.5, ls="", color="black")
             if len(line) > 2:  # a line through two points would suggest a trend
                 panel.plot(*zip(*line, strict=True), color=colour)
             for x, points in marks:
-                if line and row.name in points:
+                if row.name in points and any(row.name in drawn for _, drawn in ours):
                     panel.plot(x, points[row.name].value, "D", ms=6, mfc="none", color=colour)
-                    notes["the paper, at its scale (tokens with padding)"] = Line2D(
+                    notes["the paper, at its widths and tokens (with padding); without runs that diverged"] = Line2D(
                         [], [], marker="D", ls="", mfc="none", color="black"
                     )
         panel.axhline(0, color="black", lw=0.8)

@@ -290,6 +290,7 @@ LAYERS_OF_LNS = (
     smaller("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
     more("LNS: removing deep blocks costs more than under Pre-LN", "lns", "pre_ln", DEEP_COST),
     more("LNS: deep blocks rotate the stream more than under Pre-LN", "lns", "pre_ln", DEEP_ANGLE),
+    more("LNS: Jacobians approach I less with depth than under Pre-LN", "pre_ln", "lns", NEARER_TO_IDENTITY),
 )
 FINDINGS: dict[str, tuple[Finding, ...]] = {
     "Figure 2": (
@@ -316,7 +317,12 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
         negative("Pre-LN: deep blocks rotate the stream less", "language", ANGLE_CHANGE),
     ),
     "Theory": (
-        smaller("LNS: more growth of the gradient than under Pre-LN (Theorems 3.3, 4.2)", "pre_ln", "lns", GAIN_RATIO),
+        smaller(
+            "LNS: more growth of the gradient than under Pre-LN (our reading of Theorems 3.3, 4.2)",
+            "pre_ln",
+            "lns",
+            GAIN_RATIO,
+        ),
     ),
     "Embedding scale": (LESS_VARIANCE, LESS_GROWTH, *LAYERS_OF_LNS),
 }

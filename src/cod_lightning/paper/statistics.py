@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TypeVar
 
 S = TypeVar("S", bound="Sample")
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 LEVEL = 0.05
 """Level of intervals, and of the family-wise error in Holm's correction."""
@@ -78,6 +79,15 @@ class Difference(Sample):
         if not self.beyond_noise:
             return NOISE
         return SAME if (self.mean > 0) == (published > 0) else OPPOSITE
+
+
+def with_seeds(items: Sequence[T], seeds: Callable[[T], int]) -> Sequence[T]:
+    """The items of at least three seeds if two have three, else those of two if two have, else all."""
+    for least in (3, 2):
+        several = [item for item in items if seeds(item) >= least]
+        if len(several) > 1:
+            return several
+    return items
 
 
 def t_tails(t: float, degrees: int) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from statistics import fmean
 
 from cod_lightning.page import Table
 from cod_lightning.paper.claims import SCALES, Column, Comparison, Experiment, Metric, Published, ReportRow, Targets
 from cod_lightning.paper.findings import finding_results, quantities_of, quantity_rows
-from cod_lightning.paper.statistics import Difference, Sample
+from cod_lightning.paper.statistics import Difference, Sample, with_seeds
 from cod_lightning.paper.tuning import GOOD_RATE, Tuned
 
 NOT_RUN = "not run"
@@ -156,16 +157,25 @@ def summary_lines(column: Column) -> list[str]:
 
 
 def best_rows(column: Column, metric: Metric) -> str:
-    """The best row here, and in each of the paper's columns."""
+    """The best row here, on the seeds that the rows have in common, and in each of the paper's columns."""
     best, word = (min, "Lowest") if metric.lower_is_better else (max, "Highest")
     comparisons = column.compare(metric)
-    ours = [(c.sample.mean, c.row) for c in comparisons if c.sample and math.isfinite(c.sample.mean) and not c.failures]
+    finite = [c.row for c in comparisons if c.sample and math.isfinite(c.sample.mean) and not c.failures]
+    rows = with_seeds(finite, lambda row: len(metric.by_seed(row)))
+    left_out = [row.label for row in finite if row not in rows]
     parts = []
-    if ours:
-        _, first = best(ours, key=lambda item: item[0])
-        equal = [row.label for _, row in ours if row is not first and is_within_noise(metric, row, first)]
+    if rows:
+        seeds = metric.common_seeds(*rows)
+
+        def mean(row: ReportRow) -> float:
+            values = metric.by_seed(row)
+            return fmean(values[seed] for seed in seeds or values)
+
+        first = best(rows, key=mean)
+        equal = [row.label for row in rows if row is not first and is_within_noise(metric, row, first)]
         notes = ["one seed"] if len(metric.by_seed(first)) == 1 else []
         notes += [f"within noise of it: {join(equal)}"] if equal else []
+        notes += [f"fewer seeds: {join(left_out)}"] if left_out else []
         parts.append(f"{first.label} here" + (f" ({'; '.join(notes)})" if notes else ""))
     headings: dict[str, list[str]] = {}
     for index, experiment in enumerate(column.experiments):

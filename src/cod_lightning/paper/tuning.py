@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cod_lightning.paper.claims import Column, Metric, ReportRow
-from cod_lightning.paper.statistics import Difference
+from cod_lightning.paper.statistics import Difference, with_seeds
 
 GOOD_RATE = 0.05
 """A learning rate is good for a strategy if its mean loss is within so many nats of the strategy's lowest."""
@@ -16,7 +16,7 @@ GOOD_RATE = 0.05
 
 @dataclass(frozen=True)
 class Tuned:
-    """A row at the learning rate of its lowest mean loss over the seeds that all its rates have."""
+    """A row at the learning rate of its lowest mean loss (`mean_losses`)."""
 
     row: ReportRow
     rate: str
@@ -26,7 +26,7 @@ class Tuned:
     difference: Difference | None
     """To the baseline at its own best rate, paired by seed; None for the baseline, and without a common seed."""
     rates: tuple[str, ...]
-    """Headings of the rates that were run."""
+    """Headings of the rates that are compared."""
     good: tuple[str, ...]
     """Headings of those within `GOOD_RATE` of the lowest."""
 
@@ -71,6 +71,12 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
 
 
 def mean_losses(rates: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    """Mean loss at each rate over the seeds that all have, or else over its own; infinite if one is not finite."""
-    common = set.intersection(*map(set, rates.values()))
-    return {rate: fmean(by_seed[seed] for seed in common or by_seed) for rate, by_seed in rates.items()}
+    """Mean loss at each rate over the seeds that all have, or else over its own; infinite if a run failed.
+
+    Of the rates without a failed run, those of fewer seeds than others are left out as in `with_seeds`.
+    """
+    whole = [rate for rate, by_seed in rates.items() if all(map(math.isfinite, by_seed.values()))]
+    compared = with_seeds(whole, lambda rate: len(rates[rate]))
+    common = set.intersection(*(set(rates[rate]) for rate in compared)) if compared else set()
+    means = {rate: fmean(rates[rate][seed] for seed in common or rates[rate]) for rate in compared}
+    return {rate: means.get(rate, math.inf) for rate in rates if rate in means or rate not in whole}

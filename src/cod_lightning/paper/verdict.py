@@ -10,7 +10,7 @@ from pathlib import Path
 from cod_lightning.page import render
 from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, columns
 from cod_lightning.paper.findings import ClaimResult, finding_results
-from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR, UNLIKE, Difference, holm
+from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR, Difference, holm, with_seeds
 from cod_lightning.paper.tables import join
 
 JUDGED = (SAME, OPPOSITE, NOISE)
@@ -39,6 +39,18 @@ def claim_results(column: Column) -> Iterator[ClaimResult]:
 
 
 @dataclass(frozen=True)
+class Varied:
+    """LNS compared with Pre-LN over the columns of a varied setting, on the seeds that all have."""
+
+    differences: list[tuple[str, Difference]]
+    """By column."""
+    change: Difference
+    """The last difference minus the first."""
+    key: tuple[str, ...]
+    """Identifies the runs and the metric of this change."""
+
+
+@dataclass(frozen=True)
 class ScaleSummary:
     """All comparisons at one scale."""
 
@@ -48,9 +60,11 @@ class ScaleSummary:
     """LNS compared with Pre-LN in the first table that has both; without a difference if all runs of one diverged."""
     caveat: str
     """Runs of these two that did not train or diverged, in words."""
+    best: tuple[str, Difference] | None
+    """The row of the headline's table with the lowest loss on the seeds of LNS, and LNS minus it."""
     claims: list[ClaimResult]
-    varied: dict[str, list[tuple[str, Difference]]]
-    """LNS compared with Pre-LN by column, on the same seeds, for each target that varies a setting."""
+    varied: dict[str, Varied]
+    """LNS compared with Pre-LN for each target that varies a setting."""
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -103,7 +117,7 @@ class ScaleSummary:
                 by_key.setdefault(claim.key, []).append(claim)
         grouped: dict[str, list[ClaimResult]] = {name: [] for name in (*JUDGED, MIXED, NO_VERDICT)}
         for claims in by_key.values():
-            first, *others = [claim for claim in claims if claim.direction not in (UNLIKE, UNCLEAR)] or claims
+            first, *others = [claim for claim in claims if claim.direction != UNCLEAR] or claims
             same = all(claim.direction == first.direction for claim in others)
             direction = first.direction if first.direction in JUDGED else NO_VERDICT
             grouped[direction if same else MIXED].append(first)
@@ -114,7 +128,7 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
     """One summary for each scale with a comparison, the largest scale first."""
     summaries = []
     for scale in SCALES:
-        claims, headline, caveat, setting = list[ClaimResult](), None, "", ""
+        claims, headline, caveat, setting, best = list[ClaimResult](), None, "", "", None
         along: dict[str, list[tuple[Column, Comparison]]] = {}
         for target, scales in targets.items():
             for column in columns(scales.get(scale, ())):
@@ -124,29 +138,48 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
                     along.setdefault(target, []).append((column, lns))
                 elif not column.first.axis and headline is None:
                     headline, caveat, setting = lns, of_both, column.first.setting
+                    best = None if lns is None else lowest_row(column, lns)
         if claims or headline:
-            varied = {target: on_common_seeds(pairs) for target, pairs in along.items() if len(pairs) > 1}
+            found = {target: on_common_seeds(pairs) for target, pairs in along.items() if len(pairs) > 1}
             # Families with the same runs are named once.
-            same_runs = {repr(differences): target for target, differences in varied.items()}
-            varied = {target: varied[target] for target in same_runs.values() if varied[target]}
-            summaries.append(ScaleSummary(scale, setting, headline, caveat, claims, varied))
+            same_runs = {repr(each.differences): target for target, each in found.items() if each}
+            varied = {target: each for target in same_runs.values() if (each := found[target])}
+            claims += [change_result(target, each) for target, each in varied.items()]
+            summaries.append(ScaleSummary(scale, setting, headline, caveat, best, claims, varied))
     return summaries
 
 
-def on_common_seeds(pairs: Sequence[tuple[Column, Comparison]]) -> list[tuple[str, Difference]]:
-    """Difference to the baseline by column, on the seeds that all have; empty without such a seed.
+def lowest_row(column: Column, lns: Comparison) -> tuple[str, Difference] | None:
+    """The row of a column that is lowest below LNS, or least above it, on the seeds of both; and LNS minus that row.
 
-    Columns of fewer than three seeds are left out if two have three, and those of one seed if two have more.
+    Rows of fewer seeds than others are left out as in `with_seeds`.
     """
-    for least in (3, 2):
-        several = [(column, c) for column, c in pairs if c.difference and c.difference.n >= least]
-        if len(several) > 1:
-            pairs = several
-            break
+    others = [c.row for c in column.compare(lns.metric) if c.row is not lns.row and not c.failures]
+    pairs = [(row.label, d) for row in others if (d := lns.metric.paired(lns.row, row))]
+    return max(with_seeds(pairs, lambda pair: pair[1].n), key=lambda pair: pair[1].mean, default=None)
+
+
+def on_common_seeds(pairs: Sequence[tuple[Column, Comparison]]) -> Varied | None:
+    """Difference to the baseline by column, on the seeds that all have; None without such a seed.
+
+    Columns of fewer seeds than others are left out as in `with_seeds`.
+    """
+    pairs = with_seeds(pairs, lambda pair: pair[1].difference.n if pair[1].difference else 0)
     metric = pairs[0][1].metric
     seeds = metric.common_seeds(*(row for column, c in pairs for row in (c.row, column.baseline)))
-    differences = [(column.heading, metric.paired(c.row, column.baseline, seeds)) for column, c in pairs]
-    return [(heading, difference) for heading, difference in differences if difference]
+    if not seeds:
+        return None
+    by_seed = [metric.differences(c.row, column.baseline, seeds) for column, c in pairs]
+    differences = [(column.heading, Difference.of(each)) for (column, _), each in zip(pairs, by_seed, strict=True)]
+    change = Difference.of([last - first for first, last in zip(by_seed[0], by_seed[-1], strict=True)])
+    return Varied(differences, change, ("change", *pairs[0][1].key, *pairs[-1][1].key))
+
+
+def change_result(target: str, varied: Varied) -> ClaimResult:
+    """The change of LNS minus Pre-LN over a varied setting, which the paper has no figure for."""
+    span = f"{varied.differences[0][0]} to {varied.differences[-1][0]}"
+    text = f"LNS minus Pre-LN changes with {target} ({span})"
+    return ClaimResult(varied.key, target, span, text, text, None, varied.change)
 
 
 def lns_comparison(column: Column) -> tuple[Comparison | None, str]:
@@ -177,6 +210,6 @@ def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
             untried_scales=[scale for scale in SCALES if scale not in tried],
             join=join,
         )
-        if len(text.split()) <= MOST_WORDS:
+        if sum(any(map(str.isalnum, word)) for word in text.split()) <= MOST_WORDS:
             break
     return text
