@@ -75,7 +75,6 @@ def toy(corpus, tmp_path_factory):
         "data.seq_len=32",
         "data.workers=1",
         "data.loader_workers=0",
-        "images.source=drawn",
         "data.batch_size=8",
         "data.micro_batch_size=8",
         "trainer.accelerator=cpu",

@@ -241,6 +241,12 @@ CONFIGS = [
     ),
     (nothing, ["fit", "data=files", "data.files={a: b}"], ["data.files={'a': 'b'} must be a glob"]),
     (nothing, ["fit", "task=vision", "images.source=folder"], ["images.folder is empty"]),
+    (
+        nothing,
+        ["fit", "images.size=16"],
+        ["images.size=16 has no effect without task=vision: add it, or remove images.s"],
+    ),
+    (with_run(), ["evaluate", "run", "images.folder=x"], ["images.folder=x has no effect without task=vision"]),
     (nothing, ["prepare", "data.vocab_size=1"], ["data.vocab_size=1 must be at least 258"]),
     (nothing, ["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),
     (nothing, ["prepare", "merge=0"], ["merge=0: must be the number"]),
@@ -370,7 +376,7 @@ SETS = [
     (with_set(overwrite("tokenizer.json", half)), SET, ["tokenizer.json is damaged: its SHA-256"]),
     (with_set(), [*SET, "data.seq_len=64", "data.vocab_size=400"], ["data.seq_len=64, but the set has 32", "400"]),
     (with_set(), [*SET, "data=docs"], ["data.source='docs', but the set has 'files'"]),
-    *((with_set(), [*SET, word], [f"{word} does not change data.folder=set, a set that is prepared already"])
+    *((with_set(), [*SET, word], [f"{word} does not change data.folder=set, a prepared set"])
       for word in ("data.files=x", "data.val_files=x", "data.text_field=x", "data.val_every=7")),
     (with_set(), [*SET, "model.vocab_size=299", "data.vocab_size=300"], ["model.vocab_size=299 is smaller"]),
 ]  # fmt: skip

@@ -113,8 +113,8 @@ left.legend()
 #
 # ## From here
 #
-# In a module of your own the same function is a strategy of every command, with several seeds, the paper's protocol and
-# records that `report` compares:
+# In a module of your own the same function is a strategy of every command. A sweep over several seeds ends with a table
+# that compares them:
 #
 # ```bash
 # python -m cod_lightning fit -m norm=pre_ln,my_package.norms:gentler seed=1,2,3

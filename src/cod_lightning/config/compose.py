@@ -164,17 +164,16 @@ def selects_other_text(overrides: Sequence[str]) -> bool:
     return any(override.key_or_group in TEXT for override in parse(overrides))
 
 
-def ignored_text(overrides: Iterable[Override]) -> list[str]:
-    """Errors for overrides that choose a text beside a set that is prepared already."""
+def without_effect(node: DictConfig, overrides: Iterable[Override]) -> list[str]:
+    """Errors for overrides of a text beside a set that is prepared already, and of images in a run of language."""
     values = {override.key_or_group: override.value() for override in overrides}
-    if values.get("data.folder") is None:
-        return []
-    return [
-        f"{name}={values[name]} does not change data.folder={values['data.folder']}, a set that is prepared already: "
-        "remove one of the two"
-        for name in sorted(PREPARED & values.keys())
-        if values[name] is not None
-    ]
+    folder, errors = values.get("data.folder"), []
+    for name, value in values.items():
+        if name in PREPARED and folder is not None and value is not None:
+            errors.append(f"{name}={value} does not change data.folder={folder}, a prepared set: remove one of the two")
+        if name.startswith("images.") and node.task == "language":
+            errors.append(f"{name}={value} has no effect without task=vision: add it, or remove {name}")
+    return errors
 
 
 # Composition ---------------------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         if any(o.key_or_group == "norm" for o in words):
             errors.append("row= and norm= both choose the strategy: remove one")
     errors += apply_overrides(node, sorted((o for o in words if o not in chosen), key=lambda o: not is_custom_norm(o)))
-    errors += ignored_text(words)
+    errors += without_effect(node, words)
     return named_by_content(checked(node, errors), {o.key_or_group: str(o.value()) for o in words})
 
 

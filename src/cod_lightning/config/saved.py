@@ -24,8 +24,8 @@ from cod_lightning.config.compose import (
     cause,
     checked,
     has_interpolation,
-    ignored_text,
     parse,
+    without_effect,
 )
 from cod_lightning.config.groups import FAST_LOADER, groups
 from cod_lightning.config.schema import (
@@ -169,7 +169,7 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     # Groups come first, as in `compose`: a group resets the fields before it.
     accepted = sorted((o for o in words if o not in fixed), key=lambda o: o.key_or_group not in groups())
     errors += apply_overrides(node, accepted)
-    errors += ignored_text(words)
+    errors += without_effect(node, words)
     errors += decoder_changes(folder, saved, node)
     try:
         return checked(node, errors)
