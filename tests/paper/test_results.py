@@ -245,6 +245,16 @@ def test_reproduce_prints_a_table_and_does_not_repeat_diverged_runs(toy, tmp_pat
     assert capfd.readouterr().err == "0 of 1 runs remaining\n"
 
 
+def test_reproduce_trains_no_run_on_another_text_than_that_of_the_records(toy, tmp_path, capfd):
+    own = ["data.source=files", *(word for word in toy if word.startswith("data.")), f"output={tmp_path}/runs"]
+    rows = {row.name: row for row in experiment_rows(["table7_130m"], "toy", own)}
+    lns = add_result(tmp_path / "results", rows["lns"], 1, **losses(5.0))
+    words = ["reproduce", "table7_130m", "row=pre_ln", "scale=toy", *own, "--results", str(tmp_path / "results")]
+    assert main(words) == 2
+    assert f"would read another text than {lns / 'record.json'} (data feedfeedfeedfeed...)" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_depth_reports_on_pretrained_models_are_read(tmp_path):
     for name in ("variance", "removal", "angular", "jacobian"):
         path = tmp_path / "reports" / "both" / "smollm2" / f"{name}.json"

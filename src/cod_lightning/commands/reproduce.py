@@ -22,6 +22,7 @@ from cod_lightning.errors import UserError, nearest, shorten
 from cod_lightning.files import check_writable
 
 if TYPE_CHECKING:
+    from cod_lightning.paper.claims import Experiment
     from cod_lightning.paper.experiments import Row, Task
 
 HELP = "Run every row of some experiments, or resume them, and show the results beside the paper's."
@@ -58,14 +59,14 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     if not names:
         raise UserError("no experiment is named: name one, such as table1")
     overrides = [word for word in words if "=" in word]
-    rows = list(experiment_rows(names, options.get("scale", "paper"), overrides))
-    if "row" in options:
-        rows = select_rows(rows, options["row"].split(","))
+    every_row = list(experiment_rows(names, options.get("scale", "paper"), overrides))
+    rows = select_rows(every_row, options["row"].split(",")) if "row" in options else every_row
     import_torchmetrics()
     results = results or RESULTS
     tasks = remaining_tasks(rows, range(1, seeds + 1), results)
     if tasks:
         check_writable(results, "--results=")
+        check_corpus(tasks, load_experiments(every_row, results))
     requested = {row.run_id(seed) for row in rows for seed in range(1, seeds + 1)}
     total = len(requested | {task.run_id for task in tasks})  # and those that they start from
     print(f"{len(tasks)} of {total} runs remaining", file=sys.stderr, flush=True)
@@ -75,6 +76,34 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
         statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, pool, results), wave)]
     show(reproduction_tables(load_experiments(rows, results), overrides))
     return max(statuses, default=0)
+
+
+def check_corpus(tasks: Sequence[Task], experiments: Sequence[Experiment]) -> None:
+    """Prepare the text of runs and compare it with that of the records beside which they will stand.
+
+    `data=docs` is the documentation of the installed packages, so that another machine has another text.
+
+    Raises:
+        UserError: it is another one; names a record.
+    """
+    from cod_lightning.data.manifest import read_manifest
+    from cod_lightning.data.prepare import prepare
+    from cod_lightning.paper.results import record_path
+
+    recorded = {e.target: run for e in experiments for row in e.rows for run in row.runs if not run.failure}
+    for task in tasks:
+        row, config = task.row, task.config
+        run = recorded.get(config.paper.get("target", row.experiment))
+        if run is None or config.task != "language" or row.source or row.pretrained_model or config.data.folder:
+            continue
+        if (theirs := run.record.get("data_fingerprint")) not in (
+            None,
+            read_manifest(prepare(config.data)).fingerprint,
+        ):
+            raise UserError(
+                f"{task.label} would read another text than {record_path(run.folder)} (data {theirs[:16]}...), and a "
+                "table has one: keep your own records elsewhere, as in --results=FOLDER"
+            )
 
 
 def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
