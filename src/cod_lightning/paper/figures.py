@@ -234,7 +234,7 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
             for x, points in marks:
                 if row.name in points and any(row.name in drawn for _, drawn in ours):
                     panel.plot(x, points[row.name].value, "D", ms=6, mfc="none", color=colour)
-                    notes["the paper, at its widths and tokens (with padding); without runs that diverged"] = Line2D(
+                    notes["the paper, where it trained, at its widths and tokens"] = Line2D(
                         [], [], marker="D", ls="", mfc="none", color="black"
                     )
         panel.axhline(0, color="black", lw=0.8)
