@@ -145,7 +145,7 @@ def summary_lines(column: Column) -> list[str]:
         if early:
             lines.append(f"{prefix}The first three seeds alone: {join(early)}.")
         lines.append(f"{prefix}{best_rows(column, metric)}")
-        counts = {run.record.get("val_images") for c in comparisons for run in c.row.runs} - {None}
+        counts = {run.record["val_images"] for c in comparisons for run in c.row.runs if "val_images" in run.record}
         lines += [f"{prefix}{n} validation images, of which each is {100 / n:.2g} points." for n in sorted(counts)]
         unpaired: dict[str, list[str]] = {}
         for c in comparisons:
