@@ -209,6 +209,12 @@ CONFIGS = [
     (nothing, ["fit", "--nonsense"], ["unrecognized arguments: --nonsense"]),
     (nothing, ["fit", "trainer.max_steps"], ["expected key=value"]),
     (nothing, ["fit", "seed=1e400", "optim.lr=nan"], ["seed=1e400", "Integer"]),
+    (
+        nothing,
+        ["fit", "optim.betas=0.9", "optim.lr=null"],
+        ["optim.betas: it needs a list, such as [0.9,0.95]", "optim.lr: it needs a value, not null"],
+    ),
+    (nothing, ["fit", "init_from="], ["init_from is empty: name a run folder or a .ckpt file"]),
     (nothing, ["fit", "optim.betas=[0.9,nan]"], ["optim.betas=["]),
     (nothing, ["fit", "seed=99999999999999999999"], ["seed=99999999999999999999 is too large", "64 bits"]),
     (nothing, ["fit", "seed=-1"], ["seed=-1 must be at least 0"]),
@@ -488,8 +494,8 @@ RUNS = [
      ["eos_token=5 must be a token"]),
     (with_run(), ["toy", "norm=pro_res", "init_from=run"], ["init_from does not support norm=pro_res, whose branch_"]),
     (with_runs, ["toy", "init_from=runs"], ["init_from=runs: not a run folder", "name one, such as runs/a"]),
-    *((nothing, ["toy", f"init_from={path}"], [f"init_from={path or '.'}: neither a run folder nor a .ckpt file"])
-      for path in ("", ".", "/dev/null")),
+    *((nothing, ["toy", f"init_from={path}"], [f"init_from={path}: neither a run folder nor a .ckpt file"])
+      for path in (".", "/dev/null")),
     (with_run(overwrite(LAST, half)), ["toy", "init_from=run"], DAMAGED),
     (with_run(), ["toy", "init_from=run", "norm=pre_ln"], ["decoder: add norm=lns norm.position=after_ln, or"]),
 ]  # fmt: skip

@@ -44,6 +44,11 @@ GLOB_FIELDS = {"data.files", "data.val_files"}
 PATH_FIELDS = GLOB_FIELDS | {
     *("data.root", "data.folder", "data.tokenizer", "images.folder", "init_from", "output"),
 }
+OMEGACONF = {
+    "is not Optional": "it needs a value, not null",
+    "is not a ListConfig": "it needs a list, such as [0.9,0.95]",
+}
+"""Clearer words for errors of OmegaConf, by a part of them."""
 INTERPOLATION = "interpolation (${...}) is not supported: write the value"
 """A run must not depend on the environment, and a folder from elsewhere must not read it."""
 MOST_RUNS = 10_000
@@ -360,7 +365,7 @@ def as_config(node: DictConfig) -> Config:
     """The configuration as an object, with the tokenizer of `init_from`."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
-    return config if config.init_from is None else init_from_run(config, Path(config.init_from))
+    return init_from_run(config, Path(config.init_from)) if config.init_from else config
 
 
 def row_of(config: Config) -> str | None:
@@ -379,4 +384,7 @@ def cause(error: BaseException) -> str:
     field = getattr(error, "full_key", None)
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{field}: {first_line(error)}" if field else first_line(error)
+    reason = first_line(error)
+    for part, clearer in OMEGACONF.items():
+        reason = clearer if part in reason else reason
+    return f"{field}: {reason}" if field else reason

@@ -89,6 +89,8 @@ def folder_errors(config: Config) -> list[str]:
     ]
     if not config.output:
         errors.append("output is empty: name a folder")
+    if config.init_from == "":
+        errors.append("init_from is empty: name a run folder or a .ckpt file, or pass init_from=null")
     return errors
 
 
