@@ -1,5 +1,6 @@
 """Documents to sequences: `document` and dtypes here, `packed` in test_chunks, instructions in test_instructions."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -60,7 +61,14 @@ def test_a_killed_worker_is_an_error():
 
 def test_batches_are_taken_until_the_bound_is_reached():
     batches = [Encoded(np.zeros(5), np.array([(9, 5, 5, 0, b"")], DOCUMENT_DTYPE))] * 10
-    assert len(list(take_tokens(batches, 11))) == 3
+    assert [len(list(take_tokens(batches, tokens))) for tokens in (10, 11)] == [2, 3]
+
+
+def test_a_record_has_characters_and_hash_of_the_text_as_it_is(numbers):
+    documents = ["5 6\u2003", "7"]
+    records = Encoder(numbers(), "packed", 4)(documents).documents
+    assert records["characters"].tolist() == [4, 1]
+    assert [bytes(each) for each in records["sha256"]] == [hashlib.sha256(d.encode()).digest() for d in documents]
 
 
 def test_documents_are_split_selected_and_concatenated():

@@ -1,5 +1,6 @@
 """Preparing a set: its sequences, its folder, errors, and interruptions."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from cod_lightning.data import encode
 from cod_lightning.data import prepare as preparation
+from cod_lightning.data.corpora import open_corpus
 from cod_lightning.data.manifest import find_damage, read_manifest
 from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
 from cod_lightning.errors import UserError
@@ -217,6 +219,12 @@ def test_two_processes_at_once_prepare_the_set_once(c4_corpus, tmp_path):
 # --- data.sha256 ------------------------------------------------------------------------------------------------------
 
 OTHER = "0" * 64
+
+
+def test_the_sha256_of_a_text_is_that_of_the_hashes_of_its_documents(packed):
+    corpus = open_corpus(packed)
+    hashes = [hashlib.sha256(text.encode()).digest() for split in (corpus.train(), corpus.val()) for text in split]
+    assert read_manifest(prepared_folder(packed)).source.sha256 == hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def test_a_text_with_the_given_sha256_is_prepared(make_config, packed, tmp_path):

@@ -135,6 +135,17 @@ def test_a_massive_activation_is_above_100_and_1000_medians(causal_lm, value, ot
     assert finder.largest_channels(None)[1] == massive
 
 
+def test_massive_activations_are_compared_by_magnitude():
+    finder, mask = MassiveActivationFinder(), torch.ones(1, 3, dtype=torch.bool)
+    for layer, entries in ((1, {2: -200, 5: 300}), (2, {2: -900}), (2, {2: -150})):
+        x = torch.full((1, 3, 16), 0.001)
+        for channel, value in entries.items():
+            x[0, 1, channel] = value
+        finder.add(layer, x, mask, tokens(1, 3))
+    listed, _ = finder.largest_channels(None)
+    assert [(each.channel, each.layer, each.value) for each in listed] == [(2, 2, -900), (5, 1, 300)]
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Jacobians and estimates of them against planted matrices and against torch."""
 
+from statistics import stdev
+
 import pytest
 import torch
 from builders import FAMILIES, PAD, PlantedModel, decoder, silence, tokens
@@ -15,7 +17,14 @@ from cod_lightning.measure.jacobian_products import (
     largest_singular_value,
     vjp,
 )
-from cod_lightning.measure.jacobians import STATISTICS, jacobian, jacobian_growth, mean_jacobian, sample_positions
+from cod_lightning.measure.jacobians import (
+    STATISTICS,
+    MeanJacobian,
+    jacobian,
+    jacobian_growth,
+    mean_jacobian,
+    sample_positions,
+)
 from cod_lightning.measure.registry import MEASURES
 
 WIDTH = 6
@@ -254,6 +263,45 @@ def test_rows_are_weighted_by_their_length():
     assert weights.tolist() == [[2, 2, 2], [1, 1, 0], [0, 0, 0]]
     assert sorted(positions[1, :2].tolist()) == [0, 3]
     assert len(set(positions[0].tolist())) == 3
+
+
+class TestLengths:
+    """Of four tokens with J = W and of one with J = 3 W one each is sampled: they count four times and once."""
+
+    batch = tokens(2, 4)
+    batch[1, 1:] = PAD
+    scale = torch.tensor([[1.0], [3.0]]).expand(2, 4)
+
+    @pytest.mark.usefixtures("exact")
+    def test_means_and_errors_are_those_of_all_tokens(self):
+        result = jacobian(linear_model(scale=self.scale), [self.batch], pad_id=PAD, layers=[1])
+        known = definition(MATRICES[0][None])
+        assert result.mean_diagonal == [pytest.approx(1.4 * known["mean_diagonal"], rel=1e-5)]
+        assert result.frobenius == [pytest.approx(2.6**0.5 * known["frobenius"], rel=1e-5)]
+        # 4 (1 - 1.4) and 1 (3 - 1.4), and of the squares 4 (1 - 2.6) and 1 (9 - 2.6), over 5, of two samples
+        assert result.errors["mean_diagonal"] == [pytest.approx(abs(0.64 * known["mean_diagonal"]), rel=1e-5)]
+        assert result.errors["frobenius"] == [pytest.approx(2.56 / (2 * 2.6**0.5) * known["frobenius"], rel=1e-5)]
+
+    def test_the_mean_jacobian_is_that_of_all_tokens(self):
+        mean = mean_jacobian(linear_model(scale=self.scale), [self.batch], pad_id=PAD, layers=[1])
+        torch.testing.assert_close(torch.tensor(mean.matrices[0]), 1.4 * MATRICES[0])
+
+
+def test_the_statistics_of_a_mean_jacobian_are_those_of_one_matrix():
+    series = MeanJacobian("planted", 1, [1], [MATRICES[0].tolist()]).series()
+    known = definition(MATRICES[0][None])
+    for name in ("frobenius", "distance", "mean_diagonal", "diagonal_share"):
+        assert series[name] == [pytest.approx(known[name], rel=1e-5)], name
+
+
+def test_the_errors_of_growth_are_over_sequences():
+    """Multiples 1, 2 and 4 of the identity, whose norms random vectors give exactly."""
+    scale = torch.tensor([[1.0], [2.0], [4.0]]).expand(3, 5)
+    model = ModelAdapter(PlantedModel([LinearBlock(torch.eye(WIDTH), None, scale)], WIDTH))
+    growth = jacobian_growth(model, [tokens(3, 5)])
+    assert (growth.spectral, growth.frobenius) == ([pytest.approx(7 / 3)], [pytest.approx(7**0.5)])
+    assert growth.spectral_error == [pytest.approx(stdev([1, 2, 4]) / 3**0.5)]
+    assert growth.frobenius_error == [pytest.approx(stdev([1, 4, 16]) / 3**0.5 / (2 * 7**0.5))]
 
 
 def test_rows_of_a_full_jacobian_are_outputs():

@@ -5,10 +5,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from builders import decoder
+from builders import decoder, tiny_model, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.jacobians import jacobian_growth
 from cod_lightning.measure.paper_theory import (
     Shapes,
     bound_constants,
@@ -20,10 +21,12 @@ from cod_lightning.measure.paper_theory import (
     lemma,
     log_gain_bound,
     log_m,
+    measured_theory,
     recursion,
     shapes_of,
     theory,
 )
+from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.apply import apply
 from cod_lightning.nn.strategies import block
 from cod_lightning.nn.strategy_lookup import STRATEGIES
@@ -200,3 +203,26 @@ def test_shapes_are_read_from_the_model(causal_lm):
     shapes = shapes_of(causal_lm("llama"), 6)
     assert (shapes.hidden, shapes.intermediate, shapes.heads, shapes.length) == (16, 24, 2, 6)
     assert math.isclose(shapes.std, 0.3, rel_tol=0.05)
+
+
+@torch.no_grad()
+def test_the_standard_deviation_is_around_the_mean_of_the_weights(causal_lm):
+    model = causal_lm("llama")
+    before = shapes_of(model, 6).std
+    for block_ in model.blocks:
+        for _, weight in linear_weights(block_).values():
+            weight += 1
+    assert shapes_of(model, 6).std == pytest.approx(before, rel=1e-4)
+
+
+def test_the_constants_are_those_of_the_width_of_a_head_and_the_length_of_a_sequence():
+    model = ModelAdapter(tiny_model("qwen3", head_dim=4))  # hidden size over heads is 8
+    shapes = shapes_of(model, 6)
+    assert shapes.head_dim == 4
+    assert measured_theory(model, [tokens(3, 6) % 32], None, None).shape_constants == list(bound_constants(shapes))
+
+
+def test_the_gains_are_the_spectral_norms_of_the_first_two_sequences():
+    model, batch = decoder("pre_ln"), tokens(3, 6)
+    expected = jacobian_growth(model, [batch[:2]], layers=[1, 2, 3, 4]).spectral
+    assert measured_theory(model, [batch], None, None).gains == pytest.approx(expected)

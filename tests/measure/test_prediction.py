@@ -74,6 +74,29 @@ def test_the_closed_form_of_bounded_functions_holds_where_they_are_not_linear(no
         assert expected == pytest.approx(measured, rel=TOLERANCE), quantity
 
 
+OTHERS = {
+    "truncated weights": ({"name": "pre_ln"}, {"init_cutoff": 1.0}),
+    "the scale before a norm": (
+        {"name": "lns", "position": "before_ln"},
+        {"norm_eps": 1.0, "embedding_std": 0.5, "init_std": 0.15},
+    ),
+    "the scale before a bounded function": (
+        {"name": "dyt", "base": "lns", "position": "before_ln"},
+        {"embedding_std": 0.5, "init_std": 0.15},
+    ),
+    "groups of four channels": ({"name": "group_ln", "groups": 24}, {"init_std": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_closed_form_holds_for(case):
+    norm, changes = OTHERS[case]
+    prediction = predict(replace(CONFIG, **changes), norm)
+    for quantity in QUANTITIES:
+        expected, measured = getattr(prediction, quantity), getattr(prediction, f"{quantity}_measured")
+        assert expected == pytest.approx(measured, rel=TOLERANCE), quantity
+
+
 def test_a_depth_that_cannot_be_doubled_is_an_error():
     with pytest.raises(UserError, match="num_hidden_layers=5001 is doubled: expected at most 5000"):
         predict(DecoderConfig(num_hidden_layers=5001, vocab_size=64), {"name": "lns"})

@@ -27,6 +27,8 @@ def test_contributions_are_those_of_their_definitions(causal_lm, family):
             assert getattr(result, name)[layer - 1] == pytest.approx(float(norm.mean()), rel=1e-4)
             assert getattr(result, f"{name}_cosine")[layer - 1] == pytest.approx(float(cosine.mean()), abs=1e-5)
             assert result.errors[name][layer - 1] == pytest.approx(float(norm.std()) / 35**0.5, rel=1e-3)
+            error = result.errors[f"{name}_cosine"][layer - 1]
+            assert error == pytest.approx(float(cosine.std()) / 35**0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["peri_ln", "x0_mix"])

@@ -66,6 +66,17 @@ def test_a_folded_model_has_the_logits_of_the_applied_one(family):
     torch.testing.assert_close(logits(fold(model)), applied)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["after_ln", "after_branch"])
+def test_biases_are_folded_too(position):
+    model = build("GPT2")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.uniform_(-1, 1)
+    applied = logits(apply(model, "lns", position=position))
+    torch.testing.assert_close(logits(fold(model)), applied)
+
+
 @pytest.mark.parametrize("norm", ["lns", "scaled_init", "lns_learnable"])
 def test_an_applied_llama_has_the_logits_of_our_decoder(norm):
     llama = build("Llama")

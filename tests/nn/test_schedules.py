@@ -12,7 +12,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import set_step
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import unwrapped_copy
-from cod_lightning.nn.strategies import PRO_RES_SCHEDULES, build_all
+from cod_lightning.nn.strategies import PRO_RES_SCHEDULES, Schedule, build_all
 from operator_calls import OperatorCalls
 
 DEPTH, T = 4, 3
@@ -51,6 +51,11 @@ def test_pro_res_has_the_factors_of_its_released_code(schedule):
         set_step(decoder, step)
         assert factors(decoder) == pytest.approx(released(schedule, step), rel=1e-14), step
     assert factors(decoder) == [1.0] * DEPTH
+
+
+def test_a_schedule_is_one_from_its_end_whatever_its_function_returns():
+    schedule = Schedule(lambda step: 0.5, end=3)
+    assert [schedule(step) for step in (2, 3, 4)] == [0.5, 1.0, 1.0]
 
 
 CHANGES = {

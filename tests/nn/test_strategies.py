@@ -251,6 +251,10 @@ EQUATIONS = {
     ),
     "derf": ({}, lambda *a, layer: bounded(*a, derf)),
     "bhyt": ({}, lambda *a, layer: bounded(*a, bhyt)),
+    "bhyt on before_ln": (
+        {"base": "lns", "position": "before_ln"},
+        lambda *a, layer: bounded(*a, lambda x, p: bhyt(x / math.sqrt(layer), p)),
+    ),
     "layer_scale": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "skip_init": ({}, lambda *a, layer: pre(*a, outside=learned(a[3], "branch_scale"))),
     "ds_init": ({}, lambda *a, layer: pre(*a)),
@@ -321,6 +325,11 @@ def test_outputs_and_gradients_equal_the_published_equation(case, shaken):
 @pytest.mark.parametrize("name", ["dyt", "derf", "bhyt"])
 def test_the_final_norm_has_the_kind_of_the_last_block(name):
     assert decoder_of(name).model.norm.kind == name
+
+
+def test_the_final_norm_does_not_have_the_kind_of_the_first_block():
+    specs = [*build_all("pre_ln", L)[:-1], build("derf", L, L, {})]
+    assert build_decoder(CONFIG, specs, seed=3).model.norm.kind == "derf"
 
 
 def test_a_name_belongs_to_one_module(monkeypatch):
@@ -445,12 +454,12 @@ OUTPUT_SCALES = {
 def test_initialisation_rescales_the_output_projections(name):
     plain, scaled = decoder_of("pre_ln"), decoder_of(name)
     for layer in range(1, L + 1):
-        for projection in ("self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj"):
+        for projection in ("self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj"):
             parameter = f"model.layers.{layer - 1}.{projection}.weight"
             expected = plain.get_parameter(parameter)
             if name.startswith("deep_"):  # Xavier-normal instead of a standard deviation of 0.02
                 expected = expected / 0.02 * math.sqrt(2 / sum(expected.shape))
-            factor = 1 if projection == "self_attn.q_proj" else OUTPUT_SCALES[name](layer)
+            factor = 1 if projection.endswith(("q_proj", "k_proj")) else OUTPUT_SCALES[name](layer)
             torch.testing.assert_close(scaled.get_parameter(parameter), expected * factor)
 
 
@@ -481,6 +490,12 @@ def test_initialisation_rescales_the_projections_behind_the_norms(name):
 def test_initial_values_of_learned_coefficients(name, parameter, value):
     for layer, block_ in enumerate(decoder_of(name).blocks, start=1):
         assert block_.get_parameter(parameter).unique().item() == pytest.approx(value(layer))
+
+
+def test_embeddings_have_a_standard_deviation_of_their_own():
+    decoder = build_decoder(dataclasses.replace(CONFIG, embedding_std=0.5, init_std=0.02), build_all("pre_ln", L), 3)
+    assert float(decoder.model.embed_tokens.weight.detach().std()) == pytest.approx(0.5, rel=0.05)
+    assert float(decoder.lm_head.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -568,6 +583,16 @@ def test_coefficients_have_their_published_values(case, expected):
     assert {field: getattr(spec.attention, field) for field in expected} == pytest.approx(expected, rel=1e-6)
     if name != "nf_residual":
         assert spec.ffn == spec.attention
+
+
+def test_nf_residual_divides_by_the_deviation_after_all_earlier_branches():
+    """By initial weights and rates; the branch after k others reads x / b, b^2 = 1 + 0.04 k."""
+    for k, part in enumerate(part for spec in build_all("nf_residual", 4) for part in spec.sublayers):
+        b = math.sqrt(1 + 0.04 * k)
+        assert part.input_init == pytest.approx(1 / b)
+        assert dataclasses.asdict(part.input_rates) == pytest.approx(
+            {"lr": 1 / b, "eps": b, "weight_decay": b, "clip": 1 / b}
+        )
 
 
 @pytest.mark.parametrize(("fraction", "depth", "post"), [(15 / 22, 22, 15), (0.29, 100, 29), (0.3, 8, 2), (1.0, 8, 8)])
@@ -677,6 +702,7 @@ def test_a_strategy_without_options_is_built_by_its_name():
         ({"name": "scaled_init", "base": "deep_norm"}, ["norm='scaled_init'", "norm.base, which sets xavier itself"]),
         ({"name": "lns", "base": "lns_as_rates"}, ["norm='lns'", "norm.base, which sets input_rates itself"]),
         ({"name": "lns", "base": "lns_learnable"}, ["norm='lns'", "norm.base, which sets pre_norm_weight itself"]),
+        ({"name": "lns", "base": "lns_init_only"}, ["norm='lns'", "norm.base, which sets input_init itself"]),
         ({"name": "lns", "base": "lns_rate_only", "position": "only_ffn"}, ["which sets input_rates itself"]),
         ({"name": "norm_preserving", "beta": 4.5}, ["norm.beta=4.5", "between 0 and the number of blocks, 4"]),
         ({"name": "complete_p", "base_depth": 0}, ["norm.base_depth=0", "at least 1"]),

@@ -12,7 +12,7 @@ from cod_lightning.nn.apply import apply, fold
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.layouts import Layout
-from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, build_all
 from cod_lightning.nn.verify import verify
 from tiny_models import tiny_llama
 
@@ -239,6 +239,18 @@ BROKEN = {
 def test_a_broken_implementation_is_named_by_its_first_block(block):
     with pytest.raises(UserError, match=BROKEN[block]):
         verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS)
+
+
+class HalvedFFN(Block):
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x))
+        return x + 0.5 * self.ffn(self.norm_2(x))
+
+
+def test_the_factors_of_attention_and_ffn_may_differ(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "halved", lambda *_: BlockSpec(SublayerSpec(), SublayerSpec(branch_scale=0.5)))
+    scales = [f.expected for f in verify(Model(HalvedFFN), "halved", layout=PLAIN, inputs=TOKENS) if f.name != "gain"]
+    assert scales == [1, 0.5] * 4
 
 
 def test_a_buffer_that_is_not_set_again_fails_after_the_meta_device():

@@ -9,12 +9,14 @@ import pytest
 from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, table, with_published
 
 from cod_lightning.commands.terminal import reproduction_tables, show
-from cod_lightning.paper.claims import Column, Metric, by_target, columns
+from cod_lightning.paper.claims import Column, Metric, by_target, columns, stuck
 from cod_lightning.paper.findings import (
+    FINDINGS,
     deeper_share,
     finding_results,
     growth_over_blocks,
     half_medians,
+    largest_share,
     quantity_rows,
     smaller,
 )
@@ -74,6 +76,10 @@ def test_the_growth_of_the_variance_is_fitted_over_models_of_different_depth():
 def test_a_share_of_no_cost_is_not_a_number():
     assert deeper_share([1.0, 0.2, 0.1, 0.1]) == pytest.approx(0.5)
     assert math.isnan(deeper_share([1.0, 0.1, -0.1, 0.0]))
+
+
+def test_a_block_that_lowers_the_loss_when_removed_matters_too():
+    assert largest_share([9.0, 1.0, -0.5, 0.5]) == pytest.approx(0.5)
 
 
 def test_accuracies_have_no_such_bias_and_differ_in_points():
@@ -137,8 +143,25 @@ def test_a_run_that_did_not_train_or_diverged_is_counted(other, untrained, failu
     assert (result.untrained, result.failures) == (untrained, failures)
 
 
+@pytest.mark.parametrize(("halfway", "expected"), [(5.02, True), (5.1, False)])
+def test_a_run_trained_if_its_loss_fell_in_its_second_half(halfway, expected):
+    validations = {"step": [10, 100, 200], "val_loss": [9.0, halfway, 5.01]}
+    assert stuck({"val_loss": 5.01, "history": {"val": validations}}) == expected
+
+
+def test_a_baseline_that_diverged_is_compared_with_no_row():
+    rows = [row("pre_ln", 20.0, run(1, 5.0), diverged(2)), row("lns", 19.0, run(1, 4.0), run(2, 4.1))]
+    assert comparison(table(*rows), "lns").difference is None
+
+
+def test_the_same_runs_beside_other_baselines_are_two_tests():
+    lns = row("lns", 19.0, run(1, 4.0))
+    tables = [table(row("pre_ln", 20.0, run(1, 5.0), run_id=run_id), lns) for run_id in ("plain", "wide")]
+    assert len({comparison(each, "lns").key for each in tables}) == 2
+
+
 def test_a_published_run_did_not_train_if_it_is_a_nat_above_the_best():
-    rows = [row("pre_ln", 20.0), row("deep_norm", 1358.0), row("lns", 21.0)]
+    rows = [row("pre_ln", 40.0), row("deep_norm", 100.0), row("lns", 20.0)]  # 1.6 nats above the best
     trained = {c.row.name: c.published[0].trained for c in Column((table(*rows),)).comparisons}
     assert trained == {"pre_ln": True, "deep_norm": False, "lns": True}
 
@@ -205,6 +228,55 @@ def test_deep_and_shallow_blocks_are_compared(losses, directions):
     column = Column((table(row("pre_ln", None, *runs), row("post_ln", None, *runs), target="Figure 2"),))
     results = finding_results(column)  # the angles were not measured
     assert [result.direction for result in results] == directions
+
+
+def recorded(*variances):
+    """Two runs with these variances of the first and last layer at 0 %, 5 %, 30 % and 100 % of the steps."""
+    layers = {"step": [0, 10, 60, 200], "variance": variances}
+    return [replace(run(seed, 5.0), record={"history": {"layers": layers}}) for seed in (1, 2)]
+
+
+def measured(**measures):
+    return [run(seed, 5.0, **measures) for seed in (1, 2)]
+
+
+QUIET, LOUD = recorded(*[[1.0, 2.0]] * 4), recorded([1.0, 2.0], [1.0, 3.0], [1.0, 6.0], [1.0, 4.0])
+EARLY = measured(
+    removal={"loss": 2.0, "losses": [9.0, 3.0, 2.1, 2.1]},
+    angular={"distances": [[0.4, 0.4, 0.1, 0.1]]},
+    jacobian={"distance": [9.0, 0.4, 0.2, 0.1]},
+)
+"""The early blocks matter more; `LATE`: the late ones."""
+LATE = measured(
+    removal={"loss": 2.0, "losses": [2.1, 2.1, 2.5, 2.5]},
+    angular={"distances": [[0.1, 0.1, 0.4, 0.4]]},
+    jacobian={"distance": [9.0, 0.2, 0.2, 0.2]},
+)
+AS_PUBLISHED = {
+    "Figure 2": {"pre_ln": EARLY, "post_ln": LATE},
+    "Figure 4": {"lns": QUIET, "pre_ln": LOUD, "scaled_init": LOUD},
+    "Figure 5": {"pre_ln": EARLY},
+    "Figure 6": {"lns": [run(seed, 4.0) for seed in (1, 2)], "pre_ln": [run(seed, 5.0) for seed in (1, 2)]},
+    "Figure 7": {"lns": LATE, "pre_ln": EARLY},
+    "Figure 8": {"after_branch": QUIET, "pre_ln": LOUD},
+    "Figure 9": {"pre_ln": LOUD},
+    "Figure 10": {"language": EARLY},
+    "Theory": {"lns": measured(theory={"gains": [2.0, 8.0]}), "pre_ln": measured(theory={"gains": [2.0, 4.0]})},
+}
+"""Runs of which everything that the paper says about a figure is true."""
+
+
+@pytest.mark.parametrize("target", AS_PUBLISHED)
+def test_every_finding_has_the_sign_of_its_statement(target):
+    rows = [row(name, None, *runs) for name, runs in AS_PUBLISHED[target].items()]
+    results = finding_results(Column((table(*rows, target=target, name=target.lower()),)))
+    assert [result.statement for result in results] == [finding.statement for finding in FINDINGS[target]]
+    assert {result.direction for result in results} == {SAME}
+
+
+def test_the_variance_grows_from_5_to_30_percent_of_the_run():
+    growth = finding_results(Column((table(row("pre_ln", None, *LOUD), target="Figure 9"),)))[1]
+    assert growth.difference.mean == pytest.approx(math.log(6 / 3))
 
 
 def test_a_finding_about_rows_that_were_not_run_is_left_out():

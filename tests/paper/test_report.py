@@ -30,7 +30,7 @@ from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_mo
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
 from cod_lightning.paper.tuning import tuned_rows
-from cod_lightning.paper.verdict import summarize, verdict
+from cod_lightning.paper.verdict import claim_results, summarize, verdict
 
 pytestmark = pytest.mark.usefixtures("without_images")  # the fixtures of the module have images
 
@@ -298,6 +298,8 @@ def test_an_accuracy_of_ours_is_compared_with_the_published_average():
     assert ours.head[1:4] == ["accuracy, mean ± sd", "n", "difference to pre_ln, points (95 %)"]
     assert ours.rows[1] == ["lns", "31.50 ± 0.71", "2", "**+10.00 ± 0.00**", "+6.21, same"]
     assert Column((scored,)).headline.name == "accuracy"
+    assert "accuracy: Highest accuracy: lns here; lns in the paper (130M)." in summary_lines(Column((scored,)))
+    assert [claim.statement for claim in claim_results(Column((scored,)))] == ["lns beats pre_ln"]
 
 
 def test_environments_name_hardware_versions_commit_and_data(report):

@@ -210,6 +210,12 @@ def test_the_peak_of_a_step_is_estimated(architecture, precision, checkpointing,
     assert peak_over_estimate(architecture, 3, precision, checkpointing) == pytest.approx(1, abs=tolerance)
 
 
+def test_the_peak_with_a_large_vocabulary_is_estimated():
+    """The loss sums the gradient of the head in float32, whatever the precision of its weight."""
+    architecture = decoder_like(seq_len=128, **(WIDE | {"vocab_size": 4096}))
+    assert peak_over_estimate(architecture, 3, "bf16-true") == pytest.approx(1, abs=0.015)
+
+
 @for_norms(covering_strategies(ignore=(*INITIAL, *OPTIMIZER)))
 def test_the_peak_of_strategies_of_all_coefficients_is_estimated(norm):
     assert peak_over_estimate(decoder_like(norm, 128, **WIDE), 8, "32-true") == pytest.approx(1, abs=0.01)

@@ -277,6 +277,29 @@ def test_a_run_that_cannot_fit_into_memory_is_refused_before_it_is_prepared(toy,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "copies", "itemsize", "ranks"),
+    [
+        ([], 4, 4, 1),
+        (["trainer.precision=bf16-true"], 4, 2, 1),
+        (["trainer.strategy=ddp", "trainer.devices=2", "data.micro_batch_size=4"], 8, 4, 2),
+        (["trainer.strategy=fsdp", "trainer.devices=2", "data.micro_batch_size=4"], 4, 4, 2),
+    ],
+)
+def test_the_least_memory_on_a_cpu(toy, tmp_path, monkeypatch, words, copies, itemsize, ranks):
+    """Weights, gradients and two moments, a batch of int64, and the input of every block."""
+    config = compose([*toy, *words])
+    model, tokens = config.model, config.data.micro_batch_size * 32
+    inputs = ranks * model.num_hidden_layers * model.hidden_size * tokens * itemsize
+    needed = copies * itemsize * config.num_parameters(1) + 8 * 8 * 32 + inputs
+    (limit := tmp_path / "memory.max").write_text(f"{needed}\n")
+    monkeypatch.setattr("cod_lightning.memory.LIMITS", [str(limit)])
+    check_memory(config)
+    limit.write_text(f"{needed - 1}\n")
+    with pytest.raises(UserError, match="out of memory"):
+        check_memory(config)
+
+
 @pytest.mark.parametrize(("nodes", "hybrid"), [(1, False), (4, True)])
 def test_the_whole_model_must_fit_into_the_container_of_a_node(toy, tmp_path, monkeypatch, nodes, hybrid):
     words = ["model.vocab_size=100000", "data.micro_batch_size=1", "trainer.accelerator=cpu", "trainer.strategy=fsdp"]

@@ -166,6 +166,15 @@ def test_the_gradient_norm_is_that_of_a_backward_pass(llama):
     assert measured["gradient_norm/layer_02"] == pytest.approx(norm.item())
 
 
+def test_the_gradient_norm_does_not_depend_on_padding(llama):
+    tokens = PROBE[:, :9].clamp(min=1)
+    padded = torch.nn.functional.pad(tokens, (0, 3))
+    measured, expected = (
+        cod.DepthMonitor(probe, measures=["gradient_norm"], pad_id=0).measure(llama) for probe in (padded, tokens)
+    )
+    assert measured == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_lightning_module_trains_the_same_and_logs_the_monitor(llama, tmp_path):
     losses, measured = plain_loop(deepcopy(llama), monitor())
     lightning_losses, logged = lightning_loop(deepcopy(llama), tmp_path, monitor())
