@@ -193,7 +193,8 @@ class Architecture:
         shard = (block if offload else sizes.parameters) * weight // (ranks if sharded else 1)
 
         def at(count: int) -> Memory:
-            loss = 0 if self.images is not None else self.loss_bytes(count * self.seq_len, compute, cpu)
+            head = compute if sharded else weight  # FSDP gathers weights in the dtype of the computation
+            loss = 0 if self.images is not None else self.loss_bytes(count * self.seq_len, head, compute, cpu)
             return Memory(
                 weights=shard,
                 gradients=shard,
@@ -206,17 +207,33 @@ class Architecture:
 
         return at
 
-    def loss_bytes(self, tokens: int, compute: int, cpu: bool) -> int:
-        """Bytes of `LinearCrossEntropy` at its peak, the log-softmax of a chunk of tokens.
+    def loss_bytes(self, tokens: int, weight: int, compute: int, cpu: bool) -> int:
+        """Bytes of `LinearCrossEntropy` at its peak.
 
-        These are the gradients of the hidden states and, in float32, of the head; the logits of the chunk, a float32
-        copy of them in half precision, and their log-softmax; and the rest of the previous chunk.
+        The gradients of the hidden states and, in float32, of the head are there all the time. The rest is the most of
+        three moments:
+        - the log-softmax of a chunk of tokens: its logits, a float32 copy of them in half precision, their
+          log-softmax, and the rest of the previous chunk;
+        - the sum of the head's gradient in half precision: that of the chunk, on a CPU also in float32, the log-softmax
+          and its copy;
+        - the backward pass: both gradients times the upstream one, in float32 and in half precision.
+
+        Under autocast the first two also have a copy of the head.
+
+        Args:
+            tokens: of a micro-batch.
+            weight: bytes of a number of the head.
+            compute: bytes of a number of the hidden states.
+            cpu: the loss runs on a CPU.
         """
-        vocab_size, half = self.model.vocab_size or 0, compute < 4
+        vocab_size, hidden, half = self.model.vocab_size or 0, self.model.hidden_size, compute < 4
         chunk = chunk_size(torch.device("cpu" if cpu else "cuda"), vocab_size)
-        logits = (10 if half else 8) + ((6 if half else 4) if tokens > chunk else 0)
-        head = 4 * vocab_size * self.model.hidden_size
-        return tokens * self.model.hidden_size * compute + head + min(tokens, chunk) * vocab_size * logits
+        logits, head, states = min(tokens, chunk) * vocab_size, vocab_size * hidden, tokens * hidden
+        softmax = logits * ((10 if half else 8) + ((6 if half else 4) if tokens > chunk else 0))
+        product = head * (6 if cpu else 2) + 6 * logits if half else 0
+        backward = states * compute + head * (4 + (2 if weight < 4 else 0))
+        copy = compute * head if compute < weight else 0
+        return states * compute + 4 * head + max(copy + softmax, copy + product, backward)
 
 
 def training_flops(architecture: Architecture) -> int:
