@@ -72,13 +72,23 @@ def test_a_closed_stderr_does_not_change_the_status():
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 2
 
 
-def test_a_reader_that_closes_the_pipe_ends_a_command_without_a_message():
+@pytest.mark.parametrize(
+    ("words", "stream", "status"),
+    [
+        (["fit", "--cfg"], "stdout", 141),
+        (["experiments"], "stdout", 141),
+        (["fit", "x=1"], "stderr", 141),
+        (["fit", "x=1"], "stdout", 2),
+    ],
+)
+def test_a_reader_that_closes_the_pipe_ends_a_command_without_a_message(words, stream, status):
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "wb") as stdout:
-        words = [sys.executable, "-m", "cod_lightning", "fit", "--cfg"]
-        process = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, timeout=300)
-    assert (process.returncode, process.stderr) == (141, b"")
+    with os.fdopen(write, "wb") as closed:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: closed}
+        process = subprocess.run([sys.executable, "-m", "cod_lightning", *words], **streams, timeout=300)
+    assert process.returncode == status
+    assert status == 2 or not (process.stdout or process.stderr)
 
 
 def test_output_that_cannot_be_written_is_an_error():

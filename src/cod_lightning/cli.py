@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from types import ModuleType
 from typing import Any
@@ -142,8 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = run_command(argv)
     except SystemExit as stop:  # of argparse, after --help and after a wrong option
-        raise SystemExit(flush_stdout() or stop.code) from None
-    return flush_stdout() or status
+        raise SystemExit(stop.code or flush_stdout()) from None
+    except BrokenPipeError:  # while an error was told
+        if not reader_is_gone():
+            raise
+        status = CLOSED_PIPE
+    return status or flush_stdout()
 
 
 def run_command(argv: Sequence[str] | None) -> int:
@@ -158,9 +164,9 @@ def run_command(argv: Sequence[str] | None) -> int:
         command = COMMANDS[arguments.pop("command")]
         with stopping():
             return command.run(**arguments)
-    except BrokenPipeError:  # of stdout or stderr: the reader has what it wants, as `head` does
-        return CLOSED_PIPE
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return CLOSED_PIPE
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
@@ -183,6 +189,15 @@ def run_command(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         return CTRL_C
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout or stderr is a pipe that its reader has closed, as `head` does when it has what it wants."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # not a file
+            poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def flush_stdout() -> int:

@@ -203,14 +203,17 @@ def new_folder(folder: Path) -> Generator[Path]:
 
 
 def finish_files(folder: Path) -> None:
-    """Let who may read a new folder read its files, and wait until they are on the disk.
+    """Give the files of a new folder the folder's permissions to read and write, and flush them to the disk.
 
     safetensors gives its files to their owner alone.
     """
-    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    allowed = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            path.chmod(mode)
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode | allowed != mode:
+                with suppress(OSError):  # some file systems have no permissions
+                    path.chmod(mode | allowed)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 

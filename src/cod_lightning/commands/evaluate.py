@@ -82,10 +82,11 @@ def score_run(
     """Score a run on tasks; without `limit` the scores are saved in the run folder."""
     from cod_lightning.evaluate import PAPER_TASKS
     from cod_lightning.evaluate.lm_eval import save_scores, score_tasks, task_manager
-    from cod_lightning.train.load import checkpoint_of, load_decoder, require_language
+    from cod_lightning.train.load import checkpoint_of, load_decoder
 
     require_at_least("limit", limit, 1)
-    require_language(config, run)
+    if config.task != "language":
+        raise UserError(f"{run} is a run of task={config.task}, and tasks= are of language: remove tasks=")
     if limit is None:
         check_writable(run, "the run folder ")
     names = PAPER_TASKS if tasks == "paper" else tuple(filter(None, tasks.split(",")))

@@ -155,13 +155,13 @@ def find_subject(
     """
     from cod_lightning.config.compose import compose
 
-    opened: Callable[[], Subject]
+    open_found: Callable[[], Subject]
     if is_run(Path(model)):
         config = load_run_config(Path(model), overrides, trust_code, "measure")
         from cod_lightning.commands.measure_runner import open_run
         from cod_lightning.train.load import checkpoint_of
 
-        opened = partial(open_run, config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
+        open_found = partial(open_run, config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
     else:
         refuse_unread(overrides, "measure of a pretrained model", TEXT_CHOICES)
         config = compose(overrides)
@@ -171,10 +171,10 @@ def find_subject(
         from cod_lightning.nn.model_files import find_source, require_tokenizer
 
         require_tokenizer(find_source(model))
-        opened = partial(open_model, model, config, open_corpus(config.data), rows or ROWS)
+        open_found = partial(open_model, model, config, open_corpus(config.data), rows or ROWS)
 
     def open_subject() -> Subject:
-        subject = opened()
+        subject = open_found()
         found = sum(map(len, subject.batches))
         if rows is not None and found < rows:
             print(f"warning: rows={rows}, but {model} has {found} held-out rows: all are measured", file=sys.stderr)
@@ -184,7 +184,12 @@ def find_subject(
 
 
 def report(
-    study: str, models: Sequence[str], find: Any, options: dict[str, Any], output: Path | None, suffix: str
+    study: str,
+    models: Sequence[str],
+    find: Callable[[str], Callable[[], Subject]],
+    options: dict[str, Any],
+    output: Path | None,
+    suffix: str,
 ) -> int:
     """Measure one or several models, and write a page that shows how much of their depth they use.
 

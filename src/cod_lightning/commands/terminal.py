@@ -228,7 +228,14 @@ def rich_table(title: str, ours: page.Table) -> Table:
     return table
 
 
+class PipeConsole(Console):
+    """A console that leaves a closed pipe to the command line, instead of ending with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def show(renderable: Any) -> None:
     """Print to standard output, with `WIDTH` characters a line if it is not a terminal; text is not read as markup."""
     width = None if Console().is_terminal else WIDTH
-    Console(width=width, markup=False, emoji=False).print(renderable)
+    PipeConsole(width=width, markup=False, emoji=False).print(renderable)

@@ -250,12 +250,8 @@ def write_set(
         if not split.rows:
             raise UserError(
                 f"data.source={config.source}: {documents[name]} documents do not fill one {name} sequence of "
-                f"data.seq_len={config.seq_len} tokens"
-                + (
-                    ": give more text, a smaller data.val_every, or data.val_files"
-                    if name == "val"
-                    else ": give more text"
-                )
+                f"data.seq_len={config.seq_len} tokens: give more text"
+                + (", a smaller data.val_every, or data.val_files" if name == "val" else "")
             )
     check_sha256(config, sha256.hexdigest(), "the text")
     tokenizer = encoder.tokenizer

@@ -85,7 +85,7 @@ def apply(
     if any(spec.has_rates for spec in specs):
         raise UserError(
             f"norm={norm!r} sets rates of the optimizer, which apply cannot: train the stock model with "
-            f"param_groups(model, {norm!r}, ...), or with fit where the strategy also scales branches"
+            f"param_groups(model, {norm!r}, ...), where it scales no branches, and with fit otherwise"
         )
     written = strategy_of(model)
     if any(is_scaled(module) for module in model.modules()):

@@ -98,7 +98,7 @@ def write_error(write: Callable[[], object], path: Path) -> str | None:
     try:
         write()
     except (OSError, RuntimeError, CheckpointException) as error:  # torch raises RuntimeError if the disk is full
-        reason = "no space left on the disk" if "inline_container" in str(error) else first_line(error)
+        reason = ("is the disk full? " if "inline_container" in str(error) else "") + first_line(error)
         return f"{path}: the checkpoint cannot be written ({reason}); earlier ones are kept"
     return None
 

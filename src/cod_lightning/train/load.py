@@ -76,7 +76,8 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     Raises:
         UserError: the checkpoint is unreadable, or the run is one of images.
     """
-    require_language(config, folder)
+    if config.task != "language":
+        raise UserError(f"{folder} is a run of task={config.task}: only fit, evaluate and measure can read it")
     if not (folder / TOKENIZER).is_dir():
         raise UserError(f"{folder}: no folder {TOKENIZER}/: copy it from where the run was trained")
     tokenizer = load_tokenizer(str(folder / TOKENIZER), f"{folder}: its tokenizer")
@@ -86,12 +87,6 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     load_weights(decoder, weights, str(checkpoint))
     set_step(decoder, step)
     return decoder, tokenizer
-
-
-def require_language(config: Config, folder: Path) -> None:
-    """Raise a UserError if the run is one of images."""
-    if config.task != "language":
-        raise UserError(f"{folder} is a run of task={config.task}: only fit, evaluate and measure can read it")
 
 
 def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
