@@ -252,6 +252,7 @@ CONFIGS = [
         ["fit", "images.size=16"],
         ["images.size=16 has no effect without task=vision: add it, or remove images.s"],
     ),
+    (nothing, ["fit", "+images={size: 16}"], ["images={'size': 16} has no effect without task=vision"]),
     (with_run(), ["evaluate", "run", "images.folder=x"], ["images.folder=x has no effect without task=vision"]),
     (nothing, ["prepare", "data.vocab_size=1"], ["data.vocab_size=1 must be at least 258"]),
     (nothing, ["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),

@@ -10,7 +10,10 @@ import pytest
 
 from cod_lightning.cli import main
 from cod_lightning.commands.processes import CommandPool
+from cod_lightning.commands.reproduce import check_corpus
 from cod_lightning.config.compose import choices
+from cod_lightning.data.manifest import read_manifest
+from cod_lightning.data.prepare import prepare
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate import PAPER_TASKS
 from cod_lightning.evaluate.lm_eval import save_scores
@@ -253,6 +256,20 @@ def test_reproduce_trains_no_run_on_another_text_than_that_of_the_records(toy, t
     assert main(words) == 2
     assert f"would read another text than {lns / 'record.json'} (data feedfeedfeedfeed...)" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
+    record = json.loads((lns / "record.json").read_text())
+    same = {"data_fingerprint": read_manifest(prepare(rows["lns"].config.data)).fingerprint}
+    (lns / "record.json").write_text(json.dumps(record | same))
+    tasks = remaining_tasks([rows["pre_ln"]], [1], tmp_path / "results")
+    assert len(tasks) == 1
+    check_corpus(tasks, load_experiments(rows.values(), tmp_path / "results"))
+
+
+def test_images_are_settings_of_rows_of_images_alone():
+    images, text = (
+        next(experiment_rows([name], "toy", ["images.size=16"])) for name in ("table5_vit_s", "table7_130m")
+    )
+    assert images.config.images.size == 16
+    assert "images.size=16" not in text.overrides
 
 
 def test_depth_reports_on_pretrained_models_are_read(tmp_path):

@@ -29,9 +29,9 @@ HELP = "Run every row of some experiments, or resume them, and show the results 
 EPILOG = """\
 Examples:
   reproduce table1_350m                                 # every row at the paper's size
-  reproduce table1 table6 scale=toy seeds=3 -j 2        # a small version, on two cores
-  reproduce figure7 scale=toy seeds=3                   # the same runs, measured
-  reproduce table8 row=lns,before_ln scale=toy          # selected rows
+  reproduce table1 table6 scale=toy seeds=3 -j 2 --results mine     # a small version, on two cores
+  reproduce figure7 scale=toy seeds=3 --results mine                # the same runs, measured
+  reproduce table8 row=lns,before_ln scale=toy --results mine       # selected rows
 """
 OPTIONS = {"scale": str, "seeds": int, "row": str}
 MOST_SEEDS = 1000
@@ -86,20 +86,18 @@ def check_corpus(tasks: Sequence[Task], experiments: Sequence[Experiment]) -> No
     Raises:
         UserError: it is another one; names a record.
     """
-    from cod_lightning.data.manifest import read_manifest
     from cod_lightning.data.prepare import prepare
+    from cod_lightning.data.stream import open_set
     from cod_lightning.paper.results import record_path
 
     recorded = {e.target: run for e in experiments for row in e.rows for run in row.runs if not run.failure}
     for task in tasks:
         row, config = task.row, task.config
         run = recorded.get(config.paper.get("target", row.experiment))
-        if run is None or config.task != "language" or row.source or row.pretrained_model or config.data.folder:
+        theirs = None if run is None else run.record.get("data_fingerprint")
+        if run is None or theirs is None or config.task != "language" or row.source or row.pretrained_model:
             continue
-        if (theirs := run.record.get("data_fingerprint")) not in (
-            None,
-            read_manifest(prepare(config.data)).fingerprint,
-        ):
+        if theirs != open_set(config.data.folder or str(prepare(config.data)))[0].fingerprint:
             raise UserError(
                 f"{task.label} would read another text than {record_path(run.folder)} (data {theirs[:16]}...), and a "
                 "table has one: keep your own records elsewhere, as in --results=FOLDER"

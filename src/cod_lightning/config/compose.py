@@ -172,11 +172,11 @@ def selects_other_text(overrides: Sequence[str]) -> bool:
 def without_effect(node: DictConfig, overrides: Iterable[Override]) -> list[str]:
     """Errors for overrides of a text beside a set that is prepared already, and of images in a run of language."""
     values = {override.key_or_group: override.value() for override in overrides}
-    folder, errors = values.get("data.folder"), []
+    folder, errors = node.data.folder, []
     for name, value in values.items():
         if name in PREPARED and folder is not None and value is not None:
             errors.append(f"{name}={value} does not change data.folder={folder}, a prepared set: remove one of the two")
-        if name.startswith("images.") and node.task == "language":
+        if name.partition(".")[0] == "images" and node.task == "language":
             errors.append(f"{name}={value} has no effect without task=vision: add it, or remove {name}")
     return errors
 

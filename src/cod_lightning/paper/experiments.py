@@ -91,11 +91,15 @@ def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[
     Raises:
         UserError: as `compose`; an experiment without rows; an override of something that the rows choose.
     """
+    images = []
     for override in parse(overrides):
+        images += [override.input_line] if override.key_or_group.partition(".")[0] == "images" else []
         if override.key_or_group in ("experiments", "norm", "row", "seed", "name", "init_from"):
             raise UserError(f"{override.input_line}: the rows of an experiment choose {override.key_or_group}")
     for name in experiments:
-        arguments = (f"experiments={name}", f"scale={scale}", *overrides)
+        words = (f"experiments={name}", f"scale={scale}")
+        is_vision = compose(words).task == "vision"
+        arguments = (*words, *(word for word in overrides if is_vision or word not in images))
         base = compose(arguments)
         if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce; train it with fit experiments={name}")

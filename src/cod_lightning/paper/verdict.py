@@ -39,15 +39,16 @@ def claim_results(column: Column) -> Iterator[ClaimResult]:
 
 
 @dataclass(frozen=True)
-class Varied:
-    """LNS compared with Pre-LN over the columns of a varied setting, on the seeds that all have."""
+class Change:
+    """LNS minus Pre-LN at another value of a setting than the usual one, on the seeds that both have."""
 
-    differences: list[tuple[str, Difference]]
-    """By column."""
+    usual: tuple[str, Difference]
+    """Heading and difference of the column with the runs of the headline, or else of the first."""
+    other: tuple[str, Difference]
     change: Difference
-    """The last difference minus the first."""
+    """The other difference minus the usual one."""
     key: tuple[str, ...]
-    """Identifies the runs and the metric of this change."""
+    """Identifies the runs and the metric: changes with the same key are one statistical test."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ class ScaleSummary:
     best: tuple[str, Difference] | None
     """The row of the headline's table with the lowest loss on the seeds of LNS, and LNS minus it."""
     claims: list[ClaimResult]
-    varied: dict[str, Varied]
+    changes: dict[str, list[Change]]
     """LNS compared with Pre-LN for each target that varies a setting."""
+
+    @property
+    def widest_changes(self) -> dict[str, Change]:
+        """The first change of the most seeds of every target."""
+        return {target: max(changes, key=lambda each: each.change.n) for target, changes in self.changes.items()}
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -102,7 +108,9 @@ class ScaleSummary:
         first = {claim.key: claim for claim in reversed(self.claims) if claim.key in self.significant}
         tests = [label for label, _ in {(claim.label, claim.key) for claim in self.claims}]
         return [
-            claim.label.removeprefix("+ ") + (f" ({claim.column})" if tests.count(claim.label) > 1 else "")
+            claim.label.removeprefix("+ ")
+            + (f" ({claim.column})" if tests.count(claim.label) > 1 else "")
+            + (", reversed" if claim.direction == OPPOSITE else "")
             for claim in reversed(first.values())
         ]
 
@@ -140,12 +148,13 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
                     headline, caveat, setting = lns, of_both, column.first.setting
                     best = None if lns is None else lowest_row(column, lns)
         if claims or headline:
-            found = {target: on_common_seeds(pairs) for target, pairs in along.items() if len(pairs) > 1}
+            usual = headline.key[:2] if headline else ()
+            found = {target: changes_of(pairs, usual) for target, pairs in along.items()}
             # Families with the same runs are named once.
-            same_runs = {repr(each.differences): target for target, each in found.items() if each}
-            varied = {target: each for target in same_runs.values() if (each := found[target])}
-            claims += [change_result(target, each) for target, each in varied.items()]
-            summaries.append(ScaleSummary(scale, setting, headline, caveat, best, claims, varied))
+            same_runs = {str([each.key for each in changes]): target for target, changes in found.items() if changes}
+            changes = {target: found[target] for target in same_runs.values()}
+            claims += [change_result(target, each) for target, several in changes.items() for each in several]
+            summaries.append(ScaleSummary(scale, setting, headline, caveat, best, claims, changes))
     return summaries
 
 
@@ -159,27 +168,31 @@ def lowest_row(column: Column, lns: Comparison) -> tuple[str, Difference] | None
     return max(with_seeds(pairs, lambda pair: pair[1].n), key=lambda pair: pair[1].mean, default=None)
 
 
-def on_common_seeds(pairs: Sequence[tuple[Column, Comparison]]) -> Varied | None:
-    """Difference to the baseline by column, on the seeds that all have; None without such a seed.
+def changes_of(pairs: Sequence[tuple[Column, Comparison]], usual: tuple[str, ...]) -> list[Change]:
+    """The changes from the column whose runs are `usual`, or else the first, to every other column.
 
-    Columns of fewer seeds than others are left out as in `with_seeds`.
+    Args:
+        pairs: columns, each with the comparison of LNS in it.
+        usual: the ids of the runs of LNS and Pre-LN under the usual setting.
     """
-    pairs = with_seeds(pairs, lambda pair: pair[1].difference.n if pair[1].difference else 0)
-    metric = pairs[0][1].metric
-    seeds = metric.common_seeds(*(row for column, c in pairs for row in (c.row, column.baseline)))
-    if not seeds:
-        return None
-    by_seed = [metric.differences(c.row, column.baseline, seeds) for column, c in pairs]
-    differences = [(column.heading, Difference.of(each)) for (column, _), each in zip(pairs, by_seed, strict=True)]
-    change = Difference.of([last - first for first, last in zip(by_seed[0], by_seed[-1], strict=True)])
-    return Varied(differences, change, ("change", *pairs[0][1].key, *pairs[-1][1].key))
+    start = next((pair for pair in pairs if pair[1].key[:2] == usual), pairs[0])
+    column, lns = start
+    found = []
+    for other, c in (pair for pair in pairs if pair is not start):
+        if seeds := lns.metric.common_seeds(lns.row, column.baseline, c.row, other.baseline):
+            there = lns.metric.differences(lns.row, column.baseline, seeds)
+            here = lns.metric.differences(c.row, other.baseline, seeds)
+            change = Difference.of([after - before for before, after in zip(there, here, strict=True)])
+            ends = (column.heading, Difference.of(there)), (other.heading, Difference.of(here))
+            found.append(Change(*ends, change, ("change", *lns.key, *c.key)))
+    return found
 
 
-def change_result(target: str, varied: Varied) -> ClaimResult:
-    """The change of LNS minus Pre-LN over a varied setting, which the paper has no figure for."""
-    span = f"{varied.differences[0][0]} to {varied.differences[-1][0]}"
+def change_result(target: str, change: Change) -> ClaimResult:
+    """The change of LNS minus Pre-LN with a setting, which the paper has no figure for."""
+    span = f"{change.usual[0]} to {change.other[0]}"
     text = f"LNS minus Pre-LN changes with {target} ({span})"
-    return ClaimResult(varied.key, target, span, text, text, None, varied.change)
+    return ClaimResult(change.key, target, span, text, text, None, change.change)
 
 
 def lns_comparison(column: Column) -> tuple[Comparison | None, str]:
