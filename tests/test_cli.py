@@ -86,7 +86,8 @@ def test_a_reader_that_closes_the_pipe_ends_a_command_without_a_message(words, s
     os.close(read)
     with os.fdopen(write, "wb") as closed:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: closed}
-        process = subprocess.run([sys.executable, "-m", "cod_lightning", *words], **streams, timeout=300)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        process = subprocess.run([*PYTHON, *words], **streams, env=environment, timeout=300)
     assert process.returncode == status
     assert status == 2 or not (process.stdout or process.stderr)
 

@@ -144,12 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = run_command(argv)
     except SystemExit as stop:  # of argparse, after --help and after a wrong option
-        raise SystemExit(stop.code or flush_stdout()) from None
+        flushed = flush_output()
+        raise SystemExit(stop.code or flushed) from None
     except BrokenPipeError:  # while an error was told
         if not reader_is_gone():
             raise
         status = CLOSED_PIPE
-    return status or flush_stdout()
+    flushed = flush_output()
+    return status or flushed
 
 
 def run_command(argv: Sequence[str] | None) -> int:
@@ -200,17 +202,19 @@ def reader_is_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def flush_stdout() -> int:
-    """Write what is left for stdout; returns 0 or an exit status.
+def flush_output() -> int:
+    """Write what is left for stdout and stderr; returns 0 or an exit status.
 
     If this fails when the interpreter ends, it prints a message and a status of its own.
     """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE if isinstance(error, BrokenPipeError) else refuse(f"stdout: {error.strerror}")
-    return 0
+    status = 0
+    for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            status = CLOSED_PIPE if isinstance(error, BrokenPipeError) else refuse(f"{name}: {error.strerror}")
+    return status
 
 
 def refuse(message: str) -> int:
