@@ -165,15 +165,20 @@ def test_a_field_wins_over_a_group_that_follows_it(tmp_path):
     ("of_run", "chosen", "dropped"),
     [
         ({"data.files": "a", "data.val_files": "v"}, {"data.files": "b"}, {"val_files"}),
-        ({"data.folder": "set"}, {"data.files": "b"}, {"folder"}),
+        ({"data.files": "a", "data.folder": "set"}, {"data.files": "b"}, {"folder"}),
         ({"data.files": "a", "data.sha256": "0" * 64}, {"data.files": "b"}, {"sha256"}),
         ({"data.files": "a", "data.val_files": "v"}, {"data": "docs"}, {"files", "val_files"}),
         ({"data.files": "a", "data.val_files": "v"}, {"data.folder": "set"}, {"val_files"}),
+        ({"data.files": "a", "data.folder": "set"}, {"data.val_files": "v"}, {"folder"}),
     ],
 )
 def test_another_text_replaces_all_that_names_the_text_of_a_run(of_run, chosen, dropped, tmp_path):
-    words = [f"{key}={value}" for key, value in of_run.items()]
-    folder = create_run_folder(compose([f"output={tmp_path}", "data=files", *words]))
+    """Also of a run that an earlier version saved with files beside a prepared set."""
+    config = compose([f"output={tmp_path}", "data=files", "data.files=a"])
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, **{key[5:]: value for key, value in of_run.items()})
+    )
+    folder = create_run_folder(config)
     data = load(folder, [f"{key}={value}" for key, value in chosen.items()]).data
     assert all(getattr(data, name) is None for name in dropped)
     assert getattr(data, "source" if "data" in chosen else next(iter(chosen))[5:]) == next(iter(chosen.values()))

@@ -86,20 +86,21 @@ def reproducible_experiments() -> list[str]:
 
 
 def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) -> Iterator[Row]:
-    """Every row of some experiments at a scale.
+    """Every row of some experiments at a scale; rows of language leave out overrides of `images`.
 
     Raises:
         UserError: as `compose`; an experiment without rows; an override of something that the rows choose.
     """
-    images = []
-    for override in parse(overrides):
-        images += [override.input_line] if override.key_or_group.partition(".")[0] == "images" else []
+    keys = {}
+    for word, override in zip(overrides, parse(overrides), strict=True):
+        keys[word] = override.key_or_group
         if override.key_or_group in ("experiments", "norm", "row", "seed", "name", "init_from"):
             raise UserError(f"{override.input_line}: the rows of an experiment choose {override.key_or_group}")
     for name in experiments:
-        words = (f"experiments={name}", f"scale={scale}")
-        is_vision = compose(words).task == "vision"
-        arguments = (*words, *(word for word in overrides if is_vision or word not in images))
+        choice = (f"experiments={name}", f"scale={scale}")
+        reads_images = compose(choice).task == "vision"
+        own = [word for word, key in keys.items() if reads_images or key.partition(".")[0] != "images"]
+        arguments = (*choice, *own)
         base = compose(arguments)
         if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce; train it with fit experiments={name}")

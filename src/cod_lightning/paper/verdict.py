@@ -68,7 +68,7 @@ class ScaleSummary:
     """LNS compared with Pre-LN for each target that varies a setting."""
 
     @property
-    def widest_changes(self) -> dict[str, Change]:
+    def shown_changes(self) -> dict[str, Change]:
         """The first change of the most seeds of every target."""
         return {target: max(changes, key=lambda each: each.change.n) for target, changes in self.changes.items()}
 
@@ -223,6 +223,6 @@ def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
             untried_scales=[scale for scale in SCALES if scale not in tried],
             join=join,
         )
-        if sum(any(map(str.isalnum, word)) for word in text.split()) <= MOST_WORDS:
+        if len(text.split()) <= MOST_WORDS:
             break
     return text
