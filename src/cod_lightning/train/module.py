@@ -55,6 +55,7 @@ class StepModule(LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self.config, self.optim = config, config.optim
+        self.specs = build_all(config.norm, config.model.num_hidden_layers)
         self.micro_batch_size = config.data.micro_batch_size
         self.pad_id: int | None = None
         """The padding token, None if there is no padding."""
@@ -99,15 +100,15 @@ class StepModule(LightningModule, ABC):
         Raises:
             UserError: the kernels are wrong, and norm_backend is `triton`.
         """
-        model, specs = self.config.model, build_all(self.config.norm, self.config.model.num_hidden_layers)
+        model = self.config.model
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
         stream, branch = {
             "bf16-true": (torch.bfloat16, torch.bfloat16),
             "bf16-mixed": (torch.float32, torch.bfloat16),
         }.get(precision(self.config.trainer), (torch.float32, torch.float32))
         chosen = model.norm_backend
-        norms = {(with_kind(model, specs[-1]).norm, model.hidden_size, 1)}
-        for spec in specs:
+        norms = {(with_kind(model, self.specs[-1]).norm, model.hidden_size, 1)}
+        for spec in self.specs:
             kind = with_kind(model, spec).norm
             norms |= {(kind, model.hidden_size, sublayer.groups) for sublayer in spec.sublayers}
             norms |= {(kind, model.head_dim, 1)} if spec.head_norm != "no" else set()
@@ -295,8 +296,7 @@ class DecoderModule(StepModule):
         self.accuracy = ExactMatch()
 
     def build(self, device: torch.device, wrap: Callable[[Decoder], None]) -> None:
-        specs = build_all(self.config.norm, self.config.model.num_hidden_layers)
-        self.decoder = build_decoder(self.checked_model(), specs, self.config.seed, device, wrap)
+        self.decoder = build_decoder(self.checked_model(), self.specs, self.config.seed, device, wrap)
 
     @property
     def network(self) -> Decoder:

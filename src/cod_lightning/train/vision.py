@@ -14,7 +14,6 @@ from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.activation_stats import LayerStatistics, layer_statistics
 from cod_lightning.measure.adapter import Images
 from cod_lightning.nn.init import build_vit
-from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer, label_loss
 from cod_lightning.train.module import StepModule
 
@@ -42,8 +41,8 @@ class VisionModule(StepModule):
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE, validate_args=False)
 
     def build(self, device: torch.device, wrap: Callable[[VisionTransformer], None]) -> None:
-        specs = build_all(self.config.norm, self.config.model.num_hidden_layers)
-        self.vit = build_vit(self.checked_model(), specs, self.config.seed, **self.shape, device=device, wrap=wrap)
+        model = self.checked_model()
+        self.vit = build_vit(model, self.specs, self.config.seed, **self.shape, device=device, wrap=wrap)
 
     @property
     def network(self) -> VisionTransformer:
