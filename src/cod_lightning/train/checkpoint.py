@@ -257,26 +257,25 @@ class SafeReader(FileSystemReader):
         return metadata
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """Allows only the classes of torch that describe checkpoint tensors."""
+ALLOWED = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta"),
+    },
+}
+"""The names in modules of torch that describe checkpoint tensors."""
 
-    ALLOWED = (
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata"),
-                *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta"),
-            )
-        ),
-    )
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads what is `ALLOWED`, and dtypes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return enum_member
-        allowed = (module, name) in self.ALLOWED
+        allowed = name in ALLOWED.get(module, ())
         value = super().find_class(module, name) if module == "torch" or allowed else None
         if allowed or isinstance(value, torch.dtype):
             return value
