@@ -457,16 +457,16 @@ def test_sigterm_exits_with_status_75_and_one_checkpoint(toy, tmp_path, wait_for
 def test_a_run_interrupted_before_a_validation_resumes_with_it(train, monkeypatch):
     words = ("trainer.max_steps=6", "eval.every=2", "trainer.checkpoint_every=100")
     whole, _ = train(*words, "name=whole")
-    install_handler, calls = StopOnSignal.install_handler, []
+    on_validation_start, calls = StopOnSignal.on_validation_start, []
 
     def stop_in_the_second_validation(self, trainer, module):
         calls.append(module)
-        if len(calls) == 3:  # the fit, the first validation, the second
+        if len(calls) == 2:
             module.stop_signal = signal.SIGTERM
-        install_handler(self, trainer, module)
+        on_validation_start(self, trainer, module)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopOnSignal, "install_handler", stop_in_the_second_validation)
+        patch.setattr(StopOnSignal, "on_validation_start", stop_in_the_second_validation)
         with pytest.raises(Stopped, match="in the validation after step 4"):
             train(*words, "name=stopped")
     again, _ = train(*words, "name=stopped")

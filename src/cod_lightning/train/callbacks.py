@@ -165,13 +165,7 @@ class StopOnSignal(Callback):
     SIGINT interrupts at once.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.install_handler(trainer, pl_module)
-
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.install_handler(trainer, pl_module)
-
-    def install_handler(self, trainer: Trainer, pl_module: Any) -> None:
         """Replace Lightning's SIGTERM handler, which starts a collective at an arbitrary point."""
 
         def request_stop(number: int, frame: Any) -> None:
@@ -182,6 +176,8 @@ class StopOnSignal(Callback):
                 os.write(2, STOPPING)  # print fails in a handler that interrupts a print
 
         signals.install(request_stop, (*signals.STOP_SIGNALS, signal.SIGINT))
+
+    on_train_start = on_validation_start
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *arguments: Any, **named: Any) -> None:
         if pl_module.sum_over_ranks(torch.tensor(int(pl_module.stop_signal is not None))).item():

@@ -240,19 +240,14 @@ def training_flops(architecture: Architecture) -> int:
     """FLOPs of a training step per sequence or image, forward and backward.
 
     Matrix products only, as is usual (PaLM, appendix B): attention is the full square, although causality needs
-    half of it.
+    half of it. The products do not depend on the norm strategy, so that one count serves all rows of a table.
     """
-    return flops_under_pre_ln(replace(architecture, norm={"name": "pre_ln"}))
-
-
-@lru_cache(maxsize=64)
-def flops_under_pre_ln(architecture: Architecture) -> int:
-    """`training_flops`: the products do not depend on the norm strategy, and one count serves all rows of a table."""
-    one, two = (flops_with(architecture, blocks) for blocks in (1, 2))
+    one, two = (flops_under_pre_ln(replace(architecture, norm={}), blocks) for blocks in (1, 2))
     return one + (architecture.model.num_hidden_layers - 1) * (two - one)
 
 
-def flops_with(architecture: Architecture, blocks: int) -> int:
+@lru_cache(maxsize=128)
+def flops_under_pre_ln(architecture: Architecture, blocks: int) -> int:
     with (
         FakeTensorMode(),
         sdpa_kernel(SDPBackend.MATH),  # whose products are counted on every device

@@ -81,7 +81,7 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     if not (folder / TOKENIZER).is_dir():
         raise UserError(f"{folder}: no folder {TOKENIZER}/: copy it from where the run was trained")
     tokenizer = load_tokenizer(str(folder / TOKENIZER), f"{folder}: its tokenizer")
-    weights, vocab_size, step = read_run_weights(checkpoint, "decoder", "lm_head.weight")
+    weights, vocab_size, step = read_run_weights(checkpoint, "decoder")
     tokenizer.require_embeddings(vocab_size, f"{folder / TOKENIZER}")
     decoder = empty_decoder(config, vocab_size)
     load_weights(decoder, weights, str(checkpoint))
@@ -95,7 +95,7 @@ def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
     Raises:
         UserError: the checkpoint is unreadable.
     """
-    weights, classes, step = read_run_weights(checkpoint, "vit", "head.weight")
+    weights, classes, step = read_run_weights(checkpoint, "vit")
     specs = build_all(config.norm, config.model.num_hidden_layers)
     vit = VisionTransformer(config.model, specs, config.images.size, config.images.patch_size, classes)
     load_weights(vit, weights, str(checkpoint))
@@ -103,12 +103,13 @@ def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
     return vit
 
 
-def read_run_weights(checkpoint: Path, model: str, head: str) -> tuple[dict[str, Tensor], int, int]:
-    """The weights of a run's `decoder` or `vit`, the number of outputs of its `head`, and the step of the checkpoint.
+def read_run_weights(checkpoint: Path, model: str) -> tuple[dict[str, Tensor], int, int]:
+    """The weights of a run's `decoder` or `vit`, the number of outputs of its head, and the step of the checkpoint.
 
     Raises:
         UserError: the checkpoint is unreadable, has no such head, or holds NaN or Inf.
     """
+    head = {"decoder": "lm_head.weight", "vit": "head.weight"}[model]
     state = read_for_weights(checkpoint)
     weights = weights_of(state, model)
     if head not in weights or weights[head].ndim != 2:

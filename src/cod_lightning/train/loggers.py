@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,14 +88,16 @@ def mlflow_logger(config: Config) -> MLFlowLogger:
     return logger
 
 
-def log_config(trainer: Trainer, config: Mapping[str, Any]) -> None:
-    """Log the configuration as text, and as hyperparameters where these need no final loss."""
-    text = yaml.safe_dump(dict(config), sort_keys=False)
+def log_config(trainer: Trainer, config: Config) -> None:
+    """Log the configuration as text, and as hyperparameters where these need no final loss; lay out TensorBoard."""
+    values = asdict(config)
+    text = yaml.safe_dump(values, sort_keys=False)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
+            logger.experiment.add_custom_scalars(layout(config.task, config.trainer))
             continue
-        logger.log_hyperparams(hyperparameters(config))
+        logger.log_hyperparams(hyperparameters(values))
         if isinstance(logger, WandbLogger):
             logger.log_text("config", columns=["yaml"], data=[[text]])
         if isinstance(logger, MLFlowLogger):
@@ -110,15 +113,8 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def log_layout(trainer: Trainer, config: Config) -> None:
-    """Give TensorBoard's Custom Scalars tab the losses first, then one chart a measure with all of its layers."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_custom_scalars(layout(config.task, config.trainer))
-
-
 def layout(task: str, settings: TrainerConfig) -> dict[str, dict[str, list[Any]]]:
-    """Groups of charts by name, as `SummaryWriter.add_custom_scalars` takes them."""
+    """TensorBoard's Custom Scalars tab: the losses first, then one chart a measure with all of its layers."""
     groups: dict[str, list[str]] = {}
     if settings.stats_every:
         groups["layers"] = ["variance", "attention_variance", "ffn_variance", "gradient_norm"]

@@ -77,11 +77,6 @@ def hardware() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write `record.json` into a run folder."""
-    write_json(folder / RECORD, record)
-
-
 def write_failure(folder: Path, config: Mapping[str, Any], reason: str) -> None:
     """Write `failed.json` into a run folder: configuration, environment and reason."""
     write_json(folder / FAILURE, {"failure": reason, "seed": config["seed"], **environment(), "config": config})

@@ -28,23 +28,14 @@ from cod_lightning.train.callbacks import (
     Recorder,
     StopOnSignal,
 )
-from cod_lightning.train.checkpoint import (
-    Checkpoints,
-    newest_checkpoint,
-    read_resumable,
-    step_of,
-)
+from cod_lightning.train.checkpoint import Checkpoints, newest_checkpoint, read_resumable, step_of
 from cod_lightning.train.devices import accelerator, check_norm_backend, set_threads
 from cod_lightning.train.load import StartingWeights, load_initial_weights, read_run_weights, write_tokenizer
-from cod_lightning.train.loggers import build_loggers, finish, log_config, log_layout
+from cod_lightning.train.loggers import build_loggers, finish, log_config
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
-from cod_lightning.train.record import environment, write_record
-from cod_lightning.train.trainer import (
-    build_trainer,
-    quiet_lightning,
-    translate_rank_failures,
-)
+from cod_lightning.train.record import RECORD, environment, write_json
+from cod_lightning.train.trainer import build_trainer, quiet_lightning, translate_rank_failures
 from cod_lightning.train.vision import VisionModule
 
 Data = TokenDataModule | ImageDataModule
@@ -95,8 +86,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         trainer.loggers = build_loggers(config, folder, None if checkpoint is None else step_of(checkpoint))
         if isinstance(data, TokenDataModule) and trainer.is_global_zero:
             write_tokenizer(data.tokenizer(), data.eos_id, data.pad_id, folder / TOKENIZER)
-        log_config(trainer, asdict(config))
-        log_layout(trainer, config)
+        log_config(trainer, config)
 
         started = environment()
         with translate_rank_failures(settings):
@@ -107,7 +97,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         record = finite(build_record(config, started, recorder, trainer, module, data))
         finish(trainer, record["config"], record["val_loss"])
         if trainer.is_global_zero:
-            write_record(folder, record)
+            write_json(folder / RECORD, record)
     return record
 
 
@@ -138,8 +128,8 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
         Stopped: a signal interrupted the validation, or another rank is gone.
     """
     with quiet_lightning():
-        model, head = ("vit", "head.weight") if config.task == "vision" else ("decoder", "lm_head.weight")
-        weights, _, step = read_run_weights(checkpoint, model, head)  # before hours of preparation
+        model = "vit" if config.task == "vision" else "decoder"
+        weights, _, step = read_run_weights(checkpoint, model)  # before hours of preparation
         data, module = build(config)
         module.initial_weights = StartingWeights(weights, str(checkpoint), step)
         trainer = build_trainer(config)
