@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # of argparse, after --help and after a wrong option
         flushed = flush_output()
         raise SystemExit(stop.code or flushed) from None
-    except BrokenPipeError:  # while an error was told
+    except BrokenPipeError:  # while an error was printed
         if not reader_is_gone():
             raise
         status = CLOSED_PIPE

@@ -70,9 +70,8 @@ def run(
     figures = evaluate(config, checkpoint_of(run, checkpoint))
     if rank == 0:
         for name, value in figures.items():
-            if not is_shown(name, protocol):
-                continue
-            print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
+            if is_shown(name, protocol):
+                print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
     return 0
 
 

@@ -183,19 +183,15 @@ def print_plan(subject: Subject, measures: Sequence[str], todo: Sequence[str]) -
     print(f"{subject.model.name}: a forward pass over {total} sequences takes {seconds:.3g} s", file=sys.stderr)
     sum_of_passes = 0.0
     for each in measures:
-        part = PARTS[each]
-        share = min(part.sequences or total, total) / total
-        passes = part.passes(subject.model.depth, head_share(subject.model)) * share
+        cost = "measured before"
         if each in todo:
+            passes = PARTS[each].passes(subject.model.depth, head_share(subject.model))
+            passes *= min(PARTS[each].sequences or total, total) / total
             sum_of_passes += passes
-        cost = f"{passes:6.1f} passes  {format_duration(passes * seconds)}" if each in todo else "measured before"
+            cost = f"{passes:6.1f} passes  {format_duration(passes * seconds)}"
         print(f"  {each:<18} {cost}", file=sys.stderr)
-    print(
-        f"  {'all':<18} {sum_of_passes:6.1f} passes  about {format_duration(sum_of_passes * seconds)}; if stopped, the "
-        "same command resumes",
-        file=sys.stderr,
-        flush=True,
-    )
+    cost = f"{sum_of_passes:6.1f} passes  about {format_duration(sum_of_passes * seconds)}"
+    print(f"  {'all':<18} {cost}; if stopped, the same command resumes", file=sys.stderr, flush=True)
 
 
 def head_share(model: ModelAdapter) -> float:

@@ -163,8 +163,10 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
     for name in names:
         if name in skipped:
             print(f"{name}: left out, {skipped[name]}")
-        else:
-            show_result(subject, name, run_measure(name, subject, options, folder))
+            continue
+        result = with_progress(name, MEASURES[name], subject, MEASURES[name].own(options))
+        result.save(folder, name)
+        show_result(subject, name, result)
 
 
 def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
@@ -177,13 +179,6 @@ def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> Non
     result = with_progress("prune", prune, subject, options, folder=folder, export=subject.export)
     result.save(folder, "prune")
     show_result(subject, "prune", result)
-
-
-def run_measure(name: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> Any:
-    """Take one measure and save its result."""
-    result = with_progress(name, MEASURES[name], subject, MEASURES[name].own(options))
-    result.save(folder, name)
-    return result
 
 
 def with_progress(

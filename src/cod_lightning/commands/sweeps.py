@@ -71,9 +71,10 @@ def sweep_table(runs: Sequence[tuple[str, Record | None]]) -> Table:
     for label, record in runs:
         groups.setdefault(without_seed(label), []).append(record)
     sections = [lines((label, [record]) for label, record in runs)]
-    seeds_vary = len(groups) < len(runs)
-    if seeds_vary:
+    notes = []
+    if len(groups) < len(runs):
         sections.insert(0, lines(groups.items()))
+        notes = ["mean ± standard deviation over seeds", "above best: paired by seed, ± half of the 95 % interval"]
     compared = sections[0]
     names = [name for name in METRIC_FORMATS if any(name in line.metrics for line in compared)]
     every = [value for section in sections for line in section for value in line.variance]
@@ -90,8 +91,6 @@ def sweep_table(runs: Sequence[tuple[str, Record | None]]) -> Table:
             above = line.above(compared[0]) if section is compared and line is not compared[0] else ""
             table.add_row(line.label, *cells(line, names, above, top))
         table.add_section()
-    notes = ["mean ± standard deviation over seeds", "above best: paired by seed, ± half of the 95 % interval"]
-    notes = notes if seeds_vary else []
     if top:
         notes.append(f"bars: variance after each layer, all lines from 0 to {top:.4g}")
     table.caption = "; ".join(notes)

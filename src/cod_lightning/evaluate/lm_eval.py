@@ -48,11 +48,11 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
     known = set(manager.all_tasks)
     errors = []
     for task in tasks:
-        if task in known:
-            errors += [f"tasks: {reason}: name its tasks" for reason in [without_score(manager, task)] if reason]
-        else:
+        if task not in known:
             similar = ", ".join(difflib.get_close_matches(task, known, n=5))
             errors.append(f"tasks: unknown task {task!r}" + (f"; similar: {similar}" if similar else ""))
+        elif reason := without_score(manager, task):
+            errors.append(f"tasks: {reason}: name its tasks")
     if errors:
         # The harness skips files that it cannot read.
         raise UserError("\n".join(errors + ([] if folder is None else unreadable(folder))))
