@@ -606,7 +606,8 @@ COMMANDS = [
     )),
     (nothing, ["predict", "norm=mixln"], ["norm='mixln' does not exist: did you mean 'mix_ln'"]),
     *((nothing, ["predict", word], [f"{word} has no effect, remove it: predict reads only model, norm, seed"])
-      for word in ("output=x", "optim.lr=1", "data.files=x", "trainer.threads=1", "init_from=x")),
+      for word in ("output=x", "optim.lr=1", "data.files=x", "trainer.threads=1", "init_from=x",
+                   "optim=lisa", "trainer=cpu")),
     (nothing, ["predict", "experiments=table5_vit_s"], ["predict does not support task=vision"]),
     (nothing, ["predict", "model=tiny", "data.tokenizer=t5-base"], ["model.vocab_size is open, and data.tokenizer"]),
     (module("def f(layer, depth):\n    return 1 / (layer - 1)"), ["predict", MINE], ["raised ZeroDivisionError"]),

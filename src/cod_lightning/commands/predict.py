@@ -17,6 +17,8 @@ Builds the untrained decoder on the CPU. Writes JSON, CSV, PNG and PDF. Examples
   predict norm=keel model=tiny model.num_hidden_layers=24
   predict norm=my_package.my_module:my_strategy norm.power=0.5 model=llama_60m
 """
+CHOICES = ("data", "experiments", "model", "norm", "protocol", "scale")
+"""The groups that may set the decoder."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,10 +30,9 @@ def run(overrides: Sequence[str], output: Path) -> int:
     from dataclasses import replace
 
     from cod_lightning.config.compose import compose
-    from cod_lightning.config.groups import groups
     from cod_lightning.config.validate import vocab_size_errors
 
-    refuse_unread(overrides, "predict", groups())
+    refuse_unread(overrides, "predict", CHOICES)
     config = compose(overrides)
     check_writable(output, "--output=")
     if config.task != "language":
