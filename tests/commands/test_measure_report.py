@@ -137,6 +137,15 @@ def test_too_few_tokens_are_refused_before_the_first_measure(measured, tmp_path)
     assert measured == []
 
 
+def test_every_model_is_checked_before_the_first_is_measured(measured, tmp_path):
+    def damaged():
+        raise UserError("deep: damaged")
+
+    with pytest.raises(UserError, match="deep: damaged"):
+        run_report({"lns": subject, "deep": damaged}, {}, tmp_path, REPORTED)
+    assert measured == []
+
+
 def test_models_of_images_have_no_report(tmp_path):
     with pytest.raises(UserError, match="lns is a model of images: measure report supports models of text only"):
         run_report({"lns": lambda: replace(subject(), export=None)}, {}, tmp_path, REPORTED)

@@ -79,10 +79,12 @@ def run_report(
     Raises:
         UserError: a model does not predict the next token, a measure fails, or the folder cannot be written to.
     """
+    for open_subject in list(subjects.values())[1:]:  # before the first is measured, which may take hours
+        check_subject(open_subject(), options, measures, name)
     models, texts, uniform = {}, {}, {}
     for model, open_subject in subjects.items():
         subject = open_subject()
-        subject.require_next_token(name)
+        check_subject(subject, options, measures, name)
         models[model] = measure_parts(subject, options, folder / model, measures)
         texts[model] = text_of(subject)
         uniform[model] = math.log(len(subject.model.head_weight))
@@ -98,6 +100,19 @@ def run_report(
     return folder / f"{name}.html"
 
 
+def check_subject(subject: Subject, options: Mapping[str, Any], measures: Sequence[str], command: str) -> None:
+    """Check that a model can be measured.
+
+    Raises:
+        UserError: it does not predict the next token, an option is out of range, or a measure does not apply.
+    """
+    subject.require_next_token(command)
+    for each in measures:
+        MEASURES[each].check_options(subject.model, options)
+        if reason := MEASURES[each].why_not(subject.model, subject.tokens):
+            raise UserError(f"{subject.model.name}: {each}: {reason}")
+
+
 def measure_parts(
     subject: Subject, options: Mapping[str, Any], folder: Path, measures: Sequence[str]
 ) -> dict[str, Any]:
@@ -106,10 +121,6 @@ def measure_parts(
     Before it starts it prints the expected cost of each part.
     """
     chosen = {each: MEASURES[each].own(options) for each in measures}
-    for each in measures:
-        MEASURES[each].check_options(subject.model, options)
-        if reason := MEASURES[each].why_not(subject.model, subject.tokens):
-            raise UserError(f"{subject.model.name}: {each}: {reason}")
     identity = subject_identity(subject)
     keys = {each: f"{identity} {each} {sorted(own.items())} {PARTS[each].sequences}" for each, own in chosen.items()}
     results = {each: found for each in measures if (found := stored(folder, each, keys[each])) is not None}
