@@ -4,9 +4,11 @@ The tests that log with wandb and mlflow are marked `extended`, because `.[dev]`
 To run them: `pip install -e '.[wandb,mlflow]'`, then `pytest -m extended tests/train/test_loggers.py`.
 """
 
+import errno
 from dataclasses import asdict
 
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cod_lightning.config.compose import compose
 from cod_lightning.errors import UserError
@@ -27,6 +29,23 @@ def test_rows_of_csv_are_written_at_once(tmp_path):
     (logger,) = loggers.build_loggers(config, tmp_path, None)
     logger.log_metrics({"Loss/train": 1.0}, step=10)
     assert (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[1:] == ["1.0,10"]
+
+
+def fill_disk(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_the_events_of_tensorboard_is_one_error(train, monkeypatch):
+    monkeypatch.setattr(RecordWriter, "write", fill_disk)
+    with pytest.raises(UserError, match=r"^\S+/run: No space left on device$"):
+        train("logger=tensorboard", "name=run")
+
+
+def test_a_full_disk_is_not_called_a_wrong_metric(tmp_path, monkeypatch):
+    (logger,) = loggers.build_loggers(compose(["logger=tensorboard"]), tmp_path, None)
+    monkeypatch.setattr(logger.experiment, "add_scalar", fill_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        logger.log_metrics({"Loss/train": 1.0}, step=10)
 
 
 def test_hyperparameters_tell_the_options_of_a_strategy_and_the_data_apart():

@@ -55,9 +55,21 @@ def build_loggers(config: Config, folder: Path, step: int | None) -> list[Logger
     return [builders[name]() for name in config.loggers]
 
 
+class EventLogger(TensorBoardLogger):
+    """Raises the error of the thread that writes events, such as a full disk, which Lightning calls a wrong value."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        try:
+            super().log_metrics(metrics, step)
+        except ValueError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
+
+
 def tensorboard_logger(folder: Path, step: int | None) -> TensorBoardLogger:
     """Events in the run folder itself, so that TensorBoard names the run as its folder."""
-    return TensorBoardLogger(folder, name="", version="", purge_step=None if step is None else step + 1)
+    return EventLogger(folder, name="", version="", purge_step=None if step is None else step + 1)
 
 
 def wandb_logger(config: Config, folder: Path) -> WandbLogger:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Generator, Sequence
 
@@ -96,10 +97,20 @@ def translate_rank_failures(settings: TrainerConfig) -> Generator[None]:
 
 @contextlib.contextmanager
 def quiet_lightning() -> Generator[None]:
-    """Silence Lightning's info messages, and its warnings about choices that are intended here."""
+    """Silence Lightning's info messages, and its warnings about choices that are intended here.
+
+    Also silences the thread that writes for TensorBoard: the next call of its logger raises the error.
+    """
     levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
     for logger in levels:
         logger.setLevel(logging.WARNING)
+    hook = threading.excepthook
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            hook(failure)
+
+    threading.excepthook = report
     with warnings.catch_warnings():
         for message in (
             # The main process reads the data unless data.loader_workers is set.
@@ -115,5 +126,6 @@ def quiet_lightning() -> Generator[None]:
         try:
             yield
         finally:
+            threading.excepthook = hook
             for logger, level in levels.items():
                 logger.setLevel(level)
