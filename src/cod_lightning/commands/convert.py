@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,6 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, overrides: 
     """Write a run folder with the changed weights, without optimizer state; all other settings are the model's."""
     norm = compose_norm(overrides, "convert")
     config, decoder, tokenizer = read_trained(model, checkpoint, trust_code, output)
-    from dataclasses import replace
-
     from cod_lightning.nn.surgery import convert
     from cod_lightning.train.load import write_run
 

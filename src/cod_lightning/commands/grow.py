@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,6 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, words: Sequ
     if "blocks" not in options:
         raise UserError("blocks= is missing: give the new number of blocks")
     config, decoder, tokenizer = read_trained(model, checkpoint, trust_code, output)
-    from dataclasses import replace
-
     from cod_lightning.train.load import write_run
 
     with progress_bar(f"{model}: {options['how']}") as update:

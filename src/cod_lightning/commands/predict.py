@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cod_lightning.commands.options import add_overrides, refuse_unread, some_path
@@ -27,8 +28,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(overrides: Sequence[str], output: Path) -> int:
-    from dataclasses import replace
-
     from cod_lightning.config.compose import compose
     from cod_lightning.config.validate import vocab_size_errors
 
