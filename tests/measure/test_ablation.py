@@ -178,6 +178,12 @@ class TestFitLinear:
         with pytest.raises(UserError, match="needs more tokens than the hidden size 16, not 16"):
             linear_replacement(causal_lm("ours", depth=2), [batch], fit=[tokens(2, 8)])
 
+    def test_hidden_states_that_are_not_finite_are_an_error(self, causal_lm, batch):
+        model = causal_lm("ours")
+        torch.nn.init.constant_(model.blocks[1].mlp.down_proj.weight, torch.nan)
+        with pytest.raises(UserError, match="^ours: a linear map needs finite hidden states"):
+            linear_replacement(model, [batch])
+
 
 def test_the_causal_score_compares_updates_with_and_without_a_layer(model, batch):
     result = causal_score(model, batch.split(4))

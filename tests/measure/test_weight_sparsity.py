@@ -253,6 +253,14 @@ def test_a_block_without_a_tail_is_an_error(causal_lm):
         layer_alphas(model)
 
 
+@torch.no_grad()
+def test_a_weight_that_is_not_finite_is_an_error(causal_lm):
+    model = causal_lm("llama")
+    model.blocks[1].get_submodule("self_attn.o_proj").weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="^layer 2: a weight is NaN or infinite$"):
+        layer_alphas(model)
+
+
 @pytest.mark.parametrize("sparsities", [owl_sparsities, alpha_sparsities])
 def test_equal_blocks_get_equal_sparsities(sparsities):
     assert sparsities([0.1] * 3, 0.7) == pytest.approx([0.7] * 3)

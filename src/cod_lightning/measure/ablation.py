@@ -304,8 +304,10 @@ def fit_linear(
 def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The matrix W [inputs, outputs] that minimises |X W - Y| over pairs X and Y of matrices [tokens, ...] in float64.
 
+    Directions without inputs are ignored: few different tokens make few different inputs of the first layer.
+
     Raises:
-        UserError: there are no more tokens than the hidden size.
+        UserError: there are no more tokens than the hidden size, or an input is not finite.
     """
     gram = cross = torch.zeros((), dtype=torch.float64)
     count = 0
@@ -315,14 +317,8 @@ def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tens
         raise UserError(
             f"{model.name}: a linear map needs more tokens than the hidden size {model.hidden}, not {count}"
         )
-    return least_squares(gram, cross)
-
-
-def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
-    """The matrix W [inputs, outputs] that minimises |X W - Y|, from X^T X and X^T Y in float64.
-
-    Directions without inputs are ignored: few different tokens make few different inputs of the first layer.
-    """
+    if not gram.isfinite().all():
+        raise UserError(f"{model.name}: a linear map needs finite hidden states, but some are NaN or infinite")
     # Scale to a unit diagonal, as channels differ by orders of magnitude.
     scale = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     solution = torch.linalg.pinv(gram / scale / scale[:, None], hermitian=True) @ (cross / scale[:, None])

@@ -207,11 +207,14 @@ def layer_alphas(model: ModelAdapter) -> list[float]:
     """Return the mean `pl_alpha_hill` of each block over its matrices that have a tail.
 
     Raises:
-        UserError: a block has no such matrix.
+        UserError: a block has no such matrix, or a weight that is not finite.
     """
     means = []
     for layer, block in enumerate(model.blocks, start=1):
-        alphas = [pl_alpha_hill(weight) for _, weight in linear_weights(block).values()]
+        weights = [weight for _, weight in linear_weights(block).values()]
+        if not all(weight.isfinite().all() for weight in weights):
+            raise UserError(f"layer {layer}: a weight is NaN or infinite")
+        alphas = [pl_alpha_hill(weight) for weight in weights]
         means.append(float(torch.tensor(alphas, dtype=torch.float64).nanmean()))
         if math.isnan(means[-1]):
             raise UserError(f"layer {layer}: the spectrum of no weight matrix has a tail; is the model initialised?")
