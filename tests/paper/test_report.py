@@ -581,6 +581,14 @@ def test_axes_of_losses_have_their_unit(target):
     assert all("(nats)" in label for label in labels if "loss" in label)
 
 
+def test_the_linear_part_of_a_logarithmic_axis_is_marked():
+    axes = draw(Column((figure_experiments("Figure 7")[1],))).axes[2]
+    (band,) = axes.patches
+    linear = axes.yaxis.get_transform().linthresh
+    assert (band.get_y(), band.get_height()) == (-linear, 2 * linear)
+    assert axes.get_ylabel().endswith("grey: linear axis")
+
+
 @pytest.mark.parametrize("target", ["Figure 4", "Figure 7", "Figure 9"])
 def test_panels_of_means_state_their_number_of_seeds(target):
     figure = draw(Column((figure_experiments(target)[1],)))

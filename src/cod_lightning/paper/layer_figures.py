@@ -29,6 +29,8 @@ from cod_lightning.plots import (
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps, and the values at these steps."""
+LINEAR = 1e-3
+"""The axis of increases of the loss (nats) is linear up to this one, of either sign, and logarithmic beyond it."""
 
 
 def stacked(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
@@ -80,7 +82,7 @@ def angle_and_removal(column: Column) -> Figure | None:
         figure.colorbar(image, ax=axes[0], label="angular distance of $x_l$\nand $x_{l+n}$ (angle / $\\pi$)")
     if costs:
         for panel, row in zip(axes[-1], rows, strict=True):
-            panel.set_yscale("symlog", linthresh=1e-3)
+            panel.set_yscale("symlog", linthresh=LINEAR)
             if row.name in costs:
                 increases, colour = costs[row.name], row_colour(row)
                 layers = np.arange(1, increases.shape[1] + 1)
@@ -90,7 +92,11 @@ def angle_and_removal(column: Column) -> Figure | None:
             panel.yaxis.set_major_formatter(PlainNumbers())
             integer_ticks(panel.xaxis)
             panel.set_xlabel("removed layer")
-        axes[-1][0].set_ylabel("increase of the loss (nats)\ndots: seeds, lines: medians")
+        limits = axes[-1][0].get_ylim()
+        for panel in axes[-1]:
+            panel.axhspan(-LINEAR, LINEAR, color="black", alpha=0.08, lw=0)
+        ylabel = "increase of the loss (nats)\ndots: seeds, lines: medians\ngrey: linear axis"
+        axes[-1][0].set(ylim=limits, ylabel=ylabel)
     return figure
 
 
