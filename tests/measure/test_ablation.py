@@ -181,7 +181,7 @@ class TestFitLinear:
     def test_hidden_states_that_are_not_finite_are_an_error(self, causal_lm, batch):
         model = causal_lm("ours")
         torch.nn.init.constant_(model.blocks[1].mlp.down_proj.weight, torch.nan)
-        with pytest.raises(UserError, match="^ours: a linear map needs finite hidden states"):
+        with pytest.raises(UserError, match=r"^ours: a linear map needs finite hidden states"):
             linear_replacement(model, [batch])
 
 

@@ -31,12 +31,6 @@ def test_every_measure_gives_a_table(causal_lm, family, name):
     assert result.rows()
 
 
-@pytest.mark.parametrize(("name", "least"), [("swaps", 2), ("theory", 3)])
-def test_a_measure_refuses_a_model_with_too_few_blocks(causal_lm, name, least):
-    with pytest.raises(UserError, match=f"ours: it needs at least {least} blocks, but the model has {least - 1}"):
-        MEASURES[name](causal_lm("ours", depth=least - 1), BATCHES, PAD, None)
-
-
 @pytest.mark.parametrize("name", [name for name in MEASURES if MEASURES[name].needs_targets])
 def test_a_measure_of_next_tokens_refuses_bert(causal_lm, name):
     with pytest.raises(UserError, match="bert: bert does not predict the next token"):

@@ -127,7 +127,7 @@ def activation_stats(
     variances: list[Tensor] = []
     first: list[Tensor] = []
     massive = MassiveActivationFinder()
-    # Of the batch that runs; every place is written again in the next one.
+    # These hold the batch that runs; the next one overwrites every place.
     found: dict[tuple[str, int], Tensor] = {}
     maxima: dict[tuple[str, int], Tensor] = {}
     total = len(batches) if isinstance(batches, Sized) else 0
@@ -164,8 +164,8 @@ def activation_stats(
         errors, maximum = means.error[at, 0].tolist(), largest[at].tolist()
         return Statistics(variance, errors, mean, rms, kurtosis, maximum, *columns)
 
-    statistics_by_place = map(statistics_at, PLACES)
-    return ActivationStats(model.name, len(is_first), *statistics_by_place, *massive.largest_channels(model.decode))
+    channels = massive.largest_channels(model.decode)
+    return ActivationStats(model.name, len(is_first), *map(statistics_at, PLACES), *channels)
 
 
 def over_tokens(variance: np.ndarray, is_first: np.ndarray) -> tuple[float, ...]:

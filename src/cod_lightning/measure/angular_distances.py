@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, hidden_states, iter_batches
 from cod_lightning.measure.options import Positive
 from cod_lightning.measure.panels import HeatMap, Panel
@@ -73,12 +73,12 @@ def angular_distance(
         token: "all" of a sequence, as the paper says, or the "last" before the padding, as Gromov et al. do.
         normalise: "raw" angles, or scaled for each n as in the released code (see `scale_as_released`).
     """
+    if token == "last" and model.reads_images:
+        raise UserError("token=last does not apply to the patches of an image; use token=all")
     depth, mean = model.depth, RunningMean()
     for batch, mask in iter_batches(model, batches, pad_id, progress):
         if mean.count >= tokens:
             break
-        if token == "last" and isinstance(batch, Images):
-            raise UserError("token=last does not apply to the patches of an image; use token=all")
         chosen = last_token(mask) if token == "last" else mask
         states = [x[: tokens - mean.count] for x in hidden_states(model, batch, mask, chosen)]
         for chunk in zip(*(x.split(CHUNK) for x in states), strict=True):

@@ -90,7 +90,7 @@ def rises(search: Any) -> list[float | None]:
 
 
 def extremes(
-    values: Sequence[float | None], layers: Sequence[int] | None = None, errors: Sequence[float | None] | None = None
+    values: Sequence[float | None], errors: Sequence[float | None] | None = None, layers: Sequence[int] | None = None
 ) -> tuple[str, str]:
     """The smallest and the largest value, each with its block, such as "0.52 ± 0.03 (block 4)"."""
     layers = layers or range(1, len(values) + 1)
@@ -145,7 +145,7 @@ def count(amount: int, noun: str) -> str:
 def headline_sentence(numbers: Mapping[str, Any], removal: Any, uniform: float) -> str:
     """What the headline's numbers show, or that they show nothing; `uniform` is the loss of a uniform guess."""
     cheap, blocks = numbers["cheap_blocks"], numbers["blocks"]
-    cheapest, _ = extremes(differences(removal), None, removal["error"])
+    cheapest, _ = extremes(differences(removal), removal["error"])
     text = f"{len(cheap)} of {count(blocks, 'block')} cost less than 1% of the loss when removed alone"
     if cheap:
         text += f" ({', '.join(f'{n} {third}' for third, n in numbers['cheap_by_third'].items())})"
@@ -194,8 +194,8 @@ def variance_sentence(result: Any) -> str:
 
 def jacobian_sentence(result: Any) -> str:
     layers, errors = result["layers"], result["errors"]
-    nearest, farthest = extremes(result["distance"], layers, errors["distance"])
-    smallest, largest = extremes(result["largest_singular_value"], layers, errors["largest_singular_value"])
+    nearest, farthest = extremes(result["distance"], errors["distance"], layers)
+    smallest, largest = extremes(result["largest_singular_value"], errors["largest_singular_value"], layers)
     return (
         f"The distance of the Jacobian from the identity is between {nearest} and {farthest}; its largest singular "
         f"value between {smallest} and {largest}. Standard errors over {count(result['tokens'], 'token')}."
@@ -224,7 +224,7 @@ def readout_sentence(result: Any) -> str:
 def removal_sentence(result: Any) -> str:
     costs = differences(result)
     known = [cost for cost in costs if cost is not None]
-    least, most = extremes(costs, None, result["error"])
+    least, most = extremes(costs, result["error"])
     middle = number(median(known)) if known else "not finite"
     errors = "" if result["error"] is None else " Standard errors over sequences, each with and without the block."
     return (
@@ -245,7 +245,7 @@ def search_sentence(result: Any) -> str:
 
 
 def influence_sentence(result: Any) -> str:
-    least, most = extremes(result["influence"], None, result["error"])
+    least, most = extremes(result["influence"], result["error"])
     return (
         f"Block influence, 1 - mean cosine between a block's input and output, is between {least} and {most}. Standard "
         f"errors over {count(result['tokens'], 'token')}."
@@ -255,7 +255,7 @@ def influence_sentence(result: Any) -> str:
 def contribution_sentence(result: Any) -> str:
     added, erasing = [], []
     for name, label in SUBLAYERS.items():
-        least, most = extremes(result[name], None, result["errors"][name])
+        least, most = extremes(result[name], result["errors"][name])
         added.append(f"{label} adds between {least} and {most}")
         negative = [cosine for cosine in result[f"{name}_cosine"] if cosine is not None and cosine < 0]
         erasing.append(f"in {len(negative)} of {count(len(result[name]), 'block')} for {label}")

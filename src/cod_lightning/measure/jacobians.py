@@ -188,14 +188,7 @@ def jacobian(
     summaries = [summarise(torch.cat(samples[layer]), weight) for layer in chosen]
     values = {name: [summary[name][0] for summary in summaries] for name in STATISTICS}
     errors = {name: [summary[name][1] for summary in summaries] for name in STATISTICS}
-    return Jacobian(
-        model=model.name,
-        layers=chosen,
-        tokens=len(weight),
-        probes=probes,
-        **values,
-        errors=errors,
-    )
+    return Jacobian(model.name, chosen, len(weight), probes, **values, errors=errors)
 
 
 def mean_jacobian(

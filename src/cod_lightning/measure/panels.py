@@ -84,7 +84,8 @@ class HeatMap:
 
         values = np.array(self.matrix, dtype=float)
         rows, columns = values.shape
-        colours: dict[str, Any] = dict(zip(("vmin", "vmax"), self.limits or (), strict=False))
+        vmin, vmax = self.limits or (None, None)
+        colours: dict[str, Any] = {"vmin": vmin, "vmax": vmax}
         if self.log and (values > 0).any():
             positive = values[values > 0]
             colours = {"norm": LogNorm(positive.min(), positive.max(), clip=True)}

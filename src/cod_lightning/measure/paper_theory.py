@@ -173,11 +173,8 @@ def theory(
     if gains and not 3 <= len(gains) <= len(variances):
         raise UserError(f"{len(gains)} gains for {len(variances)} variances: expected 3 to {len(variances)}")
     c = fit_lemma(variances, lns)
-    shape_constants: list[float] = []
-    shape_log_bound: list[float] = []
-    if shapes is not None:
-        shape_constants = list(bound_constants(shapes))
-        shape_log_bound = log_gain_bound(variances, *shape_constants, lns=lns)
+    shape_constants = [] if shapes is None else list(bound_constants(shapes))
+    shape_log_bound = [] if shapes is None else log_gain_bound(variances, *shape_constants, lns=lns)
     fitted_constants: list[float] = []
     fitted_log_bound: list[float] = []
     if gains:

@@ -28,7 +28,7 @@ It assumes that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,7 +126,9 @@ def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Pr
     if any(spec.value_residual == "mean" for spec in specs):
         raise UserError("norm: value_residual='mean' has no closed form: predict norm.form=learned, or the base")
     decoder = build_decoder(config, specs, seed)
-    expected, doubled = positive_closed_form(decoder), positive_closed_form(meta_decoder(config, twice))
+    with torch.device("meta"):
+        deeper = Decoder(replace(config, num_hidden_layers=2 * depth), twice)
+    expected, doubled = positive_closed_form(decoder), positive_closed_form(deeper)
     overflow = [v for v in expected["variance"] if DEVIATIONS * math.sqrt(v) > FP16_MAX]
     return Prediction(
         model=str(norm["name"]),
@@ -380,11 +382,14 @@ def norm_factors(
         fixed: the input has a fixed length instead of being Gaussian.
         alpha: initial alpha of a bounded function; None: the default of its kind.
     """
-    kernel = norm_kernel(q, config.norm_eps / input_scale**2)
-    removed = 1.0 if fixed else norm_jacobian(size or config.hidden_size)
+    size = size or config.hidden_size
+    scale = 1 / np.sqrt(q.diagonal() + config.norm_eps / input_scale**2)
+    kernel = np.outer(scale, scale)
+    # The mean square of a norm's Jacobian: (size - 1) E[1 / |x|^2] of a standard Gaussian x.
+    removed = 1.0 if fixed else (size - 1) / max(size - 2, 1)
     if config.norm not in BOUNDED:
         return weight**2 * kernel, weight**2 * kernel * removed
-    # The function reads sqrt(slope) q.
+    # The function reads Gaussians of covariance into * q.
     alpha = ALPHA[config.norm] if alpha is None else alpha
     into = (alpha / KAPPA) ** 2 * kernel if config.norm == "bhyt" else np.full_like(q, (alpha * input_scale) ** 2)
     if config.norm == "derf":
@@ -394,17 +399,6 @@ def norm_factors(
     slopes = pair_mean(derivative, into * q) * into
     ratios = np.divide(pair_mean(value, into * q), q, out=slopes.copy(), where=q != 0)
     return weight**2 * ratios, weight**2 * slopes * (removed if config.norm == "bhyt" else 1.0)
-
-
-def norm_kernel(q: Array, eps: float) -> Array:
-    """The factor of a norm on the kernel q of its input."""
-    scale = 1 / np.sqrt(q.diagonal() + eps)
-    return np.outer(scale, scale)
-
-
-def norm_jacobian(size: int) -> float:
-    """(size - 1) E[1 / |x|^2] of a standard Gaussian x of this size: the mean square of a norm's Jacobian."""
-    return (size - 1) / max(size - 2, 1)
 
 
 def off_diagonal(kernel: Array) -> float:
@@ -432,9 +426,3 @@ def truncated_variance(config: DecoderConfig) -> float:
         return 1.0
     density = math.exp(-(cutoff**2) / 2) / math.sqrt(2 * math.pi)
     return 1 - 2 * cutoff * density / math.erf(cutoff / math.sqrt(2))
-
-
-def meta_decoder(config: DecoderConfig, specs: Sequence[Any]) -> Decoder:
-    """A decoder of `specs` without memory for its weights."""
-    with torch.device("meta"):
-        return Decoder(replace(config, num_hidden_layers=len(specs)), list(specs))

@@ -32,7 +32,6 @@ def changed_losses(
     return losses[whole], tokens, [losses[tuple(order)] for order in orders]
 
 
-@torch.no_grad()
 def order_losses(
     model: ModelAdapter,
     orders: Iterable[Sequence[int]],
@@ -63,17 +62,17 @@ def sequence_losses(
     own layer. Removing every block alone costs about half the blocks' time in as many forward passes, and one head for
     each.
     """
-    order = sorted({tuple(layers) for layers in orders})  # neighbours share their first blocks' outputs
-    sums: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in order}
+    distinct = sorted({tuple(layers) for layers in orders})  # neighbours share their first blocks' outputs
+    sums: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in distinct}
     counts = []
     batches_with_targets = list(iter_targets(model, batches, pad_id))
-    advance = step_counter(progress, len(batches_with_targets) * len(order))
+    advance = step_counter(progress, len(batches_with_targets) * len(distinct))
     for tokens, targets in batches_with_targets:
         counts.append((targets != IGNORE).sum(dim=1).cpu())
         # the stream before every block is there already, so that only the blocks after a removed one run again
         outputs, blocks = model.block_functions(tokens)
         previous = tuple(range(1, model.depth))
-        for layers in order:
+        for layers in distinct:
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, layers, strict=False)))
             del outputs[shared + 1 :]
             with torch.compiler.set_stance("force_eager"):
