@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import DEPTH, HF, HIDDEN, VOCABULARY, decoder
+from builders import DEPTH, FAMILIES, HF, HIDDEN, VOCABULARY, decoder
 
 from cod_lightning.measure.adapter import ModelAdapter
 
@@ -44,3 +44,8 @@ def causal_lm():
         return ModelAdapter(transformers.AutoModelForCausalLM.from_config(config).eval(), family)
 
     return build
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request, causal_lm):
+    return causal_lm(request.param)

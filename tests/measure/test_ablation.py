@@ -3,7 +3,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import FAMILIES, PAD, residual_stream, silence, tokens
+from builders import PAD, residual_stream, silence, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import (
@@ -19,11 +19,6 @@ from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.registry import MEASURES
 
 ABLATIONS = (removal, run_removal, swaps, linear_replacement)
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request, causal_lm):
-    return causal_lm(request.param)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import DEPTH, FAMILIES, PAD, silence, tokens
+from builders import DEPTH, PAD, silence, tokens
 from torch import nn
 
 from cod_lightning.kernels.loss import next_tokens
@@ -34,9 +34,7 @@ def activations(model, place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_statistics_are_those_of_their_definitions(causal_lm, family, place):
-    model = causal_lm(family)
+def test_statistics_are_those_of_their_definitions(model, place):
     statistics, x = getattr(activation_stats(model, TOKENS.split(2)), place), activations(model, place)
     mean = x.mean(-1, keepdim=True)
     variance = ((x - mean) ** 2).sum(-1) / 15

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import DEPTH, FAMILIES, PAD, padded_batches, residual_stream, tokens
+from builders import DEPTH, PAD, padded_batches, residual_stream, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.angular_distances import angles, angular_distance, last_token, scale_as_released
@@ -21,9 +21,7 @@ def definition(x, n, layer):
     return pytest.approx(float((cosine.clamp(-1, 1).arccos() / math.pi).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_distances_follow_their_definition(causal_lm, batch, family):
-    model = causal_lm(family)
+def test_distances_follow_their_definition(model, batch):
     result = angular_distance(model, batch.split(2))
     x = residual_stream(model, batch).flatten(1, 2)
     for n in range(1, 5):

@@ -4,7 +4,7 @@ from statistics import stdev
 
 import pytest
 import torch
-from builders import FAMILIES, PAD, PlantedModel, decoder, silence, tokens
+from builders import PAD, PlantedModel, decoder, silence, tokens
 from torch import nn
 
 from cod_lightning.errors import UserError
@@ -156,10 +156,10 @@ def test_selected_layers_equal_those_among_all(causal_lm):
     assert selected.rows() == [all_layers.rows()[3], all_layers.rows()[1]]
 
 
-@pytest.fixture(params=FAMILIES)
-def torch_jacobians(request, causal_lm):
+@pytest.fixture
+def torch_jacobians(model):
     """A model, a batch of one sequence, and Jacobians of its blocks [tokens, hidden, tokens, hidden] by autograd."""
-    model, batch = causal_lm(request.param), tokens(1, 4)
+    batch = tokens(1, 4)
     whole = [torch.autograd.functional.jacobian(block, x)[0, :, :, 0] for x, block in pairs(model, batch)]
     return model, batch, whole
 
@@ -209,9 +209,8 @@ def test_products_agree_with_forward_mode_under_every_wiring(strategy):
             torch.testing.assert_close(jvp_and_vjp(block, x)[0](v.double()), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_growth_agrees_with_torch(causal_lm, family):
-    model, batch = causal_lm(family), tokens(24, 3)
+def test_growth_agrees_with_torch(model):
+    batch = tokens(24, 3)
     result = jacobian_growth(model, [batch], layers=[4, 2], probes=16, iterations=25)
     inputs, blocks = model.block_functions(batch)
 
@@ -389,9 +388,8 @@ def test_other_tokens_do_not_enter_the_mean_jacobian(planted):
     torch.testing.assert_close(torch.tensor(mean.matrices), torch.stack(MATRICES[::-1]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_estimates_agree_with_exact_statistics(causal_lm, family, request):
-    model, batches = causal_lm(family), [tokens(16, 7, seed) for seed in (0, 1)]
+def test_estimates_agree_with_exact_statistics(model, request):
+    batches = [tokens(16, 7, seed) for seed in (0, 1)]
     estimated = jacobian(model, batches, probes=16, tokens=1, iterations=30)
     request.getfixturevalue("exact")
     known = jacobian(model, batches, tokens=1)

@@ -4,18 +4,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, PAD, padded_batches, residual_stream, silence
+from builders import PAD, padded_batches, residual_stream, silence
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.layer_importance import block_influence, layer_importance
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.reordering import order_losses
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request, causal_lm):
-    return causal_lm(request.param)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, PAD, padded_batches, residual_stream
+from builders import PAD, padded_batches, residual_stream
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.logit_lens import logit_lens
@@ -12,9 +12,7 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_follow_their_definition(causal_lm, family):
-    model = causal_lm(family)
+def test_losses_follow_their_definition(model):
     expected = [[] for _ in range(4)]
     for batch in padded_batches():
         with torch.no_grad():

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import FAMILIES, decoder, residual_stream, silence, tokens
+from builders import decoder, residual_stream, silence, tokens
 
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.sublayers import contribution, sublayer_removal
@@ -14,9 +14,8 @@ from cod_lightning.nn.layouts import sites
 BATCH = tokens(5, 7)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_contributions_are_those_of_their_definitions(causal_lm, family):
-    model, added = causal_lm(family), {}
+def test_contributions_are_those_of_their_definitions(model):
+    added = {}
     with torch.no_grad():
         model.logits(BATCH, lambda name, layer, x: added.__setitem__((name, layer), x.double()))
     result, stream = contribution(model, BATCH.split(2)), residual_stream(model, BATCH)
@@ -60,9 +59,7 @@ def test_a_norm_with_a_bias_goes_with_its_sublayer():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sublayer_that_adds_nothing_already_changes_nothing(causal_lm, family):
-    model = causal_lm(family)
+def test_a_sublayer_that_adds_nothing_already_changes_nothing(model):
     whole = removal(model, [BATCH])
     result = sublayer_removal(model, BATCH.split(2))
     assert result.loss == pytest.approx(whole.loss)

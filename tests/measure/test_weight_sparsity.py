@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, PAD, padded_batches, tokens
+from builders import PAD, padded_batches, tokens
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
@@ -23,11 +23,6 @@ from cod_lightning.measure.weight_sparsity import (
 
 LLAMA = {*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))}
 GPT2 = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
-
-
-@pytest.fixture(params=FAMILIES)
-def model(request, causal_lm):
-    return causal_lm(request.param)
 
 
 def weights_of(model, block):
