@@ -43,11 +43,6 @@ def variance_at(fraction: float) -> Callable[[list[int], np.ndarray], float]:
     return lambda steps, variance: float(variance[nearest_step(steps, fraction)][-1])
 
 
-def first_variance(_: list[int], variance: np.ndarray) -> float:
-    """Variance after the first layer, at the end of the run."""
-    return float(variance[-1][0])
-
-
 def depth_ratio(_: list[int], variance: np.ndarray) -> float:
     """Variance after the last layer divided by that after the first, at the end of the run."""
     return float(variance[-1][-1] / variance[-1][0])
@@ -146,7 +141,7 @@ QUANTITIES: dict[str, dict[str, Quantity]] = {
     **dict.fromkeys(("Figure 4", "Figure 8"), VARIANCE),
     **dict.fromkeys(("Length", "Depth"), DEPTH),
     "Embedding scale": {
-        "variance after the first layer": recorded_variance(first_variance),
+        "variance after the first layer": recorded_variance(lambda _, variance: float(variance[-1][0])),
         "variance after the last layer": LAST_VARIANCE,
         "last layer / first layer": DEPTH_RATIO,
         **LAYERS,

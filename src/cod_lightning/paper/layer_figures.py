@@ -289,4 +289,4 @@ DRAW: dict[str, Callable[[Column], Figure | None]] = {
 def draw(column: Column) -> Figure | None:
     """The figure of a column's target; None if it has no figure, or nothing was measured."""
     function = DRAW.get(statements_about(column))
-    return function(column) if function and any(row.runs for row in column.rows) else None
+    return function(column) if function and column.first.has_runs else None

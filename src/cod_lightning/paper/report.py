@@ -110,7 +110,7 @@ def build_report(
 
 def compared_columns(experiments: Sequence[Experiment]) -> list[Column]:
     """The columns with runs of one target and scale; one value of a varied setting alone compares nothing."""
-    run = [column for column in columns(experiments) if any(row.runs for row in column.rows)]
+    run = [column for column in columns(experiments) if column.first.has_runs]
     return run if len(run) > 1 or not experiments[0].axis else []
 
 

@@ -70,10 +70,8 @@ class Difference(Sample):
             return float(self.mean == 0)
         return t_tails(abs(self.mean) * math.sqrt(self.n) / self.sd, self.n - 1)
 
-    def direction(self, published: float | None) -> str | None:
-        """Whether the difference has the sign of a published one; None if there is none."""
-        if published is None:
-            return None
+    def direction(self, published: float) -> str:
+        """Whether the difference has the sign of a published one."""
         if self.margin is None:
             return ONE_SEED
         if not self.beyond_noise:
