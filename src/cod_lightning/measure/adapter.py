@@ -195,7 +195,7 @@ class ModelAdapter:
                 for path, module in model.named_modules()
                 if isinstance(module, nn.Embedding) and not POSITIONS.search(path)
             ]
-            # Of several tables, the largest is most likely that of the tokens.
+            # The largest of several tables is most likely that of the tokens.
             largest = max(tables, key=lambda module: module.num_embeddings, default=None)
             head = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else largest
         weight = getattr(head, "weight", None)
@@ -244,7 +244,7 @@ class ModelAdapter:
     def output(
         self, batch: Batch, hook: ActivationHook | None = None, keep: Tensor | None = None, last: int = 0
     ) -> Tensor:
-        """What the model returns for a batch: logits, without a head its first output.
+        """The model's output for a batch: logits, without a head its first output.
 
         Args:
             batch: tokens [batch, length] or images.
@@ -374,7 +374,7 @@ def without_autocast(model: nn.Module) -> Generator[None]:
 
 
 def layout_of(model: nn.Module, name: str, layout: Layout | None) -> Layout:
-    """Where a model keeps its modules; arguments and errors are those of `ModelAdapter`."""
+    """The `Layout` of a model; arguments and errors are those of `ModelAdapter`."""
     if isinstance(model, VisionTransformer):
         return VIT
     if not isinstance(layout, Layout | None):

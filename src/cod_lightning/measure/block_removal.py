@@ -234,7 +234,7 @@ def fold_linear_map(
 def states_around(
     model: ModelAdapter, batch: Batch, mask: Tensor, previous: int, last: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the FFN of block `previous` adds to the stream, the stream after that block, and after block `last`.
+    """The contribution of the FFN of block `previous`, the stream after that block, and the stream after block `last`.
 
     Each is [kept tokens, hidden] in float64, for a mask [batch, length].
     """

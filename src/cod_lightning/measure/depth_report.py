@@ -38,7 +38,7 @@ class Curve:
 
     ylabel: str
     values: Callable[[Any], Sequence[float | None]]
-    """Of the fields of the measure, by layer."""
+    """Maps the fields of the measure to values by layer."""
     errors: Callable[[Any], Sequence[float | None] | None] | None = None
     log: bool | None = True
     """Use a logarithmic y axis; None: if all values are positive."""
@@ -54,7 +54,7 @@ class Section:
     title: str
     curves: Sequence[Curve]
     sentence: Callable[[Any], str]
-    """What the numbers of a model show."""
+    """Maps the fields of the measure to a sentence."""
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def count(amount: int, noun: str) -> str:
 
 
 def headline_sentence(numbers: Mapping[str, Any], removal: Any, uniform: float) -> str:
-    """What the headline's numbers show, or that they show nothing; `uniform` is the loss of a uniform guess."""
+    """The headline's numbers in words; they say nothing if the loss is near `uniform`, that of a uniform guess."""
     cheap, blocks = numbers["cheap_blocks"], numbers["blocks"]
     cheapest, _ = extremes(differences(removal), removal["error"])
     text = f"{len(cheap)} of {count(blocks, 'block')} cost less than 1% of the loss when removed alone"

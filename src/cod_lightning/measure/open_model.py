@@ -113,7 +113,7 @@ def check_layout(model: ModelAdapter) -> None:
 
 
 def layout_problem(model: ModelAdapter) -> str:
-    """What `check_layout` finds, or an empty string."""
+    """Why a model cannot be measured, or an empty string; see `check_layout`."""
     vocabulary = 6 if model.known_weight is None else len(model.known_weight)
     tokens = torch.arange(1, 6, device=model.device)[None] % vocabulary
     seen: list[tuple[str, int]] = []

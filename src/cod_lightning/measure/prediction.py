@@ -99,7 +99,7 @@ class Prediction(Result):
         return table_rows({name.replace("_measured", ", measured"): values for name, values in self.series().items()})
 
     def summary(self) -> str:
-        """What overflows, and what grows with the depth."""
+        """The layer that overflows, and the growth with the depth, in words."""
         place = "no layer" if self.overflow_layer is None else f"layer {self.overflow_layer}"
         growth = ", ".join(f"{name.replace('_', ' ')} by {factor:.3g}" for name, factor in self.doubled.items())
         overflow = f"fp16 overflow at {DEVIATIONS} standard deviations: {place}"
@@ -223,7 +223,7 @@ class Step:
     after: Array | float
     """Factor of the branch's norm and scale."""
     mix: Callable[[Array, bool], Array]
-    """What f makes of a kernel; True: what its transpose makes of it."""
+    """Maps a kernel through f; True: through its transpose."""
     before: Array | float
     """Factor of the pre-norm."""
 
@@ -339,7 +339,7 @@ def attention(
 
 
 def spread_of(kernel: Array) -> float:
-    """What differs from token to token."""
+    """The part of the variance that differs from token to token."""
     return float(kernel.diagonal().mean()) - off_diagonal(kernel)
 
 

@@ -73,7 +73,7 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
 def mean_losses(rates: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     """Mean loss at each rate over the seeds that all have, or else over its own; infinite if a run failed.
 
-    Of the rates without a failed run, those of fewer seeds than others are left out as in `with_seeds`.
+    Rates without a failed run that have fewer seeds than others are left out as in `with_seeds`.
     """
     whole = [rate for rate, by_seed in rates.items() if all(map(math.isfinite, by_seed.values()))]
     compared = with_seeds(whole, lambda rate: len(rates[rate]))
