@@ -13,7 +13,7 @@ from litdata.streaming import downloader
 from litdata.streaming.item_loader import TokensLoader
 
 from cod_lightning.data import chunks
-from cod_lightning.data.chunks import is_remote, make_room
+from cod_lightning.data.chunks import Store, is_remote, make_room
 from cod_lightning.data.encode import Encoder
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import _write_split, prepared_folder
@@ -85,6 +85,17 @@ def test_a_store_without_its_client_names_the_package(scheme, package, monkeypat
         UserError, match=rf"^{scheme}://sets/a needs a package to be downloaded: pip install {package}$"
     ):
         open_set(f"{scheme}://sets/a")
+
+
+def test_an_error_of_a_store_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
+    def time_out(*arguments):
+        raise TimeoutError
+
+    monkeypatch.setattr(chunks, "PAUSE", 0)
+    store = Store(f"local:{tmp_path}")
+    monkeypatch.setattr(store.downloader, "download_file", time_out)
+    with pytest.raises(UserError, match=r"/a\.json cannot be read: TimeoutError \(4 attempts\)$"):
+        store.read("a.json")
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ class Store:
             except Exception as error:  # every store has its own exceptions
                 if attempt == ATTEMPTS or _is_final(error):
                     damaged = isinstance(error, DamagedChunkError)
-                    reason = str(error) if damaged else f"cannot be read: {error or repr(error)}"
+                    reason = str(error) if damaged else f"cannot be read: {one_line(error)}"
                     count = "1 attempt" if attempt == 1 else f"{attempt} attempts"
                     raise UserError(f"{url} {reason} ({count})") from error
             time.sleep(PAUSE * 2 ** (attempt - 1))
