@@ -91,7 +91,7 @@ def check_new_folder(folder: Path, option: str = "") -> None:
         raise UserError(f"{option}{folder}: the name or that of a folder above is not UTF-8: choose another output")
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{option}{folder} exists and is not an empty folder: choose another output")
-    require_writable(folder, f"{option}{folder}", new=True)
+    check_writable(folder, option, new=True)
 
 
 def check_new_file(path: Path, option: str = "") -> None:
@@ -102,7 +102,7 @@ def check_new_file(path: Path, option: str = "") -> None:
     """
     if os.path.lexists(path):
         raise UserError(f"{option}{path} exists: choose a new file")
-    require_writable(path, f"{option}{path}", new=True)
+    check_writable(path, option, new=True)
 
 
 def require_utf8(path: Path) -> None:
@@ -120,28 +120,20 @@ def is_utf8(path: Path) -> bool:
     return True
 
 
-def check_writable(folder: Path, option: str = "") -> None:
-    """Check that files can be written into a folder, which need not exist.
+def check_writable(path: Path, option: str = "", new: bool = False) -> None:
+    """Check that files can be written into a folder, or into the closest folder above it that exists.
 
-    Raises:
-        UserError: it is a file, or not writable.
-    """
-    require_writable(folder, f"{option}{folder}")
-
-
-def require_writable(path: Path, name: str, new: bool = False) -> None:
-    """Write a temporary file into a folder, or into the closest folder above it that exists.
-
-    The system is asked, because permissions do not tell: root may write everywhere, but not into /proc.
+    Writes a temporary file, because permissions do not tell: root may write everywhere, but not into /proc.
 
     Args:
         path: the folder.
-        name: stands at the start of the error.
+        option: stands before it in the error.
         new: `path` itself will be created or replaced, so that only the folders above it are written to.
 
     Raises:
-        UserError: that failed, or `path` cannot exist.
+        UserError: they cannot, or `path` cannot exist.
     """
+    name = f"{option}{path}"
     closest = path = Path(os.path.abspath(path))
     try:
         if not is_there(path) or new:
