@@ -127,6 +127,8 @@ CLIENTS = {"gs": "google-cloud-storage", "azure": "azure-storage-blob", "hf": "h
 """Packages with litdata's clients that are not installed with it, by the scheme of the URL."""
 TRANSIENT = (408, 429)
 """HTTP statuses from 400 to 499 that a retry may cure."""
+CACHE_SHARE = 0.75
+"""Share of the disk space that is free, or theirs already, that cached chunks of a split may take."""
 
 
 def is_remote(source: str) -> bool:
@@ -202,8 +204,8 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError)
 
 
-def make_room(folder: Path, needed: int, share: float) -> None:
-    """Delete the oldest chunks of a cache until it fits, with `needed` more bytes, into `share` of its disk space.
+def make_room(folder: Path, needed: int) -> None:
+    """Delete the oldest chunks of a cache until it fits, with `needed` more bytes, into `CACHE_SHARE` of its space.
 
     Other processes may delete them at the same time.
     """
@@ -212,7 +214,7 @@ def make_room(folder: Path, needed: int, share: float) -> None:
         with suppress(FileNotFoundError):
             chunks[path] = path.stat()
     used = sum(stat.st_size for stat in chunks.values())
-    limit = share * (used + shutil.disk_usage(folder).free) - needed
+    limit = CACHE_SHARE * (used + shutil.disk_usage(folder).free) - needed
     for path in sorted(chunks, key=lambda path: chunks[path].st_mtime_ns):
         if used <= limit:
             return

@@ -67,7 +67,10 @@ class StepDataModule(LightningDataModule, ABC):
             UserError: bad settings, or data that is missing, damaged or does not match them; a batch that the ranks
                 cannot share equally; another set than that of the checkpoint to resume.
         """
-        if errors := self.setting_errors() + self.share_errors():
+        errors, world_size = self.setting_errors(), self.replica[1]
+        if self.config.batch_size % world_size:
+            errors.append(f"data.batch_size={self.config.batch_size} is not divisible by {world_size} processes")
+        if errors:
             raise UserError("\n".join(errors))
         if not hasattr(self, "source"):  # Lightning calls again, and to count tokens or list images takes a while
             self.open()
@@ -89,13 +92,6 @@ class StepDataModule(LightningDataModule, ABC):
             return self._rank, self._world_size
         shared = self.trainer.distributed_sampler_kwargs
         return (shared["rank"], shared["num_replicas"]) if shared else (0, 1)
-
-    def share_errors(self) -> list[str]:
-        """Return an error line if the ranks cannot share a batch equally."""
-        world_size = self.replica[1]
-        if self.config.batch_size % world_size:
-            return [f"data.batch_size={self.config.batch_size} is not divisible by {world_size} processes"]
-        return []
 
     def batch_keys(self, step: int) -> np.ndarray:
         """Return the keys of this rank's training samples of one step: [batch_size / world_size, ...]."""
@@ -279,7 +275,22 @@ class TokenDataModule(StepDataModule):
     @cached_property
     def val_count(self) -> int:
         """Number of leading validation sequences that have at most `val_tokens` non-pad tokens."""
-        return _count_within(self.val_set, self.config.val_tokens, self.manifest)
+        val_set, manifest, limit = self.val_set, self.manifest, self.config.val_tokens
+        if val_set.split.tokens <= limit:
+            return len(val_set)
+        if manifest.layout == "packed":
+            return limit // manifest.seq_len
+        used = count = 0
+        while count < len(val_set):
+            indices = np.arange(count, min(count + COUNTED_SEQUENCES, len(val_set)))
+            block = val_set.read(indices)[:, : manifest.seq_len]
+            totals = used + (block != manifest.tokenizer.pad_id).sum(1).cumsum(0)
+            fitting = int((totals <= limit).sum())
+            count += fitting
+            if fitting < len(block):
+                break
+            used = int(totals[-1])
+        return count
 
     def probe_batch(self, n: int) -> Tensor:
         """Return the tokens of the first `n` validation sequences: int64 [n, seq_len].
@@ -293,25 +304,6 @@ class TokenDataModule(StepDataModule):
                 "trainer.probe_rows, or hold out more text (data.val_every, data.val_files)"
             )
         return self.val_set.read(np.arange(n))[:, : self.manifest.seq_len]
-
-
-def _count_within(dataset: TokenDataset, tokens: int, manifest: Manifest) -> int:
-    """Return the number of leading sequences that have at most `tokens` non-pad tokens."""
-    if dataset.split.tokens <= tokens:
-        return len(dataset)
-    if manifest.layout == "packed":
-        return tokens // manifest.seq_len
-    used = count = 0
-    while count < len(dataset):
-        indices = np.arange(count, min(count + COUNTED_SEQUENCES, len(dataset)))
-        block = dataset.read(indices)[:, : manifest.seq_len]
-        totals = used + (block != manifest.tokenizer.pad_id).sum(1).cumsum(0)
-        fitting = int((totals <= tokens).sum())
-        count += fitting
-        if fitting < len(block):
-            break
-        used = int(totals[-1])
-    return count
 
 
 def tokenizer_of(config: DataConfig) -> TokenizerRecord | DocumentTokenizer:

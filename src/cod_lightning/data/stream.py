@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cod_lightning.data.chunks import (
-    REMEDY,
-    DamagedChunkError,
-    Store,
-    check_chunk,
-    chunk_rows,
-    is_remote,
-    make_room,
-)
+from cod_lightning.data.chunks import REMEDY, DamagedChunkError, Store, check_chunk, chunk_rows, is_remote, make_room
 from cod_lightning.data.manifest import MANIFEST, TOKENIZER, Manifest, find_damage, read_manifest
 from cod_lightning.data.order import WINDOW_CHUNKS
 from cod_lightning.errors import UserError
@@ -30,8 +22,6 @@ from cod_lightning.files import locked, write_atomic
 
 OPEN_CHUNKS = 2 * WINDOW_CHUNKS
 """Chunks that stay mapped: those of the current window and of a neighbouring one."""
-CACHE_SHARE = 0.75
-"""Share of the free disk that cached chunks of a split may take."""
 
 
 def open_set(source: str) -> tuple[Manifest, str]:
@@ -64,13 +54,11 @@ class TokenDataset(Dataset):
     `cache`/FINGERPRINT/SPLIT and appear there whole; all processes of a machine share them.
     """
 
-    def __init__(self, source: str, manifest: Manifest, split: str, cache: Path | None = None) -> None:
+    def __init__(self, source: str, manifest: Manifest, split: str, cache: Path = Path("cache")) -> None:
         self.arguments = (source, manifest, split, cache)
         self.source = f"{source.rstrip('/')}/{split}"
         self.remote = is_remote(source)
-        self.folder = Path(self.source)
-        if self.remote:
-            self.folder = (cache or Path("cache")) / manifest.fingerprint[:16] / split
+        self.folder = cache / manifest.fingerprint[:16] / split if self.remote else Path(self.source)
         self.split = manifest.split(split)
         self.width, self.dtype = manifest.row_width, np.dtype(manifest.dtype)
         self.chunk_sizes = tuple(chunk.rows for chunk in self.split.chunks)
@@ -152,7 +140,7 @@ class TokenDataset(Dataset):
                 content = self._store.read(chunk.name, chunk)
                 for leftover in self.folder.glob(f".{path.name}.*.partial"):
                     leftover.unlink(missing_ok=True)  # its process held the lock, so it is dead
-                make_room(self.folder, chunk.bytes, CACHE_SHARE)
+                make_room(self.folder, chunk.bytes)
                 write_atomic(path, content)
                 with suppress(FileNotFoundError):  # another process made room
                     return self._map(number)
