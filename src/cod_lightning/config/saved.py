@@ -116,9 +116,9 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
             raise ValueError("not a mapping of sections")
         if any(isinstance(event, yaml.AliasEvent) for event in events):
             raise ValueError("YAML aliases (*) are not supported: write the value")  # few of them expand to any size
-        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        values: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         node = with_defaults(values)
-        if isinstance(values, dict) and (missing := sorted(REQUIRED_SECTIONS.difference(values))):
+        if missing := sorted(REQUIRED_SECTIONS.difference(values)):
             raise ValueError(f"truncated, it lacks {', '.join(missing)}")
         return node, as_config(node)
 
