@@ -105,12 +105,10 @@ def identity(config: DataConfig) -> dict[str, Any]:
         for split, files in split_files.items():
             facts["files" if split == "train" else "val_files"] = [stamp(path) for path in files]
         # Only other values than the default ones count, so that sets from before these fields keep their names.
-        for name, value, default in (
-            ("text_field", config.text_field, TEXT_FIELD),
-            ("encoding", config.codec, UTF_8),
-        ):
-            if value != default:
-                facts[name] = value
+        if config.text_field != TEXT_FIELD:
+            facts["text_field"] = config.text_field
+        if config.codec != UTF_8:
+            facts["encoding"] = config.codec
     if config.row_layout == "instructions":
         facts["recipes"] = {"prompt": PROMPT_RECIPE, "drawn": DRAWN_RECIPE}
     if config.source != "c4" and not config.val_files:

@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,8 +50,9 @@ class ImageFolder:
             raise UserError(f"images.folder={root}: {split}/ cannot be read ({error.strerror})") from error
         if not self.classes:
             raise UserError(f"images.folder={root}: {split}/ has no folders; expected one per class")
+        sizes: list[int] = []
         self.files: list[str] = []
-        self.bytes: list[int] = []
+        self.content = [self.files, sizes]  # of the fingerprint: names and sizes, not pixels
         self.labels: list[int] = []
         for label, name in enumerate(self.classes):
             images = [entry for entry in visible(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
@@ -67,13 +67,8 @@ class ImageFolder:
             for entry, stat in zip(images, stats, strict=True):
                 if not S_ISREG(stat.st_mode):  # to open a pipe would wait forever
                     raise UserError(f"{entry.path} is not a file; replace or remove it")
-                self.bytes.append(stat.st_size)
+                sizes.append(stat.st_size)
             self.labels += [label] * len(images)
-
-    @property
-    def content(self) -> Any:
-        """Content of the fingerprint: names and sizes, not pixels."""
-        return [self.files, self.bytes]
 
     def read(self, index: int) -> Image.Image:
         """Return one image, in RGB; of 16 bits the upper 8, which Pillow keeps of colours but not of grey.
@@ -109,10 +104,7 @@ class DrawnImages:
         self.split, self.size = split, size
         self.classes = list(DRAWN_SHAPES)
         self.labels = [number % len(DRAWN_SHAPES) for number in range(DRAWN[split])]
-
-    @property
-    def content(self) -> Any:
-        return ["drawn", self.split, self.size, len(self.labels)]
+        self.content = ["drawn", split, size, len(self.labels)]
 
     def read(self, index: int) -> Image.Image:
         shape = (self.size, self.size, 3)

@@ -139,7 +139,7 @@ def is_complete(folder: Path) -> bool:
     """Return whether `folder` holds a finished set with all its files; chunks are judged by their sizes.
 
     Raises:
-        UserError: a newer version prepared the set, which must not be overwritten.
+        UserError: as `Manifest.from_json`; the set of a newer version must not be overwritten.
     """
     return (folder / MANIFEST).is_file() and not find_damage(folder, read_manifest(folder))
 
@@ -246,8 +246,7 @@ def write_set(
 
     for name in SPLITS:
         splits[name] = _write_split(partial / name, hashed(name), encoder)
-    for name, split in splits.items():
-        if not split.rows:
+        if not splits[name].rows:
             raise UserError(
                 f"data.source={config.source}: {documents[name]} documents do not fill one {name} sequence of "
                 f"data.seq_len={config.seq_len} tokens: give more text"
