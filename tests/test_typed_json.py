@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,6 +80,14 @@ def test_a_bad_file_is_one_error_that_names_it_and_the_remedy(tmp_path, content)
 def test_a_missing_file_is_one_error(tmp_path):
     with pytest.raises(UserError, match=r"No such file .*a\.json.*; remove it"):
         read_json(tmp_path / "a.json", Chunk, "remove it")
+
+
+def test_a_folder_is_one_error_that_leaves_no_file_open(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UserError, match=r"Is a directory: '.*a\.json'; remove it$"):
+        read_json(tmp_path / "a.json", Chunk, "remove it")
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_an_integer_beyond_floats_is_an_error():

@@ -260,9 +260,8 @@ def read_regular(path: Path) -> str:
         OSError: the file is missing or unreadable.
         ValueError: it is not a regular file, or not UTF-8.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(handle, encoding="utf-8") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("not a regular file")
         return file.read()
 
