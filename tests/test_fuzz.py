@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cod_lightning.commands.terminal import run_summary
-from cod_lightning.config.compose import compose, config_folder, fields_and_groups
+from cod_lightning.config.compose import compose, config_folder
+from cod_lightning.config.groups import fields_and_groups
 from cod_lightning.config.saved import load, to_yaml
 from cod_lightning.config.schema import Config
 from cod_lightning.data.manifest import Chunk, Manifest, Source, Split, TokenizerRecord

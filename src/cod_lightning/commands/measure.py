@@ -128,7 +128,7 @@ def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
         UserError: names every word that is neither, and every value of another type.
     """
     from cod_lightning.commands.measure_runner import study_options
-    from cod_lightning.config.compose import fields_and_groups
+    from cod_lightning.config.groups import fields_and_groups
 
     types = {**study_options(study), "rows": int, "output": str}
     if study not in ("report", "compare", "prune"):

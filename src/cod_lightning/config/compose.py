@@ -14,7 +14,7 @@ import os
 import pickle
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,6 @@ INTERPOLATION = "interpolation (${...}) is not supported: write the value"
 """A run must not depend on the environment, and a folder from elsewhere must not read it."""
 MOST_RUNS = 10_000
 """Runs of one sweep; a mistyped range is an error instead of running out of memory."""
-
-
-# Names ---------------------------------------------------------------------------------------------------------------
-
-
-def fields_and_groups() -> set[str]:
-    """The first part of every valid override."""
-    return {*groups(), *(field.name for field in fields(Config))}
 
 
 # Overrides -----------------------------------------------------------------------------------------------------------

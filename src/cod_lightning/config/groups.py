@@ -39,6 +39,11 @@ def groups() -> list[str]:
     return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
 
 
+def fields_and_groups() -> set[str]:
+    """The first part of every valid override."""
+    return {*groups(), *(field.name for field in fields(Config))}
+
+
 def read_yaml(name: str) -> dict[str, Any]:
     """A file of configs/ as a dictionary."""
     text = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
