@@ -34,9 +34,9 @@ DOCUMENT_CHARACTERS = (400, 1_600)
 """A document ends when it reaches the larger number; one that stays below the smaller is dropped."""
 PARAGRAPH_CHARACTERS = 120
 """Least length of a paragraph; shorter ones are mostly labels and signatures."""
-LETTERS = 0.87
-"""Least share of letters (ASCII) and spaces; below are tables, formulas and code."""
-_LETTERS = f"{string.ascii_letters} ".encode()
+LETTERS = f"{string.ascii_letters} ".encode()
+LETTER_SHARE = 0.87
+"""Least share of `LETTERS` in a paragraph; below are tables, formulas and code."""
 SHINGLE_WORDS = 5
 SHINGLE_SAMPLE = 4
 """One word in so many, chosen by its hash, starts a shingle that is remembered."""
@@ -119,7 +119,7 @@ def _is_prose(paragraph: str) -> bool:
     if len(paragraph) < PARAGRAPH_CHARACTERS or ">>>" in paragraph:
         return False
     text = paragraph.encode()
-    return len(text.translate(None, _LETTERS)) <= (1 - LETTERS) * len(text)
+    return len(text.translate(None, LETTERS)) <= (1 - LETTER_SHARE) * len(text)
 
 
 def _service_texts(path: Path) -> Iterator[str]:
