@@ -56,6 +56,8 @@ def test_files_in_other_encodings_and_with_another_field_are_read(tmp_path, name
 def test_every_spelling_of_utf_8_drops_a_byte_order_mark(tmp_path):
     (tmp_path / "x.txt").write_text("text", "utf-8-sig")
     (tmp_path / "x.csv").write_text("text\ntext\n", "utf-8-sig")
+    (tmp_path / "x.json").write_text('[{"text": "text"}]', "utf-8-sig")
+    (tmp_path / "x.jsonl").write_text('{"text": "text"}', "utf-8-sig")
     config = DataConfig(source="files", files=str(tmp_path / "x.*"), encoding="UTF8")
     assert set(corpora.texts_of_shard(config, 0, 1)["train"]()) == {"text"}
     assert prepared_folder(config) == prepared_folder(replace(config, encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Tokens: corpora, tokenizers, preparation, order, streaming, the LightningDataModule."""
+"""Tokens and images: corpora, tokenizers, preparation, order, streaming, the LightningDataModules."""

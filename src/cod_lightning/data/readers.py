@@ -199,8 +199,6 @@ def json_records(path: Path, file: IO[Any], lists: bool) -> Iterator[tuple[str, 
             if not lists:
                 raise UserError(f"{location}: a list, but .jsonl has one object a line; a .json can be a list")
             content = bounded(line + file.read(DOCUMENT_BYTES + 1 - len(line)), str(path))
-            if isinstance(content, bytes):
-                content = content.removeprefix(codecs.BOM_UTF8)
             for entry, record in enumerate(parse_json(str(path), content), 1):
                 yield f"{path}, record {entry}", record
             return
