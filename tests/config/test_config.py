@@ -446,8 +446,3 @@ def test_a_trained_run_refuses_other_overrides(tmp_path, word, message):
 def test_an_output_that_cannot_be_written_is_an_os_error_with_its_name():
     with pytest.raises(OSError, match="/dev/null"):
         create_run_folder(compose(["output=/dev/null/x"]))
-
-
-def test_configurations_compare_by_value():
-    assert compose(["seed=3"]) == compose(["seed=3"])
-    assert dataclasses.replace(compose(), seed=3) == compose(["seed=3"])

@@ -47,8 +47,3 @@ def test_the_fingerprint_covers_the_content_alone(manifest, change, same):
 def test_a_bad_manifest_is_refused(manifest, change, message):
     with pytest.raises(UserError, match=message):
         Manifest.from_json(change(json.loads(manifest.to_json())), "here")
-
-
-def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a prepared set"):
-        read_manifest(tmp_path)

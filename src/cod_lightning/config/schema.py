@@ -16,8 +16,6 @@ from cod_lightning.settings import metadata, setting
 
 METRIC_FORMATS = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
 """Figures of a validation and how they are printed; a task has some of them."""
-
-
 COUNTS = ("val_tokens", "val_images")
 """Counts of the tokens or images that a validation evaluates."""
 
