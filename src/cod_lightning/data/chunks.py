@@ -128,7 +128,7 @@ CLIENTS = {"gs": "google-cloud-storage", "azure": "azure-storage-blob", "hf": "h
 TRANSIENT = (408, 429)
 """HTTP statuses from 400 to 499 that a retry may cure."""
 CACHE_SHARE = 0.75
-"""Share of the disk space that is free, or theirs already, that cached chunks of a split may take."""
+"""Share of a disk, without the files of others, that the cached chunks of a split may take."""
 
 
 def is_remote(source: str) -> bool:
@@ -205,7 +205,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def make_room(folder: Path, needed: int) -> None:
-    """Delete the oldest chunks of a cache until it fits, with `needed` more bytes, into `CACHE_SHARE` of its space.
+    """Delete the oldest chunks of a cache until it fits, with `needed` more bytes, into `CACHE_SHARE` of the disk.
 
     Other processes may delete them at the same time.
     """
