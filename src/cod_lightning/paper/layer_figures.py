@@ -30,7 +30,7 @@ from cod_lightning.plots import (
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps, and the values at these steps."""
 LINEAR = 1e-3
-"""The axis of increases of the loss (nats) is linear up to this one, of either sign, and logarithmic beyond it."""
+"""Increases of the loss (nats) from minus this to this are drawn on a linear axis, all others on a logarithmic one."""
 
 
 def stacked(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
