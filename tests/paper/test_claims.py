@@ -39,6 +39,7 @@ def test_a_row_may_have_its_own_number_of_batches():
         pytest.approx(26.73 ** (728 / 727)),
         pytest.approx(26.07 ** (183 / 182)),
     )
+    assert mix_ln.difference == pytest.approx(183 / 182 * math.log(26.07) - 728 / 727 * math.log(26.73))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,23 @@ def test_the_same_runs_beside_other_baselines_are_two_tests():
     assert len({comparison(each, "lns").key for each in tables}) == 2
 
 
+@pytest.mark.parametrize(
+    ("published", "paper", "headline"),
+    [
+        ({"val_loss": 2.96, "ppl": 19.3}, {}, "ppl"),
+        ({"mmlu": 24.9, "average": 36.9, "boolq": 38.4}, {}, "average"),
+        ({"val_loss": 2.96, "ppl": 19.3}, {"metric": "val_loss"}, "val_loss"),
+    ],
+)
+def test_the_headline_is_the_named_metric_or_the_average_or_the_last(published, paper, headline):
+    assert Column((table(row("pre_ln", published), **paper),)).headline.name == headline
+
+
+def test_two_metrics_of_the_same_runs_are_two_tests():
+    rows = [row(name, {"val_loss": 3.0, "ppl": 20.0}, run(1, 5.0)) for name in ("pre_ln", "lns")]
+    assert len({c.key for c in Column((table(*rows),)).comparisons}) == 4
+
+
 def test_a_published_run_did_not_train_if_it_is_a_nat_above_the_best():
     rows = [row("pre_ln", 40.0), row("deep_norm", 100.0), row("lns", 20.0)]  # 1.6 nats above the best
     trained = {c.row.name: c.published[0].trained for c in Column((table(*rows),)).comparisons}
@@ -174,8 +192,9 @@ def test_experiments_with_the_same_runs_are_one_column():
     assert column.heading == "130M, 250M"
     post_ln = next(c for c in column.comparisons if c.row.name == "post_ln")
     assert [post_ln.direction(published) for published in post_ln.published] == [OPPOSITE, UNLIKE]
-    other = replace(large, rows=(replace(large.rows[0], run_id="another shape"), *large.rows[1:]))
-    assert len(columns([small, other])) == 2
+    for change in ({"run_id": "another shape"}, {"name": "another row"}):
+        other = replace(large, rows=(replace(large.rows[0], **change), *large.rows[1:]))
+        assert len(columns([small, other])) == 2
 
 
 def test_rows_with_the_same_runs_have_all_labels():
@@ -277,6 +296,31 @@ def test_every_finding_has_the_sign_of_its_statement(target):
 def test_the_variance_grows_from_5_to_30_percent_of_the_run():
     growth = finding_results(Column((table(row("pre_ln", None, *LOUD), target="Figure 9"),)))[1]
     assert growth.difference.mean == pytest.approx(math.log(6 / 3))
+
+
+def test_a_finding_pairs_runs_of_the_same_seed():
+    rows = row("lns", None, run(3, 3.5), run(2, 3.0)), row("pre_ln", None, run(1, 9.0), run(2, 6.0), run(3, 7.0))
+    (lower,) = finding_results(Column((table(*rows, target="Figure 6"),)))
+    assert (lower.difference.n, lower.difference.mean) == (2, pytest.approx(math.log(2)))
+    assert lower.difference.sd == pytest.approx(0)
+
+
+def test_a_finding_about_two_models_is_two_tests():
+    runs = [run(seed, 5.0, jacobian={"distance": [0.3, 0.2, 0.1]}) for seed in (1, 2)]
+    tables = [table(row("pre_ln", None, *runs, run_id=run_id), target="Figure 5") for run_id in ("small", "large")]
+    assert len({result.key for each in tables for result in finding_results(Column((each,)))}) == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "cells"),
+    [
+        ("Figure 4", ["4 ± 0", "6 ± 0", "2 ± 0", "2"]),
+        ("Embedding scale", ["2 ± 0", "4 ± 0", "2 ± 0", *["not measured"] * 4, "2"]),
+    ],
+)
+def test_variances_are_those_at_the_end_of_the_run_beside_the_highest(target, cells):
+    runs = recorded([1.0, 2.0], [1.0, 3.0], [2.0, 6.0], [2.0, 4.0])
+    assert quantity_rows(Column((table(row("pre_ln", None, *runs), target=target),))) == [["pre_ln", *cells]]
 
 
 def test_a_finding_about_rows_that_were_not_run_is_left_out():

@@ -24,11 +24,11 @@ from paper_builders import (
 
 from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run, by_target
-from cod_lightning.paper.figures import along_axes, difference_figure, fit_sizes, short_number
-from cod_lightning.paper.layer_figures import at_common_steps, draw
+from cod_lightning.paper.figures import along_axes, difference_figure, fit_sizes, our_points, short_number
+from cod_lightning.paper.layer_figures import at_common_steps, draw, sd_of
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
-from cod_lightning.paper.tables import comparison_table, summary_lines, tuned_strategies_table
+from cod_lightning.paper.tables import comparison_table, not_run_table, summary_lines, tuned_strategies_table
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
 
@@ -114,6 +114,26 @@ def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiment
         "without an interval." in text
     )
     assert "Claims at scale=toy (after Holm's correction):" in text
+
+
+def test_the_larger_of_two_scales_with_an_interval_ranks_first(experiments):
+    small = table(*rows_at("small", run_at="small"), scale="small")
+    assert max(summarize(by_target([*experiments, small])), key=lambda summary: summary.rank).scale == "small"
+
+
+def test_the_claims_below_the_headline_leave_it_out(experiments):
+    (summary,) = summarize(by_target(experiments))
+    statements = {name: [claim.statement for claim in claims] for name, claims in summary.by_direction.items()}
+    assert statements == {"opposite": ["post_ln loses to pre_ln"], "within noise": ["mix_ln beats pre_ln"]}
+
+
+def test_the_headline_is_that_of_the_first_table():
+    tables = [
+        table(row("pre_ln", 20.0, run(1, 5.0)), row("lns", 19.0, run(1, loss), run_id=target), target=target)
+        for target, loss in (("Table 6", 3.0), ("Table 1", 4.0))
+    ]
+    (summary,) = summarize(by_target(published_and(*tables)))
+    assert summary.headline.difference.mean == pytest.approx(-1.0)
 
 
 def test_a_row_with_a_diverged_run_has_no_difference():
@@ -258,6 +278,13 @@ def test_missing_runs_are_one_compact_table(report, experiments):
     assert [cells[-1] for cells in tables_of(markdown)["## Not run"][1:]] == ["50", "50", "50"]
 
 
+def test_only_missing_rows_take_hours():
+    rows = row("pre_ln", 20.0, run(1, 5.0), gpu_hours=10.0), row("lns", 19.0, gpu_hours=4.0)
+    missing = not_run_table(by_target([table(*rows, scale="paper")]), "H100").rows
+    assert missing[0] == ["Table 1", "lns", "all", "all", "all", "4"]
+    assert missing[1][-1] == "4"
+
+
 def test_sizes_with_their_own_runs_share_a_table():
     sizes = [
         table(
@@ -310,6 +337,8 @@ def test_the_csv_holds_every_row(report):
     (lns,) = (r for r in rows if (r["scale"], r["row"]) == ("toy", "lns"))
     assert (lns["published"], lns["unbiased"], lns["n"], lns["direction"]) == ("25.76", "25.8754", "3", "same")
     assert float(lns["difference"]) == pytest.approx(-11 / 30, abs=1e-6)
+    assert float(lns["margin_95"]) == pytest.approx(0.143422, abs=1e-5)
+    assert float(lns["sd"]) == pytest.approx(np.std(np.exp(LOSSES["lns"]), ddof=1), rel=1e-5)
     assert float(lns["p_value"]) == pytest.approx(0.00813, abs=1e-4)
     (missing,) = (r for r in rows if (r["scale"], r["row"]) == ("paper", "lns"))
     assert (missing["n"], missing["mean"], missing["direction"]) == ("0", "", "")
@@ -598,6 +627,28 @@ def test_panels_of_means_state_their_number_of_seeds(target):
 
 def test_a_map_of_one_run_names_its_seed():
     assert draw(Column((figure_experiments("Figure 5")[1],))).get_suptitle() == "seed 1"
+
+
+def test_the_bar_of_a_difference_is_its_interval(experiments):
+    point = our_points(Column((experiments[1],)))["lns"]
+    assert (point.value, point.margin) == (pytest.approx(-11 / 30), pytest.approx(0.143422, abs=1e-5))
+
+
+def test_a_band_has_the_standard_deviation_of_n_minus_1():
+    assert sd_of(np.array([[1.0, 2.0], [3.0, 2.0]])) == pytest.approx([math.sqrt(2), 0.0])
+    assert sd_of(np.array([[1.0, 2.0]])).tolist() == [0.0, 0.0]
+
+
+def test_curves_of_the_training_loss_are_minus_the_baseline_of_the_same_seed():
+    rows = row("pre_ln", None, run(1, 5.0), run(2, 6.0)), row("lns", None, run(3, 1.0), run(2, 4.0), run(1, 4.0))
+    bottom = draw(Column((table(*rows, target="Figure 6"),))).axes[1]
+    assert bottom.lines[0].get_ydata().tolist() == [0, 0, 0, -1.5]
+
+
+def test_lines_of_the_removed_layers_are_medians():
+    runs = [run(seed, 5.0, removal={"loss": 2.0, "losses": [2.0 + cost]}) for seed, cost in enumerate((0.1, 0.2, 0.9))]
+    lines = draw(Column((table(row("pre_ln", None, *runs), target="Figure 7"),))).axes[0].collections[0]
+    assert [y for _, y in lines.get_segments()[0]] == pytest.approx([0.2, 0.2])
 
 
 def test_rows_that_were_not_run_and_single_seeds_are_marked():
