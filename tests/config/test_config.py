@@ -1,6 +1,7 @@
 """Composition of overrides, errors of bad ones, and run folders."""
 
 import dataclasses
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +11,8 @@ from omegaconf import OmegaConf
 
 from cod_lightning.config.compose import choices, compose, sweep
 from cod_lightning.config.groups import default_values, describe_settings
-from cod_lightning.config.saved import check_init_from, create_run_folder, load, to_yaml
-from cod_lightning.config.schema import flatten, identity, init_from_run
+from cod_lightning.config.saved import check_init_from, create_run_folder, from_dict, load, to_yaml
+from cod_lightning.config.schema import Config, OptimConfig, TrainerConfig, flatten, identity, init_from_run
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 
@@ -136,6 +137,54 @@ def test_the_run_id_does_not_depend_on_file_names_if_their_hash_is_set():
     words = ["data=files", f"data.sha256={'0' * 64}"]
     assert compose([*words, "data.files=a.txt"]).id == compose([*words, "data.files=b.txt"]).id
     assert compose(["data=files", "data.files=a.txt"]).id != compose(["data=files", "data.files=b.txt"]).id
+
+
+RECORDS = sorted((Path(__file__).parents[2] / "experiments/results").glob("*/*/record.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS[::20], ids=lambda path: path.parent.name)
+def test_the_names_of_recorded_runs_are_stable(path):
+    assert from_dict(json.loads(path.read_text())["config"], path).label == path.parent.name
+
+
+def test_the_defaults_that_change_results_are_stable():
+    """Settings at their default are not in the id of a run: with another default, two runs would share one."""
+    stable = {
+        **{"optim.name": "adam", "optim.betas": [0.9, 0.999], "optim.eps": 1e-8, "optim.weight_decay": 0.0},
+        **{"optim.clip": 0.0, "optim.warmup_ratio": 0.1, "optim.warmup_start_ratio": 0.0, "optim.min_lr_ratio": 0.1},
+        **{"optim.schedule": "cosine", "optim.weighting": "tokens", "optim.decay_embeddings": True},
+        **{"data.layout": "packed", "data.val_every": 50, "data.val_tokens": 10_000_000, "images.min_crop": 0.08},
+        **{"eval.paper_batch": 64, "eval.paper_ranks": 1, "seed": 1},
+    }
+    assert stable.items() <= flatten(identity(Config())).items()
+
+
+def test_a_run_of_images_depends_on_no_setting_of_text():
+    ids = [compose(["task=vision", "model=vit_tiny", word]).id for word in ("seed=1", "data.seq_len=64")]
+    assert ids[0] == ids[1]
+    other = ["data.batch_size=32", "data.micro_batch_size=32"]
+    assert compose(["task=vision", "model=vit_tiny", *other]).id != ids[0]
+
+
+def test_the_warmup_is_rounded_to_steps():
+    assert OptimConfig(warmup_ratio=0.29).warmup(100) == 29  # 0.29 * 100 is 28.999999999999996
+
+
+def test_the_ranks_are_those_of_all_nodes():
+    assert TrainerConfig(devices=4, num_nodes=2).world_size == 8
+
+
+def test_the_model_determines_the_vocabulary_and_the_longest_sequence_if_it_can():
+    words = ["model.vocab_size=5000", "model.max_position_embeddings=256"]
+    configs = compose(words), compose(["data.vocab_size=300"]), compose(["data.tokenizer=t5-base"])
+    assert [config.vocab_size for config in configs] == [5000, 300, None]
+    assert [config.max_length for config in configs] == [256, configs[1].data.seq_len, configs[1].data.seq_len]
+
+
+@pytest.mark.parametrize("source", ["runs/a", "runs/a/checkpoints/last.ckpt"])
+def test_a_run_that_starts_from_another_has_its_tokenizer(source):
+    assert init_from_run(compose(), Path(source)).data.tokenizer == "runs/a/tokenizer"
+    assert init_from_run(compose(["data.tokenizer=t5-base"]), Path(source)).data.tokenizer == "t5-base"
 
 
 def test_a_saved_configuration_loads_unchanged(tmp_path):
