@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch._utils import ExceptionWrapper
 from torch.utils.data import Dataset, DistributedSampler
 
+from cod_lightning.data import datamodule
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.order import sample_indices
 from cod_lightning.data.prepare import prepare, prepared_folder
@@ -148,6 +149,14 @@ def test_validation_is_limited_to_val_tokens(request, layout, bound, open_tokens
     tokens = (data.val_set.read(np.arange(len(data.val_set))) != data.pad_id).sum(1).cumsum(0)
     assert data.val_count == (tokens <= bound).sum()
     assert sum((index >= 0).sum() for _, index in data.val_dataloader()) == data.val_count
+
+
+@pytest.mark.parametrize("sequences", [1, 7])
+def test_validation_tokens_are_counted_in_blocks(documents, open_tokens, monkeypatch, sequences):
+    config = replace(documents, val_tokens=1000)
+    expected = open_tokens(config).val_count
+    monkeypatch.setattr(datamodule, "COUNTED_SEQUENCES", sequences)
+    assert open_tokens(config).val_count == expected > 7
 
 
 def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(packed, tmp_path):

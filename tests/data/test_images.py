@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 
 from cod_lightning.data.config import DataConfig, ImageConfig
-from cod_lightning.data.images import DRAWN_SHAPES, MEAN, STD, DrawnImages, ImageDataModule, ImageFolder, random_crop
+from cod_lightning.data.images import (
+    CROP_TRIES,
+    DRAWN_SHAPES,
+    MEAN,
+    STD,
+    DrawnImages,
+    ImageDataModule,
+    ImageFolder,
+    centre_crop,
+    random_crop,
+)
 from cod_lightning.data.order import uniform
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
@@ -119,6 +129,31 @@ def test_crops_lie_inside_with_the_requested_area_and_aspect(width, height, min_
     if (width, height, min_crop) == (500, 375, 0.08):
         assert min(shares) < 0.2
         assert max(shares) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("size", "numbers", "box"),
+    [
+        ((8, 8), (0.0, 0.5, 0.999, 0.0), (4, 0, 8, 4)),  # a quarter of the area reaches the border
+        ((8, 8), (0.0, 0.5, 0.0, 0.999), (0, 4, 4, 8)),
+        ((10, 400), (0.9, 0.5, 0.0, 0.0), (0, 193, 10, 206)),  # too wide: the largest centre of aspect 3 / 4
+        ((400, 10), (0.9, 0.5, 0.0, 0.0), (193, 0, 206, 10)),
+    ],
+)
+def test_a_crop_is_at_the_drawn_place_or_the_centre(size, numbers, box):
+    assert random_crop(*size, 0.25, np.tile(numbers, CROP_TRIES)) == box
+
+
+def test_the_crop_of_validation_is_at_the_centre():
+    assert centre_crop(40, 32) == (6, 2, 34, 30)
+    assert centre_crop(32, 40) == (2, 6, 30, 34)
+
+
+def test_a_probe_is_spread_over_the_classes(root):
+    data = opened(root)
+    images, labels = data.probe_batch(3)
+    assert labels.tolist() == [0, 1, 2]
+    assert torch.equal(images, torch.stack([data.val_set[index][0] for index in (0, 2, 5)]))
 
 
 def test_a_drawn_image_depends_only_on_its_number():

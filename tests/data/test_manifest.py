@@ -25,8 +25,14 @@ def test_a_manifest_survives_its_json(manifest):
         (lambda manifest: {"source": replace(manifest.source, name="other")}, True),
         (lambda manifest: {"seq_len": 33}, False),
         (lambda manifest: {"val": manifest.train}, False),
+        (lambda manifest: {"layout": "document"}, False),
+        (lambda manifest: {"dtype": "uint32"}, False),
+        (lambda manifest: {"tokenizer": replace(manifest.tokenizer, name="other", requested=None)}, True),
+        (lambda manifest: {"tokenizer": replace(manifest.tokenizer, sha256="other")}, False),
+        (lambda manifest: {"tokenizer": replace(manifest.tokenizer, pad_id=9)}, False),
+        (lambda manifest: {"tokenizer": replace(manifest.tokenizer, eos_id=9)}, False),
     ],
-    ids=["name", "length", "rows"],
+    ids=["name", "length", "rows", "layout", "dtype", "name of the tokenizer", "tokenizer", "pad", "EOS"],
 )
 def test_the_fingerprint_covers_the_content_alone(manifest, change, same):
     assert (replace(manifest, **change(manifest)).fingerprint == manifest.fingerprint) is same

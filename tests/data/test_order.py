@@ -39,6 +39,8 @@ def test_seed_and_epoch_change_the_order():
 
 def test_the_order_is_the_same_on_every_platform():
     assert sample_indices(0, 12, seed=32, chunk_sizes=(5, 0, 4)).tolist() == [1, 7, 5, 6, 3, 8, 0, 4, 2, 2, 1, 5]
+    three_windows = [10, 7, 16, 4, 9, 1, 19, 0, 13, 6, 5, 18, 17, 12, 11, 3, 8, 14, 15, 2]
+    assert sample_indices(0, 20, seed=3, chunk_sizes=(1,) * 20).tolist() == three_windows
 
 
 def test_an_empty_set_has_no_order():

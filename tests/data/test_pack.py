@@ -13,6 +13,11 @@ def test_documents_follow_each_other_with_a_separator():
     assert packed(["ab", "cde"], encode, None, limit=1, length=4).tolist() == [[97, 98, 99, 100]]
 
 
+def test_every_sequence_begins_with_the_start():
+    sequences = packed(["abc", "defg"], encode, 0, limit=9, length=3, start=7).tolist()
+    assert sequences == [[7, 97, 98], [7, 99, 0], [7, 100, 101], [7, 102, 103]]
+
+
 def test_documents_are_read_only_as_far_as_needed():
     def documents():
         yield "abcdef"

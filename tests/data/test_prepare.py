@@ -13,9 +13,11 @@ import pytest
 
 from cod_lightning.data import encode
 from cod_lightning.data import prepare as preparation
-from cod_lightning.data.corpora import open_corpus
+from cod_lightning.data.config import DataConfig
+from cod_lightning.data.corpora import Corpus, open_corpus
 from cod_lightning.data.manifest import find_damage, read_manifest
-from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
+from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder, tokenizer_for
+from cod_lightning.data.tokenizers import train_bpe
 from cod_lightning.errors import UserError
 
 
@@ -140,6 +142,12 @@ def test_few_text_files_have_a_training_and_a_validation_set(make_config, tmp_pa
     changes = {"files": str(tmp_path / "*.txt"), "val_every": 50, "vocab_size": 258}
     manifest = read_manifest(prepare(make_config(tmp_path / "sets", **changes), progress=False))
     assert manifest.val.tokens == pytest.approx(manifest.train.tokens / 49, rel=0.2)
+
+
+def test_the_tokenizer_is_trained_on_the_training_text():
+    corpus = Corpus(train=lambda: iter(["the fox " * 9]), val=lambda: iter(["ein Hund " * 9]))
+    assert tokenizer_for(DataConfig(vocab_size=300), corpus) == train_bpe(corpus.train(), 300)
+    assert tokenizer_for(DataConfig(vocab_size=300), corpus) != train_bpe(corpus.val(), 300)
 
 
 def test_progress_is_one_line_where_there_is_no_terminal(make_config, tmp_path, capfd):

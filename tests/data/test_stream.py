@@ -119,6 +119,13 @@ def test_partial_files_of_killed_downloads_are_removed(folder, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "local:"])
+def test_an_altered_tokenizer_is_refused_when_the_set_is_opened(folder, prefix):
+    alter(folder / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: its SHA-256 differs from the manifest"):
+        open_set(prefix + str(folder))
+
+
+@pytest.mark.parametrize("prefix", ["", "local:"])
 def test_a_folder_without_a_set_is_refused(tmp_path, prefix):
     with pytest.raises(UserError, match=r"is not a prepared set \(.*manifest.json"):
         open_set(f"{prefix}{tmp_path}")

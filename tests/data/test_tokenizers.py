@@ -88,6 +88,17 @@ def test_eos_is_recognised_by_its_spelling_without_configuration(word_level, tmp
     assert load_tokenizer(word_level(tmp_path, ["<|endoftext|>"])).eos_id == 0
 
 
+def test_tokenizer_config_wins_over_the_map_of_special_tokens(word_level, tmp_path):
+    name = word_level(tmp_path, ["<x>", "</s>"], {"eos_token": "</s>"})
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<x>"}')
+    assert load_tokenizer(name).eos_id == 1
+
+
+def test_a_vocabulary_with_a_gap_has_the_size_of_its_largest_id():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 7}, "<unk>"))
+    assert DocumentTokenizer(backend.to_str(), pad_id=0, eos_id=1).vocab_size == 8
+
+
 def test_a_tokenizer_without_eos_is_refused(word_level, tmp_path):
     with pytest.raises(UserError, match="no end-of-sequence token: name one as eos_token"):
         load_tokenizer(word_level(tmp_path, ["<start>"]))
