@@ -408,7 +408,7 @@ class FusedNorm(nn.RMSNorm):
 def with_fused_norms():
     model = PlainModel()
     for block in model.layers:
-        block.ln_1 = FusedNorm(8)
+        block.ln_2 = FusedNorm(8)
     return model
 
 
@@ -670,6 +670,17 @@ def test_a_factor_of_a_norm_whose_weight_has_another_name_is_not_folded():
     model = apply(with_gamma_norms(), "lns", layout=PLAIN, trained="change")
     with pytest.raises(UserError, match=r"layer 2: .* GammaNorm has no parameter 'weight', but gamma: a layer that is"):
         fold(model, layout=PLAIN)
+
+
+def test_a_norm_that_cannot_be_run_alone_leaves_the_model_unchanged():
+    model = with_fused_norms()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(UserError, match="FusedNorm cannot be run on one tensor"):
+        apply(model, "lns_learnable", layout=PLAIN, trained="change")
+    apply(model, "lns", layout=PLAIN, trained="change")
+    with pytest.raises(UserError, match="FusedNorm cannot be run on one tensor"):
+        fold(model, layout=PLAIN)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_module_to_fold_is_named():

@@ -145,7 +145,7 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
         UserError: no strategy is applied, or a factor has no weight to go into (see `require_weight`). The model is
             unchanged.
     """
-    targets = []
+    targets: list[tuple[Any, Any, float]] = []
     sublayers, section = pre_norm_sites(model, layout), strategy_of(model)
     for site in sublayers:
         for module in (site.norm, site.branch):
@@ -154,16 +154,16 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
             if is_scaled(module):
                 target = site.output if module is site.sublayer else module
                 require_weight(target, otherwise)
-                targets.append((module, target))
-    require_own_weights(model, sublayers, [target for _, target in targets])
+                offset = weight_offset(target) if target.weight.ndim == 1 else 0.0  # of a norm, not of a linear layer
+                targets.append((module, target, offset))
+    require_own_weights(model, sublayers, [target for _, target, _ in targets])
     if section is None:
         remedy = f"pass its {inside}" if (inside := applied_inside(model)) else "call apply first"
         raise UserError(f"{type(model).__name__} has no strategy to fold: {remedy}")
     specs = [sublayer for spec in checked_specs(section, len(sublayers) // 2) for sublayer in spec.sublayers]
     if not targets and any(name in FACTORS for spec in specs for name in changes(spec)):
         raise UserError(f"the factors of {section} are lost, as after from_pretrained: call apply again, then fold")
-    for module, target in targets:
-        offset = weight_offset(target) if target.weight.ndim == 1 else 0.0  # of a norm, not of a linear layer
+    for module, target, offset in targets:
         target.weight.copy_((target.weight.double() + offset) * module.cod_output_scale - offset)
         if getattr(target, "bias", None) is not None:
             target.bias.copy_(target.bias.double() * module.cod_output_scale)
@@ -330,7 +330,7 @@ def change_weights(
         require_inputs(sublayers)
     if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in sublayers):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
-    changed = []
+    changed, offsets = [], []
     for site, spec in zip(sublayers, specs, strict=True):
         layers = [site.norm] if spec.pre_norm_weight != 1 else []
         layers += site.inputs if spec.input_init != 1 or (trained == "preserve" and spec.gain != 1) else []
@@ -338,17 +338,17 @@ def change_weights(
         for module in layers:
             require_weight(module, f"norm={norm!r} cannot change a weight of layer {site.layer}")
         changed += layers
+        offsets.append(weight_offset(site.norm) if spec.pre_norm_weight != 1 else 0.0)
         if trained == "preserve" and not all((layer.weight / spec.gain).isfinite().all() for layer in layers):
             raise UserError(
                 f"norm={norm!r}: weights divided by gain={spec.gain:.3g} of layer {site.layer} are not finite"
             )
     require_own_weights(model, sublayers, changed)
-    for site, spec in zip(sublayers, specs, strict=True):
+    for site, spec, offset in zip(sublayers, specs, offsets, strict=True):
         if trained == "preserve" and spec.gain != 1:
             for linear in site.inputs:
                 linear.weight.div_(spec.gain)
         if spec.pre_norm_weight != 1:
-            offset = weight_offset(site.norm)
             site.norm.weight.add_(offset).mul_(spec.pre_norm_weight).sub_(offset)
         if spec.input_init != 1:
             for linear in site.inputs:
