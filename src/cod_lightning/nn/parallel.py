@@ -45,12 +45,15 @@ def parallelise(
         model: may be on the meta device.
         checkpointing: activations that the backward pass recomputes: `none`; `full`, all of a block but its input;
             `selective`, all but the results of matrix products and attention.
-        backend: compiles each block as one graph, such as "inductor"; None: no compilation.
+        backend: compiles each block as one graph, such as "inductor"; code that was compiled before is forgotten. None:
+            no compilation.
         mesh: shards parameters, gradients and optimizer states: [shards] or [replicas, shards]; None: no sharding.
         dtype: dtype of the gathered linear layers of blocks; None: that of the parameters. Gradients are reduced in
             float32.
         offload: keep the shards in CPU memory.
     """
+    if backend is not None:
+        torch.compiler.reset()  # a process compiles one function for eight inputs or models at most, then fails
     for block in model.blocks:
         if checkpointing != "none":
             block.forward = checkpointed(block.forward, checkpointing)
