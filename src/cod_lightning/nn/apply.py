@@ -20,7 +20,7 @@ from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import Block
 from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites, require_inputs
 from cod_lightning.nn.spec import FACTORS, OPTIMIZER, changes
-from cod_lightning.nn.strategies import BlockSpec, SublayerSpec, build_all
+from cod_lightning.nn.strategies import SublayerSpec, build_all
 from cod_lightning.settings import require_choice
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,7 +81,7 @@ def apply(
     if any(isinstance(site.block, Block) for site in sublayers):
         raise UserError("a Decoder gets its strategy when it is built: pass build_all(...) to build_decoder")
     section = {"name": norm, **options}
-    specs = [sublayer for spec in checked_specs(section, len(sublayers) // 2) for sublayer in spec.sublayers]
+    specs = checked_specs(section, len(sublayers) // 2)
     if any(spec.has_rates for spec in specs):
         raise UserError(
             f"norm={norm!r} sets rates of the optimizer, which apply cannot: train the stock model with "
@@ -160,7 +160,7 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
     if section is None:
         remedy = f"pass its {inside}" if (inside := applied_inside(model)) else "call apply first"
         raise UserError(f"{type(model).__name__} has no strategy to fold: {remedy}")
-    specs = [sublayer for spec in checked_specs(section, len(sublayers) // 2) for sublayer in spec.sublayers]
+    specs = checked_specs(section, len(sublayers) // 2)
     if not targets and any(name in FACTORS for spec in specs for name in changes(spec)):
         raise UserError(f"the factors of {section} are lost, as after from_pretrained: call apply again, then fold")
     for module, target, offset in targets:
@@ -288,8 +288,8 @@ def checked_specs(
     depth: int,
     supported: Sequence[str] = SUPPORTED,
     otherwise: str = "which an existing Pre-LN model cannot have",
-) -> list[BlockSpec]:
-    """The blocks of a strategy, all of whose coefficients are supported.
+) -> list[SublayerSpec]:
+    """The sub-layers of all blocks of a strategy, whose coefficients are all supported.
 
     Raises:
         UserError: names every coefficient that is not; the message ends in `otherwise`.
@@ -301,7 +301,7 @@ def checked_specs(
     if problems:
         listed = ", ".join(f"{name}={value!r}" for name, value in problems.items())
         raise UserError(f"norm={norm['name']!r} sets {listed}, {otherwise}")
-    return specs
+    return [sublayer for spec in specs for sublayer in spec.sublayers]
 
 
 @torch.no_grad()

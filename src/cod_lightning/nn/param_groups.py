@@ -32,7 +32,7 @@ from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, changes, scale
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.settings import require_choice
 
-FORMS = ("matrices", "norm_weights")
+Form = Literal["matrices", "norm_weights"]
 
 
 def param_groups(
@@ -43,7 +43,7 @@ def param_groups(
     initial_weights: InitialWeights,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    form: Literal["matrices", "norm_weights"] = "matrices",
+    form: Form = "matrices",
     layout: Layout | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def param_groups(
     """
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         require_number(name, value)
-    require_choice("form", form, FORMS)
+    require_choice("form", form, Form)
     require_choice("initial_weights", initial_weights, InitialWeights)
     if (applied := strategy_of(model)) is not None or any(is_scaled(module) for module in model.modules()):
         applied = applied or applied_inside(model)
@@ -88,8 +88,7 @@ def param_groups(
         raise UserError(
             "the decoder was built with a strategy: build it with norm=pre_ln, or train it with its own strategy"
         )
-    blocks = checked_specs({"name": norm, **options}, len(sublayers) // 2)
-    specs = [without_gain(sublayer, form, norm) for spec in blocks for sublayer in spec.sublayers]
+    specs = [without_gain(s, form, norm) for s in checked_specs({"name": norm, **options}, len(sublayers) // 2)]
     if any(spec.input_rates or spec.input_init != 1 for spec in specs):
         require_inputs(sublayers, "; or pass form='norm_weights'")
     rates = rates_of(sublayers, specs)
@@ -124,7 +123,7 @@ def has_rates_or_factors(spec: BlockSpec) -> bool:
     return any(name in SUPPORTED for sublayer in spec.sublayers for name in changes(sublayer))
 
 
-def without_gain(spec: SublayerSpec, form: str, norm: str) -> SublayerSpec:
+def without_gain(spec: SublayerSpec, form: Form, norm: str) -> SublayerSpec:
     """The exact equivalent of a sub-layer that has initial weights and rates instead of a gain.
 
     Raises:

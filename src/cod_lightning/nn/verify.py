@@ -96,8 +96,7 @@ def verify(
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
     otherwise = "which verify cannot check: it measures gain and branch_scale"
-    blocks = checked_specs(section, len(pre_norm_sites(model, layout)) // 2, FACTORS, otherwise)
-    specs = [sublayer for block in blocks for sublayer in block.sublayers]
+    specs = checked_specs(section, len(pre_norm_sites(model, layout)) // 2, FACTORS, otherwise)
     require_values(model)
     tokens = example_tokens(model) if inputs is None else inputs
     if not isinstance(tokens, Tensor):
@@ -280,9 +279,10 @@ def check(factors: list[Factor], norm: str, when: str) -> None:
     """Raise a UserError that names the first factor that does not hold."""
     for factor in factors:
         if not factor.holds:
-            measured = f"{factor.measured:.6g}" if factor.measured == factor.measured else "no constant factor"
+            unknown = math.isnan(factor.measured)
+            measured = "no constant factor" if unknown else f"{factor.measured:.6g}"
             adds = "; if its sub-layer adds the stream itself, name the linear layer before the sum in layout.branches"
-            hint = adds if math.isnan(factor.measured) and factor.name == "branch_scale" else ""
+            hint = adds if unknown and factor.name == "branch_scale" else ""
             raise UserError(
                 f"norm={norm!r} does not hold{when}: layer {factor.layer}, {factor.part}: "
                 f"{factor.name} is {measured}, expected {factor.expected:.6g}{hint}"
