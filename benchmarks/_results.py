@@ -130,6 +130,12 @@ def training_step(
     optimizer.zero_grad()
 
 
+def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the parameters and of the optimizer's state."""
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *states])
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of `expected`, in float64."""
     expected = expected.detach().double()

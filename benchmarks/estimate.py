@@ -26,6 +26,7 @@ from _results import (
     milliseconds,
     peak_bytes,
     report,
+    state_bytes,
     training_step,
 )
 
@@ -81,8 +82,7 @@ def measure(name: str, norm: str, args: argparse.Namespace) -> dict[str, Any]:
     optimizer, _ = build_optimizer(model, OptimConfig(), max_steps=100)
     step = partial(training_step, partial(mean_loss, model), optimizer, batches, args.precision == "bf16-mixed")
     step()  # allocates the optimizer's state
-    state = [*model.parameters(), *(tensor for values in optimizer.state.values() for tensor in values.values())]
-    memory = sum(tensor.nbytes for tensor in state) + peak_bytes(step)
+    memory = state_bytes(model, optimizer) + peak_bytes(step)
     ms = milliseconds({"step": step}, args.seconds)["step"]
     return {
         "model": name,

@@ -33,8 +33,6 @@ KINDS = ("rms", "layer", *BOUNDED)
 KERNELS = ("norm", "add_norm", "backward", "dweight", "add_norm_mixed", "backward_mixed")
 """`mixed` is the variant of compiled code under autocast: residual stream in float32, other tensors in half precision,
 constants in memory."""
-
-
 BOUNDED_KERNELS = ("norm", "add_norm", "backward")
 
 

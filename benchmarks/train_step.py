@@ -51,6 +51,7 @@ from _results import (
     rounds,
     save,
     show,
+    state_bytes,
     training_step,
 )
 from torch import Tensor, nn
@@ -209,13 +210,6 @@ def peak_flops() -> tuple[float, str]:
     return matmul_rate(DEVICE, torch.bfloat16, size=8192), "measured"
 
 
-def state_bytes(variant: Variant) -> int:
-    """Bytes of the parameters and of the optimizer's state."""
-    model, optimizer, _ = variant
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *states])
-
-
 def measure(name: str, args: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
     """One table row for each variant of a model."""
     torch.set_num_threads(threads)
@@ -253,7 +247,7 @@ def measure(name: str, args: argparse.Namespace, threads: int) -> list[dict[str,
             raise SystemExit(f"the variants differ in their number of parameters: {sizes}")
         for label, variant in built.items():
             step_of(variant)()  # allocates the optimizer's state
-            memory[label] = round((state_bytes(variant) + peak_bytes(step_of(variant))) / 2**30, 2)
+            memory[label] = round((state_bytes(*variant[:2]) + peak_bytes(step_of(variant))) / 2**30, 2)
         series = rounds({label: step_of(variant) for label, variant in built.items()}, args.seconds, CLOCKS[args.clock])
         times = {label: statistics.median(values) for label, values in series.items()}
         over = {
