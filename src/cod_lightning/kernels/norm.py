@@ -152,8 +152,8 @@ def bounded_norm(
         The stream [..., hidden] and y [..., hidden].
 
     Raises:
-        ValueError: an unknown kind or backend, a parameter of another shape, or tensors that backend="triton" does not
-            support, with the reason.
+        ValueError: an unknown kind or backend, or a parameter of another shape.
+        UserError: tensors that backend="triton" does not support, with the reason.
     """
     if kind not in BOUNDED:
         raise ValueError(f"kind={kind!r} must be {', '.join(BOUNDED)}")
@@ -279,13 +279,13 @@ def unsupported(
         return f"the tensors are on {x.device.type}, not on a GPU (TRITON_INTERPRET=1 runs slowly on the CPU)"
     if dtypes := [tensor.dtype for tensor in tensors if tensor.dtype not in triton_norm.DTYPES]:
         return f"{dtypes[0]} is not float32, bfloat16 or float16"
-    shape, hidden = x.shape, x.shape[-1] if x.ndim else 0
+    hidden = x.shape[-1] if x.ndim else 0
     if hidden == 0 or hidden % groups:
-        return f"groups={groups} does not divide the hidden dimension of {list(shape)}"
+        return f"groups={groups} does not divide the hidden dimension of {list(x.shape)}"
     if weight is not None and weight.shape != (hidden,):
         return f"the weight has the shape {list(weight.shape)}, expected [{hidden}]"
-    if branch is not None and branch.shape != shape:
-        return f"the branch has the shape {list(branch.shape)}, x {list(shape)}"
+    if branch is not None and branch.shape != x.shape:
+        return f"the branch has the shape {list(branch.shape)}, x {list(x.shape)}"
     if hidden // groups > triton_norm.MAX_WIDTH:
         return f"groups of {hidden // groups} channels exceed the maximum of {triton_norm.MAX_WIDTH}"
     if any(tensor.device != x.device for tensor in tensors):

@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: Rope | None, first_BGTK: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """y [B, T, D]; with a value residual, also the values of the first block, which this is if none are given."""
+        """y [B, T, D]; with a value residual, also the values of the first block: its own if `first_BGTK` is None."""
         q_BHTK, k_BGTK, v_BGTK = (
             norm(projection(x_BTD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
             for projection, norm in (

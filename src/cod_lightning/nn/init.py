@@ -102,12 +102,12 @@ def initialise(model: M, seed: int) -> M:
             module.reset()
         if isinstance(module, Residual) and module.branch_scale is not None:
             module.branch_scale.fill_(module.spec.branch_scale)
-        if isinstance(module, Block) and module.embedding_skip is not None:
-            copy_(module.embedding_skip, numbers_like(module.embedding_skip, 1.0, 0.0))
-        if isinstance(module, Attention) and module.value_mix is not None:
-            copy_(module.value_mix, numbers_like(module.value_mix, 1.0, 1.0, 0.0))
         if isinstance(module, Residual) and module.skip is not None:
             module.skip.fill_(module.spec.skip)
+        if isinstance(module, Block) and module.embedding_skip is not None:
+            copy_(module.embedding_skip, torch.tensor([1.0, 0.0], device="cpu"))
+        if isinstance(module, Attention) and module.value_mix is not None:
+            copy_(module.value_mix, torch.tensor([1.0, 1.0, 0.0], device="cpu"))
     profile_skips(model, seed)
     return model
 
@@ -152,11 +152,6 @@ def draw_(model: Model, name: str, std: float, seed: int) -> None:
     else:
         torch.nn.init.trunc_normal_(normal, a=-cutoff, b=cutoff, generator=generator)
     copy_(parameter, (normal * std).to(parameter.dtype))
-
-
-def numbers_like(parameter: Tensor, *numbers: float) -> Tensor:
-    """A vector of numbers with the device and dtype of a parameter."""
-    return torch.tensor(numbers, device=parameter.device, dtype=parameter.dtype)
 
 
 def seed_of(seed: int, purpose: str) -> int:

@@ -119,6 +119,7 @@ LAYOUTS = (
     *(GEMMA2, GLM4, HYPERCLOVAX, KOLIBRI1, AFMOE, LLAMA, GEMMA2_NORMS, OLMO2, LLAMA_NORMS, COHERE, PHI, LLAMA4),
     *(GEMMA3_VL, QWEN2_5_VL, GPT2, GPTJ, GPT_NEOX, BERT, ENCODER),
 )
+"""Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
 BACKBONES = tuple(
     replace(
         layout,
@@ -130,7 +131,6 @@ BACKBONES = tuple(
     if layout not in (BERT, ENCODER)
 )
 """The layouts without the causal model around them, as `AutoModel` gives them."""
-"""Tried in this order: the first whose modules a model has. COHERE is any block with these two sub-layers."""
 AFTER_INPUTS = ("dt_proj",)
 """Further linear layers of a sub-layer that do not read the norm: Doge's reads the values."""
 OTHER_SUMS = {
@@ -212,10 +212,11 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
 def refuse_other_blocks(model: nn.Module, sublayers: list[Site], layout: Layout) -> None:
     """Raise a UserError if a block computes another equation or has modules that a known layout does not name."""
     for block in [site.block for site in sublayers[::2]]:
-        kind = next((base.__name__ for base in type(block).__mro__ if base.__name__ in OTHER_SUMS), None)
-        reason = OTHER_SUMS[kind] if kind else "norms the outputs of its sub-layers (norm_after)"  # Molmo2's switch
-        if kind or getattr(block, "norm_after", False):
-            raise UserError(f"{type(model).__name__}: {type(block).__name__} is no Pre-LN block: it {reason}")
+        reasons = [OTHER_SUMS[base.__name__] for base in type(block).__mro__ if base.__name__ in OTHER_SUMS]
+        if getattr(block, "norm_after", False):  # Molmo2's switch
+            reasons.append("norms the outputs of its sub-layers (norm_after)")
+        if reasons:
+            raise UserError(f"{type(model).__name__}: {type(block).__name__} is no Pre-LN block: it {reasons[0]}")
         if others := other_modules(block, layout):
             listed = ", ".join(others)
             raise UserError(f"{type(model).__name__}: its blocks have other modules than Pre-LN: {listed}; {HINT}")

@@ -39,7 +39,7 @@ class Norm(nn.Module):
         spec = spec or SublayerSpec()
         if config.hidden_size % spec.groups:
             raise ValueError(f"norm.groups={spec.groups} does not divide model.hidden_size={config.hidden_size}")
-        self.kind, self.groups, self.gain = config.norm, spec.groups, spec.gain
+        self.kind, self.groups, self.gain, self.input_scale = config.norm, spec.groups, spec.gain, spec.input_scale
         # norm(s x) with eps equals norm(x) with eps / s^2, so that the input needs no multiplication.
         self.eps = config.norm_eps / spec.input_scale**2
         self.before_matmul, self.backend = before_matmul, config.norm_backend
@@ -47,8 +47,7 @@ class Norm(nn.Module):
         self.initial_alpha = ALPHA.get(self.kind, 0.0) if alpha is None else alpha
         size = size or config.hidden_size
         self.weight = nn.Parameter(torch.empty(size)) if config.norm_affine else None
-        self.input_scale, bounded = spec.input_scale, self.kind in BOUNDED
-        self.alpha = nn.Parameter(torch.empty(1)) if bounded else None
+        self.alpha = nn.Parameter(torch.empty(1)) if self.kind in BOUNDED else None
         self.shift = nn.Parameter(torch.empty(1)) if self.kind == "derf" else None
         self.bias = nn.Parameter(torch.empty(size)) if self.kind in ("dyt", "derf") and config.norm_affine else None
 

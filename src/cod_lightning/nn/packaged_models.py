@@ -1,4 +1,4 @@
-"""Models that Python packages contain, each with a word that stands for its folder or file."""
+"""Models that Python packages contain, by short name."""
 
 from __future__ import annotations
 
