@@ -1,5 +1,6 @@
 """Strategies on stock models: `apply` and `fold`."""
 
+import io
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -313,6 +314,19 @@ def test_compiled_code_of_other_models_is_not_run():
     torch.testing.assert_close(compiled_logits(only_ffn()), logits(only_ffn()))
     assert not torch.allclose(compiled_logits(apply(stock, "lns")), before, atol=1e-3)
     torch.testing.assert_close(compiled_logits(fold(stock)), logits(stock))
+
+
+def test_a_model_from_another_process_keeps_the_factors_when_its_blocks_are_compiled(monkeypatch):
+    file = io.BytesIO()
+    torch.save(apply(build("Llama", use_cache=False), "lns"), file)  # with a cache, every block has code of its own
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)  # torch's default
+    file.seek(0)
+    model = torch.load(file, weights_only=False)
+    expected = logits(model)
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    torch.testing.assert_close(logits(model), expected)
 
 
 def test_models_of_one_configuration_do_not_share_the_strategy():

@@ -368,11 +368,27 @@ def is_scaled(module: nn.Module) -> bool:
     return multiply_output in module._forward_hooks.values()
 
 
-def multiply_output(module: Any, args: Any, output: Any) -> Any:
+class MultiplyOutput:
     """Forward hook: the output, or the first of a tuple of outputs, times the module's `cod_output_scale`."""
-    if isinstance(output, tuple):
-        return output[0] * module.cod_output_scale, *output[1:]
-    return output * module.cod_output_scale
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return output[0] * module.cod_output_scale, *output[1:]
+        return output * module.cod_output_scale
+
+    def __deepcopy__(self, memo: Any) -> MultiplyOutput:
+        return self
+
+    def __reduce__(self) -> Any:
+        return unpickled_hook, ()  # in another process, where `apply` was not called
+
+
+multiply_output = MultiplyOutput()
+
+
+def unpickled_hook() -> MultiplyOutput:
+    forget_compiled()
+    return multiply_output
 
 
 def remove_scale(module: Any) -> None:
