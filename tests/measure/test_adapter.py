@@ -3,7 +3,9 @@ import torch
 import torch.nn.functional as F
 from builders import ALL_FAMILIES, decoder, tokens
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.open_model import check_layout, load_pretrained
@@ -84,6 +86,15 @@ def test_a_block_keeps_what_it_reads_from_the_first_one(strategy):
         close(function(x), activations["residual", layer])
     with model.with_blocks(model.blocks[1:]):  # now the second block is the first one
         assert model.logits(TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize("measure", ["jacobian", "contribution"])
+@pytest.mark.parametrize("strategy", ["x0_mix", "peri_ln"])
+def test_wrapped_blocks_are_measured(strategy, measure):
+    model = decoder(strategy).model
+    expected = getattr(cod.measure, measure)(model, TOKENS)
+    model.model.layers = nn.ModuleList(map(checkpoint_wrapper, model.blocks))
+    assert getattr(cod.measure, measure)(model, TOKENS).rows() == expected.rows()
 
 
 @every_family

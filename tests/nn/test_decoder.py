@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.nn.decoder import Decoder
@@ -50,6 +51,15 @@ def test_non_parametric_layer_norm_has_no_weights(decoder):
     x = torch.randn(2, 5, 48, dtype=torch.float64)
     torch.testing.assert_close(model.model.norm(x), F.layer_norm(x, (48,), eps=1e-6), rtol=1e-12, atol=1e-12)
     assert model(torch.randint(101, (1, 4))).isfinite().all()
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper], ids=lambda wrap: wrap.__name__)
+def test_wrapped_blocks_run(decoder, wrap):
+    model, tokens = decoder(), torch.arange(12)[None]
+    expected = model(tokens)
+    model.model.layers = torch.nn.ModuleList(wrap(block) for block in model.blocks)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(model(tokens), expected)
 
 
 def test_no_token_sees_a_later_one(decoder):

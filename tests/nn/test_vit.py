@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.config.compose import compose
 from cod_lightning.kernels.loss import IGNORE
@@ -141,6 +142,13 @@ def test_parameters_are_counted(name, change):
     if name == "vit_s" and not change:
         # DeiT-S has 22.05M with 12 blocks of 1.77M; this one 24 more, and no biases in its 73 LayerNorms.
         assert count == 22_050_664 + 24 * 1_774_464 - 73 * 384
+
+
+def test_wrapped_blocks_run():
+    model = vit()
+    expected = model(images())
+    model.layers = torch.nn.ModuleList(map(checkpoint_wrapper, model.blocks))
+    assert torch.equal(model(images()), expected)
 
 
 def test_an_ignored_label_does_not_count():

@@ -34,6 +34,7 @@ from cod_lightning.nn.layouts import (
     known_layout,
     logits_output,
     sites,
+    unwrapped,
 )
 from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.vit import VisionTransformer
@@ -145,7 +146,7 @@ class ModelAdapter:
     @property
     def why_not_composed(self) -> str:
         """Why Jacobians of blocks do not multiply to that of several blocks, or an empty string."""
-        specs = [block.spec for block in self.blocks if isinstance(block, Block)]
+        specs = [block.spec for block in map(unwrapped, self.blocks) if isinstance(block, Block)]
         if any(spec.embedding_skip for spec in specs):
             return "its blocks read the embeddings besides the stream, so their Jacobians do not multiply"
         if any(spec.value_residual != "no" for spec in specs):
@@ -320,6 +321,7 @@ class ModelAdapter:
         def capture(module: Any, args: tuple, kwargs: dict) -> None:
             others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             x = hidden_input(args, kwargs).detach()
+            module = unwrapped(module)  # torch.func does not pass through checkpoints
             if not inputs and isinstance(module, Block):
                 x, module = module.entry_norm(x), without_entry_norm(module)
             inputs.append(x)
@@ -339,7 +341,7 @@ class ModelAdapter:
             x: [..., hidden].
             embedding: the input of the first block at the same tokens [..., hidden].
         """
-        block = self.blocks[layer - 1]
+        block = unwrapped(self.blocks[layer - 1])
         return block.mix(block.entry_norm(x), embedding) if isinstance(block, Block) else x
 
     @contextmanager

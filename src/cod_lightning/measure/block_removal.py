@@ -19,7 +19,7 @@ from cod_lightning.measure.open_model import differ
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.decoder import Block, Decoder
-from cod_lightning.nn.layouts import Site, sites
+from cod_lightning.nn.layouts import Site, sites, unwrapped
 
 
 def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
@@ -43,7 +43,7 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
     remaining = [layer for layer in range(1, depth + 1) if layer not in layers]
     if not remaining:
         raise UserError(f"layers={sorted(set(layers))} are all layers of {model.name}: keep at least one")
-    if 1 in layers and any(isinstance(block, Block) and block.spec.value_residual != "no" for block in blocks):
+    if 1 in layers and any(isinstance(b, Block) and b.spec.value_residual != "no" for b in map(unwrapped, blocks)):
         raise UserError(f"{model.name}: its blocks read the values of block 1 (value_residual): keep block 1")
     with model.with_blocks([blocks[layer - 1] for layer in remaining]):  # so that only these are copied
         copy = dataclasses.replace(model, model=deepcopy(model.model))

@@ -13,7 +13,7 @@ Shape suffixes: B sequences, T tokens, D hidden size, H heads, G key/value heads
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        return [block for block in self.model.layers if isinstance(block, Block)]
+        return cast("list[Block]", list(self.model.layers))  # a user may wrap them, as torch.compile does
 
     def forward(
         self,

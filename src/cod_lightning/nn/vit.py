@@ -6,6 +6,8 @@ and a class token whose output the head classifies. As in the decoder, LayerNorm
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        return [block for block in self.layers if isinstance(block, Block)]
+        return cast("list[Block]", list(self.layers))
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None, hook: ActivationHook | None = None
