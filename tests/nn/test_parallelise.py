@@ -1,6 +1,8 @@
 """Activation checkpointing and compilation do not change results."""
 
 import dataclasses
+import pickle
+from copy import deepcopy
 
 import pytest
 import torch
@@ -60,6 +62,15 @@ def test_a_wrapped_model_has_the_same_loss_and_gradients(norm, checkpointing, ba
     assert wrapped_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(wrapped_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_with_checkpoints_computes_with_its_own_weights(copy):
+    wrapped = build(wrap=lambda decoder: parallelise(decoder, checkpointing="selective"))
+    expected = wrapped(TOKENS)
+    copied = copy(wrapped)
+    torch.nn.init.zeros_(wrapped.blocks[0].mlp.down_proj.weight)
+    assert torch.equal(copied(TOKENS), expected)
 
 
 @compiles

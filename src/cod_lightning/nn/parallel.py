@@ -54,9 +54,12 @@ def parallelise(
     """
     if backend is not None:
         torch.compiler.reset()  # a process compiles one function for eight inputs or models at most, then fails
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+    options = selective if checkpointing == "selective" else {}
     for block in model.blocks:
         if checkpointing != "none":
-            block.forward = checkpointed(block.forward, checkpointing)
+            forward: Any = partial(checkpointed, block.forward, options)  # a copy of the block gets one of its own
+            block.forward = forward
         if backend is not None:
             block.compile(fullgraph=True, backend=backend)
     if mesh is None:
@@ -82,17 +85,18 @@ def parallelise(
         shard(block, dtype, ignored=set(block.parameters()) - matrices)
 
 
-def checkpointed(forward: Callable[..., Any], checkpointing: str) -> Callable[..., Any]:
-    """The `forward` of a block with activation checkpointing, which a call with a hook skips."""
-    selective = partial(create_selective_checkpoint_contexts, policy)
-    contexts: dict[str, Any] = {"context_fn": selective} if checkpointing == "selective" else {}
-
-    def run(x: Tensor, rope: Rope | None, hook: Any = None, *shared: Tensor | None) -> Any:
-        if hook is not None or not torch.is_grad_enabled():
-            return forward(x, rope, hook, *shared)
-        return checkpoint(forward, x, rope, None, *shared, use_reentrant=False, preserve_rng_state=False, **contexts)
-
-    return run
+def checkpointed(
+    forward: Callable[..., Any],
+    options: dict[str, Any],
+    x: Tensor,
+    rope: Rope | None,
+    hook: Any = None,
+    *shared: Tensor | None,
+) -> Any:
+    """Call the `forward` of a block with activation checkpointing, which a call with a hook skips."""
+    if hook is not None or not torch.is_grad_enabled():
+        return forward(x, rope, hook, *shared)
+    return checkpoint(forward, x, rope, None, *shared, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def policy(context: AbstractContextManager, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
