@@ -387,6 +387,7 @@ multiply_output = MultiplyOutput()
 
 
 def unpickled_hook() -> MultiplyOutput:
+    """`multiply_output`, which `torch.compile` sees from now on."""
     forget_compiled()
     return multiply_output
 

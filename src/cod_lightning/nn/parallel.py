@@ -86,12 +86,7 @@ def parallelise(
 
 
 def checkpointed(
-    forward: Callable[..., Any],
-    options: dict[str, Any],
-    x: Tensor,
-    rope: Rope | None,
-    hook: Any = None,
-    *shared: Tensor | None,
+    forward: Callable[..., Any], options: dict[str, Any], x: Tensor, rope: Rope | None, hook: Any = None, *shared: Any
 ) -> Any:
     """Call the `forward` of a block with activation checkpointing, which a call with a hook skips."""
     if hook is not None or not torch.is_grad_enabled():
