@@ -1,5 +1,7 @@
 """The decoder against transformers with the same weights, and its size against the paper's."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.nn.huggingface import to_llama_state_dict
 from cod_lightning.nn.init import seed_of
+from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.surgery import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -60,6 +65,25 @@ def test_wrapped_blocks_run(decoder, wrap):
     model.model.layers = torch.nn.ModuleList(wrap(block) for block in model.blocks)
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(model(tokens), expected)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_decoder_is_copied_converted_and_exported_as_any_other(decoder, whole):
+    plain = decoder("lns")
+    compiled = copy.deepcopy(plain)
+    compiled.model.layers = torch.nn.ModuleList(map(torch.compile, compiled.blocks))
+    compiled = torch.compile(compiled) if whole else compiled
+    of_both = [
+        (
+            unwrapped_copy(model).state_dict(),
+            convert(model, {"name": "pre_ln"}).state_dict(),
+            to_llama_state_dict(model),
+        )
+        for model in (plain, compiled)
+    ]
+    for expected, found in zip(*of_both, strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_no_token_sees_a_later_one(decoder):

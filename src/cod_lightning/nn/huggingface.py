@@ -30,6 +30,7 @@ from cod_lightning.nn.spec import (
     schedule_end,
 )
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.weights import state_dict
 
 EXPORTED = (*FACTORS, "learned_branch_scale", "branch_schedule", *INITIAL, *OPTIMIZER)
 """Coefficients of a sub-layer that are folded into weights, a schedule if it has ended, or that only training needs.
@@ -92,7 +93,7 @@ def to_llama_state_dict(decoder: Decoder, dtype: torch.dtype = torch.float32) ->
     """
     if problems := unsupported_features(decoder):
         raise UserError("\n".join(problems))
-    state = {name: tensor.cpu() for name, tensor in decoder.state_dict().items() if "_residual." not in name}
+    state = {name: tensor.cpu() for name, tensor in state_dict(decoder).items() if "_residual." not in name}
     ones = torch.ones(decoder.config.hidden_size)
     state.setdefault("model.norm.weight", ones)
     for index, layer in enumerate(decoder.blocks):

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cod_lightning.nn.decoder import Decoder, Rope, set_step
 from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.nn.weights import state_dict
 
 Model = Decoder | VisionTransformer
 
@@ -105,7 +106,7 @@ def unwrapped_copy(model: Model) -> Model:
     """
     with torch.device("meta"):
         copy = model.empty_like()
-    weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
+    weights = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state_dict(model).items()}
     copy.load_state_dict(weights, assign=True)
     if isinstance(copy, Decoder):
         copy.tie()

@@ -21,6 +21,7 @@ from cod_lightning.nn.layer_prediction import predict_blocks
 from cod_lightning.nn.layouts import LLAMA, sites
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import BlockSpec, build_all
+from cod_lightning.nn.weights import state_dict
 from cod_lightning.settings import require_choice
 
 How = Literal["stack", "interpolate", "identity", "lesa"]
@@ -132,9 +133,9 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
         raise UserError("\n".join(f"norm={norm['name']!r} sets {problem}" for problem in problems))
     with torch.device("meta"):
         rebuilt = Decoder(replace(decoder.config, num_hidden_layers=len(originals)), specs)
-    state = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("model.layers.")}
+    state = {name: tensor for name, tensor in state_dict(decoder).items() if not name.startswith("model.layers.")}
     for index, block in enumerate(originals):
-        state |= {f"model.layers.{index}.{name}": tensor for name, tensor in block.state_dict().items()}
+        state |= {f"model.layers.{index}.{name}": tensor for name, tensor in state_dict(block).items()}
     rebuilt.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     rebuilt.tie()
     for site in sites(rebuilt, LLAMA) if compensate else ():

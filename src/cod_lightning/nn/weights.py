@@ -1,4 +1,4 @@
-"""Copying weights into models whose parameters may be sharded (`DTensor`)."""
+"""The weights of models, whose parameters may be sharded (`DTensor`)."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def refuse_fsdp1(model: nn.Module) -> None:
             f"{type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), which is not supported: pass the "
             "model before it is wrapped, or shard it by FSDP2 (fully_shard)"
         )
+
+
+def state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, without the names of `torch.compile`'s wrappers around it or its blocks."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
 
 
 def to_local(tensor: Tensor) -> Tensor:
