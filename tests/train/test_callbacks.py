@@ -163,6 +163,10 @@ def test_tensorboard_has_figures(events):
     assert set(events.Tags()["images"]) == {"variance by layer", *maps}
 
 
+def test_figures_have_the_steps_of_their_measures(events):
+    assert [image.step for image in events.Images("influence")] == [0, 4, 6]
+
+
 def test_tensorboard_has_the_configuration_and_hyperparameters(events):
     assert "config/text_summary" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata

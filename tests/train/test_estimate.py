@@ -278,6 +278,15 @@ def test_fsdp_shards_and_gathers(architecture):
     assert fsdp.activations == single.activations
 
 
+def test_fsdp_in_mixed_precision_gathers_and_computes_in_bfloat16():
+    architecture = decoder_like(vocab_size=8192)
+    full, mixed = (architecture.memory(p, strategy="fsdp", ranks=4)(2) for p in ("32-true", "bf16-mixed"))
+    half = architecture.memory("bf16-true", strategy="fsdp", ranks=4)(2)
+    assert (mixed.weights, mixed.copies) == (full.weights, 0)
+    assert mixed.communication == half.communication == full.communication // 2
+    assert (mixed.activations, mixed.work) == (half.activations, half.work)
+
+
 @pytest.mark.parametrize("architecture", [decoder_like(), vit_like()], ids=["decoder", "vit"])
 def test_offload_leaves_the_shard_of_one_block_on_the_device(architecture):
     sharded, offloaded = (
@@ -328,6 +337,7 @@ def test_the_estimate_of_a_cell_of_table_1_is_that_of_its_formulas():
     assert result.documents == 60_000 * 512  # one per sequence
     assert result.token_bytes == 2 * 7_864_320_000
     assert result.download_bytes == pytest.approx(326.8e9 * result.documents / 364.87e6, rel=1e-3)
+    assert result.text_bytes == pytest.approx(828.6e9 * result.documents / 364.87e6, rel=1e-3)
 
 
 def test_the_estimate_of_a_vision_transformer_counts_its_patches():
@@ -362,7 +372,9 @@ def test_packed_data_takes_the_documents_of_its_tokens():
     assert estimated(*words, "trainer.max_steps=100000000").documents == 364_868_892
     few = estimated(*words, "data.max_documents=1000")
     assert (few.documents, few.token_bytes) == (1000, 2 * round(1000 * 156e9 / 364_868_892))
-    assert estimated(*words, "model.vocab_size=70000").token_bytes == 2 * result.token_bytes
+    for vocab_size, itemsize in ((65536, 2), (65537, 4)):
+        larger = estimated(*words, f"model.vocab_size={vocab_size}")
+        assert larger.token_bytes == itemsize / 2 * result.token_bytes
 
 
 def test_the_size_of_another_source_than_c4_is_not_known():

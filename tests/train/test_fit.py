@@ -31,7 +31,7 @@ from cod_lightning.train.checkpoint import read_checkpoint
 from cod_lightning.train.devices import precision
 from cod_lightning.train.load import load_run
 from cod_lightning.train.memory import check_memory
-from cod_lightning.train.module import DecoderModule
+from cod_lightning.train.module import DecoderModule, gradient_norm
 from cod_lightning.train.record import git_commit, read_record
 from cod_lightning.train.run import build, evaluate, fit, probes, vocab_size
 
@@ -80,18 +80,23 @@ def test_accumulation_does_not_change_a_step(train, layout):
 
 
 @pytest.mark.parametrize("weighting", ["tokens", "micro_batches"])
-def test_the_loss_of_a_step_is_weighted_by_tokens_or_micro_batches(toy, train, weighting):
+def test_loss_and_gradient_of_a_step_are_weighted_by_tokens_or_micro_batches(toy, train, weighting, monkeypatch):
+    norms = []
+    monkeypatch.setattr(module, "gradient_norm", lambda optimizer: norms.append(gradient_norm(optimizer)) or norms[-1])
     words = ["data.layout=document", "data.micro_batch_size=2", f"optim.weighting={weighting}", "trainer.max_steps=1"]
     record, _ = train(*words)
-    data, module = build(compose([*toy, *words]))
-    module.configure_model()
+    data, untrained = build(compose([*toy, *words]))
+    untrained.configure_model()
     batch = next(iter(data.train_dataloader()))
-    parts = [module.decoder(part, next_tokens(part, data.pad_id)) for part in batch.split(2)]
+    parts = [untrained.decoder(part, next_tokens(part, data.pad_id)) for part in batch.split(2)]
     if weighting == "tokens":
         expected = sum(part.total for part in parts) / sum(part.counts.sum() for part in parts)
     else:
         expected = sum(part.total / part.counts.sum() for part in parts) / len(parts)
     assert losses(record)[0] == pytest.approx(expected.item(), rel=1e-6)
+    expected.backward()
+    gradients = [parameter.grad for parameter in untrained.parameters()]
+    assert norms[0].item() == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-4)
     assert record["tokens"] == int((batch != data.pad_id).sum())
 
 
@@ -206,6 +211,17 @@ def test_a_run_in_use_is_left_alone(train, toy, tmp_path):
     ):
         train()
     train()
+
+
+def test_a_link_to_a_run_folder_has_the_lock_of_the_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with (
+        lock_folder(tmp_path / "run"),
+        pytest.raises(UserError, match="is being trained by another process"),
+        lock_folder(tmp_path / "link"),
+    ):
+        pass
 
 
 def test_a_run_resumes_from_its_newest_checkpoint(plain, train, tmp_path):

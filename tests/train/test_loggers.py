@@ -8,6 +8,7 @@ import errno
 from dataclasses import asdict
 
 import pytest
+from run_files import read_events
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cod_lightning.config.compose import compose
@@ -31,6 +32,16 @@ def test_rows_of_csv_are_written_at_once(tmp_path):
     assert (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[1:] == ["1.0,10"]
 
 
+def test_events_after_the_checkpoint_of_a_resumed_run_are_replaced(tmp_path):
+    config = compose(["logger=tensorboard"])
+    for checkpoint, steps in ((None, (1, 2, 3)), (2, (3, 4))):
+        (logger,) = loggers.build_loggers(config, tmp_path, checkpoint)
+        for step in steps:
+            logger.log_metrics({"Loss/train": 1.0}, step=step)
+        logger.finalize("success")
+    assert [event.step for event in read_events(tmp_path).Scalars("Loss/train")] == [1, 2, 3, 4]
+
+
 def fill_disk(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -49,9 +60,9 @@ def test_a_full_disk_is_not_called_a_wrong_metric(tmp_path, monkeypatch):
 
 
 def test_hyperparameters_tell_the_options_of_a_strategy_and_the_data_apart():
-    words = ("norm=lns", "norm.position=only_ffn", "data.batch_size=32", "trainer.max_steps=7")
+    words = ("norm=lns", "norm.position=only_ffn", "data.batch_size=32", "trainer.max_steps=7", "seed=5")
     fields = loggers.hyperparameters(asdict(compose(words)))
-    expected = {"norm.name": "lns", "norm.position": "only_ffn", "data.batch_size": 32, "max_steps": 7}
+    expected = {"norm.name": "lns", "norm.position": "only_ffn", "data.batch_size": 32, "max_steps": 7, "seed": 5}
     assert fields.items() >= expected.items()
 
 

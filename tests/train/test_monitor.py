@@ -166,11 +166,12 @@ def test_the_gradient_norm_is_that_of_a_backward_pass(llama):
     assert measured["gradient_norm/layer_02"] == pytest.approx(norm.item())
 
 
-def test_the_gradient_norm_does_not_depend_on_padding(llama):
+@pytest.mark.parametrize("name", ["gradient_norm", "angular"])
+def test_a_measure_does_not_depend_on_padding(llama, name):
     tokens = PROBE[:, :9].clamp(min=1)
     padded = torch.nn.functional.pad(tokens, (0, 3))
     measured, expected = (
-        cod.DepthMonitor(probe, measures=["gradient_norm"], pad_id=0).measure(llama) for probe in (padded, tokens)
+        cod.DepthMonitor(probe, measures=[name], pad_id=0).measure(llama) for probe in (padded, tokens)
     )
     assert measured == pytest.approx(expected, rel=1e-5)
 

@@ -54,6 +54,19 @@ def test_weight_decay_touches_matrices_only(name, decoupled):
     assert module.matrix[0, 0].item() == pytest.approx(1 - 0.1 * 0.5 if decoupled else 1 - 0.1, rel=1e-4)
 
 
+def test_an_optimizer_has_the_betas_and_the_schedule_of_its_configuration():
+    schedule_fields = {"schedule": "linear", "warmup_steps": 2, "warmup_start_ratio": 0.5, "min_lr_ratio": 0.25}
+    config = OptimConfig(lr=2.0, betas=[0.8, 0.95], **schedule_fields)
+    optimizer, schedule = build_optimizer(torch.nn.Linear(1, 1), config, max_steps=4)
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.95)] * 2
+    rates = []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1.5, 2.0, 1.25, 0.5])
+
+
 def test_warmup_is_a_share_of_the_steps_or_a_number():
     assert OptimConfig(warmup_ratio=0.1).warmup(250) == 25
     assert OptimConfig(warmup_ratio=0.1, warmup_steps=7).warmup(250) == 7

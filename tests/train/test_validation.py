@@ -1,0 +1,61 @@
+"""The figures of a validation, of modules whose model is a function."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cod_lightning.config.compose import compose
+from cod_lightning.kernels.loss import IGNORE, linear_cross_entropy
+from cod_lightning.train import vision
+from cod_lightning.train.module import DecoderModule, StepModule
+from cod_lightning.train.vision import VisionModule
+
+
+@torch.no_grad()
+def validated(module, *batches):
+    """The figures of one validation for each batch."""
+    figures = []
+    module.log_figures = figures.append
+    for batch in batches:
+        module.validation_step(batch, 0)
+        module.on_validation_epoch_end()
+    return figures
+
+
+def test_each_validation_has_the_accuracy_of_its_images_alone():
+    module: Any = VisionModule(compose(["task=vision", "model=vit_tiny"]), classes=3, val_images=5)
+    module.vit = lambda images: images  # the images are the logits
+    labels, index = torch.tensor([0, 0, 0, 0, 1, IGNORE]), torch.tensor([0, 1, 2, 3, 4, -1])
+    logits = [4 * torch.eye(3)[predicted] for predicted in ([0, 0, 1, 0, 1, 0], [1, 2, 1, 0, 2, 0])]
+    first, second = validated(module, *((part, labels, index) for part in logits))
+    assert (first["accuracy"], second["accuracy"]) == (pytest.approx(80), pytest.approx(20))
+    for figures, part in zip((first, second), logits, strict=True):
+        assert figures["val_images"] == 5
+        assert figures["val_loss"] == pytest.approx(F.cross_entropy(part[:5], labels[:5]).item())
+
+
+def test_each_validation_has_the_loss_and_the_accuracy_of_its_answers_alone():
+    words = ["data.seq_len=3", "data.vocab_size=300", "data.val_tokens=300"]
+    module: Any = DecoderModule(compose(words), pad_id=0, val_rows=2)
+    # A token predicts itself.
+    module.decoder = lambda tokens, targets: linear_cross_entropy(4 * torch.eye(5)[tokens], torch.eye(5), targets)
+    right, wrong = [1, 1, 1, 1], [1, 1, 2, 1]  # the last number is the length of the prompt
+    first, second = validated(module, *((torch.tensor([row, wrong]), torch.arange(2)) for row in (right, wrong)))
+    assert (first["accuracy"], second["accuracy"]) == (50, 0)
+    hit, miss = F.cross_entropy(4 * torch.eye(5)[[1, 1]], torch.tensor([1, 2]), reduction="none").tolist()
+    assert first["val_loss"] == pytest.approx((3 * hit + miss) / 4)
+    assert second["val_loss"] == pytest.approx((2 * hit + 2 * miss) / 4)
+
+
+def test_a_rank_without_images_of_the_probe_measures_one_without_a_label(monkeypatch):
+    measured = []
+    monkeypatch.setattr(vision, "layer_statistics", lambda network, images, **_: measured.append(images))
+    rank: Any = SimpleNamespace(trainer=SimpleNamespace(global_rank=1, world_size=2), total_over_ranks=None)
+    rank.rank_share = partial(StepModule.rank_share, rank)
+    VisionModule.statistics(rank, None, (torch.ones(1, 3, 4, 4), torch.tensor([2])))
+    assert measured[0].labels.tolist() == [IGNORE]
+    assert not measured[0].pixels.any()
