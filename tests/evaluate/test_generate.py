@@ -29,6 +29,17 @@ def test_top_1_is_greedy_decoding(decoder):
     assert list(generate(decoder, [1, 2], max_tokens=6, temperature=5, top_k=1)) == greedy(decoder, [1, 2], 6)
 
 
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.5, None), (2.0, 3)])
+@torch.no_grad()
+def test_a_token_is_drawn_by_its_probability_among_the_most_likely(decoder, temperature, top_k, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: drawn.append(p) or p.argmax()[None])
+    next(generate(decoder, [1, 2], max_tokens=1, temperature=temperature, top_k=top_k))
+    logits = decoder(torch.tensor([[1, 2]]))[0, -1]
+    expected = (logits / temperature).exp() * (logits.argsort(descending=True).argsort() < (top_k or 9))
+    torch.testing.assert_close(drawn[0], expected / expected.sum())
+
+
 def test_the_seed_determines_the_sample(decoder):
     samples = [tuple(generate(decoder, [1], max_tokens=12, seed=seed)) for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]

@@ -53,6 +53,13 @@ def test_scores_are_merged_with_those_of_other_tasks(tmp_path):
     assert json.loads((tmp_path / "tasks.json").read_text()) == {"piqa": {"acc": 0.5}, "boolq": {"acc": 0.6}}
 
 
+def test_scores_of_the_best_checkpoint_have_a_file_of_their_own(tmp_path):
+    save_scores(tmp_path, {"piqa": {"acc": 0.5}})
+    save_scores(tmp_path, {"piqa": {"acc": 0.6}}, "best")
+    scores = {name: json.loads((tmp_path / name).read_text()) for name in ("tasks.json", "tasks_best.json")}
+    assert scores == {"tasks.json": {"piqa": {"acc": 0.5}}, "tasks_best.json": {"piqa": {"acc": 0.6}}}
+
+
 def test_a_damaged_file_of_scores_is_an_error(tmp_path):
     (tmp_path / "tasks.json").write_text("[1")
     with pytest.raises(UserError, match=r"tasks\.json: .*; remove the file and evaluate again"):
