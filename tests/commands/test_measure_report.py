@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cod_lightning.commands import measure_report
-from cod_lightning.commands.measure_report import measure_parts, run_report
+from cod_lightning.commands.measure_report import head_share, measure_parts, print_plan, run_report
 from cod_lightning.commands.measure_runner import Subject
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
@@ -60,7 +60,7 @@ def test_the_headline_and_the_text_are_in_the_json_file(report):
     models = json.loads((report / "report.json").read_text())["models"]
     assert [models[name]["blocks"] for name in ("lns", "deep")] == [3, 4]
     assert models["deep"]["longest_runs"].keys() == {"1", "5", "10"}
-    assert models["lns"]["text"]["tokens"] == 40
+    assert (models["lns"]["text"]["sequences"], models["lns"]["text"]["tokens"]) == (4, 40)
     assert models["lns"]["uniform_loss"] == pytest.approx(math.log(37))
     assert models["lns"]["text"]["source"] == "files: a|b.txt"
 
@@ -117,6 +117,21 @@ def test_the_plan_comes_before_the_first_part(measured, tmp_path, capsys):
     assert re.fullmatch(r"  removal +\d+\.\d passes  0 s", lines[2])
     assert lines[3].endswith("if stopped, the same command resumes")
     assert lines[4].startswith("lns: variance done in")
+
+
+def test_the_plan_counts_the_sequences_of_each_part(capsys):
+    few = subject()
+    many = replace(few, batches=[*few.batches] * 4)  # 16 sequences, of which the Jacobians read 8
+    print_plan(many, ("jacobian", "influence", "variance"), ("jacobian", "variance"))
+    costs = dict(re.findall(r"^  (\w+) +(measured before|[\d.]+ passes)", capsys.readouterr().err, re.MULTILINE))
+    expected = {"jacobian": "10.0 passes", "influence": "measured before", "variance": "1.2 passes"}
+    assert costs == expected | {"all": "11.2 passes"}
+
+
+def test_the_share_of_the_head_is_that_of_its_parameters():
+    model = subject().model
+    blocks = sum(parameter.numel() for block in model.blocks for parameter in block.parameters())
+    assert head_share(model) == 37 * 16 / (37 * 16 + blocks)
 
 
 @pytest.mark.parametrize(("name", "measures"), [("report", REPORTED), ("compare", COMPARED)])

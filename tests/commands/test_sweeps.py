@@ -32,6 +32,11 @@ def test_configurations_come_first_with_mean_and_standard_deviation_over_seeds()
     assert lines[0]["val_loss"] == "4.1000 ± 0.1414"
     assert [line["above best"] for line in lines[:2]] == ["", "+1.4000 ± 7.6237"]
     assert lines[0]["last-layer variance"] == "2"
+    assert lines[0]["wall time"] == "1 min 00 s"
+
+
+def test_the_loss_above_the_best_is_paired_by_seed_in_any_order():
+    assert rows([*reversed(PRE_LN), *LNS])[1]["above best"] == "+1.4000 ± 7.6237"
 
 
 def test_bars_of_all_lines_have_one_scale():

@@ -1,11 +1,22 @@
 import io
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from cod_lightning.commands.experiments import published_figures
 from cod_lightning.commands.sweeps import sweep_table
-from cod_lightning.commands.terminal import WIDTH, result_table, run_summary
+from cod_lightning.commands.terminal import (
+    WIDTH,
+    estimate_lines,
+    format_bytes,
+    format_duration,
+    result_table,
+    run_summary,
+)
+from cod_lightning.train.cost import Memory
+from cod_lightning.train.estimate import Estimate
 
 
 def printed(table):
@@ -14,13 +25,18 @@ def printed(table):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("protocol", ["paper", "strict"])
-def test_tables_show_the_released_perplexity_only_under_the_paper_protocol(protocol):
+def run_record(protocol="strict", **values):
     config = {"protocol": protocol, "experiment": "x", "norm": {"name": "lns"}, "paper": {}, "row": None}
     record = {
         **{"val_loss": 4.0, "ppl": 54.6, "ppl_paper_protocol": 33.3, "steps": 1, "tokens": 8, "parameters": 9},
         **{"tokens_per_second": 1.0, "wall_seconds": 1.0, "seed": 1, "history": {}, "config": config},
     }
+    return record | values
+
+
+@pytest.mark.parametrize("protocol", ["paper", "strict"])
+def test_tables_show_the_released_perplexity_only_under_the_paper_protocol(protocol):
+    record = run_record(protocol)
     for table in (run_summary(record, Path("run")), sweep_table([("a", record), ("b", None)])):
         assert ("ppl_paper_protocol" in printed(table)) == (protocol == "paper")
         assert "54.60" in printed(table)
@@ -37,3 +53,58 @@ def test_a_table_shows_as_many_rows_and_columns_as_it_has_room_for():
     small = printed(result_table("removal", [{"layer": 1, "loss": 2.5}, {"layer": 2}], 3))
     assert "2.5" in small
     assert "the file has all" not in small
+
+
+def test_the_chart_of_a_run_shows_its_last_variance():
+    history = {"layers": {"variance": [[1.25, 2.25], [3.25, 4.25]]}}
+    text = printed(run_summary(run_record(history=history), Path("run")))
+    assert "3.25" in text
+    assert "1.25" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(12.4, "12 s"), (90, "1 min 30 s"), (3599.6, "1 h 00 min"), (7500, "2 h 05 min"), (360_000, "100 h 00 min")],
+)
+def test_a_duration_is_in_hours_minutes_and_seconds(seconds, expected):
+    assert format_duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(None, ""), (0, ""), (999, "999 B"), (1500, "1.5 kB"), (80 * 10**9, "80 GB")]
+)
+def test_bytes_have_decimal_units(count, expected):
+    assert format_bytes(count) == expected
+
+
+def test_every_line_of_an_estimate_has_its_own_number():
+    memory = Memory(*(1000 * number for number, _ in enumerate(fields(Memory), start=1)))
+    texts = {"hardware": "h100", "precision": "bf16-true", "strategy": "ddp", "checkpointing": "none"}
+    numbers = {"gpus": 4, "mfu": 0.5, "hours": 10.0, "memory": memory, "published_tokens": 6e9}
+    others = [field.name for field in fields(Estimate) if field.name not in {**texts, **numbers}]
+    estimate = Estimate(**texts, **numbers, **{name: 100 + number for number, name in enumerate(others)})
+    lines = {name: value for section in estimate_lines(estimate) for name, value in section.items()}
+    parts = ["weights", "gradients", "Adam's moments", "bfloat16 copies", "communication", "activations"]
+    assert lines == {
+        **{"parameters": "101", "without embeddings and head": "102", "token positions": "103"},
+        **{"tokens, as published": "6,000,000,000", "FLOPs per token": "104", "FLOPs": "105"},
+        **{"hardware": "4 x h100, ddp", "precision": "bf16-true", "activation checkpointing": "none"},
+        **{"micro-batch size": "100", "largest micro-batch size": "107"},
+        **{name: f"{number} kB" for number, name in enumerate([*parts, "loss or recomputation"], start=1)},
+        **{"memory per device": "28 kB of 106 B", "prepared tokens": "108 B", "documents of C4": "109"},
+        **{"text of these documents": "110 B", "compressed text": "111 B"},
+        **{"MFU": "0.5", "time": "10 h 00 min", "GPU-hours": "40"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("published", "shown"),
+    [
+        (None, []),
+        (67.914, ["67.91"]),
+        ({"ppl": 25.76}, ["ppl 25.76"]),
+        ({"average": 50.0, "piqa": 40.0, "boolq": 60.0}, ["average 50.00"]),
+    ],
+)
+def test_an_average_stands_for_all_published_figures(published, shown):
+    assert published_figures(published) == shown

@@ -1,0 +1,101 @@
+"""The checkpoint that a command reads, and the run that it writes, without a training."""
+
+import pytest
+
+from cod_lightning.cli import main
+from cod_lightning.commands import convert, evaluate, fit, grow, measure_runner
+from cod_lightning.commands.processes import CommandPool
+from cod_lightning.config.compose import compose
+from tiny_models import tiny_decoder
+
+
+class Loaded(Exception):
+    """Raised instead of loading a checkpoint."""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder with two checkpoints that cannot be loaded."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/config.yaml", "run/checkpoints/step-00000001.ckpt", "run/checkpoints/best.ckpt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def load(config, folder, checkpoint):
+        raise Loaded(checkpoint.name)
+
+    monkeypatch.setattr("cod_lightning.config.saved.load", lambda *_, **__: compose(["trainer.accelerator=cpu"]))
+    monkeypatch.setattr("cod_lightning.train.load.load_decoder", load)
+    monkeypatch.setattr(measure_runner, "load_decoder", load)
+    monkeypatch.setattr("cod_lightning.evaluate.lm_eval.task_manager", lambda *_: None)
+    return "run"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "run", "the norm"],
+        ["export", "run"],
+        ["convert", "run", "norm=lns", "--output=new"],
+        ["verify", "run"],
+        ["measure", "variance", "run"],
+        ["evaluate", "run", "tasks=piqa"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize(("options", "name"), [([], "step-00000001.ckpt"), (["--checkpoint=best"], "best.ckpt")])
+def test_a_command_reads_the_checkpoint_that_is_asked_for(run, words, options, name):
+    with pytest.raises(Loaded, match=name):
+        main([*words, *options])
+
+
+@pytest.mark.parametrize(("limit", "saved"), [(None, True), (5, False)])
+def test_only_scores_of_whole_tasks_are_saved(tmp_path, monkeypatch, limit, saved):
+    for name, value in (("lm_eval.task_manager", None), ("lm_eval.score_tasks", {"piqa": {"acc": 0.5}})):
+        monkeypatch.setattr(f"cod_lightning.evaluate.{name}", lambda *_, value=value, **__: value)
+    monkeypatch.setattr("cod_lightning.train.load.checkpoint_of", lambda *_: None)
+    monkeypatch.setattr("cod_lightning.train.load.load_decoder", lambda *_: (None, None))
+    config = compose(["trainer.accelerator=cpu"])
+    assert evaluate.score_run(config, tmp_path, "last", "piqa", None, limit) == 0
+    assert (tmp_path / "tasks.json").exists() == saved
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The configurations and models that are written as runs; the command reads a run that starts from another one."""
+    runs, config, decoder = [], compose(["norm=pre_ln", "init_from=runs/a", "name=b"]), tiny_decoder("pre_ln", depth=3)
+    config.model, config.row = decoder.config, "pre_ln"
+    for module in (convert, grow):
+        monkeypatch.setattr(module, "read_trained", lambda *_: (config, decoder, None))
+    monkeypatch.setattr(
+        "cod_lightning.train.load.write_run", lambda config, decoder, *_: runs.append((config, decoder))
+    )
+    return runs
+
+
+def test_a_grown_run_has_its_depth_and_no_source(written, tmp_path):
+    grow.run("runs/b", "last", False, tmp_path, ["blocks=6"])
+    ((config, decoder),) = written
+    assert (config.model.num_hidden_layers, len(decoder.blocks), config.norm["name"]) == (6, 6, "pre_ln")
+    assert (config.init_from, config.name, config.row) == (None, None, None)
+
+
+def test_a_converted_run_has_its_strategy_and_no_source(written, tmp_path):
+    convert.run("runs/b", "last", False, tmp_path, ["norm=lns"])
+    ((config, decoder),) = written
+    assert (config.norm["name"], decoder.blocks[2].spec.ffn.gain) == ("lns", pytest.approx(3**-0.5))
+    assert (config.init_from, config.name, config.row) == (None, None, None)
+
+
+def test_a_failed_run_of_a_sweep_has_no_record_in_its_table(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(CommandPool, "run_command", lambda pool, words, label: 2 if "seed=2" in words else 0)
+    monkeypatch.setattr("cod_lightning.train.record.read_record", lambda folder: {"an earlier": "record"})
+    monkeypatch.setattr("cod_lightning.commands.sweeps.sweep_table", lambda runs: shown.extend(runs))
+    monkeypatch.setattr("cod_lightning.commands.terminal.show", lambda table: None)
+    assert fit.run_sweep(["seed=1,2,3", f"output={tmp_path}"], jobs=1) == 2
+    assert [(label, record is None) for label, record in shown] == [
+        ("seed=1", False),
+        ("seed=2", True),
+        ("seed=3", False),
+    ]
