@@ -464,7 +464,20 @@ def test_a_rate_of_fewer_seeds_than_others_does_not_choose_the_best():
         rows = (row(name, None, *(run(seed, loss) for seed, loss in enumerate(lns))) for name in ("pre_ln", "lns"))
         columns.append(Column((table(*rows, column=rate),)))
     best = tuned_rows(columns)[0]
-    assert (best.rate, best.edge, best.rates) == ("2 x", "no higher one run", ("1 x", "2 x"))
+    assert (best.rate, best.edge) == ("2 x", "no higher one run")
+    assert (best.rates, best.compared) == (("0.5 x", "1 x", "2 x"), ("1 x", "2 x"))
+    assert best.good == ("0.5 x", "2 x")  # of the first seed, -0.2 nats; over three seeds 1 x is 0.067 above
+
+
+def test_a_best_rate_beside_rates_of_fewer_seeds_is_no_end_of_the_range():
+    columns = []
+    for rate, losses in {"1 x": [4.9] * 3, "2 x": [4.8] * 3, "4 x": [4.84]}.items():
+        rows = (row(name, None, *(run(seed, loss) for seed, loss in enumerate(losses))) for name in ("pre_ln", "lns"))
+        columns.append(Column((table(*rows, column=rate),)))
+    for order, side in ((columns, "higher"), (columns[::-1], "lower")):
+        best = tuned_rows(order)[0]
+        assert (best.rate, best.edge) == ("2 x", f"{side} ones: fewer seeds")
+        assert set(best.good) == {"2 x", "4 x"}
 
 
 def test_rows_of_fewer_seeds_are_not_the_best():

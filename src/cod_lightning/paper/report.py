@@ -188,7 +188,7 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
             f"real, {0.05 * compared:.2g} would exclude zero by chance on average, and more as each rate is chosen by "
             "the losses that are compared. A row's rate has its lowest mean loss over the seeds that all its rates "
             "have, without rates of fewer than three seeds if two have three; its loss and difference use all seeds of "
-            "that rate."
+            "that rate. Rates near the best are judged on the seeds that both have."
         )
     settings = {column.heading: (column.first.setting, reproduce_arguments(column)) for column in columns}
     return {"settings": settings, "tables": merge(all_tables), "lines": lines}

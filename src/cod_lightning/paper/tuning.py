@@ -11,7 +11,8 @@ from cod_lightning.paper.claims import Column, Metric, ReportRow
 from cod_lightning.paper.statistics import Difference, with_seeds
 
 GOOD_RATE = 0.05
-"""A learning rate is good for a strategy if its mean loss is within so many nats of the strategy's lowest."""
+"""A learning rate is good for a strategy if its losses are on average at most so many nats above those of the best,
+on the seeds of both."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,22 @@ class Tuned:
     difference: Difference | None
     """To the baseline at its own best rate, paired by seed; None for the baseline, and without a common seed."""
     rates: tuple[str, ...]
-    """Headings of the rates that are compared."""
+    """Headings of the rates that were run."""
+    compared: tuple[str, ...]
+    """Headings of those with enough seeds to be the best."""
     good: tuple[str, ...]
-    """Headings of those within `GOOD_RATE` of the lowest."""
+    """Headings of those that are good, see `GOOD_RATE`."""
 
     @property
     def edge(self) -> str:
-        """Whether a better rate may lie beyond those that were run, in words."""
-        return {self.rates[0]: "no lower one run", self.rates[-1]: "no higher one run"}.get(self.rate, "")
+        """Whether a better rate may lie beyond those that are compared, in words."""
+        for rates, lower, higher in (
+            (self.rates, "no lower one run", "no higher one run"),
+            (self.compared, "lower ones: fewer seeds", "higher ones: fewer seeds"),
+        ):
+            if self.rate in (rates[0], rates[-1]):
+                return lower if self.rate == rates[0] else higher
+        return ""
 
 
 def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
@@ -60,14 +69,20 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
         pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
         compared = pairs and name != baseline and all(map(math.isfinite, pairs))
         difference = Difference.of(pairs) if compared else None
-        good = tuple(other for other, mean in means[name].items() if mean - means[name][rate] <= GOOD_RATE)
-        tuned.append(Tuned(rows[name], rate, values, difference, tuple(means[name]), good))
+        good = tuple(other for other, by_seed in losses[name].items() if excess(by_seed, values) <= GOOD_RATE)
+        tuned.append(Tuned(rows[name], rate, values, difference, tuple(losses[name]), tuple(means[name]), good))
 
     def to_baseline(row: Tuned) -> float:
         otherwise = 0.0 if row.row.name == baseline else math.inf
         return row.difference.mean if row.difference else otherwise
 
     return sorted(tuned, key=to_baseline)
+
+
+def excess(losses: Mapping[int, float], best: Mapping[int, float]) -> float:
+    """Mean of the losses above the best ones, over the seeds that both have; infinite without one."""
+    seeds = losses.keys() & best.keys()
+    return fmean(losses[seed] - best[seed] for seed in seeds) if seeds else math.inf
 
 
 def mean_losses(rates: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
