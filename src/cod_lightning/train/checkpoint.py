@@ -377,8 +377,6 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
         self.io = AtomicCheckpointIO()
         self.best = float("inf")
-        self.validated = 0
-        """The step of the last validation."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Check that all ranks see the same newest checkpoint, and remove partial files.
@@ -399,15 +397,14 @@ class Checkpoints(Checkpoint):
                 remove(partial)  # left by a process that was killed while writing
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "validated": self.validated}
+        return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-        self.validated = state_dict["validated"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if step and step % self.val_every == 0 and self.validated < step:
+        if step and step % self.val_every == 0:  # its checkpoint is from before the validation
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.restarting = False  # start at its first batch
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -424,7 +421,6 @@ class Checkpoints(Checkpoint):
             raise Stopped(f"interrupted at step {step}; checkpoint saved", pl_module.stop_signal)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validated = trainer.global_step
         loss = float(trainer.callback_metrics["val_loss"])
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after step {trainer.global_step}: the run is not finished")
