@@ -29,7 +29,7 @@ from cod_lightning.paper.layer_figures import at_common_steps, draw, sd_of
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
 from cod_lightning.paper.tables import comparison_table, not_run_table, summary_lines, tuned_strategies_table
-from cod_lightning.paper.tuning import tuned_rows
+from cod_lightning.paper.tuning import excess, tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
 
 pytestmark = pytest.mark.usefixtures("without_images")  # the fixtures of the module have images
@@ -447,6 +447,7 @@ def test_a_rate_at_which_some_runs_fail_is_not_the_best():
     best = tuned_rows(columns)[0]
     assert (best.row.name, best.rate, best.rates, best.good) == ("lns", "1 x", ("1 x", "2 x", "4 x"), ("1 x",))
     assert best.edge == "no lower one run"
+    assert excess({1: 4.7, 2: math.inf}, best={1: 4.9}) == math.inf
     assert tuned_strategies_table(tuned_rows(columns[1:])).rows[1][2] == "diverged"
 
 

@@ -80,9 +80,11 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
 
 
 def excess(losses: Mapping[int, float], best: Mapping[int, float]) -> float:
-    """Mean of the losses above the best ones, over the seeds that both have; infinite without one."""
+    """Mean of the losses above the best ones on the seeds of both; infinite without one, or if a run failed."""
     seeds = losses.keys() & best.keys()
-    return fmean(losses[seed] - best[seed] for seed in seeds) if seeds else math.inf
+    if not seeds or not all(map(math.isfinite, losses.values())):
+        return math.inf
+    return fmean(losses[seed] - best[seed] for seed in seeds)
 
 
 def mean_losses(rates: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
