@@ -9,6 +9,7 @@ import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.open_model import check_layout, load_pretrained
+from cod_lightning.nn.parallel import parallelise
 from tiny_models import tiny_llama
 
 every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -88,12 +89,17 @@ def test_a_block_keeps_what_it_reads_from_the_first_one(strategy):
         assert model.logits(TOKENS).isfinite().all()
 
 
-@pytest.mark.parametrize("measure", ["jacobian", "contribution"])
+def wrap_blocks(model):
+    model.model.layers = nn.ModuleList(map(checkpoint_wrapper, model.blocks))
+
+
+@pytest.mark.parametrize("wrap", [wrap_blocks, lambda model: parallelise(model, checkpointing="full")])
+@pytest.mark.parametrize("measure", ["jacobian", "contribution", "swaps"])
 @pytest.mark.parametrize("strategy", ["x0_mix", "peri_ln"])
-def test_wrapped_blocks_are_measured(strategy, measure):
+def test_checkpointed_blocks_are_measured(strategy, measure, wrap):
     model = decoder(strategy).model
     expected = getattr(cod.measure, measure)(model, TOKENS)
-    model.model.layers = nn.ModuleList(map(checkpoint_wrapper, model.blocks))
+    wrap(model)
     assert getattr(cod.measure, measure)(model, TOKENS).rows() == expected.rows()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import decoder, tiny_model, tokens
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal, replaced, run_removal, swaps
@@ -290,3 +291,12 @@ def test_peri_ln_keeps_the_norm_of_its_embeddings_without_its_first_block():
         expected = mean_loss(model, BATCHES)[0]
     assert removal(model, BATCHES).losses[0] == pytest.approx(expected, rel=1e-6)
     assert mean_loss(remove_blocks(model, [1]), BATCHES)[0] == pytest.approx(expected, rel=1e-6)
+    model.model.model.layers = torch.nn.ModuleList(map(checkpoint_wrapper, model.blocks))
+    assert mean_loss(remove_blocks(model, [1]), BATCHES)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_wrapped_block_is_what_the_configuration_builds():
+    model = adapter("llama")
+    expected = mean_loss(remove_blocks(model, [2]), BATCHES)
+    model.model.model.layers = torch.nn.ModuleList(map(checkpoint_wrapper, model.blocks))
+    assert mean_loss(remove_blocks(model, [2]), BATCHES) == expected

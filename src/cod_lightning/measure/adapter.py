@@ -321,9 +321,10 @@ class ModelAdapter:
         def capture(module: Any, args: tuple, kwargs: dict) -> None:
             others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             x = hidden_input(args, kwargs).detach()
-            module = unwrapped(module)  # torch.func does not pass through checkpoints
-            if not inputs and isinstance(module, Block):
-                x, module = module.entry_norm(x), without_entry_norm(module)
+            module = unwrapped(module)
+            if isinstance(module, Block):
+                x = x if inputs else module.entry_norm(x)
+                module = plain_block(module, entry_norm=bool(inputs))
             inputs.append(x)
             functions.append(lambda x: hidden_output(module(x, *args[1:], **others)))
 
@@ -405,8 +406,13 @@ def family(model: Any) -> str:
     return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 
-def without_entry_norm(block: Block) -> Block:
-    """The block without its first norm; it shares all other modules."""
+def plain_block(block: Block, entry_norm: bool) -> Block:
+    """The block without the checkpoints of `parallelise`, through which torch.func does not pass, or its first norm.
+
+    It shares all other modules.
+    """
     other = copy(block)
-    other._modules = {**block._modules, "entry_norm": IdentityNorm()}
+    other.__dict__.pop("forward", None)
+    if not entry_norm:
+        other._modules = {**block._modules, "entry_norm": IdentityNorm()}
     return other

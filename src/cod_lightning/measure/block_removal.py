@@ -49,7 +49,7 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
         copy = dataclasses.replace(model, model=deepcopy(model.model))
     if isinstance(copy.model, Decoder):
         copy.model.config = dataclasses.replace(copy.model.config, num_hidden_layers=len(remaining))
-        move_entry_norm(blocks[0], copy.blocks[0])
+        move_entry_norm(unwrapped(blocks[0]), unwrapped(copy.blocks[0]))
     else:
         renumber_layers(copy, remaining, depth)
         require_same_blocks(copy)
@@ -98,7 +98,7 @@ def require_same_blocks(model: ModelAdapter) -> None:
     with torch.device("meta"):
         built = kind(deepcopy(model.model.config)).get_submodule(model.layout.blocks)
     for layer, (block, expected) in enumerate(zip(model.blocks, built, strict=True), start=1):
-        if settings_of(block) != settings_of(expected):
+        if settings_of(unwrapped(block)) != settings_of(expected):
             raise UserError(
                 f"{model.name}: block {layer} of the smaller model is not what its configuration builds, because "
                 f"{family(model.model)} gives its blocks different parts by their number; remove other layers"

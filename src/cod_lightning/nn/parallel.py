@@ -59,7 +59,7 @@ def parallelise(
     options = selective if checkpointing == "selective" else {}
     for block in model.blocks:
         if checkpointing != "none":
-            forward: Any = partial(checkpointed, block.forward, options)  # a copy of the block gets one of its own
+            forward: Any = partial(checkpointed, block.forward, options)  # a deep copy gets its own
             block.forward = forward
         if backend is not None:
             block.compile(fullgraph=True, backend=backend)
