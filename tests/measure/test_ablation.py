@@ -173,9 +173,10 @@ class TestFitLinear:
         with pytest.raises(UserError, match="needs more tokens than the hidden size 16, not 16"):
             linear_replacement(causal_lm("ours", depth=2), [batch], fit=[tokens(2, 8)])
 
-    def test_hidden_states_that_are_not_finite_are_an_error(self, causal_lm, batch):
+    @pytest.mark.parametrize("layer", [2, 4])  # the output of the last is no input
+    def test_hidden_states_that_are_not_finite_are_an_error(self, causal_lm, batch, layer):
         model = causal_lm("ours")
-        torch.nn.init.constant_(model.blocks[1].mlp.down_proj.weight, torch.nan)
+        torch.nn.init.constant_(model.blocks[layer - 1].mlp.down_proj.weight, torch.nan)
         with pytest.raises(UserError, match=r"^ours: a linear map needs finite hidden states"):
             linear_replacement(model, [batch])
 

@@ -252,7 +252,7 @@ def test_a_block_without_a_tail_is_an_error(causal_lm):
 def test_a_weight_that_is_not_finite_is_an_error(causal_lm):
     model = causal_lm("llama")
     model.blocks[1].get_submodule("self_attn.o_proj").weight[0, 0] = math.nan
-    with pytest.raises(UserError, match=r"^layer 2: a weight is NaN or infinite$"):
+    with pytest.raises(UserError, match=r"^llama: layer 2: a weight is NaN or infinite$"):
         layer_alphas(model)
 
 

@@ -307,7 +307,7 @@ def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tens
     Directions without inputs are ignored: few different tokens make few different inputs of the first layer.
 
     Raises:
-        UserError: there are no more tokens than the hidden size, or an input is not finite.
+        UserError: there are no more tokens than the hidden size, or a value is not finite.
     """
     gram = cross = torch.zeros((), dtype=torch.float64)
     count = 0
@@ -317,7 +317,7 @@ def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tens
         raise UserError(
             f"{model.name}: a linear map needs more tokens than the hidden size {model.hidden}, not {count}"
         )
-    if not gram.isfinite().all():
+    if not (gram.isfinite().all() and cross.isfinite().all()):
         raise UserError(f"{model.name}: a linear map needs finite hidden states, but some are NaN or infinite")
     # Scale to a unit diagonal, as channels differ by orders of magnitude.
     scale = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
@@ -329,7 +329,7 @@ def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tens
 def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Generator[None]:
     """Replace the output of a block by `function` of its input inside the `with`.
 
-    It is a hook and not another module: models read attributes of their blocks, and a `Decoder` checks their class.
+    It is a hook and not another module, because models read attributes of their blocks.
     """
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Any:

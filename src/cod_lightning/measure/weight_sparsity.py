@@ -213,11 +213,13 @@ def layer_alphas(model: ModelAdapter) -> list[float]:
     for layer, block in enumerate(model.blocks, start=1):
         weights = [weight for _, weight in linear_weights(block).values()]
         if not all(weight.isfinite().all() for weight in weights):
-            raise UserError(f"layer {layer}: a weight is NaN or infinite")
+            raise UserError(f"{model.name}: layer {layer}: a weight is NaN or infinite")
         alphas = [pl_alpha_hill(weight) for weight in weights]
         means.append(float(torch.tensor(alphas, dtype=torch.float64).nanmean()))
         if math.isnan(means[-1]):
-            raise UserError(f"layer {layer}: the spectrum of no weight matrix has a tail; is the model initialised?")
+            raise UserError(
+                f"{model.name}: layer {layer}: the spectrum of no weight matrix has a tail; is the model initialised?"
+            )
     return means
 
 
