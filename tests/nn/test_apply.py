@@ -1,6 +1,7 @@
 """Strategies on stock models: `apply` and `fold`."""
 
 import io
+import pickle
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -705,3 +706,14 @@ def test_the_module_to_fold_is_named():
 def test_there_is_nothing_to_fold_in_a_plain_model():
     with pytest.raises(UserError, match="no strategy to fold"):
         fold(build("Llama"))
+
+
+def test_another_unpickled_model_leaves_compiled_code_alone():
+    graphs = []
+    model = apply(build("Llama", use_cache=False), "lns")
+    pickled = pickle.dumps(model)
+    compiled = torch.compile(model, backend=lambda graph, example: graphs.append(graph) or graph.forward)
+    compiled(TOKENS)
+    pickle.loads(pickled)
+    compiled(TOKENS)
+    assert len(graphs) == 1

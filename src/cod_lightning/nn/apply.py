@@ -388,7 +388,10 @@ multiply_output = MultiplyOutput()
 
 def unpickled_hook() -> MultiplyOutput:
     """`multiply_output`, which `torch.compile` sees from now on."""
-    forget_compiled()
+    import torch._dynamo
+
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        forget_compiled()
     return multiply_output
 
 
