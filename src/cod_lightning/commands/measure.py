@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,11 +173,13 @@ def find_subject(
         require_tokenizer(find_source(model))
         open_found = partial(open_model, model, config, open_corpus(config.data), rows or ROWS)
 
+    warn = cache(partial(print, file=sys.stderr))  # once, though a report opens a model twice
+
     def open_subject() -> Subject:
         subject = open_found()
         found = sum(map(len, subject.batches))
         if rows is not None and found < rows:
-            print(f"warning: rows={rows}, but {model} has {found} held-out rows: all are measured", file=sys.stderr)
+            warn(f"warning: rows={rows}, but {model} has {found} held-out rows: all are measured")
         return subject
 
     return open_subject

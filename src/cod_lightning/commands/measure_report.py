@@ -88,6 +88,7 @@ def run_report(
         models[model] = measure_parts(subject, options, folder / model, measures)
         texts[model] = text_of(subject)
         uniform[model] = math.log(len(subject.model.head_weight))
+        del subject  # the next one needs its memory
     page, figures = report_page(models, texts, uniform, name)
     for figure, content in figures.items():
         write_atomic(folder / figure, content)
