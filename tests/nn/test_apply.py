@@ -317,17 +317,17 @@ def test_compiled_code_of_other_models_is_not_run():
     torch.testing.assert_close(compiled_logits(fold(stock)), logits(stock))
 
 
-def test_a_model_from_another_process_keeps_the_factors_when_its_blocks_are_compiled(monkeypatch):
+def test_an_unpickled_model_keeps_its_factors_when_compiled():
     file = io.BytesIO()
     torch.save(apply(build("Llama", use_cache=False), "lns"), file)  # with a cache, every block has code of its own
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)  # torch's default
     file.seek(0)
-    model = torch.load(file, weights_only=False)
-    expected = logits(model)
-    for block in model.model.layers:
-        block.compile(backend="eager")
-    torch.testing.assert_close(logits(model), expected)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # torch's default
+        model = torch.load(file, weights_only=False)
+        expected = logits(model)
+        for block in model.model.layers:
+            block.compile(backend="eager")
+        torch.testing.assert_close(logits(model), expected)
 
 
 def test_models_of_one_configuration_do_not_share_the_strategy():
