@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cod_lightning.commands import measure_report
-from cod_lightning.commands.measure_report import head_share, measure_parts, print_plan, run_report
+from cod_lightning.commands.measure_report import Part, head_share, measure_parts, print_plan, run_report
 from cod_lightning.commands.measure_runner import Subject
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
@@ -119,19 +119,20 @@ def test_the_plan_comes_before_the_first_part(measured, tmp_path, capsys):
     assert lines[4].startswith("lns: variance done in")
 
 
-def test_the_plan_counts_the_sequences_of_each_part(capsys):
+def test_the_plan_counts_the_sequences_of_each_part(capsys, monkeypatch):
+    parts = {"jacobian": Part(lambda depth, head: 20, sequences=8), "variance": Part(lambda depth, head: depth / 2)}
+    monkeypatch.setattr(measure_report, "PARTS", parts)
     few = subject()
     many = replace(few, batches=[*few.batches] * 4)  # 16 sequences, of which the Jacobians read 8
     print_plan(many, ("jacobian", "influence", "variance"), ("jacobian", "variance"))
     costs = dict(re.findall(r"^  (\w+) +(measured before|[\d.]+ passes)", capsys.readouterr().err, re.MULTILINE))
-    expected = {"jacobian": "10.0 passes", "influence": "measured before", "variance": "1.2 passes"}
-    assert costs == expected | {"all": "11.2 passes"}
+    expected = {"jacobian": "10.0 passes", "influence": "measured before", "variance": "1.5 passes"}
+    assert costs == expected | {"all": "11.5 passes"}
 
 
 def test_the_share_of_the_head_is_that_of_its_parameters():
-    model = subject().model
-    blocks = sum(parameter.numel() for block in model.blocks for parameter in block.parameters())
-    assert head_share(model) == 37 * 16 / (37 * 16 + blocks)
+    # head 37 x 16; block 4 x 16 x 16 + 3 x 16 x 24 + 2 x 16
+    assert head_share(subject().model) == 592 / (592 + 3 * 2208)
 
 
 @pytest.mark.parametrize(("name", "measures"), [("report", REPORTED), ("compare", COMPARED)])
