@@ -19,12 +19,13 @@ from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
 from cod_lightning.measure.activation_stats import layer_statistics
-from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.train.callbacks import TRAINING_MEASURES, Recorder, is_figure_step
 from cod_lightning.train.load import checkpoint_of, load_decoder
-from cod_lightning.train.module import StepModule
+from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.run import build
+from cod_lightning.train.vision import VisionModule
 from tiny_models import tiny_decoder
 
 DEPTH, PAD = 3, 0
@@ -217,9 +218,21 @@ def probe(sequences):
     return tokens
 
 
-def statistics_of_two_ranks(tokens):
+def text_module():
+    module = DecoderModule(compose(), pad_id=PAD, val_rows=1)
+    module.decoder = tiny_decoder()
+    return module
+
+
+def image_module():
+    module = VisionModule(compose(["task=vision", "model=vit_tiny"]), classes=5, val_images=1)
+    module.build(torch.device("cpu"), lambda vit: None)
+    return module
+
+
+def statistics_of_two_ranks(build_module, probe):
     """The layer statistics of two ranks that are threads; a sum over the ranks waits for both."""
-    barrier, values = threading.Barrier(2), [None, None]
+    barrier, values, modules = threading.Barrier(2), [None, None], [build_module(), build_module()]
 
     def run(rank):
         def total(value):
@@ -229,9 +242,9 @@ def statistics_of_two_ranks(tokens):
             barrier.wait(timeout=60)
             return result
 
-        module: Any = SimpleNamespace(trainer=SimpleNamespace(global_rank=rank, world_size=2))
-        share = StepModule.rank_share(module, tokens, PAD)
-        return vars(layer_statistics(tiny_decoder(), share, PAD, sum_over_ranks=total))
+        module = modules[rank]
+        module._trainer, module.total_over_ranks = SimpleNamespace(global_rank=rank, world_size=2), total
+        return vars(module.statistics(module.network, probe))
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, range(2)))
@@ -240,7 +253,17 @@ def statistics_of_two_ranks(tokens):
 @pytest.mark.parametrize("sequences", [1, 2, 5])
 def test_two_ranks_have_the_layer_statistics_of_one(sequences):
     expected = vars(layer_statistics(tiny_decoder(), probe(sequences), PAD))
-    for statistics in statistics_of_two_ranks(probe(sequences)):
+    for statistics in statistics_of_two_ranks(text_module, probe(sequences)):
+        for name, values in expected.items():
+            assert statistics[name] == pytest.approx(values, rel=1e-4), name
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_two_ranks_have_the_layer_statistics_of_one_on_images(images):
+    pixels = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(images) + 1
+    expected = vars(layer_statistics(image_module().vit, Images(pixels, labels)))
+    for statistics in statistics_of_two_ranks(image_module, (pixels, labels)):
         for name, values in expected.items():
             assert statistics[name] == pytest.approx(values, rel=1e-4), name
 

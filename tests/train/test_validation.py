@@ -1,7 +1,5 @@
 """The figures of a validation, of modules whose model is a function."""
 
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +8,7 @@ import torch.nn.functional as F
 
 from cod_lightning.config.compose import compose
 from cod_lightning.kernels.loss import IGNORE, linear_cross_entropy
-from cod_lightning.train import vision
-from cod_lightning.train.module import DecoderModule, StepModule
+from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.vision import VisionModule
 
 
@@ -49,13 +46,3 @@ def test_each_validation_has_the_loss_and_the_accuracy_of_its_answers_alone():
     hit, miss = F.cross_entropy(4 * torch.eye(5)[[1, 1]], torch.tensor([1, 2]), reduction="none").tolist()
     assert first["val_loss"] == pytest.approx((3 * hit + miss) / 4)
     assert second["val_loss"] == pytest.approx((2 * hit + 2 * miss) / 4)
-
-
-def test_a_rank_without_images_of_the_probe_measures_one_without_a_label(monkeypatch):
-    measured = []
-    monkeypatch.setattr(vision, "layer_statistics", lambda network, images, **_: measured.append(images))
-    rank: Any = SimpleNamespace(trainer=SimpleNamespace(global_rank=1, world_size=2), total_over_ranks=None)
-    rank.rank_share = partial(StepModule.rank_share, rank)
-    VisionModule.statistics(rank, None, (torch.ones(1, 3, 4, 4), torch.tensor([2])))
-    assert measured[0].labels.tolist() == [IGNORE]
-    assert not measured[0].pixels.any()
