@@ -53,6 +53,18 @@ def table(*rows, name="table1_130m", scale="toy", column="130M", size=134, targe
     return Experiment(name, scale, target, column, size, f"setting of {scale}", paper, rows, axes or {})
 
 
+def rate_columns(losses):
+    """A column for each rate, from losses by rate and strategy, of seeds 1, 2, ...; None where a run diverged."""
+    return [
+        Column((table(*(row(name, None, *runs_of(each)) for name, each in strategies.items()), column=rate),))
+        for rate, strategies in losses.items()
+    ]
+
+
+def runs_of(losses):
+    return [diverged(seed) if loss is None else run(seed, loss) for seed, loss in enumerate(losses, 1)]
+
+
 def without_runs(experiment, scale="paper"):
     return replace(experiment, scale=scale, rows=tuple(replace(r, runs=()) for r in experiment.rows))
 

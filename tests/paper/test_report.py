@@ -13,6 +13,7 @@ from paper_builders import (
     LOSSES,
     PUBLISHED,
     diverged,
+    rate_columns,
     row,
     rows_at,
     run,
@@ -397,10 +398,10 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
 
 
 def test_every_strategy_is_compared_at_its_own_best_rate():
-    columns = []
-    for rate, losses in {"1 x": (5.0, 4.9), "2 x": (4.96, 4.7), "4 x": (5.5, 4.72)}.items():
-        runs = [[run(seed, loss + 0.1 * seed) for seed in (1, 2)] for loss in losses]
-        columns.append(Column((table(row("pre_ln", None, *runs[0]), row("lns", None, *runs[1]), column=rate),)))
+    slow = {"pre_ln": [5.1, 5.2], "lns": [5.0, 5.1]}
+    middle = {"pre_ln": [5.06, 5.16], "lns": [4.8, 4.9]}
+    fast = {"pre_ln": [5.6, 5.7], "lns": [4.82, 4.92]}
+    columns = rate_columns({"1 x": slow, "2 x": middle, "4 x": fast})
     lns, pre_ln = tuned_strategies_table(tuned_rows(columns)).rows
     assert pre_ln == ["pre_ln", "2 x", "5.110 ± 0.071", "2", "", "1 x, 2 x (2 of 3)"]
     assert lns == ["lns", "2 x", "4.850 ± 0.071", "2", "**-0.260 ± 0.000**", "2 x, 4 x (2 of 3)"]
@@ -421,10 +422,10 @@ def test_a_single_strategy_at_its_own_best_rate_is_no_figure():
 
 
 def test_a_rate_at_which_a_run_diverges_is_not_the_best():
-    columns = []
-    for rate, losses in {"1 x": (5.0, 4.9), "2 x": (math.nan, math.inf), "4 x": (math.inf, math.inf)}.items():
-        runs = [[run(seed, loss) for seed in (1, 2)] for loss in losses]
-        columns.append(Column((table(row("pre_ln", None, *runs[0]), row("lns", None, *runs[1]), column=rate),)))
+    slow = {"pre_ln": [5.0] * 2, "lns": [4.9] * 2}
+    middle = {"pre_ln": [math.nan] * 2, "lns": [math.inf] * 2}
+    fast = {"pre_ln": [math.inf] * 2, "lns": [math.inf] * 2}
+    columns = rate_columns({"1 x": slow, "2 x": middle, "4 x": fast})
     assert [(best.row.name, best.rate) for best in tuned_rows(columns)] == [("lns", "1 x"), ("pre_ln", "1 x")]
     assert [best.difference for best in tuned_rows(columns[1:])] == [None, None]
 
@@ -437,13 +438,8 @@ def test_a_strategy_that_was_run_at_one_rate_has_no_best_one():
 
 def test_a_rate_at_which_some_runs_fail_is_not_the_best():
     """Of the faster rate one seed is left, which alone would have the lowest mean."""
-    columns = []
-    for rate, lns in {
-        "1 x": [run(1, 4.9), run(2, 4.8)],
-        "2 x": [diverged(1), run(2, 4.82)],
-        "4 x": [diverged(1)],
-    }.items():
-        columns.append(Column((table(row("pre_ln", None, run(1, 5.0)), row("lns", None, *lns), column=rate),)))
+    rates = {"1 x": [4.9, 4.8], "2 x": [None, 4.82], "4 x": [None]}
+    columns = rate_columns({rate: {"pre_ln": [5.0], "lns": losses} for rate, losses in rates.items()})
     best = tuned_rows(columns)[0]
     assert (best.row.name, best.rate, best.rates, best.good) == ("lns", "1 x", ("1 x", "2 x", "4 x"), ("1 x",))
     assert best.edge == "no lower one run"
@@ -452,18 +448,13 @@ def test_a_rate_at_which_some_runs_fail_is_not_the_best():
 
 
 def test_rates_are_compared_on_the_seeds_that_all_have():
-    columns = []
-    for rate, losses in {"1 x": [4.9, 4.0], "2 x": [4.8]}.items():
-        lns = [run(seed, loss) for seed, loss in enumerate(losses)]
-        columns.append(Column((table(row("pre_ln", None, run(0, 5.0)), row("lns", None, *lns), column=rate),)))
+    columns = rate_columns({"1 x": {"pre_ln": [5.0], "lns": [4.9, 4.0]}, "2 x": {"pre_ln": [5.0], "lns": [4.8]}})
     assert tuned_rows(columns)[0].rate == "2 x"
 
 
 def test_a_rate_of_fewer_seeds_than_others_does_not_choose_the_best():
-    columns = []
-    for rate, lns in {"0.5 x": [4.7], "1 x": [4.8, 5.0, 5.0], "2 x": [4.9, 4.9, 4.8]}.items():
-        rows = (row(name, None, *(run(seed, loss) for seed, loss in enumerate(lns))) for name in ("pre_ln", "lns"))
-        columns.append(Column((table(*rows, column=rate),)))
+    rates = {"0.5 x": [4.7], "1 x": [4.8, 5.0, 5.0], "2 x": [4.9, 4.9, 4.8]}
+    columns = rate_columns({rate: {"pre_ln": losses, "lns": losses} for rate, losses in rates.items()})
     best = tuned_rows(columns)[0]
     assert (best.rate, best.edge) == ("2 x", "no higher one run")
     assert (best.rates, best.compared) == (("0.5 x", "1 x", "2 x"), ("1 x", "2 x"))
@@ -471,10 +462,8 @@ def test_a_rate_of_fewer_seeds_than_others_does_not_choose_the_best():
 
 
 def test_a_best_rate_beside_rates_of_fewer_seeds_is_no_end_of_the_range():
-    columns = []
-    for rate, losses in {"1 x": [4.9] * 3, "2 x": [4.8] * 3, "4 x": [4.84]}.items():
-        rows = (row(name, None, *(run(seed, loss) for seed, loss in enumerate(losses))) for name in ("pre_ln", "lns"))
-        columns.append(Column((table(*rows, column=rate),)))
+    rates = {"1 x": [4.9] * 3, "2 x": [4.8] * 3, "4 x": [4.84]}
+    columns = rate_columns({rate: {"pre_ln": losses, "lns": losses} for rate, losses in rates.items()})
     for order, side in ((columns, "higher"), (columns[::-1], "lower")):
         best = tuned_rows(order)[0]
         assert (best.rate, best.edge) == ("2 x", f"{side} ones: fewer seeds")
