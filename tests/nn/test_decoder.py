@@ -1,19 +1,13 @@
 """The decoder against transformers with the same weights, and its size against the paper's."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.huggingface import to_llama_state_dict
 from cod_lightning.nn.init import seed_of
-from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.nn.surgery import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,34 +50,6 @@ def test_non_parametric_layer_norm_has_no_weights(decoder):
     x = torch.randn(2, 5, 48, dtype=torch.float64)
     torch.testing.assert_close(model.model.norm(x), F.layer_norm(x, (48,), eps=1e-6), rtol=1e-12, atol=1e-12)
     assert model(torch.randint(101, (1, 4))).isfinite().all()
-
-
-@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper], ids=lambda wrap: wrap.__name__)
-def test_wrapped_blocks_run(decoder, wrap):
-    model, tokens = decoder(), torch.arange(12)[None]
-    expected = model(tokens)
-    model.model.layers = torch.nn.ModuleList(wrap(block) for block in model.blocks)
-    with torch.compiler.set_stance("force_eager"):
-        assert torch.equal(model(tokens), expected)
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_compiled_decoder_is_copied_converted_and_exported_as_any_other(decoder, whole):
-    plain = decoder("lns")
-    compiled = copy.deepcopy(plain)
-    compiled.model.layers = torch.nn.ModuleList(map(torch.compile, compiled.blocks))
-    compiled = torch.compile(compiled) if whole else compiled
-    of_both = [
-        (
-            unwrapped_copy(model).state_dict(),
-            convert(model, {"name": "pre_ln"}).state_dict(),
-            to_llama_state_dict(model),
-        )
-        for model in (plain, compiled)
-    ]
-    for expected, found in zip(*of_both, strict=True):
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_no_token_sees_a_later_one(decoder):

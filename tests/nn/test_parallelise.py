@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 
 from cod_lightning.errors import UserError
@@ -13,9 +14,11 @@ from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import set_step
+from cod_lightning.nn.huggingface import to_llama_state_dict
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise, unwrapped_copy
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.surgery import convert
 from cod_lightning.nn.weights import load_weights
 
 CONFIG = DecoderConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=37)
@@ -77,6 +80,34 @@ def test_a_copy_of_a_model_with_checkpoints_computes_with_its_own_weights(copy):
 def test_one_process_compiles_many_models():
     for norm in ("lns", "post_ln", "gpas", "value_residual", "x0_mix", "pro_res"):  # two compilations each
         step(build(norm, lambda decoder: parallelise(decoder, backend="eager")))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper], ids=lambda wrap: wrap.__name__)
+def test_wrapped_blocks_run(decoder, wrap):
+    model, tokens = decoder(), torch.arange(12)[None]
+    expected = model(tokens)
+    model.model.layers = torch.nn.ModuleList(wrap(block) for block in model.blocks)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(model(tokens), expected)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_decoder_is_copied_converted_and_exported(decoder, whole):
+    plain = decoder("lns")
+    compiled = deepcopy(plain)
+    compiled.model.layers = torch.nn.ModuleList(map(torch.compile, compiled.blocks))
+    compiled = torch.compile(compiled) if whole else compiled
+    results = [
+        (
+            unwrapped_copy(model).state_dict(),
+            convert(model, {"name": "pre_ln"}).state_dict(),
+            to_llama_state_dict(model),
+        )
+        for model in (plain, compiled)
+    ]
+    for expected, found in zip(*results, strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_checkpointing_saves_fewer_activations():
