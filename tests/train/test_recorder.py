@@ -1,4 +1,4 @@
-"""What a run records and prints about itself, with a clock that the tests set."""
+"""The record and the progress lines of a run, with a clock that the tests set."""
 
 import time
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cod_lightning.train import callbacks
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.train.callbacks import ProbeCallback, ProgressLines, Recorder, training_jacobian
 from tiny_models import tiny_decoder
 
@@ -84,11 +84,9 @@ def test_a_progress_line_has_the_seconds_of_the_remaining_steps(capsys):
     assert capsys.readouterr().err == "step      5/20  loss 2.0000  lr 1.00e-03  10 tokens/s  150 s left\n"
 
 
-def test_the_jacobian_in_training_reads_one_token_of_four_sequences(monkeypatch):
-    calls = []
-    monkeypatch.setattr(callbacks, "jacobian", lambda *arguments, **options: calls.append((arguments[1], options)))
-    tokens, model = torch.arange(40).reshape(8, 5), SimpleNamespace(evenly_spaced=lambda number: [number])
-    training_jacobian(model, [tokens[:3], tokens[3:]], None, None)
-    (((sequences,), options),) = calls
-    assert torch.equal(sequences, tokens[:4])
-    assert options == {"layers": [8], "tokens": 1, "probes": 4, "iterations": 2}
+def test_the_jacobian_in_training_reads_one_token_of_four_sequences():
+    model = ModelAdapter(tiny_decoder(depth=10).eval(), "model")
+    tokens = torch.randint(37, (8, 5), generator=torch.Generator().manual_seed(0))
+    result = training_jacobian(model, [tokens[:3], tokens[3:]], None, None)
+    assert (len(result.layers), result.tokens) == (8, 4)
+    assert training_jacobian(model, [tokens[:4]], None, None).rows() == result.rows()
