@@ -17,6 +17,7 @@ import torch
 
 import cod_lightning
 from cod_lightning.cli import COMMANDS, main
+from cod_lightning.commands.experiments import published_figures
 from cod_lightning.config.compose import compose
 from cod_lightning.config.groups import choices
 from cod_lightning.config.saved import load
@@ -366,6 +367,19 @@ def test_experiments_lists_every_experiment_with_published_figures(capsys):
     assert main(["experiments"]) == 0
     listed = capsys.readouterr().out
     assert all(word in listed for word in [*choices("experiments"), "lns 18.20"])
+
+
+@pytest.mark.parametrize(
+    ("published", "shown"),
+    [
+        (None, []),
+        (67.914, ["67.91"]),
+        ({"ppl": 25.76}, ["ppl 25.76"]),
+        ({"average": 50.0, "piqa": 40.0, "boolq": 60.0}, ["average 50.00"]),
+    ],
+)
+def test_an_average_stands_for_all_published_figures(published, shown):
+    assert published_figures(published) == shown
 
 
 def test_experiments_shows_the_size_of_those_that_are_named(capsys):
