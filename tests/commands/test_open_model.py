@@ -9,12 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cod_lightning.commands import measure_runner
 from cod_lightning.commands.measure_runner import open_model, run_prune
 from cod_lightning.config.compose import compose
 from cod_lightning.data.corpora import open_corpus
 from cod_lightning.errors import UserError
-from tiny_models import tiny_decoder
 
 
 @pytest.fixture
@@ -45,19 +43,7 @@ def test_the_threads_of_the_configuration_are_used(model, config, monkeypatch):
 def test_the_measured_text_is_held_out(model, config):
     corpus = SimpleNamespace(val=lambda: ["deep norm"] * 30, train=lambda: ["of a"] * 30)
     (tokens,) = open_model(model(), config, corpus, 2).batches
-    assert tokens.flatten().tolist() == ([6, 3, 1] * 11)[:32]
-
-
-def test_a_run_is_measured_on_its_held_out_sequences_without_padding(config, monkeypatch):
-    module = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None, val_count=3, pad_id=7)
-    module.probe_batch = lambda rows: torch.arange(4 * rows).reshape(rows, 4)
-    monkeypatch.setattr(measure_runner, "TokenDataModule", lambda *_: module)
-    monkeypatch.setattr(measure_runner, "load_decoder", lambda *_: (tiny_decoder(), SimpleNamespace(decode=None)))
-    config = replace(config, data=replace(config.data, micro_batch_size=2))
-    opened = measure_runner.open_run(config, Path("run"), Path("step-00000001.ckpt"), rows=5)
-    assert [len(batch) for batch in opened.batches] == [2, 1]
-    assert torch.equal(torch.cat(list(opened.batches)), torch.arange(12).reshape(3, 4))
-    assert (opened.pad_id, opened.tokens) == (7, 11)
+    assert tokens.flatten().tolist() == ([6, 3, 1] * 11)[:32]  # deep, norm, </s>
 
 
 def test_a_pruned_model_keeps_dtype_and_drops_contradictory_generation_settings(model, config, tmp_path, capsys):

@@ -1,6 +1,10 @@
 """The checkpoint that a command reads, and the run that it writes, without a training."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from cod_lightning.cli import main
 from cod_lightning.commands import convert, evaluate, fit, grow, measure_runner
@@ -17,16 +21,17 @@ class Loaded(Exception):
 def run(tmp_path, monkeypatch):
     """A run folder with two checkpoints that cannot be loaded."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/tokenizer").mkdir(parents=True)
     for name in ("run/config.yaml", "run/checkpoints/step-00000001.ckpt", "run/checkpoints/best.ckpt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
-    def load(config, folder, checkpoint):
+    def read(checkpoint, model):
         raise Loaded(checkpoint.name)
 
     monkeypatch.setattr("cod_lightning.config.saved.load", lambda *_, **__: compose(["trainer.accelerator=cpu"]))
-    monkeypatch.setattr("cod_lightning.train.load.load_decoder", load)
-    monkeypatch.setattr(measure_runner, "load_decoder", load)
+    monkeypatch.setattr("cod_lightning.train.load.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr("cod_lightning.train.load.read_run_weights", read)
     monkeypatch.setattr("cod_lightning.evaluate.lm_eval.task_manager", lambda *_: None)
     return "run"
 
@@ -47,6 +52,18 @@ def run(tmp_path, monkeypatch):
 def test_a_command_reads_the_checkpoint_that_is_asked_for(run, words, options, name):
     with pytest.raises(Loaded, match=name):
         main([*words, *options])
+
+
+def test_a_run_is_measured_on_its_held_out_sequences_without_padding(monkeypatch):
+    module = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None, val_count=3, pad_id=7)
+    module.probe_batch = lambda rows: torch.arange(4 * rows).reshape(rows, 4)
+    monkeypatch.setattr(measure_runner, "TokenDataModule", lambda *_: module)
+    monkeypatch.setattr(measure_runner, "load_decoder", lambda *_: (tiny_decoder(), SimpleNamespace(decode=None)))
+    config = compose(["trainer.accelerator=cpu", "data.micro_batch_size=2"])
+    opened = measure_runner.open_run(config, Path("run"), Path("step-00000001.ckpt"), rows=5)
+    assert [len(batch) for batch in opened.batches] == [2, 1]
+    assert torch.equal(torch.cat(list(opened.batches)), torch.arange(12).reshape(3, 4))
+    assert (opened.pad_id, opened.tokens) == (7, 11)
 
 
 @pytest.mark.parametrize(("limit", "saved"), [(None, True), (5, False)])
