@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from cod_lightning.config.compose import choices, compose, sweep
 from cod_lightning.config.groups import default_values, describe_settings
 from cod_lightning.config.saved import check_init_from, create_run_folder, from_dict, load, to_yaml
-from cod_lightning.config.schema import Config, OptimConfig, TrainerConfig, flatten, identity, init_from_run
+from cod_lightning.config.schema import Config, TrainerConfig, flatten, identity, init_from_run
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 
@@ -139,10 +139,11 @@ def test_the_run_id_does_not_depend_on_file_names_if_their_hash_is_set():
     assert compose(["data=files", "data.files=a.txt"]).id != compose(["data=files", "data.files=b.txt"]).id
 
 
-RECORDS = sorted((Path(__file__).parents[2] / "experiments/results").glob("*/*/record.json"))
+RESULTS = Path(__file__).parents[2] / "experiments/results"
+RECORDS = [path for runs in ("toy/*", "small/lns_*") for path in sorted(RESULTS.glob(f"{runs}-seed1-*/record.json"))]
 
 
-@pytest.mark.parametrize("path", RECORDS[::20], ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
 def test_the_names_of_recorded_runs_are_stable(path):
     assert from_dict(json.loads(path.read_text())["config"], path).label == path.parent.name
 
@@ -156,7 +157,8 @@ def test_the_defaults_that_change_results_are_stable():
         **{"data.layout": "packed", "data.val_every": 50, "data.val_tokens": 10_000_000, "images.min_crop": 0.08},
         **{"eval.paper_batch": 64, "eval.paper_ranks": 1, "seed": 1},
     }
-    assert stable.items() <= flatten(identity(Config())).items()
+    found = flatten(identity(Config()))
+    assert {name: found[name] for name in stable} == stable
 
 
 def test_a_run_of_images_depends_on_no_setting_of_text():
@@ -164,10 +166,6 @@ def test_a_run_of_images_depends_on_no_setting_of_text():
     assert ids[0] == ids[1]
     other = ["data.batch_size=32", "data.micro_batch_size=32"]
     assert compose(["task=vision", "model=vit_tiny", *other]).id != ids[0]
-
-
-def test_the_warmup_is_rounded_to_steps():
-    assert OptimConfig(warmup_ratio=0.29).warmup(100) == 29  # 0.29 * 100 is 28.999999999999996
 
 
 def test_the_ranks_are_those_of_all_nodes():

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and what is read of them, without a training."""
+"""When checkpoints are written, and what is read from them, without a training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.train import run
 from cod_lightning.train.checkpoint import Checkpoints
 from cod_lightning.train.load import load_vit
-from cod_lightning.train.run import check_repetition, resumed_data_state
+from cod_lightning.train.run import resumed_data_state
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def saved(monkeypatch):
     return pairs
 
 
-def test_there_is_a_checkpoint_at_its_steps_before_each_validation_and_after_the_last_step(saved, tmp_path):
+def test_checkpoints_precede_validations_and_end_the_run(saved, tmp_path):
     saver, module = Checkpoints(tmp_path, every=4, keep=1, val_every=3), SimpleNamespace(should_stop=False)
     for step in range(1, 11):
         trainer: Any = SimpleNamespace(global_step=step, max_steps=10, is_global_zero=False)
@@ -55,13 +55,6 @@ def test_a_setting_that_an_older_checkpoint_lacks_had_its_default(monkeypatch):
         resumed_data_state(config, Path("step-00000002.ckpt"))
     same = replace(config, optim=replace(config.optim, decay_embeddings=True))
     assert resumed_data_state(same, Path("step-00000002.ckpt")) == {"fingerprint": None}
-
-
-def test_the_sequences_of_all_steps_count_as_repetition():
-    words = ["data.repeat=false", "trainer.max_steps=3", "data.batch_size=8", "data.micro_batch_size=8"]
-    check_repetition(compose(words), 24)
-    with pytest.raises(UserError, match=r"data\.repeat=false: trainer\.max_steps=3 reads"):
-        check_repetition(compose(words), 23)
 
 
 def test_a_loaded_vision_transformer_has_the_step_of_its_checkpoint(tmp_path):

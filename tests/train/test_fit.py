@@ -33,7 +33,7 @@ from cod_lightning.train.load import load_run
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, gradient_norm
 from cod_lightning.train.record import git_commit, read_record
-from cod_lightning.train.run import build, evaluate, fit, probes, vocab_size
+from cod_lightning.train.run import build, check_repetition, evaluate, fit, probes, vocab_size
 
 QUIET = "trainer.stats_every=0"
 """No measures during training, which do not change it."""
@@ -431,6 +431,13 @@ def test_more_validation_tokens_than_float32_counts_are_recorded_exactly(train, 
 def test_more_tokens_than_the_data_has_need_repeat(train):
     with pytest.raises(UserError, match=r"data\.repeat=false: .*max_steps=100000 reads 25,600,000 training tokens"):
         train("data.repeat=false", "trainer.max_steps=100000")
+
+
+def test_the_sequences_of_all_steps_count_as_repetition():
+    words = ["data.repeat=false", "trainer.max_steps=3", "data.batch_size=8", "data.micro_batch_size=8"]
+    check_repetition(compose(words), 24)
+    with pytest.raises(UserError, match=r"data\.repeat=false: trainer\.max_steps=3 reads"):
+        check_repetition(compose(words), 23)
 
 
 def test_enough_text_needs_no_repetition(train, tmp_path):

@@ -70,6 +70,7 @@ def test_an_optimizer_has_the_betas_and_the_schedule_of_its_configuration():
 def test_warmup_is_a_share_of_the_steps_or_a_number():
     assert OptimConfig(warmup_ratio=0.1).warmup(250) == 25
     assert OptimConfig(warmup_ratio=0.1, warmup_steps=7).warmup(250) == 7
+    assert OptimConfig(warmup_ratio=0.29).warmup(100) == 29  # 0.29 * 100 is 28.999999999999996
 
 
 @pytest.mark.parametrize(
