@@ -18,7 +18,13 @@ from cod_lightning.evaluate import PAPER_TASKS, lm_eval
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import STRATEGIES, build_all
-from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks
+from cod_lightning.paper.experiments import (
+    axis_values,
+    experiment_rows,
+    find_experiments,
+    format_tokens,
+    remaining_tasks,
+)
 from cod_lightning.train import run
 from command_words import last_of_each
 
@@ -189,6 +195,17 @@ KEYS = {
     *("target", "column", "source", "metric", "tokens", "evaluation_batches", "rows", "start", "measures", "finding"),
     *("published_curves", "fractions", "settings", "unknown", "tasks"),
 }
+
+
+def test_a_varied_setting_has_the_value_of_the_run():
+    words = ["trainer.max_steps=7", "data.batch_size=4", "data.micro_batch_size=4", "data.seq_len=10"]
+    words += ["model.num_hidden_layers=3", "model.embedding_std=0.632", "optim.lr=0.003"]
+    assert axis_values(compose(words)) == {"tokens": 280, "blocks": 3, "lr": 0.003, "embedding_std": 0.632}
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(4_194_304, "4.19M"), (99_000_000, "99.00M"), (2.2e9, "2.20B")])
+def test_tokens_are_in_millions_or_billions(tokens, words):
+    assert format_tokens(tokens) == words
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,7 @@ from cod_lightning.evaluate.lm_eval import save_scores
 from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
 from cod_lightning.paper.experiments import (
-    axis_values,
     experiment_rows,
-    format_tokens,
     load_experiments,
     remaining_tasks,
 )
@@ -193,19 +191,6 @@ def test_a_table_of_two_corpora_names_both(tmp_path):
     words = ["data.source=files", "data.files=[texts/a.txt,b*.jsonl.gz]"]
     (first, *_) = load_experiments(experiment_rows(["table7_130m"], "toy", words), tmp_path)
     assert "; a and b*, sequences of" in first.setting
-
-
-def test_a_varied_setting_has_the_value_of_the_run(toys):
-    config = toys["lns"].config
-    config = replace(config, model=replace(config.model, embedding_std=0.632), optim=replace(config.optim, lr=0.003))
-    tokens = config.trainer.max_steps * config.data.batch_size * config.data.seq_len
-    blocks = config.model.num_hidden_layers
-    assert axis_values(config) == {"tokens": tokens, "blocks": blocks, "lr": 0.003, "embedding_std": 0.632}
-
-
-@pytest.mark.parametrize(("tokens", "words"), [(4_194_304, "4.19M"), (99_000_000, "99.00M"), (2.2e9, "2.20B")])
-def test_tokens_are_in_millions_or_billions(tokens, words):
-    assert format_tokens(tokens) == words
 
 
 def test_no_run_starts_from_one_that_diverged(tmp_path):
