@@ -1,4 +1,4 @@
-"""The commands of one run of `reproduce`, with a pool that only keeps them."""
+"""The commands of one run of `reproduce`, with a pool that records them and runs none."""
 
 from pathlib import Path
 from types import SimpleNamespace

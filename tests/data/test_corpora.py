@@ -95,10 +95,8 @@ def test_a_field_or_an_encoding_makes_another_set_and_the_defaults_make_the_old_
 
 
 def test_another_file_for_training_or_validation_makes_another_set(tmp_path):
-    folders, config = (
-        set(),
-        DataConfig(source="files", files=str(tmp_path / "a.txt"), val_files=str(tmp_path / "b.txt")),
-    )
+    config = DataConfig(source="files", files=str(tmp_path / "a.txt"), val_files=str(tmp_path / "b.txt"))
+    folders = set()
     for content in ({"a": "text", "b": "text"}, {"a": "other text"}, {"b": "other text"}):
         for name, text in content.items():
             (tmp_path / f"{name}.txt").write_text(text)

@@ -32,11 +32,11 @@ def test_top_1_is_greedy_decoding(decoder):
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.5, None), (2.0, 3)])
 @torch.no_grad()
 def test_a_token_is_drawn_by_its_probability_among_the_most_likely(decoder, temperature, top_k, monkeypatch):
-    drawn = []
+    drawn = []  # pins the sampler: frequencies over hundreds of seeds are slower and tell less
     monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: drawn.append(p) or p.argmax()[None])
     next(generate(decoder, [1, 2], max_tokens=1, temperature=temperature, top_k=top_k))
     logits = decoder(torch.tensor([[1, 2]]))[0, -1]
-    expected = (logits / temperature).exp() * (logits.argsort(descending=True).argsort() < (top_k or 9))
+    expected = (logits / temperature).exp() * (logits.argsort(descending=True).argsort() < (top_k or len(logits)))
     torch.testing.assert_close(drawn[0], expected / expected.sum())
 
 
