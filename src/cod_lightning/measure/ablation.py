@@ -309,7 +309,7 @@ def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tens
     Raises:
         UserError: there are no more tokens than the hidden size, or a value is not finite.
     """
-    gram = cross = torch.zeros((), dtype=torch.float64)
+    gram = cross = torch.zeros((), dtype=torch.float64, device="cpu")
     count = 0
     for x, y in pairs:
         gram, cross, count = gram + x.T @ x, cross + x.T @ y, count + len(x)

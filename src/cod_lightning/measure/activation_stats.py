@@ -123,7 +123,7 @@ def activation_stats(
     The variance of every token at every place and layer is in memory, but no activations of more than one batch.
     """
     places = [(place, layer) for place in PLACES for layer in range(1, model.depth + 1)]
-    means, largest = RunningMean(), torch.zeros(len(places))
+    means, largest = RunningMean(), torch.zeros(len(places), device="cpu")
     variances: list[Tensor] = []
     first: list[Tensor] = []
     massive = MassiveActivationFinder()

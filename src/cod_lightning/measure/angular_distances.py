@@ -111,7 +111,7 @@ def scale_as_released(distances: Sequence[float], depth: int) -> list[float]:
     The figures of the released code are scaled like this: their colours compare layers at the same n and are no angles.
     The code has a distance of zero for each of `depth` layers that has no n-th layer after it, and scales it too.
     """
-    x = torch.tensor([*distances, *[0.0] * (depth - len(distances))], dtype=torch.float64)
+    x = torch.tensor([*distances, *[0.0] * (depth - len(distances))], dtype=torch.float64, device="cpu")
     x = x.clamp(x.quantile(0.01), x.quantile(0.99))
     span = x.max() - x.min()
     scaled = (x - x.min()) / span if span > 0 else torch.zeros_like(x)

@@ -252,7 +252,7 @@ class RunningMean:
 
     def __init__(self) -> None:
         self.count = 0
-        self.total = self.squares = torch.zeros((), dtype=torch.float64)
+        self.total = self.squares = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, samples: Tensor) -> None:
         """Add samples [samples, ...]."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, first_line, is_out_of_memory
 from cod_lightning.nn.weights import is_sharded
 
 LinearMap = Callable[[Tensor], Tensor]
@@ -34,12 +34,18 @@ def differentiable(model: nn.Module) -> Generator[None]:
     Gradients are off outside the transforms of `torch.func`, so none are recorded for the parameters.
 
     Raises:
-        UserError: the model is sharded, for which `torch.func` can end the process (torch 2.13, SIGSEGV).
+        UserError: the model is sharded, for which `torch.func` can end the process (torch 2.13, SIGSEGV), or it does
+            what `torch.func` does not support, such as hooks of the backward pass or changes of buffers.
     """
     if is_sharded(model):
         raise UserError("Jacobians (jacobian, gain, jacobian_map, theory) do not support sharded parameters (FSDP)")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"Jacobians do not support this {type(model).__name__}: {first_line(error)}") from error
 
 
 def vjp(function: LinearMap, x: Tensor) -> LinearMap:
@@ -88,7 +94,12 @@ def at_token(product: LinearMap, x: Tensor, position: Tensor) -> LinearMap:
 
 def rademacher(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
     """Draw +1 or -1 with equal probability, in float64."""
-    return torch.randint(0, 2, tuple(shape), generator=generator).mul(2).sub(1).double().to(device)
+    return torch.randint(0, 2, tuple(shape), generator=generator, device="cpu").mul(2).sub(1).double().to(device)
+
+
+def gaussian(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Draw from the standard normal distribution, in float64."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(device)
 
 
 def full_jacobian(vjp: LinearMap, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from cod_lightning.measure.jacobian_products import (
     differentiable,
     estimate_statistics,
     full_jacobian,
+    gaussian,
     jvp_and_vjp,
     largest_singular_value,
     rademacher,
@@ -97,8 +98,8 @@ class MeanJacobian(Result):
 
     def series(self) -> dict[str, Sequence[Any]]:
         """Statistics of each averaged matrix; these are not the averages in `Jacobian`."""
-        matrices = torch.tensor(self.matrices, dtype=torch.float64)
-        identity = torch.eye(matrices.shape[-1], dtype=torch.float64)
+        matrices = torch.tensor(self.matrices, dtype=torch.float64, device="cpu")
+        identity = torch.eye(matrices.shape[-1], dtype=torch.float64, device="cpu")
         norm = matrices.flatten(1).norm(dim=1)
         diagonal = matrices.diagonal(dim1=1, dim2=2)
         return {
@@ -176,7 +177,7 @@ def jacobian(
             statistics = []
             for position in block.positions.T:
                 token_vjp = at_token(backward, x, position)
-                start = torch.randn(len(x), x.shape[-1], generator=generator, dtype=torch.float64).to(x.device)
+                start = gaussian((len(x), x.shape[-1]), generator, x.device)
                 sigma = largest_singular_value(at_token(forward, x, position), token_vjp, start, iterations)
                 estimates = estimate_statistics(token_vjp, x, probes, generator)
                 statistics.append(torch.cat((estimates, sigma[:, None]), dim=1))
@@ -212,7 +213,7 @@ def mean_jacobian(
     """
     chosen = list(layers or model.evenly_spaced(5))
     generator = torch.Generator().manual_seed(seed)
-    totals = dict.fromkeys(chosen, torch.zeros((), dtype=torch.float64))
+    totals = dict.fromkeys(chosen, torch.zeros((), dtype=torch.float64, device="cpu"))
     count, total = 0, 0.0
     with differentiable(model.model):
         for block in iter_blocks_with_positions(model, batches, pad_id, chosen, tokens, generator, progress):
@@ -272,7 +273,7 @@ def jacobian_growth(
             columns = []
             for layer in chosen:
                 forward, backward = compose(blocks[:layer], kept)
-                start = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64).to(model.device) * kept
+                start = gaussian(inputs[0].shape, generator, model.device) * kept
                 columns.append(largest_singular_value(forward, backward, start, iterations))
                 advance()
             spectral.add(torch.stack(columns, dim=1))
@@ -328,7 +329,7 @@ def sample_positions(mask: Tensor, count: int, generator: torch.Generator) -> tu
     The weights of a sequence add up to its number of kept positions. A sequence with fewer than `count` is filled up
     with positions of weight zero.
     """
-    order = torch.rand(mask.shape, generator=generator).masked_fill(~mask, 2.0)
+    order = torch.rand(mask.shape, generator=generator, device="cpu").masked_fill(~mask, 2.0)
     positions = order.argsort(dim=1)[:, :count]
     kept = mask.gather(1, positions).double()
     return positions, kept * mask.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
@@ -354,7 +355,9 @@ def summarise(samples: Tensor, weight: Tensor) -> dict[str, tuple[float, float]]
         "distance": root(float(mean[1]), error(samples[:, 1], mean[1])),
         "mean_diagonal": (float(mean[2]), error(samples[:, 2], mean[2])),
         # Numerator and denominator come from the same tokens, so their errors mostly cancel.
-        "diagonal_share": root(float(share), error((samples[:, 3] - share * samples[:, 0]) / mean[0], torch.zeros(()))),
+        "diagonal_share": root(
+            float(share), error((samples[:, 3] - share * samples[:, 0]) / mean[0], torch.zeros_like(mean[0]))
+        ),
         "largest_singular_value": (float(mean[4]), error(samples[:, 4], mean[4])),
     }
 

@@ -149,7 +149,7 @@ def layer_importance(
     """
     depth, whole = model.depth, tuple(range(1, model.depth + 1))
     generator = torch.Generator().manual_seed(seed)
-    orders = [(torch.randperm(depth, generator=generator) + 1).tolist() for _ in range(permutations)]
+    orders = [(torch.randperm(depth, generator=generator, device="cpu") + 1).tolist() for _ in range(permutations)]
     without = [tuple(other for other in whole if other != layer) for layer in whole]
     needed = {tuple(sorted(order[:size])) for order in orders for size in range(depth + 1)} | set(without)
     losses, tokens = order_losses(model, needed, batches, pad_id, progress)
@@ -159,7 +159,7 @@ def layer_importance(
 
     means = RunningMean()
     samples = [[marginal(layer, order[: order.index(layer)]) for layer in whole] for order in orders]
-    means.add(torch.tensor(samples, dtype=torch.float64))
+    means.add(torch.tensor(samples, dtype=torch.float64, device="cpu"))
     return LayerImportance(
         model=model.name,
         tokens=tokens,

@@ -245,8 +245,8 @@ def log_m(a: float, b: float) -> float:
 
 def growth(variances: Sequence[float]) -> Growth:
     """Fit exp(a l) and l^p to the variances, both by least squares in their logarithms."""
-    layers = torch.arange(1, len(variances) + 1, dtype=torch.float64)
-    logs = torch.tensor(list(variances), dtype=torch.float64).log()
+    layers = torch.arange(1, len(variances) + 1, dtype=torch.float64, device="cpu")
+    logs = torch.tensor(list(variances), dtype=torch.float64, device="cpu").log()
     rate, rate_r2, exponential = fit_line(layers, logs)
     power, power_r2, polynomial = fit_line(layers.log(), logs)
     return Growth(rate, rate_r2, exponential.exp().tolist(), power, power_r2, polynomial.exp().tolist())
@@ -283,18 +283,18 @@ def damping(k: int, lns: bool) -> float:
 def lemma_terms(variances: Sequence[float], lns: bool) -> Tensor:
     """1 / (g_k sigma_k) for all k but the last [n - 1, 1]."""
     terms = [[1 / (damping(k, lns) * value**0.5)] for k, value in enumerate(variances[:-1], start=1)]
-    return torch.tensor(terms, dtype=torch.float64).view(-1, 1)
+    return torch.tensor(terms, dtype=torch.float64, device="cpu").view(-1, 1)
 
 
 def bound_terms(variances: Sequence[float], lns: bool) -> Tensor:
     """1 / (g_k^2 sigma_k) and 1 / (g_k^4 sigma_k^2) for all k but the last [n - 1, 2]."""
     terms = [1 / (damping(k, lns) ** 2 * value**0.5) for k, value in enumerate(variances[:-1], start=1)]
-    return torch.tensor([[term, term**2] for term in terms], dtype=torch.float64).view(-1, 2)
+    return torch.tensor([[term, term**2] for term in terms], dtype=torch.float64, device="cpu").view(-1, 2)
 
 
 def log_products(terms: Tensor, weights: Sequence[float]) -> list[float]:
     """sum_{k<l} log(1 + terms_k . weights) for l = 1..n, of terms [n - 1, weights]."""
-    factors = torch.log1p(terms @ torch.tensor(list(weights), dtype=torch.float64))
+    factors = torch.log1p(terms @ torch.tensor(list(weights), dtype=torch.float64, device="cpu"))
     return [0.0, *factors.cumsum(0).tolist()]
 
 
@@ -307,7 +307,7 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float]) -> list[float]:
         terms: [n - 1, weights].
         logs: [n], the first is 0.
     """
-    target = torch.tensor(list(logs[1:]), dtype=torch.float64)
+    target = torch.tensor(list(logs[1:]), dtype=torch.float64, device="cpu")
     # Scale each weight, so that the damping is the same for all.
     scale = terms.mean(0)
     terms = terms / scale
@@ -315,7 +315,7 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float]) -> list[float]:
     def loss(weights: Tensor) -> float:
         return float((torch.log1p(terms @ weights).cumsum(0) - target).square().sum())
 
-    weights = torch.ones(terms.shape[1], dtype=torch.float64)
+    weights = torch.ones(terms.shape[1], dtype=torch.float64, device="cpu")
     best, damp = loss(weights), 1e-3
     for _ in range(500):
         inside = 1 + terms @ weights

@@ -215,7 +215,7 @@ def layer_alphas(model: ModelAdapter) -> list[float]:
         if not all(weight.isfinite().all() for weight in weights):
             raise UserError(f"{model.name}: layer {layer}: a weight is NaN or infinite")
         alphas = [pl_alpha_hill(weight) for weight in weights]
-        means.append(float(torch.tensor(alphas, dtype=torch.float64).nanmean()))
+        means.append(float(torch.tensor(alphas, dtype=torch.float64, device="cpu").nanmean()))
         if math.isnan(means[-1]):
             raise UserError(
                 f"{model.name}: layer {layer}: the spectrum of no weight matrix has a tail; is the model initialised?"
