@@ -202,10 +202,10 @@ def shard(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
 
-    def shard(model, blocks):
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+    def shard(model, blocks, **options):
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh, **options)
+        return model
 
     yield shard
     dist.destroy_process_group()

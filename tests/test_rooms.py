@@ -17,6 +17,7 @@ COMMON = (
     "memory",
     "page",
     "plots",
+    "rng",
     "settings",
     "signals",
     "typed_json",

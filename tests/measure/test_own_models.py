@@ -192,6 +192,16 @@ def test_a_model_on_the_meta_device_is_refused():
         cod.measure.variance(OwnModel().to("meta"), TOKENS, layout=LAYOUT)
 
 
+def test_hidden_states_under_another_name_are_refused():
+    class Named(OwnModel):
+        def states(self, sequences):
+            x = self.embed(sequences)
+            return [x, *(x := block(x=x) for block in self.body)]
+
+    with pytest.raises(UserError, match="hidden states are passed as x=: pass them first"):
+        cod.measure.variance(Named(), TOKENS, layout=LAYOUT)
+
+
 def test_parts_of_an_unknown_model_are_not_taken_for_one():
     """A ModuleDict has the names of a known backbone, but no forward."""
     model = OwnModel()

@@ -310,6 +310,13 @@ def test_an_applied_llama_passes():
     verify(apply(llama(), "lns"))
 
 
+def test_random_states_are_restored():
+    """Fused attention has dropout in training mode, which drew from the random numbers of the training."""
+    model, state = apply(tiny_llama(attention_dropout=0.5, attn_implementation="sdpa"), "lns"), torch.get_rng_state()
+    verify(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_family_with_another_eps_passes():
     transformers = pytest.importorskip("transformers")
     shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

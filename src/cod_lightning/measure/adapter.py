@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from cod_lightning.errors import UserError
@@ -259,6 +260,8 @@ class ModelAdapter:
         if last and "logits_to_keep" in parameters:
             options["logits_to_keep"] = last
         with torch.compiler.set_stance("force_eager"), without_autocast(self.model), ExitStack() as handles:
+            if isinstance(self.model, FSDPModule):
+                handles.callback(self.model.unshard)  # its own parameters, with which blocks and head run alone
             if isinstance(batch, Images):
                 return self.model(batch.pixels, hook=hook)[:, None]
             if isinstance(self.model, Decoder):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.measure.adapter import ModelAdapter, family
@@ -18,6 +19,7 @@ from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.nn.weights import refuse_fsdp1
+from cod_lightning.rng import isolate_rng
 
 
 def load_pretrained(
@@ -75,21 +77,43 @@ def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
 
 @contextmanager
 def measuring(model: ModelAdapter) -> Generator[None]:
-    """Evaluation mode inside the `with`, without autocast and inference mode; afterwards modules have their own again.
+    """Evaluation mode inside the `with`, without autocast and inference mode.
+
+    No block is compiled for it, of which torch allows few. Afterwards, also after an error, the random states and the
+    model are as before: its modes, and the buffers and attributes that its forward may change, such as counts of tokens
+    or the frequencies for a length. FSDP2 is left sharded, because an optimizer changes the shards.
 
     Raises:
         UserError: the model is on the meta device.
     """
     if model.device.type == "meta":
         raise UserError(f"{model.name} is on the meta device: initialise or load the weights first")
-    modes = [(module, module.training) for module in model.model.modules()]
+    modules = list(model.model.modules())
+    modes = [(module, module.training) for module in modules]
+    attributes = [(own, dict(own)) for each in map(vars, modules) for own in (each, each.get("_buffers", {}))]
+    values = [(buffer, buffer.clone()) for buffer in model.model.buffers() if not buffer.is_meta]
     model.model.eval()
     try:
-        with torch.inference_mode(False), torch.autocast(model.device.type, enabled=False):
+        with (
+            isolate_rng(),
+            torch.inference_mode(False),
+            torch.autocast(model.device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
+        for own, before in attributes:
+            for name in own.keys() - before.keys():
+                del own[name]
+            own.update(before)
+        with torch.no_grad():
+            for buffer, before in values:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
         for module, mode in modes:
             module.training = mode
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @torch.no_grad()

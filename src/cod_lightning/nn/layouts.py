@@ -315,7 +315,13 @@ def branch_multiplier(block: Any) -> float:
 
 
 def hidden_input(args: tuple, kwargs: dict) -> Tensor:
-    """The hidden states among the arguments of a block or a sub-layer."""
+    """The hidden states among the arguments of a block or a sub-layer.
+
+    Raises:
+        UserError: they are passed under another name.
+    """
+    if not args and "hidden_states" not in kwargs:
+        raise UserError(f"hidden states are passed as {', '.join(kwargs)}=: pass them first, without a name")
     return args[0] if args else kwargs["hidden_states"]
 
 

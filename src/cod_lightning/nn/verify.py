@@ -33,6 +33,7 @@ from cod_lightning.nn.layouts import (
 )
 from cod_lightning.nn.spec import FACTORS, SublayerSpec
 from cod_lightning.nn.weights import is_sharded
+from cod_lightning.rng import isolate_rng
 
 TOLERANCE = 5e-5
 """Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
@@ -103,7 +104,8 @@ def verify(
         raise UserError(f"inputs is a {type(tokens).__name__}: expected a tensor, such as tokens [batch, length]")
     tokens = tokens.float() if tokens.is_floating_point() else tokens  # as the copies of the model
     try:
-        return check_copies(model, section["name"], specs, layout, tokens, reset or reset_buffers)
+        with isolate_rng():
+            return check_copies(model, section["name"], specs, layout, tokens, reset or reset_buffers)
     except UserError:
         raise
     except Exception as error:  # models of the user raise many kinds

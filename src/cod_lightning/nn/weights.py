@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cod_lightning.errors import UserError
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a parameter is sharded, as by FSDP2."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether a parameter is sharded; those of FSDP2 also while they are whole, between two passes."""
+    sharded_by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    return sharded_by_fsdp or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def refuse_fsdp1(model: nn.Module) -> None:

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import BarColumn
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from cod_lightning.measure.jacobians import Jacobian, jacobian
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.parallel import unwrapped_copy
+from cod_lightning.rng import isolate_rng
 from cod_lightning.train.loggers import log_figure
 
 if TYPE_CHECKING:
