@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
@@ -114,6 +117,70 @@ def test_the_monitor_does_not_change_a_bit_of_the_training():
     watched, bare = build_llama(dropout=0.5), build_llama(dropout=0.5)
     assert plain_loop(watched, monitor())[0] == plain_loop(bare)[0]
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), bare.parameters(), strict=True))
+
+
+def test_a_longer_probe_does_not_change_the_positions_of_the_training():
+    """The base of dynamic rotary embeddings grows with the longest sequence."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    losses = []
+    for watch in (cod.DepthMonitor(PROBE.reshape(1, 24), measures=["variance"]), None):
+        torch.manual_seed(0)
+        losses.append(plain_loop(tiny_llama(max_position_embeddings=8, rope_parameters=rope), watch)[0])
+    assert losses[0] == losses[1]
+
+
+class Router(torch.nn.Module):
+    """Counts its tokens, also in evaluation mode, as routers of experts do, and draws random numbers."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts, self.calls, self.fails = experts, 0, False
+        self.register_buffer("tokens", torch.zeros(1))
+
+    def forward(self, x):
+        self.tokens += x[..., 0].numel() + torch.rand(1)
+        self.calls += 1
+        assert not self.fails
+        return self.experts(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_measurement_leaves_what_the_forward_changes(llama, fails):
+    model, watch = deepcopy(llama).train(), monitor(["variance", "gradient_norm"])
+    router = model.model.layers[1].mlp = Router(model.model.layers[1].mlp)
+    watch.measure(model)
+    router.fails, state = fails, torch.get_rng_state()
+    with pytest.raises(AssertionError) if fails else nullcontext():
+        watch.measure(model)
+    assert (router.tokens, router.calls, router.training) == (0, 0, True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_jacobian_that_torch_does_not_support_names_the_reason(llama):
+    model = deepcopy(llama)
+    model.model.layers[1].register_full_backward_hook(lambda *arguments: None)
+    with pytest.raises(UserError, match=r"Jacobians do not support this LlamaForCausalLM: .* setup_context"):
+        monitor(["jacobian"]).measure(model)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_gradient_norm_through_reentrant_checkpoints_is_refused(llama):
+    """It was 0."""
+    model = deepcopy(llama)
+    for layer, block in enumerate(model.model.layers):
+        model.model.layers[layer] = checkpoint_wrapper(block, CheckpointImpl.REENTRANT)
+    with pytest.raises(UserError, match="gradient_norm does not support checkpoints of blocks with use_reentrant=True"):
+        monitor(["gradient_norm"]).measure(model)
+
+
+def test_a_gradient_norm_without_a_next_token_is_refused(llama):
+    with pytest.raises(UserError, match="no token has a next one"):
+        cod.DepthMonitor(PROBE[:, :1], measures=["gradient_norm"]).measure(llama)
+
+
+def test_a_step_after_one_that_was_left_out_is_measured(llama):
+    watch = cod.DepthMonitor(PROBE, every=4, measures=["variance"])
+    assert [step for step in (0, 3, 6, 7, 8, 13, 14, 3, 4) if watch.step(llama, step)] == [0, 6, 8, 13, 4]
 
 
 def test_the_monitor_measures_every_layer(llama):
@@ -230,6 +297,20 @@ def test_a_compiled_model_is_monitored(llama):
     assert monitor(["variance"]).step(compiled, 0) == monitor(["variance"]).step(llama, 0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_monitor_compiles_no_blocks(llama):
+    """torch compiles a function of blocks eight times, and runs further blocks without compilation."""
+    counts = []
+    for watch in (monitor(["variance"]), None):
+        torch.compiler.reset()
+        model, counter = deepcopy(llama), CompileCounter()
+        for block in model.model.layers:
+            block.compile(backend=counter)
+        plain_loop(model, watch)
+        counts.append(counter.frame_count)
+    assert counts == [3, 3]
+
+
 def with_accelerate(model):
     accelerate = pytest.importorskip("accelerate")
     reset = accelerate.state.AcceleratorState._reset_state
@@ -266,6 +347,35 @@ def test_a_model_sharded_by_fsdp2_is_measured_again(llama, shard):
     shard(model, [])
     first, second = (monitor(["variance"]).measure(model) for _ in range(2))
     assert first == second == monitor(["variance"]).measure(llama)
+
+
+@pytest.mark.parametrize("reshard", [True, False, None])
+def test_a_measurement_before_the_optimizer_leaves_parameters_sharded(llama, shard, reshard):
+    """The next step computed with weights from before the optimizer."""
+    losses = []
+    for watch in (monitor(["variance"]), None):
+        model = deepcopy(llama)
+        shard(model, model.model.layers, reshard_after_forward=reshard)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        for _ in range(2):
+            loss = model(input_ids=SEQUENCE[None], labels=SEQUENCE[None]).loss
+            loss.backward()
+            if watch:
+                watch.measure(model)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_a_gradient_of_a_sharded_model_is_refused_between_two_passes(llama, shard):
+    model = deepcopy(llama)
+    shard(model, model.model.layers, reshard_after_forward=False)
+    with torch.no_grad():
+        model(PROBE)
+    for name in ("gradient_norm", "jacobian"):
+        with pytest.raises(UserError, match="support sharded parameters"):
+            monitor([name]).measure(model)
 
 
 def with_fsdp1(model, **options):
@@ -364,6 +474,13 @@ LAYERS = {name: {1, 2, 3} for name in MONITORED} | {"causal": PAIRS, "swaps": PA
 def test_every_measure_can_be_monitored(llama, name):
     numbers = monitor([name]).step(llama, 0)
     assert {int(key.rpartition("_")[2]) for key in numbers} == LAYERS[name]
+
+
+@pytest.mark.parametrize("name", sorted(MONITORED))
+def test_a_default_device_does_not_change_a_measurement(llama, name):
+    with torch.device("meta"):
+        measured = monitor([name]).measure(llama)
+    assert str(measured) == str(monitor([name]).measure(llama))
 
 
 def test_a_model_whose_layout_does_not_hold_is_refused():

@@ -11,14 +11,13 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.kernels.loss import IGNORE, next_tokens
+from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.activation_stats import token_variance
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.batches import as_tokens, checked_tokens, require_pad_id, token_mask
+from cod_lightning.measure.batches import as_tokens, checked_tokens, iter_targets, require_pad_id, token_mask
 from cod_lightning.measure.open_model import check_layout, find_model, measuring
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.layouts import Layout, submodule
@@ -33,7 +32,8 @@ class DepthMonitor(Callback):
     """Measure the layers of a model every `every` steps on a fixed batch, and log one number a layer and measure.
 
     A callback for Lightning, around any LightningModule that holds a language model; `step` serves any other loop.
-    Training is the same to the bit with and without it: random states, training mode and gradients are restored.
+    Training is the same to the bit with and without it: random states, training mode, buffers and gradients are
+    restored.
 
     Args:
         probe: tokens [batch, length], or the encoding that a tokenizer returns, the same at every step; held-out text,
@@ -75,7 +75,7 @@ class DepthMonitor(Callback):
 
     @cached_property
     def last_steps(self) -> WeakKeyDictionary[nn.Module, int]:
-        """The step of the last measurement of each model."""
+        """The last step of each model, measured or not."""
         return WeakKeyDictionary()
 
     @cached_property
@@ -90,7 +90,9 @@ class DepthMonitor(Callback):
     def step(self, model: nn.Module, step: int) -> dict[str, float]:
         """The measured numbers, such as `variance/layer_01`, if it is time for them, else an empty dictionary.
 
-        Several models, such as a baseline and LNS, may take turns: each is measured once a step.
+        It is time at every multiple of `every`, or at the first step after one that was left out: Lightning counts the
+        steps of several optimizers together. Several models, such as a baseline and LNS, may take turns: each is
+        measured once a step.
 
         Args:
             model: as for `measure`.
@@ -98,10 +100,9 @@ class DepthMonitor(Callback):
         """
         if not isinstance(model, nn.Module):
             raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
-        if step % self.every or step == self.last_steps.get(model):
-            return {}
-        self.last_steps[model] = step
-        return self.measure(model)
+        last, self.last_steps[model] = self.last_steps.get(model, step - 1), step
+        passed = step // self.every > last // self.every
+        return self.measure(model) if step != last and (passed or step % self.every == 0) else {}
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure now.
@@ -116,7 +117,7 @@ class DepthMonitor(Callback):
         inner = submodule(model, self.module, type(model).__name__) if self.module else model
         adapter = find_model(inner, self.layout)
         numbers: dict[str, float] = {}
-        with isolate_rng(), measuring(adapter):
+        with measuring(adapter):
             tokens = checked_tokens(adapter, self.probe, self.pad_id, "probe").to(adapter.device)
             tokens = tokens.clone()  # a tensor of inference_mode takes part in no backward pass
             if adapter.model not in self.proved:
@@ -160,22 +161,42 @@ def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Se
     """L2 norm of the gradient of the mean loss with respect to every block's parameters; `.grad` stays as it is.
 
     Raises:
-        UserError: the model does not predict the next token or has no head, or its parameters are sharded.
+        UserError: the model does not predict the next token or has no head, its parameters are sharded, no token has a
+            next one, or a block is checkpointed with `use_reentrant=True`, which gives gradients to `.grad` alone.
     """
     if reason := model.why_no_loss:
         raise UserError(f"measures: leave out gradient_norm, because {reason}")
     parameters = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
     if is_sharded(model.model):
         raise UserError("measures: gradient_norm does not support sharded parameters (FSDP): leave it out")
+    [(_, targets)] = iter_targets(model, [tokens], pad_id)
     with torch.enable_grad():
         logits = model.logits(tokens).float().flatten(0, 1)
-        loss = F.cross_entropy(logits, next_tokens(tokens, pad_id).flatten(), ignore_index=IGNORE)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
         flat = [parameter for block in parameters for parameter in block]
         if not flat:  # all blocks are frozen
             return {"gradient_norm": [0.0] * len(parameters)}
+        if is_in_graph(loss, "CheckpointFunctionBackward"):  # it would be 0
+            raise UserError(
+                "measures: gradient_norm does not support checkpoints of blocks with use_reentrant=True: leave it out"
+            )
         gradients = iter(torch.autograd.grad(loss, flat, materialize_grads=True))
     norms = [torch.stack([next(gradients).float().norm() for _ in block] or [loss * 0]).norm() for block in parameters]
     return {"gradient_norm": torch.stack(norms).tolist()}
+
+
+def is_in_graph(x: Tensor, operation: str) -> bool:
+    """Whether an operation is in the graph of autograd that leads to x."""
+    seen: set[Any] = set()
+    stack: list[Any] = [x.grad_fn]
+    while stack:
+        if (node := stack.pop()) is None or node in seen:
+            continue
+        if node.name() == operation:
+            return True
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def registered(name: str) -> Callable[[ModelAdapter, Tensor, int | None], Series]:
