@@ -106,6 +106,23 @@ def test_an_error_does_not_show_a_temporary_name(write, tmp_path):
     assert "partial" not in str(error.value)
 
 
+def test_an_error_of_the_writer_names_the_new_folder(tmp_path):
+    with pytest.raises(UserError) as error, new_folder(tmp_path / "x") as partial:
+        raise UserError(f"{partial}/model cannot be written")
+    assert str(error.value) == f"{tmp_path}/x/model cannot be written"
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    check_new_folder(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"--output=\S+/link is a link or a mount point.*name a new folder in it"):
+        check_new_folder(tmp_path / "link", "--output=")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "empty")
+    with pytest.raises(UserError, match="empty is a link or a mount point"):
+        check_new_folder(tmp_path / "empty")
+
+
 def test_the_files_of_a_new_folder_are_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda handle: flushed.append((tmp_path / "x").exists()))

@@ -85,13 +85,16 @@ def check_new_folder(folder: Path, option: str = "") -> None:
     """Check that `folder` can be created and that this overwrites nothing.
 
     Raises:
-        UserError: `folder` exists and is not an empty folder, its parent is not writable, or its name is not UTF-8.
+        UserError: `folder` exists and is not an empty folder, is a link or a mount point, its parent is not writable,
+            or its name is not UTF-8.
     """
     if not is_utf8(Path(os.path.abspath(folder))):
         raise UserError(f"{option}{folder}: the name or that of a folder above is not UTF-8: choose another output")
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{option}{folder} exists and is not an empty folder: choose another output")
     check_writable(folder, option, new=True)
+    if folder.is_symlink() or os.path.ismount(folder):
+        raise UserError(f"{option}{folder} is a link or a mount point, which is not replaced: name a new folder in it")
 
 
 def check_new_file(path: Path, option: str = "") -> None:
@@ -175,7 +178,7 @@ def new_folder(folder: Path) -> Generator[Path]:
     Its files are on the disk before it gets its name.
 
     Raises:
-        UserError: `folder` exists and is not an empty folder, or it is not writable.
+        UserError: as `check_new_folder`, or the folder cannot be written; names no temporary file.
     """
     check_new_folder(folder)
     folder = Path(os.path.abspath(folder))
@@ -189,6 +192,9 @@ def new_folder(folder: Path) -> Generator[Path]:
         partial.replace(folder)
     except OSError as error:
         raise UserError(os_message(error, folder).replace(str(partial or folder), str(folder))) from error
+    except UserError as error:
+        error.args = (str(error).replace(str(partial or folder), str(folder)),)
+        raise
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
