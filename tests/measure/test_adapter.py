@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import ALL_FAMILIES, decoder, tokens
+from builders import ALL_FAMILIES, decoder, tiny_model, tokens
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -131,6 +131,26 @@ def test_the_blocks_come_back(causal_lm, family):
 @pytest.mark.parametrize(("count", "layers"), [(1, [1]), (2, [1, 4]), (3, [1, 2, 4]), (9, [1, 2, 3, 4])])
 def test_layers_are_evenly_spaced(causal_lm, count, layers):
     assert causal_lm("ours").evenly_spaced(count) == layers
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "causal"),
+    [
+        ("llama", {}, True),
+        ("llama", {"is_causal": False}, False),
+        ("gemma3_text", {}, True),
+        ("gemma3_text", {"use_bidirectional_attention": True}, False),
+    ],
+)
+@torch.no_grad()
+def test_only_a_causal_model_has_a_loss_of_next_tokens(family, fields, causal):
+    model = ModelAdapter(tiny_model(family, **fields), family)
+    batch = TOKENS % 32
+    other = batch.clone()
+    other[:, -1] = (other[:, -1] + 1) % 32
+    assert torch.equal(model.logits(batch)[:, 0], model.logits(other)[:, 0]) == causal
+    assert model.predicts_next == causal
+    assert bool(model.why_no_loss) != causal
 
 
 def test_a_model_whose_logits_are_nan_is_refused():

@@ -9,7 +9,7 @@ import torch
 from cod_lightning.data.tokenizers import PAD, DocumentTokenizer, train_bpe
 from cod_lightning.errors import UserError
 from cod_lightning.nn.decoder import set_step
-from cod_lightning.nn.huggingface import export, import_hf, to_hf
+from cod_lightning.nn.huggingface import export, import_hf, to_hf, to_hf_tokenizer
 from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, block
 
 transformers = pytest.importorskip("transformers")
@@ -225,6 +225,14 @@ def test_the_exported_tokenizer_adds_no_special_tokens(decoder, tmp_path):
     assert hf_model.generate(**encoded, max_new_tokens=2, do_sample=False).shape[1] > encoded.input_ids.shape[1]
 
 
+def test_the_exported_tokenizer_drops_any_step_that_adds_tokens():
+    bpe = train_bpe([TEXT] * 20, 300)
+    adds = {"type": "BertProcessing", "sep": ["<eos>", 1], "cls": ["<pad>", 0]}
+    tokenizer = DocumentTokenizer(json.dumps(json.loads(bpe.json) | {"post_processor": adds}), pad_id=0, eos_id=1)
+    assert tokenizer.backend.encode(TEXT).ids[0] == 0
+    assert to_hf_tokenizer(tokenizer, bpe.vocab_size, 64)(TEXT)["input_ids"] == bpe.encode([TEXT])[0][:-1]
+
+
 def test_a_pad_token_beyond_the_embedding_becomes_eos(decoder, tmp_path):
     bpe = train_bpe([TEXT] * 20, 300)
     backend = bpe.backend
@@ -276,6 +284,7 @@ def test_an_imported_checkpoint_keeps_its_logits(checkpoint, family, fields, tmp
     ("family", "fields", "reported"),
     [
         ("Llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
+        ("Qwen2", {"is_causal": False}, ["is_causal=False"]),
         ("Llama", {"head_dim": 16}, ["head_dim=16"]),
         ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["rope_type='linear'"]),
         ("Llama", {"attention_bias": True, "mlp_bias": True}, ["attention_bias=True", "mlp_bias=True"]),

@@ -111,8 +111,11 @@ class ModelAdapter:
 
     @property
     def predicts_next(self) -> bool:
-        """Whether the logits are for the next token; BERT's are for the token itself, which attends to all others."""
-        return self.layout not in (BERT, ENCODER) or getattr(self.config, "is_decoder", False)
+        """Whether the logits are for the next token; where a token attends to all others, as in BERT, they are not."""
+        if self.layout in (BERT, ENCODER):
+            return getattr(self.config, "is_decoder", False)
+        bidirectional = getattr(self.config, "use_bidirectional_attention", None)  # Gemma's
+        return getattr(self.config, "is_causal", True) is not False and bidirectional not in (True, "all")
 
     @property
     def why_no_loss(self) -> str:

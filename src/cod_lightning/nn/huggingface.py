@@ -177,7 +177,7 @@ def to_hf_tokenizer(tokenizer: Any, vocab_size: int, max_length: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     content = json.loads(tokenizer.json)
-    if (content["post_processor"] or {}).get("type") in ("TemplateProcessing", "Sequence"):
+    if tokenizer.backend.num_special_tokens_to_add(is_pair=False):
         content["post_processor"] = None
     # A pad token that was added to the tokenizer of an imported model has no row in its embedding.
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
@@ -237,6 +237,7 @@ def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
     head_dim = config.hidden_size // config.num_attention_heads
     expected = {
         "hidden_act": (config.hidden_act, "silu"),
+        "is_causal": (getattr(config, "is_causal", True), True),
         "head_dim": (getattr(config, "head_dim", None) or head_dim, head_dim),
         "rope_type": (rope_type, "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
