@@ -120,7 +120,7 @@ def open_model(name: str, config: Config, corpus: Corpus, rows: int) -> Subject:
         print(f"{name}: quantized weights are dequantized to float32", file=sys.stderr)
 
     def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     special = tokenizer("")["input_ids"]
     start = special[0] if special[:1] == [tokenizer.bos_token_id] else None

@@ -317,7 +317,7 @@ def save_pretrained(model: Any, folder: Path, tokenizer: Any = None) -> None:
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(change(content), indent=2) + "\n")
 
 
