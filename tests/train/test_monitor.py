@@ -156,10 +156,40 @@ def test_a_measurement_leaves_what_the_forward_changes(llama, fails):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Merged(torch.nn.Module):
+    """As LoRA layers do, adds to a weight in evaluation mode; its activation is a ScriptModule."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.merged = mlp, False
+        self.activation = torch.jit.trace(torch.nn.Identity(), torch.ones(1))
+        self.register_buffer("seen", torch.zeros(0))
+
+    def train(self, mode=True):
+        if self.merged is mode:
+            self.mlp.down_proj.weight.data += -1 if mode else 1
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        self.seen.data = x.detach()
+        return self.activation(self.mlp(x))
+
+
+def test_layers_that_merge_in_evaluation_mode_keep_their_weights(llama):
+    model = deepcopy(llama)
+    layer = model.model.layers[1].mlp = Merged(model.model.layers[1].mlp)
+    weight = layer.mlp.down_proj.weight.clone()
+    for _ in range(2):
+        monitor(["variance"]).measure(model)
+        assert torch.equal(layer.mlp.down_proj.weight, weight)
+    assert (layer.merged, layer.training, layer.activation.training, len(layer.seen)) == (False, True, True, 0)
+
+
 def test_a_jacobian_that_torch_does_not_support_names_the_reason(llama):
     model = deepcopy(llama)
     model.model.layers[1].register_full_backward_hook(lambda *arguments: None)
-    with pytest.raises(UserError, match=r"Jacobians do not support this LlamaForCausalLM: .* setup_context"):
+    with pytest.raises(UserError, match=r"Jacobians do not support this model: .* setup_context"):
         monitor(["jacobian"]).measure(model)
 
 
@@ -180,7 +210,7 @@ def test_a_gradient_norm_without_a_next_token_is_refused(llama):
 
 def test_a_step_after_one_that_was_left_out_is_measured(llama):
     watch = cod.DepthMonitor(PROBE, every=4, measures=["variance"])
-    assert [step for step in (0, 3, 6, 7, 8, 13, 14, 3, 4) if watch.step(llama, step)] == [0, 6, 8, 13, 4]
+    assert [step for step in (0, 3, 6, 7, 8, 13, 14, 3, 4, 0) if watch.step(llama, step)] == [0, 6, 8, 13, 4, 0]
 
 
 def test_the_monitor_measures_every_layer(llama):

@@ -75,13 +75,18 @@ def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
     return ModelAdapter(module, type(module).__name__, layout=layout)  # raises, naming the module
 
 
+MOST_RESTORED = 2**22
+"""Numbers of a buffer; larger ones hold quantised weights or caches."""
+
+
 @contextmanager
 def measuring(model: ModelAdapter) -> Generator[None]:
     """Evaluation mode inside the `with`, without autocast and inference mode.
 
-    No block is compiled for it, of which torch allows few. Afterwards, also after an error, the random states and the
-    model are as before: its modes, and the buffers and attributes that its forward may change, such as counts of tokens
-    or the frequencies for a length. FSDP2 is left sharded, because an optimizer changes the shards.
+    It compiles nothing, because torch limits how often a function is compiled. Afterwards, also after an error, the
+    random states and the model are as before: its modes, the attributes that its forward sets and the buffers that it
+    changes, such as counts of tokens or the frequencies for a length, unless they have more than `MOST_RESTORED`
+    numbers. FSDP2 is left sharded, because an optimizer changes the shards.
 
     Raises:
         UserError: the model is on the meta device.
@@ -90,9 +95,12 @@ def measuring(model: ModelAdapter) -> Generator[None]:
         raise UserError(f"{model.name} is on the meta device: initialise or load the weights first")
     modules = list(model.model.modules())
     modes = [(module, module.training) for module in modules]
-    attributes = [(own, dict(own)) for each in map(vars, modules) for own in (each, each.get("_buffers", {}))]
-    values = [(buffer, buffer.clone()) for buffer in model.model.buffers() if not buffer.is_meta]
-    model.model.eval()
+    python_modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+    attributes = [(own, dict(own)) for module in python_modules for own in (vars(module), module._buffers)]
+    kept = [b for b in model.model.buffers() if b.layout == torch.strided and b.numel() <= MOST_RESTORED]
+    values = [(buffer, buffer.clone()) for buffer in kept if not buffer.is_meta]
+    for module in modules:  # not by `eval`, in which LoRA layers merge their weights
+        module.training = False
     try:
         with (
             isolate_rng(),
@@ -102,18 +110,20 @@ def measuring(model: ModelAdapter) -> Generator[None]:
         ):
             yield
     finally:
+        for module, mode in modes:
+            module.training = mode
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for own, before in attributes:
             for name in own.keys() - before.keys():
                 del own[name]
             own.update(before)
         with torch.no_grad():
             for buffer, before in values:
-                if not torch.equal(buffer, before):
+                if buffer.shape != before.shape:
+                    buffer.data = before
+                elif not torch.equal(buffer, before):
                     buffer.copy_(before)
-        for module, mode in modes:
-            module.training = mode
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 @torch.no_grad()

@@ -101,8 +101,8 @@ class DepthMonitor(Callback):
         if not isinstance(model, nn.Module):
             raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
         last, self.last_steps[model] = self.last_steps.get(model, step - 1), step
-        passed = step // self.every > last // self.every
-        return self.measure(model) if step != last and (passed or step % self.every == 0) else {}
+        is_multiple = step != last and step % self.every == 0
+        return self.measure(model) if is_multiple or step // self.every > last // self.every else {}
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure now.
@@ -176,7 +176,7 @@ def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Se
         flat = [parameter for block in parameters for parameter in block]
         if not flat:  # all blocks are frozen
             return {"gradient_norm": [0.0] * len(parameters)}
-        if is_in_graph(loss, "CheckpointFunctionBackward"):  # it would be 0
+        if not loss.requires_grad or is_in_graph(loss, "CheckpointFunctionBackward"):  # it would be 0
             raise UserError(
                 "measures: gradient_norm does not support checkpoints of blocks with use_reentrant=True: leave it out"
             )
