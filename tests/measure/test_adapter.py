@@ -103,6 +103,14 @@ def test_checkpointed_blocks_are_measured(strategy, measure, wrap):
     assert getattr(cod.measure, measure)(model, TOKENS).rows() == expected.rows()
 
 
+def test_a_block_runs_the_forward_that_its_user_gave_it():
+    model = decoder("pre_ln")
+    forward = model.blocks[1].forward
+    model.blocks[1].forward = lambda *arguments: 2 * forward(*arguments)
+    inputs, functions = model.block_functions(TOKENS)
+    close(functions[1](inputs[1]), inputs[2])
+
+
 @every_family
 @torch.no_grad()
 def test_a_model_runs_with_other_blocks(causal_lm, family):

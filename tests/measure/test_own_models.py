@@ -198,7 +198,7 @@ def test_hidden_states_under_another_name_are_refused():
             x = self.embed(sequences)
             return [x, *(x := block(x=x) for block in self.body)]
 
-    with pytest.raises(UserError, match="hidden states are passed as x=: pass them first"):
+    with pytest.raises(UserError, match="a block is called with x: pass the hidden states first"):
         cod.measure.variance(Named(), TOKENS, layout=LAYOUT)
 
 

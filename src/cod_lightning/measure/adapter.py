@@ -38,6 +38,7 @@ from cod_lightning.nn.layouts import (
     unwrapped,
 )
 from cod_lightning.nn.norms import IdentityNorm
+from cod_lightning.nn.parallel import checkpointed
 from cod_lightning.nn.vit import VisionTransformer
 
 
@@ -417,8 +418,12 @@ def plain_block(block: Block, entry_norm: bool) -> Block:
 
     It shares all other modules.
     """
+    has_checkpoints = getattr(vars(block).get("forward"), "func", None) is checkpointed
+    if not has_checkpoints and (entry_norm or isinstance(block.entry_norm, IdentityNorm)):
+        return block
     other = copy(block)
-    other.__dict__.pop("forward", None)
+    if has_checkpoints:
+        del other.__dict__["forward"]
     if not entry_norm:
         other._modules = {**block._modules, "entry_norm": IdentityNorm()}
     return other

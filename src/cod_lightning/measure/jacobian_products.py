@@ -34,23 +34,27 @@ def differentiable(model: nn.Module) -> Generator[None]:
     Gradients are off outside the transforms of `torch.func`, so none are recorded for the parameters.
 
     Raises:
-        UserError: the model is sharded, for which `torch.func` can end the process (torch 2.13, SIGSEGV), or it does
-            what `torch.func` does not support, such as hooks of the backward pass or changes of buffers.
+        UserError: the model is sharded, for which `torch.func` can end the process (torch 2.13, SIGSEGV).
     """
     if is_sharded(model):
         raise UserError("Jacobians (jacobian, gain, jacobian_map, theory) do not support sharded parameters (FSDP)")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        try:
-            yield
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(f"Jacobians do not support this {type(model).__name__}: {first_line(error)}") from error
+        yield
 
 
 def vjp(function: LinearMap, x: Tensor) -> LinearMap:
-    """Return v -> J^T v in float64 for the Jacobian J of `function` at x; runs the forward pass once."""
-    pullback = torch.func.vjp(function, x)[1]
+    """Return v -> J^T v in float64 for the Jacobian J of `function` at x; runs the forward pass once.
+
+    Raises:
+        UserError: `function` does what `torch.func` does not support, such as hooks of the backward pass or changes of
+            buffers.
+    """
+    try:
+        pullback = torch.func.vjp(function, x)[1]
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"Jacobians do not support this model: {first_line(error)}") from error
     return lambda v: pullback(v.to(x.dtype))[0].double()
 
 

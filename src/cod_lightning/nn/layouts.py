@@ -321,7 +321,9 @@ def hidden_input(args: tuple, kwargs: dict) -> Tensor:
         UserError: they are passed under another name.
     """
     if not args and "hidden_states" not in kwargs:
-        raise UserError(f"hidden states are passed as {', '.join(kwargs)}=: pass them first, without a name")
+        raise UserError(
+            f"a block is called with {', '.join(kwargs) or 'nothing'}: pass the hidden states first, without a name"
+        )
     return args[0] if args else kwargs["hidden_states"]
 
 
