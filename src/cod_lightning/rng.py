@@ -14,7 +14,7 @@ import torch
 def isolate_rng() -> Generator[None]:
     """Restore the random states of torch, numpy and Python after the `with`, also after an error.
 
-    Those of GPUs only if this process uses them: it does not initialise CUDA, which a forked process cannot.
+    Those of GPUs are restored only if CUDA is initialised, which a forked process cannot do.
     """
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -128,7 +128,7 @@ CLIENTS = {"gs": "google-cloud-storage", "azure": "azure-storage-blob", "hf": "h
 TRANSIENT = (408, 429)
 """HTTP statuses from 400 to 499 that a retry may cure."""
 CACHE_SHARE = 0.75
-"""Share of the free space and their own together that the cached chunks of a split may take."""
+"""Share that the cached chunks of a split may have of the free space plus what they take already."""
 
 
 def is_remote(source: str) -> bool:

@@ -207,8 +207,9 @@ def forget_compiled() -> None:
     import torch._dynamo  # takes a second, which models of transformers have spent
 
     settings: Any = torch._dynamo.config
-    settings.skip_nnmodule_hook_guards = False
-    torch.compiler.reset()
+    if settings.skip_nnmodule_hook_guards:
+        settings.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
 
 
 def require_no_adapter(module: Any, otherwise: str) -> None:
@@ -388,10 +389,7 @@ multiply_output = MultiplyOutput()
 
 def unpickled_hook() -> MultiplyOutput:
     """`multiply_output`, which `torch.compile` sees from now on."""
-    import torch._dynamo
-
-    if torch._dynamo.config.skip_nnmodule_hook_guards:
-        forget_compiled()
+    forget_compiled()
     return multiply_output
 
 
