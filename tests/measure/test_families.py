@@ -284,6 +284,17 @@ def test_a_model_that_its_configuration_would_not_build_is_refused():
         remove_blocks(model, [1])
 
 
+def test_a_configuration_that_refuses_the_remaining_layers_is_named(monkeypatch):
+    model = adapter("llama")
+
+    def refuse(config):
+        raise ValueError("layers differ")
+
+    monkeypatch.setattr(type(model.model), "__init__", lambda self, config: refuse(config))
+    with pytest.raises(UserError, match=r"llama does not allow layers \[2, 3, 4\] alone: layers differ; remove other"):
+        remove_blocks(model, [1])
+
+
 def test_peri_ln_keeps_the_norm_of_its_embeddings_without_its_first_block():
     model = decoder("peri_ln")
     first = model.blocks[0]

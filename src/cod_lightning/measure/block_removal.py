@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, first_line
 from cod_lightning.measure.ablation import fit_map
 from cod_lightning.measure.adapter import Batch, ModelAdapter, family
 from cod_lightning.measure.batches import iter_batches, step_counter
@@ -51,8 +51,14 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
         copy.model.config = dataclasses.replace(copy.model.config, num_hidden_layers=len(remaining))
         move_entry_norm(unwrapped(blocks[0]), unwrapped(copy.blocks[0]))
     else:
-        renumber_layers(copy, remaining, depth)
-        require_same_blocks(copy)
+        try:
+            renumber_layers(copy, remaining, depth)
+            require_same_blocks(copy)
+        except ValueError as error:  # a configuration of `transformers` that checks itself
+            raise UserError(
+                f"{model.name}: the configuration of {family(model.model)} does not allow layers {remaining} alone: "
+                f"{first_line(error)}; remove other layers"
+            ) from error
     return copy
 
 
