@@ -1,9 +1,4 @@
-"""Put a norm strategy onto any Pre-LN model, and fold it into the weights of a stock checkpoint.
-
-Each scaled norm or branch gets a Python float, `cod_output_scale`, and a forward hook that multiplies its output by it.
-So parameter names do not change, and the factor survives meta initialisation, `.to(bfloat16)`, compilation, sharding
-and loading.
-"""
+"""Put a norm strategy onto any Pre-LN model, and fold it into the weights of a stock checkpoint."""
 
 from __future__ import annotations
 
@@ -19,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import Block
 from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites, require_inputs
+from cod_lightning.nn.output_scale import forget_compiled, is_scaled, remove_scale, scale_output
 from cod_lightning.nn.spec import FACTORS, OPTIMIZER, changes
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 from cod_lightning.settings import require_choice
@@ -202,16 +198,6 @@ def own_config(model: nn.Module) -> Any:
     return own
 
 
-def forget_compiled() -> None:
-    """Let `torch.compile` see the hooks: by default it runs code of the same class that was compiled without them."""
-    import torch._dynamo  # takes a second, which models of transformers have spent
-
-    settings: Any = torch._dynamo.config
-    if settings.skip_nnmodule_hook_guards:
-        settings.skip_nnmodule_hook_guards = False
-        torch.compiler.reset()
-
-
 def require_no_adapter(module: Any, otherwise: str) -> None:
     """Check that PEFT does not wrap a module: the adapter adds weights, and merging it loses the wrapper's factor.
 
@@ -356,49 +342,6 @@ def change_weights(
                 linear.weight.mul_(spec.input_init)
         if spec.output_init != 1:
             site.output.weight.mul_(spec.output_init)
-
-
-def scale_output(module: Any, factor: float) -> None:
-    """Multiply the output of a module by a factor from now on."""
-    module.cod_output_scale = factor
-    module.register_forward_hook(multiply_output)
-
-
-def is_scaled(module: nn.Module) -> bool:
-    """Whether `scale_output` was called."""
-    return multiply_output in module._forward_hooks.values()
-
-
-class MultiplyOutput:
-    """Forward hook: the output, or the first of a tuple of outputs, times the module's `cod_output_scale`."""
-
-    def __call__(self, module: Any, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return output[0] * module.cod_output_scale, *output[1:]
-        return output * module.cod_output_scale
-
-    def __deepcopy__(self, memo: Any) -> MultiplyOutput:
-        return self
-
-    def __reduce__(self) -> Any:
-        return unpickled_hook, ()  # in another process, where `apply` was not called
-
-
-multiply_output = MultiplyOutput()
-
-
-def unpickled_hook() -> MultiplyOutput:
-    """`multiply_output`, which `torch.compile` sees from now on."""
-    forget_compiled()
-    return multiply_output
-
-
-def remove_scale(module: Any) -> None:
-    """Undo `scale_output`."""
-    hooks = module._forward_hooks
-    for key in [key for key, hook in hooks.items() if hook is multiply_output]:
-        del hooks[key]
-    del module.cod_output_scale
 
 
 def is_trained(norm: Any) -> bool | None:

@@ -20,7 +20,6 @@ from cod_lightning.nn.apply import (
     changes_initial_weights,
     checked_specs,
     config_of,
-    is_scaled,
     own_config,
     require_parameter,
     require_untrained,
@@ -28,6 +27,7 @@ from cod_lightning.nn.apply import (
 )
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.layouts import LLAMA, VIT, Layout, Site, pre_norm_sites, require_inputs, sites
+from cod_lightning.nn.output_scale import is_scaled
 from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, changes, scaled_rates
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.settings import require_choice
