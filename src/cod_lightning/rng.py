@@ -14,7 +14,8 @@ import torch
 def isolate_rng() -> Generator[None]:
     """Restore the random states of torch, numpy and Python after the `with`, also after an error.
 
-    Those of GPUs are restored only if CUDA is initialised, which a forked process cannot do.
+    Those of GPUs are restored only if CUDA is initialised, which a forked process cannot do. Lightning's function of
+    this name initialises it, and restores nothing after an error.
     """
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -414,9 +414,9 @@ def family(model: Any) -> str:
 
 
 def plain_block(block: Block, entry_norm: bool) -> Block:
-    """The block without the checkpoints of `parallelise`, through which torch.func does not pass, or its first norm.
+    """The block without the checkpoints of `parallelise`, through which torch.func does not pass.
 
-    It shares all other modules.
+    It shares all modules, and lacks its first norm unless `entry_norm`.
     """
     has_checkpoints = getattr(vars(block).get("forward"), "func", None) is checkpointed
     if not has_checkpoints and (entry_norm or isinstance(block.entry_norm, IdentityNorm)):

@@ -94,7 +94,7 @@ def measuring(model: ModelAdapter) -> Generator[None]:
     if model.device.type == "meta":
         raise UserError(f"{model.name} is on the meta device: initialise or load the weights first")
     modules = list(model.model.modules())
-    modes = [(module, module.training) for module in modules]
+    modes = [(module, module.training) for module in modules]  # of ScriptModules too, which have no other attributes
     python_modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     attributes = [(own, dict(own)) for module in python_modules for own in (vars(module), module._buffers)]
     kept = [b for b in model.model.buffers() if b.layout == torch.strided and b.numel() <= MOST_RESTORED]
