@@ -136,6 +136,12 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     assert message in str(error.value)
 
 
+def test_another_field_is_not_suggested_for_a_missing_value(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": null, "url": "x"}\n')
+    with pytest.raises(UserError, match=r'x\.jsonl, line 1: no string in the field "text"$'):
+        list(read_file(tmp_path / "x.jsonl"))
+
+
 def test_globs_must_match_readable_kinds(tmp_path):
     with pytest.raises(UserError, match=r"data.files: no file matches"):
         find_files("data.files", str(tmp_path / "*.txt"))

@@ -88,7 +88,7 @@ def text_of(location: str, record: Any, field: str) -> str:
         return string_of(location, record, field)
     except UserError as error:
         strings = [name for name, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
-        if field in strings or not strings:
+        if not strings or field in record:
             raise
         raise UserError(f"{error}; it has {', '.join(strings)}: name one with data.text_field=") from error
 
