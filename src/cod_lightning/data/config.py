@@ -147,7 +147,7 @@ class ImageConfig:
     patch_size: int = setting(8, at_least=1, at_most=2**14)
     """Side of a patch, which is one token, in pixels."""
     min_crop: float = setting(0.08, above=0, at_most=1)
-    """Smallest share of an image in a training crop; 1: the whole image."""
+    """Smallest share of an image in a training crop; 1: the whole image, or its centre beyond an aspect of 4:3."""
 
     @property
     def patches(self) -> int:
