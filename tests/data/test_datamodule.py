@@ -86,7 +86,9 @@ def test_batches_are_pinned_for_a_trainer_on_a_gpu_only(packed, open_tokens, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     data = open_tokens(packed)
     strategy = SimpleNamespace(root_device=torch.device(device))
-    data.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=None, max_steps=1)
+    data.trainer = SimpleNamespace(
+        strategy=strategy, distributed_sampler_kwargs=None, max_steps=1, accumulate_grad_batches=1
+    )
     assert data.train_dataloader().pin_memory == data.val_dataloader().pin_memory == pinned
 
 
@@ -173,6 +175,24 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(packed, tmp_path
     )
     assert len(second.seen) == 4
     assert torch.equal(torch.stack(first.seen + second.seen), torch.stack(whole.seen))
+
+
+def test_accumulated_batches_are_those_of_as_many_steps(packed, tmp_path):
+    class Accumulating(Recorder):
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch)
+            return self.weight * 1.0
+
+    parts = []
+    for steps, checkpoint in ((2, None), (4, tmp_path / "two.ckpt")):
+        module, trainer = Accumulating(), trainer_for(tmp_path, steps)
+        trainer.accumulate_grad_batches = 3
+        trainer.fit(module, TokenDataModule(packed, 1), ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "two.ckpt")
+        parts += module.seen
+    plain = Recorder()
+    trainer_for(tmp_path, 12).fit(plain, TokenDataModule(packed, 1))
+    assert torch.equal(torch.stack(parts), torch.stack(plain.seen))
 
 
 def test_a_checkpoint_of_another_set_is_refused(packed, documents, tmp_path, open_tokens):

@@ -32,7 +32,8 @@ class StepDataModule(LightningDataModule, ABC):
     """Batches by step and rank, of tokens or of images, with a fingerprint that a resumed run must match.
 
     The training loader has one batch of `batch_size / world_size` samples for each optimizer step, from the trainer's
-    global step to `max_steps`; the training step splits it into micro-batches. There are no epochs.
+    global step to `max_steps`; the training step splits it into micro-batches. A trainer with `accumulate_grad_batches`
+    reads that many batches in each step instead. There are no epochs.
 
     Build the Trainer with `use_distributed_sampler=False`, because the samples of a rank are selected here; Lightning
     raises a TypeError otherwise. Without a trainer, `rank` and `world_size` apply.
@@ -125,14 +126,16 @@ class StepDataModule(LightningDataModule, ABC):
         Raises:
             UserError: the trainer has no `max_steps`.
         """
-        trainer = self.trainer
+        trainer, per_step = self.trainer, 1
         if trainer is None:
             steps = max(1, len(self.train_set) // self.config.batch_size)
         elif trainer.max_steps < 1:
             raise UserError(f"trainer.max_steps={trainer.max_steps}: must be at least 1, training is counted in steps")
         else:
-            steps = trainer.max_steps
-        sampler = StepSampler(self.batch_keys, first=lambda: trainer.global_step if trainer else 0, steps=steps)
+            steps, per_step = trainer.max_steps, trainer.accumulate_grad_batches
+        sampler = StepSampler(
+            self.batch_keys, first=lambda: trainer.global_step * per_step if trainer else 0, steps=steps * per_step
+        )
         return StepLoader(self.train_set, batch_sampler=sampler, **self._loader_options(self.config.loader_workers))
 
     def _val_loader(self, dataset: Dataset, workers: int) -> DataLoader:
