@@ -199,7 +199,7 @@ def test_a_finished_run_without_a_record_ends_with_the_same_metrics(train):
 def test_nothing_is_written_without_the_probe(train, tmp_path):
     with pytest.raises(UserError, match="probe"):
         train("trainer.probe_rows=100000")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_in_use_is_left_alone(train, toy, tmp_path):
@@ -211,6 +211,14 @@ def test_a_run_in_use_is_left_alone(train, toy, tmp_path):
     ):
         train()
     train()
+
+
+def test_a_run_that_another_process_begins_meanwhile_is_left_alone(train, toy, tmp_path, monkeypatch):
+    folder = compose([*toy, f"output={tmp_path}"]).folder
+    monkeypatch.setattr("cod_lightning.train.run.check_memory", lambda config: folder.mkdir(parents=True))
+    with pytest.raises(UserError, match="was written by another process meanwhile"):
+        train()
+    assert not list(folder.iterdir())
 
 
 def test_a_link_to_a_run_folder_has_the_lock_of_the_folder(tmp_path):

@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ def run(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
 
 
 def train_run(config: Config) -> tuple[dict[str, Any], Path]:
-    """Train a run unless it is finished; nothing but a lock beside its folder is written before everything is checked.
+    """Train a run unless it is finished; nothing is written beside its data before everything is checked.
 
     Returns:
         Its record and its folder.
@@ -101,9 +101,20 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     if first:
         for path in (folder, folder / CHECKPOINTS, folder / TOKENIZER):
             check_writable(path, f"output={config.output}: the run folder ")
+    is_new = not folder.exists()
     try:
-        with lock_folder(folder) if first else nullcontext():
-            return fit(config, folder, lambda: create_run_folder(config) if first else folder), folder
+        with ExitStack() as locks:
+
+            def begin() -> None:
+                if is_new:  # a run that is refused leaves no lock
+                    locks.enter_context(lock_folder(folder))
+                    if folder.exists():
+                        raise UserError(f"{folder} was written by another process meanwhile: run the command again")
+                create_run_folder(config)
+
+            if first and not is_new:
+                locks.enter_context(lock_folder(folder))
+            return fit(config, folder, begin if first else lambda: None), folder
     except Diverged as error:
         if first:
             write_failure(folder, asdict(config), str(error))
