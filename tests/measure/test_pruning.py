@@ -377,7 +377,10 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
         ({"by": "influenc", "blocks": 1}, "by='influenc' does not exist: did you mean 'influence'"),
         ({"by": "removal", "blocks": 4}, "blocks=4: expected 1 to 3 of the 4 of ours"),
         ({"by": "streamline", "blocks": 0}, "blocks=0: expected 1 to 3"),
-        ({"layers": [1], "method": "wanda"}, "allocation= and method= need sparsity="),
+        (
+            {"layers": [1], "allocation": "owl", "method": "wanda"},
+            "allocation= needs sparsity=\nmethod= needs sparsity=$",
+        ),
         ({"sparsity": 0.5, "difference": 0.1}, "difference= needs allocation=arithmetic"),
         ({"sparsity": 0.5, "allocation": "uniform", "owl_lambda": 0.3}, "owl_lambda= needs allocation=owl"),
         ({"sparsity": 0.5, "epsilon": 0.1}, "epsilon= needs allocation=alpha_pruning"),

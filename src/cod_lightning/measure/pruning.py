@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,17 +166,11 @@ def prune(
         UserError: the options do not select exactly one way, or have invalid values; the folder is in use; or a stock
             Llama checkpoint cannot represent the model's strategy.
     """
-    require_one_selection(layers, by, blocks, sparsity, allocation, method, calibration)
-    trains, owl = replace in ("layer", "ffn"), sparsity is not None and allocation in (None, "owl")
-    require_use("replace=layer or ffn", trains, replace_steps=replace_steps, replace_lr=replace_lr)
-    require_use("allocation=owl", owl, threshold=threshold, owl_lambda=owl_lambda)
-    require_use("allocation=alpha_pruning", allocation == "alpha_pruning", epsilon=epsilon)
-    require_use("allocation=arithmetic", allocation == "arithmetic", difference=difference)
-    if replace is not None and by != "streamline":
-        raise UserError("replace= needs by=streamline, which selects neighbouring blocks")
-    options: dict[str, Any] = {"by": by, "replace": replace, "replace_steps": replace_steps, "replace_lr": replace_lr}
-    options |= {"sparsity": sparsity, "allocation": allocation, "method": method, "calibration": calibration}
+    options: dict[str, Any] = {"layers": layers, "by": by, "blocks": blocks, "sparsity": sparsity}
+    options |= {"replace": replace, "replace_steps": replace_steps, "replace_lr": replace_lr}
+    options |= {"allocation": allocation, "method": method, "calibration": calibration}
     options |= {"threshold": threshold, "owl_lambda": owl_lambda, "epsilon": epsilon, "difference": difference}
+    require_one_way(options)
     require_options(prune, options, model.depth)
     check_new_folder(folder)
     if isinstance(model.model, Decoder) and (features := unsupported_features(model.model)):
@@ -186,12 +180,11 @@ def prune(
     batches = list(batches)
     if layers is not None:
         pruning = Pruning(remove_blocks(model, layers), "named", sorted(set(layers)), [], "")
+    elif replace is not None and blocks is not None:
+        training, batches = split_batches(batches)
+        pruning = replace_run(model, training, pad_id, progress, blocks, replace, replace_steps, replace_lr)
     elif by is not None and blocks is not None:
-        if replace is not None:
-            training, batches = split_batches(batches)
-            pruning = replace_run(model, training, pad_id, progress, blocks, replace, replace_steps, replace_lr)
-        else:
-            pruning = prune_blocks(model, batches, pad_id, progress, by, blocks)
+        pruning = prune_blocks(model, batches, pad_id, progress, by, blocks)
     else:
         assert sparsity is not None
         pruning = prune_weights(
@@ -248,42 +241,42 @@ def split_batches(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[B
     return [batches[0][::2]], [batches[0][1::2]]
 
 
-def require_one_selection(
-    layers: Sequence[int] | None,
-    by: Signal | None,
-    blocks: int | None,
-    sparsity: float | None,
-    allocation: Allocation | None,
-    method: Method | None,
-    calibration: Calibration | None,
-) -> None:
-    """Check that the options of `prune` select what is removed in exactly one way.
+def require_one_way(options: Mapping[str, Any]) -> None:
+    """Check that the options of `prune` select what is removed in exactly one way, and that this way uses them all.
 
     Raises:
         UserError: they do not.
     """
-    selections = {"layers": layers, "by": by, "sparsity": sparsity}
-    given = [name for name, value in selections.items() if value is not None]
-    if len(given) != 1:
+    selections = [name for name in ("layers", "by", "sparsity") if options[name] is not None]
+    if len(selections) != 1:
         raise UserError(
             "prune takes one of layers=, by= with blocks=, and sparsity="
-            + (f"; given: {', '.join(given)}" if given else "; none is given")
+            + (f"; given: {', '.join(selections)}" if selections else "; none is given")
         )
-    if (by is None) != (blocks is None):
+    if (options["by"] is None) != (options["blocks"] is None):
         raise UserError("by= selects blocks and blocks= is their number: give both, or layers= or sparsity=")
-    if sparsity is None and (allocation is not None or method is not None):
-        raise UserError("allocation= and method= need sparsity=")
-    if calibration is not None and (sparsity is None or method == "magnitude"):
-        raise UserError("calibration= needs sparsity= with method=wanda: magnitude reads no text")
-
-
-def require_use(way: str, used: bool, **options: Any) -> None:
-    """Check that options of `prune` that belong to one way of pruning have their defaults in the others.
-
-    Raises:
-        UserError: one does not; names it.
-    """
-    defaults = inspect.signature(prune).parameters
-    for name, value in options.items():
-        if not used and value != defaults[name].default:
-            raise UserError(f"{name}= needs {way}")
+    sparse, allocation = options["sparsity"] is not None, options["allocation"]
+    owl = ("allocation=owl", sparse and allocation in (None, "owl"))
+    trained = ("replace=layer or ffn", options["replace"] in ("layer", "ffn"))
+    needs = {
+        "replace": ("by=streamline, which selects neighbouring blocks", options["by"] == "streamline"),
+        "replace_steps": trained,
+        "replace_lr": trained,
+        "allocation": ("sparsity=", sparse),
+        "method": ("sparsity=", sparse),
+        "calibration": (
+            "sparsity= with method=wanda: magnitude reads no text",
+            sparse and options["method"] != "magnitude",
+        ),
+        "threshold": owl,
+        "owl_lambda": owl,
+        "epsilon": ("allocation=alpha_pruning", allocation == "alpha_pruning"),
+        "difference": ("allocation=arithmetic", allocation == "arithmetic"),
+    }
+    parameters = signature(prune).parameters
+    if errors := [
+        f"{name}= needs {way}"
+        for name, (way, used) in needs.items()
+        if not used and options[name] != parameters[name].default
+    ]:
+        raise UserError("\n".join(errors))
