@@ -14,7 +14,7 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.layouts import Layout
 from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, build_all
 from cod_lightning.nn.verify import verify
-from tiny_models import tiny_llama
+from tiny_models import tiny_decoder, tiny_llama
 
 TOKENS = torch.arange(12)[None]
 PLAIN = Layout("layers", norms=("norm_1", "norm_2"), sublayers=("attention", "ffn"))
@@ -269,6 +269,12 @@ def test_our_decoder_passes(norm):
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.3)
     verify(decoder, norm)
+
+
+@pytest.mark.parametrize(("norm", "set_"), [("post_ln", "pre_norm=False"), ("skip_init", "learned_branch_scale='scal")])
+def test_our_decoder_under_another_strategy_is_refused_by_its_coefficients(norm, set_):
+    with pytest.raises(UserError, match=f"^norm='{norm}' sets {set_}.*which verify cannot check"):
+        verify(tiny_decoder(norm), norm)
 
 
 def quantised():

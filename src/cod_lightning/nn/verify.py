@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.apply import checked_specs, strategy_of, weight_offset, without_hooks
+from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.layouts import (
     Layout,
     Site,
@@ -97,7 +98,9 @@ def verify(
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
     otherwise = "which verify cannot check: it measures gain and branch_scale"
-    specs = checked_specs(section, len(pre_norm_sites(model, layout)) // 2, FACTORS, otherwise)
+    # A Decoder has the modules of its strategy, whose coefficients say more than the names of these modules.
+    depth = len(model.blocks) if isinstance(model, Decoder) else len(pre_norm_sites(model, layout)) // 2
+    specs = checked_specs(section, depth, FACTORS, otherwise)
     require_values(model)
     tokens = example_tokens(model) if inputs is None else inputs
     if not isinstance(tokens, Tensor):
