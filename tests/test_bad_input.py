@@ -697,6 +697,9 @@ EARLY = [
     (with_run(), ["measure", "report", "run", "rows=2", "longest=4"], ["longest=4: expected 1 to 3"]),
     (nothing, ["measure", "variance", "glassllm", "--checkpoint", "best"], ["--checkpoint and --trust-code apply to"]),
     (nothing, ["measure", "compare", "a/x", "b/y", "--trust-code"], ["--checkpoint and --trust-code apply to runs"]),
+    *((nothing, [*words, "--checkpoint=best"], ["--checkpoint and --trust-code apply to runs"])
+      for words in (["convert", "x", "norm=lns", "--output=o"], ["grow", "x", "blocks=9", "--output=o"],
+                    ["verify", "x"])),
     (with_run(), ["grow", "run", "blocks=100000000", "how=interpolate", "--output", "x"], ["makes 4 to 10000"]),
     (nothing, ["grow", "x", f"blocks={'9' * 400}", "--output", "x"], ["... (407 characters): too large"]),
     (nothing, ["measure", "variance", "x", f"rows=-{'9' * 5000}"], ["(5006 characters): expected a whole number"]),

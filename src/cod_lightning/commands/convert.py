@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.import_ import read_pretrained
-from cod_lightning.commands.options import add_model, compose_norm, is_run, require_path, some_path
+from cod_lightning.commands.options import add_model, compose_norm, is_run, refuse_run_options, require_path, some_path
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -50,7 +50,7 @@ def read_trained(
     """A run, or a pretrained model that `import` reads, for a run that will be in the new folder `output`.
 
     Raises:
-        UserError: there is no such model, or `output` is not a new folder.
+        UserError: there is no such model, it is no run but an option of runs is given, or `output` is not a new folder.
     """
     import_torchmetrics()
     from cod_lightning.config.saved import load
@@ -58,6 +58,7 @@ def read_trained(
     from cod_lightning.train.load import checkpoint_of, load_decoder
 
     require_path(model)
+    refuse_run_options([model], checkpoint, trust_code)
     check_new_folder(output, "--output=")
     if is_run(model):
         folder = Path(model)

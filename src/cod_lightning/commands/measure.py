@@ -18,6 +18,7 @@ from cod_lightning.commands.options import (
     is_model,
     is_run,
     load_run_config,
+    refuse_run_options,
     refuse_unread,
     require_at_least,
     require_model,
@@ -82,8 +83,7 @@ def run(
     models = [word for word in words if is_model(word)]
     for model in models:
         require_path(model)
-    if (checkpoint != "last" or trust_code) and not any(is_run(Path(model)) for model in models):
-        raise UserError("--checkpoint and --trust-code apply to runs, not to pretrained models: leave them out")
+    refuse_run_options(models, checkpoint, trust_code)
     import_torchmetrics()
     options, overrides = split_options([word for word in words if not is_model(word)], study)
     for name, flag in (("rows", rows), ("output", output)):

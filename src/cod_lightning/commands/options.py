@@ -257,6 +257,16 @@ def is_run(model: str | Path) -> bool:
     return (Path(model) / CONFIG).is_file()
 
 
+def refuse_run_options(models: Sequence[str], checkpoint: str, trust_code: bool) -> None:
+    """Check that `--checkpoint` and `--trust-code` have a run to act on.
+
+    Raises:
+        UserError: one is given, and no model is a run.
+    """
+    if (checkpoint != "last" or trust_code) and not any(map(is_run, models)):
+        raise UserError("--checkpoint and --trust-code apply to runs, not to pretrained models: leave them out")
+
+
 def require_path(model: str) -> None:
     """Check that a model is a folder with one, unless it looks like NAME or OWNER/NAME on the Hugging Face hub.
 
