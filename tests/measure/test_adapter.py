@@ -207,6 +207,12 @@ def test_a_model_with_an_unknown_layout_is_an_error():
         ModelAdapter(nn.Linear(2, 2), "odd")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_what_is_no_floating_point_dtype_is_named(tmp_path, dtype):
+    with pytest.raises(UserError, match=f"^dtype={dtype!r} is not a floating-point dtype of torch"):
+        load_pretrained(tmp_path, dtype=dtype)
+
+
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="not a checkpoint of a causal language model"):

@@ -28,8 +28,11 @@ def load_pretrained(
     """Load a causal language model of `transformers` and its tokenizer; see `load_checkpoint`.
 
     Raises:
-        UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`.
+        UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`; or `dtype` is not a
+            floating-point dtype of torch.
     """
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"dtype={dtype!r} is not a floating-point dtype of torch: pass one, such as torch.bfloat16")
     require_tokenizer(find_source(str(name)))
     checkpoint = load_checkpoint(name, dtype)
     tokenizer = checkpoint.tokenizer()
