@@ -10,6 +10,8 @@ from cod_lightning.cli import main
 from cod_lightning.commands import convert, evaluate, fit, grow, measure_runner
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.config.compose import compose
+from cod_lightning.errors import UserError
+from cod_lightning.train.load import checkpoint_of
 from tiny_models import tiny_decoder
 
 
@@ -52,6 +54,11 @@ def run(tmp_path, monkeypatch):
 def test_a_command_reads_the_checkpoint_that_is_asked_for(run, words, options, name):
     with pytest.raises(Loaded, match=name):
         main([*words, *options])
+
+
+def test_a_checkpoint_that_is_neither_last_nor_best_is_an_error(run):
+    with pytest.raises(UserError, match="checkpoint='step-00000001'"):
+        checkpoint_of(Path(run), "step-00000001")
 
 
 def test_a_run_is_measured_on_its_held_out_sequences_without_padding(monkeypatch):

@@ -22,6 +22,7 @@ from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.nn.weights import load_weights, require_finite, shape_mismatches
+from cod_lightning.settings import require_choice
 from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, newest_checkpoint, read_for_weights
 
 
@@ -45,8 +46,9 @@ def checkpoint_of(folder: Path, which: str = "last") -> Path:
     """The `last` checkpoint of a run folder, or the `best` one by validation loss.
 
     Raises:
-        UserError: the run folder has no such checkpoint.
+        UserError: the run folder has no such checkpoint, or `which` is neither of the two.
     """
+    require_choice("checkpoint", which, ("last", "best"))
     path = newest_checkpoint(folder / CHECKPOINTS) if which == "last" else folder / CHECKPOINTS / BEST
     if path is None or not path.exists():
         raise UserError(f"{folder}: no {which} checkpoint in {CHECKPOINTS}/; train the run first with fit")
