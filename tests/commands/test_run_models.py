@@ -61,6 +61,17 @@ def test_a_checkpoint_that_is_neither_last_nor_best_is_an_error(run):
         checkpoint_of(Path(run), "step-00000001")
 
 
+@pytest.mark.parametrize(("longest", "warned"), [(5, True), (6, False)])
+def test_a_generated_text_that_is_longer_than_the_model_supports_is_named(monkeypatch, capsys, longest, warned):
+    config = compose(["trainer.accelerator=cpu", f"data.seq_len={longest}"])
+    tokenizer = SimpleNamespace(encode=lambda texts: [[1, 2, 3, 0]], eos_id=None, backend=SimpleNamespace(decode=str))
+    monkeypatch.setattr("cod_lightning.config.saved.load", lambda *_, **__: config)
+    monkeypatch.setattr("cod_lightning.train.load.checkpoint_of", lambda *_: None)
+    monkeypatch.setattr("cod_lightning.train.load.load_decoder", lambda *_: (tiny_decoder(), tokenizer))
+    assert main(["generate", "run", "a", "--max-tokens", "3"]) == 0
+    assert ("warning: the text has 6 tokens, and the model supports 5" in capsys.readouterr().err) == warned
+
+
 def test_a_run_is_measured_on_its_held_out_sequences_without_padding(monkeypatch):
     module = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None, val_count=3, pad_id=7)
     module.probe_batch = lambda rows: torch.arange(4 * rows).reshape(rows, 4)

@@ -74,5 +74,10 @@ def run(
         seed=seed,
         eos_id=tokenizer.eos_id,
     )
+    if len(ids) > config.max_length:
+        sys.stderr.write(
+            f"warning: the text has {len(ids)} tokens, and the model supports {config.max_length}: later ones may be "
+            "worse\n"
+        )
     print(tokenizer.backend.decode(ids))
     return 0
