@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback
+import transformers
 
 from cod_lightning.train.monitor import DepthMonitor
 
 
-class DepthMonitorCallback(TrainerCallback):
+class DepthMonitorCallback(transformers.TrainerCallback):
     """A `DepthMonitor` for the Trainer of `transformers`; its numbers go where the trainer's logs go.
 
         trainer.add_callback(cod.hf.DepthMonitorCallback(trainer, probe=tokens, every=100))
@@ -39,5 +39,6 @@ class DepthMonitorCallback(TrainerCallback):
             state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
             return
         should_log = control.should_log
-        self.trainer.log(numbers)
+        # Not the `log` of a derived trainer: those of TRL log the averages of their own metrics, and clear them.
+        transformers.Trainer.log(self.trainer, numbers)
         control.should_log = should_log  # `log` clears it, and the loss of this step would not be logged

@@ -89,7 +89,21 @@ def lightning_loop(model, folder, watch):
     return module.losses, {int(row["step"]): float(row["variance/layer_03"]) for row in logged}
 
 
-def hugging_face_loop(model, folder, added, passed):
+class AveragingTrainer(transformers.Trainer):
+    """Counts its steps since its last log, as TRL's trainers average their metrics."""
+
+    count = 0
+
+    def training_step(self, *arguments):
+        self.count += 1
+        return super().training_step(*arguments)
+
+    def log(self, logs, *arguments):
+        super().log({**logs, "count": self.count}, *arguments)
+        self.count = 0
+
+
+def hugging_face_loop(model, folder, added, passed, trainer_class=transformers.Trainer):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -106,7 +120,7 @@ def hugging_face_loop(model, folder, added, passed):
     )
     data = [{"input_ids": SEQUENCE, "labels": SEQUENCE}] * STEPS
     callbacks = [cod.hf.DepthMonitorCallback(probe=PROBE, every=2, measures=[passed])]
-    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    trainer = trainer_class(model, arguments, train_dataset=data, callbacks=callbacks)
     trainer.add_callback(cod.hf.DepthMonitorCallback(trainer, probe=PROBE, every=2, measures=[added]))
     torch.manual_seed(1)
     trainer.train()
@@ -288,6 +302,12 @@ def test_the_hugging_face_trainer_trains_the_same_and_logs_the_monitor(llama, tm
     for name in ("variance/layer_03", "gradient_norm/layer_03"):
         logged = {row["step"]: row[name] for row in history if name in row}
         assert logged == pytest.approx({step: numbers[name] for step, numbers in measured.items()})
+
+
+def test_the_monitor_leaves_the_metrics_of_a_derived_trainer_alone(llama, tmp_path):
+    pytest.importorskip("accelerate")
+    history = hugging_face_loop(deepcopy(llama), tmp_path, "variance", "gradient_norm", AveragingTrainer)
+    assert [row["count"] for row in history if "loss" in row] == [1] * STEPS
 
 
 def test_a_resumed_training_does_not_measure_its_first_step_again(llama):
