@@ -43,7 +43,8 @@ class DepthMonitor(Callback):
             each block's parameters), and names of the command `measure`, such as "jacobian", here on eight layers.
         pad_id: padding token, which is not measured; None: there is no padding.
         layout: where the model keeps its blocks and head; None: by the names of its modules.
-        module: path of the language model to measure, such as "student", in a module that holds several.
+        module: path of the language model to measure, such as "student", in a module that holds several; its numbers
+            are named `student/variance/layer_01` and so on.
 
     Raises:
         UserError: a measure does not exist, the probe is not a batch of tokens, or another argument has a wrong type or
@@ -124,7 +125,8 @@ class DepthMonitor(Callback):
                 check_layout(adapter)
                 self.proved.add(adapter.model)
             for name in self.measures:
-                numbers |= layer_scalars(MONITORED[name](adapter, tokens, self.pad_id))
+                series = MONITORED[name](adapter, tokens, self.pad_id)
+                numbers |= layer_scalars(series, prefix=self.module and f"{self.module}/")
         return numbers
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
