@@ -450,14 +450,20 @@ def test_a_damaged_saved_configuration_is_named(tmp_path, content):
         load(tmp_path)
 
 
-def test_a_run_whose_tokenizer_was_moved_has_its_own_copy(tmp_path):
+@pytest.mark.parametrize("name", ["there", "{tmp_path}/there"])
+def test_a_run_has_its_own_copy_of_the_tokenizer_of_a_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
-    words = [f"output={tmp_path}", "name=run", f"data.tokenizer={tmp_path}/there"]
+    words = [f"output={tmp_path}", "name=run", f"data.tokenizer={name.format(tmp_path=tmp_path)}"]
     folder = create_run_folder(compose(words))
-    assert load(folder).data.tokenizer == f"{tmp_path}/there"
-    (tmp_path / "there").rmdir()
     assert load(folder).data.tokenizer == str(folder / "tokenizer")
     assert load(folder, ["data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
+
+
+def test_other_text_is_read_with_the_tokenizer_of_the_run(tmp_path):
+    words = [f"output={tmp_path}", "name=run", f"data.tokenizer={tmp_path}", "model.vocab_size=300"]
+    folder = create_run_folder(compose(words))
+    assert load(folder, ["data=files", "data.files=x"]).data.tokenizer == str(folder / "tokenizer")
 
 
 def test_a_run_whose_source_was_moved_has_its_own_tokenizer(tmp_path, monkeypatch):
@@ -466,7 +472,6 @@ def test_a_run_whose_source_was_moved_has_its_own_tokenizer(tmp_path, monkeypatc
     (source / "tokenizer").mkdir()
     words = ["output=runs", "name=run", f"init_from={source}", f"data.tokenizer={source}/tokenizer"]
     folder = create_run_folder(compose(words))
-    assert load(folder).data.tokenizer == f"{source}/tokenizer"
     source.rename("elsewhere")
     assert load(folder).data.tokenizer == str(folder.absolute() / "tokenizer")
     other = create_run_folder(compose(["output=runs", "name=other", "init_from=w.ckpt", "data.tokenizer=gpt2"]))

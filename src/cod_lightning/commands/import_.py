@@ -73,8 +73,6 @@ def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, Document
         norm={"name": "pre_ln"},
         data=DataConfig(
             tokenizer=str(output.absolute() / TOKENIZER),
-            # Unused, but `evaluate data=...` checks it before it sets this tokenizer.
-            vocab_size=decoder.lm_head.out_features,
             # The usual length for perplexities of pretrained models; evaluate can change it.
             seq_len=min(1024, decoder.config.max_position_embeddings or 1024),
             micro_batch_size=1,

@@ -182,7 +182,7 @@ def require_text(option: str, text: str) -> None:
 
 
 def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, command: str) -> Config:
-    """Load the configuration of a run folder; text that `overrides` select is read with the run's tokenizer.
+    """Load the configuration of a run folder.
 
     Args:
         run: the folder.
@@ -197,14 +197,11 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
     from cod_lightning.config.compose import selects_other_text
     from cod_lightning.config.groups import groups
     from cod_lightning.config.saved import load
-    from cod_lightning.config.schema import TOKENIZER
 
     refuse_unread(overrides, command, groups())  # `load` checks the choices
     config = load(run, overrides, trust_code)
-    if selects_other_text(overrides):
-        if config.task != "language":
-            raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
-        config.data.tokenizer = str(run / TOKENIZER)
+    if config.task != "language" and selects_other_text(overrides):
+        raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
     return config
 
 

@@ -25,6 +25,7 @@ from cod_lightning.config.compose import (
     checked,
     has_interpolation,
     parse,
+    selects_other_text,
     without_effect,
 )
 from cod_lightning.config.groups import FAST_LOADER, groups
@@ -145,6 +146,8 @@ def refuse_pretrained(path: Path, name: str) -> None:
 def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
     """The configuration of a run folder, changed by `overrides`.
 
+    A tokenizer that was read from a folder, and that of a text which `overrides` choose, is the run's own copy.
+
     Args:
         folder: folder of the run.
         overrides: fields, and choices of the groups `data` and `trainer`.
@@ -157,8 +160,9 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     node, saved = read(folder)
     tokenizer, source = Path(saved.data.tokenizer), saved.init_from
     is_of_source = source is not None and tokenizer == run_folder_of(Path(source)) / TOKENIZER
-    if (tokenizer.is_absolute() or is_of_source) and not tokenizer.exists():
-        node.data.tokenizer = str((folder / TOKENIZER).absolute())  # this run, or that of `init_from`, was moved
+    own_tokenizer = str((folder / TOKENIZER).absolute())
+    if (tokenizer.is_absolute() or tokenizer.is_dir() or is_of_source) and not tokenizer.is_file():
+        node.data.tokenizer = own_tokenizer  # the folder may be gone, or hold another by now
     words = parse(overrides)
     forget_text(node, words)
     refuse_code(saved, folder, trust_code)
@@ -169,6 +173,8 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     # Groups come first, as in `compose`: a group resets the fields before it.
     accepted = sorted((o for o in words if o not in fixed), key=lambda o: o.key_or_group not in groups())
     errors += apply_overrides(node, accepted)
+    if saved.task == "language" and selects_other_text(overrides):
+        node.data.tokenizer = own_tokenizer
     errors += without_effect(node, words)
     errors += decoder_changes(folder, saved, node)
     try:
