@@ -23,7 +23,7 @@ from cod_lightning.config.saved import load
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import Diverged, Stopped, UserError
 from cod_lightning.evaluate.perplexity import Perplexity
-from cod_lightning.kernels.loss import next_tokens
+from cod_lightning.kernels.loss import next_tokens, perplexity_of
 from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train import module
 from cod_lightning.train.callbacks import Recorder
@@ -276,9 +276,10 @@ def test_every_part_of_a_bad_batch_is_searched_as_ranks_wait_for_each_other(trai
     assert len(searched) == 3
 
 
-def test_a_run_with_an_infinite_validation_loss_is_not_finished(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(Perplexity, "compute", lambda self: {"val_loss": math.inf})
-    with pytest.raises(Diverged, match="the validation loss is inf after step 1"):
+@pytest.mark.parametrize("loss", [math.inf, 90.0])
+def test_a_run_with_an_infinite_validation_loss_or_perplexity_is_not_finished(train, monkeypatch, tmp_path, loss):
+    monkeypatch.setattr(Perplexity, "compute", lambda self: {"val_loss": loss, "ppl": perplexity_of(loss)})
+    with pytest.raises(Diverged, match=f"the validation loss is {loss} after step 1"):
         train("trainer.max_steps=1", "name=infinite", QUIET)
     assert not (tmp_path / "infinite" / "record.json").exists()
     assert not (tmp_path / "infinite" / "checkpoints" / "best.ckpt").exists()

@@ -421,8 +421,9 @@ class Checkpoints(Checkpoint):
             raise Stopped(f"interrupted at step {step}; checkpoint saved", pl_module.stop_signal)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = float(trainer.callback_metrics["val_loss"])
-        if not math.isfinite(loss):
+        metrics = trainer.callback_metrics
+        loss, perplexity = float(metrics["val_loss"]), float(metrics.get("ppl", 1.0))
+        if not math.isfinite(loss + perplexity):  # exp(loss) overflows float32 above 88.7 nats
             raise Diverged(f"the validation loss is {loss} after step {trainer.global_step}: the run is not finished")
         if loss < self.best:
             self.best = loss
