@@ -21,6 +21,7 @@ from cod_lightning.paper.findings import (
     smaller,
 )
 from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE, Sample
+from cod_lightning.paper.tables import format_direction
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,20 @@ def test_a_run_trained_if_its_loss_fell_in_its_second_half(halfway, expected):
 def test_a_baseline_that_diverged_is_compared_with_no_row():
     rows = [row("pre_ln", 20.0, run(1, 5.0), diverged(2)), row("lns", 19.0, run(1, 4.0), run(2, 4.1))]
     assert comparison(table(*rows), "lns").difference is None
+
+
+@pytest.mark.parametrize(
+    ("baseline", "other", "said"),
+    [
+        ([run(1, 5.0), diverged(2)], [run(1, 4.0), run(2, 4.1)], "-0.051, not compared"),
+        ([run(1, 5.0)], [run(2, 4.0)], "-0.051, not compared"),
+        ([run(1, 5.0)], [diverged(1)], "-0.051, failed"),
+        ([run(1, 5.0)], [], "-0.051, not run"),
+    ],
+)
+def test_a_row_without_a_difference_says_why(baseline, other, said):
+    result = comparison(table(row("pre_ln", 20.0, *baseline), row("lns", 19.0, *other)), "lns")
+    assert format_direction(result, result.published[0], with_value=False) == said
 
 
 def test_the_same_runs_beside_other_baselines_are_two_tests():

@@ -274,6 +274,11 @@ class Comparison:
         diverged = f"{len(self.failures)} of {len(self.row.runs)} diverged" if self.failures else ""
         return ", ".join(filter(None, ["did not train here" if self.untrained else "", diverged]))
 
+    @property
+    def absence(self) -> str:
+        """Why there is no difference, in a word or two."""
+        return "failed" if self.failures else "not compared" if self.row.runs else "not run"
+
     def direction(self, published: Published) -> str | None:
         """One of the directions in `statistics`; None if there is nothing to compare."""
         if self.difference is None or published.difference is None:

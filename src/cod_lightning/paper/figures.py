@@ -79,9 +79,7 @@ def our_points(column: Column) -> dict[str, Point]:
 
 def why_absent(column: Column) -> dict[str, str]:
     """Why a row has no difference of ours, by row."""
-    return {
-        c.row.name: c.caveat or ("no common seed" if c.row.runs else "not run") for c in column.compare(column.headline)
-    }
+    return {c.row.name: c.caveat or c.absence for c in column.compare(column.headline)}
 
 
 def published_points(column: Column) -> dict[str, Point]:

@@ -12,7 +12,6 @@ from cod_lightning.paper.findings import finding_results, quantities_of, quantit
 from cod_lightning.paper.statistics import Difference, Sample, with_seeds
 from cod_lightning.paper.tuning import GOOD_RATE, Tuned
 
-NOT_RUN = "not run"
 Keys = Collection[tuple[str, ...]]
 """Tests that stay significant after Holm's correction; tables mark them."""
 
@@ -99,7 +98,7 @@ def format_outcome(comparison: Comparison) -> str:
     if sample and comparison.untrained:
         parts.append(f"(did not train: {comparison.untrained} of {sample.n})")
     parts += [f"(failed: {reason})" for reason in dict.fromkeys(comparison.failures)]
-    return " ".join(parts) or NOT_RUN
+    return " ".join(parts) or "not run"
 
 
 def format_difference(difference: Difference, mean: str, spread: str, marked: bool = False) -> str:
@@ -122,7 +121,7 @@ def format_direction(comparison: Comparison, published: Published, with_value: b
     if published.difference is not None:
         trained = "" if published.trained else " (did not train)"
         parts.append(f"{published.difference:+{comparison.metric.difference_format}}{trained}")
-        parts.append(comparison.direction(published) or ("failed" if comparison.failures else NOT_RUN))
+        parts.append(comparison.direction(published) or comparison.absence)
     return ", ".join(parts)
 
 
