@@ -201,6 +201,15 @@ def test_no_run_starts_from_one_that_diverged(tmp_path):
     assert len(remaining_tasks([row], [2], tmp_path)) == 2
 
 
+def test_a_run_to_start_from_that_was_interrupted_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = next(row for row in experiment_rows(["table2_250m"], "toy") if row.name == "lns")
+    add_result(tmp_path / "results", row.source, 1, **losses(3.0))  # trained on another machine
+    (row.source.config_for(1).folder / "checkpoints").mkdir(parents=True)
+    tasks = remaining_tasks([row], [1], tmp_path / "results")
+    assert [task.folder for task in tasks] == [row.source.config_for(1).folder, row.config_for(1).folder]
+
+
 def test_no_run_starts_from_one_that_fails_in_the_same_command(tmp_path, monkeypatch, capsys):
     started = []
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from cod_lightning.config.compose import compose, parse
 from cod_lightning.config.groups import choices, read_yaml
-from cod_lightning.config.schema import CHECKPOINTS, Config, init_from_run
+from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.data.config import patterns
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
 from cod_lightning.paper.results import load_runs, record_path
+from cod_lightning.train.record import RECORD
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,8 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) ->
         unscored = run is not None and row.tasks is not None and "average" not in run.record
         if run is None or missing or unscored or needs_weights:
             if row.source is not None:  # the results folder has no weights
-                checkpoints = row.source.config_for(seed).folder / CHECKPOINTS
-                add(row.source, seed, needs_weights=not checkpoints.is_dir())
+                trained = row.source.config_for(seed).folder / RECORD
+                add(row.source, seed, needs_weights=not trained.is_file())
             tasks.setdefault(key, Task(row, row.config_for(seed), row.cli_args(seed), set())).measures.update(missing)
 
     for seed in seeds:
