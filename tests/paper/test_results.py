@@ -25,7 +25,7 @@ from cod_lightning.paper.experiments import (
     remaining_tasks,
 )
 from cod_lightning.paper.pretrained_models import load_pretrained_models
-from cod_lightning.paper.results import load_measures, load_task_scores, save_result
+from cod_lightning.paper.results import load_measures, load_runs, load_task_scores, save_result
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,25 @@ def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypa
     assert "| toy | abacus, 2 cores, 1 thread per run | torch 2.13 | unknown | feedfeedfeed | 5 |" in markdown
     assert "hours of one H100 at 40 % of its peak" in markdown
     assert str(tmp_path / "second/REPRODUCTION.md") in capsys.readouterr().out
+
+
+def test_a_run_in_a_folder_of_any_name_is_in_the_report_at_its_scale(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "reproducible_experiments", lambda: ["table7_130m"])
+    for name in ("pre_ln", "lns"):  # as `fit experiments=table7_130m scale=toy row=NAME` names it
+        folder = add_result(tmp_path / "runs", toys[name], 1, **losses(5.0))
+        (tmp_path / "runs/table7_130m").mkdir(exist_ok=True)
+        folder.rename(tmp_path / "runs/table7_130m" / folder.name)
+    assert main(["report", "--results", "runs"]) == 0
+    assert "**At scale=toy** (" in Path("REPRODUCTION.md").read_text()
+
+
+def test_a_run_that_was_moved_aside_does_not_replace_the_new_one(toys, tmp_path):
+    old = add_result(tmp_path, toys["lns"], 1, **losses(5.0))
+    old.rename(f"{old}.previous-1")
+    add_result(tmp_path, toys["lns"], 1, **losses(4.0))
+    (run,) = load_runs(tmp_path).values()
+    assert run.record["val_loss"] == 4.0
 
 
 @pytest.mark.parametrize(("scores", "scored"), [(None, False), ({}, False), (("piqa",), False), (PAPER_TASKS, True)])

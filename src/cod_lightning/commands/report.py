@@ -30,24 +30,26 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
     from cod_lightning.paper.pretrained_models import load_pretrained_models
     from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
-    from cod_lightning.paper.results import RESULTS
+    from cod_lightning.paper.results import RESULTS, record_path
     from cod_lightning.plots import FORMATS
-    from cod_lightning.train.record import FAILURE, RECORD
+    from cod_lightning.train.record import FAILURE, RECORD, load_record
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
     check_writable(output, "--output=")
     import_torchmetrics()
     results = results or RESULTS
-    ended = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
+    folders = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
+    configs = {folder: load_record(record_path(folder))["config"] for folder in sorted(folders)}
+    recorded = {config.get("scale", folder.parent.name) for folder, config in configs.items()}
     models = load_pretrained_models(results)
-    if not ended and not models:
+    if not folders and not models:
         raise UserError(f"{results} has no results: run reproduce, or name the folder by --results")
-    scales = [scale for scale in SCALES if scale == "paper" or scale in {folder.parent.name for folder in ended}]
+    scales = [scale for scale in SCALES if scale == "paper" or scale in recorded]
     names = reproducible_experiments()
     rows = (row for scale in scales for row in experiment_rows(names, scale))
     experiments, formats = load_experiments(rows, results), FORMATS if pdf else FORMATS[:1]
-    if others := sorted(map(str, ended - {run.folder for e in experiments for row in e.rows for run in row.runs})):
+    if others := sorted(map(str, folders - {run.folder for e in experiments for row in e.rows for run in row.runs})):
         print(left_out(others), file=sys.stderr)
     report = build_report(experiments, ESTIMATED_FOR, formats, models)
     files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
@@ -65,4 +67,4 @@ def left_out(folders: Sequence[str]) -> str:
     from cod_lightning.measure.depth_report import count
 
     listed = ", ".join(folders[:LISTED]) + ", ..." * (len(folders) > LISTED)
-    return f"left out {count(len(folders), 'run')} whose settings are those of no experiment: {listed}"
+    return f"left out {count(len(folders), 'run')} with settings of no experiment, or of a run that is listed: {listed}"

@@ -40,7 +40,9 @@ def load_runs(results: Path) -> dict[str, Run]:
         if path.is_file():
             record = load_record(path)
             scores = load_task_scores(folder / SCORES_FILE)
-            runs[from_dict(record["config"], path).id] = Run(record["seed"], record | scores, measures, folder)
+            # A run that resume=false moved aside, to NAME.previous-1, follows its successor.
+            run = Run(record["seed"], record | scores, measures, folder)
+            runs.setdefault(from_dict(record["config"], path).id, run)
         elif measures:
             runs[f"{folder.parent.name}/{folder.name}"] = Run(0, {}, measures, folder)
     return runs
