@@ -403,3 +403,8 @@ def test_an_experiment_of_ours_is_compared_without_published_figures():
     rows = row("pre_ln", None, run(1, 5.0)), row("lns", None, run(1, 4.0))
     ours, figure = table(*rows, metric="ppl", source="not in the paper"), table(*rows, metric="ppl")
     assert ([metric.name for metric in ours.metrics], figure.metrics) == (["ppl"], [])
+
+
+def test_an_experiment_of_ours_without_a_metric_is_compared_by_its_loss():
+    rows = row("pre_ln", None, run(1, 5.0)), row("lns", None, run(1, 4.0))
+    assert comparison(table(*rows, source="not in the paper"), "lns").difference.mean == -1.0

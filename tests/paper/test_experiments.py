@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import asdict
 from functools import cache
 
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 from cod_lightning.cli import main
 from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import choices, compose
+from cod_lightning.config.groups import config_folder
 from cod_lightning.config.schema import flatten
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate import PAPER_TASKS, lm_eval
@@ -556,3 +558,36 @@ def test_settings_chosen_by_rows_and_seeds_cannot_be_overridden(word):
 def test_an_option_that_the_norm_of_a_row_lacks_is_an_error():
     with pytest.raises(UserError, match=r"norm\.position is not an option of 'pre_ln'"):
         list(experiment_rows(["theory"], "toy", ["norm.position=before_ln"]))
+
+
+@pytest.fixture
+def own_experiment(tmp_path, monkeypatch):
+    """`own_experiment(text)` writes experiments/mine.yaml into a copy of configs/."""
+    folder = tmp_path / "configs"
+    shutil.copytree(config_folder(), folder, ignore=shutil.ignore_patterns("results"))
+    for module in ("groups", "compose"):
+        monkeypatch.setattr(f"cod_lightning.config.{module}.config_folder", lambda: folder)
+    return (folder / "experiments/mine.yaml").write_text
+
+
+@pytest.mark.parametrize("words", [["experiments"], ["fit", "--cfg", "experiments=mine"]])
+def test_an_experiment_that_is_not_yaml_is_one_error(words, own_experiment, capsys):
+    own_experiment("experiment: mine\n description: indented\n")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "experiments/mine.yaml" in error
+    assert "line 2, column 13" in error
+
+
+def test_an_experiment_without_a_description_is_listed(own_experiment, capsys):
+    own_experiment("# @package _global_\nexperiment: mine\n")
+    assert main(["experiments"]) == 0
+    assert "mine" in capsys.readouterr().out
+
+
+def test_an_experiment_without_a_source_is_refused_before_it_trains(own_experiment, reproduce):
+    own_experiment("# @package _global_\nexperiment: mine\npaper: {rows: {lns: {set: {norm: lns}}}}\n")
+    status, printed = reproduce("mine")
+    assert status == 2
+    assert "mine has no paper.source" in printed

@@ -29,7 +29,7 @@ def listed(name: str) -> dict[str, str]:
 
     content = read_yaml(f"experiments/{name}")
     paper = content.get("paper") or {}
-    return {"experiment": name, "reproduces": content["description"], "published": published(paper)}
+    return {"experiment": name, "reproduces": content.get("description", ""), "published": published(paper)}
 
 
 def composed(name: str) -> dict[str, str]:

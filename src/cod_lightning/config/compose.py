@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -31,7 +32,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
 from cod_lightning.config.schema import Config, flatten, init_from_run
 from cod_lightning.config.validate import problems
-from cod_lightning.errors import UserError, first_line, nearest
+from cod_lightning.errors import UserError, first_line, nearest, one_line
 from cod_lightning.nn import strategies
 
 CONTENT = {"model", "data", "data.source", "task"}
@@ -228,6 +229,8 @@ def merge_files(folder: Path, words: tuple[str, ...]) -> DictConfig:
             node = hydra_compose("config", list(words))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(cause(error)) from error
+        except yaml.YAMLError as error:
+            raise UserError(one_line(error)) from error
     OmegaConf.set_struct(node, None)  # Hydra closes dictionaries too, which take any key here
     return node
 

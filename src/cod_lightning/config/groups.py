@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from cod_lightning.config.schema import Config, flatten
+from cod_lightning.errors import UserError, one_line
 
 SECTIONS = ("model", "norm", "data", "optim", "trainer")
 """Groups whose files hold one section of the configuration."""
@@ -45,9 +46,16 @@ def fields_and_groups() -> set[str]:
 
 
 def read_yaml(name: str) -> dict[str, Any]:
-    """A file of configs/ as a dictionary."""
-    text = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    return yaml.load(text, FAST_LOADER) or {}
+    """A file of configs/ as a dictionary.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    path = config_folder() / f"{name}.yaml"
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def default_choices() -> dict[str, str]:

@@ -196,7 +196,7 @@ class Experiment:
     def metrics(self) -> list[Metric]:
         """Metrics with published figures; also the experiment's own if runs have it and it is compared here."""
         names = dict.fromkeys(name for row in self.rows for name in row.published)
-        own = self.paper.get("metric", "")
+        own = self.paper.get("metric", "" if names else "val_loss")
         has_own = any(own in run.record for row in self.rows for run in row.runs)
         if has_own and (names or self.axis or self.beyond_paper):
             names[own] = None
