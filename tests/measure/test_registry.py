@@ -1,7 +1,9 @@
+import json
 import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from builders import PAD, decoder, tokens
@@ -178,6 +180,13 @@ def test_an_unknown_measure_of_a_study_is_an_error():
 def test_an_option_of_several_studies_is_not_offered():
     assert {"tokens", "probes"} <= options_for(measures_of("jacobian", 16)).keys()
     assert "tokens" not in options_for(MEASURES)
+
+
+@pytest.mark.parametrize("layers", [np.array([3, 1]), list(np.array([3, 1])), torch.tensor([3, 1])])
+def test_numbers_of_numpy_and_torch_are_options(layers):
+    result = MEASURES["jacobian"](decoder("lns"), [tokens(1, 3)], None, None, layers=layers, probes=np.int64(2))
+    saved = json.loads(json.dumps(result.to_dict()))
+    assert (saved["layers"], saved["probes"]) == ([3, 1], 2)
 
 
 @pytest.mark.parametrize("size", [1, 18])

@@ -39,6 +39,13 @@ Positive = Annotated[int, Bounds(at_least=1)]
 UpToDepth = Annotated[Sequence[int] | None, Bounds(to_depth=True)]
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy or torch as one of Python, which a JSON file can hold; several as a list."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return [plain(each) for each in value] if several else value
+
+
 def require_options(function: Callable[..., Any], options: Mapping[str, Any], depth: int) -> None:
     """Check that options are choices, or finite and inside the bounds, of a function's hints.
 
@@ -53,9 +60,9 @@ def require_options(function: Callable[..., Any], options: Mapping[str, Any], de
     errors = []
     for name, given in options.items():
         kind, bounds, optional = bounded_type(function, name)
-        value = given.tolist() if hasattr(given, "tolist") else given  # numbers of NumPy and torch
-        several = isinstance(value, Iterable) and not isinstance(value, str)
-        values = list(value) if several else [value]
+        value = plain(given)
+        several = isinstance(value, list)
+        values = value if several else [value]
         if value is None:
             errors += [] if optional else [f"{name}=None: give a value, or leave it out"]
         elif several and not values:
