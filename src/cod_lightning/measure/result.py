@@ -32,6 +32,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cod_lightning.errors import UserError, os_message
 from cod_lightning.files import write_atomic
 from cod_lightning.measure.panels import Panel, draw_panels
@@ -80,7 +82,7 @@ class Result(ABC):
         """Draw the panels.
 
         Args:
-            ax: axes to draw on, one for each panel, or a single one; None: a new figure.
+            ax: axes to draw on, one for each panel, or a single one, or an array of them; None: a new figure.
 
         Raises:
             UserError: the number of axes is not that of the panels.
@@ -88,7 +90,7 @@ class Result(ABC):
         panels = self.panels()
         if ax is None:
             return draw_panels(panels, self.title())
-        axes = [ax] if hasattr(ax, "figure") else list(ax)
+        axes = list(np.ravel(ax))
         if len(axes) != len(panels):
             raise UserError(f"ax: {len(axes)} axes for {len(panels)} panels")
         for place, panel in zip(axes, panels, strict=True):
