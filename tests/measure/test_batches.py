@@ -104,6 +104,11 @@ WRONG = {
     "tokens without values": (TOKENS.to("meta"), None, "not tokens on the meta device"),
     "padding first": (PADDED, PAD, "padding must follow the tokens: padding_side='right'"),
     "padding without its token": ({"input_ids": PADDED, "attention_mask": PADDED != PAD}, None, "pass pad_id="),
+    "padding of another token": (
+        {"input_ids": PADDED, "attention_mask": PADDED != PAD},
+        1,
+        "other padding than pad_id=1",
+    ),
 }
 
 
