@@ -460,10 +460,12 @@ def test_a_run_has_its_own_copy_of_the_tokenizer_of_a_folder(tmp_path, monkeypat
     assert load(folder, ["data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
 
 
-def test_other_text_is_read_with_the_tokenizer_of_the_run(tmp_path):
-    words = [f"output={tmp_path}", "name=run", f"data.tokenizer={tmp_path}", "model.vocab_size=300"]
-    folder = create_run_folder(compose(words))
-    assert load(folder, ["data=files", "data.files=x"]).data.tokenizer == str(folder / "tokenizer")
+@pytest.mark.parametrize("other", [["data=files", "data.files=x"], ["data.val_every=3"], ["data.max_documents=100"]])
+def test_other_text_is_read_with_the_tokenizer_of_the_run(tmp_path, other):
+    folder = create_run_folder(
+        compose([f"output={tmp_path}", "name=run", "model.vocab_size=300", "data.vocab_size=300"])
+    )
+    assert load(folder, other).data.tokenizer == str(folder / "tokenizer")
 
 
 def test_a_run_whose_source_was_moved_has_its_own_tokenizer(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ from run_files import copy_checkpoints, history, last, losses, weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from cod_lightning.commands.fit import lock_folder
+from cod_lightning.commands.fit import lock_folder, train_run
+from cod_lightning.commands.measure_runner import open_run
 from cod_lightning.commands.options import load_run_config
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
@@ -456,6 +457,30 @@ def test_enough_text_needs_no_repetition(train, tmp_path):
     (tmp_path / "less.jsonl").write_text('{"text": "Short words of another text, of which there is less."}\n' * 20)
     words = [f"data.files={tmp_path}/less.jsonl", "data.val_every=2"]
     assert evaluate(load_run_config(folder, words, False, "evaluate"), last(folder))["val_tokens"] < 500
+
+
+@pytest.fixture(scope="module")
+def run_of_changed_text(toy, tmp_path_factory):
+    """A run whose text has other words by now, on which another BPE would be trained."""
+    folder = tmp_path_factory.mktemp("changed")
+    (folder / "text.jsonl").write_text('{"text": "The first words of a text."}\n' * 2000)
+    words = (f"data.files={folder}/text.jsonl", f"data.root={folder}", f"output={folder}", "trainer.probe_rows=1")
+    run = train_run(compose([*toy, *words]))[1]
+    (folder / "text.jsonl").write_text('{"text": "Later there are several others."}\n' * 2000)
+    return run
+
+
+@pytest.mark.parametrize(
+    "use", [evaluate, lambda config, checkpoint: open_run(config, checkpoint.parents[1], checkpoint, 1)]
+)
+def test_text_with_another_tokenizer_than_the_runs_is_refused(run_of_changed_text, use):
+    with pytest.raises(UserError, match=r"another tokenizer than that of .*: pass data\.tokenizer=/.*/tokenizer$"):
+        use(load(run_of_changed_text), last(run_of_changed_text))
+
+
+def test_changed_text_is_read_with_the_runs_tokenizer(run_of_changed_text):
+    words = [f"data.tokenizer={run_of_changed_text}/tokenizer"]
+    assert math.isfinite(evaluate(load(run_of_changed_text, words), last(run_of_changed_text))["val_loss"])
 
 
 def test_numbers_that_are_not_finite_are_null_in_a_record(train, monkeypatch):

@@ -27,7 +27,7 @@ from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 from cod_lightning.train.devices import accelerator, set_threads
-from cod_lightning.train.load import load_decoder, load_vit
+from cod_lightning.train.load import load_decoder, load_vit, require_own_tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subje
     """Open a trained run with `rows` sequences or images of its held-out data.
 
     Raises:
-        UserError: the checkpoint or the data cannot be read.
+        UserError: the checkpoint or the data cannot be read, or the data has another tokenizer.
     """
     set_threads(config.trainer)
     if config.task == "vision":
@@ -83,6 +83,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subje
     data = TokenDataModule(config.data, config.seed)
     data.prepare_data()
     data.setup("fit")
+    require_own_tokenizer(folder, data)
     tokens = data.probe_batch(min(rows, data.val_count))
     return Subject(
         ModelAdapter(decoder.to(accelerator(config.trainer)).eval(), folder.name, tokenizer.decode),

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cod_lightning.config.compose import (
     INTERPOLATION,
+    PREPARED,
     TEXT,
     apply_overrides,
     as_config,
@@ -25,7 +26,6 @@ from cod_lightning.config.compose import (
     checked,
     has_interpolation,
     parse,
-    selects_other_text,
     without_effect,
 )
 from cod_lightning.config.groups import FAST_LOADER, groups
@@ -173,7 +173,7 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     # Groups come first, as in `compose`: a group resets the fields before it.
     accepted = sorted((o for o in words if o not in fixed), key=lambda o: o.key_or_group not in groups())
     errors += apply_overrides(node, accepted)
-    if saved.task == "language" and selects_other_text(overrides):
+    if saved.task == "language" and any(word.key_or_group in TEXT | PREPARED for word in words):
         node.data.tokenizer = own_tokenizer
     errors += without_effect(node, words)
     errors += decoder_changes(folder, saved, node)

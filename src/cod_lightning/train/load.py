@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cod_lightning.config.saved import CONFIG, load, save
 from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, run_folder_of
-from cod_lightning.data.datamodule import tokenizer_of
+from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.files import new_folder, write_atomic
@@ -89,6 +89,20 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     load_weights(decoder, weights, str(checkpoint))
     set_step(decoder, step)
     return decoder, tokenizer
+
+
+def require_own_tokenizer(folder: Path, data: TokenDataModule) -> None:
+    """Check that a set was prepared with the tokenizer of a run folder: a `bpe` of other text has other tokens.
+
+    Raises:
+        UserError: it was not.
+    """
+    own = folder / TOKENIZER
+    if own.is_dir() and load_tokenizer(str(own)).backend.to_str() != data.tokenizer().to_str():
+        raise UserError(
+            f"{data.source} was prepared with another tokenizer than that of {folder}: pass "
+            f"data.tokenizer={own.absolute()}"
+        )
 
 
 def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:

@@ -12,7 +12,15 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from cod_lightning.config.saved import differences
-from cod_lightning.config.schema import CHECKPOINTS, PROBE_ROWS, TOKENIZER, Config, TrainerConfig, resumable_settings
+from cod_lightning.config.schema import (
+    CHECKPOINTS,
+    PROBE_ROWS,
+    TOKENIZER,
+    Config,
+    TrainerConfig,
+    resumable_settings,
+    run_folder_of,
+)
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
@@ -30,7 +38,13 @@ from cod_lightning.train.callbacks import (
 )
 from cod_lightning.train.checkpoint import Checkpoints, newest_checkpoint, read_resumable, step_of
 from cod_lightning.train.devices import accelerator, check_norm_backend, set_threads
-from cod_lightning.train.load import StartingWeights, load_initial_weights, read_run_weights, write_tokenizer
+from cod_lightning.train.load import (
+    StartingWeights,
+    load_initial_weights,
+    read_run_weights,
+    require_own_tokenizer,
+    write_tokenizer,
+)
 from cod_lightning.train.loggers import build_loggers, finish, log_config
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
@@ -124,13 +138,15 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
     """The validation metrics of a checkpoint on the data of `config`.
 
     Raises:
-        UserError: the checkpoint is unreadable or not finite, or the data does not fit it.
+        UserError: the checkpoint is unreadable or not finite, or the data or its tokenizer does not fit it.
         Stopped: a signal interrupted the validation, or another rank is gone.
     """
     with quiet_lightning():
         model = "vit" if config.task == "vision" else "decoder"
         weights, _, step = read_run_weights(checkpoint, model)  # before hours of preparation
         data, module = build(config)
+        if isinstance(data, TokenDataModule):
+            require_own_tokenizer(run_folder_of(checkpoint), data)
         module.initial_weights = StartingWeights(weights, str(checkpoint), step)
         trainer = build_trainer(config)
         with translate_rank_failures(config.trainer):
