@@ -7,6 +7,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,13 @@ def with_defaults(values: Any) -> DictConfig:
         raise ValueError("not a mapping of sections")
     if has_interpolation(values):
         raise ValueError(INTERPOLATION)
-    return DictConfig(OmegaConf.merge(OmegaConf.structured(Config), values))
+    return DictConfig(OmegaConf.merge(defaults(), values))
+
+
+@cache
+def defaults() -> DictConfig:
+    """The defaults of every field; built once, because it takes a third of the time to read a record."""
+    return OmegaConf.structured(Config)
 
 
 def read(folder: Path) -> tuple[DictConfig, Config]:
