@@ -458,6 +458,17 @@ def test_a_run_has_its_own_copy_of_the_tokenizer_of_a_folder(tmp_path, monkeypat
     folder = create_run_folder(compose(words))
     assert load(folder).data.tokenizer == str(folder / "tokenizer")
     assert load(folder, ["data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
+    assert load(folder, ["data.val_every=3", "data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("bpe", False), ("gpt2", False), ("owner/name", False), ("../gone/tok", True)]
+)
+def test_names_of_the_hub_and_bpe_are_no_folders(tmp_path, monkeypatch, name, own):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bpe").mkdir()
+    folder = create_run_folder(compose([f"output={tmp_path}", "name=run", f"data.tokenizer={name}"]))
+    assert load(folder).data.tokenizer == (str(folder / "tokenizer") if own else name)
 
 
 @pytest.mark.parametrize("other", [["data=files", "data.files=x"], ["data.val_every=3"], ["data.max_documents=100"]])

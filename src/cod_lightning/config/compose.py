@@ -29,7 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
+from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, named_if_not_yaml, read_yaml
 from cod_lightning.config.schema import Config, flatten, init_from_run
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import UserError, first_line, nearest, one_line
@@ -41,6 +41,8 @@ TEXT = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
 """Overrides that choose the text."""
 PREPARED = {f"data.{name}" for name in ("files", "val_files", "text_field", "encoding", "val_every", "max_documents")}
 """Fields that a prepared set, `data.folder`, no longer depends on."""
+DOCUMENTS = TEXT | PREPARED
+"""Overrides that may choose other documents, on which another `bpe` would be trained."""
 GLOB_FIELDS = {"data.files", "data.val_files"}
 PATH_FIELDS = GLOB_FIELDS | {
     *("data.root", "data.folder", "data.tokenizer", "images.folder", "init_from", "output"),
@@ -245,8 +247,19 @@ def merge_scale(folder: Path, words: tuple[str, ...], scale: str | None) -> byte
     node = merge_files(folder, words)
     if scale is not None:
         node = node.copy()
-        node.merge_with(OmegaConf.load(folder / "scale" / f"{scale}.yaml"))
+        node.merge_with(load_config(f"scale/{scale}"))
     return pickle.dumps(node)
+
+
+def load_config(name: str) -> Any:
+    """A file of configs/ as a node of OmegaConf, which unlike YAML reads 1e-3 as a number.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    path = config_folder() / f"{name}.yaml"
+    with named_if_not_yaml(path):
+        return OmegaConf.load(path)
 
 
 def replaced_choices(before: DictConfig, after: DictConfig, words: Sequence[Override]) -> list[str]:
@@ -329,7 +342,7 @@ def apply_overrides(node: DictConfig, overrides: Iterable[Override]) -> list[str
         if is_custom_norm(override):
             value = {"name": value}
         elif key in groups():
-            value = OmegaConf.load(config_folder() / key / f"{value}.yaml")
+            value = load_config(f"{key}/{value}")
         try:
             # A strategy does not keep the options of another.
             OmegaConf.update(node, key, value, merge=key != "norm")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,21 @@ def read_yaml(name: str) -> dict[str, Any]:
     """A file of configs/ as a dictionary.
 
     Raises:
-        UserError: it is not YAML.
+        UserError: it is not YAML, or not a mapping.
     """
     path = config_folder() / f"{name}.yaml"
+    with named_if_not_yaml(path):
+        values = yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a mapping of fields")
+    return values
+
+
+@contextmanager
+def named_if_not_yaml(path: Path) -> Generator[None]:
+    """Turn a syntax error of YAML into a `UserError` that names its file."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER) or {}
+        yield
     except yaml.YAMLError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
 

@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cod_lightning.config.compose import (
+    DOCUMENTS,
     INTERPOLATION,
-    PREPARED,
     TEXT,
     apply_overrides,
     as_config,
@@ -40,6 +40,7 @@ from cod_lightning.config.schema import (
     run_folder_of,
 )
 from cod_lightning.config.validate import problems
+from cod_lightning.data.config import is_hub_name
 from cod_lightning.errors import DAMAGED, UserError, no_permission, one_line
 from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.nn.packaged_models import is_packaged
@@ -153,7 +154,8 @@ def refuse_pretrained(path: Path, name: str) -> None:
 def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
     """The configuration of a run folder, changed by `overrides`.
 
-    A tokenizer that was read from a folder, and that of a text which `overrides` choose, is the run's own copy.
+    A tokenizer that was read from a folder is the run's own copy, as is that of documents which `overrides` choose
+    unless they name one. A name that may be one of the hub stays, unless the working directory has such a folder.
 
     Args:
         folder: folder of the run.
@@ -165,10 +167,10 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     """
     path = folder / CONFIG
     node, saved = read(folder)
-    tokenizer, source = Path(saved.data.tokenizer), saved.init_from
-    is_of_source = source is not None and tokenizer == run_folder_of(Path(source)) / TOKENIZER
-    own_tokenizer = str((folder / TOKENIZER).absolute())
-    if (tokenizer.is_absolute() or tokenizer.is_dir() or is_of_source) and not tokenizer.is_file():
+    name, source, own_tokenizer = saved.data.tokenizer, saved.init_from, str((folder / TOKENIZER).absolute())
+    is_of_source = source is not None and Path(name) == run_folder_of(Path(source)) / TOKENIZER
+    is_folder = is_of_source or not is_hub_name(name) or Path(name).is_dir()
+    if name != "bpe" and is_folder and not Path(name).is_file():
         node.data.tokenizer = own_tokenizer  # the folder may be gone, or hold another by now
     words = parse(overrides)
     forget_text(node, words)
@@ -180,7 +182,8 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     # Groups come first, as in `compose`: a group resets the fields before it.
     accepted = sorted((o for o in words if o not in fixed), key=lambda o: o.key_or_group not in groups())
     errors += apply_overrides(node, accepted)
-    if saved.task == "language" and any(word.key_or_group in TEXT | PREPARED for word in words):
+    chosen = {word.key_or_group for word in words}
+    if saved.task == "language" and chosen & DOCUMENTS and "data.tokenizer" not in chosen:
         node.data.tokenizer = own_tokenizer
     errors += without_effect(node, words)
     errors += decoder_changes(folder, saved, node)

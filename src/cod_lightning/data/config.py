@@ -129,6 +129,11 @@ def data_errors(config: DataConfig) -> list[str]:
     return errors
 
 
+def is_hub_name(tokenizer: str) -> bool:
+    """Whether `data.tokenizer` has the form NAME or OWNER/NAME of the hub, which a relative folder may have too."""
+    return not tokenizer.startswith((".", "/", "~")) and tokenizer.count("/") <= 1
+
+
 @dataclass
 class ImageConfig:
     """Source of the images and their division into patches, for `task=vision`.

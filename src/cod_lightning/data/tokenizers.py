@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cod_lightning.data.config import is_hub_name
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.manifest import TOKENIZER
 from cod_lightning.data.workers import interruptible
@@ -168,7 +169,7 @@ def load_tokenizer(name: str, setting: str | None = None) -> DocumentTokenizer:
         return _converted(Path(name), setting)
     if Path(name).is_file():
         raise UserError(f"{setting} is a file: name the folder that holds tokenizer.json")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not is_hub_name(name):
         raise UserError(f"{setting}: no such folder")
     return _from_folder(_download(name, setting), setting)
 

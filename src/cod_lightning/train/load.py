@@ -99,10 +99,10 @@ def require_own_tokenizer(folder: Path, data: TokenDataModule) -> None:
     """
     own = folder / TOKENIZER
     if own.is_dir() and load_tokenizer(str(own)).backend.to_str() != data.tokenizer().to_str():
-        raise UserError(
-            f"{data.source} was prepared with another tokenizer than that of {folder}: pass "
-            f"data.tokenizer={own.absolute()}"
-        )
+        remedy = f"pass data.tokenizer={own.absolute()}"
+        if data.config.folder is not None:
+            remedy = "name the set that the run was trained on by data.folder="
+        raise UserError(f"{data.source} was prepared with another tokenizer than that of {folder}: {remedy}")
 
 
 def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
