@@ -50,6 +50,7 @@ def row(name, published, *runs, label=None, run_id=None, gpu_hours=None, note=No
 
 
 def table(*rows, name="table1_130m", scale="toy", column="130M", size=134, target="Table 1", axes=None, **paper):
+    paper = {"source": "the paper"} | paper
     return Experiment(name, scale, target, column, size, f"setting of {scale}", paper, rows, axes or {})
 
 

@@ -405,6 +405,7 @@ def test_an_experiment_of_ours_is_compared_without_published_figures():
     assert ([metric.name for metric in ours.metrics], figure.metrics) == (["ppl"], [])
 
 
-def test_an_experiment_of_ours_without_a_metric_is_compared_by_its_loss():
+@pytest.mark.parametrize("paper", [{}, {"source": "not in the paper"}])
+def test_an_experiment_of_ours_without_a_metric_is_compared_by_its_loss(paper):
     rows = row("pre_ln", None, run(1, 5.0)), row("lns", None, run(1, 4.0))
-    assert comparison(table(*rows, source="not in the paper"), "lns").difference.mean == -1.0
+    assert comparison(replace(table(*rows), paper=paper), "lns").difference.mean == -1.0

@@ -586,8 +586,7 @@ def test_an_experiment_without_a_description_is_listed(own_experiment, capsys):
     assert "mine" in capsys.readouterr().out
 
 
-def test_an_experiment_without_a_source_is_refused_before_it_trains(own_experiment, reproduce):
-    own_experiment("# @package _global_\nexperiment: mine\npaper: {rows: {lns: {set: {norm: lns}}}}\n")
-    status, printed = reproduce("mine")
-    assert status == 2
-    assert "mine has no paper.source" in printed
+def test_an_experiment_that_is_no_mapping_is_one_error(own_experiment, capsys):
+    own_experiment("- mine\n")
+    assert main(["experiments"]) == 2
+    assert "experiments/mine.yaml: not a mapping of fields" in capsys.readouterr().err

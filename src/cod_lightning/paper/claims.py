@@ -189,12 +189,15 @@ class Experiment:
 
     @property
     def beyond_paper(self) -> bool:
-        """Whether the paper has no such experiment."""
-        return str(self.paper.get("source")).startswith("not in the paper")
+        """Whether the paper has no such experiment; one without a `source` is the user's own."""
+        return str(self.paper.get("source", "not in the paper")).startswith("not in the paper")
 
     @property
     def metrics(self) -> list[Metric]:
-        """Metrics with published figures; also the experiment's own if runs have it and it is compared here."""
+        """Metrics with published figures; also the experiment's own if runs have it and it is compared here.
+
+        Without a published figure and without a metric of its own that is the loss.
+        """
         names = dict.fromkeys(name for row in self.rows for name in row.published)
         own = self.paper.get("metric", "" if names else "val_loss")
         has_own = any(own in run.record for row in self.rows for run in row.runs)

@@ -105,8 +105,6 @@ def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[
         base = compose(arguments)
         if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce; train it with fit experiments={name}")
-        if "source" not in base.paper:  # without it no table compares the rows
-            raise UserError(f"{name} has no paper.source: name the paper and its table, or write 'not in the paper'")
         start = base.paper.get("start")
         sources = {row.name: row for row in experiment_rows([start], scale, overrides)} if start else {}
         for row in base.paper["rows"]:
