@@ -107,7 +107,7 @@ WRONG = {
     "padding of another token": (
         {"input_ids": PADDED, "attention_mask": PADDED != PAD},
         1,
-        "other padding than pad_id=1",
+        "hides tokens that are not pad_id=1",
     ),
 }
 

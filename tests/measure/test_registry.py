@@ -182,7 +182,7 @@ def test_an_option_of_several_studies_is_not_offered():
     assert "tokens" not in options_for(MEASURES)
 
 
-@pytest.mark.parametrize("layers", [np.array([3, 1]), list(np.array([3, 1])), torch.tensor([3, 1])])
+@pytest.mark.parametrize("layers", [np.array([3, 1]), list(np.array([3, 1])), torch.tensor([3, 1]), iter([3, 1])])
 def test_numbers_of_numpy_and_torch_are_options(layers):
     result = MEASURES["jacobian"](decoder("lns"), [tokens(1, 3)], None, None, layers=layers, probes=np.int64(2))
     saved = json.loads(json.dumps(result.to_dict()))

@@ -90,7 +90,9 @@ def test_a_notebook_shows_the_figure_and_the_table():
     assert ">0.5</td>" in html
 
 
-@pytest.mark.parametrize("given", [lambda axes: axes, lambda axes: axes.flat, lambda axes: list(axes.flat)])
+@pytest.mark.parametrize(
+    "given", [lambda axes: axes, lambda axes: axes.flat, lambda axes: list(axes.flat), lambda axes: iter(axes.flat)]
+)
 def test_a_result_is_drawn_on_axes_of_the_caller(given):
     figure, axes = plots.grid_figure(6, 6, 2, 2)
     assert EXAMPLE.plot(given(axes)) is figure

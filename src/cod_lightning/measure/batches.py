@@ -44,7 +44,7 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
 
     Raises:
         UserError: as `as_tokens` and `require_pad_id`; a token is not in the vocabulary; there are more tokens than
-            position embeddings; the encoding masks other tokens than padding; or tokens of a causal model follow
+            position embeddings; the encoding hides other tokens than padding; or tokens of a causal model follow
             padding, which it would attend to.
     """
     require_pad_id(pad_id)
@@ -58,11 +58,13 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
         raise UserError(
             f"{name}: token {largest} is not in the model's vocabulary of {len(weight)}: another tokenizer?"
         )
-    if isinstance(batch, Mapping):
-        is_hidden = torch.as_tensor(batch.get("attention_mask", 1), device=tokens.device) == 0
-        if (is_hidden & (tokens != pad_id)).any():
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None:
+        mask = torch.as_tensor(mask, device=tokens.device)
+        if mask.shape == tokens.shape and ((mask == 0) & (tokens != pad_id)).any():
             raise UserError(
-                f"{name}: its attention_mask has other padding than pad_id={pad_id}: pass pad_id=tokenizer.pad_token_id"
+                f"{name}: its attention_mask hides tokens that are not pad_id={pad_id}: pass "
+                "pad_id=tokenizer.pad_token_id"
             )
     if pad_id is not None and model.predicts_next:
         is_padding = tokens == pad_id

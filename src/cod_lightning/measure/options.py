@@ -39,11 +39,14 @@ Positive = Annotated[int, Bounds(at_least=1)]
 UpToDepth = Annotated[Sequence[int] | None, Bounds(to_depth=True)]
 
 
-def plain(value: Any) -> Any:
-    """A number of NumPy or torch as one of Python, which a JSON file can hold; several as a list."""
+def to_python(value: Any) -> Any:
+    """The value of an option with numbers of Python, which JSON can hold, for those of NumPy and torch.
+
+    Anything that can be iterated over but text becomes a list.
+    """
     value = value.tolist() if hasattr(value, "tolist") else value
     several = isinstance(value, Iterable) and not isinstance(value, str)
-    return [plain(each) for each in value] if several else value
+    return [to_python(each) for each in value] if several else value
 
 
 def require_options(function: Callable[..., Any], options: Mapping[str, Any], depth: int) -> None:
@@ -60,7 +63,7 @@ def require_options(function: Callable[..., Any], options: Mapping[str, Any], de
     errors = []
     for name, given in options.items():
         kind, bounds, optional = bounded_type(function, name)
-        value = plain(given)
+        value = to_python(given)
         several = isinstance(value, list)
         values = value if several else [value]
         if value is None:

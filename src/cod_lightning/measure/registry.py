@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.measure.options import options_of, plain, require_options
+from cod_lightning.measure.options import options_of, require_options, to_python
 
 EXPENSIVE = 16
 """Number of sequences that an expensive measure reads."""
@@ -94,8 +94,8 @@ class Measure:
     def __call__(self, model: Any, batches: Any, pad_id: int | None, progress: Any, **options: Any) -> Any:
         if reason := self.why_not(model):
             raise UserError(f"{model.name}: {reason}")
+        options |= {name: to_python(value) for name, value in self.own(options).items()}
         self.check_options(model, options)
-        options |= {name: plain(value) for name, value in self.own(options).items()}
         from cod_lightning.measure.batches import first_sequences
 
         batches = first_sequences(batches, self.first_sequences)

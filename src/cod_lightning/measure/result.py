@@ -90,7 +90,7 @@ class Result(ABC):
         panels = self.panels()
         if ax is None:
             return draw_panels(panels, self.title())
-        axes = list(np.ravel(ax))
+        axes = list(np.ravel(ax if hasattr(ax, "figure") else list(ax)))
         if len(axes) != len(panels):
             raise UserError(f"ax: {len(axes)} axes for {len(panels)} panels")
         for place, panel in zip(axes, panels, strict=True):
