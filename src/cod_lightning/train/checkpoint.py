@@ -422,9 +422,12 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
-        loss, perplexity = float(metrics["val_loss"]), float(metrics.get("ppl", 1.0))
-        if not math.isfinite(loss + perplexity):  # exp(loss) overflows float32 above 88.7 nats
-            raise Diverged(f"the validation loss is {loss} after step {trainer.global_step}: the run is not finished")
+        loss, perplexity = float(metrics["val_loss"]), float(metrics.get("ppl", 0.0))
+        if not (math.isfinite(loss) and math.isfinite(perplexity)):  # exp(loss) overflows float32 above 88.7
+            raise Diverged(
+                f"the validation loss is {loss} after step {trainer.global_step}, not finite or too large for a "
+                "perplexity: the run is not finished"
+            )
         if loss < self.best:
             self.best = loss
             self.save(trainer, BEST)

@@ -126,7 +126,7 @@ class DepthMonitor(Callback):
                 self.proved.add(adapter.model)
             for name in self.measures:
                 series = MONITORED[name](adapter, tokens, self.pad_id)
-                numbers |= layer_scalars(series, prefix=self.module and f"{self.module}/")
+                numbers |= layer_scalars(series, prefix=f"{self.module}/" if self.module else "")
         return numbers
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
