@@ -134,7 +134,7 @@ class StepDataModule(LightningDataModule, ABC):
         else:
             steps, per_step = trainer.max_steps, trainer.accumulate_grad_batches
         sampler = StepSampler(
-            self.batch_keys, first=lambda: trainer.global_step * per_step if trainer else 0, steps=steps * per_step
+            self.batch_keys, first=lambda: trainer.global_step * per_step if trainer else 0, count=steps * per_step
         )
         return StepLoader(self.train_set, batch_sampler=sampler, **self._loader_options(self.config.loader_workers))
 
@@ -169,20 +169,21 @@ def start_loader_worker(number: int) -> None:
 
 
 class StepSampler(Sampler[list[int]]):
-    """Yields `batch_keys(step)` from `first()`, called when the iteration begins, to `steps`.
+    """Yields `batch_keys(number)` of the batches from `first()`, called when the iteration begins, to `count`.
 
-    The length includes the steps before `first()`: Lightning numbers the batches of a resumed run from there.
+    A step has one batch, or as many as the trainer accumulates. The length includes the batches before `first()`:
+    Lightning numbers those of a resumed run from there.
     """
 
-    def __init__(self, batch_keys: Callable[[int], np.ndarray], first: Callable[[], int], steps: int) -> None:
-        self.batch_keys, self.first, self.steps = batch_keys, first, steps
+    def __init__(self, batch_keys: Callable[[int], np.ndarray], first: Callable[[], int], count: int) -> None:
+        self.batch_keys, self.first, self.count = batch_keys, first, count
 
     def __len__(self) -> int:
-        return self.steps
+        return self.count
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first(), self.steps):
-            yield self.batch_keys(step).tolist()
+        for number in range(self.first(), self.count):
+            yield self.batch_keys(number).tolist()
 
 
 class PlainErrorLoader(DataLoader):
