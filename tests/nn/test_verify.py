@@ -272,7 +272,7 @@ def test_our_decoder_passes(norm):
 
 
 @pytest.mark.parametrize(("norm", "set_"), [("post_ln", "pre_norm=False"), ("skip_init", "learned_branch_scale='scal")])
-def test_our_decoder_under_another_strategy_is_refused_by_its_coefficients(norm, set_):
+def test_a_strategy_of_our_decoder_that_cannot_be_checked_is_refused_by_its_coefficients(norm, set_):
     with pytest.raises(UserError, match=f"^norm='{norm}' sets {set_}.*which verify cannot check"):
         verify(tiny_decoder(norm), norm)
 

@@ -50,7 +50,8 @@ def read_trained(
     """A run, or a pretrained model that `import` reads, for a run that will be in the new folder `output`.
 
     Raises:
-        UserError: there is no such model, it is no run but an option of runs is given, or `output` is not a new folder.
+        UserError: there is no such model, an option of runs is given for a pretrained one, or `output` is not a new
+            folder.
     """
     import_torchmetrics()
     from cod_lightning.config.saved import load

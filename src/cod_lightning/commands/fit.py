@@ -63,7 +63,7 @@ def run(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
 
 
 def train_run(config: Config) -> tuple[dict[str, Any], Path]:
-    """Train a run unless it is finished; nothing is written beside its data before everything is checked.
+    """Train a run unless it is finished; nothing but prepared data is written before everything is checked.
 
     Returns:
         Its record and its folder.

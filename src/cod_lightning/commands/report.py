@@ -40,8 +40,7 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     import_torchmetrics()
     results = results or RESULTS
     folders = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
-    configs = {folder: load_record(record_path(folder))["config"] for folder in sorted(folders)}
-    recorded = {config.get("scale", folder.parent.name) for folder, config in configs.items()}
+    recorded = {load_record(record_path(each))["config"].get("scale", each.parent.name) for each in sorted(folders)}
     models = load_pretrained_models(results)
     if not folders and not models:
         raise UserError(f"{results} has no results: run reproduce, or name the folder by --results")
@@ -67,4 +66,5 @@ def left_out(folders: Sequence[str]) -> str:
     from cod_lightning.measure.depth_report import count
 
     listed = ", ".join(folders[:LISTED]) + ", ..." * (len(folders) > LISTED)
-    return f"left out {count(len(folders), 'run')} with settings of no experiment, or of a run that is listed: {listed}"
+    runs = count(len(folders), "run")
+    return f"left out {runs} with settings of no experiment, or of a run that is in the report: {listed}"
