@@ -77,6 +77,7 @@ def test_a_user_without_a_home_folder_gets_an_error(monkeypatch):
         ("file/x", "file", "Not a directory"),
         ("link/x", "link", "No such file or directory|Not a directory"),
         ("n" * 300 + "/x", "n", "File name too long"),
+        ("missing/" + "n" * 300, "", "File name too long"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(check, place, closest, reason, tmp_path):

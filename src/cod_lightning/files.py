@@ -141,6 +141,9 @@ def check_writable(path: Path, option: str = "", new: bool = False) -> None:
     try:
         if not is_there(path) or new:
             closest = next(parent for parent in path.parents if is_there(parent))
+        longest = os.pathconf(closest, "PC_NAME_MAX")  # the system checks names in folders that exist only
+        if any(len(os.fsencode(part)) > longest for part in path.relative_to(closest).parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with tempfile.TemporaryFile(dir=closest):
             pass
     except OSError as error:

@@ -101,6 +101,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     if first:
         for path in (folder, folder / CHECKPOINTS, folder / TOKENIZER):
             check_writable(path, f"output={config.output}: the run folder ")
+        check_writable(lock_of(folder), f"output={config.output}: the lock of the run folder ", new=True)
     is_new = not folder.exists()
     try:
         with ExitStack() as locks:
@@ -127,6 +128,12 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         raise
 
 
+def lock_of(folder: Path) -> Path:
+    """The lock file of a run folder, beside it."""
+    folder = Path(os.path.realpath(folder))
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Generator[None]:
     """Hold the lock of a run folder, which does not depend on the path by which it is reached.
@@ -134,11 +141,11 @@ def lock_folder(folder: Path) -> Generator[None]:
     Raises:
         UserError: another process holds it.
     """
-    folder = Path(os.path.realpath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_of(folder)
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder.with_name(f".{folder.name}.lock"), wait=False))
+            stack.enter_context(locked(lock, wait=False))
         except BlockingIOError:
             raise UserError(
                 f"{folder} is being trained by another process: wait for it, or choose another name="
