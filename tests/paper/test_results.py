@@ -187,6 +187,21 @@ def test_a_run_in_a_folder_of_any_name_is_in_the_report_at_its_scale(toys, tmp_p
     assert "**At scale=toy** (" in Path("REPRODUCTION.md").read_text()
 
 
+def test_the_notes_of_a_results_folder_are_in_its_report_alone(toys, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "reproducible_experiments", lambda: ["table7_130m"])
+    for name in ("pre_ln", "lns"):
+        add_result(tmp_path / "mine", toys[name], 1, **losses(5.0))
+    main(["report", "--results", "mine"])
+    assert "seeds were added" not in Path("REPRODUCTION.md").read_text()
+    Path("mine/notes.md").write_text("- **Ours.** Two seeds were added.\n")
+    main(["report", "--results", "mine"])
+    assert "\n- **Ours.** Two seeds were added.\n- **Changes" in Path("REPRODUCTION.md").read_text()
+    Path("mine/notes.md").write_bytes(b"\xff")
+    assert main(["report", "--results", "mine"]) == 2
+    assert "mine/notes.md: 'utf-8' codec can't decode" in capsys.readouterr().err
+
+
 def test_a_run_that_was_moved_aside_does_not_replace_the_new_one(toys, tmp_path):
     old = add_result(tmp_path, toys["lns"], 1, **losses(5.0))
     old.rename(f"{old}.previous-1")

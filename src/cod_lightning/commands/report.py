@@ -30,7 +30,7 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
     from cod_lightning.paper.pretrained_models import load_pretrained_models
     from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
-    from cod_lightning.paper.results import RESULTS, record_path
+    from cod_lightning.paper.results import RESULTS, load_notes, record_path
     from cod_lightning.plots import FORMATS
     from cod_lightning.train.record import FAILURE, RECORD, load_record
 
@@ -50,7 +50,7 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
     experiments, formats = load_experiments(rows, results), FORMATS if pdf else FORMATS[:1]
     if others := sorted(map(str, folders - {run.folder for e in experiments for row in e.rows for run in row.runs})):
         print(left_out(others), file=sys.stderr)
-    report = build_report(experiments, ESTIMATED_FOR, formats, models)
+    report = build_report(experiments, ESTIMATED_FOR, formats, models, load_notes(results))
     files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
     files |= {f"{FIGURES}/{name}": image for name, image in report.figures.items()}
     for name, content in files.items():

@@ -71,6 +71,7 @@ def build_report(
     hardware: str = "",
     formats: Collection[str] = ("png",),
     models: Sequence[PretrainedModel] = (),
+    notes: str = "",
 ) -> Report:
     """Build the report on all runs.
 
@@ -79,6 +80,7 @@ def build_report(
         hardware: device that the hours are estimated for, such as "H100".
         formats: of the figures: png, which the pages show, and pdf or svg.
         models: pretrained ones, with their depth reports.
+        notes: list items about the runs, as Markdown.
     """
     targets = by_target(experiments)
     summaries = summarize(targets)
@@ -98,6 +100,7 @@ def build_report(
         sections=sections,
         not_run=tables.not_run_table(targets, hardware),
         environments=environments(experiments),
+        notes=notes.strip(),
         figures=FIGURES,
         stuck=STUCK,
         untrained=UNTRAINED,

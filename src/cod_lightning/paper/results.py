@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from cod_lightning.config.saved import from_dict
-from cod_lightning.errors import UserError
+from cod_lightning.errors import DAMAGED, UserError, first_line, no_permission
 from cod_lightning.evaluate import PAPER_TASKS, SCORES_FILE
-from cod_lightning.files import write_atomic
+from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.paper.claims import Run
 from cod_lightning.train.record import FAILURE, RECORD, load_record
@@ -25,6 +25,23 @@ DIGITS = {"jacobian_map": 4}
 their colours. Losses keep all digits, because the report subtracts them."""
 RESULTS = Path("experiments/results")
 """Default results folder, from the top of a checkout: {scale}/{run label}/record.json and the measures."""
+NOTES = "notes.md"
+"""File of a results folder with list items about its runs, for the report."""
+
+
+def load_notes(results: Path) -> str:
+    """The notes of a results folder; empty if it has none.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    path = results / NOTES
+    try:
+        return read_regular(path) if path.exists() else ""
+    except PermissionError as error:
+        raise no_permission(error, path) from error
+    except DAMAGED as error:
+        raise UserError(f"{path}: {first_line(error)}; write it as UTF-8 text, or remove it") from error
 
 
 def load_runs(results: Path) -> dict[str, Run]:
