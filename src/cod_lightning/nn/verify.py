@@ -98,7 +98,7 @@ def verify(
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
     otherwise = "which verify cannot check: it measures gain and branch_scale"
-    # A Decoder of post_ln or skip_init has no such sites; its coefficients give the better error.
+    # `pre_norm_sites` refuses a Decoder of post_ln or skip_init by its modules; its coefficients say more.
     depth = len(model.blocks) if isinstance(model, Decoder) else len(pre_norm_sites(model, layout)) // 2
     specs = checked_specs(section, depth, FACTORS, otherwise)
     require_values(model)
