@@ -21,9 +21,9 @@ from cod_lightning.config.compose import compose
 from cod_lightning.data.corpora import open_corpus
 from cod_lightning.evaluate.perplexity import perplexity_of
 from cod_lightning.measure.ablation import removal
-from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.block_removal import remove_blocks
 from cod_lightning.measure.layer_importance import block_influence
+from cod_lightning.measure.reordering import mean_loss
 
 
 def selections(subject: Subject, most: int) -> Mapping[str, Sequence[Sequence[int]]]:

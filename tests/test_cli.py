@@ -257,7 +257,7 @@ def test_measure_accepts_options_as_key_value_words(finished, tmp_path):
 
 def loss_of(model, batches, pad_id=None):
     from cod_lightning.measure.adapter import ModelAdapter
-    from cod_lightning.measure.batches import mean_loss
+    from cod_lightning.measure.reordering import mean_loss
 
     return mean_loss(ModelAdapter(model), batches, pad_id)[0]
 

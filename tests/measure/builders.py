@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
@@ -83,6 +84,13 @@ def learn(model, batch, steps=30):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+@torch.no_grad()
+def loss_of_logits(model, batches, pad_id=None):
+    """The mean loss of the logits that a model returns."""
+    logits = torch.cat([model.logits(batch).flatten(0, 1) for batch in batches])
+    return F.cross_entropy(logits, torch.cat([next_tokens(batch, pad_id).flatten() for batch in batches])).item()
 
 
 @torch.no_grad()

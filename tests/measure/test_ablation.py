@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import PAD, residual_stream, silence, tokens
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import (
@@ -15,8 +16,8 @@ from cod_lightning.measure.ablation import (
     run_removal,
     swaps,
 )
-from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.measure.reordering import mean_loss
 
 ABLATIONS = (removal, run_removal, swaps, linear_replacement)
 
@@ -135,6 +136,13 @@ def test_usefulness_is_the_share_of_losses_raised_by_a_tenth(causal_lm, batch):
     useful = [loss > 1.1 * result.loss for loss in result.losses]
     assert result.usefulness == sum(useful) / 4
     assert [row["useful"] for row in result.rows()] == useful
+
+
+def test_a_wrapped_block_is_replaced_by_the_same_map(causal_lm, batch):
+    model = causal_lm("llama")
+    expected = linear_replacement(model, [batch])
+    model.model.model.layers = torch.nn.ModuleList(map(checkpoint_wrapper, model.blocks))
+    assert linear_replacement(model, [batch]) == expected
 
 
 class TestFitLinear:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import decoder, tiny_model, tokens
+from builders import decoder, loss_of_logits, tiny_model, tokens
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal, replaced, run_removal, swaps
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.block_removal import remove_blocks
 from cod_lightning.measure.layer_importance import layer_importance
 from cod_lightning.measure.open_model import check_layout
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.measure.reordering import mean_loss
 from cod_lightning.nn.apply import apply, fold
 from cod_lightning.nn.layouts import known_layout
 from cod_lightning.nn.pretrained import quiet_transformers
@@ -244,7 +244,7 @@ def loss_with_identities(model, *layers):
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(replaced(model.blocks[layer - 1], lambda x: x))
-        return mean_loss(model, BATCHES)[0]
+        return loss_of_logits(model, BATCHES)
 
 
 def test_removal_makes_blocks_the_identity(mixed):
@@ -266,7 +266,7 @@ def test_swapped_blocks_keep_their_kind_of_attention(mixed, monkeypatch):
         if kinds:
             monkeypatch.setattr(mixed.config, "layer_types", [kinds[index] for index in order])
         with mixed.with_blocks([mixed.blocks[index] for index in order]):
-            expected.append(mean_loss(mixed, BATCHES)[0])
+            expected.append(loss_of_logits(mixed, BATCHES))
     assert result.losses == pytest.approx(expected, rel=1e-6)
 
 
@@ -299,7 +299,7 @@ def test_peri_ln_keeps_the_norm_of_its_embeddings_without_its_first_block():
     model = decoder("peri_ln")
     first = model.blocks[0]
     with replaced(first, first.entry_norm):
-        expected = mean_loss(model, BATCHES)[0]
+        expected = loss_of_logits(model, BATCHES)
     assert removal(model, BATCHES).losses[0] == pytest.approx(expected, rel=1e-6)
     assert mean_loss(remove_blocks(model, [1]), BATCHES)[0] == pytest.approx(expected, rel=1e-6)
     model.model.model.layers = torch.nn.ModuleList(map(checkpoint_wrapper, model.blocks))

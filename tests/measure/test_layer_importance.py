@@ -4,13 +4,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import PAD, padded_batches, residual_stream, silence
+from builders import PAD, loss_of_logits, padded_batches, residual_stream, silence
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.layer_importance import block_influence, layer_importance
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.reordering import order_losses
+from cod_lightning.measure.reordering import changed_losses
 
 
 @pytest.fixture
@@ -60,26 +59,24 @@ def test_the_influence_table_has_a_row_for_each_run(causal_lm):
 
 
 def test_a_coalition_is_the_model_with_only_its_blocks(model):
-    losses, targets = order_losses(model, [(2,), (1, 3), (1, 2, 3, 4)], padded_batches(), PAD)
-    blocks = model.blocks
-    for coalition, loss in losses.items():
+    coalitions, blocks = [(2,), (1, 3), (1, 2, 3, 4)], model.blocks
+    _, _, losses = changed_losses(model, coalitions, padded_batches(), PAD)
+    for coalition, loss in zip(coalitions, losses, strict=True):
         with model.with_blocks([blocks[layer - 1] for layer in coalition]):
-            expected, count = mean_loss(model, padded_batches(), PAD)
-        assert loss == pytest.approx(expected, rel=1e-5)
-        assert targets == count
+            assert loss == pytest.approx(loss_of_logits(model, padded_batches(), PAD), rel=1e-5)
 
 
 def test_the_empty_coalition_reads_the_embeddings(model):
-    losses, _ = order_losses(model, [()], padded_batches(), PAD)
+    _, _, losses = changed_losses(model, [()], padded_batches(), PAD)
     silence(model, range(1, 5))
-    assert losses[()] == pytest.approx(mean_loss(model, padded_batches(), PAD)[0], rel=1e-5)
+    assert losses == [pytest.approx(loss_of_logits(model, padded_batches(), PAD), rel=1e-5)]
 
 
 @pytest.fixture
 def marginals(model):
     """Losses by coalition, and the reductions of the loss by each block in all 24 orders [orders, layers]."""
     subsets = [s for size in range(5) for s in itertools.combinations(range(1, 5), size)]
-    losses, _ = order_losses(model, subsets, padded_batches(), PAD)
+    losses = dict(zip(subsets, changed_losses(model, subsets, padded_batches(), PAD)[2], strict=True))
     values = np.zeros((24, 4))
     for number, order in enumerate(itertools.permutations(range(1, 5))):
         for index, layer in enumerate(order):

@@ -11,9 +11,9 @@ from torch import nn
 import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.open_model import check_layout, find_model
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.measure.reordering import mean_loss
 
 WIDTH = 8
 TOKENS = tokens(6, 9)

@@ -14,11 +14,11 @@ from cod_lightning.measure.ablation import causal_score, removal, swaps
 from cod_lightning.measure.activation_stats import activation_stats, layer_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.angular_distances import angular_distance
-from cod_lightning.measure.batches import mean_loss
 from cod_lightning.measure.jacobians import jacobian
 from cod_lightning.measure.layer_importance import block_influence, layer_importance
 from cod_lightning.measure.logit_lens import logit_lens
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.measure.reordering import mean_loss
 from cod_lightning.measure.weight_sparsity import layer_sparsity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_vit

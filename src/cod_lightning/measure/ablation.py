@@ -8,7 +8,6 @@ the remaining blocks keep their gains.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import perplexity_of
@@ -27,14 +27,13 @@ from cod_lightning.measure.batches import (
     error_over_sequences,
     hidden_states,
     iter_batches,
-    mean_loss,
     step_counter,
 )
 from cod_lightning.measure.options import UpToDepth
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
-from cod_lightning.measure.reordering import changed_losses, sequence_losses
+from cod_lightning.measure.reordering import changed_losses, mean_loss, sequence_losses
 from cod_lightning.measure.result import Progress, Result, table_rows
-from cod_lightning.nn.layouts import hidden_input
+from cod_lightning.nn.layouts import hidden_input, unwrapped
 
 Pairs = Literal["neighbours", "all"]
 USEFUL = 1.1
@@ -194,13 +193,12 @@ def removal(
     model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Removal:
     """Remove each block alone."""
-    whole = tuple(range(1, model.depth + 1))
-    orders = [tuple(other for other in whole if other != layer) for layer in whole]
-    sums, counts = sequence_losses(model, [whole, *orders], batches, pad_id, progress)
-    tokens = int(counts.sum())
-    losses = {order: float(each.sum()) / tokens for order, each in sums.items()}
-    errors = [error_over_sequences(sums[order] - sums[whole], counts) for order in orders]
-    return Removal(model.name, tokens, losses[whole], [losses[order] for order in orders], errors)
+    layers = range(1, model.depth + 1)
+    orders = [layers, *([other for other in layers if other != layer] for layer in layers)]
+    sums, counts = sequence_losses(model, orders, batches, pad_id, progress)
+    loss, *losses = (sums.sum(1) / counts.sum()).tolist()
+    errors = [error_over_sequences(without - sums[0], counts) for without in sums[1:]]
+    return Removal(model.name, int(counts.sum()), loss, losses, errors)
 
 
 def run_removal(
@@ -325,9 +323,8 @@ def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tens
     return solution / scale[:, None]
 
 
-@contextmanager
-def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Generator[None]:
-    """Replace the output of a block by `function` of its input inside the `with`.
+def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Replace the output of a block by `function` of its input, inside a `with` of the returned handle.
 
     It is a hook and not another module, because models read attributes of their blocks.
     """
@@ -336,11 +333,7 @@ def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Generato
         output = function(hidden_input(args, kwargs))
         return (output, *y[1:]) if isinstance(y, tuple) else output
 
-    handle = block.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return unwrapped(block).register_forward_hook(hook, with_kwargs=True)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Batches to measure on: their tokens without padding, their targets, and the model's loss."""
+"""Batches to measure on: their tokens without padding, and their targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cod_lightning.errors import UserError
@@ -178,34 +177,6 @@ def num_positions(model: ModelAdapter) -> int:
     """Length of an image: the class token and the patches."""
     assert isinstance(model.model, VisionTransformer)
     return len(model.model.embedding.positions)
-
-
-@torch.no_grad()
-def mean_loss(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
-) -> tuple[float, int]:
-    """Mean loss in nats per target, a next token or an image's label, and the number of targets.
-
-    The logits of a batch are in memory, in the dtype of the model. Losses are computed at least in float32, one
-    sequence at a time, and summed in float64.
-
-    Args:
-        model: in any dtype.
-        batches: tokens [batch, length] each, or images.
-        pad_id: padding token, which follows the others of a sequence and is no target.
-        progress: called after each batch.
-
-    Raises:
-        UserError: there is no target.
-    """
-    total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for batch, targets in iter_targets(model, batches, pad_id, progress):
-        for logits, row in zip(model.logits(batch), targets, strict=True):
-            logits = at_least_fp32(logits)
-            losses = F.cross_entropy(logits, row[: len(logits)], ignore_index=IGNORE, reduction="none")
-            total += losses.double().sum()
-        count += int((targets != IGNORE).sum())
-    return float(total) / count, count
 
 
 def hidden_states(model: ModelAdapter, batch: Batch, mask: Tensor, chosen: Tensor | None = None) -> list[Tensor]:

@@ -22,7 +22,7 @@ from cod_lightning.measure.batches import (
 )
 from cod_lightning.measure.options import Bounds, Positive
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
-from cod_lightning.measure.reordering import order_losses
+from cod_lightning.measure.reordering import changed_losses
 from cod_lightning.measure.result import Progress, Result
 
 
@@ -151,8 +151,9 @@ def layer_importance(
     generator = torch.Generator().manual_seed(seed)
     orders = [(torch.randperm(depth, generator=generator, device="cpu") + 1).tolist() for _ in range(permutations)]
     without = [tuple(other for other in whole if other != layer) for layer in whole]
-    needed = {tuple(sorted(order[:size])) for order in orders for size in range(depth + 1)} | set(without)
-    losses, tokens = order_losses(model, needed, batches, pad_id, progress)
+    needed = [*without, *(tuple(sorted(order[:size])) for order in orders for size in range(depth + 1))]
+    loss, tokens, changed = changed_losses(model, needed, batches, pad_id, progress)
+    losses = dict(zip(needed, changed, strict=True))
 
     def marginal(layer: int, coalition: Collection[int]) -> float:
         return losses[tuple(sorted(coalition))] - losses[tuple(sorted([*coalition, layer]))]
@@ -166,7 +167,7 @@ def layer_importance(
         shapley=means.mean.tolist(),
         error=means.error.tolist(),
         leave_one_out=[marginal(layer, others) for layer, others in zip(whole, without, strict=True)],
-        loss=losses[whole],
+        loss=loss,
         empty_loss=losses[()],
         permutations=permutations,
     )

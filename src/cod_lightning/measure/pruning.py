@@ -15,7 +15,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, new_folder
 from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import mean_loss, step_counter
+from cod_lightning.measure.batches import step_counter
 from cod_lightning.measure.block_removal import remove_blocks
 from cod_lightning.measure.options import Bounds, Positive, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
@@ -29,6 +29,7 @@ from cod_lightning.measure.pruned_models import (
     replace_run,
     share_of_zeros,
 )
+from cod_lightning.measure.reordering import mean_loss
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.measure.weight_sparsity import Calibration, Method, OwlLambda, Share, Threshold
 from cod_lightning.nn.apply import fold, strategy_of

@@ -19,48 +19,46 @@ from cod_lightning.measure.logit_lens import log_probabilities, token_chunks
 from cod_lightning.measure.result import Progress
 
 
+def mean_loss(
+    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+) -> tuple[float, int]:
+    """Mean loss in nats per target, a next token or an image's label, and the number of targets."""
+    loss, tokens, _ = changed_losses(model, [], batches, pad_id, progress)
+    return loss, tokens
+
+
 def changed_losses(
     model: ModelAdapter,
     orders: Sequence[Sequence[int]],
     batches: Iterable[Batch],
-    pad_id: int | None,
-    progress: Progress | None,
-) -> tuple[float, int, list[float]]:
-    """Return the loss and the number of targets of the model, and its loss with its layers in each of `orders`."""
-    whole = tuple(range(1, model.depth + 1))
-    losses, tokens = order_losses(model, [whole, *orders], batches, pad_id, progress)
-    return losses[whole], tokens, [losses[tuple(order)] for order in orders]
-
-
-def order_losses(
-    model: ModelAdapter,
-    orders: Iterable[Sequence[int]],
-    batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[tuple[int, ...], float], int]:
-    """Return the mean loss per target of the model with only the blocks of each order, and the number of targets.
-
-    Orders and cost are as for `sequence_losses`.
-    """
-    losses, counts = sequence_losses(model, orders, batches, pad_id, progress)
-    target_count = int(counts.sum())
-    return {layers: float(sums.sum()) / target_count for layers, sums in losses.items()}, target_count
+) -> tuple[float, int, list[float]]:
+    """The mean loss and the number of targets of the model, and its mean loss with only the blocks of each order."""
+    whole = range(1, model.depth + 1)
+    sums, counts = sequence_losses(model, [whole, *orders], batches, pad_id, progress)
+    loss, *changed = (sums.sum(1) / counts.sum()).tolist()
+    return loss, int(counts.sum()), changed
 
 
 @torch.no_grad()
 def sequence_losses(
     model: ModelAdapter,
-    orders: Iterable[Sequence[int]],
+    orders: Sequence[Sequence[int]],
     batches: Iterable[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[tuple[int, ...], Tensor], Tensor]:
-    """Return the summed loss of every sequence in the model with only the blocks of each order, and numbers of targets.
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of every sequence with only the blocks of each order, and the number of its targets, on the CPU.
 
-    Both are [sequences], on the CPU. Orders are layers, from 1. Every block keeps the mask and the positions of its
-    own layer. Removing every block alone costs about half the blocks' time in as many forward passes, and one head for
-    each.
+    Every block keeps the mask and the positions of its own layer. Removing every block alone costs about half the
+    blocks' time in as many forward passes, and one head for each. The inputs of all blocks are in memory for one batch.
+
+    Returns:
+        Losses [orders, sequences] in nats and float64, and numbers of targets [sequences].
+
+    Raises:
+        UserError: there is no target.
     """
     distinct = sorted({tuple(layers) for layers in orders})  # neighbours share their first blocks' outputs
     sums: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in distinct}
@@ -81,7 +79,7 @@ def sequence_losses(
             sums[layers].append(summed_losses(model, outputs[-1], targets).cpu())
             previous = layers
             advance()
-    return {layers: torch.cat(parts) for layers, parts in sums.items()}, torch.cat(counts)
+    return torch.stack([torch.cat(sums[tuple(layers)]) for layers in orders]), torch.cat(counts)
 
 
 def summed_losses(model: ModelAdapter, x: Tensor, targets: Tensor) -> Tensor:
