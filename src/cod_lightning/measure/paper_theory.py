@@ -87,7 +87,7 @@ class Theory(Result):
     """The lemma with c = 1, applied to its own result from sigma_{x_1}^2 on."""
     growth: Growth
     gains: list[float]
-    """||d y_l / d x_1||, or other gains; may be empty."""
+    """||d y_l / d x_1||, or other gains."""
     shape_constants: list[float]
     """A and B from the shapes; empty without them."""
     shape_log_bound: list[float]
@@ -95,7 +95,7 @@ class Theory(Result):
     log_m: float | None
     """Natural logarithm of M of Theorem 3.3 with these; None without shapes, and for LNS."""
     fitted_constants: list[float]
-    """A and B fitted to the logarithms of the gains relative to the first, not negative; empty without gains."""
+    """A and B fitted to the logarithms of the gains relative to the first, not negative."""
     fitted_log_bound: list[float]
     """Natural logarithm of the first gain times the theorem's product with these."""
 
@@ -135,7 +135,7 @@ class Theory(Result):
             Lines("variance of the block's input", curves, log=True, xlabel="layer l", points=variances)
         ]
         gains = [math.log10(gain) for gain in self.gains]  # logarithms, because the bound from shapes overflows an axis
-        points = {"gradient norm, measured": (layers[: len(gains)], gains)} if gains else {}
+        points = {"gradient norm, measured": (layers[: len(gains)], gains)}
         for constants, values in {"fitted": self.fitted_log_bound, "from shapes": self.shape_log_bound}.items():
             if values:
                 bound = {f"{theorem}, A and B {constants}": [value / math.log(10) for value in values]}
@@ -146,41 +146,32 @@ class Theory(Result):
 
 def theory(
     variances: Sequence[float],
+    gains: Sequence[float],
     *,
     lns: bool = False,
     shapes: Shapes | None = None,
-    gains: Sequence[float] = (),
     model: str = "model",
 ) -> Theory:
     """Compare measured variances and gains with the lemmas, the bounds and the growth laws.
 
     Args:
         variances: sigma_{x_l}^2 of the inputs of blocks l = 1, 2, ..., at least 3.
-        lns: the model has LayerNorm Scaling.
-        shapes: to compute A and B from.
         gains: ||d y_l / d x_1|| or other gains in the sense of the bound, for l = 1, 2, ..., to fit A and B to; at
             most as many as variances.
+        lns: the model has LayerNorm Scaling.
+        shapes: to compute A and B from.
         model: its name, for tables and figures.
 
     Raises:
-        UserError: a number is not positive, or there are too few variances, or too few or too many gains.
+        UserError: a number is not positive and finite.
     """
     for name, values in (("variances", variances), ("gains", gains)):
         if not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(f"{name}={list(values)}: expected positive finite numbers")
-    if len(variances) < 3:
-        raise UserError(f"{len(variances)} variances: expected at least 3")
-    if gains and not 3 <= len(gains) <= len(variances):
-        raise UserError(f"{len(gains)} gains for {len(variances)} variances: expected 3 to {len(variances)}")
     c = fit_lemma(variances, lns)
     shape_constants = [] if shapes is None else list(bound_constants(shapes))
-    shape_log_bound = [] if shapes is None else log_gain_bound(variances, *shape_constants, lns=lns)
-    fitted_constants: list[float] = []
-    fitted_log_bound: list[float] = []
-    if gains:
-        fitted_constants = list(fit_bound(variances, gains, lns))
-        bound = log_gain_bound(variances, *fitted_constants, lns=lns)[: len(gains)]
-        fitted_log_bound = [math.log(gains[0]) + value for value in bound]
+    fitted_constants = list(fit_bound(variances, gains, lns))
+    fitted = log_gain_bound(variances[: len(gains)], *fitted_constants, lns=lns)
     return Theory(
         model=model,
         lns=lns,
@@ -192,10 +183,10 @@ def theory(
         growth=growth(variances),
         gains=list(gains),
         shape_constants=shape_constants,
-        shape_log_bound=shape_log_bound,
+        shape_log_bound=log_gain_bound(variances, *shape_constants, lns=lns) if shape_constants else [],
         log_m=log_m(*shape_constants) if shape_constants and not lns else None,
         fitted_constants=fitted_constants,
-        fitted_log_bound=fitted_log_bound,
+        fitted_log_bound=[math.log(gains[0]) + value for value in fitted],
     )
 
 
@@ -357,13 +348,12 @@ def measured_theory(
     """
     outputs = activation_stats(model, batches, pad_id).residual.variance
     has_shapes = not model.why_not_sparse and model.config_value("num_attention_heads", None)
+    few, layers = first_sequences(batches, GROWTH_SEQUENCES), range(1, model.depth + 1)
     return theory(
         [embedding_variance(model, batches, pad_id), *outputs],
+        jacobian_growth(model, few, pad_id, progress, layers=layers).spectral,
         lns=has_lns(model) if lns is None else lns,
         shapes=shapes_of(model, batches[0].shape[1]) if has_shapes else None,
-        gains=jacobian_growth(
-            model, first_sequences(batches, GROWTH_SEQUENCES), pad_id, progress, layers=range(1, model.depth + 1)
-        ).spectral,
         model=model.name,
     )
 
