@@ -28,7 +28,7 @@ def model(request, causal_lm):
     model = causal_lm(request.param)
     with torch.no_grad():
         for layer, block in enumerate(model.blocks, start=1):
-            for _, weight in linear_weights(block).values():
+            for weight in linear_weights(block).values():
                 if layer != SILENT:
                     weight[0] *= 6
             for name, parameter in block.named_parameters():

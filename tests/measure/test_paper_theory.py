@@ -209,7 +209,7 @@ def test_the_standard_deviation_is_around_the_mean_of_the_weights(causal_lm):
     model = causal_lm("llama")
     before = shapes_of(model, 6).std
     for block_ in model.blocks:
-        for _, weight in linear_weights(block_).values():
+        for weight in linear_weights(block_).values():
             weight += 1
     assert shapes_of(model, 6).std == pytest.approx(before, rel=1e-4)
 

@@ -233,7 +233,7 @@ def test_weights_are_pruned_by_method_and_allocation(causal_lm, family, method, 
     torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-5, atol=1e-5)
     assert result.loss_after == pytest.approx(loss(loaded), rel=1e-5)
     for block, share in zip(loaded.blocks, shares, strict=True):
-        for _, weight in linear_weights(block).values():
+        for weight in linear_weights(block).values():
             assert float((weight == 0).float().mean()) == pytest.approx(share, abs=0.5 / min(weight.shape))
     assert result.zeros_before == 0
     assert result.zeros_after == pytest.approx(0.5, abs=0.02)

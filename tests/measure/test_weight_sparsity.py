@@ -55,9 +55,9 @@ def test_linear_weights_are_views_of_the_parameters(model):
         expected = weights_of(model, block)
         weights = linear_weights(block)
         assert set(weights) == set(expected)
-        for name, (module, weight) in weights.items():
+        for name, weight in weights.items():
             np.testing.assert_array_equal(weight.numpy(), expected[name].astype("float32"))
-            assert weight.data_ptr() == module.weight.data_ptr()
+            assert weight.data_ptr() == block.get_submodule(name).weight.data_ptr()
 
 
 def test_input_norms_are_those_of_all_tokens_but_padding(model):
@@ -70,7 +70,7 @@ def test_input_norms_are_those_of_all_tokens_but_padding(model):
 
 def test_outlier_ratios_follow_owl(model):
     with torch.no_grad():
-        for _, weight in linear_weights(model.blocks[1]).values():
+        for weight in linear_weights(model.blocks[1]).values():
             weight[0] *= 30
     expected = []
     for block, norms in zip(model.blocks, norms_of(model), strict=True):
@@ -177,7 +177,7 @@ def prune_wanda(llama, rows, ratio):
 
 
 def masks_of(model):
-    return [{name: weight == 0 for name, (_, weight) in linear_weights(block).items()} for block in model.blocks]
+    return [{name: weight == 0 for name, weight in linear_weights(block).items()} for block in model.blocks]
 
 
 def test_sequential_wanda_has_the_masks_of_its_released_code(causal_lm):
@@ -234,7 +234,7 @@ def test_matrices_without_a_tail_do_not_count(causal_lm):
     model = causal_lm("llama")
     expected = layer_alphas(model)
     model.blocks[1].get_submodule("self_attn.o_proj").weight.zero_()
-    alphas = [pl_alpha_hill(weight) for _, weight in linear_weights(model.blocks[1]).values()]
+    alphas = [pl_alpha_hill(weight) for weight in linear_weights(model.blocks[1]).values()]
     assert math.isnan(alphas[3])
     assert layer_alphas(model) == pytest.approx([expected[0], np.nanmean(alphas), *expected[2:]])
 
@@ -242,7 +242,7 @@ def test_matrices_without_a_tail_do_not_count(causal_lm):
 @torch.no_grad()
 def test_a_block_without_a_tail_is_an_error(causal_lm):
     model = causal_lm("llama")
-    for _, weight in linear_weights(model.blocks[1]).values():
+    for weight in linear_weights(model.blocks[1]).values():
         weight.zero_()
     with pytest.raises(UserError, match="layer 2: the spectrum of no weight matrix has a tail"):
         layer_alphas(model)

@@ -224,7 +224,7 @@ def fold_linear_map(
         if not learned.all():
             raise UserError(f"{model.name}: a scale of zero hides channels of the FFN; use replace=layer")
         in_projection = change * learned.double() / learned.double()[:, None]
-    for tensor in () if output is None else (linear_weights(output)[""][1], output.bias):
+    for tensor in () if output is None else (linear_weights(output)[""], output.bias):
         if tensor is not None:
             tensor.copy_(tensor + in_projection @ tensor.double())
     m, mapped = (states_around(each, *masked_batches[-1], previous, previous)[0] for each in (model, smaller))

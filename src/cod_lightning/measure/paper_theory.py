@@ -380,14 +380,11 @@ def has_lns(model: ModelAdapter) -> bool:
 
 def shapes_of(model: ModelAdapter, length: int) -> Shapes:
     """Shapes of a model; `std` is that of all weights of the blocks' linear layers."""
-    config = model.config
-    hidden = model.hidden
-    count, total, squares = 0, 0.0, 0.0
-    for block in model.blocks:
-        for _, weight in linear_weights(block).values():
-            count += weight.numel()
-            total += float(weight.sum(dtype=torch.float64))
-            squares += float(at_least_fp32(weight).square().sum(dtype=torch.float64))
+    config, hidden = model.config, model.hidden
+    weights = [weight for block in model.blocks for weight in linear_weights(block).values()]
+    count = sum(weight.numel() for weight in weights)
+    total = sum(float(weight.sum(dtype=torch.float64)) for weight in weights)
+    squares = sum(float(at_least_fp32(weight).square().sum(dtype=torch.float64)) for weight in weights)
     return Shapes(
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden,

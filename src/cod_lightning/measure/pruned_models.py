@@ -170,5 +170,5 @@ def prune_weights(
 
 def share_of_zeros(model: ModelAdapter) -> float:
     """Share of zeros among the weights of the blocks' linear layers."""
-    weights = [weight for block in model.blocks for _, weight in linear_weights(block).values()]
+    weights = [weight for block in model.blocks for weight in linear_weights(block).values()]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

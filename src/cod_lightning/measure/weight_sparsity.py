@@ -89,18 +89,18 @@ def layer_sparsity(
     )
 
 
-def linear_weights(block: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Return the linear layers of a block by name, with their weights as views [out, in] that can be modified.
+def linear_weights(block: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of the linear layers of a block by the layer's name, as views [out, in] to modify.
 
     Raises:
         UserError: the block has no linear layers.
     """
-    weights: dict[str, tuple[nn.Module, Tensor]] = {}
+    weights: dict[str, Tensor] = {}
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
-            weights[name] = module, module.weight.detach()
+            weights[name] = module.weight.detach()
         elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer in transformers, with weight [in, out]
-            weights[name] = module, module.get_parameter("weight").detach().T
+            weights[name] = module.get_parameter("weight").detach().T
     if not weights:
         raise UserError(f"{type(block).__name__} has no linear layers to prune: expected nn.Linear or Conv1D")
     return weights
@@ -135,14 +135,14 @@ def input_squares(blocks: Iterable[nn.Module], masks: list[Tensor]) -> Generator
     with ExitStack() as handles:
         for block in blocks:
             squares.append({})
-            for name, (module, weight) in linear_weights(block).items():
+            for name, weight in linear_weights(block).items():
                 squares[-1][name] = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
 
                 def hook(module: nn.Module, args: tuple[Tensor, ...], total: Tensor = squares[-1][name]) -> None:
                     x = args[0].flatten(0, -2)[masks[0]]
                     total += at_least_fp32(x).square().sum(0, dtype=torch.float64)
 
-                handles.enter_context(module.register_forward_pre_hook(hook))
+                handles.enter_context(block.get_submodule(name).register_forward_pre_hook(hook))
         yield squares
 
 
@@ -162,7 +162,7 @@ def outlier_ratios(model: ModelAdapter, norms: Sequence[dict[str, Tensor]], thre
     """
     ratios = []
     for block, norm in zip(model.blocks, norms, strict=True):
-        scores = [wanda_scores(weight, norm[name]) for name, (_, weight) in linear_weights(block).items()]
+        scores = [wanda_scores(weight, norm[name]) for name, weight in linear_weights(block).items()]
         size = sum(score.numel() for score in scores)
         mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / size
         ratios.append(sum(int((score > threshold * mean).sum()) for score in scores) / size)
@@ -211,7 +211,7 @@ def layer_alphas(model: ModelAdapter) -> list[float]:
     """
     means = []
     for layer, block in enumerate(model.blocks, start=1):
-        weights = [weight for _, weight in linear_weights(block).values()]
+        weights = linear_weights(block).values()
         if not all(weight.isfinite().all() for weight in weights):
             raise UserError(f"{model.name}: layer {layer}: a weight is NaN or infinite")
         alphas = [pl_alpha_hill(weight) for weight in weights]
@@ -297,7 +297,7 @@ def sparsify(
     """
     copy = replace(model, model=deepcopy(model.model))
     for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
-        for name, (_, weight) in linear_weights(block).items():
+        for name, weight in linear_weights(block).items():
             if method == "magnitude":
                 pruned = smallest(weight.abs().flatten(), round(share * weight.numel())).view(weight.shape)
             else:
@@ -342,7 +342,7 @@ def sparsify_sequentially(
                 for x, functions, mask in streams:
                     masks[:] = [mask]
                     functions[index](x)
-            for name, (_, weight) in linear_weights(block).items():
+            for name, weight in linear_weights(block).items():
                 scores = wanda_scores(weight, squares[0][name].sqrt())
                 weight.masked_fill_(smallest(scores, int(share * weight.shape[1])), 0)
             streams = [(functions[index](x), functions, mask) for x, functions, mask in streams]
