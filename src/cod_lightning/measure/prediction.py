@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -206,37 +206,17 @@ def closed_form(decoder: Decoder) -> dict[str, list[float]]:
     return {"variance": variance, "gradient_norm": gradient_norm[::-1], "gain": gain}
 
 
-@dataclass(frozen=True)
-class Step:
-    """A sub-layer at the kernel of its input: the factors that it puts on the kernels p and g."""
+class Step(NamedTuple):
+    """A sub-layer at the kernels of its input."""
 
     q: Array
     """Kernel of the output."""
     branch: float
     """Variance of the scaled branch."""
-    outer: Array | float
-    """Factors of the derivative of the sum's norm and of the norms below."""
-    skip: Array | float
-    """Square of the skip connection's factor."""
-    from_block: bool
-    """Whether the skip starts at the input of the block."""
-    after: Array | float
-    """Factor of the branch's norm and scale."""
-    mix: Callable[[Array, bool], Array]
-    """Maps a kernel through f; True: through its transpose."""
-    before: Array | float
-    """Factor of the pre-norm."""
-
-    def forward(self, p: Array, of_block: Array) -> Array:
-        """The kernel after the sub-layer; `of_block` is that of the block's input."""
-        start = of_block if self.from_block else p
-        return self.outer * (self.skip * start + self.after * self.mix(self.before * p, False))
-
-    def backward(self, g: Array) -> tuple[Array, Array]:
-        """The gradients at the sub-layer's input, and what the skip adds to that at the block's input."""
-        g = self.outer * g
-        skip, branch = self.skip * g, self.before * self.mix(self.after * g, True)
-        return (branch, skip) if self.from_block else (branch + skip, np.zeros_like(g))
+    forward: Callable[[Array, Array], Array]
+    """Maps p at the sub-layer's input, and at the block's input, to p after the sub-layer."""
+    backward: Callable[[Array], tuple[Array, Array]]
+    """Maps g after the sub-layer to g at its input, and to what the skip adds to g at the block's input."""
 
 
 def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
@@ -282,16 +262,19 @@ def step_of(
     total = skip * start + branch
     # A sum that is normalised is not Gaussian from then on: its length is fixed.
     outer, outer_slope = factors(total, fixed=True) if spec.sum_norm else (1.0, 1.0)
-    return Step(
-        q=outer * total,
-        branch=float(branch.diagonal().mean()),
-        outer=outer_slope,
-        skip=skip * slope if spec.skip_from == "pre_norm" else skip,
-        from_block=spec.skip_from == "block",
-        after=spec.branch_scale**2 * after_slope,
-        mix=mix,
-        before=slope,
-    )
+    to_skip = skip * slope if spec.skip_from == "pre_norm" else skip
+    to_branch = spec.branch_scale**2 * after_slope
+
+    def forward(p: Array, of_block: Array) -> Array:
+        start = of_block if spec.skip_from == "block" else p
+        return outer_slope * (to_skip * start + to_branch * mix(slope * p, False))
+
+    def backward(g: Array) -> tuple[Array, Array]:
+        g = outer_slope * g
+        of_branch, of_skip = slope * mix(to_branch * g, True), to_skip * g
+        return (of_branch, of_skip) if spec.skip_from == "block" else (of_branch + of_skip, np.zeros_like(g))
+
+    return Step(outer * total, float(branch.diagonal().mean()), forward, backward)
 
 
 def attention(
