@@ -13,9 +13,9 @@ over tokens, so their bias is of the order of 1 / tokens and does not depend on 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, iter_batches, step_counter
 from cod_lightning.measure.jacobian_products import (
+    LinearMap,
     at_token,
     compose,
     differentiable,
@@ -169,23 +170,23 @@ def jacobian(
     chosen = list(layers or range(1, model.depth + 1))
     generator = torch.Generator().manual_seed(seed)
     samples: dict[int, list[Tensor]] = {layer: [] for layer in chosen}
-    weights: list[Tensor] = []
+    kept_weights: list[Tensor] = []
+    blocks = iter_blocks(model, batches, pad_id, chosen, tokens, generator, progress)
     with differentiable(model.model):
-        for block in iter_blocks_with_positions(model, batches, pad_id, chosen, tokens, generator, progress):
-            x = block.x
-            forward, backward = jvp_and_vjp(block.function, x)
+        for layer, function, x, positions, weights in blocks:
+            forward, backward = jvp_and_vjp(function, x)
             statistics = []
-            for position in block.positions.T:
+            for position in positions.T:
                 token_vjp = at_token(backward, x, position)
                 start = gaussian((len(x), x.shape[-1]), generator, x.device)
                 sigma = largest_singular_value(at_token(forward, x, position), token_vjp, start, iterations)
                 estimates = estimate_statistics(token_vjp, x, probes, generator)
                 statistics.append(torch.cat((estimates, sigma[:, None]), dim=1))
-            sampled = block.weights.flatten() > 0
-            samples[block.layer].append(torch.stack(statistics, dim=1).flatten(0, 1).cpu()[sampled])
-            if block.layer == chosen[0]:
-                weights.append(block.weights.flatten()[sampled])
-    weight = torch.cat(weights)
+            sampled = weights.flatten() > 0
+            samples[layer].append(torch.stack(statistics, dim=1).flatten(0, 1).cpu()[sampled])
+            if layer == chosen[0]:
+                kept_weights.append(weights.flatten()[sampled])
+    weight = torch.cat(kept_weights)
     summaries = [summarise(torch.cat(samples[layer]), weight) for layer in chosen]
     values = {name: [summary[name][0] for summary in summaries] for name in STATISTICS}
     errors = {name: [summary[name][1] for summary in summaries] for name in STATISTICS}
@@ -215,15 +216,15 @@ def mean_jacobian(
     generator = torch.Generator().manual_seed(seed)
     totals = dict.fromkeys(chosen, torch.zeros((), dtype=torch.float64, device="cpu"))
     count, total = 0, 0.0
+    blocks = iter_blocks(model, batches, pad_id, chosen, tokens, generator, progress)
     with differentiable(model.model):
-        for block in iter_blocks_with_positions(model, batches, pad_id, chosen, tokens, generator, progress):
-            backward = vjp(block.function, block.x)
-            for position, weight in zip(block.positions.T, block.weights.T, strict=True):
-                matrices = full_jacobian(at_token(backward, block.x, position), block.x)
-                mean = torch.einsum("r,rij->ij", weight.to(matrices.device), matrices).cpu()
-                totals[block.layer] = totals[block.layer] + mean
-            if block.layer == chosen[0]:
-                count, total = count + int((block.weights > 0).sum()), total + float(block.weights.sum())
+        for layer, function, x, positions, weights in blocks:
+            backward = vjp(function, x)
+            for position, weight in zip(positions.T, weights.T, strict=True):
+                matrices = full_jacobian(at_token(backward, x, position), x)
+                totals[layer] = totals[layer] + torch.einsum("r,rij->ij", weight.to(x.device), matrices).cpu()
+            if layer == chosen[0]:
+                count, total = count + int((weights > 0).sum()), total + float(weights.sum())
     return MeanJacobian(model.name, count, chosen, [(totals[layer] / total).tolist() for layer in chosen])
 
 
@@ -289,21 +290,7 @@ def jacobian_growth(
     )
 
 
-class BlockWithPositions(NamedTuple):
-    """A block on a batch, with sampled tokens."""
-
-    layer: int
-    function: Callable[[Tensor], Tensor]
-    """The block, from [batch, length, hidden] to itself."""
-    x: Tensor
-    """Its input [batch, length, hidden]."""
-    positions: Tensor
-    """Sampled positions [batch, tokens]."""
-    weights: Tensor
-    """Their weights [batch, tokens] in float64; 0 marks a filler."""
-
-
-def iter_blocks_with_positions(
+def iter_blocks(
     model: ModelAdapter,
     batches: Iterable[Batch],
     pad_id: int | None,
@@ -311,20 +298,23 @@ def iter_blocks_with_positions(
     tokens: int,
     generator: torch.Generator,
     progress: Progress | None,
-) -> Iterator[BlockWithPositions]:
-    """Yield every layer on every batch, with tokens that are sampled once per batch."""
+) -> Iterator[tuple[int, LinearMap, Tensor, Tensor, Tensor]]:
+    """Yield every layer on every batch: its number, the block as a function, and its input [batch, length, hidden].
+
+    With them come `sample_positions` of the batch, the same for all its layers.
+    """
     masked_batches = list(iter_batches(model, batches, pad_id))
     advance = step_counter(progress, len(masked_batches) * len(layers))
     for batch, mask in masked_batches:
         positions, weights = sample_positions(mask.cpu(), tokens, generator)
         inputs, functions = model.block_functions(batch, mask)
         for layer in layers:
-            yield BlockWithPositions(layer, functions[layer - 1], inputs[layer - 1], positions, weights)
+            yield layer, functions[layer - 1], inputs[layer - 1], positions, weights
             advance()
 
 
 def sample_positions(mask: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sample positions [batch, count] of a mask [batch, length], with weights [batch, count] in float64.
+    """Sample positions [batch, count] of a mask [batch, length], with their weights [batch, count] in float64.
 
     The weights of a sequence add up to its number of kept positions. A sequence with fewer than `count` is filled up
     with positions of weight zero.
