@@ -8,7 +8,7 @@ most of the mean variance of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -49,9 +49,8 @@ class MassiveActivationFinder:
     def __init__(self) -> None:
         self.rows = 0
         """Sequences of earlier batches."""
-        self.largest: dict[tuple[int, int], tuple[float, int, int, int | None]] = {}
-        """Value, row, position and token by channel and layer."""
-        self.tokens: dict[tuple[int, int], int] = {}
+        self.found: dict[int, list[MassiveActivation]] = {}
+        """By channel, the largest after each block in each sequence."""
 
     def add(self, layer: int, x: Tensor, mask: Tensor, batch: Batch) -> None:
         """Search the output of a block [batch, length, hidden] at the positions of a mask [batch, length]."""
@@ -64,22 +63,18 @@ class MassiveActivationFinder:
             for channel in massive.any(0).nonzero()[:, 0].tolist():
                 position = int(positions[magnitude[:, channel].argmax()])
                 token = None if isinstance(batch, Images) else int(batch[row, position])
-                entry = (float(states[position, channel]), self.rows + row, position, token)
-                place = channel, layer
-                self.largest[place] = max(self.largest.get(place, entry), entry, key=lambda each: abs(each[0]))
-                self.tokens[place] = self.tokens.get(place, 0) + int(massive[:, channel].sum())
+                value, tokens = float(states[position, channel]), int(massive[:, channel].sum())
+                self.found.setdefault(channel, []).append(
+                    MassiveActivation(channel, layer, self.rows + row, position, token, None, value, tokens, [layer])
+                )
 
     def largest_channels(self, decode: Callable[[int], str] | None) -> tuple[list[MassiveActivation], int]:
         """The channels with the largest massive activations, largest first, and the number of all such channels."""
-        layers: dict[int, list[int]] = {}
-        for channel, layer in sorted(self.largest):
-            layers.setdefault(channel, []).append(layer)
         result = []
-        for channel, where in layers.items():
-            layer = max(where, key=lambda each, channel=channel: abs(self.largest[channel, each][0]))
-            value, row, position, token = self.largest[channel, layer]
-            text = None if decode is None or token is None else decode(token)
-            count = self.tokens[channel, layer]
-            result.append(MassiveActivation(channel, layer, row, position, token, text, value, count, where))
-        result.sort(key=lambda each: -abs(each.value))
+        for found in self.found.values():
+            top = max(found, key=lambda each: (abs(each.value), -each.layer))
+            text = None if decode is None or top.token is None else decode(top.token)
+            tokens = sum(each.tokens for each in found if each.layer == top.layer)
+            result.append(replace(top, text=text, tokens=tokens, layers=sorted({each.layer for each in found})))
+        result.sort(key=lambda each: (-abs(each.value), each.channel))
         return result[:MOST_CHANNELS], len(result)
