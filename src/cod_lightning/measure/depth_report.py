@@ -7,6 +7,7 @@ is computed from these numbers.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -74,19 +75,23 @@ def number(value: float | None, error: float | None = None) -> str:
     return f"{text} ± " + (f"{error:,.0f}" if error >= 99.5 else f"{error:.2g}")
 
 
+def compare_losses(result: Any, compare: Callable[[float, float], float]) -> list[float | None]:
+    """Each loss of the changed model compared with that of the whole model; None if one is not finite."""
+    whole = result["loss"]
+    return [None if loss is None or whole is None else compare(loss, whole) for loss in result["losses"]]
+
+
 def differences(removal: Any) -> list[float | None]:
     """Rise of the loss, in nats, when each block is removed."""
-    whole = removal["loss"]
-    return [None if loss is None or whole is None else loss - whole for loss in removal["losses"]]
+    return compare_losses(removal, operator.sub)
 
 
 def ratios(replacement: Any) -> list[float | None]:
-    return [None if loss is None else loss / replacement["loss"] for loss in replacement["losses"]]
+    return compare_losses(replacement, operator.truediv)
 
 
 def rises(search: Any) -> list[float | None]:
-    whole = search["loss"]
-    return [None if loss is None or whole is None else perplexity_rise(loss, whole) for loss in search["losses"]]
+    return compare_losses(search, perplexity_rise)
 
 
 def extremes(
