@@ -17,7 +17,7 @@ from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import step_counter
 from cod_lightning.measure.block_removal import remove_blocks
-from cod_lightning.measure.options import Bounds, Positive, require_options
+from cod_lightning.measure.options import Bounds, Positive, UpToDepth, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -117,13 +117,13 @@ def prune(
     *,
     folder: Path,
     export: Export,
-    layers: Sequence[int] | None = None,
+    layers: UpToDepth = None,
     by: Signal | None = None,
     blocks: int | None = None,
     replace: Replace | None = None,
     replace_steps: Positive = 500,
     replace_lr: Annotated[float, Bounds(above=0)] = 3e-4,
-    sparsity: Annotated[float | None, Bounds(at_least=0, at_most=1)] = None,
+    sparsity: Share | None = None,
     allocation: Allocation | None = None,
     method: Method | None = None,
     calibration: Calibration | None = None,
@@ -180,7 +180,7 @@ def prune(
         model = dataclasses.replace(model, model=fold(deepcopy(model.model)))
     batches = list(batches)
     if layers is not None:
-        pruning = Pruning(remove_blocks(model, layers), "named", sorted(set(layers)), [], "")
+        pruning = Pruning(remove_blocks(model, layers), "named", sorted(layers), [], "")
     elif replace is not None and blocks is not None:
         training, batches = split_batches(batches)
         pruning = replace_run(model, training, pad_id, progress, blocks, replace, replace_steps, replace_lr)
