@@ -55,11 +55,7 @@ class Attention(nn.Module):
         """y [B, T, D]; with a value residual, also the values of the first block: its own if `first_BGTK` is None."""
         q_BHTK, k_BGTK, v_BGTK = (
             norm(projection(x_BTD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-            for projection, norm in (
-                (self.q_proj, self.q_norm),
-                (self.k_proj, self.k_norm),
-                (self.v_proj, self.v_norm),
-            )
+            for projection, norm in ((self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, self.v_norm))
         )
         if self.value_residual != "no":
             first_BGTK = v_BGTK if first_BGTK is None else first_BGTK
@@ -115,27 +111,24 @@ class Residual(nn.Module):
         branch_BTD = scale(self.branch_norm(f_BTD), branch_scale)
         return branch_BTD if self.factor is None else branch_BTD * self.factor
 
-    def skip_input(self, x_BTD: Tensor, h_BTD: Tensor, block_BTD: Tensor) -> Tensor:
-        """The start of the skip: x, its pre-norm h, or the input of the block."""
-        return {"input": x_BTD, "pre_norm": h_BTD, "block": block_BTD}[self.spec.skip_from]
-
-    def scaled_skip(self, x_BTD: Tensor, gate: Tensor | None) -> Tensor:
-        """skip * x."""
+    def scaled_skip(self, x_BTD: Tensor, h_BTD: Tensor, block_BTD: Tensor, gate: Tensor | None) -> Tensor:
+        """skip * x, from the sub-layer's input x, its pre-norm h, or the input of the block."""
+        x_BTD = {"input": x_BTD, "pre_norm": h_BTD, "block": block_BTD}[self.spec.skip_from]
         x_BTD = gpas(x_BTD, gate) if self.spec.gate == "input" else x_BTD
         return scale(x_BTD, self.spec.skip if self.skip is None else self.skip)
 
-    def forward(self, x_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None) -> Tensor:
-        """y = gate( sum_norm( skip * x + branch ) )."""
-        _, y_BTD = self.sum_norm.fused_add_norm(self.scaled_skip(x_BTD, gate), branch_BTD)
+    def forward(self, skip_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None) -> Tensor:
+        """y = gate( sum_norm( skip + branch ) ), of the scaled skip and branch."""
+        _, y_BTD = self.sum_norm.fused_add_norm(skip_BTD, branch_BTD)
         return gpas(y_BTD, gate) if self.spec.gate == "output" else y_BTD
 
     def fused_with_norm(
-        self, x_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None, next_norm: Norm | IdentityNorm
+        self, skip_BTD: Tensor, branch_BTD: Tensor, gate: Tensor | None, next_norm: Norm | IdentityNorm
     ) -> tuple[Tensor, Tensor]:
-        """y and next_norm(y); if y = skip * x + branch, one kernel adds and normalises."""
+        """y and next_norm(y); if y = skip + branch, one kernel adds and normalises."""
         if self.spec.sum_norm or self.spec.gate == "output":
-            return next_norm.fused_add_norm(self(x_BTD, branch_BTD, gate))
-        return next_norm.fused_add_norm(self.scaled_skip(x_BTD, gate), branch_BTD)
+            return next_norm.fused_add_norm(self(skip_BTD, branch_BTD, gate))
+        return next_norm.fused_add_norm(skip_BTD, branch_BTD)
 
 
 class Block(nn.Module):
@@ -183,15 +176,15 @@ class Block(nn.Module):
             f_BTD, first_BGTK = f_BTD
         attention_BTD = self.attention_residual.scaled_branch(f_BTD)
         # x = gate( sum_norm( skip * x + branch ) ) and h = gain * pre_norm(x)
-        x_BTD = self.attention_residual.skip_input(x_BTD, h_BTD, block_BTD)
+        skip_BTD = self.attention_residual.scaled_skip(x_BTD, h_BTD, block_BTD, self.gate)
         x_BTD, h_BTD = self.attention_residual.fused_with_norm(
-            x_BTD, attention_BTD, self.gate, next_norm=self.post_attention_layernorm
+            skip_BTD, attention_BTD, self.gate, next_norm=self.post_attention_layernorm
         )
         # branch = branch_scale * branch_norm( ffn(h) )
         ffn_BTD = self.ffn_residual.scaled_branch(self.mlp(h_BTD))
         # y = gate( sum_norm( skip * x + branch ) )
-        x_BTD = self.ffn_residual.skip_input(x_BTD, h_BTD, block_BTD)
-        y_BTD = self.ffn_residual(x_BTD, ffn_BTD, self.gate)
+        skip_BTD = self.ffn_residual.scaled_skip(x_BTD, h_BTD, block_BTD, self.gate)
+        y_BTD = self.ffn_residual(skip_BTD, ffn_BTD, self.gate)
         if hook is not None:
             hook("attention", attention_BTD)
             hook("ffn", ffn_BTD)
