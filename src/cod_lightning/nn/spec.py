@@ -169,26 +169,13 @@ BLOCK_COEFFICIENTS = {
     name: hint for name, hint in get_type_hints(BlockSpec).items() if name not in ("attention", "ffn")
 }
 """Those of the block itself."""
-PARTS = {kind: get_type_hints(kind, include_extras=True) for kind in (Rates, Schedule)}
-"""Those of the coefficients that have fields themselves."""
 
-
+NO_PRE_NORM = "without pre_norm, which it acts on: set pre_norm=True"
+NO_BRANCH_NORM = "without branch_norm, which it acts on: set branch_norm=True"
 EXCLUSIONS: tuple[tuple[tuple[str, ...], Callable[[SublayerSpec], bool], str], ...] = (
-    (
-        ("gain", "input_scale", "pre_norm_weight", "groups", "norm_rates"),
-        lambda s: not s.pre_norm,
-        "without pre_norm, which it acts on: set pre_norm=True",
-    ),
-    (
-        ("skip_from",),
-        lambda s: s.skip_from == "pre_norm" and not s.pre_norm,
-        "without pre_norm, which it acts on: set pre_norm=True",
-    ),
-    (
-        ("branch_norm_weight",),
-        lambda s: not s.branch_norm,
-        "without branch_norm, which it acts on: set branch_norm=True",
-    ),
+    (("gain", "input_scale", "pre_norm_weight", "groups", "norm_rates"), lambda s: not s.pre_norm, NO_PRE_NORM),
+    (("skip_from",), lambda s: s.skip_from == "pre_norm" and not s.pre_norm, NO_PRE_NORM),
+    (("branch_norm_weight",), lambda s: not s.branch_norm, NO_BRANCH_NORM),
     (("skip",), lambda s: s.learned_skip, "with learned_skip, which replaces it: choose one"),
     (("branch_schedule",), lambda s: s.learned_skip, "with learned_skip, whose profile ignores it: choose one"),
     (("output_init",), lambda s: s.xavier is not None, "with xavier, which replaces it: choose one"),
@@ -222,13 +209,14 @@ def spec_problems(spec: BlockSpec) -> list[str]:
 
 
 def field_problems(name: str, values: Any, hints: dict[str, Any]) -> list[str]:
+    """One line for each field of `values` that does not have the type of its hint; `name` is that of `values`."""
     problems = []
     for key, hint in hints.items():
         value = getattr(values, key)
         if expected := mismatch(hint, value):
             problems.append(f"{name}.{key}={short_repr(value)}, expected {expected},")
-        elif type(value) in PARTS:
-            problems += field_problems(f"{name}.{key}", value, PARTS[type(value)])
+        elif isinstance(value, Rates | Schedule):
+            problems += field_problems(f"{name}.{key}", value, get_type_hints(type(value), include_extras=True))
     return problems
 
 
@@ -252,25 +240,27 @@ def schedule_end(specs: Sequence[BlockSpec]) -> int:
 
 def mismatch(hint: Any, value: Any) -> str:
     """A description of the type `hint` if `value` does not have it, else an empty string."""
-    if hint is bool:
-        return "" if isinstance(value, bool) else "true or false"
-    if hint is int:
-        return "" if type(value) is int and value > 0 else "a whole number from 1"
     arguments = get_args(hint)
+    if type(None) in arguments:
+        return "" if value is None else mismatch(arguments[0], value)
     if get_origin(hint) is Literal:
         return "" if isinstance(value, str) and value in arguments else f"one of {', '.join(arguments)}"
-    if value is None and type(None) in arguments:
-        return ""
-    if get_origin(hint) is Callable:
-        return "" if callable(value) else "a function of the step"
-    for part in PARTS:
-        if part in (hint, *arguments):
-            return "" if isinstance(value, part) else part.__name__
-    if Multiplier in (hint, *arguments):
-        return "" if is_number(value) and value > 0 else "a finite number above 0"
-    return "" if is_number(value) else "a finite number"
+    holds, expected = TYPES[hint]
+    return "" if holds(value) else expected
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is an integer or a float that float64 can hold, neither NaN nor infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (lambda value: type(value) is int and value > 0, "a whole number from 1"),
+    float: (is_number, "a finite number"),
+    Multiplier: (lambda value: is_number(value) and value > 0, "a finite number above 0"),
+    Callable[[int], float]: (callable, "a function of the step"),
+    Rates: (lambda value: isinstance(value, Rates), "Rates"),
+    Schedule: (lambda value: isinstance(value, Schedule), "Schedule"),
+}
+"""Types of coefficients by hint: whether a value has it, and its description."""

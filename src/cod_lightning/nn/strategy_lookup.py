@@ -116,10 +116,6 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     strategy = resolve(name)
     check_options(name, strategy, options)
     try:
-        inspect.signature(strategy).bind(layer, depth, **options)
-    except TypeError as error:
-        raise UserError(f"norm={name!r} cannot be called as (layer, depth, **options): {error}") from error
-    try:
         spec = strategy(layer, depth, **options)
     except UserError:
         raise
