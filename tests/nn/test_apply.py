@@ -262,7 +262,7 @@ def test_a_trained_model_keeps_its_function_on_request():
 @pytest.mark.parametrize("gain", [0.0, 1e-42])
 def test_a_gain_that_finite_weights_cannot_compensate_for_is_refused(gain, monkeypatch):
     monkeypatch.setitem(STRATEGIES, "faint", lambda layer, depth: cod.block(gain=gain))
-    with pytest.raises(UserError, match=r"weights divided by gain=.* of layer 1 are not finite"):
+    with pytest.raises(UserError, match=r"weights of layer 1 times .* are not finite"):
         apply(trained_llama(), "faint", trained="preserve")
 
 
@@ -683,7 +683,7 @@ def test_only_modules_take_a_strategy():
 
 def test_a_factor_of_a_norm_whose_weight_has_another_name_is_not_folded():
     model = apply(with_gamma_norms(), "lns", layout=PLAIN, trained="change")
-    with pytest.raises(UserError, match=r"layer 2: .* GammaNorm has no parameter 'weight', but gamma: a layer that is"):
+    with pytest.raises(UserError, match=r"layer 2: .* GammaNorm has no parameter 'weight' .*, but gamma:"):
         fold(model, layout=PLAIN)
 
 

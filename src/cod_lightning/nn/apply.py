@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from copy import copy, deepcopy
@@ -219,17 +220,13 @@ def require_parameter(module: Any, otherwise: str) -> None:
             f"{otherwise}: layout.outputs is missing, the last linear layers (mixtures of experts have none)"
         )
     require_no_adapter(module, otherwise)
-    if getattr(module, "weight", None) is None:
-        own = ", ".join(name for name, parameter in module._parameters.items() if parameter is not None)
-        raise UserError(
-            f"{otherwise}: {type(module).__name__} has no parameter 'weight', but {own or 'none of its own'}: a layer "
-            "that is multiplied needs one of this name; dequantise a quantised model"
-        )
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point():
+        own = ", ".join(name for name, parameter in module._parameters.items() if parameter is not None)
         raise UserError(
-            f"{otherwise}: {type(module).__name__} has no parameter 'weight' of floating-point numbers: dequantise the "
-            "model, or remove pruning (prune.remove) or parametrizations (remove_parametrizations) first"
+            f"{otherwise}: {type(module).__name__} has no parameter 'weight' of floating-point numbers, but "
+            f"{own or 'none of its own'}: dequantise the model, or remove pruning (prune.remove) or parametrizations "
+            "(remove_parametrizations) first"
         )
 
 
@@ -301,7 +298,6 @@ def change_weights(
         UserError: see `apply`; nothing is changed.
     """
     initial = changes_initial_weights(specs)
-    scaled = [site for site, spec in zip(sublayers, specs, strict=True) if spec.gain != 1]
     if trained == "refuse":
         same = "initial_weights='scaled'" if initial else "trained='change'"
         remedy = (
@@ -312,36 +308,26 @@ def change_weights(
     if trained == "preserve" and (initial or any(spec.branch_scale != 1 for spec in specs)):
         raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
     if trained == "preserve":
+        scaled = [site for site, spec in zip(sublayers, specs, strict=True) if spec.gain != 1]
         require_inputs(scaled, ", for trained='preserve'")
     if any(spec.input_init != 1 for spec in specs):
         require_inputs(sublayers)
     if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in sublayers):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
-    changed, offsets = [], []
+    changed: list[tuple[Any, float, float]] = []
     for site, spec in zip(sublayers, specs, strict=True):
-        layers = [site.norm] if spec.pre_norm_weight != 1 else []
-        layers += site.inputs if spec.input_init != 1 or (trained == "preserve" and spec.gain != 1) else []
-        layers += [site.output] if spec.output_init != 1 else []
-        for module in layers:
+        compensation = (1 / spec.gain if spec.gain else math.inf) if trained == "preserve" else spec.input_init
+        factors = [(site.norm, spec.pre_norm_weight), (site.output, spec.output_init)]
+        factors += [(linear, compensation) for linear in site.inputs]
+        for module, factor in [(module, factor) for module, factor in factors if factor != 1]:
             require_weight(module, f"norm={norm!r} cannot change a weight of layer {site.layer}")
-        changed += layers
-        offsets.append(weight_offset(site.norm) if spec.pre_norm_weight != 1 else 0.0)
-        if trained == "preserve" and not all((layer.weight / spec.gain).isfinite().all() for layer in layers):
-            raise UserError(
-                f"norm={norm!r}: weights divided by gain={spec.gain:.3g} of layer {site.layer} are not finite"
-            )
-    require_own_weights(model, sublayers, changed)
-    for site, spec, offset in zip(sublayers, specs, offsets, strict=True):
-        if trained == "preserve" and spec.gain != 1:
-            for linear in site.inputs:
-                linear.weight.div_(spec.gain)
-        if spec.pre_norm_weight != 1:
-            site.norm.weight.add_(offset).mul_(spec.pre_norm_weight).sub_(offset)
-        if spec.input_init != 1:
-            for linear in site.inputs:
-                linear.weight.mul_(spec.input_init)
-        if spec.output_init != 1:
-            site.output.weight.mul_(spec.output_init)
+            offset = weight_offset(module) if module is site.norm else 0.0
+            if not (module.weight * factor).isfinite().all():
+                raise UserError(f"norm={norm!r}: weights of layer {site.layer} times {factor:.3g} are not finite")
+            changed.append((module, factor, offset))
+    require_own_weights(model, sublayers, [module for module, _, _ in changed])
+    for module, factor, offset in changed:
+        module.weight.add_(offset).mul_(factor).sub_(offset)
 
 
 def is_trained(norm: Any) -> bool | None:

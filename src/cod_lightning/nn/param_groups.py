@@ -28,7 +28,7 @@ from cod_lightning.nn.apply import (
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.layouts import LLAMA, VIT, Layout, Site, pre_norm_sites, require_inputs, sites
 from cod_lightning.nn.output_scale import is_scaled
-from cod_lightning.nn.spec import BlockSpec, Rates, SublayerSpec, changes, scaled_rates
+from cod_lightning.nn.spec import Rates, SublayerSpec, changes, scaled_rates
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.settings import require_choice
 
@@ -77,14 +77,17 @@ def param_groups(
             to show it; layers with different rates that share a weight. The model is unchanged.
     """
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-        require_number(name, value)
+        # Not the text `1e-3` that YAML reads.
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:
+            raise UserError(f"{name}={value!r} must be a finite number of at least 0")
     require_choice("form", form, Form)
     require_choice("initial_weights", initial_weights, InitialWeights)
     if (applied := strategy_of(model)) is not None or any(is_scaled(module) for module in model.modules()):
         applied = applied or applied_inside(model)
         raise UserError(f"the model has a strategy already: {applied}; use apply or param_groups, not both")
     sublayers = pre_norm_sites(model, layout)
-    if any(isinstance(site.block, Block) and has_rates_or_factors(site.block.spec) for site in sublayers):
+    own = [part for site in sublayers if isinstance(site.block, Block) for part in site.block.spec.sublayers]
+    if any(name in SUPPORTED for spec in own for name in changes(spec)):
         raise UserError(
             "the decoder was built with a strategy: build it with norm=pre_ln, or train it with its own strategy"
         )
@@ -106,21 +109,6 @@ def param_groups(
         if changes_initial_weights(specs):
             setattr(own_config(model), SCALED, True)
     return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
-
-
-def require_number(name: str, value: Any) -> None:
-    """Check a setting of AdamW.
-
-    Raises:
-        UserError: it is not a finite number of at least 0, as the text `1e-3` is that YAML reads.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:
-        raise UserError(f"{name}={value!r} must be a finite number of at least 0")
-
-
-def has_rates_or_factors(spec: BlockSpec) -> bool:
-    """Whether a block has a coefficient that this module would set as well."""
-    return any(name in SUPPORTED for sublayer in spec.sublayers for name in changes(sublayer))
 
 
 def without_gain(spec: SublayerSpec, form: Form, norm: str) -> SublayerSpec:

@@ -74,15 +74,8 @@ def suggestion(name: str) -> str:
 
 
 def default_options(strategy: Strategy) -> dict[str, Any]:
-    """The options of a strategy by name, with their defaults.
-
-    Raises:
-        UserError: the function has no readable signature, like some functions written in C.
-    """
-    try:
-        parameters = list(inspect.signature(strategy).parameters.values())[2:]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"norm: {error}; expected a function (layer, depth, **options) -> BlockSpec") from error
+    """The options of a strategy by name, with their defaults."""
+    parameters = list(inspect.signature(strategy).parameters.values())[2:]
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
 
 
