@@ -17,6 +17,9 @@ try:
 except ImportError:  # Triton supports only Linux
     triton_bounded = triton_norm = None
 
+NormFunction = Callable[..., tuple[Tensor, Tensor]]
+"""Returns the residual stream and its norm."""
+
 
 def add_norm(
     x: Tensor,
@@ -234,7 +237,7 @@ def kernel_error(
     if unsupported(x, weight, added, groups):
         return None
 
-    def bounded(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def bounded(function: NormFunction) -> NormFunction:
         """A bounded norm as a function of x, weight and branch."""
 
         def norm(x: Tensor, weight: Tensor, branch: Tensor | None = None, *, groups: int, **options: Any) -> Any:
@@ -242,15 +245,17 @@ def kernel_error(
 
         return norm
 
-    def results(function: Callable[..., tuple[Tensor, Tensor]], exact: bool = False, **options: Any) -> list[Tensor]:
-        """Outputs and gradients of the norm with and without the addition."""
-        tensors = []
-        for inputs in ([x, weight], [x, weight, added]):
+    def results(function: NormFunction, exact: bool = False, **options: Any) -> dict[str, Tensor]:
+        """Outputs and gradients of the norm with and without the addition, by name."""
+        tensors = {}
+        for of, inputs in {"norm": [x, weight], "add_norm": [x, weight, added]}.items():
             leaves = [(t.double() if exact else t.clone()).requires_grad_() for t in inputs]
             outputs = function(*leaves, kind=kind, gain=0.7, groups=groups, dtype=None if exact else branch, **options)
             upstream = [gradient.to(output.dtype) for gradient, output in zip((dstream, dy), outputs, strict=True)]
-            tensors += [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
-        return [tensor.detach().double() for tensor in tensors]
+            gradients = torch.autograd.grad(outputs, leaves, upstream)
+            for name, tensor in zip(("stream", "y", "dx", "dweight", "dbranch"), (*outputs, *gradients), strict=False):
+                tensors[f"{name} of {of}"] = tensor.detach().double()
+        return tensors
 
     with torch.inference_mode(False), torch.enable_grad():
         plain_norm = bounded(reference_bounded_norm) if kind in BOUNDED else reference_add_norm
@@ -259,10 +264,8 @@ def kernel_error(
             ours = results(bounded(bounded_norm) if kind in BOUNDED else add_norm, backend="triton")
         except Exception as error:
             return f"the Triton kernels fail on {device}: {first_line(error)}"
-    names = [f"{name} of {of}" for of in ("norm", "add_norm") for name in ("stream", "y", "dx", "dweight", "dbranch")]
-    del names[4]  # without a branch
-    for name, truth, plain, tensor in zip(names, exact, reference, ours, strict=True):
-        error, allowed = ((t - truth).norm() / truth.norm() for t in (tensor, plain))
+    for name, truth in exact.items():
+        error, allowed = ((tensors[name] - truth).norm() / truth.norm() for tensors in (ours, reference))
         if not error <= 4 * max(float(allowed), 2**-24):
             return f"the Triton kernels are wrong on {device}: {name} is off by {error:.1e}, not {allowed:.1e}"
     return None

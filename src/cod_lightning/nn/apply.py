@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from copy import copy, deepcopy
@@ -316,15 +315,12 @@ def change_weights(
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
     changed: list[tuple[Any, float, float]] = []
     for site, spec in zip(sublayers, specs, strict=True):
-        compensation = (1 / spec.gain if spec.gain else math.inf) if trained == "preserve" else spec.input_init
+        compensation = 1 / spec.gain if trained == "preserve" else spec.input_init
         factors = [(site.norm, spec.pre_norm_weight), (site.output, spec.output_init)]
         factors += [(linear, compensation) for linear in site.inputs]
         for module, factor in [(module, factor) for module, factor in factors if factor != 1]:
             require_weight(module, f"norm={norm!r} cannot change a weight of layer {site.layer}")
-            offset = weight_offset(module) if module is site.norm else 0.0
-            if not (module.weight * factor).isfinite().all():
-                raise UserError(f"norm={norm!r}: weights of layer {site.layer} times {factor:.3g} are not finite")
-            changed.append((module, factor, offset))
+            changed.append((module, factor, weight_offset(module) if module is site.norm else 0.0))
     require_own_weights(model, sublayers, [module for module, _, _ in changed])
     for module, factor, offset in changed:
         module.weight.add_(offset).mul_(factor).sub_(offset)

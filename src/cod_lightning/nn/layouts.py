@@ -173,8 +173,6 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             the sub-layers are known, two sub-layers share a norm or a branch, or, without a layout, a block computes
             another equation (`OTHER_SUMS`) or has modules that its known layout does not name.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
     if not isinstance(layout, Layout | None):
         raise UserError(f"layout={layout!r} is not a Layout; {HINT}")
     refuse_fsdp1(model)
@@ -211,22 +209,17 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
 
 def refuse_other_blocks(model: nn.Module, sublayers: list[Site], layout: Layout) -> None:
     """Raise a UserError if a block computes another equation or has modules that a known layout does not name."""
+    paths = [path for pair in (layout.norms, layout.sublayers, layout.branches) for path in pair or ()]
+    named = {path.partition(".")[0] for path in paths}
     for block in [site.block for site in sublayers[::2]]:
         reasons = [OTHER_SUMS[base.__name__] for base in type(block).__mro__ if base.__name__ in OTHER_SUMS]
         if getattr(block, "norm_after", False):  # Molmo2's switch
             reasons.append("norms the outputs of its sub-layers (norm_after)")
         if reasons:
             raise UserError(f"{type(model).__name__}: {type(block).__name__} is no Pre-LN block: it {reasons[0]}")
-        if others := other_modules(block, layout):
+        if others := [name for name, child in block.named_children() if name not in named and has_effect(child)]:
             listed = ", ".join(others)
             raise UserError(f"{type(model).__name__}: its blocks have other modules than Pre-LN: {listed}; {HINT}")
-
-
-def other_modules(block: nn.Module, layout: Layout) -> list[str]:
-    """The children of a block that a layout does not name, and that have parameters or are norms."""
-    paths = [path for pair in (layout.norms, layout.sublayers, layout.branches) for path in pair or ()]
-    named = {path.partition(".")[0] for path in paths}
-    return [name for name, module in block.named_children() if name not in named and has_effect(module)]
 
 
 def has_effect(module: nn.Module) -> bool:

@@ -64,10 +64,7 @@ class Checkpoint:
         require_tokenizer(self.source)
         transformers = import_transformers(f"reading {self.source.name}")
         with named_errors(self.source.name, "its tokenizer cannot be read"), quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
-        if not isinstance(longest := tokenizer.model_max_length, int | float):
-            raise UserError(f"{self.source.name}: model_max_length={longest!r} of its tokenizer is not a number")
-        return tokenizer
+            return transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
 
 
 # Load -----------------------------------------------------------------------------------------------------------------
