@@ -387,8 +387,6 @@ def layout_of(model: nn.Module, name: str, layout: Layout | None) -> Layout:
     """The `Layout` of a model; arguments and errors are those of `ModelAdapter`."""
     if isinstance(model, VisionTransformer):
         return VIT
-    if not isinstance(layout, Layout | None):
-        raise UserError(f"layout={layout!r} is not a Layout; {HINT}")
     if layout is not None:
         sites(model, layout)  # raises, naming what is missing
         return layout

@@ -173,8 +173,6 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             the sub-layers are known, two sub-layers share a norm or a branch, or, without a layout, a block computes
             another equation (`OTHER_SUMS`) or has modules that its known layout does not name.
     """
-    if not isinstance(layout, Layout | None):
-        raise UserError(f"layout={layout!r} is not a Layout; {HINT}")
     refuse_fsdp1(model)
     by_name = layout is None
     layout = layout or known_layout(model)
@@ -236,8 +234,10 @@ def sites(model: nn.Module, layout: Layout) -> list[Site]:
         layout: where it keeps its blocks.
 
     Raises:
-        UserError: the model has no module that the layout names.
+        UserError: `layout` is no `Layout`, or the model has no module that it names.
     """
+    if not isinstance(layout, Layout):
+        raise UserError(f"layout={layout!r} is not a Layout; {HINT}")
     blocks: Any = submodule(model, layout.blocks, type(model).__name__)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential | nn.ModuleDict) or not len(blocks):
         raise UserError(

@@ -217,7 +217,7 @@ def apply_saved_strategy(model: Any, file: str) -> None:
 
 
 def load_generation_config(model: Any, source: Source) -> list[str]:
-    """Read generation_config.json into the model, without settings that contradict others; return their names.
+    """Read generation_config.json into the model, without settings that have no effect; return their names.
 
     Raises:
         UserError: `transformers` would refuse to save the rest.
@@ -232,11 +232,7 @@ def load_generation_config(model: Any, source: Source) -> list[str]:
         with named_errors(str(path), "not a generation configuration"):
             model.generation_config = GenerationConfig.from_pretrained(source.name)
     generation, defaults = model.generation_config, GenerationConfig()
-    try:
-        generation.validate(strict=True)
-        return []
-    except ValueError:
-        names = (() if generation.do_sample else SAMPLING) + (() if (generation.num_beams or 1) > 1 else BEAMS)
+    names = (() if generation.do_sample else SAMPLING) + (() if (generation.num_beams or 1) > 1 else BEAMS)
     dropped = [name for name in names if getattr(generation, name, None) != getattr(defaults, name, None)]
     for name in dropped:
         setattr(generation, name, getattr(defaults, name))
