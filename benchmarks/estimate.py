@@ -34,8 +34,9 @@ from cod_lightning.config.schema import Config, OptimConfig, TrainerConfig
 from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_decoder, build_vit
+from cod_lightning.nn.init import build_decoder, build_model
 from cod_lightning.nn.strategies import BlockSpec, build_all
+from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.train.estimate import GPUS, estimate
 from cod_lightning.train.optim import build_optimizer
 
@@ -56,7 +57,7 @@ def build(
         tokens = torch.randint(shape.vocab_size or 0, (2, batch_size, seq_len), device=DEVICE)
         return build_decoder(shape, specs, seed=1, device=DEVICE), [(batch, next_tokens(batch)) for batch in tokens]
     classes, size = images.known_classes or 0, images.size
-    vit = build_vit(shape, specs, seed=1, image_size=size, patch_size=images.patch_size, classes=classes, device=DEVICE)
+    vit = build_model(lambda: VisionTransformer(shape, specs, size, images.patch_size, classes), seed=1, device=DEVICE)
     pixels = torch.randn(2, batch_size, 3, size, size, device=DEVICE)
     return vit, list(zip(pixels, torch.randint(classes, (2, batch_size), device=DEVICE), strict=True))
 

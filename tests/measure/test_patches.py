@@ -21,8 +21,9 @@ from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.reordering import mean_loss
 from cod_lightning.measure.weight_sparsity import layer_sparsity
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_vit
+from cod_lightning.nn.init import build_model
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.vit import VisionTransformer
 
 DEPTH, CLASSES = 3, 5
 
@@ -31,7 +32,7 @@ def build(strategy):
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
     config = DecoderConfig(**shape, norm="layer", init_std=0.3)
     specs = build_all({"name": strategy}, DEPTH)
-    vit = build_vit(config, specs, seed=0, image_size=12, patch_size=4, classes=CLASSES)
+    vit = build_model(lambda: VisionTransformer(config, specs, 12, 4, CLASSES), seed=0)
     return ModelAdapter(vit.double().eval(), "vit")
 
 

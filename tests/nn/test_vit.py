@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from cod_lightning.config.compose import compose
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.nn.config import DecoderConfig, num_vit_parameters
-from cod_lightning.nn.init import build_vit, seed_of
+from cod_lightning.nn.init import build_model, seed_of
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.nn.vit import VisionTransformer, label_loss, patches
 
@@ -23,7 +23,12 @@ SHAPE = {"image_size": 12, "patch_size": 4, "classes": 5}
 
 
 def vit(norm="pre_ln", seed=0, **options) -> VisionTransformer:
-    return build_vit(CONFIG, build_all({"name": norm, **options}, DEPTH), seed, **SHAPE)
+    return vit_of(CONFIG, norm, seed, **options)
+
+
+def vit_of(config, norm="pre_ln", seed=0, **options) -> VisionTransformer:
+    specs = build_all({"name": norm, **options}, DEPTH)
+    return build_model(lambda: VisionTransformer(config, specs, **SHAPE), seed)
 
 
 def images(batch=3, seed=0):
@@ -110,7 +115,7 @@ def test_initial_weights_depend_only_on_seed_and_name():
 
 def test_fan_in_initialises_every_weight_by_its_inputs():
     config = replace(CONFIG, hidden_size=96, init="fan_in", init_std=7.0)
-    model = build_vit(config, build_all({"name": "pre_ln"}, DEPTH), seed=0, **SHAPE)
+    model = vit_of(config)
     for name, parameter in model.named_parameters():
         if "norm" not in name and not name.endswith("bias"):
             inputs = parameter.shape[-1]  # of an embedding, its width
@@ -119,12 +124,12 @@ def test_fan_in_initialises_every_weight_by_its_inputs():
 
 @pytest.mark.parametrize("norm", ["pre_ln", "qk_norm"])
 def test_heads_may_have_an_odd_width(norm):
-    model = build_vit(replace(CONFIG, hidden_size=14), build_all({"name": norm}, DEPTH), seed=0, **SHAPE)
+    model = vit_of(replace(CONFIG, hidden_size=14), norm)
     assert model(images()).isfinite().all()
 
 
 def test_admin_is_profiled_on_images():
-    model = build_vit(replace(CONFIG, init_std=0.3), build_all({"name": "admin"}, DEPTH), seed=0, **SHAPE)
+    model = vit_of(replace(CONFIG, init_std=0.3), "admin")
     skips = [block.ffn_residual.skip for block in model.blocks]
     assert skips[0][0] > 1
     assert all(later[0] > earlier[0] for earlier, later in itertools.pairwise(skips))

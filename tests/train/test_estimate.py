@@ -17,10 +17,11 @@ from cod_lightning.data.config import DataConfig, ImageConfig
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_decoder, build_vit
+from cod_lightning.nn.init import build_decoder, build_model
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.spec import INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import STRATEGIES, build_all
+from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.train import estimate as module
 from cod_lightning.train.cost import Architecture, training_flops
 from cod_lightning.train.estimate import estimate
@@ -69,9 +70,8 @@ def build(architecture, dtype=torch.float32):
     specs = build_all(architecture.norm, model.num_hidden_layers)
     if images is None:
         return build_decoder(model, specs, seed=0).to(dtype)
-    return build_vit(model, specs, 0, image_size=images.size, patch_size=images.patch_size, classes=images.classes).to(
-        dtype
-    )
+    shape = (images.size, images.patch_size, images.classes)
+    return build_model(lambda: VisionTransformer(model, specs, *shape), seed=0).to(dtype)
 
 
 def batch(architecture, batch_size):

@@ -11,8 +11,9 @@ from run_files import losses as recorded
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.init import build_decoder, build_vit
+from cod_lightning.nn.init import build_decoder, build_model
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.train.module import gradient_norm, gradient_parameters
 from cod_lightning.train.optim import build_optimizer, parameter_groups
 
@@ -131,7 +132,7 @@ EXPECTED = {
 @pytest.mark.parametrize("norm", EXPECTED)
 def test_the_parameters_of_a_block_have_the_rates_of_their_strategy(norm):
     specs = build_all({"name": norm}, DEPTH)
-    vit = build_vit(replace(SHAPE, qkv_bias=True), specs, 0, image_size=8, patch_size=4, classes=5)
+    vit = build_model(lambda: VisionTransformer(replace(SHAPE, qkv_bias=True), specs, 8, 4, 5), seed=0)
     rates = rates_by_name(vit, OPTIM)
     assert {name: rates[f"layers.3.{name}"] for name in EXPECTED[norm]} == {
         name: pytest.approx(expected) for name, expected in EXPECTED[norm].items()

@@ -45,29 +45,16 @@ def build_decoder(
     Raises:
         ValueError: as `Decoder`.
     """
-    return _build(lambda: Decoder(config, specs), seed, device, wrap)
+    return build_model(lambda: Decoder(config, specs), seed, device, wrap)
 
 
-def build_vit(
-    config: DecoderConfig,
-    specs: list[BlockSpec],
+def build_model(
+    construct: Callable[[], M],
     seed: int,
-    *,
-    image_size: int,
-    patch_size: int,
-    classes: int,
     device: torch.device | str = "cpu",
-    wrap: Callable[[VisionTransformer], object] = lambda vit: None,
-) -> VisionTransformer:
-    """Build an initialised Vision Transformer, as `build_decoder` does a decoder.
-
-    Raises:
-        ValueError: as `VisionTransformer`.
-    """
-    return _build(lambda: VisionTransformer(config, specs, image_size, patch_size, classes), seed, device, wrap)
-
-
-def _build(construct: Callable[[], M], seed: int, device: torch.device | str, wrap: Callable[[M], object]) -> M:
+    wrap: Callable[[M], object] = lambda model: None,
+) -> M:
+    """The initialised model that `construct` makes; other arguments are those of `build_decoder`."""
     with torch.device("meta"):
         model = construct()
     wrap(model)

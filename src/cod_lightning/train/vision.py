@@ -13,7 +13,7 @@ from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.activation_stats import LayerStatistics, layer_statistics
 from cod_lightning.measure.adapter import Images
-from cod_lightning.nn.init import build_vit
+from cod_lightning.nn.init import build_model
 from cod_lightning.nn.vit import VisionTransformer, label_loss
 from cod_lightning.train.module import StepModule
 
@@ -42,7 +42,9 @@ class VisionModule(StepModule):
 
     def build(self, device: torch.device, wrap: Callable[[VisionTransformer], None]) -> None:
         model = self.checked_model()
-        self.vit = build_vit(model, self.specs, self.config.seed, **self.shape, device=device, wrap=wrap)
+        self.vit = build_model(
+            lambda: VisionTransformer(model, self.specs, **self.shape), self.config.seed, device, wrap
+        )
 
     @property
     def network(self) -> VisionTransformer:
