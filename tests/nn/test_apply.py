@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 
+import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import apply, fold, strategy_of
 from cod_lightning.nn.config import DecoderConfig
@@ -19,7 +20,7 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.layouts import LLAMA, Layout
 from cod_lightning.nn.param_groups import param_groups
-from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.nn.verify import verify
 
 transformers = pytest.importorskip("transformers")
@@ -256,6 +257,13 @@ def test_a_trained_model_keeps_its_function_on_request():
     model = trained_llama()
     before = logits(model)
     torch.testing.assert_close(logits(apply(model, "lns", trained="preserve")), before)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-42])
+def test_a_gain_that_finite_weights_cannot_compensate_for_is_refused(gain, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "faint", lambda layer, depth: cod.block(gain=gain))
+    with pytest.raises(UserError, match=r"weights divided by gain=.* of layer 1 are not finite"):
+        apply(trained_llama(), "faint", trained="preserve")
 
 
 def test_a_model_with_some_norms_without_weights_is_not_taken_for_trained():
@@ -668,9 +676,14 @@ def test_a_factor_of_experts_is_not_folded():
         fold(apply(mixture_of_experts(), "minicpm"))
 
 
+def test_only_modules_take_a_strategy():
+    with pytest.raises(UserError, match=r"model is a NoneType: expected an nn\.Module"):
+        apply(None, "lns")
+
+
 def test_a_factor_of_a_norm_whose_weight_has_another_name_is_not_folded():
     model = apply(with_gamma_norms(), "lns", layout=PLAIN, trained="change")
-    with pytest.raises(UserError, match=r"layer 2: .* GammaNorm has no parameter 'weight' .*, but gamma:"):
+    with pytest.raises(UserError, match=r"layer 2: .* GammaNorm has no parameter 'weight', but gamma: a layer that is"):
         fold(model, layout=PLAIN)
 
 

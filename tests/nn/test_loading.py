@@ -341,7 +341,7 @@ def test_generation_settings_that_are_no_json_object_are_named(folder, content):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{"])
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"model_max_length": "x"}'])
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])
 def test_the_folder_of_a_damaged_tokenizer_is_named(folder, file, content):
     (folder / "tokenizer.json").write_text("{}")
@@ -402,9 +402,12 @@ def test_a_file_that_may_not_be_read_is_named(folder, part, forbid):
 
 
 IMPOSSIBLE = [
-    ({"num_attention_heads": 0}, "not a checkpoint of a causal language model: .*zero: correct it, or fetch"),
-    ({"hidden_size": -16}, "not a checkpoint of a causal language model: .*-16"),
-    ({"hidden_size": "16"}, "not a checkpoint of a causal language model: .*16"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0 must be a positive integer: correct it, or fetch"),
+    ({"num_attention_heads": -2, "vocab_size": 1.5}, "vocab_size=1.5, num_attention_heads=-2 must be a positive"),
+    ({"hidden_size": -16}, "hidden_size=-16 must be"),
+    ({"hidden_size": "16"}, "hidden_size='16' must be"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be"),
+    ({"head_dim": 0}, "head_dim=0 must be"),
     ({"num_attention_heads": 3}, "not a checkpoint of a causal language model: .*3"),
     ({"rms_norm_eps": "x"}, "not a checkpoint of a causal language model: .*rms_norm_eps.*float.*'x'"),
     ({"model_type": "lama"}, "not a checkpoint of a causal language model: .*lama"),

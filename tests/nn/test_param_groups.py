@@ -63,6 +63,12 @@ def test_a_stock_model_trains_as_under_a_negative_gain(form, monkeypatch):
     torch.testing.assert_close(train(stock, groups), expected, rtol=0, atol=1e-12)
 
 
+def test_a_gain_of_zero_has_no_group(monkeypatch):
+    monkeypatch.setitem(cod.STRATEGIES, "silent", lambda layer, depth: cod.block(gain=0.0))
+    with pytest.raises(UserError, match=r"sets gain=0\.0, which no optimizer group replaces: use apply"):
+        cod.param_groups(build("Llama"), "silent", initial_weights="scale", **SETTINGS)
+
+
 def test_the_usual_groups_leave_a_model_to_apply():
     model = build("Llama")
     cod.param_groups(model, "pre_ln", initial_weights="scale", **SETTINGS)

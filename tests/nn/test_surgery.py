@@ -100,6 +100,12 @@ def test_a_gain_of_zero_is_refused(before, after, monkeypatch):
         convert(trained(name=before), {"name": after})
 
 
+def test_a_scale_that_no_weight_can_compensate_is_refused(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "faint", lambda layer, depth: block(branch_scale=1e-300))
+    with pytest.raises(UserError, match="norm= changes a factor by 1e-300, too much for finite weights"):
+        convert(trained(name="pre_ln").float(), {"name": "faint"})
+
+
 def test_a_scaled_branch_behind_a_norm_is_refused(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "damped", lambda layer, depth: block(branch_norm=True, branch_scale=layer**-0.5))
     with pytest.raises(UserError, match=r"branch_scale=0.7.* \(layer 2\), which weights cannot compensate for"):

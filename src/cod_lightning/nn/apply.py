@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from copy import copy, deepcopy
@@ -219,13 +220,17 @@ def require_parameter(module: Any, otherwise: str) -> None:
             f"{otherwise}: layout.outputs is missing, the last linear layers (mixtures of experts have none)"
         )
     require_no_adapter(module, otherwise)
-    weight = module._parameters.get("weight")
-    if weight is None or not weight.is_floating_point():
+    if getattr(module, "weight", None) is None:
         own = ", ".join(name for name, parameter in module._parameters.items() if parameter is not None)
         raise UserError(
-            f"{otherwise}: {type(module).__name__} has no parameter 'weight' of floating-point numbers, but "
-            f"{own or 'none of its own'}: dequantise the model, or remove pruning (prune.remove) or parametrizations "
-            "(remove_parametrizations) first"
+            f"{otherwise}: {type(module).__name__} has no parameter 'weight', but {own or 'none of its own'}: a layer "
+            "that is multiplied needs one of this name; dequantise a quantised model"
+        )
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point():
+        raise UserError(
+            f"{otherwise}: {type(module).__name__} has no parameter 'weight' of floating-point numbers: dequantise the "
+            "model, or remove pruning (prune.remove) or parametrizations (remove_parametrizations) first"
         )
 
 
@@ -315,11 +320,15 @@ def change_weights(
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
     changed: list[tuple[Any, float, float]] = []
     for site, spec in zip(sublayers, specs, strict=True):
-        compensation = 1 / spec.gain if trained == "preserve" else spec.input_init
+        compensation = (1 / spec.gain if spec.gain else math.inf) if trained == "preserve" else spec.input_init
         factors = [(site.norm, spec.pre_norm_weight), (site.output, spec.output_init)]
         factors += [(linear, compensation) for linear in site.inputs]
         for module, factor in [(module, factor) for module, factor in factors if factor != 1]:
             require_weight(module, f"norm={norm!r} cannot change a weight of layer {site.layer}")
+            if trained == "preserve" and not (module.weight * factor).isfinite().all():
+                raise UserError(
+                    f"norm={norm!r}: weights divided by gain={spec.gain:.3g} of layer {site.layer} are not finite"
+                )
             changed.append((module, factor, weight_offset(module) if module is site.norm else 0.0))
     require_own_weights(model, sublayers, [module for module, _, _ in changed])
     for module, factor, offset in changed:

@@ -173,9 +173,11 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             the sub-layers are known, two sub-layers share a norm or a branch, or, without a layout, a block computes
             another equation (`OTHER_SUMS`) or has modules that its known layout does not name.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
     refuse_fsdp1(model)
     by_name = layout is None
-    layout = layout or known_layout(model)
+    layout = known_layout(model) if layout is None else layout
     if layout is None:
         for path, module in model.named_modules():
             if known_layout(module) is not None:

@@ -115,7 +115,7 @@ def without_gain(spec: SublayerSpec, form: Form, norm: str) -> SublayerSpec:
     """The exact equivalent of a sub-layer that has initial weights and rates instead of a gain.
 
     Raises:
-        UserError: the sub-layer scales its branch, or has both a gain and rates.
+        UserError: the sub-layer scales its branch, has both a gain and rates, or a gain of 0.
     """
     if spec.branch_scale != 1:
         raise UserError(f"norm={norm!r} sets branch_scale={spec.branch_scale!r}, which no optimizer group replaces")
@@ -123,6 +123,8 @@ def without_gain(spec: SublayerSpec, form: Form, norm: str) -> SublayerSpec:
         return spec
     if spec.has_rates:
         raise UserError(f"norm={norm!r} sets gain={spec.gain!r} and rates: param_groups supports one of them")
+    if spec.gain == 0:
+        raise UserError(f"norm={norm!r} sets gain={spec.gain!r}, which no optimizer group replaces: use apply")
     rates = scaled_rates(spec.gain)
     if form == "matrices":
         return replace(spec, gain=1.0, input_init=spec.input_init * spec.gain, input_rates=rates)

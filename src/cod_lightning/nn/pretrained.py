@@ -30,6 +30,12 @@ from cod_lightning.nn.model_files import (
 from cod_lightning.nn.weights import require_finite
 from cod_lightning.typed_json import read_json
 
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+"""Fields of a configuration that are positive integers, where it has them."""
+
 MASKS = re.compile(r"(position_ids|(attn|attention)\.(masked_)?bias|num_batches_tracked)$")
 """Buffers of older checkpoints that hold integers and are not weights."""
 
@@ -64,7 +70,10 @@ class Checkpoint:
         require_tokenizer(self.source)
         transformers = import_transformers(f"reading {self.source.name}")
         with named_errors(self.source.name, "its tokenizer cannot be read"), quiet_transformers():
-            return transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source.name, **self.source.options)
+        if not isinstance(longest := tokenizer.model_max_length, int | float):
+            raise UserError(f"{self.source.name}: model_max_length={longest!r} of its tokenizer is not a number")
+        return tokenizer
 
 
 # Load -----------------------------------------------------------------------------------------------------------------
@@ -93,8 +102,7 @@ def load_checkpoint(
     reader = None if source.gguf is None else open_gguf(Path(source.name) / source.gguf)
     problem = "not a checkpoint of a causal language model"
     with named_errors(source.config_file, problem), quiet_transformers():
-        if source.gguf is None:
-            require_config(source)
+        check_sizes(source)
         config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
         if check is not None:
             check(config)
@@ -140,16 +148,27 @@ def load_checkpoint(
     return Checkpoint(model.eval(), source, largest.dtype, dropped)
 
 
-def require_config(source: Source) -> None:
-    """Check that config.json can be read.
+def check_sizes(source: Source) -> None:
+    """Check the sizes in config.json, from which `transformers` computes before it checks them.
 
     Raises:
-        UserError: a folder has none, or it is damaged.
+        UserError: the file is missing or damaged, or a size is not a positive integer.
     """
-    if path := find_file(source, "config.json"):
-        read_json(path, dict[str, Any], damage(path))
-    elif Path(source.name).is_dir():
-        raise UserError(f"{source.name}: not a checkpoint of a causal language model: it has no config.json")
+    if source.gguf is not None:
+        return
+    path = find_file(source, "config.json")
+    if path is None:
+        if Path(source.name).is_dir():
+            raise UserError(f"{source.name}: not a checkpoint of a causal language model: it has no config.json")
+        return
+    config = read_json(path, dict[str, Any], damage(path))
+    wrong = [
+        f"{name}={value!r}"
+        for name in SIZES
+        if isinstance(value := config.get(name), str | float) or (isinstance(value, int) and value < 1)
+    ]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)} must be a positive integer: correct it, or fetch the file again")
 
 
 def has_own_head(empty: Any, state: Mapping[str, Tensor]) -> bool:

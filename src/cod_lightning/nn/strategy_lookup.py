@@ -74,8 +74,15 @@ def suggestion(name: str) -> str:
 
 
 def default_options(strategy: Strategy) -> dict[str, Any]:
-    """The options of a strategy by name, with their defaults."""
-    parameters = list(inspect.signature(strategy).parameters.values())[2:]
+    """The options of a strategy by name, with their defaults.
+
+    Raises:
+        UserError: the function has no readable signature, like some functions written in C.
+    """
+    try:
+        parameters = list(inspect.signature(strategy).parameters.values())[2:]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"norm: {error}; expected a function (layer, depth, **options) -> BlockSpec") from error
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
 
 
@@ -108,6 +115,10 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     """
     strategy = resolve(name)
     check_options(name, strategy, options)
+    try:
+        inspect.signature(strategy).bind(layer, depth, **options)
+    except TypeError as error:
+        raise UserError(f"norm={name!r} cannot be called as (layer, depth, **options): {error}") from error
     try:
         spec = strategy(layer, depth, **options)
     except UserError:

@@ -174,3 +174,5 @@ def divide(linear: Any, factor: float) -> None:
     """Divide the weight of a linear layer, in float64; its bias stays."""
     if factor != 1:
         linear.weight.copy_(linear.weight.double() / factor)
+        if not linear.weight.isfinite().all():
+            raise UserError(f"norm= changes a factor by {factor:.3g}, too much for finite weights: use another option")
