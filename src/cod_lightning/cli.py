@@ -68,7 +68,8 @@ COMMANDS: dict[str, ModuleType] = {
     "report": report,
     "experiments": experiments,
 }
-"""Modules with `HELP`, `add_arguments(parser)`, `run(**arguments)` and optionally `EPILOG` and `details()`."""
+"""Modules with `HELP`, `add_arguments(parser)` and optionally `EPILOG` and `details()`; `run(**arguments)` returns an
+exit status, or None for 0."""
 CUSTOM_NORM = re.compile(r"\+*norm(\.name|\.base)?=.*:")
 """Overrides that name a strategy as module:function."""
 
@@ -165,7 +166,7 @@ def run_command(argv: Sequence[str] | None) -> int:
             sys.path.append(os.getcwd())  # `python -m` has it, the installed command does not
         command = COMMANDS[arguments.pop("command")]
         with stopping():
-            return command.run(**arguments)
+            return command.run(**arguments) or 0
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             return CLOSED_PIPE

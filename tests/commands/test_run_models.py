@@ -91,7 +91,7 @@ def test_only_scores_of_whole_tasks_are_saved(tmp_path, monkeypatch, limit, save
     monkeypatch.setattr("cod_lightning.train.load.checkpoint_of", lambda *_: None)
     monkeypatch.setattr("cod_lightning.train.load.load_decoder", lambda *_: (None, None))
     config = compose(["trainer.accelerator=cpu"])
-    assert evaluate.score_run(config, tmp_path, "last", "piqa", None, limit) == 0
+    evaluate.score_run(config, tmp_path, "last", "piqa", None, limit)
     assert (tmp_path / "tasks.json").exists() == saved
 
 

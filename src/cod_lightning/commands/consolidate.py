@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=some_path, help="new .ckpt file (default: whole-STEP.ckpt in checkpoints/)")
 
 
-def run(run: Path, checkpoint: str, output: Path | None) -> int:
+def run(run: Path, checkpoint: str, output: Path | None) -> None:
     import_torchmetrics()
     from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint
     from cod_lightning.train.load import checkpoint_of
@@ -34,4 +34,3 @@ def run(run: Path, checkpoint: str, output: Path | None) -> int:
     if io.failure:
         raise UserError(io.failure)
     print(target)
-    return 0

@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="norm=...", help="the new strategy and its options")
 
 
-def run(model: str, checkpoint: str, trust_code: bool, output: Path, overrides: Sequence[str]) -> int:
+def run(model: str, checkpoint: str, trust_code: bool, output: Path, overrides: Sequence[str]) -> None:
     """Write a run folder with the changed weights, without optimizer state; all other settings are the model's."""
     norm = compose_norm(overrides, "convert")
     config, decoder, tokenizer = read_trained(model, checkpoint, trust_code, output)
@@ -41,7 +41,6 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, overrides: 
     config = replace(config, norm=norm, row=None, name=None, init_from=None, description=f"Converted from {model}.")
     write_run(config, convert(decoder, norm), tokenizer, output)
     print(output)
-    return 0
 
 
 def read_trained(

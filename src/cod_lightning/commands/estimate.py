@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_overrides(parser)
 
 
-def run(overrides: Sequence[str], as_json: bool) -> int:
+def run(overrides: Sequence[str], as_json: bool) -> None:
     from cod_lightning.config.compose import compose, sweep
 
     runs = list(sweep(overrides))
@@ -40,4 +40,3 @@ def run(overrides: Sequence[str], as_json: bool) -> int:
         print(json.dumps(entries, indent=1))
     else:
         show(estimate_table(list(zip(sweep_labels(runs), estimates, strict=True))))
-    return 0

@@ -44,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     run: Path, checkpoint: str, trust_code: bool, overrides: Sequence[str], task_folder: Path | None, limit: int | None
-) -> int:
+) -> None:
     from cod_lightning.config.compose import selects_other_text
 
     options, overrides = pop_options(overrides, OPTIONS, "evaluate")
@@ -54,7 +54,8 @@ def run(
         raise UserError("tasks= includes its text: remove data=, or tasks=")
     config = load_run_config(run, overrides, trust_code, "evaluate tasks=" if "tasks" in options else "evaluate")
     if "tasks" in options:
-        return score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
+        score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
+        return
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit require tasks=")
     import_torchmetrics()
@@ -72,12 +73,11 @@ def run(
         for name, value in figures.items():
             if is_shown(name, protocol):
                 print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
-    return 0
 
 
 def score_run(
     config: Config, run: Path, checkpoint: str, tasks: str, task_folder: Path | None, limit: int | None
-) -> int:
+) -> None:
     """Score a run on tasks; without `limit` the scores are saved in the run folder."""
     from cod_lightning.evaluate import PAPER_TASKS
     from cod_lightning.evaluate.lm_eval import save_scores, score_tasks, task_manager
@@ -109,4 +109,3 @@ def score_run(
             print(f"{task} {name} {value:.6g}")
     if limit is None:
         save_scores(run, scores, checkpoint)
-    return 0

@@ -13,14 +13,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="experiment", help="show these, with model, parameters and tokens")
 
 
-def run(names: Sequence[str]) -> int:
+def run(names: Sequence[str]) -> None:
     from cod_lightning.commands.terminal import experiments_table, show
     from cod_lightning.config.groups import choices
     from cod_lightning.paper.experiments import find_experiments
 
     rows = [composed(name) for name in find_experiments(names)] or [listed(name) for name in choices("experiments")]
     show(experiments_table(rows))
-    return 0
 
 
 def listed(name: str) -> dict[str, str]:

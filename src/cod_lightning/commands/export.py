@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     run: Path, to: str, output: Path | None, checkpoint: str, trust_code: bool, dtype: str, max_length: int | None
-) -> int:
+) -> None:
     from cod_lightning.config.saved import load
 
     config = load(run, trust_code=trust_code)
@@ -47,7 +47,6 @@ def run(
     decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     export(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.max_length)
     print(folder)
-    return 0
 
 
 def check_max_length(length: int | None, config: Config) -> None:

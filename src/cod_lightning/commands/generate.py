@@ -43,7 +43,7 @@ def run(
     top_k: int | None,
     dola: Dola | None,
     seed: int,
-) -> int:
+) -> None:
     from cod_lightning.config.saved import load
 
     require_text("prompt", prompt)
@@ -80,4 +80,3 @@ def run(
             "worse\n"
         )
     print(tokenizer.backend.decode(ids))
-    return 0

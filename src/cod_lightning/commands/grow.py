@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="option=value", help="blocks=N, how=, gains=")
 
 
-def run(model: str, checkpoint: str, trust_code: bool, output: Path, words: Sequence[str]) -> int:
+def run(model: str, checkpoint: str, trust_code: bool, output: Path, words: Sequence[str]) -> None:
     """Write a run folder with the deeper model, without optimizer state; all other settings are the model's."""
     from cod_lightning.commands.terminal import progress_bar
     from cod_lightning.nn.surgery import Gains, How, grow
@@ -51,4 +51,3 @@ def run(model: str, checkpoint: str, trust_code: bool, output: Path, words: Sequ
     config = replace(config, model=shape, row=None, name=None, init_from=None, description=f"Grown from {model}.")
     write_run(config, grown, tokenizer, output)
     print(output)
-    return 0

@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=some_path, required=True, help="new run folder")
 
 
-def run(model: str, output: Path) -> int:
+def run(model: str, output: Path) -> None:
     """Import weights, shape and tokenizer; all other settings get their defaults."""
     import_torchmetrics()
     from cod_lightning.files import check_new_folder
@@ -32,7 +32,6 @@ def run(model: str, output: Path) -> int:
     check_new_folder(output, "--output=")
     write_run(*read_pretrained(model, output), output)
     print(output)
-    return 0
 
 
 def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, DocumentTokenizer]:

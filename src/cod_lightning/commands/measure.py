@@ -79,7 +79,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(
     study: str, words: Sequence[str], checkpoint: str, trust_code: bool, rows: int | None, output: Path | None
-) -> int:
+) -> None:
     models = [word for word in words if is_model(word)]
     for model in models:
         require_path(model)
@@ -97,7 +97,8 @@ def run(
     find = partial(find_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
     suffix = "" if checkpoint == "last" else f"_{checkpoint}"
     if study in ("report", "compare"):
-        return report(study, models, find, options, output, suffix)
+        report(study, models, find, options, output, suffix)
+        return
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, not {len(models)}; measure report takes several")
     from cod_lightning.commands.measure_runner import run_prune, run_study
@@ -118,7 +119,6 @@ def run(
     else:
         run_study(study, subject, options, folder)
     print(folder)
-    return 0
 
 
 def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], list[str]]:
@@ -192,7 +192,7 @@ def report(
     options: dict[str, Any],
     output: Path | None,
     suffix: str,
-) -> int:
+) -> None:
     """Measure one or several models, and write a page that shows how much of their depth they use.
 
     `find` is `find_subject` of a model alone: all models are found before the first is measured. `suffix` ends the name
@@ -211,4 +211,3 @@ def report(
     check_writable(folder, "--output=")
     subjects = {name: find(model) for name, model in zip(names, models, strict=True)}
     print(run_report(subjects, options, folder, REPORTED if study == "report" else COMPARED, study))
-    return 0

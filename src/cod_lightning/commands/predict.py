@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_overrides(parser)
 
 
-def run(overrides: Sequence[str], output: Path) -> int:
+def run(overrides: Sequence[str], output: Path) -> None:
     from cod_lightning.config.compose import compose
     from cod_lightning.config.validate import vocab_size_errors
 
@@ -47,4 +47,3 @@ def run(overrides: Sequence[str], output: Path) -> int:
     show(result_table(result.title(), rows, len(rows)))
     print(result.summary())
     print(*paths, sep="\n")
-    return 0

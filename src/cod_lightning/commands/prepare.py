@@ -41,7 +41,7 @@ def count_of(text: str) -> int:
     return int(text)
 
 
-def run(overrides: Sequence[str]) -> int:
+def run(overrides: Sequence[str]) -> None:
     from cod_lightning.config.compose import compose
     from cod_lightning.data import shards
     from cod_lightning.data.prepare import prepare
@@ -63,4 +63,3 @@ def run(overrides: Sequence[str]) -> int:
             print(prepare(config.data))
     except KeyboardInterrupt as error:
         raise Stopped("interrupted by SIGINT") from error
-    return 0

@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--pdf", action="store_true", help="write every figure as PDF as well")
 
 
-def run(results: Path | None, output: Path, pdf: bool) -> int:
+def run(results: Path | None, output: Path, pdf: bool) -> None:
     from cod_lightning.paper.claims import SCALES
     from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
     from cod_lightning.paper.pretrained_models import load_pretrained_models
@@ -58,7 +58,6 @@ def run(results: Path | None, output: Path, pdf: bool) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
         print(path)
-    return 0
 
 
 def left_out(folders: Sequence[str]) -> str:

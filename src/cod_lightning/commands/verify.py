@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="norm=...", help="the strategy and its options")
 
 
-def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str]) -> int:
+def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str]) -> None:
     norm = compose_norm(overrides, "verify") if overrides else {}
     network = open_network(model, checkpoint, trust_code)
     from cod_lightning.commands.terminal import result_table, show
@@ -43,7 +43,6 @@ def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str])
     factors = verify(network, norm.pop("name", None), **norm)
     rows = list(map(asdict, factors))
     show(result_table(f"{model}: every factor holds", rows, len(rows)))
-    return 0
 
 
 def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
