@@ -258,7 +258,7 @@ CONFIGS = [
     (nothing, ["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),
     (nothing, ["prepare", "merge=0"], ["merge=0: must be the number"]),
     (nothing, ["prepare", "merge=100000000"], ["merge=100000000: must be the number of shards, at most 10,000"]),
-    (nothing, ["prepare", "merge=" + 5000 * "9"], ["merge=9999", "must be the number"]),
+    (nothing, ["prepare", "merge=" + 5000 * "9"], ["merge=9999", "(5006 characters): expected a whole number"]),
     (nothing, ["prepare", "shard=0/" + 5000 * "9"], ["shard=0/9999", "must be K/N"]),
     (nothing, ["prepare", "shard=0/4", "merge=4"], ["merge after all shards are finished"]),
     (nothing, ["prepare", "task=vision"], ["task=vision needs no preparation"]),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cod_lightning.commands.prepare import count_of, shard_of
+from cod_lightning.cli import main
+from cod_lightning.commands.prepare import shard_of
 from cod_lightning.errors import UserError
 
 
@@ -12,11 +13,17 @@ def test_a_malformed_shard_is_refused(text):
         shard_of(text)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "a", "", "1/4"])
-def test_a_malformed_number_of_shards_is_refused(text):
-    with pytest.raises(UserError, match=rf"merge={text}: must be the number of shards"):
-        count_of(text)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "must be the number of shards") for text in ("0", "-1", "10001")),
+        *((text, "expected a whole number") for text in ("a", "", "1/4")),
+    ],
+)
+def test_a_malformed_number_of_shards_is_refused(text, message, capsys):
+    assert main(["prepare", f"merge={text}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: merge={text}: {message}")
 
 
 def test_shards_are_numbered_from_zero():
-    assert (shard_of("0/3"), shard_of("2/3"), count_of("64")) == ((0, 3), (2, 3), 64)
+    assert (shard_of("0/3"), shard_of("2/3")) == ((0, 3), (2, 3))

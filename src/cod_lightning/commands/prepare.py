@@ -15,7 +15,7 @@ machine would build. Shards are numbered from 0; each of them can be repeated:
   prepare OVERRIDES shard=0/64     ...     prepare OVERRIDES shard=63/64
   prepare OVERRIDES merge=64
 """
-OPTIONS = {"shard": str, "merge": str}
+OPTIONS = {"shard": str, "merge": int}
 MOST_SHARDS = 10_000
 
 add_arguments = add_overrides
@@ -31,16 +31,6 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def count_of(text: str) -> int:
-    """Parse the number of shards to merge; raise a UserError unless it is from 1 to `MOST_SHARDS`."""
-    if not re.fullmatch(r"\d{1,5}", text) or not 1 <= int(text) <= MOST_SHARDS:
-        raise UserError(
-            f"merge={shorten(text)}: must be the number of shards, at most {MOST_SHARDS:,}, such as merge=4 after "
-            "shard=0/4 to shard=3/4"
-        )
-    return int(text)
-
-
 def run(overrides: Sequence[str]) -> None:
     from cod_lightning.config.compose import compose
     from cod_lightning.data import shards
@@ -50,7 +40,12 @@ def run(overrides: Sequence[str]) -> None:
     if len(options) == 2:
         raise UserError(f"shard={options['shard']} and merge={options['merge']}: merge after all shards are finished")
     shard = shard_of(options["shard"]) if "shard" in options else None
-    count = count_of(options["merge"]) if "merge" in options else None
+    count = options.get("merge")
+    if count is not None and not 1 <= count <= MOST_SHARDS:
+        raise UserError(
+            f"merge={count}: must be the number of shards, at most {MOST_SHARDS:,}, such as merge=4 after shard=0/4 to "
+            "shard=3/4"
+        )
     config = compose(overrides)
     if config.task != "language":
         raise UserError(f"task={config.task} needs no preparation: train it with fit")

@@ -18,12 +18,13 @@ from cod_lightning.commands.options import (
     unread,
 )
 from cod_lightning.commands.processes import CommandPool
-from cod_lightning.errors import UserError, nearest, shorten
+from cod_lightning.errors import UserError, shorten
 from cod_lightning.files import check_writable
+from cod_lightning.settings import require_choice
 
 if TYPE_CHECKING:
     from cod_lightning.paper.claims import Experiment
-    from cod_lightning.paper.experiments import Row, Task
+    from cod_lightning.paper.experiments import Task
 
 HELP = "Run every row of some experiments, or resume them, and show the results beside the paper's."
 EPILOG = """\
@@ -60,7 +61,11 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
         raise UserError("no experiment is named: name one, such as table1")
     overrides = [word for word in words if "=" in word]
     every_row = list(experiment_rows(names, options.get("scale", "paper"), overrides))
-    rows = select_rows(every_row, options["row"].split(",")) if "row" in options else every_row
+    known = {row.name for row in every_row}
+    chosen = options["row"].split(",") if "row" in options else known
+    for name in chosen:
+        require_choice("row", name, known)
+    rows = [row for row in every_row if row.name in chosen]
     import_torchmetrics()
     results = results or RESULTS
     tasks = remaining_tasks(rows, range(1, seeds + 1), results)
@@ -102,18 +107,6 @@ def check_corpus(tasks: Sequence[Task], experiments: Sequence[Experiment]) -> No
                 f"{task.label} would read another text than {record_path(run.folder)} (data {theirs[:16]}...), and a "
                 "table has one: keep your own records elsewhere, as in --results=FOLDER"
             )
-
-
-def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """The rows with these names.
-
-    Raises:
-        UserError: no row has one of the names.
-    """
-    known = {row.name for row in rows}
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"row={unknown[0]!r} does not exist: {nearest(unknown[0], known)}")
-    return [row for row in rows if row.name in names]
 
 
 def run_task(task: Task, pool: CommandPool, results: Path) -> int:
