@@ -8,9 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.import_ import read_pretrained
-from cod_lightning.commands.options import add_model, compose_norm, is_run, refuse_run_options, require_path, some_path
+from cod_lightning.commands.options import (
+    add_model,
+    compose_norm,
+    is_run,
+    read_run,
+    refuse_run_options,
+    require_path,
+    some_path,
+)
+from cod_lightning.files import check_new_folder
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -52,16 +60,7 @@ def read_trained(
         UserError: there is no such model, an option of runs is given for a pretrained one, or `output` is not a new
             folder.
     """
-    import_torchmetrics()
-    from cod_lightning.config.saved import load
-    from cod_lightning.files import check_new_folder
-    from cod_lightning.train.load import checkpoint_of, load_decoder
-
     require_path(model)
     refuse_run_options([model], checkpoint, trust_code)
     check_new_folder(output, "--output=")
-    if is_run(model):
-        folder = Path(model)
-        config = load(folder, trust_code=trust_code)
-        return config, *load_decoder(config, folder, checkpoint_of(folder, checkpoint))
-    return read_pretrained(model, output)
+    return read_run(Path(model), checkpoint, trust_code) if is_run(model) else read_pretrained(model, output)

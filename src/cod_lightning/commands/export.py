@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_run, add_trust_code, require_at_least, some_path
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_new_folder
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -38,7 +39,6 @@ def run(
     import_torchmetrics()
     import torch
 
-    from cod_lightning.files import check_new_folder
     from cod_lightning.nn.huggingface import export
     from cod_lightning.train.load import checkpoint_of, load_decoder
 

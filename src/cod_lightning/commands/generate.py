@@ -8,8 +8,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import add_run, add_trust_code, require_text
+from cod_lightning.commands.options import add_run, add_trust_code, read_run, require_text
 from cod_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,10 +43,7 @@ def run(
     dola: Dola | None,
     seed: int,
 ) -> None:
-    from cod_lightning.config.saved import load
-
     require_text("prompt", prompt)
-    config = load(run, trust_code=trust_code)
     for name, value, least, most in (
         ("max-tokens", max_tokens, 1, 10**6),
         ("temperature", temperature, 0, sys.float_info.max),
@@ -56,11 +52,9 @@ def run(
     ):
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name}={value} must lie between {least} and {most}")
-    import_torchmetrics()
+    config, decoder, tokenizer = read_run(run, checkpoint, trust_code)
     from cod_lightning.evaluate.generate import generate
-    from cod_lightning.train.load import checkpoint_of, load_decoder
 
-    decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     ids = tokenizer.encode([prompt])[0][:-1]
     if not ids:
         raise UserError("prompt='' is empty: give at least one character to continue")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import is_run, require_model, some_path
 from cod_lightning.errors import UserError
+from cod_lightning.files import check_new_folder
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -25,12 +26,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(model: str, output: Path) -> None:
     """Import weights, shape and tokenizer; all other settings get their defaults."""
-    import_torchmetrics()
-    from cod_lightning.files import check_new_folder
+    check_new_folder(output, "--output=")
+    imported = read_pretrained(model, output)
     from cod_lightning.train.load import write_run
 
-    check_new_folder(output, "--output=")
-    write_run(*read_pretrained(model, output), output)
+    write_run(*imported, output)
     print(output)
 
 
@@ -50,6 +50,7 @@ def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, Document
             f"{model}: a run folder, not a pretrained model: use it without import, as in `python -m cod_lightning "
             f"evaluate {model}`, or change it with convert or grow"
         )
+    import_torchmetrics()
     from cod_lightning.data.tokenizers import load_tokenizer, with_pad_below
     from cod_lightning.nn.huggingface import import_hf
     from cod_lightning.nn.model_files import find_source, require_tokenizer

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
 from cod_lightning.nn.packaged_models import is_packaged
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
+    from cod_lightning.data.tokenizers import DocumentTokenizer
+    from cod_lightning.nn.decoder import Decoder
 
 OVERRIDES = """\
 Overrides are Hydra's: group=choice (experiments, model, norm, data, optim, protocol, trainer, scale) or
@@ -203,6 +206,20 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
     if config.task != "language" and selects_other_text(overrides):
         raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
     return config
+
+
+def read_run(folder: Path, checkpoint: str, trust_code: bool) -> tuple[Config, Decoder, DocumentTokenizer]:
+    """The configuration, the decoder and the tokenizer of a run folder.
+
+    Raises:
+        UserError: as `load_run`.
+    """
+    import_torchmetrics()
+    from cod_lightning.config.saved import load
+    from cod_lightning.train.load import checkpoint_of, load_decoder
+
+    config = load(folder, trust_code=trust_code)
+    return config, *load_decoder(config, folder, checkpoint_of(folder, checkpoint))
 
 
 def unread(overrides: Sequence[str], command: str, choices: Sequence[str]) -> list[str]:

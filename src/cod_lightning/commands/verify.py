@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import (
     add_model,
     compose_norm,
     is_run,
+    read_run,
     refuse_run_options,
     require_model,
     require_path,
@@ -50,14 +50,9 @@ def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
     require_path(model)
     refuse_run_options([model], checkpoint, trust_code)
     if is_run(model):
-        import_torchmetrics()
-        from cod_lightning.config.saved import load
+        config, network, _ = read_run(Path(model), checkpoint, trust_code)
         from cod_lightning.nn.apply import CONFIG_KEY
-        from cod_lightning.train.load import checkpoint_of, load_decoder
 
-        folder = Path(model)
-        config = load(folder, trust_code=trust_code)
-        network, _ = load_decoder(config, folder, checkpoint_of(folder, checkpoint))
         setattr(network, CONFIG_KEY, dict(config.norm))
         return network
     require_model(model, "pass the folder of a run or of a model")
