@@ -12,11 +12,19 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.depth_report import SECTIONS, has_learned, headline, headline_sentence, number
 from cod_lightning.measure.result import finite
 from cod_lightning.paper.findings import half_medians, loss_increases
-from cod_lightning.paper.results import load_measures, read_object
+from cod_lightning.paper.results import load_measures
 from cod_lightning.plots import RUN
+from cod_lightning.typed_json import read_json
 
 REPORTS = "reports"
 """Folder in the results folder with outputs of `measure report`: NAME/report.json and NAME/MODEL/MEASURE.json."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The fields of a model in report.json that are read."""
+
+    uniform_loss: float
 
 
 @dataclass(frozen=True)
@@ -88,15 +96,14 @@ def load_pretrained_models(results: Path) -> list[PretrainedModel]:
     """
     models = []
     for path in sorted((results / REPORTS).glob("*/report.json")):
-        try:
-            losses = {name: float(numbers["uniform_loss"]) for name, numbers in read_object(path)["models"].items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not the headline of a depth report; remove it") from error
-        for name in (name for name in losses if not RUN.fullmatch(name)):
+        headlines = read_json(path, dict[str, dict[str, Headline]], "remove it", ignore_unknown=True)
+        for name, numbers in headlines.get("models", {}).items():
+            if RUN.fullmatch(name):
+                continue
             measured = finite(load_measures(path.parent / name))
             if missing := [each for each in MEASURED if each not in measured]:
                 raise UserError(f"{path.parent / name}: {missing[0]}.json is missing; copy the whole report")
-            models.append(PretrainedModel(name, path.with_suffix(".html").as_posix(), measured, losses[name]))
+            models.append(PretrainedModel(name, path.with_suffix(".html").as_posix(), measured, numbers.uniform_loss))
     return models
 
 

@@ -10,13 +10,13 @@ from statistics import fmean
 from typing import Any
 
 from cod_lightning.config.saved import from_dict
-from cod_lightning.errors import DAMAGED, UserError, first_line, no_permission
+from cod_lightning.errors import UserError, first_line
 from cod_lightning.evaluate import PAPER_TASKS, SCORES_FILE
 from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.paper.claims import Run
 from cod_lightning.train.record import FAILURE, RECORD, load_record
-from cod_lightning.typed_json import from_json, read_json
+from cod_lightning.typed_json import read_json
 
 MEASURES_FOLDER = "measure"
 """Folder of a run that holds its measures."""
@@ -33,14 +33,13 @@ def load_notes(results: Path) -> str:
     """The notes of a results folder; empty if it has none.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they are not text.
+        OSError: they cannot be read.
     """
     path = results / NOTES
     try:
         return read_regular(path) if path.exists() else ""
-    except PermissionError as error:
-        raise no_permission(error, path) from error
-    except DAMAGED as error:
+    except ValueError as error:
         raise UserError(f"{path}: {first_line(error)}; write it as UTF-8 text, or remove it") from error
 
 
@@ -104,14 +103,10 @@ def load_measures(folder: Path) -> dict[str, Any]:
         UserError: a file does not hold the result of the measure it is named after.
     """
     measures = {}
-    for path in sorted(path for path in folder.glob("*.json") if path.stem in MEASURES):
-        try:
-            result: Any = from_json(MEASURES[path.stem].result_type, read_object(path), ignore_unknown=True)
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not a result of the measure {path.stem} ({str(error)[:80]}); remove it and measure again"
-            ) from error
-        measures[path.stem] = asdict(result)
+    for path in sorted(folder.glob("*.json")):
+        if path.stem in MEASURES:
+            kind: Any = MEASURES[path.stem].result_type
+            measures[path.stem] = asdict(read_json(path, kind, "remove it and measure again", ignore_unknown=True))
     return measures
 
 
@@ -127,12 +122,3 @@ def load_task_scores(path: Path) -> dict[str, float]:
     accuracies = {task: 100.0 * scores["acc"] for task, scores in tasks.items() if "acc" in scores}
     is_complete = all(task in accuracies for task in PAPER_TASKS)
     return accuracies | ({"average": fmean(accuracies[task] for task in PAPER_TASKS)} if is_complete else {})
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of the results folder.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
-    return read_json(path, dict[str, Any], "remove it")
