@@ -44,7 +44,7 @@ from cod_lightning.errors import (
     first_line,
     is_out_of_memory,
     nearest,
-    no_permission,
+    os_message,
 )
 from cod_lightning.signals import ignore_until_exit, stopping
 from cod_lightning.train.ranks import is_first_on_node
@@ -167,14 +167,12 @@ def run_command(argv: Sequence[str] | None) -> int:
         command = COMMANDS[arguments.pop("command")]
         with stopping():
             return command.run(**arguments) or 0
-    except (UserError, OSError) as error:
+    except UserError as error:
+        return refuse(str(error))
+    except OSError as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             return CLOSED_PIPE
-        message = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            message = f"{error.filename}: {error.strerror}"
-            message = str(no_permission(error)) if isinstance(error, PermissionError) else message
-        return refuse(message)
+        return refuse(os_message(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

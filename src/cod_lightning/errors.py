@@ -81,14 +81,16 @@ def one_line(error: BaseException) -> str:
     return f"KeyError: {text}" if isinstance(error, KeyError) else text
 
 
-def os_message(error: OSError, path: object) -> str:
-    """The file that `error` names, or `path` if it names none, and the system's reason."""
-    return f"{error.filename or path}: {error.strerror or error}"
+def os_message(error: OSError, path: object = None) -> str:
+    """The file that `error` names, or else `path`, and the system's reason."""
+    name, reason = error.filename or path, error.strerror or str(error)
+    if isinstance(error, PermissionError):
+        reason = "permission denied: change its permissions (chmod) or ask its owner"
+    return f"{name}: {reason}" if name else str(error)
 
 
-def no_permission(error: PermissionError, path: object = None) -> UserError:
-    """The error for the file that `error` names, or for `path` if it names none."""
-    return UserError(f"{error.filename or path}: permission denied: change its permissions (chmod) or ask its owner")
+def no_permission(error: PermissionError, path: object) -> UserError:
+    return UserError(os_message(error, path))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -139,8 +139,10 @@ def check_writable(path: Path, option: str = "", new: bool = False) -> None:
     name = f"{option}{path}"
     closest = path = Path(os.path.abspath(path))
     try:
-        if not is_there(path) or new:
-            closest = next(parent for parent in path.parents if is_there(parent))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)  # an error says that it cannot exist, such as a name that is too long
+        if new or not os.path.lexists(path):
+            closest = next(parent for parent in path.parents if os.path.lexists(parent))
         longest = os.pathconf(closest, "PC_NAME_MAX")  # the system checks names in folders that exist only
         if any(len(os.fsencode(part)) > longest for part in path.relative_to(closest).parts):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -150,19 +152,6 @@ def check_writable(path: Path, option: str = "", new: bool = False) -> None:
         raise UserError(
             f"{name} cannot be written: {closest} is not a writable folder ({error.strerror}): choose another place"
         ) from error
-
-
-def is_there(path: Path) -> bool:
-    """Whether a path exists, also as a link to nothing.
-
-    Raises:
-        OSError: it cannot exist, because its name is too long.
-    """
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 @contextmanager
