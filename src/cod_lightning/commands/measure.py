@@ -85,40 +85,37 @@ def run(
         require_path(model)
     refuse_run_options(models, checkpoint, trust_code)
     import_torchmetrics()
+    from cod_lightning.commands.measure_runner import PAGES, run_prune, run_study
+    from cod_lightning.measure.registry import measures_of
+
     options, overrides = split_options([word for word in words if not is_model(word)], study)
     for name, flag in (("rows", rows), ("output", output)):
         if flag is not None and name in options:
             raise UserError(f"--{name}={flag} and {name}={options[name]} are both given: keep one")
     rows = options.pop("rows", rows)
+    require_at_least("rows", rows, 1)
     if options.get("output") == "":
         raise UserError("output= is empty: name a path")
     output = Path(options.pop("output")) if "output" in options else output
-    require_at_least("rows", rows, 1)
     find = partial(find_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
     suffix = "" if checkpoint == "last" else f"_{checkpoint}"
-    if study in ("report", "compare"):
+    if study in PAGES:
         report(study, models, find, options, output, suffix)
         return
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, not {len(models)}; measure report takes several")
-    from cod_lightning.commands.measure_runner import run_prune, run_study
-    from cod_lightning.measure.registry import measures_of
-
-    model = Path(models[0])
-    folder = output or (model / f"measure{suffix}" if is_run(model) else Path("measure") / name_of(model))
     if study == "prune":
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
-        check_new_folder(folder, "--output=")
+        check_new_folder(output, "--output=")
+        run_prune(find(models[0])(), options, output)
     else:
-        check_writable(folder, "--output=")
+        model = Path(models[0])
+        output = output or (model / f"measure{suffix}" if is_run(model) else Path("measure") / name_of(model))
+        check_writable(output, "--output=")
         measures_of(study, only=options.get("only", ()))  # refuses unknown names before the model is loaded
-    subject = find(models[0])()
-    if study == "prune":
-        run_prune(subject, options, folder)
-    else:
-        run_study(study, subject, options, folder)
-    print(folder)
+        run_study(study, find(models[0])(), options, output)
+    print(output)
 
 
 def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], list[str]]:
@@ -127,11 +124,11 @@ def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
     Raises:
         UserError: names every word that is neither, and every value of another type.
     """
-    from cod_lightning.commands.measure_runner import study_options
+    from cod_lightning.commands.measure_runner import PAGES, study_options
     from cod_lightning.config.groups import fields_and_groups
 
     types = {**study_options(study), "rows": int, "output": str}
-    if study not in ("report", "compare", "prune"):
+    if study not in (*PAGES, "prune"):
         types["only"] = Sequence[str]
     others = fields_and_groups() - types.keys()
     own = [word for word in words if (key := word.partition("=")[0]).isidentifier() and key not in others]
@@ -153,23 +150,23 @@ def find_subject(
     Raises:
         UserError: the configuration, the model or the text is missing; the function: one of them cannot be read.
     """
-    from cod_lightning.config.compose import compose
+    from cod_lightning.commands.measure_runner import open_model, open_run
 
     open_found: Callable[[], Subject]
-    if is_run(Path(model)):
-        config = load_run_config(Path(model), overrides, trust_code, "measure")
-        from cod_lightning.commands.measure_runner import open_run
+    if is_run(model):
+        folder = Path(model)
+        config = load_run_config(folder, overrides, trust_code, "measure")
         from cod_lightning.train.load import checkpoint_of
 
-        open_found = partial(open_run, config, Path(model), checkpoint_of(Path(model), checkpoint), rows or ROWS)
+        open_found = partial(open_run, config, folder, checkpoint_of(folder, checkpoint), rows or ROWS)
     else:
-        refuse_unread(overrides, "measure of a pretrained model", TEXT_CHOICES)
-        config = compose(overrides)
-        require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
-        from cod_lightning.commands.measure_runner import open_model
+        from cod_lightning.config.compose import compose
         from cod_lightning.data.corpora import open_corpus
         from cod_lightning.nn.model_files import find_source, require_tokenizer
 
+        refuse_unread(overrides, "measure of a pretrained model", TEXT_CHOICES)
+        config = compose(overrides)
+        require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
         require_tokenizer(find_source(model))
         open_found = partial(open_model, model, config, open_corpus(config.data), rows or ROWS)
 
@@ -205,9 +202,9 @@ def report(
     if len(set(names)) < len(names):
         raise UserError(f"two models have the name {max(names, key=names.count)}: rename a folder")
     from cod_lightning.commands.measure_report import run_report
-    from cod_lightning.measure.depth_report import COMPARED, REPORTED
+    from cod_lightning.commands.measure_runner import PAGES
 
     folder = output or Path("measure") / ("-".join([study, *names]) + suffix)
     check_writable(folder, "--output=")
     subjects = {name: find(model) for name, model in zip(names, models, strict=True)}
-    print(run_report(subjects, options, folder, REPORTED if study == "report" else COMPARED, study))
+    print(run_report(subjects, options, folder, PAGES[study], study))

@@ -29,6 +29,9 @@ from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, req
 from cod_lightning.train.devices import accelerator, set_threads
 from cod_lightning.train.load import load_decoder, load_vit, require_own_tokenizer
 
+PAGES = {"report": REPORTED, "compare": COMPARED}
+"""Studies that write a page, and the measures on it."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -66,8 +69,7 @@ def study_options(study: str) -> dict[str, Any]:
     """
     if study == "prune":
         return options_of(prune)
-    pages = {"report": REPORTED, "compare": COMPARED}
-    return options_for(pages[study] if study in pages else measures_of(study))
+    return options_for(PAGES[study] if study in PAGES else measures_of(study))
 
 
 def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subject:
@@ -166,8 +168,7 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
             print(f"{name}: left out, {skipped[name]}")
             continue
         result = with_progress(name, MEASURES[name], subject, MEASURES[name].own(options))
-        result.save(folder, name)
-        show_result(subject, name, result)
+        save_and_show(subject, name, result, folder)
 
 
 def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> None:
@@ -178,8 +179,7 @@ def run_prune(subject: Subject, options: Mapping[str, Any], folder: Path) -> Non
     """
     subject.require_next_token("prune")
     result = with_progress("prune", prune, subject, options, folder=folder, export=subject.export)
-    result.save(folder, "prune")
-    show_result(subject, "prune", result)
+    save_and_show(subject, "prune", result, folder)
 
 
 def with_progress(
@@ -196,6 +196,7 @@ def with_progress(
         return measure(subject.model, batches, subject.pad_id, update, **options, **others)
 
 
-def show_result(subject: Subject, name: str, result: Result) -> None:
-    """Print the table of a result."""
+def save_and_show(subject: Subject, name: str, result: Result, folder: Path) -> None:
+    """Write the files of a result, and print its table."""
+    result.save(folder, name)
     show(result_table(f"{subject.model.name}: {name}", result.rows(), 4 * subject.model.depth))
