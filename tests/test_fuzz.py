@@ -22,9 +22,9 @@ from cod_lightning.data.manifest import Chunk, Manifest, Source, Split, Tokenize
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
 from cod_lightning.paper.claims import Column, columns
-from cod_lightning.paper.experiments import experiment_rows, load_experiments
+from cod_lightning.paper.experiments import experiment_rows, with_results
 from cod_lightning.paper.findings import QUANTITIES, quantity_rows
-from cod_lightning.paper.results import load_task_scores
+from cod_lightning.paper.results import load_runs, load_task_scores
 from cod_lightning.train.checkpoint import AtomicCheckpointIO, read_checkpoint, read_for_weights
 from cod_lightning.train.record import RECORD, read_record
 
@@ -268,7 +268,7 @@ def test_damaged_results_are_compared_or_an_error(tmp_path, damaged):
     folder.mkdir(parents=True, exist_ok=True)
     for other, whole in FILES.items():
         (folder / other).write_text(json.dumps(content if other == name else whole))
-    result = result_or_error(load_experiments, measured_rows(), tmp_path / "results")
+    result = result_or_error(lambda: with_results(measured_rows(), load_runs(tmp_path / "results")))
     if isinstance(result, UserError):
         assert str(folder / name) in str(result)
         return

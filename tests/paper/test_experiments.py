@@ -367,7 +367,7 @@ def test_table_3_and_figure_1_share_only_the_run_with_lns(scale):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(scale, tmp_path):
+def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(scale):
     row, source = rows_of("table2_250m", scale)["mix_ln"], rows_of("table1_250m", scale)["mix_ln"].config_for(2)
     config = row.config_for(2)
     assert config.init_from == str(source.folder)
@@ -375,7 +375,7 @@ def test_fine_tuning_starts_from_the_run_of_the_same_row_and_seed(scale, tmp_pat
     # Its overrides are equal, but name a run folder that must exist.
     assert f"init_from={source.folder}" in row.cli_args(2)
     assert row.tasks == ("paper" if scale == "paper" else None)
-    assert [task.config.id for task in remaining_tasks([row], [2], tmp_path)] == [source.id, config.id]
+    assert [task.config.id for task in remaining_tasks([row], [2], {})] == [source.id, config.id]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -518,11 +518,11 @@ def test_an_unavailable_pretrained_model_is_named(tmp_path, reproduce, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each(tmp_path):
+def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each():
     requested = list(experiment_rows(["figure5"], "paper"))
-    (task,) = remaining_tasks(requested, [1, 2, 3], tmp_path)
+    (task,) = remaining_tasks(requested, [1, 2, 3], {})
     assert (task.label, task.measures) == ("Llama-2-7b-hf", {"jacobian"})
-    tasks = remaining_tasks(list(experiment_rows(["figure5", "figure9"], "toy")), [1, 2, 3], tmp_path)
+    tasks = remaining_tasks(list(experiment_rows(["figure5", "figure9"], "toy")), [1, 2, 3], {})
     assert [task.config.seed for task in tasks] == [1, 2, 3]
     assert all(task.measures == {"jacobian", "jacobian_map", "variance"} for task in tasks)
 

@@ -21,8 +21,8 @@ from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
 from cod_lightning.paper.experiments import (
     experiment_rows,
-    load_experiments,
     remaining_tasks,
+    with_results,
 )
 from cod_lightning.paper.pretrained_models import load_pretrained_models
 from cod_lightning.paper.results import load_measures, load_runs, load_task_scores, save_result
@@ -80,7 +80,7 @@ def test_every_scale_is_known():
 def test_results_find_their_rows_and_their_measures(results, toys):
     removal = {"model": "lns", "tokens": 9, "loss": 1.0, "losses": [1.5, 1.25], "error": [0.1, 0.2]}
     (results / toys["lns"].config_for(2).name / "removal.json").write_text(json.dumps(removal))
-    (experiment,) = load_experiments(toys.values(), results)
+    (experiment,) = with_results(toys.values(), load_runs(results))
     table = (experiment.target, experiment.column, experiment.scale, experiment.size)
     assert table == ("Table 7", "130M", "toy", 134_105_856)
     rows = {row.name: row for row in experiment.rows}
@@ -101,15 +101,15 @@ def test_results_find_their_rows_and_their_measures(results, toys):
 def test_runs_that_cannot_be_compared_are_refused_with_their_records(results, toys, change, mixed, reason):
     other = add_result(results, toys["group_ln"], 1, **losses(5.0), **change)
     with pytest.raises(UserError, match=f"Table 7, scale=toy mixes {mixed}") as error:
-        load_experiments(toys.values(), results)
+        with_results(toys.values(), load_runs(results))
     assert f"{other / 'record.json'} {reason}" in str(error.value)
 
 
 def test_a_published_figure_is_compared_with_the_same_metric_only(tmp_path):
-    (tasks,) = load_experiments(experiment_rows(["table2_250m"], "toy"), tmp_path)
+    (tasks,) = with_results(experiment_rows(["table2_250m"], "toy"), load_runs(tmp_path))
     assert (tasks.rows[-1].published["boolq"], tasks.rows[-1].published["average"]) == (58.17, 43.14)
     assert "accuracy" not in tasks.rows[-1].published
-    (images,) = load_experiments(experiment_rows(["table5_vit_s"], "toy"), tmp_path)
+    (images,) = with_results(experiment_rows(["table5_vit_s"], "toy"), load_runs(tmp_path))
     assert images.rows[0].published == {"accuracy": 67.91}
 
 
@@ -134,7 +134,7 @@ def test_a_saved_result_is_one_line_and_matrices_have_four_digits(tmp_path):
 def test_only_missing_measures_of_a_recorded_run_remain(results, toys):
     removal = {"model": "m", "tokens": 9, "loss": 1.0, "losses": [1.5]}
     (results / toys["lns"].config_for(1).name / "removal.json").write_text(json.dumps(removal))
-    tasks = remaining_tasks(list(experiment_rows(["figure7"], "toy")), [1], results)
+    tasks = remaining_tasks(list(experiment_rows(["figure7"], "toy")), [1], load_runs(results))
     measures = {task.folder.name: task.measures for task in tasks}
     assert measures == {
         toys["pre_ln"].config_for(1).folder.name: {"angular", "removal"},
@@ -217,13 +217,13 @@ def test_a_run_that_was_not_scored_remains_to_be_scored(scores, scored, tmp_path
         add_result(tmp_path, each, 1, **losses(3.0))
     if scores is not None:
         save_scores(tmp_path / row.config_for(1).name, {task: {"acc": 0.5} for task in scores})
-    remaining = [task.config.id for task in remaining_tasks([row], [1], tmp_path)]
+    remaining = [task.config.id for task in remaining_tasks([row], [1], load_runs(tmp_path))]
     assert (row.config_for(1).id not in remaining) == scored
 
 
 def test_a_table_of_two_corpora_names_both(tmp_path):
     words = ["data.source=files", "data.files=[texts/a.txt,b*.jsonl.gz]"]
-    (first, *_) = load_experiments(experiment_rows(["table7_130m"], "toy", words), tmp_path)
+    (first, *_) = with_results(experiment_rows(["table7_130m"], "toy", words), load_runs(tmp_path))
     assert "; a and b*, sequences of" in first.setting
 
 
@@ -231,8 +231,8 @@ def test_no_run_starts_from_one_that_diverged(tmp_path):
     rows = list(experiment_rows(["table2_250m"], "toy"))
     row = next(row for row in rows if row.name == "lns")
     add_result(tmp_path, row.source, 1, "failed.json", failure="the loss is nan at step 3")
-    assert remaining_tasks([row], [1], tmp_path) == []
-    assert len(remaining_tasks([row], [2], tmp_path)) == 2
+    assert remaining_tasks([row], [1], load_runs(tmp_path)) == []
+    assert len(remaining_tasks([row], [2], load_runs(tmp_path))) == 2
 
 
 def test_a_run_to_start_from_that_was_interrupted_is_resumed(tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_a_run_to_start_from_that_was_interrupted_is_resumed(tmp_path, monkeypat
     row = next(row for row in experiment_rows(["table2_250m"], "toy") if row.name == "lns")
     add_result(tmp_path / "results", row.source, 1, **losses(3.0))  # trained on another machine
     (row.source.config_for(1).folder / "checkpoints").mkdir(parents=True)
-    tasks = remaining_tasks([row], [1], tmp_path / "results")
+    tasks = remaining_tasks([row], [1], load_runs(tmp_path / "results"))
     assert [task.folder for task in tasks] == [row.source.config_for(1).folder, row.config_for(1).folder]
 
 
@@ -306,9 +306,9 @@ def test_reproduce_trains_no_run_on_another_text_than_that_of_the_records(toy, t
     record = json.loads((lns / "record.json").read_text())
     same = {"data_fingerprint": read_manifest(prepare(rows["lns"].config.data)).fingerprint}
     (lns / "record.json").write_text(json.dumps(record | same))
-    tasks = remaining_tasks([rows["pre_ln"]], [1], tmp_path / "results")
+    tasks = remaining_tasks([rows["pre_ln"]], [1], load_runs(tmp_path / "results"))
     assert len(tasks) == 1
-    check_corpus(tasks, load_experiments(rows.values(), tmp_path / "results"))
+    check_corpus(tasks, with_results(rows.values(), load_runs(tmp_path / "results")))
 
 
 def test_images_are_settings_of_rows_of_images_alone():

@@ -27,29 +27,30 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(results: Path | None, output: Path, pdf: bool) -> None:
     from cod_lightning.paper.claims import SCALES
-    from cod_lightning.paper.experiments import experiment_rows, load_experiments, reproducible_experiments
+    from cod_lightning.paper.experiments import experiment_rows, reproducible_experiments, with_results
     from cod_lightning.paper.pretrained_models import load_pretrained_models
     from cod_lightning.paper.report import CSV, FIGURES, HTML, MARKDOWN, build_report
-    from cod_lightning.paper.results import RESULTS, load_notes, record_path
+    from cod_lightning.paper.results import RESULTS, load_notes, load_runs
     from cod_lightning.plots import FORMATS
-    from cod_lightning.train.record import FAILURE, RECORD, load_record
+    from cod_lightning.train.record import FAILURE, RECORD
 
     if results is not None and not results.is_dir():
         raise UserError(f"--results={results} is not a folder")
     check_writable(output, "--output=")
     import_torchmetrics()
     results = results or RESULTS
-    folders = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
-    recorded = {load_record(record_path(each))["config"].get("scale", each.parent.name) for each in sorted(folders)}
-    models = load_pretrained_models(results)
-    if not folders and not models:
+    runs, models = load_runs(results), load_pretrained_models(results)
+    if not runs and not models:
         raise UserError(f"{results} has no results: run reproduce, or name the folder by --results")
+    recorded = {run.record.get("config", {}).get("scale", run.folder.parent.name) for run in runs.values()}
     scales = [scale for scale in SCALES if scale == "paper" or scale in recorded]
     names = reproducible_experiments()
     rows = (row for scale in scales for row in experiment_rows(names, scale))
-    experiments, formats = load_experiments(rows, results), FORMATS if pdf else FORMATS[:1]
+    experiments = with_results(rows, runs)
+    folders = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
     if others := sorted(map(str, folders - {run.folder for e in experiments for row in e.rows for run in row.runs})):
         print(left_out(others), file=sys.stderr)
+    formats = FORMATS if pdf else FORMATS[:1]
     report = build_report(experiments, ESTIMATED_FOR, formats, models, load_notes(results))
     files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
     files |= {f"{FIGURES}/{name}": image for name, image in report.figures.items()}

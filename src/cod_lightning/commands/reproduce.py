@@ -48,8 +48,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     from cod_lightning.commands.terminal import reproduction_tables, show
-    from cod_lightning.paper.experiments import experiment_rows, find_experiments, load_experiments, remaining_tasks
-    from cod_lightning.paper.results import RESULTS
+    from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks, with_results
+    from cod_lightning.paper.results import RESULTS, load_runs
 
     require_at_least("jobs", jobs, 1)
     options, words = pop_options(words, OPTIONS, "reproduce")
@@ -68,10 +68,11 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     rows = [row for row in every_row if row.name in chosen]
     import_torchmetrics()
     results = results or RESULTS
-    tasks = remaining_tasks(rows, range(1, seeds + 1), results)
+    runs = load_runs(results)
+    tasks = remaining_tasks(rows, range(1, seeds + 1), runs)
     if tasks:
         check_writable(results, "--results=")
-        check_corpus(tasks, load_experiments(every_row, results))
+        check_corpus(tasks, with_results(every_row, runs))
     requested = {row.run_id(seed) for row in rows for seed in range(1, seeds + 1)}
     total = len(requested | {task.run_id for task in tasks})  # and those that they start from
     print(f"{len(tasks)} of {total} runs remaining", file=sys.stderr, flush=True)
@@ -79,7 +80,7 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
         # A run that starts from another one comes after all that do not.
         waves = [[t for t in tasks if t.row.source is None], [t for t in tasks if t.row.source is not None]]
         statuses = [status for wave in waves for status in pool.map(lambda t: run_task(t, pool, results), wave)]
-    show(reproduction_tables(load_experiments(rows, results), overrides))
+    show(reproduction_tables(with_results(rows, load_runs(results)), overrides))
     return max(statuses, default=0)
 
 

@@ -14,7 +14,7 @@ from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.data.config import patterns
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
-from cod_lightning.paper.results import load_runs, record_path
+from cod_lightning.paper.results import record_path
 from cod_lightning.train.record import RECORD
 
 
@@ -147,15 +147,16 @@ class Task:
         return Path(config.output, config.scale, self.label) if self.row.pretrained_model else config.folder
 
 
-def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) -> list[Task]:
+def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], runs: Mapping[str, Run]) -> list[Task]:
     """Tasks whose results are missing, without repetitions; a run follows the run it starts from.
 
     A run that diverged is not repeated: the same configuration would diverge again. No run starts from it.
 
-    Raises:
-        UserError: as `load_runs`.
+    Args:
+        rows: those to run.
+        seeds: of each row.
+        runs: those in the results folder, from `load_runs`.
     """
-    runs = load_runs(results)
     tasks: dict[str, Task] = {}
 
     def add(row: Row, seed: int, needs_weights: bool = False) -> None:
@@ -180,15 +181,17 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], results: Path) ->
 # Rows with their results ---------------------------------------------------------------------------------------------
 
 
-def load_experiments(rows: Iterable[Row], results: Path) -> list[Experiment]:
+def with_results(rows: Iterable[Row], runs: Mapping[str, Run]) -> list[Experiment]:
     """Rows with their published figures and all their results, grouped into experiments.
 
+    Args:
+        rows: the rows of one experiment and scale after those of another.
+        runs: those in the results folder, from `load_runs`.
+
     Raises:
-        UserError: a result cannot be read; the runs of one table have different corpora or scales.
+        UserError: the runs of one table have different corpora or scales.
     """
-    runs = load_runs(results)
-    seeds = sorted({run.seed for run in runs.values()})
-    rows = list(rows)  # composed here, after a damaged record is reported
+    rows, seeds = list(rows), sorted({run.seed for run in runs.values()})
     sizes = {row.experiment: num_parameters(row.config) for row in rows if row.config.scale == "paper"}
     experiments, tables = [], dict[tuple[str, str], list[Run]]()
     for (name, scale), group in groupby(rows, key=lambda row: (row.experiment, row.config.scale)):
