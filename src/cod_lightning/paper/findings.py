@@ -214,15 +214,11 @@ def growth_over_blocks(columns: Sequence[Column]) -> list[str]:
         values = [{run.seed: LAST_VARIANCE(run) or math.nan for run in other.runs} for other in same_row]
         by_seed = [{seed: value for seed, value in each.items() if math.isfinite(value)} for each in values]
         if len(same_row) == len(columns) > 1 and (seeds := set.intersection(*map(set, by_seed))):
-            powers = [growth_power(blocks, [variances[seed] for variances in by_seed]) for seed in sorted(seeds)]
+            logs = np.log([[variances[seed] for seed in sorted(seeds)] for variances in by_seed])
+            powers = np.polyfit(np.log(blocks), logs, 1)[0].tolist()
             parts.append(f"{row.label} {Difference.of(powers).format('.2f', '.2f')} (n = {len(powers)})")
     head = "Exponent p of variance ~ L^p after the last of L blocks (95 % interval; by Lemmas 3.2 and 4.1 at least 1)"
     return [f"{head}: {'; '.join(parts)}."] if parts else []
-
-
-def growth_power(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """p of value ~ size^p, by least squares of the logarithms."""
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 # Findings ------------------------------------------------------------------------------------------------------------

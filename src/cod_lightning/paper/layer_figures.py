@@ -104,11 +104,16 @@ def recorded_variances(column: Column) -> list[tuple[ReportRow, list[int], np.nd
     """Row, common steps and variance [runs, steps, layers] of every row that recorded it."""
     recorded = []
     for row in column.rows:
-        if series := [run.history["layers"] for run in row.runs if "layers" in run.history]:
-            curves = [(np.array(each["step"]), np.array(each["variance"], dtype=float)) for each in series]
-            steps, variances = at_common_steps(curves)
+        if curves := recorded_curves(row, "layers", "variance"):
+            steps, variances = at_common_steps(list(curves.values()))
             recorded.append((row, steps.tolist(), variances))
     return recorded
+
+
+def recorded_curves(row: ReportRow, series: str, values: str) -> dict[int, Curve]:
+    """The recorded steps and values of a series by seed, of the runs that have it."""
+    recorded = {run.seed: run.history[series] for run in row.runs if series in run.history}
+    return {seed: (np.array(each["step"]), np.array(each[values], dtype=float)) for seed, each in recorded.items()}
 
 
 def at_common_steps(curves: Sequence[Curve]) -> Curve:
@@ -183,25 +188,15 @@ def mean_jacobians(column: Column) -> Figure | None:
     return figure
 
 
-def curve_difference(curve: Curve, other: Curve) -> Curve:
-    """Difference of two curves at the steps that both have."""
-    steps, here, there = np.intersect1d(curve[0], other[0], return_indices=True)
-    return steps, curve[1][here] - other[1][there]
-
-
-def training_curves(row: ReportRow) -> dict[int, Curve]:
-    """Training losses by seed."""
-    series = {run.seed: run.history["train"] for run in row.runs if "train" in run.history}
-    return {seed: (np.array(curve["step"]), np.array(curve["loss"], dtype=float)) for seed, curve in series.items()}
-
-
 @style()
 def loss_curves(column: Column) -> Figure | None:
     """Figure 6: training loss over the steps, published and ours, and below it the difference to the baseline."""
     published = {name: np.array(points).T for name, points in column.first.paper.get("published_curves", {}).items()}
     panels = {
         "the paper": {name: {0: (steps, losses)} for name, (steps, losses) in published.items()},
-        panel_title(column.first.scale, column): {r.name: c for r in column.rows if (c := training_curves(r))},
+        panel_title(column.first.scale, column): {
+            row.name: curves for row in column.rows if (curves := recorded_curves(row, "train", "loss"))
+        },
     }
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
@@ -214,9 +209,9 @@ def loss_curves(column: Column) -> Figure | None:
             colour, own = row_colour(row), curves[row.name]
             steps, losses = at_common_steps(list(own.values()))
             top.plot(steps, losses.mean(axis=0), color=colour, marker=marker, ms=3, label=row.label)
-            pairs = [curve_difference(own[seed], base[seed]) for seed in own if seed in base]
+            pairs = [at_common_steps([own[seed], base[seed]]) for seed in own if seed in base]
             if row is not column.baseline and pairs:
-                steps, differences = at_common_steps(pairs)
+                steps, differences = at_common_steps([(steps, ours - theirs) for steps, (ours, theirs) in pairs])
                 mean, sd = differences.mean(axis=0), sd_of(differences)
                 bottom.plot(steps, mean, color=colour, marker=marker, ms=3)
                 bottom.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
