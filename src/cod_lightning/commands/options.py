@@ -58,12 +58,10 @@ TEXT_CHOICES = ("data", "trainer", "experiments", "scale", "protocol")
 
 
 def add_overrides(parser: ArgumentParser) -> None:
-    """Add the overrides of the configuration."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
 
 
 def add_run(parser: ArgumentParser) -> None:
-    """Add a run folder and `--checkpoint`."""
     parser.add_argument("run", type=some_path, help="run folder")
     add_checkpoint(parser)
 
@@ -76,19 +74,16 @@ def some_path(word: str) -> Path:
 
 
 def add_model(parser: ArgumentParser) -> None:
-    """Add a run or a pretrained model, `--checkpoint` and `--trust-code`."""
     parser.add_argument("model", help="run folder, model folder, .gguf file, glassllm, smollm2 or hub name")
     add_checkpoint(parser)
     add_trust_code(parser)
 
 
 def add_checkpoint(parser: ArgumentParser) -> None:
-    """Add `--checkpoint`."""
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="default: last")
 
 
 def add_trust_code(parser: ArgumentParser) -> None:
-    """Add `--trust-code`."""
     parser.add_argument(
         "--trust-code",
         action="store_true",
@@ -97,12 +92,10 @@ def add_trust_code(parser: ArgumentParser) -> None:
 
 
 def add_jobs(parser: ArgumentParser) -> None:
-    """Add `--jobs`."""
     parser.add_argument("-j", "--jobs", type=int, default=1, help="number of parallel runs (default: 1)")
 
 
 def add_results(parser: ArgumentParser) -> None:
-    """Add `--results`."""
     parser.add_argument("--results", type=some_path, help="folder of the records (default: experiments/results)")
 
 

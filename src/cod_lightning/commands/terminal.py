@@ -33,14 +33,9 @@ BAR = 48
 def run_summary(record: Record, folder: Path) -> Group:
     """The metrics of a run, a chart of its variance by layer, and its folder."""
     config = record["config"]
-    table = Table(
-        title=f"{config['experiment']}, {config['norm']['name']}, seed {record['seed']}", title_justify="left"
-    )
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics(record, config).items():
-        table.add_row(name, value)
-    parts: list[Any] = [table]
+    title = f"{config['experiment']}, {config['norm']['name']}, seed {record['seed']}"
+    table = page.Table(["metric", "value"], list(metrics(record, config).items()))
+    parts: list[Any] = [rich_table(title, table)]
     if layers := record["history"].get("layers"):
         parts.append(variance_chart(layers["variance"][-1]))
     parts.append(Text(f"run folder: {folder}"))
@@ -188,11 +183,7 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], max_rows: int) -
     cells = {name: [format_cell(row.get(name, "")) for row in rows[:max_rows]] for name in columns}
     widths = {name: max(map(len, [name, *values])) + 3 for name, values in cells.items()}
     shown = [name for index, name in enumerate(columns) if sum(widths[c] for c in columns[: index + 1]) < WIDTH]
-    table = Table(title=title, title_justify="left")
-    for name in shown:
-        table.add_column(name, justify="right")
-    for row in zip(*(cells[name] for name in shown), strict=True):
-        table.add_row(*row)
+    table = rich_table(title, page.Table(shown, list(zip(*(cells[name] for name in shown), strict=True)), ()))
     counts = ((max_rows, len(rows), "rows"), (len(shown), len(columns), "columns"))
     if truncated := [f"{part} of {whole:,} {name}" for part, whole, name in counts if part < whole]:
         table.caption = f"{', '.join(truncated)}; the file has all"
@@ -211,21 +202,21 @@ def reproduction_tables(experiments: Sequence[Experiment], overrides: Sequence[s
     for target, scales in by_target(experiments).items():
         for scale, group in scales.items():
             for column in columns(group):
-                for ours in (comparison_table(column, complete=True), *figure_tables(column)):
-                    if ours.rows:
-                        parts.append(rich_table(f"{target}, scale={scale}: {column.heading}{changes}", ours))
+                title = f"{target}, scale={scale}: {column.heading}{changes}"
+                tables = (comparison_table(column, complete=True), *figure_tables(column))
+                parts += [rich_table(title, table) for table in tables if table.rows]
                 parts.append(Text("\n".join(summary_lines(column)) + "\n"))
     return Group(*parts)
 
 
-def rich_table(title: str, ours: page.Table) -> Table:
-    """A table of the report for the terminal."""
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(ours.head):
-        table.add_column(name, justify="left" if index in ours.text_columns else "right")
-    for row in ours.rows:
-        table.add_row(*(Text(cell.replace("**", ""), "bold" if cell.startswith("**") else "") for cell in row))
-    return table
+def rich_table(title: str, table: page.Table) -> Table:
+    """A table for the terminal."""
+    rich = Table(title=title, title_justify="left")
+    for index, name in enumerate(table.head):
+        rich.add_column(name, justify="left" if index in table.text_columns else "right")
+    for row in table.rows:
+        rich.add_row(*(Text(cell.replace("**", ""), "bold" if cell.startswith("**") else "") for cell in row))
+    return rich
 
 
 class PipeConsole(Console):
