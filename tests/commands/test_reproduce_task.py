@@ -16,9 +16,10 @@ MEASURE = ["measure", "all", "runs/toy/lns", "only=angular,variance", "rows=64"]
 
 def task(pretrained_model=None, overrides=()):
     row = SimpleNamespace(pretrained_model=pretrained_model, tasks="paper", overrides=overrides)
+    row.source_folder, row.cli_args = lambda seed: None, lambda seed: ["name=lns"]
     folder = Path("runs/toy/smollm2") if pretrained_model else FOLDER
     measures = {"variance", "angular"}
-    return SimpleNamespace(row=row, source=None, folder=folder, label="lns", cli_args=["name=lns"], measures=measures)
+    return SimpleNamespace(row=row, seed=1, folder=folder, label="lns", measures=measures)
 
 
 @pytest.fixture

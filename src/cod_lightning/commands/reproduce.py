@@ -115,20 +115,21 @@ def run_task(task: Task, pool: CommandPool, results: Path) -> int:
     from cod_lightning.paper.results import MEASURES_FOLDER, save_result
     from cod_lightning.train.record import RECORD
 
-    if task.source is not None and not (task.source / RECORD).is_file():
-        print(f"{task.label} is left out: it starts from {task.source}, which is not trained", file=sys.stderr)
+    row, status = task.row, 0
+    if (source := row.source_folder(task.seed)) and not (source / RECORD).is_file():
+        print(f"{task.label} is left out: it starts from {source}, which is not trained", file=sys.stderr)
         return 1
-    model, status = task.row.pretrained_model or str(task.folder), 0
-    if task.row.pretrained_model is None:
-        status = pool.run_command(["fit", *task.cli_args], task.label)
-        if status == 0 and task.row.tasks is not None:
-            status = pool.run_command(["evaluate", model, f"tasks={task.row.tasks}"], task.label)
+    model = row.pretrained_model or str(task.folder)
+    if row.pretrained_model is None:
+        status = pool.run_command(["fit", *row.cli_args(task.seed)], task.label)
+        if status == 0 and row.tasks is not None:
+            status = pool.run_command(["evaluate", model, f"tasks={row.tasks}"], task.label)
         save_result(task.folder, results)
     if status == 0 and task.measures:
         command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
-        if task.row.pretrained_model is not None:
-            ignored = unread(task.row.overrides, "measure of a pretrained model", TEXT_CHOICES)
-            text = [word for word in task.row.overrides if word not in ignored]
+        if row.pretrained_model is not None:
+            ignored = unread(row.overrides, "measure of a pretrained model", TEXT_CHOICES)
+            text = [word for word in row.overrides if word not in ignored]
             command += [*text, f"output={task.folder / MEASURES_FOLDER}"]
         status = pool.run_command(command, task.label)
         if status == 0:

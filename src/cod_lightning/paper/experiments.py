@@ -48,9 +48,13 @@ class Row:
     def config_for(self, seed: int) -> Config:
         """The configuration of the run of a seed; its folder does not depend on the experiment."""
         config = replace(self.config, seed=seed)
-        if self.source is not None:
-            config = init_from_run(config, self.source.config_for(seed).folder)
+        if source := self.source_folder(seed):
+            config = init_from_run(config, source)
         return replace(config, name=f"{config.scale}/{config.label}")
+
+    def source_folder(self, seed: int) -> Path | None:
+        """Folder of the run whose weights the run of a seed starts from."""
+        return None if self.source is None else self.source.config_for(seed).folder
 
     def run_id(self, seed: int) -> str:
         """Key of `load_runs`; a pretrained model has the same for all seeds."""
@@ -60,7 +64,7 @@ class Row:
 
     def cli_args(self, seed: int) -> tuple[str, ...]:
         """Arguments of `fit` that train the run of a seed."""
-        init = () if self.source is None else (f"init_from={self.source.config_for(seed).folder}",)
+        init = (f"init_from={source}",) if (source := self.source_folder(seed)) else ()
         return (*self.overrides, *init, f"seed={seed}", f"name={self.config_for(seed).name}")
 
 
@@ -120,21 +124,18 @@ class Task:
 
     row: Row
     """The first row that needs the task."""
-    config: Config
-    """Configuration of the run; unused for a pretrained model."""
-    cli_args: tuple[str, ...]
-    """Arguments of `fit` that train the run."""
+    seed: int
     measures: set[str]
     """Names of the measures to run."""
 
     @property
     def run_id(self) -> str:
-        return self.row.run_id(self.config.seed)
+        return self.row.run_id(self.seed)
 
     @property
-    def source(self) -> Path | None:
-        """Folder of the run whose weights it starts from."""
-        return None if self.row.source is None else self.row.source.config_for(self.config.seed).folder
+    def config(self) -> Config:
+        """Configuration of the run; unused for a pretrained model."""
+        return self.row.config_for(self.seed)
 
     @property
     def label(self) -> str:
@@ -167,10 +168,10 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], runs: Mapping[str
         missing = set(row.config.paper.get("measures", ())) - (run.measures.keys() if run else set())
         unscored = run is not None and row.tasks is not None and "average" not in run.record
         if run is None or missing or unscored or needs_weights:
-            if row.source is not None:  # the results folder has no weights
-                trained = row.source.config_for(seed).folder / RECORD
-                add(row.source, seed, needs_weights=not trained.is_file())
-            tasks.setdefault(key, Task(row, row.config_for(seed), row.cli_args(seed), set())).measures.update(missing)
+            if row.source is not None and (folder := row.source_folder(seed)):
+                # The results folder has no weights.
+                add(row.source, seed, needs_weights=not (folder / RECORD).is_file())
+            tasks.setdefault(key, Task(row, seed, set())).measures.update(missing)
 
     for seed in seeds:
         for row in rows:
