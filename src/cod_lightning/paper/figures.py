@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from operator import itemgetter
 from textwrap import fill
 from typing import Any
 
@@ -197,7 +196,7 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
     line from three settings on.
 
     Args:
-        panels: title, setting (a key of `AXES`) and columns of one scale each.
+        panels: title, setting (a key of `AXES`) and columns of one scale each, in the order of the setting.
         paper: columns of scale=paper whose published differences are drawn at their own settings.
     """
     panels = [panel for panel in panels if sum(bool(only_trained(our_points(column))) for column in panel[2]) > 1]
@@ -210,9 +209,7 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
     legend: dict[str, Line2D] = {}
     notes: dict[str, Line2D] = {}
     for panel, (title, axis, columns) in zip(axes.flat, panels, strict=False):
-        ours = sorted(
-            ((column.first.axes[axis], only_trained(our_points(column))) for column in columns), key=itemgetter(0)
-        )
+        ours = [(column.first.axes[axis], only_trained(our_points(column))) for column in columns]
         marks = [(column.first.axes[axis], only_trained(published_points(column))) for column in published]
         settings = [x for x, points in (*ours, *marks) if points]
         aside = (max(settings) / min(settings)) ** 0.005  # rows beside each other, so that their bars can be told apart
@@ -305,17 +302,17 @@ def fit_sizes(sizes: Sequence[float], losses: Sequence[float]) -> tuple[str, Cal
     if len(n) < 4:
         slope, start = np.polyfit(np.log10(n), loss, 1)
         return f"{start:.2f} {slope:+.3f} log10 N", lambda x: start + slope * np.log10(x)
-    best = (math.inf, 0.0, 0.0, 0.0)
-    for c in np.linspace(0.005, 1, 200):
+
+    def fit(c: float) -> tuple[float, float, float, float]:
         terms = (n / n[0]) ** -c
         b, a = np.polyfit(terms, loss, 1)
         if a < 0:
             a, b = 0.0, float(terms @ loss / (terms @ terms))
         if b < 0:
             a, b = float(loss.mean()), 0.0
-        error = float(((a + b * terms - loss) ** 2).sum())
-        best = min(best, (error, float(a), float(b), float(c)))
-    _, a, b, c = best
+        return float(((a + b * terms - loss) ** 2).sum()), float(a), float(b), float(c)
+
+    _, a, b, c = min(map(fit, np.linspace(0.005, 1, 200)))
     scale = b * n[0] ** c
     return f"{a:.2f} + {scale:.3g} N^-{c:.3f}", lambda x: a + scale * x**-c
 
