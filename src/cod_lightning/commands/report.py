@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
 from pathlib import Path
 
 from cod_lightning._torchmetrics import import_torchmetrics
@@ -26,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(results: Path | None, output: Path, pdf: bool) -> None:
+    from cod_lightning.measure.depth_report import count
     from cod_lightning.paper.claims import SCALES
     from cod_lightning.paper.experiments import experiment_rows, reproducible_experiments, with_results
     from cod_lightning.paper.pretrained_models import load_pretrained_models
@@ -49,7 +49,12 @@ def run(results: Path | None, output: Path, pdf: bool) -> None:
     experiments = with_results(rows, runs)
     folders = {path.parent for name in (RECORD, FAILURE) for path in results.glob(f"*/*/{name}")}
     if others := sorted(map(str, folders - {run.folder for e in experiments for row in e.rows for run in row.runs})):
-        print(left_out(others), file=sys.stderr)
+        listed = ", ".join(others[:LISTED]) + ", ..." * (len(others) > LISTED)
+        print(
+            f"left out {count(len(others), 'run')} with settings of no experiment, or of a run that is in the report: "
+            f"{listed}",
+            file=sys.stderr,
+        )
     formats = FORMATS if pdf else FORMATS[:1]
     report = build_report(experiments, ESTIMATED_FOR, formats, models, load_notes(results))
     files = {MARKDOWN: report.markdown.encode(), HTML: report.html.encode(), CSV: report.csv.encode()}
@@ -59,12 +64,3 @@ def run(results: Path | None, output: Path, pdf: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
         print(path)
-
-
-def left_out(folders: Sequence[str]) -> str:
-    """A message that names runs which are in no table."""
-    from cod_lightning.measure.depth_report import count
-
-    listed = ", ".join(folders[:LISTED]) + ", ..." * (len(folders) > LISTED)
-    runs = count(len(folders), "run")
-    return f"left out {runs} with settings of no experiment, or of a run that is in the report: {listed}"

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cod_lightning.commands.terminal import Record, format_duration, is_finite
 from cod_lightning.config.schema import METRIC_FORMATS, printed_metrics
-from cod_lightning.paper.statistics import Difference, Sample
+from cod_lightning.paper.statistics import Difference, Sample, grouped
 
 BARS = "▁▂▃▄▅▆▇█"
 MOST_BARS = 12
@@ -54,11 +54,18 @@ class Line:
         difference = Difference.of(pairs) if pairs else Difference(1, self.loss - best.loss, None)
         return difference.format("+.4f", ".4f")
 
-    def last_variance(self) -> str:
-        variance = self.variance
-        if not variance:
-            return "not measured"
-        return "not finite" if variance[-1] is None else f"{variance[-1]:.4g}"
+    def cells(self, names: Sequence[str], above: str, top: float) -> list[str]:
+        """The cells of the line after its label."""
+        if not self.records:
+            return ["failed"]
+        first, *others = [self.mean(name) for name in names]
+        if self.failed:
+            first += f" ({self.failed} failed)"
+        last = "not measured"
+        if self.variance:
+            last = "not finite" if self.variance[-1] is None else f"{self.variance[-1]:.4g}"
+        seconds = format_duration(fmean(record["wall_seconds"] for record in self.records))
+        return [first, above, *others, last, bars(self.variance, top), seconds]
 
 
 def sweep_table(runs: Sequence[tuple[str, Record | None]]) -> Table:
@@ -67,9 +74,7 @@ def sweep_table(runs: Sequence[tuple[str, Record | None]]) -> Table:
     Args:
         runs: the label of each run, such as "norm=lns seed=1", and its record, None for a failed run.
     """
-    groups: dict[str, list[Record | None]] = {}
-    for label, record in runs:
-        groups.setdefault(without_seed(label), []).append(record)
+    groups = grouped((without_seed(label), record) for label, record in runs)
     sections = [lines((label, [record]) for label, record in runs)]
     notes = []
     if len(groups) < len(runs):
@@ -89,7 +94,7 @@ def sweep_table(runs: Sequence[tuple[str, Record | None]]) -> Table:
     for section in sections:
         for line in section:
             above = line.above(compared[0]) if section is compared and line is not compared[0] else ""
-            table.add_row(line.label, *cells(line, names, above, top))
+            table.add_row(line.label, *line.cells(names, above, top))
         table.add_section()
     if top:
         notes.append(f"bars: variance after each layer, all lines from 0 to {top:.4g}")
@@ -104,17 +109,6 @@ def lines(groups: Iterable[tuple[str, list[Record | None]]]) -> list[Line]:
         finished = [record for record in records if record is not None]
         built.append(Line(label, finished, failed=len(records) - len(finished)))
     return sorted(built, key=lambda line: line.loss)
-
-
-def cells(line: Line, names: Sequence[str], above: str, top: float) -> list[str]:
-    """The cells of a line after its label."""
-    if not line.records:
-        return ["failed"]
-    first, *others = [line.mean(name) for name in names]
-    seconds = format_duration(fmean(record["wall_seconds"] for record in line.records))
-    if line.failed:
-        first += f" ({line.failed} failed)"
-    return [first, above, *others, line.last_variance(), bars(line.variance, top), seconds]
 
 
 def without_seed(label: str) -> str:

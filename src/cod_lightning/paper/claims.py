@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cod_lightning.paper.statistics import UNCLEAR, UNLIKE, Difference, Sample
+from cod_lightning.paper.statistics import UNCLEAR, UNLIKE, Difference, Sample, grouped
 
 SCALES = ("paper", "mini", "small", "toy")
 """Scales, from the published size down."""
@@ -390,9 +390,7 @@ Targets = Mapping[str, Mapping[str, Sequence[Experiment]]]
 
 def columns(experiments: Iterable[Experiment]) -> list[Column]:
     """The columns of one target and scale, by size; experiments that share all runs are one column."""
-    by_runs: dict[tuple[tuple[str, str], ...], list[Experiment]] = {}
-    for experiment in experiments:
-        by_runs.setdefault(tuple((row.name, row.run_id) for row in experiment.rows), []).append(experiment)
+    by_runs = grouped((tuple((row.name, row.run_id) for row in e.rows), e) for e in experiments)
     return [Column(tuple(group)) for group in by_runs.values()]
 
 
@@ -402,10 +400,8 @@ def by_target(experiments: Iterable[Experiment]) -> Targets:
     def key(e: Experiment) -> tuple[Any, ...]:
         return (*target_order(e.target), SCALES.index(e.scale), e.axes.get(e.axis or "", 0), e.size, e.name)
 
-    targets: dict[str, dict[str, list[Experiment]]] = {}
-    for experiment in sorted(experiments, key=key):
-        targets.setdefault(experiment.target, {}).setdefault(experiment.scale, []).append(experiment)
-    return targets
+    targets = grouped((e.target, e) for e in sorted(experiments, key=key))
+    return {target: grouped((e.scale, e) for e in group) for target, group in targets.items()}
 
 
 def target_order(target: str) -> tuple[int, int, str]:

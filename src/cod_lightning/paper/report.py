@@ -21,7 +21,6 @@ from cod_lightning.paper.claims import (
     Column,
     Comparison,
     Experiment,
-    Run,
     Targets,
     by_target,
     columns,
@@ -30,7 +29,7 @@ from cod_lightning.paper.figures import along_axes, difference_figure, loss_over
 from cod_lightning.paper.findings import ClaimResult, growth_over_blocks
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
-from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE
+from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE, grouped
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
 from cod_lightning.plots import image
@@ -213,9 +212,7 @@ def merge(all_tables: Sequence[Table]) -> list[Table]:
 
 def headings_by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Distinct texts, with the headings that they belong to."""
-    headings: dict[str, list[str]] = {}
-    for heading, text in pairs:
-        headings.setdefault(text, []).append(heading)
+    headings = grouped((text, heading) for heading, text in pairs)
     return {text: tables.join(dict.fromkeys(names)) for text, names in headings.items()}
 
 
@@ -280,9 +277,7 @@ def environments(experiments: Sequence[Experiment]) -> Table:
         for run in row.runs
         if "hardware" in run.record
     }
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for (scale, _, _), run in runs.items():
-        groups.setdefault((scale, *environment_cells(run.record)), []).append(run)
+    groups = grouped(((scale, *environment_cells(run.record)), run) for (scale, _, _), run in runs.items())
     rows = []
     for key, group in sorted(groups.items()):
         days = sorted({run.record["date"][:10] for run in group})

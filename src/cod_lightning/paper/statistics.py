@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TypeVar
@@ -11,6 +11,7 @@ from typing import TypeVar
 S = TypeVar("S", bound="Sample")
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+V = TypeVar("V")
 
 LEVEL = 0.05
 """Level of intervals, and of the family-wise error in Holm's correction."""
@@ -77,6 +78,14 @@ class Difference(Sample):
         if not self.beyond_noise:
             return NOISE
         return SAME if (self.mean > 0) == (published > 0) else OPPOSITE
+
+
+def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """The values of every key, both in their order."""
+    groups: dict[K, list[V]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def with_seeds(items: Sequence[T], seeds: Callable[[T], int]) -> Sequence[T]:

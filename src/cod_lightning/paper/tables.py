@@ -9,7 +9,7 @@ from statistics import fmean
 from cod_lightning.page import Table
 from cod_lightning.paper.claims import SCALES, Column, Comparison, Experiment, Metric, Published, ReportRow, Targets
 from cod_lightning.paper.findings import finding_results, quantities_of, quantity_rows
-from cod_lightning.paper.statistics import Difference, Sample, with_seeds
+from cod_lightning.paper.statistics import Difference, Sample, grouped, with_seeds
 from cod_lightning.paper.tuning import GOOD_RATE, Tuned
 
 Keys = Collection[tuple[str, ...]]
@@ -146,13 +146,11 @@ def summary_lines(column: Column) -> list[str]:
         lines.append(f"{prefix}{best_rows(column, metric)}")
         counts = {run.record["val_images"] for c in comparisons for run in c.row.runs if "val_images" in run.record}
         lines += [f"{prefix}{n} validation images, of which each is {100 / n:.2g} points." for n in sorted(counts)]
-        unpaired: dict[str, list[str]] = {}
-        for c in comparisons:
-            if c.unpaired:
-                seeds = f"seed{'s' * (len(c.unpaired) > 1)} {join(map(str, c.unpaired))}"
-                unpaired.setdefault(seeds, []).append(c.row.label)
-        if unpaired:
-            groups = "; ".join(f"{seeds} ({', '.join(labels)})" for seeds, labels in unpaired.items())
+        if unpaired := grouped((c.unpaired, c.row.label) for c in comparisons if c.unpaired):
+            groups = "; ".join(
+                f"seed{'s' * (len(seeds) > 1)} {join(map(str, seeds))} ({', '.join(labels)})"
+                for seeds, labels in unpaired.items()
+            )
             lines.append(f"{prefix}Left out of the differences for lack of a pair: {groups}.")
     return lines
 
@@ -178,11 +176,12 @@ def best_rows(column: Column, metric: Metric) -> str:
         notes += [f"within noise of it: {join(equal)}"] if equal else []
         notes += [f"fewer seeds: {join(left_out)}"] if left_out else []
         parts.append(f"{first.label} here" + (f" ({'; '.join(notes)})" if notes else ""))
-    headings: dict[str, list[str]] = {}
-    for index, experiment in enumerate(column.experiments):
-        values = [(v, c.row.label) for c in comparisons if (v := c.published[index].value) is not None]
-        if values:
-            headings.setdefault(best(values)[1], []).append(experiment.heading)
+    published = [
+        [(v, c.row.label) for c in comparisons if (v := c.published[index].value) is not None]
+        for index in range(len(column.experiments))
+    ]
+    pairs = zip(published, column.experiments, strict=True)
+    headings = grouped((best(values)[1], experiment.heading) for values, experiment in pairs if values)
     parts += [f"{label} in the paper ({', '.join(names)})" for label, names in headings.items()]
     return f"{word} {metric.title}: {'; '.join(parts)}."
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from cod_lightning.page import render
 from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, columns
 from cod_lightning.paper.findings import ClaimResult, finding_results
-from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR, Difference, holm, with_seeds
+from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR, Difference, grouped, holm, with_seeds
 from cod_lightning.paper.tables import join
 
 JUDGED = (SAME, OPPOSITE, NOISE)
@@ -117,19 +117,16 @@ class ScaleSummary:
     @cached_property
     def by_direction(self) -> dict[str, list[ClaimResult]]:
         """One claim for each test, by direction; those about LNS first, then findings; without the headline."""
-        by_key: dict[tuple[str, ...], list[ClaimResult]] = {}
-        for claim in sorted(
-            self.claims, key=lambda claim: ("LNS" not in claim.statement, "Figure" not in claim.target)
-        ):
-            if claim.direction and (self.headline is None or claim.key != self.headline.key):
-                by_key.setdefault(claim.key, []).append(claim)
-        grouped: dict[str, list[ClaimResult]] = {name: [] for name in (*JUDGED, MIXED, NO_VERDICT)}
-        for claims in by_key.values():
+        headline = self.headline and self.headline.key
+        judged = [claim for claim in self.claims if claim.direction and claim.key != headline]
+        judged.sort(key=lambda claim: ("LNS" not in claim.statement, "Figure" not in claim.target))
+        by_direction: dict[str, list[ClaimResult]] = {name: [] for name in (*JUDGED, MIXED, NO_VERDICT)}
+        for claims in grouped((claim.key, claim) for claim in judged).values():
             first, *others = [claim for claim in claims if claim.direction != UNCLEAR] or claims
             same = all(claim.direction == first.direction for claim in others)
             direction = first.direction if first.direction in JUDGED else NO_VERDICT
-            grouped[direction if same else MIXED].append(first)
-        return {name: claims for name, claims in grouped.items() if claims}
+            by_direction[direction if same else MIXED].append(first)
+        return {name: claims for name, claims in by_direction.items() if claims}
 
 
 def summarize(targets: Targets) -> list[ScaleSummary]:
