@@ -493,7 +493,7 @@ def test_a_change_with_a_setting_is_from_the_usual_value_on_the_seeds_of_both():
     every = [six, usual, lone]
     (summary,) = summarize(by_target([*map(without_runs, [headline, *every]), headline, *every]))
     changes = summary.changes["Depth"]
-    assert [(each.usual[0], each.other[0], each.change.n) for each in changes] == [
+    assert [(each.usual, each.other, each.change.n) for each in changes] == [
         ("x 24", "x 6", 2),
         ("x 24", "x 48", 1),
     ]

@@ -42,11 +42,14 @@ def claim_results(column: Column) -> Iterator[ClaimResult]:
 class Change:
     """LNS minus Pre-LN at another value of a setting than the usual one, on the seeds that both have."""
 
-    usual: tuple[str, Difference]
-    """Heading and difference of the column with the runs of the headline, or else of the first."""
-    other: tuple[str, Difference]
+    usual: str
+    """Heading of the column with the runs of the headline, or else of the first."""
+    other: str
+    """Heading of the other column."""
+    difference: Difference
+    """LNS minus Pre-LN in the other column."""
     change: Difference
-    """The other difference minus the usual one."""
+    """That minus the difference in the usual column."""
     key: tuple[str, ...]
     """Identifies the runs and the metric: changes with the same key are one statistical test."""
 
@@ -180,14 +183,14 @@ def changes_of(pairs: Sequence[tuple[Column, Comparison]], usual: tuple[str, ...
             there = lns.metric.differences(lns.row, column.baseline, seeds)
             here = lns.metric.differences(c.row, other.baseline, seeds)
             change = Difference.of([after - before for before, after in zip(there, here, strict=True)])
-            ends = (column.heading, Difference.of(there)), (other.heading, Difference.of(here))
-            found.append(Change(*ends, change, ("change", *lns.key, *c.key)))
+            key = ("change", *lns.key, *c.key)
+            found.append(Change(column.heading, other.heading, Difference.of(here), change, key))
     return found
 
 
 def change_result(target: str, change: Change) -> ClaimResult:
     """The change of LNS minus Pre-LN with a setting, which the paper has no figure for."""
-    span = f"{change.usual[0]} to {change.other[0]}"
+    span = f"{change.usual} to {change.other}"
     text = f"LNS minus Pre-LN changes with {target} ({span})"
     return ClaimResult(change.key, target, span, text, text, None, change.change)
 
