@@ -6,15 +6,19 @@ import math
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from cod_lightning.commands.options import add_run, add_trust_code, read_run, require_text
 from cod_lightning.errors import UserError
 
-if TYPE_CHECKING:
-    from cod_lightning.evaluate.generate import Dola
-
 HELP = "Continue a text with a trained run."
+BOUNDS = {
+    "max_tokens": (1, 10**6),
+    "temperature": (0, sys.float_info.max),
+    "top_k": (1, math.inf),
+    "seed": (0, 2**63 - 1),
+}
+"""The smallest and the largest value of each number."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,42 +36,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
-def run(
-    run: Path,
-    prompt: str,
-    checkpoint: str,
-    trust_code: bool,
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    dola: Dola | None,
-    seed: int,
-) -> None:
+def run(run: Path, prompt: str, checkpoint: str, trust_code: bool, **options: Any) -> None:
+    """Print the prompt and what the model adds; the options are those of `generate`."""
     require_text("prompt", prompt)
-    for name, value, least, most in (
-        ("max-tokens", max_tokens, 1, 10**6),
-        ("temperature", temperature, 0, sys.float_info.max),
-        ("top-k", top_k, 1, math.inf),
-        ("seed", seed, 0, 2**63 - 1),
-    ):
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name}={value} must lie between {least} and {most}")
+    for name, (least, most) in BOUNDS.items():
+        if (value := options[name]) is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')}={value} must lie between {least} and {most}")
     config, decoder, tokenizer = read_run(run, checkpoint, trust_code)
     from cod_lightning.evaluate.generate import generate
 
     ids = tokenizer.encode([prompt])[0][:-1]
     if not ids:
         raise UserError("prompt='' is empty: give at least one character to continue")
-    ids += generate(
-        decoder,
-        ids,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        dola=dola,
-        seed=seed,
-        eos_id=tokenizer.eos_id,
-    )
+    ids += generate(decoder, ids, eos_id=tokenizer.eos_id, **options)
     if len(ids) > config.max_length:
         sys.stderr.write(
             f"warning: the text has {len(ids)} tokens, and the model supports {config.max_length}: later ones may be "
