@@ -7,8 +7,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import add_run, add_trust_code, require_at_least, some_path
+from cod_lightning.commands.options import add_run, add_trust_code, read_run, require_at_least, some_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder
 
@@ -32,19 +31,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(
     run: Path, to: str, output: Path | None, checkpoint: str, trust_code: bool, dtype: str, max_length: int | None
 ) -> None:
-    from cod_lightning.config.saved import load
-
-    config = load(run, trust_code=trust_code)
+    folder = output or run / to
+    check_new_folder(folder, "--output=")
+    config, decoder, tokenizer = read_run(run, checkpoint, trust_code)
     check_max_length(max_length, config)
-    import_torchmetrics()
     import torch
 
     from cod_lightning.nn.huggingface import export
-    from cod_lightning.train.load import checkpoint_of, load_decoder
 
-    folder = output or run / to
-    check_new_folder(folder, "--output=")
-    decoder, tokenizer = load_decoder(config, run, checkpoint_of(run, checkpoint))
     export(decoder, folder, tokenizer, getattr(torch, dtype), max_length or config.max_length)
     print(folder)
 
