@@ -14,12 +14,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(names: Sequence[str]) -> None:
-    from cod_lightning.commands.terminal import experiments_table, show
+    from cod_lightning.commands.terminal import rich_table, show
     from cod_lightning.config.groups import choices
+    from cod_lightning.page import Table
     from cod_lightning.paper.experiments import find_experiments
 
     rows = [composed(name) for name in find_experiments(names)] or [listed(name) for name in choices("experiments")]
-    show(experiments_table(rows))
+    head = list(rows[0])
+    show(rich_table("", Table(head, [list(row.values()) for row in rows], range(len(head))), show_lines=True))
 
 
 def listed(name: str) -> dict[str, str]:

@@ -100,16 +100,6 @@ def is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def experiments_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """The list of experiments; every row has the same keys."""
-    table = Table(show_lines=True)
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
-
-
 def estimate_table(estimates: Sequence[tuple[str, Estimate]]) -> Table:
     """One column for each run, with its label; a line that is empty for all runs is omitted."""
     table = Table(title="estimated cost of a run", title_justify="left")
@@ -209,11 +199,11 @@ def reproduction_tables(experiments: Sequence[Experiment], overrides: Sequence[s
     return Group(*parts)
 
 
-def rich_table(title: str, table: page.Table) -> Table:
-    """A table for the terminal."""
-    rich = Table(title=title, title_justify="left")
+def rich_table(title: str, table: page.Table, **options: Any) -> Table:
+    """A table for the terminal; the options are those of `rich.table.Table`."""
+    rich = Table(title=title, title_justify="left", **options)
     for index, name in enumerate(table.head):
-        rich.add_column(name, justify="left" if index in table.text_columns else "right")
+        rich.add_column(name, justify="left" if index in table.text_columns else "right", overflow="fold")
     for row in table.rows:
         rich.add_row(*(Text(cell.replace("**", ""), "bold" if cell.startswith("**") else "") for cell in row))
     return rich
