@@ -166,17 +166,16 @@ def variance_by_layer(column: Column) -> Figure | None:
 def mean_jacobians(column: Column) -> Figure | None:
     """Figure 5: Jacobians of five blocks, averaged over tokens, of the first seed; one line for each row."""
     measured = [(row, [run for run in row.runs if "jacobian_map" in run.measures]) for row in column.rows]
-    first_maps = [(row, runs[0].measures["jacobian_map"]) for row, runs in measured if runs]
-    if not first_maps:
+    first = [(row, runs[0]) for row, runs in measured if runs]
+    if not first:
         return None
-    across = max(len(result["layers"]) for _, result in first_maps)
-    figure, axes = figure_grid(
-        0.4 + 1.5 * len(first_maps), rows=len(first_maps), columns=across, sharex=True, sharey=True
-    )
-    seeds = sorted({str(runs[0].seed) for _, runs in measured if runs and runs[0].record})
+    maps = [(row, run.measures["jacobian_map"]) for row, run in first]
+    across = max(len(result["layers"]) for _, result in maps)
+    figure, axes = figure_grid(0.4 + 1.5 * len(maps), rows=len(maps), columns=across, sharex=True, sharey=True)
+    seeds = sorted({str(run.seed) for _, run in first if run.record})
     figure.suptitle(f"seed {' and '.join(seeds)}" if seeds else "", fontsize=9)
     norm = SymLogNorm(0.01, vmin=-1, vmax=1)
-    for panels, (row, result) in zip(axes, first_maps, strict=True):
+    for panels, (row, result) in zip(axes, maps, strict=True):
         for panel, layer, matrix in zip(panels, result["layers"], result["matrices"], strict=True):
             image = panel.imshow(np.array(matrix), cmap="RdBu_r", norm=norm, interpolation="nearest")
             panel.set(title=f"layer {layer}", xticks=[], yticks=[])
