@@ -9,32 +9,13 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from io import TextIOWrapper
-from types import ModuleType
 from typing import Any
 
 import shtab
 
 from cod_lightning import __version__
-from cod_lightning.commands import (
-    consolidate,
-    convert,
-    estimate,
-    evaluate,
-    experiments,
-    export,
-    fit,
-    generate,
-    grow,
-    import_,
-    launch,
-    measure,
-    predict,
-    prepare,
-    report,
-    reproduce,
-    verify,
-)
 from cod_lightning.commands.options import refuse_repeated
 from cod_lightning.errors import (
     CLOSED_PIPE,
@@ -49,25 +30,11 @@ from cod_lightning.errors import (
 from cod_lightning.signals import ignore_until_exit, stopping
 from cod_lightning.train.ranks import is_first_on_node
 
-COMMANDS: dict[str, ModuleType] = {
-    "fit": fit,
-    "prepare": prepare,
-    "evaluate": evaluate,
-    "generate": generate,
-    "export": export,
-    "consolidate": consolidate,
-    "import": import_,
-    "convert": convert,
-    "grow": grow,
-    "measure": measure,
-    "verify": verify,
-    "estimate": estimate,
-    "predict": predict,
-    "launch": launch,
-    "reproduce": reproduce,
-    "report": report,
-    "experiments": experiments,
-}
+NAMES = (
+    *("fit", "prepare", "evaluate", "generate", "export", "consolidate", "import", "convert", "grow", "measure"),
+    *("verify", "estimate", "predict", "launch", "reproduce", "report", "experiments"),
+)
+COMMANDS = {name: import_module(f"cod_lightning.commands.{name.replace('import', 'import_')}") for name in NAMES}
 """Modules with `HELP`, `add_arguments(parser)` and optionally `EPILOG` and `details()`; `run(**arguments)` returns an
 exit status, or None for 0."""
 CUSTOM_NORM = re.compile(r"\+*norm(\.name|\.base)?=.*:")
@@ -79,13 +46,7 @@ class StoreOnce(argparse._StoreAction):
 
     earlier: Any = None
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if option_string is not None and self.earlier is not None:
             raise argparse.ArgumentError(self, f"{self.earlier} and {values} are both given: keep one")
         self.earlier = values
