@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from cod_lightning.errors import UserError
 
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from cod_lightning.config.schema import TrainerConfig
 
 
-@dataclass(frozen=True)
-class LauncherVariables:
+class LauncherVariables(NamedTuple):
     """The environment variables of a launcher."""
 
     rank: str
@@ -23,27 +22,14 @@ class LauncherVariables:
     world_size: str
     ranks_per_node: str
     nodes: str
-    required: tuple[str, ...] = ()
 
 
 LAUNCHERS = {
     "torchrun": LauncherVariables(
-        "RANK",
-        "LOCAL_RANK",
-        "GROUP_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "GROUP_WORLD_SIZE",
-        required=("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+        "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"
     ),
     "slurm": LauncherVariables(
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-        "SLURM_NODEID",
-        "SLURM_NTASKS",
-        "SLURM_NTASKS_PER_NODE",
-        "SLURM_NNODES",
-        required=("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
+        "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES"
     ),
     "lightning": LauncherVariables(
         "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"
@@ -96,7 +82,7 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
         launcher = "slurm"
     else:
         launcher = "lightning"
-    known = {name for launcher in LAUNCHERS.values() for name in astuple(launcher)[:-1]}
+    known = {name for launcher in LAUNCHERS.values() for name in launcher}
     values = {name: environ[name] for name in sorted(known & environ.keys())}
     if errors := [
         f"{name}={value!r} in the environment is not an integer: unset it"
@@ -139,43 +125,39 @@ def rank_problems(trainer: TrainerConfig, environ: Mapping[str, str]) -> list[st
         UserError: a variable is not an integer.
     """
     ranks = read_ranks(environ)
-    names, values, world_size = ranks.variables, ranks.values, trainer.world_size
-    started = values.get(names.world_size, world_size)
-    if started != world_size:
-        remedy = {
-            "torchrun": "set them to the ranks that the launcher starts",
-            "slurm": "set them to the tasks of srun, or unset SLURM_NTASKS so that fit starts the ranks itself",
-            "lightning": "set them to the ranks that the launcher starts, or unset WORLD_SIZE",
-        }[ranks.launcher]
-        return [
-            f"{names.world_size}={started} in the environment, but trainer.devices={trainer.devices} x "
-            f"trainer.num_nodes={trainer.num_nodes} = {world_size}: {remedy}"
-        ]
-    problems = [
-        f"{name} is not set, but {ranks.launcher} sets it: start all ranks with {ranks.launcher}"
-        for name in names.required
-        if name not in values
-    ]
-    problems += [
-        f"{name}={values[name]} in the environment, but {field}={value}: set both to the same number"
-        for name, field, value in (
-            (names.ranks_per_node, "trainer.devices", trainer.devices),
-            (names.nodes, "trainer.num_nodes", trainer.num_nodes),
+    names, values = ranks.variables, ranks.values
+    devices, nodes = f"trainer.devices={trainer.devices}", f"trainer.num_nodes={trainer.num_nodes}"
+    if different := [
+        f"{name}={values[name]} in the environment, but {asked}: set both to the ranks that the launcher starts, or "
+        f"unset {name} if no launcher started this process"
+        for name, value, asked in (
+            (names.world_size, trainer.world_size, f"{devices} x {nodes} = {trainer.world_size}"),
+            (names.ranks_per_node, trainer.devices, devices),
+            (names.nodes, trainer.num_nodes, nodes),
         )
         if values.get(name, value) != value
+    ]:
+        return different
+    problems = [
+        f"{name} is not set, but {ranks.launcher} sets it: start all ranks with {ranks.launcher}"
+        for name in (names.rank, names.local_rank, names.node, names.world_size)
+        if name not in values and ranks.launcher != "lightning"
     ]
     problems += [
         f"{name}={values[name]} in the environment is out of range: {what} are 0 to {count - 1}; unset it, or start "
         "all ranks with torchrun or Slurm"
         for name, what, count in (
-            (names.rank, "ranks", world_size),
+            (names.rank, "ranks", trainer.world_size),
             (names.local_rank, "ranks of a node", trainer.devices),
             (names.node, "nodes", trainer.num_nodes),
         )
         if values.get(name, 0) >= count
     ]
-    others = {"slurm": slurm_problems, "lightning": lightning_problems}.get(ranks.launcher)
-    return problems or ([] if others is None else others(trainer, ranks, environ))
+    if problems or ranks.launcher == "torchrun":
+        return problems
+    if ranks.launcher == "slurm":
+        return slurm_problems(trainer, ranks, environ)
+    return lightning_problems(trainer, ranks, environ)
 
 
 def slurm_problems(trainer: TrainerConfig, ranks: Ranks, environ: Mapping[str, str]) -> list[str]:
