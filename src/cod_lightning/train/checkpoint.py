@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from cod_lightning.errors import Diverged, Stopped, UserError, first_line, no_permission, short_repr
-from cod_lightning.files import open_atomic, partial_folder, remove, replace_path, require_utf8
+from cod_lightning.files import open_atomic, partial_path, remove, replace_path, require_utf8
 from cod_lightning.nn.weights import not_dense
 
 BEST = "best.ckpt"
@@ -55,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.failure = write_error(write, path)
 
     def save_sharded(
-        self, checkpoint: dict[str, Any], path: Path, first: bool, broadcast: Callable[[str | None], str | None]
+        self, checkpoint: dict[str, Any], path: Path, first: bool, broadcast: Callable[[Any], Any]
     ) -> None:
         """Write a checkpoint folder; every rank calls this and writes its shards.
 
@@ -65,13 +65,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             first: whether this rank writes the entries that are not sharded.
             broadcast: returns the first rank's value on all ranks.
         """
-        partial = path
         others, tensors = split_tensors(checkpoint)
+        partial = path.with_name(broadcast(partial_path(path).name))
 
         def create_folder() -> None:
-            nonlocal partial
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = partial_folder(path)
+            partial.mkdir(parents=True)
             torch.save(others, partial / NON_TENSORS)
 
         def on_first_rank(write: Callable[[], None]) -> bool:
@@ -81,9 +79,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         if not on_first_rank(create_folder):
             return
-        name = broadcast(partial.name)
-        assert name is not None
-        partial = path.with_name(name)
         # dcp.save raises on all ranks if one fails.
         self.failure = write_error(lambda: dcp.save(tensors, storage_writer=PortableWriter(partial)), path)
         if self.failure is None:
@@ -120,7 +115,7 @@ def read_resumable(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint is unreadable, or holds weights only.
     """
-    checkpoint = load_file(path / NON_TENSORS, path) if path.is_dir() else load_file(path, path, mmap=True)
+    checkpoint = load_file(path, mmap=True)
     if missing := [name for name in RESUMED if name not in checkpoint]:
         raise UserError(
             f"{path}: holds weights, but not {missing[0]}, which a run needs to resume: remove the file, or start "
@@ -144,7 +139,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint is missing, damaged, or holds more than plain data.
     """
-    return read_sharded(path, {}, []) if path.is_dir() else load_file(path, path)
+    return read_sharded(path, {}, []) if path.is_dir() else load_file(path)
 
 
 def read_for_weights(path: Path) -> dict[str, Any]:
@@ -152,32 +147,33 @@ def read_for_weights(path: Path) -> dict[str, Any]:
 
     The tensors of a file are memory-mapped, so it must stay; the optimizer state of a folder is not read.
     """
-    return read_sharded(path, {}, None) if path.is_dir() else load_file(path, path, mmap=True)
+    return read_sharded(path, {}, None) if path.is_dir() else load_file(path, mmap=True)
 
 
-def load_file(path: Path, checkpoint: Path, mmap: bool = False) -> dict[str, Any]:
-    """Read one file of a checkpoint; errors name `checkpoint`."""
+def load_file(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file, or the entries of a checkpoint folder that are no tensors."""
     require_utf8(path)
+    file = path / NON_TENSORS if path.is_dir() else path
     try:
-        if not path.is_file():
-            raise ValueError(f"a folder without {NON_TENSORS}" if checkpoint.is_dir() else "not a regular file")
-        with zipfile.ZipFile(path) as archive:
+        if not file.is_file():
+            raise ValueError(f"a folder without {NON_TENSORS}" if path.is_dir() else "not a regular file")
+        with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             # torch.save only stores: a compressed or overlapping member could expand to any size.
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise ValueError("it is compressed, but checkpoints are not")
-            if sum(member.file_size for member in members) > path.stat().st_size:
+            if sum(member.file_size for member in members) > file.stat().st_size:
                 raise ValueError("its members are larger than the file")
             if (damaged := archive.testzip()) is not None:  # torch does not verify checksums
                 raise ValueError(f"the checksum of {damaged} does not match its bytes")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         if not is_checkpoint(content):
             raise ValueError("it holds no decoder")
         for name, tensor in content["state_dict"].items():
             if problem := not_dense(tensor) or ("" if tensor.is_floating_point() else str(tensor.dtype)):
                 raise ValueError(f"{name} is {problem}")
     except Exception as error:  # damaged bytes raise many types, in zipfile, in torch and in its unpickler
-        raise unreadable_error(checkpoint, error) from error
+        raise unreadable_error(path, error) from error
     return content
 
 
@@ -195,7 +191,7 @@ def read_sharded(
     Raises:
         UserError: the checkpoint is damaged, holds more than plain data, or has parameters of another shape.
     """
-    checkpoint = load_file(path / NON_TENSORS, path)
+    checkpoint = load_file(path)
     try:
         reader = SafeReader(path)
         sizes = reader.read_metadata().state_dict_metadata

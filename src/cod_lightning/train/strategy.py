@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import UserError
 from cod_lightning.nn.weights import load_weights, shard_like
-from cod_lightning.train.checkpoint import NON_TENSORS, AtomicCheckpointIO, load_file, read_sharded
+from cod_lightning.train.checkpoint import AtomicCheckpointIO, load_file, read_sharded
 from cod_lightning.train.devices import accelerator, precision
 
 
@@ -101,13 +101,12 @@ class Sharded(ModelParallelStrategy):
         """
         path = Path(checkpoint_path)
         module: Any = self.lightning_module
+        checkpoint = load_file(path, mmap=True)
+        module.check_groups(checkpoint)
         if path.is_dir():
-            module.check_groups(load_file(path / NON_TENSORS, path))
             checkpoint = read_sharded(path, module.state_dict(), self.optimizer_parameters())
         else:
-            checkpoint = load_file(path, path, mmap=True)
             load_weights(module, checkpoint["state_dict"], str(path))
-            module.check_groups(checkpoint)
         states = checkpoint.get("optimizer_states", ())
         for optimizer, parameters, state in zip(self.optimizers, self.optimizer_parameters(), states, strict=False):
             shards = {
