@@ -14,7 +14,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder, build_model
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
-from cod_lightning.train.module import gradient_norm, gradient_parameters
+from cod_lightning.train.module import gradient_norm
 from cod_lightning.train.optim import build_optimizer, parameter_groups
 
 DEPTH, STEPS, FEW = 4, 200, 20
@@ -50,7 +50,7 @@ def losses(norm, steps, clip=0.0, left_out=None, **options):
         optimizer.zero_grad()
         loss.backward()
         if clip:
-            torch.nn.utils.clip_grads_with_norm_(gradient_parameters(optimizer), clip, gradient_norm(optimizer))
+            torch.nn.utils.clip_grads_with_norm_(decoder.parameters(), clip, gradient_norm(optimizer))
         optimizer.step()
         schedule.step()
         values.append(loss.item())

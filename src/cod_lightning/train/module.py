@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -87,11 +87,7 @@ class StepModule(LightningModule, ABC):
     def statistics(self, network: Any, probe: Any) -> LayerStatistics:
         """Statistics of every layer on the data's `probe_batch`.
 
-        Each rank processes a share of the probe; the statistics are summed over the ranks.
-
-        Args:
-            network: this module's network or a copy.
-            probe: the probe batch, the same on every rank.
+        Each rank processes a share of the probe, which is the same on all; the statistics are summed over the ranks.
         """
 
     def checked_model(self) -> DecoderConfig:
@@ -102,10 +98,9 @@ class StepModule(LightningModule, ABC):
         """
         model = self.config.model
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
-        stream, branch = {
-            "bf16-true": (torch.bfloat16, torch.bfloat16),
-            "bf16-mixed": (torch.float32, torch.bfloat16),
-        }.get(precision(self.config.trainer), (torch.float32, torch.float32))
+        computed = precision(self.config.trainer)
+        stream = torch.bfloat16 if computed == "bf16-true" else torch.float32
+        branch = torch.float32 if computed == "32-true" else torch.bfloat16
         chosen = model.norm_backend
         norms = {(with_kind(model, self.specs[-1]).norm, model.hidden_size, 1)}
         for spec in self.specs:
@@ -126,7 +121,7 @@ class StepModule(LightningModule, ABC):
         Raises:
             UserError: `initial_weights` does not have the model's parameters.
         """
-        if self.built:
+        if list(self.parameters()):
             return
         device = torch.device("cpu")
         settings = self.config.trainer
@@ -140,10 +135,6 @@ class StepModule(LightningModule, ABC):
             load_weights(self.network, initial.weights, initial.checkpoint)
             self.origin, self.initial_weights = initial.origin, None
         set_step(self.network, 0 if initial is None else initial.step)
-
-    @property
-    def built(self) -> bool:
-        return any(True for _ in self.parameters())
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = build_optimizer(self.network, self.optim, self.config.trainer.max_steps)
@@ -198,11 +189,12 @@ class StepModule(LightningModule, ABC):
             )
         if not math.isfinite(norm_value):
             # The backward pass computes the gradients of the last parameters first.
-            names = [name for name, parameter in self.network.named_parameters() if not is_finite(parameter.grad)]
+            grads = {name: to_local(p.grad) for name, p in self.network.named_parameters() if p.grad is not None}
+            names = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
             bad = names[-1] if names else "a parameter on another rank"
             raise Diverged(f"the gradient is not finite at step {step}, first for {bad}. {ADVICE}")
         if self.optim.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(gradient_parameters(optimizer.optimizer), self.optim.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.optim.clip, norm)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -337,11 +329,6 @@ class DecoderModule(StepModule):
         self.log_figures(figures)
 
 
-def gradient_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters of an optimizer that have a gradient."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
 def gradient_norm(optimizer: Optimizer) -> Tensor:
     """Norm of the gradient over all ranks, as a tensor, so that the caller decides when to wait for the device.
 
@@ -359,8 +346,3 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Norm of some gradients over all ranks."""
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def is_finite(gradient: Tensor | None) -> bool:
-    """Whether this rank's part of a gradient is finite; True without a gradient."""
-    return gradient is None or bool(torch.isfinite(to_local(gradient)).all())
