@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.progress import BarColumn
-from torch import Tensor
 
 from cod_lightning import signals
 from cod_lightning.config.schema import COUNTS, METRIC_FORMATS, is_shown, printed_metrics
@@ -83,20 +82,13 @@ class Recorder(Callback):
         self.wall_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "history": self.history,
-            "tokens": self.tokens,
-            "train_seconds": self.train_seconds,
-            "measure_seconds": self.measure_seconds,
-            "wall_seconds": self.wall_seconds + time.perf_counter() - self.started,
-        }
+        names = ("history", "tokens", "train_seconds", "measure_seconds", "wall_seconds")
+        now = {"wall_seconds": self.wall_seconds + time.perf_counter() - self.started}
+        return {name: getattr(self, name) for name in names} | now
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"]
-        self.tokens = state_dict["tokens"]
-        self.train_seconds = state_dict["train_seconds"]
-        self.measure_seconds = state_dict.get("measure_seconds", 0.0)
-        self.wall_seconds = state_dict["wall_seconds"]
+        """Take over the entries of an earlier `state_dict`; older checkpoints have no `measure_seconds`."""
+        vars(self).update(state_dict)
 
     def add(self, trainer: Trainer, kind: str, **values: Any) -> None:
         """Append one entry to the series `kind`, and log the numbers of it that are shown."""
@@ -120,28 +112,24 @@ class Recorder(Callback):
         if stage == "fit":
             self.started = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.batch_started = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         outputs = {name: float(value) for name, value in outputs.items()}  # waits for the device
         seconds = time.perf_counter() - self.batch_started
         self.train_seconds += seconds
         rate = (outputs["tokens"] - self.tokens) / seconds
         self.tokens = outputs["tokens"]
-        pl_module.log_dict(
-            {"loss": outputs["loss"], "tokens/s": rate}, prog_bar=True, logger=False, rank_zero_only=True
-        )
+        shown = {"loss": outputs["loss"], "tokens/s": rate}
+        pl_module.log_dict(shown, prog_bar=True, logger=False, rank_zero_only=True)
         if trainer.global_step % self.log_every == 0 or trainer.global_step in (1, trainer.max_steps):
             self.add(trainer, "train", **outputs, tokens_per_second=rate)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
-        self.add(
-            trainer, "val", **{name: float(metrics[name]) for name in (*METRIC_FORMATS, *COUNTS) if name in metrics}
-        )
+        figures = {name: float(metrics[name]) for name in (*METRIC_FORMATS, *COUNTS) if name in metrics}
+        self.add(trainer, "val", **figures)
 
     def final(self) -> dict[str, Any]:
         """The metrics of the last validation, and tokens, tokens per second and seconds of the run."""
@@ -204,9 +192,7 @@ class ProbeCallback(Callback, ABC):
         if trainer.global_step == 0:
             self.measure_copy(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.measure_copy(trainer, pl_module)
 
@@ -256,12 +242,6 @@ class MeasureCallback(ProbeCallback):
     Every rank measures the whole probe, because maxima, spectra and standard errors are not sums over sequences.
 
     The model is measured in the precision of its weights, as by the command `measure`.
-
-    Args:
-        recorder: records the results.
-        probe: tokens [sequences, length] or images, the same on every rank.
-        every: steps between measurements.
-        name: the measure.
     """
 
     def __init__(self, recorder: Recorder, probe: Batch, every: int, name: str):
@@ -293,11 +273,6 @@ def is_figure_step(step: int, every: int, max_steps: int) -> bool:
     """Whether to draw a figure at a measurement; limits a run to `MAX_FIGURES` + 1 figures.
 
     True at step 0, and at the first measurement at or after each multiple of `max_steps / MAX_FIGURES`.
-
-    Args:
-        step: the step of the measurement.
-        every: steps between measurements.
-        max_steps: steps of the run.
     """
     return step * MAX_FIGURES // max_steps > (step - every) * MAX_FIGURES // max_steps
 
@@ -331,9 +306,7 @@ class ProgressLines(Callback):
             line = "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *columns])
             print(line, file=sys.stderr, flush=True)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         series = self.recorder.history["train"]
         if series["step"][-1] == trainer.global_step:
             last = {name: values[-1] for name, values in series.items()}

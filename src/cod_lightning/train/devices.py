@@ -17,11 +17,11 @@ def accelerator(settings: TrainerConfig) -> str:
     Raises:
         UserError: `trainer.accelerator=gpu` without a CUDA device.
     """
-    if settings.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.accelerator == "cpu":
+        return "cpu"
     if settings.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator='gpu', but torch has no CUDA device: pass trainer.accelerator=cpu")
-    return {"gpu": "cuda", "cpu": "cpu"}[settings.accelerator]
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_norm_backend(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -169,27 +169,26 @@ def estimate(
 
 def argument_errors(
     data: DataConfig, hardware: str, mfu: float, gpus: int, strategy: str, checkpointing: str
-) -> list[str]:
+) -> Iterator[str]:
     """One error for each wrong argument of `estimate`."""
-    errors = choice_errors("hardware", hardware, (*GPUS, "cpu"))
-    errors += choice_errors("strategy", strategy, STRATEGIES)
-    errors += choice_errors("checkpointing", checkpointing, CHECKPOINTING)
+    yield from choice_errors("hardware", hardware, (*GPUS, "cpu"))
+    yield from choice_errors("strategy", strategy, STRATEGIES)
+    yield from choice_errors("checkpointing", checkpointing, CHECKPOINTING)
     if not LEAST_MFU <= mfu <= 1:
-        errors.append(f"mfu={mfu} must lie between {LEAST_MFU} and 1: it is the share of the hardware's peak")
+        yield f"mfu={mfu} must lie between {LEAST_MFU} and 1: it is the share of the hardware's peak"
     if gpus < 1:
-        errors.append(f"gpus={gpus} must be at least 1")
+        yield f"gpus={gpus} must be at least 1"
     elif data.batch_size % gpus:
-        errors.append(f"gpus={gpus} does not divide data.batch_size={data.batch_size}")
+        yield f"gpus={gpus} does not divide data.batch_size={data.batch_size}"
     elif data.batch_size // gpus % data.micro_batch_size:
-        errors.append(
+        yield (
             f"data.micro_batch_size={data.micro_batch_size} does not divide data.batch_size / gpus = "
             f"{data.batch_size} / {gpus}"
         )
     if gpus > 1 and hardware == "cpu":
-        errors.append(f"gpus={gpus}: hardware='cpu' is this one machine")
+        yield f"gpus={gpus}: hardware='cpu' is this one machine"
     if gpus > 1 and strategy == "single":
-        errors.append(f"gpus={gpus}: strategy='single' is one rank; use ddp or fsdp")
-    return errors
+        yield f"gpus={gpus}: strategy='single' is one rank; use ddp or fsdp"
 
 
 def gpu_hours(config: Config) -> float:

@@ -39,15 +39,10 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 def build_loggers(config: Config, folder: Path, step: int | None) -> list[Logger]:
-    """The loggers of a run.
-
-    Args:
-        config: the run.
-        folder: the run folder, which exists.
-        step: the step from which the run resumes; TensorBoard events after it are purged. None: a new run.
-    """
+    """The loggers of a run that resumes from `step`, after which TensorBoard's events are purged; None: a new run."""
     builders = {
-        "tensorboard": lambda: tensorboard_logger(folder, step),
+        # In the run folder itself, so that TensorBoard names the run as its folder.
+        "tensorboard": lambda: EventLogger(folder, name="", version="", purge_step=None if step is None else step + 1),
         "csv": lambda: CSVLogger(folder, name="csv", flush_logs_every_n_steps=1),
         "wandb": lambda: wandb_logger(config, folder),
         "mlflow": lambda: mlflow_logger(config),
@@ -65,11 +60,6 @@ class EventLogger(TensorBoardLogger):
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
             raise
-
-
-def tensorboard_logger(folder: Path, step: int | None) -> TensorBoardLogger:
-    """Events in the run folder itself, so that TensorBoard names the run as its folder."""
-    return EventLogger(folder, name="", version="", purge_step=None if step is None else step + 1)
 
 
 def wandb_logger(config: Config, folder: Path) -> WandbLogger:

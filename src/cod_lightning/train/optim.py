@@ -78,12 +78,7 @@ def frozen_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list
     """The blocks that LISA freezes in a step, counted from 0; [] without `lisa_layers`.
 
     LISA (Pan et al., 2024) samples `lisa_layers` of `depth` blocks every `lisa_interval` steps and freezes the others.
-
-    Args:
-        step: number of the step, from 0.
-        depth: number of blocks.
-        config: `lisa_layers` and `lisa_interval`.
-        seed: seed of the run; the sample is a function of seed and step.
+    The sample is a function of the run's seed and the step, counted from 0.
     """
     if not config.lisa_layers:
         return []

@@ -168,13 +168,13 @@ REQUIRED_SERIES = {"train": "loss", "val": "val_loss", "layers": "variance"}
 """The column of each series that tables and figures use."""
 
 
-def check_record(record: Any) -> None:
+def check_record(record: dict[str, Any]) -> None:
     """Check the fields of a parsed `record.json` or `failed.json`.
 
     Raises:
         ValueError: names the first field that is missing or of another type.
     """
-    if isinstance(record, dict) and "failure" in record:
+    if "failure" in record:
         from_json(FailedRun, record, ignore_unknown=True)
         return
     run = from_json(FinishedRun, record, ignore_unknown=True)
@@ -196,8 +196,4 @@ def is_series(value: Any) -> bool:
         return False
     if isinstance(value[0], list):
         return all(is_series(part) and len(part) == len(value[0]) for part in value)
-    return all(number is None or is_number(number) for number in value)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return all(number is None or type(number) in (int, float) for number in value)

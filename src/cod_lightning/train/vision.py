@@ -31,11 +31,7 @@ class VisionModule(StepModule):
 
     def __init__(self, config: Config, *, classes: int, val_images: int):
         super().__init__(config)
-        self.shape = {
-            "image_size": config.images.size,
-            "patch_size": config.images.patch_size,
-            "classes": classes,
-        }
+        self.shape = {"image_size": config.images.size, "patch_size": config.images.patch_size, "classes": classes}
         # Only its exact mean is used.
         self.losses = Perplexity(val_images, paper_batch=val_images)
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE, validate_args=False)
