@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,127 +80,110 @@ def vocab_size_errors(config: Config) -> list[str]:
     return [f"model.vocab_size is open, and data.tokenizer={config.data.tokenizer!r} is not read here: set it"]
 
 
-def folder_errors(config: Config) -> list[str]:
+def folder_errors(config: Config) -> Iterator[str]:
     """Errors in the fields that name folders and the source of the weights."""
-    errors = [
-        f"{field}={value!r} must be a folder below output"
-        for field, value in (("experiment", config.experiment), ("name", config.name))
-        if value is not None and (not Path(value).parts or Path(value).is_absolute() or ".." in Path(value).parts)
-    ]
+    for field, value in (("experiment", config.experiment), ("name", config.name)):
+        if value is not None and (not Path(value).parts or Path(value).is_absolute() or ".." in Path(value).parts):
+            yield f"{field}={value!r} must be a folder below output"
     if not config.output:
-        errors.append("output is empty: name a folder")
+        yield "output is empty: name a folder"
     if config.init_from == "":
-        errors.append("init_from is empty: name a run folder or a .ckpt file, or pass init_from=null")
-    return errors
+        yield "init_from is empty: name a run folder or a .ckpt file, or pass init_from=null"
 
 
-def optim_errors(config: Config) -> list[str]:
+def optim_errors(config: Config) -> Iterator[str]:
     """Errors between the settings of the optimizer and the length and depth of the run."""
     optim, steps = config.optim, config.trainer.max_steps
-    errors = []
     if len(optim.betas) != 2:
-        errors.append(f"optim.betas={list(optim.betas)} must be two numbers in [0, 1)")
+        yield f"optim.betas={list(optim.betas)} must be two numbers in [0, 1)"
     if steps > 0 and optim.warmup(steps) >= steps:
         name = "warmup_ratio" if optim.warmup_steps is None else "warmup_steps"
-        errors.append(
+        yield (
             f"optim.{name}={getattr(optim, name)} warms up for {optim.warmup(steps)} steps, but "
             f"trainer.max_steps={steps}: end the warm-up before the run"
         )
     if optim.lisa_layers > max(config.model.num_hidden_layers, 1):
-        errors.append(
+        yield (
             f"optim.lisa_layers={optim.lisa_layers} is more than "
             f"model.num_hidden_layers={config.model.num_hidden_layers}"
         )
     if optim.lisa_layers and config.trainer.strategy == "fsdp":
-        errors.append("optim.lisa_layers does not support FSDP: use trainer=ddp")
-    return errors
+        yield "optim.lisa_layers does not support FSDP: use trainer=ddp"
 
 
-def trainer_errors(config: Config) -> list[str]:
+def trainer_errors(config: Config) -> Iterator[str]:
     """Errors between batch size, ranks, strategy and measures."""
     data, trainer = config.data, config.trainer
-    errors = []
     samples_per_micro_step = data.micro_batch_size * trainer.world_size
     if min(data.batch_size, samples_per_micro_step) > 0 and data.batch_size % samples_per_micro_step:
-        errors.append(
+        yield (
             f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size={data.micro_batch_size} "
             f"x {trainer.world_size} rank(s) = {samples_per_micro_step}"
         )
     if trainer.world_size > 1 and trainer.strategy == "auto":
-        errors.append(
+        yield (
             f"trainer.strategy='auto' supports one rank, but {trainer.world_size} are configured: "
             "use trainer=ddp or trainer=fsdp"
         )
-    if trainer.strategy != "fsdp":
-        errors += [
-            f"trainer.{name}=true requires trainer.strategy=fsdp"
-            for name in ("hybrid", "offload")
-            if getattr(trainer, name)
-        ]
+    for name in ("hybrid", "offload"):
+        if getattr(trainer, name) and trainer.strategy != "fsdp":
+            yield f"trainer.{name}=true requires trainer.strategy=fsdp"
     for name, every in trainer.measures.items():
-        errors += choice_errors("trainer.measures", name, tuple(MEASURES))
+        yield from choice_errors("trainer.measures", name, tuple(MEASURES))
         if every and name in MEASURES and config.model.num_hidden_layers < MEASURES[name].least_blocks:
-            errors.append(
+            yield (
                 f"trainer.measures.{name} needs at least {MEASURES[name].least_blocks} blocks, but "
                 f"model.num_hidden_layers={config.model.num_hidden_layers}: set it to 0"
             )
-    return errors
 
 
-def vision_errors(config: Config) -> list[str]:
+def vision_errors(config: Config) -> Iterator[str]:
     """Settings that task=vision does not have."""
-    errors = []
     if config.init_from is not None:
-        errors.append("init_from does not support task=vision: remove init_from")
+        yield "init_from does not support task=vision: remove init_from"
     for name in ("rope_theta", "tie_word_embeddings"):
         if (value := getattr(config.model, name)) != (default := getattr(DecoderConfig, name)):
             now, then = str(value).lower(), str(default).lower()
-            errors.append(f"model.{name}={now} does not support task=vision: set model.{name}={then}")
+            yield f"model.{name}={now} does not support task=vision: set model.{name}={then}"
     for name, every in config.trainer.measures.items():
         if every and name in MEASURES and (reason := MEASURES[name].not_for_images):
-            errors.append(f"trainer.measures.{name} does not support task=vision: {reason}; set it to 0")
-    return errors
+            yield f"trainer.measures.{name} does not support task=vision: {reason}; set it to 0"
 
 
-def token_errors(config: Config) -> list[str]:
+def token_errors(config: Config) -> Iterator[str]:
     """Errors between the decoder, its vocabulary and the length of the sequences."""
     model, data = config.model, config.data
-    errors = []
     new_tokenizer = data.tokenizer == "bpe" and data.folder is None
     if new_tokenizer and model.vocab_size is not None and model.vocab_size < data.vocab_size:
-        errors.append(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's: data.vocab_size={data.vocab_size}"
-        )
+        yield f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's: data.vocab_size={data.vocab_size}"
     if model.max_position_embeddings is not None and data.seq_len > model.max_position_embeddings:
-        errors.append(
+        yield (
             f"data.seq_len={data.seq_len} is longer than the context of the imported model, "
             f"model.max_position_embeddings={model.max_position_embeddings}: use shorter sequences"
         )
-    return errors
 
 
-def strategy_errors(config: Config) -> list[str]:
+def strategy_errors(config: Config) -> Iterator[str]:
     """Errors between the norm strategy, the model and the optimizer."""
     model = config.model
-    errors = []
     try:
         specs = strategies.build_all(config.norm, min(max(model.num_hidden_layers, 1), MOST_LAYERS))
     except UserError as error:
-        return [str(error)]
+        yield str(error)
+        return
     sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
     if groups := {sublayer.groups for sublayer in sublayers if model.hidden_size % sublayer.groups}:
-        errors.append(f"norm.groups={groups.pop()} does not divide model.hidden_size={model.hidden_size}")
+        yield f"norm.groups={groups.pop()} does not divide model.hidden_size={model.hidden_size}"
     if config.optim.name == "adam" and config.optim.weight_decay and any(sublayer.has_rates for sublayer in sublayers):
-        errors.append(
+        yield (
             f"optim.weight_decay={config.optim.weight_decay} of optim.name='adam' is part of the gradient, where the "
             f"rates of norm={config.norm['name']} do not reach it: set optim.name=adamw"
         )
     if config.init_from is not None and schedule_end(specs):
-        errors.append(
+        yield (
             f"init_from does not support norm={config.norm['name']}, whose branch_schedule would begin again: choose "
             "a strategy without one"
         )
     weights = {weight for s in sublayers for weight in (s.pre_norm_weight, s.branch_norm_weight)}
     if not model.norm_affine and (weights != {1} or any(s.norm_rates is not None for s in sublayers)):
-        errors.append(f"norm={config.norm['name']} needs norms with a weight: set model.norm_affine=true")
-    return errors
+        yield f"norm={config.norm['name']} needs norms with a weight: set model.norm_affine=true"
