@@ -11,9 +11,9 @@ import glob
 import itertools
 import math
 import os
-import pickle
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, named_if_not_yaml, read_yaml
+from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
 from cod_lightning.config.schema import Config, flatten, init_from_run
 from cod_lightning.config.validate import problems
 from cod_lightning.errors import UserError, first_line, nearest, one_line
@@ -43,9 +43,9 @@ PREPARED = {f"data.{name}" for name in ("files", "val_files", "text_field", "enc
 """Fields that a prepared set, `data.folder`, no longer depends on."""
 DOCUMENTS = TEXT | PREPARED
 """Overrides that may choose other documents, on which another `bpe` would be trained."""
-GLOB_FIELDS = {"data.files", "data.val_files"}
-PATH_FIELDS = GLOB_FIELDS | {
-    *("data.root", "data.folder", "data.tokenizer", "images.folder", "init_from", "output"),
+PATH_FIELDS = {
+    *("data.files", "data.val_files", "data.root", "data.folder", "data.tokenizer", "images.folder"),
+    *("init_from", "output"),
 }
 OMEGACONF = {
     "is not Optional": "it needs a value, not null",
@@ -111,16 +111,12 @@ def quote(word: str) -> str:
 
 def is_existing_path(field: str, value: str) -> bool:
     """Whether the value of a field is the path of a file or folder, or a glob that matches one."""
-    if field not in PATH_FIELDS or value in ("", "null"):
+    if field not in PATH_FIELDS or value == "null":
         return False
-    if os.path.lexists(value):
-        return True
-    if field not in GLOB_FIELDS or value.startswith("["):  # a list of paths
-        return False
-    try:
-        return any(glob.iglob(value, recursive=True))
-    except ValueError:  # NUL, or half a surrogate pair
-        return False
+    is_list = value.startswith("[")
+    with suppress(ValueError):  # NUL, or half a surrogate pair
+        return os.path.lexists(value) or (not is_list and any(glob.iglob(value, recursive=True)))
+    return False
 
 
 def is_custom_norm(override: Override) -> bool:
@@ -164,16 +160,14 @@ def selects_other_text(overrides: Sequence[str]) -> bool:
     return any(override.key_or_group in TEXT for override in parse(overrides))
 
 
-def without_effect(node: DictConfig, overrides: Iterable[Override]) -> list[str]:
+def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[str]:
     """Errors for overrides of a text beside a set that is prepared already, and of images in a run of language."""
-    values = {override.key_or_group: override.value() for override in overrides}
-    folder, errors = node.data.folder, []
-    for name, value in values.items():
+    folder = node.data.folder
+    for name, value in {override.key_or_group: override.value() for override in overrides}.items():
         if name in PREPARED and folder is not None and value is not None:
-            errors.append(f"{name}={value} does not change data.folder={folder}, a prepared set: remove one of the two")
+            yield f"{name}={value} does not change data.folder={folder}, a prepared set: remove one of the two"
         if name.partition(".")[0] == "images" and node.task == "language":
-            errors.append(f"{name}={value} has no effect without task=vision: add it, or remove {name}")
-    return errors
+            yield f"{name}={value} has no effect without task=vision: add it, or remove {name}"
 
 
 # Composition ---------------------------------------------------------------------------------------------------------
@@ -187,9 +181,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     words = parse(overrides)
     chosen = [o for o in words if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
-    scales = [o for o in chosen if o.key_or_group == "scale"]
-    files = tuple(o.input_line or "" for o in chosen if o not in scales)
-    node = pickle.loads(merge_scale(config_folder(), files, str(scales[-1].value()) if scales else None))
+    scales = [str(o.value()) for o in chosen if o.key_or_group == "scale"]
+    files = tuple(o.input_line or "" for o in chosen if o.key_or_group != "scale")
+    node = merge_files(config_folder(), files, *scales).copy()
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
     if scales:
         errors += replaced_choices(merge_files(config_folder(), files), node, words)
@@ -204,12 +198,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
-    """The configuration, named by its model and data if it chooses them instead of an experiment, such as `tiny-files`.
-
-    Args:
-        config: what the overrides compose.
-        chosen: the overrides by key.
-    """
+    """The configuration, named by model and data, such as `tiny-files`, if these are chosen and no experiment is."""
     if chosen.keys() & {"experiments", "experiment"} or not chosen.keys() & CONTENT:
         return config
     model = chosen.get("model", config.experiment)
@@ -218,12 +207,19 @@ def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
 
 
 @lru_cache(maxsize=64)
-def merge_files(folder: Path, words: tuple[str, ...]) -> DictConfig:
+def merge_files(folder: Path, words: tuple[str, ...], *scales: str) -> DictConfig:
     """The files of configs/ that group overrides choose, merged by Hydra; copy the result before you change it.
+
+    The file of a scale is the last in Hydra's order too. It is merged here, so that one reading of the other files,
+    which takes most of the time, serves all scales.
 
     Raises:
         UserError: the files or choices do not fit together.
     """
+    if scales:
+        node = merge_files(folder, words).copy()
+        node.merge_with(*(read_yaml(f"scale/{scale}") for scale in scales))
+        return node
     if "schema.yaml" not in ConfigStore.instance().repo:
         ConfigStore.instance().store("schema", Config)
     with initialize_config_dir(str(folder.resolve()), version_base="1.3", job_name="cod_lightning"):
@@ -235,31 +231,6 @@ def merge_files(folder: Path, words: tuple[str, ...]) -> DictConfig:
             raise UserError(one_line(error)) from error
     OmegaConf.set_struct(node, None)  # Hydra closes dictionaries too, which take any key here
     return node
-
-
-@lru_cache(maxsize=64)
-def merge_scale(folder: Path, words: tuple[str, ...], scale: str | None) -> bytes:
-    """`merge_files`, and the file of a scale, which is the last in Hydra's order too.
-
-    One reading of the other files serves all scales. The result is pickled, which is a fresh copy at every load and six
-    times as fast as `DictConfig.copy`.
-    """
-    node = merge_files(folder, words)
-    if scale is not None:
-        node = node.copy()
-        node.merge_with(load_config(f"scale/{scale}"))
-    return pickle.dumps(node)
-
-
-def load_config(name: str) -> Any:
-    """A file of configs/ as a node of OmegaConf, which unlike YAML reads 1e-3 as a number.
-
-    Raises:
-        UserError: it is not YAML.
-    """
-    path = config_folder() / f"{name}.yaml"
-    with named_if_not_yaml(path):
-        return OmegaConf.load(path)
 
 
 def replaced_choices(before: DictConfig, after: DictConfig, words: Sequence[Override]) -> list[str]:
@@ -342,7 +313,7 @@ def apply_overrides(node: DictConfig, overrides: Iterable[Override]) -> list[str
         if is_custom_norm(override):
             value = {"name": value}
         elif key in groups():
-            value = load_config(f"{key}/{value}")
+            value = read_yaml(f"{key}/{value}")
         try:
             # A strategy does not keep the options of another.
             OmegaConf.update(node, key, value, merge=key != "norm")

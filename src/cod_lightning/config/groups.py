@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
+@cache
 def groups() -> list[str]:
     """The config groups: the folders of configs/."""
     return sorted(path.name for path in config_folder().iterdir() if path.is_dir())
@@ -53,20 +54,13 @@ def read_yaml(name: str) -> dict[str, Any]:
         UserError: it is not YAML, or not a mapping.
     """
     path = config_folder() / f"{name}.yaml"
-    with named_if_not_yaml(path):
+    try:
         values = yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a mapping of fields")
     return values
-
-
-@contextmanager
-def named_if_not_yaml(path: Path) -> Generator[None]:
-    """Turn a syntax error of YAML into a `UserError` that names its file."""
-    try:
-        yield
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def default_choices() -> dict[str, str]:

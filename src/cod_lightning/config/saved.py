@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,6 +49,8 @@ REMEDY = "restore it from a copy; record.json of a finished run holds the same v
 """The end of an error about a damaged one."""
 REQUIRED_SECTIONS = {"model", "norm", "data", "optim", "eval", "trainer", "paper", "scales"}
 """Sections that every version writes; `scales` is the last one."""
+DEFAULTS = OmegaConf.structured(Config)
+"""Built once, because it takes a third of the time to read a record."""
 
 
 def to_yaml(config: Config) -> str:
@@ -97,13 +97,7 @@ def with_defaults(values: Any) -> DictConfig:
         raise ValueError("not a mapping of sections")
     if has_interpolation(values):
         raise ValueError(INTERPOLATION)
-    return DictConfig(OmegaConf.merge(defaults(), values))
-
-
-@cache
-def defaults() -> DictConfig:
-    """The defaults of every field; built once, because it takes a third of the time to read a record."""
-    return OmegaConf.structured(Config)
+    return DictConfig(OmegaConf.merge(DEFAULTS, values))
 
 
 def read(folder: Path) -> tuple[DictConfig, Config]:
@@ -173,7 +167,8 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     if name != "bpe" and is_folder and not Path(name).is_file():
         node.data.tokenizer = own_tokenizer  # the folder may be gone, or hold another by now
     words = parse(overrides)
-    forget_text(node, words)
+    chosen = {word.key_or_group for word in words}
+    forget_text(node, chosen)
     refuse_code(saved, folder, trust_code)
     with named_if_damaged(path):
         saved_errors = problems(saved)
@@ -182,7 +177,6 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
     # Groups come first, as in `compose`: a group resets the fields before it.
     accepted = sorted((o for o in words if o not in fixed), key=lambda o: o.key_or_group not in groups())
     errors += apply_overrides(node, accepted)
-    chosen = {word.key_or_group for word in words}
     if saved.task == "language" and chosen & DOCUMENTS and "data.tokenizer" not in chosen:
         node.data.tokenizer = own_tokenizer
     errors += without_effect(node, words)
@@ -194,12 +188,9 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
         raise UserError("\n".join(f"{path}: {e}" if e in saved_errors else e for e in lines)) from error
 
 
-def forget_text(node: DictConfig, words: Sequence[Override]) -> None:
-    """Drop what names the text of the run if `words` choose another, which would be ignored or mixed with it."""
-    chosen = {word.key_or_group for word in words}
-    stale = set()
-    if chosen & TEXT:
-        stale = {"val_files", "folder", "sha256"}
+def forget_text(node: DictConfig, chosen: Set[str]) -> None:
+    """Drop what names the text of the run if `chosen` fields name another, which would be ignored or mixed with it."""
+    stale = {"val_files", "folder", "sha256"} if chosen & TEXT else set()
     if chosen & {"data", "data.source"}:
         stale.add("files")
     for name in stale:
@@ -218,7 +209,8 @@ def refuse_code(saved: Config, folder: Path, trust_code: bool) -> None:
                 f"{folder / CONFIG}: norm={name!r} would import code: pass --trust-code if you trust it and its module "
                 "is installed"
             )
-        if any(is_inside(path, folder) for path in module_paths(name.partition(":")[0])):
+        paths = map(os.path.realpath, module_paths(name.partition(":")[0]))
+        if any(Path(path).is_relative_to(os.path.realpath(folder)) for path in paths):
             raise UserError(
                 f"norm={name!r} is in the run folder {folder}, from which no code is imported: move the module to a "
                 "folder of your own"
@@ -237,10 +229,6 @@ def module_paths(module: str) -> list[str]:
         search = list(spec.submodule_search_locations or ())
         paths += [path for path in (spec.origin, *search) if path is not None]
     return paths
-
-
-def is_inside(path: str, folder: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def decoder_changes(folder: Path, saved: Config, node: DictConfig) -> list[str]:
@@ -299,13 +287,10 @@ def check_init_from(config: Config) -> None:
     if source.task != "language":
         raise UserError(f"init_from={config.init_from}: a run of task={source.task}: name a run of language")
 
-    def decoder(run: Config) -> dict[str, Any]:
-        # The initialisation does not matter, and the vocabulary is compared with the weights themselves.
-        ignored = ("vocab_size", "init", "init_cutoff", "init_std", "embedding_std")
-        model = {name: value for name, value in identity_fields(run.model).items() if name not in ignored}
-        return {"model": model, "norm": run.norm}
-
-    theirs, ours = flatten(decoder(source)), flatten(decoder(config))
+    # The initialisation does not matter, and the vocabulary is compared with the weights themselves.
+    ignored = {f"model.{name}" for name in ("vocab_size", "init", "init_cutoff", "init_std", "embedding_std")}
+    decoders = (flatten({"model": identity_fields(run.model), "norm": run.norm}) for run in (source, config))
+    theirs, ours = ({name: value for name, value in fields.items() if name not in ignored} for fields in decoders)
     words = [
         f"{'norm' if name == 'norm.name' else name}={'null' if value is None else value}"
         for name, value in theirs.items()
