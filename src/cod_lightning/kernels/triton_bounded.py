@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from cod_lightning.kernels.triton_norm import Number, constants, num_programs, rows_of
+from cod_lightning.kernels.triton_norm import Number, constants, forward_outputs, num_programs, rows_of
 
 
 @triton.jit
@@ -122,17 +122,6 @@ def tiles(hidden: int, erf: bool, backward: bool = False) -> dict[str, Any]:
     return {name: shape[name] for name in ("WIDTH", "BLOCK", "ROWS", "num_warps")} | {"ERF": erf}
 
 
-def forward_outputs(x: Tensor, branch: Tensor | None, normalised: bool, dtype: torch.dtype | None) -> list[Tensor]:
-    """Allocate y, for BHyT rstd [...], and with a branch the stream."""
-    stream = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    outputs = [torch.empty(x.shape, dtype=dtype or stream, device=x.device)]
-    if normalised:
-        outputs.append(torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device))
-    if branch is not None:
-        outputs.append(torch.empty(x.shape, dtype=stream, device=x.device))
-    return outputs
-
-
 def forward(
     x: Tensor,
     branch: Tensor | None,
@@ -145,8 +134,8 @@ def forward(
     normalised: bool,
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """Compute `forward_outputs`; parameters are float32."""
-    outputs = forward_outputs(x, branch, normalised, dtype)
+    """Compute `forward_outputs`, with rstd for BHyT; parameters are float32."""
+    outputs = forward_outputs(x, branch, int(normalised), 1, dtype)
     rstd = outputs[1] if normalised else None
     stream = None if branch is None else outputs[-1]
     hidden = x.shape[-1]
@@ -221,7 +210,7 @@ backward_op = library.custom_op(
 
 @forward_op.register_fake
 def _(x, branch, weight, bias, alpha, shift, eps, erf, normalised, dtype):
-    return forward_outputs(x, branch, normalised, dtype)
+    return forward_outputs(x, branch, int(normalised), 1, dtype)
 
 
 @backward_op.register_fake

@@ -173,14 +173,13 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 
 def forward_outputs(
-    x: Tensor, branch: Tensor | None, layer: bool, groups: int, dtype: torch.dtype | None
+    x: Tensor, branch: Tensor | None, statistics: int, groups: int, dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """Allocate y, rstd [..., groups], for `layer` the mean [..., groups], and with a branch the stream."""
+    """Allocate y, the statistics [..., groups], which are rstd and then the mean, and with a branch the stream."""
     stream = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    rstd = torch.empty((*x.shape[:-1], groups), dtype=torch.float32, device=x.device)
-    outputs = [torch.empty(x.shape, dtype=dtype or stream, device=x.device), rstd]
-    if layer:
-        outputs.append(torch.empty_like(rstd))
+    outputs = [torch.empty(x.shape, dtype=dtype or stream, device=x.device)]
+    for _ in range(statistics):
+        outputs.append(torch.empty((*x.shape[:-1], groups), dtype=torch.float32, device=x.device))
     if branch is not None:
         outputs.append(torch.empty(x.shape, dtype=stream, device=x.device))
     return outputs
@@ -197,7 +196,7 @@ def forward(
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Compute `forward_outputs`."""
-    outputs = forward_outputs(x, branch, layer, groups, dtype)
+    outputs = forward_outputs(x, branch, 1 + layer, groups, dtype)
     y, rstd = outputs[:2]
     mean = outputs[2] if layer else None
     stream = None if branch is None else outputs[-1]
@@ -276,7 +275,7 @@ backward_op = library.custom_op(
 
 @forward_op.register_fake
 def _(x, weight, branch, gain, eps, layer, groups, dtype):
-    return forward_outputs(x, branch, layer, groups, dtype)
+    return forward_outputs(x, branch, 1 + layer, groups, dtype)
 
 
 @backward_op.register_fake
