@@ -201,29 +201,23 @@ def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout 
 def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
     """Hooks that keep the inputs and outputs of a sub-layer and of its block, by layer and name, in `seen`."""
 
-    def keep_input(name: str) -> Callable[..., None]:
+    def keep_input(module: nn.Module, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             seen[site.layer, name] = flat(hidden_input(args, kwargs))
 
-        return hook
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def keep_output(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def keep_output(module: nn.Module, name: str, first: bool = False) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
             seen[site.layer, name] = flat(hidden_output(output))
 
-        return hook
+        return module.register_forward_hook(hook, prepend=first)
 
-    handles = [
-        site.sublayer.register_forward_pre_hook(keep_input(f"{site.part} input"), with_kwargs=True),
-        # Before the hook of `apply`, which multiplies by branch_scale.
-        site.branch.register_forward_hook(keep_output(f"{site.part} output"), prepend=True),
-    ]
+    # `first`: before the hook of `apply`, which multiplies by branch_scale.
+    ends = keep_input(site.sublayer, f"{site.part} input"), keep_output(site.branch, f"{site.part} output", first=True)
     if site.part == "attention":
-        handles.append(site.block.register_forward_pre_hook(keep_input("block"), with_kwargs=True))
-        handles.append(site.block.register_forward_hook(keep_output("output")))
-    else:
-        handles.append(site.norm.register_forward_pre_hook(keep_input("middle"), with_kwargs=True))
-    return handles
+        return [*ends, keep_input(site.block, "block"), keep_output(site.block, "output")]
+    return [*ends, keep_input(site.norm, "middle")]
 
 
 def flat(x: Tensor) -> Tensor:
