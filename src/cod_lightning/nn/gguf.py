@@ -36,11 +36,6 @@ def open_gguf(path: Path) -> Any:
 def read_gguf(reader: Any, path: str, empty: Any) -> dict[str, Tensor]:
     """The dequantized tensors of a .gguf file in float32, by their names in the `empty` model of `transformers`.
 
-    Args:
-        reader: from `open_gguf`.
-        path: of the file.
-        empty: the model, without memory for weights.
-
     Raises:
         UserError: the file has tensors, or a scaling of the rotary embeddings, that `transformers` would leave out.
     """

@@ -168,10 +168,7 @@ def export(
 def to_hf_tokenizer(tokenizer: Any, vocab_size: int, max_length: int) -> Any:
     """The tokenizer as a `PreTrainedTokenizerFast` that adds no special tokens to a text, as in training.
 
-    Args:
-        tokenizer: to convert.
-        vocab_size: tokens in the embedding of the model; added tokens beyond it are dropped.
-        max_length: `model_max_length`, in tokens.
+    Added tokens beyond `vocab_size`, the number of embeddings, are dropped; `max_length` is its `model_max_length`.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast

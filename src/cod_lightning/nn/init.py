@@ -33,14 +33,9 @@ def build_decoder(
     device: torch.device | str = "cpu",
     wrap: Callable[[Decoder], object] = lambda decoder: None,
 ) -> Decoder:
-    """Build an initialised decoder.
+    """Build an initialised decoder, whose random weights depend on `seed` and their names.
 
-    Args:
-        config: its shape.
-        specs: one for each block.
-        seed: seed of the random weights.
-        device: device of the weights.
-        wrap: changes the decoder in place while it is on the meta device, such as `parallelise`.
+    `wrap` changes it in place while it is on the meta device, as `parallelise` does.
 
     Raises:
         ValueError: as `Decoder`.

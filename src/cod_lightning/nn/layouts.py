@@ -229,11 +229,7 @@ def has_effect(module: nn.Module) -> bool:
 
 
 def sites(model: nn.Module, layout: Layout) -> list[Site]:
-    """The two sub-layers of every block, first to last.
-
-    Args:
-        model: any module.
-        layout: where it keeps its blocks.
+    """The two sub-layers of every block of any module, first to last.
 
     Raises:
         UserError: `layout` is no `Layout`, or the model has no module that it names.

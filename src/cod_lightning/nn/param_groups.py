@@ -176,15 +176,9 @@ def grouped(
     weight_decay: float,
     exempt: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """Groups of the trainable parameters with equal settings; those without multipliers first.
+    """Groups of the trainable parameters with equal settings, the `rates` times the others; the plain ones first.
 
-    Args:
-        parameters: with their names.
-        rates: of some of them.
-        lr: before the multipliers.
-        eps: before the multipliers.
-        weight_decay: before the multipliers; 0 for parameters with fewer than two dimensions.
-        exempt: endings of the names of further parameters without weight decay.
+    Parameters with fewer than two dimensions, or whose names have an `exempt` ending, have no weight decay.
     """
     plain = Rates()
     members: dict[tuple[Rates, bool], list[nn.Parameter]] = {}
