@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from cod_lightning.config import groups
 from cod_lightning.config.compose import choices, compose, sweep
 from cod_lightning.config.groups import default_values, describe_settings
 from cod_lightning.config.saved import check_init_from, create_run_folder, from_dict, load, to_yaml
@@ -330,6 +331,12 @@ def test_a_size_that_no_machine_has_is_out_of_bounds(name):
 def test_a_number_of_too_many_digits_names_its_field(name, digits):
     with pytest.raises(UserError, match=rf"^{name}\b"):
         compose([f"{name}={'1' * digits}"])
+
+
+def test_a_file_may_write_a_number_as_1e_3(tmp_path, monkeypatch):
+    (tmp_path / "faint.yaml").write_text("init: 1e-3\nname: '1e-3'\n")
+    monkeypatch.setattr(groups, "config_folder", lambda: tmp_path)
+    assert groups.read_yaml("faint") == {"init": 0.001, "name": "1e-3"}
 
 
 def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from cod_lightning.config.compose import (
     parse,
     without_effect,
 )
-from cod_lightning.config.groups import FAST_LOADER, groups
+from cod_lightning.config.groups import FastLoader, groups
 from cod_lightning.config.schema import (
     CHECKPOINTS,
     TOKENIZER,
@@ -114,7 +114,7 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
         text = read_regular(path)
         if not text.strip():
             raise ValueError("it is empty")
-        events = [event for event in yaml.parse(text, Loader=FAST_LOADER) if isinstance(event, yaml.NodeEvent)]
+        events = [event for event in yaml.parse(text, Loader=FastLoader) if isinstance(event, yaml.NodeEvent)]
         if not events or not isinstance(events[0], yaml.MappingStartEvent):
             raise ValueError("not a mapping of sections")
         if any(isinstance(event, yaml.AliasEvent) for event in events):
