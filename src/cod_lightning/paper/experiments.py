@@ -15,6 +15,7 @@ from cod_lightning.data.config import patterns
 from cod_lightning.errors import UserError, nearest
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
 from cod_lightning.paper.results import record_path
+from cod_lightning.paper.statistics import grouped
 from cod_lightning.train.record import RECORD
 
 
@@ -194,37 +195,33 @@ def with_results(rows: Iterable[Row], runs: Mapping[str, Run]) -> list[Experimen
     """
     rows, seeds = list(rows), sorted({run.seed for run in runs.values()})
     sizes = {row.experiment: num_parameters(row.config) for row in rows if row.config.scale == "paper"}
-    experiments, tables = [], dict[tuple[str, str], list[Run]]()
+    experiments = []
     for (name, scale), group in groupby(rows, key=lambda row: (row.experiment, row.config.scale)):
         group_rows = list(group)
         config = group_rows[0].config
         if name not in sizes:
             sizes[name] = num_parameters(compose([f"experiments={name}"]))
-        report_rows = []
-        for row in group_rows:
-            ids = dict.fromkeys(row.run_id(seed) for seed in seeds)
-            report_rows.append(report_row(row, tuple(runs[run_id] for run_id in ids if run_id in runs)))
-        target = config.paper.get("target", name)
-        tables.setdefault((target, scale), []).extend(run for row in report_rows for run in row.runs)
         experiments.append(
             Experiment(
                 name=name,
                 scale=scale,
-                target=target,
+                target=config.paper.get("target", name),
                 column=str(config.paper.get("column", "")),
                 size=sizes[name],
                 setting=describe_setting(group_rows[0]),
                 paper=config.paper,
                 axes=axis_values(config),
-                rows=tuple(report_rows),
+                rows=tuple(report_row(row, runs, seeds) for row in group_rows),
             )
         )
-    for (target, scale), table_runs in tables.items():
-        check_comparable(f"{target}, scale={scale}", scale, table_runs)
+    for (target, scale), table in grouped(((e.target, e.scale), e) for e in experiments).items():
+        check_comparable(f"{target}, scale={scale}", scale, [run for e in table for row in e.rows for run in row.runs])
     return experiments
 
 
-def report_row(row: Row, runs: tuple[Run, ...]) -> ReportRow:
+def report_row(row: Row, runs: Mapping[str, Run], seeds: Iterable[int]) -> ReportRow:
+    """A row with its published figures and its runs."""
+    ids = dict.fromkeys(row.run_id(seed) for seed in seeds)
     published = row.spec.get("published") or {}
     if not isinstance(published, Mapping):
         published = {row.config.paper.get("metric", "ppl"): published}
@@ -234,7 +231,7 @@ def report_row(row: Row, runs: tuple[Run, ...]) -> ReportRow:
         published=dict(published),
         note=row.spec.get("note"),
         run_id=row.run_id(0),
-        runs=runs,
+        runs=tuple(runs[run_id] for run_id in ids if run_id in runs),
         gpu_hours=row_gpu_hours(row),
     )
 
