@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning.commands.import_ import read_pretrained
-from cod_lightning.commands.options import (
-    add_model,
-    compose_norm,
-    is_run,
-    read_run,
-    refuse_run_options,
-    require_path,
-    some_path,
-)
+from cod_lightning.commands.options import add_model, compose_norm, is_run, read_run, require_paths, some_path
 from cod_lightning.files import check_new_folder
 
 if TYPE_CHECKING:
@@ -60,7 +52,6 @@ def read_trained(
         UserError: there is no such model, an option of runs is given for a pretrained one, or `output` is not a new
             folder.
     """
-    require_path(model)
-    refuse_run_options([model], checkpoint, trust_code)
+    require_paths([model], checkpoint, trust_code)
     check_new_folder(output, "--output=")
     return read_run(Path(model), checkpoint, trust_code) if is_run(model) else read_pretrained(model, output)

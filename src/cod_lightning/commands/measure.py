@@ -18,11 +18,10 @@ from cod_lightning.commands.options import (
     is_model,
     is_run,
     load_run_config,
-    refuse_run_options,
     refuse_unread,
     require_at_least,
     require_model,
-    require_path,
+    require_paths,
     some_path,
 )
 from cod_lightning.errors import UserError
@@ -81,9 +80,7 @@ def run(
     study: str, words: Sequence[str], checkpoint: str, trust_code: bool, rows: int | None, output: Path | None
 ) -> None:
     models = [word for word in words if is_model(word)]
-    for model in models:
-        require_path(model)
-    refuse_run_options(models, checkpoint, trust_code)
+    require_paths(models, checkpoint, trust_code)
     import_torchmetrics()
     from cod_lightning.commands.measure_runner import PAGES, run_prune, run_study
     from cod_lightning.measure.registry import measures_of

@@ -264,12 +264,14 @@ def is_run(model: str | Path) -> bool:
     return (Path(model) / CONFIG).is_file()
 
 
-def refuse_run_options(models: Sequence[str], checkpoint: str, trust_code: bool) -> None:
-    """Check that `--checkpoint` and `--trust-code` have a run to act on.
+def require_paths(models: Sequence[str], checkpoint: str, trust_code: bool) -> None:
+    """Check the paths of models, and that `--checkpoint` and `--trust-code` have a run to act on.
 
     Raises:
-        UserError: one is given, and no model is a run.
+        UserError: as `require_path`, or one of the options is given, and no model is a run.
     """
+    for model in models:
+        require_path(model)
     if (checkpoint != "last" or trust_code) and not any(map(is_run, models)):
         raise UserError("--checkpoint and --trust-code apply to runs, not to pretrained models: leave them out")
 

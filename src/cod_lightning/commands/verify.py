@@ -8,15 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.commands.options import (
-    add_model,
-    compose_norm,
-    is_run,
-    read_run,
-    refuse_run_options,
-    require_model,
-    require_path,
-)
+from cod_lightning.commands.options import add_model, compose_norm, is_run, read_run, require_model, require_paths
 
 HELP = (
     "Check by running it that every block of a model applies a norm strategy: unchanged, after bfloat16, after the "
@@ -47,8 +39,7 @@ def run(model: str, checkpoint: str, trust_code: bool, overrides: Sequence[str])
 
 def open_network(model: str, checkpoint: str, trust_code: bool) -> Any:
     """The decoder of a run folder, with its strategy where `verify` looks for it, or a model of `transformers`."""
-    require_path(model)
-    refuse_run_options([model], checkpoint, trust_code)
+    require_paths([model], checkpoint, trust_code)
     if is_run(model):
         config, network, _ = read_run(Path(model), checkpoint, trust_code)
         from cod_lightning.nn.apply import CONFIG_KEY
