@@ -48,16 +48,17 @@ def run(
     from cod_lightning.config.compose import selects_other_text
 
     options, overrides = pop_options(overrides, OPTIONS, "evaluate")
-    if "tasks" in options and "protocol" in options:
-        raise UserError("protocol= has no effect with tasks=: remove one of them")
-    if "tasks" in options and selects_other_text(overrides):
-        raise UserError("tasks= includes its text: remove data=, or tasks=")
-    config = load_run_config(run, overrides, trust_code, "evaluate tasks=" if "tasks" in options else "evaluate")
     if "tasks" in options:
+        if "protocol" in options:
+            raise UserError("protocol= has no effect with tasks=: remove one of them")
+        if selects_other_text(overrides):
+            raise UserError("tasks= includes its text: remove data=, or tasks=")
+        config = load_run_config(run, overrides, trust_code, "evaluate tasks=")
         score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
         return
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit require tasks=")
+    config = load_run_config(run, overrides, trust_code, "evaluate")
     import_torchmetrics()
     from cod_lightning.config.schema import COUNTS, PROTOCOLS, is_shown
     from cod_lightning.train.load import checkpoint_of
