@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +158,7 @@ def subject_identity(subject: Subject) -> str:
     """A hash of the model's configuration and weights, the tokens, and the code."""
     digest = hashlib.sha256(f"{__version__} {torch.__version__} {subject.config} {subject.pad_id}".encode())
     for room in ROOMS:
-        package = find_spec(f"cod_lightning.{room}")
-        assert package is not None
-        for path in sorted(Path(str(package.origin)).parent.glob("*.py")):
+        for path in sorted((Path(__file__).parents[1] / room).glob("*.py")):
             digest.update(path.read_bytes())
     for name, tensor in subject.model.model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
