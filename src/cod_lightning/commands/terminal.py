@@ -102,10 +102,7 @@ def is_finite(value: float | None) -> TypeGuard[float]:
 
 def estimate_table(estimates: Sequence[tuple[str, Estimate]]) -> Table:
     """One column for each run, with its label; a line that is empty for all runs is omitted."""
-    table = Table(title="estimated cost of a run", title_justify="left")
-    table.add_column("")
-    for label, _ in estimates:
-        table.add_column(label, justify="right", overflow="fold")
+    table = rich_table("estimated cost of a run", page.Table(["", *(label for label, _ in estimates)], []))
     for section in zip(*(estimate_lines(estimate) for _, estimate in estimates), strict=True):
         for name in section[0]:
             values = [lines[name] for lines in section]
