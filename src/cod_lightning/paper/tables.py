@@ -176,12 +176,11 @@ def best_rows(column: Column, metric: Metric) -> str:
         notes += [f"within noise of it: {join(equal)}"] if equal else []
         notes += [f"fewer seeds: {join(left_out)}"] if left_out else []
         parts.append(f"{first.label} here" + (f" ({'; '.join(notes)})" if notes else ""))
-    published = [
-        [(v, c.row.label) for c in comparisons if (v := c.published[index].value) is not None]
-        for index in range(len(column.experiments))
-    ]
-    pairs = zip(published, column.experiments, strict=True)
-    headings = grouped((best(values)[1], experiment.heading) for values, experiment in pairs if values)
+    headings: dict[str, list[str]] = {}
+    for index, experiment in enumerate(column.experiments):
+        values = [(v, c.row.label) for c in comparisons if (v := c.published[index].value) is not None]
+        if values:
+            headings.setdefault(best(values)[1], []).append(experiment.heading)
     parts += [f"{label} in the paper ({', '.join(names)})" for label, names in headings.items()]
     return f"{word} {metric.title}: {'; '.join(parts)}."
 
