@@ -70,12 +70,6 @@ def test_progress_counts_to_the_end(causal_lm, name):
     assert calls == [(done, STEPS[name]) for done in range(1, STEPS[name] + 1)]
 
 
-def test_progress_over_a_generator_has_total_zero(causal_lm):
-    calls = []
-    take("variance", causal_lm("ours", depth=2), iter(BATCHES), lambda *call: calls.append(call))
-    assert calls == [(1, 0), (2, 0)]
-
-
 @every_measure
 @pytest.mark.parametrize("batches", [[], [torch.full((2, 3), PAD)]], ids=["no batch", "only padding"])
 def test_no_tokens_are_an_error(causal_lm, name, batches):

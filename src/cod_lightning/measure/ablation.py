@@ -190,7 +190,7 @@ class CausalScore(Result):
 
 
 def removal(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Removal:
     """Remove each block alone."""
     layers = range(1, model.depth + 1)
@@ -203,7 +203,7 @@ def removal(
 
 def run_removal(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -227,7 +227,7 @@ def run_removal(
 
 def swaps(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -248,7 +248,7 @@ def swaps(
 
 def linear_replacement(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -265,7 +265,6 @@ def linear_replacement(
     Raises:
         UserError: `fit` has no more tokens than the hidden size, or is not tokens.
     """
-    batches = list(batches)
     fit_batches = batches if fit is None else checked_batches(model, fit, pad_id, "fit")
     fit_tokens = sum(int(mask.sum()) for _, mask in iter_batches(model, fit_batches, pad_id))
 
@@ -282,7 +281,7 @@ def linear_replacement(
 
 @torch.no_grad()
 def fit_linear(
-    model: ModelAdapter, layer: int, batches: Iterable[Batch], pad_id: int | None = None
+    model: ModelAdapter, layer: int, batches: Sequence[Batch], pad_id: int | None = None
 ) -> Callable[[Tensor], Tensor]:
     """Return the function x + W x + b that is nearest to a block in least squares.
 
@@ -338,7 +337,7 @@ def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> Removabl
 
 @torch.no_grad()
 def causal_score(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> CausalScore:
     """Skip each layer s and measure the change of the update h_{l+1} - h_l of every later layer l.
 

@@ -9,7 +9,7 @@ sequence, may carry most of that mean: the median and the 95th percentile over t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ class ActivationStats(Result):
 
 @torch.no_grad()
 def activation_stats(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> ActivationStats:
     """Measure every layer; statistics are in float32, or float64 if the model is, and sums in float64.
 
@@ -130,15 +130,13 @@ def activation_stats(
     # These hold the batch that runs; the next one overwrites every place.
     found: dict[tuple[str, int], Tensor] = {}
     maxima: dict[tuple[str, int], Tensor] = {}
-    total = len(batches) if isinstance(batches, Sized) else 0
 
-    def counted() -> Iterator[Batch]:
-        for batch in batches:
-            yield batch
-            massive.rows += len(batch)  # also of padding alone, which is not run
+    def advance(done: int, total: int) -> None:
+        massive.rows += len(batches[done - 1])  # also of padding alone, which is not run
+        if progress is not None:
+            progress(done, total)
 
-    advance = None if progress is None else lambda done, _: progress(done, total)
-    for batch, mask in iter_batches(model, counted(), pad_id, advance):
+    for batch, mask in iter_batches(model, batches, pad_id, advance):
 
         def hook(name: str, layer: int, x: Tensor, batch: Batch = batch, mask: Tensor = mask) -> None:
             if name not in PLACES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class AngularDistance(Result):
 
 def angular_distance(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -103,7 +103,7 @@ def as_tokens(batch: Any, name: str) -> Tensor:
 
 
 def iter_batches(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Yield the batches that are not all padding, on the model's device, each with its `token_mask` [batch, length].
 
@@ -112,7 +112,7 @@ def iter_batches(
     Raises:
         UserError: all batches are padding.
     """
-    total, empty = len(batches) if isinstance(batches, Sized) else 0, True
+    empty = True
     for done, batch in enumerate(batches, start=1):
         batch = batch.to(model.device)
         mask = token_mask(model, batch, pad_id)
@@ -120,13 +120,13 @@ def iter_batches(
             empty = False
             yield batch, mask
         if progress is not None:
-            progress(done, total)
+            progress(done, len(batches))
     if empty:
         raise UserError(f"{model.name}: no tokens to measure on: the batches are empty or all padding")
 
 
 def iter_targets(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Like `iter_batches`, with the targets [batch, length] of each batch instead of the mask; `IGNORE` is no target.
 

@@ -13,7 +13,7 @@ over tokens, so their bias is of the order of 1 / tokens and does not depend on 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -144,7 +144,7 @@ class JacobianGrowth(Result):
 
 def jacobian(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -195,7 +195,7 @@ def jacobian(
 
 def mean_jacobian(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -230,7 +230,7 @@ def mean_jacobian(
 
 def jacobian_growth(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -292,7 +292,7 @@ def jacobian_growth(
 
 def iter_blocks(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None,
     layers: Sequence[int],
     tokens: int,

@@ -6,7 +6,7 @@ beside leave-one-out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -71,7 +71,7 @@ class BlockInfluence(Result):
 @torch.no_grad()
 def block_influence(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -132,7 +132,7 @@ class LayerImportance(Result):
 @torch.no_grad()
 def layer_importance(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,

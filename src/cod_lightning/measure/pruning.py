@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
@@ -111,7 +111,7 @@ class Pruned(Result):
 
 def prune(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -178,7 +178,6 @@ def prune(
         raise UserError("\n".join([f"{model.name} cannot be written as a checkpoint of transformers", *features]))
     if strategy_of(model.model) is not None:  # its factors depend on the layer's number
         model = dataclasses.replace(model, model=fold(deepcopy(model.model)))
-    batches = list(batches)
     if layers is not None:
         pruning = Pruning(remove_blocks(model, layers), "named", sorted(layers), [], "")
     elif replace is not None and blocks is not None:

@@ -5,7 +5,7 @@ An order is the layers that run, from 1, first to last; `[1, 2, 4]` is a model o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 
 import torch
@@ -20,7 +20,7 @@ from cod_lightning.measure.result import Progress
 
 
 def mean_loss(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> tuple[float, int]:
     """Mean loss in nats per target, a next token or an image's label, and the number of targets."""
     loss, tokens, _ = changed_losses(model, [], batches, pad_id, progress)
@@ -30,7 +30,7 @@ def mean_loss(
 def changed_losses(
     model: ModelAdapter,
     orders: Sequence[Sequence[int]],
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[float, int, list[float]]:
@@ -45,7 +45,7 @@ def changed_losses(
 def sequence_losses(
     model: ModelAdapter,
     orders: Sequence[Sequence[int]],
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:

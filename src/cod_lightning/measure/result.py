@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Progress = Callable[[int, int], object]
-"""Called with (done, total) during a long measure; total is 0 if unknown."""
+"""Called with (done, total) during a long measure."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ within the largest limit. So a longer run may exist, if a part of it costs more 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -59,7 +59,7 @@ def perplexity_rise(loss: float, whole: float) -> float:
 
 def longest_run(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,

@@ -8,7 +8,7 @@ the stream. x is the block's input, except after a norm of it (Peri-LN) or a mix
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Contribution(Result):
 
 @torch.no_grad()
 def contribution(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Contribution:
     """Compare what attention, FFN and the whole block add with the stream that they add it to."""
     means = [RunningMean() for _ in range(model.depth)]
@@ -108,7 +108,7 @@ class SublayerRemoval(AblationResult):
 
 @torch.no_grad()
 def sublayer_removal(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> SublayerRemoval:
     """Remove the attention or the FFN of each block alone, with the norm of its branch; norms of sums remain.
 

@@ -55,7 +55,7 @@ class LayerSparsity(Result):
 @torch.no_grad()
 def layer_sparsity(
     model: ModelAdapter,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
@@ -75,7 +75,6 @@ def layer_sparsity(
     Raises:
         UserError: a sparsity is out of range.
     """
-    batches = list(batches)
     ratios = outlier_ratios(model, input_norms(model, batches, pad_id, progress), threshold)
     alphas = layer_alphas(model)
     return LayerSparsity(
@@ -108,7 +107,7 @@ def linear_weights(block: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def input_norms(
-    model: ModelAdapter, batches: Iterable[Batch], pad_id: int | None = None, progress: Progress | None = None
+    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> list[dict[str, Tensor]]:
     """Compute ||X_j||_2 over all tokens but padding, for every input channel j of every linear layer, in one pass.
 
@@ -310,7 +309,7 @@ def sparsify(
 def sparsify_sequentially(
     model: ModelAdapter,
     sparsities: Sequence[float],
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
 ) -> ModelAdapter:
