@@ -17,7 +17,7 @@ from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import step_counter
 from cod_lightning.measure.block_removal import remove_blocks
-from cod_lightning.measure.options import Bounds, Positive, UpToDepth, require_options
+from cod_lightning.measure.options import Bounds, Positive, UpToDepth, options_of, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -70,22 +70,16 @@ class Pruned(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """Two rows, before and after; with a replacement of the run a third, without both."""
-        names = ("layers", "zeros", "loss", "ppl")
-        rows = [
-            {"model": f"{self.model} {when}"} | {name: getattr(self, f"{name}_{when}") for name in names}
-            for when in ("before", "after")
-        ]
+
+        def row(which: str, layers: int, zeros: float, loss: float) -> dict[str, Any]:
+            name = f"{self.model} {which}"
+            return {"model": name, "layers": layers, "zeros": zeros, "loss": loss, "ppl": perplexity_of(loss)}
+
+        rows = [row("before", self.layers_before, self.zeros_before, self.loss_before)]
         if self.loss_without is not None:
-            rows[1:1] = [
-                {
-                    "model": f"{self.model} without the run",
-                    "layers": self.layers_before - len(self.removed),
-                    "zeros": self.zeros_before,
-                    "loss": self.loss_without,
-                    "ppl": perplexity_of(self.loss_without),
-                }
-            ]
-        return rows
+            layers = self.layers_before - len(self.removed)
+            rows.append(row("without the run", layers, self.zeros_before, self.loss_without))
+        return [*rows, row("after", self.layers_after, self.zeros_after, self.loss_after)]
 
     def title(self) -> str:
         removed = ", ".join(map(str, self.removed))
@@ -96,10 +90,8 @@ class Pruned(Result):
 
     def panels(self) -> list[Panel]:
         before, after = f"before\n{self.layers_before} blocks", f"after\n{self.layers_after} blocks"
-        losses = {before: self.loss_before, after: self.loss_after}
-        if self.loss_without is not None:
-            losses = {before: self.loss_before, "without\nthe run": self.loss_without, after: self.loss_after}
-        bars = Bars("loss (nats per token)", losses)
+        without = {} if self.loss_without is None else {"without\nthe run": self.loss_without}
+        bars = Bars("loss (nats per token)", {before: self.loss_before, **without, after: self.loss_after})
         if not self.signal:
             return [bars]
         run = self.how.startswith("streamline")
@@ -167,10 +159,8 @@ def prune(
         UserError: the options do not select exactly one way, or have invalid values; the folder is in use; or a stock
             Llama checkpoint cannot represent the model's strategy.
     """
-    options: dict[str, Any] = {"layers": layers, "by": by, "blocks": blocks, "sparsity": sparsity}
-    options |= {"replace": replace, "replace_steps": replace_steps, "replace_lr": replace_lr}
-    options |= {"allocation": allocation, "method": method, "calibration": calibration}
-    options |= {"threshold": threshold, "owl_lambda": owl_lambda, "epsilon": epsilon, "difference": difference}
+    arguments = locals()
+    options = {name: arguments[name] for name in options_of(prune)}
     require_one_way(options)
     require_options(prune, options, model.depth)
     check_new_folder(folder)
