@@ -332,23 +332,18 @@ def summarise(samples: Tensor, weight: Tensor) -> dict[str, tuple[float, float]]
         samples: of each token `estimate_statistics` and the largest singular value [tokens, 5].
         weight: of the tokens [tokens].
     """
-    mean = weight @ samples / weight.sum()
-
-    def error(values: Tensor, center: Tensor) -> float:
-        count = len(values)
-        spread = (weight * (values - center)).square().sum().sqrt() / weight.sum()
-        return float(spread) * (count / (count - 1)) ** 0.5 if count > 1 else math.nan
-
+    mean, count = weight @ samples / weight.sum(), len(samples)
     share = mean[3] / mean[0]
+    # Numerator and denominator of the share come from the same tokens, so their errors mostly cancel.
+    deviations = torch.column_stack((samples - mean, (samples[:, 3] - share * samples[:, 0]) / mean[0]))
+    spread = (weight[:, None] * deviations).square().sum(0).sqrt() / weight.sum()
+    errors = (spread * (count / (count - 1)) ** 0.5).tolist() if count > 1 else [math.nan] * 6
     return {
-        "frobenius": root(float(mean[0]), error(samples[:, 0], mean[0])),
-        "distance": root(float(mean[1]), error(samples[:, 1], mean[1])),
-        "mean_diagonal": (float(mean[2]), error(samples[:, 2], mean[2])),
-        # Numerator and denominator come from the same tokens, so their errors mostly cancel.
-        "diagonal_share": root(
-            float(share), error((samples[:, 3] - share * samples[:, 0]) / mean[0], torch.zeros_like(mean[0]))
-        ),
-        "largest_singular_value": (float(mean[4]), error(samples[:, 4], mean[4])),
+        "frobenius": root(float(mean[0]), errors[0]),
+        "distance": root(float(mean[1]), errors[1]),
+        "mean_diagonal": (float(mean[2]), errors[2]),
+        "diagonal_share": root(float(share), errors[5]),
+        "largest_singular_value": (float(mean[4]), errors[4]),
     }
 
 
