@@ -186,19 +186,13 @@ def fold_linear_map(
     pad_id: int | None = None,
     progress: Progress | None = None,
 ) -> ModelAdapter:
-    """A copy of the model without several blocks, and with a linear map in their place (ReplaceMe, arXiv 2505.02819).
+    """A copy of the model without the blocks `first` to `last`, and with a linear map in their place.
+
+    That is ReplaceMe (arXiv 2505.02819). The first block of a model cannot be replaced.
 
     The map T acts on the output m of the FFN before the blocks: x - m + T m is the nearest in least squares to the
     residual stream after them, where x is the stream before them. It is multiplied into the FFN's last projection, so
     that the copy has no other parts than the model.
-
-    Args:
-        model: not modified.
-        first: the first block that is removed, counting from 1; at least 2.
-        last: the last one.
-        batches: to fit the map to.
-        pad_id: padding token, which does not count.
-        progress: called after each batch.
 
     Raises:
         UserError: the FFN does not end in a projection that is known, or there are no more tokens than the hidden size.

@@ -115,11 +115,7 @@ def full_jacobian(vjp: LinearMap, x: Tensor) -> Tensor:
 def estimate_statistics(vjp: LinearMap, x: Tensor, probes: int, generator: torch.Generator) -> Tensor:
     """Estimate ||J||_F^2 / d, ||J - I||_F^2 / d, tr(J) / d and sum_i J_ii^2 / d without bias [batch, 4].
 
-    Args:
-        vjp: the product with J^T, from [batch, d] to [batch, d].
-        x: [batch, length, d].
-        probes: number of Rademacher vectors, at least 2.
-        generator: source of the random probes.
+    `vjp` is the product with J^T [batch, d] at x [batch, length, d]; there are at least two probes.
     """
     squares = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
     diagonal = torch.zeros(len(x), x.shape[-1], dtype=torch.float64, device=x.device)

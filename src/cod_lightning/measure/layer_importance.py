@@ -14,12 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import (
-    RunningMean,
-    at_least_fp32,
-    hidden_states,
-    iter_batches,
-)
+from cod_lightning.measure.batches import RunningMean, at_least_fp32, hidden_states, iter_batches
 from cod_lightning.measure.options import Bounds, Positive
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.reordering import changed_losses

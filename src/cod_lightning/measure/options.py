@@ -52,11 +52,6 @@ def to_python(value: Any) -> Any:
 def require_options(function: Callable[..., Any], options: Mapping[str, Any], depth: int) -> None:
     """Check that options are choices, or finite and inside the bounds, of a function's hints.
 
-    Args:
-        function: has the options.
-        options: values by name.
-        depth: of the model.
-
     Raises:
         UserError: names each that is not.
     """

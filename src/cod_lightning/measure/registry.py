@@ -182,12 +182,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def measures_of(study: str, hidden: int = 0, only: Sequence[str] = ()) -> list[str]:
-    """Names of the measures of a study, or of `all`, for a model with this hidden size.
-
-    Args:
-        study: its name.
-        hidden: the model's hidden size.
-        only: select these measures; empty: all of the study, without whole Jacobians above `MAX_FULL_JACOBIAN`.
+    """Names of the measures of a study, or of `all`: `only` some, or all but whole Jacobians above `MAX_FULL_JACOBIAN`.
 
     Raises:
         UserError: the study does not exist, or does not have a measure of `only`.

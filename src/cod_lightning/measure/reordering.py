@@ -83,13 +83,7 @@ def sequence_losses(
 
 
 def summed_losses(model: ModelAdapter, x: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss of every sequence [batch], in nats and float64.
-
-    Args:
-        model: in any dtype.
-        x: final hidden states [batch, length, hidden].
-        targets: [batch, length]; `IGNORE` does not count.
-    """
+    """The summed loss of every sequence [batch], in nats and float64, from final states [batch, length, hidden]."""
     mask = targets != IGNORE
     x, labels = x[mask], targets[mask]
     losses = [

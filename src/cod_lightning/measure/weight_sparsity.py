@@ -154,10 +154,7 @@ def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
 def outlier_ratios(model: ModelAdapter, norms: Sequence[dict[str, Tensor]], threshold: float = 5.0) -> list[float]:
     """Return OWL's D_l: the share of entries of A above M times their mean, over all linear layers of a block.
 
-    Args:
-        model: in any dtype.
-        norms: from `input_norms`.
-        threshold: M; 5 in the paper.
+    `norms` are from `input_norms`; M, the threshold, is 5 in the paper.
     """
     ratios = []
     for block, norm in zip(model.blocks, norms, strict=True):
@@ -171,10 +168,7 @@ def outlier_ratios(model: ModelAdapter, norms: Sequence[dict[str, Tensor]], thre
 def owl_sparsities(ratios: Sequence[float], sparsity: float, owl_lambda: float = 0.08) -> list[float]:
     """Let blocks with more outliers keep more: ratios scaled to [0, 2 lambda], minus their mean, plus 1 - S are kept.
 
-    Args:
-        ratios: from `outlier_ratios`.
-        sparsity: S, the mean over the blocks.
-        owl_lambda: half the range of the sparsities.
+    S is the mean of the sparsities, and lambda half their range; `ratios` are from `outlier_ratios`.
 
     Raises:
         UserError: a sparsity is outside [0, 1].
@@ -225,10 +219,7 @@ def layer_alphas(model: ModelAdapter) -> list[float]:
 def alpha_sparsities(alphas: Sequence[float], sparsity: float, epsilon: float = 0.3) -> list[float]:
     """Let heavy-tailed blocks keep more: map alpha linearly to S [1 - epsilon, 1 + epsilon] and scale to the mean S.
 
-    Args:
-        alphas: from `layer_alphas`.
-        sparsity: S, the mean over the blocks.
-        epsilon: half the range of the sparsities, relative to S.
+    `alphas` are from `layer_alphas`.
 
     Raises:
         UserError: a sparsity is outside [0, 1].
@@ -241,10 +232,7 @@ def alpha_sparsities(alphas: Sequence[float], sparsity: float, epsilon: float = 
 def arithmetic_sparsities(depth: int, sparsity: float, difference: float) -> list[float]:
     """Let every block lose more than the block before it by a constant difference (ATP, arXiv 2502.14770).
 
-    Args:
-        depth: number of blocks.
-        sparsity: S, the mean over the blocks.
-        difference: of the sparsities of two neighbours; at most `largest_difference`.
+    The mean over the blocks is `sparsity`, and `largest_difference` the largest possible difference.
 
     Raises:
         UserError: a sparsity is outside [0, 1].
@@ -317,13 +305,6 @@ def sparsify_sequentially(
 
     The input norms of a block are measured with the blocks before it pruned, and the number of weights to
     remove from a row is rounded down. The hidden states of all batches are in memory.
-
-    Args:
-        model: not modified.
-        sparsities: share of weights to set to zero in each block.
-        batches: to measure input norms on.
-        pad_id: padding token, which does not count.
-        progress: called after each block.
 
     Raises:
         UserError: there are no tokens.
