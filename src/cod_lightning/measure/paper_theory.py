@@ -308,23 +308,18 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float]) -> list[float]:
 
     weights = torch.ones(terms.shape[1], dtype=torch.float64, device="cpu")
     best, damp = loss(weights), 1e-3
-    for _ in range(500):
+    while damp < 1e12:  # until no step lowers the loss
         inside = 1 + terms @ weights
         slopes = (terms / inside[:, None]).cumsum(0)
         downhill = slopes.T @ (target - inside.log().cumsum(0))
         free = (weights > 0) | (downhill > 0)
-        if not free.any():
-            break
         curvature = slopes.T @ slopes
-        curvature = curvature + damp * curvature.diagonal().diag()
-        step = torch.zeros_like(weights)
-        step[free] = torch.linalg.solve(curvature[free][:, free], downhill[free])
-        moved = (weights + step).clamp(min=0)
+        curvature += damp * curvature.diagonal().diag()
+        curvature = curvature.where(free & free[:, None], torch.eye(len(free), dtype=torch.float64, device="cpu"))
+        moved = (weights + torch.linalg.solve(curvature, downhill * free)).clamp(min=0)
         new = loss(moved)
         if new < best:
             weights, best, damp = moved, new, max(damp / 4, 1e-12)
-        elif damp > 1e12:
-            break
         else:
             damp *= 4
     return (weights / scale).tolist()

@@ -85,7 +85,7 @@ def longest_run(
             tokens = removal["tokens"]
         elif starts:
             orders = [[*range(1, start), *range(start + n, depth + 1)] for start in starts]
-            whole, tokens, changed = changed_losses(model, orders, batches, pad_id, None)
+            whole, tokens, changed = changed_losses(model, orders, batches, pad_id)
         advance()
         if not starts:
             continue
