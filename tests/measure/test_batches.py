@@ -101,6 +101,7 @@ WRONG = {
     "labels": (TOKENS - 100, None, "is negative: pass input_ids, not labels"),
     "another vocabulary": (TOKENS + VOCABULARY, None, "not in the model's vocabulary of 37: another tokenizer"),
     "images": (Images(TOKENS, TOKENS), None, "not Images"),
+    "tokens without values": (TOKENS.to("meta"), None, "not tokens on the meta device"),
     "padding first": (PADDED, PAD, "padding must follow the tokens: padding_side='right'"),
     "padding without its token": ({"input_ids": PADDED, "attention_mask": PADDED != PAD}, None, "pass pad_id="),
     "padding of another token": (

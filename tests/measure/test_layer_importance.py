@@ -60,7 +60,8 @@ def test_the_influence_table_has_a_row_for_each_run(causal_lm):
 
 def test_a_coalition_is_the_model_with_only_its_blocks(model):
     coalitions, blocks = [(2,), (1, 3), (1, 2, 3, 4)], model.blocks
-    _, _, losses = changed_losses(model, coalitions, padded_batches(), PAD)
+    _, targets, losses = changed_losses(model, coalitions, padded_batches(), PAD)
+    assert targets == sum(int((batch[:, 1:] != PAD).sum()) for batch in padded_batches())
     for coalition, loss in zip(coalitions, losses, strict=True):
         with model.with_blocks([blocks[layer - 1] for layer in coalition]):
             assert loss == pytest.approx(loss_of_logits(model, padded_batches(), PAD), rel=1e-5)

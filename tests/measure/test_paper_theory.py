@@ -166,6 +166,7 @@ def test_constant_variances_are_drawn(tmp_path):
     [
         ([1.0, 0.0, 2.0], [1.0] * 3, "variances=.*: expected positive"),
         (VARIANCES, [1.0, math.nan, 2.0], "gains=.*: expected positive"),
+        (VARIANCES, [1.0] * 8, "8 gains for 7 variances: expected 3 to 7"),
     ],
 )
 def test_bad_input_is_an_error(variances, gains, message):

@@ -107,9 +107,16 @@ class TestRemoveBlocks:
         specs = [block.spec for block in remove_blocks(causal_lm("ours-lns"), [2]).blocks]
         assert [spec.attention.gain for spec in specs] == pytest.approx([1, 3**-0.5, 4**-0.5])
 
-    def test_one_block_must_remain(self, causal_lm):
-        with pytest.raises(UserError, match=r"layers=\[1, 2, 3, 4\] are all layers of ours: keep at least one"):
-            remove_blocks(causal_lm("ours"), [1, 2, 3, 4])
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            ([1, 2, 3, 4], r"layers=\[1, 2, 3, 4\] are all layers of ours: keep at least one"),
+            ([0, 1, 5], r"layers=\[0, 5\] do not exist: ours has 1 to 4"),
+        ],
+    )
+    def test_bad_layers_are_errors(self, causal_lm, layers, message):
+        with pytest.raises(UserError, match=message):
+            remove_blocks(causal_lm("ours"), layers)
 
     def test_the_block_whose_values_the_others_read_stays(self):
         model = decoder("value_residual", form="mean")
@@ -364,7 +371,6 @@ def test_the_difference_with_the_lowest_loss_is_selected(causal_lm, pruned):
     ("options", "message"),
     [
         ({}, r"one of layers=, by= with blocks=, and sparsity=; none is given"),
-        ({"layers": [0, 2]}, r"layers=\[0, 2\]: expected 1 to 4, the number of blocks, each once"),
         ({"layers": [1], "sparsity": 0.5}, "given: layers, sparsity"),
         ({"by": "influence"}, "by= selects blocks and blocks= is their number"),
         ({"layers": [1], "blocks": 2}, "by= selects blocks and blocks= is their number"),

@@ -70,6 +70,12 @@ def test_progress_counts_to_the_end(causal_lm, name):
     assert calls == [(done, STEPS[name]) for done in range(1, STEPS[name] + 1)]
 
 
+def test_progress_over_a_generator_counts_to_its_end(causal_lm):
+    calls = []
+    cod.measure.variance(causal_lm("ours", depth=2), iter(BATCHES), PAD, lambda *call: calls.append(call))
+    assert calls == [(1, 2), (2, 2)]
+
+
 @every_measure
 @pytest.mark.parametrize("batches", [[], [torch.full((2, 3), PAD)]], ids=["no batch", "only padding"])
 def test_no_tokens_are_an_error(causal_lm, name, batches):

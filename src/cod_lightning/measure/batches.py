@@ -92,14 +92,19 @@ def as_tokens(batch: Any, name: str) -> Tensor:
         UserError: it is neither, or a token is negative; names the argument `name`.
     """
     tokens = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        given = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise UserError(
-            f"{name}: expected tokens [batch, length], not {given}: pass tokenizer(texts, return_tensors='pt')"
-        )
-    if tokens.numel() and int(tokens.min()) < 0:
+    if not isinstance(tokens, Tensor):
+        problem = type(tokens).__name__
+    elif tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        problem = f"{tokens.dtype} {list(tokens.shape)}"
+    elif tokens.is_meta:
+        problem = "tokens on the meta device"
+    elif tokens.numel() and int(tokens.min()) < 0:
         raise UserError(f"{name}: token {int(tokens.min())} is negative: pass input_ids, not labels")
-    return tokens.long()
+    else:
+        return tokens.long()
+    raise UserError(
+        f"{name}: expected tokens [batch, length], not {problem}: pass tokenizer(texts, return_tensors='pt')"
+    )
 
 
 def iter_batches(

@@ -31,13 +31,15 @@ def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
 
     Args:
         model: not modified.
-        layers: the blocks to remove, from 1 to the depth.
+        layers: the blocks to remove, counting from 1.
 
     Raises:
-        UserError: no layer would remain, the blocks need that of the first (`value_residual`), or the configuration of
-            `transformers` builds other blocks than those that remain.
+        UserError: a layer does not exist, no layer would remain, the blocks need that of the first (`value_residual`),
+            or the configuration of `transformers` builds other blocks than those that remain.
     """
     depth, blocks = model.depth, model.blocks
+    if unknown := sorted(set(layers) - set(range(1, depth + 1))):
+        raise UserError(f"layers={unknown} do not exist: {model.name} has 1 to {depth}")
     remaining = [layer for layer in range(1, depth + 1) if layer not in layers]
     if not remaining:
         raise UserError(f"layers={sorted(set(layers))} are all layers of {model.name}: keep at least one")

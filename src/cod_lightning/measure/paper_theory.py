@@ -163,11 +163,15 @@ def theory(
         model: its name, for tables and figures.
 
     Raises:
-        UserError: a number is not positive and finite.
+        UserError: a number is not positive, or there are too few variances, or too few or too many gains.
     """
     for name, values in (("variances", variances), ("gains", gains)):
         if not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(f"{name}={list(values)}: expected positive finite numbers")
+    if len(variances) < 3:
+        raise UserError(f"{len(variances)} variances: expected at least 3")
+    if not 3 <= len(gains) <= len(variances):
+        raise UserError(f"{len(gains)} gains for {len(variances)} variances: expected 3 to {len(variances)}")
     c = fit_lemma(variances, lns)
     shape_constants = [] if shapes is None else list(bound_constants(shapes))
     fitted_constants = list(fit_bound(variances, gains, lns))

@@ -17,7 +17,7 @@ from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import step_counter
 from cod_lightning.measure.block_removal import remove_blocks
-from cod_lightning.measure.options import Bounds, Positive, UpToDepth, options_of, require_options
+from cod_lightning.measure.options import Bounds, Positive, options_of, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -109,7 +109,7 @@ def prune(
     *,
     folder: Path,
     export: Export,
-    layers: UpToDepth = None,
+    layers: Sequence[int] | None = None,
     by: Signal | None = None,
     blocks: int | None = None,
     replace: Replace | None = None,
@@ -169,7 +169,7 @@ def prune(
     if strategy_of(model.model) is not None:  # its factors depend on the layer's number
         model = dataclasses.replace(model, model=fold(deepcopy(model.model)))
     if layers is not None:
-        pruning = Pruning(remove_blocks(model, layers), "named", sorted(layers), [], "")
+        pruning = Pruning(remove_blocks(model, layers), "named", sorted(set(layers)), [], "")
     elif replace is not None and blocks is not None:
         training, batches = split_batches(batches)
         pruning = replace_run(model, training, pad_id, progress, blocks, replace, replace_steps, replace_lr)
