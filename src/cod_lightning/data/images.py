@@ -45,7 +45,7 @@ class ImageFolder:
     def __init__(self, root: Path, split: str) -> None:
         self.folder = root / split
         try:
-            self.classes = sorted(entry.name for entry in visible(self.folder) if entry.is_dir())
+            self.classes = [entry.name for entry in visible(self.folder) if entry.is_dir()]
         except OSError as error:
             raise UserError(f"images.folder={root}: {split}/ cannot be read ({error.strerror})") from error
         if not self.classes:
@@ -58,15 +58,14 @@ class ImageFolder:
             images = [entry for entry in visible(self.folder / name) if entry.name.lower().endswith(SUFFIXES)]
             if not images:
                 raise UserError(f"{self.folder / name} has no image; supported: {', '.join(SUFFIXES)}")
-            images.sort(key=lambda entry: entry.name)
-            self.files += [f"{name}/{entry.name}" for entry in images]
-            try:
-                stats = [entry.stat() for entry in images]
-            except OSError as error:  # a link to nothing
-                raise UserError(f"{error.filename} cannot be read ({error.strerror}); replace or remove it") from error
-            for entry, stat in zip(images, stats, strict=True):
+            for entry in images:
+                try:
+                    stat = entry.stat()
+                except OSError as error:  # a link to nothing
+                    raise UserError(f"{entry.path} cannot be read ({error.strerror}); replace or remove it") from error
                 if not S_ISREG(stat.st_mode):  # to open a pipe would wait forever
                     raise UserError(f"{entry.path} is not a file; replace or remove it")
+                self.files.append(f"{name}/{entry.name}")
                 sizes.append(stat.st_size)
             self.labels += [label] * len(images)
 
@@ -89,8 +88,9 @@ class ImageFolder:
 
 
 def visible(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder but .ipynb_checkpoints, ._1.png of macOS and others that systems hide."""
-    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    """The entries of a folder by name, but .ipynb_checkpoints, ._1.png of macOS and others that systems hide."""
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 DRAWN = {"train": 4096, "val": 256}
