@@ -88,9 +88,7 @@ class DataConfig:
 
 def patterns(value: Any) -> list[str]:
     """Return `data.files` or `data.val_files`, which is a string, a list or None, as a list of globs."""
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def data_errors(config: DataConfig) -> list[str]:

@@ -6,7 +6,7 @@ import glob
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, chain, islice
@@ -80,10 +80,18 @@ def texts_of_shard(config: DataConfig, index: int, count: int) -> Texts:
 
 
 def _split_files(config: DataConfig) -> dict[str, list[Path]]:
-    """Return the files for training, and for validation if the settings name some."""
+    """Return the files for training, and for validation if the settings name some.
+
+    Raises:
+        UserError: a file is both for training and for validation, also by a link.
+    """
     files = {"train": find_files("data.files", config.files)}
     if config.val_files:
         files["val"] = find_files("data.val_files", config.val_files)
+        held_out = {path.resolve() for path in files["val"]}
+        for path in files["train"]:
+            if path.resolve() in held_out:
+                raise UserError(f"data.files and data.val_files both match {path}: exclude it from data.files")
     return files
 
 
@@ -92,17 +100,12 @@ def identity(config: DataConfig) -> dict[str, Any]:
 
     They are package versions for `docs`, and name, size and time of every file for `files`: a changed file leads to
     another set.
-
-    Raises:
-        UserError: a file is both for training and for validation.
     """
     facts: dict[str, Any] = {"source": config.source, "max_documents": config.max_documents}
     if config.source == "docs":
         facts["versions"] = docs_versions()
     elif config.source in FILE_SOURCES:
-        split_files = _split_files(config)
-        require_disjoint(**split_files)
-        for split, files in split_files.items():
+        for split, files in _split_files(config).items():
             facts["files" if split == "train" else "val_files"] = [stamp(path) for path in files]
         # Only other values than the default ones count, so that sets from before these fields keep their names.
         if config.text_field != TEXT_FIELD:
@@ -114,14 +117,6 @@ def identity(config: DataConfig) -> dict[str, Any]:
     if config.source != "c4" and not config.val_files:
         facts["val_every"] = config.val_every
     return facts
-
-
-def require_disjoint(train: list[Path], val: Sequence[Path] = ()) -> None:
-    """Raise a UserError for a file that is for training and for validation, also by a link."""
-    held_out = {path.resolve() for path in val}
-    for path in train:
-        if path.resolve() in held_out:
-            raise UserError(f"data.files and data.val_files both match {path}: exclude it from data.files")
 
 
 def stamp(path: Path) -> list[Any]:
@@ -138,15 +133,16 @@ def hold_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
     find_border = cache(lambda: border(documents, every))
 
     def parts() -> Iterator[tuple[str, bool]]:
-        place = find_border()
+        place, end = find_border(), 0
         for number, text in enumerate(documents(), 1):
+            start, end = end, end + len(text)
             if place is None:
                 yield text, number % every == 0
-            elif number == place[0] and place[1]:
-                yield text[: place[1]], False
-                yield text[place[1] :], True
+            elif start < place < end:
+                yield text[: place - start], False
+                yield text[place - start :], True
             else:
-                yield text, number > place[0]
+                yield text, start >= place
 
     def select(held_out: bool) -> Iterator[str]:
         return (text for text, is_held_out in parts() if is_held_out is held_out)
@@ -154,25 +150,24 @@ def hold_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
     return Corpus(train=partial(select, False), val=partial(select, True))
 
 
-def border(documents: Callable[[], Iterator[str]], every: int) -> tuple[int, int] | None:
-    """Return where the last 1/`every` of the characters of fewer than `every` documents begins.
+def border(documents: Callable[[], Iterator[str]], every: int) -> int | None:
+    """Return the number of characters before the last 1/`every` of fewer than `every` documents; None for more.
 
-    This is the number (from 1) of a document and a position in it, after a space or line break if there is one within
-    `BORDER_CHARACTERS`; or the number of the last document before it and 0. An example of instructions is not divided.
-    None if there are `every` documents or more.
+    The last part begins after a space or line break, if there is one at most `BORDER_CHARACTERS` before, and never
+    inside an example of instructions.
     """
     sizes = [len(text) for text in islice(documents(), every)]
-    if len(sizes) == every or not sizes:
+    if len(sizes) == every:
         return None
-    left = sum(sizes) - max(sum(sizes) // every, 1)
-    number = next(number for number, end in enumerate(accumulate(sizes), 1) if left < end)
-    left -= sum(sizes[: number - 1])
-    text = next(islice(documents(), number - 1, None))
-    if isinstance(text, Example):
-        return max(number - 1, 1), 0
-    near = max(left - BORDER_CHARACTERS, 0)
-    space = max(text.rfind(mark, near, left) for mark in " \n") + 1
-    return (number, space or left) if left else (number - 1, 0)
+    place, start = sum(sizes) - max(sum(sizes) // every, 1), 0
+    for text in documents():
+        if place < start + len(text):
+            if isinstance(text, Example):
+                return start or len(text)
+            space = max(text.rfind(mark, max(place - start - BORDER_CHARACTERS, 0), place - start) for mark in " \n")
+            return start + space + 1 if space >= 0 else place
+        start += len(text)
+    return None
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -199,7 +194,7 @@ def find_files(field: str, value: Any) -> list[Path]:
     for pattern in patterns(value):
         names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         names = names or glob.glob(escape_folders(pattern), recursive=True)
-        matches = {path for name in names if (path := Path(name)).is_file()}
+        matches = {path for path in map(Path, names) if path.is_file()}
         if not matches:
             if os.path.isdir(pattern):
                 raise UserError(
