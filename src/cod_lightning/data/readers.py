@@ -56,7 +56,8 @@ def read_file(path: Path, field: str = "text", encoding: str = UTF_8) -> Iterato
             content = bounded(file.read(DOCUMENT_BYTES + 1), str(path))
             texts: Iterable[str] = [content.decode(text_codec(encoding))]
     else:
-        texts = (text_of(location, record, field) for location, record in records(path, encoding, [field]))
+        hint = ": name one with data.text_field="
+        texts = (string_of(place, record, field, hint) for place, record in records(path, encoding, [field]))
     for text in texts:
         if text and not text.isspace():
             yield text
@@ -82,21 +83,14 @@ def example_of(location: str, record: Any) -> Example:
     return Example(prompt_of(instruction, string_of(location, {"input": "", **record}, "input")), output)
 
 
-def text_of(location: str, record: Any, field: str) -> str:
-    """The text of a record; the error of another record names its fields."""
-    try:
-        return string_of(location, record, field)
-    except UserError as error:
-        strings = [name for name, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
-        if not strings or field in record:
-            raise
-        raise UserError(f"{error}; it has {', '.join(strings)}: name one with data.text_field=") from error
-
-
-def string_of(location: str, record: Any, name: str) -> str:
-    text = record.get(name) if isinstance(record, dict) else None
+def string_of(location: str, record: Any, name: str, hint: str = "") -> str:
+    """A field of a record; with a `hint` the error of another record names its fields."""
+    fields = record if isinstance(record, dict) else {}
+    text = fields.get(name)
     if not isinstance(text, str):
-        raise UserError(f'{location}: no string in the field "{name}"')
+        strings = [other for other, value in fields.items() if isinstance(value, str) and name not in fields]
+        others = f"; it has {', '.join(strings)}{hint}" if strings and hint else ""
+        raise UserError(f'{location}: no string in the field "{name}"{others}')
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
@@ -174,11 +168,9 @@ def records(path: Path, encoding: str, columns: list[str] | None) -> Iterator[tu
         return
     lists = kind == ".json" or columns is None
     with opened(path, encoding) as file:
-        if kind != ".csv" and encoding == UTF_8:  # as bytes: a wrong one does not hide the number of its line
-            yield from json_records(path, file, lists)
-            return
-        with io.TextIOWrapper(file, text_codec(encoding), newline="") as text:
-            yield from csv_records(path, text) if kind == ".csv" else json_records(path, text, lists)
+        if kind == ".csv" or encoding != UTF_8:  # UTF-8 stays bytes: a wrong one does not hide the number of its line
+            file = io.TextIOWrapper(file, text_codec(encoding), newline="")
+        yield from csv_records(path, file) if kind == ".csv" else json_records(path, file, lists)
 
 
 def numbered_lines(path: Path, file: IO[Any]) -> Iterator[tuple[int, Any]]:
