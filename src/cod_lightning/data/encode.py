@@ -17,7 +17,7 @@ import numpy as np
 
 from cod_lightning.data.instructions import Example
 from cod_lightning.data.manifest import row_width
-from cod_lightning.data.tokenizers import DocumentTokenizer
+from cod_lightning.data.tokenizers import DocumentTokenizer, take_until
 from cod_lightning.data.workers import worker_pool
 
 BATCH_CHARACTERS = 2**18
@@ -88,51 +88,43 @@ class Encoder:
         prompt; a longer example loses its EOS, because the answer does not end there, and an example without room for
         a token of the answer has no sequence. Prompt and answer are encoded separately, so no token spans both.
         """
-        prompts = None
         if self.layout == "instructions":
-            encoded, prompts = self._encode_examples(documents)
+            encoded, sequences = self._encode_examples(documents)
         else:
-            encoded = self.tokenizer.encode(documents)
+            encoded = sequences = self.tokenizer.encode(documents)
         if self.layout == "document":
             last = self.seq_len - 1
             encoded = [ids if len(ids) <= last else [*ids[:last], self.tokenizer.eos_id] for ids in encoded]
+            sequences = [self._padded(ids) for ids in encoded]
         records = np.empty(len(documents), DOCUMENT_DTYPE)
         records["characters"] = [len(document) for document in documents]
+        records["numbers"] = [len(sequence) for sequence in sequences]
         records["tokens"] = [len(ids) for ids in encoded]
         records["max_id"] = [max(ids, default=0) for ids in encoded]
         digests = b"".join(hashlib.sha256(document.encode()).digest() for document in documents)
         records["sha256"] = np.frombuffer(digests, "V32")
-        if self.layout == "packed":
-            records["numbers"] = records["tokens"]
-            return Encoded(np.fromiter(chain.from_iterable(encoded), self.dtype, sum(map(len, encoded))), records)
-        records["numbers"] = [self.width if ids else 0 for ids in encoded]
-        return Encoded(self._pad(encoded, prompts), records)
+        return Encoded(np.fromiter(chain.from_iterable(sequences), self.dtype, sum(map(len, sequences))), records)
 
     def cut_answers(self, encoded: Encoded) -> int:
         """Number of `instructions` sequences without room for the whole answer and its EOS."""
         last = encoded.ids.reshape(-1, self.width)[:, self.seq_len - 1]
         return int(((last != self.tokenizer.eos_id) & (last != self.tokenizer.pad_id)).sum())
 
-    def _encode_examples(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
-        """Return the ids of each example, empty without room for its answer, and the lengths of the prompts."""
+    def _encode_examples(self, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the ids and the sequence of each example, both empty without room for its answer."""
         parts = [cast(Example, document).parts for document in documents]
-        prompts = [ids[:-1] for ids in self.tokenizer.encode([prompt for prompt, _ in parts])]
+        prompts = self.tokenizer.encode([prompt for prompt, _ in parts])
         answers = self.tokenizer.encode([answer for _, answer in parts])
-        encoded = [
-            [*prompt, *answer][: self.seq_len] if len(prompt) < self.seq_len else []
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        return encoded, [len(prompt) for prompt in prompts]
+        encoded: list[list[int]] = []
+        sequences: list[list[int]] = []
+        for (*prompt, _), answer in zip(prompts, answers, strict=True):  # a prompt ends without EOS
+            ids = [*prompt, *answer][: self.seq_len] if len(prompt) < self.seq_len else []
+            encoded.append(ids)
+            sequences.append([*self._padded(ids), len(prompt)] if ids else [])
+        return encoded, sequences
 
-    def _pad(self, encoded: list[list[int]], prompts: list[int] | None) -> np.ndarray:
-        """Return a padded sequence of each document that has ids, with the length of its prompt if given: flat."""
-        padded = np.full((len(encoded), self.width), self.tokenizer.pad_id, self.dtype)
-        for sequence, ids in zip(padded, encoded, strict=True):
-            sequence[: len(ids)] = ids
-        filled = np.array([bool(ids) for ids in encoded], bool)
-        if prompts is not None:
-            padded[filled, -1] = np.array(prompts)[filled]
-        return padded[filled].reshape(-1)
+    def _padded(self, ids: list[int]) -> list[int]:
+        return ids + [self.tokenizer.pad_id] * (self.seq_len - len(ids))
 
 
 def batches(documents: Iterable[Any], characters: Callable[[Any], int] = len) -> Iterator[list[Any]]:
@@ -151,12 +143,7 @@ def batches(documents: Iterable[Any], characters: Callable[[Any], int] = len) ->
 
 def take_tokens(encoded: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:
     """Yield the leading batches, up to and including the one that reaches `tokens`."""
-    read = 0
-    for batch in encoded:
-        yield batch
-        read += batch.tokens
-        if read >= tokens:
-            return
+    return take_until(tokens, encoded, lambda batch: batch.tokens)
 
 
 # --- in other processes -----------------------------------------------------------------------------------------------
@@ -185,16 +172,12 @@ def encoder_pool(encoder: Encoder, workers: int) -> Generator[EncodeAll, None, N
 def _ordered_map(executor: ProcessPoolExecutor, ahead: int, batches: Iterable[list[str]]) -> Iterator[Encoded]:
     """Like `executor.map`, but reads only `ahead` batches in advance: text may be endless."""
     pending: deque[Future[Encoded]] = deque()
-    try:
-        for documents in batches:
-            pending.append(executor.submit(_encode_in_worker, documents))
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
-        while pending:
+    for documents in batches:
+        pending.append(executor.submit(_encode_in_worker, documents))
+        if len(pending) >= ahead:
             yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
+    while pending:
+        yield pending.popleft().result()
 
 
 _encoder: Encoder

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
+from cod_lightning.data.workers import in_thread
 from cod_lightning.errors import UserError
 
 PROBE_SECONDS = 4.0
@@ -24,24 +24,16 @@ def require_hub(what: str, instead: str) -> None:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not endpoint.startswith(("https://", "http://")):
         raise UserError(f"{what} needs the Hugging Face hub, but HF_ENDPOINT={endpoint!r} does not begin with https://")
-    answered = threading.Event()
 
     def probe() -> None:
-        try:
+        with suppress(urllib.error.HTTPError):  # any HTTP status is an answer
             request = urllib.request.Request(endpoint, method="HEAD")
             urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # any HTTP status is an answer
-        except (OSError, ValueError, http.client.HTTPException):  # also a URL that is malformed
-            return
-        answered.set()
 
-    # A thread, because name resolution does not honour the time-out.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)  # returns at once if the connection is refused
-    if not answered.is_set():
-        raise UserError(f"{what} needs the Hugging Face hub, but {endpoint} does not answer. {instead}")
+    try:
+        in_thread(probe).result(PROBE_SECONDS)  # name resolution does not honour the time-out of urlopen
+    except Exception as error:  # of sockets, SSL, HTTP, a malformed URL
+        raise UserError(f"{what} needs the Hugging Face hub, but {endpoint} does not answer. {instead}") from error
 
 
 def require_cached_or_hub(name: str, instead: str) -> None:

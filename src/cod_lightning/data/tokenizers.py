@@ -6,21 +6,23 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
 from cod_lightning.data.config import is_hub_name
 from cod_lightning.data.hub import require_hub
 from cod_lightning.data.manifest import TOKENIZER
-from cod_lightning.data.workers import interruptible
+from cod_lightning.data.workers import in_thread
 from cod_lightning.errors import UserError, no_permission, one_line
 from cod_lightning.files import read_regular
 from cod_lightning.typed_json import read_json
+
+T = TypeVar("T")
 
 PAD, EOS = "<pad>", "<eos>"
 """Special tokens of the trained BPE, ids 0 and 1; `PAD` is also added to a tokenizer without a pad."""
@@ -119,8 +121,8 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    text = map(_split_long_words, _take_characters(documents, BPE_CHARACTERS))
-    interruptible(lambda: backend.train_from_iterator(text, trainer))
+    text = map(_split_long_words, take_until(BPE_CHARACTERS, documents, len))
+    in_thread(lambda: backend.train_from_iterator(text, trainer)).result()
     return trained_bpe(backend.to_str())
 
 
@@ -129,13 +131,13 @@ def trained_bpe(json: str) -> DocumentTokenizer:
     return DocumentTokenizer(json, pad_id=0, eos_id=1)
 
 
-def _take_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield the leading documents, up to and including the one that reaches `characters`."""
+def take_until(total: int, items: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:
+    """Yield the leading items, up to and including the one at which the sum of their sizes reaches `total`."""
     read = 0
-    for document in documents:
-        yield document
-        read += len(document)
-        if read >= characters:
+    for item in items:
+        yield item
+        read += size(item)
+        if read >= total:
             return
 
 
@@ -201,9 +203,11 @@ def _download(name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    from cod_lightning.nn.model_files import has_tokenizer
+
     try:
         cached = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), local_files_only=True))
-        if (cached / TOKENIZER).is_file() or can_convert(cached):
+        if has_tokenizer(cached):
             return cached
     except HFValidationError as error:
         raise UserError(f"{setting} is neither a folder nor a name on the hub: {error}") from error
@@ -279,22 +283,15 @@ def _first_known(backend: Tokenizer, tokens: Iterable[str | None]) -> str | None
     return next((token for token in tokens if token and backend.token_to_id(token) is not None), None)
 
 
-def can_convert(folder: Path) -> bool:
-    """Whether a folder has a tokenizer in any format."""
-    from cod_lightning.nn.model_files import has_tokenizer  # imports torch, which tokenizer.json does not need
-
-    return has_tokenizer(folder)
-
-
 def _converted(folder: Path, setting: str) -> DocumentTokenizer:
     """Convert another format (a SentencePiece model, vocab and merges, a .gguf file) with transformers."""
     try:
         from transformers import AutoTokenizer
 
-        from cod_lightning.nn.model_files import COPY_TOKENIZER, find_source
+        from cod_lightning.nn.model_files import COPY_TOKENIZER, find_source, has_tokenizer
     except ImportError as error:
         raise UserError(f"{setting} has no {TOKENIZER}; pip install 'cod_lightning[hf]' to convert it") from error
-    if folder.is_dir() and not can_convert(folder):
+    if folder.is_dir() and not has_tokenizer(folder):
         raise UserError(f"{setting}: no tokenizer: {COPY_TOKENIZER}")
     with tempfile.TemporaryDirectory() as converted:
         try:

@@ -65,7 +65,7 @@ def _start_worker(start: Callable[..., object] | None, arguments: tuple[Any, ...
         start(*arguments)
 
 
-def interruptible(function: Callable[[], T]) -> T:
+def in_thread(function: Callable[[], T]) -> Future[T]:
     """Call a function in another thread: a signal cannot interrupt the main thread while it computes in a library."""
     future: Future[T] = Future()
 
@@ -76,4 +76,4 @@ def interruptible(function: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()  # daemon: the process ends without it
-    return future.result()
+    return future
