@@ -62,12 +62,12 @@ def test_a_second_setup_does_not_open_the_set_again(packed, open_tokens):
 
 def test_tokenizer_and_probe_come_from_the_set(packed, open_tokens):
     data = open_tokens(packed)
-    assert (data.vocab_size, data.pad_id, data.eos_id) == (300, 0, 1)
+    assert (data.tokenizer.vocab_size, data.tokenizer.pad_id, data.tokenizer.eos_id) == (300, 0, 1)
     assert data.fingerprint == data.manifest.fingerprint
     probe = data.probe_batch(3)
     assert torch.equal(probe, data.val_set.read(np.arange(3)))
-    text = data.tokenizer().decode(probe[0].tolist())
-    assert data.tokenizer().encode(text).ids == probe[0].tolist()
+    text = data.tokenizer.backend.decode(probe[0].tolist())
+    assert data.tokenizer.backend.encode(text).ids == probe[0].tolist()
     with pytest.raises(UserError, match=r"trainer\.probe_rows=999999, but .* validation sequences"):
         data.probe_batch(999_999)
 
@@ -135,7 +135,9 @@ def test_validation_has_every_sequence_once_and_equally_many_batches(request, la
     sequences, index = (torch.cat(part) for part in zip(*(batch for share in shares for batch in share), strict=True))
     assert all(batch[0].shape == (4, config.seq_len) for share in shares for batch in share)
     filling = index == -1
-    assert (sequences[filling] == (ranks[0].eos_id if layout == "packed" else ranks[0].pad_id)).all()
+    assert (
+        sequences[filling] == (ranks[0].tokenizer.eos_id if layout == "packed" else ranks[0].tokenizer.pad_id)
+    ).all()
     assert torch.equal(index[~filling].sort().values, torch.arange(len(ranks[0].val_set)))
     assert torch.equal(sequences[~filling], ranks[0].val_set.read(index[~filling].numpy()))
     for rank, share in enumerate(shares):
@@ -148,7 +150,7 @@ def test_validation_has_every_sequence_once_and_equally_many_batches(request, la
 def test_validation_is_limited_to_val_tokens(request, layout, bound, open_tokens):
     config = replace(request.getfixturevalue(layout), val_tokens=bound)
     data = open_tokens(config)
-    tokens = (data.val_set.read(np.arange(len(data.val_set))) != data.pad_id).sum(1).cumsum(0)
+    tokens = (data.val_set.read(np.arange(len(data.val_set))) != data.tokenizer.pad_id).sum(1).cumsum(0)
     assert data.val_count == (tokens <= bound).sum()
     assert sum((index >= 0).sum() for _, index in data.val_dataloader()) == data.val_count
 

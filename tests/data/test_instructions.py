@@ -137,11 +137,11 @@ def test_a_prepared_set_has_every_example_and_the_start_of_its_answer(instructio
     data = open_tokens(instructions)
     sequences = data.train_set.read(np.arange(len(data.train_set)))
     assert sequences.shape == (36, 101)
-    backend, parts = data.tokenizer(), []
+    backend, parts = data.tokenizer.backend, []
     for sequence in sequences.tolist():
         *ids, start = sequence
-        end = ids.index(data.eos_id)
-        assert set(ids[end + 1 :]) <= {data.pad_id}
+        end = ids.index(data.tokenizer.eos_id)
+        assert set(ids[end + 1 :]) <= {data.tokenizer.pad_id}
         parts.append((backend.decode(ids[:start]), backend.decode(ids[start:end])))
     examples = [Example(prompt_of(record["instruction"]), record["output"]) for record in RECORDS]
     assert parts == [example.parts for number, example in enumerate(examples, 1) if number % 10]
@@ -187,14 +187,14 @@ def test_batches_include_the_length_of_the_prompt(instructions, open_tokens):
     assert next(iter(data.train_dataloader())).shape == (4, 101)
     ((sequences, index),) = data.val_dataloader()
     assert index.tolist() == [0, 2, -1, -1]
-    assert (sequences[2:] == data.pad_id).all()
+    assert (sequences[2:] == data.tokenizer.pad_id).all()
 
 
 def test_probe_and_token_count_exclude_the_length_of_the_prompt(instructions, open_tokens):
     data = open_tokens(instructions)
     probe = data.probe_batch(4)
     assert torch.equal(probe, data.val_set.read(np.arange(4))[:, :100])
-    tokens = (probe != data.pad_id).sum(1)
+    tokens = (probe != data.tokenizer.pad_id).sum(1)
     assert open_tokens(replace(instructions, val_tokens=int(tokens[:3].sum()))).val_count == 3
 
 

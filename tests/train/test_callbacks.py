@@ -113,7 +113,7 @@ def test_the_last_record_is_the_measure_of_the_checkpoint(measured, toy):
     data, _ = build(run)
     batches, model = [data.probe_batch(4)], ModelAdapter(decoder.eval())
     for name, measure in registry.MEASURES.items():
-        result = TRAINING_MEASURES[name](model, batches, data.pad_id, lambda *_: None)
+        result = TRAINING_MEASURES[name](model, batches, data.tokenizer.pad_id, lambda *_: None)
         for column, values in measure.recorded(result).items():
             assert record["history"][name][column][-1] == values, (name, column)
 

@@ -89,7 +89,7 @@ def test_loss_and_gradient_of_a_step_are_weighted_by_tokens_or_micro_batches(toy
     data, untrained = build(compose([*toy, *words]))
     untrained.configure_model()
     batch = next(iter(data.train_dataloader()))
-    parts = [untrained.decoder(part, next_tokens(part, data.pad_id)) for part in batch.split(2)]
+    parts = [untrained.decoder(part, next_tokens(part, data.tokenizer.pad_id)) for part in batch.split(2)]
     if weighting == "tokens":
         expected = sum(part.total for part in parts) / sum(part.counts.sum() for part in parts)
     else:
@@ -98,7 +98,7 @@ def test_loss_and_gradient_of_a_step_are_weighted_by_tokens_or_micro_batches(toy
     expected.backward()
     gradients = [parameter.grad for parameter in untrained.parameters()]
     assert norms[0].item() == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-4)
-    assert record["tokens"] == int((batch != data.pad_id).sum())
+    assert record["tokens"] == int((batch != data.tokenizer.pad_id).sum())
 
 
 def test_a_clipped_gradient_changes_no_weight(train):
@@ -418,7 +418,8 @@ def test_a_rank_that_is_gone_stops_an_evaluation(plain, monkeypatch):
 def test_only_a_packed_set_needs_no_pad_in_the_vocabulary(layout, fits):
     split = SimpleNamespace(max_id=269)
     manifest = SimpleNamespace(train=split, val=split, layout=layout)
-    data = SimpleNamespace(manifest=manifest, pad_id=270, vocab_size=271, tokenizer=lambda: Tokenizer(WordLevel({})))
+    tokenizer = SimpleNamespace(pad_id=270, vocab_size=271, backend=Tokenizer(WordLevel({})))
+    data = SimpleNamespace(manifest=manifest, tokenizer=tokenizer)
     config = compose(["model.vocab_size=270", "data.vocab_size=270"])
     with nullcontext() if fits else pytest.raises(UserError, match=r"token 270 .* set model\.vocab_size=271"):
         assert vocab_size(config, data) == 270

@@ -68,7 +68,7 @@ def answers(data, module, sequences):
     result = []
     for *ids, start in sequences.tolist():
         logs = module.decoder(torch.tensor([ids]))[0].double().log_softmax(-1)
-        positions = range(start - 1, ids.index(data.eos_id))
+        positions = range(start - 1, ids.index(data.tokenizer.eos_id))
         result.append([(-float(logs[p, ids[p + 1]]), int(logs[p].argmax()) == ids[p + 1]) for p in positions])
     return result
 

@@ -90,7 +90,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subje
     return Subject(
         ModelAdapter(decoder.to(accelerator(config.trainer)).eval(), folder.name, tokenizer.decode),
         list(tokens.split(config.data.micro_batch_size)),
-        data.pad_id,
+        data.tokenizer.pad_id,
         partial(export, tokenizer=tokenizer, max_length=config.max_length),
         data_source(config),
         repr(config),

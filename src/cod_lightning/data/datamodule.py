@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cod_lightning import signals
 from cod_lightning.data.config import DataConfig, data_errors
-from cod_lightning.data.manifest import Manifest, TokenizerRecord
+from cod_lightning.data.manifest import Manifest
 from cod_lightning.data.order import sample_indices
 from cod_lightning.data.prepare import check_against, is_complete, prepare, prepared_folder
 from cod_lightning.data.stream import TokenDataset, open_set
@@ -228,10 +227,11 @@ class TokenDataModule(StepDataModule):
     Validation: (int64 [m, width], int64 [m]) with m = `micro_batch_size`, sequences and their indices in the whole
     split; the sequence with the index -1 is all pad, or all EOS in a packed set, whose model may have no pad.
 
-    Attributes, after `setup`: `manifest` and those of `StepDataModule`.
+    Attributes, after `setup`: `manifest`, `tokenizer`, whose pad the loss ignores, and those of `StepDataModule`.
     """
 
     manifest: Manifest
+    tokenizer: DocumentTokenizer
     train_set: TokenDataset
     val_set: TokenDataset
 
@@ -245,27 +245,11 @@ class TokenDataModule(StepDataModule):
 
     def open(self) -> None:
         source, cache = self.config.folder or str(prepared_folder(self.config)), Path(self.config.root) / "cache"
-        self.manifest, self._tokenizer_json = open_set(source)
+        self.manifest, self.tokenizer = open_set(source)
         check_against(self.config, self.manifest, source)
         self.train_set = TokenDataset(source, self.manifest, "train", cache)
         self.val_set = TokenDataset(source, self.manifest, "val", cache)
         self.fingerprint, self.source = self.manifest.fingerprint, source
-
-    @property
-    def vocab_size(self) -> int:
-        return self.manifest.tokenizer.vocab_size
-
-    @property
-    def pad_id(self) -> int:
-        """An id that no text encodes to; the loss ignores it as a target."""
-        return self.manifest.tokenizer.pad_id
-
-    @property
-    def eos_id(self) -> int:
-        return self.manifest.tokenizer.eos_id
-
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_str(self._tokenizer_json)
 
     def sample_keys(self, first: int, count: int) -> np.ndarray:
         """Return sequence indices: int64 [count]."""
@@ -273,7 +257,7 @@ class TokenDataModule(StepDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return this rank's share of the validation sequences, at most `val_tokens` tokens over all ranks."""
-        filler = self.eos_id if self.manifest.layout == "packed" else self.pad_id
+        filler = self.tokenizer.eos_id if self.manifest.layout == "packed" else self.tokenizer.pad_id
         return self._val_loader(IndexedSequences(self.val_set, filler), workers=0)
 
     @cached_property
@@ -310,7 +294,7 @@ class TokenDataModule(StepDataModule):
         return self.val_set.read(np.arange(n))[:, : self.manifest.seq_len]
 
 
-def tokenizer_of(config: DataConfig) -> TokenizerRecord | DocumentTokenizer:
+def tokenizer_of(config: DataConfig) -> DocumentTokenizer:
     """Return the tokenizer of the set that `config` names or describes; the set need not be prepared.
 
     Raises:
@@ -318,5 +302,5 @@ def tokenizer_of(config: DataConfig) -> TokenizerRecord | DocumentTokenizer:
     """
     source = config.folder or str(prepared_folder(config))
     if config.folder is not None or is_complete(Path(source)):
-        return open_set(source)[0].tokenizer
+        return open_set(source)[1]
     return load_tokenizer(config.tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from cod_lightning.data.chunks import REMEDY, DamagedChunkError, Store, check_chunk, chunk_rows, is_remote, make_room
 from cod_lightning.data.manifest import MANIFEST, TOKENIZER, Manifest, find_damage, read_manifest
 from cod_lightning.data.order import WINDOW_CHUNKS
+from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.files import locked, write_atomic
 
@@ -24,8 +24,8 @@ OPEN_CHUNKS = 2 * WINDOW_CHUNKS
 """Chunks that stay mapped: those of the current window and of a neighbouring one."""
 
 
-def open_set(source: str) -> tuple[Manifest, str]:
-    """Return the manifest of the set at `source` and its tokenizer.json; check a local set for missing files.
+def open_set(source: str) -> tuple[Manifest, DocumentTokenizer]:
+    """Return the manifest of the set at `source` and its tokenizer; check a local set for missing files.
 
     Raises:
         UserError: not a prepared set, not reachable, or files are missing or have the wrong size.
@@ -33,7 +33,7 @@ def open_set(source: str) -> tuple[Manifest, str]:
     if is_remote(source):
         store = Store(source)
         try:
-            text, tokenizer = store.read(MANIFEST).decode(errors="replace"), store.read(TOKENIZER)
+            text, json = store.read(MANIFEST).decode(errors="replace"), store.read(TOKENIZER)
         except UserError as error:
             raise UserError(f"{source} is not a prepared set ({error})") from error
         manifest = Manifest.from_json(text, f"{source}/{MANIFEST}")
@@ -41,10 +41,12 @@ def open_set(source: str) -> tuple[Manifest, str]:
         manifest = read_manifest(Path(source))
         if damage := find_damage(Path(source), manifest):
             raise UserError("\n".join([f"the prepared set {source} is incomplete; prepare it again:", *damage]))
-        tokenizer = (Path(source) / TOKENIZER).read_bytes()
-    if hashlib.sha256(tokenizer).hexdigest() != manifest.tokenizer.sha256:
+        json = (Path(source) / TOKENIZER).read_bytes()
+    record = manifest.tokenizer
+    tokenizer = DocumentTokenizer(json.decode(errors="replace"), record.pad_id, record.eos_id)
+    if tokenizer.sha256 != record.sha256:
         raise UserError(f"{source}/{TOKENIZER} is damaged: its SHA-256 differs from the manifest; {REMEDY}")
-    return manifest, tokenizer.decode()
+    return manifest, tokenizer
 
 
 class TokenDataset(Dataset):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from cod_lightning.config.saved import CONFIG, load, save
@@ -98,7 +97,7 @@ def require_own_tokenizer(folder: Path, data: TokenDataModule) -> None:
         UserError: it was not.
     """
     own = folder / TOKENIZER
-    if own.is_dir() and load_tokenizer(str(own)).backend.to_str() != data.tokenizer().to_str():
+    if own.is_dir() and load_tokenizer(str(own)).backend.to_str() != data.tokenizer.backend.to_str():
         remedy = f"pass data.tokenizer={own.absolute()}"
         if data.config.folder is not None:
             remedy = "name the set that the run was trained on by data.folder="
@@ -198,12 +197,13 @@ def write_run(config: Config, decoder: Decoder, tokenizer: DocumentTokenizer, fo
         io.save_checkpoint({"state_dict": state, "tokens": 0}, partial / CHECKPOINTS / "step-00000000.ckpt")
         if io.failure:
             raise UserError(io.failure)
-        write_tokenizer(tokenizer.backend, tokenizer.eos_id, tokenizer.pad_id, partial / TOKENIZER)
+        write_tokenizer(tokenizer, partial / TOKENIZER)
 
 
-def write_tokenizer(tokenizer: Tokenizer, eos_id: int, pad_id: int, folder: Path) -> None:
+def write_tokenizer(tokenizer: DocumentTokenizer, folder: Path) -> None:
     """Write a tokenizer and the names of its special tokens into `folder`."""
+    backend = tokenizer.backend
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    special = {"eos_token": tokenizer.id_to_token(eos_id), "pad_token": tokenizer.id_to_token(pad_id)}
+    write_atomic(folder / "tokenizer.json", backend.to_str(pretty=True))
+    special = {"eos_token": backend.id_to_token(tokenizer.eos_id), "pad_token": backend.id_to_token(tokenizer.pad_id)}
     write_atomic(folder / "special_tokens_map.json", json.dumps(special) + "\n")

@@ -99,7 +99,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         before_writing()
         trainer.loggers = build_loggers(config, folder, None if checkpoint is None else step_of(checkpoint))
         if isinstance(data, TokenDataModule) and trainer.is_global_zero:
-            write_tokenizer(data.tokenizer(), data.eos_id, data.pad_id, folder / TOKENIZER)
+            write_tokenizer(data.tokenizer, folder / TOKENIZER)
         log_config(trainer, config)
 
         started = environment()
@@ -171,7 +171,9 @@ def build(config: Config) -> tuple[Data, StepModule]:
     tokens.prepare_data()
     tokens.setup("fit")
     model = replace(config.model, vocab_size=vocab_size(config, tokens))
-    return tokens, DecoderModule(replace(config, model=model), pad_id=tokens.pad_id, val_rows=tokens.val_count)
+    return tokens, DecoderModule(
+        replace(config, model=model), pad_id=tokens.tokenizer.pad_id, val_rows=tokens.val_count
+    )
 
 
 def check_repetition(config: Config, sequences: int) -> None:
@@ -194,15 +196,16 @@ def vocab_size(config: Config, data: TokenDataModule) -> int:
     Raises:
         UserError: a token of the data is not smaller.
     """
-    size = config.model.vocab_size or data.vocab_size
+    tokenizer = data.tokenizer
+    size = config.model.vocab_size or tokenizer.vocab_size
     max_id = max(data.manifest.train.max_id, data.manifest.val.max_id)
     if data.manifest.layout != "packed":
-        max_id = max(max_id, data.pad_id)
+        max_id = max(max_id, tokenizer.pad_id)
     if size <= max_id:
         raise UserError(
-            f"model.vocab_size={size} is smaller than the tokenizer's {data.vocab_size}: token {max_id} "
-            f"({data.tokenizer().id_to_token(max_id)!r}) occurs in the data; set model.vocab_size={data.vocab_size} or "
-            "null to train a model, and use its own tokenizer to evaluate one"
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size}: token {max_id} "
+            f"({tokenizer.backend.id_to_token(max_id)!r}) occurs in the data; set model.vocab_size="
+            f"{tokenizer.vocab_size} or null to train a model, and use its own tokenizer to evaluate one"
         )
     return size
 
