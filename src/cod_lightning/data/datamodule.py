@@ -263,22 +263,16 @@ class TokenDataModule(StepDataModule):
     @cached_property
     def val_count(self) -> int:
         """Number of leading validation sequences that have at most `val_tokens` non-pad tokens."""
-        val_set, manifest, limit = self.val_set, self.manifest, self.config.val_tokens
-        if val_set.split.tokens <= limit:
-            return len(val_set)
-        if manifest.layout == "packed":
-            return limit // manifest.seq_len
-        used = count = 0
-        while count < len(val_set):
-            indices = np.arange(count, min(count + COUNTED_SEQUENCES, len(val_set)))
-            block = val_set.read(indices)[:, : manifest.seq_len]
-            totals = used + (block != manifest.tokenizer.pad_id).sum(1).cumsum(0)
-            fitting = int((totals <= limit).sum())
-            count += fitting
-            if fitting < len(block):
-                break
-            used = int(totals[-1])
-        return count
+        limit, seq_len = self.config.val_tokens, self.manifest.seq_len
+        if self.val_set.split.tokens <= limit:
+            return len(self.val_set)
+        if self.manifest.layout == "packed":
+            return limit // seq_len
+        blocks = (
+            self.val_set.read(indices.numpy()) for indices in torch.arange(len(self.val_set)).split(COUNTED_SEQUENCES)
+        )
+        counts = torch.cat([(block[:, :seq_len] != self.tokenizer.pad_id).sum(1) for block in blocks])
+        return int((counts.cumsum(0) <= limit).sum())
 
     def probe_batch(self, n: int) -> Tensor:
         """Return the tokens of the first `n` validation sequences: int64 [n, seq_len].
