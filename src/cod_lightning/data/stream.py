@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cod_lightning.data.chunks import REMEDY, DamagedChunkError, Store, check_chunk, chunk_rows, is_remote, make_room
-from cod_lightning.data.manifest import MANIFEST, TOKENIZER, Manifest, find_damage, read_manifest
+from cod_lightning.data.manifest import MANIFEST, TOKENIZER, Chunk, Manifest, find_damage, read_manifest
 from cod_lightning.data.order import WINDOW_CHUNKS
 from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.errors import UserError
@@ -66,7 +66,7 @@ class TokenDataset(Dataset):
         self.chunk_sizes = tuple(chunk.rows for chunk in self.split.chunks)
         self.ends = np.cumsum(self.chunk_sizes)
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._verified: set[int] = set()
+        self._verified: set[str] = set()
         self._store: Store | None = None
 
     def __reduce__(self) -> tuple[type[TokenDataset], tuple[Any, ...]]:
@@ -104,40 +104,38 @@ class TokenDataset(Dataset):
     def _chunk(self, number: int) -> np.ndarray:
         """Return all sequences of a chunk, mapped: [rows, width] of the stored type."""
         if number not in self._mapped:
-            content = self._map_remote(number) if self.remote else self._map_local(number)
-            self._mapped[number] = chunk_rows(content, self.split.chunks[number], self.width, self.dtype)
+            chunk = self.split.chunks[number]
+            content = self._map_remote(chunk) if self.remote else self._map_local(chunk)
+            self._mapped[number] = chunk_rows(content, chunk, self.width, self.dtype)
             if len(self._mapped) > OPEN_CHUNKS:
                 self._mapped.popitem(last=False)  # the file stays mapped while a caller uses it
         self._mapped.move_to_end(number)
         return self._mapped[number]
 
-    def _map(self, number: int) -> np.ndarray:
+    def _map(self, chunk: Chunk) -> np.ndarray:
         """Map the bytes of a chunk; compare them with the manifest the first time."""
-        chunk = self.split.chunks[number]
         content = np.memmap(self.folder / chunk.name, np.uint8, mode="r")
-        if number not in self._verified:
+        if chunk.name not in self._verified:
             check_chunk(content.data, chunk)
-            self._verified.add(number)
+            self._verified.add(chunk.name)
         return content
 
-    def _map_local(self, number: int) -> np.ndarray:
-        path = self.folder / self.split.chunks[number].name
+    def _map_local(self, chunk: Chunk) -> np.ndarray:
         try:
-            return self._map(number)
+            return self._map(chunk)
         except DamagedChunkError as error:
-            raise UserError(f"{path} {error}") from error
+            raise UserError(f"{self.folder / chunk.name} {error}") from error
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
-            raise UserError(f"{path} cannot be read: {error}; {REMEDY}") from error
+            raise UserError(f"{self.folder / chunk.name} cannot be read: {error}; {REMEDY}") from error
 
-    def _map_remote(self, number: int) -> np.ndarray:
+    def _map_remote(self, chunk: Chunk) -> np.ndarray:
         """Map a cached chunk; download it first if it is missing or damaged."""
-        chunk = self.split.chunks[number]
         path = self.folder / chunk.name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f"{path.name}.lock")):  # other processes of this machine want the same chunks
                 with suppress(DamagedChunkError, FileNotFoundError, ValueError):
-                    return self._map(number)
+                    return self._map(chunk)
                 self._store = self._store or Store(self.source)
                 content = self._store.read(chunk.name, chunk)
                 for leftover in self.folder.glob(f".{path.name}.*.partial"):
@@ -145,7 +143,7 @@ class TokenDataset(Dataset):
                 make_room(self.folder, chunk.bytes)
                 write_atomic(path, content)
                 with suppress(FileNotFoundError):  # another process made room
-                    return self._map(number)
+                    return self._map(chunk)
                 return np.frombuffer(content, np.uint8)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error}): free space, or choose another data.root") from error
