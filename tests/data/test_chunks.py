@@ -13,10 +13,10 @@ from litdata.streaming import downloader
 from litdata.streaming.item_loader import TokensLoader
 
 from cod_lightning.data import chunks
-from cod_lightning.data.chunks import Store, is_remote, make_room
+from cod_lightning.data.chunks import ChunkWriter, Store, is_remote, make_room
 from cod_lightning.data.encode import Encoder
 from cod_lightning.data.manifest import read_manifest
-from cod_lightning.data.prepare import _write_split, prepared_folder
+from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.data.stream import TokenDataset, open_set
 from cod_lightning.errors import UserError
 
@@ -37,8 +37,10 @@ def test_packed_sequences_are_the_documents_joined_by_eos(
     folder = tmp_path_factory.mktemp("sequences")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_TOKENS", chunk_tokens)
-        encoded = (encoder(texts[n : n + batch]) for n in range(0, len(texts), batch))
-        split = _write_split(folder, encoded, encoder)
+        writer = ChunkWriter(folder, seq_len)
+        for n in range(0, len(texts), batch):
+            writer.write(encoder(texts[n : n + batch]))
+        split = writer.close()
     sequences = len(expected) // seq_len
     assert (split.rows, split.tokens) == (sequences, sequences * seq_len)
     contents = [(folder / chunk.name).read_bytes()[12:] for chunk in split.chunks]
@@ -56,8 +58,9 @@ def test_litdata_reads_the_same_sequences(packed):
 
 def test_every_rank_writes_the_same_names(numbers, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_OPTIMIZER_GLOBAL_RANK", "3")
-    encoder = Encoder(numbers(), "packed", 2)
-    split = _write_split(tmp_path, [encoder(["2 3 4"])], encoder)
+    writer = ChunkWriter(tmp_path, 2)
+    writer.write(Encoder(numbers(), "packed", 2)(["2 3 4"]))
+    split = writer.close()
     assert [chunk.name for chunk in split.chunks] == ["chunk-0-0.bin"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chunk-0-0.bin", "index.json"]
 

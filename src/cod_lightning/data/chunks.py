@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cod_lightning.data.manifest import INDEX, Chunk
+from cod_lightning.data.encode import Encoded
+from cod_lightning.data.manifest import INDEX, Chunk, Split
 from cod_lightning.errors import UserError, one_line
 
 CHUNK_TOKENS = 2**23
@@ -57,16 +58,19 @@ class ChunkWriter:
         self.buffered = 0
         self.rows: list[int] = []
         self.chunks: list[Chunk] = []
+        self.tokens = self.max_id = 0
 
-    def write(self, ids: np.ndarray) -> None:
-        """Append numbers [n]; they need not end with a sequence."""
-        self.buffer.append(ids)
-        self.buffered += ids.size
+    def write(self, encoded: Encoded) -> None:
+        """Append documents; their numbers need not end with a sequence."""
+        self.tokens += encoded.tokens
+        self.max_id = max(self.max_id, encoded.max_id)
+        self.buffer.append(encoded.ids)
+        self.buffered += encoded.ids.size
         if self.buffered >= self.chunk_tokens:
             self._flush(self.buffered - self.buffered % self.chunk_tokens)
 
-    def close(self) -> tuple[tuple[Chunk, ...], int]:
-        """Write the rest and the index; return all chunks, and how many numbers at the end fill no sequence."""
+    def close(self) -> Split:
+        """Write the rest and the index; drop a tail that does not fill a sequence, which only `packed` has."""
         rest = self.buffered % self.width
         if self.buffered > rest:
             self._flush(self.buffered - rest)
@@ -75,7 +79,7 @@ class ChunkWriter:
         if self.chunks:
             # The index of the only writer is the index of the split; litdata's `merge` would wait for other ranks.
             (self.folder / "0.index.json").rename(self.folder / INDEX)
-        return tuple(self.chunks), rest
+        return Split(sum(self.rows), self.tokens - rest, self.max_id, tuple(self.chunks))
 
     def _flush(self, size: int) -> None:
         """Write the first `size` numbers of the buffer, whole sequences, as chunks."""

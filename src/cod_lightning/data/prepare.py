@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,7 +30,6 @@ from cod_lightning.data.manifest import (
     TOKENIZER,
     Manifest,
     Source,
-    Split,
     TokenizerRecord,
     find_damage,
     format_version,
@@ -42,6 +42,8 @@ from cod_lightning.files import check_writable, locked, new_folder
 
 PREPARED_VAL_TOKENS = 10_000_000
 """Validation tokens to prepare even if `val_tokens` is smaller, so that a smaller value reuses the set."""
+Build: TypeAlias = Callable[[Path, "PreparationProgress"], None]
+"""Writes the files of a new folder."""
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Path:
@@ -55,9 +57,18 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
         UserError: bad settings, text or tokenizer that cannot be read, text that differs from `data.sha256`, too little
             text for a sequence of each split, or a disk that cannot be written.
     """
+    return build_set(config, partial(_prepare, config), progress)
+
+
+def build_set(config: DataConfig, build: Build, progress: bool) -> Path:
+    """Let `build` write the set that `config` describes, unless it is complete; return its folder.
+
+    Raises:
+        UserError: as `prepare`.
+    """
     check_settings(config)
     folder = prepared_folder(config)
-    build_folder(folder, is_complete, lambda partial: _prepare(config, folder, partial, progress))
+    build_folder(folder, is_complete, build, progress)
     return checked_set(config, folder)
 
 
@@ -70,7 +81,7 @@ def check_settings(config: DataConfig) -> None:
         raise UserError("\n".join(errors))
 
 
-def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Callable[[Path], None]) -> None:
+def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Build, progress: bool) -> None:
     """Unless `folder` is complete, let `build` write a temporary folder, under a lock, and rename it to `folder`.
 
     Raises:
@@ -91,8 +102,8 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Calla
                 shutil.rmtree(leftover)  # its process held the lock, so it is dead
             if folder.exists():
                 shutil.rmtree(folder)  # damaged
-            with new_folder(folder) as partial:
-                build(partial)
+            with new_folder(folder) as new, PreparationProgress(folder, progress) as report:
+                build(new, report)
     except OSError as error:  # a file instead of the folder, a folder without write permission
         raise UserError(f"{folder} cannot be written ({error})") from error
 
@@ -196,17 +207,16 @@ def check_sha256(config: DataConfig, sha256: str, source: str) -> None:
 # --- from text to chunks ----------------------------------------------------------------------------------------------
 
 
-def _prepare(config: DataConfig, folder: Path, partial: Path, progress: bool) -> None:
+def _prepare(config: DataConfig, folder: Path, report: PreparationProgress) -> None:
     workers = config.workers or available_cores()
-    with PreparationProgress(folder, progress) as report:
-        report.stage("gathering text")
-        corpus = open_corpus(config, workers)
-        report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
-        encoder = Encoder(tokenizer_for(config, corpus), config.row_layout, config.seq_len)
-        with encoder_pool(encoder, workers) as encode_all:
-            train = encode_all(batches(corpus.train()))
-            val = take_tokens(encode_all(batches(corpus.val())), val_limit(config))
-            write_set(config, encoder, {"train": train, "val": val}, partial, report)
+    report.stage("gathering text")
+    corpus = open_corpus(config, workers)
+    report.stage("preparing the tokenizer")
+    encoder = Encoder(tokenizer_for(config, corpus), config.row_layout, config.seq_len)
+    with encoder_pool(encoder, workers) as encode_all:
+        train = encode_all(batches(corpus.train()))
+        val = take_tokens(encode_all(batches(corpus.val())), val_limit(config))
+        write_set(config, encoder, {"train": train, "val": val}, folder, report)
 
 
 def tokenizer_for(config: DataConfig, corpus: Corpus) -> DocumentTokenizer:
@@ -226,26 +236,23 @@ def write_set(
     config: DataConfig,
     encoder: Encoder,
     encoded: Mapping[str, Iterable[Encoded]],
-    partial: Path,
+    folder: Path,
     report: PreparationProgress,
 ) -> None:
-    """Write chunks, tokenizer and manifest of the `encoded` documents of each split into `partial`.
+    """Write chunks, tokenizer and manifest of the `encoded` documents of each split into `folder`.
 
     Raises:
         UserError: a split has too little text for a sequence, or the text differs from `data.sha256`.
     """
     sha256, documents, splits, cut = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}, 0
-
-    def hashed(name: str) -> Iterator[Encoded]:
-        nonlocal cut
+    for name in SPLITS:
+        writer = ChunkWriter(folder / name, encoder.width)
         for batch in report.watch(name, encoded[name]):
             cut += encoder.cut_answers(batch) if encoder.layout == "instructions" else 0
             documents[name] += len(batch.documents)
             sha256.update(batch.documents["sha256"].tobytes())
-            yield batch
-
-    for name in SPLITS:
-        splits[name] = _write_split(partial / name, hashed(name), encoder)
+            writer.write(batch)
+        splits[name] = writer.close()
         if not splits[name].rows:
             raise UserError(
                 f"data.source={config.source}: {documents[name]} documents do not fill one {name} sequence of "
@@ -270,8 +277,8 @@ def write_set(
         dtype=encoder.dtype.name,
         **splits,
     )
-    (partial / TOKENIZER).write_text(tokenizer.json, "utf-8")
-    (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    (folder / TOKENIZER).write_text(tokenizer.json, "utf-8")
+    (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     train, val = manifest.train.rows, manifest.val.rows
     line = f"{train:,} training and {val:,} validation sequences"
     if encoder.layout == "instructions":
@@ -281,42 +288,24 @@ def write_set(
     report.done(line)
 
 
-def _write_split(folder: Path, encoded: Iterable[Encoded], encoder: Encoder) -> Split:
-    """Write the ids as chunks; drop a tail that does not fill a sequence, which only `packed` has."""
-    writer = ChunkWriter(folder, encoder.width)
-    tokens = max_id = 0
-    for batch in encoded:
-        tokens, max_id = tokens + batch.tokens, max(max_id, batch.max_id)
-        writer.write(batch.ids)
-    chunks, tail = writer.close()
-    return Split(sum(chunk.rows for chunk in chunks), tokens - tail, max_id, chunks)
-
-
-class PreparationProgress:
+class PreparationProgress(Progress):
     """Progress on stderr: a live line on a terminal, and one line at the end; silent unless `enabled`."""
 
     def __init__(self, folder: Path, enabled: bool) -> None:
-        self.folder = folder
-        self.console = Console(stderr=True, quiet=not enabled, markup=False, emoji=False)
-        self.progress = Progress(
+        console = Console(stderr=True, quiet=not enabled, markup=False, emoji=False)
+        super().__init__(
             BarColumn(bar_width=20),  # pulses: the length of a stream is known only at its end
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            console=self.console,
+            console=console,
             transient=True,
-            disable=not (enabled and self.console.is_terminal),
+            disable=not (enabled and console.is_terminal),
         )
-        self.task = self.progress.add_task("", total=None)
-
-    def __enter__(self) -> PreparationProgress:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        self.folder = folder
+        self.stream = self.add_task("", total=None)
 
     def stage(self, description: str) -> None:
-        self.progress.update(self.task, description=description)
+        self.update(self.stream, description=description)
 
     def watch(self, split: str, encoded: Iterable[Encoded]) -> Iterator[Encoded]:
         tokens = 0
@@ -326,5 +315,5 @@ class PreparationProgress:
             yield batch
 
     def done(self, line: str) -> None:
-        elapsed = self.progress.tasks[self.task].elapsed or 0.0
+        elapsed = self.tasks[self.stream].elapsed or 0.0
         self.console.print(f"prepared {self.folder}: {line} in {elapsed:.1f} s", highlight=False, soft_wrap=True)

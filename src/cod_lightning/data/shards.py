@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from cod_lightning.data.manifest import SPLITS, TOKENIZER, file_problems
 from cod_lightning.data.prepare import (
     PreparationProgress,
     build_folder,
+    build_set,
     check_settings,
     checked_set,
     is_complete,
@@ -118,37 +121,33 @@ def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool 
         return record is not None and record.settings == settings and not _damage(part, record)
 
     part = parts_folder(config, count) / str(index)
-    build_folder(
-        part, is_complete_part, lambda partial: _prepare_part(config, settings, part, count, partial, progress)
-    )
+    build_folder(part, is_complete_part, partial(_prepare_part, config, settings, index, count), progress)
     return part
 
 
 def _prepare_part(
-    config: DataConfig, settings: dict[str, Any], part: Path, count: int, partial: Path, progress: bool
+    config: DataConfig, settings: dict[str, Any], index: int, count: int, part: Path, report: PreparationProgress
 ) -> None:
-    index, workers = int(part.name), config.workers or available_cores()
-    with PreparationProgress(part, progress) as report:
-        report.stage("training the tokenizer" if config.tokenizer == "bpe" else "loading the tokenizer")
-        tokenizer = _shared_tokenizer(config, partial.parent)
-        encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
-        texts = texts_of_shard(config, index, count)
-        streams = {}
-        with encoder_pool(encoder, workers) as encode_all:
-            for split, documents in texts.items():
-                # Without validation text, documents beyond `max_documents` may still be held out for validation.
-                bounded = split == "train" and "val" in texts
-                encoded = encode_all(batches(islice(documents(), config.max_documents if bounded else None)))
-                if split == "val":
-                    # Batches of the whole corpus begin elsewhere: the last of them ends within one more of these.
-                    encoded = chain(take_tokens(encoded, val_limit(config)), islice(encoded, 1))
-                streams[split] = _write_stream(partial, split, report.watch(split, encoded))
-        ids = {"sha256": tokenizer.sha256, "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
-        record = Part(settings, ids, encoder.dtype.name, streams)
-        (partial / TOKENIZER).write_text(tokenizer.json, "utf-8")
-        (partial / PART).write_text(json.dumps(asdict(record), indent=1) + "\n", "utf-8")
-        total = sum(stream.documents for stream in streams.values())
-        report.done(f"{total:,} documents of shard {index}/{count}")
+    report.stage("preparing the tokenizer")
+    tokenizer = _shared_tokenizer(config, part.parent)
+    encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
+    texts = texts_of_shard(config, index, count)
+    streams = {}
+    with encoder_pool(encoder, config.workers or available_cores()) as encode_all:
+        for split, documents in texts.items():
+            # Without validation text, documents beyond `max_documents` may still be held out for validation.
+            bounded = split == "train" and "val" in texts
+            encoded = encode_all(batches(islice(documents(), config.max_documents if bounded else None)))
+            if split == "val":
+                # Batches of the whole corpus begin elsewhere: the last of them ends within one more of these.
+                encoded = chain(take_tokens(encoded, val_limit(config)), islice(encoded, 1))
+            streams[split] = _write_stream(part, split, report.watch(split, encoded))
+    ids = {"sha256": tokenizer.sha256, "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
+    record = Part(settings, ids, encoder.dtype.name, streams)
+    (part / TOKENIZER).write_text(tokenizer.json, "utf-8")
+    (part / PART).write_text(json.dumps(asdict(record), indent=1) + "\n", "utf-8")
+    total = sum(stream.documents for stream in streams.values())
+    report.done(f"{total:,} documents of shard {index}/{count}")
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
@@ -230,31 +229,26 @@ def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Pa
         UserError: parts are missing, damaged or prepared with other settings, each of which is named; there are fewer
             documents than `val_every`, and no validation text; or as `prepare`.
     """
-    check_settings(config)
-    folder = prepared_folder(config)
-    build_folder(folder, is_complete, lambda partial: _merge(config, folder, count, partial, progress))
-    checked_set(config, folder)
+    folder = build_set(config, partial(_merge, config, count), progress)
     shutil.rmtree(parts_folder(config, count), ignore_errors=True)
     return folder
 
 
-def _merge(config: DataConfig, folder: Path, count: int, partial: Path, progress: bool) -> None:
+def _merge(config: DataConfig, count: int, folder: Path, report: PreparationProgress) -> None:
     parts = [parts_folder(config, count) / str(index) for index in range(count)]
     records = _read_parts(config, parts)
     documents = sum(record.streams["train"].documents for record in records)
-    if documents < config.val_every and not all("val" in record.streams for record in records):
+    if documents < config.val_every and "val" not in records[0].streams:
         raise UserError(
             f"{documents} documents are fewer than data.val_every={config.val_every}, so that none is held out for "
             "validation: prepare without shard=, or set data.val_files"
         )
-    ids = {name: records[0].tokenizer[name] for name in ("pad_id", "eos_id")}
-    tokenizer = DocumentTokenizer((parts[0] / TOKENIZER).read_text("utf-8"), **ids)
-    if tokenizer.sha256 != records[0].tokenizer["sha256"]:
+    ids = records[0].tokenizer
+    tokenizer = DocumentTokenizer((parts[0] / TOKENIZER).read_text("utf-8"), ids["pad_id"], ids["eos_id"])
+    if tokenizer.sha256 != ids["sha256"]:
         raise UserError(f"{parts[0] / TOKENIZER} is damaged; {_remedy(parts[0])}")
     encoder = Encoder(tokenizer, config.row_layout, config.seq_len)
-    with PreparationProgress(folder, progress) as report:
-        encoded = {split: _documents(config, split, parts, records) for split in SPLITS}
-        write_set(config, encoder, encoded, partial, report)
+    write_set(config, encoder, {split: _documents(config, split, parts, records) for split in SPLITS}, folder, report)
 
 
 def _read_parts(config: DataConfig, parts: list[Path]) -> list[Part]:
@@ -322,13 +316,13 @@ def _documents(config: DataConfig, split: str, parts: list[Path], records: list[
     Raises:
         UserError: a file differs from `part.json`.
     """
-    has_val = all("val" in record.streams for record in records)
+    has_val = "val" in records[0].streams
     name = split if has_val else "train"
     blocks = chain.from_iterable(_blocks(part, name, record) for part, record in zip(parts, records, strict=True))
     if not has_val:
         blocks = _hold_out(blocks, config.val_every, split == "val")
     if split == "train":
-        return _take_documents(blocks, config.max_documents)
+        return _take_documents(blocks, config.max_documents or math.inf)
     documents = chain.from_iterable(block.split() for block in blocks)
     # The limit on validation ends with a batch, so the batches must be the same.
     grouped = batches(documents, lambda document: int(document.documents["characters"][0]))
@@ -344,14 +338,13 @@ def _hold_out(blocks: Iterable[Encoded], every: int, held_out: bool) -> Iterator
         yield block.select((numbers % every == 0) == held_out)
 
 
-def _take_documents(blocks: Iterable[Encoded], limit: int | None) -> Iterator[Encoded]:
-    """Yield the first `limit` documents; all for None."""
+def _take_documents(blocks: Iterable[Encoded], limit: float) -> Iterator[Encoded]:
+    """Yield the first `limit` documents."""
     for block in blocks:
-        if limit is not None and len(block.documents) >= limit:
-            yield block.select(np.arange(len(block.documents)) < limit)
+        yield block.select(np.arange(len(block.documents)) < limit)
+        limit -= len(block.documents)
+        if limit <= 0:
             return
-        yield block
-        limit = None if limit is None else limit - len(block.documents)
 
 
 def _blocks(part: Path, split: str, record: Part) -> Iterator[Encoded]:
