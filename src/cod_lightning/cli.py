@@ -9,13 +9,31 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import import_module
 from io import TextIOWrapper
 from typing import Any
 
 import shtab
 
 from cod_lightning import __version__
+from cod_lightning.commands import (
+    consolidate,
+    convert,
+    estimate,
+    evaluate,
+    experiments,
+    export,
+    fit,
+    generate,
+    grow,
+    import_,
+    launch,
+    measure,
+    predict,
+    prepare,
+    report,
+    reproduce,
+    verify,
+)
 from cod_lightning.commands.options import refuse_repeated
 from cod_lightning.errors import (
     CLOSED_PIPE,
@@ -30,11 +48,11 @@ from cod_lightning.errors import (
 from cod_lightning.signals import ignore_until_exit, stopping
 from cod_lightning.train.ranks import is_first_on_node
 
-NAMES = (
-    *("fit", "prepare", "evaluate", "generate", "export", "consolidate", "import", "convert", "grow", "measure"),
-    *("verify", "estimate", "predict", "launch", "reproduce", "report", "experiments"),
+MODULES = (
+    *(fit, prepare, evaluate, generate, export, consolidate, import_, convert, grow, measure),
+    *(verify, estimate, predict, launch, reproduce, report, experiments),
 )
-COMMANDS = {name: import_module(f"cod_lightning.commands.{name.replace('import', 'import_')}") for name in NAMES}
+COMMANDS = {module.__name__.rpartition(".")[2].rstrip("_"): module for module in MODULES}
 """Modules with `HELP`, `add_arguments(parser)` and optionally `EPILOG` and `details()`; `run(**arguments)` returns an
 exit status, or None for 0."""
 CUSTOM_NORM = re.compile(r"\+*norm(\.name|\.base)?=.*:")
