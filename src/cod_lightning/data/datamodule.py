@@ -268,11 +268,14 @@ class TokenDataModule(StepDataModule):
             return len(self.val_set)
         if self.manifest.layout == "packed":
             return limit // seq_len
-        blocks = (
-            self.val_set.read(indices.numpy()) for indices in torch.arange(len(self.val_set)).split(COUNTED_SEQUENCES)
-        )
-        counts = torch.cat([(block[:, :seq_len] != self.tokenizer.pad_id).sum(1) for block in blocks])
-        return int((counts.cumsum(0) <= limit).sum())
+        count = used = 0
+        for indices in torch.arange(len(self.val_set)).split(COUNTED_SEQUENCES):
+            block = self.val_set.read(indices.numpy())[:, :seq_len]
+            totals = used + (block != self.tokenizer.pad_id).sum(1).cumsum(0)
+            count, used = count + int((totals <= limit).sum()), int(totals[-1])
+            if used > limit:  # the rest of a large split need not be read
+                break
+        return count
 
     def probe_batch(self, n: int) -> Tensor:
         """Return the tokens of the first `n` validation sequences: int64 [n, seq_len].
