@@ -73,7 +73,8 @@ def test_a_generated_text_that_is_longer_than_the_model_supports_is_named(monkey
 
 
 def test_a_run_is_measured_on_its_held_out_sequences_without_padding(monkeypatch):
-    module = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None, val_count=3, pad_id=7)
+    module = SimpleNamespace(prepare_data=lambda: None, setup=lambda stage: None, val_count=3)
+    module.tokenizer = SimpleNamespace(pad_id=7)
     module.probe_batch = lambda rows: torch.arange(4 * rows).reshape(rows, 4)
     monkeypatch.setattr(measure_runner, "TokenDataModule", lambda *_: module)
     monkeypatch.setattr(measure_runner, "load_decoder", lambda *_: (tiny_decoder(), SimpleNamespace(decode=None)))

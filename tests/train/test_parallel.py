@@ -519,6 +519,21 @@ def test_ranks_with_different_checkpoints_do_not_start(toy, plain, tmp_path):
         assert "put the run folder on a file system that all nodes share" in printed
 
 
+def test_no_process_group_is_left_when_python_ends(tmp_path):
+    """A thread of one may kill the process, instead of the status of the command."""
+    script = f"""
+import atexit
+import torch.distributed as dist
+from cod_lightning.config.compose import compose
+from cod_lightning.train.trainer import build_trainer
+atexit.register(lambda: print(dist.is_initialized()))
+build_trainer(compose(["trainer.accelerator=cpu"]))
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+"""
+    printed = subprocess.run([sys.executable, "-c", script], env=environment(), check=True, capture_output=True)
+    assert printed.stdout == b"False\n"
+
+
 def test_hybrid_sharding_requires_fsdp(toy):
     with pytest.raises(UserError, match=r"trainer\.hybrid=true requires trainer\.strategy=fsdp"):
         compose([*toy, "trainer.hybrid=true"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import re
@@ -9,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Generator, Sequence
 
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -17,7 +19,6 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from torch.distributed import DistError
 
 from cod_lightning.config.schema import Config, TrainerConfig
 from cod_lightning.errors import Stopped, UserError, first_line
@@ -35,6 +36,7 @@ def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: Atomic
         UserError: the machine does not have what `trainer.*` asks for.
     """
     settings = config.trainer
+    atexit.register(destroy_process_group)
     try:
         return Trainer(
             accelerator=accelerator(settings),
@@ -63,6 +65,15 @@ def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: Atomic
         ) from error
 
 
+def destroy_process_group() -> None:
+    """Stop the threads of gloo: one that still holds objects while Python ends kills the process with SIGABRT.
+
+    Lightning destroys the groups of NCCL alone.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def cluster_environment() -> ClusterEnvironment:
     """Lightning's reader of the launcher's variables, the launcher that `read_ranks` finds.
 
@@ -86,7 +97,7 @@ def translate_rank_failures(settings: TrainerConfig) -> Generator[None]:
     except SIGTERMException as error:  # before the first step or after the last; uncaught it is a success
         raise Stopped("interrupted by SIGTERM") from error
     except RuntimeError as error:
-        lost = isinstance(error, DistError) or re.search(LOST_CONNECTION, str(error))
+        lost = isinstance(error, dist.DistError) or re.search(LOST_CONNECTION, str(error))
         if settings.world_size == 1 or not lost:
             raise
         raise Stopped(
