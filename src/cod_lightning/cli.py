@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
+from types import ModuleType
 from typing import Any
 
 import shtab
@@ -48,11 +49,25 @@ from cod_lightning.errors import (
 from cod_lightning.signals import ignore_until_exit, stopping
 from cod_lightning.train.ranks import is_first_on_node
 
-MODULES = (
-    *(fit, prepare, evaluate, generate, export, consolidate, import_, convert, grow, measure),
-    *(verify, estimate, predict, launch, reproduce, report, experiments),
-)
-COMMANDS = {module.__name__.rpartition(".")[2].rstrip("_"): module for module in MODULES}
+COMMANDS: dict[str, ModuleType] = {
+    "fit": fit,
+    "prepare": prepare,
+    "evaluate": evaluate,
+    "generate": generate,
+    "export": export,
+    "consolidate": consolidate,
+    "import": import_,
+    "convert": convert,
+    "grow": grow,
+    "measure": measure,
+    "verify": verify,
+    "estimate": estimate,
+    "predict": predict,
+    "launch": launch,
+    "reproduce": reproduce,
+    "report": report,
+    "experiments": experiments,
+}
 """Modules with `HELP`, `add_arguments(parser)` and optionally `EPILOG` and `details()`; `run(**arguments)` returns an
 exit status, or None for 0."""
 CUSTOM_NORM = re.compile(r"\+*norm(\.name|\.base)?=.*:")
@@ -64,7 +79,13 @@ class StoreOnce(argparse._StoreAction):
 
     earlier: Any = None
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         if option_string is not None and self.earlier is not None:
             raise argparse.ArgumentError(self, f"{self.earlier} and {values} are both given: keep one")
         self.earlier = values
