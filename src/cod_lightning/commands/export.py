@@ -31,10 +31,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(
     run: Path, to: str, output: Path | None, checkpoint: str, trust_code: bool, dtype: str, max_length: int | None
 ) -> None:
+    from cod_lightning.config.saved import load
+
     folder = output or run / to
     check_new_folder(folder, "--output=")
+    check_max_length(max_length, load(run, trust_code=trust_code))  # before the weights are read
     config, decoder, tokenizer = read_run(run, checkpoint, trust_code)
-    check_max_length(max_length, config)
     import torch
 
     from cod_lightning.nn.huggingface import export
