@@ -333,10 +333,15 @@ def test_a_number_of_too_many_digits_names_its_field(name, digits):
         compose([f"{name}={'1' * digits}"])
 
 
-def test_a_file_may_write_a_number_as_1e_3(tmp_path, monkeypatch):
-    (tmp_path / "faint.yaml").write_text("init: 1e-3\nname: '1e-3'\n")
+@pytest.mark.parametrize(("text", "number"), [("1e-3", 0.001), ("1.5e3", 1500.0), (".5E2", 50.0)])
+def test_a_file_may_write_a_number_with_an_exponent(text, number, tmp_path, monkeypatch):
+    (tmp_path / "faint.yaml").write_text(f"init: {text}\nname: '{text}'\n")
     monkeypatch.setattr(groups, "config_folder", lambda: tmp_path)
-    assert groups.read_yaml("faint") == {"init": 0.001, "name": "1e-3"}
+    assert groups.read_yaml("faint") == {"init": number, "name": text}
+
+
+def test_the_last_of_two_scales_counts():
+    assert compose(["scale=toy", "scale=mini"]) == compose(["scale=mini"])
 
 
 def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ import glob
 import itertools
 import math
 import os
+import pickle
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -114,9 +114,10 @@ def is_existing_path(field: str, value: str) -> bool:
     if field not in PATH_FIELDS or value == "null":
         return False
     is_list = value.startswith("[")
-    with suppress(ValueError):  # NUL, or half a surrogate pair
+    try:
         return os.path.lexists(value) or (not is_list and any(glob.iglob(value, recursive=True)))
-    return False
+    except ValueError:  # NUL, or half a surrogate pair
+        return False
 
 
 def is_custom_norm(override: Override) -> bool:
@@ -183,10 +184,11 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     chosen = [o for o in words if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
     scales = [str(o.value()) for o in chosen if o.key_or_group == "scale"]
     files = tuple(o.input_line or "" for o in chosen if o.key_or_group != "scale")
-    node = merge_files(config_folder(), files, *scales).copy()
+    scale = scales[-1] if scales else None
+    node = pickle.loads(merge_files(config_folder(), files, scale))
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
-    if scales:
-        errors += replaced_choices(merge_files(config_folder(), files), node, words)
+    if scale is not None:
+        errors += replaced_choices(pickle.loads(merge_files(config_folder(), files)), node, words)
     rows = [str(o.value()) for o in words if o.key_or_group == "row" and not unsupported(o) and o.value() is not None]
     if rows:
         errors += apply_overrides(node, row_overrides(node, rows[-1]))
@@ -207,19 +209,19 @@ def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
 
 
 @lru_cache(maxsize=64)
-def merge_files(folder: Path, words: tuple[str, ...], *scales: str) -> DictConfig:
-    """The files of configs/ that group overrides choose, merged by Hydra; copy the result before you change it.
+def merge_files(folder: Path, words: tuple[str, ...], scale: str | None = None) -> bytes:
+    """The files of configs/ that group overrides choose, merged by Hydra: a pickled `DictConfig`.
 
-    The file of a scale is the last in Hydra's order too. It is merged here, so that one reading of the other files,
-    which takes most of the time, serves all scales.
+    To load it is six times as fast as to copy it. The file of a scale is the last in Hydra's order too. It is merged
+    here, so that one reading of the other files, which takes most of the time, serves all scales.
 
     Raises:
         UserError: the files or choices do not fit together.
     """
-    if scales:
-        node = merge_files(folder, words).copy()
-        node.merge_with(*(read_yaml(f"scale/{scale}") for scale in scales))
-        return node
+    if scale is not None:
+        node = pickle.loads(merge_files(folder, words))
+        node.merge_with(read_yaml(f"scale/{scale}"))
+        return pickle.dumps(node)
     if "schema.yaml" not in ConfigStore.instance().repo:
         ConfigStore.instance().store("schema", Config)
     with initialize_config_dir(str(folder.resolve()), version_base="1.3", job_name="cod_lightning"):
@@ -230,7 +232,7 @@ def merge_files(folder: Path, words: tuple[str, ...], *scales: str) -> DictConfi
         except yaml.YAMLError as error:
             raise UserError(one_line(error)) from error
     OmegaConf.set_struct(node, None)  # Hydra closes dictionaries too, which take any key here
-    return node
+    return pickle.dumps(node)
 
 
 def replaced_choices(before: DictConfig, after: DictConfig, words: Sequence[Override]) -> list[str]:

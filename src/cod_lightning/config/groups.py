@@ -24,10 +24,12 @@ WIDTH = 120
 
 
 class FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Reads 1e-3 as a number, as Hydra does. Deeply nested brackets take the loader in Python minutes."""
+    """Reads 1e-3 and 1.5e3 as numbers, as Hydra does. Deeply nested brackets take the loader in Python minutes."""
 
 
-FastLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+FastLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def config_folder() -> Path:

@@ -287,10 +287,13 @@ def check_init_from(config: Config) -> None:
     if source.task != "language":
         raise UserError(f"init_from={config.init_from}: a run of task={source.task}: name a run of language")
 
-    # The initialisation does not matter, and the vocabulary is compared with the weights themselves.
-    ignored = {f"model.{name}" for name in ("vocab_size", "init", "init_cutoff", "init_std", "embedding_std")}
-    decoders = (flatten({"model": identity_fields(run.model), "norm": run.norm}) for run in (source, config))
-    theirs, ours = ({name: value for name, value in fields.items() if name not in ignored} for fields in decoders)
+    def decoder(run: Config) -> dict[str, Any]:
+        # The initialisation does not matter, and the vocabulary is compared with the weights themselves.
+        ignored = ("vocab_size", "init", "init_cutoff", "init_std", "embedding_std")
+        model = {name: value for name, value in identity_fields(run.model).items() if name not in ignored}
+        return flatten({"model": model, "norm": run.norm})
+
+    theirs, ours = decoder(source), decoder(config)
     words = [
         f"{'norm' if name == 'norm.name' else name}={'null' if value is None else value}"
         for name, value in theirs.items()
