@@ -169,6 +169,8 @@ BLOCK_COEFFICIENTS = {
     name: hint for name, hint in get_type_hints(BlockSpec).items() if name not in ("attention", "ffn")
 }
 """Those of the block itself."""
+PARTS = {kind: get_type_hints(kind, include_extras=True) for kind in (Rates, Schedule)}
+"""Those of the coefficients that have fields themselves."""
 
 NO_PRE_NORM = "without pre_norm, which it acts on: set pre_norm=True"
 NO_BRANCH_NORM = "without branch_norm, which it acts on: set branch_norm=True"
@@ -215,8 +217,8 @@ def field_problems(name: str, values: Any, hints: dict[str, Any]) -> list[str]:
         value = getattr(values, key)
         if expected := mismatch(hint, value):
             problems.append(f"{name}.{key}={short_repr(value)}, expected {expected},")
-        elif isinstance(value, Rates | Schedule):
-            problems += field_problems(f"{name}.{key}", value, get_type_hints(type(value), include_extras=True))
+        elif type(value) in PARTS:
+            problems += field_problems(f"{name}.{key}", value, PARTS[type(value)])
     return problems
 
 
