@@ -88,43 +88,51 @@ class Encoder:
         prompt; a longer example loses its EOS, because the answer does not end there, and an example without room for
         a token of the answer has no sequence. Prompt and answer are encoded separately, so no token spans both.
         """
+        prompts = None
         if self.layout == "instructions":
-            encoded, sequences = self._encode_examples(documents)
+            encoded, prompts = self._encode_examples(documents)
         else:
-            encoded = sequences = self.tokenizer.encode(documents)
+            encoded = self.tokenizer.encode(documents)
         if self.layout == "document":
             last = self.seq_len - 1
             encoded = [ids if len(ids) <= last else [*ids[:last], self.tokenizer.eos_id] for ids in encoded]
-            sequences = [self._padded(ids) for ids in encoded]
         records = np.empty(len(documents), DOCUMENT_DTYPE)
         records["characters"] = [len(document) for document in documents]
-        records["numbers"] = [len(sequence) for sequence in sequences]
         records["tokens"] = [len(ids) for ids in encoded]
         records["max_id"] = [max(ids, default=0) for ids in encoded]
         digests = b"".join(hashlib.sha256(document.encode()).digest() for document in documents)
         records["sha256"] = np.frombuffer(digests, "V32")
-        return Encoded(np.fromiter(chain.from_iterable(sequences), self.dtype, sum(map(len, sequences))), records)
+        if self.layout == "packed":
+            records["numbers"] = records["tokens"]
+            return Encoded(np.fromiter(chain.from_iterable(encoded), self.dtype, sum(map(len, encoded))), records)
+        records["numbers"] = [self.width if ids else 0 for ids in encoded]
+        return Encoded(self._pad(encoded, prompts), records)
 
     def cut_answers(self, encoded: Encoded) -> int:
         """Number of `instructions` sequences without room for the whole answer and its EOS."""
         last = encoded.ids.reshape(-1, self.width)[:, self.seq_len - 1]
         return int(((last != self.tokenizer.eos_id) & (last != self.tokenizer.pad_id)).sum())
 
-    def _encode_examples(self, documents: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Return the ids and the sequence of each example, both empty without room for its answer."""
+    def _encode_examples(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
+        """Return the ids of each example, empty without room for its answer, and the lengths of the prompts."""
         parts = [cast(Example, document).parts for document in documents]
-        prompts = self.tokenizer.encode([prompt for prompt, _ in parts])
+        prompts = [ids[:-1] for ids in self.tokenizer.encode([prompt for prompt, _ in parts])]
         answers = self.tokenizer.encode([answer for _, answer in parts])
-        encoded: list[list[int]] = []
-        sequences: list[list[int]] = []
-        for (*prompt, _), answer in zip(prompts, answers, strict=True):  # a prompt ends without EOS
-            ids = [*prompt, *answer][: self.seq_len] if len(prompt) < self.seq_len else []
-            encoded.append(ids)
-            sequences.append([*self._padded(ids), len(prompt)] if ids else [])
-        return encoded, sequences
+        encoded = [
+            [*prompt, *answer][: self.seq_len] if len(prompt) < self.seq_len else []
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return encoded, [len(prompt) for prompt in prompts]
 
-    def _padded(self, ids: list[int]) -> list[int]:
-        return ids + [self.tokenizer.pad_id] * (self.seq_len - len(ids))
+    def _pad(self, encoded: list[list[int]], prompts: list[int] | None) -> np.ndarray:
+        """Return a padded sequence of each document that has ids, with the length of its prompt if given: flat."""
+        padded = np.full((len(encoded), self.width), self.tokenizer.pad_id, self.dtype)
+        for sequence, ids in zip(padded, encoded, strict=True):
+            sequence[: len(ids)] = ids
+        filled = np.array([bool(ids) for ids in encoded], bool)
+        if prompts is not None:
+            padded[filled, -1] = np.array(prompts)[filled]
+        return padded[filled].reshape(-1)
 
 
 def batches(documents: Iterable[Any], characters: Callable[[Any], int] = len) -> Iterator[list[Any]]:
