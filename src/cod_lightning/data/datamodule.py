@@ -272,7 +272,8 @@ class TokenDataModule(StepDataModule):
         for indices in torch.arange(len(self.val_set)).split(COUNTED_SEQUENCES):
             block = self.val_set.read(indices.numpy())[:, :seq_len]
             totals = used + (block != self.tokenizer.pad_id).sum(1).cumsum(0)
-            count, used = count + int((totals <= limit).sum()), int(totals[-1])
+            count += int((totals <= limit).sum())
+            used = int(totals[-1])
             if used > limit:  # the rest of a large split need not be read
                 break
         return count

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -322,7 +321,7 @@ def _documents(config: DataConfig, split: str, parts: list[Path], records: list[
     if not has_val:
         blocks = _hold_out(blocks, config.val_every, split == "val")
     if split == "train":
-        return _take_documents(blocks, config.max_documents or math.inf)
+        return _take_documents(blocks, config.max_documents)
     documents = chain.from_iterable(block.split() for block in blocks)
     # The limit on validation ends with a batch, so the batches must be the same.
     grouped = batches(documents, lambda document: int(document.documents["characters"][0]))
@@ -338,13 +337,14 @@ def _hold_out(blocks: Iterable[Encoded], every: int, held_out: bool) -> Iterator
         yield block.select((numbers % every == 0) == held_out)
 
 
-def _take_documents(blocks: Iterable[Encoded], limit: float) -> Iterator[Encoded]:
-    """Yield the first `limit` documents."""
+def _take_documents(blocks: Iterable[Encoded], limit: int | None) -> Iterator[Encoded]:
+    """Yield the first `limit` documents; all for None."""
     for block in blocks:
-        yield block.select(np.arange(len(block.documents)) < limit)
-        limit -= len(block.documents)
-        if limit <= 0:
+        if limit is not None and len(block.documents) >= limit:
+            yield block.select(np.arange(len(block.documents)) < limit)
             return
+        yield block
+        limit = None if limit is None else limit - len(block.documents)
 
 
 def _blocks(part: Path, split: str, record: Part) -> Iterator[Encoded]:
