@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+from concurrent import futures
 from contextlib import suppress
+from http.client import HTTPException
 
 from cod_lightning.data.workers import in_thread
 from cod_lightning.errors import UserError
@@ -32,7 +34,7 @@ def require_hub(what: str, instead: str) -> None:
 
     try:
         in_thread(probe).result(PROBE_SECONDS)  # name resolution does not honour the time-out of urlopen
-    except Exception as error:  # of sockets, SSL, HTTP, a malformed URL
+    except (OSError, ValueError, HTTPException, futures.TimeoutError) as error:  # also a URL that is malformed
         raise UserError(f"{what} needs the Hugging Face hub, but {endpoint} does not answer. {instead}") from error
 
 

@@ -66,7 +66,7 @@ def _start_worker(start: Callable[..., object] | None, arguments: tuple[Any, ...
 
 
 def in_thread(function: Callable[[], T]) -> Future[T]:
-    """Call a function in another thread: a signal cannot interrupt the main thread while it computes in a library."""
+    """Start a function in another thread: a signal cannot interrupt the main thread while it computes in a library."""
     future: Future[T] = Future()
 
     def call() -> None:
