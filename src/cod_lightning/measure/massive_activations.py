@@ -49,8 +49,8 @@ class MassiveActivationFinder:
     def __init__(self) -> None:
         self.rows = 0
         """Sequences of earlier batches."""
-        self.found: dict[int, list[MassiveActivation]] = {}
-        """By channel, the largest after each block in each sequence."""
+        self.found: dict[int, dict[int, MassiveActivation]] = {}
+        """The largest by channel and layer."""
 
     def add(self, layer: int, x: Tensor, mask: Tensor, batch: Batch) -> None:
         """Search the output of a block [batch, length, hidden] at the positions of a mask [batch, length]."""
@@ -64,17 +64,23 @@ class MassiveActivationFinder:
                 position = int(positions[magnitude[:, channel].argmax()])
                 token = None if isinstance(batch, Images) else int(batch[row, position])
                 value, tokens = float(states[position, channel]), int(massive[:, channel].sum())
-                self.found.setdefault(channel, []).append(
-                    MassiveActivation(channel, layer, self.rows + row, position, token, None, value, tokens, [layer])
-                )
+                new = MassiveActivation(channel, layer, self.rows + row, position, token, None, value, tokens, [layer])
+                by_layer = self.found.setdefault(channel, {})
+                if (old := by_layer.get(layer)) is not None:
+                    new = replace(max(old, new, key=magnitude_of), tokens=old.tokens + new.tokens)
+                by_layer[layer] = new
 
     def largest_channels(self, decode: Callable[[int], str] | None) -> tuple[list[MassiveActivation], int]:
         """The channels with the largest massive activations, largest first, and the number of all such channels."""
         result = []
-        for found in self.found.values():
-            top = max(found, key=lambda each: (abs(each.value), -each.layer))
+        for _, by_layer in sorted(self.found.items()):
+            layers = sorted(by_layer)
+            top = max((by_layer[layer] for layer in layers), key=magnitude_of)
             text = None if decode is None or top.token is None else decode(top.token)
-            tokens = sum(each.tokens for each in found if each.layer == top.layer)
-            result.append(replace(top, text=text, tokens=tokens, layers=sorted({each.layer for each in found})))
-        result.sort(key=lambda each: (-abs(each.value), each.channel))
+            result.append(replace(top, text=text, layers=layers))
+        result.sort(key=magnitude_of, reverse=True)
         return result[:MOST_CHANNELS], len(result)
+
+
+def magnitude_of(activation: MassiveActivation) -> float:
+    return abs(activation.value)

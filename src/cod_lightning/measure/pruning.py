@@ -17,7 +17,7 @@ from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import step_counter
 from cod_lightning.measure.block_removal import remove_blocks
-from cod_lightning.measure.options import Bounds, Positive, options_of, require_options
+from cod_lightning.measure.options import Bounds, Positive, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -159,8 +159,10 @@ def prune(
         UserError: the options do not select exactly one way, or have invalid values; the folder is in use; or a stock
             Llama checkpoint cannot represent the model's strategy.
     """
-    arguments = locals()
-    options = {name: arguments[name] for name in options_of(prune)}
+    options: dict[str, Any] = {"layers": layers, "by": by, "blocks": blocks, "sparsity": sparsity}
+    options |= {"replace": replace, "replace_steps": replace_steps, "replace_lr": replace_lr}
+    options |= {"allocation": allocation, "method": method, "calibration": calibration}
+    options |= {"threshold": threshold, "owl_lambda": owl_lambda, "epsilon": epsilon, "difference": difference}
     require_one_way(options)
     require_options(prune, options, model.depth)
     check_new_folder(folder)
