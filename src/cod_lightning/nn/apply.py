@@ -320,10 +320,14 @@ def change_weights(
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
     changed: list[tuple[Any, float, float]] = []
     for site, spec in zip(sublayers, specs, strict=True):
-        compensation = (1 / spec.gain if spec.gain else math.inf) if trained == "preserve" else spec.input_init
+        input_factor = spec.input_init
+        if trained == "preserve":
+            input_factor = 1 / spec.gain if spec.gain else math.inf  # infinity is refused below
         factors = [(site.norm, spec.pre_norm_weight), (site.output, spec.output_init)]
-        factors += [(linear, compensation) for linear in site.inputs]
-        for module, factor in [(module, factor) for module, factor in factors if factor != 1]:
+        factors += [(linear, input_factor) for linear in site.inputs]
+        for module, factor in factors:
+            if factor == 1:
+                continue
             require_weight(module, f"norm={norm!r} cannot change a weight of layer {site.layer}")
             if trained == "preserve" and not (module.weight * factor).isfinite().all():
                 raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cod_lightning.settings import MOST_TOKENS, setting, setting_errors
 
@@ -97,8 +97,9 @@ class DecoderConfig:
 
 def num_vit_parameters(config: DecoderConfig, image_size: int, patch_size: int, classes: int) -> int:
     """`DecoderConfig.num_parameters` of a `VisionTransformer`."""
-    d, ffn = config.hidden_size, config.intermediate_size
-    blocks = replace(config, vocab_size=None).num_parameters(vocab_size=0)
-    blocks += config.num_hidden_layers * (ffn + 2 * d - d * ffn)  # biases of o, up and down, and no gate
+    d, kv, ffn = config.hidden_size, config.key_value_heads * config.head_dim, config.intermediate_size
+    attention = 2 * d * d + 2 * d * kv + d + (d + 2 * kv if config.qkv_bias else 0)
+    mlp = 2 * d * ffn + ffn + d
+    norm = d if config.norm_affine else 0
     embedding = 3 * patch_size**2 * d + 2 * d + (1 + (image_size // patch_size) ** 2) * d
-    return embedding + blocks + (d + 1) * classes
+    return embedding + config.num_hidden_layers * (attention + mlp + 2 * norm) + norm + (d + 1) * classes

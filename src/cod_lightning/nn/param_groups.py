@@ -77,7 +77,7 @@ def param_groups(
             to show it; layers with different rates that share a weight. The model is unchanged.
     """
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-        # Not the text `1e-3` that YAML reads.
+        # YAML reads 1e-3 as text.
         if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:
             raise UserError(f"{name}={value!r} must be a finite number of at least 0")
     require_choice("form", form, Form)
