@@ -334,9 +334,10 @@ def test_depth_reports_on_pretrained_models_are_read(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"smollm2: jacobian\.json is missing"):
         load_pretrained_models(tmp_path)
-    headline.write_text("[]")
-    with pytest.raises(UserError, match=r"report\.json"):
-        load_pretrained_models(tmp_path)
+    for damaged in ("[]", "{}"):
+        headline.write_text(damaged)
+        with pytest.raises(UserError, match=r"report\.json"):
+            load_pretrained_models(tmp_path)
 
 
 def test_the_average_is_that_of_the_tasks_of_the_paper(tmp_path):

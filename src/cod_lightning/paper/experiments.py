@@ -169,9 +169,9 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], runs: Mapping[str
         missing = set(row.config.paper.get("measures", ())) - (run.measures.keys() if run else set())
         unscored = run is not None and row.tasks is not None and "average" not in run.record
         if run is None or missing or unscored or needs_weights:
-            if row.source is not None and (folder := row.source_folder(seed)):
-                # The results folder has no weights.
-                add(row.source, seed, needs_weights=not (folder / RECORD).is_file())
+            if row.source is not None:  # the results folder has no weights
+                trained = row.source.config_for(seed).folder / RECORD
+                add(row.source, seed, needs_weights=not trained.is_file())
             tasks.setdefault(key, Task(row, seed, set())).measures.update(missing)
 
     for seed in seeds:

@@ -28,6 +28,13 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class DepthReport:
+    """The field of report.json that is read."""
+
+    models: dict[str, Headline]
+
+
+@dataclass(frozen=True)
 class PretrainedModel:
     """A model on the page of a depth report."""
 
@@ -96,8 +103,7 @@ def load_pretrained_models(results: Path) -> list[PretrainedModel]:
     """
     models = []
     for path in sorted((results / REPORTS).glob("*/report.json")):
-        headlines = read_json(path, dict[str, dict[str, Headline]], "remove it", ignore_unknown=True)
-        for name, numbers in headlines.get("models", {}).items():
+        for name, numbers in read_json(path, DepthReport, "remove it", ignore_unknown=True).models.items():
             if RUN.fullmatch(name):
                 continue
             measured = finite(load_measures(path.parent / name))
