@@ -82,13 +82,20 @@ class Recorder(Callback):
         self.wall_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("history", "tokens", "train_seconds", "measure_seconds", "wall_seconds")
-        now = {"wall_seconds": self.wall_seconds + time.perf_counter() - self.started}
-        return {name: getattr(self, name) for name in names} | now
+        return {
+            "history": self.history,
+            "tokens": self.tokens,
+            "train_seconds": self.train_seconds,
+            "measure_seconds": self.measure_seconds,
+            "wall_seconds": self.wall_seconds + time.perf_counter() - self.started,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the entries of an earlier `state_dict`; older checkpoints have no `measure_seconds`."""
-        vars(self).update(state_dict)
+        self.history = state_dict["history"]
+        self.tokens = state_dict["tokens"]
+        self.train_seconds = state_dict["train_seconds"]
+        self.measure_seconds = state_dict.get("measure_seconds", 0.0)
+        self.wall_seconds = state_dict["wall_seconds"]
 
     def add(self, trainer: Trainer, kind: str, **values: Any) -> None:
         """Append one entry to the series `kind`, and log the numbers of it that are shown."""
@@ -115,7 +122,9 @@ class Recorder(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.batch_started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         outputs = {name: float(value) for name, value in outputs.items()}  # waits for the device
         seconds = time.perf_counter() - self.batch_started
         self.train_seconds += seconds
@@ -192,7 +201,9 @@ class ProbeCallback(Callback, ABC):
         if trainer.global_step == 0:
             self.measure_copy(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.measure_copy(trainer, pl_module)
 
@@ -306,7 +317,9 @@ class ProgressLines(Callback):
             line = "  ".join([f"step {trainer.global_step:>6}/{trainer.max_steps}", *columns])
             print(line, file=sys.stderr, flush=True)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         series = self.recorder.history["train"]
         if series["step"][-1] == trainer.global_step:
             last = {name: values[-1] for name, values in series.items()}

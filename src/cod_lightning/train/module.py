@@ -121,7 +121,7 @@ class StepModule(LightningModule, ABC):
         Raises:
             UserError: `initial_weights` does not have the model's parameters.
         """
-        if list(self.parameters()):
+        if list(self.parameters()):  # built already
             return
         device = torch.device("cpu")
         settings = self.config.trainer
