@@ -560,6 +560,7 @@ COMMANDS = [
     (with_run(), ["export", "run", "--output", "caf\udce9"], ["not UTF-8: choose another output"]),
     (lambda run, prepared: shutil.copytree(run, "caf\udce9"), ["generate", "caf\udce9", "x"],
      ["step-00000006.ckpt: the name is not UTF-8: rename the file or its folder"]),
+    (with_run(), ["export", "run/config.yaml"], ["run/config.yaml: not a run folder"]),
     (with_run(), ["export", "run", "--output", "run"], ["run exists and is not an empty folder"]),
     (with_run(), ["export", "run", "--dtype", "int8"], ["argument --dtype: invalid choice: 'int8'"]),
     (nothing, ["import", "nowhere", "--output", "x"], ["nowhere is not a folder here", "Give a folder"]),

@@ -33,9 +33,9 @@ def run(
 ) -> None:
     from cod_lightning.config.saved import load
 
+    check_max_length(max_length, load(run, trust_code=trust_code))  # before the weights are read
     folder = output or run / to
     check_new_folder(folder, "--output=")
-    check_max_length(max_length, load(run, trust_code=trust_code))  # before the weights are read
     config, decoder, tokenizer = read_run(run, checkpoint, trust_code)
     import torch
 
