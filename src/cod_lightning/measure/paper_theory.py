@@ -312,7 +312,7 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float]) -> list[float]:
 
     weights = torch.ones(terms.shape[1], dtype=torch.float64, device="cpu")
     best, damp = loss(weights), 1e-3
-    while damp < 1e12:  # until no step lowers the loss
+    for _ in range(500):
         inside = 1 + terms @ weights
         slopes = (terms / inside[:, None]).cumsum(0)
         downhill = slopes.T @ (target - inside.log().cumsum(0))
@@ -324,6 +324,8 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float]) -> list[float]:
         new = loss(moved)
         if new < best:
             weights, best, damp = moved, new, max(damp / 4, 1e-12)
+        elif damp > 1e12:  # no step lowers the loss
+            break
         else:
             damp *= 4
     return (weights / scale).tolist()
