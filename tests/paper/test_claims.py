@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, table, with_published
+from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, runs_of, table, with_published
 
 from cod_lightning.commands.terminal import reproduction_tables, show
 from cod_lightning.paper.claims import Column, Metric, by_target, columns, stuck
@@ -20,7 +20,7 @@ from cod_lightning.paper.findings import (
     quantity_rows,
     smaller,
 )
-from cod_lightning.paper.statistics import ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE, Sample
+from cod_lightning.paper.statistics import FEW_SEEDS, OPPOSITE, SAME, UNCLEAR, UNLIKE, Sample
 from cod_lightning.paper.tables import format_direction
 
 
@@ -47,7 +47,7 @@ def test_a_row_may_have_its_own_number_of_batches():
     ("published", "direction"), [(20.18, UNCLEAR), (20.22, OPPOSITE), (19.82, UNCLEAR), (19.78, SAME)]
 )
 def test_a_published_difference_below_a_hundredth_of_a_nat_is_unclear(published, direction):
-    rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.0)), row("before_ln", published, run(1, 4.9), run(2, 4.9))]
+    rows = [row("pre_ln", 20.0, *runs_of([5.0] * 3)), row("before_ln", published, *runs_of([4.9] * 3))]
     result = comparison(table(*rows), "before_ln")
     assert result.direction(result.published[0]) == direction
 
@@ -63,16 +63,16 @@ def test_the_growth_of_the_variance_is_fitted_over_models_of_different_depth():
 
     tables = [
         table(
-            row("pre_ln", None, *runs([depth**2] * 2)), row("lns", None, *runs([3 * depth] * n)), axes={"blocks": depth}
+            row("pre_ln", None, *runs([depth**2] * 3)), row("lns", None, *runs([3 * depth] * n)), axes={"blocks": depth}
         )
-        for depth, n in ((6, 2), (24, 1))
+        for depth, n in ((6, 3), (24, 1))
     ]
     (line,) = growth_over_blocks([Column((each,)) for each in tables])
-    assert line.endswith("pre_ln 2.00 ± 0.00 (n = 2); lns 1.00 (n = 1).")
+    assert line.endswith("pre_ln 2.00 ± 0.00 (n = 3); lns 1.00 (n = 1).")
     assert growth_over_blocks([Column((tables[0],))]) == []
     without_lns = replace(tables[1], rows=tables[1].rows[:1])
     (line,) = growth_over_blocks([Column((tables[0],)), Column((without_lns,))])
-    assert line.endswith("pre_ln 2.00 ± 0.00 (n = 2).")
+    assert line.endswith("pre_ln 2.00 ± 0.00 (n = 3).")
 
 
 def test_a_share_of_no_cost_is_not_a_number():
@@ -124,10 +124,11 @@ def test_a_seed_that_only_one_row_has_is_left_out_and_named():
     assert result.unpaired == (1, 2)
 
 
-def test_one_seed_has_no_direction():
-    rows = [row("pre_ln", 20.0, run(1, 5.0)), row("lns", 19.0, run(1, 4.0))]
+@pytest.mark.parametrize("n", [1, 2])
+def test_fewer_than_three_seeds_have_no_direction(n):
+    rows = [row("pre_ln", 20.0, *runs_of([5.0] * n)), row("lns", 19.0, *runs_of([4.0] * n))]
     result = comparison(table(*rows), "lns")
-    assert result.direction(result.published[0]) == ONE_SEED
+    assert result.direction(result.published[0]) == FEW_SEEDS
 
 
 @pytest.mark.parametrize(
@@ -258,20 +259,20 @@ def test_columns_of_a_varied_setting_are_in_its_order():
     [([3.0, 2.5, 2.1, 2.1], [SAME, OPPOSITE]), ([2.1, 2.1, 2.5, 3.0], [OPPOSITE, SAME])],
 )
 def test_deep_and_shallow_blocks_are_compared(losses, directions):
-    runs = [run(seed, 5.0, removal={"loss": 2.0, "losses": losses}) for seed in (1, 2)]
+    runs = [run(seed, 5.0, removal={"loss": 2.0, "losses": losses}) for seed in (1, 2, 3)]
     column = Column((table(row("pre_ln", None, *runs), row("post_ln", None, *runs), target="Figure 2"),))
     results = finding_results(column)  # the angles were not measured
     assert [result.direction for result in results] == directions
 
 
 def recorded(*variances):
-    """Two runs with these variances of the first and last layer at 0 %, 5 %, 30 % and 100 % of the steps."""
+    """Three runs with these variances of the first and last layer at 0 %, 5 %, 30 % and 100 % of the steps."""
     layers = {"step": [0, 10, 60, 200], "variance": variances}
-    return [replace(run(seed, 5.0), record={"history": {"layers": layers}}) for seed in (1, 2)]
+    return [replace(run(seed, 5.0), record={"history": {"layers": layers}}) for seed in (1, 2, 3)]
 
 
 def measured(**measures):
-    return [run(seed, 5.0, **measures) for seed in (1, 2)]
+    return [run(seed, 5.0, **measures) for seed in (1, 2, 3)]
 
 
 QUIET, LOUD = recorded(*[[1.0, 2.0]] * 4), recorded([1.0, 2.0], [1.0, 3.0], [1.0, 6.0], [1.0, 4.0])
@@ -290,7 +291,7 @@ AS_PUBLISHED = {
     "Figure 2": {"pre_ln": EARLY, "post_ln": LATE},
     "Figure 4": {"lns": QUIET, "pre_ln": LOUD, "scaled_init": LOUD},
     "Figure 5": {"pre_ln": EARLY},
-    "Figure 6": {"lns": [run(seed, 4.0) for seed in (1, 2)], "pre_ln": [run(seed, 5.0) for seed in (1, 2)]},
+    "Figure 6": {"lns": [run(seed, 4.0) for seed in (1, 2, 3)], "pre_ln": [run(seed, 5.0) for seed in (1, 2, 3)]},
     "Figure 7": {"lns": LATE, "pre_ln": EARLY},
     "Figure 8": {"after_branch": QUIET, "pre_ln": LOUD},
     "Figure 9": {"pre_ln": LOUD},
@@ -321,7 +322,7 @@ def test_a_finding_pairs_runs_of_the_same_seed():
 
 
 def test_a_finding_about_two_models_is_two_tests():
-    runs = [run(seed, 5.0, jacobian={"distance": [0.3, 0.2, 0.1]}) for seed in (1, 2)]
+    runs = [run(seed, 5.0, jacobian={"distance": [0.3, 0.2, 0.1]}) for seed in (1, 2, 3)]
     tables = [table(row("pre_ln", None, *runs, run_id=run_id), target="Figure 5") for run_id in ("small", "large")]
     assert len({result.key for each in tables for result in finding_results(Column((each,)))}) == 2
 
@@ -329,8 +330,8 @@ def test_a_finding_about_two_models_is_two_tests():
 @pytest.mark.parametrize(
     ("target", "cells"),
     [
-        ("Figure 4", ["4 ± 0", "6 ± 0", "2 ± 0", "2"]),
-        ("Embedding scale", ["2 ± 0", "4 ± 0", "2 ± 0", *["not measured"] * 4, "2"]),
+        ("Figure 4", ["4 ± 0", "6 ± 0", "2 ± 0", "3"]),
+        ("Embedding scale", ["2 ± 0", "4 ± 0", "2 ± 0", *["not measured"] * 4, "3"]),
     ],
 )
 def test_variances_are_those_at_the_end_of_the_run_beside_the_highest(target, cells):
@@ -343,8 +344,8 @@ def test_a_finding_about_rows_that_were_not_run_is_left_out():
 
 
 def test_a_finding_about_a_row_of_which_a_run_diverged_is_left_out():
-    runs = [run(seed, 5.0, removal={"loss": 2.0, "losses": [2.1, 2.1, 2.5, 3.0]}) for seed in (1, 2)]
-    whole, broken = row("pre_ln", None, *runs), row("post_ln", None, *runs, diverged(3))
+    runs = [run(seed, 5.0, removal={"loss": 2.0, "losses": [2.1, 2.1, 2.5, 3.0]}) for seed in (1, 2, 3)]
+    whole, broken = row("pre_ln", None, *runs), row("post_ln", None, *runs, diverged(4))
     assert len(finding_results(Column((table(whole, row("post_ln", None, *runs), target="Figure 2"),)))) == 2
     left = finding_results(Column((table(whole, broken, target="Figure 2"),)))
     assert {result.statement.partition(":")[0] for result in left} == {"Pre-LN"}
@@ -358,7 +359,7 @@ def test_a_layer_that_is_not_finite_leaves_its_half_without_a_median(values):
 
 
 def test_a_reproduced_figure_is_shown_by_its_quantities_and_findings(capsys):
-    measured = [run(seed, 5.0, jacobian={"distance": [0.3, 0.2, 0.1]}) for seed in (1, 2)]
+    measured = [run(seed, 5.0, jacobian={"distance": [0.3, 0.2, 0.1]}) for seed in (1, 2, 3)]
     figure = table(row("pre_ln", None, *measured), target="Figure 5", name="figure5")
     show(reproduction_tables([figure], ["trainer.max_steps=5"]))
     printed = capsys.readouterr().out
@@ -391,7 +392,7 @@ def test_blocks_matter_more_evenly_if_the_costliest_has_less_of_the_cost(lns, pr
     """Without the first block: the second has 1 / 1.2 of 1.0 + 0.1 + 0.1, and a third of three times 0.5."""
     losses = {"uneven": [9.0, 3.0, 2.1, 2.1], "even": [2.1, 2.5, 2.5, 2.5]}
     rows = [
-        row(name, None, *(run(seed, 5.0, removal={"loss": 2.0, "losses": losses[kind]}) for seed in (1, 2)))
+        row(name, None, *(run(seed, 5.0, removal={"loss": 2.0, "losses": losses[kind]}) for seed in (1, 2, 3)))
         for name, kind in (("pre_ln", pre_ln), ("lns", lns))
     ]
     result = finding_results(Column((table(*rows, target="Figure 7"),)))[0]

@@ -17,6 +17,7 @@ from paper_builders import (
     row,
     rows_at,
     run,
+    runs_of,
     table,
     tables_of,
     with_published,
@@ -92,7 +93,7 @@ def test_the_headline_says_when_many_comparisons_make_it_insignificant():
 
 def test_the_verdict_has_at_most_150_words():
     names = ["pre_ln", "lns", *(f"a strategy with quite a long name {number}" for number in range(40))]
-    rows = [row(name, 20.0 + i, run(1, 5.0 + i), run(2, 5.1 + i)) for i, name in enumerate(names)]
+    rows = [row(name, 20.0 + i, *runs_of([5.0 + i, 5.1 + i, 5.2 + i])) for i, name in enumerate(names)]
     many = [table(*rows, target=f"Table {n}", name=f"table{n}") for n in (1, 2)]
     others = [table(row("pre_ln", 1.0), target=f"Table {n}", name=f"table{n}") for n in range(3, 30)]
     text = verdict_on(*map(without_runs, others), *published_and(*many))
@@ -159,7 +160,7 @@ def test_one_test_with_two_labels_is_named_once():
 
 
 def test_an_interval_that_holds_zero_may_be_noise():
-    rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.5)), row("lns", 19.0, run(1, 5.2), run(2, 5.1))]
+    rows = [row("pre_ln", 20.0, *runs_of([5.0, 5.5, 5.2])), row("lns", 19.0, *runs_of([5.2, 5.1, 5.0]))]
     assert ", which may be noise." in verdict_on(*published_and(table(*rows)))
 
 
@@ -222,13 +223,13 @@ def test_our_paired_differences_are_listed_beside_the_papers(report):
 
 
 def test_the_best_rows_and_omitted_seeds_are_named():
-    rows = [row("pre_ln", 20.0, run(1, 5.0), run(2, 5.1)), row("lns", 19.0, run(1, 4.0), run(2, 4.2), run(3, 4.0))]
+    rows = [row("pre_ln", 20.0, *runs_of([5.0, 5.1, 5.0])), row("lns", 19.0, *runs_of([4.0, 4.2, 4.1, 4.0]))]
     assert summary_lines(Column((table(*rows),))) == [
-        "Beyond noise: lns (-0.950).",
+        "Beyond noise: lns (-0.933).",
         "Lowest perplexity: lns here; lns in the paper (130M).",
-        "Left out of the differences for lack of a pair: seed 3 (lns).",
+        "Left out of the differences for lack of a pair: seed 4 (lns).",
     ]
-    assert comparison_table(Column((table(*rows),))).rows[1][3] == "**-0.950 ± 0.635** (2 pairs)"
+    assert comparison_table(Column((table(*rows),))).rows[1][3] == "**-0.933 ± 0.143** (3 pairs)"
 
 
 def test_the_first_three_seeds_and_rows_equal_to_the_best_are_named():
@@ -289,8 +290,8 @@ def test_only_missing_rows_take_hours():
 def test_sizes_with_their_own_runs_share_a_table():
     sizes = [
         table(
-            row("pre_ln", {"val_loss": 3.67}, run(1, 5.0), run(2, 5.1), run_id=f"pre-{size}"),
-            row("lns", {"val_loss": 3.56}, run(1, 4.0), run(2, 4.2), run_id=f"lns-{size}"),
+            row("pre_ln", {"val_loss": 3.67}, *runs_of([5.0, 5.1, 5.0]), run_id=f"pre-{size}"),
+            row("lns", {"val_loss": 3.56}, *runs_of([4.0, 4.2, 4.1]), run_id=f"lns-{size}"),
             **{"name": f"figure1_{size}m", "target": "Figure 1", "column": f"{size}M", "size": size},
         )
         for size in (60, 150)
@@ -298,8 +299,8 @@ def test_sizes_with_their_own_runs_share_a_table():
     markdown = build_report(published_and(*sizes)).markdown
     rows = tables_of(markdown)["### Figure 1: ours at scale=toy"]
     assert rows[0][-1] == "published, direction"
-    assert rows[2] == ["60M: lns", "4.100 ± 0.141", "2", "**-0.950 ± 0.635**", "-0.110, same"]
-    assert "- 150M: Beyond noise: lns (-0.950)." in markdown
+    assert rows[2] == ["60M: lns", "4.100 ± 0.100", "3", "**-0.933 ± 0.143** †", "-0.110, same"]
+    assert "- 150M: Beyond noise: lns (-0.933)." in markdown
 
 
 def test_several_metrics_are_one_table_of_a_size():
@@ -313,13 +314,13 @@ def test_several_metrics_are_one_table_of_a_size():
 
 def test_an_accuracy_of_ours_is_compared_with_the_published_average():
     rows = [
-        row("pre_ln", {"average": 36.93}, *(Run(seed, {"accuracy": 20.0 + seed}, {}) for seed in (1, 2))),
-        row("lns", {"average": 43.14}, *(Run(seed, {"accuracy": 30.0 + seed}, {}) for seed in (1, 2))),
+        row("pre_ln", {"average": 36.93}, *(Run(seed, {"accuracy": 20.0 + seed}, {}) for seed in (1, 2, 3))),
+        row("lns", {"average": 43.14}, *(Run(seed, {"accuracy": 30.0 + seed}, {}) for seed in (1, 2, 3))),
     ]
     scored = table(*rows, metric="accuracy", target="Table 2")
     ours = comparison_table(Column((scored,)))
     assert ours.head[1:4] == ["accuracy, mean ± sd", "n", "difference to pre_ln, points (95 %)"]
-    assert ours.rows[1] == ["lns", "31.50 ± 0.71", "2", "**+10.00 ± 0.00**", "+6.21, same"]
+    assert ours.rows[1] == ["lns", "32.00 ± 1.00", "3", "**+10.00 ± 0.00**", "+6.21, same"]
     assert Column((scored,)).headline.name == "accuracy"
     assert "accuracy: Highest accuracy: lns here; lns in the paper (130M)." in summary_lines(Column((scored,)))
     assert [claim.statement for claim in claim_results(Column((scored,)))] == ["lns beats pre_ln"]
@@ -348,7 +349,7 @@ def test_the_csv_holds_every_row(report):
 # Experiments beyond the paper ----------------------------------------------------------------------------------------
 
 
-def family(target, axis, losses, seeds=(1, 2), **options):
+def family(target, axis, losses, seeds=(1, 2, 3), **options):
     """Pre-LN at loss 5 and LNS at given losses for each value of a setting, at scale=small."""
     return [
         table(
@@ -380,17 +381,17 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     assert "length_and_depth.png" in built.figures
     assert built.markdown.index("length_and_depth.png") < built.markdown.index("## At a glance")
     rows = tables_of(built.markdown)["### Depth: ours at scale=small"]
-    assert ["x 24: lns", "4.615 ± 0.007", "2", "**-0.385 ± 0.064** †"] in rows
-    assert "- Depth, x 24: -0.39±0.06 (-0.30±0.00; 2)." in built.markdown
+    assert ["x 24: lns", "4.620 ± 0.010", "3", "**-0.380 ± 0.025** †"] in rows
+    assert "- Depth, x 24: -0.38±0.02 (-0.30±0.00; 3)." in built.markdown
     once = [replace(e, rows=tuple(replace(r, runs=r.runs[:1]) for r in e.rows)) for e in depth]
     assert "- Depth, x 24: -0.39 (-0.30; 1)." in build_report([*published, *once]).markdown
     (deepest,) = family("Depth", "blocks", {48: 4.5})
     lone = replace(deepest, rows=tuple(replace(r, runs=r.runs[:1]) for r in deepest.rows))
     markdown = build_report([*published, *depth, without_runs(deepest), lone]).markdown
-    assert "- Depth, x 24: -0.39±0.06 (-0.30±0.00; 2)." in markdown
-    thrice = family("Depth", "blocks", {6: 4.9, 24: 4.6}, seeds=(1, 2, 3))
-    markdown = build_report([*published, *thrice, without_runs(deepest), deepest]).markdown
     assert "- Depth, x 24: -0.38±0.02 (-0.30±0.00; 3)." in markdown
+    four_seeds = family("Depth", "blocks", {6: 4.9, 24: 4.6}, seeds=(1, 2, 3, 4))
+    markdown = build_report([*published, *four_seeds, without_runs(deepest), deepest]).markdown
+    assert "- Depth, x 24: -0.38±0.02 (-0.30±0.00; 4)." in markdown
     assert "scale=small.** 6 distinct comparisons" in built.markdown
     with_one_setting = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in with_one_setting.figures
@@ -398,13 +399,13 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
 
 
 def test_every_strategy_is_compared_at_its_own_best_rate():
-    slow = {"pre_ln": [5.1, 5.2], "lns": [5.0, 5.1]}
-    middle = {"pre_ln": [5.06, 5.16], "lns": [4.8, 4.9]}
-    fast = {"pre_ln": [5.6, 5.7], "lns": [4.82, 4.92]}
+    slow = {"pre_ln": [5.1, 5.2, 5.3], "lns": [5.0, 5.1, 5.2]}
+    middle = {"pre_ln": [5.06, 5.16, 5.26], "lns": [4.8, 4.9, 5.0]}
+    fast = {"pre_ln": [5.6, 5.7, 5.8], "lns": [4.82, 4.92, 5.02]}
     columns = rate_columns({"1 x": slow, "2 x": middle, "4 x": fast})
     lns, pre_ln = tuned_strategies_table(tuned_rows(columns)).rows
-    assert pre_ln == ["pre_ln", "2 x", "5.110 ± 0.071", "2", "", "1 x, 2 x (2 of 3)"]
-    assert lns == ["lns", "2 x", "4.850 ± 0.071", "2", "**-0.260 ± 0.000**", "2 x, 4 x (2 of 3)"]
+    assert pre_ln == ["pre_ln", "2 x", "5.160 ± 0.100", "3", "", "1 x, 2 x (2 of 3)"]
+    assert lns == ["lns", "2 x", "4.900 ± 0.100", "3", "**-0.260 ± 0.000**", "2 x, 4 x (2 of 3)"]
 
 
 def test_the_league_is_a_figure_and_a_table_of_own_best_rates(monkeypatch):
@@ -486,15 +487,15 @@ def test_rows_of_fewer_seeds_are_not_the_best():
 
 
 def test_a_change_with_a_setting_is_from_the_usual_value_on_the_seeds_of_both():
-    usual = family("Depth", "blocks", {24: 4.6}, seeds=(1, 2, 3))[0]
-    six = family("Depth", "blocks", {6: 4.9}, seeds=(1, 2))[0]
+    usual = family("Depth", "blocks", {24: 4.6}, seeds=(1, 2, 3, 4))[0]
+    six = family("Depth", "blocks", {6: 4.9})[0]
     lone = family("Depth", "blocks", {48: 4.5}, seeds=(3,))[0]
     headline = replace(usual, target="Table 1", axes={}, paper={}, rows=tuple(with_published(usual.rows, (20.0, 19.0))))
     every = [six, usual, lone]
     (summary,) = summarize(by_target([*map(without_runs, [headline, *every]), headline, *every]))
     changes = summary.changes["Depth"]
     assert [(each.usual, each.other, each.change.n) for each in changes] == [
-        ("x 24", "x 6", 2),
+        ("x 24", "x 6", 3),
         ("x 24", "x 48", 1),
     ]
     assert changes[0].change.mean == pytest.approx(0.3)
@@ -545,7 +546,7 @@ def figure_experiments(*targets):
 
     def rows(target, scale):
         for name, loss in (("pre_ln", 3.67), ("lns", 3.56)):
-            runs = [run(seed, 5.0 - seed, **measures) for seed in (1, 2) if scale == "toy"]
+            runs = [run(seed, 5.0 - seed, **measures) for seed in (1, 2, 3) if scale == "toy"]
             yield row(name, {"val_loss": loss} if target == "Figure 1" else None, *runs)
 
     return [
@@ -580,10 +581,10 @@ def test_figures_have_tables_of_their_numbers(all_figures):
     first_rows = {
         heading: rows[1][1:] for heading, rows in tables_of(all_figures.markdown).items() if "ours at" in heading
     }
-    assert first_rows["### Figure 7: ours at scale=toy"] == ["0.1 ± 0", "0 ± 0", "0.045 ± 0", "0.153 ± 0", "2"]
-    assert first_rows["### Figure 4: ours at scale=toy"] == ["24 ± 0", "24 ± 0", "1.14 ± 0", "2"]
-    assert first_rows["### Figure 5: ours at scale=toy"] == ["0.2 ± 0", "0.1 ± 0", "1 ± 0", "2"]
-    assert first_rows["### Figure 9: ours at scale=toy"] == ["9 ± 0", "14 ± 0", "2"]
+    assert first_rows["### Figure 7: ours at scale=toy"] == ["0.1 ± 0", "0 ± 0", "0.045 ± 0", "0.153 ± 0", "3"]
+    assert first_rows["### Figure 4: ours at scale=toy"] == ["24 ± 0", "24 ± 0", "1.14 ± 0", "3"]
+    assert first_rows["### Figure 5: ours at scale=toy"] == ["0.2 ± 0", "0.1 ± 0", "1 ± 0", "3"]
+    assert first_rows["### Figure 9: ours at scale=toy"] == ["9 ± 0", "14 ± 0", "3"]
     assert first_rows["### Theory: ours at scale=toy"] == [
         "2 ± 0",
         "0.9 ± 0",
@@ -591,15 +592,15 @@ def test_figures_have_tables_of_their_numbers(all_figures):
         "1 ± 0",
         "1 ± 0",
         "3 ± 0",
-        "2",
+        "3",
     ]
 
 
 def test_the_papers_findings_are_compared(all_figures):
     lines = [line.strip("| ").split(" | ") for line in all_figures.markdown.splitlines() if line.startswith("| ")]
     findings = {cells[0]: cells[1:] for cells in lines}
-    assert findings["LNS: less final variance than Pre-LN"] == ["+0 ± 0", "2", "within noise"]
-    assert findings["Pre-LN: Jacobians approach I with depth"] == ["**+0.693 ± 0** †", "2", "same"]
+    assert findings["LNS: less final variance than Pre-LN"] == ["+0 ± 0", "3", "within noise"]
+    assert findings["Pre-LN: Jacobians approach I with depth"] == ["**+0.693 ± 0** †", "3", "same"]
     assert findings["Pre-LN: the variance grows with depth"][0].startswith("**+0.134 ± 0**")
     glance = {row[0]: row[3:] for row in tables_of(all_figures.markdown)["## At a glance"]}
     assert glance["Figure 5"][0] == "Pre-LN: Jacobians approach I with depth"
@@ -625,7 +626,7 @@ def test_the_linear_part_of_a_logarithmic_axis_is_marked():
 def test_panels_of_means_state_their_number_of_seeds(target):
     figure = draw(Column((figure_experiments(target)[1],)))
     titles = [axes.get_title().replace("\N{NO-BREAK SPACE}", " ") for axes in figure.axes]
-    assert [title for title in titles if title] == ["pre_ln (n = 2)", "lns (n = 2)"]
+    assert [title for title in titles if title] == ["pre_ln (n = 3)", "lns (n = 3)"]
 
 
 def test_a_map_of_one_run_names_its_seed():
@@ -659,7 +660,7 @@ def test_rows_that_were_not_run_and_single_seeds_are_marked():
     ours = table(*rows)
     figure = difference_figure({"paper": [Column((without_runs(ours),))], "toy": [Column((ours,))]})
     assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["not run"]
-    assert figure.get_supxlabel().endswith("(x: one seed; horizontal axes differ)")
+    assert figure.get_supxlabel().endswith("(x: fewer than 3 seeds; horizontal axes differ)")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def losses(loss):
 
 @pytest.fixture
 def results(tmp_path, toys):
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         add_result(tmp_path / "results", toys["pre_ln"], seed, **losses(5.0))
         add_result(tmp_path / "results", toys["lns"], seed, **losses(4.5 + 0.01 * seed))
     add_result(tmp_path / "results", toys["admin"], 1, "failed.json", failure="the loss is nan at step 3")
@@ -84,7 +84,7 @@ def test_results_find_their_rows_and_their_measures(results, toys):
     table = (experiment.target, experiment.column, experiment.scale, experiment.size)
     assert table == ("Table 7", "130M", "toy", 134_105_856)
     rows = {row.name: row for row in experiment.rows}
-    assert [(run.seed, run.measures) for run in rows["lns"].runs] == [(1, {}), (2, {"removal": removal})]
+    assert [(run.seed, run.measures) for run in rows["lns"].runs] == [(1, {}), (2, {"removal": removal}), (3, {})]
     assert [run.failure for run in rows["admin"].runs] == ["the loss is nan at step 3"]
     assert rows["group_ln"].runs == ()
     assert rows["lns"].published == {"ppl": 25.76}
@@ -168,10 +168,10 @@ def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypa
         "experiments/results/figures/table7.png",
     }
     markdown = (tmp_path / "first/REPRODUCTION.md").read_text()
-    assert "| LNS | 91.38 ± 0.65 | 2 | **-0.485 ± 0.064** † | -0.037, same |" in markdown
+    assert "| LNS | 91.84 ± 0.92 | 3 | **-0.480 ± 0.025** † | -0.037, same |" in markdown
     assert "| Admin | (failed: the loss is nan at step 3) | 0 |  | +0.043, failed |" in markdown
     assert "| Table 7 | all | all | all | Group-LN, Sandwich-LN and Mix-LN |" in markdown
-    assert "| toy | abacus, 2 cores, 1 thread per run | torch 2.13 | unknown | feedfeedfeed | 5 |" in markdown
+    assert "| toy | abacus, 2 cores, 1 thread per run | torch 2.13 | unknown | feedfeedfeed | 7 |" in markdown
     assert "hours of one H100 at 40 % of its peak" in markdown
     assert str(tmp_path / "second/REPRODUCTION.md") in capsys.readouterr().out
 

@@ -28,13 +28,14 @@ def test_the_interval_is_that_of_the_paired_t_test():
 
 
 def test_the_interval_excludes_zero_exactly_if_p_is_below_5_percent():
-    for values in ([0.1, 0.2, 0.6], [0.1, 0.2, 0.3], [1.0, -1.0], [0.5, 0.5]):
+    for values in ([0.1, 0.2, 0.6], [0.1, 0.2, 0.3], [1.0, -1.0, 0.0], [0.5, 0.5, 0.5]):
         difference = Difference.of(values)
         assert difference.beyond_noise == (difference.p_value < 0.05)
 
 
-def test_one_seed_has_no_interval():
-    difference = Difference.of([0.3])
+@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3001]])
+def test_fewer_than_three_seeds_have_no_interval(values):
+    difference = Difference.of(values)
     assert (difference.margin, difference.p_value, difference.beyond_noise) == (None, None, False)
 
 

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from cod_lightning.paper.claims import UNTRAINED, Column, Metric, ReportRow
+from cod_lightning.paper.statistics import FEW_SEEDS, LEAST_SEEDS
 from cod_lightning.paper.tuning import Tuned
 from cod_lightning.plots import COLOURS, MARKERS, grid_figure, log_axis, strategy_colour, style
 
@@ -67,13 +68,13 @@ class Point:
     margin: float | None
     """Half the width of the interval."""
     trained: bool
-    one_seed: bool = False
+    few_seeds: bool = False
 
 
 def our_points(column: Column) -> dict[str, Point]:
     """Our differences in the headline metric, by row."""
     compared = {c.row.name: (c, c.difference) for c in column.compare(column.headline)}
-    return {name: Point(d.mean, d.margin, not c.untrained, d.n == 1) for name, (c, d) in compared.items() if d}
+    return {name: Point(d.mean, d.margin, not c.untrained, d.n < LEAST_SEEDS) for name, (c, d) in compared.items() if d}
 
 
 def why_absent(column: Column) -> dict[str, str]:
@@ -149,7 +150,7 @@ def forest(axes: Axes, series: Series, rows: Sequence[ReportRow], absent: Mappin
         if (point := by_row.get(row.name)) is None:
             continue
         y = line + 0.7 * ((index + 0.5) / len(series) - 0.5)
-        mark = "x" if point.one_seed else MARKERS[index % len(MARKERS)]
+        mark = "x" if point.few_seeds else MARKERS[index % len(MARKERS)]
         options: dict[str, Any] = {"fmt": mark, "ms": 5, "capsize": 2}
         if point.trained:
             axes.errorbar(point.value, y, xerr=point.margin, color=row_colour(row), **options)
@@ -177,7 +178,7 @@ def forest_note(panels: Sequence[Series], beyond: str) -> str:
     points = [point for series in panels for by_row in series.values() for point in by_row.values()]
     notes = {
         "bars: 95 % interval over seeds": any(point.margin for point in points),
-        "x: one seed": any(point.one_seed for point in points),
+        f"x: {FEW_SEEDS}": any(point.few_seeds for point in points),
         f"hollow at the right edge: {beyond}": not all(point.trained for point in points),
         "horizontal axes differ": len(panels) > 1,
     }
@@ -218,12 +219,12 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
             for x, points in ours:
                 if point := points.get(row.name):
                     place = x * aside ** (list(points).index(row.name) - (len(points) - 1) / 2)
-                    options = {"fmt": "x" if point.one_seed else "o", "ms": 4.5, "capsize": 2, "elinewidth": 1}
+                    options = {"fmt": "x" if point.few_seeds else "o", "ms": 4.5, "capsize": 2, "elinewidth": 1}
                     panel.errorbar(place, point.value, point.margin, color=colour, **options)
-                    line += [] if point.one_seed else [(place, point.value)]
+                    line += [] if point.few_seeds else [(place, point.value)]
                     legend[row.label] = Line2D([], [], color=colour, lw=3)
-                    if point.one_seed:
-                        notes["one seed"] = Line2D([], [], marker="x", ms=4.5, ls="", color="black")
+                    if point.few_seeds:
+                        notes[FEW_SEEDS] = Line2D([], [], marker="x", ms=4.5, ls="", color="black")
             if len(line) > 2:  # a line through two points would suggest a trend
                 panel.plot(*zip(*line, strict=True), color=colour)
             for x, points in marks:
@@ -265,7 +266,7 @@ def tuned_figure(scales: Mapping[str, Sequence[Tuned]]) -> Figure | None:
     drawn: list[Series] = []
     for panel, (scale, tuned) in zip(axes[0], panels.items(), strict=True):
         differences = [(best.row.name, best.difference) for best in tuned if best.difference]
-        points = {name: Point(d.mean, d.margin, d.mean <= UNTRAINED, d.n == 1) for name, d in differences}
+        points = {name: Point(d.mean, d.margin, d.mean <= UNTRAINED, d.n < LEAST_SEEDS) for name, d in differences}
         drawn.append({"": points})
         forest(panel, drawn[-1], [best.row for best in tuned], {})
         panel.set_title(f"scale={scale}")

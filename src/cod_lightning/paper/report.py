@@ -29,7 +29,7 @@ from cod_lightning.paper.figures import along_axes, difference_figure, loss_over
 from cod_lightning.paper.findings import ClaimResult, growth_over_blocks
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
-from cod_lightning.paper.statistics import NOISE, ONE_SEED, OPPOSITE, SAME, UNCLEAR, UNLIKE, grouped
+from cod_lightning.paper.statistics import FEW_SEEDS, NOISE, OPPOSITE, SAME, UNCLEAR, UNLIKE, grouped
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
 from cod_lightning.plots import image
@@ -41,7 +41,7 @@ PUBLISHED = "published, direction"
 """Heading of the column with the published differences."""
 MOST_LINES = 12
 """Rows that a figure over a setting can tell apart."""
-HEADINGS = {SAME: "as in the paper"} | {name: name for name in (OPPOSITE, NOISE, ONE_SEED, UNCLEAR, UNLIKE)}
+HEADINGS = {SAME: "as in the paper"} | {name: name for name in (OPPOSITE, NOISE, FEW_SEEDS, UNCLEAR, UNLIKE)}
 """Headings of the overview, by direction."""
 
 

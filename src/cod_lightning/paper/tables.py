@@ -9,7 +9,7 @@ from statistics import fmean
 from cod_lightning.page import Table
 from cod_lightning.paper.claims import SCALES, Column, Comparison, Experiment, Metric, Published, ReportRow, Targets
 from cod_lightning.paper.findings import finding_results, quantities_of, quantity_rows
-from cod_lightning.paper.statistics import Difference, Sample, grouped, with_seeds
+from cod_lightning.paper.statistics import FEW_SEEDS, LEAST_SEEDS, Difference, Sample, grouped, with_seeds
 from cod_lightning.paper.tuning import GOOD_RATE, Tuned
 
 Keys = Collection[tuple[str, ...]]
@@ -172,7 +172,7 @@ def best_rows(column: Column, metric: Metric) -> str:
 
         first = best(rows, key=mean)
         equal = [row.label for row in rows if row is not first and is_within_noise(metric, row, first)]
-        notes = ["one seed"] if len(metric.by_seed(first)) == 1 else []
+        notes = [FEW_SEEDS] if len(metric.by_seed(first)) < LEAST_SEEDS else []
         notes += [f"within noise of it: {join(equal)}"] if equal else []
         notes += [f"fewer seeds: {join(left_out)}"] if left_out else []
         parts.append(f"{first.label} here" + (f" ({'; '.join(notes)})" if notes else ""))
