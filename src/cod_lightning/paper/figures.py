@@ -1,7 +1,8 @@
 """Figures of losses: differences to the baseline, over a varied setting, and over model sizes (Figure 1).
 
 Every figure is 900 pixels wide, and equal records give equal bytes. With several seeds, lines and maps are means, and
-bands and bars one standard deviation, unless the figure says otherwise. Differences of a single seed are crosses.
+bands and bars one standard deviation, unless the figure says otherwise. Differences of fewer than three seeds are
+crosses.
 """
 
 from __future__ import annotations
