@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.data import _update_dataloader
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch._utils import ExceptionWrapper
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -87,7 +88,7 @@ def test_batches_are_pinned_for_a_trainer_on_a_gpu_only(packed, open_tokens, mon
     data = open_tokens(packed)
     strategy = SimpleNamespace(root_device=torch.device(device))
     data.trainer = SimpleNamespace(
-        strategy=strategy, distributed_sampler_kwargs=None, max_steps=1, accumulate_grad_batches=1
+        strategy=strategy, distributed_sampler_kwargs=None, max_steps=1, accumulate_grad_batches=1, callbacks=[]
     )
     assert data.train_dataloader().pin_memory == data.val_dataloader().pin_memory == pinned
 
@@ -195,6 +196,14 @@ def test_accumulated_batches_are_those_of_as_many_steps(packed, tmp_path):
     plain = Recorder()
     trainer_for(tmp_path, 12).fit(plain, TokenDataModule(packed, 1))
     assert torch.equal(torch.stack(parts), torch.stack(plain.seen))
+
+
+def test_an_accumulation_by_the_epoch_is_refused(packed, tmp_path):
+    """It repeated batches, and did not end."""
+    trainer = trainer_for(tmp_path, 4)
+    trainer.callbacks.append(GradientAccumulationScheduler({0: 2}))
+    with pytest.raises(UserError, match="GradientAccumulationScheduler counts epochs"):
+        trainer.fit(Recorder(), TokenDataModule(packed, 1))
 
 
 def test_a_checkpoint_of_another_set_is_refused(packed, documents, tmp_path, open_tokens):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -123,9 +124,15 @@ class StepDataModule(LightningDataModule, ABC):
         """Return the batches of the remaining steps; without a trainer, those of one epoch.
 
         Raises:
-            UserError: the trainer has no `max_steps`.
+            UserError: the trainer has no `max_steps`, or changes the accumulation with the epoch.
         """
-        trainer, per_step = self.trainer, 1
+        trainer: Any = self.trainer
+        per_step = 1
+        if trainer is not None and any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):
+            raise UserError(
+                "GradientAccumulationScheduler counts epochs, and training is counted in steps: remove it, and pass "
+                "Trainer(accumulate_grad_batches=N)"
+            )
         if trainer is None:
             steps = max(1, len(self.train_set) // self.config.batch_size)
         elif trainer.max_steps < 1:
