@@ -1,6 +1,7 @@
 """Locks, temporary names, and files that would hang a reader or fill the memory."""
 
 import errno
+import fcntl
 import os
 import re
 import stat
@@ -43,6 +44,19 @@ def test_a_linked_run_folder_has_the_lock_of_its_target(linked, tmp_path):
         pytest.raises(UserError, match="is being trained by another process"),
         lock_folder(other),
     ):
+        pass
+
+
+def test_a_lock_file_that_is_removed_meanwhile_is_made_again(tmp_path, monkeypatch):
+    path, flock, removed = tmp_path / "lock", fcntl.flock, []
+
+    def remove_first(handle, operation):
+        if not removed:
+            removed.append(path.unlink())
+        flock(handle, operation)
+
+    monkeypatch.setattr("fcntl.flock", remove_first)
+    with locked(path), pytest.raises(BlockingIOError), locked(path, wait=False):
         pass
 
 

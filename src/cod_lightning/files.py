@@ -225,7 +225,7 @@ def partial_path(path: Path) -> Path:
 def locked(path: Path, wait: bool = True) -> Generator[None]:
     """Hold the lock file at `path` while the block runs; the end of the process releases it.
 
-    Prints a warning if the file system does not support locks.
+    The file stays for the next process, but an error removes it: what is refused leaves no file.
 
     Args:
         path: the lock file, created if it does not exist; the last part is not followed if it is a link.
@@ -235,20 +235,42 @@ def locked(path: Path, wait: bool = True) -> Generator[None]:
         BlockingIOError: another process holds the lock, and `wait` is false.
         OSError: the file cannot be created.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            lock(handle, path, wait)
+            if not is_open_at(handle, path):  # the process that held it failed and removed it
+                continue
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    path.unlink()
                 raise
-            sys.stderr.write(
-                f"warning: {path.parent}: its file system does not support locks ({error.strerror}): do not let two "
-                "processes write there at the same time\n"
-            )
-        yield
-    finally:
-        os.close(handle)
+            return
+        finally:
+            os.close(handle)
+
+
+def lock(handle: int, path: Path, wait: bool) -> None:
+    """Lock the open file `handle` at `path`; print a warning if the file system does not support locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        sys.stderr.write(
+            f"warning: {path.parent}: its file system does not support locks ({error.strerror}): do not let two "
+            "processes write there at the same time\n"
+        )
+
+
+def is_open_at(handle: int, path: Path) -> bool:
+    """Whether the open file `handle` is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def read_regular(path: Path) -> str:

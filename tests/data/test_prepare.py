@@ -132,7 +132,7 @@ def test_a_failed_preparation_leaves_nothing(make_config, tmp_path, files, chang
     root = tmp_path / "root"
     with pytest.raises(UserError, match=message):
         prepare(make_config(root, files=str(tmp_path / "*.*"), **changes), progress=False)
-    assert not [path for path in root.glob("*") if path.is_dir()]
+    assert not list(root.glob("*"))
 
 
 @pytest.mark.parametrize("files", [1, 40])
@@ -243,7 +243,7 @@ def test_a_text_with_the_given_sha256_is_prepared(make_config, packed, tmp_path)
 def test_another_text_is_refused_and_nothing_is_left(make_config, tmp_path):
     with pytest.raises(UserError, match=r"data\.sha256=0{16}\.\.\., but the text has .*data\.sha256=null"):
         prepare(make_config(tmp_path, sha256=OTHER), progress=False)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_set_of_another_text_is_refused(packed):

@@ -85,8 +85,8 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Build
     """Unless `folder` is complete, let `build` write a temporary folder, under a lock, and rename it to `folder`.
 
     Raises:
-        UserError: the disk cannot be written, or this is a worker of an unguarded script; or as `build`. Only the file
-            of the lock remains.
+        UserError: the disk cannot be written, or this is a worker of an unguarded script; or as `build`. No file
+            remains.
     """
     if is_complete(folder):
         return
