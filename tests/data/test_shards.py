@@ -238,15 +238,19 @@ def test_every_missing_damaged_or_different_part_is_named(make_config, tmp_path)
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_an_altered_part_is_refused_during_the_merge(make_config, tmp_path):
+def test_every_altered_part_is_named_by_the_merge(make_config, tmp_path):
     config = make_config(tmp_path)
-    for index in range(2):
-        part = prepare_shard(config, index, 2, progress=False)
-    ids = bytearray((part / "train.ids").read_bytes())
-    ids[100] ^= 1
-    (part / "train.ids").write_bytes(ids)
-    with pytest.raises(UserError, match=r"1/train.ids is damaged: its SHA-256 differs from part.json; remove "):
-        merge_shards(config, 2, progress=False)
+    parts = [prepare_shard(config, index, 3, progress=False) for index in range(3)]
+    for part in parts[1:]:
+        ids = bytearray((part / "train.ids").read_bytes())
+        ids[100] ^= 1
+        (part / "train.ids").write_bytes(ids)
+    with pytest.raises(UserError) as error:
+        merge_shards(config, 3, progress=False)
+    assert str(error.value).splitlines() == [
+        f"{part}/train.ids is damaged: its SHA-256 differs from part.json; remove {part} and prepare its shard again"
+        for part in parts[1:]
+    ]
     assert not is_complete(prepared_folder(config))
 
 

@@ -317,7 +317,8 @@ def _documents(config: DataConfig, split: str, parts: list[Path], records: list[
     """
     has_val = "val" in records[0].streams
     name = split if has_val else "train"
-    blocks = chain.from_iterable(_blocks(part, name, record) for part, record in zip(parts, records, strict=True))
+    pairs = list(zip(parts, records, strict=True))
+    blocks = chain.from_iterable(_blocks(part, name, record, pairs) for part, record in pairs)
     if not has_val:
         blocks = _hold_out(blocks, config.val_every, split == "val")
     if split == "train":
@@ -347,8 +348,12 @@ def _take_documents(blocks: Iterable[Encoded], limit: int | None) -> Iterator[En
         limit = None if limit is None else limit - len(block.documents)
 
 
-def _blocks(part: Path, split: str, record: Part) -> Iterator[Encoded]:
-    """Read one split of a part, a block of documents at a time; compare the ids with their SHA-256."""
+def _blocks(part: Path, split: str, record: Part, pairs: Iterable[tuple[Path, Part]] = ()) -> Iterator[Encoded]:
+    """Read one split of a part, a block of documents at a time; compare the ids with their SHA-256.
+
+    Raises:
+        UserError: they differ; also names every other damaged file of `pairs`, all parts with their records.
+    """
     sha256 = hashlib.sha256()
     documents_path, ids_path = _stream_paths(part, split)
     with open(documents_path, "rb") as records, open(ids_path, "rb") as numbers:
@@ -359,4 +364,7 @@ def _blocks(part: Path, split: str, record: Part) -> Iterator[Encoded]:
                 sha256.update(ids.tobytes())
                 yield Encoded(ids, documents)
     if sha256.hexdigest() != record.streams[split].sha256[1]:
-        raise UserError(f"{ids_path} is damaged: its SHA-256 differs from {PART}; {_remedy(part)}")
+        hashes = {_stream_paths(at, name)[1]: s.sha256[1] for at, of in pairs for name, s in of.streams.items()}
+        damaged = [path for path, expected in hashes.items() if _sha256(path) != expected] or [ids_path]
+        lines = [f"{path} is damaged: its SHA-256 differs from {PART}; {_remedy(path.parent)}" for path in damaged]
+        raise UserError("\n".join(lines))
