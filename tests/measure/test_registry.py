@@ -213,6 +213,18 @@ def test_adapters_must_be_merged_before_weights_are_measured(causal_lm):
     assert MEASURES["theory"](adapted, BATCHES, PAD, None).shape_constants == []
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_are_refused(causal_lm, kind):
+    """They were left out without a word."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned = peft.get_peft_model(causal_lm("llama").model, config)
+    with pytest.raises(UserError, match="PeftModelForCausalLM has virtual tokens"):
+        cod.measure.variance(torch.nn.Sequential(tuned), BATCHES)
+    assert cod.measure.variance(tuned.get_base_model(), BATCHES).series()
+
+
 NEEDS_GRADIENTS = ("jacobian", "gain", "jacobian_map", "theory")
 
 

@@ -49,12 +49,18 @@ def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
         layout: where the model keeps its blocks; None: by the names of its modules.
 
     Raises:
-        UserError: the module is not an `nn.Module`, is sharded by FSDP1, or holds several language models or none whose
-            layout is known.
+        UserError: the module is not an `nn.Module`, is sharded by FSDP1, has virtual tokens of `peft`, or holds several
+            language models or none whose layout is known.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"model is a {type(module).__name__}: expected an nn.Module")
     refuse_fsdp1(module)
+    for part in module.modules():
+        if getattr(getattr(part, "active_peft_config", None), "is_prompt_learning", False):
+            raise UserError(
+                f"{type(part).__name__} has virtual tokens, which are not measured: pass its get_base_model() to "
+                "measure it without them"
+            )
     found: dict[str, ModelAdapter] = {}
     for path, candidate in module.named_modules():
         if isinstance(candidate, nn.ModuleDict) or any(path.startswith(f"{outer}.") for outer in found):
