@@ -13,8 +13,9 @@ from lightning.fabric import Fabric
 from lightning.pytorch.loggers import CSVLogger
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import cod_lightning as cod
@@ -416,6 +417,18 @@ def test_a_measurement_before_the_optimizer_leaves_parameters_sharded(llama, sha
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="new in torch 2.13")
+@pytest.mark.parametrize("reshard", [True, False, None])
+def test_a_measurement_that_fails_leaves_parameters_sharded(llama, shard, reshard):
+    model = deepcopy(llama)
+    model.model.layers[1].mlp = Router(model.model.layers[1].mlp)
+    shard(model, model.model.layers, reshard_after_forward=reshard)
+    model.model.layers[1].mlp.fails = True
+    with pytest.raises(UserError, match="it cannot be run on tokens alone"):
+        monitor(["variance"]).measure(model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def test_a_gradient_of_a_sharded_model_is_refused_between_two_passes(llama, shard):

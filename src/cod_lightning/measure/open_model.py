@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,12 @@ def measuring(model: ModelAdapter) -> Generator[None]:
             torch.compiler.set_stance("force_eager"),
         ):
             yield
+    except BaseException:
+        for module in modules:  # FSDP2 is still in its forward pass, where `reshard` does nothing
+            if isinstance(module, FSDPModule) and hasattr(module, "reset_iter_state"):  # new in torch 2.13
+                with suppress(RuntimeError):  # a part of a larger sharded model, which resets it
+                    module.reset_iter_state()
+        raise
     finally:
         for module, mode in modes:
             module.training = mode
