@@ -93,6 +93,13 @@ def test_a_schedule_that_has_ended_is_dropped():
     torch.testing.assert_close(convert(decoder, {"name": "lns"})(TOKENS), decoder(TOKENS), rtol=1e-12, atol=1e-12)
 
 
+def test_a_deeper_model_cannot_begin_a_schedule_that_has_ended():
+    decoder = trained(name="pro_res")
+    set_step(decoder, 4000)
+    with pytest.raises(UserError, match=r"cannot compensate for: the model has one that has ended: convert it to"):
+        grow(decoder, {"name": "pro_res"}, 6, "stack")
+
+
 @pytest.mark.parametrize(("before", "after"), [("silent", "pre_ln"), ("pre_ln", "silent"), ("silent", "silent")])
 def test_a_gain_of_zero_is_refused(before, after, monkeypatch):
     monkeypatch.setitem(STRATEGIES, "silent", lambda layer, depth: block(gain=0.0))

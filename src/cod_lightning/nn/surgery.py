@@ -158,7 +158,10 @@ def unsupported_coefficients(originals: Sequence[Block], specs: Sequence[BlockSp
             ignored = (*INITIAL, *OPTIMIZER, *learned, "branch_schedule")
             names = [field.name for field in fields(old) if field.name not in ignored]
             pairs += [(name, getattr(old, name), getattr(new, name)) for name in names]
-            pairs.append(("branch_schedule", None, new.branch_schedule))  # the old one has ended
+            if new.branch_schedule is not None:
+                has = "one that has ended: convert it to its norm.base first" if old.branch_schedule else "none"
+                text = f"branch_schedule={new.branch_schedule!r} (layer {layer}), which weights cannot compensate for: "
+                problems.setdefault("branch_schedule", f"{text}the model has {has}")
         # A norm of the branch would undo the change of its last projection, and a skip after a norm takes its gain.
         lost = {"branch_scale" for sublayer in spec.sublayers if sublayer.branch_norm}
         lost |= {"gain" for sublayer in spec.sublayers if sublayer.skip_from == "pre_norm"}
