@@ -162,6 +162,20 @@ def test_the_defaults_that_change_results_are_stable():
     assert {name: found[name] for name in stable} == stable
 
 
+def test_a_default_of_the_base_strategy_is_the_same_run_if_it_is_given():
+    words = ["norm=gpas", "norm.base=lns"]
+    assert compose([*words, "norm.position=after_ln"]).id == compose(words).id
+    assert compose([*words, "norm.position=only_ffn"]).id != compose(words).id
+
+
+def test_layers_beyond_the_bound_are_refused_before_they_are_built(monkeypatch):
+    depths = []
+    monkeypatch.setattr("cod_lightning.nn.strategies.build_all", lambda norm, depth: depths.append(depth) or [])
+    with pytest.raises(UserError, match=r"model\.num_hidden_layers=10001 must be at most 10000"):
+        compose(["model.num_hidden_layers=10001"])
+    assert depths == [1]
+
+
 def test_a_run_of_images_depends_on_no_setting_of_text():
     ids = [compose(["task=vision", "model=vit_tiny", word]).id for word in ("seed=1", "data.seq_len=64")]
     assert ids[0] == ids[1]

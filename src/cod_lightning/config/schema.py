@@ -12,6 +12,8 @@ from typing import Any
 
 from cod_lightning.data.config import MOST_PROCESSES, DataConfig, ImageConfig
 from cod_lightning.nn.config import DecoderConfig, num_vit_parameters
+from cod_lightning.nn.strategies import STRATEGIES
+from cod_lightning.nn.strategy_lookup import default_options
 from cod_lightning.settings import metadata, setting
 
 METRIC_FORMATS = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
@@ -252,7 +254,9 @@ def identity(config: Config) -> dict[str, Any]:
     """The settings that change the result of a run, as nested dictionaries."""
     values = identity_fields(config)
     # The options of a strategy have no declared types: 1 and 1.0 are the same.
-    values["norm"] = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in config.norm.items()}
+    norm = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in config.norm.items()}
+    defaults = base_defaults(config.norm)
+    values["norm"] = {name: v for name, v in norm.items() if name not in defaults or v != defaults[name]}
     if config.init_from is not None:  # a run below `output` is the same run wherever `output` is
         source = run_folder_of(Path(config.init_from))
         values["init_from"] = under_default_output(config, config.init_from)
@@ -265,6 +269,15 @@ def identity(config: Config) -> dict[str, Any]:
     if config.optim.weighting == "micro_batches":  # a mean of means depends on the size of each
         values["data"]["micro_batch_size"] = config.data.micro_batch_size
     return values
+
+
+def base_defaults(norm: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the base of a registered strategy, with their defaults; the files of configs/ do not set them."""
+    strategy = STRATEGIES.get(str(norm.get("name")))  # a saved name may be anything
+    own = {} if strategy is None else default_options(strategy)
+    base = STRATEGIES.get(str(norm.get("base", own["base"]))) if "base" in own else None
+    options = {} if base is None else default_options(base)
+    return {name: default for name, default in options.items() if name not in own}
 
 
 def resumable_settings(config: Config) -> dict[str, Any]:

@@ -167,7 +167,8 @@ def strategy_errors(config: Config) -> Iterator[str]:
     """Errors between the norm strategy, the model and the optimizer."""
     model = config.model
     try:
-        specs = strategies.build_all(config.norm, min(max(model.num_hidden_layers, 1), MOST_LAYERS))
+        depth = model.num_hidden_layers if 1 <= model.num_hidden_layers <= MOST_LAYERS else 1
+        specs = strategies.build_all(config.norm, depth)
     except UserError as error:
         yield str(error)
         return
