@@ -759,10 +759,8 @@ FINITE = [
 
 
 def folder_content():
-    """The bytes of every file below the current folder, except locks and bytecode."""
-    return {
-        path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.suffix not in (".lock", ".pyc")
-    }
+    """The bytes of every file below the current folder, except bytecode."""
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.suffix != ".pyc"}
 
 
 def error_of(words, capsys, monkeypatch, toy):

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def test_a_lock_file_that_is_removed_meanwhile_is_made_again(tmp_path, monkeypat
     monkeypatch.setattr("fcntl.flock", remove_first)
     with locked(path), pytest.raises(BlockingIOError), locked(path, wait=False):
         pass
+
+
+def test_a_lock_file_is_removed_at_the_end(tmp_path):
+    with locked(tmp_path / "lock"):
+        assert (tmp_path / "lock").exists()
+    with suppress(KeyError), locked(tmp_path / "lock"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])

@@ -223,9 +223,7 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Generator[None]:
-    """Hold the lock file at `path` while the block runs; the end of the process releases it.
-
-    The file stays for the next process, but an error removes it: what is refused leaves no file.
+    """Hold the lock file at `path` while the block runs, then remove it; the end of the process releases the lock.
 
     Args:
         path: the lock file, created if it does not exist; the last part is not followed if it is a link.
@@ -239,14 +237,13 @@ def locked(path: Path, wait: bool = True) -> Generator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             lock(handle, path, wait)
-            if not is_open_at(handle, path):  # the process that held it failed and removed it
+            if not is_open_at(handle, path):  # the process that held it has removed it
                 continue
             try:
                 yield
-            except BaseException:
+            finally:
                 with suppress(OSError):
                     path.unlink()
-                raise
             return
         finally:
             os.close(handle)

@@ -43,9 +43,9 @@ def test_document_sets_count_tokens_without_pads(documents, stored):
     assert (sequences != manifest.tokenizer.pad_id).sum() == manifest.train.tokens < sequences.size
 
 
-def test_only_the_set_and_its_lock_remain(packed):
+def test_only_the_set_remains(packed):
     folder = prepared_folder(packed)
-    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
 
 
 @pytest.mark.usefixtures("small_chunks")

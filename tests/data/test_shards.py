@@ -182,7 +182,7 @@ def test_a_damaged_shard_is_prepared_again(make_config, tmp_path):
 def test_only_the_set_remains_after_the_merge(make_config, tmp_path):
     config = make_config(tmp_path)
     folder = prepare_all(config, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, f"{folder.name}.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
     assert prepare_shard(config, 0, 2, progress=False) == merge_shards(config, 2, progress=False) == folder
 
 

@@ -136,9 +136,8 @@ def opened(tmp_path: Path) -> TokenDataset:
 
 
 def cached(tmp_path: Path, name: str = CHUNK) -> list[str]:
-    """Return the files of a chunk in the cache, without locks."""
-    files = (path.name for path in (tmp_path / "cache").rglob(f"{name}*"))
-    return [name for name in files if not name.endswith(".lock")]
+    """Return the files of a chunk in the cache."""
+    return [path.name for path in (tmp_path / "cache").rglob(f"{name}*")]
 
 
 def test_a_set_in_a_store_is_the_local_one(proxy, local, packed, tmp_path):

@@ -107,7 +107,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         with ExitStack() as locks:
 
             def begin() -> None:
-                if is_new:  # a run that is refused leaves no lock
+                if is_new:  # a run that is refused makes no folder for its lock
                     locks.enter_context(lock_folder(folder))
                     if folder.exists():
                         raise UserError(f"{folder} was written by another process meanwhile: run the command again")
