@@ -68,7 +68,7 @@ def sequences_read(name: str, batches: Sequence[torch.Tensor]) -> int:
     if name == "jacobian":
         return min(4, sum(map(len, batches)))
     measure = MEASURES.get(name, MEASURES["jacobian"])
-    return len(batches[0][: measure.first_sequences]) if measure.first_batch else sum(map(len, batches))
+    return len(batches[0][: measure.first_sequences]) if measure.first_sequences else sum(map(len, batches))
 
 
 def measure(config: Config, sequences: int, seconds: float, only: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -80,7 +80,8 @@ def main() -> None:
 
         def fit(name: str) -> list[str]:
             paths = [f"output={folder}", f"data.root={folder / 'data'}", f"name={name}"]
-            return ["fit", *SETTINGS, *paths, f"trainer.max_steps={args.steps}", *args.overrides]
+            words = [*SETTINGS, *paths, f"trainer.max_steps={args.steps}", *args.overrides]
+            return ["fit", *{word.partition("=")[0]: word for word in words}.values()]  # the last of each name
 
         subprocess.run([*CLI, *fit("uninterrupted")], check=True, capture_output=True)
         for number in range(args.kills):

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import os
 import statistics
@@ -56,7 +57,6 @@ from _results import (
 )
 from torch import Tensor, nn
 
-from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.nn import norms
@@ -77,6 +77,8 @@ Variant = tuple[nn.Module, torch.optim.Optimizer, Callable[[Tensor], Tensor]]
 def load_case(name: str) -> tuple[DecoderConfig, int, int]:
     """Shape, batch size and sequence length."""
     if name == "quickstart":
+        from cod_lightning.config.compose import compose  # needs hydra, which other cases do not
+
         config = compose(["experiments=quickstart"])
         shape = replace(config.model, vocab_size=config.data.vocab_size)
         return shape, config.data.micro_batch_size, config.data.seq_len
@@ -231,6 +233,7 @@ def measure(name: str, args: argparse.Namespace, threads: int) -> list[dict[str,
         times, over = {}, {}
         for label, build in builders.items():
             torch._dynamo.reset()
+            gc.collect()  # compiled blocks are in reference cycles
             torch.cuda.empty_cache()
             step = step_of(build(shape, dtype=dtype))
             for _ in range(3):
