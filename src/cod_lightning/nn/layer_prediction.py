@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.nn.decoder import Block
+from cod_lightning.rng import isolate_rng
 
 HIDDEN = 256
 """Width of the two hidden layers."""
@@ -61,7 +62,7 @@ def predict_between(matrices: Sequence[Tensor], layers: Sequence[int]) -> list[T
     v, s, u = torch.linalg.svd(joined.to(torch.promote_types(joined.dtype, torch.float32)), full_matrices=False)
     parts = v.mT.split(matrices[0].shape[1], dim=1)  # [rank, in] each
     neighbours = [torch.cat(pair, dim=1) for pair in zip(parts, parts[2:], strict=False)]
-    with torch.random.fork_rng(), torch.enable_grad():
+    with isolate_rng(), torch.enable_grad():
         torch.manual_seed(0)
         network = train_network(torch.cat(neighbours), torch.cat(parts[1:-1]))
     with torch.no_grad():
