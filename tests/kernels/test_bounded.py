@@ -150,26 +150,28 @@ def test_the_custom_operators_pass_opcheck(kind):
     [
         ({"kind": "rms"}, r"kind='rms' must be dyt, derf, bhyt"),
         ({"backend": "cuda"}, r"backend='cuda' must be auto, torch or triton"),
-        ({"alpha": torch.ones(8)}, r"alpha has the shape \[8\], expected \[1\]"),
-        ({"shift": torch.ones(8)}, r"shift has the shape \[8\], expected \[1\]"),
-        ({"weight": torch.ones(1)}, r"weight has the shape \[1\], expected \[8\]"),
-        ({"bias": torch.ones(3), "backend": "triton"}, r"bias has the shape \[3\], expected \[8\]"),
-        ({"bias": torch.ones(8).double(), "backend": "triton"}, "torch.float64 is not float32"),
+        ({"alpha": torch.ones(8, device=DEVICE)}, r"alpha has the shape \[8\], expected \[1\]"),
+        ({"shift": torch.ones(8, device=DEVICE)}, r"shift has the shape \[8\], expected \[1\]"),
+        ({"weight": torch.ones(1, device=DEVICE)}, r"weight has the shape \[1\], expected \[8\]"),
+        ({"bias": torch.ones(3, device=DEVICE), "backend": "triton"}, r"bias has the shape \[3\], expected \[8\]"),
+        ({"bias": torch.ones(8, device=DEVICE).double(), "backend": "triton"}, "torch.float64 is not float32"),
         ({"alpha": torch.ones(1, device="meta"), "backend": "triton"}, "the tensors are on several devices"),
     ],
 )
 def test_arguments_that_the_kernels_would_misread_are_errors(wrong, message):
     with pytest.raises((ValueError, UserError), match=message):
-        bounded_norm(torch.zeros(2, 8), **({"alpha": torch.ones(1), "kind": "dyt"} | wrong))
+        bounded_norm(
+            torch.zeros(2, 8, device=DEVICE), **({"alpha": torch.ones(1, device=DEVICE), "kind": "dyt"} | wrong)
+        )
 
 
 @pytest.mark.parametrize("kind", BOUNDED)
 def test_right_kernels_pass_the_comparison_with_the_reference(kind):
-    assert kernel_error(torch.device("cpu"), kind, 64, 1, torch.float32, torch.bfloat16) is None
+    assert kernel_error(torch.device(DEVICE), kind, 64, 1, torch.float32, torch.bfloat16) is None
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):
     right = triton_bounded.backward
     monkeypatch.setattr(triton_bounded, "backward", lambda *args: [1.01 * tensor for tensor in right(*args)])
-    error = kernel_error.__wrapped__(torch.device("cpu"), "bhyt", 64, 1, torch.float32, torch.float32)
+    error = kernel_error.__wrapped__(torch.device(DEVICE), "bhyt", 64, 1, torch.float32, torch.float32)
     assert "dx of norm is off by" in error

@@ -18,6 +18,7 @@ from cod_lightning.nn.spec import INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import build_all
 from strategy_kinds import covering_strategies, label
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 61
 
 compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings that it provokes itself
@@ -26,11 +27,11 @@ compiles = pytest.mark.filterwarnings("default")  # Dynamo trips over warnings t
 def build(backend, name="lns", depth=2, options=(), **changes):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": VOCABULARY}
     config = DecoderConfig(**(shape | {"num_hidden_layers": depth, "norm_backend": backend} | changes))
-    return build_decoder(config, build_all({"name": name, **dict(options)}, depth), seed=0)
+    return build_decoder(config, build_all({"name": name, **dict(options)}, depth), seed=0, device=DEVICE)
 
 
 def tokens(batch=2, length=9):
-    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 def loss_and_gradients(decoder):
@@ -88,7 +89,7 @@ def test_autocast_rounds_the_inputs_of_projections_but_not_the_stream(backend):
     for name, module in decoder.named_modules():
         if name.endswith(("q_proj", "up_proj", "lm_head")):
             module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].dtype}))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         decoder(tokens(), hook=lambda name, layer, x: stream.add(x.dtype) if name == "residual" else None)
         loss = decoder(tokens(), next_tokens(tokens())).total
     assert stream == {torch.float32}
@@ -165,6 +166,7 @@ def shard(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="ranks on CPUs need interpreted kernels")
 def test_two_ranks_of_fsdp2_equal_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -183,7 +185,7 @@ def test_training_stays_within_the_error_of_the_reference(monkeypatch):
         generator, losses = torch.Generator().manual_seed(1), []
         for _ in range(16):
             start = torch.randint(VOCABULARY, (4, 1), generator=generator)
-            batch = (start + 7 * torch.arange(12)) % VOCABULARY
+            batch = ((start + 7 * torch.arange(12)) % VOCABULARY).to(DEVICE)
             loss_sums = decoder(batch, next_tokens(batch))
             loss = loss_sums.total / loss_sums.counts.sum()
             optimizer.zero_grad()
