@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from cod_lightning.errors import UserError, nearest
 
-MOST_TOKENS = 2**22
+MAX_TOKENS = 2**22
 """Larger than any published vocabulary (1.0M)."""
 BOUNDS = {
     "at_least": (operator.ge, "must be at least"),

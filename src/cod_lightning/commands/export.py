@@ -53,7 +53,7 @@ def check_max_length(length: int | None, config: Config) -> None:
     Raises:
         UserError: the length is not positive, longer than the context of an imported model, or than any sequence.
     """
-    from cod_lightning.data.config import LONGEST_SEQUENCE
+    from cod_lightning.data.config import MAX_SEQ_LEN
 
     require_at_least("max-length", length, 1)
     context = config.model.max_position_embeddings
@@ -64,8 +64,8 @@ def check_max_length(length: int | None, config: Config) -> None:
             f"--max-length={length} is longer than the context of the imported model, "
             f"model.max_position_embeddings={context}: shorten it"
         )
-    if length > LONGEST_SEQUENCE:
-        raise UserError(f"--max-length={length} must be at most {LONGEST_SEQUENCE}, the longest data.seq_len")
+    if length > MAX_SEQ_LEN:
+        raise UserError(f"--max-length={length} must be at most {MAX_SEQ_LEN}, the longest data.seq_len")
     if context is None and length > config.data.seq_len:
         sys.stderr.write(
             f"warning: --max-length={length} is longer than data.seq_len={config.data.seq_len}, on which the run was "

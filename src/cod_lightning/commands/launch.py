@@ -31,7 +31,7 @@ TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 NO_LIMIT = ("infinite", "unlimited")
 """Time limits that are not in `TIME`."""
 SIGNALS = ("TERM", "HUP", "USR1", "USR2")
-MOST_RESTARTS = 10
+MAX_RESTARTS = 10
 """Requeues of a job before a killed rank ends it."""
 SLURM = """\
 #!/bin/bash
@@ -178,5 +178,5 @@ def slurm_script(
         signals=" ".join(SIGNALS),
         command=command,
         try_again=TRY_AGAIN,
-        most_restarts=MOST_RESTARTS,
+        most_restarts=MAX_RESTARTS,
     )

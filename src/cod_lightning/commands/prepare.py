@@ -16,15 +16,15 @@ machine would build. Shards are numbered from 0; each of them can be repeated:
   prepare OVERRIDES merge=64
 """
 OPTIONS = {"shard": str, "merge": int}
-MOST_SHARDS = 10_000
+MAX_SHARDS = 10_000
 
 add_arguments = add_overrides
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """Parse "K/N", shard K of N, counted from 0; raise a UserError unless K < N <= `MOST_SHARDS`."""
+    """Parse "K/N", shard K of N, counted from 0; raise a UserError unless K < N <= `MAX_SHARDS`."""
     match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
-    if match is None or not int(match[1]) < int(match[2]) <= MOST_SHARDS:
+    if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARDS:
         raise UserError(
             f"shard={shorten(text)}: must be K/N, where N shards are numbered from 0, such as shard=0/4 to shard=3/4"
         )
@@ -41,9 +41,9 @@ def run(overrides: Sequence[str]) -> None:
         raise UserError(f"shard={options['shard']} and merge={options['merge']}: merge after all shards are finished")
     shard = shard_of(options["shard"]) if "shard" in options else None
     count = options.get("merge")
-    if count is not None and not 1 <= count <= MOST_SHARDS:
+    if count is not None and not 1 <= count <= MAX_SHARDS:
         raise UserError(
-            f"merge={count}: must be the number of shards, at most {MOST_SHARDS:,}, such as merge=4 after shard=0/4 to "
+            f"merge={count}: must be the number of shards, at most {MAX_SHARDS:,}, such as merge=4 after shard=0/4 to "
             "shard=3/4"
         )
     config = compose(overrides)

@@ -35,7 +35,7 @@ Examples:
   reproduce table8 row=lns,before_ln scale=toy --results mine       # selected rows
 """
 OPTIONS = {"scale": str, "seeds": int, "row": str}
-MOST_SEEDS = 1000
+MAX_SEEDS = 1000
 MEASURED_ROWS = 64
 """Held-out rows for the measures of an experiment."""
 
@@ -54,8 +54,8 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     require_at_least("jobs", jobs, 1)
     options, words = pop_options(words, OPTIONS, "reproduce")
     seeds = options.get("seeds", 1)
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise UserError(f"seeds={shorten(str(seeds))} must lie between 1 and {MOST_SEEDS:,}")
+    if not 1 <= seeds <= MAX_SEEDS:
+        raise UserError(f"seeds={shorten(str(seeds))} must lie between 1 and {MAX_SEEDS:,}")
     names = find_experiments([word for word in words if "=" not in word])
     if not names:
         raise UserError("no experiment is named: name one, such as table1")

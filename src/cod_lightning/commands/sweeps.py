@@ -13,7 +13,7 @@ from cod_lightning.config.schema import METRIC_FORMATS, printed_metrics
 from cod_lightning.paper.statistics import Difference, Sample, grouped
 
 BARS = "▁▂▃▄▅▆▇█"
-MOST_BARS = 12
+MAX_BARS = 12
 """Layers drawn in a line of bars; those of a deeper model are evenly spaced."""
 
 
@@ -118,6 +118,6 @@ def without_seed(label: str) -> str:
 
 def bars(values: Sequence[float | None], top: float) -> str:
     """One character a layer, whose height is in proportion to `top`; "!" is a value that is not finite."""
-    count = min(len(values), MOST_BARS)
+    count = min(len(values), MAX_BARS)
     drawn = [values[round(i * (len(values) - 1) / max(count - 1, 1))] for i in range(count)]
     return "".join(BARS[min(int(len(BARS) * x / top), len(BARS) - 1)] if is_finite(x) and top else "!" for x in drawn)

@@ -54,7 +54,7 @@ OMEGACONF = {
 """Clearer words for errors of OmegaConf, by a part of them."""
 INTERPOLATION = "interpolation (${...}) is not supported: write the value"
 """A run must not depend on the environment, and a folder from elsewhere must not read it."""
-MOST_RUNS = 10_000
+MAX_RUNS = 10_000
 """Runs of one sweep; a mistyped range is an error instead of running out of memory."""
 
 
@@ -132,13 +132,13 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
         UserError: a sweep without a list of values, such as interval(0, 1); one of no runs, or of too many.
     """
     expanded = [sweep_values(override) for override in parse(overrides)]
-    if (count := math.prod(map(len, expanded))) > MOST_RUNS:
-        raise UserError(f"a sweep has at most {MOST_RUNS:,} runs, and this has at least {count:,}: give fewer values")
+    if (count := math.prod(map(len, expanded))) > MAX_RUNS:
+        raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, and this has at least {count:,}: give fewer values")
     return (list(words) for words in itertools.product(*expanded))
 
 
 def sweep_values(override: Override) -> list[str]:
-    """The override with each value of its sweep, `MOST_RUNS` + 1 at most; the override itself without a sweep.
+    """The override with each value of its sweep, `MAX_RUNS` + 1 at most; the override itself without a sweep.
 
     Raises:
         UserError: it has no values, or is not a list of values.
@@ -147,7 +147,7 @@ def sweep_values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [word]
     try:
-        values = list(itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))
+        values = list(itertools.islice(override.sweep_string_iterator(), MAX_RUNS + 1))
     except (HydraException, ValueError) as error:  # ValueError: range() with step 0
         raise UserError(f"{word}: {cause(error)}; a sweep takes a,b,c, range(1,4) or choice(a,b)") from error
     if not values:

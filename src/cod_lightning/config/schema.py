@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.data.config import MOST_PROCESSES, DataConfig, ImageConfig
+from cod_lightning.data.config import MAX_PROCESSES, DataConfig, ImageConfig
 from cod_lightning.nn.config import DecoderConfig, num_vit_parameters
 from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.nn.strategy_lookup import default_options
@@ -110,7 +110,7 @@ class TrainerConfig:
     """Meaning of `precision=auto` on CUDA; protocol=paper sets `bf16-true`."""
     accelerator: str = setting("auto", runtime=True, choices=("auto", "cpu", "gpu"))
     """`cpu`, `gpu` (CUDA), or `auto`: CUDA if there is a device, else the CPU."""
-    devices: int = setting(1, runtime=True, at_least=1, at_most=MOST_PROCESSES)
+    devices: int = setting(1, runtime=True, at_least=1, at_most=MAX_PROCESSES)
     """Ranks per node."""
     num_nodes: int = setting(1, runtime=True, at_least=1, at_most=2**16)
     strategy: str = setting("auto", runtime=True, choices=("auto", "ddp", "fsdp"))
@@ -126,7 +126,7 @@ class TrainerConfig:
     """Compile the blocks, each as one graph; None: on CUDA."""
     timeout: float = setting(1800.0, runtime=True, above=0, at_most=1e9)
     """Seconds that a rank waits for another before it fails."""
-    threads: int = setting(0, runtime=True, at_least=0, at_most=MOST_PROCESSES)
+    threads: int = setting(0, runtime=True, at_least=0, at_most=MAX_PROCESSES)
     """CPU threads of one rank; 0: torch's default."""
     log_every: int = setting(10, runtime=True, at_least=1)
     """Steps between logged values."""

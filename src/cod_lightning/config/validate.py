@@ -13,7 +13,7 @@ from cod_lightning.data.config import data_errors, image_errors
 from cod_lightning.errors import UserError, short_repr
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn import strategies
-from cod_lightning.nn.config import MOST_LAYERS, DecoderConfig
+from cod_lightning.nn.config import MAX_LAYERS, DecoderConfig
 from cod_lightning.nn.spec import schedule_end
 from cod_lightning.settings import choice_errors, setting_errors
 
@@ -167,7 +167,7 @@ def strategy_errors(config: Config) -> Iterator[str]:
     """Errors between the norm strategy, the model and the optimizer."""
     model = config.model
     try:
-        depth = model.num_hidden_layers if 1 <= model.num_hidden_layers <= MOST_LAYERS else 1
+        depth = model.num_hidden_layers if 1 <= model.num_hidden_layers <= MAX_LAYERS else 1
         specs = strategies.build_all(config.norm, depth)
     except UserError as error:
         yield str(error)

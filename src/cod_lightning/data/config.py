@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from cod_lightning.settings import MOST_TOKENS, setting, setting_errors
+from cod_lightning.settings import MAX_TOKENS, setting, setting_errors
 
 INSTRUCTION_SOURCES = ("instructions", "drawn_instructions")
 FILE_SOURCES = ("files", "instructions")
@@ -15,12 +15,12 @@ SHARDED_SOURCES = (*FILE_SOURCES, "c4")
 """Sources that consist of files, so that each of several machines can prepare a share."""
 SOURCES = ("docs", "files", "c4", *INSTRUCTION_SOURCES)
 LAYOUTS = ("packed", "document")
-SMALLEST_BPE = 258
+MIN_BPE_VOCAB = 258
 """Smallest vocabulary: 256 bytes, pad and EOS."""
 TEXT_FIELD, UTF_8 = "text", "utf-8"
-MOST_PROCESSES = 1024
+MAX_PROCESSES = 1024
 """More than one machine can use; like the other upper bounds, it makes a mistyped number an error."""
-LONGEST_SEQUENCE = 2**24
+MAX_SEQ_LEN = 2**24
 DRAWN_SHAPES = ("checks", "cross", "diagonals", "disc", "horizontals", "ring", "square", "verticals")
 IMAGE_SOURCES = ("drawn", "folder")
 
@@ -53,12 +53,12 @@ class DataConfig:
     """Number of training documents to use; None: all (`c4` has 364,868,892)."""
     tokenizer: str = "bpe"
     """`bpe` (byte-level, trained on the corpus at prepare time), a folder with tokenizer.json, or a hub name."""
-    vocab_size: int = setting(4096, at_most=MOST_TOKENS)
+    vocab_size: int = setting(4096, at_most=MAX_TOKENS)
     """Size of the trained `bpe` tokenizer; other tokenizers ignore it."""
     layout: str = setting("packed", choices=LAYOUTS)
     """`packed`: documents joined by EOS and split into sequences; `document`: one document per sequence, truncated or
     padded (paper). Instructions ignore it: they have one example per sequence."""
-    seq_len: int = setting(128, at_least=2, at_most=LONGEST_SEQUENCE)
+    seq_len: int = setting(128, at_least=2, at_most=MAX_SEQ_LEN)
     """Tokens per sequence, of which `seq_len - 1` are targets."""
     val_tokens: int = 10_000_000
     """Largest number of validation tokens; the paper evaluates on 10M non-pad tokens."""
@@ -70,9 +70,9 @@ class DataConfig:
     """A prepared set: local folder, or URL that litdata reads; None: the set in `root` that the settings describe."""
     root: str = setting("data", runtime=True)
     """Folder of the prepared sets and of the cache."""
-    workers: int = setting(0, runtime=True, at_least=0, at_most=MOST_PROCESSES)
+    workers: int = setting(0, runtime=True, at_least=0, at_most=MAX_PROCESSES)
     """Processes that tokenize during preparation; 0: one per core."""
-    loader_workers: int = setting(0, runtime=True, at_least=0, at_most=MOST_PROCESSES)
+    loader_workers: int = setting(0, runtime=True, at_least=0, at_most=MAX_PROCESSES)
     """DataLoader workers; 0 reads in the main process, as validation tokens always are."""
 
     @property
@@ -108,8 +108,8 @@ def data_errors(config: DataConfig) -> list[str]:
         )
     if config.val_tokens < config.seq_len:
         errors.append(f"data.val_tokens={config.val_tokens} must be at least data.seq_len={config.seq_len}")
-    if config.tokenizer == "bpe" and config.vocab_size < SMALLEST_BPE:
-        errors.append(f"data.vocab_size={config.vocab_size} must be at least {SMALLEST_BPE}")
+    if config.tokenizer == "bpe" and config.vocab_size < MIN_BPE_VOCAB:
+        errors.append(f"data.vocab_size={config.vocab_size} must be at least {MIN_BPE_VOCAB}")
     if config.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", config.sha256):
         errors.append(f"data.sha256={config.sha256!r} must be 64 hexadecimal digits, as in the set's manifest.json")
     if not config.text_field:

@@ -74,7 +74,7 @@ class ActivationStats(Result):
     attention: Statistics
     ffn: Statistics
     massive: list[MassiveActivation] = field(default_factory=list)
-    """The channels with massive activations in the residual stream, largest first, at most `MOST_CHANNELS`."""
+    """The channels with massive activations in the residual stream, largest first, at most `MAX_CHANNELS`."""
     massive_channels: int = 0
     """The number of such channels."""
 

@@ -16,7 +16,7 @@ from cod_lightning.measure.adapter import Batch, Images
 
 MAGNITUDE = 100
 RATIO = 1000
-MOST_CHANNELS = 10
+MAX_CHANNELS = 10
 """Channels that a result lists."""
 
 
@@ -79,7 +79,7 @@ class MassiveActivationFinder:
             text = None if decode is None or top.token is None else decode(top.token)
             result.append(replace(top, text=text, layers=layers))
         result.sort(key=magnitude_of, reverse=True)
-        return result[:MOST_CHANNELS], len(result)
+        return result[:MAX_CHANNELS], len(result)
 
 
 def magnitude_of(activation: MassiveActivation) -> float:

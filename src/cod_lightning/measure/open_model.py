@@ -84,7 +84,7 @@ def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
     return ModelAdapter(module, type(module).__name__, layout=layout)  # raises, naming the module
 
 
-MOST_RESTORED = 2**22
+MAX_RESTORED = 2**22
 """Numbers of a buffer; larger ones hold quantised weights or caches."""
 
 
@@ -94,7 +94,7 @@ def measuring(model: ModelAdapter) -> Generator[None]:
 
     It compiles nothing, because torch limits how often a function is compiled. Afterwards, also after an error, the
     random states and the model are as before: its modes, the attributes that its forward sets and the buffers that it
-    changes, such as counts of tokens or the frequencies for a length, unless they have more than `MOST_RESTORED`
+    changes, such as counts of tokens or the frequencies for a length, unless they have more than `MAX_RESTORED`
     numbers. FSDP2 is left sharded, because an optimizer changes the shards.
 
     Raises:
@@ -106,7 +106,7 @@ def measuring(model: ModelAdapter) -> Generator[None]:
     modes = [(module, module.training) for module in modules]  # of ScriptModules too, which have no other attributes
     python_modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     attributes = [(own, dict(own)) for module in python_modules for own in (vars(module), module._buffers)]
-    kept = [b for b in model.model.buffers() if b.layout == torch.strided and b.numel() <= MOST_RESTORED]
+    kept = [b for b in model.model.buffers() if b.layout == torch.strided and b.numel() <= MAX_RESTORED]
     values = [(buffer, buffer.clone()) for buffer in kept if not buffer.is_meta]
     for module in modules:  # not by `eval`, in which LoRA layers merge their weights
         module.training = False

@@ -47,7 +47,7 @@ from cod_lightning.measure.jacobian_products import differentiable, jvp_and_vjp,
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Result, table_rows
 from cod_lightning.memory import require_memory
-from cod_lightning.nn.config import MOST_LAYERS, DecoderConfig
+from cod_lightning.nn.config import MAX_LAYERS, DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import LAST, build_decoder, outer_stds, projection_std
 from cod_lightning.nn.norms import ALPHA, with_kind
@@ -116,11 +116,11 @@ def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Pr
 
     Raises:
         UserError: an unknown strategy, one that raises, one without a closed form, one whose stream, gradient or gain
-            is zero or infinite, more than `MOST_LAYERS` / 2 blocks, or more than the free memory.
+            is zero or infinite, more than `MAX_LAYERS` / 2 blocks, or more than the free memory.
     """
     depth = config.num_hidden_layers
-    if 2 * depth > MOST_LAYERS:
-        raise UserError(f"model.num_hidden_layers={depth} is doubled: expected at most {MOST_LAYERS // 2}")
+    if 2 * depth > MAX_LAYERS:
+        raise UserError(f"model.num_hidden_layers={depth} is doubled: expected at most {MAX_LAYERS // 2}")
     require_memory(config.num_parameters(), "model")
     specs, twice = build_all(norm, depth), build_all(norm, 2 * depth)
     if any(spec.value_residual == "mean" for spec in specs):

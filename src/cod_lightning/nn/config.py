@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cod_lightning.settings import MOST_TOKENS, setting, setting_errors
+from cod_lightning.settings import MAX_TOKENS, setting, setting_errors
 
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 """More than any trained model has; a mistyped depth is an error instead of running out of memory."""
 
 
@@ -19,11 +19,11 @@ class DecoderConfig:
 
     hidden_size: int = setting(96, at_least=1, at_most=2**20)
     intermediate_size: int = setting(256, at_least=1, at_most=2**22)
-    num_hidden_layers: int = setting(24, at_least=1, at_most=MOST_LAYERS)
+    num_hidden_layers: int = setting(24, at_least=1, at_most=MAX_LAYERS)
     num_attention_heads: int = setting(3, at_least=1)
     num_key_value_heads: int | None = setting(None, at_least=1)
     """Fewer than `num_attention_heads` for grouped-query attention; None: the same number."""
-    vocab_size: int | None = setting(None, at_least=1, at_most=MOST_TOKENS)
+    vocab_size: int | None = setting(None, at_least=1, at_most=MAX_TOKENS)
     """Size of the vocabulary; None: that of the tokenizer."""
     norm: str = setting("rms", choices=("rms", "layer"))
     """`rms` (RMSNorm) or `layer` (LayerNorm, without bias)."""

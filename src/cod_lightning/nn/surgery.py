@@ -14,7 +14,7 @@ import torch
 
 from cod_lightning.errors import UserError
 from cod_lightning.memory import require_memory
-from cod_lightning.nn.config import MOST_LAYERS
+from cod_lightning.nn.config import MAX_LAYERS
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.huggingface import unfinished_schedule
 from cod_lightning.nn.layer_prediction import predict_blocks
@@ -98,7 +98,7 @@ def copies(depth: int, blocks: int, how: How) -> tuple[list[int], list[int]]:
     """
     if how == "lesa" and depth < 3:
         raise UserError(f"how=lesa learns from three neighbouring blocks, and the model has {depth}: use another how=")
-    most = {"interpolate": MOST_LAYERS, "lesa": depth * 2 - 1}.get(how, depth * 2)
+    most = {"interpolate": MAX_LAYERS, "lesa": depth * 2 - 1}.get(how, depth * 2)
     if not depth < blocks <= most:
         raise UserError(f"blocks={blocks}: the model has {depth} blocks, and how={how} makes {depth + 1} to {most}")
     if how == "stack":

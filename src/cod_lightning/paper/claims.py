@@ -23,14 +23,14 @@ SCALES = ("paper", "mini", "small", "toy")
 BASELINE = "pre_ln"
 """The row that others are compared with; without it, the first row."""
 
-UNTRAINED = 1.0
+UNTRAINED_GAP = 1.0
 """A published run did not train if its loss is more nats above the best of its column. Runs that stayed at
 the frequencies of words are 4 nats above, all others within 0.15."""
 
 PUBLISHED_NOISE = 0.01
 """Smaller published differences (nats) have no clear sign: in Table 8 a factor that the norm cancels costs 0.009."""
 
-STUCK = 0.03
+STUCK_DECREASE = 0.03
 """A run of ours did not train if its validation loss fell by fewer nats in the second half. At scale=toy, runs that
 stay at the frequencies of words gain 0.015 nats there, the slowest of the others 0.05 and most of them 0.4."""
 
@@ -241,7 +241,7 @@ class Experiment:
             base = best[self.baseline] if index != self.baseline else None
             difference = None if value is None or base is None else metric.difference(value, base)
             above = 0.0 if value is None or lowest is None else metric.difference(value, lowest)
-            trained = not metric.lower_is_better or above <= UNTRAINED
+            trained = not metric.lower_is_better or above <= UNTRAINED_GAP
             figures.append(Published(values[index], unbiased[index], difference, trained))
         return figures
 
@@ -374,7 +374,7 @@ def stuck(record: Mapping[str, Any]) -> bool:
     if len(validations["step"]) < 2:
         return False
     losses = np.array(validations["val_loss"], dtype=float)  # None stands for infinity
-    return bool(losses[nearest_step(validations["step"], 0.5)] - losses[-1] < STUCK)
+    return bool(losses[nearest_step(validations["step"], 0.5)] - losses[-1] < STUCK_DECREASE)
 
 
 def nearest_step(steps: Sequence[int], fraction: float) -> int:

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from cod_lightning.paper.claims import UNTRAINED, Column, Metric, ReportRow
-from cod_lightning.paper.statistics import FEW_SEEDS, LEAST_SEEDS
+from cod_lightning.paper.claims import UNTRAINED_GAP, Column, Metric, ReportRow
+from cod_lightning.paper.statistics import FEW_SEEDS, MIN_SEEDS
 from cod_lightning.paper.tuning import Tuned
 from cod_lightning.plots import COLOURS, MARKERS, grid_figure, log_axis, strategy_colour, style
 
@@ -35,7 +35,7 @@ AXES = {
     "embedding_std": "initial standard deviation of the embeddings",
 }
 """Labels of the settings that an experiment may vary (`paper.axis`)."""
-FEWEST_TUNED = 3
+MIN_TUNED = 3
 """Strategies that a figure of own best rates needs; fewer are read in the table."""
 
 ROW_STRATEGIES = {"deep_norm": "deep_norm_released", "deep_norm_deepnet": "deep_norm", "language": "pre_ln"}
@@ -75,7 +75,7 @@ class Point:
 def our_points(column: Column) -> dict[str, Point]:
     """Our differences in the headline metric, by row."""
     compared = {c.row.name: (c, c.difference) for c in column.compare(column.headline)}
-    return {name: Point(d.mean, d.margin, not c.untrained, d.n < LEAST_SEEDS) for name, (c, d) in compared.items() if d}
+    return {name: Point(d.mean, d.margin, not c.untrained, d.n < MIN_SEEDS) for name, (c, d) in compared.items() if d}
 
 
 def why_absent(column: Column) -> dict[str, str]:
@@ -254,20 +254,20 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
 def tuned_figure(scales: Mapping[str, Sequence[Tuned]]) -> Figure | None:
     """Differences of every strategy to the baseline, each at its own best learning rate, the best on top.
 
-    None if no scale has `FEWEST_TUNED` differences.
+    None if no scale has `MIN_TUNED` differences.
 
     Args:
         scales: rows by scale; those without a difference are left out.
     """
     panels = {scale: [best for best in tuned if best.difference] for scale, tuned in scales.items()}
-    panels = {scale: tuned for scale, tuned in panels.items() if len(tuned) >= FEWEST_TUNED}
+    panels = {scale: tuned for scale, tuned in panels.items() if len(tuned) >= MIN_TUNED}
     if not panels:
         return None
     figure, axes = figure_grid(1.2 + 0.27 * max(map(len, panels.values())), columns=len(panels))
     drawn: list[Series] = []
     for panel, (scale, tuned) in zip(axes[0], panels.items(), strict=True):
         differences = [(best.row.name, best.difference) for best in tuned if best.difference]
-        points = {name: Point(d.mean, d.margin, d.mean <= UNTRAINED, d.n < LEAST_SEEDS) for name, d in differences}
+        points = {name: Point(d.mean, d.margin, d.mean <= UNTRAINED_GAP, d.n < MIN_SEEDS) for name, d in differences}
         drawn.append({"": points})
         forest(panel, drawn[-1], [best.row for best in tuned], {})
         panel.set_title(f"scale={scale}")

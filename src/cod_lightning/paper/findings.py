@@ -179,11 +179,11 @@ def quantities_of(column: Column) -> dict[str, Quantity]:
             f"variance after the last layer at {part:.0%} of the run": recorded_variance(variance_at(part))
             for part in fractions
         }
-    return QUANTITIES.get(statements_about(column), {})
+    return QUANTITIES.get(findings_key(column), {})
 
 
-def statements_about(column: Column) -> str:
-    """The key of a column in `QUANTITIES` and `FINDINGS`."""
+def findings_key(column: Column) -> str:
+    """The key of a column in `QUANTITIES`, `FINDINGS` and `layer_figures.DRAW`."""
     return "Theory" if column.first.name == "theory" else column.first.target
 
 
@@ -342,7 +342,7 @@ def finding_results(column: Column) -> list[ClaimResult]:
     """The findings of a column's figure that were measured."""
     results = []
     rows = {row.name: row for row in column.rows}
-    for finding in FINDINGS.get(statements_about(column), ()):
+    for finding in FINDINGS.get(findings_key(column), ()):
         if not set(finding.rows) <= rows.keys():
             continue
         compared = [rows[name] for name in finding.rows]

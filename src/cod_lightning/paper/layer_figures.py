@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from cod_lightning.paper.claims import Column, ReportRow, nearest_step
 from cod_lightning.paper.figures import figure_grid, panel_title, row_colour
-from cod_lightning.paper.findings import loss_increases, statements_about
+from cod_lightning.paper.findings import findings_key, loss_increases
 from cod_lightning.plots import (
     DEPTH_COLOURS,
     PlainNumbers,
@@ -29,7 +29,7 @@ from cod_lightning.plots import (
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Steps, and the values at these steps."""
-LINEAR = 1e-3
+LINEAR_THRESHOLD = 1e-3
 """Increases of the loss (nats) from minus this to this are drawn on a linear axis, all others on a logarithmic one."""
 
 
@@ -82,7 +82,7 @@ def angle_and_removal(column: Column) -> Figure | None:
         figure.colorbar(image, ax=axes[0], label="angular distance of $x_l$\nand $x_{l+n}$ (angle / $\\pi$)")
     if costs:
         for panel, row in zip(axes[-1], rows, strict=True):
-            panel.set_yscale("symlog", linthresh=LINEAR)
+            panel.set_yscale("symlog", linthresh=LINEAR_THRESHOLD)
             if row.name in costs:
                 increases, colour = costs[row.name], row_colour(row)
                 layers = np.arange(1, increases.shape[1] + 1)
@@ -94,7 +94,7 @@ def angle_and_removal(column: Column) -> Figure | None:
             panel.set_xlabel("removed layer")
         limits = axes[-1][0].get_ylim()
         for panel in axes[-1]:
-            panel.axhspan(-LINEAR, LINEAR, color="black", alpha=0.08, lw=0)
+            panel.axhspan(-LINEAR_THRESHOLD, LINEAR_THRESHOLD, color="black", alpha=0.08, lw=0)
         ylabel = "increase of the loss (nats)\ndots: seeds, lines: medians\ngrey: linear axis"
         axes[-1][0].set(ylim=limits, ylabel=ylabel)
     return figure
@@ -282,5 +282,5 @@ DRAW: dict[str, Callable[[Column], Figure | None]] = {
 
 def draw(column: Column) -> Figure | None:
     """The figure of a column's target; None if it has no figure, or nothing was measured."""
-    function = DRAW.get(statements_about(column))
+    function = DRAW.get(findings_key(column))
     return function(column) if function and column.first.has_runs else None

@@ -16,8 +16,8 @@ from cod_lightning.paper import tables
 from cod_lightning.paper.claims import (
     PUBLISHED_NOISE,
     SCALES,
-    STUCK,
-    UNTRAINED,
+    STUCK_DECREASE,
+    UNTRAINED_GAP,
     Column,
     Comparison,
     Experiment,
@@ -29,7 +29,7 @@ from cod_lightning.paper.figures import along_axes, difference_figure, loss_over
 from cod_lightning.paper.findings import ClaimResult, growth_over_blocks
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
-from cod_lightning.paper.statistics import FEW_SEEDS, NOISE, OPPOSITE, SAME, UNCLEAR, UNLIKE, grouped
+from cod_lightning.paper.statistics import FEW_SEEDS, LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR, UNLIKE, grouped
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
 from cod_lightning.plots import image
@@ -39,7 +39,7 @@ HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reprod
 """Paths of the files, from the top of a checkout."""
 PUBLISHED = "published, direction"
 """Heading of the column with the published differences."""
-MOST_LINES = 12
+MAX_LINES = 12
 """Rows that a figure over a setting can tell apart."""
 HEADINGS = {SAME: "as in the paper"} | {name: name for name in (OPPOSITE, NOISE, FEW_SEEDS, UNCLEAR, UNLIKE)}
 """Headings of the overview, by direction."""
@@ -101,8 +101,8 @@ def build_report(
         environments=environments(experiments),
         notes=notes.strip(),
         figures=FIGURES,
-        stuck=STUCK,
-        untrained=UNTRAINED,
+        stuck=STUCK_DECREASE,
+        untrained=UNTRAINED_GAP,
         noise=PUBLISHED_NOISE,
     )
     pictures = [*top, *(picture for section in sections for picture in section["pictures"])]
@@ -187,7 +187,7 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
         compared = sum(best.difference is not None and best.difference.margin is not None for best in tuned)
         lines.append(
             f"Own best rates: {compared} comparison{'s' * (compared != 1)} with an interval. If no difference were "
-            f"real, {0.05 * compared:.2g} would exclude zero by chance on average, and more as each rate is chosen by "
+            f"real, {LEVEL * compared:.2g} would exclude zero by chance on average, and more as each rate is chosen by "
             "the losses that are compared. A row's rate has its lowest mean loss over the seeds that all its rates "
             "have, without rates of fewer than three seeds if two have three; its loss and difference use all seeds of "
             "that rate. Rates near the best are judged on the seeds that both have."
@@ -233,7 +233,7 @@ def pictures(target: str, by_scale: Mapping[str, Sequence[Column]]) -> Iterator[
         figure, alt = loss_over_size(by_scale), "loss over parameters"
     elif first.axis:
         panels = [(f"scale={scale}", first.axis, group) for scale, group in by_scale.items()]
-        readable = len(first.rows) <= MOST_LINES
+        readable = len(first.rows) <= MAX_LINES
         figure, alt = along_axes(panels, []) if readable else None, "differences to the baseline"
     else:
         figure, alt = difference_figure(by_scale), "differences to the baseline, published and ours"

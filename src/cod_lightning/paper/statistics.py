@@ -15,9 +15,9 @@ V = TypeVar("V")
 
 LEVEL = 0.05
 """Level of intervals, and of the family-wise error in Holm's correction."""
-LEAST_SEEDS = 3
+MIN_SEEDS = 3
 """Pairs of seeds that an interval needs."""
-SAME, OPPOSITE, NOISE, FEW_SEEDS = "same", "opposite", "within noise", f"fewer than {LEAST_SEEDS} seeds"
+SAME, OPPOSITE, NOISE, FEW_SEEDS = "same", "opposite", "within noise", f"fewer than {MIN_SEEDS} seeds"
 UNLIKE, UNCLEAR = "only one trained", "unclear in the paper"
 """Directions of a difference compared with the paper's. `UNLIKE`: the row did not train here, or not in the paper;
 `UNCLEAR`: the published difference is within the paper's own noise."""
@@ -53,7 +53,7 @@ class Difference(Sample):
     @property
     def margin(self) -> float | None:
         """Half the width of the 95 % interval of the mean (Student's t); None below three seeds."""
-        if self.sd is None or self.n < LEAST_SEEDS:
+        if self.sd is None or self.n < MIN_SEEDS:
             return None
         return t_quantile(self.n - 1) * self.sd / math.sqrt(self.n)
 
@@ -69,7 +69,7 @@ class Difference(Sample):
     @property
     def p_value(self) -> float | None:
         """Two-sided p-value of the paired t-test; None below three seeds."""
-        if self.sd is None or self.n < LEAST_SEEDS:
+        if self.sd is None or self.n < MIN_SEEDS:
             return None
         if self.sd == 0:
             return float(self.mean == 0)
@@ -94,7 +94,7 @@ def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
 
 def with_seeds(items: Sequence[T], seeds: Callable[[T], int]) -> Sequence[T]:
     """The items of at least three seeds if two have three, else those of two if two have, else all."""
-    for least in (LEAST_SEEDS, 2):
+    for least in (MIN_SEEDS, 2):
         several = [item for item in items if seeds(item) >= least]
         if len(several) > 1:
             return several

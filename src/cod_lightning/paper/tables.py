@@ -9,8 +9,8 @@ from statistics import fmean
 from cod_lightning.page import Table
 from cod_lightning.paper.claims import SCALES, Column, Comparison, Experiment, Metric, Published, ReportRow, Targets
 from cod_lightning.paper.findings import finding_results, quantities_of, quantity_rows
-from cod_lightning.paper.statistics import FEW_SEEDS, LEAST_SEEDS, Difference, Sample, grouped, with_seeds
-from cod_lightning.paper.tuning import GOOD_RATE, Tuned
+from cod_lightning.paper.statistics import FEW_SEEDS, MIN_SEEDS, Difference, Sample, grouped, with_seeds
+from cod_lightning.paper.tuning import GOOD_RATE_MARGIN, Tuned
 
 Keys = Collection[tuple[str, ...]]
 """Tests that stay significant after Holm's correction; tables mark them."""
@@ -172,7 +172,7 @@ def best_rows(column: Column, metric: Metric) -> str:
 
         first = best(rows, key=mean)
         equal = [row.label for row in rows if row is not first and is_within_noise(metric, row, first)]
-        notes = [FEW_SEEDS] if len(metric.by_seed(first)) < LEAST_SEEDS else []
+        notes = [FEW_SEEDS] if len(metric.by_seed(first)) < MIN_SEEDS else []
         notes += [f"within noise of it: {join(equal)}"] if equal else []
         notes += [f"fewer seeds: {join(left_out)}"] if left_out else []
         parts.append(f"{first.label} here" + (f" ({'; '.join(notes)})" if notes else ""))
@@ -213,7 +213,7 @@ def tuned_strategies_table(tuned: Sequence[Tuned]) -> Table:
         rate = f"{best.rate} ({best.edge})" if best.edge else best.rate
         rows.append([best.row.label, rate, loss, str(len(best.losses)), difference, good])
     head = ["row", "best rate", "loss, mean ± sd", "n", "difference to Pre-LN at its best, nats (95 %)"]
-    return Table([*head, f"rates within {GOOD_RATE} nats of its best"], rows, (0, 1, 5))
+    return Table([*head, f"rates within {GOOD_RATE_MARGIN} nats of its best"], rows, (0, 1, 5))
 
 
 # Missing runs --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from statistics import fmean
 from cod_lightning.paper.claims import Column, Metric, ReportRow
 from cod_lightning.paper.statistics import Difference, with_seeds
 
-GOOD_RATE = 0.05
+GOOD_RATE_MARGIN = 0.05
 """A learning rate is good for a strategy if its losses are on average at most so many nats above those of the best,
 on the seeds of both."""
 
@@ -31,7 +31,7 @@ class Tuned:
     compared: tuple[str, ...]
     """Headings of those with enough seeds to be the best."""
     good: tuple[str, ...]
-    """Headings of those that are good, see `GOOD_RATE`."""
+    """Headings of those that are good, see `GOOD_RATE_MARGIN`."""
 
     @property
     def edge(self) -> str:
@@ -69,7 +69,7 @@ def tuned_rows(columns: Sequence[Column]) -> list[Tuned]:
         pairs = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
         compared = pairs and name != baseline and all(map(math.isfinite, pairs))
         difference = Difference.of(pairs) if compared else None
-        good = tuple(other for other, by_seed in losses[name].items() if excess(by_seed, values) <= GOOD_RATE)
+        good = tuple(other for other, by_seed in losses[name].items() if excess(by_seed, values) <= GOOD_RATE_MARGIN)
         tuned.append(Tuned(rows[name], rate, values, difference, tuple(losses[name]), tuple(means[name]), good))
 
     def to_baseline(row: Tuned) -> float:

@@ -14,7 +14,7 @@ from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR
 from cod_lightning.paper.tables import join
 
 JUDGED = (SAME, OPPOSITE, NOISE)
-MOST_WORDS = 150
+MAX_WORDS = 150
 MIXED, NO_VERDICT = "mixed", "no verdict"
 """Directions of a row that has the sign of some published columns only, and of one that cannot be judged."""
 
@@ -206,7 +206,7 @@ def lns_comparison(column: Column) -> tuple[Comparison | None, str]:
 
 
 def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
-    """The headline at every scale, other claims at one scale, and untried targets, in about `MOST_WORDS` words."""
+    """The headline at every scale, other claims at one scale, and untried targets, in about `MAX_WORDS` words."""
     untried: dict[str, list[str]] = {}
     for target, scales in targets.items():
         kind, _, number = target.partition(" ")
@@ -223,6 +223,6 @@ def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
             untried_scales=[scale for scale in SCALES if scale not in tried],
             join=join,
         )
-        if len(text.split()) <= MOST_WORDS:
+        if len(text.split()) <= MAX_WORDS:
             break
     return text

@@ -19,7 +19,7 @@ from cod_lightning.settings import choice_errors
 from cod_lightning.train.cost import Architecture, Memory, training_flops
 
 STRATEGIES = ("single", "ddp", "fsdp")
-LEAST_MFU = 1e-6
+MIN_MFU = 1e-6
 MFU = 0.4
 """Model FLOPs utilisation that is assumed, as no run has measured it."""
 
@@ -174,8 +174,8 @@ def argument_errors(
     yield from choice_errors("hardware", hardware, (*GPUS, "cpu"))
     yield from choice_errors("strategy", strategy, STRATEGIES)
     yield from choice_errors("checkpointing", checkpointing, CHECKPOINTING)
-    if not LEAST_MFU <= mfu <= 1:
-        yield f"mfu={mfu} must lie between {LEAST_MFU} and 1: it is the share of the hardware's peak"
+    if not MIN_MFU <= mfu <= 1:
+        yield f"mfu={mfu} must lie between {MIN_MFU} and 1: it is the share of the hardware's peak"
     if gpus < 1:
         yield f"gpus={gpus} must be at least 1"
     elif data.batch_size % gpus:
