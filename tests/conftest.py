@@ -173,7 +173,7 @@ def send_signals(monkeypatch):
                     for number in numbers:
                         signal.raise_signal(number)
 
-        monkeypatch.setattr(run, "probes", lambda *arguments: [Sender()])
+        monkeypatch.setattr(run, "probe_callbacks", lambda *arguments: [Sender()])
 
     return patch
 

@@ -25,7 +25,7 @@ from cod_lightning.commands.measure import find_subject
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load, save
 from cod_lightning.data.prepare import prepared_folder
-from cod_lightning.train.checkpoint import checkpoints
+from cod_lightning.train.checkpoint import list_checkpoints
 from command_words import last_of_each
 
 
@@ -88,7 +88,7 @@ def unfinished(change):
         shutil.copytree(run, "out/run")
         Path("out/run/record.json").unlink()
         save(replace(load(run), output="out"), Path("out/run"))
-        change(checkpoints(Path("out/run/checkpoints"))[-1])
+        change(list_checkpoints(Path("out/run/checkpoints"))[-1])
 
     return prepare
 
@@ -134,7 +134,7 @@ def resave(change):
     """Change the content of a checkpoint, or of the last one of a run folder."""
 
     def apply(path):
-        path = checkpoints(path / "checkpoints")[-1] if path.is_dir() else path
+        path = list_checkpoints(path / "checkpoints")[-1] if path.is_dir() else path
         content = torch.load(path, weights_only=True)
         torch.save(change(content), path)
 

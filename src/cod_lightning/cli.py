@@ -47,7 +47,7 @@ from cod_lightning.errors import (
     os_message,
 )
 from cod_lightning.signals import ignore_until_exit, stopping
-from cod_lightning.train.ranks import is_first_on_node
+from cod_lightning.train.ranks import is_local_rank_zero
 
 COMMANDS: dict[str, ModuleType] = {
     "fit": fit,
@@ -186,7 +186,7 @@ def run_command(argv: Sequence[str] | None) -> int:
         again = "without resume=false, " if "resume=false" in words else ""
         print(f"{reason}\n{again}run the same command again to resume", file=sys.stderr)
         # Lightning kills this process if a rank that it launched fails, so only the first rank reports the status.
-        return reason.status if is_first_on_node() else 0
+        return reason.status if is_local_rank_zero() else 0
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
         return CTRL_C

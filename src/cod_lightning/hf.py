@@ -1,4 +1,4 @@
-"""For the Trainer of `transformers` and those derived from it, such as TRL's."""
+"""A `DepthMonitor` callback for `transformers.Trainer` and its subclasses, such as TRL's."""
 
 from __future__ import annotations
 

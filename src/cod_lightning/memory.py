@@ -11,7 +11,7 @@ from cod_lightning.errors import UserError
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Files with the limit of a container."""
 USAGES = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
-"""Files beside these with what the container uses."""
+"""The file with a container's usage, by the name of the file with its limit."""
 
 
 def host_memory() -> int:

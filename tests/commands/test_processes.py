@@ -13,7 +13,7 @@ from cod_lightning.cli import main
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import Stopped
 from cod_lightning.signals import PARENT, STOP_SIGNALS, stopping
-from cod_lightning.train.checkpoint import checkpoints
+from cod_lightning.train.checkpoint import list_checkpoints
 from command_words import last_of_each
 
 KINDS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
@@ -75,14 +75,14 @@ def test_training_saves_a_checkpoint_and_stops(number, status, train_signalled, 
     with pytest.raises(Stopped, match="interrupted at step 4; checkpoint saved") as stopped:
         train_signalled(number)
     assert stopped.value.status == status
-    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000004.ckpt"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000004.ckpt"]
 
 
 def test_a_second_ctrl_c_interrupts_training_at_once(train_signalled, capfd, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_signalled(signal.SIGINT, signal.SIGINT)
     assert "Ctrl-C again stops at once" in capfd.readouterr().err
-    assert not checkpoints(tmp_path / "run" / "checkpoints")
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
 def test_the_process_id_of_the_parent_does_not_leak(monkeypatch):

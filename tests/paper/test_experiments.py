@@ -462,7 +462,7 @@ def test_a_failed_reproduction_resumes_and_repeats_nothing(small, tmp_path, repr
                 raise RuntimeError("fails")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "probes", lambda *arguments: [FailsInSecondRun()])
+        patch.setattr(run, "probe_callbacks", lambda *arguments: [FailsInSecondRun()])
         with pytest.raises(RuntimeError, match="fails"):
             reproduce(*words)
     (first,) = results.rglob("record.json")

@@ -4,7 +4,7 @@ import shutil
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cod_lightning.train.checkpoint import checkpoints, read_checkpoint, step_of
+from cod_lightning.train.checkpoint import list_checkpoints, read_checkpoint, step_of
 
 
 def losses(record):
@@ -21,7 +21,7 @@ def history(record):
 
 def last(folder):
     """The path of a run's last checkpoint."""
-    return checkpoints(folder / "checkpoints")[-1]
+    return list_checkpoints(folder / "checkpoints")[-1]
 
 
 def newest(folder):
@@ -37,7 +37,7 @@ def weights(path):
 def copy_checkpoints(source, target, until):
     """Copy the checkpoints of a run up to a step, as if a run in the folder `target` had been interrupted after it."""
     (target / "checkpoints").mkdir(parents=True)
-    for path in checkpoints(source / "checkpoints"):
+    for path in list_checkpoints(source / "checkpoints"):
         if step_of(path) <= until:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, target / "checkpoints" / path.name)
 

@@ -24,7 +24,7 @@ from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.train.callbacks import TRAINING_MEASURES, Recorder, is_figure_step
 from cod_lightning.train.load import checkpoint_of, load_decoder
 from cod_lightning.train.module import DecoderModule
-from cod_lightning.train.run import build
+from cod_lightning.train.run import build_data_and_module
 from cod_lightning.train.vision import VisionModule
 from tiny_models import tiny_decoder
 
@@ -110,7 +110,7 @@ def test_the_last_record_is_the_measure_of_the_checkpoint(measured, toy):
     record, folder = measured
     run = load(folder)
     decoder, _ = load_decoder(run, folder, checkpoint_of(folder))
-    data, _ = build(run)
+    data, _ = build_data_and_module(run)
     batches, model = [data.probe_batch(4)], ModelAdapter(decoder.eval())
     for name, measure in registry.MEASURES.items():
         result = TRAINING_MEASURES[name](model, batches, data.tokenizer.pad_id, lambda *_: None)

@@ -28,7 +28,7 @@ def saved(monkeypatch):
 
 
 def test_checkpoints_precede_validations_and_end_the_run(saved, tmp_path):
-    saver, module = Checkpoints(tmp_path, every=4, keep=1, val_every=3), SimpleNamespace(should_stop=False)
+    saver, module = Checkpoints(tmp_path, every=4, keep=1, val_every=3), SimpleNamespace(stop_requested=False)
     for step in range(1, 11):
         trainer: Any = SimpleNamespace(global_step=step, max_steps=10, is_global_zero=False)
         saver.on_train_batch_end(trainer, module, None, None, step)

@@ -161,7 +161,7 @@ def test_weights_gradients_and_moments_are_counted_in_bytes(precision):
         model(*batch(architecture, 1)).total.backward()
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    memory = architecture.memory(precision)(1)
+    memory = architecture.memory_model(precision)(1)
     assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert memory.gradients == sum(parameter.grad.nbytes for parameter in model.parameters())
     assert memory.moments == sum(moment.nbytes for moment in moments)
@@ -181,7 +181,7 @@ def peak_over_estimate(architecture, batch_size, precision, checkpointing="none"
 
     step()
     model.zero_grad()
-    memory = architecture.memory(precision, batch_size, checkpointing=checkpointing, cpu=True)(batch_size)
+    memory = architecture.memory_model(precision, batch_size, checkpointing=checkpointing, cpu=True)(batch_size)
     return peak_bytes(step) / (memory.total - memory.weights - memory.moments)
 
 
@@ -260,18 +260,18 @@ def test_the_kernels_of_a_gpu_save_the_estimated_bytes(name, precision):
     architecture = decoder_like(norm, 8, norm_backend="triton", num_hidden_layers=2)
     model = build(architecture, dtype_of(precision))
     one, two = (saved_bytes(model, batch(architecture, size), precision) for size in (1, 2))
-    assert architecture.memory(precision)(1).activations == pytest.approx(two - one, rel=0.1)
+    assert architecture.memory_model(precision)(1).activations == pytest.approx(two - one, rel=0.1)
 
 
 def test_ddp_adds_a_copy_of_the_gradients():
-    single, ddp = (decoder_like().memory("32-true", strategy=s, ranks=4)(2) for s in ("single", "ddp"))
+    single, ddp = (decoder_like().memory_model("32-true", strategy=s, ranks=4)(2) for s in ("single", "ddp"))
     assert ddp.total - single.total == single.gradients == 4 * decoder_like().sizes.parameters
     assert ddp.activations == single.activations
 
 
 @pytest.mark.parametrize("architecture", [decoder_like(), vit_like()], ids=["decoder", "vit"])
 def test_fsdp_shards_and_gathers(architecture):
-    single, fsdp = (architecture.memory("32-true", strategy=s, ranks=4)(2) for s in ("single", "fsdp"))
+    single, fsdp = (architecture.memory_model("32-true", strategy=s, ranks=4)(2) for s in ("single", "fsdp"))
     sizes = architecture.sizes
     assert (fsdp.weights, fsdp.gradients, fsdp.moments) == (single.weights // 4,) * 2 + (2 * (single.weights // 4),)
     assert fsdp.communication == 2 * 4 * (sizes.outer + 2 * ((sizes.parameters - sizes.outer) // 4))
@@ -280,8 +280,8 @@ def test_fsdp_shards_and_gathers(architecture):
 
 def test_fsdp_in_mixed_precision_gathers_and_computes_in_bfloat16():
     architecture = decoder_like(vocab_size=8192)
-    full, mixed = (architecture.memory(p, strategy="fsdp", ranks=4)(2) for p in ("32-true", "bf16-mixed"))
-    half = architecture.memory("bf16-true", strategy="fsdp", ranks=4)(2)
+    full, mixed = (architecture.memory_model(p, strategy="fsdp", ranks=4)(2) for p in ("32-true", "bf16-mixed"))
+    half = architecture.memory_model("bf16-true", strategy="fsdp", ranks=4)(2)
     assert (mixed.weights, mixed.copies) == (full.weights, 0)
     assert mixed.communication == half.communication == full.communication // 2
     assert (mixed.activations, mixed.work) == (half.activations, half.work)
@@ -290,7 +290,7 @@ def test_fsdp_in_mixed_precision_gathers_and_computes_in_bfloat16():
 @pytest.mark.parametrize("architecture", [decoder_like(), vit_like()], ids=["decoder", "vit"])
 def test_offload_leaves_the_shard_of_one_block_on_the_device(architecture):
     sharded, offloaded = (
-        architecture.memory("32-true", strategy="fsdp", ranks=4, offload=offload)(2) for offload in (False, True)
+        architecture.memory_model("32-true", strategy="fsdp", ranks=4, offload=offload)(2) for offload in (False, True)
     )
     sizes = architecture.sizes
     assert offloaded.weights == offloaded.gradients == 4 * ((sizes.parameters - sizes.outer) // 4) // 4
@@ -385,7 +385,7 @@ def test_the_size_of_another_source_than_c4_is_not_known():
 def test_the_largest_micro_batch_fits_and_a_larger_one_does_not():
     config = composed("experiments=table1_1b")
     most = estimated("experiments=table1_1b").max_micro_batch_size
-    memory = Architecture.of(config).memory("bf16-true", most)
+    memory = Architecture.of(config).memory_model("bf16-true", most)
     assert memory(most).total <= 80e9 < memory(most + 1).total
     large = ("model=llama_7b", "data.micro_batch_size=1")
     assert estimated(*large).max_micro_batch_size == 0
@@ -409,7 +409,7 @@ def test_precision_follows_the_hardware():
 
 
 def test_the_memory_and_speed_of_this_machine_are_in_bytes_and_operations():
-    memory, rate = module.device("cpu", "32-true")
+    memory, rate = module.memory_and_peak("cpu", "32-true")
     assert memory > 2**28
     assert rate > 1e8
 

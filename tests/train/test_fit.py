@@ -34,7 +34,14 @@ from cod_lightning.train.load import load_run
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, gradient_norm
 from cod_lightning.train.record import git_commit, read_record
-from cod_lightning.train.run import build, check_repetition, evaluate, fit, probes, vocab_size
+from cod_lightning.train.run import (
+    build_data_and_module,
+    check_repetition,
+    checked_vocab_size,
+    fit,
+    probe_callbacks,
+    validate_checkpoint,
+)
 
 QUIET = "trainer.stats_every=0"
 """No measures during training, which do not change it."""
@@ -86,7 +93,7 @@ def test_loss_and_gradient_of_a_step_are_weighted_by_tokens_or_micro_batches(toy
     monkeypatch.setattr(module, "gradient_norm", lambda optimizer: norms.append(gradient_norm(optimizer)) or norms[-1])
     words = ["data.layout=document", "data.micro_batch_size=2", f"optim.weighting={weighting}", "trainer.max_steps=1"]
     record, _ = train(*words)
-    data, untrained = build(compose([*toy, *words]))
+    data, untrained = build_data_and_module(compose([*toy, *words]))
     untrained.configure_model()
     batch = next(iter(data.train_dataloader()))
     parts = [untrained.decoder(part, next_tokens(part, data.tokenizer.pad_id)) for part in batch.split(2)]
@@ -387,7 +394,7 @@ def test_emulated_bfloat16_is_not_used(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for mapped files in /proc")
-@pytest.mark.parametrize("use", [load_run, lambda folder: evaluate(load(folder), last(folder))])
+@pytest.mark.parametrize("use", [load_run, lambda folder: validate_checkpoint(load(folder), last(folder))])
 def test_commands_that_use_the_weights_only_map_the_checkpoint(plain, monkeypatch, use):
     mapped = []
 
@@ -411,7 +418,7 @@ def test_a_rank_that_is_gone_stops_an_evaluation(plain, monkeypatch):
     config = load(plain[1])
     monkeypatch.setattr("cod_lightning.train.run.build_trainer", lambda _: SimpleNamespace(validate=validate))
     with pytest.raises(Stopped, match="another of the 2 ranks is gone"):
-        evaluate(replace(config, trainer=replace(config.trainer, devices=2)), last(plain[1]))
+        validate_checkpoint(replace(config, trainer=replace(config.trainer, devices=2)), last(plain[1]))
 
 
 @pytest.mark.parametrize(("layout", "fits"), [("packed", True), ("document", False), ("instructions", False)])
@@ -422,13 +429,13 @@ def test_only_a_packed_set_needs_no_pad_in_the_vocabulary(layout, fits):
     data = SimpleNamespace(manifest=manifest, tokenizer=tokenizer)
     config = compose(["model.vocab_size=270", "data.vocab_size=270"])
     with nullcontext() if fits else pytest.raises(UserError, match=r"token 270 .* set model\.vocab_size=271"):
-        assert vocab_size(config, data) == 270
+        assert checked_vocab_size(config, data) == 270
 
 
 @pytest.mark.parametrize(("probe_rows", "held_out", "expected"), [(None, 7, 7), (None, 70, 8), (9, 7, 9)])
 def test_the_probe_is_eight_sequences_or_all_unless_it_is_set(probe_rows, held_out, expected):
     data = SimpleNamespace(val_set=range(held_out), probe_batch=torch.zeros)
-    (callback,) = probes(TrainerConfig(probe_rows=probe_rows, measures={}), data, Recorder(1, "strict"))
+    (callback,) = probe_callbacks(TrainerConfig(probe_rows=probe_rows, measures={}), data, Recorder(1, "strict"))
     assert len(callback.probe) == expected
 
 
@@ -457,7 +464,7 @@ def test_enough_text_needs_no_repetition(train, tmp_path):
     # To evaluate on less text repeats nothing either.
     (tmp_path / "less.jsonl").write_text('{"text": "Short words of another text, of which there is less."}\n' * 20)
     words = [f"data.files={tmp_path}/less.jsonl", "data.val_every=2"]
-    assert evaluate(load_run_config(folder, words, False, "evaluate"), last(folder))["val_tokens"] < 500
+    assert validate_checkpoint(load_run_config(folder, words, False, "evaluate"), last(folder))["val_tokens"] < 500
 
 
 @pytest.fixture(scope="module")
@@ -472,7 +479,7 @@ def run_of_changed_text(toy, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "use", [evaluate, lambda config, checkpoint: open_run(config, checkpoint.parents[1], checkpoint, 1)]
+    "use", [validate_checkpoint, lambda config, checkpoint: open_run(config, checkpoint.parents[1], checkpoint, 1)]
 )
 def test_text_with_another_tokenizer_than_the_runs_is_refused(run_of_changed_text, use):
     with pytest.raises(UserError, match=r"another tokenizer than that of .*: pass data\.tokenizer=/.*/tokenizer$"):
@@ -481,7 +488,7 @@ def test_text_with_another_tokenizer_than_the_runs_is_refused(run_of_changed_tex
 
 def test_changed_text_is_read_with_the_runs_tokenizer(run_of_changed_text):
     words = [f"data.tokenizer={run_of_changed_text}/tokenizer"]
-    assert math.isfinite(evaluate(load(run_of_changed_text, words), last(run_of_changed_text))["val_loss"])
+    assert math.isfinite(validate_checkpoint(load(run_of_changed_text, words), last(run_of_changed_text))["val_loss"])
 
 
 def test_numbers_that_are_not_finite_are_null_in_a_record(train, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cod_lightning.train.checkpoint import checkpoints
+from cod_lightning.train.checkpoint import list_checkpoints
 from command_words import last_of_each
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def test_a_lost_host_stops_the_other_and_both_resume(hosts, toy, train, tmp_path
         for process in both:
             process.kill()
             process.wait()
-    assert 10 <= int(checkpoints(tmp_path / "both" / "checkpoints")[-1].stem.removeprefix("step-")) < 30
+    assert 10 <= int(list_checkpoints(tmp_path / "both" / "checkpoints")[-1].stem.removeprefix("step-")) < 30
     assert ip("-n", hosts[1], "link", "set", hosts[1], "up").returncode == 0
     again = start_both()
     assert [process.wait(TIMEOUT) for process in again] == [0, 0], logs[0].read_text()

@@ -26,7 +26,7 @@ from cod_lightning.train.callbacks import StopOnSignal
 from cod_lightning.train.checkpoint import (
     AtomicCheckpointIO,
     MetadataUnpickler,
-    checkpoints,
+    list_checkpoints,
     read_checkpoint,
     read_for_weights,
 )
@@ -283,7 +283,7 @@ def test_a_sharded_run_in_mixed_precision_has_the_losses_of_one_process(train_in
 def test_a_run_resumes_on_any_number_of_ranks_under_any_strategy(output, single, resumed, name):
     assert losses(resumed[name]) == pytest.approx(losses(single), rel=1e-5)
     assert resumed[name]["val_loss"] == pytest.approx(single["val_loss"], rel=1e-5)
-    assert checkpoints(output / name / "checkpoints")[-1].is_dir() == (name in ("on2", "on4", "file"))
+    assert list_checkpoints(output / name / "checkpoints")[-1].is_dir() == (name in ("on2", "on4", "file"))
 
 
 def test_a_run_resumed_on_the_same_ranks_is_bit_identical(sharded, resumed):
@@ -451,7 +451,7 @@ def test_sigterm_exits_with_status_75_and_one_checkpoint(toy, tmp_path, wait_for
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT) == 75, log.read_text()
     assert "checkpoint saved\nrun the same command again to resume" in log.read_text()
-    assert len(checkpoints(tmp_path / "stopped" / "checkpoints")) == 1
+    assert len(list_checkpoints(tmp_path / "stopped" / "checkpoints")) == 1
 
 
 def test_a_run_interrupted_before_a_validation_resumes_with_it(train, monkeypatch):
@@ -489,7 +489,7 @@ def test_the_other_ranks_stop_with_an_error_if_one_dies(toy, tmp_path, wait_for)
 
 def test_other_optimizer_groups_are_refused_under_fsdp(train, plain, tmp_path):
     copy_checkpoints(plain[1], tmp_path / "run", until=4)
-    path = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     checkpoint = read_checkpoint(path)
     state = checkpoint["optimizer_states"][0]
     state["param_groups"] = [state["param_groups"][0] | {"params": list(state["state"])}]

@@ -8,7 +8,7 @@ from cod_lightning.cli import main
 from cod_lightning.config.saved import load
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.train.load import load_run
-from cod_lightning.train.run import evaluate
+from cod_lightning.train.run import validate_checkpoint
 
 RUN = ("norm=pro_res", "norm.warmup=3")
 """The three layers reach 1 at steps 3, 6 and 9; the run has six steps."""
@@ -47,7 +47,7 @@ def test_a_loaded_run_has_the_factors_of_its_last_step(whole):
 
 def test_evaluate_uses_the_factors_of_the_checkpoint(whole):
     record, folder = whole
-    assert evaluate(load(folder), last(folder))["val_loss"] == record["val_loss"]
+    assert validate_checkpoint(load(folder), last(folder))["val_loss"] == record["val_loss"]
 
 
 def test_all_micro_batches_of_a_step_have_its_factors(train, monkeypatch):

@@ -17,9 +17,9 @@ from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.data.tokenizers import train_bpe
 from cod_lightning.errors import UserError
-from cod_lightning.train.checkpoint import checkpoints, read_checkpoint
+from cod_lightning.train.checkpoint import list_checkpoints, read_checkpoint
 from cod_lightning.train.optim import frozen_blocks
-from cod_lightning.train.run import build
+from cod_lightning.train.run import build_data_and_module
 from command_words import last_of_each
 
 
@@ -57,7 +57,7 @@ def one_step(request, tuning, tune_shared):
     weighting = f"optim.weighting={request.param}"
     overrides = ["data.micro_batch_size=4", weighting, "trainer.max_steps=1", "optim.lr=1e-30"]
     record, _ = tune_shared(*overrides, f"name={request.param}")
-    data, module = build(compose([*tuning, *overrides]))
+    data, module = build_data_and_module(compose([*tuning, *overrides]))
     module.configure_model()
     return request.param, record, data, module
 
@@ -334,7 +334,7 @@ def lisa(tune_shared):
     """Record and checkpoints of a run that saves every step."""
     overrides = ["trainer.checkpoint_every=1", "trainer.keep_last=99", "data.micro_batch_size=4"]
     record, folder = tune_shared(*LISA, *overrides, "trainer.stats_every=1", "name=lisa")
-    return record, checkpoints(folder / "checkpoints")
+    return record, list_checkpoints(folder / "checkpoints")
 
 
 def test_a_step_changes_all_weights_but_those_of_frozen_blocks(lisa):
@@ -419,7 +419,7 @@ def test_two_ranks_report_the_metrics_of_one_process(ranks):
 
 
 def test_two_ranks_train_the_blocks_of_one_process(ranks):
-    for pair in zip(*(checkpoints(folder / "checkpoints") for folder in ranks), strict=True):
+    for pair in zip(*(list_checkpoints(folder / "checkpoints") for folder in ranks), strict=True):
         states = [read_checkpoint(path)["optimizer_states"][0]["state"] for path in pair]
         one, two = ({number: int(entry["step"]) for number, entry in state.items()} for state in states)
         assert one == two

@@ -1,4 +1,4 @@
-"""The figures of a validation, of modules whose model is a function."""
+"""The metrics of a validation, of modules whose model is a function."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from cod_lightning.train.vision import VisionModule
 
 @torch.no_grad()
 def validated(module, *batches):
-    """The figures of one validation for each batch."""
-    figures = []
-    module.log_figures = figures.append
+    """The metrics of one validation for each batch."""
+    metrics = []
+    module.log_val_metrics = metrics.append
     for batch in batches:
         module.validation_step(batch, 0)
         module.on_validation_epoch_end()
-    return figures
+    return metrics
 
 
 def test_each_validation_has_the_accuracy_of_its_images_alone():
@@ -30,9 +30,9 @@ def test_each_validation_has_the_accuracy_of_its_images_alone():
     logits = [4 * torch.eye(3)[predicted] for predicted in ([0, 0, 1, 0, 1, 0], [1, 2, 1, 0, 2, 0])]
     first, second = validated(module, *((part, labels, index) for part in logits))
     assert (first["accuracy"], second["accuracy"]) == (pytest.approx(80), pytest.approx(20))
-    for figures, part in zip((first, second), logits, strict=True):
-        assert figures["val_images"] == 5
-        assert figures["val_loss"] == pytest.approx(F.cross_entropy(part[:5], labels[:5]).item())
+    for metrics, part in zip((first, second), logits, strict=True):
+        assert metrics["val_images"] == 5
+        assert metrics["val_loss"] == pytest.approx(F.cross_entropy(part[:5], labels[:5]).item())
 
 
 def test_each_validation_has_the_loss_and_the_accuracy_of_its_answers_alone():

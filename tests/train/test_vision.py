@@ -15,8 +15,8 @@ from cod_lightning.measure.activation_stats import layer_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.train.callbacks import TRAINING_MEASURES
-from cod_lightning.train.loggers import layout
-from cod_lightning.train.run import build
+from cod_lightning.train.loggers import custom_scalars
+from cod_lightning.train.run import build_data_and_module
 from command_words import last_of_each
 
 VISION = ("task=vision", "model=vit_tiny", "images.min_crop=1")
@@ -29,7 +29,7 @@ def train_images(train):
 
 def restored(folder):
     """The data and the model of a finished run."""
-    data, module = build(load(folder))
+    data, module = build_data_and_module(load(folder))
     module.configure_model()
     module.load_state_dict(newest(folder)["state_dict"])
     return data, module
@@ -56,7 +56,7 @@ def test_a_run_learns_to_classify_drawn_images(train_images):
 
 def test_the_first_charts_are_loss_and_accuracy():
     config = compose(VISION)
-    assert layout(config.task, config.trainer)["loss"]["accuracy"] == ["Multiline", ["val/accuracy"]]
+    assert custom_scalars(config.task, config.trainer)["loss"]["accuracy"] == ["Multiline", ["val/accuracy"]]
 
 
 def test_a_run_resumed_from_its_newest_checkpoint_is_bit_identical(train_images, tmp_path):
@@ -68,7 +68,7 @@ def test_a_run_resumed_from_its_newest_checkpoint_is_bit_identical(train_images,
 
 
 def test_a_checkpoint_with_other_optimizer_groups_is_refused(toy):
-    _, module = build(compose([*toy, *VISION]))
+    _, module = build_data_and_module(compose([*toy, *VISION]))
     module.configure_model()
     positions_decayed = [{"param_groups": [{"params": list(range(27))}, {"params": [27]}]}]
     checkpoint = {"state_dict": module.state_dict(), "tokens": 0, "optimizer_states": positions_decayed}

@@ -62,16 +62,16 @@ def run(
     import_torchmetrics()
     from cod_lightning.config.schema import COUNTS, PROTOCOLS, is_shown
     from cod_lightning.train.load import checkpoint_of
-    from cod_lightning.train.run import evaluate
+    from cod_lightning.train.run import validate_checkpoint
 
     protocol = options.get("protocol", config.protocol)
     require_choice("protocol", protocol, PROTOCOLS)
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
     if rank:
         sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints the results\n")
-    figures = evaluate(config, checkpoint_of(run, checkpoint))
+    metrics = validate_checkpoint(config, checkpoint_of(run, checkpoint))
     if rank == 0:
-        for name, value in figures.items():
+        for name, value in metrics.items():
             if is_shown(name, protocol):
                 print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
 
@@ -105,8 +105,8 @@ def score_run(
         device=accelerator(config.trainer),
         limit=limit,
     )
-    for task, figures in scores.items():
-        for name, value in figures.items():
+    for task, metrics in scores.items():
+        for name, value in metrics.items():
             print(f"{task} {name} {value:.6g}")
     if limit is None:
         save_scores(run, scores, checkpoint)

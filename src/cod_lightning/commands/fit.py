@@ -16,7 +16,7 @@ from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, r
 from cod_lightning.commands.processes import CommandPool, sweep_labels
 from cod_lightning.errors import Diverged, UserError, os_message
 from cod_lightning.files import check_writable, locked
-from cod_lightning.train.ranks import check_ranks, is_first_rank
+from cod_lightning.train.ranks import check_ranks, is_rank_zero
 
 if TYPE_CHECKING:
     from cod_lightning.config.schema import Config
@@ -55,7 +55,7 @@ def run(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     config = compose(overrides)
     config.row = row_of(config)
     record, folder = train_run(config)
-    if is_first_rank():
+    if is_rank_zero():
         from cod_lightning.commands.terminal import run_summary, show
 
         show(run_summary(record, folder))
@@ -78,8 +78,8 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     from cod_lightning.nn.strategies import build_all, warnings
 
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
-    folder, first = check_folder(config), rank == 0
-    if not first:
+    folder, rank_zero = check_folder(config), rank == 0
+    if not rank_zero:
         sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints and keeps the results\n")
     else:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
@@ -93,12 +93,12 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     if config.resume and (record := read_record(folder)) is not None:
         if from_dict(record["config"], folder / RECORD).id != config.id:
             raise UserError(f"{folder / RECORD} is of a run with other settings: remove it, or choose another name=")
-        if first:
+        if rank_zero:
             print("this run is finished: pass resume=false to retrain", file=sys.stderr)
         return record, folder
     check_init_from(config)
     check_loggers(config.loggers)
-    if first:
+    if rank_zero:
         for path in (folder, folder / CHECKPOINTS, folder / TOKENIZER):
             check_writable(path, f"output={config.output}: the run folder ")
         check_writable(lock_of(folder), f"output={config.output}: the lock of the run folder ", new=True)
@@ -113,11 +113,11 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
                         raise UserError(f"{folder} was written by another process meanwhile: run the command again")
                 create_run_folder(config)
 
-            if first and not is_new:
+            if rank_zero and not is_new:
                 locks.enter_context(lock_folder(folder))
-            return fit(config, folder, begin if first else lambda: None), folder
+            return fit(config, folder, begin if rank_zero else lambda: None), folder
     except Diverged as error:
-        if first:
+        if rank_zero:
             write_failure(folder, asdict(config), str(error))
         raise
     except OSError as error:

@@ -17,7 +17,7 @@ from cod_lightning.nn.strategy_lookup import default_options
 from cod_lightning.settings import metadata, setting
 
 METRIC_FORMATS = {"val_loss": ".4f", "ppl": ".2f", "ppl_paper_protocol": ".2f", "accuracy": ".2f"}
-"""Figures of a validation and how they are printed; a task has some of them."""
+"""Validation metrics and their print formats; the task decides which exist."""
 COUNTS = ("val_tokens", "val_images")
 """Counts of the tokens or images that a validation evaluates."""
 
@@ -27,9 +27,9 @@ def is_shown(name: str, protocol: str) -> bool:
     return name != "ppl_paper_protocol" or protocol == "paper"
 
 
-def printed_metrics(figures: Iterable[str], protocol: str) -> list[str]:
-    """The metrics among `figures` that are shown."""
-    return [name for name in METRIC_FORMATS if name in figures and is_shown(name, protocol)]
+def printed_metrics(names: Iterable[str], protocol: str) -> list[str]:
+    """The metrics among `names` that are shown."""
+    return [name for name in METRIC_FORMATS if name in names and is_shown(name, protocol)]
 
 
 TOKENIZER = "tokenizer"

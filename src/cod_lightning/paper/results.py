@@ -15,7 +15,7 @@ from cod_lightning.evaluate import PAPER_TASKS, SCORES_FILE
 from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.paper.claims import Run
-from cod_lightning.train.record import FAILURE, RECORD, load_record
+from cod_lightning.train.record import FAILURE, RECORD, read_record_file
 from cod_lightning.typed_json import read_json
 
 MEASURES_FOLDER = "measure"
@@ -54,7 +54,7 @@ def load_runs(results: Path) -> dict[str, Run]:
         measures = load_measures(folder)
         path = record_path(folder)
         if path.is_file():
-            record = load_record(path)
+            record = read_record_file(path)
             scores = load_task_scores(folder / SCORES_FILE)
             # A run that resume=false moved aside, to NAME.previous-1, follows its successor.
             run = Run(record["seed"], record | scores, measures, folder)

@@ -137,8 +137,8 @@ class Recorder(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = trainer.callback_metrics
-        figures = {name: float(metrics[name]) for name in (*METRIC_FORMATS, *COUNTS) if name in metrics}
-        self.add(trainer, "val", **figures)
+        values = {name: float(metrics[name]) for name in (*METRIC_FORMATS, *COUNTS) if name in metrics}
+        self.add(trainer, "val", **values)
 
     def final(self) -> dict[str, Any]:
         """The metrics of the last validation, and tokens, tokens per second and seconds of the run."""

@@ -52,18 +52,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with open_atomic(path, replace_path) as file:
                 torch.save(checkpoint, file)
 
-        self.failure = write_error(write, path)
+        self.failure = try_write(write, path)
 
     def save_sharded(
-        self, checkpoint: dict[str, Any], path: Path, first: bool, broadcast: Callable[[Any], Any]
+        self, checkpoint: dict[str, Any], path: Path, is_global_zero: bool, broadcast: Callable[[Any], Any]
     ) -> None:
         """Write a checkpoint folder; every rank calls this and writes its shards.
 
         Args:
             checkpoint: Lightning's checkpoint with sharded tensors.
             path: the folder; an existing checkpoint is replaced.
-            first: whether this rank writes the entries that are not sharded.
-            broadcast: returns the first rank's value on all ranks.
+            is_global_zero: whether this rank is 0, which writes the entries that are not sharded.
+            broadcast: returns rank 0's value on all ranks.
         """
         others, tensors = split_tensors(checkpoint)
         partial = path.with_name(broadcast(partial_path(path).name))
@@ -72,24 +72,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.mkdir(parents=True)
             torch.save(others, partial / NON_TENSORS)
 
-        def on_first_rank(write: Callable[[], None]) -> bool:
-            """Call `write` on the first rank; return on all ranks whether it succeeded."""
-            self.failure = broadcast(write_error(write, path) if first else None)
+        def on_rank_zero(write: Callable[[], None]) -> bool:
+            """Call `write` on rank 0; return on all ranks whether it succeeded."""
+            self.failure = broadcast(try_write(write, path) if is_global_zero else None)
             return self.failure is None
 
-        if not on_first_rank(create_folder):
+        if not on_rank_zero(create_folder):
             return
         # dcp.save raises on all ranks if one fails.
-        self.failure = write_error(lambda: dcp.save(tensors, storage_writer=PortableWriter(partial)), path)
+        self.failure = try_write(lambda: dcp.save(tensors, storage_writer=PortableWriter(partial)), path)
         if self.failure is None:
-            on_first_rank(lambda: replace_path(partial, path))
+            on_rank_zero(lambda: replace_path(partial, path))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))
 
 
-def write_error(write: Callable[[], object], path: Path) -> str | None:
-    """Call `write`; return an error message if it failed, else None."""
+def try_write(write: Callable[[], object], path: Path) -> str | None:
+    """Call `write`; return None, or the error message if it failed."""
     try:
         write()
     except (OSError, RuntimeError, CheckpointException) as error:  # torch raises RuntimeError if the disk is full
@@ -228,7 +228,7 @@ def unreadable_error(path: Path, error: BaseException) -> UserError:
     if isinstance(error, PermissionError):
         return no_permission(error, path)
     numbered = CHECKPOINT_NAME.fullmatch(path.name)
-    earlier = [other for other in checkpoints(path.parent) if not numbered or step_of(other) < step_of(path)]
+    earlier = [other for other in list_checkpoints(path.parent) if not numbered or step_of(other) < step_of(path)]
     remedy = "copy it again, or pass resume=false to retrain"
     if earlier:
         remedy = f"{'remove it to use' if numbered else 'use'} {earlier[-1].name}, or {remedy}"
@@ -334,7 +334,7 @@ def is_checkpoint(content: Any) -> bool:
 CHECKPOINT_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, sorted by step.
 
     Raises:
@@ -349,7 +349,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the last step in a folder, None if there is no checkpoint."""
-    return next(reversed(checkpoints(folder)), None)
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -359,6 +359,8 @@ def step_of(checkpoint: Path) -> int:
 
 class Checkpoints(Checkpoint):
     """Saves every `every` steps, before each validation, after the last step, and before the run stops on a signal.
+
+    Also saves, without optimizer state, `best.ckpt` after each validation with the lowest loss.
 
     A run that was interrupted in a validation resumes with it, so that no validation is repeated or missed.
 
@@ -381,7 +383,8 @@ class Checkpoints(Checkpoint):
             UserError: the ranks would resume from different steps.
         """
         if stage == "fit":
-            newest = next((path.name for path in reversed(checkpoints(self.folder))), "missing")
+            path = newest_checkpoint(self.folder)
+            newest = "missing" if path is None else path.name
             first = trainer.strategy.broadcast(newest)
             if pl_module.sum_over_ranks(torch.tensor(int(newest != first))).item():
                 raise UserError(
@@ -408,12 +411,13 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if pl_module.should_stop or step == trainer.max_steps or step % self.every == 0 or step % self.val_every == 0:
+        is_due = step == trainer.max_steps or step % self.every == 0 or step % self.val_every == 0
+        if pl_module.stop_requested or is_due:
             self.save(trainer, f"step-{step:08d}.ckpt")
             if trainer.is_global_zero:
-                for old in checkpoints(self.folder)[: -self.keep]:
+                for old in list_checkpoints(self.folder)[: -self.keep]:
                     remove(old)
-        if pl_module.should_stop and step < trainer.max_steps:
+        if pl_module.stop_requested and step < trainer.max_steps:
             raise Stopped(f"interrupted at step {step}; checkpoint saved", pl_module.stop_signal)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -151,7 +151,7 @@ class Architecture:
         linear = (module for module in network.modules() if isinstance(module, nn.Linear))
         return Sizes(numel([network]), numel(ends), numel(m for m in linear if not (decoder and m is network.lm_head)))
 
-    def memory(
+    def memory_model(
         self,
         precision: str,
         batch_size: int = 1,

@@ -38,6 +38,12 @@ def check_norm_backend(config: Config) -> None:
         )
 
 
+def compile_backend(settings: TrainerConfig) -> str | None:
+    """The torch.compile backend of the blocks, None for eager mode; `trainer.compile=null` compiles on CUDA only."""
+    wanted = accelerator(settings) == "cuda" if settings.compile is None else settings.compile
+    return "inductor" if wanted else None
+
+
 def set_threads(settings: TrainerConfig) -> None:
     """Use `trainer.threads` CPU threads in this process."""
     if settings.threads:

@@ -128,9 +128,9 @@ def estimate(
     precision = trainer.precision
     if precision == "auto":
         precision = "32-true" if hardware == "cpu" else trainer.auto_cuda
-    device_memory, peak = device(hardware, precision, trainer.threads)
-    count = partial(
-        architecture.memory,
+    device_memory, peak = memory_and_peak(hardware, precision, trainer.threads)
+    memory_model = partial(
+        architecture.memory_model,
         precision,
         strategy=strategy,
         ranks=min(gpus, trainer.devices) if trainer.hybrid else gpus,
@@ -138,10 +138,10 @@ def estimate(
         offload=trainer.offload,
         cpu=hardware == "cpu",
     )
-    memory = count(data.micro_batch_size)
+    memory = memory_model(data.micro_batch_size)
     largest = largest_batch(memory, device_memory)
     if largest > data.micro_batch_size:  # extrapolated from a small batch, where gradients of weights take the most
-        largest = largest_batch(count(largest), device_memory)
+        largest = largest_batch(memory_model(largest), device_memory)
     sizes = architecture.sizes
     flops = trainer.max_steps * data.batch_size * training_flops(architecture)
     positions = config.training_tokens
@@ -198,7 +198,7 @@ def gpu_hours(config: Config) -> float:
         raise UserError("\n".join(errors))
     precision = trainer.auto_cuda if trainer.precision == "auto" else trainer.precision
     flops = trainer.max_steps * config.data.batch_size * training_flops(architecture)
-    return flops / (device("h100", precision)[1] * MFU) / 3600
+    return flops / (memory_and_peak("h100", precision)[1] * MFU) / 3600
 
 
 def largest_batch(memory: Callable[[int], Memory], limit: int) -> int:
@@ -210,18 +210,18 @@ def data_needed(data: DataConfig, positions: int, architecture: Architecture) ->
     """The fields of `Estimate` on data."""
     if data.source != "c4" or architecture.images is not None:
         return dict.fromkeys(("token_bytes", "documents", "text_bytes", "download_bytes"))
-    item = 2 if (architecture.model.vocab_size or 0) <= 2**16 else 4
+    itemsize = 2 if (architecture.model.vocab_size or 0) <= 2**16 else 4
     per_document = data.seq_len if data.layout == "document" else C4_TOKENS / C4_DOCUMENTS
     documents = min(math.ceil(positions / per_document), data.max_documents or C4_DOCUMENTS, C4_DOCUMENTS)
     return {
-        "token_bytes": round(min(positions, documents * per_document)) * item,
+        "token_bytes": round(min(positions, documents * per_document)) * itemsize,
         "documents": documents,
         "text_bytes": round(documents * C4_TEXT),
         "download_bytes": round(documents * C4_DOWNLOAD),
     }
 
 
-def device(hardware: str, precision: str, threads: int = 0) -> tuple[int, float]:
+def memory_and_peak(hardware: str, precision: str, threads: int = 0) -> tuple[int, float]:
     """Memory in bytes and peak FLOP/s of `hardware`; `threads` as in the trainer's section."""
     half = precision != "32-true"
     if hardware == "cpu":

@@ -26,7 +26,7 @@ from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, newest_chec
 
 
 @dataclass(frozen=True)
-class StartingWeights:
+class InitialWeights:
     """Weights that replace the random initialisation."""
 
     weights: Mapping[str, Tensor]
@@ -65,7 +65,7 @@ def load_run(
         trust_code: import the strategy `norm=package.module:function` that the run names.
 
     Raises:
-        UserError: no such run or checkpoint, a damaged file, or a run of images.
+        UserError: no such run or checkpoint, a damaged file, a run of images, or code without `trust_code`.
     """
     config = load(Path(folder), trust_code=trust_code)
     return load_decoder(config, Path(folder), checkpoint_of(Path(folder), checkpoint))
@@ -118,25 +118,26 @@ def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
     return vit
 
 
-def read_run_weights(checkpoint: Path, model: str) -> tuple[dict[str, Tensor], int, int]:
+def read_run_weights(checkpoint: Path, prefix: str) -> tuple[dict[str, Tensor], int, int]:
     """The weights of a run's `decoder` or `vit`, the number of outputs of its head, and the step of the checkpoint.
 
     Raises:
         UserError: the checkpoint is unreadable, has no such head, or holds NaN or Inf.
     """
-    head = {"decoder": "lm_head.weight", "vit": "head.weight"}[model]
+    head = {"decoder": "lm_head.weight", "vit": "head.weight"}[prefix]
     state = read_for_weights(checkpoint)
-    weights = weights_of(state, model)
+    weights = weights_of(state, prefix)
     if head not in weights or weights[head].ndim != 2:
-        raise UserError(f"{checkpoint}: not a checkpoint of a {model}: {head} is missing or not a matrix")
+        raise UserError(f"{checkpoint}: not a checkpoint of a {prefix}: {head} is missing or not a matrix")
     require_finite(weights.items(), str(checkpoint))
     return weights, len(weights[head]), state.get("global_step", 0)
 
 
-def weights_of(checkpoint: Mapping[str, Any], model: str) -> dict[str, Tensor]:
+def weights_of(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
     """The weights of a run's `decoder` or `vit` by parameter name."""
-    state, prefix = checkpoint["state_dict"], f"{model}."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    start = f"{prefix}."
+    state = checkpoint["state_dict"]
+    return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
 
 
 def empty_decoder(config: Config, vocab_size: int) -> Decoder:
@@ -145,7 +146,7 @@ def empty_decoder(config: Config, vocab_size: int) -> Decoder:
     return Decoder(replace(config.model, vocab_size=vocab_size), specs)
 
 
-def load_initial_weights(config: Config, source: Path) -> StartingWeights:
+def load_initial_weights(config: Config, source: Path) -> InitialWeights:
     """The weights of `init_from`.
 
     Args:
@@ -181,7 +182,7 @@ def load_initial_weights(config: Config, source: Path) -> StartingWeights:
             f"{remedy}"
         )
     require_finite(weights.items(), f"init_from={source}")
-    return StartingWeights(weights, str(path), checkpoint.get("global_step", 0))
+    return InitialWeights(weights, str(path), checkpoint.get("global_step", 0))
 
 
 def write_run(config: Config, decoder: Decoder, tokenizer: DocumentTokenizer, folder: Path) -> None:

@@ -51,7 +51,10 @@ def build_loggers(config: Config, folder: Path, step: int | None) -> list[Logger
 
 
 class EventLogger(TensorBoardLogger):
-    """Raises the error of the thread that writes events, such as a full disk, which Lightning calls a wrong value."""
+    """A TensorBoardLogger that raises the OSError of its writer thread, such as a full disk.
+
+    Lightning raises a ValueError.
+    """
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         try:
@@ -91,13 +94,16 @@ def mlflow_logger(config: Config) -> MLFlowLogger:
 
 
 def log_config(trainer: Trainer, config: Config) -> None:
-    """Log the configuration as text, and as hyperparameters where these need no final loss; lay out TensorBoard."""
+    """Log the configuration as text and, except to TensorBoard, as hyperparameters; lay out TensorBoard's charts.
+
+    TensorBoard's table of hyperparameters needs the final loss.
+    """
     values = asdict(config)
     text = yaml.safe_dump(values, sort_keys=False)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
-            logger.experiment.add_custom_scalars(layout(config.task, config.trainer))
+            logger.experiment.add_custom_scalars(custom_scalars(config.task, config.trainer))
             continue
         logger.log_hyperparams(hyperparameters(values))
         if isinstance(logger, WandbLogger):
@@ -115,7 +121,7 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def layout(task: str, settings: TrainerConfig) -> dict[str, dict[str, list[Any]]]:
+def custom_scalars(task: str, settings: TrainerConfig) -> dict[str, dict[str, list[Any]]]:
     """TensorBoard's Custom Scalars tab: the losses first, then one chart a measure with all of its layers."""
     groups: dict[str, list[str]] = {}
     if settings.stats_every:
@@ -145,7 +151,7 @@ def log_figure(trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
             logger.experiment.log_figure(logger.run_id, figure, f"{name}/step-{step:08d}.png")
 
 
-def finish(trainer: Trainer, config: Mapping[str, Any], val_loss: float) -> None:
+def finish_loggers(trainer: Trainer, config: Mapping[str, Any], val_loss: float) -> None:
     """Log the hyperparameters with the validation loss for TensorBoard's hparams table, and end the run of wandb."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

@@ -33,10 +33,10 @@ from cod_lightning.nn.norms import with_kind
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
-from cod_lightning.train.devices import precision
-from cod_lightning.train.load import StartingWeights
+from cod_lightning.train.devices import compile_backend, precision
+from cod_lightning.train.load import InitialWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
-from cod_lightning.train.strategy import Sharded, compile_backend
+from cod_lightning.train.strategy import FSDP2Strategy
 
 ADVICE = "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
 
@@ -54,18 +54,18 @@ class StepModule(LightningModule, ABC):
     def __init__(self, config: Config):
         super().__init__()
         self.automatic_optimization = False
-        self.config, self.optim = config, config.optim
+        self.config = config
         self.specs = build_all(config.norm, config.model.num_hidden_layers)
         self.micro_batch_size = config.data.micro_batch_size
         self.pad_id: int | None = None
         """The padding token, None if there is no padding."""
-        self.initial_weights: StartingWeights | None = None
+        self.initial_weights: InitialWeights | None = None
         """Weights that replace the random initialisation."""
         self.origin: dict[str, Any] | None = None
         """The entry `init_from` of a checkpoint and a record: path and step of the initial weights."""
         self.stop_signal: int | None = None
         """The last signal that asked this process to stop."""
-        self.should_stop = False
+        self.stop_requested = False
         """Some rank received a stop signal before this step; the same on all ranks."""
         self.tokens = 0
         """Tokens read so far without padding, over all ranks."""
@@ -90,26 +90,26 @@ class StepModule(LightningModule, ABC):
         Each rank processes a share of the probe, which is the same on all; the statistics are summed over the ranks.
         """
 
-    def checked_model(self) -> DecoderConfig:
-        """`config.model`, with the norms of torch if the Triton kernels are wrong on this device.
+    def model_config(self) -> DecoderConfig:
+        """`config.model`, with torch's norms if the Triton kernels are wrong on this device.
 
         Raises:
             UserError: the kernels are wrong, and norm_backend is `triton`.
         """
         model = self.config.model
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
-        computed = precision(self.config.trainer)
-        stream = torch.bfloat16 if computed == "bf16-true" else torch.float32
-        branch = torch.float32 if computed == "32-true" else torch.bfloat16
-        chosen = model.norm_backend
+        precision_name = precision(self.config.trainer)
+        stream = torch.bfloat16 if precision_name == "bf16-true" else torch.float32
+        branch = torch.float32 if precision_name == "32-true" else torch.bfloat16
+        backend = model.norm_backend
         norms = {(with_kind(model, self.specs[-1]).norm, model.hidden_size, 1)}
         for spec in self.specs:
             kind = with_kind(model, spec).norm
             norms |= {(kind, model.hidden_size, sublayer.groups) for sublayer in spec.sublayers}
             norms |= {(kind, model.head_dim, 1)} if spec.head_norm != "no" else set()
         for kind, size, groups in sorted(norms):
-            chosen = checked_backend(chosen, device, kind, size, groups, stream, branch)
-        return replace(model, norm_backend=chosen)
+            backend = checked_backend(backend, device, kind, size, groups, stream, branch)
+        return replace(model, norm_backend=backend)
 
     @abstractmethod
     def build(self, device: torch.device, wrap: Callable[[Any], None]) -> None:
@@ -127,7 +127,7 @@ class StepModule(LightningModule, ABC):
         settings = self.config.trainer
         wrapping: dict[str, Any] = {"checkpointing": settings.checkpointing, "backend": compile_backend(settings)}
         strategy = self._trainer.strategy if self._trainer is not None else None
-        if isinstance(strategy, Sharded):
+        if isinstance(strategy, FSDP2Strategy):
             wrapping |= strategy.sharding()
             device = strategy.parameter_device
         self.build(device, partial(parallelise, **wrapping))
@@ -137,7 +137,7 @@ class StepModule(LightningModule, ABC):
         set_step(self.network, 0 if initial is None else initial.step)
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = build_optimizer(self.network, self.optim, self.config.trainer.max_steps)
+        optimizer, schedule = build_optimizer(self.network, self.config.optim, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -153,54 +153,62 @@ class StepModule(LightningModule, ABC):
         assert isinstance(optimizer, LightningOptimizer)
         assert isinstance(schedule, LRScheduler)
         step = self.trainer.global_step + 1
-        frozen = frozen_blocks(step - 1, len(self.network.blocks), self.optim, self.config.seed)
+        frozen = frozen_blocks(step - 1, len(self.network.blocks), self.config.optim, self.config.seed)
         blocks = [self.network.blocks[index] for index in frozen]
         inputs, targets = self.inputs_and_targets(batch)
         size = self.micro_batch_size
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         stop = torch.tensor(int(self.stop_signal is not None), device=inputs.device)
         count, tokens, stops = self.sum_over_ranks((targets != IGNORE).sum(), self.count_tokens(inputs), stop).tolist()
-        self.should_stop = stops > 0
-        total = torch.zeros((), device=inputs.device, dtype=torch.float64)
+        self.stop_requested = stops > 0
+        loss_sum = torch.zeros((), device=inputs.device, dtype=torch.float64)
         strategy = self.trainer.strategy
         optimizer.zero_grad()
         for number, part in enumerate(micro_batches, start=1):
             no_sync = number < len(micro_batches) and isinstance(strategy, ParallelStrategy)
             with freeze(blocks), strategy.block_backward_sync() if no_sync else nullcontext():
                 output = self.network(*part)
-                if self.optim.weighting == "tokens":
+                if self.config.optim.weighting == "tokens":
                     loss = output.total / max(count, 1)
                 else:
                     mean = output.total / output.counts.sum().clamp(min=1)
                     loss = mean / len(micro_batches) / self.trainer.world_size
-                total += loss.detach()
+                loss_sum += loss.detach()
                 # The strategy averages gradients over the ranks, but the loss is already divided by the global count.
                 self.manual_backward(loss * self.trainer.world_size)
-        (total,) = self.sum_over_ranks(total)
+        (loss_sum,) = self.sum_over_ranks(loss_sum)
         norm = gradient_norm(optimizer.optimizer)
         # One wait for the device serves both.
-        value, norm_value = torch.stack([total, norm.to(total)]).tolist()
+        value, norm_value = torch.stack([loss_sum, norm.to(loss_sum)]).tolist()
         if not math.isfinite(value):
-            # All micro-batches are searched: under FSDP every rank takes part in every forward.
-            layers = [first_bad_layer(self.network, *part) for part in micro_batches]
-            bad = next((layer for layer in layers if layer), "the loss, or on another rank")
             raise Diverged(
-                f"the loss is {value} at step {step}; the first value that is not finite appears in {bad}. {ADVICE}"
+                f"the loss is {value} at step {step}; the first value that is not finite appears in "
+                f"{self.first_bad_place(micro_batches)}. {ADVICE}"
             )
         if not math.isfinite(norm_value):
-            # The backward pass computes the gradients of the last parameters first.
-            grads = {name: to_local(p.grad) for name, p in self.network.named_parameters() if p.grad is not None}
-            names = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
-            bad = names[-1] if names else "a parameter on another rank"
-            raise Diverged(f"the gradient is not finite at step {step}, first for {bad}. {ADVICE}")
-        if self.optim.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.optim.clip, norm)
+            raise Diverged(
+                f"the gradient is not finite at step {step}, first for {self.first_bad_gradient()}. {ADVICE}"
+            )
+        if self.config.optim.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), self.config.optim.clip, norm)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
         set_step(self.network, step)
         self.tokens += int(tokens)
-        return {"loss": total, "lr": lr, "tokens": float(self.tokens)}
+        return {"loss": loss_sum, "lr": lr, "tokens": float(self.tokens)}
+
+    def first_bad_place(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> str:
+        """The place of the first value of a forward pass that is not finite."""
+        # All micro-batches are searched: under FSDP every rank takes part in every forward.
+        layers = [first_bad_layer(self.network, *part) for part in micro_batches]
+        return next((layer for layer in layers if layer), "the loss, or on another rank")
+
+    def first_bad_gradient(self) -> str:
+        """The parameter whose gradient is the first that is not finite; the backward pass starts at the end."""
+        grads = {name: to_local(p.grad) for name, p in self.network.named_parameters() if p.grad is not None}
+        names = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+        return names[-1] if names else "a parameter on another rank"
 
     def sum_over_ranks(self, *values: Tensor) -> Tensor:
         """The sums of tensors of equal shape over all ranks, stacked."""
@@ -215,9 +223,9 @@ class StepModule(LightningModule, ABC):
         part = inputs[self.trainer.global_rank :: self.trainer.world_size]
         return part if len(part) else torch.full_like(inputs[:1], filler)
 
-    def log_figures(self, figures: Mapping[str, Any]) -> None:
-        """Log the figures of a validation, counts in float64: float32 rounds those above 2**24."""
-        for name, value in figures.items():
+    def log_val_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Log the metrics of a validation, counts in float64: float32 rounds those above 2**24."""
+        for name, value in metrics.items():
             dtype = torch.float64 if name in COUNTS else torch.float32
             self.log(name, torch.tensor(float(value), dtype=dtype, device=self.device), logger=False)
 
@@ -261,7 +269,7 @@ class StepModule(LightningModule, ABC):
         Raises:
             UserError: it does not.
         """
-        expected = [len(group["params"]) for group in parameter_groups(self.network, self.optim)]
+        expected = [len(group["params"]) for group in parameter_groups(self.network, self.config.optim)]
         for state in checkpoint.get("optimizer_states", ()):
             if (saved := [len(group["params"]) for group in state["param_groups"]]) != expected:
                 raise UserError(
@@ -288,7 +296,7 @@ class DecoderModule(StepModule):
         self.accuracy = ExactMatch()
 
     def build(self, device: torch.device, wrap: Callable[[Decoder], None]) -> None:
-        self.decoder = build_decoder(self.checked_model(), self.specs, self.config.seed, device, wrap)
+        self.decoder = build_decoder(self.model_config(), self.specs, self.config.seed, device, wrap)
 
     @property
     def network(self) -> Decoder:
@@ -321,12 +329,12 @@ class DecoderModule(StepModule):
             self.accuracy.update(output)
 
     def on_validation_epoch_end(self) -> None:
-        figures = self.perplexity.compute()
+        metrics = self.perplexity.compute()
         if self.accuracy.update_called:
-            figures["accuracy"] = 100 * self.accuracy.compute()
+            metrics["accuracy"] = 100 * self.accuracy.compute()
         self.perplexity.reset()
         self.accuracy.reset()
-        self.log_figures(figures)
+        self.log_val_metrics(metrics)
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:

@@ -36,8 +36,8 @@ class DepthMonitor(Callback):
     restored.
 
     Args:
-        probe: tokens [batch, length], or the encoding that a tokenizer returns, the same at every step; held-out text,
-            best 8 to 32 sequences.
+        probe: token ids, int64 [batch, length], or the encoding that a tokenizer returns, the same at every step;
+            held-out text, best 8 to 32 sequences.
         every: steps between measurements.
         measures: "variance" (mean and median over tokens of the variance of the residual stream), "gradient_norm" (of
             each block's parameters), and names of the command `measure`, such as "jacobian", here on eight layers.
@@ -80,20 +80,19 @@ class DepthMonitor(Callback):
         return WeakKeyDictionary()
 
     @cached_property
-    def proved(self) -> WeakSet[nn.Module]:
-        """The models whose layout is proved."""
+    def verified(self) -> WeakSet[nn.Module]:
+        """The models whose layout is verified."""
         return WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, without the weak references, which it cannot save."""
-        return {name: value for name, value in vars(self).items() if name not in ("last_steps", "proved")}
+        return {name: value for name, value in vars(self).items() if name not in ("last_steps", "verified")}
 
     def step(self, model: nn.Module, step: int) -> dict[str, float]:
         """The measured numbers, such as `variance/layer_01`, if it is time for them, else an empty dictionary.
 
-        It is time at every multiple of `every`, or at the first step after one that was left out: Lightning counts the
-        steps of several optimizers together. Several models, such as a baseline and LNS, may take turns: each is
-        measured once a step.
+        Measures at every multiple of `every`, and at the next step if that one was skipped: with several optimizers,
+        Lightning's global_step advances by more than one. Models may take turns; each is measured once a step.
 
         Args:
             model: as for `measure`.
@@ -101,9 +100,11 @@ class DepthMonitor(Callback):
         """
         if not isinstance(model, nn.Module):
             raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
-        last, self.last_steps[model] = self.last_steps.get(model, step - 1), step
-        is_multiple = step != last and step % self.every == 0
-        return self.measure(model) if is_multiple or step // self.every > last // self.every else {}
+        last = self.last_steps.get(model, step - 1)
+        self.last_steps[model] = step
+        started_again = step < last
+        is_due = step % self.every == 0 if started_again else step // self.every > last // self.every
+        return self.measure(model) if is_due else {}
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure now.
@@ -111,9 +112,12 @@ class DepthMonitor(Callback):
         Args:
             model: a language model that `measure` reads, or a module that holds one.
 
+        Returns:
+            One number per layer, named `variance/layer_01` or, with `module`, `student/variance/layer_01`.
+
         Raises:
             UserError: there is no language model, or several and no `module=`; it is sharded by FSDP1; its layout
-                cannot be proved; or as `measure.batches.checked_tokens` of the probe.
+                cannot be verified; or as `measure.batches.checked_tokens` of the probe.
         """
         inner = submodule(model, self.module, type(model).__name__) if self.module else model
         adapter = find_model(inner, self.layout)
@@ -121,9 +125,9 @@ class DepthMonitor(Callback):
         with measuring(adapter):
             tokens = checked_tokens(adapter, self.probe, self.pad_id, "probe").to(adapter.device)
             tokens = tokens.clone()  # a tensor of inference_mode takes part in no backward pass
-            if adapter.model not in self.proved:
+            if adapter.model not in self.verified:
                 check_layout(adapter)
-                self.proved.add(adapter.model)
+                self.verified.add(adapter.model)
             for name in self.measures:
                 series = MONITORED[name](adapter, tokens, self.pad_id)
                 numbers |= layer_scalars(series, prefix=f"{self.module}/" if self.module else "")

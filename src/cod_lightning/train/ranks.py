@@ -93,7 +93,7 @@ def read_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(launcher, {name: int(value) for name, value in values.items()})
 
 
-def is_first_rank() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process writes files and prints for all ranks.
 
     Raises:
@@ -102,7 +102,7 @@ def is_first_rank() -> bool:
     return read_ranks().rank(devices=1) == 0
 
 
-def is_first_on_node() -> bool:
+def is_local_rank_zero() -> bool:
     """Whether this process reports to the launcher of its node."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 

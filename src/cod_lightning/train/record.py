@@ -94,10 +94,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         UserError: the file is unreadable or not a run record.
     """
     path = folder / RECORD
-    return load_record(path) if path.exists() else None
+    return read_record_file(path) if path.exists() else None
 
 
-def load_record(path: Path) -> dict[str, Any]:
+def read_record_file(path: Path) -> dict[str, Any]:
     """The content of a `record.json` or `failed.json`.
 
     Raises:

@@ -39,13 +39,13 @@ from cod_lightning.train.callbacks import (
 from cod_lightning.train.checkpoint import Checkpoints, newest_checkpoint, read_resumable, step_of
 from cod_lightning.train.devices import accelerator, check_norm_backend, set_threads
 from cod_lightning.train.load import (
-    StartingWeights,
+    InitialWeights,
     load_initial_weights,
     read_run_weights,
     require_own_tokenizer,
     write_tokenizer,
 )
-from cod_lightning.train.loggers import build_loggers, finish, log_config
+from cod_lightning.train.loggers import build_loggers, finish_loggers, log_config
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
 from cod_lightning.train.record import RECORD, environment, write_json
@@ -82,7 +82,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         if checkpoint is None and config.init_from is not None:
             initial = load_initial_weights(config, Path(config.init_from))
 
-        data, module = build(config)
+        data, module = build_data_and_module(config)
         if isinstance(data, TokenDataModule):
             check_repetition(config, data.manifest.train.rows)
         module.initial_weights = initial
@@ -90,7 +90,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
             data.load_state_dict(data_state)
 
         recorder = Recorder(settings.log_every, config.protocol)
-        callbacks = [recorder, StopOnSignal(), *probes(settings, data, recorder)]
+        callbacks = [recorder, StopOnSignal(), *probe_callbacks(settings, data, recorder)]
         if settings.progress:
             callbacks.append(ProgressBar(leave=True) if sys.stderr.isatty() else ProgressLines(recorder))
         saver = Checkpoints(folder / CHECKPOINTS, settings.checkpoint_every, settings.keep_last, config.eval.every)
@@ -102,14 +102,14 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
             write_tokenizer(data.tokenizer, folder / TOKENIZER)
         log_config(trainer, config)
 
-        started = environment()
+        env = environment()
         with translate_rank_failures(settings):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
             if recorder.last_validation != trainer.global_step:
                 trainer.validate(module, data, verbose=False)
 
-        record = finite(build_record(config, started, recorder, trainer, module, data))
-        finish(trainer, record["config"], record["val_loss"])
+        record = finite(build_record(config, env, recorder, trainer, module, data))
+        finish_loggers(trainer, record["config"], record["val_loss"])
         if trainer.is_global_zero:
             write_json(folder / RECORD, record)
     return record
@@ -134,7 +134,7 @@ def resumed_data_state(config: Config, checkpoint: Path) -> dict[str, Any]:
     return content.get("ImageDataModule" if config.task == "vision" else "TokenDataModule", {"fingerprint": None})
 
 
-def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
+def validate_checkpoint(config: Config, checkpoint: Path) -> dict[str, float]:
     """The validation metrics of a checkpoint on the data of `config`.
 
     Raises:
@@ -142,19 +142,19 @@ def evaluate(config: Config, checkpoint: Path) -> dict[str, float]:
         Stopped: a signal interrupted the validation, or another rank is gone.
     """
     with quiet_lightning():
-        model = "vit" if config.task == "vision" else "decoder"
-        weights, _, step = read_run_weights(checkpoint, model)  # before hours of preparation
-        data, module = build(config)
+        prefix = "vit" if config.task == "vision" else "decoder"
+        weights, _, step = read_run_weights(checkpoint, prefix)  # before hours of preparation
+        data, module = build_data_and_module(config)
         if isinstance(data, TokenDataModule):
             require_own_tokenizer(run_folder_of(checkpoint), data)
-        module.initial_weights = StartingWeights(weights, str(checkpoint), step)
+        module.initial_weights = InitialWeights(weights, str(checkpoint), step)
         trainer = build_trainer(config)
         with translate_rank_failures(config.trainer):
             trainer.validate(module, data, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def build(config: Config) -> tuple[Data, StepModule]:
+def build_data_and_module(config: Config) -> tuple[Data, StepModule]:
     """The data and the module of a run; text is prepared if it is not yet.
 
     Raises:
@@ -170,7 +170,7 @@ def build(config: Config) -> tuple[Data, StepModule]:
     tokens = TokenDataModule(config.data, config.seed)
     tokens.prepare_data()
     tokens.setup("fit")
-    model = replace(config.model, vocab_size=vocab_size(config, tokens))
+    model = replace(config.model, vocab_size=checked_vocab_size(config, tokens))
     return tokens, DecoderModule(
         replace(config, model=model), pad_id=tokens.tokenizer.pad_id, val_rows=tokens.val_count
     )
@@ -190,7 +190,7 @@ def check_repetition(config: Config, sequences: int) -> None:
         )
 
 
-def vocab_size(config: Config, data: TokenDataModule) -> int:
+def checked_vocab_size(config: Config, data: TokenDataModule) -> int:
     """`model.vocab_size`, or the tokenizer's.
 
     Raises:
@@ -210,7 +210,7 @@ def vocab_size(config: Config, data: TokenDataModule) -> int:
     return size
 
 
-def probes(settings: TrainerConfig, data: Data, recorder: Recorder) -> list[Callback]:
+def probe_callbacks(settings: TrainerConfig, data: Data, recorder: Recorder) -> list[Callback]:
     """Callbacks that measure the layers during training.
 
     Raises:
@@ -229,7 +229,7 @@ def probes(settings: TrainerConfig, data: Data, recorder: Recorder) -> list[Call
 
 
 def build_record(
-    config: Config, started: dict[str, Any], recorder: Recorder, trainer: Trainer, module: StepModule, data: Data
+    config: Config, env: dict[str, Any], recorder: Recorder, trainer: Trainer, module: StepModule, data: Data
 ) -> dict[str, Any]:
     """The record of a finished run."""
     return {
@@ -241,7 +241,7 @@ def build_record(
         "seed": config.seed,
         "data_fingerprint": data.fingerprint,
         "init_from": module.origin,
-        **started,
+        **env,
         "config": asdict(config),
         "history": recorder.history,
     }

@@ -19,12 +19,12 @@ from cod_lightning.train.checkpoint import AtomicCheckpointIO, load_file, read_s
 from cod_lightning.train.devices import accelerator, precision
 
 
-def build_strategy(settings: TrainerConfig, *, unused: bool = False) -> Any:
+def build_strategy(settings: TrainerConfig, *, find_unused_parameters: bool = False) -> Any:
     """The strategy for Lightning's Trainer.
 
     Args:
         settings: the section `trainer`.
-        unused: whether some parameters get no gradient in some steps.
+        find_unused_parameters: whether some parameters get no gradient in some steps.
 
     Raises:
         UserError: CPU offload without a GPU.
@@ -32,19 +32,14 @@ def build_strategy(settings: TrainerConfig, *, unused: bool = False) -> Any:
     if settings.offload and accelerator(settings) == "cpu":
         raise UserError("trainer.offload=true requires a GPU: pass trainer.offload=false")
     if settings.strategy == "fsdp":
-        return Sharded(settings)
+        return FSDP2Strategy(settings)
     if settings.strategy == "ddp":
-        return DDPStrategy(timeout=timedelta(seconds=settings.timeout), find_unused_parameters=unused)
+        timeout = timedelta(seconds=settings.timeout)
+        return DDPStrategy(timeout=timeout, find_unused_parameters=find_unused_parameters)
     return settings.strategy
 
 
-def compile_backend(settings: TrainerConfig) -> str | None:
-    """The torch.compile backend of the blocks, None for eager mode; `trainer.compile=null` compiles on CUDA only."""
-    wanted = accelerator(settings) == "cuda" if settings.compile is None else settings.compile
-    return "inductor" if wanted else None
-
-
-class Sharded(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2: each rank holds a shard of each parameter, of its gradient and of its optimizer state.
 
     Checkpoints are folders in which each rank writes its shards. It loads checkpoints of any strategy and any number of
@@ -85,7 +80,7 @@ class Sharded(ModelParallelStrategy):
             if not any(True for _ in child.parameters()):
                 child.to(self.root_device)
 
-    # Those of other strategies, which gather nothing.
+    # The base class's: ModelParallelStrategy would gather the full state on rank zero.
     lightning_module_state_dict = Strategy.lightning_module_state_dict
     optimizer_state = Strategy.optimizer_state
 

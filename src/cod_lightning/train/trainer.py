@@ -43,7 +43,7 @@ def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: Atomic
             devices=settings.devices,
             num_nodes=settings.num_nodes,
             # LISA: frozen blocks have no gradients, which plain DDP would wait for.
-            strategy=build_strategy(settings, unused=config.optim.lisa_layers > 0),
+            strategy=build_strategy(settings, find_unused_parameters=config.optim.lisa_layers > 0),
             precision=precision(settings),
             max_steps=settings.max_steps,
             max_epochs=-1,
@@ -66,9 +66,9 @@ def build_trainer(config: Config, callbacks: Sequence[Callback] = (), io: Atomic
 
 
 def destroy_process_group() -> None:
-    """Stop the threads of gloo: one that still holds objects while Python ends kills the process with SIGABRT.
+    """Destroy the process group at exit: a gloo thread that is alive then aborts the process (SIGABRT).
 
-    Lightning destroys the groups of NCCL alone.
+    Lightning destroys NCCL groups only.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -37,7 +37,7 @@ class VisionModule(StepModule):
         self.accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE, validate_args=False)
 
     def build(self, device: torch.device, wrap: Callable[[VisionTransformer], None]) -> None:
-        model = self.checked_model()
+        model = self.model_config()
         self.vit = build_model(
             lambda: VisionTransformer(model, self.specs, **self.shape), self.config.seed, device, wrap
         )
@@ -67,11 +67,11 @@ class VisionModule(StepModule):
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` in nats per image, `accuracy` in percent, and `val_images`."""
         losses = self.losses.compute()
-        figures = {
+        metrics = {
             "val_loss": losses["val_loss"],
             "accuracy": 100 * float(self.accuracy.compute()),
             "val_images": float(losses["val_tokens"]),
         }
         self.losses.reset()
         self.accuracy.reset()
-        self.log_figures(figures)
+        self.log_val_metrics(metrics)
