@@ -50,7 +50,7 @@ from cod_lightning.memory import require_memory
 from cod_lightning.nn.config import MAX_LAYERS, DecoderConfig
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import LAST, build_decoder, outer_stds, projection_std
-from cod_lightning.nn.norms import ALPHA, with_kind
+from cod_lightning.nn.norms import ALPHA, with_norm_kind
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
 Array = np.ndarray
@@ -195,7 +195,7 @@ def closed_form(decoder: Decoder) -> dict[str, list[float]]:
     softmax = min(math.exp(min(hidden * head, 99)), vocabulary) / vocabulary
     error = head * (1 - 2 / vocabulary + softmax) / (SEQUENCES * (TOKENS - 1)) ** 2
     of_last = decoder.blocks[-1].spec
-    _, last = norm_factors(outputs[-1].q, with_kind(config, of_last), alpha=of_last.ffn.norm_alpha)
+    _, last = norm_factors(outputs[-1].q, with_norm_kind(config, of_last), alpha=of_last.ffn.norm_alpha)
     g, gradient_norm = last * np.diag([error] * (TOKENS - 1) + [0.0]), []
     for attention_step, ffn_step in zip(reversed(steps[::2]), reversed(outputs), strict=True):
         gradient_norm.append(math.sqrt(SEQUENCES * hidden * g.trace()))
@@ -223,7 +223,7 @@ def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
     """All sub-layers in order, for the kernel q of the embeddings; `skips` are the squares of learned skips."""
     steps: list[Step] = []
     for layer, block in enumerate(decoder.blocks, start=1):
-        config = with_kind(decoder.config, block.spec)
+        config = with_norm_kind(decoder.config, block.spec)
         if block.spec.entry_norm:
             q = q * norm_factors(q, config, alpha=block.spec.attention.norm_alpha)[0]
         of_block = q

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cod_lightning.kernels.loss import TokenLoss, linear_cross_entropy
 from cod_lightning.nn.config import DecoderConfig
-from cod_lightning.nn.norms import IdentityNorm, Norm, final_norm, norm_if, pre_norm, with_kind
+from cod_lightning.nn.norms import IdentityNorm, Norm, final_norm, norm_if, pre_norm, with_norm_kind
 from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
 
 ActivationHook = Callable[[str, int, Tensor], object]
@@ -94,8 +94,8 @@ class Residual(nn.Module):
     def __init__(self, config: DecoderConfig, spec: SublayerSpec):
         super().__init__()
         self.spec = spec
-        weight, alpha = SublayerSpec(pre_norm_weight=spec.branch_norm_weight), spec.norm_alpha
-        self.branch_norm = norm_if(spec.branch_norm, config, spec=weight, alpha=alpha)
+        alpha = spec.norm_alpha
+        self.branch_norm = norm_if(spec.branch_norm, config, initial_weight=spec.branch_norm_weight, alpha=alpha)
         self.sum_norm = norm_if(spec.sum_norm, config, alpha=alpha)
         # [1] and not 0-dimensional, which `fully_shard` refuses.
         shape = {"no": None, "scalar": (1,), "channel": (config.hidden_size,)}[spec.learned_branch_scale]
@@ -138,7 +138,7 @@ class Block(nn.Module):
         self, config: DecoderConfig, spec: BlockSpec, attention: Attention | None = None, mlp: nn.Module | None = None
     ):
         super().__init__()
-        self.spec, config = spec, with_kind(config, spec)
+        self.spec, config = spec, with_norm_kind(config, spec)
         self.entry_norm = norm_if(spec.entry_norm, config, alpha=spec.attention.norm_alpha)
         self.input_layernorm = pre_norm(config, spec.attention)
         self.self_attn = attention or Attention(config, spec)

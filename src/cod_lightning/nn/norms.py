@@ -21,29 +21,37 @@ ALPHA = {"dyt": 0.5, "derf": 0.5, "bhyt": 1.0}
 class Norm(nn.Module):
     """gain * weight * norm(x), or a bounded function of x (`reference_bounded_norm`) in place of the norm.
 
-    The gain is a constant of the strategy, a Python float and not state.
-
-    With `before_matmul`, autocast rounds the output to its dtype, which the matrix product would do anyway. `size` is
-    the number of channels, by default the hidden size, and `alpha` the initial alpha of a bounded function.
+    Args:
+        config: kind, eps and backend of the norm, and whether it has a weight.
+        size: number of channels; None: the hidden size.
+        gain: constant factor of the output, a Python float and not state.
+        input_scale: constant factor of x.
+        groups: equal parts of the hidden dimension with their own statistics.
+        initial_weight: initial value of the weight.
+        alpha: initial alpha of a bounded function; None: that of its kind in `ALPHA`.
+        before_matmul: autocast rounds the output to its dtype, which the matrix product would do anyway.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        spec: SublayerSpec | None = None,
-        before_matmul: bool = False,
+        *,
         size: int | None = None,
+        gain: float = 1.0,
+        input_scale: float = 1.0,
+        groups: int = 1,
+        initial_weight: float = 1.0,
         alpha: float | None = None,
+        before_matmul: bool = False,
     ):
         super().__init__()
-        spec = spec or SublayerSpec()
-        if config.hidden_size % spec.groups:
-            raise ValueError(f"norm.groups={spec.groups} does not divide model.hidden_size={config.hidden_size}")
-        self.kind, self.groups, self.gain, self.input_scale = config.norm, spec.groups, spec.gain, spec.input_scale
+        if config.hidden_size % groups:
+            raise ValueError(f"norm.groups={groups} does not divide model.hidden_size={config.hidden_size}")
+        self.kind, self.groups, self.gain, self.input_scale = config.norm, groups, gain, input_scale
         # norm(s x) with eps equals norm(x) with eps / s^2, so that the input needs no multiplication.
-        self.eps = config.norm_eps / spec.input_scale**2
+        self.eps = config.norm_eps / input_scale**2
         self.before_matmul, self.backend = before_matmul, config.norm_backend
-        self.initial_weight = spec.pre_norm_weight
+        self.initial_weight = initial_weight
         self.initial_alpha = ALPHA.get(self.kind, 0.0) if alpha is None else alpha
         size = size or config.hidden_size
         self.weight = nn.Parameter(torch.empty(size)) if config.norm_affine else None
@@ -51,17 +59,17 @@ class Norm(nn.Module):
         self.shift = nn.Parameter(torch.empty(1)) if self.kind == "derf" else None
         self.bias = nn.Parameter(torch.empty(size)) if self.kind in ("dyt", "derf") and config.norm_affine else None
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """gain * weight * norm(x)."""
-        _, y_BTD = self.fused_add_norm(x_BTD)
-        return y_BTD
+        _, y = self.fused_add_norm(x)
+        return y
 
-    def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + branch and gain * weight * norm(x + branch), in one kernel, whose backward adds up both gradients.
+    def fused_add_norm(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum s = x + branch and gain * weight * norm(s), both [..., channels].
 
-        For this, use the first output in place of x.
+        Use s in place of x: the Triton kernel then adds and normalises at once, and its backward sums both gradients.
         """
-        device = x_BTD.device.type
+        device = x.device.type
         cast = self.before_matmul and torch.is_autocast_enabled(device)
         settings: dict[str, Any] = {
             "kind": self.kind,
@@ -71,10 +79,10 @@ class Norm(nn.Module):
             "backend": self.backend,
         }
         if self.alpha is None:
-            return add_norm(x_BTD, self.weight, branch_BTD, groups=self.groups, **settings)
+            return add_norm(x, self.weight, branch, groups=self.groups, **settings)
         # BHyT divides by the size of its input, as norms do.
         alpha = self.alpha if self.kind == "bhyt" else self.alpha * self.input_scale
-        return bounded_norm(x_BTD, alpha, self.weight, self.bias, self.shift, branch_BTD, **settings)
+        return bounded_norm(x, alpha, self.weight, self.bias, self.shift, branch, **settings)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -95,16 +103,16 @@ class Norm(nn.Module):
 class IdentityNorm(nn.Module):
     """Replaces a `Norm` that the strategy does not have."""
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
-    def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        sum_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
-        return sum_BTD, sum_BTD
+    def fused_add_norm(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        s = x if branch is None else x + branch
+        return s, s
 
 
-def with_kind(config: DecoderConfig, spec: BlockSpec) -> DecoderConfig:
-    """The shape for the norms of a block, whose kind the strategy may set."""
+def with_norm_kind(config: DecoderConfig, spec: BlockSpec) -> DecoderConfig:
+    """The configuration for the norms of a block, whose kind the strategy may set."""
     return config if spec.norm_kind == "model" else replace(config, norm=spec.norm_kind)
 
 
@@ -114,10 +122,18 @@ def norm_if(present: bool, config: DecoderConfig, **options: Any) -> Norm | Iden
 
 def pre_norm(config: DecoderConfig, spec: SublayerSpec) -> Norm | IdentityNorm:
     """The norm before a sub-layer; autocast rounds its output unless it becomes the residual stream."""
-    before_matmul = spec.skip_from != "pre_norm"
-    return norm_if(spec.pre_norm, config, spec=spec, before_matmul=before_matmul, alpha=spec.norm_alpha)
+    return norm_if(
+        spec.pre_norm,
+        config,
+        gain=spec.gain,
+        input_scale=spec.input_scale,
+        groups=spec.groups,
+        initial_weight=spec.pre_norm_weight,
+        alpha=spec.norm_alpha,
+        before_matmul=spec.skip_from != "pre_norm",
+    )
 
 
 def final_norm(config: DecoderConfig, specs: Sequence[BlockSpec]) -> Norm:
     """The norm before the head, of the kind of the last block."""
-    return Norm(with_kind(config, specs[-1]), before_matmul=True, alpha=specs[-1].ffn.norm_alpha)
+    return Norm(with_norm_kind(config, specs[-1]), before_matmul=True, alpha=specs[-1].ffn.norm_alpha)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cod_lightning.kernels.loss import IGNORE, TokenLoss
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import ActivationHook, Attention, Block, run_blocks, set_step
-from cod_lightning.nn.norms import final_norm, with_kind
+from cod_lightning.nn.norms import final_norm, with_norm_kind
 from cod_lightning.nn.strategies import BlockSpec
 
 
@@ -74,7 +74,9 @@ class VisionTransformer(nn.Module):
         self.config, self.image_size, self.patch_size = config, image_size, patch_size
         self.embedding = PatchEmbedding(config.hidden_size, image_size, patch_size)
         self.layers = nn.ModuleList(
-            Block(config, spec, Attention(with_kind(config, spec), spec, causal=False, output_bias=True), Mlp(config))
+            Block(
+                config, spec, Attention(with_norm_kind(config, spec), spec, causal=False, output_bias=True), Mlp(config)
+            )
             for spec in specs
         )
         self.norm = final_norm(config, specs)

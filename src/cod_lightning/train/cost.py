@@ -305,12 +305,12 @@ def wiring(spec: BlockSpec) -> str:
 class FusedNorm(Norm):
     """Saves the tensors that the fused kernels save, its input and statistics; its values do not matter."""
 
-    def fused_add_norm(self, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
-        weight = None if self.weight is None else self.weight.to(x_BTD.dtype)
-        y_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight)
+    def fused_add_norm(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else x + branch
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        y = F.layer_norm(x, x.shape[-1:], weight)
         cast = self.before_matmul and torch.is_autocast_enabled("cpu")
-        return x_BTD, y_BTD.to(torch.get_autocast_dtype("cpu")) if cast else y_BTD
+        return x, y.to(torch.get_autocast_dtype("cpu")) if cast else y
 
 
 class LiveBytes(TorchDispatchMode):

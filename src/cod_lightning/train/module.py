@@ -29,7 +29,7 @@ from cod_lightning.measure.activation_stats import LayerStatistics, first_bad_la
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.norms import with_kind
+from cod_lightning.nn.norms import with_norm_kind
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
@@ -102,9 +102,9 @@ class StepModule(LightningModule, ABC):
         stream = torch.bfloat16 if precision_name == "bf16-true" else torch.float32
         branch = torch.float32 if precision_name == "32-true" else torch.bfloat16
         backend = model.norm_backend
-        norms = {(with_kind(model, self.specs[-1]).norm, model.hidden_size, 1)}
+        norms = {(with_norm_kind(model, self.specs[-1]).norm, model.hidden_size, 1)}
         for spec in self.specs:
-            kind = with_kind(model, spec).norm
+            kind = with_norm_kind(model, spec).norm
             norms |= {(kind, model.hidden_size, sublayer.groups) for sublayer in spec.sublayers}
             norms |= {(kind, model.head_dim, 1)} if spec.head_norm != "no" else set()
         for kind, size, groups in sorted(norms):
