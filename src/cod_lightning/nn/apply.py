@@ -128,8 +128,9 @@ def apply(
 def fold(model: Model, *, layout: Layout | None = None) -> Model:
     """Multiply the factors of an applied strategy into the weights, in place, for a checkpoint of the stock model.
 
-    The factor of a norm goes into its weight and bias, that of a branch into its last linear layer. The logits change
-    by the rounding of one product per weight.
+    The factor of a norm goes into its weight and bias. That of a branch goes into the module of `layout.branches`, such
+    as Gemma 2's norm after a sub-layer, else into the sub-layer's last linear layer. The logits change by the rounding
+    of one product per weight.
 
     Args:
         model: as returned by `apply`.

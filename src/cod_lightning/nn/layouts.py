@@ -37,9 +37,11 @@ class Layout:
     """The modules whose outputs are added to the residual stream; None, or an `nn.Identity`: the sub-layers. If a
     sub-layer adds the stream itself, as BLOOM's do, its linear layer before the addition."""
     inputs: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    """The linear layers that read the output of a norm; needed to keep a trained model's function."""
+    """The linear layers that read the output of a norm; needed for trained="preserve", for strategies that scale their
+    initial weights, and for `param_groups(form="matrices")`."""
     outputs: tuple[str, str] | None = None
-    """The last linear layers of the sub-layers; needed for strategies that scale branches or their initialisation."""
+    """The last linear layers of the sub-layers; needed for strategies that scale their initial weights, and to `fold` a
+    scale of branches that no module of `branches` holds."""
     sum_norms: tuple[str, str] | None = None
     """The norms of the residual stream after each addition (Post-LN), from a block."""
     final_norm: str | None = "model.norm"

@@ -81,7 +81,8 @@ class SublayerSpec:
     learned_skip: bool = False
     """Replaces the constant by a parameter [hidden_size], initialised by profiling (Admin)."""
     skip_from: Literal["input", "pre_norm", "block"] = "input"
-    """Start of the skip: the sub-layer's input x, the output of its pre-norm, or the input of the block."""
+    """Start of the skip: the sub-layer's input x, the output of its pre-norm, or the input of the block after
+    `entry_norm` and `embedding_skip`."""
     sum_norm: bool = False
     gate: Literal["no", "output", "input"] = "no"
     """GPAS: h - silu(a) * stop_gradient(h) with one learned a per block, for h = y or for the x of the skip."""
