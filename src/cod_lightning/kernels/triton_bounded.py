@@ -1,6 +1,6 @@
 """The bounded norms as Triton kernels: `reference_bounded_norm` with one pass over memory in each direction.
 
-The backward pass computes tanh or erf again from the stream, so that nothing else is saved but, for BHyT, one number a
+The backward pass recomputes tanh or erf from the stream, so that nothing else is saved but, for BHyT, one number a
 row. All arithmetic is in float32. Each program sums the gradients of weight, bias, alpha and shift over its own rows.
 """
 
@@ -34,20 +34,20 @@ def forward_kernel(
     x, branch, weight, bias, alpha, shift, stream, y, rstd, rows, x_stride, branch_stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ERF: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS rows; None: `branch` and `stream`, `bias`, `shift`, `rstd` (of BHyT)."""
+    """One tile of ROWS rows. May be None: `branch` with `stream`, `bias`, `shift`, and `rstd` (all but BHyT)."""
     if LOAD:
         eps = tl.load(eps)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    present = (row < rows)[:, None] & inside[None, :]
-    dense = row[:, None] * WIDTH + column[None, :]
+    column_mask = column < WIDTH
+    mask = (row < rows)[:, None] & column_mask[None, :]
+    offsets = row[:, None] * WIDTH + column[None, :]
 
-    z = tl.load(x + row[:, None] * x_stride + column[None, :], present, other=0.0).to(tl.float32)
+    z = tl.load(x + row[:, None] * x_stride + column[None, :], mask, other=0.0).to(tl.float32)
     if branch is not None:
-        z += tl.load(branch + row[:, None] * branch_stride + column[None, :], present, other=0.0).to(tl.float32)
+        z += tl.load(branch + row[:, None] * branch_stride + column[None, :], mask, other=0.0).to(tl.float32)
         rounded = z.to(stream.dtype.element_ty)
-        tl.store(stream + dense, rounded, present)
+        tl.store(stream + offsets, rounded, mask)
         z = rounded.to(tl.float32)
     if rstd is not None:
         r = 1 / tl.sqrt_rn(tl.sum(z * z, 1) / WIDTH + eps)
@@ -57,10 +57,10 @@ def forward_kernel(
     if shift is not None:
         z += tl.load(shift)
     out = tl.erf(z) if ERF else tanh(z)
-    out *= tl.load(weight + column, inside, other=0.0)[None, :]
+    out *= tl.load(weight + column, column_mask, other=0.0)[None, :]
     if bias is not None:
-        out += tl.load(bias + column, inside, other=0.0)[None, :]
-    tl.store(y + dense, out.to(y.dtype.element_ty), present)
+        out += tl.load(bias + column, column_mask, other=0.0)[None, :]
+    tl.store(y + offsets, out.to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -69,22 +69,25 @@ def backward_kernel(
     dy_stride, dstream_stride,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ERF: tl.constexpr,
 ):  # fmt: skip
-    """Every `programs`-th tile; `dweight`, `dbias` [programs, hidden], `dalpha`, `dshift` [programs] are its sums."""
+    """Every `programs`-th tile; `dweight`, `dbias` [programs, hidden], `dalpha`, `dshift` [programs] are its sums.
+
+    May be None: `shift`, `rstd` (all but BHyT), `dstream` and `dbranch`.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
+    column_mask = column < WIDTH
     a = tl.load(alpha)
-    factor = tl.load(weight + column, inside, other=0.0)[None, :]
+    factor = tl.load(weight + column, column_mask, other=0.0)[None, :]
     sum_weight = tl.zeros((BLOCK,), tl.float32)
     sum_bias = tl.zeros((BLOCK,), tl.float32)
     sum_alpha = tl.zeros((ROWS,), tl.float32)
     sum_shift = tl.zeros((ROWS,), tl.float32)
     for tile in range(program, tl.cdiv(rows, ROWS), programs):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        present = (row < rows)[:, None] & inside[None, :]
-        dense = row[:, None] * WIDTH + column[None, :]
-        n = tl.load(stream + row[:, None] * stream_stride + column[None, :], present, other=0.0).to(tl.float32)
-        g = tl.load(dy + row[:, None] * dy_stride + column[None, :], present, other=0.0).to(tl.float32)
+        mask = (row < rows)[:, None] & column_mask[None, :]
+        offsets = row[:, None] * WIDTH + column[None, :]
+        n = tl.load(stream + row[:, None] * stream_stride + column[None, :], mask, other=0.0).to(tl.float32)
+        g = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask, other=0.0).to(tl.float32)
         if rstd is not None:
             r = tl.load(rstd + row, row < rows, other=0.0)[:, None]
             n *= r
@@ -106,20 +109,20 @@ def backward_kernel(
         if rstd is not None:
             d = (d - n * (tl.sum(d * n, 1) / WIDTH)[:, None]) * r
         if dstream is not None:
-            d += tl.load(dstream + row[:, None] * dstream_stride + column[None, :], present, other=0.0).to(tl.float32)
-        tl.store(dx + dense, d.to(dx.dtype.element_ty), present)
+            d += tl.load(dstream + row[:, None] * dstream_stride + column[None, :], mask, other=0.0).to(tl.float32)
+        tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask)
         if dbranch is not None:
-            tl.store(dbranch + dense, d.to(dbranch.dtype.element_ty), present)
-    tl.store(dweight + program * WIDTH + column, sum_weight, inside)
-    tl.store(dbias + program * WIDTH + column, sum_bias, inside)
+            tl.store(dbranch + offsets, d.to(dbranch.dtype.element_ty), mask)
+    tl.store(dweight + program * WIDTH + column, sum_weight, column_mask)
+    tl.store(dbias + program * WIDTH + column, sum_bias, column_mask)
     tl.store(dalpha + program, tl.sum(sum_alpha, 0))
     tl.store(dshift + program, tl.sum(sum_shift, 0))
 
 
 def tiles(hidden: int, erf: bool, backward: bool = False) -> dict[str, Any]:
     """The compile-time constants of a kernel."""
-    shape = constants(hidden, backward=backward)
-    return {name: shape[name] for name in ("WIDTH", "BLOCK", "ROWS", "num_warps")} | {"ERF": erf}
+    meta = constants(hidden, backward=backward)
+    return {name: meta[name] for name in ("WIDTH", "BLOCK", "ROWS", "num_warps")} | {"ERF": erf}
 
 
 def forward(
@@ -140,13 +143,13 @@ def forward(
     stream = None if branch is None else outputs[-1]
     hidden = x.shape[-1]
     rows = x.numel() // hidden
-    shape: dict[str, Any] = tiles(hidden, erf) | {"LOAD": isinstance(eps, Tensor)}
+    meta: dict[str, Any] = tiles(hidden, erf) | {"LOAD": isinstance(eps, Tensor)}
     x, x_stride = rows_of(x)
     branch, branch_stride = (None, 0) if branch is None else rows_of(branch)
     with torch.cuda.device_of(x):
-        forward_kernel[max(1, triton.cdiv(rows, shape["ROWS"])),](
+        forward_kernel[max(1, triton.cdiv(rows, meta["ROWS"])),](
             x, branch, weight, bias, alpha, shift, stream, outputs[0], rstd, rows, x_stride, branch_stride, eps,
-            **shape,
+            **meta,
         )  # fmt: skip
     return outputs
 
@@ -176,8 +179,8 @@ def backward(
     """Compute `backward_outputs`."""
     outputs = backward_outputs(stream, weight, dtype, branch_dtype)
     hidden = stream.shape[-1]
-    rows, shape = stream.numel() // hidden, tiles(hidden, erf, backward=True)
-    programs = num_programs(stream.device, rows, shape)
+    rows, meta = stream.numel() // hidden, tiles(hidden, erf, backward=True)
+    programs = num_programs(stream.device, rows, meta)
     partial = [torch.empty((programs, len(total)), dtype=torch.float32, device=stream.device) for total in outputs[:4]]
     stream, stream_stride = rows_of(stream)
     dy, dy_stride = rows_of(dy)
@@ -185,7 +188,7 @@ def backward(
     with torch.cuda.device_of(stream):
         backward_kernel[programs,](
             stream, weight, alpha, shift, rstd, dy, dstream, outputs[4], None if branch_dtype is None else outputs[5],
-            partial[0], partial[1], partial[2], partial[3], rows, stream_stride, dy_stride, dstream_stride, **shape,
+            partial[0], partial[1], partial[2], partial[3], rows, stream_stride, dy_stride, dstream_stride, **meta,
         )  # fmt: skip
     for total, sums in zip(outputs, partial, strict=False):
         torch.sum(sums, 0, out=total)

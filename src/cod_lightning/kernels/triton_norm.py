@@ -33,10 +33,10 @@ Number = float | Tensor
 
 
 @triton.jit
-def centred(s, inside, WIDTH: tl.constexpr):
+def centred(s, column_mask, WIDTH: tl.constexpr):
     """`s` minus its mean, 0 outside; removes the rounding error of a mean that was subtracted before."""
-    s = tl.where(inside, s, 0.0)
-    return tl.where(inside, s - (tl.sum(s, 1) / WIDTH)[:, None], 0.0)
+    s = tl.where(column_mask, s, 0.0)
+    return tl.where(column_mask, s - (tl.sum(s, 1) / WIDTH)[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -44,33 +44,33 @@ def forward_kernel(
     x, branch, weight, stream, y, mean, rstd, rows, x_stride, branch_stride, eps, gain,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS rows of one group; None: `branch` and `stream`, `weight`, `mean` (of RMSNorm)."""
+    """One tile of ROWS rows of one group. May be None: `branch` with `stream`, `weight`, and `mean` (RMSNorm)."""
     if LOAD:
         gain, eps = tl.load(gain), tl.load(eps)
     group = tl.program_id(1)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    present = (row < rows)[:, None] & inside[None, :]
-    place = group * WIDTH + column[None, :]
-    dense = row[:, None] * (GROUPS * WIDTH) + place
+    column_mask = column < WIDTH
+    mask = (row < rows)[:, None] & column_mask[None, :]
+    channel = group * WIDTH + column[None, :]
+    offsets = row[:, None] * (GROUPS * WIDTH) + channel
 
-    s = tl.load(x + row[:, None] * x_stride + place, present, other=0.0).to(tl.float32)
+    s = tl.load(x + row[:, None] * x_stride + channel, mask, other=0.0).to(tl.float32)
     if branch is not None:
-        s += tl.load(branch + row[:, None] * branch_stride + place, present, other=0.0).to(tl.float32)
+        s += tl.load(branch + row[:, None] * branch_stride + channel, mask, other=0.0).to(tl.float32)
         rounded = s.to(stream.dtype.element_ty)
-        tl.store(stream + dense, rounded, present)
+        tl.store(stream + offsets, rounded, mask)
         s = rounded.to(tl.float32)
     if mean is not None:
         m = tl.sum(s, 1) / WIDTH
         tl.store(mean + row * GROUPS + group, m, row < rows)
-        s = centred(s - m[:, None], inside[None, :], WIDTH)
+        s = centred(s - m[:, None], column_mask[None, :], WIDTH)
     r = 1 / tl.sqrt_rn(tl.sum(s * s, 1) / WIDTH + eps)
     tl.store(rstd + row * GROUPS + group, r, row < rows)
     factor = gain
     if weight is not None:
-        factor = gain * tl.load(weight + group * WIDTH + column, inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + dense, (s * r[:, None] * factor).to(y.dtype.element_ty), present)
+        factor = gain * tl.load(weight + group * WIDTH + column, column_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + offsets, (s * r[:, None] * factor).to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -79,27 +79,30 @@ def backward_kernel(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LOAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every `programs`-th tile of one group; `dstream`, `dbranch` and `partial` [programs, hidden] may be None."""
+    """Every `programs`-th tile of one group.
+
+    May be None: `weight`, `mean` (RMSNorm), `dstream`, `dbranch` and `partial` [programs, hidden].
+    """
     if LOAD:
         gain = tl.load(gain)
     program, programs, group = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    place = group * WIDTH + column[None, :]
+    column_mask = column < WIDTH
+    channel = group * WIDTH + column[None, :]
     factor = gain
     if weight is not None:
-        factor = gain * tl.load(weight + group * WIDTH + column, inside, other=0.0).to(tl.float32)[None, :]
+        factor = gain * tl.load(weight + group * WIDTH + column, column_mask, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((BLOCK,), tl.float32)
     for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        present = (row < rows)[:, None] & inside[None, :]
-        dense = row[:, None] * (GROUPS * WIDTH) + place
-        s = tl.load(stream + row[:, None] * stream_stride + place, present, other=0.0).to(tl.float32)
-        g = tl.load(dy + row[:, None] * dy_stride + place, present, other=0.0).to(tl.float32)
+        mask = (row < rows)[:, None] & column_mask[None, :]
+        offsets = row[:, None] * (GROUPS * WIDTH) + channel
+        s = tl.load(stream + row[:, None] * stream_stride + channel, mask, other=0.0).to(tl.float32)
+        g = tl.load(dy + row[:, None] * dy_stride + channel, mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + row * GROUPS + group, row < rows, other=0.0)[:, None]
         if mean is not None:
             s -= tl.load(mean + row * GROUPS + group, row < rows, other=0.0)[:, None]
-            s = centred(s, inside[None, :], WIDTH)
+            s = centred(s, column_mask[None, :], WIDTH)
         normed = s * r
         if partial is not None:
             dweight += tl.sum(g * normed, 0)
@@ -109,12 +112,12 @@ def backward_kernel(
             d -= (tl.sum(g, 1) / WIDTH)[:, None]
         d *= r
         if dstream is not None:
-            d += tl.load(dstream + row[:, None] * dstream_stride + place, present, other=0.0).to(tl.float32)
-        tl.store(dx + dense, d.to(dx.dtype.element_ty), present)
+            d += tl.load(dstream + row[:, None] * dstream_stride + channel, mask, other=0.0).to(tl.float32)
+        tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask)
         if dbranch is not None:
-            tl.store(dbranch + dense, d.to(dbranch.dtype.element_ty), present)
+            tl.store(dbranch + offsets, d.to(dbranch.dtype.element_ty), mask)
     if partial is not None:
-        tl.store(partial + program * (GROUPS * WIDTH) + group * WIDTH + column, dweight, inside)
+        tl.store(partial + program * (GROUPS * WIDTH) + group * WIDTH + column, dweight, column_mask)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -126,13 +129,13 @@ def dweight_kernel(
     if LOAD:
         gain = tl.load(gain)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < HIDDEN
+    column_mask = column < HIDDEN
     total = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, programs, ROWS):
         row = first + tl.arange(0, ROWS)
-        present = (row < programs)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(partial + row[:, None] * HIDDEN + column[None, :], present, other=0.0), 0)
-    tl.store(dweight + column, (total * gain).to(dweight.dtype.element_ty), inside)
+        mask = (row < programs)[:, None] & column_mask[None, :]
+        total += tl.sum(tl.load(partial + row[:, None] * HIDDEN + column[None, :], mask, other=0.0), 0)
+    tl.store(dweight + column, (total * gain).to(dweight.dtype.element_ty), column_mask)
 
 
 @lru_cache
@@ -144,11 +147,11 @@ def constants(hidden: int, groups: int = 1, load: bool = False, backward: bool =
     width = hidden // groups
     block = triton.next_power_of_2(width)
     rows = max(1, min(8, (2048 if backward else 4096) // block))
-    shape: dict[str, Any] = {"WIDTH": width, "GROUPS": groups, "BLOCK": block, "ROWS": rows, "LOAD": load}
+    meta: dict[str, Any] = {"WIDTH": width, "GROUPS": groups, "BLOCK": block, "ROWS": rows, "LOAD": load}
     if backward:
         # The next tile is prefetched into shared memory: 98 KB of float32 at 8,192 columns; 16,384 exceed many GPUs.
-        shape["STAGES"] = 2 if block <= 8192 else 1
-    return shape | {"num_warps": max(1, min(16, rows * block // 512))}
+        meta["STAGES"] = 2 if block <= 8192 else 1
+    return meta | {"num_warps": max(1, min(16, rows * block // 512))}
 
 
 @lru_cache
@@ -157,10 +160,10 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def num_programs(device: torch.device, rows: int, shape: dict[str, Any]) -> int:
+def num_programs(device: torch.device, rows: int, meta: dict[str, Any]) -> int:
     """Programs of a backward kernel: as many as the device runs at once, at most one for each tile of rows."""
-    resident = multiprocessors(device) * max(1, 16 // shape["num_warps"])
-    return max(1, min(resident, triton.cdiv(rows, shape["ROWS"])))
+    resident = multiprocessors(device) * max(1, 16 // meta["num_warps"])
+    return max(1, min(resident, triton.cdiv(rows, meta["ROWS"])))
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
@@ -202,12 +205,12 @@ def forward(
     stream = None if branch is None else outputs[-1]
     hidden = x.shape[-1]
     rows = x.numel() // hidden
-    shape = constants(hidden, groups, isinstance(gain, Tensor))
+    meta = constants(hidden, groups, isinstance(gain, Tensor))
     x, x_stride = rows_of(x)
     branch, branch_stride = (None, 0) if branch is None else rows_of(branch)
     with torch.cuda.device_of(x):
-        forward_kernel[max(1, triton.cdiv(rows, shape["ROWS"])), groups](
-            x, branch, weight, stream, y, mean, rstd, rows, x_stride, branch_stride, eps, gain, **shape
+        forward_kernel[max(1, triton.cdiv(rows, meta["ROWS"])), groups](
+            x, branch, weight, stream, y, mean, rstd, rows, x_stride, branch_stride, eps, gain, **meta
         )
     return outputs
 
@@ -238,8 +241,8 @@ def backward(
     dx, dbranch = outputs[0], None if branch_dtype is None else outputs[1]
     hidden, groups = stream.shape[-1], rstd.shape[-1]
     rows = stream.numel() // hidden
-    shape = constants(hidden, groups, isinstance(gain, Tensor), backward=True)
-    programs = num_programs(stream.device, rows, shape)
+    meta = constants(hidden, groups, isinstance(gain, Tensor), backward=True)
+    programs = num_programs(stream.device, rows, meta)
     partial = torch.empty((programs, hidden), dtype=torch.float32, device=stream.device) if weighted else None
     stream, stream_stride = rows_of(stream)
     dy, dy_stride = rows_of(dy)
@@ -247,10 +250,10 @@ def backward(
     with torch.cuda.device_of(stream):
         backward_kernel[programs, groups](
             stream, weight, mean, rstd, dy, dstream, dx, dbranch, partial, rows, stream_stride, dy_stride,
-            dstream_stride, gain, **shape,
+            dstream_stride, gain, **meta,
         )  # fmt: skip
         if weighted:
-            sums: dict[str, Any] = {"HIDDEN": hidden, "COLUMNS": COLUMNS, "ROWS": 256, "LOAD": shape["LOAD"]}
+            sums: dict[str, Any] = {"HIDDEN": hidden, "COLUMNS": COLUMNS, "ROWS": 256, "LOAD": meta["LOAD"]}
             dweight_kernel[(triton.cdiv(hidden, COLUMNS),)](partial, outputs[-1], programs, gain, **sums)
     return outputs
 
