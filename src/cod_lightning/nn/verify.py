@@ -40,8 +40,8 @@ TOLERANCE = 5e-5
 """Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
 GARBAGE = 1.7
 """Stands for uninitialised memory where a buffer is not set again."""
-RESIDUAL = 1e-3
-"""Largest relative error of an output that is a multiple of another."""
+FIT_TOLERANCE = 1e-3
+"""Largest relative error of a least-squares fit that counts as a factor."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ def verify(
     reset: Callable[[nn.Module], object] | None = None,
     **options: Any,
 ) -> list[Factor]:
-    """Check that every block applies the factors of a strategy: as the model is, and after what a model goes through.
+    """Check that every block applies the factors of a strategy.
 
-    These are training mode (without dropout), a round trip through bfloat16, initialisation on the meta device with
-    loading of the weights, and compilation. Each works on a copy, in float32; the model does not change.
+    It holds in the model, in training mode (without dropout), after a round trip through bfloat16, after initialisation
+    on the meta device with loading of the weights, and compiled. Each check runs on a copy in float32; the model does
+    not change.
 
     Args:
         model: a Pre-LN model, as for `apply`; its forward takes `inputs` alone.
@@ -132,13 +133,13 @@ def check_copies(
         if site.output is not None and not site.output.weight.any():
             nn.init.eye_(site.output.weight)  # a branch that starts at zero has no factor
     factors = measure_factors(original, specs, layout, tokens)
-    check(factors, norm, "")
+    require_factors(factors, norm, "")
     with WithoutDropout():
-        check(measure_factors(deepcopy(original).train(), specs, layout, tokens), norm, " in training mode")
+        require_factors(measure_factors(deepcopy(original).train(), specs, layout, tokens), norm, " in training mode")
     rounded = measure_factors(deepcopy(original).bfloat16().float(), specs, layout, tokens)
-    check(rounded, norm, " after .to(bfloat16)")
+    require_factors(rounded, norm, " after .to(bfloat16)")
     fresh = measure_factors(leave_meta_device(original, reset), specs, layout, tokens)
-    check(fresh, norm, " after meta initialisation")
+    require_factors(fresh, norm, " after meta initialisation")
     check_compiled(original, tokens, norm)
     return factors
 
@@ -154,6 +155,7 @@ def require_values(model: nn.Module) -> None:
         raise UserError(f"{name} is sharded: call verify before fully_shard")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{name} is on the meta device, or offloaded: initialise or load the weights first")
+    # torch.ao's quantised layers have a method weight().
     if any(ismethod(getattr(module, "weight", None)) for module in model.modules()):
         raise UserError(f"{name} is quantised: dequantise the model first")
 
@@ -174,7 +176,7 @@ def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout 
     seen: dict[tuple[int, str], Tensor] = {}
     with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
         for site in sublayers:
-            for handle in record(site, seen):
+            for handle in register_recorders(site, seen):
                 handles.enter_context(handle)
         model(tokens)
     for site, spec in zip(sublayers[1::2], specs[1::2], strict=True):
@@ -185,20 +187,20 @@ def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout 
         ends = ("block", "middle") if site.part == "attention" else ("middle", "output")
         x, y = (seen[site.layer, end] for end in ends)  # the residual stream before and after the sub-layer
         h = seen[site.layer, f"{site.part} input"]
-        gain = ratio(h, candidates(site.norm, x))
+        gain = fit_factor(h, plain_norm_outputs(site.norm, x))
         if math.isnan(gain):  # a norm of another kind counts without hooks, such as that of `apply`
-            gain = ratio(h, output_alone(site.norm, x))
+            gain = fit_factor(h, output_alone(site.norm, x))
         factors.append(Factor(site.layer, site.part, "gain", spec.gain, gain))
         outputs = [branch_multiplier(site.block) * seen[site.layer, f"{part} output"] for part in ("attention", "ffn")]
         if torch.equal(seen[site.layer, "block"], seen[site.layer, "middle"]):  # parallel: both read the block's input
-            branch = shares(seen[site.layer, "output"] - x, outputs)[index % 2]
+            branch = fit_factors(seen[site.layer, "output"] - x, outputs)[index % 2]
         else:
-            branch = ratio(y - x, [outputs[index % 2]])
+            branch = fit_factor(y - x, [outputs[index % 2]])
         factors.append(Factor(site.layer, site.part, "branch_scale", spec.branch_scale, branch))
     return factors
 
 
-def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
+def register_recorders(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
     """Hooks that keep the inputs and outputs of a sub-layer and of its block, by layer and name, in `seen`."""
 
     def keep_input(module: nn.Module, name: str) -> Any:
@@ -207,14 +209,17 @@ def record(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:
 
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def keep_output(module: nn.Module, name: str, first: bool = False) -> Any:
+    def keep_output(module: nn.Module, name: str, prepend: bool = False) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             seen[site.layer, name] = flat(hidden_output(output))
 
-        return module.register_forward_hook(hook, prepend=first)
+        return module.register_forward_hook(hook, prepend=prepend)
 
-    # `first`: before the hook of `apply`, which multiplies by branch_scale.
-    ends = keep_input(site.sublayer, f"{site.part} input"), keep_output(site.branch, f"{site.part} output", first=True)
+    # `prepend`: before the hook of `apply`, which multiplies by branch_scale.
+    ends = (
+        keep_input(site.sublayer, f"{site.part} input"),
+        keep_output(site.branch, f"{site.part} output", prepend=True),
+    )
     if site.part == "attention":
         return [*ends, keep_input(site.block, "block"), keep_output(site.block, "output")]
     return [*ends, keep_input(site.norm, "middle")]
@@ -225,8 +230,8 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(1, -1, x.shape[-1])
 
 
-def candidates(norm: Any, x: Tensor) -> list[Tensor]:
-    """What a norm without a gain may make of x: RMSNorm or LayerNorm.
+def plain_norm_outputs(norm: Any, x: Tensor) -> list[Tensor]:
+    """Outputs that a norm without a gain can have on x: those of RMSNorm and LayerNorm.
 
     A norm that does not name its eps has the default of `nn.RMSNorm` or that of `F.layer_norm`, as OLMo 1 has. One
     that does not run on x alone is taken to add nothing to its weight.
@@ -254,17 +259,17 @@ def output_alone(norm: Any, x: Tensor) -> list[Tensor]:
         return []
 
 
-def shares(y: Tensor, outputs: list[Tensor]) -> list[float]:
+def fit_factors(y: Tensor, outputs: list[Tensor]) -> list[float]:
     """The factors by which y is the sum of the outputs; NaN if there are none."""
     terms, total = torch.stack([output.double().flatten() for output in outputs], 1), y.double().flatten()
     factors = torch.linalg.lstsq(terms, total[:, None]).solution[:, 0]
-    holds = (terms @ factors - total).norm() < RESIDUAL * total.norm()
+    holds = (terms @ factors - total).norm() < FIT_TOLERANCE * total.norm()
     return factors.tolist() if holds else [math.nan] * len(outputs)
 
 
-def ratio(y: Tensor, candidates: list[Tensor]) -> float:
+def fit_factor(y: Tensor, candidates: list[Tensor]) -> float:
     """The factor s of the candidate c for which y is s * c; NaN if there is none."""
-    best, factor = RESIDUAL, float("nan")
+    best, factor = FIT_TOLERANCE, float("nan")
     for candidate in candidates:
         y64, c64 = y.double().flatten(), candidate.double().flatten()
         s = (y64 @ c64) / (c64 @ c64)
@@ -274,7 +279,7 @@ def ratio(y: Tensor, candidates: list[Tensor]) -> float:
     return factor
 
 
-def check(factors: list[Factor], norm: str, when: str) -> None:
+def require_factors(factors: list[Factor], norm: str, when: str) -> None:
     """Raise a UserError that names the first factor that does not hold."""
     for factor in factors:
         if not factor.holds:
