@@ -3,7 +3,7 @@
 import pytest
 
 from cod_lightning.measure.depth_page import maps, panels, report_page, summary
-from cod_lightning.measure.depth_report import SECTIONS, headline, headline_sentence, number
+from cod_lightning.measure.depth_report import SECTIONS, format_number, headline, headline_sentence
 from cod_lightning.measure.panels import draw_panels
 
 
@@ -65,7 +65,7 @@ def test_the_headline_names_the_cheap_blocks_and_the_longest_run():
     ],
 )
 def test_large_numbers_are_rounded_without_an_exponent(value, error, text):
-    assert number(value, error) == text
+    assert format_number(value, error) == text
 
 
 def test_numbers_that_are_not_finite_are_named():

@@ -15,9 +15,9 @@ from cod_lightning.measure.depth_report import (
     count,
     depth,
     differences,
+    format_number,
     headline,
     headline_sentence,
-    number,
 )
 from cod_lightning.measure.panels import HeatMap, Lines, Panel, draw_panels
 from cod_lightning.page import Table, html_page
@@ -70,10 +70,12 @@ def summary(results: Results, uniform: float) -> dict[str, str]:
     for limit, run in numbers.get("longest_runs", {}).items():
         entries[f"longest run found for {limit}% perplexity"] = str(run["blocks"])
     entries |= {
-        "variance, first block": number(variance[0]),
-        "variance, last block": number(variance[-1]),
-        "last over first": number(variance[-1] / variance[0] if variance[0] and variance[-1] is not None else None),
-        "median variance of a token, last block": number(middle[-1]),
+        "variance, first block": format_number(variance[0]),
+        "variance, last block": format_number(variance[-1]),
+        "last over first": format_number(
+            variance[-1] / variance[0] if variance[0] and variance[-1] is not None else None
+        ),
+        "median variance of a token, last block": format_number(middle[-1]),
         "mean increase of the loss when a block of the deeper half is removed": f"{fmean(deeper):.4f}"
         if deeper
         else "",

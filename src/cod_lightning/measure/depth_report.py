@@ -65,7 +65,7 @@ def depth(results: Results) -> int:
     return len(results["variance"]["residual"]["variance"])
 
 
-def number(value: float | None, error: float | None = None) -> str:
+def format_number(value: float | None, error: float | None = None) -> str:
     """Such as 0.0123, 4,078 or 0.52 ± 0.03."""
     if value is None or not math.isfinite(value):
         return "not finite"
@@ -95,25 +95,33 @@ def rises(search: Any) -> list[float | None]:
 
 
 def extremes(
-    values: Sequence[float | None], errors: Sequence[float | None] | None = None, layers: Sequence[int] | None = None
+    values: Sequence[float | None],
+    errors: Sequence[float | None] | None = None,
+    layers: Sequence[int] | None = None,
+    unit: str = "",
 ) -> tuple[str, str]:
-    """The smallest and the largest value, each with its block, such as "0.52 ± 0.03 (block 4)"."""
+    """The smallest and the largest value, each with its block, such as "0.52 ± 0.03 (block 4)".
+
+    `unit` follows each number.
+    """
     layers = layers or range(1, len(values) + 1)
     known = [(value, index) for index, value in enumerate(values) if value is not None]
     if not known:
         return "not finite", "not finite"
     smallest, largest = (
-        f"{number(value, errors[index] if errors else None)} (block {layers[index]})"
+        f"{format_number(value, errors[index] if errors else None)}{unit} (block {layers[index]})"
         for value, index in (min(known), max(known))
     )
     return smallest, largest
 
 
-def growth(values: Sequence[float | None]) -> str:
-    """The first and the last value, such as "0.8 after block 1 and 2.4 after block 24 (3 times)"."""
+def growth(values: Sequence[float | None], ratio: bool = True) -> str:
+    """The first and the last value, such as "0.8 after block 1 and 2.4 after block 24 (3 times)"; without `ratio` up to
+    the parenthesis.
+    """
     first, last = values[0], values[-1]
-    times = f" ({number(last / first)} times)" if first and last is not None else ""
-    return f"{number(first)} after block 1 and {number(last)} after block {len(values)}{times}"
+    times = f" ({format_number(last / first)} times)" if ratio and first and last is not None else ""
+    return f"{format_number(first)} after block 1 and {format_number(last)} after block {len(values)}{times}"
 
 
 def headline(results: Results) -> dict[str, Any]:
@@ -150,11 +158,11 @@ def count(amount: int, noun: str) -> str:
 def headline_sentence(numbers: Mapping[str, Any], removal: Any, uniform: float) -> str:
     """The headline's numbers in words; they say nothing if the loss is near `uniform`, that of a uniform guess."""
     cheap, blocks = numbers["cheap_blocks"], numbers["blocks"]
-    cheapest, _ = extremes(differences(removal), removal["error"])
+    cheapest, _ = extremes(differences(removal), removal["error"], unit=" nats")
     text = f"{len(cheap)} of {count(blocks, 'block')} cost less than 1% of the loss when removed alone"
     if cheap:
         text += f" ({', '.join(f'{n} {third}' for third, n in numbers['cheap_by_third'].items())})"
-    text += f"; the cheapest adds {cheapest.replace(' (', ' nats (')}."
+    text += f"; the cheapest adds {cheapest}."
     runs = numbers.get("longest_runs", {})
     parts = [
         f"{limit}%: " + (span(run["first"], run["last"]) if run["blocks"] else "no block")
@@ -164,8 +172,9 @@ def headline_sentence(numbers: Mapping[str, Any], removal: Any, uniform: float) 
         text += f" The longest run found whose removal raises the perplexity by at most {'; '.join(parts)}."
     if not has_learned(numbers["loss"], uniform):
         text += (
-            f" With a loss of {number(numbers['loss'])} nats, where a uniform guess has {number(uniform)}, the model "
-            "has not learned this text, and these numbers say nothing about its depth."
+            f" With a loss of {format_number(numbers['loss'])} nats, where a uniform guess has "
+            f"{format_number(uniform)}, the model has not learned this text, and these numbers say nothing about its "
+            "depth."
         )
     return text
 
@@ -180,11 +189,12 @@ def span(first: int, last: int) -> str:
 
 def variance_sentence(result: Any) -> str:
     residual, massive = result["residual"], result["massive"]
-    _, share = extremes([None if value is None else 100 * value for value in residual["variance_top_share"]])
+    percentages = [None if value is None else 100 * value for value in residual["variance_top_share"]]
+    _, share = extremes(percentages, unit="% of the mean")
     text = (
         f"The mean variance of the stream is {growth(residual['variance'])}; that of the median token is "
         f"{growth(residual['variance_median'])}. The 1% of tokens with the largest variance carry up to "
-        f"{share.replace(' (', '% of the mean (')}. "
+        f"{share}. "
     )
     if not massive:
         return text + "No activation is massive: above 100 and 1,000 times the median magnitude of its hidden state."
@@ -192,7 +202,7 @@ def variance_sentence(result: Any) -> str:
     token = "" if top["text"] is None else f" (`{top['text'].replace('`', chr(39))!r}`)"
     return text + (
         f"{count(result['massive_channels'], 'channel')} with massive activations; the largest is "
-        f"{number(top['value'])} in channel {top['channel']} after block {top['layer']}, at position "
+        f"{format_number(top['value'])} in channel {top['channel']} after block {top['layer']}, at position "
         f"{top['position']}{token} of sequence {top['row']}."
     )
 
@@ -212,13 +222,13 @@ def angular_sentence(result: Any) -> str:
     unit = "angle over pi" if result["normalise"] == "raw" else "scaled for each n"
     return (
         f"A block turns the stream by between {least} and {most}; all blocks together by "
-        f"{number(result['distances'][-1][0])} ({unit}; {count(result['tokens'], 'token')})."
+        f"{format_number(result['distances'][-1][0])} ({unit}; {count(result['tokens'], 'token')})."
     )
 
 
 def readout_sentence(result: Any) -> str:
     losses = result["loss"]
-    text = f"The loss read from the stream is {growth(losses).split(' (')[0]} ({count(result['tokens'], 'target')})."
+    text = f"The loss read from the stream is {growth(losses, ratio=False)} ({count(result['tokens'], 'target')})."
     if losses[-1] is None:
         return text
     late = [layer for layer, loss in enumerate(losses, start=1) if loss is None or loss > READABLE * losses[-1]]
@@ -230,17 +240,17 @@ def removal_sentence(result: Any) -> str:
     costs = differences(result)
     known = [cost for cost in costs if cost is not None]
     least, most = extremes(costs, result["error"])
-    middle = number(median(known)) if known else "not finite"
+    middle = format_number(median(known)) if known else "not finite"
     errors = "" if result["error"] is None else " Standard errors over sequences, each with and without the block."
     return (
-        f"Removing one block changes the loss of {number(result['loss'])} nats by between {least} and {most}, in the "
-        f"median by {middle} ({count(result['tokens'], 'target')}).{errors}"
+        f"Removing one block changes the loss of {format_number(result['loss'])} nats by between {least} and {most}, "
+        f"in the median by {middle} ({count(result['tokens'], 'target')}).{errors}"
     )
 
 
 def search_sentence(result: Any) -> str:
     parts = [
-        f"{span(first, first + n)}: {number(rise)}%"
+        f"{span(first, first + n)}: {format_number(rise)}%"
         for n, (first, rise) in enumerate(zip(result["first"], rises(result), strict=True))
     ]
     return (

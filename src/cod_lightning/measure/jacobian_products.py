@@ -23,8 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cod_lightning.errors import UserError, first_line, is_out_of_memory
 from cod_lightning.nn.weights import is_sharded
 
+TensorFunction = Callable[[Tensor], Tensor]
+"""A block, or another function of hidden states."""
 LinearMap = Callable[[Tensor], Tensor]
-"""A batch of matrices times a batch of vectors."""
+"""Multiplies a batch of vectors by a batch of matrices."""
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def differentiable(model: nn.Module) -> Generator[None]:
         yield
 
 
-def vjp(function: LinearMap, x: Tensor) -> LinearMap:
+def vjp(function: TensorFunction, x: Tensor) -> LinearMap:
     """Return v -> J^T v in float64 for the Jacobian J of `function` at x; runs the forward pass once.
 
     Raises:
@@ -58,7 +60,7 @@ def vjp(function: LinearMap, x: Tensor) -> LinearMap:
     return lambda v: pullback(v.to(x.dtype))[0].double()
 
 
-def jvp_and_vjp(function: LinearMap, x: Tensor) -> tuple[LinearMap, LinearMap]:
+def jvp_and_vjp(function: TensorFunction, x: Tensor) -> tuple[LinearMap, LinearMap]:
     """Return v -> J v and v -> J^T v in float64 for the Jacobian J of `function` at x.
 
     The former is the transpose of the latter, which is linear. On a CPU this takes a fifth of the time of forward-mode
@@ -106,23 +108,23 @@ def gaussian(shape: Sequence[int], generator: torch.Generator, device: torch.dev
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(device)
 
 
-def full_jacobian(vjp: LinearMap, x: Tensor) -> Tensor:
+def full_jacobian(backward: LinearMap, x: Tensor) -> Tensor:
     """Return J [batch, d, d] with J[r, i, j] = d y_i / d x_j of sequence r, from d products with J^T."""
     identity = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
-    return torch.stack([vjp(unit.expand(len(x), -1)) for unit in identity], dim=1)
+    return torch.stack([backward(unit.expand(len(x), -1)) for unit in identity], dim=1)
 
 
-def estimate_statistics(vjp: LinearMap, x: Tensor, probes: int, generator: torch.Generator) -> Tensor:
+def estimate_statistics(backward: LinearMap, x: Tensor, probes: int, generator: torch.Generator) -> Tensor:
     """Estimate ||J||_F^2 / d, ||J - I||_F^2 / d, tr(J) / d and sum_i J_ii^2 / d without bias [batch, 4].
 
-    `vjp` is the product with J^T [batch, d] at x [batch, length, d]; there are at least two probes.
+    `backward` is the product with J^T [batch, d] at x [batch, length, d]; there are at least two probes.
     """
     squares = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
     diagonal = torch.zeros(len(x), x.shape[-1], dtype=torch.float64, device=x.device)
     diagonal_squares = torch.zeros_like(diagonal)
     for _ in range(probes):
         v = rademacher(diagonal.shape, generator, x.device)
-        w = vjp(v)
+        w = backward(v)
         squares += torch.stack((w.square().mean(1), (w - v).square().mean(1)), dim=1)
         diagonal += v * w
         diagonal_squares += (v * w).square()

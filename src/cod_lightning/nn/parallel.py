@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from cod_lightning.nn.decoder import Decoder, Rope, set_step
 from cod_lightning.nn.vit import VisionTransformer
@@ -55,7 +59,7 @@ def parallelise(
     """
     if backend is not None:
         torch.compiler.reset()  # a process compiles one function for eight inputs or models at most, then fails
-    selective = {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, save_matmuls)}
     options = selective if checkpointing == "selective" else {}
     for block in model.blocks:
         if checkpointing != "none":
@@ -95,7 +99,8 @@ def checkpointed(
     return checkpoint(forward, x, rope, None, *shared, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def policy(context: AbstractContextManager, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def save_matmuls(context: SelectiveCheckpointContext, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of checkpointing="selective": save the results of `SAVED`, recompute all others."""
     return CheckpointPolicy.MUST_SAVE if operation in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 

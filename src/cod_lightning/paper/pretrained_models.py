@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.depth_report import SECTIONS, has_learned, headline, headline_sentence, number
+from cod_lightning.measure.depth_report import SECTIONS, format_number, has_learned, headline, headline_sentence
 from cod_lightning.measure.result import finite
 from cod_lightning.paper.findings import half_medians, loss_increases
 from cod_lightning.paper.results import load_measures
@@ -118,7 +118,7 @@ def pretrained_model_lines(target: str, models: Sequence[PretrainedModel]) -> li
     lines = []
     for model in models if target in CONTRASTS else ():
         loss = model.results["removal"]["loss"]
-        losses = f"loss {number(loss)} nats, {number(model.uniform_loss)} for a uniform guess"
+        losses = f"loss {format_number(loss)} nats, {format_number(model.uniform_loss)} for a uniform guess"
         head = f"**{model.name}** ({losses}; `{model.page}`)."
         if not has_learned(loss, model.uniform_loss):
             lines.append(f"{head} It has not learned this text, and says nothing about the finding.")
@@ -138,6 +138,6 @@ def contrast_sentence(contrast: Contrast, results: Mapping[str, Any]) -> str:
     if abs(deep - shallow) < 2 * math.hypot(of_shallow or 0, of_deep or 0):
         direction = "Within two standard errors"
     return (
-        f"{direction} ({contrast.finding}): {contrast.unit} {number(shallow, of_shallow)} in the shallower half, "
-        f"{number(deep, of_deep)} in the deeper half."
+        f"{direction} ({contrast.finding}): {contrast.unit} {format_number(shallow, of_shallow)} in the shallower "
+        f"half, {format_number(deep, of_deep)} in the deeper half."
     )
