@@ -9,7 +9,7 @@ from builders import decoder, residual_stream, silence, tokens
 
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.sublayers import contribution, sublayer_removal
-from cod_lightning.nn.layouts import sites
+from cod_lightning.nn.layouts import find_sites
 
 BATCH = tokens(5, 7)
 
@@ -81,4 +81,4 @@ def test_removing_both_sublayers_removes_the_block(causal_lm):
 def test_no_hook_remains(causal_lm):
     model = causal_lm("llama")
     sublayer_removal(model, [BATCH])
-    assert not any(site.branch._forward_hooks for site in sites(model.model, model.layout))
+    assert not any(site.branch._forward_hooks for site in find_sites(model.model, model.layout))

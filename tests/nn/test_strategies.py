@@ -15,7 +15,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, rotary, rotate, run_blocks, set_step
 from cod_lightning.nn.init import build_decoder, initialise, seed_of
-from cod_lightning.nn.spec import spec_problems
+from cod_lightning.nn.spec import spec_problems, spec_warnings
 from cod_lightning.nn.strategies import (
     STRATEGIES,
     BlockSpec,
@@ -26,7 +26,6 @@ from cod_lightning.nn.strategies import (
     build_all,
     mix_ln,
     register,
-    warnings,
 )
 from operator_calls import OperatorCalls
 
@@ -761,18 +760,18 @@ UNDONE = "norms of the branches undo the initial scale of the output projections
     ],
 )
 def test_an_initialisation_that_acts_twice_or_not_at_all_is_a_warning(name, base, expected):
-    found = warnings(build_all({"name": name, "base": base}, 4))
+    found = spec_warnings(build_all({"name": name, "base": base}, 4))
     assert [message.partition(";")[0].partition(":")[0] for message in found] == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize("norm", [{"name": "lns"}, {"name": "qk_norm", "base": "lns"}, {"name": "peri_ln"}])
 def test_a_strategy_alone_is_no_warning(norm):
-    assert not warnings(build_all(norm, 4))
+    assert not spec_warnings(build_all(norm, 4))
 
 
 def test_norms_of_values_that_undo_a_gain_are_a_warning():
     undone = dataclasses.replace(block(gain=0.5), head_norm="qkv")
-    assert "norms of queries, keys and values undo the gain" in warnings([undone])[0]
+    assert "norms of queries, keys and values undo the gain" in spec_warnings([undone])[0]
 
 
 def test_a_pre_ln_block_runs_the_operations_of_its_equation_alone():

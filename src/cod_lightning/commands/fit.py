@@ -75,7 +75,8 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     """
     from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder, from_dict
     from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER
-    from cod_lightning.nn.strategies import build_all, warnings
+    from cod_lightning.nn.spec import spec_warnings
+    from cod_lightning.nn.strategies import build_all
 
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
     folder, rank_zero = check_folder(config), rank == 0
@@ -83,7 +84,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
         sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints and keeps the results\n")
     else:
         print(f"{config.experiment}: {config.description}\nrun folder: {folder}", file=sys.stderr)
-        for warning in warnings(build_all(config.norm, config.model.num_hidden_layers)):
+        for warning in spec_warnings(build_all(config.norm, config.model.num_hidden_layers)):
             print(f"warning: {warning}", file=sys.stderr)
     import_torchmetrics()
     from cod_lightning.train.loggers import check_loggers

@@ -30,11 +30,11 @@ from cod_lightning.nn.layouts import (
     VIT,
     Layout,
     branch_multiplier,
+    find_sites,
     hidden_input,
     hidden_output,
     known_layout,
     logits_output,
-    sites,
     unwrapped,
 )
 from cod_lightning.nn.norms import IdentityNorm
@@ -302,7 +302,7 @@ class ModelAdapter:
             return call
 
         yield self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
-        for site in sites(self.model, self.layout):
+        for site in find_sites(self.model, self.layout):
             factor = branch_multiplier(site.block)
             yield site.branch.register_forward_hook(after(site.part, site.layer, factor))
         for layer, block in enumerate(self.blocks, start=1):
@@ -388,7 +388,7 @@ def layout_of(model: nn.Module, name: str, layout: Layout | None) -> Layout:
     if isinstance(model, VisionTransformer):
         return VIT
     if layout is not None:
-        sites(model, layout)  # raises, naming what is missing
+        find_sites(model, layout)  # raises, naming what is missing
         return layout
     if (layout := known_layout(model) or known_layout(model, BACKBONES)) is None:
         raise UserError(

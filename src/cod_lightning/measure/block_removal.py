@@ -19,7 +19,7 @@ from cod_lightning.measure.open_model import differ
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.decoder import Block, Decoder
-from cod_lightning.nn.layouts import Site, sites, unwrapped
+from cod_lightning.nn.layouts import Site, find_sites, unwrapped
 
 
 def remove_blocks(model: ModelAdapter, layers: Collection[int]) -> ModelAdapter:
@@ -250,4 +250,4 @@ def states_around(
 
 def find_site(model: ModelAdapter, layer: int, part: str) -> Site:
     """The attention or the FFN ("ffn") of a block, counting from 1."""
-    return next(site for site in sites(model.model, model.layout) if (site.layer, site.part) == (layer, part))
+    return next(site for site in find_sites(model.model, model.layout) if (site.layer, site.part) == (layer, part))

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.measure.adapter import ModelAdapter, family
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.layouts import Layout, sites
+from cod_lightning.nn.layouts import Layout, find_sites
 from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
@@ -179,7 +179,7 @@ def layout_problem(model: ModelAdapter) -> str:
     if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
         return "it does not run every block once"
     x = activations["embedding", 0]
-    for site in sites(model.model, model.layout):
+    for site in find_sites(model.model, model.layout):
         if site.part == "attention" and differ(inputs[site.layer - 1], x):
             return f"the residual stream changes before block {site.layer}"
         x = x + activations[site.part, site.layer]

@@ -29,7 +29,7 @@ from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.layouts import sites
+from cod_lightning.nn.layouts import find_sites
 
 GROWTH_SEQUENCES = 2
 """Sequences that the growth up to every layer is measured on: its time grows with the square of the depth."""
@@ -374,8 +374,8 @@ def has_lns(model: ModelAdapter) -> bool:
         specs = [block.spec for block in model.model.blocks]
         gains = [(layer, part.gain) for layer, spec in enumerate(specs, start=1) for part in spec.sublayers]
     else:
-        sublayers = sites(model.model, model.layout)
-        gains = [(site.layer, getattr(site.norm, "cod_output_scale", 1.0)) for site in sublayers]
+        sites = find_sites(model.model, model.layout)
+        gains = [(site.layer, getattr(site.norm, "cod_output_scale", 1.0)) for site in sites]
     return all(math.isclose(gain, layer**-0.5) for layer, gain in gains)
 
 

@@ -183,9 +183,9 @@ def closed_form(decoder: Decoder) -> dict[str, list[float]]:
     embedding = stds["model.embed_tokens.weight"] ** 2 * truncated_variance(config)
     head = stds.get("lm_head.weight", stds["model.embed_tokens.weight"]) ** 2 * truncated_variance(config)
     q = embedding * (np.eye(TOKENS) * (1 - 1 / vocabulary) + 1 / vocabulary)  # equal tokens have equal embeddings
-    steps = sublayers(decoder, q, None)
+    steps = propagate(decoder, q, None)
     if any(sublayer.learned_skip for block in decoder.blocks for sublayer in block.spec.sublayers):
-        steps = sublayers(decoder, q, np.cumsum([1, *(step.branch for step in steps[:-1])]))  # Admin's profile
+        steps = propagate(decoder, q, np.cumsum([1, *(step.branch for step in steps[:-1])]))  # Admin's profile
     outputs = steps[1::2]
     p, gain = np.eye(TOKENS), []
     for attention_step, ffn_step in zip(steps[::2], outputs, strict=True):
@@ -219,7 +219,7 @@ class Step(NamedTuple):
     """Maps g after the sub-layer to g at its input, and to what the skip adds to g at the block's input."""
 
 
-def sublayers(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
+def propagate(decoder: Decoder, q: Array, skips: Array | None) -> list[Step]:
     """All sub-layers in order, for the kernel q of the embeddings; `skips` are the squares of learned skips."""
     steps: list[Step] = []
     for layer, block in enumerate(decoder.blocks, start=1):

@@ -23,7 +23,7 @@ from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batch
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.reordering import summed_losses
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.nn.layouts import Site, sites
+from cod_lightning.nn.layouts import Site, find_sites
 from cod_lightning.nn.norms import Norm
 
 COLUMNS = ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block_cosine")
@@ -122,7 +122,7 @@ def sublayer_removal(
         inputs, blocks = model.block_functions(batch)
         with torch.compiler.set_stance("force_eager"):
             whole += float(summed_losses(model, blocks[-1](inputs[-1]), targets).sum())
-            for site in sites(model.model, model.layout):
+            for site in find_sites(model.model, model.layout):
                 with last_of_branch(site).register_forward_hook(zero_output):
                     x = blocks[site.layer - 1](inputs[site.layer - 1])
                 for block in blocks[site.layer :]:

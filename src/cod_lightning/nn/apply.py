@@ -16,7 +16,7 @@ from cod_lightning.errors import UserError, first_line
 from cod_lightning.nn.decoder import Block
 from cod_lightning.nn.layouts import Layout, Site, pre_norm_sites, require_inputs
 from cod_lightning.nn.output_scale import forget_compiled, is_scaled, remove_scale, scale_output
-from cod_lightning.nn.spec import FACTORS, OPTIMIZER, changes
+from cod_lightning.nn.spec import FACTORS, OPTIMIZER, nondefaults
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 from cod_lightning.settings import require_choice
 
@@ -74,11 +74,11 @@ def apply(
     require_choice("trained", trained, Trained)
     if initial_weights is not None:
         require_choice("initial_weights", initial_weights, InitialWeights)
-    sublayers = pre_norm_sites(model, layout)
-    if any(isinstance(site.block, Block) for site in sublayers):
+    sites = pre_norm_sites(model, layout)
+    if any(isinstance(site.block, Block) for site in sites):
         raise UserError("a Decoder gets its strategy when it is built: pass build_all(...) to build_decoder")
     section = {"name": norm, **options}
-    specs = checked_specs(section, len(sublayers) // 2)
+    specs = checked_sublayer_specs(section, len(sites) // 2)
     if any(spec.has_rates for spec in specs):
         raise UserError(
             f"norm={norm!r} sets rates of the optimizer, which apply cannot: train the stock model with "
@@ -109,14 +109,14 @@ def apply(
         )
     factors = [
         (site, module, factor)
-        for site, spec in zip(sublayers, specs, strict=True)
+        for site, spec in zip(sites, specs, strict=True)
         for module, factor in ((site.norm, spec.gain), (site.branch, spec.branch_scale))
         if factor != 1
     ]
     for site, module, _ in factors:
         require_no_adapter(module, f"norm={norm!r}: layer {site.layer}, {site.part}")
     if initial_weights == "scale" or (initial_weights is None and written is None):
-        change_weights(model, sublayers, specs, norm, trained)
+        change_weights(model, sites, specs, norm, trained)
     for _, module, factor in factors:
         scale_output(module, factor)
     setattr(own_config(model), CONFIG_KEY, section)
@@ -144,22 +144,22 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
             unchanged.
     """
     targets: list[tuple[Any, Any, float]] = []
-    sublayers, section = pre_norm_sites(model, layout), strategy_of(model)
-    for site in sublayers:
+    sites, section = pre_norm_sites(model, layout), strategy_of(model)
+    for site in sites:
         for module in (site.norm, site.branch):
-            otherwise = f"layer {site.layer}: the factor of its {site.part} has no weight to go into"
-            require_no_adapter(module, otherwise)
+            context = f"layer {site.layer}: the factor of its {site.part} has no weight to go into"
+            require_no_adapter(module, context)
             if is_scaled(module):
                 target = site.output if module is site.sublayer else module
-                require_weight(target, otherwise)
+                require_weight(target, context)
                 offset = weight_offset(target) if target.weight.ndim == 1 else 0.0  # of a norm, not of a linear layer
                 targets.append((module, target, offset))
-    require_own_weights(model, sublayers, [target for _, target, _ in targets])
+    require_own_weights(model, sites, [target for _, target, _ in targets])
     if section is None:
         remedy = f"pass its {inside}" if (inside := applied_inside(model)) else "call apply first"
         raise UserError(f"{type(model).__name__} has no strategy to fold: {remedy}")
-    specs = checked_specs(section, len(sublayers) // 2)
-    if not targets and any(name in FACTORS for spec in specs for name in changes(spec)):
+    specs = checked_sublayer_specs(section, len(sites) // 2)
+    if not targets and any(name in FACTORS for spec in specs for name in nondefaults(spec)):
         raise UserError(f"the factors of {section} are lost, as after from_pretrained: call apply again, then fold")
     for module, target, offset in targets:
         target.weight.copy_((target.weight.double() + offset) * module.cod_output_scale - offset)
@@ -200,57 +200,55 @@ def own_config(model: nn.Module) -> Any:
     return own
 
 
-def require_no_adapter(module: Any, otherwise: str) -> None:
+def require_no_adapter(module: Any, context: str) -> None:
     """Check that PEFT does not wrap a module: the adapter adds weights, and merging it loses the wrapper's factor.
 
     Raises:
-        UserError: `otherwise`, with the reason.
+        UserError: `context`, with the reason.
     """
     if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
-        raise UserError(f"{otherwise}: {type(module).__name__} has an adapter: merge it first (merge_and_unload)")
+        raise UserError(f"{context}: {type(module).__name__} has an adapter: merge it first (merge_and_unload)")
 
 
-def require_parameter(module: Any, otherwise: str) -> None:
+def require_parameter(module: Any, context: str) -> None:
     """Check that the weight of a layer is a parameter of its own that the layer computes with.
 
     Raises:
-        UserError: `otherwise`, with the reason.
+        UserError: `context`, with the reason.
     """
     if module is None:
-        raise UserError(
-            f"{otherwise}: layout.outputs is missing, the last linear layers (mixtures of experts have none)"
-        )
-    require_no_adapter(module, otherwise)
+        raise UserError(f"{context}: layout.outputs is missing, the last linear layers (mixtures of experts have none)")
+    require_no_adapter(module, context)
     if getattr(module, "weight", None) is None:
         own = ", ".join(name for name, parameter in module._parameters.items() if parameter is not None)
         raise UserError(
-            f"{otherwise}: {type(module).__name__} has no parameter 'weight', but {own or 'none of its own'}: a layer "
+            f"{context}: {type(module).__name__} has no parameter 'weight', but {own or 'none of its own'}: a layer "
             "that is multiplied needs one of this name; dequantise a quantised model"
         )
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point():
         raise UserError(
-            f"{otherwise}: {type(module).__name__} has no parameter 'weight' of floating-point numbers: dequantise the "
+            f"{context}: {type(module).__name__} has no parameter 'weight' of floating-point numbers: dequantise the "
             "model, or remove pruning (prune.remove) or parametrizations (remove_parametrizations) first"
         )
 
 
-def require_weight(module: Any, otherwise: str) -> None:
+def require_weight(module: Any, context: str) -> None:
     """Check that the weight of a layer can be multiplied: as `require_parameter`, and its values are here.
 
     Raises:
-        UserError: `otherwise`, with the reason.
+        UserError: `context`, with the reason.
     """
-    require_parameter(module, otherwise)
+    require_parameter(module, context)
     if module.weight.is_meta:
-        raise UserError(f"{otherwise}: it is on the meta device, or offloaded: initialise or load the weights first")
+        raise UserError(f"{context}: it is on the meta device, or offloaded: initialise or load the weights first")
     if isinstance(module.weight, DTensor):
-        raise UserError(f"{otherwise}: it is sharded: do so before fully_shard, or in a model with the full state dict")
+        raise UserError(f"{context}: it is sharded: do so before fully_shard, or in a model with the full state dict")
     if type(module.weight.data) is not Tensor:
-        raise UserError(f"{otherwise}: it is a {type(module.weight.data).__name__}: dequantise the model first")
+        raise UserError(f"{context}: it is a {type(module.weight.data).__name__}: dequantise the model first")
 
 
-def require_own_weights(model: nn.Module, sublayers: list[Site], changed: Sequence[Any]) -> None:
+def require_own_weights(model: nn.Module, sites: list[Site], changed: Sequence[Any]) -> None:
     """Check that no other module has the parameters of the modules that are changed: their factors would multiply.
 
     Raises:
@@ -258,9 +256,9 @@ def require_own_weights(model: nn.Module, sublayers: list[Site], changed: Sequen
     """
     holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     chosen = set(changed)
-    for site in sublayers:
+    for site in sites:
         for module in [module for module in (site.norm, *site.inputs, site.output) if module in chosen]:
-            others = [other for other in sublayers if module in (other.norm, *other.inputs, other.output)]
+            others = [other for other in sites if module in (other.norm, *other.inputs, other.output)]
             if len(others) > 1 or any(holders[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
                 raise UserError(
                     f"layer {site.layer}, {site.part}: another module shares the weight of its "
@@ -269,34 +267,32 @@ def require_own_weights(model: nn.Module, sublayers: list[Site], changed: Sequen
 
 
 def changes_initial_weights(specs: list[SublayerSpec]) -> bool:
-    return any(name in WEIGHTS for spec in specs for name in changes(spec))
+    return any(name in WEIGHTS for spec in specs for name in nondefaults(spec))
 
 
-def checked_specs(
+def checked_sublayer_specs(
     norm: dict[str, Any],
     depth: int,
     supported: Sequence[str] = SUPPORTED,
-    otherwise: str = "which an existing Pre-LN model cannot have",
+    reason: str = "which an existing Pre-LN model cannot have",
 ) -> list[SublayerSpec]:
     """The sub-layers of all blocks of a strategy, whose coefficients are all supported.
 
     Raises:
-        UserError: names every coefficient that is not; the message ends in `otherwise`.
+        UserError: names every coefficient that is not; the message ends in `reason`.
     """
     specs = build_all(norm, depth)
     problems: dict[str, Any] = {}
     for part in [part for spec in specs for part in (*spec.sublayers, spec)]:
-        problems = {name: value for name, value in changes(part).items() if name not in supported} | problems
+        problems = {name: value for name, value in nondefaults(part).items() if name not in supported} | problems
     if problems:
         listed = ", ".join(f"{name}={value!r}" for name, value in problems.items())
-        raise UserError(f"norm={norm['name']!r} sets {listed}, {otherwise}")
+        raise UserError(f"norm={norm['name']!r} sets {listed}, {reason}")
     return [sublayer for spec in specs for sublayer in spec.sublayers]
 
 
 @torch.no_grad()
-def change_weights(
-    model: nn.Module, sublayers: list[Site], specs: list[SublayerSpec], norm: str, trained: Trained
-) -> None:
+def change_weights(model: nn.Module, sites: list[Site], specs: list[SublayerSpec], norm: str, trained: Trained) -> None:
     """Set the initial weights of a strategy, or keep the function of a trained model.
 
     Raises:
@@ -309,18 +305,18 @@ def change_weights(
             f"for weights trained under this strategy call apply before load_state_dict, or pass {same}; for others "
             "pass trained='preserve' to keep the function, or trained='change'"
         )
-        require_untrained(sublayers, f"norm={norm!r} changes what a trained model computes", remedy)
+        require_untrained(sites, f"norm={norm!r} changes what a trained model computes", remedy)
     if trained == "preserve" and (initial or any(spec.branch_scale != 1 for spec in specs)):
         raise UserError(f"norm={norm!r} scales branches or initial weights: trained='preserve' keeps only norms' gains")
     if trained == "preserve":
-        scaled = [site for site, spec in zip(sublayers, specs, strict=True) if spec.gain != 1]
+        scaled = [site for site, spec in zip(sites, specs, strict=True) if spec.gain != 1]
         require_inputs(scaled, ", for trained='preserve'")
     if any(spec.input_init != 1 for spec in specs):
-        require_inputs(sublayers)
-    if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in sublayers):
+        require_inputs(sites)
+    if any(spec.output_init != 1 for spec in specs) and any(site.output is None for site in sites):
         raise UserError("layout.outputs is missing: the last linear layers of the sub-layers")
     changed: list[tuple[Any, float, float]] = []
-    for site, spec in zip(sublayers, specs, strict=True):
+    for site, spec in zip(sites, specs, strict=True):
         input_factor = spec.input_init
         if trained == "preserve":
             input_factor = 1 / spec.gain if spec.gain else math.inf  # infinity is refused below
@@ -335,7 +331,7 @@ def change_weights(
                     f"norm={norm!r}: weights divided by gain={spec.gain:.3g} of layer {site.layer} are not finite"
                 )
             changed.append((module, factor, weight_offset(module) if module is site.norm else 0.0))
-    require_own_weights(model, sublayers, [module for module, _, _ in changed])
+    require_own_weights(model, sites, [module for module, _, _ in changed])
     for module, factor, offset in changed:
         module.weight.add_(offset).mul_(factor).sub_(offset)
 
@@ -357,17 +353,17 @@ def is_trained(norm: Any) -> bool | None:
     return not weight.is_meta and bool((weight != 1 - weight_offset(norm)).any())
 
 
-def require_untrained(sublayers: list[Site], problem: str, remedy: str) -> None:
+def require_untrained(sites: list[Site], problem: str, remedy: str) -> None:
     """Check that a model is not trained.
 
     Raises:
         UserError: its norms are not at their initial weights, or none has one that would show it.
     """
-    states = {is_trained(site.norm) for site in sublayers}
+    states = {is_trained(site.norm) for site in sites}
     if True in states:
         raise UserError(f"{problem}: its norms are not at their initial weights: {remedy}")
     if states == {None}:
-        norm = type(sublayers[0].norm).__name__
+        norm = type(sites[0].norm).__name__
         raise UserError(
             f"{problem}: its norms ({norm}) have no parameter 'weight' in memory, which would show whether it is "
             f"trained: {remedy}"

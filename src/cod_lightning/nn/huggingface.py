@@ -26,7 +26,7 @@ from cod_lightning.nn.spec import (
     FACTORS,
     INITIAL,
     OPTIMIZER,
-    changes,
+    nondefaults,
     schedule_end,
 )
 from cod_lightning.nn.strategies import build_all
@@ -64,7 +64,7 @@ def unsupported_features(decoder: Decoder) -> list[str]:
             f"model.norm={decoder.config.norm!r} cannot be expressed in a Llama checkpoint, whose norms are 'rms'"
         )
     changed = [
-        (layer, changes(part))
+        (layer, nondefaults(part))
         for layer, block in enumerate(decoder.blocks, start=1)
         for part in (*block.spec.sublayers, block.spec)
     ]

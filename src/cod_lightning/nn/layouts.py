@@ -1,4 +1,4 @@
-"""Where a stock model keeps its blocks, the norms before their sub-layers, and the sub-layers' projections.
+"""Module paths of stock models: blocks, the norms before their sub-layers, and the sub-layers' projections.
 
 `LAYOUTS` are those of causal language models of `transformers`. Any other Pre-LN model is described by a `Layout`.
 """
@@ -146,7 +146,7 @@ HINT = "name its modules: layout=Layout(blocks='path.to.the.list', norms=('ln_1'
 
 @dataclass(frozen=True)
 class Site:
-    """A sub-layer of a block and the modules around it."""
+    """One sub-layer of one block of a model: its modules, found by a `Layout`."""
 
     layer: int
     """Counts from 1."""
@@ -168,12 +168,12 @@ class Site:
 
 
 def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]:
-    """`sites` of a model that can take a strategy.
+    """`find_sites` of a model that can take a strategy.
 
     Raises:
-        UserError: as `sites`, the model is inside a wrapper such as DDP or PEFT's, or sharded by FSDP1, no norms before
-            the sub-layers are known, two sub-layers share a norm or a branch, or, without a layout, a block computes
-            another equation (`OTHER_SUMS`) or has modules that its known layout does not name.
+        UserError: as `find_sites`, the model is inside a wrapper such as DDP or PEFT's, or sharded by FSDP1, no norms
+            before the sub-layers are known, two sub-layers share a norm or a branch, or, without a layout, a block
+            computes another equation (`OTHER_SUMS`) or has modules that its known layout does not name.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
@@ -185,7 +185,7 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             if known_layout(module) is not None:
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
         raise UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
-    sublayers = sites(model, layout)
+    sites = find_sites(model, layout)
     if layout.norms is None:
         name = type(model).__name__
         if layout.sum_norms is not None:
@@ -196,9 +196,9 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             f"norms=('...', '...'), sublayers={layout.sublayers!r})"
         )
     if by_name:
-        refuse_other_blocks(model, sublayers, layout)
+        refuse_other_blocks(model, sites, layout)
     owner: dict[int, Site] = {}
-    for site in sublayers:
+    for site in sites:
         for kind, module in {"norm": site.norm, "branch": site.branch}.items():
             first = owner.setdefault(id(module), site)
             if first is not site:
@@ -206,14 +206,14 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
                     f"layer {site.layer}, {site.part}: its {kind} is also that of layer {first.layer}, {first.part}; a "
                     "strategy needs one for each sub-layer"
                 )
-    return sublayers
+    return sites
 
 
-def refuse_other_blocks(model: nn.Module, sublayers: list[Site], layout: Layout) -> None:
+def refuse_other_blocks(model: nn.Module, sites: list[Site], layout: Layout) -> None:
     """Raise a UserError if a block computes another equation or has modules that a known layout does not name."""
     paths = [path for pair in (layout.norms, layout.sublayers, layout.branches) for path in pair or ()]
     named = {path.partition(".")[0] for path in paths}
-    for block in [site.block for site in sublayers[::2]]:
+    for block in [site.block for site in sites[::2]]:
         reasons = [OTHER_SUMS[base.__name__] for base in type(block).__mro__ if base.__name__ in OTHER_SUMS]
         if getattr(block, "norm_after", False):  # Molmo2's switch
             reasons.append("norms the outputs of its sub-layers (norm_after)")
@@ -230,7 +230,7 @@ def has_effect(module: nn.Module) -> bool:
     return is_norm or any(True for _ in module.parameters())
 
 
-def sites(model: nn.Module, layout: Layout) -> list[Site]:
+def find_sites(model: nn.Module, layout: Layout) -> list[Site]:
     """The two sub-layers of every block of any module, first to last.
 
     Raises:
@@ -279,9 +279,9 @@ def site_of(layout: Layout, layer: int, block: Any, index: int) -> Site:
 
 
 def names_all_inputs(site: Site) -> bool:
-    """Whether a layout names all linear layers of a sub-layer that may read the norm, if it names any.
+    """Whether no other linear layer of a sub-layer has as many inputs as those of `layout.inputs`.
 
-    Any other with as many inputs may be one, such as the gate of an attention or a router.
+    Such a layer, as the gate of an attention or a router, may read the norm too. True if the layout names none.
     """
     named = {inner for module in (*site.inputs, site.output) if module is not None for inner in module.modules()}
     widths = {getattr(module, "in_features", None) for module in site.inputs}
@@ -292,18 +292,18 @@ def names_all_inputs(site: Site) -> bool:
     )
 
 
-def require_inputs(sublayers: Iterable[Site], otherwise: str = "") -> None:
+def require_inputs(sites: Iterable[Site], remedy: str = "") -> None:
     """Check that the layout names the linear layers after the norms.
 
     Raises:
-        UserError: it does not; the message ends in `otherwise`.
+        UserError: it does not; the message ends in `remedy`.
     """
-    if not all(site.inputs for site in sublayers):
-        raise UserError(f"layout.inputs is missing: the linear layers after the norms{otherwise}")
+    if not all(site.inputs for site in sites):
+        raise UserError(f"layout.inputs is missing: the linear layers after the norms{remedy}")
 
 
 def branch_multiplier(block: Any) -> float:
-    """What a block multiplies its branches by when it adds them, such as Granite's and MiniCPM3's; 1 for others."""
+    """The factor of a block's branches, such as Granite's and MiniCPM3's; 1 for other models."""
     return getattr(block, "residual_multiplier", getattr(block, "residual_scale", 1.0))
 
 
@@ -342,12 +342,12 @@ def known_layout(model: nn.Module, layouts: Iterable[Layout] = LAYOUTS) -> Layou
     """
     for layout in layouts:
         try:
-            sublayers = sites(model, layout)
+            sites = find_sites(model, layout)
             submodule(model, layout.final_norm or "", "")
         except UserError:
             continue
         listed = isinstance(model.get_submodule(layout.blocks), nn.ModuleList)
-        if listed and all(names_all_inputs(site) for site in sublayers):
+        if listed and all(names_all_inputs(site) for site in sites):
             return layout
     return None
 

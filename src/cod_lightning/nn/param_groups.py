@@ -18,7 +18,7 @@ from cod_lightning.nn.apply import (
     applied_inside,
     change_weights,
     changes_initial_weights,
-    checked_specs,
+    checked_sublayer_specs,
     config_of,
     own_config,
     require_parameter,
@@ -26,9 +26,9 @@ from cod_lightning.nn.apply import (
     strategy_of,
 )
 from cod_lightning.nn.decoder import Block, Decoder
-from cod_lightning.nn.layouts import LLAMA, VIT, Layout, Site, pre_norm_sites, require_inputs, sites
+from cod_lightning.nn.layouts import LLAMA, VIT, Layout, Site, find_sites, pre_norm_sites, require_inputs
 from cod_lightning.nn.output_scale import is_scaled
-from cod_lightning.nn.spec import Rates, SublayerSpec, changes, scaled_rates
+from cod_lightning.nn.spec import Rates, SublayerSpec, nondefaults, scaled_rates
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.settings import require_choice
 
@@ -85,16 +85,16 @@ def param_groups(
     if (applied := strategy_of(model)) is not None or any(is_scaled(module) for module in model.modules()):
         applied = applied or applied_inside(model)
         raise UserError(f"the model has a strategy already: {applied}; use apply or param_groups, not both")
-    sublayers = pre_norm_sites(model, layout)
-    own = [part for site in sublayers if isinstance(site.block, Block) for part in site.block.spec.sublayers]
-    if any(name in SUPPORTED for spec in own for name in changes(spec)):
+    sites = pre_norm_sites(model, layout)
+    own = [part for site in sites if isinstance(site.block, Block) for part in site.block.spec.sublayers]
+    if any(name in SUPPORTED for spec in own for name in nondefaults(spec)):
         raise UserError(
             "the decoder was built with a strategy: build it with norm=pre_ln, or train it with its own strategy"
         )
-    specs = [without_gain(s, form, norm) for s in checked_specs({"name": norm, **options}, len(sublayers) // 2)]
+    specs = [without_gain(s, form, norm) for s in checked_sublayer_specs({"name": norm, **options}, len(sites) // 2)]
     if any(spec.input_rates or spec.input_init != 1 for spec in specs):
-        require_inputs(sublayers, "; or pass form='norm_weights'")
-    rates = rates_of(sublayers, specs)
+        require_inputs(sites, "; or pass form='norm_weights'")
+    rates = rates_of(sites, specs)
     if initial_weights == "scale":
         problem, remedy = "initial_weights='scale' is for a model that is not trained", "pass initial_weights='scaled'"
         if hasattr(config_of(model), SCALED):
@@ -104,8 +104,8 @@ def param_groups(
             )
         where = "of each norm" if form == "norm_weights" else "after each norm"
         by_hand = f"for a new model first multiply the weights {where} by its gain"
-        require_untrained(sublayers, problem, f"{remedy}; {by_hand}")
-        change_weights(model, sublayers, specs, norm, "change")
+        require_untrained(sites, problem, f"{remedy}; {by_hand}")
+        change_weights(model, sites, specs, norm, "change")
         if changes_initial_weights(specs):
             setattr(own_config(model), SCALED, True)
     return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
@@ -137,17 +137,17 @@ def model_rates(model: nn.Module) -> dict[nn.Parameter, Rates]:
         return {}
     specs = [sublayer for block in model.blocks for sublayer in block.spec.sublayers]
     layout = replace(LLAMA if isinstance(model, Decoder) else VIT, branches=("attention_residual", "ffn_residual"))
-    return rates_of(sites(model, layout), specs)
+    return rates_of(find_sites(model, layout), specs)
 
 
-def rates_of(sublayers: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter, Rates]:
+def rates_of(sites: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter, Rates]:
     """The rates of every parameter of the sub-layers.
 
     Raises:
         UserError: a layer has rates but no weight of its own, or two sub-layers with different rates share one.
     """
     rates: dict[nn.Parameter, Rates] = {}
-    for site, spec in zip(sublayers, specs, strict=True):
+    for site, spec in zip(sites, specs, strict=True):
         own: dict[nn.Parameter, Rates] = {}
         place = f"layer {site.layer}, {site.part}"
         for module in (site.norm, site.sublayer, site.branch):

@@ -18,7 +18,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError, first_of, no_permission, one_line
 from cod_lightning.files import damage
 from cod_lightning.memory import require_memory
-from cod_lightning.nn.apply import CONFIG_KEY, apply, checked_specs, strategy_of
+from cod_lightning.nn.apply import CONFIG_KEY, apply, checked_sublayer_specs, strategy_of
 from cod_lightning.nn.gguf import open_gguf, read_gguf
 from cod_lightning.nn.model_files import (
     Source,
@@ -225,7 +225,7 @@ def apply_saved_strategy(model: Any, file: str) -> None:
             "it with transformers, call cod.apply and cod.fold, and save it again"
         )
     try:
-        checked_specs(section, depth=1)
+        checked_sublayer_specs(section, depth=1)
         options = {name: value for name, value in section.items() if name != "name"}
         apply(model, section["name"], initial_weights="scaled", **options)
     except UserError as error:

@@ -95,9 +95,9 @@ class SublayerSpec:
     rates: Rates = Rates()
     """Optimizer multipliers of every parameter of the sub-layer, norms and biases included."""
     input_rates: Rates | None = None
-    """Those of the weights of the projections after the pre-norm; None: `rates`."""
+    """Optimizer multipliers of the weights of the projections after the pre-norm; None: `rates`."""
     norm_rates: Rates | None = None
-    """Those of the pre-norm; None: `rates`."""
+    """Optimizer multipliers of the pre-norm; None: `rates`."""
 
     @property
     def has_rates(self) -> bool:
@@ -151,8 +151,8 @@ class BlockSpec:
         return replace(self, attention=replace(self.attention, **changes), ffn=replace(self.ffn, **changes))
 
 
-def changes(spec: SublayerSpec | BlockSpec) -> dict[str, Any]:
-    """The coefficients that differ from those of Pre-LN, by name; of a block without those of its sub-layers."""
+def nondefaults(spec: SublayerSpec | BlockSpec) -> dict[str, Any]:
+    """The coefficients whose values are not the defaults (Pre-LN), by name; of a `BlockSpec` only its own."""
     pre_ln = SublayerSpec() if isinstance(spec, SublayerSpec) else BlockSpec(SublayerSpec(), SublayerSpec())
     names = [field.name for field in fields(spec) if field.name not in ("attention", "ffn")]
     return {name: getattr(spec, name) for name in names if getattr(spec, name) != getattr(pre_ln, name)}
@@ -161,17 +161,17 @@ def changes(spec: SublayerSpec | BlockSpec) -> dict[str, Any]:
 FACTORS = ("gain", "branch_scale")
 """Coefficients of a sub-layer that multiply the output of its norm or branch, which weights can compensate for."""
 INITIAL = ("pre_norm_weight", "branch_norm_weight", "norm_alpha", "input_init", "output_init", "xavier")
-"""Those of the initial parameters alone."""
+"""Coefficients that only set initial parameters."""
 OPTIMIZER = ("rates", "input_rates", "norm_rates")
-"""Those of the optimizer."""
+"""Coefficients that only set the optimizer."""
 COEFFICIENTS = get_type_hints(SublayerSpec, include_extras=True)
-"""Type hints of the coefficients."""
+"""Type hints of the coefficients of a sub-layer."""
 BLOCK_COEFFICIENTS = {
     name: hint for name, hint in get_type_hints(BlockSpec).items() if name not in ("attention", "ffn")
 }
-"""Those of the block itself."""
+"""Type hints of the coefficients of the block itself."""
 PARTS = {kind: get_type_hints(kind, include_extras=True) for kind in (Rates, Schedule)}
-"""Those of the coefficients that have fields themselves."""
+"""Type hints of the fields of `Rates` and `Schedule`, which are coefficients with fields."""
 
 NO_PRE_NORM = "without pre_norm, which it acts on: set pre_norm=True"
 NO_BRANCH_NORM = "without branch_norm, which it acts on: set branch_norm=True"
@@ -183,32 +183,50 @@ EXCLUSIONS: tuple[tuple[tuple[str, ...], Callable[[SublayerSpec], bool], str], .
     (("branch_schedule",), lambda s: s.learned_skip, "with learned_skip, whose profile ignores it: choose one"),
     (("output_init",), lambda s: s.xavier is not None, "with xavier, which replaces it: choose one"),
 )
-"""Coefficients of a sub-layer, when they have no effect unless they are those of Pre-LN, and the reason."""
+"""(names, has_no_effect, reason): coefficients that must keep their defaults in a sub-layer where `has_no_effect` is
+true."""
 
 
 def spec_problems(spec: BlockSpec) -> list[str]:
     """One line for each coefficient of the wrong type, out of range, or without effect."""
     problems = field_problems("block", spec, BLOCK_COEFFICIENTS)
     if not problems and spec.norm_kind != "model" and any(getattr(s, "groups", 1) != 1 for s in spec.sublayers):
-        problems.append(f"norm_kind={spec.norm_kind!r} with groups, which it does not have: set groups=1,")
+        problems.append(f"norm_kind={spec.norm_kind!r} with groups, which it does not have: set groups=1")
     if not problems and spec.norm_kind == "model" and any(getattr(s, "norm_alpha", None) for s in spec.sublayers):
-        problems.append("norm_alpha without a bounded norm_kind: set norm_kind, such as 'dyt',")
+        problems.append("norm_alpha without a bounded norm_kind: set norm_kind, such as 'dyt'")
     for part in ("attention", "ffn"):
         sublayer = getattr(spec, part)
         if not isinstance(sublayer, SublayerSpec):
-            problems.append(f"{part}={short_repr(sublayer)}, expected a SublayerSpec,")
+            problems.append(f"{part}={short_repr(sublayer)}, expected a SublayerSpec")
             continue
         if wrong := field_problems(part, sublayer, COEFFICIENTS):
             problems += wrong
             continue
-        changed = changes(sublayer)
+        changed = nondefaults(sublayer)
         problems += [
-            f"{part}.{name}={changed[name]!r} {reason},"
-            for names, without_effect, reason in EXCLUSIONS
+            f"{part}.{name}={changed[name]!r} {reason}"
+            for names, has_no_effect, reason in EXCLUSIONS
             for name in names
-            if name in changed and without_effect(sublayer)
+            if name in changed and has_no_effect(sublayer)
         ]
     return problems
+
+
+def spec_warnings(specs: Sequence[BlockSpec]) -> list[str]:
+    """One line for each combination of coefficients that undo each other."""
+    sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
+    messages: list[str] = []
+    scaled = any(s.pre_norm and s.gain * s.pre_norm_weight * s.input_init != 1 for s in sublayers)
+    if scaled and any(s.output_init != 1 for s in sublayers):
+        messages.append(
+            "LayerNorm Scaling and depth-scaled initialisation both damp the deep blocks; together they are worse than "
+            "LNS alone (Table 6): choose one"
+        )
+    if any(s.output_init != 1 and s.branch_norm for s in sublayers):
+        messages.append("norms of the branches undo the initial scale of the output projections: choose one")
+    if any(spec.head_norm == "qkv" and spec.attention.gain != 1 for spec in specs):
+        messages.append("norms of queries, keys and values undo the gain of attention's pre-norm: choose one")
+    return messages
 
 
 def field_problems(name: str, values: Any, hints: dict[str, Any]) -> list[str]:
@@ -217,7 +235,7 @@ def field_problems(name: str, values: Any, hints: dict[str, Any]) -> list[str]:
     for key, hint in hints.items():
         value = getattr(values, key)
         if expected := mismatch(hint, value):
-            problems.append(f"{name}.{key}={short_repr(value)}, expected {expected},")
+            problems.append(f"{name}.{key}={short_repr(value)}, expected {expected}")
         elif type(value) in PARTS:
             problems += field_problems(f"{name}.{key}", value, PARTS[type(value)])
     return problems

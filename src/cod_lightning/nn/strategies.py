@@ -22,12 +22,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cod_lightning.errors import UserError
-from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, BlockSpec, Rates, Schedule, SublayerSpec, changes, scaled_rates
+from cod_lightning.nn.spec import (
+    BLOCK_COEFFICIENTS,
+    BlockSpec,
+    Rates,
+    Schedule,
+    SublayerSpec,
+    nondefaults,
+    scaled_rates,
+)
 from cod_lightning.nn.strategy_lookup import STRATEGIES as STRATEGIES
 from cod_lightning.nn.strategy_lookup import build, register
 from cod_lightning.nn.strategy_lookup import build_all as build_all
 from cod_lightning.nn.strategy_lookup import suggestion as suggestion
-from cod_lightning.nn.strategy_lookup import warnings as warnings
 from cod_lightning.settings import require_choice
 
 ROUNDING = 1e-9
@@ -161,7 +168,7 @@ def lns(layer: int, depth: int, position: str = "after_ln", base: str = "pre_ln"
     """x + f(LN(x) / sqrt(l)): LayerNorm Scaling, section 4 of the paper."""
     require_choice("norm.position", position, LNS_POSITIONS)
     spec = build(base, layer, depth, options)
-    scaled = change("lns", spec, **dict.fromkeys(LNS_POSITIONS[position], layer**-0.5))
+    scaled = extend_base("lns", spec, **dict.fromkeys(LNS_POSITIONS[position], layer**-0.5))
     attention, ffn = position != "only_ffn", position != "only_attention"
     return replace(scaled, attention=(scaled if attention else spec).attention, ffn=(scaled if ffn else spec).ffn)
 
@@ -278,15 +285,15 @@ CONFLICTS = {
 """Other coefficients of a base strategy that exclude one: they do the same, or it would have no effect."""
 
 
-def change(name: str, spec: BlockSpec, **new: Any) -> BlockSpec:
-    """`spec` with `new` coefficients, of the block itself or of both sub-layers.
+def extend_base(name: str, spec: BlockSpec, **new: Any) -> BlockSpec:
+    """`spec`, the block of a base strategy, with `new` coefficients of the block or of both sub-layers.
 
     Raises:
         UserError: the base strategy sets one of these coefficients, or of their `CONFLICTS`; the message names it.
     """
     excluded = {*new, *(other for coefficient in new for other in CONFLICTS.get(coefficient, ()))}
     for part in (spec, *spec.sublayers):
-        if conflicts := [coefficient for coefficient in changes(part) if coefficient in excluded]:
+        if conflicts := [coefficient for coefficient in nondefaults(part) if coefficient in excluded]:
             raise UserError(f"norm={name!r} does not support this norm.base, which sets {', '.join(conflicts)} itself")
     of_block = {coefficient: value for coefficient, value in new.items() if coefficient in BLOCK_COEFFICIENTS}
     both = {coefficient: value for coefficient, value in new.items() if coefficient not in of_block}
@@ -297,7 +304,7 @@ def change(name: str, spec: BlockSpec, **new: Any) -> BlockSpec:
 def layer_scale(layer: int, depth: int, init: float = 1e-4, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + diag(w) f(LN(x)), w learned with a small `init`; the paper does not state it, CaiT's default is 1e-4."""
     spec = build(base, layer, depth, options)
-    return change("layer_scale", spec, branch_scale=init, learned_branch_scale="channel")
+    return extend_base("layer_scale", spec, branch_scale=init, learned_branch_scale="channel")
 
 
 @register
@@ -305,31 +312,31 @@ def skip_init(layer: int, depth: int, init: float | None = None, base: str = "pr
     """x + a f(LN(x)), a learned from 1/sqrt(L) (text of the paper) or `init` (0.001 in the released code)."""
     init = depth**-0.5 if init is None else init
     spec = build(base, layer, depth, options)
-    return change("skip_init", spec, branch_scale=init, learned_branch_scale="scalar")
+    return extend_base("skip_init", spec, branch_scale=init, learned_branch_scale="scalar")
 
 
 @register
 def ds_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """Depth-Scaled Initialisation: divides the initial output projections by sqrt(2l)."""
-    return change("ds_init", build(base, layer, depth, options), output_init=(2 * layer) ** -0.5)
+    return extend_base("ds_init", build(base, layer, depth, options), output_init=(2 * layer) ** -0.5)
 
 
 @register
 def scaled_init(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """Scaled Initialisation (GPT-2, Megatron): divides the initial output projections by sqrt(2L)."""
-    return change("scaled_init", build(base, layer, depth, options), output_init=(2 * depth) ** -0.5)
+    return extend_base("scaled_init", build(base, layer, depth, options), output_init=(2 * depth) ** -0.5)
 
 
 @register
 def qk_norm(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + f(LN(x)), queries and keys normalised in each head before rotary embeddings, as in Qwen3 and Gemma 3."""
-    return change("qk_norm", build(base, layer, depth, options), head_norm="qk")
+    return extend_base("qk_norm", build(base, layer, depth, options), head_norm="qk")
 
 
 @register
 def x0_mix(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """Each block reads a x + b x0, x0 the embeddings, a and b learned from 1 and 0, as in nanochat."""
-    return change("x0_mix", build(base, layer, depth, options), embedding_skip=True)
+    return extend_base("x0_mix", build(base, layer, depth, options), embedding_skip=True)
 
 
 @register
@@ -338,7 +345,7 @@ def value_residual(layer: int, depth: int, form: str = "learned", base: str = "p
     `form=mean`: (V + V1) / 2 (ResFormer).
     """
     require_choice("norm.form", form, ("learned", "mean"))
-    return change("value_residual", build(base, layer, depth, options), value_residual=form)
+    return extend_base("value_residual", build(base, layer, depth, options), value_residual=form)
 
 
 @register
@@ -353,7 +360,7 @@ def dyt(
     """x + f(w tanh(a x) + b) in place of every norm, a learned from `alpha`, 0.5 by default, in attention from
     `attention_alpha` if given (DyT), without its scale of the embeddings.
     """
-    spec = change("dyt", build(base, layer, depth, options), norm_kind="dyt", norm_alpha=alpha)
+    spec = extend_base("dyt", build(base, layer, depth, options), norm_kind="dyt", norm_alpha=alpha)
     if attention_alpha is None:
         return spec
     return replace(spec, attention=replace(spec.attention, norm_alpha=attention_alpha))
@@ -362,7 +369,7 @@ def dyt(
 @register
 def derf(layer: int, depth: int, alpha: float | None = None, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """x + f(w erf(a x + s) + b) in place of every norm, a and s learned from `alpha`, 0.5 by default, and 0 (Derf)."""
-    return change("derf", build(base, layer, depth, options), norm_kind="derf", norm_alpha=alpha)
+    return extend_base("derf", build(base, layer, depth, options), norm_kind="derf", norm_alpha=alpha)
 
 
 @register
@@ -370,14 +377,14 @@ def bhyt(layer: int, depth: int, alpha: float | None = None, base: str = "pre_ln
     """x + f(w tanh(a x / (10 rms(x)))) in place of every norm, a learned from `alpha`, 1 by default: the form that the
     code of BHyT calls BHyT*. BHyT itself estimates rms(x) before the FFN.
     """
-    return change("bhyt", build(base, layer, depth, options), norm_kind="bhyt", norm_alpha=alpha)
+    return extend_base("bhyt", build(base, layer, depth, options), norm_kind="bhyt", norm_alpha=alpha)
 
 
 @register
 def gpas(layer: int, depth: int, base: str = "pre_ln", **options: Any) -> BlockSpec:
     """h - silu(a) stop_gradient(h), for the sums of pre-norm blocks and the skip's input of post-norm blocks."""
     spec = build(base, layer, depth, options)
-    return change("gpas", spec, gate="input" if spec.attention.sum_norm else "output")
+    return extend_base("gpas", spec, gate="input" if spec.attention.sum_norm else "output")
 
 
 @dataclass(frozen=True)
@@ -421,4 +428,4 @@ def pro_res(
         raise UserError(f"norm.warmup={warmup} must be at least 1")
     factor = PRO_RES_SCHEDULES[schedule](layer, depth, warmup)
     spec = build(base, layer, depth, options)
-    return change("pro_res", spec, branch_schedule=Schedule(factor, factor.end))
+    return extend_base("pro_res", spec, branch_schedule=Schedule(factor, factor.end))

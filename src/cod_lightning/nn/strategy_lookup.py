@@ -131,7 +131,7 @@ def build(name: str, layer: int, depth: int, options: Mapping[str, Any]) -> Bloc
     if not isinstance(spec, BlockSpec):
         raise UserError(f"norm={name!r} returned {type(spec).__name__}, expected a BlockSpec")
     if problems := spec_problems(spec):
-        raise UserError("\n".join(f"norm={name!r} returned {problem} for layer={layer}" for problem in problems))
+        raise UserError("\n".join(f"norm={name!r} returned {problem}, for layer={layer}" for problem in problems))
     return spec
 
 
@@ -155,20 +155,3 @@ def build_all(norm: str | Mapping[str, Any], depth: int) -> list[BlockSpec]:
     if "name" not in norm:
         raise UserError(f"norm.name is missing: {nearest('', STRATEGIES)}")
     return [build(norm["name"], layer, depth, options) for layer in range(1, depth + 1)]
-
-
-def warnings(specs: list[BlockSpec]) -> list[str]:
-    """Warnings about combinations that defeat themselves."""
-    sublayers = [sublayer for spec in specs for sublayer in spec.sublayers]
-    messages: list[str] = []
-    scaled = any(s.pre_norm and s.gain * s.pre_norm_weight * s.input_init != 1 for s in sublayers)
-    if scaled and any(s.output_init != 1 for s in sublayers):
-        messages.append(
-            "LayerNorm Scaling and depth-scaled initialisation both damp the deep blocks; together they are worse than "
-            "LNS alone (Table 6): choose one"
-        )
-    if any(s.output_init != 1 and s.branch_norm for s in sublayers):
-        messages.append("norms of the branches undo the initial scale of the output projections: choose one")
-    if any(spec.head_norm == "qkv" and spec.attention.gain != 1 for spec in specs):
-        messages.append("norms of queries, keys and values undo the gain of attention's pre-norm: choose one")
-    return messages

@@ -18,7 +18,7 @@ from cod_lightning.nn.config import MAX_LAYERS
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.huggingface import unfinished_schedule
 from cod_lightning.nn.layer_prediction import predict_blocks
-from cod_lightning.nn.layouts import LLAMA, sites
+from cod_lightning.nn.layouts import LLAMA, find_sites
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import BlockSpec, build_all
 from cod_lightning.nn.weights import state_dict
@@ -79,7 +79,7 @@ def grow(
         for layer, block in zip(inserted, predicted, strict=True):
             originals[layer - 1] = block
     grown = rebuild(decoder, norm, originals, compensate=gains == "kept")
-    for site in [site for site in sites(grown, LLAMA) if how == "identity" and site.layer in inserted]:
+    for site in [site for site in find_sites(grown, LLAMA) if how == "identity" and site.layer in inserted]:
         spec = site.block.spec
         part = getattr(spec, site.part)
         changed = part.skip != 1 or part.skip_from != "input" or part.learned_skip or part.sum_norm or part.gate != "no"
@@ -138,7 +138,7 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
         state |= {f"model.layers.{index}.{name}": tensor for name, tensor in state_dict(block).items()}
     rebuilt.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     rebuilt.tie()
-    for site in sites(rebuilt, LLAMA) if compensate else ():
+    for site in find_sites(rebuilt, LLAMA) if compensate else ():
         old, new = (getattr(block.spec, site.part) for block in (originals[site.layer - 1], site.block))
         for linear in site.inputs:
             divide(linear, new.gain / old.gain)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cod_lightning.errors import UserError, first_line
-from cod_lightning.nn.apply import checked_specs, strategy_of, weight_offset, without_hooks
+from cod_lightning.nn.apply import checked_sublayer_specs, strategy_of, weight_offset, without_hooks
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.layouts import (
     Layout,
@@ -98,10 +98,10 @@ def verify(
     section = {"name": norm, **options} if norm else strategy_of(model)
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
-    otherwise = "which verify cannot check: it measures gain and branch_scale"
+    unsupported = "which verify cannot check: it measures gain and branch_scale"
     # `pre_norm_sites` refuses a Decoder of post_ln or skip_init by its modules; its coefficients say more.
     depth = len(model.blocks) if isinstance(model, Decoder) else len(pre_norm_sites(model, layout)) // 2
-    specs = checked_specs(section, depth, FACTORS, otherwise)
+    specs = checked_sublayer_specs(section, depth, FACTORS, unsupported)
     require_values(model)
     tokens = example_tokens(model) if inputs is None else inputs
     if not isinstance(tokens, Tensor):
@@ -172,18 +172,18 @@ class WithoutDropout(TorchFunctionMode):
 @torch.no_grad()
 def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout | None, tokens: Tensor) -> list[Factor]:
     """Run a model and measure the factors of every sub-layer."""
-    sublayers = pre_norm_sites(model, layout)
+    sites = pre_norm_sites(model, layout)
     seen: dict[tuple[int, str], Tensor] = {}
     with torch.compiler.set_stance("force_eager"), ExitStack() as handles:
-        for site in sublayers:
+        for site in sites:
             for handle in register_recorders(site, seen):
                 handles.enter_context(handle)
         model(tokens)
-    for site, spec in zip(sublayers[1::2], specs[1::2], strict=True):
+    for site, spec in zip(sites[1::2], specs[1::2], strict=True):
         if (site.layer, "middle") not in seen:  # a fused kernel ran instead of the norm's forward
             seen[site.layer, "middle"] = seen[site.layer, "output"] - spec.branch_scale * seen[site.layer, "ffn output"]
     factors = []
-    for index, (site, spec) in enumerate(zip(sublayers, specs, strict=True)):
+    for index, (site, spec) in enumerate(zip(sites, specs, strict=True)):
         ends = ("block", "middle") if site.part == "attention" else ("middle", "output")
         x, y = (seen[site.layer, end] for end in ends)  # the residual stream before and after the sub-layer
         h = seen[site.layer, f"{site.part} input"]
