@@ -350,7 +350,7 @@ class ModelAdapter:
             embedding: the input of the first block at the same tokens [..., hidden].
         """
         block = unwrapped(self.blocks[layer - 1])
-        return block.mix(block.entry_norm(x), embedding) if isinstance(block, Block) else x
+        return block.mix_embedding(block.entry_norm(x), embedding) if isinstance(block, Block) else x
 
     @contextmanager
     def with_blocks(self, blocks: Sequence[nn.Module]) -> Generator[None]:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from cod_lightning.measure.result import Result, table_rows
 from cod_lightning.memory import require_memory
 from cod_lightning.nn.config import MAX_LAYERS, DecoderConfig
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.init import LAST, build_decoder, outer_stds, projection_std
+from cod_lightning.nn.init import OUTPUT_PROJECTIONS, build_decoder, outer_stds, projection_std
 from cod_lightning.nn.norms import ALPHA, with_norm_kind
 from cod_lightning.nn.strategies import SublayerSpec, build_all
 
@@ -110,7 +110,7 @@ def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Pr
     """Compare the closed form with one forward and backward pass, and one Jacobian product, of an untrained decoder.
 
     Args:
-        config: its shape, with `vocab_size` set; it is built on the CPU.
+        config: the configuration, with `vocab_size` set; the decoder is built on the CPU.
         norm: the section `norm`: `name` and options.
         seed: of weights and tokens.
 
@@ -128,18 +128,18 @@ def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Pr
     decoder = build_decoder(config, specs, seed)
     with torch.device("meta"):
         deeper = Decoder(replace(config, num_hidden_layers=2 * depth), twice)
-    expected, doubled = positive_closed_form(decoder), positive_closed_form(deeper)
+    expected, doubled = checked_closed_form(decoder), checked_closed_form(deeper)
     overflow = [v for v in expected["variance"] if DEVIATIONS * math.sqrt(v) > FP16_MAX]
     return Prediction(
         model=str(norm["name"]),
         **expected,
-        **{f"{name}_measured": values for name, values in measured(decoder, seed).items()},
+        **{f"{name}_measured": values for name, values in measure_at_init(decoder, seed).items()},
         overflow_layer=expected["variance"].index(overflow[0]) + 1 if overflow else None,
         doubled={name: max(doubled[name]) / max(values) for name, values in expected.items()},
     )
 
 
-def measured(decoder: Decoder, seed: int) -> dict[str, list[float]]:
+def measure_at_init(decoder: Decoder, seed: int) -> dict[str, list[float]]:
     """The quantities on random tokens: one pass forward and backward, and the product with one random vector."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(decoder.lm_head.out_features, (SEQUENCES, TOKENS), generator=generator)
@@ -160,8 +160,8 @@ def measured(decoder: Decoder, seed: int) -> dict[str, list[float]]:
     }
 
 
-def positive_closed_form(decoder: Decoder) -> dict[str, list[float]]:
-    """`closed_form`.
+def checked_closed_form(decoder: Decoder) -> dict[str, list[float]]:
+    """`closed_form` of a decoder, whose numbers are all positive and finite.
 
     Raises:
         UserError: a number is zero or not finite.
@@ -177,7 +177,7 @@ def positive_closed_form(decoder: Decoder) -> dict[str, list[float]]:
 
 
 def closed_form(decoder: Decoder) -> dict[str, list[float]]:
-    """The quantities from the coefficients and shapes of a decoder, whose weights are not read."""
+    """The quantities from the coefficients and the configuration of a decoder, whose weights are not read."""
     config, hidden = decoder.config, decoder.config.hidden_size
     stds, vocabulary = outer_stds(decoder), decoder.lm_head.out_features
     embedding = stds["model.embed_tokens.weight"] ** 2 * truncated_variance(config)
@@ -267,19 +267,25 @@ def step_of(
 
     def forward(p: Array, of_block: Array) -> Array:
         start = of_block if spec.skip_from == "block" else p
-        return outer_slope * (to_skip * start + to_branch * mix(slope * p, False))
+        return outer_slope * (to_skip * start + to_branch * mix(slope * p, transposed=False))
 
     def backward(g: Array) -> tuple[Array, Array]:
         g = outer_slope * g
-        of_branch, of_skip = slope * mix(to_branch * g, True), to_skip * g
+        of_branch, of_skip = slope * mix(to_branch * g, transposed=True), to_skip * g
         return (of_branch, of_skip) if spec.skip_from == "block" else (of_branch + of_skip, np.zeros_like(g))
 
     return Step(outer * total, float(branch.diagonal().mean()), forward, backward)
 
 
+class Mix(Protocol):
+    """Maps p through a sub-layer, or `transposed` g backwards through it, up to its norm and scale."""
+
+    def __call__(self, kernel: Array, *, transposed: bool) -> Array: ...
+
+
 def attention(
     n: Array, c: Mapping[str, float], norms: Mapping[str, Callable[[Array], tuple[Array, Array]]]
-) -> tuple[Array, Callable[[Array, bool], Array]]:
+) -> tuple[Array, Mix]:
     """The kernel of attention's output on the kernel n, and the same map of p and, transposed, of g.
 
     `norms` are the factors of the norms of queries, keys and values, by the letters q, k and v.
@@ -309,7 +315,7 @@ def attention(
     def sums_transposed(kernel: Array) -> Array:
         return np.diag((ones.T @ kernel @ ones).diagonal())
 
-    def mix(kernel: Array, transposed: bool) -> Array:
+    def mix(kernel: Array, *, transposed: bool) -> Array:
         if transposed:
             of_values = dv * (mean.T @ kernel @ mean + sums_transposed(weights * kernel))
             of_logits = dk * sums_transposed(through_keys * kernel) + dq * through_queries * kernel
@@ -326,12 +332,12 @@ def spread_of(kernel: Array) -> float:
     return float(kernel.diagonal().mean()) - off_diagonal(kernel)
 
 
-def feed_forward(n: Array, c: Mapping[str, float]) -> tuple[Array, Callable[[Array, bool], Array]]:
+def feed_forward(n: Array, c: Mapping[str, float]) -> tuple[Array, Mix]:
     """The kernel of SwiGLU's output on the kernel n, and the map of p and g."""
     gate, factor = c["gate_proj"] * n, c["up_proj"] * c["down_proj"]
     product = pair_mean(lambda x: x * sigmoid(x), gate)
     slope = pair_mean(lambda x: sigmoid(x) * (1 + x * (1 - sigmoid(x))), gate)
-    return factor * product * n, lambda kernel, transposed: factor * (product + gate * slope) * kernel
+    return factor * product * n, lambda kernel, *, transposed: factor * (product + gate * slope) * kernel
 
 
 def pair_mean(function: Callable[[Array], Array], kernel: Array) -> Array:
@@ -358,7 +364,7 @@ def norm_factors(
 
     Args:
         q: at a norm of the kind in `config`.
-        config: the shape.
+        config: the configuration.
         weight: initial weight times gain.
         size: number of channels; None: the hidden size.
         input_scale: of the norm.
@@ -398,7 +404,8 @@ def fan_variances(spec: SublayerSpec, module: torch.nn.Module, config: DecoderCo
     for name, weight in module.named_parameters():
         if weight.ndim == 2:
             projection = name.removesuffix(".weight")
-            std = projection_std(weight, projection, spec, config) * (1.0 if projection in LAST else spec.input_init)
+            factor = 1.0 if projection in OUTPUT_PROJECTIONS else spec.input_init
+            std = projection_std(weight, projection, spec, config) * factor
             c[projection] = weight.shape[1] * std**2 * truncated_variance(config)
     return c
 

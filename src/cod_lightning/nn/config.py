@@ -1,4 +1,4 @@
-"""The shape of a decoder; free of torch, so that a configuration is checked quickly."""
+"""The configuration of a decoder; free of torch, so that it is checked quickly."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class DecoderConfig:
         return self.hidden_size // self.num_attention_heads
 
     def problems(self, rotary: bool = True) -> list[str]:
-        """Every error of this shape, each with the name of its field; a ViT has no `rotary` embeddings."""
+        """Every error of this configuration, each with the name of its field; a ViT has no `rotary` embeddings."""
         errors = setting_errors(self, "model.")
         if errors:
             return errors
@@ -83,7 +83,7 @@ class DecoderConfig:
         """Parameters of the Pre-LN decoder; strategies with learnable scales or more norms add theirs.
 
         Args:
-            vocab_size: that of the tokenizer, used if the shape has none.
+            vocab_size: that of the tokenizer, used if the configuration has none.
         """
         vocab = self.vocab_size or vocab_size
         if vocab is None:

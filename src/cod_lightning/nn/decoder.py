@@ -50,29 +50,29 @@ class Attention(nn.Module):
         self.value_mix = nn.Parameter(torch.empty(3)) if spec.value_residual == "learned" else None
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope | None, first_BGTK: Tensor | None = None
+        self, x_BTD: Tensor, rope: Rope | None, first_v_BGTK: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """y [B, T, D]; with a value residual, also the values of the first block: its own if `first_BGTK` is None."""
+        """y [B, T, D]; with a value residual, also the values of the first block: its own if `first_v_BGTK` is None."""
         q_BHTK, k_BGTK, v_BGTK = (
             norm(projection(x_BTD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
             for projection, norm in ((self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, self.v_norm))
         )
         if self.value_residual != "no":
-            first_BGTK = v_BGTK if first_BGTK is None else first_BGTK
-            v_BGTK = self.mix_values(v_BGTK, first_BGTK)
+            first_v_BGTK = v_BGTK if first_v_BGTK is None else first_v_BGTK
+            v_BGTK = self.mix_values(v_BGTK, first_v_BGTK)
         if rope is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, rope), rotate(k_BGTK, rope)
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=self.causal, enable_gqa=self.grouped)
         y_BTD = self.o_proj(y_BHTK.transpose(1, 2).flatten(-2))
-        return y_BTD if self.value_residual == "no" else (y_BTD, first_BGTK)
+        return y_BTD if self.value_residual == "no" else (y_BTD, first_v_BGTK)
 
-    def mix_values(self, v_BGTK: Tensor, first_BGTK: Tensor) -> Tensor:
+    def mix_values(self, v_BGTK: Tensor, first_v_BGTK: Tensor) -> Tensor:
         """(v + first) / 2, or s * (a * v + b * first) / sqrt(a^2 + b^2)."""
         if self.value_mix is None:
-            return (v_BGTK + first_BGTK) / 2
+            return (v_BGTK + first_v_BGTK) / 2
         s, a, b = self.value_mix
         s = s * (a * a + b * b + 1e-8).rsqrt()  # 1e-8 as in the code of IMU-1, for a = b = 0
-        return scale(v_BGTK, s * a) + scale(first_BGTK, s * b)
+        return scale(v_BGTK, s * a) + scale(first_v_BGTK, s * b)
 
 
 class FeedForward(nn.Module):
@@ -111,9 +111,9 @@ class Residual(nn.Module):
         branch_BTD = scale(self.branch_norm(f_BTD), branch_scale)
         return branch_BTD if self.factor is None else branch_BTD * self.factor
 
-    def scaled_skip(self, x_BTD: Tensor, h_BTD: Tensor, block_BTD: Tensor, gate: Tensor | None) -> Tensor:
+    def scaled_skip(self, x_BTD: Tensor, h_BTD: Tensor, block_input_BTD: Tensor, gate: Tensor | None) -> Tensor:
         """skip * x, from the sub-layer's input x, its pre-norm h, or the input of the block."""
-        x_BTD = {"input": x_BTD, "pre_norm": h_BTD, "block": block_BTD}[self.spec.skip_from]
+        x_BTD = {"input": x_BTD, "pre_norm": h_BTD, "block": block_input_BTD}[self.spec.skip_from]
         x_BTD = gpas(x_BTD, gate) if self.spec.gate == "input" else x_BTD
         return scale(x_BTD, self.spec.skip if self.skip is None else self.skip)
 
@@ -155,7 +155,7 @@ class Block(nn.Module):
         rope: Rope | None,
         hook: Callable[[str, Tensor], object] | None = None,
         embedding_BTD: Tensor | None = None,
-        first_BGTK: Tensor | None = None,
+        first_v_BGTK: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """The output y [B, T, D]; with a value residual, y and the values of the first block.
 
@@ -164,34 +164,34 @@ class Block(nn.Module):
             rope: rotary embeddings, or None.
             hook: called with the scaled branches and the output.
             embedding_BTD: for `embedding_skip`, the input of the first block.
-            first_BGTK: for a value residual, the values of the first block; None in that block.
+            first_v_BGTK: for a value residual, the values of the first block; None in that block.
         """
-        x_BTD = self.mix(self.entry_norm(x_BTD), embedding_BTD)
+        x_BTD = self.mix_embedding(self.entry_norm(x_BTD), embedding_BTD)
         # h = gain * pre_norm(x)
         x_BTD, h_BTD = self.input_layernorm.fused_add_norm(x_BTD)
-        block_BTD = x_BTD
+        block_input_BTD = x_BTD
         # branch = branch_scale * branch_norm( attention(h) )
-        f_BTD = self.self_attn(h_BTD, rope, first_BGTK)
+        f_BTD = self.self_attn(h_BTD, rope, first_v_BGTK)
         if self.spec.value_residual != "no":
-            f_BTD, first_BGTK = f_BTD
+            f_BTD, first_v_BGTK = f_BTD
         attention_BTD = self.attention_residual.scaled_branch(f_BTD)
         # x = gate( sum_norm( skip * x + branch ) ) and h = gain * pre_norm(x)
-        skip_BTD = self.attention_residual.scaled_skip(x_BTD, h_BTD, block_BTD, self.gate)
+        skip_BTD = self.attention_residual.scaled_skip(x_BTD, h_BTD, block_input_BTD, self.gate)
         x_BTD, h_BTD = self.attention_residual.fused_with_norm(
             skip_BTD, attention_BTD, self.gate, next_norm=self.post_attention_layernorm
         )
         # branch = branch_scale * branch_norm( ffn(h) )
         ffn_BTD = self.ffn_residual.scaled_branch(self.mlp(h_BTD))
         # y = gate( sum_norm( skip * x + branch ) )
-        skip_BTD = self.ffn_residual.scaled_skip(x_BTD, h_BTD, block_BTD, self.gate)
+        skip_BTD = self.ffn_residual.scaled_skip(x_BTD, h_BTD, block_input_BTD, self.gate)
         y_BTD = self.ffn_residual(skip_BTD, ffn_BTD, self.gate)
         if hook is not None:
             hook("attention", attention_BTD)
             hook("ffn", ffn_BTD)
             hook("residual", y_BTD)
-        return y_BTD if self.spec.value_residual == "no" else (y_BTD, first_BGTK)
+        return y_BTD if self.spec.value_residual == "no" else (y_BTD, first_v_BGTK)
 
-    def mix(self, x_BTD: Tensor, embedding_BTD: Tensor | None) -> Tensor:
+    def mix_embedding(self, x_BTD: Tensor, embedding_BTD: Tensor | None) -> Tensor:
         """x, or with `embedding_skip` a * x + b * embedding."""
         if self.embedding_skip is None:
             return x_BTD
@@ -214,11 +214,11 @@ class Decoder(nn.Module):
     """A decoder-only language model.
 
     Args:
-        config: its shape, with `vocab_size` set.
+        config: the configuration, with `vocab_size` set.
         specs: one `BlockSpec` for each block, from `strategies.build_all`.
 
     Raises:
-        ValueError: the shape is impossible, or the number of specs is not the number of blocks.
+        ValueError: `config` is invalid, or the number of specs is not the number of blocks.
     """
 
     step: int
@@ -238,12 +238,14 @@ class Decoder(nn.Module):
         set_step(self, 0)
 
     def tie(self) -> None:
-        """Share one parameter between head and embeddings if the shape says so; leaving the meta device undoes it."""
+        """Share one parameter between head and embeddings if the configuration says so; leaving the meta device undoes
+        it.
+        """
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def empty_like(self) -> Decoder:
-        """An uninitialised decoder of the same shape, on the default device."""
+        """An uninitialised decoder of the same configuration, on the default device."""
         return Decoder(self.config, [block.spec for block in self.blocks])
 
     @property
@@ -280,13 +282,12 @@ def run_blocks(blocks: list[Block], x_BTD: Tensor, rope: Rope | None, hook: Acti
     """Run all blocks on the embeddings x, calling `hook`."""
     if hook is not None:
         hook("embedding", 0, x_BTD)
-    embedding_BTD, first_BGTK = x_BTD, None
+    embedding_BTD, first_v_BGTK = x_BTD, None
     for layer, block in enumerate(blocks, start=1):
-        of_layer = None if hook is None else lambda name, x, layer=layer: hook(name, layer, x)
-        shared = (embedding_BTD if block.spec.embedding_skip else None, first_BGTK)
-        x_BTD = block(x_BTD, rope, of_layer, *shared)
+        block_hook = None if hook is None else lambda name, x, layer=layer: hook(name, layer, x)
+        x_BTD = block(x_BTD, rope, block_hook, embedding_BTD if block.spec.embedding_skip else None, first_v_BGTK)
         if block.spec.value_residual != "no":
-            x_BTD, first_BGTK = x_BTD
+            x_BTD, first_v_BGTK = x_BTD
     return x_BTD
 
 
@@ -308,6 +309,7 @@ def set_step(model: Any, step: int) -> None:
 
 
 def scale(x: Tensor, factor: float | Tensor) -> Tensor:
+    """factor * x; a tensor is rounded to the dtype of x, and a float of 1 costs nothing."""
     if isinstance(factor, Tensor):
         return x * factor.to(x.dtype)
     return x if factor == 1 else x * factor

@@ -96,10 +96,10 @@ def to_llama_state_dict(decoder: Decoder, dtype: torch.dtype = torch.float32) ->
     state = {name: tensor.cpu() for name, tensor in state_dict(decoder).items() if "_residual." not in name}
     ones = torch.ones(decoder.config.hidden_size)
     state.setdefault("model.norm.weight", ones)
-    for index, layer in enumerate(decoder.blocks):
+    for index, block in enumerate(decoder.blocks):
         for norm, gain, projection, residual in (
-            ("input_layernorm", layer.spec.attention.gain, "self_attn.o_proj", layer.attention_residual),
-            ("post_attention_layernorm", layer.spec.ffn.gain, "mlp.down_proj", layer.ffn_residual),
+            ("input_layernorm", block.spec.attention.gain, "self_attn.o_proj", block.attention_residual),
+            ("post_attention_layernorm", block.spec.ffn.gain, "mlp.down_proj", block.ffn_residual),
         ):
             name = f"model.layers.{index}.{norm}.weight"
             state[name] = state.get(name, ones).double() * gain
@@ -123,16 +123,16 @@ def to_hf(decoder: Decoder, tokenizer: Any = None, dtype: torch.dtype = torch.fl
         UserError: as `to_llama_state_dict`, or transformers is not installed.
     """
     transformers = import_transformers("exporting")
-    state, shape = to_llama_state_dict(decoder, dtype), decoder.config
-    family = "Qwen2" if shape.qkv_bias else "Llama"
+    state, decoder_config = to_llama_state_dict(decoder, dtype), decoder.config
+    family = "Qwen2" if decoder_config.qkv_bias else "Llama"
     config = getattr(transformers, f"{family}Config")(
-        **{theirs: getattr(shape, ours) for ours, theirs in CONFIG_FIELDS.items()},
-        num_key_value_heads=shape.key_value_heads,
-        rope_theta=shape.rope_theta,
+        **{theirs: getattr(decoder_config, ours) for ours, theirs in CONFIG_FIELDS.items()},
+        num_key_value_heads=decoder_config.key_value_heads,
+        rope_theta=decoder_config.rope_theta,
         max_position_embeddings=max_length,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_id if tokenizer else None,
-        pad_token_id=pad_token_id(tokenizer, shape.vocab_size or 0) if tokenizer else None,
+        pad_token_id=pad_token_id(tokenizer, decoder_config.vocab_size or 0) if tokenizer else None,
     )
     with quiet_transformers():
         model = getattr(transformers, f"{family}ForCausalLM")
@@ -212,16 +212,16 @@ def import_hf(name: str | Path) -> Decoder:
     hf_model = load_checkpoint(name, check=lambda config: config_from_hf(config, name)).model
     if strategy_of(hf_model) is not None:
         fold(hf_model)
-    shape = config_from_hf(hf_model.config, name)
+    decoder_config = config_from_hf(hf_model.config, name)
     with torch.device("meta"):
-        decoder = Decoder(shape, build_all({"name": "pre_ln"}, shape.num_hidden_layers))
+        decoder = Decoder(decoder_config, build_all({"name": "pre_ln"}, decoder_config.num_hidden_layers))
     decoder.load_state_dict(hf_model.state_dict(), assign=True)
     decoder.tie()
     return decoder
 
 
 def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
-    """The shape of a `transformers` configuration.
+    """The `DecoderConfig` of a `transformers` configuration.
 
     Raises:
         UserError: names every field that our decoder does not support.
@@ -244,17 +244,17 @@ def config_from_hf(config: Any, name: str | Path) -> DecoderConfig:
         "quantization_config": (getattr(config, "quantization_config", None), None),
     }
     problems = [
-        f"{name}: {field}={value!r} has no place in the decoder, where it is {ours!r}"
+        f"{name}: {field}={value!r} is not supported: expected {ours!r}"
         for field, (value, ours) in expected.items()
         if value != ours
     ]
-    shape = DecoderConfig(
+    decoder_config = DecoderConfig(
         **{ours: getattr(config, theirs) for ours, theirs in CONFIG_FIELDS.items()},
         num_key_value_heads=config.num_key_value_heads,
         max_position_embeddings=getattr(config, "max_position_embeddings", None),
         rope_theta=float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))),
         qkv_bias=config.model_type == "qwen2",
     )
-    if problems := problems or [f"{name}: {problem}" for problem in shape.problems()]:
+    if problems := problems or [f"{name}: {problem}" for problem in decoder_config.problems()]:
         raise UserError("\n".join(problems))
-    return shape
+    return decoder_config

@@ -19,7 +19,7 @@ from cod_lightning.nn.weights import copy_, is_sharded
 
 M = TypeVar("M", bound=Model)
 
-LAST = ("o_proj", "down_proj")
+OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
 """The last projections of the sub-layers; all others read the pre-norm."""
 
 PROFILE_BATCH, PROFILE_LENGTH = 4, 64
@@ -75,7 +75,7 @@ def initialise(model: M, seed: int) -> M:
                     projection = name.removesuffix(".weight")
                     std = projection_std(weight, projection, spec, model.config)
                     draw_(model, f"{layers}.{index}.{part}.{name}", std, seed)
-                    weight.mul_(1.0 if projection in LAST else spec.input_init)
+                    weight.mul_(1.0 if projection in OUTPUT_PROJECTIONS else spec.input_init)
     for name, parameter in model.named_parameters():
         if name.endswith((".bias", ".gate")):
             parameter.zero_()
@@ -120,7 +120,7 @@ def projection_std(weight: Tensor, name: str, spec: SublayerSpec, config: Decode
         gain = 1.0 if name in ("q_proj", "k_proj") else spec.xavier
         return gain * (2 / (fan_in + fan_out)) ** 0.5
     std = base_std(config, fan_in, config.init_std)
-    return std * spec.output_init if name in LAST else std
+    return std * spec.output_init if name in OUTPUT_PROJECTIONS else std
 
 
 def draw_(model: Model, name: str, std: float, seed: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.files import damage, fetched
 from cod_lightning.nn.packaged_models import packaged_path
-from cod_lightning.nn.weights import not_dense
+from cod_lightning.nn.weights import why_not_dense
 from cod_lightning.typed_json import read_json
 
 WEIGHT_FILES = (
@@ -140,7 +140,7 @@ def read_weights(source: Source) -> dict[str, Tensor]:
         ):
             raise UserError(f"{path}: not a state dict of names and tensors: save model.state_dict()")
         for key, tensor in part.items():
-            if problem := not_dense(tensor):
+            if problem := why_not_dense(tensor):
                 raise UserError(f"{path}: {key} is {problem}: save dense weights, with their values")
         if twice := sorted(part.keys() & state.keys()):
             raise UserError(f"{source.name}: {twice[0]} is in two shards ({len(twice)} weights are): remove one")

@@ -108,7 +108,7 @@ def param_groups(
         change_weights(model, sites, specs, norm, "change")
         if changes_initial_weights(specs):
             setattr(own_config(model), SCALED, True)
-    return grouped(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
+    return adamw_groups(model.named_parameters(), rates, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
 def without_gain(spec: SublayerSpec, form: Form, norm: str) -> SublayerSpec:
@@ -167,7 +167,7 @@ def rates_of(sites: list[Site], specs: list[SublayerSpec]) -> dict[nn.Parameter,
     return rates
 
 
-def grouped(
+def adamw_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     rates: dict[nn.Parameter, Rates],
     *,

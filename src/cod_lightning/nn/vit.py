@@ -50,13 +50,13 @@ class VisionTransformer(nn.Module):
     """A classifier of square images.
 
     Args:
-        config: the shape of the blocks; fields about tokens (`vocab_size`, `rope_theta`, ...) are ignored.
+        config: the configuration of the blocks; fields about tokens (`vocab_size`, `rope_theta`, ...) are ignored.
         specs: one `BlockSpec` for each block, from `strategies.build_all`.
         image_size, patch_size: sides in pixels.
         classes: their number.
 
     Raises:
-        ValueError: the shape is impossible, or the number of specs is not the number of blocks.
+        ValueError: `config` is invalid, or the number of specs is not the number of blocks.
     """
 
     step: int
@@ -84,7 +84,7 @@ class VisionTransformer(nn.Module):
         set_step(self, 0)
 
     def empty_like(self) -> VisionTransformer:
-        """An uninitialised model of the same shape, on the default device."""
+        """An uninitialised model of the same configuration, on the default device."""
         specs = [block.spec for block in self.blocks]
         return VisionTransformer(self.config, specs, self.image_size, self.patch_size, self.head.out_features)
 

@@ -67,7 +67,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
         copy_(parameter, weights[name])
 
 
-def not_dense(tensor: Tensor) -> str:
+def why_not_dense(tensor: Tensor) -> str:
     """Why a tensor of a file is not a plain array of numbers; empty if it is."""
     if tensor.is_meta:
         return "without values"

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from cod_lightning.errors import Diverged, Stopped, UserError, first_line, no_permission, short_repr
 from cod_lightning.files import open_atomic, partial_path, remove, replace_path, require_utf8
-from cod_lightning.nn.weights import not_dense
+from cod_lightning.nn.weights import why_not_dense
 
 BEST = "best.ckpt"
 NON_TENSORS = "rest.pt"
@@ -170,7 +170,7 @@ def load_file(path: Path, mmap: bool = False) -> dict[str, Any]:
         if not is_checkpoint(content):
             raise ValueError("it holds no decoder")
         for name, tensor in content["state_dict"].items():
-            if problem := not_dense(tensor) or ("" if tensor.is_floating_point() else str(tensor.dtype)):
+            if problem := why_not_dense(tensor) or ("" if tensor.is_floating_point() else str(tensor.dtype)):
                 raise ValueError(f"{name} is {problem}")
     except Exception as error:  # damaged bytes raise many types, in zipfile, in torch and in its unpickler
         raise unreadable_error(path, error) from error

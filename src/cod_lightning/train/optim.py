@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from cod_lightning.config.schema import OptimConfig
 from cod_lightning.nn.init import seed_of
-from cod_lightning.nn.param_groups import grouped, model_rates
+from cod_lightning.nn.param_groups import adamw_groups, model_rates
 
 
 def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedule: str, start: float = 0.0) -> float:
@@ -71,7 +71,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     """
     exempt = ("embedding.positions",) if config.decay_embeddings else ("embedding.positions", "embed_tokens.weight")
     settings = {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay}
-    return grouped(module.named_parameters(), model_rates(module), **settings, exempt=exempt)
+    return adamw_groups(module.named_parameters(), model_rates(module), **settings, exempt=exempt)
 
 
 def frozen_blocks(step: int, depth: int, config: OptimConfig, seed: int) -> list[int]:
