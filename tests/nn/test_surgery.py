@@ -12,7 +12,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.layer_prediction import predict_between
 from cod_lightning.nn.strategies import STRATEGIES, block, build, build_all
-from cod_lightning.nn.surgery import convert, copies, grow
+from cod_lightning.nn.surgery import convert, grow, source_layers
 
 SHAPE = DecoderConfig(
     hidden_size=16,
@@ -148,7 +148,7 @@ def test_training_continues_at_the_loss_of_the_converted_run(train, toy, tmp_pat
     ],
 )
 def test_the_copied_layers_are_those_of_the_method(how, depth, blocks, sources, inserted):
-    assert copies(depth, blocks, how) == (sources, inserted)
+    assert source_layers(depth, blocks, how) == (sources, inserted)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_blocks_that_do_not_fit_into_the_memory_are_refused(monkeypatch):
 
 def test_two_blocks_are_too_few_for_a_prediction():
     with pytest.raises(UserError, match="how=lesa learns from three neighbouring blocks, and the model has 2"):
-        copies(2, 3, "lesa")
+        source_layers(2, 3, "lesa")
 
 
 def test_training_continues_at_the_loss_of_the_grown_run(train, tmp_path):

@@ -86,6 +86,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tok
         hidden: [B, T, D].
         weight: [vocabulary, D].
         targets: [B, T], with `IGNORE` at positions without a target.
+
+    Returns:
+        A `TokenLoss` in at least float32; its `correct` is None if gradients are computed.
+
+    Raises:
+        RuntimeError: in a second derivative, which `reference_linear_cross_entropy` has.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))

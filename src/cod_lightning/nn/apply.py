@@ -379,7 +379,7 @@ def without_hooks(norm: Any) -> Any:
 
 @torch.no_grad()
 def weight_offset(norm: Any) -> float:
-    """What a norm adds to its weight: 0, or 1 in models like Gemma, from a run of it with weight 0.
+    """The offset that a norm adds to its weight: 0, or 1 in models like Gemma; measured with weight 0.
 
     Raises:
         UserError: the norm cannot be run on one tensor.

@@ -34,7 +34,7 @@ COPY_TOKENIZER = "copy its tokenizer.json, or tokenizer.model, and tokenizer_con
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint is."""
+    """The location of a checkpoint."""
 
     name: str
     """A folder, or a name on the hub."""

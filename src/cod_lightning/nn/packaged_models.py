@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Where a package keeps a model."""
+    """A model inside an installed package."""
 
     module: str
     file: str

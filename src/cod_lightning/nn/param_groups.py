@@ -61,7 +61,8 @@ def param_groups(
         lr: learning rate. A scheduler must multiply the rate of every group, as LambdaLR does; OneCycleLR needs
             `max_lr=[group["lr"] for group in groups]`, CosineAnnealingLR `eta_min=0`.
         initial_weights: "scale" multiplies the initial weights now, in place, once; "scaled" expects that this is
-            done, as in a checkpoint of such a training. Without either half, the training is not that of the strategy.
+            done, as in a checkpoint of such a training. Training equals that of the strategy only with both: scaled
+            initial weights and these groups.
         eps: of AdamW.
         weight_decay: of AdamW.
         form: which weights stand for the gains: "matrices" (q, k, v, gate, up) or "norm_weights".

@@ -108,13 +108,7 @@ def load_checkpoint(
             check(config)
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"{name}: quantization_config is not supported: save the model with dequantized weights")
-        kind, options = transformers.AutoModelForCausalLM, {}
-        if hasattr(config, "vision_config"):
-            kind = transformers.AutoModelForImageTextToText
-        elif config.architectures == ["BertModel"]:
-            kind, options = transformers.AutoModel, {"add_pooling_layer": False}
-        with torch.device("meta"):
-            empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False, **options)
+        empty, options = empty_model(config)
     with named_errors(str(name), problem), quiet_transformers():
         parameters = sum(parameter.numel() for parameter in empty.parameters())
         require_memory(parameters, str(name), str(dtype).removeprefix("torch."), dtype.itemsize)
@@ -146,6 +140,20 @@ def load_checkpoint(
         apply_saved_strategy(model, source.config_file)
     largest = max((x for x in state.values() if x.is_floating_point()), key=Tensor.numel)
     return Checkpoint(model.eval(), source, largest.dtype, dropped)
+
+
+def empty_model(config: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of a configuration on the meta device, and the options of its `from_pretrained`."""
+    import transformers
+
+    kind, options = transformers.AutoModelForCausalLM, {}
+    if hasattr(config, "vision_config"):
+        kind = transformers.AutoModelForImageTextToText
+    elif config.architectures == ["BertModel"]:
+        kind, options = transformers.AutoModel, {"add_pooling_layer": False}
+    with torch.device("meta"):
+        empty = kind.from_config(deepcopy(config), attn_implementation="eager", trust_remote_code=False, **options)
+    return empty, options
 
 
 def check_sizes(source: Source) -> None:
@@ -182,7 +190,7 @@ def has_own_head(empty: Any, state: Mapping[str, Tensor]) -> bool:
 
 
 def weight_errors(empty: Any, info: Mapping[str, Any]) -> str | None:
-    """What is wrong between the names and shapes of the weights and those of the `empty` model; None if all agree."""
+    """The names and shapes of weights that do not match the `empty` model, with advice; None if all match."""
     missing = sorted(info["missing_keys"])
     unexpected = sorted(key for key in info["unexpected_keys"] if not OTHER_HEADS.search(key))
     # Version 5 adds the shapes.

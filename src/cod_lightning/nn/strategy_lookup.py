@@ -149,6 +149,9 @@ def build_all(norm: str | Mapping[str, Any], depth: int) -> list[BlockSpec]:
     Args:
         norm: the name of a strategy; or a `norm` section: `name`, and the options of the strategy as further entries.
         depth: number of blocks.
+
+    Raises:
+        UserError: as `build`, or a section without `name`.
     """
     norm = {"name": norm} if isinstance(norm, str) else norm
     options = {key: value for key, value in norm.items() if key != "name"}

@@ -71,7 +71,7 @@ def grow(
     """
     require_choice("how", how, How)
     require_choice("gains", gains, Gains)
-    sources, inserted = copies(len(decoder.blocks), blocks, how)
+    sources, inserted = source_layers(len(decoder.blocks), blocks, how)
     require_memory(replace(decoder.config, num_hidden_layers=blocks).num_parameters(), f"blocks={blocks}")
     originals = [decoder.blocks[source - 1] for source in sources]
     if how == "lesa":
@@ -79,7 +79,9 @@ def grow(
         for layer, block in zip(inserted, predicted, strict=True):
             originals[layer - 1] = block
     grown = rebuild(decoder, norm, originals, compensate=gains == "kept")
-    for site in [site for site in find_sites(grown, LLAMA) if how == "identity" and site.layer in inserted]:
+    for site in find_sites(grown, LLAMA):
+        if how != "identity" or site.layer not in inserted:
+            continue
         spec = site.block.spec
         part = getattr(spec, site.part)
         changed = part.skip != 1 or part.skip_from != "input" or part.learned_skip or part.sum_norm or part.gate != "no"
@@ -90,7 +92,7 @@ def grow(
     return grown
 
 
-def copies(depth: int, blocks: int, how: How) -> tuple[list[int], list[int]]:
+def source_layers(depth: int, blocks: int, how: How) -> tuple[list[int], list[int]]:
     """For every new block the layer that it copies, and the layers of the blocks that "identity" and "lesa" insert.
 
     Raises:
@@ -117,7 +119,7 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
     """A decoder under a strategy whose blocks are copies of `originals`.
 
     Args:
-        decoder: has the other weights; it does not change.
+        decoder: gives the configuration and the weights outside of the blocks; it does not change.
         norm: the strategy.
         originals: one for each new block; they do not change.
         compensate: let the weights compensate for factors that differ.
