@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import PROBE_ROWS, Config
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.activation_stats import layer_statistics, plot_variance
+from cod_lightning.measure.activation_stats import plot_variance, probe_statistics
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
@@ -82,7 +82,7 @@ def measure(config: Config, sequences: int, seconds: float, only: Sequence[str] 
     step, parts = partial_step(config, decoder, sequences)
     probe = torch.randint(vocabulary, (trainer.probe_rows or PROBE_ROWS, config.data.seq_len), device=DEVICE)
     batches, model = probe.split(config.data.micro_batch_size), ModelAdapter(decoder)
-    measures: dict[str, Function] = {"layer statistics": partial(layer_statistics, decoder, probe)}
+    measures: dict[str, Function] = {"layer statistics": partial(probe_statistics, decoder, probe)}
     functions = {**TRAINING_MEASURES, "jacobian, all layers": MEASURES["jacobian"]}
     for name, function in functions.items():
         measures[name] = partial(function, model, batches, None, lambda done, total: None)

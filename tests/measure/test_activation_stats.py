@@ -10,8 +10,8 @@ from cod_lightning.measure.activation_stats import (
     PLACES,
     activation_stats,
     first_bad_layer,
-    layer_statistics,
     plot_variance,
+    probe_statistics,
     token_statistics,
 )
 from cod_lightning.measure.massive_activations import MassiveActivation, MassiveActivationFinder
@@ -156,13 +156,13 @@ def test_a_training_run_records_the_same_variance(causal_lm):
     padded = TOKENS.clone()
     padded[2, 4:] = PAD
     expected = activation_stats(causal_lm("ours"), [padded], PAD)
-    recorded = layer_statistics(causal_lm("ours").model, padded, PAD, gradients=False)
+    recorded = probe_statistics(causal_lm("ours").model, padded, PAD, gradients=False)
     for place in PLACES:
         close(getattr(recorded, place), getattr(expected, place).variance)
 
 
 def test_gradient_norms_are_those_of_a_training_step(decoder):
-    norms = layer_statistics(decoder, TOKENS).gradient_norm
+    norms = probe_statistics(decoder, TOKENS).gradient_norm
     loss = decoder(TOKENS, next_tokens(TOKENS))
     (loss.total / loss.counts.sum()).backward()
     expected = [torch.cat([p.grad.flatten() for p in block.parameters()]).norm() for block in decoder.blocks]
@@ -171,30 +171,30 @@ def test_gradient_norms_are_those_of_a_training_step(decoder):
 
 def test_a_padding_token_outside_of_the_vocabulary_does_not_count(decoder):
     outside = torch.cat([TOKENS, torch.full_like(TOKENS, 10_000)])
-    statistics = layer_statistics(decoder, outside, 10_000)
-    close(statistics.residual, layer_statistics(decoder, TOKENS).residual)
+    statistics = probe_statistics(decoder, outside, 10_000)
+    close(statistics.residual, probe_statistics(decoder, TOKENS).residual)
 
 
 def test_measuring_leaves_no_gradients(decoder):
-    layer_statistics(decoder, TOKENS)
+    probe_statistics(decoder, TOKENS)
     assert all(parameter.grad is None for parameter in decoder.parameters())
 
 
 def test_a_frozen_block_has_gradient_norm_zero(decoder):
     decoder.blocks[1].requires_grad_(False)
-    norms = layer_statistics(decoder, TOKENS).gradient_norm
+    norms = probe_statistics(decoder, TOKENS).gradient_norm
     assert [norm > 0 for norm in norms] == [True, False, True, True]
 
 
 def test_without_gradients_there_is_no_backward_pass(decoder):
-    assert layer_statistics(decoder, TOKENS, gradients=False).gradient_norm == []
+    assert probe_statistics(decoder, TOKENS, gradients=False).gradient_norm == []
 
 
 def test_a_compiled_decoder_is_measured_uncompiled(decoder):
-    expected, calls = layer_statistics(decoder, TOKENS), []
+    expected, calls = probe_statistics(decoder, TOKENS), []
     for block in decoder.blocks:
         block.compile(backend=lambda graph, example: calls.append(graph) or graph.forward)
-    assert layer_statistics(decoder, TOKENS) == expected
+    assert probe_statistics(decoder, TOKENS) == expected
     assert not calls
 
 

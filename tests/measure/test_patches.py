@@ -11,7 +11,7 @@ import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.ablation import causal_score, removal, swaps
-from cod_lightning.measure.activation_stats import activation_stats, layer_statistics
+from cod_lightning.measure.activation_stats import activation_stats, probe_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.angular_distances import angular_distance
 from cod_lightning.measure.jacobians import jacobian
@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_the_labels(model, images):
 
 def test_variances_are_those_of_training(model, images):
     result, known = activation_stats(model, images), labelled(images)
-    expected = layer_statistics(model.model, known)
+    expected = probe_statistics(model.model, known)
     assert result.tokens == 4 * 9
     assert result.residual.variance == pytest.approx(expected.residual, rel=1e-5)
     assert result.ffn.variance == pytest.approx(expected.ffn, rel=1e-5)

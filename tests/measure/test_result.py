@@ -11,7 +11,7 @@ from cod_lightning import plots
 from cod_lightning.errors import UserError
 from cod_lightning.measure.panels import Bars, HeatMap, Lines, draw_panels
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.result import Result, finite
+from cod_lightning.measure.result import Result, finite_or_none
 from cod_lightning.nn import strategies
 from cod_lightning.typed_json import from_json
 
@@ -41,7 +41,7 @@ EXAMPLE = Example("small", 3, [0.5, 2.0], [1.0, math.nan])
 def test_a_committed_result_survives_loading_and_saving(path):
     saved = json.loads(path.read_text())
     result = from_json(MEASURES[path.stem].result_type, saved)
-    assert has_all(finite(asdict(result)), saved)
+    assert has_all(finite_or_none(asdict(result)), saved)
     assert result.rows()
 
 
@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_null_in_json(value):
-    assert finite({"a": [(1, value)], "b": {"c": value, "d": True}, "e": "nan"}) == {
+    assert finite_or_none({"a": [(1, value)], "b": {"c": value, "d": True}, "e": "nan"}) == {
         "a": [[1, None]],
         "b": {"c": None, "d": True},
         "e": "nan",

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.activation_stats import layer_statistics
+from cod_lightning.measure.activation_stats import probe_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import set_step
 from cod_lightning.nn.huggingface import to_llama_state_dict
@@ -137,8 +137,8 @@ def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
     copy = unwrapped_copy(wrapped)
     assert copy.lm_head.weight is copy.model.embed_tokens.weight
     assert copy.lm_head.weight.data_ptr() == wrapped.lm_head.weight.data_ptr()
-    expected = layer_statistics(build(tie_word_embeddings=True), TOKENS, None)
-    assert layer_statistics(copy, TOKENS, None) == expected
+    expected = probe_statistics(build(tie_word_embeddings=True), TOKENS, None)
+    assert probe_statistics(copy, TOKENS, None) == expected
     torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0, -1])(torch.ones(1, 3, 16))
 
 

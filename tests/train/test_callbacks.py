@@ -18,7 +18,7 @@ from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
-from cod_lightning.measure.activation_stats import layer_statistics
+from cod_lightning.measure.activation_stats import probe_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.train.callbacks import TRAINING_MEASURES, Recorder, is_figure_step
@@ -252,7 +252,7 @@ def statistics_of_two_ranks(build_module, probe):
 
 @pytest.mark.parametrize("sequences", [1, 2, 5])
 def test_two_ranks_have_the_layer_statistics_of_one(sequences):
-    expected = vars(layer_statistics(tiny_decoder(), probe(sequences), PAD))
+    expected = vars(probe_statistics(tiny_decoder(), probe(sequences), PAD))
     for statistics in statistics_of_two_ranks(text_module, probe(sequences)):
         for name, values in expected.items():
             assert statistics[name] == pytest.approx(values, rel=1e-4), name
@@ -262,7 +262,7 @@ def test_two_ranks_have_the_layer_statistics_of_one(sequences):
 def test_two_ranks_have_the_layer_statistics_of_one_on_images(images):
     pixels = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(images) + 1
-    expected = vars(layer_statistics(image_module().vit, Images(pixels, labels)))
+    expected = vars(probe_statistics(image_module().vit, Images(pixels, labels)))
     for statistics in statistics_of_two_ranks(image_module, (pixels, labels)):
         for name, values in expected.items():
             assert statistics[name] == pytest.approx(values, rel=1e-4), name

@@ -11,7 +11,7 @@ from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load
 from cod_lightning.errors import UserError
-from cod_lightning.measure.activation_stats import layer_statistics
+from cod_lightning.measure.activation_stats import probe_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.train.callbacks import TRAINING_MEASURES
@@ -94,7 +94,7 @@ def test_layers_are_measured_over_patches_not_the_class_token(train_images):
     stream = []
     loss = module.vit(images, labels, lambda what, layer, x: stream.append(x) if what == "residual" else None)
     expected = [x[:, 1:].double().var(-1).mean().item() for x in stream]
-    statistics = layer_statistics(module.vit, Images(images, labels))
+    statistics = probe_statistics(module.vit, Images(images, labels))
     assert statistics.residual == pytest.approx(expected, rel=1e-5)
     assert record["history"]["layers"]["variance"][-1] == pytest.approx(expected, rel=1e-5)
     (loss.total / 4).backward()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from statistics import fmean
 from typing import Any, Literal
 
@@ -221,7 +221,7 @@ def run_removal(
     orders = [[*range(1, first), *range(first + n, depth + 1)] for n, first in runs]
     loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
     remaining = iter(losses)
-    by_size = [[next(remaining) for _ in range(depth - n + 1)] for n in sizes]
+    by_size = [list(islice(remaining, depth - n + 1)) for n in sizes]
     return RunRemoval(model.name, tokens, loss, list(sizes), by_size)
 
 

@@ -22,6 +22,7 @@ from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, token_mask
 from cod_lightning.measure.massive_activations import MAGNITUDE, MassiveActivation, MassiveActivationFinder
 from cod_lightning.measure.panels import Lines, Panel
+from cod_lightning.measure.registry import PLACES
 from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.vit import VisionTransformer
@@ -29,7 +30,6 @@ from cod_lightning.nn.vit import VisionTransformer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLACES = ("residual", "attention", "ffn")
 TOP = 0.01
 """Share of the tokens with the largest variance in `Statistics.variance_top_share`."""
 
@@ -127,7 +127,7 @@ def activation_stats(
     variances: list[Tensor] = []
     first: list[Tensor] = []
     massive = MassiveActivationFinder()
-    # These hold the batch that runs; the next one overwrites every place.
+    # Of the current batch; the next one overwrites every entry.
     found: dict[tuple[str, int], Tensor] = {}
     maxima: dict[tuple[str, int], Tensor] = {}
 
@@ -157,7 +157,7 @@ def activation_stats(
     def statistics_at(place: str) -> Statistics:
         at = [index for index, (name, _) in enumerate(places) if name == place]
         variance, mean, rms, kurtosis = means.mean[at].T.tolist()
-        spread = [over_tokens(by_token[:, index], is_first) for index in at]
+        spread = [summarise_tokens(by_token[:, index], is_first) for index in at]
         columns = [list(column) for column in zip(*spread, strict=True)]
         errors, maximum = means.error[at, 0].tolist(), largest[at].tolist()
         return Statistics(variance, errors, mean, rms, kurtosis, maximum, *columns)
@@ -166,7 +166,7 @@ def activation_stats(
     return ActivationStats(model.name, len(is_first), *map(statistics_at, PLACES), *channels)
 
 
-def over_tokens(variance: np.ndarray, is_first: np.ndarray) -> tuple[float, ...]:
+def summarise_tokens(variance: np.ndarray, is_first: np.ndarray) -> tuple[float, ...]:
     """Median, 95th percentile, share of the largest `TOP`, and means of the first and the other tokens [tokens]."""
     median, p95 = np.quantile(variance, [0.5, 0.95]).tolist()
     top = max(round(TOP * len(variance)), 1)
@@ -194,7 +194,7 @@ def token_statistics(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
+class ProbeStatistics:
     """Statistics of every block that a training run records, first block first."""
 
     residual: list[float]
@@ -207,14 +207,14 @@ class LayerStatistics:
     """L2 norm of the gradient of the mean loss with respect to the block's parameters; empty without gradients."""
 
 
-def layer_statistics(
+def probe_statistics(
     model: Decoder | VisionTransformer,
     batch: Batch,
     pad_id: int | None = None,
     *,
     gradients: bool = True,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
-) -> LayerStatistics:
+) -> ProbeStatistics:
     """Measure every block in one forward and one backward pass; `.grad` of the parameters stays unchanged.
 
     Args:
@@ -249,7 +249,7 @@ def layer_statistics(
             norms = torch.stack([sum_over_ranks(gradient).norm() for gradient in flat]).tolist()
     values = torch.stack([torch.stack(layers) for layers in variances.values()])
     means = sum_over_ranks((values * weight).sum((2, 3))) / sum_over_ranks(weight.sum())
-    return LayerStatistics(**dict(zip(variances, means.tolist(), strict=True)), gradient_norm=norms)
+    return ProbeStatistics(**dict(zip(variances, means.tolist(), strict=True)), gradient_norm=norms)
 
 
 def first_bad_layer(model: Decoder | VisionTransformer, inputs: Tensor, targets: Tensor) -> str | None:

@@ -77,8 +77,8 @@ class ModelAdapter:
 
     Args:
         model: a `Decoder`, a `VisionTransformer`, a model of `transformers` of a family in docs/models.md, or a model
-            whose forward takes tokens [batch, length] and returns logits (see `logits_output`). `check_layout` is the
-            proof. Logits are for the next token, except BERT's.
+            whose forward takes tokens [batch, length] and returns logits (see `logits_output`). Logits are for the next
+            token, except BERT's. Only names are checked here; `check_layout` runs the model to prove its layout.
         name: for tables and figures.
         decode: the text of a token, for results that name tokens; None: they have ids only.
         layout: the `Layout` of the model's blocks, their sub-layers, the final norm and the head; None: by the names of
@@ -263,7 +263,7 @@ class ModelAdapter:
         options: dict[str, Any] = {}
         if last and "logits_to_keep" in parameters:
             options["logits_to_keep"] = last
-        with torch.compiler.set_stance("force_eager"), without_autocast(self.model), ExitStack() as handles:
+        with torch.compiler.set_stance("force_eager"), without_accelerate(self.model), ExitStack() as handles:
             if isinstance(self.model, FSDPModule):
                 handles.callback(self.model.unshard)  # its own parameters, with which blocks and head run alone
             if isinstance(batch, Images):
@@ -370,8 +370,10 @@ class ModelAdapter:
 
 
 @contextmanager
-def without_autocast(model: nn.Module) -> Generator[None]:
-    """Undo the wrapper of `accelerate` around `forward` inside the `with`: blocks that run alone have none."""
+def without_accelerate(model: nn.Module) -> Generator[None]:
+    """Call the original `forward` inside the `with`, without the wrapper of `accelerate`: blocks that run alone have
+    none.
+    """
     own: dict[str, Any] = vars(model)
     if not {"forward", "_original_forward"} <= own.keys():
         yield

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import IGNORE, next_tokens
+from cod_lightning.kernels.loss import IGNORE, chunk_size, next_tokens
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.vit import VisionTransformer
@@ -265,3 +265,17 @@ def error_over_sequences(sums: Tensor, counts: Tensor) -> float:
         return math.nan
     deviations = sums.double() - sums.sum() / total * counts
     return float((deviations.square().sum() * sequences / (sequences - 1)).sqrt() / total)
+
+
+def log_probabilities(model: ModelAdapter, x: Tensor) -> Tensor:
+    """Log-probabilities [tokens, vocabulary] of hidden states [tokens, hidden] after final norm and head, in at least
+    float32.
+    """
+    logits = model.head(x.to(model.head_weight.dtype))
+    return at_least_fp32(logits).log_softmax(-1)
+
+
+def token_chunks(model: ModelAdapter, tokens: int) -> Iterator[slice]:
+    """Split tokens into chunks whose logits fit into memory."""
+    size = chunk_size(model.device, len(model.head_weight))
+    return (slice(first, first + size) for first in range(0, tokens, size))

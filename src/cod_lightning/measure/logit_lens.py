@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cod_lightning.kernels.loss import IGNORE, chunk_size, jensen_shannon
+from cod_lightning.kernels.loss import IGNORE, jensen_shannon
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import RunningMean, at_least_fp32, hidden_states, iter_targets
+from cod_lightning.measure.batches import RunningMean, hidden_states, iter_targets, log_probabilities, token_chunks
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
 
@@ -63,15 +63,3 @@ def divergences(final: Tensor, layer: Tensor, targets: Tensor) -> Tensor:
     kl = (final.exp() * (final - layer)).sum(-1)
     loss = -layer.gather(1, targets[:, None])[:, 0]
     return torch.stack((loss, kl, jensen_shannon(final, layer)), dim=-1)
-
-
-def log_probabilities(model: ModelAdapter, x: Tensor) -> Tensor:
-    """Predict the next token: hidden states [tokens, hidden] -> log-probabilities [tokens, vocabulary], in >= fp32."""
-    logits = model.head(x.to(model.head_weight.dtype))
-    return at_least_fp32(logits).log_softmax(-1)
-
-
-def token_chunks(model: ModelAdapter, tokens: int) -> Iterator[slice]:
-    """Split tokens into chunks whose logits fit into memory."""
-    size = chunk_size(model.device, len(model.head_weight))
-    return (slice(first, first + size) for first in range(0, tokens, size))

@@ -27,6 +27,15 @@ def load_pretrained(
 ) -> tuple[ModelAdapter, Any]:
     """Load a causal language model of `transformers` and its tokenizer; see `load_checkpoint`.
 
+    Args:
+        name: a folder, a .gguf file, the short name of a packaged model, or a name on the hub, as for
+            `load_checkpoint`.
+        dtype: dtype of the weights, a floating-point one.
+        device: device of the model.
+
+    Returns:
+        The model, ready for `cod.measure`, and its tokenizer.
+
     Raises:
         UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`; or `dtype` is not a
             floating-point dtype of torch.
@@ -85,7 +94,7 @@ def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
 
 
 MAX_RESTORED = 2**22
-"""Numbers of a buffer; larger ones hold quantised weights or caches."""
+"""Most elements of a buffer that `measuring` restores; larger ones hold quantised weights or caches."""
 
 
 @contextmanager

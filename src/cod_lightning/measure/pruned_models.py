@@ -40,7 +40,7 @@ TRIED_DIFFERENCES = 9
 
 
 @dataclass(frozen=True)
-class Pruning:
+class PrunedModel:
     """A pruned copy of a model, and how it was selected; see `Pruned`."""
 
     model: ModelAdapter
@@ -48,7 +48,7 @@ class Pruning:
     removed: list[int]
     signal: list[float]
     label: str
-    without: ModelAdapter | None = None
+    without_run: ModelAdapter | None = None
     """The model without the run and without what replaces it."""
 
 
@@ -60,7 +60,7 @@ def prune_blocks(
     by: Signal,
     blocks: int,
     earliest: int = 1,
-) -> Pruning:
+) -> PrunedModel:
     """Remove a number of blocks that are selected by a signal; see `prune`.
 
     A run of `streamline` starts at block `earliest` or later.
@@ -75,7 +75,7 @@ def prune_blocks(
         signal = [value for value in influence.distance[-1] if value is not None]
         first = min(range(earliest, len(signal) + 1), key=lambda layer: signal[layer - 1])
         layers = list(range(first, first + blocks))
-        return Pruning(remove_blocks(model, layers), by, layers, signal, f"1 - mean cosine over {blocks} blocks")
+        return PrunedModel(remove_blocks(model, layers), by, layers, signal, f"1 - mean cosine over {blocks} blocks")
     if by == "removal":
         signal, label = removal(model, batches, pad_id, progress).series()["delta_loss"], LOSS_INCREASE
     else:
@@ -83,7 +83,7 @@ def prune_blocks(
         label = "block influence"
     ascending = sorted(range(1, model.depth + 1), key=lambda layer: signal[layer - 1])
     layers = sorted(ascending[:blocks])
-    return Pruning(remove_blocks(model, layers), by, layers, list(signal), label)
+    return PrunedModel(remove_blocks(model, layers), by, layers, list(signal), label)
 
 
 def replace_run(
@@ -95,7 +95,7 @@ def replace_run(
     replace: Replace,
     steps: int,
     lr: float,
-) -> Pruning:
+) -> PrunedModel:
     """Replace the run with the smallest distance so that the model has `blocks` blocks less; see `prune`.
 
     Raises:
@@ -105,7 +105,7 @@ def replace_run(
     if replace == "linear":
         run = prune_blocks(model, batches, pad_id, progress, "streamline", blocks, earliest=2)
         mapped = fold_linear_map(model, run.removed[0], run.removed[-1], batches, pad_id, progress)
-        return dataclasses.replace(run, model=mapped, how=how, without=run.model)
+        return dataclasses.replace(run, model=mapped, how=how, without_run=run.model)
     if not 1 <= blocks < model.depth - 1:
         raise UserError(
             f"blocks={blocks} with replace=: expected 1 to {model.depth - 2}, because the run is one block longer"
@@ -114,7 +114,7 @@ def replace_run(
     first, last = run.removed[0], run.removed[-1]
     attention = replace == "layer"
     trained = train_replacement(model, first, last, batches, pad_id, progress, steps=steps, lr=lr, attention=attention)
-    return dataclasses.replace(run, model=trained, how=how, without=run.model)
+    return dataclasses.replace(run, model=trained, how=how, without_run=run.model)
 
 
 def prune_weights(
@@ -131,7 +131,7 @@ def prune_weights(
     owl_lambda: float,
     epsilon: float,
     difference: float | None,
-) -> Pruning:
+) -> PrunedModel:
     """Set a share of the weights to zero; see `prune`.
 
     Raises:
@@ -165,7 +165,7 @@ def prune_weights(
     else:
         sparsities = [sparsity] * model.depth
     how = f"{method}, {allocation}" + (", sequential" if sequential else "")
-    return Pruning(sparse(sparsities, progress), how, [], sparsities, "share of weights removed")
+    return PrunedModel(sparse(sparsities, progress), how, [], sparsities, "share of weights removed")
 
 
 def share_of_zeros(model: ModelAdapter) -> float:

@@ -21,7 +21,7 @@ from cod_lightning.measure.options import Bounds, Positive, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
-    Pruning,
+    PrunedModel,
     Replace,
     Signal,
     prune_blocks,
@@ -171,7 +171,7 @@ def prune(
     if strategy_of(model.model) is not None:  # its factors depend on the layer's number
         model = dataclasses.replace(model, model=fold(deepcopy(model.model)))
     if layers is not None:
-        pruning = Pruning(remove_blocks(model, layers), "named", sorted(set(layers)), [], "")
+        pruning = PrunedModel(remove_blocks(model, layers), "named", sorted(set(layers)), [], "")
     elif replace is not None and blocks is not None:
         training, batches = split_batches(batches)
         pruning = replace_run(model, training, pad_id, progress, blocks, replace, replace_steps, replace_lr)
@@ -198,7 +198,7 @@ def prune(
     loss_after, _ = mean_loss(pruning.model, batches, pad_id, lambda *_: advance())
     if replace is not None and math.isfinite(loss_before) and not math.isfinite(loss_after):
         raise UserError(f"replace={replace}: its training diverged, nothing is written: lower replace_lr={replace_lr}")
-    loss_without = None if pruning.without is None else mean_loss(pruning.without, batches, pad_id)[0]
+    loss_without = None if pruning.without_run is None else mean_loss(pruning.without_run, batches, pad_id)[0]
     with new_folder(folder) as partial:
         export(pruning.model.model, partial)
     return Pruned(

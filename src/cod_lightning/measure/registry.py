@@ -15,6 +15,8 @@ from cod_lightning.measure.options import options_of, require_options, to_python
 
 EXPENSIVE = 16
 """Number of sequences that an expensive measure reads."""
+PLACES = ("residual", "attention", "ffn")
+"""Places in a block whose activations have statistics: the output of the block and the scaled branches."""
 MAX_FULL_JACOBIAN = 256
 """Largest hidden size at which a study includes whole Jacobians: each costs a backward pass per row."""
 
@@ -40,7 +42,7 @@ class Measure:
     least_blocks: int = 1
     """Smallest depth of a model that it applies to."""
     of_linear_layers: bool = False
-    """Reads the weights of linear layers, which are not all weights of experts or adapters."""
+    """Reads the weights of linear layers, so it does not apply to mixtures of experts or to models with adapters."""
     fits_maps: bool = False
     """Fits linear maps between hidden states."""
     composes_blocks: bool = False
@@ -83,7 +85,7 @@ class Measure:
         require_options(self.measure, self.own(options), model.depth)
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of `options` that it has."""
+        """The options that this measure has."""
         return {name: value for name, value in options.items() if name in self.options}
 
     def recorded(self, result: Any) -> dict[str, list[Any]]:
@@ -103,7 +105,7 @@ class Measure:
 
 
 def places(*statistics: str) -> tuple[str, ...]:
-    return tuple(f"{place}_{name}" for place in ("residual", "attention", "ffn") for name in statistics)
+    return tuple(f"{place}_{name}" for place in PLACES for name in statistics)
 
 
 MEASURES: dict[str, Measure] = {

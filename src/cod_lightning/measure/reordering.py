@@ -14,8 +14,7 @@ from torch import Tensor
 
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import iter_targets, step_counter
-from cod_lightning.measure.logit_lens import log_probabilities, token_chunks
+from cod_lightning.measure.batches import iter_targets, log_probabilities, step_counter, token_chunks
 from cod_lightning.measure.result import Progress
 
 
@@ -60,23 +59,23 @@ def sequence_losses(
     Raises:
         UserError: there is no target.
     """
-    distinct = sorted({tuple(layers) for layers in orders})  # neighbours share their first blocks' outputs
+    distinct = sorted({tuple(layers) for layers in orders})  # neighbours share the outputs of their first blocks
     sums: dict[tuple[int, ...], list[Tensor]] = {layers: [] for layers in distinct}
     counts = []
     batches_with_targets = list(iter_targets(model, batches, pad_id))
     advance = step_counter(progress, len(batches_with_targets) * len(distinct))
-    for tokens, targets in batches_with_targets:
+    for batch, targets in batches_with_targets:
         counts.append((targets != IGNORE).sum(dim=1).cpu())
-        # the stream before every block is there already, so that only the blocks after a removed one run again
-        outputs, blocks = model.block_functions(tokens)
+        # The input of every block is known, so that only the blocks after a removed one run again.
+        states, blocks = model.block_functions(batch)
         previous = tuple(range(1, model.depth))
         for layers in distinct:
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, layers, strict=False)))
-            del outputs[shared + 1 :]
+            del states[shared + 1 :]
             with torch.compiler.set_stance("force_eager"):
                 for layer in layers[shared:]:
-                    outputs.append(blocks[layer - 1](outputs[-1]))
-            sums[layers].append(summed_losses(model, outputs[-1], targets).cpu())
+                    states.append(blocks[layer - 1](states[-1]))
+            sums[layers].append(summed_losses(model, states[-1], targets).cpu())
             previous = layers
             advance()
     return torch.stack([torch.cat(sums[tuple(layers)]) for layers in orders]), torch.cat(counts)

@@ -99,7 +99,7 @@ class Result(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as in the JSON file: numbers that are not finite are None."""
-        return finite(asdict(self))
+        return finite_or_none(asdict(self))
 
     def save(self, folder: str | Path, name: str) -> list[Path]:
         """Write `name`.json, .csv, .png and .pdf into `folder`, which is created; each file whole or not at all.
@@ -154,10 +154,10 @@ def table_rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """The value with None for every number in it that is infinite or NaN."""
     if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
+        return {key: finite_or_none(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
+        return [finite_or_none(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -80,15 +80,16 @@ def longest_run(
     losses: list[float] = []
     starts, whole, tokens = list(range(1, depth + 1)), math.nan, 0
     for n in range(1, depth + 1):
+        if not starts:
+            advance()
+            continue
         if n == 1 and removal is not None:
             whole, *changed = (math.nan if loss is None else loss for loss in (removal["loss"], *removal["losses"]))
             tokens = removal["tokens"]
-        elif starts:
+        else:
             orders = [[*range(1, start), *range(start + n, depth + 1)] for start in starts]
             whole, tokens, changed = changed_losses(model, orders, batches, pad_id)
         advance()
-        if not starts:
-            continue
         cheapest = sorted(zip(changed, starts, strict=True), key=lambda pair: (math.isnan(pair[0]), pair))[:width]
         losses.append(cheapest[0][0])
         first.append(cheapest[0][1])

@@ -10,7 +10,7 @@ from typing import Any
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.depth_report import SECTIONS, format_number, has_learned, headline, headline_sentence
-from cod_lightning.measure.result import finite
+from cod_lightning.measure.result import finite_or_none
 from cod_lightning.paper.findings import half_medians, loss_increases
 from cod_lightning.paper.results import load_measures
 from cod_lightning.plots import RUN
@@ -106,7 +106,7 @@ def load_pretrained_models(results: Path) -> list[PretrainedModel]:
         for name, numbers in read_json(path, DepthReport, "remove it", ignore_unknown=True).models.items():
             if RUN.fullmatch(name):
                 continue
-            measured = finite(load_measures(path.parent / name))
+            measured = finite_or_none(load_measures(path.parent / name))
             if missing := [each for each in MEASURED if each not in measured]:
                 raise UserError(f"{path.parent / name}: {missing[0]}.json is missing; copy the whole report")
             models.append(PretrainedModel(name, path.with_suffix(".html").as_posix(), measured, numbers.uniform_loss))

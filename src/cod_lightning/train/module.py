@@ -25,7 +25,7 @@ from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.kernels.norm import checked_backend
-from cod_lightning.measure.activation_stats import LayerStatistics, first_bad_layer, layer_statistics
+from cod_lightning.measure.activation_stats import ProbeStatistics, first_bad_layer, probe_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.init import build_decoder
@@ -84,7 +84,7 @@ class StepModule(LightningModule, ABC):
         """The number of tokens without padding, []."""
 
     @abstractmethod
-    def statistics(self, network: Any, probe: Any) -> LayerStatistics:
+    def statistics(self, network: Any, probe: Any) -> ProbeStatistics:
         """Statistics of every layer on the data's `probe_batch`.
 
         Each rank processes a share of the probe, which is the same on all; the statistics are summed over the ranks.
@@ -317,9 +317,9 @@ class DecoderModule(StepModule):
     def count_tokens(self, inputs: Tensor) -> Tensor:
         return (torch.ones_like(inputs) if self.pad_id is None else inputs != self.pad_id).sum()
 
-    def statistics(self, network: Decoder, probe: Tensor) -> LayerStatistics:
+    def statistics(self, network: Decoder, probe: Tensor) -> ProbeStatistics:
         tokens = self.rank_share(probe, self.pad_id or 0)
-        return layer_statistics(network, tokens, self.pad_id, sum_over_ranks=self.total_over_ranks)
+        return probe_statistics(network, tokens, self.pad_id, sum_over_ranks=self.total_over_ranks)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         sequences, index = batch

@@ -17,7 +17,7 @@ from typing import Any
 import cod_lightning
 from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
-from cod_lightning.measure.result import finite
+from cod_lightning.measure.result import finite_or_none
 from cod_lightning.typed_json import from_json, read_json
 
 RECORD = "record.json"
@@ -84,7 +84,7 @@ def write_failure(folder: Path, config: Mapping[str, Any], reason: str) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write JSON with null for numbers that are not finite."""
-    write_atomic(path, json.dumps(finite(values), indent=1, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(finite_or_none(values), indent=1, allow_nan=False) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

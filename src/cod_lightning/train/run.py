@@ -25,7 +25,7 @@ from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Images
-from cod_lightning.measure.result import finite
+from cod_lightning.measure.result import finite_or_none
 from cod_lightning.nn.spec import check_schedules
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import (
@@ -108,7 +108,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
             if recorder.last_validation != trainer.global_step:
                 trainer.validate(module, data, verbose=False)
 
-        record = finite(build_record(config, env, recorder, trainer, module, data))
+        record = finite_or_none(build_record(config, env, recorder, trainer, module, data))
         finish_loggers(trainer, record["config"], record["val_loss"])
         if trainer.is_global_zero:
             write_json(folder / RECORD, record)
