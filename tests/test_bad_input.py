@@ -23,7 +23,7 @@ from cod_lightning.commands.export import check_max_length
 from cod_lightning.commands.fit import train_run
 from cod_lightning.commands.measure import find_subject
 from cod_lightning.config.compose import compose
-from cod_lightning.config.saved import load, save
+from cod_lightning.config.saved import load_config, save_config
 from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.train.checkpoint import list_checkpoints
 from command_words import last_of_each
@@ -87,7 +87,7 @@ def unfinished(change):
     def prepare(run, prepared):
         shutil.copytree(run, "out/run")
         Path("out/run/record.json").unlink()
-        save(replace(load(run), output="out"), Path("out/run"))
+        save_config(replace(load_config(run), output="out"), Path("out/run"))
         change(list_checkpoints(Path("out/run/checkpoints"))[-1])
 
     return prepare
@@ -610,7 +610,8 @@ COMMANDS = [
       for word in ("output=x", "optim.lr=1", "data.files=x", "trainer.threads=1", "init_from=x",
                    "optim=lisa", "trainer=cpu")),
     (nothing, ["predict", "experiments=table5_vit_s"], ["predict does not support task=vision"]),
-    (nothing, ["predict", "model=tiny", "data.tokenizer=t5-base"], ["model.vocab_size is open, and data.tokenizer"]),
+    (nothing, ["predict", "model=tiny", "data.tokenizer=t5-base"],
+     ["model.vocab_size is null, and the tokenizer data.tokenizer"]),
     (module("def f(layer, depth):\n    return 1 / (layer - 1)"), ["predict", MINE], ["raised ZeroDivisionError"]),
     (nothing, ["estimate", "hardware=abacus"], ["hardware='abacus'", "h100"]),
     (nothing, ["estimate", "gpus=many"], ["gpus=many: expected a whole number"]),

@@ -20,7 +20,7 @@ from cod_lightning.cli import COMMANDS, main
 from cod_lightning.commands.experiments import published_figures
 from cod_lightning.config.compose import compose
 from cod_lightning.config.groups import choices
-from cod_lightning.config.saved import load
+from cod_lightning.config.saved import load_config
 from command_words import last_of_each
 
 PYTHON = [sys.executable, "-m", "cod_lightning"]
@@ -194,7 +194,7 @@ def test_generate_continues_the_prompt_and_is_deterministic(finished):
 def decoder_of(folder):
     from cod_lightning.train.load import checkpoint_of, load_decoder
 
-    return load_decoder(load(folder), folder, checkpoint_of(folder))
+    return load_decoder(load_config(folder), folder, checkpoint_of(folder))
 
 
 def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, corpus, tmp_path):
@@ -215,7 +215,7 @@ def test_a_run_is_exported_for_stock_transformers_and_imported_again(finished, c
     assert "not an empty folder" in again.stderr
 
     call_ok("import", model, "--output", imported)
-    assert load(imported).max_length == load(imported).data.seq_len == 32
+    assert load_config(imported).max_length == load_config(imported).data.seq_len == 32
     words = ["data=files", f"data.files={corpus}/*.jsonl", f"data.root={tmp_path}", "data.seq_len=32"]
     figures = metrics(call_ok("evaluate", imported, *words, "trainer.accelerator=cpu"))
     expected = json.loads((folder / "record.json").read_text())

@@ -13,7 +13,7 @@ import torch
 
 from cod_lightning.commands.fit import lock_folder
 from cod_lightning.config.compose import compose
-from cod_lightning.config.saved import CONFIG, load, save
+from cod_lightning.config.saved import CONFIG, load_config, save_config
 from cod_lightning.data.chunks import require_home
 from cod_lightning.data.manifest import MANIFEST, read_manifest
 from cod_lightning.errors import UserError
@@ -21,11 +21,11 @@ from cod_lightning.files import (
     check_new_file,
     check_new_folder,
     check_writable,
-    fetched,
     locked,
     new_folder,
     partial_folder,
     replace_path,
+    translate_read_errors,
     write_atomic,
 )
 from cod_lightning.memory import free_memory
@@ -219,7 +219,7 @@ def checkpoint(folder):
     [
         (MANIFEST, read_manifest, "not a regular file"),
         ("x.ckpt", checkpoint, "not a regular file"),
-        (CONFIG, load, "not a run folder"),
+        (CONFIG, load_config, "not a run folder"),
         ("record.json", read_record, "not a regular file"),
     ],
 )
@@ -240,11 +240,11 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_inflated(tmp_path, monk
 
 
 def test_yaml_aliases_are_refused(tmp_path):
-    save(compose(["norm=lns"]), tmp_path)
+    save_config(compose(["norm=lns"]), tmp_path)
     bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
     (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text() + bomb)
     with pytest.raises(UserError, match="YAML aliases"):
-        load(tmp_path)
+        load_config(tmp_path)
 
 
 def test_files_and_folders_have_the_permissions_of_the_umask(tmp_path, monkeypatch):
@@ -264,7 +264,7 @@ def test_files_and_folders_have_the_permissions_of_the_umask(tmp_path, monkeypat
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory")])
 def test_lack_of_memory_is_no_damage_of_a_file(tmp_path, error):
     (tmp_path / "file").touch()
-    with pytest.raises(type(error)), fetched(tmp_path / "file"):
+    with pytest.raises(type(error)), translate_read_errors(tmp_path / "file"):
         raise error
 
 

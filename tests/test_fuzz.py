@@ -16,7 +16,7 @@ from rich.console import Console
 from cod_lightning.commands.terminal import run_summary
 from cod_lightning.config.compose import compose, config_folder
 from cod_lightning.config.groups import fields_and_groups
-from cod_lightning.config.saved import load, to_yaml
+from cod_lightning.config.saved import load_config, to_yaml
 from cod_lightning.config.schema import Config
 from cod_lightning.data.manifest import Chunk, Manifest, Source, Split, TokenizerRecord
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
@@ -216,7 +216,7 @@ PLAIN = yaml.safe_load(to_yaml(compose(["norm=gpas", "experiments=table1_130m"])
 @given(damaged_file(PLAIN, yaml.safe_dump))
 def test_a_damaged_configuration_loads_without_secrets_or_is_an_error(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
-    result = result_or_error(load, tmp_path)
+    result = result_or_error(load_config, tmp_path)
     assert isinstance(result, Config) or "config.yaml" in str(result)
     assert SECRET not in (to_yaml(result) if isinstance(result, Config) else str(result))
 

@@ -35,7 +35,7 @@ from cod_lightning.commands import (
     reproduce,
     verify,
 )
-from cod_lightning.commands.options import refuse_repeated
+from cod_lightning.commands.options import check_no_repeats
 from cod_lightning.errors import (
     CLOSED_PIPE,
     CTRL_C,
@@ -46,7 +46,7 @@ from cod_lightning.errors import (
     nearest,
     os_message,
 )
-from cod_lightning.signals import ignore_until_exit, stopping
+from cod_lightning.signals import ignore_until_exit, raise_on_stop_signals
 from cod_lightning.train.ranks import is_local_rank_zero
 
 COMMANDS: dict[str, ModuleType] = {
@@ -132,7 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, 2 after a `UserError`, `TRY_AGAIN` after an interruption, `CTRL_C` or `CLOSED_PIPE`.
+        The command's status (0 if None; a sweep the largest of its runs), 2 after a `UserError`, an `OSError` or out of
+        memory, `TRY_AGAIN` or `CTRL_C` after an interruption, or `CLOSED_PIPE`.
+
+    Raises:
+        SystemExit: argparse printed help or rejected an argument.
     """
     # Waiting threads of libgomp spin: on 2 busy cores a step with 2 threads takes 18 times as long. With this bound
     # it takes 2 to 3 times as long, and no longer than before on an idle machine.
@@ -165,18 +169,18 @@ def run_command(argv: Sequence[str] | None) -> int:
         if names_code and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # `python -m` has it, the installed command does not
         command = COMMANDS[arguments.pop("command")]
-        with stopping():
+        with raise_on_stop_signals():
             return command.run(**arguments) or 0
     except UserError as error:
-        return refuse(str(error))
+        return print_error(str(error))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             return CLOSED_PIPE
-        return refuse(os_message(error))
+        return print_error(os_message(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return refuse(
+        return print_error(
             f"out of memory ({first_line(error)}): lower data.micro_batch_size, for `measure` also rows=, or the size "
             "of the model; `estimate` predicts the memory of a run"
         )
@@ -202,9 +206,9 @@ def reader_is_gone() -> bool:
 
 
 def flush_output() -> int:
-    """Write what is left for stdout and stderr; returns 0 or an exit status.
+    """Flush stdout and stderr; return 0 or an exit status.
 
-    If this fails when the interpreter ends, it prints a message and a status of its own.
+    A flush that fails at interpreter exit prints its own message and sets status 120.
     """
     status = 0
     for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
@@ -212,11 +216,11 @@ def flush_output() -> int:
             stream.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            status = CLOSED_PIPE if isinstance(error, BrokenPipeError) else refuse(f"{name}: {error.strerror}")
+            status = CLOSED_PIPE if isinstance(error, BrokenPipeError) else print_error(f"{name}: {error.strerror}")
     return status
 
 
-def refuse(message: str) -> int:
+def print_error(message: str) -> int:
     """Print every line of an error; returns the exit status."""
     for line in message.splitlines():
         sys.stderr.write(f"error: {line}\n")  # one write, because ranks share stderr
@@ -241,5 +245,5 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if positional is not None:
         arguments[positional] = [*arguments[positional], *rest]
-        refuse_repeated(arguments[positional])
+        check_no_repeats(arguments[positional])
     return arguments

@@ -48,6 +48,13 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The error at the bottom of a chain of causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or torch says that memory could not be allocated."""
     texts = ("out of memory", "can't allocate memory")

@@ -284,7 +284,7 @@ def read_regular(path: Path) -> str:
 
 
 @contextmanager
-def fetched(path: Path) -> Generator[None]:
+def translate_read_errors(path: Path) -> Generator[None]:
     """Read the downloaded file at `path` inside the `with`.
 
     Libraries raise many kinds of errors for damaged bytes, with messages about their own code.
@@ -304,10 +304,10 @@ def fetched(path: Path) -> Generator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{path}: {damage(path)}") from error
+        raise UserError(f"{path}: {damage_message(path)}") from error
 
 
-def damage(path: Path) -> str:
+def damage_message(path: Path) -> str:
     """The end of an error about a downloaded file that cannot be read."""
     size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
     return f"damaged or truncated ({size} on disk): fetch it again"

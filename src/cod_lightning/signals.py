@@ -61,7 +61,7 @@ def ignore_until_exit() -> None:
 
 
 @contextmanager
-def stopping() -> Generator[None]:
+def raise_on_stop_signals() -> Generator[None]:
     """Raise `Stopped` on a stop signal, and end with the command that started this process, while the block runs.
 
     A run of a sweep ignores Ctrl-C, which the terminal sends to it too: the sweep stops it by SIGTERM.

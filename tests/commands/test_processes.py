@@ -12,7 +12,7 @@ import pytest
 from cod_lightning.cli import main
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import Stopped
-from cod_lightning.signals import PARENT, STOP_SIGNALS, stopping
+from cod_lightning.signals import PARENT, STOP_SIGNALS, raise_on_stop_signals
 from cod_lightning.train.checkpoint import list_checkpoints
 from command_words import last_of_each
 
@@ -41,7 +41,7 @@ def raise_all(first):
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=names(STOP_SIGNALS))
 def test_a_signal_stops_a_command_and_later_ones_are_ignored(number):
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match=f"interrupted by {number.name}"), stopping():
+    with pytest.raises(Stopped, match=f"interrupted by {number.name}"), raise_on_stop_signals():
         raise_all(number)
     assert signal.getsignal(number) == before
 
@@ -49,7 +49,7 @@ def test_a_signal_stops_a_command_and_later_ones_are_ignored(number):
 def test_a_signal_that_is_ignored_from_the_start_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stopping():
+        with raise_on_stop_signals():
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -87,7 +87,7 @@ def test_a_second_ctrl_c_interrupts_training_at_once(train_signalled, capfd, tmp
 
 def test_the_process_id_of_the_parent_does_not_leak(monkeypatch):
     monkeypatch.setenv(PARENT, "7")
-    with stopping():
+    with raise_on_stop_signals():
         assert os.environ[PARENT] == str(os.getpid())
     assert os.environ[PARENT] == "7"
 
@@ -98,10 +98,10 @@ CHILD = """
 import os, sys, time
 from pathlib import Path
 from cod_lightning.errors import Stopped
-from cod_lightning.signals import stopping
+from cod_lightning.signals import raise_on_stop_signals
 name = f"{Path(__file__).parent}/{os.getpid()}"
 try:
-    with stopping():
+    with raise_on_stop_signals():
         Path(f"{name}.started").touch()
         time.sleep(100)
 except Stopped:
@@ -114,10 +114,10 @@ POOL = """
 import sys
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import Stopped
-from cod_lightning.signals import stopping
+from cod_lightning.signals import raise_on_stop_signals
 sys.executable = sys.argv[1]
 try:
-    with stopping(), CommandPool(2) as pool:
+    with raise_on_stop_signals(), CommandPool(2) as pool:
         list(pool.map(pool.run_command, [["fit"]] * 3, "abc"))
 except Stopped:
     sys.exit(75)
@@ -127,13 +127,13 @@ import os, sys, time
 from pathlib import Path
 from cod_lightning.data.workers import worker_pool
 from cod_lightning.errors import Stopped
-from cod_lightning.signals import stopping
+from cod_lightning.signals import raise_on_stop_signals
 def work(number):
     Path(f"{sys.argv[1]}.{os.getpid()}.started").touch()
     time.sleep(0.2)
 if __name__ == "__main__":
     try:
-        with stopping(), worker_pool(2) as pool:
+        with raise_on_stop_signals(), worker_pool(2) as pool:
             list(pool.map(work, range(1000)))
     except (Stopped, KeyboardInterrupt):
         sys.exit(75)

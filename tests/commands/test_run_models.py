@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
     def read(checkpoint, model):
         raise Loaded(checkpoint.name)
 
-    monkeypatch.setattr("cod_lightning.config.saved.load", lambda *_, **__: compose(["trainer.accelerator=cpu"]))
+    monkeypatch.setattr("cod_lightning.config.saved.load_config", lambda *_, **__: compose(["trainer.accelerator=cpu"]))
     monkeypatch.setattr("cod_lightning.train.load.load_tokenizer", lambda *_: None)
     monkeypatch.setattr("cod_lightning.train.load.read_run_weights", read)
     monkeypatch.setattr("cod_lightning.evaluate.lm_eval.task_manager", lambda *_: None)
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_is_neither_last_nor_best_is_an_error(run):
 def test_a_generated_text_that_is_longer_than_the_model_supports_is_named(monkeypatch, capsys, longest, warned):
     config = compose(["trainer.accelerator=cpu", f"data.seq_len={longest}"])
     tokenizer = SimpleNamespace(encode=lambda texts: [[1, 2, 3, 0]], eos_id=None, backend=SimpleNamespace(decode=str))
-    monkeypatch.setattr("cod_lightning.config.saved.load", lambda *_, **__: config)
+    monkeypatch.setattr("cod_lightning.config.saved.load_config", lambda *_, **__: config)
     monkeypatch.setattr("cod_lightning.train.load.checkpoint_of", lambda *_: None)
     monkeypatch.setattr("cod_lightning.train.load.load_decoder", lambda *_: (tiny_decoder(), tokenizer))
     assert main(["generate", "run", "a", "--max-tokens", "3"]) == 0

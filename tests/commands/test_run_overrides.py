@@ -2,7 +2,7 @@
 
 import pytest
 
-from cod_lightning.commands.options import READS, refuse_unread
+from cod_lightning.commands.options import READS, check_no_ignored_overrides
 from cod_lightning.config.groups import default_values, groups
 from cod_lightning.config.schema import Config
 from cod_lightning.errors import UserError
@@ -20,7 +20,7 @@ USED = {
 
 @pytest.mark.parametrize(("command", "word"), [(command, word) for command, words in USED.items() for word in words])
 def test_an_override_that_a_command_reads_is_accepted(command, word):
-    refuse_unread([word], command, groups())
+    check_no_ignored_overrides([word], command, groups())
 
 
 @pytest.mark.parametrize("command", READS)
@@ -31,5 +31,5 @@ def test_the_fields_that_a_command_reads_exist(command):
 
 def test_every_override_without_effect_is_named():
     with pytest.raises(UserError) as error:
-        refuse_unread(["seed=1", "data.seq_len=3", "name=x"], "measure", groups())
+        check_no_ignored_overrides(["seed=1", "data.seq_len=3", "name=x"], "measure", groups())
     assert [line.split()[0] for line in str(error.value).splitlines()] == ["seed=1", "name=x"]

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from cod_lightning.config import groups
 from cod_lightning.config.compose import choices, compose, sweep
 from cod_lightning.config.groups import default_values, describe_settings
-from cod_lightning.config.saved import check_init_from, create_run_folder, from_dict, load, to_yaml
+from cod_lightning.config.saved import check_init_from, config_from_dict, create_run_folder, load_config, to_yaml
 from cod_lightning.config.schema import Config, TrainerConfig, flatten, identity, init_from_run
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
@@ -47,7 +47,10 @@ def test_a_measure_is_added_to_those_of_the_experiment(tmp_path, word):
     config = compose([word, f"output={tmp_path}"])
     assert config.trainer.measures == usual | {"angular": 50}
     create_run_folder(config)
-    assert load(config.folder, ["trainer.measures.jacobian=0"]).trainer.measures == {"jacobian": 0, "angular": 50}
+    assert load_config(config.folder, ["trainer.measures.jacobian=0"]).trainer.measures == {
+        "jacobian": 0,
+        "angular": 50,
+    }
 
 
 def test_the_command_line_wins_over_the_experiment():
@@ -146,7 +149,7 @@ RECORDS = [path for runs in ("toy/*", "small/lns_*") for path in sorted(RESULTS.
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
 def test_the_names_of_recorded_runs_are_stable(path):
-    assert from_dict(json.loads(path.read_text())["config"], path).label == path.parent.name
+    assert config_from_dict(json.loads(path.read_text())["config"], path).label == path.parent.name
 
 
 def test_the_defaults_that_change_results_are_stable():
@@ -203,9 +206,9 @@ def test_a_run_that_starts_from_another_has_its_tokenizer(source):
 def test_a_saved_configuration_loads_unchanged(tmp_path):
     config = compose([f"output={tmp_path}", "norm=gpas", "experiments=table1_1b"])
     folder = create_run_folder(config)
-    assert load(folder) == config
+    assert load_config(folder) == config
     assert OmegaConf.to_container(OmegaConf.create(to_yaml(config))) == asdict(config)
-    amended = load(folder, ["data=files", "data.files=[a,b]", "trainer.threads=3"])
+    amended = load_config(folder, ["data=files", "data.files=[a,b]", "trainer.threads=3"])
     assert (amended.data.source, amended.data.files, amended.trainer.threads) == ("files", ["a", "b"], 3)
 
 
@@ -214,13 +217,13 @@ def test_a_trainer_means_the_same_for_a_saved_run_as_for_a_new_one(tmp_path, nam
     many = ["trainer=fsdp", "trainer.num_nodes=2", "trainer.hybrid=true", "trainer.offload=true"]
     folder = create_run_folder(compose([*many, "data.micro_batch_size=4", f"output={tmp_path}"]))
     words = [f"trainer={name}", "data.micro_batch_size=4"]
-    assert load(folder, words).trainer == compose(words).trainer
+    assert load_config(folder, words).trainer == compose(words).trainer
 
 
 def test_a_field_wins_over_a_group_that_follows_it(tmp_path):
     folder = create_run_folder(compose([f"output={tmp_path}"]))
     words = ["trainer.devices=4", "trainer=ddp", "data.micro_batch_size=4"]
-    assert load(folder, words).trainer == compose(words).trainer
+    assert load_config(folder, words).trainer == compose(words).trainer
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_another_text_replaces_all_that_names_the_text_of_a_run(of_run, chosen, 
         config, data=dataclasses.replace(config.data, **{key[5:]: value for key, value in of_run.items()})
     )
     folder = create_run_folder(config)
-    data = load(folder, [f"{key}={value}" for key, value in chosen.items()]).data
+    data = load_config(folder, [f"{key}={value}" for key, value in chosen.items()]).data
     assert all(getattr(data, name) is None for name in dropped)
     assert getattr(data, "source" if "data" in chosen else next(iter(chosen))[5:]) == next(iter(chosen.values()))
 
@@ -298,7 +301,7 @@ def test_runtime_fields_are_not_part_of_the_identity():
 )
 def test_a_run_has_one_logger_or_several(word, loggers, tmp_path):
     config = compose([word, f"output={tmp_path}"])
-    assert config.loggers == load(create_run_folder(config)).loggers == loggers
+    assert config.loggers == load_config(create_run_folder(config)).loggers == loggers
 
 
 def test_sweeps_expand_in_the_order_of_hydra():
@@ -473,7 +476,7 @@ def test_options_of_a_base_strategy_are_accepted():
 def test_a_damaged_saved_configuration_is_named(tmp_path, content):
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(UserError, match=r"(config\.yaml: not a saved configuration|norm\.name is missing)"):
-        load(tmp_path)
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["there", "{tmp_path}/there"])
@@ -482,9 +485,9 @@ def test_a_run_has_its_own_copy_of_the_tokenizer_of_a_folder(tmp_path, monkeypat
     (tmp_path / "there").mkdir()
     words = [f"output={tmp_path}", "name=run", f"data.tokenizer={name.format(tmp_path=tmp_path)}"]
     folder = create_run_folder(compose(words))
-    assert load(folder).data.tokenizer == str(folder / "tokenizer")
-    assert load(folder, ["data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
-    assert load(folder, ["data.val_every=3", "data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
+    assert load_config(folder).data.tokenizer == str(folder / "tokenizer")
+    assert load_config(folder, ["data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
+    assert load_config(folder, ["data.val_every=3", "data.tokenizer=gpt2"]).data.tokenizer == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -494,7 +497,7 @@ def test_names_of_the_hub_and_bpe_are_no_folders(tmp_path, monkeypatch, name, ow
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bpe").mkdir()
     folder = create_run_folder(compose([f"output={tmp_path}", "name=run", f"data.tokenizer={name}"]))
-    assert load(folder).data.tokenizer == (str(folder / "tokenizer") if own else name)
+    assert load_config(folder).data.tokenizer == (str(folder / "tokenizer") if own else name)
 
 
 @pytest.mark.parametrize("other", [["data=files", "data.files=x"], ["data.val_every=3"], ["data.max_documents=100"]])
@@ -502,7 +505,7 @@ def test_other_text_is_read_with_the_tokenizer_of_the_run(tmp_path, other):
     folder = create_run_folder(
         compose([f"output={tmp_path}", "name=run", "model.vocab_size=300", "data.vocab_size=300"])
     )
-    assert load(folder, other).data.tokenizer == str(folder / "tokenizer")
+    assert load_config(folder, other).data.tokenizer == str(folder / "tokenizer")
 
 
 def test_a_run_whose_source_was_moved_has_its_own_tokenizer(tmp_path, monkeypatch):
@@ -512,9 +515,9 @@ def test_a_run_whose_source_was_moved_has_its_own_tokenizer(tmp_path, monkeypatc
     words = ["output=runs", "name=run", f"init_from={source}", f"data.tokenizer={source}/tokenizer"]
     folder = create_run_folder(compose(words))
     source.rename("elsewhere")
-    assert load(folder).data.tokenizer == str(folder.absolute() / "tokenizer")
+    assert load_config(folder).data.tokenizer == str(folder.absolute() / "tokenizer")
     other = create_run_folder(compose(["output=runs", "name=other", "init_from=w.ckpt", "data.tokenizer=gpt2"]))
-    assert load(other).data.tokenizer == "gpt2"
+    assert load_config(other).data.tokenizer == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -531,7 +534,7 @@ def test_a_run_whose_source_was_moved_has_its_own_tokenizer(tmp_path, monkeypatc
 def test_a_trained_run_refuses_other_overrides(tmp_path, word, message):
     folder = create_run_folder(compose([f"output={tmp_path}"]))
     with pytest.raises(UserError, match=message):
-        load(folder, [word])
+        load_config(folder, [word])
 
 
 def test_an_output_that_cannot_be_written_is_an_os_error_with_its_name():

@@ -6,7 +6,7 @@ import pytest
 
 from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
-from cod_lightning.config.saved import CONFIG, load, save
+from cod_lightning.config.saved import CONFIG, load_config, save_config
 from cod_lightning.errors import UserError
 
 CODE = """
@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
     def make(norm, **options):
         config = compose(["norm=lns"])
         config.norm = {"name": norm, **options}
-        save(config, folder)
+        save_config(config, folder)
         for path in (tmp_path, folder):
             (path / "norms_of_a_run.py").write_text(CODE)
         return folder
@@ -75,7 +75,7 @@ def test_fit_does_not_import_the_code_of_an_earlier_run(run, tmp_path, capsys):
 
 
 def test_trusted_code_is_imported(run, tmp_path):
-    assert load(run("norms_of_a_run:f"), trust_code=True).norm["name"] == "norms_of_a_run:f"
+    assert load_config(run("norms_of_a_run:f"), trust_code=True).norm["name"] == "norms_of_a_run:f"
     assert imported(tmp_path) == [tmp_path / "imported"]
 
 
@@ -91,6 +91,6 @@ def test_trusted_code_is_not_imported_from_the_run_folder(folder, module, run, t
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend("")
     with pytest.raises(UserError, match="is in the run folder"):
-        load(tmp_path / "a_run", trust_code=True)
+        load_config(tmp_path / "a_run", trust_code=True)
     assert not imported(tmp_path)
     assert (tmp_path / "a_run" / CONFIG).is_file()

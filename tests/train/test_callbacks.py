@@ -15,7 +15,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
-from cod_lightning.config.saved import load
+from cod_lightning.config.saved import load_config
 from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
 from cod_lightning.measure.activation_stats import probe_statistics
@@ -108,7 +108,7 @@ def test_every_measure_is_recorded_at_its_steps(measured):
 
 def test_the_last_record_is_the_measure_of_the_checkpoint(measured, toy):
     record, folder = measured
-    run = load(folder)
+    run = load_config(folder)
     decoder, _ = load_decoder(run, folder, checkpoint_of(folder))
     data, _ = build_data_and_module(run)
     batches, model = [data.probe_batch(4)], ModelAdapter(decoder.eval())

@@ -20,7 +20,7 @@ from cod_lightning.commands.measure_runner import open_run
 from cod_lightning.commands.options import load_run_config
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
-from cod_lightning.config.saved import load
+from cod_lightning.config.saved import load_config
 from cod_lightning.config.schema import TrainerConfig
 from cod_lightning.errors import Diverged, Stopped, UserError
 from cod_lightning.evaluate.perplexity import Perplexity
@@ -394,7 +394,7 @@ def test_emulated_bfloat16_is_not_used(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for mapped files in /proc")
-@pytest.mark.parametrize("use", [load_run, lambda folder: validate_checkpoint(load(folder), last(folder))])
+@pytest.mark.parametrize("use", [load_run, lambda folder: validate_checkpoint(load_config(folder), last(folder))])
 def test_commands_that_use_the_weights_only_map_the_checkpoint(plain, monkeypatch, use):
     mapped = []
 
@@ -415,7 +415,7 @@ def test_a_rank_that_is_gone_stops_an_evaluation(plain, monkeypatch):
     def validate(*_, **__):
         raise RuntimeError("[gloo] Connection closed by peer")
 
-    config = load(plain[1])
+    config = load_config(plain[1])
     monkeypatch.setattr("cod_lightning.train.run.build_trainer", lambda _: SimpleNamespace(validate=validate))
     with pytest.raises(Stopped, match="another of the 2 ranks is gone"):
         validate_checkpoint(replace(config, trainer=replace(config.trainer, devices=2)), last(plain[1]))
@@ -483,12 +483,14 @@ def run_of_changed_text(toy, tmp_path_factory):
 )
 def test_text_with_another_tokenizer_than_the_runs_is_refused(run_of_changed_text, use):
     with pytest.raises(UserError, match=r"another tokenizer than that of .*: pass data\.tokenizer=/.*/tokenizer$"):
-        use(load(run_of_changed_text), last(run_of_changed_text))
+        use(load_config(run_of_changed_text), last(run_of_changed_text))
 
 
 def test_changed_text_is_read_with_the_runs_tokenizer(run_of_changed_text):
     words = [f"data.tokenizer={run_of_changed_text}/tokenizer"]
-    assert math.isfinite(validate_checkpoint(load(run_of_changed_text, words), last(run_of_changed_text))["val_loss"])
+    assert math.isfinite(
+        validate_checkpoint(load_config(run_of_changed_text, words), last(run_of_changed_text))["val_loss"]
+    )
 
 
 def test_numbers_that_are_not_finite_are_null_in_a_record(train, monkeypatch):

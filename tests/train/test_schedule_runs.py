@@ -5,7 +5,7 @@ import torch
 from run_files import copy_checkpoints, history, last, weights
 
 from cod_lightning.cli import main
-from cod_lightning.config.saved import load
+from cod_lightning.config.saved import load_config
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.train.load import load_run
 from cod_lightning.train.run import validate_checkpoint
@@ -47,7 +47,7 @@ def test_a_loaded_run_has_the_factors_of_its_last_step(whole):
 
 def test_evaluate_uses_the_factors_of_the_checkpoint(whole):
     record, folder = whole
-    assert validate_checkpoint(load(folder), last(folder))["val_loss"] == record["val_loss"]
+    assert validate_checkpoint(load_config(folder), last(folder))["val_loss"] == record["val_loss"]
 
 
 def test_all_micro_batches_of_a_step_have_its_factors(train, monkeypatch):

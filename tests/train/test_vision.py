@@ -9,7 +9,7 @@ from run_files import copy_checkpoints, history, losses, newest
 
 from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
-from cod_lightning.config.saved import load
+from cod_lightning.config.saved import load_config
 from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import probe_statistics
 from cod_lightning.measure.adapter import Images, ModelAdapter
@@ -29,7 +29,7 @@ def train_images(train):
 
 def restored(folder):
     """The data and the model of a finished run."""
-    data, module = build_data_and_module(load(folder))
+    data, module = build_data_and_module(load_config(folder))
     module.configure_model()
     module.load_state_dict(newest(folder)["state_dict"])
     return data, module

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import add_run, some_path
+from cod_lightning.commands.options import add_run, nonempty_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_file
 
@@ -15,7 +15,9 @@ HELP = "Write a sharded checkpoint of a run as one file."
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--output", type=some_path, help="new .ckpt file (default: whole-STEP.ckpt in checkpoints/)")
+    parser.add_argument(
+        "--output", type=nonempty_path, help="new .ckpt file (default: whole-STEP.ckpt in checkpoints/)"
+    )
 
 
 def run(run: Path, checkpoint: str, output: Path | None) -> None:

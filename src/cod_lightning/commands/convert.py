@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning.commands.import_ import read_pretrained
-from cod_lightning.commands.options import add_model, compose_norm, is_run, read_run, require_paths, some_path
+from cod_lightning.commands.options import add_model, compose_norm, is_run, nonempty_path, read_run, require_paths
 from cod_lightning.files import check_new_folder
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ EPILOG = """\
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--output", type=some_path, required=True, help="new run folder")
+    parser.add_argument("--output", type=nonempty_path, required=True, help="new run folder")
     parser.add_argument("overrides", nargs="*", metavar="norm=...", help="the new strategy and its options")
 
 

@@ -14,9 +14,9 @@ from cod_lightning.commands.options import (
     add_run,
     add_trust_code,
     load_run_config,
+    nonempty_path,
     pop_options,
     require_at_least,
-    some_path,
 )
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
@@ -37,7 +37,7 @@ OPTIONS = {"tasks": str, "protocol": str}
 def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
     add_trust_code(parser)
-    parser.add_argument("--task-folder", type=some_path, help="with tasks=: folder with your tasks as YAML")
+    parser.add_argument("--task-folder", type=nonempty_path, help="with tasks=: folder with your tasks as YAML")
     parser.add_argument("--limit", type=int, help="with tasks=: largest number of examples of a task")
     add_overrides(parser)
 

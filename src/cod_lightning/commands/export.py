@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.options import add_run, add_trust_code, read_run, require_at_least, some_path
+from cod_lightning.commands.options import add_run, add_trust_code, nonempty_path, read_run, require_at_least
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder
 
@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
     add_trust_code(parser)
     parser.add_argument("--to", choices=("hf",), default="hf", help="format: Hugging Face (default)")
-    parser.add_argument("--output", type=some_path, help="new folder (default: hf, inside the run folder)")
+    parser.add_argument("--output", type=nonempty_path, help="new folder (default: hf, inside the run folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
         "--max-length", type=int, help="max_position_embeddings (default: that of an imported model, else data.seq_len)"
@@ -31,9 +31,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(
     run: Path, to: str, output: Path | None, checkpoint: str, trust_code: bool, dtype: str, max_length: int | None
 ) -> None:
-    from cod_lightning.config.saved import load
+    from cod_lightning.config.saved import load_config
 
-    check_max_length(max_length, load(run, trust_code=trust_code))  # before the weights are read
+    check_max_length(max_length, load_config(run, trust_code=trust_code))  # before the weights are read
     folder = output or run / to
     check_new_folder(folder, "--output=")
     config, decoder, tokenizer = read_run(run, checkpoint, trust_code)

@@ -73,7 +73,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
             as `train.run.fit`.
         Diverged: the loss is not finite; `failed.json` in the folder says so.
     """
-    from cod_lightning.config.saved import check_folder, check_init_from, create_run_folder, from_dict
+    from cod_lightning.config.saved import check_folder, check_init_from, config_from_dict, create_run_folder
     from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER
     from cod_lightning.nn.spec import spec_warnings
     from cod_lightning.nn.strategies import build_all
@@ -92,7 +92,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
     from cod_lightning.train.run import fit
 
     if config.resume and (record := read_record(folder)) is not None:
-        if from_dict(record["config"], folder / RECORD).id != config.id:
+        if config_from_dict(record["config"], folder / RECORD).id != config.id:
             raise UserError(f"{folder / RECORD} is of a run with other settings: remove it, or choose another name=")
         if rank_zero:
             print("this run is finished: pass resume=false to retrain", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.commands.convert import read_trained
-from cod_lightning.commands.options import add_model, some_path
+from cod_lightning.commands.options import add_model, nonempty_path
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
 
@@ -29,7 +29,7 @@ gains=kept      weights compensate for the strategy's factors of the new layers 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--output", type=some_path, required=True, help="new run folder")
+    parser.add_argument("--output", type=nonempty_path, required=True, help="new run folder")
     parser.add_argument("words", nargs="*", metavar="option=value", help="blocks=N, how=, gains=")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import is_run, require_model, some_path
+from cod_lightning.commands.options import is_run, nonempty_path, require_model
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder
 
@@ -21,7 +21,7 @@ HELP = "Make a run folder from a Llama, Mistral or Qwen2 checkpoint."
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", help="folder of the checkpoint, .gguf file, glassllm, smollm2, or name on the hub")
-    parser.add_argument("--output", type=some_path, required=True, help="new run folder")
+    parser.add_argument("--output", type=nonempty_path, required=True, help="new run folder")
 
 
 def run(model: str, output: Path) -> None:
@@ -41,7 +41,7 @@ def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, Document
         UserError: there is no such model, or the decoder cannot have its weights, shape or tokenizer.
     """
     from cod_lightning.config.schema import TOKENIZER, Config
-    from cod_lightning.config.validate import problems
+    from cod_lightning.config.validate import config_errors
     from cod_lightning.data.config import DataConfig
 
     require_model(model, "Give a folder with config.json, weights and tokenizer, or a .gguf file.")
@@ -78,6 +78,6 @@ def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, Document
             micro_batch_size=1,
         ),
     )
-    if errors := problems(config):
+    if errors := config_errors(config):
         raise UserError("\n".join(errors))
     return config, decoder, tokenizer

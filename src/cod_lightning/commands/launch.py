@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.commands.options import add_overrides, require_at_least, some_path
+from cod_lightning.commands.options import add_overrides, nonempty_path, require_at_least
 from cod_lightning.errors import TRY_AGAIN, UserError
 from cod_lightning.files import check_new_file, write_atomic
 
@@ -66,7 +66,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     for name in ("partition", "account", "qos", "constraint", "cpus-per-task", "mem"):
         parser.add_argument(f"--{name}", type=int if name == "cpus-per-task" else str, help="passed to sbatch")
-    parser.add_argument("--output", type=some_path, help="new file for the script (default: print it)")
+    parser.add_argument("--output", type=nonempty_path, help="new file for the script (default: print it)")
     parser.add_argument("--submit", action="store_true", help="pass the script to sbatch")
     add_overrides(parser)
 

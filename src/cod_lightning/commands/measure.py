@@ -15,14 +15,14 @@ from cod_lightning.commands.options import (
     TEXT_CHOICES,
     add_checkpoint,
     add_trust_code,
+    check_no_ignored_overrides,
     is_model,
     is_run,
     load_run_config,
-    refuse_unread,
+    nonempty_path,
     require_at_least,
     require_model,
     require_paths,
-    some_path,
 )
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, check_writable
@@ -73,7 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_checkpoint(parser)
     add_trust_code(parser)
     parser.add_argument("--rows", type=int, help=f"held-out rows to measure on (default: {ROWS})")
-    parser.add_argument("--output", type=some_path, help="folder (default: measure, inside the run folder or here)")
+    parser.add_argument("--output", type=nonempty_path, help="folder (default: measure, inside the run folder or here)")
 
 
 def run(
@@ -161,7 +161,7 @@ def find_subject(
         from cod_lightning.data.corpora import open_corpus
         from cod_lightning.nn.model_files import find_source, require_tokenizer
 
-        refuse_unread(overrides, "measure of a pretrained model", TEXT_CHOICES)
+        check_no_ignored_overrides(overrides, "measure of a pretrained model", TEXT_CHOICES)
         config = compose(overrides)
         require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
         require_tokenizer(find_source(model))

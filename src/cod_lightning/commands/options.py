@@ -50,7 +50,7 @@ READS = {
 }
 """The sections and fields that a command reads with a model, so that an override of another one is refused.
 
-`model` and `norm` have fields that are not in the weights, such as `model.norm_backend`; `load` refuses the others.
+`model` and `norm` have fields that are not in the weights, such as `model.norm_backend`; `load_config` refuses others.
 """
 
 TEXT_CHOICES = ("data", "trainer", "experiments", "scale", "protocol")
@@ -62,11 +62,11 @@ def add_overrides(parser: ArgumentParser) -> None:
 
 
 def add_run(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=some_path, help="run folder")
+    parser.add_argument("run", type=nonempty_path, help="run folder")
     add_checkpoint(parser)
 
 
-def some_path(word: str) -> Path:
+def nonempty_path(word: str) -> Path:
     """The path that a word names; an empty word, such as an unset variable, would be the current folder."""
     if not word:
         raise ArgumentTypeError("'' is empty: name a path")
@@ -96,7 +96,7 @@ def add_jobs(parser: ArgumentParser) -> None:
 
 
 def add_results(parser: ArgumentParser) -> None:
-    parser.add_argument("--results", type=some_path, help="folder of the records (default: experiments/results)")
+    parser.add_argument("--results", type=nonempty_path, help="folder of the records (default: experiments/results)")
 
 
 def is_model(word: str) -> bool:
@@ -105,7 +105,7 @@ def is_model(word: str) -> bool:
     return not equals or os.sep in key or os.path.exists(word)
 
 
-def refuse_repeated(words: Sequence[str]) -> None:
+def check_no_repeats(words: Sequence[str]) -> None:
     """Check that no key of the words of a command is given twice, also as +key; paths may hold = themselves.
 
     Raises:
@@ -183,19 +183,19 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
     Args:
         run: the folder.
         overrides: of the command line.
-        trust_code: see `load`.
+        trust_code: see `load_config`.
         command: a key of `READS`.
 
     Raises:
-        UserError: `load` fails, an override has no effect on the command, or the overrides select text for a run of
-            images.
+        UserError: `load_config` fails, an override has no effect on the command, or the overrides select text for a run
+            of images.
     """
     from cod_lightning.config.compose import selects_other_text
     from cod_lightning.config.groups import groups
-    from cod_lightning.config.saved import load
+    from cod_lightning.config.saved import load_config
 
-    refuse_unread(overrides, command, groups())  # `load` checks the choices
-    config = load(run, overrides, trust_code)
+    check_no_ignored_overrides(overrides, command, groups())  # `load_config` checks the choices
+    config = load_config(run, overrides, trust_code)
     if config.task != "language" and selects_other_text(overrides):
         raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
     return config
@@ -208,14 +208,14 @@ def read_run(folder: Path, checkpoint: str, trust_code: bool) -> tuple[Config, D
         UserError: as `load_run`.
     """
     import_torchmetrics()
-    from cod_lightning.config.saved import load
+    from cod_lightning.config.saved import load_config
     from cod_lightning.train.load import checkpoint_of, load_decoder
 
-    config = load(folder, trust_code=trust_code)
+    config = load_config(folder, trust_code=trust_code)
     return config, *load_decoder(config, folder, checkpoint_of(folder, checkpoint))
 
 
-def unread(overrides: Sequence[str], command: str, choices: Sequence[str]) -> list[str]:
+def ignored_overrides(overrides: Sequence[str], command: str, choices: Sequence[str]) -> list[str]:
     """The overrides that set no field that a command reads with a model.
 
     Args:
@@ -233,13 +233,13 @@ def unread(overrides: Sequence[str], command: str, choices: Sequence[str]) -> li
     ]
 
 
-def refuse_unread(overrides: Sequence[str], command: str, choices: Sequence[str]) -> None:
-    """Check that no override is `unread`.
+def check_no_ignored_overrides(overrides: Sequence[str], command: str, choices: Sequence[str]) -> None:
+    """Check that there are no `ignored_overrides`.
 
     Raises:
         UserError: names every override that has no effect.
     """
-    if words := unread(overrides, command, choices):
+    if words := ignored_overrides(overrides, command, choices):
         hint = f"{command} reads only {', '.join(READS[command])}"
         raise UserError("\n".join(f"{word} has no effect, remove it: {hint}" for word in words))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cod_lightning.commands.options import add_overrides, refuse_unread, some_path
+from cod_lightning.commands.options import add_overrides, check_no_ignored_overrides, nonempty_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
 
@@ -23,7 +23,7 @@ CHOICES = ("data", "experiments", "model", "norm", "protocol", "scale")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--output", type=some_path, default=Path("predict"), help="folder (default: predict)")
+    parser.add_argument("--output", type=nonempty_path, default=Path("predict"), help="folder (default: predict)")
     add_overrides(parser)
 
 
@@ -31,7 +31,7 @@ def run(overrides: Sequence[str], output: Path) -> None:
     from cod_lightning.config.compose import compose
     from cod_lightning.config.validate import vocab_size_errors
 
-    refuse_unread(overrides, "predict", CHOICES)
+    check_no_ignored_overrides(overrides, "predict", CHOICES)
     config = compose(overrides)
     check_writable(output, "--output=")
     if config.task != "language":

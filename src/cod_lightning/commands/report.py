@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import add_results, some_path
+from cod_lightning.commands.options import add_results, nonempty_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable, write_atomic
 
@@ -20,7 +20,7 @@ LISTED = 5
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_results(parser)
-    parser.add_argument("--output", type=some_path, default=Path(), help="folder of the files (default: here)")
+    parser.add_argument("--output", type=nonempty_path, default=Path(), help="folder of the files (default: here)")
     parser.add_argument("--pdf", action="store_true", help="write every figure as PDF as well")
 
 

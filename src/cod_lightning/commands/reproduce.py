@@ -13,9 +13,9 @@ from cod_lightning.commands.options import (
     TEXT_CHOICES,
     add_jobs,
     add_results,
+    ignored_overrides,
     pop_options,
     require_at_least,
-    unread,
 )
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import UserError, shorten
@@ -128,7 +128,7 @@ def run_task(task: Task, pool: CommandPool, results: Path) -> int:
     if status == 0 and task.measures:
         command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
         if row.pretrained_model is not None:
-            ignored = unread(row.overrides, "measure of a pretrained model", TEXT_CHOICES)
+            ignored = ignored_overrides(row.overrides, "measure of a pretrained model", TEXT_CHOICES)
             text = [word for word in row.overrides if word not in ignored]
             command += [*text, f"output={task.folder / MEASURES_FOLDER}"]
         status = pool.run_command(command, task.label)

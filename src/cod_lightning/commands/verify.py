@@ -11,8 +11,8 @@ from typing import Any
 from cod_lightning.commands.options import add_model, compose_norm, is_run, read_run, require_model, require_paths
 
 HELP = (
-    "Check by running it that every block of a model applies a norm strategy: unchanged, after bfloat16, after the "
-    "meta device, after loading of the weights, and compiled."
+    "Run a model and check that every block applies a norm strategy: as loaded, in bfloat16, built on the meta device, "
+    "with reloaded weights, and compiled."
 )
 EPILOG = """\
   verify runs/quickstart/lns-seed1-...                 # against the strategy of the run

@@ -31,23 +31,25 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
 from cod_lightning.config.schema import Config, flatten, init_from_run
-from cod_lightning.config.validate import problems
-from cod_lightning.errors import UserError, first_line, nearest, one_line
+from cod_lightning.config.validate import config_errors
+from cod_lightning.errors import UserError, first_line, nearest, one_line, root_cause
 from cod_lightning.nn import strategies
 
-CONTENT = {"model", "data", "data.source", "task"}
+CONTENT_OVERRIDES = {"model", "data", "data.source", "task"}
 """Overrides after which a run is no longer the default experiment."""
-TEXT = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
+TEXT_OVERRIDES = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
 """Overrides that choose the text."""
-PREPARED = {f"data.{name}" for name in ("files", "val_files", "text_field", "encoding", "val_every", "max_documents")}
+PREPARED_FIELDS = {
+    f"data.{name}" for name in ("files", "val_files", "text_field", "encoding", "val_every", "max_documents")
+}
 """Fields that a prepared set, `data.folder`, no longer depends on."""
-DOCUMENTS = TEXT | PREPARED
+DOCUMENT_OVERRIDES = TEXT_OVERRIDES | PREPARED_FIELDS
 """Overrides that may choose other documents, on which another `bpe` would be trained."""
 PATH_FIELDS = {
     *("data.files", "data.val_files", "data.root", "data.folder", "data.tokenizer", "images.folder"),
     *("init_from", "output"),
 }
-OMEGACONF = {
+OMEGACONF_HINTS = {
     "is not Optional": "it needs a value, not null",
     "is not a ListConfig": "it needs a list, such as [0.9,0.95]",
 }
@@ -149,7 +151,9 @@ def sweep_values(override: Override) -> list[str]:
     try:
         values = list(itertools.islice(override.sweep_string_iterator(), MAX_RUNS + 1))
     except (HydraException, ValueError) as error:  # ValueError: range() with step 0
-        raise UserError(f"{word}: {cause(error)}; a sweep takes a,b,c, range(1,4) or choice(a,b)") from error
+        raise UserError(
+            f"{word}: {omegaconf_message(error)}; a sweep takes a,b,c, range(1,4) or choice(a,b)"
+        ) from error
     if not values:
         raise UserError(f"{word} has no values; range(1,4) is 1,2,3")
     # Hydra escapes the colon of package.module:function.
@@ -158,14 +162,14 @@ def sweep_values(override: Override) -> list[str]:
 
 def selects_other_text(overrides: Sequence[str]) -> bool:
     """Whether overrides choose a text other than that of a run."""
-    return any(override.key_or_group in TEXT for override in parse(overrides))
+    return any(override.key_or_group in TEXT_OVERRIDES for override in parse(overrides))
 
 
 def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[str]:
     """Errors for overrides of a text beside a set that is prepared already, and of images in a run of language."""
     folder = node.data.folder
     for name, value in {override.key_or_group: override.value() for override in overrides}.items():
-        if name in PREPARED and folder is not None and value is not None:
+        if name in PREPARED_FIELDS and folder is not None and value is not None:
             yield f"{name}={value} does not change data.folder={folder}, a prepared set: remove one of the two"
         if name.partition(".")[0] == "images" and node.task == "language":
             yield f"{name}={value} has no effect without task=vision: add it, or remove {name}"
@@ -180,28 +184,28 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: all unknown fields, unknown choices, wrong types and invalid combinations.
     """
-    words = parse(overrides)
-    chosen = [o for o in words if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
+    parsed = parse(overrides)
+    chosen = [o for o in parsed if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
     scales = [str(o.value()) for o in chosen if o.key_or_group == "scale"]
     files = tuple(o.input_line or "" for o in chosen if o.key_or_group != "scale")
     scale = scales[-1] if scales else None
     node = pickle.loads(merge_files(config_folder(), files, scale))
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
     if scale is not None:
-        errors += replaced_choices(pickle.loads(merge_files(config_folder(), files)), node, words)
-    rows = [str(o.value()) for o in words if o.key_or_group == "row" and not unsupported(o) and o.value() is not None]
+        errors += replaced_choices(pickle.loads(merge_files(config_folder(), files)), node, parsed)
+    rows = [str(o.value()) for o in parsed if o.key_or_group == "row" and not unsupported(o) and o.value() is not None]
     if rows:
         errors += apply_overrides(node, row_overrides(node, rows[-1]))
-        if any(o.key_or_group == "norm" for o in words):
+        if any(o.key_or_group == "norm" for o in parsed):
             errors.append("row= and norm= both choose the strategy: remove one")
-    errors += apply_overrides(node, sorted((o for o in words if o not in chosen), key=lambda o: not is_custom_norm(o)))
-    errors += without_effect(node, words)
-    return named_by_content(checked(node, errors), {o.key_or_group: str(o.value()) for o in words})
+    errors += apply_overrides(node, sorted((o for o in parsed if o not in chosen), key=lambda o: not is_custom_norm(o)))
+    errors += without_effect(node, parsed)
+    return named_by_content(checked(node, errors), {o.key_or_group: str(o.value()) for o in parsed})
 
 
 def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
     """The configuration, named by model and data, such as `tiny-files`, if these are chosen and no experiment is."""
-    if chosen.keys() & {"experiments", "experiment"} or not chosen.keys() & CONTENT:
+    if chosen.keys() & {"experiments", "experiment"} or not chosen.keys() & CONTENT_OVERRIDES:
         return config
     model = chosen.get("model", config.experiment)
     source = config.images.source if config.task == "vision" else config.data.source
@@ -212,7 +216,7 @@ def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
 def merge_files(folder: Path, words: tuple[str, ...], scale: str | None = None) -> bytes:
     """The files of configs/ that group overrides choose, merged by Hydra: a pickled `DictConfig`.
 
-    To load it is six times as fast as to copy it. The file of a scale is the last in Hydra's order too. It is merged
+    Unpickling is six times as fast as copying. The file of a scale is the last in Hydra's order too. It is merged
     here, so that one reading of the other files, which takes most of the time, serves all scales.
 
     Raises:
@@ -228,22 +232,22 @@ def merge_files(folder: Path, words: tuple[str, ...], scale: str | None = None) 
         try:
             node = hydra_compose("config", list(words))
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(cause(error)) from error
+            raise UserError(omegaconf_message(error)) from error
         except yaml.YAMLError as error:
             raise UserError(one_line(error)) from error
     OmegaConf.set_struct(node, None)  # Hydra closes dictionaries too, which take any key here
     return pickle.dumps(node)
 
 
-def replaced_choices(before: DictConfig, after: DictConfig, words: Sequence[Override]) -> list[str]:
+def replaced_choices(before: DictConfig, after: DictConfig, parsed: Sequence[Override]) -> list[str]:
     """Errors for choices such as model=llama_1b of which a scale replaces fields that the command line does not set.
 
     Args:
         before: the files that are chosen, without the scale.
         after: with it.
-        words: the command line.
+        parsed: the command line.
     """
-    given = {word.key_or_group: str(word.value()) for word in words}
+    given = {override.key_or_group: str(override.value()) for override in parsed}
     errors, select = [], OmegaConf.select
     for group in given.keys() & (set(groups()) - {"scale", "experiments"}):
         content = read_yaml(f"{group}/{given[group]}") if given[group] in choices(group) else {}
@@ -274,7 +278,7 @@ def row_overrides(node: DictConfig, name: str) -> list[Override]:
 def as_overrides(values: Any) -> list[Override]:
     """{"norm": "lns", "optim.lr": 0.1} of a YAML file as the overrides norm=lns optim.lr=0.1."""
     if not isinstance(values, Mapping):
-        return []  # None, or an error that `problems` reports
+        return []  # None, or an error that `config_errors` reports
     return parse([f"{key}={'null' if value is None else value}" for key, value in values.items()])
 
 
@@ -323,7 +327,7 @@ def apply_overrides(node: DictConfig, overrides: Iterable[Override]) -> list[str
             known = map(str, error.parent_node or ())
             errors.append(f"{error.full_key} is not a field: {nearest(str(error.key), known)}")
         except (OmegaConfBaseException, OverflowError) as error:  # OverflowError: an integer beyond any float
-            errors.append(f"{override.input_line}: {cause(error)}")
+            errors.append(f"{override.input_line}: {omegaconf_message(error)}")
     return errors
 
 
@@ -336,8 +340,8 @@ def checked(node: DictConfig, errors: Sequence[str]) -> Config:
     try:
         config = as_config(node)
     except OmegaConfBaseException as error:
-        raise UserError("\n".join([*errors, cause(error)])) from error
-    if errors := [*errors, *problems(config)]:
+        raise UserError("\n".join([*errors, omegaconf_message(error)])) from error
+    if errors := [*errors, *config_errors(config)]:
         raise UserError("\n".join(errors))
     return config
 
@@ -360,12 +364,10 @@ def row_of(config: Config) -> str | None:
     return None
 
 
-def cause(error: BaseException) -> str:
+def omegaconf_message(error: BaseException) -> str:
     """The first line of the error at the bottom of a chain, after the field that OmegaConf's error is about."""
     field = getattr(error, "full_key", None)
-    while error.__cause__ is not None:
-        error = error.__cause__
-    reason = first_line(error)
-    for part, clearer in OMEGACONF.items():
+    reason = first_line(root_cause(error))
+    for part, clearer in OMEGACONF_HINTS.items():
         reason = clearer if part in reason else reason
     return f"{field}: {reason}" if field else reason

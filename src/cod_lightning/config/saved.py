@@ -16,14 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cod_lightning.config.compose import (
-    DOCUMENTS,
+    DOCUMENT_OVERRIDES,
     INTERPOLATION,
-    TEXT,
+    TEXT_OVERRIDES,
     apply_overrides,
     as_config,
-    cause,
     checked,
     has_interpolation,
+    omegaconf_message,
     parse,
     without_effect,
 )
@@ -37,7 +37,7 @@ from cod_lightning.config.schema import (
     identity_fields,
     run_folder_of,
 )
-from cod_lightning.config.validate import problems
+from cod_lightning.config.validate import config_errors
 from cod_lightning.data.config import is_hub_name
 from cod_lightning.errors import DAMAGED, UserError, no_permission, one_line
 from cod_lightning.files import read_regular, write_atomic
@@ -46,7 +46,7 @@ from cod_lightning.nn.packaged_models import is_packaged
 CONFIG = "config.yaml"
 """The composed configuration, in every run folder."""
 REMEDY = "restore it from a copy; record.json of a finished run holds the same values, under config"
-"""The end of an error about a damaged one."""
+"""The remedy in an error about a damaged `config.yaml`."""
 REQUIRED_SECTIONS = {"model", "norm", "data", "optim", "eval", "trainer", "paper", "scales"}
 """Sections that every version writes; `scales` is the last one."""
 DEFAULTS = OmegaConf.structured(Config)
@@ -58,32 +58,32 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-def save(config: Config, folder: Path) -> None:
+def save_config(config: Config, folder: Path) -> None:
     """Write a configuration into a run folder; create the folder if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / CONFIG, to_yaml(config))
 
 
 @contextmanager
-def named_if_damaged(path: Path) -> Generator[None]:
+def translate_config_errors(path: Path) -> Generator[None]:
     """Turn the errors of a damaged configuration into a `UserError` that names its file."""
     try:
         yield
     except PermissionError as error:
         raise no_permission(error, path) from error
     except (*DAMAGED, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = one_line(error) if isinstance(error, yaml.YAMLError) else cause(error)
+        reason = one_line(error) if isinstance(error, yaml.YAMLError) else omegaconf_message(error)
         remedy = f"; {REMEDY}" if path.name == CONFIG else ""
         raise UserError(f"{path}: not a saved configuration: {reason}{remedy}") from error
 
 
-def from_dict(values: Any, path: Path) -> Config:
+def config_from_dict(values: Any, path: Path) -> Config:
     """The configuration that `asdict` returned, read from the file at `path`; missing fields get their defaults.
 
     Raises:
         UserError: `values` is not a configuration.
     """
-    with named_if_damaged(path):
+    with translate_config_errors(path):
         return as_config(with_defaults(values))
 
 
@@ -100,7 +100,7 @@ def with_defaults(values: Any) -> DictConfig:
     return DictConfig(OmegaConf.merge(DEFAULTS, values))
 
 
-def read(folder: Path) -> tuple[DictConfig, Config]:
+def read_config(folder: Path) -> tuple[DictConfig, Config]:
     """The configuration of a run folder, before validation; imports no code that it names.
 
     Raises:
@@ -108,9 +108,9 @@ def read(folder: Path) -> tuple[DictConfig, Config]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        refuse_pretrained(folder, str(folder))
+        check_not_pretrained(folder, str(folder))
         raise UserError(f"{folder}: not a run folder: it has no {CONFIG}{runs_inside(folder)}")
-    with named_if_damaged(path):
+    with translate_config_errors(path):
         text = read_regular(path)
         if not text.strip():
             raise ValueError("it is empty")
@@ -132,7 +132,7 @@ def runs_inside(folder: Path) -> str:
     return f"; it holds runs: name one, such as {runs[0]}" if runs else ""
 
 
-def refuse_pretrained(path: Path, name: str) -> None:
+def check_not_pretrained(path: Path, name: str) -> None:
     """Say how to make a run folder of a pretrained model.
 
     Raises:
@@ -145,7 +145,7 @@ def refuse_pretrained(path: Path, name: str) -> None:
         )
 
 
-def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
+def load_config(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) -> Config:
     """The configuration of a run folder, changed by `overrides`.
 
     A tokenizer that was read from a folder is the run's own copy, as is that of documents which `overrides` choose
@@ -160,26 +160,26 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
         UserError: not a run folder, a damaged file, invalid overrides, or code that is not trusted.
     """
     path = folder / CONFIG
-    node, saved = read(folder)
+    node, saved = read_config(folder)
     name, source, own_tokenizer = saved.data.tokenizer, saved.init_from, str((folder / TOKENIZER).absolute())
     is_of_source = source is not None and Path(name) == run_folder_of(Path(source)) / TOKENIZER
     is_folder = is_of_source or not is_hub_name(name) or Path(name).is_dir()
     if name != "bpe" and is_folder and not Path(name).is_file():
         node.data.tokenizer = own_tokenizer  # the folder may be gone, or hold another by now
-    words = parse(overrides)
-    chosen = {word.key_or_group for word in words}
+    parsed = parse(overrides)
+    chosen = {override.key_or_group for override in parsed}
     forget_text(node, chosen)
-    refuse_code(saved, folder, trust_code)
-    with named_if_damaged(path):
-        saved_errors = problems(saved)
-    fixed = [o for o in words if o.key_or_group in groups() and o.key_or_group not in ("data", "trainer")]
+    check_trusted(saved, folder, trust_code)
+    with translate_config_errors(path):
+        saved_errors = config_errors(saved)
+    fixed = [o for o in parsed if o.key_or_group in groups() and o.key_or_group not in ("data", "trainer")]
     errors = [f"{o.input_line}: a trained run accepts data=, trainer= and section.field=value" for o in fixed]
     # Groups come first, as in `compose`: a group resets the fields before it.
-    accepted = sorted((o for o in words if o not in fixed), key=lambda o: o.key_or_group not in groups())
+    accepted = sorted((o for o in parsed if o not in fixed), key=lambda o: o.key_or_group not in groups())
     errors += apply_overrides(node, accepted)
-    if saved.task == "language" and chosen & DOCUMENTS and "data.tokenizer" not in chosen:
+    if saved.task == "language" and chosen & DOCUMENT_OVERRIDES and "data.tokenizer" not in chosen:
         node.data.tokenizer = own_tokenizer
-    errors += without_effect(node, words)
+    errors += without_effect(node, parsed)
     errors += decoder_changes(folder, saved, node)
     try:
         return checked(node, errors)
@@ -190,14 +190,14 @@ def load(folder: Path, overrides: Sequence[str] = (), trust_code: bool = False) 
 
 def forget_text(node: DictConfig, chosen: Set[str]) -> None:
     """Drop what names the text of the run if `chosen` fields name another, which would be ignored or mixed with it."""
-    stale = {"val_files", "folder", "sha256"} if chosen & TEXT else set()
+    stale = {"val_files", "folder", "sha256"} if chosen & TEXT_OVERRIDES else set()
     if chosen & {"data", "data.source"}:
         stale.add("files")
     for name in stale:
         node.data[name] = None
 
 
-def refuse_code(saved: Config, folder: Path, trust_code: bool) -> None:
+def check_trusted(saved: Config, folder: Path, trust_code: bool) -> None:
     """Check that a saved configuration names no code, or that its code is trusted and not in the run folder.
 
     Raises:
@@ -243,7 +243,7 @@ def decoder_changes(folder: Path, saved: Config, node: DictConfig) -> list[str]:
             ("model", identity_fields(saved.model), identity_fields(config.model)),
             ("norm", saved.norm, config.norm),
         )
-        if (changes := differences(before, after))
+        if (changes := describe_differences(before, after))
     ]
 
 
@@ -254,13 +254,14 @@ def check_folder(config: Config) -> Path:
         UserError: it holds a run of another configuration.
     """
     folder = config.folder
-    differing = differences(identity(read(folder)[1]), identity(config)) if (folder / CONFIG).exists() else ""
-    if differing:
-        raise UserError(f"{folder} holds a run of another configuration ({differing}): choose another name=")
+    if (folder / CONFIG).exists():
+        _, saved = read_config(folder)
+        if differing := describe_differences(identity(saved), identity(config)):
+            raise UserError(f"{folder} holds a run of another configuration ({differing}): choose another name=")
     return folder
 
 
-def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def describe_differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Every field that differs, with both values; empty if none does."""
     before, after = flatten(saved), flatten(new)
     return "; ".join(
@@ -279,11 +280,11 @@ def check_init_from(config: Config) -> None:
     if config.init_from is None:
         return
     if not (Path(config.init_from) / CONFIG).is_file():
-        refuse_pretrained(Path(config.init_from), f"init_from={config.init_from}")
+        check_not_pretrained(Path(config.init_from), f"init_from={config.init_from}")
         if inside := runs_inside(Path(config.init_from)):
             raise UserError(f"init_from={config.init_from}: not a run folder{inside}")
         return
-    source = read(Path(config.init_from))[1]
+    source = read_config(Path(config.init_from))[1]
     if source.task != "language":
         raise UserError(f"init_from={config.init_from}: a run of task={source.task}: name a run of language")
 
@@ -316,5 +317,5 @@ def create_run_folder(config: Config) -> Path:
     if not config.resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINTS)):
         number = next(n for n in itertools.count(1) if not Path(f"{folder}.previous-{n}").exists())
         folder.rename(f"{folder}.previous-{number}")
-    save(config, folder)
+    save_config(config, folder)
     return folder

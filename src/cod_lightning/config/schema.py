@@ -151,7 +151,7 @@ class TrainerConfig:
 
 @dataclass
 class Config:
-    """All settings of a run; each section is owned by the room that acts on it."""
+    """All settings of a run; a section is defined in the package that uses it."""
 
     experiment: str = setting("none", runtime=True)
     description: str = setting("", runtime=True)
@@ -207,7 +207,7 @@ class Config:
         """Parameters of the model under Pre-LN; a strategy with learned scales or more norms has more.
 
         Args:
-            vocab_size: used if `model.vocab_size` is open; open `images.classes` count as one.
+            vocab_size: used if `model.vocab_size` is null; `images.classes=null` counts as one.
         """
         if self.task == "language":
             return self.model.num_parameters(vocab_size)

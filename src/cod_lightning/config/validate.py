@@ -18,7 +18,7 @@ from cod_lightning.nn.spec import schedule_end
 from cod_lightning.settings import choice_errors, setting_errors
 
 
-def problems(config: Config) -> list[str]:
+def config_errors(config: Config) -> list[str]:
     """All errors of a configuration; those of the sections come before those between them."""
     if errors := value_errors(config) or paper_block_errors(config):
         return errors
@@ -77,7 +77,8 @@ def vocab_size_errors(config: Config) -> list[str]:
     """An error if the size of the vocabulary is in a tokenizer that is not read."""
     if config.vocab_size is not None:
         return []
-    return [f"model.vocab_size is open, and data.tokenizer={config.data.tokenizer!r} is not read here: set it"]
+    tokenizer = f"data.tokenizer={config.data.tokenizer!r}"
+    return [f"model.vocab_size is null, and the tokenizer {tokenizer} is not loaded here: set model.vocab_size"]
 
 
 def folder_errors(config: Config) -> Iterator[str]:

@@ -39,7 +39,7 @@ LETTER_SHARE = 0.87
 """Least share of `LETTERS` in a paragraph; below are tables, formulas and code."""
 SHINGLE_WORDS = 5
 SHINGLE_SAMPLE = 4
-"""One word in so many, chosen by its hash, starts a shingle that is remembered."""
+"""One in `SHINGLE_SAMPLE` words, chosen by its hash, starts a shingle."""
 DOCSTRING_SHARE = 0.4
 """Least share of docstrings in a module; parsing others costs more time than their text is worth."""
 _SKIPPED = {"test", "tests", "testing", "site-packages", "dist-packages", "idlelib", "lib2to3"}

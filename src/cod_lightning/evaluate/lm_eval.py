@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from cod_lightning.data.tokenizers import DocumentTokenizer
-from cod_lightning.errors import UserError, first_line
+from cod_lightning.errors import UserError, first_line, root_cause
 from cod_lightning.evaluate import SCORES_FILE
 from cod_lightning.files import locked, write_atomic
 from cod_lightning.nn.decoder import Decoder
@@ -211,13 +211,6 @@ def strings_in(value: Any) -> list[str]:
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [text for part in parts for text in strings_in(part)]
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The error at the bottom of a chain."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def save_scores(folder: Path, scores: dict[str, dict[str, float]], checkpoint: str = "last") -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from cod_lightning.errors import UserError, first_of
-from cod_lightning.files import fetched
+from cod_lightning.files import translate_read_errors
 
 
 def open_gguf(path: Path) -> Any:
@@ -25,7 +25,7 @@ def open_gguf(path: Path) -> Any:
         raise UserError(f"reading {path} needs gguf: pip install 'cod_lightning[gguf]'")
     from gguf import GGUFReader
 
-    with fetched(path):
+    with translate_read_errors(path):
         reader = GGUFReader(path)
         family = reader.fields["general.architecture"].contents()
     if f"{family}.block_count" not in reader.fields:  # transformers would take the sizes of a model of its own

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError
-from cod_lightning.files import damage, fetched
+from cod_lightning.files import damage_message, translate_read_errors
 from cod_lightning.nn.packaged_models import packaged_path
 from cod_lightning.nn.weights import why_not_dense
 from cod_lightning.typed_json import read_json
@@ -124,7 +124,7 @@ def read_weights(source: Source) -> dict[str, Tensor]:
     files = [listed]
     if listed.suffix == ".json":
         files = []
-        index = read_json(listed, WeightIndex, damage(listed), ignore_unknown=True)
+        index = read_json(listed, WeightIndex, damage_message(listed), ignore_unknown=True)
         for shard in sorted(set(index.weight_map.values())):
             if Path(shard).name != shard:
                 raise UserError(f"{listed}: {shard} leads out of the folder: name a file of the folder")
@@ -156,10 +156,12 @@ def read_tensors(path: Path) -> Any:
     """
     from safetensors.torch import load_file
 
-    with fetched(path):
+    with translate_read_errors(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise UserError(f"{path}: holds more than tensors, which is not read, or is {damage(path)}") from error
+            raise UserError(
+                f"{path}: holds more than tensors, which is not read, or is {damage_message(path)}"
+            ) from error

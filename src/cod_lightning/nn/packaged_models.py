@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning.errors import UserError
-from cod_lightning.files import fetched
+from cod_lightning.files import translate_read_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def write_glassllm(path: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    with fetched(path), np.load(path) as file:
+    with translate_read_errors(path), np.load(path) as file:
         shape = json.loads(str(file["__config__"]))
         weights = {name: torch.from_numpy(file[name]) for name in file.files if name != "__config__"}
     head_dim = shape["d_model"] // shape["n_heads"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cod_lightning.errors import UserError, first_of, no_permission, one_line
-from cod_lightning.files import damage
+from cod_lightning.files import damage_message
 from cod_lightning.memory import require_memory
 from cod_lightning.nn.apply import CONFIG_KEY, apply, checked_sublayer_specs, strategy_of
 from cod_lightning.nn.gguf import open_gguf, read_gguf
@@ -169,7 +169,7 @@ def check_sizes(source: Source) -> None:
         if Path(source.name).is_dir():
             raise UserError(f"{source.name}: not a checkpoint of a causal language model: it has no config.json")
         return
-    config = read_json(path, dict[str, Any], damage(path))
+    config = read_json(path, dict[str, Any], damage_message(path))
     wrong = [
         f"{name}={value!r}"
         for name in SIZES
@@ -255,7 +255,7 @@ def load_generation_config(model: Any, source: Source) -> list[str]:
         return []
     path = find_file(source, "generation_config.json") if source.gguf is None else None
     if path is not None:
-        read_json(path, dict[str, Any], damage(path))
+        read_json(path, dict[str, Any], damage_message(path))
         with named_errors(str(path), "not a generation configuration"):
             model.generation_config = GenerationConfig.from_pretrained(source.name)
     generation, defaults = model.generation_config, GenerationConfig()

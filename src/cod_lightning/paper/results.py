@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cod_lightning.config.saved import from_dict
+from cod_lightning.config.saved import config_from_dict
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.evaluate import PAPER_TASKS, SCORES_FILE
 from cod_lightning.files import read_regular, write_atomic
@@ -58,7 +58,7 @@ def load_runs(results: Path) -> dict[str, Run]:
             scores = load_task_scores(folder / SCORES_FILE)
             # A run that resume=false moved aside, to NAME.previous-1, follows its successor.
             run = Run(record["seed"], record | scores, measures, folder)
-            runs.setdefault(from_dict(record["config"], path).id, run)
+            runs.setdefault(config_from_dict(record["config"], path).id, run)
         elif measures:
             runs[f"{folder.parent.name}/{folder.name}"] = Run(0, {}, measures, folder)
     return runs

@@ -97,7 +97,8 @@ class Architecture:
         if self.images is None:
             return vocab_size_errors(config)
         if not self.images.classes:
-            return [f"images.classes is open, and images.folder={self.images.folder!r} is not read here: set it"]
+            folder = f"images.folder={self.images.folder!r}"
+            return [f"images.classes is null, and {folder} is not read here: set images.classes"]
         return []
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cod_lightning.config.saved import CONFIG, load, save
+from cod_lightning.config.saved import CONFIG, load_config, save_config
 from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, run_folder_of
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
@@ -67,7 +67,7 @@ def load_run(
     Raises:
         UserError: no such run or checkpoint, a damaged file, a run of images, or code without `trust_code`.
     """
-    config = load(Path(folder), trust_code=trust_code)
+    config = load_config(Path(folder), trust_code=trust_code)
     return load_decoder(config, Path(folder), checkpoint_of(Path(folder), checkpoint))
 
 
@@ -194,7 +194,7 @@ def write_run(config: Config, decoder: Decoder, tokenizer: DocumentTokenizer, fo
     io = AtomicCheckpointIO()
     state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
     with new_folder(folder) as partial:
-        save(config, partial)
+        save_config(config, partial)
         io.save_checkpoint({"state_dict": state, "tokens": 0}, partial / CHECKPOINTS / "step-00000000.ckpt")
         if io.failure:
             raise UserError(io.failure)

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from cod_lightning.config.saved import differences
+from cod_lightning.config.saved import describe_differences
 from cod_lightning.config.schema import (
     CHECKPOINTS,
     PROBE_ROWS,
@@ -126,7 +126,7 @@ def resumed_data_state(config: Config, checkpoint: Path) -> dict[str, Any]:
     ours, defaults = resumable_settings(config), resumable_settings(Config())
     # Checkpoints of earlier versions lack newer fields, or all of them.
     theirs = {name: defaults.get(name) for name in ours} | content["settings"] if "settings" in content else ours
-    if differing := differences(theirs, ours):
+    if differing := describe_differences(theirs, ours):
         raise UserError(
             f"{checkpoint} is of a run with other settings ({differing}): choose another name=, or pass resume=false "
             "to retrain"
