@@ -193,7 +193,7 @@ def plot(table: list[dict[str, Any]]) -> None:
         figure.supylabel("share of the bandwidth of a copy", fontsize=9)
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
     path = result_path("norm", ".png")
-    path.write_bytes(plots.image(figure))
+    path.write_bytes(plots.figure_bytes(figure))
     print(path)
 
 

@@ -144,8 +144,8 @@ def without_images(monkeypatch):
             figure.draw_without_rendering()
         return suffix.encode()
 
-    monkeypatch.setattr("cod_lightning.plots.image", lay_out)
-    monkeypatch.setattr("cod_lightning.paper.report.image", lay_out)
+    monkeypatch.setattr("cod_lightning.plots.figure_bytes", lay_out)
+    monkeypatch.setattr("cod_lightning.paper.report.figure_bytes", lay_out)
 
 
 @pytest.fixture

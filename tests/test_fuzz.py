@@ -21,7 +21,7 @@ from cod_lightning.config.schema import Config
 from cod_lightning.data.manifest import Chunk, Manifest, Source, Split, TokenizerRecord
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer, train_bpe
 from cod_lightning.errors import UserError
-from cod_lightning.paper.claims import Column, columns
+from cod_lightning.paper.claims import Column, group_columns
 from cod_lightning.paper.experiments import experiment_rows, with_results
 from cod_lightning.paper.findings import QUANTITIES, quantity_rows
 from cod_lightning.paper.results import load_runs, load_task_scores
@@ -273,7 +273,7 @@ def test_damaged_results_are_compared_or_an_error(tmp_path, damaged):
         assert str(folder / name) in str(result)
         return
     for experiment in result:
-        for column in columns([experiment]):
+        for column in group_columns([experiment]):
             assert isinstance(column.comparisons, list)
             for target in QUANTITIES:
                 quantity_rows(Column((replace(column.first, target=target),)))

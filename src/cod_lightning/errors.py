@@ -100,6 +100,11 @@ def no_permission(error: PermissionError, path: object) -> UserError:
     return UserError(os_message(error, path))
 
 
+def plural(amount: int, noun: str) -> str:
+    """Such as "1 run" or "1,200 runs"."""
+    return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest of `known` if one is similar, then all of `known`."""
     known = sorted(known)

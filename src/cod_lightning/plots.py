@@ -106,7 +106,7 @@ METADATA = {
 
 
 @style()
-def image(figure: Figure, suffix: str = "png") -> bytes:
+def figure_bytes(figure: Figure, suffix: str = "png") -> bytes:
     """The figure as a PNG, PDF or SVG file without a date or version; PDF files embed their fonts."""
     file = io.BytesIO()
     figure.savefig(file, dpi=DPI, format=suffix, metadata=METADATA[suffix])

@@ -150,8 +150,8 @@ def test_a_heat_map_is_numbered_from_its_first_row_and_column(first, extent):
 def test_equal_figures_are_equal_files_whatever_the_callers_style(suffix):
     panel = EXAMPLE.panels()[0]
     with matplotlib.style.context("dark_background"):
-        dark = plots.image(draw_panels([panel]), suffix)
-    assert dark == plots.image(draw_panels([panel]), suffix)
+        dark = plots.figure_bytes(draw_panels([panel]), suffix)
+    assert dark == plots.figure_bytes(draw_panels([panel]), suffix)
 
 
 def test_legends_name_strategies_and_no_ids_of_runs():

@@ -9,7 +9,7 @@ import pytest
 from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, runs_of, table, with_published
 
 from cod_lightning.commands.terminal import reproduction_tables, show
-from cod_lightning.paper.claims import Column, Metric, by_target, columns, stuck
+from cod_lightning.paper.claims import Column, Metric, by_target, group_columns, stuck
 from cod_lightning.paper.findings import (
     FINDINGS,
     deeper_share,
@@ -17,8 +17,8 @@ from cod_lightning.paper.findings import (
     growth_over_blocks,
     half_medians,
     largest_share,
+    log_ratio,
     quantity_rows,
-    smaller,
 )
 from cod_lightning.paper.statistics import FEW_SEEDS, OPPOSITE, SAME, UNCLEAR, UNLIKE, Sample
 from cod_lightning.paper.tables import format_direction
@@ -204,13 +204,13 @@ def test_experiments_with_the_same_runs_are_one_column():
     small = table(*rows_at("toy"), column="130M")
     figures = (1409.79, 21.39, 21.92, 20.35, 23.0)
     large = table(*with_published(rows_at("toy"), figures), column="250M", name="table1_250m")
-    (column,) = columns([small, large])
+    (column,) = group_columns([small, large])
     assert column.heading == "130M, 250M"
     post_ln = next(c for c in column.comparisons if c.row.name == "post_ln")
     assert [post_ln.direction(published) for published in post_ln.published] == [OPPOSITE, UNLIKE]
     for change in ({"run_id": "another shape"}, {"name": "another row"}):
         other = replace(large, rows=(replace(large.rows[0], **change), *large.rows[1:]))
-        assert len(columns([small, other])) == 2
+        assert len(group_columns([small, other])) == 2
 
 
 def test_rows_with_the_same_runs_have_all_labels():
@@ -218,7 +218,7 @@ def test_rows_with_the_same_runs_have_all_labels():
         table(row("pre_ln", None, run(1, 5.0), label=label), target="Figure 2", name=label, column=label)
         for label in ("Qwen3-8B", "LLaMA2-13B")
     ]
-    (column,) = columns(tables)
+    (column,) = group_columns(tables)
     assert [row.label for row in column.rows] == ["Qwen3-8B, LLaMA2-13B"]
 
 
@@ -384,7 +384,7 @@ def test_a_measure_that_is_not_finite_is_left_out_of_a_finding(loss):
 def test_a_ratio_with_zero_is_no_finding():
     identity = run(1, 5.0, jacobian={"distance": [0.1, 0.1, 0.0]})
     assert finding_results(Column((table(row("pre_ln", None, identity), target="Figure 5"),))) == []
-    assert smaller("less", "a", "b", lambda run: float(run.seed)).evaluate([run(0, 5.0), run(1, 5.0)]) is None
+    assert log_ratio("less", "a", "b", lambda run: float(run.seed)).evaluate([run(0, 5.0), run(1, 5.0)]) is None
 
 
 @pytest.mark.parametrize(("lns", "pre_ln", "direction"), [("even", "uneven", SAME), ("uneven", "even", OPPOSITE)])

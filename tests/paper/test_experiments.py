@@ -423,7 +423,7 @@ def test_every_language_experiment_of_the_paper_trains(small):
     rows = []
     for name in LANGUAGE:
         first, *others = rows_of(name, "toy").values()
-        rows += [first, *(row for row in others if row.spec["set"].keys() != {"norm"})]
+        rows += [first, *(row for row in others if row.entry["set"].keys() != {"norm"})]
     configs = {config.id: config for row in rows if (config := compose([*row.overrides, *small]))}
     assert len(configs) >= 14
     for config in configs.values():

@@ -26,7 +26,13 @@ from paper_builders import (
 
 from cod_lightning.page import Table, html_page
 from cod_lightning.paper.claims import Column, Run, by_target
-from cod_lightning.paper.figures import along_axes, difference_figure, fit_sizes, our_points, short_number
+from cod_lightning.paper.figures import (
+    difference_figure,
+    differences_over_settings,
+    fit_sizes,
+    our_points,
+    short_number,
+)
 from cod_lightning.paper.layer_figures import at_common_steps, draw, sd_of
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.report import FIGURES, build_report
@@ -367,7 +373,7 @@ def test_settings_under_which_no_row_trained_have_no_figure():
         replace(e, rows=(e.rows[0], replace(e.rows[1], runs=(run(1, 6.99, halfway=7.0),))))
         for e in family("Depth", "blocks", {6: 4.9, 24: 4.6})
     ]
-    assert along_axes([("", "blocks", [Column((e,)) for e in stuck])], []) is None
+    assert differences_over_settings([("", "blocks", [Column((e,)) for e in stuck])], []) is None
 
 
 def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
@@ -674,7 +680,7 @@ def test_two_settings_are_not_joined_by_a_line():
     lines = {}
     for settings in ((6, 24), (6, 12, 24)):
         depth = family("Depth", "blocks", dict.fromkeys(settings, 4.6))
-        (axes,) = along_axes([("", "blocks", [Column((e,)) for e in depth])], []).axes
+        (axes,) = differences_over_settings([("", "blocks", [Column((e,)) for e in depth])], []).axes
         lines[len(settings)] = [
             line for line in axes.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2
         ]

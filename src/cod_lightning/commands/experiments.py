@@ -25,7 +25,7 @@ def run(names: Sequence[str]) -> None:
 
 
 def listed(name: str) -> dict[str, str]:
-    """What the file of an experiment says; to compose all of them would take seconds."""
+    """The table row of an experiment from its file alone; composing all of them would take seconds."""
     from cod_lightning.config.groups import read_yaml
 
     content = read_yaml(f"experiments/{name}")
@@ -34,7 +34,7 @@ def listed(name: str) -> dict[str, str]:
 
 
 def composed(name: str) -> dict[str, str]:
-    """What the configuration of an experiment says."""
+    """The table row of an experiment from its composed configuration."""
     from cod_lightning.config.compose import compose
     from cod_lightning.paper.experiments import format_tokens, num_parameters
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_results, nonempty_path
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, plural
 from cod_lightning.files import check_writable, write_atomic
 
 HELP = "Write REPRODUCTION.md, an HTML page, CSV and figures: the claims of the paper beside the results of runs."
@@ -25,7 +25,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(results: Path | None, output: Path, pdf: bool) -> None:
-    from cod_lightning.measure.depth_report import count
     from cod_lightning.paper.claims import SCALES
     from cod_lightning.paper.experiments import experiment_rows, reproducible_experiments, with_results
     from cod_lightning.paper.pretrained_models import load_pretrained_models
@@ -51,7 +50,7 @@ def run(results: Path | None, output: Path, pdf: bool) -> None:
     if others := sorted(map(str, folders - {run.folder for e in experiments for row in e.rows for run in row.runs})):
         listed = ", ".join(others[:LISTED]) + ", ..." * (len(others) > LISTED)
         print(
-            f"left out {count(len(others), 'run')} with settings of no experiment, or of a run that is in the report: "
+            f"left out {plural(len(others), 'run')} with settings of no experiment, or of a run that is in the report: "
             f"{listed}",
             file=sys.stderr,
         )

@@ -17,7 +17,7 @@ from rich.text import Text
 from cod_lightning import page
 from cod_lightning.config.schema import METRIC_FORMATS, printed_metrics
 from cod_lightning.measure.result import format_cell
-from cod_lightning.paper.claims import Experiment, by_target, columns
+from cod_lightning.paper.claims import Experiment, by_target, group_columns
 from cod_lightning.paper.tables import comparison_table, figure_tables, summary_lines
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def run_summary(record: Record, folder: Path) -> Group:
     """The metrics of a run, a chart of its variance by layer, and its folder."""
     config = record["config"]
     title = f"{config['experiment']}, {config['norm']['name']}, seed {record['seed']}"
-    table = page.Table(["metric", "value"], list(metrics(record, config).items()))
+    table = page.Table(["metric", "value"], list(metric_lines(record).items()))
     parts: list[Any] = [rich_table(title, table)]
     if layers := record["history"].get("layers"):
         parts.append(variance_chart(layers["variance"][-1]))
@@ -42,8 +42,9 @@ def run_summary(record: Record, folder: Path) -> Group:
     return Group(*parts)
 
 
-def metrics(record: Record, config: Record) -> dict[str, str]:
+def metric_lines(record: Record) -> dict[str, str]:
     """The lines of a run's table: loss and perplexities, the published value if there is one, and the cost."""
+    config = record["config"]
     shown = {name: f"{record[name]:{METRIC_FORMATS[name]}}" for name in printed_metrics(record, config["protocol"])}
     published = config["paper"].get("rows", {}).get(config["row"], {}).get("published")
     if published is not None:
@@ -188,7 +189,7 @@ def reproduction_tables(experiments: Sequence[Experiment], overrides: Sequence[s
     parts: list[Any] = []
     for target, scales in by_target(experiments).items():
         for scale, group in scales.items():
-            for column in columns(group):
+            for column in group_columns(group):
                 title = f"{target}, scale={scale}: {column.heading}{changes}"
                 tables = (comparison_table(column, complete=True), *figure_tables(column))
                 parts += [rich_table(title, table) for table in tables if table.rows]

@@ -18,7 +18,7 @@ import numpy as np
 
 from cod_lightning.data.encode import Encoded
 from cod_lightning.data.manifest import INDEX, Chunk, Split
-from cod_lightning.errors import UserError, one_line
+from cod_lightning.errors import UserError, one_line, plural
 
 CHUNK_TOKENS = 2**23
 """Tokens per chunk, rounded down to whole sequences: 16 MB of 16-bit ids, one object in a store."""
@@ -180,8 +180,7 @@ class Store:
                 if attempt == ATTEMPTS or _is_final(error):
                     damaged = isinstance(error, DamagedChunkError)
                     reason = str(error) if damaged else f"cannot be read: {one_line(error)}"
-                    count = "1 attempt" if attempt == 1 else f"{attempt} attempts"
-                    raise UserError(f"{url} {reason} ({count})") from error
+                    raise UserError(f"{url} {reason} ({plural(attempt, 'attempt')})") from error
             time.sleep(PAUSE * 2 ** (attempt - 1))
         raise AssertionError
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from cod_lightning.data.config import UTF_8
 from cod_lightning.data.instructions import Example, prompt_of
-from cod_lightning.errors import UserError, first_line
+from cod_lightning.errors import UserError, first_line, plural
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -224,7 +224,7 @@ def csv_records(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
             location = f"{path}, line {rows.line_num}"
             if unnamed := row.get(None):  # values beyond the named columns
                 raise UserError(
-                    f"{location}: {len(names) + len(unnamed)} values for {len(names)} column{'s' * (len(names) > 1)}: "
+                    f"{location}: {len(names) + len(unnamed)} values for {plural(len(names), 'column')}: "
                     "quote values that hold a comma"
                 )
             yield location, row

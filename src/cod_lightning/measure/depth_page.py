@@ -8,11 +8,11 @@ from statistics import fmean
 from typing import Any
 
 from cod_lightning import plots
+from cod_lightning.errors import plural
 from cod_lightning.measure.depth_report import (
     SECTIONS,
     Curve,
     Results,
-    count,
     depth,
     differences,
     format_number,
@@ -128,11 +128,13 @@ def report_page(
         lines += ["", *(f"![{section.title}]({picture}.png)\n" for picture in pictures)]
     lines += ["## Text", ""]
     lines += [
-        f"- **{labels[each]}**: `{text['source']}`, {count(text['sequences'], 'sequence')}, "
-        f"{count(text['tokens'], 'token')}, SHA-256 of the tokens `{text['sha256']}`."
+        f"- **{labels[each]}**: `{text['source']}`, {plural(text['sequences'], 'sequence')}, "
+        f"{plural(text['tokens'], 'token')}, SHA-256 of the tokens `{text['sha256']}`."
         for each, text in texts.items()
     ]
     files = {
-        f"{each}.{suffix}": plots.image(figure, suffix) for each, figure in figures.items() for suffix in plots.FORMATS
+        f"{each}.{suffix}": plots.figure_bytes(figure, suffix)
+        for each, figure in figures.items()
+        for suffix in plots.FORMATS
     }
     return html_page(title, "\n".join(lines) + "\n", files), files

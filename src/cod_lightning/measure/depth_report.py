@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from cod_lightning.errors import plural
 from cod_lightning.measure.run_search import perplexity_rise
 
 Results = Mapping[str, Any]
@@ -151,15 +152,11 @@ def headline(results: Results) -> dict[str, Any]:
 # Sentences -----------------------------------------------------------------------------------------------------------
 
 
-def count(amount: int, noun: str) -> str:
-    return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
-
-
 def headline_sentence(numbers: Mapping[str, Any], removal: Any, uniform: float) -> str:
     """The headline's numbers in words; they say nothing if the loss is near `uniform`, that of a uniform guess."""
     cheap, blocks = numbers["cheap_blocks"], numbers["blocks"]
     cheapest, _ = extremes(differences(removal), removal["error"], unit=" nats")
-    text = f"{len(cheap)} of {count(blocks, 'block')} cost less than 1% of the loss when removed alone"
+    text = f"{len(cheap)} of {plural(blocks, 'block')} cost less than 1% of the loss when removed alone"
     if cheap:
         text += f" ({', '.join(f'{n} {third}' for third, n in numbers['cheap_by_third'].items())})"
     text += f"; the cheapest adds {cheapest}."
@@ -201,7 +198,7 @@ def variance_sentence(result: Any) -> str:
     top = massive[0]
     token = "" if top["text"] is None else f" (`{top['text'].replace('`', chr(39))!r}`)"
     return text + (
-        f"{count(result['massive_channels'], 'channel')} with massive activations; the largest is "
+        f"{plural(result['massive_channels'], 'channel')} with massive activations; the largest is "
         f"{format_number(top['value'])} in channel {top['channel']} after block {top['layer']}, at position "
         f"{top['position']}{token} of sequence {top['row']}."
     )
@@ -213,7 +210,7 @@ def jacobian_sentence(result: Any) -> str:
     smallest, largest = extremes(result["largest_singular_value"], errors["largest_singular_value"], layers)
     return (
         f"The distance of the Jacobian from the identity is between {nearest} and {farthest}; its largest singular "
-        f"value between {smallest} and {largest}. Standard errors over {count(result['tokens'], 'token')}."
+        f"value between {smallest} and {largest}. Standard errors over {plural(result['tokens'], 'token')}."
     )
 
 
@@ -222,13 +219,13 @@ def angular_sentence(result: Any) -> str:
     unit = "angle over pi" if result["normalise"] == "raw" else "scaled for each n"
     return (
         f"A block turns the stream by between {least} and {most}; all blocks together by "
-        f"{format_number(result['distances'][-1][0])} ({unit}; {count(result['tokens'], 'token')})."
+        f"{format_number(result['distances'][-1][0])} ({unit}; {plural(result['tokens'], 'token')})."
     )
 
 
 def readout_sentence(result: Any) -> str:
     losses = result["loss"]
-    text = f"The loss read from the stream is {growth(losses, ratio=False)} ({count(result['tokens'], 'target')})."
+    text = f"The loss read from the stream is {growth(losses, ratio=False)} ({plural(result['tokens'], 'target')})."
     if losses[-1] is None:
         return text
     late = [layer for layer, loss in enumerate(losses, start=1) if loss is None or loss > READABLE * losses[-1]]
@@ -244,7 +241,7 @@ def removal_sentence(result: Any) -> str:
     errors = "" if result["error"] is None else " Standard errors over sequences, each with and without the block."
     return (
         f"Removing one block changes the loss of {format_number(result['loss'])} nats by between {least} and {most}, "
-        f"in the median by {middle} ({count(result['tokens'], 'target')}).{errors}"
+        f"in the median by {middle} ({plural(result['tokens'], 'target')}).{errors}"
     )
 
 
@@ -263,7 +260,7 @@ def influence_sentence(result: Any) -> str:
     least, most = extremes(result["influence"], result["error"])
     return (
         f"Block influence, 1 - mean cosine between a block's input and output, is between {least} and {most}. Standard "
-        f"errors over {count(result['tokens'], 'token')}."
+        f"errors over {plural(result['tokens'], 'token')}."
     )
 
 
@@ -273,10 +270,10 @@ def contribution_sentence(result: Any) -> str:
         least, most = extremes(result[name], result["errors"][name])
         added.append(f"{label} adds between {least} and {most}")
         negative = [cosine for cosine in result[f"{name}_cosine"] if cosine is not None and cosine < 0]
-        erasing.append(f"in {len(negative)} of {count(len(result[name]), 'block')} for {label}")
+        erasing.append(f"in {len(negative)} of {plural(len(result[name]), 'block')} for {label}")
     return (
         f"As a share of the stream's norm, {' and '.join(added)}. A negative mean cosine, which erases a part of the "
-        f"stream, occurs {' and '.join(erasing)}. Standard errors over {count(result['tokens'], 'token')}."
+        f"stream, occurs {' and '.join(erasing)}. Standard errors over {plural(result['tokens'], 'token')}."
     )
 
 

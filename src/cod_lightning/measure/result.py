@@ -119,7 +119,7 @@ class Result(ABC):
         contents = {
             "json": json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
             "csv": table.getvalue(),
-            **{suffix: plots.image(figure, suffix) for suffix in plots.FORMATS},
+            **{suffix: plots.figure_bytes(figure, suffix) for suffix in plots.FORMATS},
         }
         paths = [folder / f"{name}.{suffix}" for suffix in contents]
         try:
@@ -135,7 +135,7 @@ class Result(ABC):
         from cod_lightning import plots
 
         name = "result.png"
-        picture = html_fragment(f"![{self.title()}]({name})", {name: plots.image(self.plot())})
+        picture = html_fragment(f"![{self.title()}]({name})", {name: plots.figure_bytes(self.plot())})
         return f'{picture}<div style="max-height: 30em; overflow: auto">{html_fragment(self.markdown(), {})}</div>'
 
     def markdown(self) -> str:

@@ -118,7 +118,9 @@ class Metric:
         """Seeds of which every row has a value."""
         return sorted(set.intersection(*(set(self.by_seed(row)) for row in rows)))
 
-    def paired(self, row: ReportRow, base: ReportRow, seeds: Sequence[int] | None = None) -> Difference | None:
+    def paired_difference(
+        self, row: ReportRow, base: ReportRow, seeds: Sequence[int] | None = None
+    ) -> Difference | None:
         """Difference of two rows on these seeds, or all that both have; None without any, or if one is not finite.
 
         Accuracies of few images are rounded: equal differences over the seeds still vary by that.
@@ -194,9 +196,9 @@ class Experiment:
 
     @property
     def metrics(self) -> list[Metric]:
-        """Metrics with published figures; also the experiment's own if runs have it and it is compared here.
+        """Metrics with published figures, and the experiment's own `metric` if runs have it and it is compared here.
 
-        Without a published figure and without a metric of its own that is the loss.
+        `val_loss` if there is neither.
         """
         names = dict.fromkeys(name for row in self.rows for name in row.published)
         own = self.paper.get("metric", "" if names else "val_loss")
@@ -206,7 +208,7 @@ class Experiment:
         return [Metric(name) for name in names]
 
     @property
-    def baseline(self) -> int:
+    def baseline_index(self) -> int:
         """Index of the row that the others are compared with."""
         return next((index for index, row in enumerate(self.rows) if row.name == BASELINE), 0)
 
@@ -238,7 +240,7 @@ class Experiment:
         lowest = min((value for value in best if value is not None), default=None)
         figures = []
         for index, value in enumerate(best):
-            base = best[self.baseline] if index != self.baseline else None
+            base = best[self.baseline_index] if index != self.baseline_index else None
             difference = None if value is None or base is None else metric.difference(value, base)
             above = 0.0 if value is None or lowest is None else metric.difference(value, lowest)
             trained = not metric.lower_is_better or above <= UNTRAINED_GAP
@@ -317,7 +319,7 @@ class Column:
 
     @cached_property
     def baseline(self) -> ReportRow:
-        return self.rows[self.first.baseline]
+        return self.rows[self.first.baseline_index]
 
     @property
     def heading(self) -> str:
@@ -357,7 +359,7 @@ class Column:
                     metric=metric,
                     sample=Sample.of(list(values.values())) if values else None,
                     untrained=len(untrained),
-                    difference=metric.paired(row, self.baseline) if compared else None,
+                    difference=metric.paired_difference(row, self.baseline) if compared else None,
                     unpaired=tuple(sorted(seeds ^ base_seeds)) if seeds and base_seeds else (),
                     published=figures,
                     key=(row.run_id, self.baseline.run_id, metric.name),
@@ -388,7 +390,7 @@ Targets = Mapping[str, Mapping[str, Sequence[Experiment]]]
 """Experiments by target and scale."""
 
 
-def columns(experiments: Iterable[Experiment]) -> list[Column]:
+def group_columns(experiments: Iterable[Experiment]) -> list[Column]:
     """The columns of one target and scale, by size; experiments that share all runs are one column."""
     by_runs = grouped((tuple((row.name, row.run_id) for row in e.rows), e) for e in experiments)
     return [Column(tuple(group)) for group in by_runs.values()]

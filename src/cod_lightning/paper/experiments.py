@@ -32,14 +32,14 @@ class Row:
     """The row of another experiment whose run of the same seed gives the initial weights."""
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, Any]:
         """The row's entry in the experiment's file: `label`, `published`, `note`."""
         return self.config.paper["rows"][self.name]
 
     @property
     def pretrained_model(self) -> str | None:
         """The pretrained model to measure at scale=paper; at other scales a trained run stands in for it."""
-        return self.spec.get("subject") if self.config.scale == "paper" else None
+        return self.entry.get("subject") if self.config.scale == "paper" else None
 
     @property
     def tasks(self) -> str | None:
@@ -222,14 +222,14 @@ def with_results(rows: Iterable[Row], runs: Mapping[str, Run]) -> list[Experimen
 def report_row(row: Row, runs: Mapping[str, Run], seeds: Iterable[int]) -> ReportRow:
     """A row with its published figures and its runs."""
     ids = dict.fromkeys(row.run_id(seed) for seed in seeds)
-    published = row.spec.get("published") or {}
+    published = row.entry.get("published") or {}
     if not isinstance(published, Mapping):
         published = {row.config.paper.get("metric", "ppl"): published}
     return ReportRow(
         name=row.name,
-        label=row.spec.get("label", row.name),
+        label=row.entry.get("label", row.name),
         published=dict(published),
-        note=row.spec.get("note"),
+        note=row.entry.get("note"),
         run_id=row.run_id(0),
         runs=tuple(runs[run_id] for run_id in ids if run_id in runs),
         gpu_hours=row_gpu_hours(row),

@@ -26,9 +26,9 @@ from cod_lightning.paper.statistics import FEW_SEEDS, MIN_SEEDS
 from cod_lightning.paper.tuning import Tuned
 from cod_lightning.plots import COLOURS, MARKERS, grid_figure, log_axis, strategy_colour, style
 
-figure_grid = partial(grid_figure, 7.5)
+report_figure = partial(grid_figure, 7.5)
 """`figure_grid(height, rows, columns)`: a figure 7.5 inches or 900 pixels wide, and its axes."""
-AXES = {
+SETTING_LABELS = {
     "tokens": "training tokens",
     "blocks": "blocks",
     "lr": "peak learning rate",
@@ -109,7 +109,7 @@ def difference_figure(scales: Mapping[str, Sequence[Column]]) -> Figure | None:
     metric = paper[0].headline
     if metric is None or not rows:
         return None
-    figure, axes = figure_grid(1.4 + (0.22 + 0.09 * len(paper)) * len(rows), columns=len(panels), sharey=True)
+    figure, axes = report_figure(1.4 + (0.22 + 0.09 * len(paper)) * len(rows), columns=len(panels), sharey=True)
     for panel, (title, series) in zip(axes[0], panels.items(), strict=True):
         forest(panel, series, rows, absent.get(title, {}))
         panel.set_title(title)
@@ -191,14 +191,16 @@ def only_trained(points: Mapping[str, Point]) -> dict[str, Point]:
 
 
 @style()
-def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Sequence[Column]) -> Figure | None:
+def differences_over_settings(
+    panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Sequence[Column]
+) -> Figure | None:
     """Loss differences to the baseline over varied settings, with the paper's values as hollow marks.
 
     A panel needs two settings that were run; None without any panel. Rows that did not train are left out. A row has a
     line from three settings on.
 
     Args:
-        panels: title, setting (a key of `AXES`) and columns of one scale each, in the order of the setting.
+        panels: title, setting (a key of `SETTING_LABELS`) and columns of one scale each, in the order of the setting.
         paper: columns of scale=paper whose published differences are drawn at their own settings.
     """
     panels = [panel for panel in panels if sum(bool(only_trained(our_points(column))) for column in panel[2]) > 1]
@@ -207,7 +209,7 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
     published = [Column((experiment,)) for column in paper for experiment in column.experiments]
     rows = list({row.name: row for _, _, columns in panels for column in columns for row in column.rows}.values())
     lines, across = math.ceil(len(panels) / 2), min(len(panels), 2)
-    figure, axes = figure_grid(0.5 + 2.9 * lines, lines, across)
+    figure, axes = report_figure(0.5 + 2.9 * lines, lines, across)
     legend: dict[str, Line2D] = {}
     notes: dict[str, Line2D] = {}
     for panel, (title, axis, columns) in zip(axes.flat, panels, strict=False):
@@ -235,7 +237,7 @@ def along_axes(panels: Sequence[tuple[str, str, Sequence[Column]]], paper: Seque
                         [], [], marker="D", ls="", mfc="none", color="black"
                     )
         panel.axhline(0, color="black", lw=0.8)
-        panel.set(xlabel=AXES[axis], title=title)
+        panel.set(xlabel=SETTING_LABELS[axis], title=title)
         log_axis(panel.xaxis)
         if axis == "tokens":
             panel.xaxis.set_major_formatter(lambda x, _: short_number(x))
@@ -263,7 +265,7 @@ def tuned_figure(scales: Mapping[str, Sequence[Tuned]]) -> Figure | None:
     panels = {scale: tuned for scale, tuned in panels.items() if len(tuned) >= MIN_TUNED}
     if not panels:
         return None
-    figure, axes = figure_grid(1.2 + 0.27 * max(map(len, panels.values())), columns=len(panels))
+    figure, axes = report_figure(1.2 + 0.27 * max(map(len, panels.values())), columns=len(panels))
     drawn: list[Series] = []
     for panel, (scale, tuned) in zip(axes[0], panels.items(), strict=True):
         differences = [(best.row.name, best.difference) for best in tuned if best.difference]
@@ -337,7 +339,7 @@ def loss_over_size(scales: Mapping[str, Sequence[Column]]) -> Figure:
                     size = next(run.record["parameters"] for run in c.row.runs if not run.failure)
                     add(panel_title(scale, column), c.row, size, c.sample.mean, c.sample.sd)
     rows = scales["paper"][0].rows
-    figure, axes = figure_grid(3.6, columns=len(panels))
+    figure, axes = report_figure(3.6, columns=len(panels))
     for panel, (title, series) in zip(axes[0], panels.items(), strict=True):
         for row in (row for row in rows if row.name in series):
             size, loss, sd = zip(*sorted(series[row.name]), strict=True)

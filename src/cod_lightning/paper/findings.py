@@ -247,14 +247,14 @@ class Finding:
         return number if math.isfinite(number) else None
 
 
-def smaller(statement: str, less: str, more: str, quantity: Quantity) -> Finding:
+def log_ratio(statement: str, smaller: str, larger: str, quantity: Quantity) -> Finding:
     """One row has less of a positive quantity than another: the logarithm of their ratio."""
-    return Finding(statement, (less, more), lambda a, b: math.log(b / a), quantity)
+    return Finding(statement, (smaller, larger), lambda less, more: math.log(more / less), quantity)
 
 
-def more(statement: str, row: str, base: str, quantity: Quantity) -> Finding:
-    """One row has more of a quantity than another: their difference."""
-    return Finding(statement, (row, base), lambda ours, theirs: ours - theirs, quantity)
+def excess(statement: str, smaller: str, larger: str, quantity: Quantity) -> Finding:
+    """One row has less of a quantity than another: their difference."""
+    return Finding(statement, (larger, smaller), lambda more, less: more - less, quantity)
 
 
 def positive(statement: str, row: str, quantity: Quantity) -> Finding:
@@ -275,13 +275,13 @@ DEPTH_GROWTH = recorded_variance(lambda steps, variance: math.log(depth_ratio(st
 TIME_GROWTH = recorded_variance(lambda steps, v: math.log(variance_at(0.3)(steps, v) / variance_at(0.05)(steps, v)))
 """Growth of the variance from 5 % to 30 % of the run, as in Figure 9."""
 
-LESS_VARIANCE = smaller("LNS: less final variance than Pre-LN", "lns", "pre_ln", LAST_VARIANCE)
-LESS_GROWTH = smaller("LNS: less growth of the variance with depth than Pre-LN", "lns", "pre_ln", DEPTH_RATIO)
+LESS_VARIANCE = log_ratio("LNS: less final variance than Pre-LN", "lns", "pre_ln", LAST_VARIANCE)
+LESS_GROWTH = log_ratio("LNS: less growth of the variance with depth than Pre-LN", "lns", "pre_ln", DEPTH_RATIO)
 LAYERS_OF_LNS = (
-    smaller("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
-    more("LNS: removing deep blocks costs more than under Pre-LN", "lns", "pre_ln", DEEP_COST),
-    more("LNS: deep blocks rotate the stream more than under Pre-LN", "lns", "pre_ln", DEEP_ANGLE),
-    more("LNS: Jacobians approach I less with depth than under Pre-LN", "pre_ln", "lns", NEARER_TO_IDENTITY),
+    log_ratio("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
+    excess("LNS: removing deep blocks costs more than under Pre-LN", "pre_ln", "lns", DEEP_COST),
+    excess("LNS: deep blocks rotate the stream more than under Pre-LN", "pre_ln", "lns", DEEP_ANGLE),
+    excess("LNS: Jacobians approach I less with depth than under Pre-LN", "lns", "pre_ln", NEARER_TO_IDENTITY),
 )
 FINDINGS: dict[str, tuple[Finding, ...]] = {
     "Figure 2": (
@@ -292,13 +292,13 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
     ),
     "Figure 4": (
         LESS_VARIANCE,
-        smaller("LNS: less final variance than Scaled Initialization", "lns", "scaled_init", LAST_VARIANCE),
+        log_ratio("LNS: less final variance than Scaled Initialization", "lns", "scaled_init", LAST_VARIANCE),
         LESS_GROWTH,
     ),
     "Figure 5": (positive("Pre-LN: Jacobians approach I with depth", "pre_ln", NEARER_TO_IDENTITY),),
-    "Figure 6": (smaller("LNS: lower final loss", "lns", "pre_ln", final_loss),),
+    "Figure 6": (log_ratio("LNS: lower final loss", "lns", "pre_ln", final_loss),),
     "Figure 7": LAYERS_OF_LNS,
-    "Figure 8": (smaller("ViT, LNS after Attn/MLP: less final variance", "after_branch", "pre_ln", LAST_VARIANCE),),
+    "Figure 8": (log_ratio("ViT, LNS after Attn/MLP: less final variance", "after_branch", "pre_ln", LAST_VARIANCE),),
     "Figure 9": (
         positive("Pre-LN: the variance grows with depth", "pre_ln", DEPTH_GROWTH),
         positive("Pre-LN: the variance grows with training", "pre_ln", TIME_GROWTH),
@@ -308,7 +308,7 @@ FINDINGS: dict[str, tuple[Finding, ...]] = {
         negative("Pre-LN: deep blocks rotate the stream less", "language", ANGLE_CHANGE),
     ),
     "Theory": (
-        smaller(
+        log_ratio(
             "LNS: more growth of the gradient than under Pre-LN (our reading of Theorems 3.3, 4.2)",
             "pre_ln",
             "lns",

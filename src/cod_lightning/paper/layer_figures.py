@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 
 from cod_lightning.paper.claims import Column, ReportRow, nearest_step
-from cod_lightning.paper.figures import figure_grid, panel_title, row_colour
+from cod_lightning.paper.figures import panel_title, report_figure, row_colour
 from cod_lightning.paper.findings import findings_key, loss_increases
 from cod_lightning.plots import (
     DEPTH_COLOURS,
@@ -43,7 +43,7 @@ def sd_of(values: np.ndarray) -> np.ndarray:
     return np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
 
 
-def titled(axes: Sequence[Axes], rows: Sequence[tuple[ReportRow, int]]) -> None:
+def set_titles(axes: Sequence[Axes], rows: Sequence[tuple[ReportRow, int]]) -> None:
     """Title a panel for each row with its label and number of seeds."""
     for panel, (row, seeds) in zip(axes, rows, strict=True):
         panel.set_title(fill(f"{row.label} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{seeds})", 75 // len(rows)))
@@ -65,8 +65,8 @@ def angle_and_removal(column: Column) -> Figure | None:
     if not rows:
         return None
     parts = bool(angles) + bool(costs)
-    figure, axes = figure_grid(0.4 + 2.6 * parts, rows=parts, columns=len(rows), sharey="row")
-    titled(axes[0], [(row, max(len(row.results(name)) for name in ("angular", "removal"))) for row in rows])
+    figure, axes = report_figure(0.4 + 2.6 * parts, rows=parts, columns=len(rows), sharey="row")
+    set_titles(axes[0], [(row, max(len(row.results(name)) for name in ("angular", "removal"))) for row in rows])
     if angles:
         highest = max(float(np.nanmax(distances)) for distances in angles.values())
         for panel, row in zip(axes[0], rows, strict=True):
@@ -128,9 +128,9 @@ def variance_over_steps(column: Column) -> Figure | None:
     recorded = recorded_variances(column)
     if not recorded:
         return None
-    figure, axes = figure_grid(3.1, columns=len(recorded), sharey=True)
+    figure, axes = report_figure(3.1, columns=len(recorded), sharey=True)
     norm = Normalize(1, max(recorded[0][2].shape[-1], 2))
-    titled(axes[0], [(row, len(variances)) for row, _, variances in recorded])
+    set_titles(axes[0], [(row, len(variances)) for row, _, variances in recorded])
     for panel, (_, steps, variances) in zip(axes[0], recorded, strict=True):
         mean = variances.mean(axis=0)
         colours = lines_by_depth(panel, steps, mean, norm)
@@ -147,8 +147,8 @@ def variance_by_layer(column: Column) -> Figure | None:
     recorded = recorded_variances(column)
     if not recorded:
         return None
-    figure, axes = figure_grid(3.2, columns=len(recorded), sharey=True)
-    titled(axes[0], [(row, len(variances)) for row, _, variances in recorded])
+    figure, axes = report_figure(3.2, columns=len(recorded), sharey=True)
+    set_titles(axes[0], [(row, len(variances)) for row, _, variances in recorded])
     for panel, (_, steps, variances) in zip(axes[0], recorded, strict=True):
         lines, errors = {}, {}
         for fraction in column.first.paper["fractions"]:
@@ -171,7 +171,7 @@ def mean_jacobians(column: Column) -> Figure | None:
         return None
     maps = [(row, run.measures["jacobian_map"]) for row, run in first]
     across = max(len(result["layers"]) for _, result in maps)
-    figure, axes = figure_grid(0.4 + 1.5 * len(maps), rows=len(maps), columns=across, sharex=True, sharey=True)
+    figure, axes = report_figure(0.4 + 1.5 * len(maps), rows=len(maps), columns=across, sharex=True, sharey=True)
     seeds = sorted({str(run.seed) for _, run in first if run.record})
     figure.suptitle(f"seed {' and '.join(seeds)}" if seeds else "", fontsize=9)
     norm = SymLogNorm(0.01, vmin=-1, vmax=1)
@@ -200,7 +200,7 @@ def loss_curves(column: Column) -> Figure | None:
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return None
-    figure, axes = figure_grid(5.0, rows=2, columns=len(panels), sharex="col", height_ratios=(2, 1))
+    figure, axes = report_figure(5.0, rows=2, columns=len(panels), sharex="col", height_ratios=(2, 1))
     for (top, bottom), (title, curves) in zip(axes.T, panels.items(), strict=True):
         base = curves.get(column.baseline.name, {})
         marker = "o" if title == "the paper" else None
@@ -237,7 +237,7 @@ def theorems(column: Column) -> Figure | None:
     measured = [(row, results) for row in column.rows if (results := row.results("theory"))]
     if not measured:
         return None
-    figure, axes = figure_grid(0.4 + 2.9 * len(measured), rows=len(measured), columns=2)
+    figure, axes = report_figure(0.4 + 2.9 * len(measured), rows=len(measured), columns=2)
     for (left, right), (row, results) in zip(axes, measured, strict=True):
         lemma, theorem = ("4.1", "4.2") if results[0]["lns"] else ("3.2", "3.3")
         mean = {name: stacked(results, name).mean(axis=0) for name in THEORY_FIELDS}

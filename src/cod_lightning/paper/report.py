@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from cod_lightning.errors import plural
 from cod_lightning.page import Table, html_page, render
 from cod_lightning.paper import tables
 from cod_lightning.paper.claims import (
@@ -23,16 +24,22 @@ from cod_lightning.paper.claims import (
     Experiment,
     Targets,
     by_target,
-    columns,
+    group_columns,
 )
-from cod_lightning.paper.figures import along_axes, difference_figure, loss_over_size, number_range, tuned_figure
+from cod_lightning.paper.figures import (
+    difference_figure,
+    differences_over_settings,
+    loss_over_size,
+    number_range,
+    tuned_figure,
+)
 from cod_lightning.paper.findings import ClaimResult, growth_over_blocks
 from cod_lightning.paper.layer_figures import draw
 from cod_lightning.paper.pretrained_models import PretrainedModel, pretrained_model_lines
 from cod_lightning.paper.statistics import FEW_SEEDS, LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR, UNLIKE, grouped
 from cod_lightning.paper.tuning import tuned_rows
 from cod_lightning.paper.verdict import claim_results, summarize, verdict
-from cod_lightning.plots import image
+from cod_lightning.plots import figure_bytes
 
 MARKDOWN, FIGURES = "REPRODUCTION.md", "experiments/results/figures"
 HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reproduction.csv"
@@ -106,13 +113,13 @@ def build_report(
         noise=PUBLISHED_NOISE,
     )
     pictures = [*top, *(picture for section in sections for picture in section["pictures"])]
-    figures = {f"{picture.name}.{each}": image(picture.figure, each) for picture in pictures for each in formats}
+    figures = {f"{picture.name}.{each}": figure_bytes(picture.figure, each) for picture in pictures for each in formats}
     return Report(markdown, html_page("Reproduction", markdown, figures), comparisons_csv(targets), figures)
 
 
 def compared_columns(experiments: Sequence[Experiment]) -> list[Column]:
     """The columns with runs of one target and scale; one value of a varied setting alone compares nothing."""
-    run = [column for column in columns(experiments) if column.first.has_runs]
+    run = [column for column in group_columns(experiments) if column.first.has_runs]
     return run if len(run) > 1 or not experiments[0].axis else []
 
 
@@ -150,7 +157,7 @@ def section(
     target: str, scales: Mapping[str, Sequence[Experiment]], significant: Mapping[str, set[tuple[str, ...]]]
 ) -> dict[str, Any]:
     """The contents of one table or figure of the paper, or of one family of experiments beyond it."""
-    by_scale = {scale: columns(experiments) for scale, experiments in scales.items()}
+    by_scale = {scale: group_columns(experiments) for scale, experiments in scales.items()}
     paper = scales["paper"]
     parts = []
     for scale, experiments in scales.items():
@@ -186,7 +193,7 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
         all_tables.append(tables.tuned_strategies_table(tuned))
         compared = sum(best.difference is not None and best.difference.margin is not None for best in tuned)
         lines.append(
-            f"Own best rates: {compared} comparison{'s' * (compared != 1)} with an interval. If no difference were "
+            f"Own best rates: {plural(compared, 'comparison')} with an interval. If no difference were "
             f"real, {LEVEL * compared:.2g} would exclude zero by chance on average, and more as each rate is chosen by "
             "the losses that are compared. A row's rate has its lowest mean loss over the seeds that all its rates "
             "have, without rates of fewer than three seeds if two have three; its loss and difference use all seeds of "
@@ -213,7 +220,7 @@ def merge(all_tables: Sequence[Table]) -> list[Table]:
 def headings_by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Distinct texts, with the headings that they belong to."""
     headings = grouped((text, heading) for heading, text in pairs)
-    return {text: tables.join(dict.fromkeys(names)) for text, names in headings.items()}
+    return {text: tables.join_words(dict.fromkeys(names)) for text, names in headings.items()}
 
 
 def reproduce_arguments(column: Column) -> str:
@@ -234,7 +241,7 @@ def pictures(target: str, by_scale: Mapping[str, Sequence[Column]]) -> Iterator[
     elif first.axis:
         panels = [(f"scale={scale}", first.axis, group) for scale, group in by_scale.items()]
         readable = len(first.rows) <= MAX_LINES
-        figure, alt = along_axes(panels, []) if readable else None, "differences to the baseline"
+        figure, alt = differences_over_settings(panels, []) if readable else None, "differences to the baseline"
     else:
         figure, alt = difference_figure(by_scale), "differences to the baseline, published and ours"
     if figure is not None:
@@ -253,14 +260,14 @@ def pictures(target: str, by_scale: Mapping[str, Sequence[Column]]) -> Iterator[
 def length_and_depth(targets: Targets) -> list[Picture]:
     """The first figure: loss differences over length and depth, with the paper's Tables 1 and 6 as marks."""
     panels = [
-        (f"{target}, scale={scale}", str(targets[target]["paper"][0].axis), columns(group))
+        (f"{target}, scale={scale}", str(targets[target]["paper"][0].axis), group_columns(group))
         for target in ("Length", "Depth")
         if target in targets
         for scale, group in targets[target].items()
         if compared_columns(group)
     ]
     published = [e for target in ("Table 1", "Table 6") for e in targets.get(target, {}).get("paper", ())]
-    figure = along_axes(panels, columns(published))
+    figure = differences_over_settings(panels, group_columns(published))
     alt = "Loss minus that of Pre-LN, by length and by depth; hollow marks: the paper"
     return [] if figure is None else [Picture("length_and_depth", alt, figure)]
 
@@ -290,7 +297,7 @@ def environments(experiments: Sequence[Experiment]) -> Table:
 def environment_cells(record: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Hardware, versions, commit and fingerprint of the data."""
     hardware = record["hardware"]
-    threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)} per run"
+    threads = f"{plural(hardware['threads'], 'thread')} per run"
     cpu = f"{hardware['cpu']}, {hardware['cores']} cores, {threads}"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     commit, plus, changes = (record.get("git_commit") or "unknown").partition("+")
@@ -304,7 +311,7 @@ def comparisons_csv(targets: Targets) -> str:
         csv_line(target, experiment, comparison, index)
         for target, scales in targets.items()
         for experiments in scales.values()
-        for column in columns(experiments)
+        for column in group_columns(experiments)
         for comparison in column.comparisons
         for index, experiment in enumerate(column.experiments)
     ]

@@ -92,7 +92,7 @@ def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
     return groups
 
 
-def with_seeds(items: Sequence[T], seeds: Callable[[T], int]) -> Sequence[T]:
+def with_enough_seeds(items: Sequence[T], seeds: Callable[[T], int]) -> Sequence[T]:
     """The items of at least three seeds if two have three, else those of two if two have, else all."""
     for least in (MIN_SEEDS, 2):
         several = [item for item in items if seeds(item) >= least]

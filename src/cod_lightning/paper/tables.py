@@ -6,10 +6,11 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean
 
+from cod_lightning.errors import plural
 from cod_lightning.page import Table
 from cod_lightning.paper.claims import SCALES, Column, Comparison, Experiment, Metric, Published, ReportRow, Targets
 from cod_lightning.paper.findings import finding_results, quantities_of, quantity_rows
-from cod_lightning.paper.statistics import FEW_SEEDS, MIN_SEEDS, Difference, Sample, grouped, with_seeds
+from cod_lightning.paper.statistics import FEW_SEEDS, MIN_SEEDS, Difference, Sample, grouped, with_enough_seeds
 from cod_lightning.paper.tuning import GOOD_RATE_MARGIN, Tuned
 
 Keys = Collection[tuple[str, ...]]
@@ -112,7 +113,7 @@ def format_comparison(comparison: Comparison, significant: Keys) -> str:
     if ours is None:
         return ""
     text = format_difference(ours, f"+{form}", form, comparison.key in significant)
-    return f"{text} ({ours.n} pair{'s' * (ours.n != 1)})" if comparison.unpaired else text
+    return f"{text} ({plural(ours.n, 'pair')})" if comparison.unpaired else text
 
 
 def format_direction(comparison: Comparison, published: Published, with_value: bool) -> str:
@@ -134,21 +135,21 @@ def summary_lines(column: Column) -> list[str]:
         differences = [(c.row.label, c.difference) for c in comparisons if c.difference]
         if any(difference.margin is not None for _, difference in differences):
             beyond = [f"{label} ({d.mean:+{form}})" for label, d in differences if d.beyond_noise]
-            lines.append(f"{prefix}Beyond noise: {join(beyond) or 'no row'}.")
+            lines.append(f"{prefix}Beyond noise: {join_words(beyond) or 'no row'}.")
         extended = [c.row for c in comparisons if c.difference and c.difference.n > 3]
         early = [
             f"{row.label} ({first.format(f'+{form}', form)})"
             for row in extended
-            if (first := metric.paired(row, column.baseline, metric.common_seeds(row, column.baseline)[:3]))
+            if (first := metric.paired_difference(row, column.baseline, metric.common_seeds(row, column.baseline)[:3]))
         ]
         if early:
-            lines.append(f"{prefix}The first three seeds alone: {join(early)}.")
+            lines.append(f"{prefix}The first three seeds alone: {join_words(early)}.")
         lines.append(f"{prefix}{best_rows(column, metric)}")
         counts = {run.record["val_images"] for c in comparisons for run in c.row.runs if "val_images" in run.record}
         lines += [f"{prefix}{n} validation images, of which each is {100 / n:.2g} points." for n in sorted(counts)]
         if unpaired := grouped((c.unpaired, c.row.label) for c in comparisons if c.unpaired):
             groups = "; ".join(
-                f"seed{'s' * (len(seeds) > 1)} {join(map(str, seeds))} ({', '.join(labels)})"
+                f"seed{'s' * (len(seeds) > 1)} {join_words(map(str, seeds))} ({', '.join(labels)})"
                 for seeds, labels in unpaired.items()
             )
             lines.append(f"{prefix}Left out of the differences for lack of a pair: {groups}.")
@@ -160,7 +161,7 @@ def best_rows(column: Column, metric: Metric) -> str:
     best, word = (min, "Lowest") if metric.lower_is_better else (max, "Highest")
     comparisons = column.compare(metric)
     finite = [c.row for c in comparisons if c.sample and math.isfinite(c.sample.mean) and not c.failures]
-    rows = with_seeds(finite, lambda row: len(metric.by_seed(row)))
+    rows = with_enough_seeds(finite, lambda row: len(metric.by_seed(row)))
     left_out = [row.label for row in finite if row not in rows]
     parts = []
     if rows:
@@ -173,8 +174,8 @@ def best_rows(column: Column, metric: Metric) -> str:
         first = best(rows, key=mean)
         equal = [row.label for row in rows if row is not first and is_within_noise(metric, row, first)]
         notes = [FEW_SEEDS] if len(metric.by_seed(first)) < MIN_SEEDS else []
-        notes += [f"within noise of it: {join(equal)}"] if equal else []
-        notes += [f"fewer seeds: {join(left_out)}"] if left_out else []
+        notes += [f"within noise of it: {join_words(equal)}"] if equal else []
+        notes += [f"fewer seeds: {join_words(left_out)}"] if left_out else []
         parts.append(f"{first.label} here" + (f" ({'; '.join(notes)})" if notes else ""))
     headings: dict[str, list[str]] = {}
     for index, experiment in enumerate(column.experiments):
@@ -187,7 +188,7 @@ def best_rows(column: Column, metric: Metric) -> str:
 
 def is_within_noise(metric: Metric, row: ReportRow, other: ReportRow) -> bool:
     """Whether the interval of the difference of two rows, over the seeds of both, contains zero."""
-    difference = metric.paired(row, other)
+    difference = metric.paired_difference(row, other)
     return difference is not None and difference.margin is not None and not difference.beyond_noise
 
 
@@ -242,10 +243,10 @@ def missing_cell(experiments: Sequence[Experiment]) -> str:
     if len(missing) == len(rows):
         return "all"
     labels = dict.fromkeys(f"{e.heading}: {row.label}" if e.axis else row.label for e, row in missing)
-    return join(labels) if len(missing) < 4 else f"{len(missing)} of {len(rows)} rows"
+    return join_words(labels) if len(missing) < 4 else f"{len(missing)} of {len(rows)} rows"
 
 
-def join(words: Iterable[str]) -> str:
+def join_words(words: Iterable[str]) -> str:
     """Words as a list in a sentence."""
     *first, last = [*words] or [""]
     return f"{', '.join(first)} and {last}" if first else last

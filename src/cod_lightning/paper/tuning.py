@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cod_lightning.paper.claims import Column, Metric, ReportRow
-from cod_lightning.paper.statistics import Difference, with_seeds
+from cod_lightning.paper.statistics import Difference, with_enough_seeds
 
 GOOD_RATE_MARGIN = 0.05
 """A learning rate is good for a strategy if its losses are on average at most so many nats above those of the best,
@@ -90,10 +90,10 @@ def excess(losses: Mapping[int, float], best: Mapping[int, float]) -> float:
 def mean_losses(rates: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     """Mean loss at each rate over the seeds that all have, or else over its own; infinite if a run failed.
 
-    Rates without a failed run that have fewer seeds than others are left out as in `with_seeds`.
+    Rates without a failed run that have fewer seeds than others are left out as in `with_enough_seeds`.
     """
     whole = [rate for rate, by_seed in rates.items() if all(map(math.isfinite, by_seed.values()))]
-    compared = with_seeds(whole, lambda rate: len(rates[rate]))
+    compared = with_enough_seeds(whole, lambda rate: len(rates[rate]))
     common = set.intersection(*(set(rates[rate]) for rate in compared)) if compared else set()
     means = {rate: fmean(rates[rate][seed] for seed in common or rates[rate]) for rate in compared}
     return {rate: means.get(rate, math.inf) for rate in rates if rate in means or rate not in whole}

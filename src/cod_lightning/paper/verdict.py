@@ -8,10 +8,20 @@ from functools import cached_property
 from pathlib import Path
 
 from cod_lightning.page import render
-from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, columns
+from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, group_columns
 from cod_lightning.paper.findings import ClaimResult, finding_results
-from cod_lightning.paper.statistics import LEVEL, NOISE, OPPOSITE, SAME, UNCLEAR, Difference, grouped, holm, with_seeds
-from cod_lightning.paper.tables import join
+from cod_lightning.paper.statistics import (
+    LEVEL,
+    NOISE,
+    OPPOSITE,
+    SAME,
+    UNCLEAR,
+    Difference,
+    grouped,
+    holm,
+    with_enough_seeds,
+)
+from cod_lightning.paper.tables import join_words
 
 JUDGED = (SAME, OPPOSITE, NOISE)
 MAX_WORDS = 150
@@ -139,7 +149,7 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
         claims, headline, caveat, setting, best = list[ClaimResult](), None, "", "", None
         along: dict[str, list[tuple[Column, Comparison]]] = {}
         for target, scales in targets.items():
-            for column in columns(scales.get(scale, ())):
+            for column in group_columns(scales.get(scale, ())):
                 claims += claim_results(column)
                 lns, of_both = lns_comparison(column)
                 if column.first.axis and lns and lns.difference:
@@ -161,11 +171,11 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
 def lowest_row(column: Column, lns: Comparison) -> tuple[str, Difference] | None:
     """The row of a column that is lowest below LNS, or least above it, on the seeds of both; and LNS minus that row.
 
-    Rows of fewer seeds than others are left out as in `with_seeds`.
+    Rows of fewer seeds than others are left out as in `with_enough_seeds`.
     """
     others = [c.row for c in column.compare(lns.metric) if c.row is not lns.row and not c.failures]
-    pairs = [(row.label, d) for row in others if (d := lns.metric.paired(lns.row, row))]
-    return max(with_seeds(pairs, lambda pair: pair[1].n), key=lambda pair: pair[1].mean, default=None)
+    pairs = [(row.label, d) for row in others if (d := lns.metric.paired_difference(lns.row, row))]
+    return max(with_enough_seeds(pairs, lambda pair: pair[1].n), key=lambda pair: pair[1].mean, default=None)
 
 
 def changes_of(pairs: Sequence[tuple[Column, Comparison]], usual: tuple[str, ...]) -> list[Change]:
@@ -221,7 +231,7 @@ def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
             examples=examples,
             untried=untried,
             untried_scales=[scale for scale in SCALES if scale not in tried],
-            join=join,
+            join_words=join_words,
         )
         if len(text.split()) <= MAX_WORDS:
             break
