@@ -21,7 +21,7 @@ from cod_lightning.cli import main
 from cod_lightning.commands import experiments
 from cod_lightning.commands.export import check_max_length
 from cod_lightning.commands.fit import train_run
-from cod_lightning.commands.measure import find_subject
+from cod_lightning.commands.measure import subject_opener
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load_config, save_config
 from cod_lightning.data.prepare import prepared_folder
@@ -809,14 +809,14 @@ def test_bad_input_is_one_error_with_status_2_and_nothing_written(
 
 def test_more_rows_than_there_are_is_one_warning(finished, capsys):
     folder = str(finished[0])
-    open_subject = find_subject(folder, [], "last", 10**6)
+    open_subject = subject_opener(folder, [], "last", 10**6)
     found = sum(map(len, open_subject().batches))
     open_subject()  # a report opens a model twice
     assert (
         capsys.readouterr().err == f"warning: rows=1000000, but {folder} has {found} held-out rows: all are measured\n"
     )
-    find_subject(folder, [], "last", None)()  # the default is a maximum
-    find_subject(folder, [], "last", found)()
+    subject_opener(folder, [], "last", None)()  # the default is a maximum
+    subject_opener(folder, [], "last", found)()
     assert not capsys.readouterr().err
 
 

@@ -264,7 +264,7 @@ def loss_of(model, batches, pad_id=None):
 
 def test_a_pruned_run_loads_in_transformers_with_equal_logits_and_loss(finished, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from cod_lightning.commands.measure import find_subject
+    from cod_lightning.commands.measure import subject_opener
     from cod_lightning.measure.block_removal import remove_blocks
 
     folder, _ = finished
@@ -273,7 +273,7 @@ def test_a_pruned_run_loads_in_transformers_with_equal_logits_and_loss(finished,
     assert process.stdout.splitlines()[-1] == str(small)
     result = json.loads((small / "prune.json").read_text())
     assert f"{result['loss_after']:.4g}" in process.stdout
-    subject = find_subject(str(folder), [], "last", 5)()
+    subject = subject_opener(str(folder), [], "last", 5)()
     exported = transformers.AutoModelForCausalLM.from_pretrained(small).eval()
     expected = remove_blocks(subject.model, [2, 3])
     tokens = subject.batches[0]
@@ -292,7 +292,7 @@ def test_a_pruned_run_loads_in_transformers_with_equal_logits_and_loss(finished,
 
 def test_a_pruned_transformers_model_loads_in_transformers(finished, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from cod_lightning.commands.measure import find_subject
+    from cod_lightning.commands.measure import subject_opener
     from cod_lightning.nn.huggingface import to_hf_tokenizer
 
     _, tokenizer = decoder_of(finished[0])
@@ -308,7 +308,7 @@ def test_a_pruned_transformers_model_loads_in_transformers(finished, corpus, tmp
     assert result["how"] == "magnitude, alpha_pruning"
     assert result["zeros_after"] == pytest.approx(0.5, abs=0.02)
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").eval()
-    batches = find_subject(str(tmp_path / "gpt2"), words, "last", 4)().batches
+    batches = subject_opener(str(tmp_path / "gpt2"), words, "last", 4)().batches
     assert result["loss_after"] == pytest.approx(loss_of(exported, batches), rel=1e-5)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")
     assert loaded("the norm").input_ids == tokenizer.encode(["the norm"])[0][:-1]

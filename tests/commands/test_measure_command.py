@@ -11,7 +11,7 @@ def test_results_of_the_best_checkpoint_have_a_folder_of_their_own(checkpoint, s
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").touch()
     folders = []
-    monkeypatch.setattr(measure, "find_subject", lambda *_, **__: lambda: None)
+    monkeypatch.setattr(measure, "subject_opener", lambda *_, **__: lambda: None)
     monkeypatch.setattr(measure_runner, "run_study", lambda *arguments: folders.append(str(arguments[-1])))
     monkeypatch.setattr(measure_report, "run_report", lambda *arguments: folders.append(str(arguments[2])))
     for study in ("variance", "report"):

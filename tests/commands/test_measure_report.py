@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cod_lightning.commands import measure_report
-from cod_lightning.commands.measure_report import Part, head_share, measure_parts, print_plan, run_report
+from cod_lightning.commands.measure_report import MeasureCost, head_share, measure_parts, print_plan, run_report
 from cod_lightning.commands.measure_runner import Subject
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
@@ -120,8 +120,8 @@ def test_the_plan_comes_before_the_first_part(measured, tmp_path, capsys):
 
 
 def test_the_plan_counts_the_sequences_of_each_part(capsys, monkeypatch):
-    parts = {"jacobian": Part(lambda depth, head: 20, sequences=8), "variance": Part(lambda depth, head: depth / 2)}
-    monkeypatch.setattr(measure_report, "PARTS", parts)
+    jacobian, variance = MeasureCost(lambda *_: 20, sequences=8), MeasureCost(lambda depth, head: depth / 2)
+    monkeypatch.setattr(measure_report, "COSTS", {"jacobian": jacobian, "variance": variance})
     few = subject()
     many = replace(few, batches=[*few.batches] * 4)  # 16 sequences, of which the Jacobians read 8
     print_plan(many, ("jacobian", "influence", "variance"), ("jacobian", "variance"))

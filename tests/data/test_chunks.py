@@ -13,7 +13,7 @@ from litdata.streaming import downloader
 from litdata.streaming.item_loader import TokensLoader
 
 from cod_lightning.data import chunks
-from cod_lightning.data.chunks import ChunkWriter, Store, is_remote, make_room
+from cod_lightning.data.chunks import ChunkWriter, Store, evict_chunks, is_remote
 from cod_lightning.data.encode import Encoder
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import prepared_folder
@@ -70,14 +70,14 @@ def test_a_full_cache_evicts_the_oldest_chunks(tmp_path, monkeypatch):
         (tmp_path / f"{name}.bin").write_bytes(bytes(100))
         os.utime(tmp_path / f"{name}.bin", (1000 - age, 1000 - age))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    make_room(tmp_path, 100)  # of 400 bytes
+    evict_chunks(tmp_path, 100)  # of 400 bytes
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["new", "old"]
 
 
 def test_a_chunk_that_another_process_evicts_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "gone.bin").symlink_to(tmp_path / "nothing")  # listed, and missing when its size is read
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    make_room(tmp_path, 100)
+    evict_chunks(tmp_path, 100)
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("gs", "google-cloud-storage"), ("azure", "azure-storage-blob")])

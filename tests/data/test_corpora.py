@@ -89,7 +89,7 @@ def test_a_field_or_an_encoding_makes_another_set_and_the_defaults_make_the_old_
     (tmp_path / "x.txt").write_text("text")
     config = DataConfig(source="files", files=str(tmp_path / "x.txt"))
     facts = {"source", "max_documents", "files", "val_every"}
-    assert corpora.identity(config).keys() == facts
+    assert corpora.text_identity(config).keys() == facts
     others = [replace(config, text_field="content"), replace(config, encoding="latin-1")]
     assert len({prepared_folder(other) for other in [config, *others]}) == 3
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cod_lightning.data.config import DataConfig
-from cod_lightning.data.corpora import identity, open_corpus
+from cod_lightning.data.corpora import open_corpus, text_identity
 from cod_lightning.data.encode import Encoder
 from cod_lightning.data.instructions import ALIVE, LIFELESS, Example, drawn, prompt_of
 from cod_lightning.data.manifest import read_manifest
@@ -108,7 +108,7 @@ def test_a_sequence_is_prompt_answer_eos_pads_and_the_length_of_the_prompt(numbe
         # The fifth has no room for its answer.
         [2, 3, 1, 0, 0, 0, 1],
     ]
-    assert encoder.cut_answers(encoded) == 2
+    assert encoder.count_truncated_answers(encoded) == 2
     assert (encoded.tokens, encoded.max_id) == (6 + 3 + 6 + 6 + 3, 10)
     assert encoder([Example("2 3 4 5 6 7", "8")]).ids.size == 0
 
@@ -232,4 +232,4 @@ def test_both_kinds_of_questions_are_held_out():
     held_out = [example.parts[1] for example in corpus.val()]
     assert len(held_out) == 400
     assert 120 < sum(answer.endswith(("true", "false")) for answer in held_out) < 280
-    assert identity(config)["val_every"] == 10
+    assert text_identity(config)["val_every"] == 10

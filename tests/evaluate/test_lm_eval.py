@@ -159,8 +159,8 @@ def test_only_names_that_have_no_score_in_the_harness_are_errors(tmp_path):
     with pytest.raises(UserError, match=r"unknown task 'toy_choise'; similar: toy_choice\b") as error:
         task_manager(("toy_choise", "glue", "both", *PAPER_TASKS), tmp_path)
     assert str(error.value).splitlines()[1:] == [
-        "tasks: 'glue' is a tag without a score of its own: name its tasks",
-        "tasks: 'both' is a group without a score of its own: name its tasks",
+        "tasks: 'glue' is a tag, which has no score: name its tasks",
+        "tasks: 'both' is a group without an aggregate score: name its tasks",
     ]
 
 

@@ -94,10 +94,10 @@ def run(
     if options.get("output") == "":
         raise UserError("output= is empty: name a path")
     output = Path(options.pop("output")) if "output" in options else output
-    find = partial(find_subject, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
+    opener_of = partial(subject_opener, overrides=overrides, checkpoint=checkpoint, rows=rows, trust_code=trust_code)
     suffix = "" if checkpoint == "last" else f"_{checkpoint}"
     if study in PAGES:
-        report(study, models, find, options, output, suffix)
+        write_page(study, models, opener_of, options, output, suffix)
         return
     if len(models) != 1:
         raise UserError(f"measure {study} takes one model, not {len(models)}; measure report takes several")
@@ -105,13 +105,13 @@ def run(
         if output is None:
             raise UserError("measure prune writes a model: name its new folder, as in --output FOLDER")
         check_new_folder(output, "--output=")
-        run_prune(find(models[0])(), options, output)
+        run_prune(opener_of(models[0])(), options, output)
     else:
         model = Path(models[0])
         output = output or (model / f"measure{suffix}" if is_run(model) else Path("measure") / name_of(model))
         check_writable(output, "--output=")
         measures_of(study, only=options.get("only", ()))  # refuses unknown names before the model is loaded
-        run_study(study, find(models[0])(), options, output)
+        run_study(study, opener_of(models[0])(), options, output)
     print(output)
 
 
@@ -137,7 +137,7 @@ def name_of(model: Path) -> str:
     return Path(os.path.abspath(model)).name
 
 
-def find_subject(
+def subject_opener(
     model: str, overrides: Sequence[str], checkpoint: str, rows: int | None, trust_code: bool = False
 ) -> Callable[[], Subject]:
     """A function that opens a run or a model of `transformers`, with held-out rows of the text that `overrides` choose.
@@ -149,13 +149,13 @@ def find_subject(
     """
     from cod_lightning.commands.measure_runner import open_model, open_run
 
-    open_found: Callable[[], Subject]
+    open_model_or_run: Callable[[], Subject]
     if is_run(model):
         folder = Path(model)
         config = load_run_config(folder, overrides, trust_code, "measure")
         from cod_lightning.train.load import checkpoint_of
 
-        open_found = partial(open_run, config, folder, checkpoint_of(folder, checkpoint), rows or ROWS)
+        open_model_or_run = partial(open_run, config, folder, checkpoint_of(folder, checkpoint), rows or ROWS)
     else:
         from cod_lightning.config.compose import compose
         from cod_lightning.data.corpora import open_corpus
@@ -165,32 +165,32 @@ def find_subject(
         config = compose(overrides)
         require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
         require_tokenizer(find_source(model))
-        open_found = partial(open_model, model, config, open_corpus(config.data), rows or ROWS)
+        open_model_or_run = partial(open_model, model, config, open_corpus(config.data), rows or ROWS)
 
     warn = cache(partial(print, file=sys.stderr))  # once, though a report opens a model twice
 
     def open_subject() -> Subject:
-        subject = open_found()
-        found = sum(map(len, subject.batches))
-        if rows is not None and found < rows:
-            warn(f"warning: rows={rows}, but {model} has {found} held-out rows: all are measured")
+        subject = open_model_or_run()
+        available = sum(map(len, subject.batches))
+        if rows is not None and available < rows:
+            warn(f"warning: rows={rows}, but {model} has {available} held-out rows: all are measured")
         return subject
 
     return open_subject
 
 
-def report(
+def write_page(
     study: str,
     models: Sequence[str],
-    find: Callable[[str], Callable[[], Subject]],
+    opener_of: Callable[[str], Callable[[], Subject]],
     options: dict[str, Any],
     output: Path | None,
     suffix: str,
 ) -> None:
     """Measure one or several models, and write a page that shows how much of their depth they use.
 
-    `find` is `find_subject` of a model alone: all models are found before the first is measured. `suffix` ends the name
-    of the page's folder, if that is not `output`.
+    `opener_of` is `subject_opener` of a model alone: all models are found before the first is measured. `suffix` ends
+    the name of the page's folder, if that is not `output`.
     """
     least = 2 if study == "compare" else 1
     if len(models) < least:
@@ -203,5 +203,5 @@ def report(
 
     folder = output or Path("measure") / ("-".join([study, *names]) + suffix)
     check_writable(folder, "--output=")
-    subjects = {name: find(model) for name, model in zip(names, models, strict=True)}
+    subjects = {name: opener_of(model) for name, model in zip(names, models, strict=True)}
     print(run_report(subjects, options, folder, PAGES[study], study))

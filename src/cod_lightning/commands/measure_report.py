@@ -25,12 +25,12 @@ from cod_lightning.measure.depth_page import report_page
 from cod_lightning.measure.depth_report import headline
 from cod_lightning.measure.registry import MEASURES
 
-ROOMS = ("kernels", "nn", "measure")
+PACKAGES = ("kernels", "nn", "measure")
 """Packages whose code determines a result."""
 
 
 @dataclass(frozen=True)
-class Part:
+class MeasureCost:
     """The expected cost of a measure on the page, and what it reads."""
 
     passes: Callable[[int, float], float]
@@ -39,17 +39,17 @@ class Part:
     """Use only this many sequences, because the measure is expensive; None: all."""
 
 
-PARTS: dict[str, Part] = {
-    "variance": Part(lambda depth, head: 1.2),
-    "jacobian": Part(lambda depth, head: 20, sequences=8),
-    "angular": Part(lambda depth, head: 1.1),
-    "readout": Part(lambda depth, head: 1 + 2.5 * depth * head, sequences=8),
-    "removal": Part(lambda depth, head: 2 + depth * (1 + head) / 2),
+COSTS: dict[str, MeasureCost] = {
+    "variance": MeasureCost(lambda depth, head: 1.2),
+    "jacobian": MeasureCost(lambda depth, head: 20, sequences=8),
+    "angular": MeasureCost(lambda depth, head: 1.1),
+    "readout": MeasureCost(lambda depth, head: 1 + 2.5 * depth * head, sequences=8),
+    "removal": MeasureCost(lambda depth, head: 2 + depth * (1 + head) / 2),
     # if a quarter of the blocks can go: three runs of each length
-    "longest_run": Part(lambda depth, head: depth / 4 * (1 + 3 * (1 + head) / 2)),
-    "linear_replacement": Part(lambda depth, head: 3 * depth),
-    "influence": Part(lambda depth, head: 1.2),
-    "contribution": Part(lambda depth, head: 1.2),
+    "longest_run": MeasureCost(lambda depth, head: depth / 4 * (1 + 3 * (1 + head) / 2)),
+    "linear_replacement": MeasureCost(lambda depth, head: 3 * depth),
+    "influence": MeasureCost(lambda depth, head: 1.2),
+    "contribution": MeasureCost(lambda depth, head: 1.2),
 }
 
 
@@ -122,13 +122,13 @@ def measure_parts(
     """
     chosen = {each: MEASURES[each].own(options) for each in measures}
     identity = subject_identity(subject)
-    keys = {each: f"{identity} {each} {sorted(own.items())} {PARTS[each].sequences}" for each, own in chosen.items()}
-    results = {each: found for each in measures if (found := stored(folder, each, keys[each])) is not None}
+    keys = {each: f"{identity} {each} {sorted(own.items())} {COSTS[each].sequences}" for each, own in chosen.items()}
+    results = {each: stored for each in measures if (stored := stored_result(folder, each, keys[each])) is not None}
     todo = [each for each in measures if each not in results]
     print_plan(subject, measures, todo)
     for done, each in enumerate(todo, start=1):
         start = time.monotonic()
-        batches = first_sequences(subject.batches, PARTS[each].sequences)
+        batches = first_sequences(subject.batches, COSTS[each].sequences)
         others = {"removal": results["removal"]} if each == "longest_run" else {}
         result = with_progress(each, MEASURES[each].measure, subject, chosen[each], batches=batches, **others)
         path = result.save(folder, each)[0]
@@ -139,7 +139,7 @@ def measure_parts(
     return results
 
 
-def stored(folder: Path, measure: str, key: str) -> Any:
+def stored_result(folder: Path, measure: str, key: str) -> Any:
     """The fields of an earlier result with the same fingerprint, or None."""
     path = folder / f"{measure}.json"
     try:
@@ -157,8 +157,8 @@ def fingerprint(key: str, path: Path) -> str:
 def subject_identity(subject: Subject) -> str:
     """A hash of the model's configuration and weights, the tokens, and the code."""
     digest = hashlib.sha256(f"{__version__} {torch.__version__} {subject.config} {subject.pad_id}".encode())
-    for room in ROOMS:
-        for path in sorted((Path(__file__).parents[1] / room).glob("*.py")):
+    for package in PACKAGES:
+        for path in sorted((Path(__file__).parents[1] / package).glob("*.py")):
             digest.update(path.read_bytes())
     for name, tensor in subject.model.model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -194,8 +194,8 @@ def print_plan(subject: Subject, measures: Sequence[str], todo: Sequence[str]) -
     for each in measures:
         cost = "measured before"
         if each in todo:
-            passes = PARTS[each].passes(subject.model.depth, head_share(subject.model))
-            passes *= min(PARTS[each].sequences or total, total) / total
+            passes = COSTS[each].passes(subject.model.depth, head_share(subject.model))
+            passes *= min(COSTS[each].sequences or total, total) / total
             sum_of_passes += passes
             cost = f"{passes:6.1f} passes  {format_duration(passes * seconds)}"
         print(f"  {each:<18} {cost}", file=sys.stderr)

@@ -15,7 +15,7 @@ from cod_lightning.data.config import patterns
 from cod_lightning.data.corpora import Corpus
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
-from cod_lightning.data.pack import packed
+from cod_lightning.data.pack import pack_sequences
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
 from cod_lightning.measure.batches import token_mask
@@ -126,14 +126,15 @@ def open_model(name: str, config: Config, corpus: Corpus, rows: int) -> Subject:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     special = tokenizer("")["input_ids"]
-    start = special[0] if special[:1] == [tokenizer.bos_token_id] else None
+    bos_id = special[0] if special[:1] == [tokenizer.bos_token_id] else None
 
     def write(model: Any, folder: Path) -> None:
         if checkpoint.dropped:
             print(f"{name}: generation settings dropped as invalid: {', '.join(checkpoint.dropped)}", file=sys.stderr)
         save_pretrained(model.to(checkpoint.dtype), folder, tokenizer)
 
-    tokens = packed(corpus.val(), encode, tokenizer.eos_token_id, rows, config.data.seq_len, start)
+    seq_len, eos_id = config.data.seq_len, tokenizer.eos_token_id
+    tokens = pack_sequences(corpus.val(), encode, seq_len=seq_len, max_sequences=rows, eos_id=eos_id, bos_id=bos_id)
     require_embeddings(checkpoint.model, tokenizer, tokens, name)
     model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
     batches = list(tokens.split(config.data.micro_batch_size))

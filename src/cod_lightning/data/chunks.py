@@ -207,7 +207,7 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError)
 
 
-def make_room(folder: Path, needed: int) -> None:
+def evict_chunks(folder: Path, needed: int) -> None:
     """Delete the oldest chunks of a cache until it fits, with `needed` more bytes, into `CACHE_SHARE` of the disk.
 
     Other processes may delete them at the same time.

@@ -95,7 +95,7 @@ def _split_files(config: DataConfig) -> dict[str, list[Path]]:
     return files
 
 
-def identity(config: DataConfig) -> dict[str, Any]:
+def text_identity(config: DataConfig) -> dict[str, Any]:
     """Return the settings and facts that determine the text, without reading it.
 
     They are package versions for `docs`, and name, size and time of every file for `files`: a changed file leads to
@@ -130,10 +130,10 @@ def hold_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
 
     If there are fewer documents than `every`, the last 1/`every` of their text is for validation.
     """
-    find_border = cache(lambda: border(documents, every))
+    find_start = cache(lambda: holdout_start(documents, every))
 
     def parts() -> Iterator[tuple[str, bool]]:
-        place, end = find_border(), 0
+        place, end = find_start(), 0
         for number, text in enumerate(documents(), 1):
             start, end = end, end + len(text)
             if place is None:
@@ -150,7 +150,7 @@ def hold_out(documents: Callable[[], Iterator[str]], every: int) -> Corpus:
     return Corpus(train=partial(select, False), val=partial(select, True))
 
 
-def border(documents: Callable[[], Iterator[str]], every: int) -> int | None:
+def holdout_start(documents: Callable[[], Iterator[str]], every: int) -> int | None:
     """Return the number of characters before the last 1/`every` of fewer than `every` documents; None for more.
 
     The last part begins after a space or line break, if there is one at most `BORDER_CHARACTERS` before, and never

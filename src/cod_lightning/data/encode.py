@@ -108,7 +108,7 @@ class Encoder:
         records["numbers"] = [self.width if ids else 0 for ids in encoded]
         return Encoded(self._pad(encoded, prompts), records)
 
-    def cut_answers(self, encoded: Encoded) -> int:
+    def count_truncated_answers(self, encoded: Encoded) -> int:
         """Number of `instructions` sequences without room for the whole answer and its EOS."""
         last = encoded.ids.reshape(-1, self.width)[:, self.seq_len - 1]
         return int(((last != self.tokenizer.eos_id) & (last != self.tokenizer.pad_id)).sum())

@@ -70,7 +70,7 @@ class ImageFolder:
             self.labels += [label] * len(images)
 
     def read(self, index: int) -> Image.Image:
-        """Return one image, in RGB; of 16 bits the upper 8, which Pillow keeps of colours but not of grey.
+        """Return one image as RGB. 16-bit images keep their upper 8 bits, as Pillow does for colour but not for grey.
 
         Raises:
             UserError: it cannot be decoded, or has 32 bits a pixel.
@@ -88,7 +88,7 @@ class ImageFolder:
 
 
 def visible(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder by name, but .ipynb_checkpoints, ._1.png of macOS and others that systems hide."""
+    """The entries of a folder, sorted by name, without hidden ones such as .ipynb_checkpoints or ._1.png of macOS."""
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     return sorted(entries, key=lambda entry: entry.name)
 

@@ -11,35 +11,36 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 
 
-def packed(
+def pack_sequences(
     documents: Iterable[str],
     encode: Callable[[str], Sequence[int]],
-    separator: int | None,
-    limit: int,
-    length: int,
-    start: int | None = None,
+    *,
+    seq_len: int,
+    max_sequences: int,
+    eos_id: int | None,
+    bos_id: int | None = None,
 ) -> Tensor:
-    """Return at most `limit` full sequences of joined documents, read only as far as needed: int64 [n, length].
+    """Return full sequences of joined documents, which are read only as far as needed: int64 [n, seq_len].
 
     Args:
         documents: texts.
         encode: returns the tokens of a text.
-        separator: token after every document, or None.
-        limit: largest number of sequences.
-        length: tokens per sequence.
-        start: token before every sequence, the first of its `length`, or None.
+        seq_len: tokens per sequence.
+        max_sequences: largest number of sequences.
+        eos_id: token after every document, or None.
+        bos_id: token before every sequence, the first of its `seq_len`, or None.
 
     Raises:
         UserError: the documents do not fill one sequence.
     """
-    end = () if separator is None else (separator,)
-    first = [] if start is None else [start]
-    size = length - len(first)
+    end = () if eos_id is None else (eos_id,)
+    first = [] if bos_id is None else [bos_id]
+    size = seq_len - len(first)
     stream = chain.from_iterable((*encode(document), *end) for document in documents)
-    tokens = list(islice(stream, limit * size))
+    tokens = list(islice(stream, max_sequences * size))
     count = len(tokens) // size
     if not count:
         raise UserError(
-            f"the held-out documents have {len(tokens)} tokens, less than one sequence of data.seq_len={length}"
+            f"the held-out documents have {len(tokens)} tokens, less than one sequence of data.seq_len={seq_len}"
         )
     return torch.tensor([first + tokens[index * size : (index + 1) * size] for index in range(count)])

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cod_lightning.data.chunks import ChunkWriter
 from cod_lightning.data.config import DataConfig, data_errors
-from cod_lightning.data.corpora import Corpus, identity, open_corpus, stamp
+from cod_lightning.data.corpora import Corpus, open_corpus, stamp, text_identity
 from cod_lightning.data.encode import Encoded, Encoder, batches, encoder_pool, take_tokens
 from cod_lightning.data.manifest import (
     MANIFEST,
@@ -134,7 +134,7 @@ def set_identity(config: DataConfig) -> dict[str, Any]:
         tokenizer = ["hub", config.tokenizer]
     return {
         "format": format_version(config.row_layout),
-        "text": identity(config),
+        "text": text_identity(config),
         "tokenizer": tokenizer,
         "rows": [config.row_layout, config.seq_len],
         "val_tokens": val_limit(config),
@@ -244,11 +244,11 @@ def write_set(
     Raises:
         UserError: a split has too little text for a sequence, or the text differs from `data.sha256`.
     """
-    sha256, documents, splits, cut = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}, 0
+    sha256, documents, splits, truncated = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}, 0
     for name in SPLITS:
         writer = ChunkWriter(folder / name, encoder.width)
         for batch in report.watch(name, encoded[name]):
-            cut += encoder.cut_answers(batch) if encoder.layout == "instructions" else 0
+            truncated += encoder.count_truncated_answers(batch) if encoder.layout == "instructions" else 0
             documents[name] += len(batch.documents)
             sha256.update(batch.documents["sha256"].tobytes())
             writer.write(batch)
@@ -284,7 +284,7 @@ def write_set(
     if encoder.layout == "instructions":
         skipped = sum(documents.values()) - train - val
         line += f" ({skipped:,} examples skipped, whose prompts fill all of data.seq_len={config.seq_len}"
-        line += f"; {cut:,} answers cut there)"
+        line += f"; {truncated:,} answers cut there)"
     report.done(line)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cod_lightning.data.chunks import REMEDY, DamagedChunkError, Store, check_chunk, chunk_rows, is_remote, make_room
+from cod_lightning.data.chunks import REMEDY, DamagedChunkError, Store, check_chunk, chunk_rows, evict_chunks, is_remote
 from cod_lightning.data.manifest import MANIFEST, TOKENIZER, Chunk, Manifest, find_damage, read_manifest
 from cod_lightning.data.order import WINDOW_CHUNKS
 from cod_lightning.data.tokenizers import DocumentTokenizer
@@ -140,7 +140,7 @@ class TokenDataset(Dataset):
                 content = self._store.read(chunk.name, chunk)
                 for leftover in self.folder.glob(f".{path.name}.*.partial"):
                     leftover.unlink(missing_ok=True)  # its process held the lock, so it is dead
-                make_room(self.folder, chunk.bytes)
+                evict_chunks(self.folder, chunk.bytes)
                 write_atomic(path, content)
                 with suppress(FileNotFoundError):  # another process made room
                     return self._map(chunk)

@@ -51,26 +51,26 @@ def task_manager(tasks: Sequence[str], folder: Path | None = None) -> Any:
         if task not in known:
             similar = ", ".join(difflib.get_close_matches(task, known, n=5))
             errors.append(f"tasks: unknown task {task!r}" + (f"; similar: {similar}" if similar else ""))
-        elif reason := without_score(manager, task):
+        elif reason := why_no_score(manager, task):
             errors.append(f"tasks: {reason}: name its tasks")
     if errors:
         # The harness skips files that it cannot read.
-        raise UserError("\n".join(errors + ([] if folder is None else unreadable(folder))))
+        raise UserError("\n".join(errors + ([] if folder is None else yaml_errors(folder))))
     return manager
 
 
-def without_score(manager: Any, task: str) -> str:
+def why_no_score(manager: Any, task: str) -> str:
     """Why a name has no score: it is a tag, or a group without an aggregate; empty if it has one."""
     if task in manager.all_tags:
-        return f"{task!r} is a tag without a score of its own"
+        return f"{task!r} is a tag, which has no score"
     if task in manager.all_groups and (path := yaml_path(manager, task)) is not None:
         fields = task_fields(path)
         if not fields.get("aggregate_metric_list") and "include" not in fields:
-            return f"{task!r} is a group without a score of its own"
+            return f"{task!r} is a group without an aggregate score"
     return ""
 
 
-def unreadable(folder: Path) -> list[str]:
+def yaml_errors(folder: Path) -> list[str]:
     """An error for each file in a folder of tasks that is not valid YAML."""
     errors = []
     for path in sorted(folder.rglob("*.yaml")):
@@ -115,7 +115,7 @@ def score_tasks(
         export(decoder, Path(folder), tokenizer, max_length=max_length)
         model = model_class(pretrained=folder, dtype="float32", device=device, batch_size=batch_size)
         evaluate = partial(harness.simple_evaluate, model, task_manager=manager, limit=limit, log_samples=False)
-        results = run_tasks(evaluate, tasks, {task: yaml_of(manager, task) for task in tasks})
+        results = run_tasks(evaluate, tasks, {task: user_yaml(manager, task) for task in tasks})
     return {task: numeric_metrics(results[task]) for task in tasks}
 
 
@@ -128,14 +128,14 @@ def run_tasks(evaluate: Callable[..., Any], tasks: Sequence[str], files: Mapping
         files: the YAML of each task of `--task-folder`, None for those of the harness.
 
     Raises:
-        UserError: an own task fails, or the data of a task is not available.
+        UserError: a task of --task-folder fails, or the data of a task is not available.
     """
     results: dict[str, Any] = {}
     for task in tasks:
         if (path := files[task]) is None:
             continue
         try:
-            with data_folder(path):
+            with in_data_folder(path):
                 results |= evaluate(tasks=[task])["results"]
         except Exception as error:  # the harness raises many types for a task that it cannot read
             reason = root_cause(error)
@@ -152,11 +152,11 @@ def run_tasks(evaluate: Callable[..., Any], tasks: Sequence[str], files: Mapping
     return results
 
 
-def yaml_of(manager: Any, task: str) -> Path | None:
+def user_yaml(manager: Any, task: str) -> Path | None:
     """The YAML of a task of `--task-folder`; None for a task of the harness."""
     path = yaml_path(manager, task)
-    own = Path(importlib.import_module("lm_eval.tasks").__path__[0])
-    return None if path is None or path.resolve().is_relative_to(own.resolve()) else path
+    built_in = Path(importlib.import_module("lm_eval.tasks").__path__[0])
+    return None if path is None or path.resolve().is_relative_to(built_in.resolve()) else path
 
 
 def yaml_path(manager: Any, task: str) -> Path | None:
@@ -167,7 +167,7 @@ def yaml_path(manager: Any, task: str) -> Path | None:
 
 
 @contextmanager
-def data_folder(path: Path) -> Generator[None, None, None]:
+def in_data_folder(path: Path) -> Generator[None, None, None]:
     """Enter the folder of a task's YAML, where its relative data files are, unless they are in the working folder."""
     named = (task_fields(path).get("dataset_kwargs") or {}).get("data_files")
     relative = [name for name in strings_in(named) if "://" not in name and not Path(name).is_absolute()]

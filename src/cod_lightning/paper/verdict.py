@@ -159,10 +159,10 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
                     best = None if lns is None else lowest_row(column, lns)
         if claims or headline:
             usual = headline.key[:2] if headline else ()
-            found = {target: changes_of(pairs, usual) for target, pairs in along.items()}
+            by_target = {target: changes_of(pairs, usual) for target, pairs in along.items()}
             # Families with the same runs are named once.
-            same_runs = {str([each.key for each in changes]): target for target, changes in found.items() if changes}
-            changes = {target: found[target] for target in same_runs.values()}
+            same_runs = {str([each.key for each in several]): t for t, several in by_target.items() if several}
+            changes = {target: by_target[target] for target in same_runs.values()}
             claims += [change_result(target, each) for target, several in changes.items() for each in several]
             summaries.append(ScaleSummary(scale, setting, headline, caveat, best, claims, changes))
     return summaries
@@ -187,15 +187,15 @@ def changes_of(pairs: Sequence[tuple[Column, Comparison]], usual: tuple[str, ...
     """
     start = next((pair for pair in pairs if pair[1].key[:2] == usual), pairs[0])
     column, lns = start
-    found = []
+    changes = []
     for other, c in (pair for pair in pairs if pair is not start):
         if seeds := lns.metric.common_seeds(lns.row, column.baseline, c.row, other.baseline):
             there = lns.metric.differences(lns.row, column.baseline, seeds)
             here = lns.metric.differences(c.row, other.baseline, seeds)
             change = Difference.of([after - before for before, after in zip(there, here, strict=True)])
             key = ("change", *lns.key, *c.key)
-            found.append(Change(column.heading, other.heading, Difference.of(here), change, key))
-    return found
+            changes.append(Change(column.heading, other.heading, Difference.of(here), change, key))
+    return changes
 
 
 def change_result(target: str, change: Change) -> ClaimResult:
