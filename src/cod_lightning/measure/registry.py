@@ -85,7 +85,7 @@ class Measure:
         require_options(self.measure, self.own(options), model.depth)
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that this measure has."""
+        """The entries of `options` that this measure has."""
         return {name: value for name, value in options.items() if name in self.options}
 
     def recorded(self, result: Any) -> dict[str, list[Any]]:
