@@ -79,7 +79,10 @@ def sweep_table(runs: Sequence[tuple[str, Record | None]]) -> Table:
     notes = []
     if len(groups) < len(runs):
         sections.insert(0, lines(groups.items()))
-        notes = ["mean ± standard deviation over seeds", "above best: paired by seed, ± half of the 95 % interval"]
+        notes = [
+            "mean ± standard deviation over seeds",
+            "above best: paired by seed, ± half of the 95 % interval from three seeds on",
+        ]
     compared = sections[0]
     names = [name for name in METRIC_FORMATS if any(name in line.metrics for line in compared)]
     every = [value for section in sections for line in section for value in line.variance]
