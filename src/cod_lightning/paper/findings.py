@@ -248,12 +248,12 @@ class Finding:
 
 
 def log_ratio(statement: str, smaller: str, larger: str, quantity: Quantity) -> Finding:
-    """One row has less of a positive quantity than another: the logarithm of their ratio."""
+    """`smaller` has less of a positive quantity than `larger`: log(larger / smaller)."""
     return Finding(statement, (smaller, larger), lambda less, more: math.log(more / less), quantity)
 
 
 def excess(statement: str, smaller: str, larger: str, quantity: Quantity) -> Finding:
-    """One row has less of a quantity than another: their difference."""
+    """`larger` has more of a quantity than `smaller`: larger - smaller."""
     return Finding(statement, (larger, smaller), lambda more, less: more - less, quantity)
 
 
