@@ -252,7 +252,7 @@ def log_ratio(statement: str, smaller: str, larger: str, quantity: Quantity) -> 
     return Finding(statement, (smaller, larger), lambda less, more: math.log(more / less), quantity)
 
 
-def excess(statement: str, smaller: str, larger: str, quantity: Quantity) -> Finding:
+def difference(statement: str, smaller: str, larger: str, quantity: Quantity) -> Finding:
     """`larger` has more of a quantity than `smaller`: larger - smaller."""
     return Finding(statement, (larger, smaller), lambda more, less: more - less, quantity)
 
@@ -279,9 +279,9 @@ LESS_VARIANCE = log_ratio("LNS: less final variance than Pre-LN", "lns", "pre_ln
 LESS_GROWTH = log_ratio("LNS: less growth of the variance with depth than Pre-LN", "lns", "pre_ln", DEPTH_RATIO)
 LAYERS_OF_LNS = (
     log_ratio("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
-    excess("LNS: removing deep blocks costs more than under Pre-LN", "pre_ln", "lns", DEEP_COST),
-    excess("LNS: deep blocks rotate the stream more than under Pre-LN", "pre_ln", "lns", DEEP_ANGLE),
-    excess("LNS: Jacobians approach I less with depth than under Pre-LN", "lns", "pre_ln", NEARER_TO_IDENTITY),
+    difference("LNS: removing deep blocks costs more than under Pre-LN", "pre_ln", "lns", DEEP_COST),
+    difference("LNS: deep blocks rotate the stream more than under Pre-LN", "pre_ln", "lns", DEEP_ANGLE),
+    difference("LNS: Jacobians approach I less with depth than under Pre-LN", "lns", "pre_ln", NEARER_TO_IDENTITY),
 )
 FINDINGS: dict[str, tuple[Finding, ...]] = {
     "Figure 2": (
