@@ -79,8 +79,8 @@ def grow(
         for layer, block in zip(inserted, predicted, strict=True):
             originals[layer - 1] = block
     grown = rebuild(decoder, norm, originals, compensate=gains == "kept")
-    for site in find_sites(grown, LLAMA):
-        if how != "identity" or site.layer not in inserted:
+    for site in find_sites(grown, LLAMA) if how == "identity" else ():
+        if site.layer not in inserted:
             continue
         spec = site.block.spec
         part = getattr(spec, site.part)
