@@ -9,7 +9,7 @@ from cod_lightning.kernels.norm import add_norm, checked_backend, kernel_error
 from cod_lightning.kernels.reference import reference_add_norm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-KERNELS = CUDA if torch.cuda.is_available() else CPU
+KERNEL_DEVICE = CUDA if torch.cuda.is_available() else CPU
 """Where the Triton kernels run."""
 CASES = [
     (kind, affine, gain, groups)
@@ -91,7 +91,8 @@ def test_the_reference_is_differentiable_to_second_order(settings):
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layer", [7, 23])
 def test_bfloat16_does_not_round_the_gain(layer, weight_dtype, backend):
-    x, ones = torch.randn(250, 64).to(KERNELS, torch.bfloat16), torch.ones(64, dtype=weight_dtype, device=KERNELS)
+    x = torch.randn(250, 64).to(KERNEL_DEVICE, torch.bfloat16)
+    ones = torch.ones(64, dtype=weight_dtype, device=KERNEL_DEVICE)
     scaled, plain = (add_norm(x, ones, gain=gain, backend=backend)[1].double() for gain in (layer**-0.5, 1.0))
     # Errors of single elements (4e-3) average out; a wrong gain, 2.5e-3 in block 7, would not.
     assert float((scaled * plain).sum() / plain.square().sum()) == pytest.approx(layer**-0.5, rel=2e-4)
@@ -131,14 +132,14 @@ class OnePercentOff:
 def replace_kernel(monkeypatch):
     """`replace_kernel(name, change)` replaces a Triton kernel by `change(kernel)` for a GPU that is the interpreter."""
     compare = kernel_error.__wrapped__
-    monkeypatch.setattr(norm, "kernel_error", lambda device, *case: compare(KERNELS, *case))
+    monkeypatch.setattr(norm, "kernel_error", lambda device, *case: compare(KERNEL_DEVICE, *case))
     return lambda name, change: monkeypatch.setattr(triton_norm, name, change(getattr(triton_norm, name)))
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize(("stream", "branch"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
 def test_right_kernels_pass_the_comparison(kind, stream, branch):
-    assert kernel_error(KERNELS, kind, 768, 1, stream, branch) is None
+    assert kernel_error(KERNEL_DEVICE, kind, 768, 1, stream, branch) is None
 
 
 @pytest.mark.parametrize(
@@ -147,14 +148,14 @@ def test_right_kernels_pass_the_comparison(kind, stream, branch):
 def test_a_wrong_kernel_is_replaced_by_torch_with_a_warning(kernel, tensor, replace_kernel):
     replace_kernel(kernel, OnePercentOff)
     with pytest.warns(
-        UserWarning, match=rf"uses torch: .* wrong on {KERNELS}: {tensor} of norm is off by .*please report"
+        UserWarning, match=rf"uses torch: .* wrong on {KERNEL_DEVICE}: {tensor} of norm is off by .*please report"
     ):
         assert checked_backend("auto", CUDA, *CASE) == "torch"
 
 
 def test_a_kernel_that_fails_is_replaced_by_torch_with_a_warning(replace_kernel):
     replace_kernel("forward_kernel", lambda kernel: {})
-    with pytest.warns(UserWarning, match=rf"the Triton kernels fail on {KERNELS}: "):
+    with pytest.warns(UserWarning, match=rf"the Triton kernels fail on {KERNEL_DEVICE}: "):
         assert checked_backend("auto", CUDA, *CASE) == "torch"
 
 
