@@ -35,7 +35,7 @@ from cod_lightning.commands import (
     reproduce,
     verify,
 )
-from cod_lightning.commands.options import check_no_repeats
+from cod_lightning.commands.overrides import check_no_repeats
 from cod_lightning.errors import (
     CLOSED_PIPE,
     CTRL_C,

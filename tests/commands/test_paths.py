@@ -9,7 +9,7 @@ import pytest
 
 from cod_lightning.cli import main
 from cod_lightning.commands.measure import is_model, name_of
-from cod_lightning.commands.options import require_path
+from cod_lightning.commands.models import require_path
 from cod_lightning.commands.terminal import show
 from cod_lightning.config.compose import compose, parse, sweep
 from cod_lightning.data.config import DataConfig

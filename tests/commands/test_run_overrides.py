@@ -2,7 +2,7 @@
 
 import pytest
 
-from cod_lightning.commands.options import READS, check_no_ignored_overrides
+from cod_lightning.commands.overrides import READS, check_no_ignored_overrides
 from cod_lightning.config.groups import default_values, groups
 from cod_lightning.config.schema import Config
 from cod_lightning.errors import UserError

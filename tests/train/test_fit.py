@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 
 from cod_lightning.commands.fit import lock_folder, train_run
 from cod_lightning.commands.measure_runner import open_run
-from cod_lightning.commands.options import load_run_config
+from cod_lightning.commands.models import load_run_config
 from cod_lightning.commands.terminal import variance_chart
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load_config

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning.commands.import_ import read_pretrained
-from cod_lightning.commands.options import add_model, compose_norm, is_run, nonempty_path, read_run, require_paths
+from cod_lightning.commands.models import is_run, read_run, require_paths
+from cod_lightning.commands.options import add_model, nonempty_path
+from cod_lightning.commands.overrides import compose_norm
 from cod_lightning.files import check_new_folder
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from cod_lightning.commands.options import add_overrides, pop_options
+from cod_lightning.commands.overrides import add_overrides, pop_options
 from cod_lightning.commands.processes import sweep_labels
 
 HELP = "Predict what a run needs: parameters, memory, data, hours."

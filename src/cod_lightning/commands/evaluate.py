@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import (
-    add_overrides,
-    add_run,
-    add_trust_code,
-    load_run_config,
-    nonempty_path,
-    pop_options,
-    require_at_least,
-)
+from cod_lightning.commands.models import load_run_config
+from cod_lightning.commands.options import add_run, add_trust_code, nonempty_path, require_at_least
+from cod_lightning.commands.overrides import add_overrides, pop_options
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
 from cod_lightning.settings import require_choice

@@ -7,7 +7,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cod_lightning.commands.options import add_run, add_trust_code, nonempty_path, read_run, require_at_least
+from cod_lightning.commands.models import read_run
+from cod_lightning.commands.options import add_run, add_trust_code, nonempty_path, require_at_least
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder
 

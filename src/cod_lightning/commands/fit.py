@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import OVERRIDES, add_jobs, add_overrides, require_at_least
+from cod_lightning.commands.options import add_jobs, require_at_least
+from cod_lightning.commands.overrides import OVERRIDES, add_overrides
 from cod_lightning.commands.processes import CommandPool, sweep_labels
 from cod_lightning.errors import Diverged, UserError, os_message
 from cod_lightning.files import check_writable, locked

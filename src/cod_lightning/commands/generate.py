@@ -8,7 +8,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.commands.options import add_run, add_trust_code, read_run, require_text
+from cod_lightning.commands.models import read_run
+from cod_lightning.commands.options import add_run, add_trust_code, require_text
 from cod_lightning.errors import UserError
 
 HELP = "Continue a text with a trained run."

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import is_run, nonempty_path, require_model
+from cod_lightning.commands.models import is_run, require_model
+from cod_lightning.commands.options import nonempty_path
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.commands.options import add_overrides, nonempty_path, require_at_least
+from cod_lightning.commands.options import nonempty_path, require_at_least
+from cod_lightning.commands.overrides import add_overrides
 from cod_lightning.errors import TRY_AGAIN, UserError
 from cod_lightning.files import check_new_file, write_atomic
 

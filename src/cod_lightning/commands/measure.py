@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import (
-    TEXT_CHOICES,
-    add_checkpoint,
-    add_trust_code,
-    check_no_ignored_overrides,
-    is_model,
-    is_run,
-    load_run_config,
-    nonempty_path,
-    require_at_least,
-    require_model,
-    require_paths,
-)
+from cod_lightning.commands.models import is_run, load_run_config, require_model, require_paths
+from cod_lightning.commands.options import add_checkpoint, add_trust_code, nonempty_path, require_at_least
+from cod_lightning.commands.overrides import TEXT_CHOICES, check_no_ignored_overrides, is_model
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, check_writable
 from cod_lightning.measure.options import parse_options

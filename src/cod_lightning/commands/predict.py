@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cod_lightning.commands.options import add_overrides, check_no_ignored_overrides, nonempty_path
+from cod_lightning.commands.options import nonempty_path
+from cod_lightning.commands.overrides import add_overrides, check_no_ignored_overrides
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
 

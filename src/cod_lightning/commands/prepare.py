@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cod_lightning.commands.options import OVERRIDES, add_overrides, pop_options
+from cod_lightning.commands.overrides import OVERRIDES, add_overrides, pop_options
 from cod_lightning.errors import Stopped, UserError, shorten
 
 HELP = "Tokenize the data of a run into litdata chunks."

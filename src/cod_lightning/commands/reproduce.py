@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import (
-    TEXT_CHOICES,
-    add_jobs,
-    add_results,
-    ignored_overrides,
-    pop_options,
-    require_at_least,
-)
+from cod_lightning.commands.options import add_jobs, add_results, require_at_least
+from cod_lightning.commands.overrides import TEXT_CHOICES, ignored_overrides, pop_options
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import UserError, shorten
 from cod_lightning.files import check_writable

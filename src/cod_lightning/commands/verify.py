@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.commands.options import add_model, compose_norm, is_run, read_run, require_model, require_paths
+from cod_lightning.commands.models import is_run, read_run, require_model, require_paths
+from cod_lightning.commands.options import add_model
+from cod_lightning.commands.overrides import compose_norm
 
 HELP = (
     "Run a model and check that every block applies a norm strategy: as loaded, in bfloat16, built on the meta device, "

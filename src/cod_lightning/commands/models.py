@@ -1,0 +1,109 @@
+"""The run or model that a command reads: checks its path, then loads its configuration or its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cod_lightning._torchmetrics import import_torchmetrics
+from cod_lightning.commands.overrides import check_no_ignored_overrides
+from cod_lightning.errors import UserError
+from cod_lightning.nn.packaged_models import is_packaged
+
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
+    from cod_lightning.data.tokenizers import DocumentTokenizer
+    from cod_lightning.nn.decoder import Decoder
+
+
+def is_run(model: str | Path) -> bool:
+    """Whether a model is a run folder."""
+    from cod_lightning.config.saved import CONFIG
+
+    return (Path(model) / CONFIG).is_file()
+
+
+def require_path(model: str) -> None:
+    """Check that a model is a folder with one, unless it looks like NAME or OWNER/NAME on the Hugging Face hub.
+
+    Raises:
+        UserError: it is empty, a file, a path to nothing, or a folder without a model.
+    """
+    if not model.strip():
+        raise UserError(f"{model!r} names no model: name the folder of a run or of a model, or a .gguf file")
+    path = Path(model)
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{model} is a file: name the folder of a run or of a model, or a .gguf file")
+    in_folder = len(path.parts) == 2 and path.parent.is_dir()  # runs/nope, but not OWNER/NAME
+    if not path.exists() and (in_folder or len(path.parts) > 2 or model.startswith(("/", ".", "~"))):
+        raise UserError(f"{model} does not exist: name the folder of a run or of a model")
+    if path.is_dir() and not is_run(path) and not (path / "config.json").exists() and not any(path.glob("*.gguf")):
+        from cod_lightning.config.saved import runs_inside
+
+        raise UserError(
+            f"{model}: neither a run nor a model: it has no config.yaml, config.json or .gguf file{runs_inside(path)}"
+        )
+
+
+def require_paths(models: Sequence[str], checkpoint: str, trust_code: bool) -> None:
+    """Check the paths of models, and that `--checkpoint` and `--trust-code` have a run to act on.
+
+    Raises:
+        UserError: as `require_path`, or one of the options is given, and no model is a run.
+    """
+    for model in models:
+        require_path(model)
+    if (checkpoint != "last" or trust_code) and not any(map(is_run, models)):
+        raise UserError("--checkpoint and --trust-code apply to runs, not to pretrained models: leave them out")
+
+
+def require_model(model: str, alternative: str) -> None:
+    """Check that a model is a local folder or .gguf file, in a package, cached, or can be downloaded from the hub.
+
+    Raises:
+        UserError: the model is not available; the error ends with `alternative`, which says what to pass instead.
+    """
+    require_path(model)
+    if not Path(model).exists() and not is_packaged(model):
+        from cod_lightning.data.hub import require_cached_or_hub
+
+        require_cached_or_hub(model, alternative)
+
+
+def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, command: str) -> Config:
+    """Load the configuration of a run folder.
+
+    Args:
+        run: the folder.
+        overrides: of the command line.
+        trust_code: see `load_config`.
+        command: a key of `READS`.
+
+    Raises:
+        UserError: `load_config` fails, an override has no effect on the command, or the overrides select text for a run
+            of images.
+    """
+    from cod_lightning.config.compose import selects_other_text
+    from cod_lightning.config.groups import groups
+    from cod_lightning.config.saved import load_config
+
+    check_no_ignored_overrides(overrides, command, groups())  # `load_config` checks the choices
+    config = load_config(run, overrides, trust_code)
+    if config.task != "language" and selects_other_text(overrides):
+        raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
+    return config
+
+
+def read_run(folder: Path, checkpoint: str, trust_code: bool) -> tuple[Config, Decoder, DocumentTokenizer]:
+    """The configuration, the decoder and the tokenizer of a run folder.
+
+    Raises:
+        UserError: as `load_run`.
+    """
+    import_torchmetrics()
+    from cod_lightning.config.saved import load_config
+    from cod_lightning.train.load import checkpoint_of, load_decoder
+
+    config = load_config(folder, trust_code=trust_code)
+    return config, *load_decoder(config, folder, checkpoint_of(folder, checkpoint))
