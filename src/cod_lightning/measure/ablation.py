@@ -349,22 +349,21 @@ def causal_score(
     changes = torch.zeros(depth, depth, dtype=torch.float64, device=model.device)
     norms = torch.zeros(depth, dtype=torch.float64, device=model.device)
     for tokens, mask in iter_batches(model, batches, pad_id, progress):
-        with torch.compiler.set_stance("force_eager"):
-            inputs, blocks = model.block_functions(tokens, mask)
-            states = [*inputs, blocks[-1](inputs[-1])]
+        inputs, blocks = model.block_functions(tokens, mask)
+        states = [*inputs, blocks[-1](inputs[-1])]
 
-            def update(before: Tensor, after: Tensor, mask: Tensor = mask) -> Tensor:
-                return at_least_fp32(after[mask]) - at_least_fp32(before[mask])
+        def update(before: Tensor, after: Tensor, mask: Tensor = mask) -> Tensor:
+            return at_least_fp32(after[mask]) - at_least_fp32(before[mask])
 
-            for later in range(depth):
-                norms[later] += update(states[later], states[later + 1]).norm(dim=-1).double().sum()
-            for skipped in range(depth - 1):
-                x = states[skipped]
-                for later in range(skipped + 1, depth):
-                    y = blocks[later](x)
-                    change = update(x, y) - update(states[later], states[later + 1])
-                    changes[skipped, later] += change.norm(dim=-1).double().sum()
-                    x = y
+        for later in range(depth):
+            norms[later] += update(states[later], states[later + 1]).norm(dim=-1).double().sum()
+        for skipped in range(depth - 1):
+            x = states[skipped]
+            for later in range(skipped + 1, depth):
+                y = blocks[later](x)
+                change = update(x, y) - update(states[later], states[later + 1])
+                changes[skipped, later] += change.norm(dim=-1).double().sum()
+                x = y
         count += int(mask.sum())
     ratios, has_update = (changes / norms).tolist(), (norms > 0).tolist()
     effects = [

@@ -315,8 +315,8 @@ class ModelAdapter:
         """The input of every block [batch, length, hidden] on a batch, and every block as a function of its input.
 
         The functions keep the other arguments of the blocks (rotary embeddings, masks), so they take hidden states
-        with the same batch size and length, in any order. Peri-LN's norm of the embeddings belongs to the first input
-        and not to the first block.
+        with the same batch size and length, in any order. They run compiled blocks uncompiled. Peri-LN's norm of the
+        embeddings belongs to the first input and not to the first block.
 
         Args:
             batch: tokens [batch, length] or images.
@@ -332,8 +332,13 @@ class ModelAdapter:
             if isinstance(module, Block):
                 x = x if inputs else module.entry_norm(x)
                 module = plain_block(module, entry_norm=bool(inputs))
+
+            def function(x: Tensor) -> Tensor:
+                with torch.compiler.set_stance("force_eager"):
+                    return hidden_output(module(x, *args[1:], **others))
+
             inputs.append(x)
-            functions.append(lambda x: hidden_output(module(x, *args[1:], **others)))
+            functions.append(function)
 
         with ExitStack() as handles:
             for block in self.blocks:

@@ -163,7 +163,7 @@ def train_replacement(
     examples = []
     for batch, mask in iter_batches(model, batches, pad_id):
         inputs, blocks = model.block_functions(batch, mask)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             target = blocks[last - 1](inputs[last - 1])[mask]
         examples.append((smaller.block_functions(batch, mask)[1][first - 1], inputs[first - 1], mask, target))
     optimizer = torch.optim.AdamW(block.parameters(), lr, weight_decay=0)

@@ -72,9 +72,8 @@ def sequence_losses(
         for layers in distinct:
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, layers, strict=False)))
             del states[shared + 1 :]
-            with torch.compiler.set_stance("force_eager"):
-                for layer in layers[shared:]:
-                    states.append(blocks[layer - 1](states[-1]))
+            for layer in layers[shared:]:
+                states.append(blocks[layer - 1](states[-1]))
             sums[layers].append(summed_losses(model, states[-1], targets).cpu())
             previous = layers
             advance()

@@ -120,15 +120,14 @@ def sublayer_removal(
     advance = step_counter(progress, len(batches_with_targets) * 2 * model.depth)
     for batch, targets in batches_with_targets:
         inputs, blocks = model.block_functions(batch)
-        with torch.compiler.set_stance("force_eager"):
-            whole += float(summed_losses(model, blocks[-1](inputs[-1]), targets).sum())
-            for site in find_sites(model.model, model.layout):
-                with last_of_branch(site).register_forward_hook(zero_output):
-                    x = blocks[site.layer - 1](inputs[site.layer - 1])
-                for block in blocks[site.layer :]:
-                    x = block(x)
-                losses[site.part][site.layer - 1] += float(summed_losses(model, x, targets).sum())
-                advance()
+        whole += float(summed_losses(model, blocks[-1](inputs[-1]), targets).sum())
+        for site in find_sites(model.model, model.layout):
+            with last_of_branch(site).register_forward_hook(zero_output):
+                x = blocks[site.layer - 1](inputs[site.layer - 1])
+            for block in blocks[site.layer :]:
+                x = block(x)
+            losses[site.part][site.layer - 1] += float(summed_losses(model, x, targets).sum())
+            advance()
         count += int((targets != IGNORE).sum())
     means = {part: [total / count for total in totals] for part, totals in losses.items()}
     return SublayerRemoval(model.name, count, whole / count, **means)

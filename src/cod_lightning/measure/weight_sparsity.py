@@ -316,17 +316,16 @@ def sparsify_sequentially(
         streams.append((inputs[0], functions, mask.flatten()))
     advance = step_counter(progress, copy.depth)
     masks: list[Tensor] = []
-    with torch.compiler.set_stance("force_eager"):
-        for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
-            with input_squares([block], masks) as squares:
-                for x, functions, mask in streams:
-                    masks[:] = [mask]
-                    functions[index](x)
-            for name, weight in linear_weights(block).items():
-                scores = wanda_scores(weight, squares[0][name].sqrt())
-                weight.masked_fill_(smallest(scores, int(share * weight.shape[1])), 0)
-            streams = [(functions[index](x), functions, mask) for x, functions, mask in streams]
-            advance()
+    for index, (block, share) in enumerate(zip(copy.blocks, sparsities, strict=True)):
+        with input_squares([block], masks) as squares:
+            for x, functions, mask in streams:
+                masks[:] = [mask]
+                functions[index](x)
+        for name, weight in linear_weights(block).items():
+            scores = wanda_scores(weight, squares[0][name].sqrt())
+            weight.masked_fill_(smallest(scores, int(share * weight.shape[1])), 0)
+        streams = [(functions[index](x), functions, mask) for x, functions, mask in streams]
+        advance()
     return copy
 
 
