@@ -141,6 +141,12 @@ def test_help_does_not_import_torch_or_hydra():
         assert f"usage: cod_lightning {command} " in process.stdout
 
 
+def test_experiments_does_not_import_torch():
+    code = "import sys; from cod_lightning.cli import main; main(['experiments']); assert 'torch' not in sys.modules"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
 def test_fit_prints_metrics_a_variance_chart_and_the_run_folder(finished):
     folder, process = finished
     record = json.loads((folder / "record.json").read_text())

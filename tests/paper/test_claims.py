@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from paper_builders import LOSSES, comparison, diverged, row, rows_at, run, runs_of, table, with_published
 
-from cod_lightning.commands.terminal import reproduction_tables, show
+from cod_lightning.commands.reproduce import reproduction_tables
+from cod_lightning.commands.terminal import show
 from cod_lightning.paper.claims import Column, Metric, by_target, group_columns, stuck
 from cod_lightning.paper.findings import (
     FINDINGS,

@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_jobs, add_results, require_at_least
@@ -17,6 +17,8 @@ from cod_lightning.files import check_writable
 from cod_lightning.settings import require_choice
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from cod_lightning.paper.claims import Experiment
     from cod_lightning.paper.experiments import Task
 
@@ -41,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
-    from cod_lightning.commands.terminal import reproduction_tables, show
+    from cod_lightning.commands.terminal import show
     from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks, with_results
     from cod_lightning.paper.results import RESULTS, load_runs
 
@@ -129,3 +131,29 @@ def run_task(task: Task, pool: CommandPool, results: Path) -> int:
         if status == 0:
             save_result(task.folder, results, task.measures)
     return status
+
+
+def reproduction_tables(experiments: Sequence[Experiment], overrides: Sequence[str] = ()) -> Group:
+    """Our results beside the paper's, tables for each scale and column of an experiment, with a summary.
+
+    Args:
+        experiments: with their runs.
+        overrides: what the runs change of the experiments; the titles name it.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    from cod_lightning.commands.terminal import rich_table
+    from cod_lightning.paper.claims import by_target, group_columns
+    from cod_lightning.paper.tables import comparison_table, figure_tables, summary_lines
+
+    changes = f" with {' '.join(overrides)}" if overrides else ""
+    parts: list[Any] = []
+    for target, scales in by_target(experiments).items():
+        for scale, group in scales.items():
+            for column in group_columns(group):
+                title = f"{target}, scale={scale}: {column.heading}{changes}"
+                tables = (comparison_table(column, complete=True), *figure_tables(column))
+                parts += [rich_table(title, table) for table in tables if table.rows]
+                parts.append(Text("\n".join(summary_lines(column)) + "\n"))
+    return Group(*parts)

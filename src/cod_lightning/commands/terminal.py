@@ -17,8 +17,6 @@ from rich.text import Text
 from cod_lightning import page
 from cod_lightning.config.schema import METRIC_FORMATS, printed_metrics
 from cod_lightning.measure.result import format_cell
-from cod_lightning.paper.claims import Experiment, by_target, group_columns
-from cod_lightning.paper.tables import comparison_table, figure_tables, summary_lines
 
 if TYPE_CHECKING:
     from cod_lightning.train.estimate import Estimate
@@ -176,25 +174,6 @@ def result_table(title: str, rows: Sequence[Mapping[str, Any]], max_rows: int) -
     if truncated := [f"{part} of {whole:,} {name}" for part, whole, name in counts if part < whole]:
         table.caption = f"{', '.join(truncated)}; the file has all"
     return table
-
-
-def reproduction_tables(experiments: Sequence[Experiment], overrides: Sequence[str] = ()) -> Group:
-    """Our results beside the paper's, tables for each scale and column of an experiment, with a summary.
-
-    Args:
-        experiments: with their runs.
-        overrides: what the runs change of the experiments; the titles name it.
-    """
-    changes = f" with {' '.join(overrides)}" if overrides else ""
-    parts: list[Any] = []
-    for target, scales in by_target(experiments).items():
-        for scale, group in scales.items():
-            for column in group_columns(group):
-                title = f"{target}, scale={scale}: {column.heading}{changes}"
-                tables = (comparison_table(column, complete=True), *figure_tables(column))
-                parts += [rich_table(title, table) for table in tables if table.rows]
-                parts.append(Text("\n".join(summary_lines(column)) + "\n"))
-    return Group(*parts)
 
 
 def rich_table(title: str, table: page.Table, **options: Any) -> Table:
