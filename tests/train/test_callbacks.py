@@ -243,7 +243,7 @@ def statistics_of_two_ranks(build_module, probe):
             return result
 
         module = modules[rank]
-        module._trainer, module.total_over_ranks = SimpleNamespace(global_rank=rank, world_size=2), total
+        module._trainer, module.sum_over_ranks = SimpleNamespace(global_rank=rank, world_size=2), total
         return vars(module.statistics(module.network, probe))
 
     with ThreadPoolExecutor(2) as pool:

@@ -159,7 +159,8 @@ class StepModule(LightningModule, ABC):
         size = self.micro_batch_size
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         stop = torch.tensor(int(self.stop_signal is not None), device=inputs.device)
-        count, tokens, stops = self.sum_over_ranks((targets != IGNORE).sum(), self.count_tokens(inputs), stop).tolist()
+        counts = torch.stack([(targets != IGNORE).sum(), self.count_tokens(inputs), stop])
+        count, tokens, stops = self.sum_over_ranks(counts).tolist()
         self.stop_requested = stops > 0
         loss_sum = torch.zeros((), device=inputs.device, dtype=torch.float64)
         strategy = self.trainer.strategy
@@ -176,7 +177,7 @@ class StepModule(LightningModule, ABC):
                 loss_sum += loss.detach()
                 # The strategy averages gradients over the ranks, but the loss is already divided by the global count.
                 self.manual_backward(loss * self.trainer.world_size)
-        (loss_sum,) = self.sum_over_ranks(loss_sum)
+        loss_sum = self.sum_over_ranks(loss_sum)
         norm = gradient_norm(optimizer.optimizer)
         # One wait for the device serves both.
         value, norm_value = torch.stack([loss_sum, norm.to(loss_sum)]).tolist()
@@ -210,13 +211,12 @@ class StepModule(LightningModule, ABC):
         names = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
         return names[-1] if names else "a parameter on another rank"
 
-    def sum_over_ranks(self, *values: Tensor) -> Tensor:
-        """The sums of tensors of equal shape over all ranks, stacked."""
-        stacked = torch.stack(values)
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
         if self.trainer.world_size == 1:
-            return stacked
-        # With CPU offload, values are on the CPU; reduce on the communication device.
-        return self.trainer.strategy.reduce(stacked.to(self.trainer.strategy.root_device), reduce_op="sum")
+            return values
+        # With CPU offload, values are on the CPU; reduce on the communication device, a copy, because it is in place.
+        return self.trainer.strategy.reduce(values.to(self.trainer.strategy.root_device, copy=True), reduce_op="sum")
 
     def rank_share(self, inputs: Tensor, filler: int) -> Tensor:
         """The part of this rank of `inputs` along dimension 0, or one entry of `filler` if there are too few."""
@@ -229,12 +229,9 @@ class StepModule(LightningModule, ABC):
             dtype = torch.float64 if name in COUNTS else torch.float32
             self.log(name, torch.tensor(float(value), dtype=dtype, device=self.device), logger=False)
 
-    def total_over_ranks(self, values: Tensor) -> Tensor:
-        return self.sum_over_ranks(values)[0]
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         finite = {name: torch.isfinite(to_local(p)).all() for name, p in self.network.named_parameters()}
-        counts = self.sum_over_ranks(*(flag.long() for flag in finite.values())).tolist()
+        counts = self.sum_over_ranks(torch.stack(list(finite.values())).long()).tolist()
         bad = [name for name, count in zip(finite, counts, strict=True) if count < self.trainer.world_size]
         if bad:
             raise Diverged(
@@ -319,7 +316,7 @@ class DecoderModule(StepModule):
 
     def statistics(self, network: Decoder, probe: Tensor) -> ProbeStatistics:
         tokens = self.rank_share(probe, self.pad_id or 0)
-        return probe_statistics(network, tokens, self.pad_id, sum_over_ranks=self.total_over_ranks)
+        return probe_statistics(network, tokens, self.pad_id, sum_over_ranks=self.sum_over_ranks)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         sequences, index = batch

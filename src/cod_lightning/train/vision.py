@@ -55,7 +55,7 @@ class VisionModule(StepModule):
 
     def statistics(self, network: VisionTransformer, probe: tuple[Tensor, Tensor]) -> ProbeStatistics:
         images, labels = self.rank_share(probe[0], 0), self.rank_share(probe[1], IGNORE)
-        return probe_statistics(network, Images(images, labels), sum_over_ranks=self.total_over_ranks)
+        return probe_statistics(network, Images(images, labels), sum_over_ranks=self.sum_over_ranks)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         images, labels, index = batch
