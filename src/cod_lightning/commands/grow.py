@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.commands.convert import read_trained
+from cod_lightning.commands.models import read_trained
 from cod_lightning.commands.options import add_model, nonempty_path
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
