@@ -7,8 +7,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,7 @@ from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.result import Progress
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.rng import isolate_rng
-from cod_lightning.train.loggers import log_figure
+from cod_lightning.train.loggers import layer_scalars, log_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,22 +46,6 @@ STOPPING = b"\nfinishing the step to save a checkpoint; Ctrl-C again stops at on
 
 LOSSES = {"train/loss": "Loss/train", "val/val_loss": "Loss/val"}
 """Tags of the losses in the loggers: TensorBoard sorts upper case first, so it opens on them."""
-
-
-def layer_scalars(series: Mapping[str, Sequence[Any]], prefix: str = "") -> dict[str, float]:
-    """The numbers of series by layer, named such as `variance/layer_01`; None is left out.
-
-    Args:
-        series: values by name; `layer`, where there is one, says which layers they are, otherwise 1, 2, ....
-        prefix: of every name.
-    """
-    return {
-        f"{prefix}{name}/layer_{layer:02d}": value
-        for name, values in series.items()
-        if name != "layer"
-        for layer, value in zip(series.get("layer") or count(1), values, strict=False)
-        if value is not None
-    }
 
 
 class Recorder(Callback):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,22 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     for section in ("norm", "model", "optim", "data", *(["images"] if config["task"] == "vision" else [])):
         fields |= {f"{section}.{key}": value for key, value in config[section].items()}
     return fields
+
+
+def layer_scalars(series: Mapping[str, Sequence[Any]], prefix: str = "") -> dict[str, float]:
+    """The numbers of series by layer, named such as `variance/layer_01`; None is left out.
+
+    Args:
+        series: values by name; `layer`, where there is one, says which layers they are, otherwise 1, 2, ....
+        prefix: of every name.
+    """
+    return {
+        f"{prefix}{name}/layer_{layer:02d}": value
+        for name, values in series.items()
+        if name != "layer"
+        for layer, value in zip(series.get("layer") or count(1), values, strict=False)
+        if value is not None
+    }
 
 
 def custom_scalars(task: str, settings: TrainerConfig) -> dict[str, dict[str, list[Any]]]:

@@ -22,7 +22,8 @@ from cod_lightning.measure.open_model import check_layout, find_model, measuring
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.layouts import Layout, submodule
 from cod_lightning.nn.weights import is_sharded
-from cod_lightning.train.callbacks import TRAINING_MEASURES, layer_scalars
+from cod_lightning.train.callbacks import TRAINING_MEASURES
+from cod_lightning.train.loggers import layer_scalars
 
 Series = dict[str, list[Any]]
 """Values by layer; a series `layer` holds the numbers of the layers if they are not 1, 2, ...."""
