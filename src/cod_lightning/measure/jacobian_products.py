@@ -31,7 +31,7 @@ LinearMap = Callable[[Tensor], Tensor]
 
 @contextmanager
 def differentiable(model: nn.Module) -> Generator[None]:
-    """Use kernels that `torch.func` can differentiate twice: attention as plain products, nothing compiled.
+    """Use kernels that `torch.func` can differentiate twice: attention as plain products.
 
     Gradients are off outside the transforms of `torch.func`, so none are recorded for the parameters.
 
@@ -40,7 +40,7 @@ def differentiable(model: nn.Module) -> Generator[None]:
     """
     if is_sharded(model):
         raise UserError("Jacobians (jacobian, gain, jacobian_map, theory) do not support sharded parameters (FSDP)")
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
