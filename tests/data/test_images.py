@@ -105,7 +105,7 @@ def test_pixels_are_normalised(tmp_path):
     data = opened(tmp_path, size=14, patch_size=7)
     centre = torch.from_numpy(((noise / 255 - MEAN) / STD)[1:15, 1:15]).permute(2, 0, 1).float()
     torch.testing.assert_close(data.val_set[0][0], centre)  # 14 is 0.875 of 16: nothing is resized
-    torch.testing.assert_close(data.probe_batch(1)[0][0], centre)
+    torch.testing.assert_close(data.probe_batch(1).pixels[0], centre)
     whole = opened(tmp_path, size=16, min_crop=1).train_set
     image = torch.from_numpy((noise / 255 - MEAN) / STD).permute(2, 0, 1).float()
     flipped = [not torch.allclose(whole[0, sample][0], image, atol=1e-5) for sample in range(20)]
@@ -151,9 +151,9 @@ def test_the_crop_of_validation_is_at_the_centre():
 
 def test_a_probe_is_spread_over_the_classes(root):
     data = opened(root)
-    images, labels = data.probe_batch(3)
-    assert labels.tolist() == [0, 1, 2]
-    assert torch.equal(images, torch.stack([data.val_set[index][0] for index in (0, 2, 5)]))
+    probe = data.probe_batch(3)
+    assert probe.labels.tolist() == [0, 1, 2]
+    assert torch.equal(probe.pixels, torch.stack([data.val_set[index][0] for index in (0, 2, 5)]))
 
 
 def test_a_drawn_image_depends_only_on_its_number():

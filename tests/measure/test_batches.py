@@ -5,7 +5,7 @@ import torch
 from builders import PAD, VOCABULARY, tokens
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Images, ModelAdapter
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.batches import (
     RunningMean,
     checked_batches,
@@ -15,6 +15,7 @@ from cod_lightning.measure.batches import (
     iter_targets,
     step_counter,
 )
+from cod_lightning.nn.vit import Images
 
 TOKENS = tokens(3, 5)
 

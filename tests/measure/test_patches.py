@@ -12,7 +12,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.ablation import causal_score, removal, swaps
 from cod_lightning.measure.activation_stats import activation_stats, probe_statistics
-from cod_lightning.measure.adapter import Images, ModelAdapter
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.angular_distances import angular_distance
 from cod_lightning.measure.jacobians import jacobian
 from cod_lightning.measure.layer_importance import block_influence, layer_importance
@@ -23,7 +23,7 @@ from cod_lightning.measure.weight_sparsity import layer_sparsity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_model
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.nn.vit import Images, VisionTransformer
 
 DEPTH, CLASSES = 3, 5
 

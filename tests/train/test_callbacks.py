@@ -19,8 +19,9 @@ from cod_lightning.config.saved import load_config
 from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
 from cod_lightning.measure.activation_stats import probe_statistics
-from cod_lightning.measure.adapter import Images, ModelAdapter
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.nn.parallel import unwrapped_copy
+from cod_lightning.nn.vit import Images
 from cod_lightning.train.callbacks import TRAINING_MEASURES, Recorder, is_figure_step
 from cod_lightning.train.load import checkpoint_of, load_decoder
 from cod_lightning.train.module import DecoderModule
@@ -263,7 +264,7 @@ def test_two_ranks_have_the_layer_statistics_of_one_on_images(images):
     pixels = torch.randn(images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(images) + 1
     expected = vars(probe_statistics(image_module().vit, Images(pixels, labels)))
-    for statistics in statistics_of_two_ranks(image_module, (pixels, labels)):
+    for statistics in statistics_of_two_ranks(image_module, Images(pixels, labels)):
         for name, values in expected.items():
             assert statistics[name] == pytest.approx(values, rel=1e-4), name
 

@@ -12,7 +12,7 @@ from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load_config
 from cod_lightning.errors import UserError
 from cod_lightning.measure.activation_stats import probe_statistics
-from cod_lightning.measure.adapter import Images, ModelAdapter
+from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.train.callbacks import TRAINING_MEASURES
 from cod_lightning.train.loggers import custom_scalars
@@ -90,11 +90,13 @@ def test_accumulation_and_weighting_do_not_change_a_step(train_images):
 def test_layers_are_measured_over_patches_not_the_class_token(train_images):
     record, folder = train_images("norm=lns", "norm.position=after_branch")
     data, module = restored(folder)
-    images, labels = data.probe_batch(4)
+    probe = data.probe_batch(4)
     stream = []
-    loss = module.vit(images, labels, lambda what, layer, x: stream.append(x) if what == "residual" else None)
+    loss = module.vit(
+        probe.pixels, probe.labels, lambda what, layer, x: stream.append(x) if what == "residual" else None
+    )
     expected = [x[:, 1:].double().var(-1).mean().item() for x in stream]
-    statistics = probe_statistics(module.vit, Images(images, labels))
+    statistics = probe_statistics(module.vit, probe)
     assert statistics.residual == pytest.approx(expected, rel=1e-5)
     assert record["history"]["layers"]["variance"][-1] == pytest.approx(expected, rel=1e-5)
     (loss.total / 4).backward()
@@ -106,7 +108,7 @@ def test_measures_are_taken_of_images(train_images):
     words = ("trainer.measures.angular=2", "trainer.measures.jacobian=2", "trainer.stats_every=0", "eval.every=100")
     record, folder = train_images(*words, "trainer.max_steps=2", "trainer.probe_rows=5", "data.micro_batch_size=2")
     data, module = restored(folder)
-    probe = Images(*data.probe_batch(5))
+    probe = data.probe_batch(5)
     for name, column in (("angular", "distance"), ("jacobian", "frobenius")):
         result = TRAINING_MEASURES[name](ModelAdapter(module.vit), [probe], None, lambda done, total: None)
         series = record["history"][name]

@@ -19,11 +19,12 @@ from cod_lightning.commands.measure_runner import Subject, with_progress
 from cod_lightning.commands.terminal import format_duration
 from cod_lightning.errors import UserError
 from cod_lightning.files import write_atomic
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import first_sequences
 from cod_lightning.measure.depth_page import report_page
 from cod_lightning.measure.depth_report import headline
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.nn.vit import Images
 
 PACKAGES = ("kernels", "nn", "measure")
 """Packages whose code determines a result."""

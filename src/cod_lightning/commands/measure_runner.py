@@ -17,7 +17,7 @@ from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.pack import pack_sequences
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import token_mask
 from cod_lightning.measure.depth_report import COMPARED, REPORTED
 from cod_lightning.measure.options import options_of
@@ -102,8 +102,7 @@ def open_vision_run(config: Config, folder: Path, checkpoint: Path, rows: int) -
     vit = load_vit(config, checkpoint)
     data = ImageDataModule(config.images, config.data, config.seed)
     data.setup("fit")
-    pixels, labels = (part.split(config.data.micro_batch_size) for part in data.probe_batch(min(rows, data.val_count)))
-    batches = [Images(*batch) for batch in zip(pixels, labels, strict=True)]
+    batches = data.probe_batch(min(rows, data.val_count)).split(config.data.micro_batch_size)
     return Subject(ModelAdapter(vit.to(accelerator(config.trainer)).eval(), folder.name), batches, None, None)
 
 

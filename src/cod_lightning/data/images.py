@@ -19,6 +19,7 @@ from cod_lightning.data.datamodule import StepDataModule
 from cod_lightning.data.order import sample_indices, uniform
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
+from cod_lightning.nn.vit import Images
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MEAN, STD = (np.array(values, np.float32) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -256,8 +257,8 @@ class ImageDataModule(StepDataModule):
     def val_count(self) -> int:
         return len(self.val_set)
 
-    def probe_batch(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return `n` validation images, evenly spread, and their labels: [n, 3, size, size] and int64 [n].
+    def probe_batch(self, n: int) -> Images:
+        """Return `n` validation images, evenly spread, with their labels.
 
         Raises:
             UserError: there are fewer.
@@ -269,4 +270,4 @@ class ImageDataModule(StepDataModule):
             )
         indices = np.linspace(0, self.val_count - 1, n).round().astype(int)
         images, labels, _ = zip(*(self.val_set[index] for index in indices), strict=True)
-        return torch.stack(images), torch.tensor(labels)
+        return Images(torch.stack(images), torch.tensor(labels))

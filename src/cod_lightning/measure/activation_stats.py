@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, token_mask
 from cod_lightning.measure.massive_activations import MAGNITUDE, MassiveActivation, MassiveActivationFinder
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.registry import PLACES
 from cod_lightning.measure.result import Progress, Result, table_rows
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.nn.vit import Images, VisionTransformer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

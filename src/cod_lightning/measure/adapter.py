@@ -39,31 +39,7 @@ from cod_lightning.nn.layouts import (
 )
 from cod_lightning.nn.norms import IdentityNorm
 from cod_lightning.nn.parallel import checkpointed
-from cod_lightning.nn.vit import VisionTransformer
-
-
-@dataclass(frozen=True)
-class Images:
-    """A batch of images with labels, for a Vision Transformer.
-
-    Patches count as tokens, the class token does not. The target is the label, predicted from the class token, so
-    losses are in nats per image.
-    """
-
-    pixels: Tensor
-    """[batch, 3, size, size]."""
-    labels: Tensor
-    """[batch]; an image with label `IGNORE` does not count."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Any) -> Images:
-        return Images(self.pixels[index], self.labels[index])
-
-    def to(self, device: torch.device) -> Images:
-        return Images(self.pixels.to(device), self.labels.to(device))
-
+from cod_lightning.nn.vit import Images, VisionTransformer
 
 POSITIONS = re.compile(r"(wpe|pos)[^.]*$")
 """Paths of tables of positions, which hold no tokens."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE, chunk_size, next_tokens
-from cod_lightning.measure.adapter import Batch, Images, ModelAdapter
+from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.result import Progress
-from cod_lightning.nn.vit import VisionTransformer
+from cod_lightning.nn.vit import Images, VisionTransformer
 
 
 def checked_batches(model: ModelAdapter, batches: Any, pad_id: int | None = None, name: str = "batches") -> list[Batch]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from cod_lightning.measure.adapter import Batch, Images
+from cod_lightning.measure.adapter import Batch
+from cod_lightning.nn.vit import Images
 
 MAGNITUDE = 100
 RATIO = 1000

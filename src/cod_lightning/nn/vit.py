@@ -6,7 +6,8 @@ and a class token whose output the head classifies. As in the decoder, LayerNorm
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,33 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import ActivationHook, Attention, Block, run_blocks, set_step
 from cod_lightning.nn.norms import final_norm, with_norm_kind
 from cod_lightning.nn.strategies import BlockSpec
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch of images with labels, for a Vision Transformer.
+
+    Patches count as tokens, the class token does not. The target is the label, predicted from the class token, so
+    losses are in nats per image.
+    """
+
+    pixels: Tensor
+    """[batch, 3, size, size]."""
+    labels: Tensor
+    """[batch]; an image with label `IGNORE` does not count."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Images:
+        return Images(self.pixels[index], self.labels[index])
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+    def split(self, size: int) -> list[Images]:
+        """Parts of `size` images; the last may have fewer."""
+        return [self[first : first + size] for first in range(0, len(self), size)]
 
 
 class Mlp(nn.Module):

@@ -177,7 +177,7 @@ class ProbeCallback(Callback, ABC):
         every: steps between measurements.
     """
 
-    def __init__(self, recorder: Recorder, probe: Any, every: int):
+    def __init__(self, recorder: Recorder, probe: Batch, every: int):
         self.recorder, self.probe, self.every = recorder, probe, every
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,9 +214,7 @@ class LayerStatisticsCallback(ProbeCallback):
 
     def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
         with trainer.precision_plugin.forward_context():
-            statistics = pl_module.statistics(
-                network, pl_module.transfer_batch_to_device(self.probe, trainer.strategy.root_device, 0)
-            )
+            statistics = pl_module.statistics(network, self.probe.to(trainer.strategy.root_device))
         self.recorder.add(
             trainer,
             "layers",
@@ -249,8 +247,7 @@ class MeasureCallback(ProbeCallback):
             UserError: this measure does not apply to the model or the probe; after step 0 a warning instead.
         """
         model = ModelAdapter(network, f"step {trainer.global_step}")
-        size = pl_module.micro_batch_size
-        batches = [self.probe[first : first + size] for first in range(0, len(self.probe), size)]
+        batches = self.probe.split(pl_module.micro_batch_size)
         try:
             result = TRAINING_MEASURES[self.name](model, batches, pl_module.pad_id, None)
         except UserError as error:

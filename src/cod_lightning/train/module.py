@@ -26,12 +26,14 @@ from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.kernels.norm import checked_backend
 from cod_lightning.measure.activation_stats import ProbeStatistics, first_bad_layer, probe_statistics
+from cod_lightning.measure.adapter import Batch
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.norms import with_norm_kind
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.vit import Images
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
 from cod_lightning.train.devices import compile_backend, precision
 from cod_lightning.train.load import InitialWeights
@@ -82,13 +84,6 @@ class StepModule(LightningModule, ABC):
     @abstractmethod
     def count_tokens(self, inputs: Tensor) -> Tensor:
         """The number of tokens without padding, []."""
-
-    @abstractmethod
-    def statistics(self, network: Any, probe: Any) -> ProbeStatistics:
-        """Statistics of every layer on the data's `probe_batch`.
-
-        Each rank processes a share of the probe, which is the same on all; the statistics are summed over the ranks.
-        """
 
     def model_config(self) -> DecoderConfig:
         """`config.model`, with torch's norms if the Triton kernels are wrong on this device.
@@ -218,10 +213,19 @@ class StepModule(LightningModule, ABC):
         # With CPU offload, values are on the CPU; reduce on the communication device, a copy, because it is in place.
         return self.trainer.strategy.reduce(values.to(self.trainer.strategy.root_device, copy=True), reduce_op="sum")
 
-    def rank_share(self, inputs: Tensor, filler: int) -> Tensor:
-        """The part of this rank of `inputs` along dimension 0, or one entry of `filler` if there are too few."""
-        part = inputs[self.trainer.global_rank :: self.trainer.world_size]
-        return part if len(part) else torch.full_like(inputs[:1], filler)
+    def statistics(self, network: Any, probe: Batch) -> ProbeStatistics:
+        """Statistics of every layer on the data's `probe_batch`.
+
+        Each rank processes a share of the probe, which is the same on all; the statistics are summed over the ranks.
+        """
+        part = probe[self.trainer.global_rank :: self.trainer.world_size]
+        if not len(part):  # one that does not count: every rank takes part in the sums
+            first = probe[:1]
+            if isinstance(first, Images):
+                part = Images(first.pixels, torch.full_like(first.labels, IGNORE))
+            else:
+                part = torch.full_like(first, self.pad_id or 0)
+        return probe_statistics(network, part, self.pad_id, sum_over_ranks=self.sum_over_ranks)
 
     def log_val_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Log the metrics of a validation, counts in float64: float32 rounds those above 2**24."""
@@ -313,10 +317,6 @@ class DecoderModule(StepModule):
 
     def count_tokens(self, inputs: Tensor) -> Tensor:
         return (torch.ones_like(inputs) if self.pad_id is None else inputs != self.pad_id).sum()
-
-    def statistics(self, network: Decoder, probe: Tensor) -> ProbeStatistics:
-        tokens = self.rank_share(probe, self.pad_id or 0)
-        return probe_statistics(network, tokens, self.pad_id, sum_over_ranks=self.sum_over_ranks)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         sequences, index = batch

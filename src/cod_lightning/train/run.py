@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
 
 from cod_lightning.config.saved import describe_differences
 from cod_lightning.config.schema import (
@@ -24,7 +23,6 @@ from cod_lightning.config.schema import (
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
-from cod_lightning.measure.adapter import Images
 from cod_lightning.measure.result import finite_or_none
 from cod_lightning.nn.spec import check_schedules
 from cod_lightning.nn.strategies import build_all
@@ -223,8 +221,7 @@ def probe_callbacks(settings: TrainerConfig, data: Data, recorder: Recorder) -> 
     callbacks: list[Callback] = []
     if settings.stats_every:
         callbacks.append(LayerStatisticsCallback(recorder, probe, settings.stats_every))
-    batch = probe if isinstance(probe, Tensor) else Images(*probe)
-    callbacks += [MeasureCallback(recorder, batch, every, name) for name, every in measures.items()]
+    callbacks += [MeasureCallback(recorder, probe, every, name) for name, every in measures.items()]
     return callbacks
 
 

@@ -11,8 +11,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from cod_lightning.config.schema import Config
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE
-from cod_lightning.measure.activation_stats import ProbeStatistics, probe_statistics
-from cod_lightning.measure.adapter import Images
 from cod_lightning.nn.init import build_model
 from cod_lightning.nn.vit import VisionTransformer, label_loss
 from cod_lightning.train.module import StepModule
@@ -52,10 +50,6 @@ class VisionModule(StepModule):
 
     def count_tokens(self, inputs: Tensor) -> Tensor:
         return torch.tensor(len(inputs) * self.config.sequence_length, device=inputs.device)
-
-    def statistics(self, network: VisionTransformer, probe: tuple[Tensor, Tensor]) -> ProbeStatistics:
-        images, labels = self.rank_share(probe[0], 0), self.rank_share(probe[1], IGNORE)
-        return probe_statistics(network, Images(images, labels), sum_over_ranks=self.sum_over_ranks)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         images, labels, index = batch
