@@ -30,13 +30,13 @@ from torch.utils.tensorboard import SummaryWriter
 from cod_lightning.config.compose import compose
 from cod_lightning.config.schema import PROBE_ROWS, Config
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.activation_stats import plot_variance, probe_statistics
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.registry import MEASURES
+from cod_lightning.measure.training import TRAINING_MEASURES, plot_variance, probe_statistics
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.callbacks import TRAINING_MEASURES, is_figure_step
+from cod_lightning.train.callbacks import is_figure_step
 
 CLOCK = time.perf_counter if ON_GPU else time.process_time
 Function = Callable[[], object]

@@ -6,15 +6,9 @@ from builders import DEPTH, PAD, silence, tokens
 from torch import nn
 
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.activation_stats import (
-    PLACES,
-    activation_stats,
-    first_bad_layer,
-    plot_variance,
-    probe_statistics,
-    token_statistics,
-)
+from cod_lightning.measure.activation_stats import PLACES, activation_stats, token_statistics
 from cod_lightning.measure.massive_activations import MassiveActivation, MassiveActivationFinder
+from cod_lightning.measure.training import first_bad_layer, plot_variance, probe_statistics
 
 TOKENS = tokens(5, 7)
 

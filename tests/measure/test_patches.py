@@ -11,7 +11,7 @@ import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.ablation import causal_score, removal, swaps
-from cod_lightning.measure.activation_stats import activation_stats, probe_statistics
+from cod_lightning.measure.activation_stats import activation_stats
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.angular_distances import angular_distance
 from cod_lightning.measure.jacobians import jacobian
@@ -19,6 +19,7 @@ from cod_lightning.measure.layer_importance import block_influence, layer_import
 from cod_lightning.measure.logit_lens import logit_lens
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.reordering import mean_loss
+from cod_lightning.measure.training import probe_statistics
 from cod_lightning.measure.weight_sparsity import layer_sparsity
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_model

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import next_tokens
-from cod_lightning.measure.activation_stats import probe_statistics
+from cod_lightning.measure.training import probe_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import set_step
 from cod_lightning.nn.huggingface import to_llama_state_dict

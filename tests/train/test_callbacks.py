@@ -18,11 +18,11 @@ from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load_config
 from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
-from cod_lightning.measure.activation_stats import probe_statistics
 from cod_lightning.measure.adapter import ModelAdapter
+from cod_lightning.measure.training import TRAINING_MEASURES, probe_statistics
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.vit import Images
-from cod_lightning.train.callbacks import TRAINING_MEASURES, Recorder, is_figure_step
+from cod_lightning.train.callbacks import Recorder, is_figure_step
 from cod_lightning.train.load import checkpoint_of, load_decoder
 from cod_lightning.train.module import DecoderModule
 from cod_lightning.train.run import build_data_and_module

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import cod_lightning as cod
 from cod_lightning.errors import UserError
-from cod_lightning.train.monitor import MONITORED
+from cod_lightning.measure.training import MONITORED
 from tiny_models import tiny_llama
 
 transformers = pytest.importorskip("transformers")

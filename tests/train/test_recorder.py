@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.train.callbacks import ProbeCallback, ProgressLines, Recorder, training_jacobian
+from cod_lightning.measure.training import training_jacobian
+from cod_lightning.train.callbacks import ProbeCallback, ProgressLines, Recorder
 from tiny_models import tiny_decoder
 
 

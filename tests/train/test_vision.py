@@ -11,10 +11,9 @@ from cod_lightning.cli import main
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load_config
 from cod_lightning.errors import UserError
-from cod_lightning.measure.activation_stats import probe_statistics
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.train.callbacks import TRAINING_MEASURES
+from cod_lightning.measure.training import TRAINING_MEASURES, probe_statistics
 from cod_lightning.train.loggers import custom_scalars
 from cod_lightning.train.run import build_data_and_module
 from command_words import last_of_each

@@ -9,26 +9,20 @@ sequence, may carry most of that mean: the median and the 95th percentile over t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, token_mask
+from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches
 from cod_lightning.measure.massive_activations import MAGNITUDE, MassiveActivation, MassiveActivationFinder
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.registry import PLACES
 from cod_lightning.measure.result import Progress, Result, table_rows
-from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.vit import Images, VisionTransformer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TOP = 0.01
 """Share of the tokens with the largest variance in `Statistics.variance_top_share`."""
@@ -191,94 +185,3 @@ def token_statistics(x: Tensor) -> Tensor:
     kurtosis = squares.div_(moment.clamp(min=torch.finfo(x.dtype).tiny)).square_().mean(-1)
     mean, moment = mean.squeeze(-1), moment.squeeze(-1)
     return torch.stack([moment * (size / (size - 1)), mean, (moment + mean.square()).sqrt(), kurtosis], dim=-1)
-
-
-@dataclass(frozen=True)
-class ProbeStatistics:
-    """Statistics of every block that a training run records, first block first."""
-
-    residual: list[float]
-    """Variance of the block's output."""
-    attention: list[float]
-    """Variance of the attention branch."""
-    ffn: list[float]
-    """Variance of the FFN branch."""
-    gradient_norm: list[float] = field(default_factory=list)
-    """L2 norm of the gradient of the mean loss with respect to the block's parameters; empty without gradients."""
-
-
-def probe_statistics(
-    model: Decoder | VisionTransformer,
-    batch: Batch,
-    pad_id: int | None = None,
-    *,
-    gradients: bool = True,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
-) -> ProbeStatistics:
-    """Measure every block in one forward and one backward pass; `.grad` of the parameters stays unchanged.
-
-    Args:
-        model: in any dtype.
-        batch: tokens [batch, length] or images; on several ranks, a part of the batch each.
-        pad_id: padding token, which follows the others, does not count, and need not be in the model's vocabulary.
-        gradients: run the backward pass.
-        sum_over_ranks: adds up a tensor over the ranks, so that all get the statistics of the whole batch.
-    """
-    if isinstance(batch, Images):
-        inputs, targets = batch.pixels, batch.labels
-    else:
-        inputs, targets = batch, next_tokens(batch, pad_id)
-        if pad_id is not None:
-            inputs = batch.masked_fill(batch == pad_id, 0)
-    weight = token_mask(ModelAdapter(model), batch, pad_id).float()
-    variances: dict[str, list[Tensor]] = {place: [] for place in PLACES}
-
-    def hook(name: str, layer: int, x: Tensor) -> None:
-        if name in variances:
-            variances[name].append(token_variance(x))
-
-    blocks = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
-    norms: list[float] = []
-    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
-        loss = model(inputs, targets, hook)
-        if gradients:
-            mean = loss.total / sum_over_ranks(loss.counts.sum())
-            grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))
-            zero = weight.new_zeros(1)  # the gradient of a frozen block
-            flat = [torch.cat([zero, *(next(grads).float().flatten() for _ in block)]) for block in blocks]
-            norms = torch.stack([sum_over_ranks(gradient).norm() for gradient in flat]).tolist()
-    values = torch.stack([torch.stack(layers) for layers in variances.values()])
-    means = sum_over_ranks((values * weight).sum((2, 3))) / sum_over_ranks(weight.sum())
-    return ProbeStatistics(**dict(zip(variances, means.tolist(), strict=True)), gradient_norm=norms)
-
-
-def first_bad_layer(model: Decoder | VisionTransformer, inputs: Tensor, targets: Tensor) -> str | None:
-    """Locate the first NaN or infinity in a forward pass, such as "layer 3 attention"; None without one."""
-    bad: list[str] = []
-
-    def hook(name: str, layer: int, x: Tensor) -> None:
-        if not bad and not torch.isfinite(x).all():
-            bad.append("embedding" if layer == 0 else f"layer {layer} {name}")
-
-    with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        loss = model(inputs, targets, hook)
-    if not bad and not torch.isfinite(loss.total):
-        bad = [name for name, _ in model.named_children()][-1:]
-    return bad[0] if bad else None
-
-
-def plot_variance(steps: Sequence[int], residual: Sequence[Sequence[float]]) -> Figure:
-    """Variance of the residual stream over steps, one line per layer coloured by depth (Figure 4).
-
-    Args:
-        steps: optimizer steps [measurements].
-        residual: variances [measurements][layers].
-    """
-    from cod_lightning import plots
-
-    with plots.style():
-        figure, axes = plots.grid_figure(6.4, 4)
-        colours = plots.lines_by_depth(axes[0][0], steps, residual)
-        axes[0][0].set_ylabel("variance of the residual stream")
-        plots.depth_bar(figure, colours, axes)
-    return figure

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +19,9 @@ from rich.progress import BarColumn
 from cod_lightning import signals
 from cod_lightning.config.schema import COUNTS, METRIC_FORMATS, is_shown, printed_metrics
 from cod_lightning.errors import Stopped, UserError
-from cod_lightning.measure.activation_stats import plot_variance
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import joined
-from cod_lightning.measure.jacobians import Jacobian, jacobian
 from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.result import Progress
+from cod_lightning.measure.training import TRAINING_MEASURES, plot_variance
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.rng import isolate_rng
 from cod_lightning.train.loggers import layer_scalars, log_figure
@@ -266,24 +263,6 @@ def is_figure_step(step: int, every: int, max_steps: int) -> bool:
     True at step 0, and at the first measurement at or after each multiple of `max_steps / MAX_FIGURES`.
     """
     return step * MAX_FIGURES // max_steps > (step - every) * MAX_FIGURES // max_steps
-
-
-def training_jacobian(
-    model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None, progress: Progress
-) -> Jacobian:
-    """Jacobians of eight layers at one token of four sequences or images.
-
-    Tokens and probe vectors are the same at every step. Two iterations underestimate the largest singular value by 1 to
-    2%, and by up to 12% in the first layer.
-    """
-    sequences = joined(batches)[:4]
-    return jacobian(
-        model, [sequences], pad_id, progress, layers=model.evenly_spaced(8), tokens=1, probes=4, iterations=2
-    )
-
-
-TRAINING_MEASURES: dict[str, Callable[..., Any]] = {**MEASURES, "jacobian": training_jacobian}
-"""The measures by name, with cheaper versions for use during training."""
 
 
 class ProgressLines(Callback):

@@ -25,8 +25,8 @@ from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
 from cod_lightning.kernels.norm import checked_backend
-from cod_lightning.measure.activation_stats import ProbeStatistics, first_bad_layer, probe_statistics
 from cod_lightning.measure.adapter import Batch
+from cod_lightning.measure.training import ProbeStatistics, first_bad_layer, probe_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.init import build_decoder

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.kernels.loss import IGNORE
-from cod_lightning.measure.activation_stats import token_variance
-from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.batches import as_tokens, checked_tokens, iter_targets, require_pad_id, token_mask
+from cod_lightning.measure.batches import as_tokens, checked_tokens, require_pad_id
 from cod_lightning.measure.open_model import check_layout, find_model, measuring
-from cod_lightning.measure.registry import MEASURES
+from cod_lightning.measure.training import MONITORED
 from cod_lightning.nn.layouts import Layout, submodule
-from cod_lightning.nn.weights import is_sharded
-from cod_lightning.train.callbacks import TRAINING_MEASURES
 from cod_lightning.train.loggers import layer_scalars
-
-Series = dict[str, list[Any]]
-"""Values by layer; a series `layer` holds the numbers of the layers if they are not 1, 2, ...."""
 
 
 class DepthMonitor(Callback):
@@ -147,79 +137,3 @@ class DepthMonitor(Callback):
         if numbers := self.step(pl_module, trainer.global_step):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
-
-
-@torch.no_grad()
-def variance(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
-    """Variance of the residual stream after every block: mean and median over tokens."""
-    mask, means, medians = token_mask(model, tokens, pad_id), [], []
-
-    def hook(name: str, layer: int, x: Tensor) -> None:
-        if name == "residual":
-            values = token_variance(x)[mask]
-            means.append(values.mean())
-            medians.append(values.quantile(0.5))
-
-    model.run(tokens, hook, mask)
-    return {"variance": torch.stack(means).tolist(), "variance_median": torch.stack(medians).tolist()}
-
-
-def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
-    """L2 norm of the gradient of the mean loss with respect to every block's parameters; `.grad` stays as it is.
-
-    Raises:
-        UserError: the model does not predict the next token or has no head, its parameters are sharded, no token has a
-            next one, or a block is checkpointed with `use_reentrant=True`, which gives gradients to `.grad` alone.
-    """
-    if reason := model.why_no_loss:
-        raise UserError(f"measures: leave out gradient_norm, because {reason}")
-    parameters = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
-    if is_sharded(model.model):
-        raise UserError("measures: gradient_norm does not support sharded parameters (FSDP): leave it out")
-    [(_, targets)] = iter_targets(model, [tokens], pad_id)
-    with torch.enable_grad():
-        logits = model.logits(tokens).float().flatten(0, 1)
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
-        flat = [parameter for block in parameters for parameter in block]
-        if not flat:  # all blocks are frozen
-            return {"gradient_norm": [0.0] * len(parameters)}
-        if not loss.requires_grad or is_in_graph(loss, "CheckpointFunctionBackward"):  # it would be 0
-            raise UserError(
-                "measures: gradient_norm does not support checkpoints of blocks with use_reentrant=True: leave it out"
-            )
-        gradients = iter(torch.autograd.grad(loss, flat, materialize_grads=True))
-    norms = [torch.stack([next(gradients).float().norm() for _ in block] or [loss * 0]).norm() for block in parameters]
-    return {"gradient_norm": torch.stack(norms).tolist()}
-
-
-def is_in_graph(x: Tensor, operation: str) -> bool:
-    """Whether an operation is in the graph of autograd that leads to x."""
-    seen: set[Any] = set()
-    stack: list[Any] = [x.grad_fn]
-    while stack:
-        if (node := stack.pop()) is None or node in seen:
-            continue
-        if node.name() == operation:
-            return True
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
-    return False
-
-
-def registered(name: str) -> Callable[[ModelAdapter, Tensor, int | None], Series]:
-    """A measure of the registry as a function of a monitor."""
-
-    def measure(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Series:
-        result = TRAINING_MEASURES[name](model, [tokens], pad_id, None)
-        series = MEASURES[name].recorded(result)
-        return {column if column == "layer" else f"{name}_{column}": values for column, values in series.items()}
-
-    return measure
-
-
-MONITORED: dict[str, Callable[[ModelAdapter, Tensor, int | None], Series]] = {
-    **{name: registered(name) for name in MEASURES},
-    "variance": variance,
-    "gradient_norm": gradient_norm,
-}
-"""The measures of a `DepthMonitor`, by name."""
