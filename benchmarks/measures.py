@@ -36,7 +36,7 @@ from cod_lightning.measure.training import TRAINING_MEASURES, plot_variance, pro
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.callbacks import is_figure_step
+from cod_lightning.train.probes import is_figure_step
 
 CLOCK = time.perf_counter if ON_GPU else time.process_time
 Function = Callable[[], object]

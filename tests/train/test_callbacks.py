@@ -22,9 +22,10 @@ from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.training import TRAINING_MEASURES, probe_statistics
 from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.vit import Images
-from cod_lightning.train.callbacks import Recorder, is_figure_step
+from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.load import checkpoint_of, load_decoder
 from cod_lightning.train.module import DecoderModule
+from cod_lightning.train.probes import is_figure_step
 from cod_lightning.train.run import build_data_and_module
 from cod_lightning.train.vision import VisionModule
 from tiny_models import tiny_decoder

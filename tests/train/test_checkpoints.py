@@ -14,7 +14,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.train import run
-from cod_lightning.train.checkpoint import Checkpoints
+from cod_lightning.train.callbacks import Checkpoints
 from cod_lightning.train.load import load_vit
 from cod_lightning.train.run import resumed_data_state
 

@@ -33,13 +33,13 @@ from cod_lightning.train.devices import precision
 from cod_lightning.train.load import load_run
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, gradient_norm
+from cod_lightning.train.probes import probe_callbacks
 from cod_lightning.train.record import git_commit, read_record
 from cod_lightning.train.run import (
     build_data_and_module,
     check_repetition,
     checked_vocab_size,
     fit,
-    probe_callbacks,
     validate_checkpoint,
 )
 

@@ -9,7 +9,8 @@ import torch
 
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.training import training_jacobian
-from cod_lightning.train.callbacks import ProbeCallback, ProgressLines, Recorder
+from cod_lightning.train.callbacks import ProgressLines, Recorder
+from cod_lightning.train.probes import ProbeCallback
 from tiny_models import tiny_decoder
 
 

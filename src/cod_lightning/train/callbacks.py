@@ -1,42 +1,32 @@
-"""Callbacks that record, measure, report and interrupt a run."""
+"""Callbacks that record, save, report and interrupt a run."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from rich.progress import BarColumn
 
 from cod_lightning import signals
 from cod_lightning.config.schema import COUNTS, METRIC_FORMATS, is_shown, printed_metrics
-from cod_lightning.errors import Stopped, UserError
-from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.registry import MEASURES
-from cod_lightning.measure.training import TRAINING_MEASURES, plot_variance
-from cod_lightning.nn.parallel import unwrapped_copy
-from cod_lightning.rng import isolate_rng
-from cod_lightning.train.loggers import layer_scalars, log_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from cod_lightning.errors import Diverged, Stopped, UserError
+from cod_lightning.files import remove
+from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, list_checkpoints, newest_checkpoint
+from cod_lightning.train.loggers import layer_scalars
 
 History = dict[str, dict[str, list[Any]]]
 """Series by kind: `train`, `val`, `layers`, and the names of measures.
 
 A series has lists of equal length, one of them `step`. An entry of a measure is a list over the blocks in `layer`, or
 over all blocks if the series has no `layer`."""
-
-MAX_FIGURES = 8
-"""The number of figures of a measure in the loggers, besides the one of step 0 (see `is_figure_step`)."""
 
 STOPPING = b"\nfinishing the step to save a checkpoint; Ctrl-C again stops at once, without a checkpoint\n"
 """The answer to the first Ctrl-C."""
@@ -162,107 +152,90 @@ class StopOnSignal(Callback):
             raise Stopped(reason, pl_module.stop_signal)
 
 
-class ProbeCallback(Callback, ABC):
-    """Measures the model on a fixed batch before the first step, every `every` steps, and after the last step.
+class Checkpoints(Checkpoint):
+    """Saves every `every` steps, before each validation, after the last step, and before the run stops on a signal.
 
-    Training is bit-identical with and without it: it measures an `unwrapped_copy` and restores the random states. It
-    gathers sharded weights, which needs memory for the whole model.
+    Also saves, without optimizer state, `best.ckpt` after each validation with the lowest loss.
+
+    A run that was interrupted in a validation resumes with it, so that no validation is repeated or missed.
 
     Args:
-        recorder: records the results.
-        probe: the data's `probe_batch`, the same on every rank.
-        every: steps between measurements.
+        folder: of the checkpoints.
+        every: steps between checkpoints.
+        keep: the number of newest checkpoints to keep, besides the best by validation loss.
+        val_every: steps between validations.
     """
 
-    def __init__(self, recorder: Recorder, probe: Batch, every: int):
-        self.recorder, self.probe, self.every = recorder, probe, every
+    def __init__(self, folder: Path, every: int, keep: int, val_every: int):
+        self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
+        self.io = AtomicCheckpointIO()
+        self.best = float("inf")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:
-            self.measure_copy(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            self.measure_copy(trainer, pl_module)
-
-    def measure_copy(self, trainer: Trainer, pl_module: Any) -> None:
-        started = time.perf_counter()
-        with isolate_rng():
-            self.measure(trainer, pl_module, unwrapped_copy(pl_module.network).to(trainer.strategy.root_device).eval())
-        self.recorder.measure_seconds += time.perf_counter() - started
-
-    @abstractmethod
-    def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
-        """Measure `network` and record the result; every rank calls this at the same steps."""
-
-    def add_figure(self, trainer: Trainer, name: str, plot: Callable[[], Figure]) -> None:
-        """Add a figure to the loggers if `is_figure_step`."""
-        if trainer.is_global_zero and is_figure_step(trainer.global_step, self.every, trainer.max_steps):
-            log_figure(trainer, name, plot)
-
-
-class LayerStatisticsCallback(ProbeCallback):
-    """Records activation variances and gradient norms of every layer as the series `layers`.
-
-    Each rank processes a share of the probe; the statistics are summed over the ranks.
-    """
-
-    def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
-        with trainer.precision_plugin.forward_context():
-            statistics = pl_module.statistics(network, self.probe.to(trainer.strategy.root_device))
-        self.recorder.add(
-            trainer,
-            "layers",
-            variance=statistics.residual,
-            attention_variance=statistics.attention,
-            ffn_variance=statistics.ffn,
-            gradient_norm=statistics.gradient_norm,
-        )
-        if trainer.global_step:
-            series = self.recorder.history["layers"]
-            self.add_figure(trainer, "variance by layer", lambda: plot_variance(series["step"], series["variance"]))
-
-
-class MeasureCallback(ProbeCallback):
-    """Records one of `TRAINING_MEASURES` as a series: its values by layer, without values of layer pairs.
-
-    Every rank measures the whole probe, because maxima, spectra and standard errors are not sums over sequences.
-
-    The model is measured in the precision of its weights, as by the command `measure`.
-    """
-
-    def __init__(self, recorder: Recorder, probe: Batch, every: int, name: str):
-        super().__init__(recorder, probe, every)
-        self.name = name
-
-    def measure(self, trainer: Trainer, pl_module: Any, network: Any) -> None:
-        """Measure `network` and record the result.
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Check that all ranks see the same newest checkpoint, and remove partial files.
 
         Raises:
-            UserError: this measure does not apply to the model or the probe; after step 0 a warning instead.
+            UserError: the ranks would resume from different steps.
         """
-        model = ModelAdapter(network, f"step {trainer.global_step}")
-        batches = self.probe.split(pl_module.micro_batch_size)
-        try:
-            result = TRAINING_MEASURES[self.name](model, batches, pl_module.pad_id, None)
-        except UserError as error:
-            if trainer.global_step == 0:
-                raise UserError(f"trainer.measures.{self.name}: {error}") from error
-            rank_zero_warn(f"step {trainer.global_step}: {self.name} is skipped: {error}")
-            return
-        self.recorder.add(trainer, self.name, **MEASURES[self.name].recorded(result))
-        if MEASURES[self.name].is_map:
-            self.add_figure(trainer, self.name, result.plot)
+        if stage == "fit":
+            path = newest_checkpoint(self.folder)
+            newest = "missing" if path is None else path.name
+            first = trainer.strategy.broadcast(newest)
+            if pl_module.sum_over_ranks(torch.tensor(int(newest != first))).item():
+                raise UserError(
+                    f"{self.folder}: the newest checkpoint is {first} on the first rank, {newest} on another: put the "
+                    "run folder on a file system that all nodes share"
+                )
+        if trainer.is_global_zero:
+            for partial in self.folder.glob(".*.partial"):
+                remove(partial)  # left by a process that was killed while writing
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
 
-def is_figure_step(step: int, every: int, max_steps: int) -> bool:
-    """Whether to draw a figure at a measurement; limits a run to `MAX_FIGURES` + 1 figures.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
-    True at step 0, and at the first measurement at or after each multiple of `max_steps / MAX_FIGURES`.
-    """
-    return step * MAX_FIGURES // max_steps > (step - every) * MAX_FIGURES // max_steps
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if step and step % self.val_every == 0:  # its checkpoint is from before the validation
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.restarting = False  # start at its first batch
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        is_due = step == trainer.max_steps or step % self.every == 0 or step % self.val_every == 0
+        if pl_module.stop_requested or is_due:
+            self.save(trainer, f"step-{step:08d}.ckpt")
+            if trainer.is_global_zero:
+                for old in list_checkpoints(self.folder)[: -self.keep]:
+                    remove(old)
+        if pl_module.stop_requested and step < trainer.max_steps:
+            raise Stopped(f"interrupted at step {step}; checkpoint saved", pl_module.stop_signal)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        loss, perplexity = float(metrics["val_loss"]), float(metrics.get("ppl", 0.0))
+        if not (math.isfinite(loss) and math.isfinite(perplexity)):  # exp(loss) overflows float32 above 88.7
+            raise Diverged(
+                f"the validation loss is {loss} after step {trainer.global_step}, not finite or too large for a "
+                "perplexity: the run is not finished"
+            )
+        if loss < self.best:
+            self.best = loss
+            self.save(trainer, BEST)
+
+    def save(self, trainer: Trainer, name: str) -> None:
+        """Save a checkpoint; every rank calls this.
+
+        Raises:
+            UserError: the checkpoint cannot be written; raised on every rank.
+        """
+        trainer.save_checkpoint(self.folder / name, weights_only=name == BEST)  # no run resumes from the best one
+        if failure := trainer.strategy.broadcast(self.io.failure):
+            raise UserError(failure)
 
 
 class ProgressLines(Callback):

@@ -6,7 +6,6 @@ keys joined with "/", and `rest.pt` holds the other entries. Both read as the sa
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
 import warnings
@@ -19,14 +18,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from cod_lightning.errors import Diverged, Stopped, UserError, first_line, no_permission, short_repr
-from cod_lightning.files import open_atomic, partial_path, remove, replace_path, require_utf8
+from cod_lightning.errors import UserError, first_line, no_permission, short_repr
+from cod_lightning.files import open_atomic, partial_path, replace_path, require_utf8
 from cod_lightning.nn.weights import why_not_dense
 
 BEST = "best.ckpt"
@@ -355,89 +352,3 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's file name."""
     return int(checkpoint.stem.removeprefix("step-"))
-
-
-class Checkpoints(Checkpoint):
-    """Saves every `every` steps, before each validation, after the last step, and before the run stops on a signal.
-
-    Also saves, without optimizer state, `best.ckpt` after each validation with the lowest loss.
-
-    A run that was interrupted in a validation resumes with it, so that no validation is repeated or missed.
-
-    Args:
-        folder: of the checkpoints.
-        every: steps between checkpoints.
-        keep: the number of newest checkpoints to keep, besides the best by validation loss.
-        val_every: steps between validations.
-    """
-
-    def __init__(self, folder: Path, every: int, keep: int, val_every: int):
-        self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
-        self.io = AtomicCheckpointIO()
-        self.best = float("inf")
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Check that all ranks see the same newest checkpoint, and remove partial files.
-
-        Raises:
-            UserError: the ranks would resume from different steps.
-        """
-        if stage == "fit":
-            path = newest_checkpoint(self.folder)
-            newest = "missing" if path is None else path.name
-            first = trainer.strategy.broadcast(newest)
-            if pl_module.sum_over_ranks(torch.tensor(int(newest != first))).item():
-                raise UserError(
-                    f"{self.folder}: the newest checkpoint is {first} on the first rank, {newest} on another: put the "
-                    "run folder on a file system that all nodes share"
-                )
-        if trainer.is_global_zero:
-            for partial in self.folder.glob(".*.partial"):
-                remove(partial)  # left by a process that was killed while writing
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
-        if step and step % self.val_every == 0:  # its checkpoint is from before the validation
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.restarting = False  # start at its first batch
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        is_due = step == trainer.max_steps or step % self.every == 0 or step % self.val_every == 0
-        if pl_module.stop_requested or is_due:
-            self.save(trainer, f"step-{step:08d}.ckpt")
-            if trainer.is_global_zero:
-                for old in list_checkpoints(self.folder)[: -self.keep]:
-                    remove(old)
-        if pl_module.stop_requested and step < trainer.max_steps:
-            raise Stopped(f"interrupted at step {step}; checkpoint saved", pl_module.stop_signal)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        loss, perplexity = float(metrics["val_loss"]), float(metrics.get("ppl", 0.0))
-        if not (math.isfinite(loss) and math.isfinite(perplexity)):  # exp(loss) overflows float32 above 88.7
-            raise Diverged(
-                f"the validation loss is {loss} after step {trainer.global_step}, not finite or too large for a "
-                "perplexity: the run is not finished"
-            )
-        if loss < self.best:
-            self.best = loss
-            self.save(trainer, BEST)
-
-    def save(self, trainer: Trainer, name: str) -> None:
-        """Save a checkpoint; every rank calls this.
-
-        Raises:
-            UserError: the checkpoint cannot be written; raised on every rank.
-        """
-        trainer.save_checkpoint(self.folder / name, weights_only=name == BEST)  # no run resumes from the best one
-        if failure := trainer.strategy.broadcast(self.io.failure):
-            raise UserError(failure)

@@ -8,15 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from cod_lightning.config.saved import describe_differences
 from cod_lightning.config.schema import (
     CHECKPOINTS,
-    PROBE_ROWS,
     TOKENIZER,
     Config,
-    TrainerConfig,
     resumable_settings,
     run_folder_of,
 )
@@ -27,14 +25,13 @@ from cod_lightning.measure.result import finite_or_none
 from cod_lightning.nn.spec import check_schedules
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import (
-    LayerStatisticsCallback,
-    MeasureCallback,
+    Checkpoints,
     ProgressBar,
     ProgressLines,
     Recorder,
     StopOnSignal,
 )
-from cod_lightning.train.checkpoint import Checkpoints, newest_checkpoint, read_resumable, step_of
+from cod_lightning.train.checkpoint import newest_checkpoint, read_resumable, step_of
 from cod_lightning.train.devices import accelerator, check_norm_backend, set_threads
 from cod_lightning.train.load import (
     InitialWeights,
@@ -46,6 +43,7 @@ from cod_lightning.train.load import (
 from cod_lightning.train.loggers import build_loggers, finish_loggers, log_config
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
+from cod_lightning.train.probes import probe_callbacks
 from cod_lightning.train.record import RECORD, environment, write_json
 from cod_lightning.train.trainer import build_trainer, quiet_lightning, translate_rank_failures
 from cod_lightning.train.vision import VisionModule
@@ -206,23 +204,6 @@ def checked_vocab_size(config: Config, data: TokenDataModule) -> int:
             f"{tokenizer.vocab_size} or null to train a model, and use its own tokenizer to evaluate one"
         )
     return size
-
-
-def probe_callbacks(settings: TrainerConfig, data: Data, recorder: Recorder) -> list[Callback]:
-    """Callbacks that measure the layers during training.
-
-    Raises:
-        UserError: there are fewer validation rows than `probe_rows`, if it is set.
-    """
-    measures = {name: every for name, every in settings.measures.items() if every}
-    if not settings.stats_every and not measures:
-        return []
-    probe = data.probe_batch(settings.probe_rows or min(PROBE_ROWS, len(data.val_set)))
-    callbacks: list[Callback] = []
-    if settings.stats_every:
-        callbacks.append(LayerStatisticsCallback(recorder, probe, settings.stats_every))
-    callbacks += [MeasureCallback(recorder, probe, every, name) for name, every in measures.items()]
-    return callbacks
 
 
 def build_record(
