@@ -19,7 +19,7 @@ from cod_lightning.data.hub import require_hub
 from cod_lightning.data.manifest import TOKENIZER
 from cod_lightning.data.workers import in_thread
 from cod_lightning.errors import UserError, no_permission, one_line
-from cod_lightning.files import read_regular
+from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.typed_json import read_json
 
 T = TypeVar("T")
@@ -103,6 +103,14 @@ class DocumentTokenizer:
     def decode(self, token: int) -> str:
         """The text of a token; that of a special token is its name."""
         return self.backend.decode([token], skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer and the names of its special tokens into `folder`, which `load_tokenizer` reads."""
+        backend = self.backend
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "tokenizer.json", backend.to_str(pretty=True))
+        special = {"eos_token": backend.id_to_token(self.eos_id), "pad_token": backend.id_to_token(self.pad_id)}
+        write_atomic(folder / "special_tokens_map.json", json.dumps(special) + "\n")
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, run_fold
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
-from cod_lightning.files import new_folder, write_atomic
+from cod_lightning.files import new_folder
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
@@ -198,13 +197,4 @@ def write_run(config: Config, decoder: Decoder, tokenizer: DocumentTokenizer, fo
         io.save_checkpoint({"state_dict": state, "tokens": 0}, partial / CHECKPOINTS / "step-00000000.ckpt")
         if io.failure:
             raise UserError(io.failure)
-        write_tokenizer(tokenizer, partial / TOKENIZER)
-
-
-def write_tokenizer(tokenizer: DocumentTokenizer, folder: Path) -> None:
-    """Write a tokenizer and the names of its special tokens into `folder`."""
-    backend = tokenizer.backend
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "tokenizer.json", backend.to_str(pretty=True))
-    special = {"eos_token": backend.id_to_token(tokenizer.eos_id), "pad_token": backend.id_to_token(tokenizer.pad_id)}
-    write_atomic(folder / "special_tokens_map.json", json.dumps(special) + "\n")
+        tokenizer.save(partial / TOKENIZER)

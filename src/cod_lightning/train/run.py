@@ -38,7 +38,6 @@ from cod_lightning.train.load import (
     load_initial_weights,
     read_run_weights,
     require_own_tokenizer,
-    write_tokenizer,
 )
 from cod_lightning.train.loggers import build_loggers, finish_loggers, log_config
 from cod_lightning.train.memory import check_memory
@@ -95,7 +94,7 @@ def fit(config: Config, folder: Path, before_writing: Callable[[], object]) -> d
         before_writing()
         trainer.loggers = build_loggers(config, folder, None if checkpoint is None else step_of(checkpoint))
         if isinstance(data, TokenDataModule) and trainer.is_global_zero:
-            write_tokenizer(data.tokenizer, folder / TOKENIZER)
+            data.tokenizer.save(folder / TOKENIZER)
         log_config(trainer, config)
 
         env = environment()
