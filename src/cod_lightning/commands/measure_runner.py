@@ -55,7 +55,7 @@ class Subject:
         return sum(int(token_mask(self.model, batch, self.pad_id).sum()) for batch in self.batches)
 
     def require_next_token(self, command: str) -> None:
-        if self.export is None:
+        if self.model.reads_images:
             raise UserError(f"{self.model.name} is a model of images: measure {command} supports models of text only")
         if reason := self.model.why_no_loss:
             raise UserError(f"{self.model.name}: {reason}: measure {command} needs it")
@@ -158,7 +158,7 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
     skipped = {name: reason for name in names if (reason := MEASURES[name].why_not(subject.model, subject.tokens))}
     if len(skipped) == len(names):
         reasons = "; ".join(dict.fromkeys(skipped.values()))
-        images = " is a model of images" if subject.export is None else ""
+        images = " is a model of images" if subject.model.reads_images else ""
         raise UserError(f"{subject.model.name}{images}: {reasons}")
     for name in names:
         if name not in skipped:
