@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.models import load_run_config
-from cod_lightning.commands.options import add_run, add_trust_code, nonempty_path, require_at_least
+from cod_lightning.commands.options import add_run, add_trust_code, nonempty_path, require_positive
 from cod_lightning.commands.overrides import add_overrides, pop_options
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
@@ -78,7 +78,7 @@ def score_run(
     from cod_lightning.evaluate.lm_eval import save_scores, score_tasks, task_manager
     from cod_lightning.train.load import checkpoint_of, load_decoder
 
-    require_at_least("limit", limit, 1)
+    require_positive("limit", limit)
     if config.task != "language":
         raise UserError(f"{run} is a run of task={config.task}, and tasks= are of language: remove tasks=")
     if limit is None:

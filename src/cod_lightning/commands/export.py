@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning.commands.models import read_run
-from cod_lightning.commands.options import add_run, add_trust_code, nonempty_path, require_at_least
+from cod_lightning.commands.options import add_run, add_trust_code, nonempty_path, require_positive
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder
 
@@ -56,7 +56,7 @@ def check_max_length(length: int | None, config: Config) -> None:
     """
     from cod_lightning.data.config import MAX_SEQ_LEN
 
-    require_at_least("max-length", length, 1)
+    require_positive("max-length", length)
     context = config.model.max_position_embeddings
     if length is None:
         return

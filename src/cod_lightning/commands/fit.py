@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import add_jobs, require_at_least
+from cod_lightning.commands.options import add_jobs, require_positive
 from cod_lightning.commands.overrides import OVERRIDES, add_overrides
 from cod_lightning.commands.processes import CommandPool, sweep_labels
 from cod_lightning.errors import Diverged, UserError, os_message
@@ -44,7 +44,7 @@ def run(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     from cod_lightning.config.compose import compose, row_of, sweep
     from cod_lightning.config.saved import to_yaml
 
-    require_at_least("jobs", jobs, 1)
+    require_positive("jobs", jobs)
     if not multirun and jobs > 1:
         raise UserError(f"--jobs={jobs} requires a sweep: add -m")
     if cfg:

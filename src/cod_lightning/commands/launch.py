@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cod_lightning.commands.options import nonempty_path, require_at_least
+from cod_lightning.commands.options import nonempty_path, require_positive
 from cod_lightning.commands.overrides import add_overrides
 from cod_lightning.errors import TRY_AGAIN, UserError
 from cod_lightning.files import check_new_file, write_atomic
@@ -116,8 +116,8 @@ def check_options(
     Raises:
         UserError: one is not a word, a number is too small, or the signal is sent before the job starts.
     """
-    require_at_least("grace", grace, 1)
-    require_at_least("cpus-per-task", cpus_per_task, 1)
+    require_positive("grace", grace)
+    require_positive("cpus-per-task", cpus_per_task)
     for name, value in {"time": time, "mem": mem, **words}.items():
         if value is not None and not re.fullmatch(r"\S+", value):
             raise UserError(f"--{name}={value!r} must be one word, as sbatch takes it")

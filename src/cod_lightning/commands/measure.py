@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.models import is_run, load_run_config, require_model, require_paths
-from cod_lightning.commands.options import add_checkpoint, add_trust_code, nonempty_path, require_at_least
+from cod_lightning.commands.options import add_checkpoint, add_trust_code, nonempty_path, require_positive
 from cod_lightning.commands.overrides import TEXT_CHOICES, check_no_ignored_overrides, is_model
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, check_writable
@@ -80,7 +80,7 @@ def run(
         if flag is not None and name in options:
             raise UserError(f"--{name}={flag} and {name}={options[name]} are both given: keep one")
     rows = options.pop("rows", rows)
-    require_at_least("rows", rows, 1)
+    require_positive("rows", rows)
     if options.get("output") == "":
         raise UserError("output= is empty: name a path")
     output = Path(options.pop("output")) if "output" in options else output

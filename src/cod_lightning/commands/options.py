@@ -46,14 +46,14 @@ def add_results(parser: ArgumentParser) -> None:
     parser.add_argument("--results", type=nonempty_path, help="folder of the records (default: experiments/results)")
 
 
-def require_at_least(option: str, value: int | None, bound: int) -> None:
+def require_positive(option: str, value: int | None) -> None:
     """Check the value of a numeric option.
 
     Raises:
-        UserError: the value is smaller than `bound`.
+        UserError: the value is smaller than 1.
     """
-    if value is not None and value < bound:
-        raise UserError(f"--{option}={value} must be at least {bound}")
+    if value is not None and value < 1:
+        raise UserError(f"--{option}={value} must be at least 1")
 
 
 def require_text(option: str, text: str) -> None:

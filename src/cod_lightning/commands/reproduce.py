@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.options import add_jobs, add_results, require_at_least
+from cod_lightning.commands.options import add_jobs, add_results, require_positive
 from cod_lightning.commands.overrides import TEXT_CHOICES, ignored_overrides, pop_options
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import UserError, shorten
@@ -47,7 +47,7 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks, with_results
     from cod_lightning.paper.results import RESULTS, load_runs
 
-    require_at_least("jobs", jobs, 1)
+    require_positive("jobs", jobs)
     options, words = pop_options(words, OPTIONS, "reproduce")
     seeds = options.get("seeds", 1)
     if not 1 <= seeds <= MAX_SEEDS:
