@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cod_lightning.commands import measure_report
-from cod_lightning.commands.measure_report import MeasureCost, head_share, measure_parts, print_plan, run_report
+from cod_lightning.commands.measure_report import head_share, measure_parts, print_plan, run_report
 from cod_lightning.commands.measure_runner import Subject
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.depth_report import COMPARED, REPORTED
+from cod_lightning.measure.depth_report import COMPARED, REPORTED, SECTIONS
 from tiny_models import tiny_decoder
 
 
@@ -120,8 +120,9 @@ def test_the_plan_comes_before_the_first_part(measured, tmp_path, capsys):
 
 
 def test_the_plan_counts_the_sequences_of_each_part(capsys, monkeypatch):
-    jacobian, variance = MeasureCost(lambda *_: 20, sequences=8), MeasureCost(lambda depth, head: depth / 2)
-    monkeypatch.setattr(measure_report, "COSTS", {"jacobian": jacobian, "variance": variance})
+    jacobian = replace(SECTIONS["jacobian"], passes=lambda *_: 20, sequences=8)
+    variance = replace(SECTIONS["variance"], passes=lambda depth, head: depth / 2)
+    monkeypatch.setattr(measure_report, "SECTIONS", {"jacobian": jacobian, "variance": variance})
     few = subject()
     many = replace(few, batches=[*few.batches] * 4)  # 16 sequences, of which the Jacobians read 8
     print_plan(many, ("jacobian", "influence", "variance"), ("jacobian", "variance"))

@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +21,12 @@ from cod_lightning.files import write_atomic
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import first_sequences
 from cod_lightning.measure.depth_page import report_page
-from cod_lightning.measure.depth_report import headline
+from cod_lightning.measure.depth_report import SECTIONS, headline
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.vit import Images
 
 PACKAGES = ("kernels", "nn", "measure")
 """Packages whose code determines a result."""
-
-
-@dataclass(frozen=True)
-class MeasureCost:
-    """The expected cost of a measure on the page, and what it reads."""
-
-    passes: Callable[[int, float], float]
-    """Forward passes over its sequences, from the depth and the head's share of a forward pass."""
-    sequences: int | None = None
-    """Use only this many sequences, because the measure is expensive; None: all."""
-
-
-COSTS: dict[str, MeasureCost] = {
-    "variance": MeasureCost(lambda depth, head: 1.2),
-    "jacobian": MeasureCost(lambda depth, head: 20, sequences=8),
-    "angular": MeasureCost(lambda depth, head: 1.1),
-    "readout": MeasureCost(lambda depth, head: 1 + 2.5 * depth * head, sequences=8),
-    "removal": MeasureCost(lambda depth, head: 2 + depth * (1 + head) / 2),
-    # if a quarter of the blocks can go: three runs of each length
-    "longest_run": MeasureCost(lambda depth, head: depth / 4 * (1 + 3 * (1 + head) / 2)),
-    "linear_replacement": MeasureCost(lambda depth, head: 3 * depth),
-    "influence": MeasureCost(lambda depth, head: 1.2),
-    "contribution": MeasureCost(lambda depth, head: 1.2),
-}
 
 
 def run_report(
@@ -123,13 +98,13 @@ def measure_parts(
     """
     chosen = {each: MEASURES[each].own(options) for each in measures}
     identity = subject_identity(subject)
-    keys = {each: f"{identity} {each} {sorted(own.items())} {COSTS[each].sequences}" for each, own in chosen.items()}
+    keys = {each: f"{identity} {each} {sorted(own.items())} {SECTIONS[each].sequences}" for each, own in chosen.items()}
     results = {each: stored for each in measures if (stored := stored_result(folder, each, keys[each])) is not None}
     todo = [each for each in measures if each not in results]
     print_plan(subject, measures, todo)
     for done, each in enumerate(todo, start=1):
         start = time.monotonic()
-        batches = first_sequences(subject.batches, COSTS[each].sequences)
+        batches = first_sequences(subject.batches, SECTIONS[each].sequences)
         others = {"removal": results["removal"]} if each == "longest_run" else {}
         result = with_progress(each, MEASURES[each].measure, subject, chosen[each], batches=batches, **others)
         path = result.save(folder, each)[0]
@@ -195,8 +170,8 @@ def print_plan(subject: Subject, measures: Sequence[str], todo: Sequence[str]) -
     for each in measures:
         cost = "measured before"
         if each in todo:
-            passes = COSTS[each].passes(subject.model.depth, head_share(subject.model))
-            passes *= min(COSTS[each].sequences or total, total) / total
+            passes = SECTIONS[each].passes(subject.model.depth, head_share(subject.model))
+            passes *= min(SECTIONS[each].sequences or total, total) / total
             sum_of_passes += passes
             cost = f"{passes:6.1f} passes  {format_duration(passes * seconds)}"
         print(f"  {each:<18} {cost}", file=sys.stderr)

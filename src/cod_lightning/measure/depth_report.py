@@ -57,6 +57,10 @@ class Section:
     curves: Sequence[Curve]
     sentence: Callable[[Any], str]
     """Maps the fields of the measure to a sentence."""
+    passes: Callable[[int, float], float]
+    """The expected forward passes over its sequences, from the depth and the head's share of a forward pass."""
+    sequences: int | None = None
+    """Use only this many sequences, because the measure is expensive; None: all."""
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -300,6 +304,7 @@ SECTIONS: dict[str, Section] = {
             Curve("share of the top 1% of tokens", lambda r: r["residual"]["variance_top_share"], log=False),
         ],
         variance_sentence,
+        lambda depth, head: 1.2,
     ),
     "jacobian": Section(
         "Jacobian of a block",
@@ -316,11 +321,14 @@ SECTIONS: dict[str, Section] = {
             ),
         ],
         jacobian_sentence,
+        lambda depth, head: 20,
+        sequences=8,
     ),
     "angular": Section(
         "Angular distance",
         [Curve("angular distance to the next layer", lambda r: r["distances"][0])],
         angular_sentence,
+        lambda depth, head: 1.1,
     ),
     "readout": Section(
         "Logit lens",
@@ -329,31 +337,39 @@ SECTIONS: dict[str, Section] = {
             Curve("KL(last || layer) (nats)", lambda r: r["kl"][:-1]),
         ],
         readout_sentence,
+        lambda depth, head: 1 + 2.5 * depth * head,
+        sequences=8,
     ),
     "removal": Section(
         "Removal of one block",
         [Curve("increase of the loss without the block (nats)", differences, lambda r: r["error"], log=None)],
         removal_sentence,
+        lambda depth, head: 2 + depth * (1 + head) / 2,
     ),
     "longest_run": Section(
         "Removal of contiguous blocks",
         [Curve("rise of the perplexity (%)", rises, xlabel="blocks removed", relative="share of the blocks removed")],
         search_sentence,
+        # if a quarter of the blocks can go: three runs of each length
+        lambda depth, head: depth / 4 * (1 + 3 * (1 + head) / 2),
     ),
     "linear_replacement": Section(
         "Linear maps instead of blocks",
         [Curve("loss with linear replacement / loss", ratios, log=False)],
         replacement_sentence,
+        lambda depth, head: 3 * depth,
     ),
     "influence": Section(
         "Block influence",
         [Curve("block influence, 1 - mean cosine", lambda r: r["influence"], lambda r: r["error"])],
         influence_sentence,
+        lambda depth, head: 1.2,
     ),
     "contribution": Section(
         "Contribution of attention and FFN",
         [contribution_curve(name, suffix) for suffix in ("", "_cosine") for name in SUBLAYERS],
         contribution_sentence,
+        lambda depth, head: 1.2,
     ),
 }
 """The sections of the page, in order."""
