@@ -7,15 +7,8 @@ from builders import PAD, residual_stream, silence, tokens
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.ablation import (
-    causal_score,
-    fit_linear,
-    linear_replacement,
-    removal,
-    replaced,
-    run_removal,
-    swaps,
-)
+from cod_lightning.measure.ablation import causal_score, removal, run_removal, swaps
+from cod_lightning.measure.linear_maps import fit_linear, linear_replacement, replaced
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.reordering import mean_loss
 

@@ -8,8 +8,9 @@ from builders import PAD, decoder, padded_batches, tiny_model, tokens
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.adapter import ModelAdapter
-from cod_lightning.measure.block_removal import fold_linear_map, remove_blocks, train_replacement
+from cod_lightning.measure.block_removal import remove_blocks, train_replacement
 from cod_lightning.measure.layer_importance import block_influence
+from cod_lightning.measure.linear_maps import fold_linear_map
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.reordering import mean_loss
 from cod_lightning.measure.weight_sparsity import (

@@ -1,63 +1,35 @@
-"""Ablation of blocks: the loss with blocks removed, swapped or replaced by a linear map, and the causal score.
+"""Ablation of blocks: the loss with blocks removed or swapped, and the causal score.
 
-Removal is the paper's performance drop (Figure 2), here of the loss. Swaps, linear replacement and causal score follow
-"When Does Sparsity Mitigate the Curse of Depth in LLMs" (arXiv 2603.15389). The model is not trained afterwards, and
-the remaining blocks keep their gains.
+Removal is the paper's performance drop (Figure 2), here of the loss. Swaps and causal score follow "When Does Sparsity
+Mitigate the Curse of Depth in LLMs" (arXiv 2603.15389). The model is not trained afterwards, and the remaining blocks
+keep their gains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from cod_lightning.errors import UserError
-from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import (
-    at_least_fp32,
-    checked_batches,
-    error_over_sequences,
-    hidden_states,
-    iter_batches,
-    step_counter,
-)
+from cod_lightning.measure.batches import at_least_fp32, error_over_sequences, iter_batches
 from cod_lightning.measure.options import UpToDepth
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
-from cod_lightning.measure.reordering import changed_losses, mean_loss, sequence_losses
+from cod_lightning.measure.reordering import (
+    LOSS_INCREASE,
+    AblationResult,
+    changed_losses,
+    loss_columns,
+    sequence_losses,
+)
 from cod_lightning.measure.result import Progress, Result, table_rows
-from cod_lightning.nn.layouts import hidden_input, unwrapped
 
 Pairs = Literal["neighbours", "all"]
-USEFUL = 1.1
-"""A layer is useful if its linear replacement raises the loss above this multiple."""
-LOSS_INCREASE = "rise of the loss when removed (nats)"
-
-
-@dataclass(frozen=True)
-class AblationResult(Result):
-    """Loss in nats per target; subclasses add the losses of the changed model."""
-
-    tokens: int
-    """Number of targets."""
-    loss: float
-    """Loss of the whole model."""
-
-
-def loss_columns(losses: Sequence[float], whole: float) -> dict[str, list[float]]:
-    """Columns of the table for losses of a changed model and the loss of the whole model."""
-    return {
-        "loss": list(losses),
-        "delta_loss": [loss - whole for loss in losses],
-        "perplexity": [perplexity_of(loss) for loss in losses],
-    }
 
 
 @dataclass(frozen=True)
@@ -135,29 +107,6 @@ class Swaps(AblationResult):
         layers = range(1, max(second for _, second in self.pairs) + 1)
         matrix = [[scores.get((first, second)) for first in layers] for second in layers]
         return [HeatMap(matrix, "layer", "swapped with layer", label, log=True)]
-
-
-@dataclass(frozen=True)
-class LinearReplacement(AblationResult):
-    """Loss with each block alone replaced by its best linear map."""
-
-    fit_tokens: int
-    """Number of tokens that the maps are fitted to."""
-    losses: list[float]
-    """Loss with block l replaced at [l - 1]."""
-    usefulness: float
-    """Share of layers whose replacement raises the loss by more than a tenth."""
-
-    def series(self) -> dict[str, Sequence[Any]]:
-        useful = [loss > USEFUL * self.loss for loss in self.losses]
-        return {"layer": range(1, len(useful) + 1), **loss_columns(self.losses, self.loss), "useful": useful}
-
-    def title(self) -> str:
-        return f"{super().title()}, usefulness {self.usefulness:.3g}"
-
-    def panels(self) -> list[Panel]:
-        ratios = [loss / self.loss for loss in self.losses]
-        return [Lines("loss with linear replacement / loss", {"replaced": ratios}, level=("useful above", USEFUL))]
 
 
 @dataclass(frozen=True)
@@ -244,95 +193,6 @@ def swaps(
     loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress)
     scores = [abs(loss - swapped) / loss for swapped in losses]
     return Swaps(model.name, tokens, loss, chosen, losses, scores, fmean(scores))
-
-
-def linear_replacement(
-    model: ModelAdapter,
-    batches: Sequence[Batch],
-    pad_id: int | None = None,
-    progress: Progress | None = None,
-    *,
-    fit: Batch | Iterable[Batch] | None = None,
-) -> LinearReplacement:
-    """Replace each block alone by the linear map that is nearest to it on the tokens of `fit`.
-
-    Every layer takes a pass over both sets, so that only its own sums are in memory: two matrices
-    [hidden + 1, hidden + 1] in float64.
-
-    Options:
-        fit: tokens [batch, length], or several such; None: `batches`, as in the released code, which favours the maps.
-
-    Raises:
-        UserError: `fit` has no more tokens than the hidden size, or is not tokens.
-    """
-    fit_batches = batches if fit is None else checked_batches(model, fit, pad_id, "fit")
-    fit_tokens = sum(int(mask.sum()) for _, mask in iter_batches(model, fit_batches, pad_id))
-
-    advance = step_counter(progress, model.depth)
-    loss, tokens = mean_loss(model, batches, pad_id)
-    losses = []
-    for layer, block in enumerate(model.blocks, start=1):
-        with replaced(block, fit_linear(model, layer, fit_batches, pad_id)):
-            losses.append(mean_loss(model, batches, pad_id)[0])
-        advance()
-    usefulness = fmean(linear > USEFUL * loss for linear in losses)
-    return LinearReplacement(model.name, tokens, loss, fit_tokens, losses, usefulness)
-
-
-@torch.no_grad()
-def fit_linear(
-    model: ModelAdapter, layer: int, batches: Sequence[Batch], pad_id: int | None = None
-) -> Callable[[Tensor], Tensor]:
-    """Return the function x + W x + b that is nearest to a block in least squares.
-
-    Raises:
-        UserError: there are no more tokens than the hidden size, so that the fit would be exact for any block.
-    """
-
-    def pairs() -> Generator[tuple[Tensor, Tensor]]:
-        for tokens, mask in iter_batches(model, batches, pad_id):
-            x, y = (states.double() for states in hidden_states(model, tokens, mask)[layer - 1 : layer + 1])
-            yield F.pad(x, (0, 1), value=1.0), y - x
-
-    solution = fit_map(model, pairs()).to(torch.promote_types(model.head_weight.dtype, torch.float32))
-    return lambda x: x + F.linear(at_least_fp32(x), solution[:-1].T, solution[-1]).to(x.dtype)
-
-
-def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The matrix W [inputs, outputs] that minimises |X W - Y| over pairs X and Y of matrices [tokens, ...] in float64.
-
-    Directions without inputs are ignored: few different tokens make few different inputs of the first layer.
-
-    Raises:
-        UserError: there are no more tokens than the hidden size, or a value is not finite.
-    """
-    gram = cross = torch.zeros((), dtype=torch.float64, device="cpu")
-    count = 0
-    for x, y in pairs:
-        gram, cross, count = gram + x.T @ x, cross + x.T @ y, count + len(x)
-    if count <= model.hidden:
-        raise UserError(
-            f"{model.name}: a linear map needs more tokens than the hidden size {model.hidden}, not {count}"
-        )
-    if not (gram.isfinite().all() and cross.isfinite().all()):
-        raise UserError(f"{model.name}: a linear map needs finite hidden states, but some are NaN or infinite")
-    # Scale to a unit diagonal, as channels differ by orders of magnitude.
-    scale = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    solution = torch.linalg.pinv(gram / scale / scale[:, None], hermitian=True) @ (cross / scale[:, None])
-    return solution / scale[:, None]
-
-
-def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Replace the output of a block by `function` of its input, inside a `with` of the returned handle.
-
-    It is a hook and not another module, because models read attributes of their blocks.
-    """
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Any:
-        output = function(hidden_input(args, kwargs))
-        return (output, *y[1:]) if isinstance(y, tuple) else output
-
-    return unwrapped(block).register_forward_hook(hook, with_kwargs=True)
 
 
 @torch.no_grad()

@@ -1,23 +1,20 @@
-"""Smaller copies of a model: without some of its blocks, or with one block or a linear map in the place of several."""
+"""Smaller copies of a model: without some of its blocks, or with one block in the place of several."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from cod_lightning.errors import UserError, first_line
-from cod_lightning.measure.ablation import fit_map
 from cod_lightning.measure.adapter import Batch, ModelAdapter, family
 from cod_lightning.measure.batches import iter_batches, step_counter
-from cod_lightning.measure.open_model import differ
 from cod_lightning.measure.result import Progress
-from cod_lightning.measure.weight_sparsity import linear_weights
 from cod_lightning.nn.decoder import Block, Decoder
 from cod_lightning.nn.layouts import Site, find_sites, unwrapped
 
@@ -177,75 +174,6 @@ def train_replacement(
         advance()
     optimizer.zero_grad()
     return smaller
-
-
-@torch.no_grad()
-def fold_linear_map(
-    model: ModelAdapter,
-    first: int,
-    last: int,
-    batches: Sequence[Batch],
-    pad_id: int | None = None,
-    progress: Progress | None = None,
-) -> ModelAdapter:
-    """A copy of the model without the blocks `first` to `last`, and with a linear map in their place.
-
-    That is ReplaceMe (arXiv 2505.02819). The first block of a model cannot be replaced.
-
-    The map T acts on the output m of the FFN before the blocks: x - m + T m is the nearest in least squares to the
-    residual stream after them, where x is the stream before them. It is multiplied into the FFN's last projection, so
-    that the copy has no other parts than the model.
-
-    Raises:
-        UserError: the FFN does not end in a projection that is known, or there are no more tokens than the hidden size.
-    """
-    previous = first - 1
-    masked_batches = list(iter_batches(model, batches, pad_id))
-    advance = step_counter(progress, len(masked_batches))
-
-    def pairs() -> Generator[tuple[Tensor, Tensor]]:
-        for batch, mask in masked_batches:
-            m, x, y = states_around(model, batch, mask, previous, last)
-            yield m, y - x
-            advance()
-
-    change = fit_map(model, pairs()).T  # T - I
-    smaller = remove_blocks(model, range(first, last + 1))
-    ffn = find_site(smaller, previous, "ffn")
-    output, learned = ffn.output, getattr(getattr(ffn.block, "ffn_residual", None), "branch_scale", None)
-    in_projection = change
-    if learned is not None and len(learned) > 1:  # a scale of each channel after the projection
-        if not learned.all():
-            raise UserError(f"{model.name}: a scale of zero hides channels of the FFN; use replace=layer")
-        in_projection = change * learned.double() / learned.double()[:, None]
-    for tensor in () if output is None else (linear_weights(output)[""], output.bias):
-        if tensor is not None:
-            tensor.copy_(tensor + in_projection @ tensor.double())
-    m, mapped = (states_around(each, *masked_batches[-1], previous, previous)[0] for each in (model, smaller))
-    dtype = model.head_weight.dtype
-    if differ(mapped.to(dtype), (m + m @ change.T).to(dtype)):
-        raise UserError(
-            f"{model.name}: the FFN of {family(model.model)} does not end in a known projection, so it cannot hold a "
-            "linear map; use replace=layer"
-        )
-    return smaller
-
-
-def states_around(
-    model: ModelAdapter, batch: Batch, mask: Tensor, previous: int, last: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The contribution of the FFN of block `previous`, the stream after that block, and the stream after block `last`.
-
-    Each is [kept tokens, hidden] in float64, for a mask [batch, length].
-    """
-    seen: dict[tuple[str, int], Tensor] = {}
-
-    def hook(name: str, layer: int, x: Tensor) -> None:
-        if layer in (previous, last):
-            seen[name, layer] = x[mask].double()
-
-    model.run(batch, hook, mask)
-    return seen["ffn", previous], seen["residual", previous], seen["residual", last]
 
 
 def find_site(model: ModelAdapter, layer: int, part: str) -> Site:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cod_lightning.errors import UserError
-from cod_lightning.measure.ablation import LOSS_INCREASE, removal
+from cod_lightning.measure.ablation import removal
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import step_counter
-from cod_lightning.measure.block_removal import fold_linear_map, remove_blocks, train_replacement
+from cod_lightning.measure.block_removal import remove_blocks, train_replacement
 from cod_lightning.measure.layer_importance import block_influence
-from cod_lightning.measure.reordering import mean_loss
+from cod_lightning.measure.linear_maps import fold_linear_map
+from cod_lightning.measure.reordering import LOSS_INCREASE, mean_loss
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.weight_sparsity import (
     Calibration,

@@ -139,7 +139,7 @@ MEASURES: dict[str, Measure] = {
     "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True, least_blocks=2),
     "linear_replacement": Measure(
         "removal",
-        "ablation:linear_replacement",
+        "linear_maps:linear_replacement",
         ("delta_loss",),
         needs_targets=True,
         fits_maps=True,

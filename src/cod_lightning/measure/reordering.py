@@ -1,4 +1,4 @@
-"""Losses of a model whose blocks are removed or reordered.
+"""Losses of a model whose blocks are removed or reordered, and results of them.
 
 An order is the layers that run, from 1, first to last; `[1, 2, 4]` is a model of four blocks without its third.
 """
@@ -6,16 +6,38 @@ An order is the layers that run, from 1, first to last; `[1, 2, 4]` is a model o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cod_lightning.kernels.loss import IGNORE
+from cod_lightning.kernels.loss import IGNORE, perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import iter_targets, log_probabilities, step_counter, token_chunks
-from cod_lightning.measure.result import Progress
+from cod_lightning.measure.result import Progress, Result
+
+LOSS_INCREASE = "rise of the loss when removed (nats)"
+
+
+@dataclass(frozen=True)
+class AblationResult(Result):
+    """Loss in nats per target; subclasses add the losses of the changed model."""
+
+    tokens: int
+    """Number of targets."""
+    loss: float
+    """Loss of the whole model."""
+
+
+def loss_columns(losses: Sequence[float], whole: float) -> dict[str, list[float]]:
+    """Columns of the table for losses of a changed model and the loss of the whole model."""
+    return {
+        "loss": list(losses),
+        "delta_loss": [loss - whole for loss in losses],
+        "perplexity": [perplexity_of(loss) for loss in losses],
+    }
 
 
 def mean_loss(

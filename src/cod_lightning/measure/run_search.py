@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from cod_lightning.measure.ablation import AblationResult, loss_columns
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import iter_targets, step_counter
 from cod_lightning.measure.options import Bounds, Positive
 from cod_lightning.measure.panels import Lines, Panel
-from cod_lightning.measure.reordering import changed_losses
+from cod_lightning.measure.reordering import AblationResult, changed_losses, loss_columns
 from cod_lightning.measure.result import Progress, table_rows
 
 PERPLEXITY_RISES = (1.0, 5.0, 10.0)

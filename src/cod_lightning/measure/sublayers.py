@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.kernels.loss import IGNORE
-from cod_lightning.measure.ablation import LOSS_INCREASE, AblationResult
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, iter_targets, step_counter
 from cod_lightning.measure.panels import Lines, Panel
-from cod_lightning.measure.reordering import summed_losses
+from cod_lightning.measure.reordering import LOSS_INCREASE, AblationResult, summed_losses
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.nn.layouts import Site, find_sites
 from cod_lightning.nn.norms import Norm
