@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cod_lightning.paper.statistics import UNCLEAR, UNLIKE, Difference, Sample, grouped
+from cod_lightning.paper.statistics import MIN_SEEDS, UNCLEAR, UNLIKE, Difference, Sample, grouped
 
 SCALES = ("paper", "mini", "small", "toy")
 """Scales, from the published size down."""
@@ -160,7 +160,9 @@ class Published:
     unbiased: float | None
     """The value without the bias of the released evaluation; None if the bias is not known."""
     difference: float | None
-    """Difference to the baseline, in the metric's unit."""
+    """Difference to the baseline without that bias, in the metric's unit."""
+    printed_difference: float | None
+    """Difference of the values as printed."""
     trained: bool
 
 
@@ -238,14 +240,20 @@ class Experiment:
         ]
         best = [corrected or value for value, corrected in zip(values, unbiased, strict=True)]
         lowest = min((value for value in best if value is not None), default=None)
-        figures = []
-        for index, value in enumerate(best):
-            base = best[self.baseline_index] if index != self.baseline_index else None
-            difference = None if value is None or base is None else metric.difference(value, base)
-            above = 0.0 if value is None or lowest is None else metric.difference(value, lowest)
-            trained = not metric.lower_is_better or above <= UNTRAINED_GAP
-            figures.append(Published(values[index], unbiased[index], difference, trained))
-        return figures
+
+        def to_baseline(values: Sequence[float | None]) -> list[float | None]:
+            base = values[self.baseline_index]
+            pairs = [None if value is None or base is None else (value, base) for value in values]
+            pairs[self.baseline_index] = None
+            return [pair and metric.difference(*pair) for pair in pairs]
+
+        def trained(value: float | None) -> bool:
+            if value is None or lowest is None or not metric.lower_is_better:
+                return True
+            return metric.difference(value, lowest) <= UNTRAINED_GAP
+
+        columns = values, unbiased, to_baseline(best), to_baseline(values), map(trained, best)
+        return [Published(*figures) for figures in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -261,6 +269,8 @@ class Comparison:
     difference: Difference | None
     """Difference to the baseline; None for the baseline, if the two share no seed, and if a run of either diverged: the
     seeds that are left would flatter it."""
+    early: Difference | None
+    """The difference on the first three seeds alone; None if it has no others."""
     unpaired: tuple[int, ...]
     """Seeds that only one of row and baseline was run with; the difference leaves them out."""
     published: tuple[Published, ...]
@@ -351,7 +361,10 @@ class Column:
         for row, figures in zip(self.rows, published, strict=True):
             values, seeds = metric.by_seed(row), {run.seed for run in row.runs}
             diverged = any(run.failure for run in (*row.runs, *self.baseline.runs))
-            compared = row is not self.baseline and not diverged
+            difference, early, common = None, None, metric.common_seeds(row, self.baseline)
+            if row is not self.baseline and not diverged:
+                difference = metric.paired_difference(row, self.baseline)
+                early = metric.paired_difference(row, self.baseline, common[:MIN_SEEDS])
             untrained = [run for run in row.runs if run.seed in values and metric.lower_is_better and stuck(run.record)]
             comparisons.append(
                 Comparison(
@@ -359,7 +372,8 @@ class Column:
                     metric=metric,
                     sample=Sample.of(list(values.values())) if values else None,
                     untrained=len(untrained),
-                    difference=metric.paired_difference(row, self.baseline) if compared else None,
+                    difference=difference,
+                    early=early if len(common) > MIN_SEEDS else None,
                     unpaired=tuple(sorted(seeds ^ base_seeds)) if seeds and base_seeds else (),
                     published=figures,
                     key=(row.run_id, self.baseline.run_id, metric.name),

@@ -224,6 +224,10 @@ def growth_over_blocks(columns: Sequence[Column]) -> list[str]:
 # Findings ------------------------------------------------------------------------------------------------------------
 
 
+LOG_RATIO, NATS, ANGLE_UNIT = "log ratio", "nats", "angle / pi"
+"""Units of findings; a log ratio is a natural logarithm."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """A statement about runs of one seed, as a number that is positive if the statement holds."""
@@ -234,6 +238,7 @@ class Finding:
     number: Callable[..., float]
     """Maps the quantity of each row to the number."""
     quantity: Quantity
+    unit: str
 
     def evaluate(self, runs: Sequence[Run]) -> float | None:
         """The number for one run of each row; None if something was not measured, or the number is not finite."""
@@ -249,22 +254,22 @@ class Finding:
 
 def log_ratio(statement: str, smaller: str, larger: str, quantity: Quantity) -> Finding:
     """`smaller` has less of a positive quantity than `larger`: log(larger / smaller)."""
-    return Finding(statement, (smaller, larger), lambda less, more: math.log(more / less), quantity)
+    return Finding(statement, (smaller, larger), lambda less, more: math.log(more / less), quantity, LOG_RATIO)
 
 
-def difference(statement: str, smaller: str, larger: str, quantity: Quantity) -> Finding:
+def difference(statement: str, smaller: str, larger: str, quantity: Quantity, unit: str) -> Finding:
     """`larger` has more of a quantity than `smaller`: larger - smaller."""
-    return Finding(statement, (larger, smaller), lambda more, less: more - less, quantity)
+    return Finding(statement, (larger, smaller), lambda more, less: more - less, quantity, unit)
 
 
-def positive(statement: str, row: str, quantity: Quantity) -> Finding:
+def positive(statement: str, row: str, quantity: Quantity, unit: str) -> Finding:
     """A quantity of one row is positive."""
-    return Finding(statement, (row,), lambda value: value, quantity)
+    return Finding(statement, (row,), lambda value: value, quantity, unit)
 
 
-def negative(statement: str, row: str, quantity: Quantity) -> Finding:
+def negative(statement: str, row: str, quantity: Quantity, unit: str) -> Finding:
     """A quantity of one row is negative."""
-    return Finding(statement, (row,), lambda value: -value, quantity)
+    return Finding(statement, (row,), lambda value: -value, quantity, unit)
 
 
 ANGLE_CHANGE = measure("angular", lambda result: deeper_less_shallower(result["distances"][0]))
@@ -279,33 +284,35 @@ LESS_VARIANCE = log_ratio("LNS: less final variance than Pre-LN", "lns", "pre_ln
 LESS_GROWTH = log_ratio("LNS: less growth of the variance with depth than Pre-LN", "lns", "pre_ln", DEPTH_RATIO)
 LAYERS_OF_LNS = (
     log_ratio("LNS: blocks matter more evenly than under Pre-LN", "lns", "pre_ln", LARGEST_SHARE),
-    difference("LNS: removing deep blocks costs more than under Pre-LN", "pre_ln", "lns", DEEP_COST),
-    difference("LNS: deep blocks rotate the stream more than under Pre-LN", "pre_ln", "lns", DEEP_ANGLE),
-    difference("LNS: Jacobians approach I less with depth than under Pre-LN", "lns", "pre_ln", NEARER_TO_IDENTITY),
+    difference("LNS: removing deep blocks costs more than under Pre-LN", "pre_ln", "lns", DEEP_COST, NATS),
+    difference("LNS: deep blocks rotate the stream more than under Pre-LN", "pre_ln", "lns", DEEP_ANGLE, ANGLE_UNIT),
+    difference(
+        "LNS: Jacobians approach I less with depth than under Pre-LN", "lns", "pre_ln", NEARER_TO_IDENTITY, LOG_RATIO
+    ),
 )
 FINDINGS: dict[str, tuple[Finding, ...]] = {
     "Figure 2": (
-        negative("Pre-LN: removing deep blocks costs less", "pre_ln", COST_CHANGE),
-        negative("Pre-LN: deep blocks rotate the stream less", "pre_ln", ANGLE_CHANGE),
-        positive("Post-LN: removing deep blocks costs more", "post_ln", COST_CHANGE),
-        positive("Post-LN: deep blocks rotate the stream more", "post_ln", ANGLE_CHANGE),
+        negative("Pre-LN: removing deep blocks costs less", "pre_ln", COST_CHANGE, NATS),
+        negative("Pre-LN: deep blocks rotate the stream less", "pre_ln", ANGLE_CHANGE, ANGLE_UNIT),
+        positive("Post-LN: removing deep blocks costs more", "post_ln", COST_CHANGE, NATS),
+        positive("Post-LN: deep blocks rotate the stream more", "post_ln", ANGLE_CHANGE, ANGLE_UNIT),
     ),
     "Figure 4": (
         LESS_VARIANCE,
         log_ratio("LNS: less final variance than Scaled Initialization", "lns", "scaled_init", LAST_VARIANCE),
         LESS_GROWTH,
     ),
-    "Figure 5": (positive("Pre-LN: Jacobians approach I with depth", "pre_ln", NEARER_TO_IDENTITY),),
+    "Figure 5": (positive("Pre-LN: Jacobians approach I with depth", "pre_ln", NEARER_TO_IDENTITY, LOG_RATIO),),
     "Figure 6": (log_ratio("LNS: lower final loss", "lns", "pre_ln", final_loss),),
     "Figure 7": LAYERS_OF_LNS,
     "Figure 8": (log_ratio("ViT, LNS after Attn/MLP: less final variance", "after_branch", "pre_ln", LAST_VARIANCE),),
     "Figure 9": (
-        positive("Pre-LN: the variance grows with depth", "pre_ln", DEPTH_GROWTH),
-        positive("Pre-LN: the variance grows with training", "pre_ln", TIME_GROWTH),
+        positive("Pre-LN: the variance grows with depth", "pre_ln", DEPTH_GROWTH, LOG_RATIO),
+        positive("Pre-LN: the variance grows with training", "pre_ln", TIME_GROWTH, LOG_RATIO),
     ),
     "Figure 10": (
-        negative("Pre-LN: removing deep blocks costs less", "language", COST_CHANGE),
-        negative("Pre-LN: deep blocks rotate the stream less", "language", ANGLE_CHANGE),
+        negative("Pre-LN: removing deep blocks costs less", "language", COST_CHANGE, NATS),
+        negative("Pre-LN: deep blocks rotate the stream less", "language", ANGLE_CHANGE, ANGLE_UNIT),
     ),
     "Theory": (
         log_ratio(
@@ -336,6 +343,9 @@ class ClaimResult:
     """Direction compared with the paper; None if the paper prints no figure."""
     difference: Difference
     """For a statement about a figure: positive if it holds."""
+    unit: str
+    about_layers: bool
+    """Whether it is about the layers of a model, and not about its loss or accuracy."""
 
 
 def finding_results(column: Column) -> list[ClaimResult]:
@@ -355,5 +365,9 @@ def finding_results(column: Column) -> list[ClaimResult]:
             ours, text = Difference.of(measured), finding.statement
             key = (text, *(row.run_id for row in compared))
             target, heading = column.first.target, column.heading
-            results.append(ClaimResult(key, target, heading, text, text, ours.direction(1.0), ours))
+            results.append(
+                ClaimResult(
+                    key, target, heading, text, text, ours.direction(1.0), ours, finding.unit, about_layers=True
+                )
+            )
     return results

@@ -102,9 +102,10 @@ def build_report(
         verdict=verdict(targets, summaries),
         top=top,
         summaries=summaries,
-        overview=overview(targets),
+        overviews={scale: table for scale in SCALES if (table := overview(targets, scale)).rows},
         sections=sections,
         not_run=tables.not_run_table(targets, hardware),
+        untried_scales=tables.untried_scales(targets),
         environments=environments(experiments),
         notes=notes.strip(),
         figures=FIGURES,
@@ -120,22 +121,22 @@ def build_report(
 def compared_columns(experiments: Sequence[Experiment]) -> list[Column]:
     """The columns with runs of one target and scale; one value of a varied setting alone compares nothing."""
     run = [column for column in group_columns(experiments) if column.first.has_runs]
-    return run if len(run) > 1 or not experiments[0].axis else []
+    return run if len(run) > 1 or not (run and run[0].first.axis) else []
 
 
-def overview(targets: Targets) -> Table:
-    """Claims by target, scale and direction; a direction without claims has no column."""
+def overview(targets: Targets, scale: str) -> Table:
+    """Claims at a scale by target and direction; a direction without claims has no column."""
     rows = []
     for target, scales in targets.items():
-        for scale, experiments in scales.items():
-            claims = [c for column in compared_columns(experiments) for c in claim_results(column) if c.direction]
-            compared = [c for column in compared_columns(experiments) for c in column.compare(column.headline)]
-            diverged = list(dict.fromkeys(c.row.label for c in compared if c.failures))
-            if claims or diverged:
-                seeds = number_range([claim.difference.n for claim in claims] or [len(c.row.runs) for c in compared])
-                labels = [*(labels_of(claims, name) for name in HEADINGS), diverged]
-                rows.append([target, scale, seeds, *map("; ".join, labels)])
-    head = ["target", "scale", "seeds", *HEADINGS.values(), "diverged"]
+        columns = compared_columns(scales.get(scale, ()))
+        claims = [claim for column in columns for claim in claim_results(column) if claim.direction]
+        compared = [c for column in columns for c in column.compare(column.headline)]
+        diverged = list(dict.fromkeys(c.row.label for c in compared if c.failures))
+        if claims or diverged:
+            seeds = number_range([claim.difference.n for claim in claims] or [len(c.row.runs) for c in compared])
+            labels = [*(labels_of(claims, name) for name in HEADINGS), diverged]
+            rows.append([target, seeds, *map("; ".join, labels)])
+    head = ["target", "seeds", *HEADINGS.values(), "diverged"]
     used = [index for index in range(len(head)) if any(row[index] for row in rows)]
     return Table([head[i] for i in used], [[row[i] for i in used] for row in rows], range(len(used)))
 
@@ -187,6 +188,8 @@ def scale_section(columns: Sequence[Column], significant: set[tuple[str, ...]]) 
                 Table(table.head, [[prefix + row[0], *row[1:]] for row in table.rows], table.text_columns)
             )
         lines += [prefix + line for line in tables.summary_lines(column)]
+    if columns[0].first.axis in ("blocks", "tokens"):
+        lines += tables.changes_per_doubling(columns)
     if columns[0].first.axis == "blocks":
         lines += growth_over_blocks(columns)
     if columns[0].first.axis == "lr" and (tuned := tuned_rows(columns)):

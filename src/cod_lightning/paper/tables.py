@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
+
+import numpy as np
 
 from cod_lightning.errors import plural
 from cod_lightning.page import Table
@@ -28,10 +31,13 @@ def published_tables(columns: Sequence[Column]) -> list[Table]:
     else:
         cells = []
         for experiment in experiments:
-            corrected = " (corrected)" if "evaluation_batches" in experiment.paper else ""
-            cells.append((experiment.heading + corrected, experiment, experiment.metrics[0]))
+            cells.append((published_heading(experiment), experiment, experiment.metrics[0]))
         tables = [published_table("row", cells)]
     return [table for table in tables if table.rows]
+
+
+def published_heading(experiment: Experiment) -> str:
+    return experiment.heading + " (corrected)" * ("evaluation_batches" in experiment.paper)
 
 
 def published_table(corner: str, columns: Sequence[tuple[str, Experiment, Metric]]) -> Table:
@@ -76,7 +82,7 @@ def comparison_table(column: Column, significant: Keys = (), *, complete: bool =
         f"{titles}, mean ± sd",
         "n",
         f"difference to {column.baseline.label}, {units} (95 %)",
-        *(f"{column.experiments[i].heading}: published, direction" for i in shown),
+        *(f"{published_heading(column.experiments[i])}: published, direction" for i in shown),
     ]
     rows = [
         [
@@ -136,15 +142,12 @@ def summary_lines(column: Column) -> list[str]:
         if any(difference.margin is not None for _, difference in differences):
             beyond = [f"{label} ({d.mean:+{form}})" for label, d in differences if d.beyond_noise]
             lines.append(f"{prefix}Beyond noise: {join_words(beyond) or 'no row'}.")
-        extended = [c.row for c in comparisons if c.difference and c.difference.n > 3]
-        early = [
-            f"{row.label} ({first.format(f'+{form}', form)})"
-            for row in extended
-            if (first := metric.paired_difference(row, column.baseline, metric.common_seeds(row, column.baseline)[:3]))
-        ]
+        early = [f"{c.row.label} ({c.early.format(f'+{form}', form)})" for c in comparisons if c.early]
         if early:
             lines.append(f"{prefix}The first three seeds alone: {join_words(early)}.")
         lines.append(f"{prefix}{best_rows(column, metric)}")
+        if printed := directions_as_printed(column, comparisons):
+            lines.append(f"{prefix}By the printed values, without the correction: {join_words(printed)}.")
         counts = {run.record["val_images"] for c in comparisons for run in c.row.runs if "val_images" in run.record}
         lines += [f"{prefix}{n} validation images, of which each is {100 / n:.2g} points." for n in sorted(counts)]
         if unpaired := grouped((c.unpaired, c.row.label) for c in comparisons if c.unpaired):
@@ -154,6 +157,37 @@ def summary_lines(column: Column) -> list[str]:
             )
             lines.append(f"{prefix}Left out of the differences for lack of a pair: {groups}.")
     return lines
+
+
+def directions_as_printed(column: Column, comparisons: Sequence[Comparison]) -> list[str]:
+    """Rows that have another direction if the published values are not corrected."""
+    changed = []
+    for c in comparisons:
+        for experiment, published in zip(column.experiments, c.published, strict=True):
+            printed = c.direction(replace(published, difference=published.printed_difference))
+            if printed != c.direction(published):
+                changed.append(f"{c.row.label} {printed} ({experiment.heading})")
+    return changed
+
+
+def changes_per_doubling(columns: Sequence[Column]) -> list[str]:
+    """Slope of every row's difference to the baseline over log2 of the varied setting, on the seeds of all columns."""
+    axis, metric = columns[0].first.axis, columns[0].headline
+    if axis is None or metric is None or len(columns) < 3:  # a line through two points has no error
+        return []
+    settings = np.log2([column.first.axes[axis] for column in columns])
+    parts = []
+    for row in columns[0].rows:
+        pairs = [(each, column.baseline) for column in columns for each in column.rows if each.name == row.name]
+        every = [each for pair in pairs for each in pair]
+        complete = len(pairs) == len(columns) and not any(run.failure for each in every for run in each.runs)
+        if row is not columns[0].baseline and complete and (seeds := metric.common_seeds(*every)):
+            slopes = np.polyfit(settings, [metric.differences(*pair, seeds) for pair in pairs], 1)[0].tolist()
+            form = metric.difference_format
+            slope = format_difference(Difference.of(slopes), f"+{form}", form)
+            parts.append(f"{row.label} {slope} (n = {len(slopes)})")
+    head = f"Change of the difference to {columns[0].baseline.label} per doubling ({metric.unit}, 95 %; not corrected)"
+    return [f"{head}: {'; '.join(parts)}."] if parts else []
 
 
 def best_rows(column: Column, metric: Metric) -> str:
@@ -198,9 +232,9 @@ def figure_tables(column: Column, significant: Keys = ()) -> list[Table]:
     rows = []
     for result in finding_results(column):
         difference = format_difference(result.difference, "+.3g", ".3g", result.key in significant)
-        rows.append([result.statement, difference, str(result.difference.n), str(result.direction)])
-    head = ["the paper's finding", "ours, positive if it holds (95 %)", "n", "direction"]
-    return [table for table in (quantities, Table(head, rows, (0, 3))) if table.rows]
+        rows.append([result.statement, difference, result.unit, str(result.difference.n), str(result.direction)])
+    head = ["the paper's finding", "ours, positive if it holds (95 %)", "unit", "n", "direction"]
+    return [table for table in (quantities, Table(head, rows, (0, 2, 4))) if table.rows]
 
 
 def tuned_strategies_table(tuned: Sequence[Tuned]) -> Table:
@@ -220,19 +254,26 @@ def tuned_strategies_table(tuned: Sequence[Tuned]) -> Table:
 # Missing runs --------------------------------------------------------------------------------------------------------
 
 
+def untried_scales(targets: Targets) -> list[str]:
+    """Scales without any run."""
+    tried = {e.scale for scales in targets.values() for group in scales.values() for e in group if e.has_runs}
+    return [scale for scale in SCALES if scale not in tried]
+
+
 def not_run_table(targets: Targets, hardware: str) -> Table:
-    """Rows without runs by target and scale, and the hours of those of scale=paper; equal runs count once."""
+    """Rows without runs by target and tried scale, and the hours of those of scale=paper; equal runs count once."""
     rows, all_hours = [], dict[str, float]()
+    tried = [scale for scale in SCALES if scale not in untried_scales(targets)]
     for target, scales in targets.items():
-        cells = [missing_cell(scales.get(scale, ())) for scale in SCALES]
+        cells = [missing_cell(scales.get(scale, ())) for scale in tried]
         missing = [row for e in scales["paper"] for row in e.rows if not row.runs]
         hours = {row.run_id: row.gpu_hours for row in missing if row.gpu_hours is not None}
         all_hours |= hours
-        if any(cells):
+        if missing or any(cells):
             rows.append([target, *cells, f"{sum(hours.values()):,.0f}" if hours else ""])
     if all_hours:
-        rows.append(["all, shared runs once", *[""] * len(SCALES), f"{sum(all_hours.values()):,.0f}"])
-    head = ["target", *(f"scale={scale}" for scale in SCALES), f"hours of {hardware or 'a GPU'}, scale=paper"]
+        rows.append(["all, shared runs once", *[""] * len(tried), f"{sum(all_hours.values()):,.0f}"])
+    head = ["target", *(f"scale={scale}" for scale in tried), f"hours of {hardware or 'a GPU'}, scale=paper"]
     return Table(head, rows, range(len(head) - 1))
 
 

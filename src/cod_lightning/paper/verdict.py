@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,6 @@ from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Tar
 from cod_lightning.paper.findings import ClaimResult, finding_results
 from cod_lightning.paper.statistics import (
     LEVEL,
-    NOISE,
     OPPOSITE,
     SAME,
     UNCLEAR,
@@ -21,12 +20,12 @@ from cod_lightning.paper.statistics import (
     holm,
     with_enough_seeds,
 )
-from cod_lightning.paper.tables import join_words
+from cod_lightning.paper.tables import untried_scales
 
-JUDGED = (SAME, OPPOSITE, NOISE)
 MAX_WORDS = 150
-MIXED, NO_VERDICT = "mixed", "no verdict"
-"""Directions of a row that has the sign of some published columns only, and of one that cannot be judged."""
+OPEN = "open"
+"""Direction of a claim that our runs neither confirm nor reverse, as within noise, or only for some published sizes."""
+WORDS = {SAME: "hold", OPPOSITE: "reversed", OPEN: "open"}
 
 
 def claim_results(column: Column) -> Iterator[ClaimResult]:
@@ -44,22 +43,24 @@ def claim_results(column: Column) -> Iterator[ClaimResult]:
                     statement=f"{name} {'beats' if better else 'loses to'} {column.baseline.label}",
                     direction=c.direction(published),
                     difference=c.difference,
+                    unit=c.metric.unit,
+                    about_layers=False,
                 )
     yield from finding_results(column)
 
 
 @dataclass(frozen=True)
 class Change:
-    """LNS minus Pre-LN at another value of a setting than the usual one, on the seeds that both have."""
+    """LNS minus Pre-LN at another value of a setting than the usual one."""
 
     usual: str
     """Heading of the column with the runs of the headline, or else of the first."""
     other: str
     """Heading of the other column."""
     difference: Difference
-    """LNS minus Pre-LN in the other column."""
+    """LNS minus Pre-LN in the other column, on all of its seeds."""
     change: Difference
-    """That minus the difference in the usual column."""
+    """LNS minus Pre-LN in the other column minus that in the usual one, on the seeds of both."""
     key: tuple[str, ...]
     """Identifies the runs and the metric: changes with the same key are one statistical test."""
 
@@ -72,6 +73,8 @@ class ScaleSummary:
     setting: str
     headline: Comparison | None
     """LNS compared with Pre-LN in the first table that has both; without a difference if all runs of one diverged."""
+    target: str
+    """That table."""
     caveat: str
     """Runs of these two that did not train or diverged, in words."""
     best: tuple[str, Difference] | None
@@ -81,9 +84,12 @@ class ScaleSummary:
     """LNS compared with Pre-LN for each target that varies a setting."""
 
     @property
-    def shown_changes(self) -> dict[str, Change]:
-        """The first change of the most seeds of every target."""
-        return {target: max(changes, key=lambda each: each.change.n) for target, changes in self.changes.items()}
+    def shown_changes(self) -> dict[str, list[Change]]:
+        """The first and the last change of those whose difference has an interval, for each target."""
+        changes = {
+            t: [each for each in every if each.difference.margin is not None] for t, every in self.changes.items()
+        }
+        return {t: every if len(every) < 3 else [every[0], every[-1]] for t, every in changes.items() if every}
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -129,24 +135,44 @@ class ScaleSummary:
 
     @cached_property
     def by_direction(self) -> dict[str, list[ClaimResult]]:
-        """One claim for each test, by direction; those about LNS first, then findings; without the headline."""
+        """One claim for each test, by direction; those about LNS first; without the headline."""
         headline = self.headline and self.headline.key
-        judged = [claim for claim in self.claims if claim.direction and claim.key != headline]
-        judged.sort(key=lambda claim: ("LNS" not in claim.statement, "Figure" not in claim.target))
-        by_direction: dict[str, list[ClaimResult]] = {name: [] for name in (*JUDGED, MIXED, NO_VERDICT)}
-        for claims in grouped((claim.key, claim) for claim in judged).values():
-            first, *others = [claim for claim in claims if claim.direction != UNCLEAR] or claims
-            same = all(claim.direction == first.direction for claim in others)
-            direction = first.direction if first.direction in JUDGED else NO_VERDICT
-            by_direction[direction if same else MIXED].append(first)
-        return {name: claims for name, claims in by_direction.items() if claims}
+        others = [claim for claim in self.claims if claim.direction and claim.key != headline]
+        others.sort(key=lambda claim: "LNS" not in claim.statement)
+        by_direction: dict[str, list[ClaimResult]] = {SAME: [], OPPOSITE: [], OPEN: []}
+        for claims in grouped((claim.key, claim) for claim in others).values():
+            directions = {claim.direction for claim in claims} - {UNCLEAR}
+            settled = directions in ({SAME}, {OPPOSITE})
+            first = next((claim for claim in claims if claim.direction != UNCLEAR), claims[0])
+            by_direction[str(first.direction) if settled else OPEN].append(first)
+        return by_direction
+
+    def tallies(self, examples: Collection[str] = ()) -> list[str]:
+        """The numbers of claims about losses and about layers, by direction; in brackets those that stay significant.
+
+        Args:
+            examples: directions of which a claim about layers is named.
+        """
+        lines = []
+        for title, about_layers in (("Losses", False), ("Layers", True)):
+            parts = []
+            for direction, every in self.by_direction.items():
+                claims = [claim for claim in every if claim.about_layers == about_layers]
+                significant = sum(claim.key in self.significant for claim in claims)
+                part = f"{WORDS[direction]} {len(claims)}" + f" ({significant})" * (direction != OPEN)
+                if claims and about_layers and direction in examples:
+                    ours = claims[0].difference.format("+.2g", ".2g").replace(" ", "")
+                    part += f", e.g. {claims[0].statement} ({ours} {claims[0].unit})"
+                parts += [part] * bool(claims)
+            lines += [f"{title}: {'; '.join(parts)}."] * bool(parts)
+        return lines
 
 
 def summarize(targets: Targets) -> list[ScaleSummary]:
     """One summary for each scale with a comparison, the largest scale first."""
     summaries = []
     for scale in SCALES:
-        claims, headline, caveat, setting, best = list[ClaimResult](), None, "", "", None
+        claims, headline, table, caveat, setting, best = list[ClaimResult](), None, "", "", "", None
         along: dict[str, list[tuple[Column, Comparison]]] = {}
         for target, scales in targets.items():
             for column in group_columns(scales.get(scale, ())):
@@ -155,7 +181,7 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
                 if column.first.axis and lns and lns.difference:
                     along.setdefault(target, []).append((column, lns))
                 elif not column.first.axis and headline is None:
-                    headline, caveat, setting = lns, of_both, column.first.setting
+                    headline, caveat, table, setting = lns, of_both, target, column.first.setting
                     best = None if lns is None else lowest_row(column, lns)
         if claims or headline:
             usual = headline.key[:2] if headline else ()
@@ -164,7 +190,7 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
             same_runs = {str([each.key for each in several]): t for t, several in by_target.items() if several}
             changes = {target: by_target[target] for target in same_runs.values()}
             claims += [change_result(target, each) for target, several in changes.items() for each in several]
-            summaries.append(ScaleSummary(scale, setting, headline, caveat, best, claims, changes))
+            summaries.append(ScaleSummary(scale, setting, headline, table, caveat, best, claims, changes))
     return summaries
 
 
@@ -189,12 +215,13 @@ def changes_of(pairs: Sequence[tuple[Column, Comparison]], usual: tuple[str, ...
     column, lns = start
     changes = []
     for other, c in (pair for pair in pairs if pair is not start):
-        if seeds := lns.metric.common_seeds(lns.row, column.baseline, c.row, other.baseline):
+        seeds = lns.metric.common_seeds(lns.row, column.baseline, c.row, other.baseline)
+        if c.difference and seeds:
             there = lns.metric.differences(lns.row, column.baseline, seeds)
             here = lns.metric.differences(c.row, other.baseline, seeds)
             change = Difference.of([after - before for before, after in zip(there, here, strict=True)])
             key = ("change", *lns.key, *c.key)
-            changes.append(Change(column.heading, other.heading, Difference.of(here), change, key))
+            changes.append(Change(column.heading, other.heading, c.difference, change, key))
     return changes
 
 
@@ -202,7 +229,7 @@ def change_result(target: str, change: Change) -> ClaimResult:
     """The change of LNS minus Pre-LN with a setting, which the paper has no figure for."""
     span = f"{change.usual} to {change.other}"
     text = f"LNS minus Pre-LN changes with {target} ({span})"
-    return ClaimResult(change.key, target, span, text, text, None, change.change)
+    return ClaimResult(change.key, target, span, text, text, None, change.change, "nats", about_layers=False)
 
 
 def lns_comparison(column: Column) -> tuple[Comparison | None, str]:
@@ -222,16 +249,14 @@ def verdict(targets: Targets, summaries: Sequence[ScaleSummary]) -> str:
         kind, _, number = target.partition(" ")
         if kind in ("Table", "Figure") and not any(e.has_runs for group in scales.values() for e in group):
             untried.setdefault(kind, []).append(number)
-    tried = {summary.scale for summary in summaries}
-    for examples in (2, 1, 0):
+    for examples in ((SAME, OPPOSITE), (OPPOSITE,), ()):
         text = render(
             Path(__file__).with_name("verdict.md.j2"),
             summaries=summaries,
             main=max(summaries, key=lambda summary: summary.rank, default=None),
             examples=examples,
             untried=untried,
-            untried_scales=[scale for scale in SCALES if scale not in tried],
-            join_words=join_words,
+            untried_scales=untried_scales(targets),
         )
         if len(text.split()) <= MAX_WORDS:
             break
