@@ -26,7 +26,7 @@ from cod_lightning.errors import Diverged, Stopped, UserError
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import next_tokens, perplexity_of
 from cod_lightning.nn.strategies import STRATEGIES
-from cod_lightning.train import module
+from cod_lightning.train import devices, module
 from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.checkpoint import read_checkpoint
 from cod_lightning.train.devices import precision
@@ -149,7 +149,7 @@ def test_every_strategy_has_its_recorded_losses(train):
 )
 def test_a_model_is_built_with_the_norm_backend_that_passed_its_comparison(precision, dtypes, monkeypatch):
     compared = []
-    monkeypatch.setattr(module, "checked_backend", lambda *case: compared.append(case) or "torch")
+    monkeypatch.setattr(devices, "checked_backend", lambda *case: compared.append(case) or "torch")
     words = [
         "model=tiny",
         "model.vocab_size=300",

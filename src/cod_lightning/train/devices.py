@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from cod_lightning.config.schema import Config, TrainerConfig
 from cod_lightning.errors import UserError
-from cod_lightning.kernels.norm import triton_norm
+from cod_lightning.kernels.norm import checked_backend, triton_norm
+from cod_lightning.nn.norms import with_norm_kind
+from cod_lightning.nn.spec import BlockSpec
 
 
 def accelerator(settings: TrainerConfig) -> str:
@@ -36,6 +39,26 @@ def check_norm_backend(config: Config) -> None:
             "model.norm_backend='triton' needs a GPU (TRITON_INTERPRET=1 runs slowly on the CPU): pass "
             "model.norm_backend=auto"
         )
+
+
+def norm_backend(config: Config, specs: Sequence[BlockSpec], device: torch.device) -> str:
+    """`model.norm_backend`, or torch's norms if the Triton kernels are wrong for a norm of the model on a device.
+
+    Raises:
+        UserError: the kernels are wrong, and norm_backend is `triton`.
+    """
+    model, precision_name = config.model, precision(config.trainer)
+    stream = torch.bfloat16 if precision_name == "bf16-true" else torch.float32
+    branch = torch.float32 if precision_name == "32-true" else torch.bfloat16
+    norms = {(with_norm_kind(model, specs[-1]).norm, model.hidden_size, 1)}
+    for spec in specs:
+        kind = with_norm_kind(model, spec).norm
+        norms |= {(kind, model.hidden_size, sublayer.groups) for sublayer in spec.sublayers}
+        norms |= {(kind, model.head_dim, 1)} if spec.head_norm != "no" else set()
+    backend = model.norm_backend
+    for kind, size, groups in sorted(norms):
+        backend = checked_backend(backend, device, kind, size, groups, stream, branch)
+    return backend
 
 
 def compile_backend(settings: TrainerConfig) -> str | None:

@@ -24,18 +24,16 @@ from cod_lightning.errors import Diverged, UserError
 from cod_lightning.evaluate.exact_match import ExactMatch
 from cod_lightning.evaluate.perplexity import Perplexity
 from cod_lightning.kernels.loss import IGNORE, next_tokens
-from cod_lightning.kernels.norm import checked_backend
 from cod_lightning.measure.adapter import Batch
 from cod_lightning.measure.training import ProbeStatistics, first_bad_layer, probe_statistics
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.norms import with_norm_kind
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import Images
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
-from cod_lightning.train.devices import compile_backend, precision
+from cod_lightning.train.devices import compile_backend, norm_backend, precision
 from cod_lightning.train.load import InitialWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
 from cod_lightning.train.strategy import FSDP2Strategy
@@ -91,20 +89,8 @@ class StepModule(LightningModule, ABC):
         Raises:
             UserError: the kernels are wrong, and norm_backend is `triton`.
         """
-        model = self.config.model
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
-        precision_name = precision(self.config.trainer)
-        stream = torch.bfloat16 if precision_name == "bf16-true" else torch.float32
-        branch = torch.float32 if precision_name == "32-true" else torch.bfloat16
-        backend = model.norm_backend
-        norms = {(with_norm_kind(model, self.specs[-1]).norm, model.hidden_size, 1)}
-        for spec in self.specs:
-            kind = with_norm_kind(model, spec).norm
-            norms |= {(kind, model.hidden_size, sublayer.groups) for sublayer in spec.sublayers}
-            norms |= {(kind, model.head_dim, 1)} if spec.head_norm != "no" else set()
-        for kind, size, groups in sorted(norms):
-            backend = checked_backend(backend, device, kind, size, groups, stream, branch)
-        return replace(model, norm_backend=backend)
+        return replace(self.config.model, norm_backend=norm_backend(self.config, self.specs, device))
 
     @abstractmethod
     def build(self, device: torch.device, wrap: Callable[[Any], None]) -> None:
