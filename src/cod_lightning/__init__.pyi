@@ -1,5 +1,5 @@
 from . import hf, measure
-from .kernels.loss import linear_cross_entropy, reference_linear_cross_entropy
+from .kernels.loss import TokenLoss, linear_cross_entropy, next_tokens, reference_linear_cross_entropy
 from .kernels.norm import add_norm, bounded_norm
 from .kernels.reference import reference_add_norm, reference_bounded_norm
 from .measure.adapter import ModelAdapter
@@ -27,6 +27,7 @@ __all__ = [
     "Rates",
     "Schedule",
     "SublayerSpec",
+    "TokenLoss",
     "__version__",
     "add_norm",
     "apply",
@@ -40,6 +41,7 @@ __all__ = [
     "load_pretrained",
     "load_run",
     "measure",
+    "next_tokens",
     "param_groups",
     "reference_add_norm",
     "reference_bounded_norm",

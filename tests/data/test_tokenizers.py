@@ -27,6 +27,11 @@ def test_bpe_encodes_any_text_and_ends_it_once():
         assert tokenizer.backend.decode(ids[:-1]) == document
 
 
+def test_a_text_in_place_of_a_list_is_refused():
+    with pytest.raises(UserError, match=r"encode takes a list of texts: pass \[text\]"):
+        train_bpe(TEXT, 300).encode("the fox")
+
+
 def test_a_pad_beyond_the_vocabulary_is_replaced_by_an_unused_special_token():
     bpe = train_bpe(TEXT, 300)
     assert with_pad_below(bpe, 300) is bpe

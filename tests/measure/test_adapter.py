@@ -213,6 +213,19 @@ def test_what_is_no_floating_point_dtype_is_named(tmp_path, dtype):
         load_pretrained(tmp_path, dtype=dtype)
 
 
+@pytest.mark.parametrize("name", ["/tmp/none", "./none", "none.gguf", "a/b/none"])
+def test_a_path_to_nothing_is_refused(name):
+    with pytest.raises(UserError, match=f"{name} does not exist: name the folder of a model"):
+        load_pretrained(name)
+
+
+def test_a_file_of_weights_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    with pytest.raises(UserError, match=f"{path} is a file: name the folder of the model"):
+        load_pretrained(path)
+
+
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="not a checkpoint of a causal language model"):

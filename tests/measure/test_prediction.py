@@ -34,6 +34,11 @@ def test_the_closed_form_meets_the_measurement(name):
     assert_measured(predict(CONFIG, {"name": name}), WIDE.get(name, TOLERANCE))
 
 
+def test_a_strategy_may_be_given_by_its_name():
+    config = DecoderConfig(32, 48, 3, 2, vocab_size=64)
+    assert predict(config, "lns") == predict(config, {"name": "lns"})
+
+
 def growing(layer, depth):
     """Multiplies the stream by 16 in a block."""
     return block(skip=4.0)

@@ -462,6 +462,15 @@ def scaled_llama():
     return model
 
 
+def with_ffn_of_modules():
+    """GPT-2 with an FFN in an nn.ModuleDict that is called module by module, as minGPT has."""
+    model = build("GPT2")
+    for block in model.transformer.h:
+        block.mlp = nn.ModuleDict(dict(block.mlp.named_children()))
+    return model
+
+
+GPT2_NORMS = Layout("transformer.h", norms=("ln_1", "ln_2"), sublayers=("attn", "mlp"))
 PRESERVE = {"norm": "lns", "trained": "preserve"}
 REFUSED = {
     "trained": (
@@ -596,6 +605,21 @@ REFUSED = {
         {"norm": "lns", "trained": "preserved"},
         "trained='preserved' does not exist: did you mean 'preserve'?",
     ),
+    "an FFN that is never called": (
+        with_ffn_of_modules,
+        {"norm": "minicpm", "layout": GPT2_NORMS},
+        "transformer.h.0: 'mlp' is an nn.ModuleDict, which is never called: name the modules inside it that are",
+    ),
+    "a model without its head": (
+        lambda: build("Llama").model,
+        {"norm": "lns"},
+        "LlamaModel has no head: pass the causal language model around it",
+    ),
+    "an adapter of measures": (
+        lambda: cod.ModelAdapter(build("Llama")),
+        {"norm": "lns"},
+        "model is a ModelAdapter: expected an nn.Module; pass its .model",
+    ),
     "a decoder of this package": (lambda: decoder_of("pre_ln"), {"norm": "lns"}, "gets its strategy when it is built"),
     "a decoder of compiled blocks": (
         lambda: with_blocks(decoder_of("pre_ln"), torch.compile),
@@ -614,10 +638,11 @@ REFUSED = {
 def test_an_unsupported_model_or_option_is_refused(case):
     model, arguments, message = REFUSED[case]
     model = model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    module = getattr(model, "model", model) if isinstance(model, cod.ModelAdapter) else model
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with pytest.raises(UserError, match=re.escape(message)):
         apply(model, **arguments)
-    assert all(tensor.is_meta or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(tensor.is_meta or torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 def test_a_checkpoint_of_another_strategy_is_refused(tmp_path):
@@ -630,6 +655,18 @@ def test_a_checkpoint_of_another_strategy_is_refused(tmp_path):
 def test_a_layout_of_one_norm_is_an_error():
     with pytest.raises(UserError, match=r"layout\.norms=\('ln',\): expected two"):
         Layout("layers", norms=("ln",), sublayers=("attn", "ffn"))
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ({"norms": "ln"}, "layout.norms='ln': expected two, for attention and the feed-forward network"),
+        ({"inputs": ("attn.qkv", "mlp.fc")}, "layout.inputs=('attn.qkv', 'mlp.fc'): expected two tuples of paths"),
+    ],
+)
+def test_a_text_in_place_of_several_paths_is_an_error(paths, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        replace(PLAIN, **paths)
 
 
 def test_lost_factors_cannot_be_folded(tmp_path):
@@ -701,6 +738,11 @@ def test_a_norm_that_cannot_be_run_alone_leaves_the_model_unchanged():
 def test_the_module_to_fold_is_named():
     with pytest.raises(UserError, match="Outer has no strategy to fold: pass its module 'core', which has"):
         fold(Outer(), layout=OUTER)
+
+
+def test_a_decoder_is_folded_by_export():
+    with pytest.raises(UserError, match="a Decoder has its strategy in its blocks: the command export writes it"):
+        fold(decoder_of("lns"))
 
 
 def test_there_is_nothing_to_fold_in_a_plain_model():

@@ -242,6 +242,8 @@ def test_predicted_blocks_have_the_factors_of_the_block_before():
 def test_unsupported_growth_is_refused(norm, blocks, how, message):
     with pytest.raises(UserError, match=message):
         grow(trained(name=norm), {"name": norm}, blocks, how)
+    with pytest.raises(UserError, match=message):
+        grow(trained(name=norm), norm, blocks, how)
 
 
 def test_unknown_gains_are_refused():

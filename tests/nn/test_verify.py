@@ -301,6 +301,30 @@ def test_an_unsupported_model_or_input_is_refused(case):
         verify(model(), "lns", layout=PLAIN, inputs=inputs)
 
 
+class BlockOfModules(Block):
+    """Calls the layers of its FFN, and not the FFN itself."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.ffn = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x) * self.factor())
+        return x + self.ffn[1](self.ffn[0](self.norm_2(x) * self.factor()))
+
+
+def test_a_module_that_is_not_called_is_named():
+    with pytest.raises(UserError, match=r"layer 1, ffn: its module of layout\.sublayers is not called in the forward"):
+        verify(Model(BlockOfModules), "lns", layout=PLAIN, inputs=TOKENS)
+    inside = replace(PLAIN, sublayers=("attention", "ffn.0"), branches=("attention", "ffn.1"))
+    assert len(verify(Model(BlockOfModules), "lns", layout=inside, inputs=TOKENS)) == 16
+
+
+def test_an_option_without_a_strategy_is_refused():
+    with pytest.raises(UserError, match="position='only_ffn' is an option of a strategy: pass norm= too"):
+        verify(apply(Model(Block), "lns", layout=PLAIN, trained="change"), layout=PLAIN, position="only_ffn")
+
+
 def test_a_sharded_model_is_refused(shard):
     model = Model(Block)
     with pytest.raises(UserError, match="Model is sharded: call verify before fully_shard"):

@@ -92,8 +92,11 @@ class DocumentTokenizer:
         """Return the ids of each document, followed by EOS.
 
         Raises:
-            UserError: the tokenizer has no token for some of the text, and none for unknown text.
+            UserError: a text instead of a list of texts, or the tokenizer has no token for some of the text, and none
+                for unknown text.
         """
+        if isinstance(documents, str):
+            raise UserError("encode takes a list of texts: pass [text]")
         try:
             encodings = self.backend.encode_batch_fast(documents, add_special_tokens=False)
         except Exception as error:  # tokenizers raises plain Exception

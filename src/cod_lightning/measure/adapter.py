@@ -53,8 +53,9 @@ class ModelAdapter:
 
     Args:
         model: a `Decoder`, a `VisionTransformer`, a model of `transformers` of a family in docs/models.md, or a model
-            whose forward takes tokens [batch, length] and returns logits (see `logits_output`). Logits are for the next
-            token, except BERT's. Only names are checked here; `check_layout` runs the model to prove its layout.
+            whose forward takes tokens [batch, length] and returns logits: a tensor, `.logits`, ["logits"], or the first
+            of several. Logits are for the next token, except BERT's. Only names are checked here; measures run the
+            model to prove its layout.
         name: for tables and figures.
         decode: the text of a token, for results that name tokens; None: they have ids only.
         layout: the `Layout` of the model's blocks, their sub-layers, the final norm and the head; None: by the names of

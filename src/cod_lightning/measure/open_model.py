@@ -25,11 +25,11 @@ from cod_lightning.rng import isolate_rng
 def load_pretrained(
     name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[ModelAdapter, Any]:
-    """Load a causal language model of `transformers` and its tokenizer; see `load_checkpoint`.
+    """Load a causal language model of `transformers` and its tokenizer.
 
     Args:
-        name: a folder, a .gguf file, the short name of a packaged model, or a name on the hub, as for
-            `load_checkpoint`.
+        name: a folder with config.json and weights, a .gguf file or a folder with one, the short name of a packaged
+            model, or a name on the hub.
         dtype: dtype of the weights, a floating-point one.
         device: device of the model.
 
@@ -37,8 +37,8 @@ def load_pretrained(
         The model, ready for `cod.measure`, and its tokenizer.
 
     Raises:
-        UserError: the model cannot be loaded whole, has an unknown layout, or fails `check_layout`; or `dtype` is not a
-            floating-point dtype of torch.
+        UserError: there is no such model, or it cannot be loaded whole, has an unknown layout, or does not run as its
+            layout says; or `dtype` is not a floating-point dtype of torch.
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype={dtype!r} is not a floating-point dtype of torch: pass one, such as torch.bfloat16")

@@ -334,8 +334,8 @@ def fit_nonnegative(terms: Tensor, logs: Sequence[float]) -> list[float]:
 def measured_theory(
     model: ModelAdapter,
     batches: Sequence[Tensor],
-    pad_id: int | None,
-    progress: Progress | None,
+    pad_id: int | None = None,
+    progress: Progress | None = None,
     *,
     lns: bool | None = None,
 ) -> Theory:

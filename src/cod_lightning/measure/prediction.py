@@ -52,6 +52,7 @@ from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import OUTPUT_PROJECTIONS, build_decoder, outer_stds, projection_std
 from cod_lightning.nn.norms import ALPHA, with_norm_kind
 from cod_lightning.nn.strategies import SublayerSpec, build_all
+from cod_lightning.nn.strategy_lookup import norm_section
 
 Array = np.ndarray
 SEQUENCES, TOKENS = 8, 64
@@ -106,12 +107,12 @@ class Prediction(Result):
         return f"{overflow}\ntwice the depth multiplies the largest {growth}"
 
 
-def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Prediction:
+def predict(config: DecoderConfig, norm: str | Mapping[str, Any], seed: int = 1) -> Prediction:
     """Compare the closed form with one forward and backward pass, and one Jacobian product, of an untrained decoder.
 
     Args:
         config: the configuration, with `vocab_size` set; the decoder is built on the CPU.
-        norm: the section `norm`: `name` and options.
+        norm: the strategy, as in `build_all`.
         seed: of weights and tokens.
 
     Raises:
@@ -131,7 +132,7 @@ def predict(config: DecoderConfig, norm: Mapping[str, Any], seed: int = 1) -> Pr
     expected, doubled = checked_closed_form(decoder), checked_closed_form(deeper)
     overflow = [v for v in expected["variance"] if DEVIATIONS * math.sqrt(v) > FP16_MAX]
     return Prediction(
-        model=str(norm["name"]),
+        model=str(norm_section(norm)["name"]),
         **expected,
         **{f"{name}_measured": values for name, values in measure_at_init(decoder, seed).items()},
         overflow_layer=expected["variance"].index(overflow[0]) + 1 if overflow else None,

@@ -68,8 +68,8 @@ def apply(
     Raises:
         UserError: an unknown strategy or layout, a `Decoder`, a coefficient that an existing model cannot have, a
             strategy that is applied already, here or by `param_groups`, a trained model and `trained="refuse"`, no
-            decision on initial weights, or weights that cannot be changed here (see `require_weight`). The model is
-            unchanged.
+            decision on initial weights, or weights that cannot be changed here: quantised, sharded, offloaded or on the
+            meta device. The model is unchanged.
     """
     require_choice("trained", trained, Trained)
     if initial_weights is not None:
@@ -140,11 +140,13 @@ def fold(model: Model, *, layout: Layout | None = None) -> Model:
         The model, without factors, and without the strategy in its configuration.
 
     Raises:
-        UserError: no strategy is applied, or a factor has no weight to go into (see `require_weight`). The model is
+        UserError: no strategy is applied, a `Decoder`, or a factor has no weight here to go into. The model is
             unchanged.
     """
     targets: list[tuple[Any, Any, float]] = []
     sites, section = pre_norm_sites(model, layout), strategy_of(model)
+    if any(isinstance(site.block, Block) for site in sites):
+        raise UserError("a Decoder has its strategy in its blocks: the command export writes it folded")
     for site in sites:
         for module in (site.norm, site.branch):
             context = f"layer {site.layer}: the factor of its {site.part} has no weight to go into"

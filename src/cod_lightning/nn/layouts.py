@@ -52,8 +52,13 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("norms", "sublayers", "branches", "inputs", "outputs", "sum_norms"):
-            if (pair := getattr(self, name)) is not None and len(pair) != 2:
+            pair = getattr(self, name)
+            if pair is not None and (isinstance(pair, str) or len(pair) != 2):
                 raise UserError(f"layout.{name}={pair!r}: expected two, for attention and the feed-forward network")
+        if any(isinstance(paths, str) for paths in self.inputs):
+            raise UserError(
+                f"layout.inputs={self.inputs!r}: expected two tuples of paths, such as (('attn.qkv',), ('mlp.fc',))"
+            )
 
 
 LLAMA = Layout(
@@ -176,7 +181,8 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             computes another equation (`OTHER_SUMS`) or has modules that its known layout does not name.
     """
     if not isinstance(model, nn.Module):
-        raise UserError(f"model is a {type(model).__name__}: expected an nn.Module")
+        remedy = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise UserError(f"model is a {type(model).__name__}: expected an nn.Module{remedy}")
     refuse_fsdp1(model)
     by_name = layout is None
     layout = known_layout(model) if layout is None else layout
@@ -184,6 +190,8 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
         for path, module in model.named_modules():
             if known_layout(module) is not None:
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
+        if known_layout(model, BACKBONES) is not None:
+            raise UserError(f"{type(model).__name__} has no head: pass the causal language model around it")
         raise UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
     sites = find_sites(model, layout)
     if layout.norms is None:
@@ -256,13 +264,26 @@ def unwrapped(module: Any) -> Any:
 
 
 def site_of(layout: Layout, layer: int, block: Any, index: int) -> Site:
-    """Attention (index 0) or the feed-forward network (1) of a block; raises like `submodule`."""
+    """Attention (index 0) or the feed-forward network (1) of a block.
+
+    Raises:
+        UserError: as `submodule`, or a module is a list of others, which is never called.
+    """
+    place = f"{layout.blocks}.{layer - 1}"
 
     def at(path: str) -> Any:
-        return unwrapped(submodule(block, path, f"{layout.blocks}.{layer - 1}"))
+        return unwrapped(submodule(block, path, place))
 
     def module(pair: tuple[str, str] | None) -> Any:
-        return at(pair[index]) if pair else None
+        if pair is None:
+            return None
+        found = at(pair[index])
+        if isinstance(found, nn.ModuleList | nn.ModuleDict):
+            raise UserError(
+                f"{place}: {pair[index]!r} is an nn.{type(found).__name__}, which is never called: name the modules "
+                "inside it that are, the first one in layout.sublayers and the last one in layout.branches"
+            )
+        return found
 
     sublayer, branch = module(layout.sublayers), module(layout.branches)
     return Site(

@@ -64,13 +64,20 @@ def find_source(name: str) -> Source:
     """The checkpoint that a path, the short name of a packaged model, or a name on the hub means.
 
     Raises:
-        UserError: the package is not installed; or a folder holds several .gguf files, or an adapter.
+        UserError: the package is not installed; the path does not exist or is another file; or a folder holds several
+            .gguf files, or an adapter.
     """
     name = packaged_path(name)
     folder = Path(name)
     if folder.suffix == ".gguf" and folder.is_file():
         return Source(str(folder.parent), folder.name)
+    if folder.is_file():
+        raise UserError(f"{name} is a file: name the folder of the model, or a .gguf file")
     if not folder.is_dir():
+        if folder.suffix == ".gguf" or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            raise UserError(
+                f"{name} does not exist: name the folder of a model, a .gguf file, or OWNER/NAME on the hub"
+            )
         return Source(name)
     if (folder / "adapter_config.json").exists():
         raise UserError(

@@ -64,7 +64,7 @@ def param_groups(
             done, as in a checkpoint of such a training. Training equals that of the strategy only with both: scaled
             initial weights and these groups.
         eps: of AdamW.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW, whose own default the groups override.
         form: which weights stand for the gains: "matrices" (q, k, v, gate, up) or "norm_weights".
         layout: as for `apply`; "matrices" need `layout.inputs`.
         options: of the strategy.

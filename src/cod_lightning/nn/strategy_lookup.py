@@ -143,6 +143,11 @@ def coefficient_hint(error: BaseException) -> str:
     return f"; {nearest(unknown[2], BLOCK_COEFFICIENTS if unknown[1] == 'Block' else COEFFICIENTS)}"
 
 
+def norm_section(norm: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section `norm` of a strategy that is given by its name or by its section."""
+    return {"name": norm} if isinstance(norm, str) else norm
+
+
 def build_all(norm: str | Mapping[str, Any], depth: int) -> list[BlockSpec]:
     """The specs of blocks 1..depth.
 
@@ -153,7 +158,7 @@ def build_all(norm: str | Mapping[str, Any], depth: int) -> list[BlockSpec]:
     Raises:
         UserError: as `build`, or a section without `name`.
     """
-    norm = {"name": norm} if isinstance(norm, str) else norm
+    norm = norm_section(norm)
     options = {key: value for key, value in norm.items() if key != "name"}
     if "name" not in norm:
         raise UserError(f"norm.name is missing: {nearest('', STRATEGIES)}")

@@ -21,6 +21,7 @@ from cod_lightning.nn.layer_prediction import predict_blocks
 from cod_lightning.nn.layouts import LLAMA, find_sites
 from cod_lightning.nn.spec import BLOCK_COEFFICIENTS, FACTORS, INITIAL, OPTIMIZER
 from cod_lightning.nn.strategies import BlockSpec, build_all
+from cod_lightning.nn.strategy_lookup import norm_section
 from cod_lightning.nn.weights import state_dict
 from cod_lightning.settings import require_choice
 
@@ -28,12 +29,12 @@ How = Literal["stack", "interpolate", "identity", "lesa"]
 Gains = Literal["kept", "new"]
 
 
-def convert(decoder: Decoder, norm: Mapping[str, Any]) -> Decoder:
+def convert(decoder: Decoder, norm: str | Mapping[str, Any]) -> Decoder:
     """The decoder under another strategy, with the same logits up to the rounding of one product per weight.
 
     Args:
         decoder: trained under any strategy; it does not change.
-        norm: `name` of the new strategy, and its options as further entries.
+        norm: the new strategy, as in `build_all`.
 
     Raises:
         UserError: an unknown strategy, or one with coefficients that weights cannot compensate for; names each of them.
@@ -44,7 +45,7 @@ def convert(decoder: Decoder, norm: Mapping[str, Any]) -> Decoder:
 @torch.no_grad()
 def grow(
     decoder: Decoder,
-    norm: Mapping[str, Any],
+    norm: str | Mapping[str, Any],
     blocks: int,
     how: How,
     gains: Gains = "kept",
@@ -54,7 +55,7 @@ def grow(
 
     Args:
         decoder: trained.
-        norm: its strategy.
+        norm: its strategy, as in `build_all`.
         blocks: new number of blocks.
         how: "stack": the first blocks, then the last ones again (SOLAR, arXiv 2312.15166); "interpolate": every block
             several times in its place; "identity": copies between groups of blocks whose last projections are zero, so
@@ -87,7 +88,9 @@ def grow(
         changed = part.skip != 1 or part.skip_from != "input" or part.learned_skip or part.sum_norm or part.gate != "no"
         biased = part.branch_norm and spec.norm_kind in ("dyt", "derf")
         if spec.embedding_skip or changed or biased:
-            raise UserError(f"how=identity needs blocks x + f(x), which those of norm={norm['name']!r} are not")
+            raise UserError(
+                f"how=identity needs blocks x + f(x), which those of norm={norm_section(norm)['name']!r} are not"
+            )
         site.output.weight.zero_()
     return grown
 
@@ -115,7 +118,7 @@ def source_layers(depth: int, blocks: int, how: How) -> tuple[list[int], list[in
 
 
 @torch.no_grad()
-def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block], compensate: bool) -> Decoder:
+def rebuild(decoder: Decoder, norm: str | Mapping[str, Any], originals: Sequence[Block], compensate: bool) -> Decoder:
     """A decoder under a strategy whose blocks are copies of `originals`.
 
     Args:
@@ -132,7 +135,7 @@ def rebuild(decoder: Decoder, norm: Mapping[str, Any], originals: Sequence[Block
     if problems := unfinished_schedule(decoder):
         raise UserError(problems[0])
     if problems := unsupported_coefficients(originals, specs):
-        raise UserError("\n".join(f"norm={norm['name']!r} sets {problem}" for problem in problems))
+        raise UserError("\n".join(f"norm={norm_section(norm)['name']!r} sets {problem}" for problem in problems))
     with torch.device("meta"):
         rebuilt = Decoder(replace(decoder.config, num_hidden_layers=len(originals)), specs)
     state = {name: tensor for name, tensor in state_dict(decoder).items() if not name.startswith("model.layers.")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -95,6 +95,9 @@ def verify(
             anywhere, or has coefficients other than gains and branch scales. Or the model cannot be run, as on the
             meta device, or is sharded.
     """
+    if options and not norm:
+        name, value = next(iter(options.items()))
+        raise UserError(f"{name}={value!r} is an option of a strategy: pass norm= too, or leave it out")
     section = {"name": norm, **options} if norm else strategy_of(model)
     if section is None:
         raise UserError(f"{type(model).__name__}: its configuration names no strategy; say which, such as norm='lns'")
@@ -179,6 +182,7 @@ def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout 
             for handle in register_recorders(site, seen):
                 handles.enter_context(handle)
         model(tokens)
+    require_called(sites, seen)
     for site, spec in zip(sites[1::2], specs[1::2], strict=True):
         if (site.layer, "middle") not in seen:  # a fused kernel ran instead of the norm's forward
             seen[site.layer, "middle"] = seen[site.layer, "output"] - spec.branch_scale * seen[site.layer, "ffn output"]
@@ -198,6 +202,21 @@ def measure_factors(model: nn.Module, specs: list[SublayerSpec], layout: Layout 
             branch = fit_factor(y - x, [outputs[index % 2]])
         factors.append(Factor(site.layer, site.part, "branch_scale", spec.branch_scale, branch))
     return factors
+
+
+def require_called(sites: list[Site], seen: Container[tuple[int, str]]) -> None:
+    """Raise a UserError that names the first module of a layout that was not called."""
+    for site in sites:
+        for name, field in (
+            (f"{site.part} input", "sublayers"),
+            (f"{site.part} output", "branches"),
+            ("block", "blocks"),
+        ):
+            if (site.layer, name) not in seen:
+                raise UserError(
+                    f"layer {site.layer}, {site.part}: its module of layout.{field} is not called in the forward: name "
+                    "one that is"
+                )
 
 
 def register_recorders(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[Any]:

@@ -31,7 +31,8 @@ class DepthMonitor(Callback):
             held-out text, best 8 to 32 sequences.
         every: steps between measurements.
         measures: "variance" (mean and median over tokens of the variance of the residual stream), "gradient_norm" (of
-            each block's parameters), and names of the command `measure`, such as "jacobian", here on eight layers.
+            each block's parameters), and names of the command `measure`, such as "jacobian", here on eight layers, with
+            two iterations, at one token of each of the first four sequences.
         pad_id: padding token, which is not measured; None: there is no padding.
         layout: where the model keeps its blocks and head; None: by the names of its modules.
         module: path of the language model to measure, such as "student", in a module that holds several; its numbers
@@ -108,7 +109,7 @@ class DepthMonitor(Callback):
 
         Raises:
             UserError: there is no language model, or several and no `module=`; it is sharded by FSDP1; its layout
-                cannot be verified; or as `measure.batches.checked_tokens` of the probe.
+                cannot be verified; or the probe does not fit its vocabulary or positions.
         """
         inner = submodule(model, self.module, type(model).__name__) if self.module else model
         adapter = find_model(inner, self.layout)
