@@ -5,10 +5,8 @@ import torch
 from builders import DEPTH, PAD, silence, tokens
 from torch import nn
 
-from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.activation_stats import PLACES, activation_stats, token_statistics
 from cod_lightning.measure.massive_activations import MassiveActivation, MassiveActivationFinder
-from cod_lightning.measure.training import first_bad_layer, plot_variance, probe_statistics
 
 TOKENS = tokens(5, 7)
 
@@ -136,81 +134,3 @@ def test_massive_activations_are_compared_by_magnitude():
         finder.add(layer, x, mask, tokens(1, 3))
     listed, _ = finder.largest_channels(None)
     assert [(each.channel, each.layer, each.value) for each in listed] == [(2, 2, -900), (5, 1, 300)]
-
-
-# Training ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def decoder(causal_lm):
-    return causal_lm("ours-lns").model
-
-
-def test_a_training_run_records_the_same_variance(causal_lm):
-    padded = TOKENS.clone()
-    padded[2, 4:] = PAD
-    expected = activation_stats(causal_lm("ours"), [padded], PAD)
-    recorded = probe_statistics(causal_lm("ours").model, padded, PAD, gradients=False)
-    for place in PLACES:
-        close(getattr(recorded, place), getattr(expected, place).variance)
-
-
-def test_gradient_norms_are_those_of_a_training_step(decoder):
-    norms = probe_statistics(decoder, TOKENS).gradient_norm
-    loss = decoder(TOKENS, next_tokens(TOKENS))
-    (loss.total / loss.counts.sum()).backward()
-    expected = [torch.cat([p.grad.flatten() for p in block.parameters()]).norm() for block in decoder.blocks]
-    close(norms, torch.stack(expected), rtol=1e-4)
-
-
-def test_a_padding_token_outside_of_the_vocabulary_does_not_count(decoder):
-    outside = torch.cat([TOKENS, torch.full_like(TOKENS, 10_000)])
-    statistics = probe_statistics(decoder, outside, 10_000)
-    close(statistics.residual, probe_statistics(decoder, TOKENS).residual)
-
-
-def test_measuring_leaves_no_gradients(decoder):
-    probe_statistics(decoder, TOKENS)
-    assert all(parameter.grad is None for parameter in decoder.parameters())
-
-
-def test_a_frozen_block_has_gradient_norm_zero(decoder):
-    decoder.blocks[1].requires_grad_(False)
-    norms = probe_statistics(decoder, TOKENS).gradient_norm
-    assert [norm > 0 for norm in norms] == [True, False, True, True]
-
-
-def test_without_gradients_there_is_no_backward_pass(decoder):
-    assert probe_statistics(decoder, TOKENS, gradients=False).gradient_norm == []
-
-
-def test_a_compiled_decoder_is_measured_uncompiled(decoder):
-    expected, calls = probe_statistics(decoder, TOKENS), []
-    for block in decoder.blocks:
-        block.compile(backend=lambda graph, example: calls.append(graph) or graph.forward)
-    assert probe_statistics(decoder, TOKENS) == expected
-    assert not calls
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("model.embed_tokens.weight", "embedding"),
-        ("model.layers.2.self_attn.o_proj.weight", "layer 3 attention"),
-        ("model.layers.1.mlp.up_proj.weight", "layer 2 ffn"),
-        ("lm_head.weight", "lm_head"),
-    ],
-)
-def test_the_first_layer_with_a_nan_is_named(decoder, name, place):
-    decoder.get_parameter(name).data.fill_(float("nan"))
-    assert first_bad_layer(decoder, TOKENS, next_tokens(TOKENS)) == place
-
-
-def test_a_finite_decoder_has_no_bad_layer(decoder):
-    assert first_bad_layer(decoder, TOKENS, next_tokens(TOKENS)) is None
-
-
-def test_the_plot_has_one_line_per_layer():
-    figure = plot_variance([0, 10, 20], [[0.1, 0.2, 0.4], [0.2, 0.3, 0.9], [0.3, 0.5, 2.0]])
-    lines = [list(line.get_ydata()) for line in figure.axes[0].lines]
-    assert lines == [[0.1, 0.2, 0.3], [0.2, 0.3, 0.5], [0.4, 0.9, 2.0]]
