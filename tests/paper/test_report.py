@@ -307,6 +307,16 @@ def test_scales_are_never_mixed(experiments):
         assert perplexity[other] not in text
 
 
+def test_a_section_names_its_setting_if_it_is_not_the_usual_one():
+    usual = table(*rows_at("toy"), name="table1_130m")
+    same = table(*rows_at("toy"), name="table6_130m", target="Table 6")
+    other = replace(table(*rows_at("toy"), name="table7_130m", target="Table 7"), setting="other setting")
+    markdown = build_report(published_and(usual, same, other)).markdown
+    assert "- **Setting of scale=toy**, where a section names no other: setting of toy.\n" in markdown
+    assert "- 130M: `python -m cod_lightning reproduce table6_130m scale=toy" in markdown
+    assert "- 130M: other setting. `python -m cod_lightning reproduce table7_130m scale=toy" in markdown
+
+
 def test_missing_runs_are_one_compact_table(report, experiments):
     head, *rows = tables_of(report.markdown)["## Not run"]
     assert head[1:] == ["scale=toy", "hours of H100, scale=paper"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ def build_report(
         verdict=verdict(targets, summaries),
         top=top,
         summaries=summaries,
+        usual_settings=usual_settings(targets),
         overviews={scale: table for scale in SCALES if (table := overview(targets, scale)).rows},
         sections=sections,
         not_run=tables.not_run_table(targets, hardware),
@@ -122,6 +124,15 @@ def compared_columns(experiments: Sequence[Experiment]) -> list[Column]:
     """The columns with runs of one target and scale; one value of a varied setting alone compares nothing."""
     run = [column for column in group_columns(experiments) if column.first.has_runs]
     return run if len(run) > 1 or not (run and run[0].first.axis) else []
+
+
+def usual_settings(targets: Targets) -> dict[str, str]:
+    """The setting of most columns with runs, by scale."""
+    settings: dict[str, Counter[str]] = {scale: Counter() for scale in SCALES}
+    for scales in targets.values():
+        for scale, experiments in scales.items():
+            settings[scale].update(column.first.setting for column in compared_columns(experiments))
+    return {scale: counts.most_common(1)[0][0] for scale, counts in settings.items() if counts}
 
 
 def overview(targets: Targets, scale: str) -> Table:
