@@ -608,12 +608,12 @@ REFUSED = {
     "an FFN that is never called": (
         with_ffn_of_modules,
         {"norm": "minicpm", "layout": GPT2_NORMS},
-        "transformer.h.0: 'mlp' is an nn.ModuleDict, which is never called: name the modules inside it that are",
+        "norm='minicpm': layer 1, ffn: an nn.ModuleDict is never called, and cannot be multiplied: name the module",
     ),
     "a model without its head": (
         lambda: build("Llama").model,
         {"norm": "lns"},
-        "LlamaModel has no head: pass the causal language model around it",
+        "LlamaModel has the modules of a language model without its head: pass the model around it, or name its",
     ),
     "an adapter of measures": (
         lambda: cod.ModelAdapter(build("Llama")),
@@ -650,6 +650,11 @@ def test_a_checkpoint_of_another_strategy_is_refused(tmp_path):
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="differs from"):
         apply(loaded, "lns")
+
+
+def test_a_norm_before_modules_that_are_called_one_by_one_is_scaled():
+    model = apply(with_ffn_of_modules(), "lns", layout=GPT2_NORMS)
+    assert [round(float(block.ln_2.cod_output_scale), 4) for block in model.transformer.h[1:]] == [0.7071, 0.5774]
 
 
 def test_a_layout_of_one_norm_is_an_error():

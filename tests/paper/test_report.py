@@ -71,14 +71,14 @@ def test_the_report_opens_with_the_headline_and_its_interval(report):
     assert report.markdown.startswith(
         "# Reproduction\n\n"
         "**At scale=toy** (setting of toy, 3 seeds), LNS minus Pre-LN in validation loss is -0.367±0.143 nats "
-        "(95% interval). The paper (Table 1): -0.037. post_ln is lower by 0.067±0.517 (perhaps noise).\n"
+        "(95% interval). The paper's Table 1, corrected: -0.037. post_ln is lower by 0.067±0.517 (perhaps noise).\n"
     )
 
 
 def test_the_verdict_lists_opposite_unsettled_and_untried_findings(experiments):
     untried = table(*rows_at("paper"), name="table9", target="Table 9", scale="paper")
     text = verdict_on(*experiments, untried)
-    assert "- Losses: reversed 1 (0); open 1.\n" in text
+    assert "- Table rows: reversed 1 (0); open 1.\n" in text
     assert "Not run: Table 9; scale=paper, mini, small." in text
 
 
@@ -97,7 +97,7 @@ def test_the_headline_says_when_many_comparisons_make_it_insignificant():
     lns = row("lns", 19.0, run(1, 4.9), run(2, 4.87), run(3, 4.92))
     others = [row(f"row {n}", 21.0, *(run(seed, 4.9 + seed / 20) for seed in (1, 2, 3))) for n in range(9)]
     assert "-0.103±0.063 nats (95% interval). The paper" in verdict_on(*published_and(table(baseline, lns)))
-    headline = "-0.103±0.063 nats (95% interval); p=0.019 fails Holm's correction for 10 comparisons. The paper"
+    headline = "-0.103±0.063 nats (95% interval); p=0.019 fails Holm's correction (10 comparisons). The paper"
     assert headline in verdict_on(*published_and(table(baseline, lns, *others)))
 
 
@@ -120,8 +120,8 @@ def test_the_verdict_names_a_claim_about_layers_of_every_direction():
     ]
     text = verdict_on(*published_and(table(*rows, target="Figure 2", name="figure2")))
     assert (
-        "- Layers: hold 2 (2), e.g. Pre-LN: removing deep blocks costs less (+0.4±0 nats); "
-        "reversed 2 (2), e.g. Pre-LN: deep blocks rotate the stream less (-0.2±0 angle / pi).\n"
+        "- Layers: hold 2 (2), e.g. Pre-LN: removing deep blocks costs less (+0.4±0 nats) †; "
+        "reversed 2 (2), e.g. Pre-LN: deep blocks rotate the stream less (-0.2±0 angle / pi) †.\n"
     ) in text
 
 
@@ -138,7 +138,7 @@ def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiment
         "**At scale=small** (setting of small, 1 seed), LNS minus Pre-LN in validation loss is -0.400 nats, "
         "without an interval." in text
     )
-    assert "Claims at scale=toy (after Holm's correction):" in text
+    assert "Other claims at scale=toy (brackets, †: significant after Holm's correction):" in text
 
 
 def test_the_larger_of_two_scales_with_an_interval_ranks_first(experiments):
@@ -279,7 +279,7 @@ def test_the_slope_of_a_difference_is_over_the_seeds_of_all_settings():
     assert changes_per_doubling(columns) == [f"{head}: lns **-0.100 ± 0.000** (n = 3)."]
     assert changes_per_doubling(columns[:2]) == []
     (one_seed,) = family("Depth", "blocks", {96: 4.5}, seeds=(2,))
-    assert changes_per_doubling([*columns, Column((one_seed,))]) == [f"{head}: lns -0.100 (n = 1)."]
+    assert changes_per_doubling([*columns, Column((one_seed,))]) == [f"{head}: lns **-0.100 ± 0.000** (n = 3)."]
 
 
 def test_rows_that_did_not_train_or_diverged_are_marked():
@@ -430,7 +430,7 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     assert built.markdown.index("length_and_depth.png") < built.markdown.index("## At a glance")
     rows = tables_of(built.markdown)["### Depth: ours at scale=small"]
     assert ["x 24: lns", "4.620 ± 0.010", "3", "**-0.380 ± 0.025** †"] in rows
-    assert "- Depth: x 24 -0.38±0.02 †." in built.markdown
+    assert "- Depth: x 6 -0.08±0.02, x 24 -0.38±0.02 †." in built.markdown
     assert "scale=small.** 6 distinct comparisons" in built.markdown
     with_one_setting = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in with_one_setting.figures
@@ -442,15 +442,25 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     [
         ({12: (1, 2, 3), 24: (1, 2, 3), 48: (1, 2, 3)}, "- Depth: x 12 -0.28±0.02, x 48 -0.48±0.02.\n"),
         ({12: (1, 2, 3), 24: (1, 2, 3), 48: (1,)}, "- Depth: x 12 -0.28±0.02, x 24 -0.38±0.02.\n"),
-        ({12: (1,), 24: (1,), 48: (1,)}, ""),
+        ({6: (1,), 12: (1,), 24: (1,), 48: (1,)}, "- Depth: x 12 -0.29 (no interval), x 48 -0.49 (no interval).\n"),
     ],
 )
 def test_the_verdict_lists_the_ends_of_a_setting_that_have_an_interval(seeds, line):
     losses = {6: 4.9, 12: 4.7, 24: 4.6, 48: 4.5}
     depth = [e for n, loss in losses.items() for e in family("Depth", "blocks", {n: loss}, seeds.get(n, (1, 2, 3)))]
-    text = verdict_on(*map(without_runs, depth), *depth).replace(" †", "")
+    usual = replace(depth[0], target="Table 1", name="table1", axes={}, paper={})
+    text = verdict_on(*map(without_runs, [usual, *depth]), usual, *depth).replace(" †", "")
     assert line in text
-    assert ("elsewhere" in text) == bool(line)
+
+
+def test_without_a_headline_the_verdict_lists_every_end_of_a_setting():
+    depth = family("Depth", "blocks", {12: 4.7, 24: 4.6})
+    assert "- Depth: x 12 -0.28±0.02, x 24 -0.38±0.02 †.\n" in verdict_on(*map(without_runs, depth), *depth)
+
+
+def test_the_verdict_does_not_list_rates():
+    rates = family("Learning rate", "lr", {0.003: 4.7, 0.006: 4.6})
+    assert "elsewhere" not in verdict_on(*map(without_runs, rates), *rates)
 
 
 def test_every_strategy_is_compared_at_its_own_best_rate():
@@ -536,9 +546,15 @@ def test_rows_of_fewer_seeds_are_not_the_best():
     assert summary_lines(column)[1] == (
         "Lowest perplexity: pre_ln here (within noise of it: lns; fewer seeds: post_ln); post_ln in the paper (130M)."
     )
-    best = summarize(by_target([table(*rows), *published_and(table(*rows))]))[-1].best
+    with_mix_ln = [*rows, row("mix_ln", 20.0, *(run(seed, 4.95) for seed in (1, 2, 3)))]
+    best = summarize(by_target(published_and(table(*with_mix_ln))))[-1].best
     assert best is not None
-    assert (best[0], best[1].n) == ("pre_ln", 3)
+    assert (best[0], best[1].n) == ("mix_ln", 3)
+
+
+def test_the_baseline_is_not_named_as_the_lowest_row_again():
+    rows = [row(name, 20.0, *(run(seed, loss) for seed in (1, 2, 3))) for name, loss in (("pre_ln", 5.0), ("lns", 5.5))]
+    assert "is lower by" not in verdict_on(*published_and(table(*rows)))
 
 
 def test_a_change_with_a_setting_is_from_the_usual_value_on_the_seeds_of_both():

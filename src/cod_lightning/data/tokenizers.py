@@ -107,9 +107,9 @@ class DocumentTokenizer:
         """The text of a token; that of a special token is its name."""
         return self.backend.decode([token], skip_special_tokens=False)
 
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer and the names of its special tokens into `folder`, which `load_tokenizer` reads."""
-        backend = self.backend
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer and the names of its special tokens into `folder`, which `data.tokenizer=` reads."""
+        backend, folder = self.backend, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "tokenizer.json", backend.to_str(pretty=True))
         special = {"eos_token": backend.id_to_token(self.eos_id), "pad_token": backend.id_to_token(self.pad_id)}
@@ -302,6 +302,8 @@ def _converted(folder: Path, setting: str) -> DocumentTokenizer:
         from cod_lightning.nn.model_files import COPY_TOKENIZER, find_source, has_tokenizer
     except ImportError as error:
         raise UserError(f"{setting} has no {TOKENIZER}; pip install 'cod_lightning[hf]' to convert it") from error
+    if not folder.exists():
+        raise UserError(f"{setting} does not exist: name a folder, a .gguf file, or OWNER/NAME on the hub")
     if folder.is_dir() and not has_tokenizer(folder):
         raise UserError(f"{setting}: no tokenizer: {COPY_TOKENIZER}")
     with tempfile.TemporaryDirectory() as converted:

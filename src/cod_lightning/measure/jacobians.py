@@ -158,7 +158,7 @@ def jacobian(
 
     A block costs `probes` + 2 `iterations` + 1 backward passes for each batch and sampled position. More `tokens` lower
     the standard errors; three iterations leave the largest singular value 0 to 0.8% low (see `largest_singular_value`).
-    `cod.measure` and the commands read the first 16 sequences.
+    `cod.measure` and the command `measure` read the first 16 sequences.
 
     Options:
         layers: blocks, counting from 1; None: all.
@@ -207,7 +207,7 @@ def mean_jacobian(
     """Average the token-wise Jacobian over tokens, entry by entry, for the heat maps of Figure 5.
 
     Each layer costs `tokens` * hidden size backward passes per batch, and hidden size ** 2 numbers. `cod.measure` and
-    the commands read the first 16 sequences.
+    the command `measure` read the first 16 sequences.
 
     Options:
         layers: blocks, counting from 1; None: five from the first to the last, as in Figure 5.
@@ -246,8 +246,8 @@ def jacobian_growth(
     Unlike `jacobian` it takes all tokens of a sequence together, including what attention carries between them. Padding
     is neither perturbed nor read. Each layer costs 2 `iterations` backward passes through the blocks up to it: the time
     for eight layers grows linearly with the depth, and for all with its square. The graphs of all blocks are kept for
-    one batch: about three times the memory of a training step on it. `cod.measure` and the commands read the first two
-    sequences.
+    one batch: about three times the memory of a training step on it. `cod.measure` and the command `measure` read the
+    first two sequences.
 
     Options:
         layers: the l of d y_l / d x_1, counting from 1; None: `GROWTH_LAYERS`, evenly from the first to the last.

@@ -136,7 +136,8 @@ def layer_importance(
 ) -> LayerImportance:
     """Compute the blocks' Shapley values and leave-one-out; a block outside a coalition becomes the identity.
 
-    Each sampled order costs one loss per block and batch. `cod.measure` and the commands read the first 16 sequences.
+    Each sampled order costs one loss per block and batch. `cod.measure` and the command `measure` read the first 16
+    sequences.
 
     Options:
         permutations: number of sampled orders.

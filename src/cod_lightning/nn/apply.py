@@ -114,7 +114,13 @@ def apply(
         if factor != 1
     ]
     for site, module, _ in factors:
-        require_no_adapter(module, f"norm={norm!r}: layer {site.layer}, {site.part}")
+        place = f"norm={norm!r}: layer {site.layer}, {site.part}"
+        require_no_adapter(module, place)
+        if type(module).forward is nn.Module.forward:  # as nn.ModuleDict has
+            raise UserError(
+                f"{place}: an nn.{type(module).__name__} is never called, and cannot be multiplied: name the module "
+                "inside it that is added to the stream in layout.branches"
+            )
     if initial_weights == "scale" or (initial_weights is None and written is None):
         change_weights(model, sites, specs, norm, trained)
     for _, module, factor in factors:

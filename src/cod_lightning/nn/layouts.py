@@ -191,7 +191,10 @@ def pre_norm_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]
             if known_layout(module) is not None:
                 raise UserError(f"{type(model).__name__} wraps a {type(module).__name__}: pass its module {path!r}")
         if known_layout(model, BACKBONES) is not None:
-            raise UserError(f"{type(model).__name__} has no head: pass the causal language model around it")
+            raise UserError(
+                f"{type(model).__name__} has the modules of a language model without its head: pass the model around "
+                f"it, or {HINT}"
+            )
         raise UserError(f"{type(model).__name__} has an unknown layout; {HINT}")
     sites = find_sites(model, layout)
     if layout.norms is None:
@@ -264,26 +267,13 @@ def unwrapped(module: Any) -> Any:
 
 
 def site_of(layout: Layout, layer: int, block: Any, index: int) -> Site:
-    """Attention (index 0) or the feed-forward network (1) of a block.
-
-    Raises:
-        UserError: as `submodule`, or a module is a list of others, which is never called.
-    """
-    place = f"{layout.blocks}.{layer - 1}"
+    """Attention (index 0) or the feed-forward network (1) of a block; raises like `submodule`."""
 
     def at(path: str) -> Any:
-        return unwrapped(submodule(block, path, place))
+        return unwrapped(submodule(block, path, f"{layout.blocks}.{layer - 1}"))
 
     def module(pair: tuple[str, str] | None) -> Any:
-        if pair is None:
-            return None
-        found = at(pair[index])
-        if isinstance(found, nn.ModuleList | nn.ModuleDict):
-            raise UserError(
-                f"{place}: {pair[index]!r} is an nn.{type(found).__name__}, which is never called: name the modules "
-                "inside it that are, the first one in layout.sublayers and the last one in layout.branches"
-            )
-        return found
+        return at(pair[index]) if pair else None
 
     sublayer, branch = module(layout.sublayers), module(layout.branches)
     return Site(

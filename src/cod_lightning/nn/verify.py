@@ -208,9 +208,9 @@ def require_called(sites: list[Site], seen: Container[tuple[int, str]]) -> None:
     """Raise a UserError that names the first module of a layout that was not called."""
     for site in sites:
         for name, field in (
+            ("block", "blocks"),
             (f"{site.part} input", "sublayers"),
             (f"{site.part} output", "branches"),
-            ("block", "blocks"),
         ):
             if (site.layer, name) not in seen:
                 raise UserError(

@@ -365,9 +365,8 @@ def finding_results(column: Column) -> list[ClaimResult]:
             ours, text = Difference.of(measured), finding.statement
             key = (text, *(row.run_id for row in compared))
             target, heading = column.first.target, column.heading
+            is_loss = finding.quantity is final_loss
             results.append(
-                ClaimResult(
-                    key, target, heading, text, text, ours.direction(1.0), ours, finding.unit, about_layers=True
-                )
+                ClaimResult(key, target, heading, text, text, ours.direction(1.0), ours, finding.unit, not is_loss)
             )
     return results

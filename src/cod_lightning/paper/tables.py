@@ -171,21 +171,25 @@ def directions_as_printed(column: Column, comparisons: Sequence[Comparison]) -> 
 
 
 def changes_per_doubling(columns: Sequence[Column]) -> list[str]:
-    """Slope of every row's difference to the baseline over log2 of the varied setting, on the seeds of all columns."""
+    """Slope of every row's difference to the baseline over log2 of the varied setting.
+
+    Of each row over the settings with three seeds, if there are three of them, on the seeds that these have.
+    """
     axis, metric = columns[0].first.axis, columns[0].headline
-    if axis is None or metric is None or len(columns) < 3:  # a line through two points has no error
+    if axis is None or metric is None:
         return []
-    settings = np.log2([column.first.axes[axis] for column in columns])
+    form, lines = metric.difference_format, dict[str, list[tuple[float, ReportRow, ReportRow]]]()
+    for column in columns:
+        for c in column.compare(metric):
+            if c.difference and c.difference.margin is not None:
+                lines.setdefault(c.row.label, []).append((np.log2(column.first.axes[axis]), c.row, column.baseline))
     parts = []
-    for row in columns[0].rows:
-        pairs = [(each, column.baseline) for column in columns for each in column.rows if each.name == row.name]
-        every = [each for pair in pairs for each in pair]
-        complete = len(pairs) == len(columns) and not any(run.failure for each in every for run in each.runs)
-        if row is not columns[0].baseline and complete and (seeds := metric.common_seeds(*every)):
-            slopes = np.polyfit(settings, [metric.differences(*pair, seeds) for pair in pairs], 1)[0].tolist()
-            form = metric.difference_format
-            slope = format_difference(Difference.of(slopes), f"+{form}", form)
-            parts.append(f"{row.label} {slope} (n = {len(slopes)})")
+    for label, points in lines.items():
+        seeds = metric.common_seeds(*(row for _, *both in points for row in both))
+        if len(points) > 2 and len(seeds) >= MIN_SEEDS:  # a line through two points has no error
+            values = [metric.differences(row, base, seeds) for _, row, base in points]
+            slopes = Difference.of(np.polyfit([x for x, *_ in points], values, 1)[0].tolist())
+            parts.append(f"{label} {format_difference(slopes, f'+{form}', form)} (n = {slopes.n})")
     head = f"Change of the difference to {columns[0].baseline.label} per doubling ({metric.unit}, 95 %; not corrected)"
     return [f"{head}: {'; '.join(parts)}."] if parts else []
 
@@ -269,7 +273,7 @@ def not_run_table(targets: Targets, hardware: str) -> Table:
         missing = [row for e in scales["paper"] for row in e.rows if not row.runs]
         hours = {row.run_id: row.gpu_hours for row in missing if row.gpu_hours is not None}
         all_hours |= hours
-        if missing or any(cells):
+        if hours or any(cells):
             rows.append([target, *cells, f"{sum(hours.values()):,.0f}" if hours else ""])
     if all_hours:
         rows.append(["all, shared runs once", *[""] * len(tried), f"{sum(all_hours.values()):,.0f}"])

@@ -55,12 +55,16 @@ class Change:
 
     usual: str
     """Heading of the column with the runs of the headline, or else of the first."""
+    usual_difference: Difference
+    """LNS minus Pre-LN in that column, on all of its seeds."""
     other: str
     """Heading of the other column."""
     difference: Difference
     """LNS minus Pre-LN in the other column, on all of its seeds."""
     change: Difference
     """LNS minus Pre-LN in the other column minus that in the usual one, on the seeds of both."""
+    of_rates: bool
+    """Whether the setting is the learning rate."""
     key: tuple[str, ...]
     """Identifies the runs and the metric: changes with the same key are one statistical test."""
 
@@ -85,11 +89,16 @@ class ScaleSummary:
 
     @property
     def shown_changes(self) -> dict[str, list[Change]]:
-        """The first and the last change of those whose difference has an interval, for each target."""
-        changes = {
-            t: [each for each in every if each.difference.margin is not None] for t, every in self.changes.items()
-        }
-        return {t: every if len(every) < 3 else [every[0], every[-1]] for t, every in changes.items() if every}
+        """The first and the last change of every target but the learning rates, which are compared each at its best.
+
+        Changes without an interval are left out if others have one.
+        """
+        shown = {}
+        for target, every in self.changes.items():
+            changes = [each for each in every if each.difference.margin is not None] or every
+            if not changes[0].of_rates:
+                shown[target] = changes if len(changes) < 3 else [changes[0], changes[-1]]
+        return shown
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -154,7 +163,7 @@ class ScaleSummary:
             examples: directions of which a claim about layers is named.
         """
         lines = []
-        for title, about_layers in (("Losses", False), ("Layers", True)):
+        for title, about_layers in (("Table rows", False), ("Layers", True)):
             parts = []
             for direction, every in self.by_direction.items():
                 claims = [claim for claim in every if claim.about_layers == about_layers]
@@ -163,6 +172,7 @@ class ScaleSummary:
                 if claims and about_layers and direction in examples:
                     ours = claims[0].difference.format("+.2g", ".2g").replace(" ", "")
                     part += f", e.g. {claims[0].statement} ({ours} {claims[0].unit})"
+                    part += " †" * (claims[0].key in self.significant)
                 parts += [part] * bool(claims)
             lines += [f"{title}: {'; '.join(parts)}."] * bool(parts)
         return lines
@@ -197,11 +207,12 @@ def summarize(targets: Targets) -> list[ScaleSummary]:
 def lowest_row(column: Column, lns: Comparison) -> tuple[str, Difference] | None:
     """The row of a column that is lowest below LNS, or least above it, on the seeds of both; and LNS minus that row.
 
-    Rows of fewer seeds than others are left out as in `with_enough_seeds`.
+    Rows of fewer seeds than others are left out as in `with_enough_seeds`. None if it is the baseline.
     """
     others = [c.row for c in column.compare(lns.metric) if c.row is not lns.row and not c.failures]
     pairs = [(row.label, d) for row in others if (d := lns.metric.paired_difference(lns.row, row))]
-    return max(with_enough_seeds(pairs, lambda pair: pair[1].n), key=lambda pair: pair[1].mean, default=None)
+    best = max(with_enough_seeds(pairs, lambda pair: pair[1].n), key=lambda pair: pair[1].mean, default=None)
+    return None if best and best[0] == column.baseline.label else best
 
 
 def changes_of(pairs: Sequence[tuple[Column, Comparison]], usual: tuple[str, ...]) -> list[Change]:
@@ -216,12 +227,13 @@ def changes_of(pairs: Sequence[tuple[Column, Comparison]], usual: tuple[str, ...
     changes = []
     for other, c in (pair for pair in pairs if pair is not start):
         seeds = lns.metric.common_seeds(lns.row, column.baseline, c.row, other.baseline)
-        if c.difference and seeds:
+        if lns.difference and c.difference and seeds:
             there = lns.metric.differences(lns.row, column.baseline, seeds)
             here = lns.metric.differences(c.row, other.baseline, seeds)
             change = Difference.of([after - before for before, after in zip(there, here, strict=True)])
             key = ("change", *lns.key, *c.key)
-            changes.append(Change(column.heading, other.heading, c.difference, change, key))
+            of_rates = column.first.axis == "lr"
+            changes.append(Change(column.heading, lns.difference, other.heading, c.difference, change, of_rates, key))
     return changes
 
 

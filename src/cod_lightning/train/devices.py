@@ -41,7 +41,7 @@ def check_norm_backend(config: Config) -> None:
         )
 
 
-def norm_backend(config: Config, specs: Sequence[BlockSpec], device: torch.device) -> str:
+def usable_norm_backend(config: Config, specs: Sequence[BlockSpec], device: torch.device) -> str:
     """`model.norm_backend`, or torch's norms if the Triton kernels are wrong for a norm of the model on a device.
 
     Raises:

@@ -33,7 +33,7 @@ from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import Images
 from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
-from cod_lightning.train.devices import compile_backend, norm_backend, precision
+from cod_lightning.train.devices import compile_backend, precision, usable_norm_backend
 from cod_lightning.train.load import InitialWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
 from cod_lightning.train.strategy import FSDP2Strategy
@@ -90,7 +90,7 @@ class StepModule(LightningModule, ABC):
             UserError: the kernels are wrong, and norm_backend is `triton`.
         """
         device = torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
-        return replace(self.config.model, norm_backend=norm_backend(self.config, self.specs, device))
+        return replace(self.config.model, norm_backend=usable_norm_backend(self.config, self.specs, device))
 
     @abstractmethod
     def build(self, device: torch.device, wrap: Callable[[Any], None]) -> None:
@@ -205,7 +205,7 @@ class StepModule(LightningModule, ABC):
         Each rank processes a share of the probe, which is the same on all; the statistics are summed over the ranks.
         """
         part = probe[self.trainer.global_rank :: self.trainer.world_size]
-        if not len(part):  # one that does not count: every rank takes part in the sums
+        if not len(part):  # padding: every rank takes part in the sums
             first = probe[:1]
             if isinstance(first, Images):
                 part = Images(first.pixels, torch.full_like(first.labels, IGNORE))
