@@ -15,13 +15,7 @@ import yaml
 from cod_lightning.cli import main
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate import PAPER_TASKS, lm_eval
-from cod_lightning.evaluate.lm_eval import (
-    numeric_metrics,
-    run_tasks,
-    save_scores,
-    score_tasks,
-    task_manager,
-)
+from cod_lightning.evaluate.lm_eval import numeric_metrics, run_tasks, save_scores, score_tasks, task_manager
 from cod_lightning.train.load import load_run
 from cod_lightning.typed_json import read_json
 from tiny_models import tiny_decoder

@@ -19,11 +19,7 @@ from cod_lightning.evaluate import PAPER_TASKS
 from cod_lightning.evaluate.lm_eval import save_scores
 from cod_lightning.paper import experiments
 from cod_lightning.paper.claims import SCALES, Column
-from cod_lightning.paper.experiments import (
-    experiment_rows,
-    remaining_tasks,
-    with_results,
-)
+from cod_lightning.paper.experiments import experiment_rows, remaining_tasks, with_results
 from cod_lightning.paper.pretrained_models import load_pretrained_models
 from cod_lightning.paper.results import load_measures, load_runs, load_task_scores, save_result
 

@@ -28,15 +28,7 @@ import numpy as np
 
 from cod_lightning.data.config import SHARDED_SOURCES, DataConfig
 from cod_lightning.data.corpora import open_corpus, texts_of_shard
-from cod_lightning.data.encode import (
-    DOCUMENT_DTYPE,
-    Encoded,
-    Encoder,
-    batches,
-    concatenate,
-    encoder_pool,
-    take_tokens,
-)
+from cod_lightning.data.encode import DOCUMENT_DTYPE, Encoded, Encoder, batches, concatenate, encoder_pool, take_tokens
 from cod_lightning.data.manifest import SPLITS, TOKENIZER, file_problems
 from cod_lightning.data.prepare import (
     PreparationProgress,

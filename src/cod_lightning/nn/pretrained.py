@@ -20,13 +20,7 @@ from cod_lightning.files import damage_message
 from cod_lightning.memory import require_memory
 from cod_lightning.nn.apply import CONFIG_KEY, apply, checked_sublayer_specs, strategy_of
 from cod_lightning.nn.gguf import open_gguf, read_gguf
-from cod_lightning.nn.model_files import (
-    Source,
-    find_file,
-    find_source,
-    read_weights,
-    require_tokenizer,
-)
+from cod_lightning.nn.model_files import Source, find_file, find_source, read_weights, require_tokenizer
 from cod_lightning.nn.weights import require_finite
 from cod_lightning.typed_json import read_json
 

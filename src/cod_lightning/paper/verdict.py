@@ -10,16 +10,7 @@ from pathlib import Path
 from cod_lightning.page import render
 from cod_lightning.paper.claims import BASELINE, SCALES, Column, Comparison, Targets, group_columns
 from cod_lightning.paper.findings import ClaimResult, finding_results
-from cod_lightning.paper.statistics import (
-    LEVEL,
-    OPPOSITE,
-    SAME,
-    UNCLEAR,
-    Difference,
-    grouped,
-    holm,
-    with_enough_seeds,
-)
+from cod_lightning.paper.statistics import LEVEL, OPPOSITE, SAME, UNCLEAR, Difference, grouped, holm, with_enough_seeds
 from cod_lightning.paper.tables import untried_scales
 
 MAX_WORDS = 150

@@ -11,34 +11,17 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from cod_lightning.config.saved import describe_differences
-from cod_lightning.config.schema import (
-    CHECKPOINTS,
-    TOKENIZER,
-    Config,
-    resumable_settings,
-    run_folder_of,
-)
+from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, resumable_settings, run_folder_of
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
 from cod_lightning.measure.result import finite_or_none
 from cod_lightning.nn.spec import check_schedules
 from cod_lightning.nn.strategies import build_all
-from cod_lightning.train.callbacks import (
-    Checkpoints,
-    ProgressBar,
-    ProgressLines,
-    Recorder,
-    StopOnSignal,
-)
+from cod_lightning.train.callbacks import Checkpoints, ProgressBar, ProgressLines, Recorder, StopOnSignal
 from cod_lightning.train.checkpoint import newest_checkpoint, read_resumable, step_of
 from cod_lightning.train.devices import accelerator, check_norm_backend, set_threads
-from cod_lightning.train.load import (
-    InitialWeights,
-    load_initial_weights,
-    read_run_weights,
-    require_own_tokenizer,
-)
+from cod_lightning.train.load import InitialWeights, load_initial_weights, read_run_weights, require_own_tokenizer
 from cod_lightning.train.loggers import build_loggers, finish_loggers, log_config
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
