@@ -173,7 +173,7 @@ def directions_as_printed(column: Column, comparisons: Sequence[Comparison]) -> 
 def changes_per_doubling(columns: Sequence[Column]) -> list[str]:
     """Slope of every row's difference to the baseline over log2 of the varied setting.
 
-    Of each row over the settings with three seeds, if there are three of them, on the seeds that these have.
+    The line of a row goes through its settings with three seeds, on the seeds of all of them; it needs three settings.
     """
     axis, metric = columns[0].first.axis, columns[0].headline
     if axis is None or metric is None:

@@ -148,7 +148,7 @@ class ScaleSummary:
         return by_direction
 
     def tallies(self, examples: Collection[str] = ()) -> list[str]:
-        """The numbers of claims about losses and about layers, by direction; in brackets those that stay significant.
+        """Numbers of claims about table rows and about layers, by direction; in brackets those that stay significant.
 
         Args:
             examples: directions of which a claim about layers is named.
