@@ -14,6 +14,8 @@ from cod_lightning.commands.measure_runner import Subject
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.depth_report import COMPARED, REPORTED, SECTIONS
+from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.vit import Images, VisionTransformer
 from tiny_models import tiny_decoder
 
 
@@ -164,6 +166,8 @@ def test_every_model_is_checked_before_the_first_is_measured(measured, tmp_path)
 
 
 def test_models_of_images_have_no_report(tmp_path):
-    with pytest.raises(UserError, match="lns is a model of images: measure report supports models of text only"):
-        run_report({"lns": lambda: replace(subject(), export=None)}, {}, tmp_path, REPORTED)
+    vit = VisionTransformer(tiny_decoder().config, build_all("lns", 3), image_size=8, patch_size=4, classes=5)
+    images = Subject(ModelAdapter(vit, "vit"), [Images(torch.zeros(1, 3, 8, 8), torch.tensor([1]))], None, export=None)
+    with pytest.raises(UserError, match="vit is a model of images: measure report supports models of text only"):
+        run_report({"vit": lambda: images}, {}, tmp_path, REPORTED)
     assert not list(tmp_path.iterdir())

@@ -302,7 +302,7 @@ def test_unsupported_features_of_a_checkpoint_are_reported_by_field(checkpoint, 
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="nowhere: not a checkpoint"):
+    with pytest.raises(UserError, match="nowhere does not exist: name the folder of a model"):
         import_hf(tmp_path / "nowhere")
 
 
