@@ -212,7 +212,7 @@ def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
     return replace(config, experiment=f"{model}-{source}", description=f"model {model} on data {source}")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)  # a report merges every experiment at every scale
 def merge_files(folder: Path, words: tuple[str, ...], scale: str | None = None) -> bytes:
     """The files of configs/ that group overrides choose, merged by Hydra: a pickled `DictConfig`.
 
