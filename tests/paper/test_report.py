@@ -71,14 +71,14 @@ def test_the_report_opens_with_the_headline_and_its_interval(report):
     assert report.markdown.startswith(
         "# Reproduction\n\n"
         "**At scale=toy** (setting of toy, 3 seeds), LNS minus Pre-LN in validation loss is -0.367±0.143 nats "
-        "(95% interval). The paper's Table 1, corrected: -0.037. post_ln is lower by 0.067±0.517 (perhaps noise).\n"
+        "(95% interval). The paper's Table 1, corrected: -0.037. post_ln minus LNS: -0.067±0.517 (perhaps noise).\n"
     )
 
 
 def test_the_verdict_lists_opposite_unsettled_and_untried_findings(experiments):
     untried = table(*rows_at("paper"), name="table9", target="Table 9", scale="paper")
     text = verdict_on(*experiments, untried)
-    assert "- Table rows: reversed 1 (0); open 1.\n" in text
+    assert "- Table rows: opposite 1 (0); open 1.\n" in text
     assert "Not run: Table 9; scale=paper, mini, small." in text
 
 
@@ -121,7 +121,7 @@ def test_the_verdict_names_a_claim_about_layers_of_every_direction():
     text = verdict_on(*published_and(table(*rows, target="Figure 2", name="figure2")))
     assert (
         "- Layers: hold 2 (2), e.g. Pre-LN: removing deep blocks costs less (+0.4±0 nats) †; "
-        "reversed 2 (2), e.g. Pre-LN: deep blocks rotate the stream less (-0.2±0 angle / pi) †.\n"
+        "opposite 2 (2), e.g. Pre-LN: deep blocks rotate the stream less (-0.2±0 angle / pi) †.\n"
     ) in text
 
 
@@ -138,7 +138,7 @@ def test_the_verdict_details_the_scale_whose_headline_has_an_interval(experiment
         "**At scale=small** (setting of small, 1 seed), LNS minus Pre-LN in validation loss is -0.400 nats, "
         "without an interval." in text
     )
-    assert "Other claims at scale=toy (brackets, †: significant after Holm's correction):" in text
+    assert "Other claims, scale=toy (brackets, †: pass Holm's correction):" in text
 
 
 def test_the_larger_of_two_scales_with_an_interval_ranks_first(experiments):
@@ -275,7 +275,7 @@ def test_rows_that_the_printed_values_put_elsewhere_are_named():
 
 def test_the_slope_of_a_difference_is_over_the_seeds_of_all_settings():
     columns = [Column((e,)) for e in family("Depth", "blocks", {6: 4.9, 12: 4.8, 24: 4.7, 48: 4.6})]
-    head = "Change of the difference to pre_ln per doubling (nats, 95 %; not corrected)"
+    head = "Change of the difference to pre_ln per doubling of the blocks (nats, 95 %; outside Holm's correction)"
     assert changes_per_doubling(columns) == [f"{head}: lns **-0.100 ± 0.000** (n = 3)."]
     assert changes_per_doubling(columns[:2]) == []
     (one_seed,) = family("Depth", "blocks", {96: 4.5}, seeds=(2,))
@@ -319,7 +319,7 @@ def test_a_section_names_its_setting_if_it_is_not_the_usual_one():
 
 def test_missing_runs_are_one_compact_table(report, experiments):
     head, *rows = tables_of(report.markdown)["## Not run"]
-    assert head[1:] == ["scale=toy", "hours of H100, scale=paper"]
+    assert head[1:] == ["missing at scale=toy", "hours of H100, scale=paper"]
     assert rows == [["Table 1", "admin", "50"], ["all, shared runs once", "", "50"]]
     assert "No row was run at scale=paper, mini, small." in report.markdown
     same_runs = replace(experiments[0], name="table7_130m", target="Table 7")
@@ -430,7 +430,7 @@ def test_length_and_depth_come_first_once_two_settings_were_run(experiments):
     assert built.markdown.index("length_and_depth.png") < built.markdown.index("## At a glance")
     rows = tables_of(built.markdown)["### Depth: ours at scale=small"]
     assert ["x 24: lns", "4.620 ± 0.010", "3", "**-0.380 ± 0.025** †"] in rows
-    assert "- Depth: x 6 -0.08±0.02, x 24 -0.38±0.02 †." in built.markdown
+    assert "- Depth: x 6 -0.08±0.02, x 24 -0.38±0.02 ‡." in built.markdown
     assert "scale=small.** 6 distinct comparisons" in built.markdown
     with_one_setting = build_report([*published, length[0], depth[0]])
     assert "length_and_depth.png" not in with_one_setting.figures
@@ -449,13 +449,13 @@ def test_the_verdict_lists_the_ends_of_a_setting_that_have_an_interval(seeds, li
     losses = {6: 4.9, 12: 4.7, 24: 4.6, 48: 4.5}
     depth = [e for n, loss in losses.items() for e in family("Depth", "blocks", {n: loss}, seeds.get(n, (1, 2, 3)))]
     usual = replace(depth[0], target="Table 1", name="table1", axes={}, paper={})
-    text = verdict_on(*map(without_runs, [usual, *depth]), usual, *depth).replace(" †", "")
+    text = verdict_on(*map(without_runs, [usual, *depth]), usual, *depth).replace(" ‡", "")
     assert line in text
 
 
 def test_without_a_headline_the_verdict_lists_every_end_of_a_setting():
     depth = family("Depth", "blocks", {12: 4.7, 24: 4.6})
-    assert "- Depth: x 12 -0.28±0.02, x 24 -0.38±0.02 †.\n" in verdict_on(*map(without_runs, depth), *depth)
+    assert "- Depth: x 12 -0.28±0.02, x 24 -0.38±0.02 ‡.\n" in verdict_on(*map(without_runs, depth), *depth)
 
 
 def test_the_verdict_does_not_list_rates():
@@ -554,7 +554,7 @@ def test_rows_of_fewer_seeds_are_not_the_best():
 
 def test_the_baseline_is_not_named_as_the_lowest_row_again():
     rows = [row(name, 20.0, *(run(seed, loss) for seed in (1, 2, 3))) for name, loss in (("pre_ln", 5.0), ("lns", 5.5))]
-    assert "is lower by" not in verdict_on(*published_and(table(*rows)))
+    assert "minus LNS" not in verdict_on(*published_and(table(*rows)))
 
 
 def test_a_change_with_a_setting_is_from_the_usual_value_on_the_seeds_of_both():

@@ -16,6 +16,8 @@ from cod_lightning.paper.findings import finding_results, quantities_of, quantit
 from cod_lightning.paper.statistics import FEW_SEEDS, MIN_SEEDS, Difference, Sample, grouped, with_enough_seeds
 from cod_lightning.paper.tuning import GOOD_RATE_MARGIN, Tuned
 
+SETTINGS = {"blocks": "blocks", "tokens": "steps"}
+"""What a doubling is of, by axis."""
 Keys = Collection[tuple[str, ...]]
 """Tests that stay significant after Holm's correction; tables mark them."""
 
@@ -190,7 +192,8 @@ def changes_per_doubling(columns: Sequence[Column]) -> list[str]:
             values = [metric.differences(row, base, seeds) for _, row, base in points]
             slopes = Difference.of(np.polyfit([x for x, *_ in points], values, 1)[0].tolist())
             parts.append(f"{label} {format_difference(slopes, f'+{form}', form)} (n = {slopes.n})")
-    head = f"Change of the difference to {columns[0].baseline.label} per doubling ({metric.unit}, 95 %; not corrected)"
+    base, unit = columns[0].baseline.label, f"{metric.unit}, 95 %; outside Holm's correction"
+    head = f"Change of the difference to {base} per doubling of the {SETTINGS[axis]} ({unit})"
     return [f"{head}: {'; '.join(parts)}."] if parts else []
 
 
@@ -277,7 +280,7 @@ def not_run_table(targets: Targets, hardware: str) -> Table:
             rows.append([target, *cells, f"{sum(hours.values()):,.0f}" if hours else ""])
     if all_hours:
         rows.append(["all, shared runs once", *[""] * len(tried), f"{sum(all_hours.values()):,.0f}"])
-    head = ["target", *(f"scale={scale}" for scale in tried), f"hours of {hardware or 'a GPU'}, scale=paper"]
+    head = ["target", *(f"missing at scale={scale}" for scale in tried), f"hours of {hardware or 'a GPU'}, scale=paper"]
     return Table(head, rows, range(len(head) - 1))
 
 

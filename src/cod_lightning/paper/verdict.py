@@ -16,7 +16,7 @@ from cod_lightning.paper.tables import untried_scales
 MAX_WORDS = 150
 OPEN = "open"
 """Direction of a claim that our runs neither confirm nor reverse, as within noise, or only for some published sizes."""
-WORDS = {SAME: "hold", OPPOSITE: "reversed", OPEN: "open"}
+WORDS = {SAME: "hold", OPPOSITE: "opposite", OPEN: "open"}
 
 
 def claim_results(column: Column) -> Iterator[ClaimResult]:
