@@ -26,11 +26,12 @@ def claim_results(column: Column) -> Iterator[ClaimResult]:
             if c.difference:
                 better = ((published.difference or 0) < 0) == c.metric.lower_is_better
                 name = c.row.label.removeprefix("+ ")
+                label = c.row.label + f": {c.metric.title}" * bool(column.first.axis)  # beside findings about layers
                 yield ClaimResult(
                     key=c.key,
                     target=column.first.target,
                     column=experiment.heading,
-                    label=c.row.label + (f" ({c.caveat})" if c.caveat else ""),
+                    label=label + (f" ({c.caveat})" if c.caveat else ""),
                     statement=f"{name} {'beats' if better else 'loses to'} {column.baseline.label}",
                     direction=c.direction(published),
                     difference=c.difference,
