@@ -27,6 +27,12 @@ def test_bpe_encodes_any_text_and_ends_it_once():
         assert tokenizer.backend.decode(ids[:-1]) == document
 
 
+def test_a_missing_gguf_file_is_named_with_its_field():
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match=r"data\.tokenizer='none\.gguf' does not exist: name a folder, a \.gguf file"):
+        load_tokenizer("none.gguf")
+
+
 def test_a_text_in_place_of_a_list_is_refused():
     with pytest.raises(UserError, match=r"encode takes a list of texts: pass \[text\]"):
         train_bpe(TEXT, 300).encode("the fox")

@@ -111,6 +111,13 @@ def test_the_verdict_has_at_most_150_words():
     assert "Not run: Tables 3, 4, 5" in text
 
 
+def test_the_final_loss_of_a_figure_is_not_about_layers():
+    rows = [row(name, None, *(run(seed, loss) for seed in (1, 2, 3))) for name, loss in (("pre_ln", 5.0), ("lns", 4.5))]
+    (summary,) = summarize(by_target(published_and(table(*rows, target="Figure 6", name="figure6"))))
+    assert {claim.about_layers for claims in summary.by_direction.values() for claim in claims} == {False}
+    assert [claim.statement for claim in summary.by_direction["same"]] == ["LNS: lower final loss"]
+
+
 def test_the_verdict_names_a_claim_about_layers_of_every_direction():
     cheap, costly = ({"loss": 2.0, "losses": [2.5, 2.5, 2.1 + x, 2.1 + x]} for x in (0.0, 0.2))
     angles = {"distances": [[0.1, 0.1, 0.3, 0.3]]}
@@ -574,12 +581,12 @@ def test_a_change_with_a_setting_is_from_the_usual_value_on_the_seeds_of_both():
     assert changes[0].key in summary.unique
 
 
-def test_a_reversed_claim_among_the_significant_ones_is_marked():
+def test_an_opposite_claim_among_the_significant_ones_is_marked():
     costly = run(1, 5.0, removal={"loss": 2.0, "losses": [2.1, 2.1, 2.5, 2.5]})
     runs = [replace(costly, seed=seed) for seed in (1, 2, 3)]
     figure = table(row("pre_ln", None, *runs), target="Figure 2", name="figure2")
     (summary,) = summarize(by_target([without_runs(figure), figure]))
-    assert summary.significant_labels == ["Pre-LN: removing deep blocks costs less, reversed"]
+    assert summary.significant_labels == ["Pre-LN: removing deep blocks costs less, opposite"]
 
 
 def test_a_row_that_trained_at_one_published_size_only_is_open():

@@ -130,7 +130,7 @@ class ScaleSummary:
         return [
             claim.label.removeprefix("+ ")
             + (f" ({claim.column})" if tests.count(claim.label) > 1 else "")
-            + (", reversed" if claim.direction == OPPOSITE else "")
+            + (", opposite" if claim.direction == OPPOSITE else "")
             for claim in reversed(first.values())
         ]
 
