@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
-
+from cod_lightning.nn.pretrained import import_transformers
 from cod_lightning.train.monitor import DepthMonitor
+
+transformers = import_transformers("cod_lightning.hf")
 
 
 class DepthMonitorCallback(transformers.TrainerCallback):

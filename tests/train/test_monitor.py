@@ -1,7 +1,9 @@
 """LNS and a `DepthMonitor` in other people's training code: the same model, batches and optimizer everywhere."""
 
 import csv
+import importlib
 import pickle
+import sys
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -337,6 +339,22 @@ def test_a_resumed_accumulation_does_not_measure_its_first_step_again(llama, tmp
         logged = csv.DictReader((Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines())
         measured.append([int(row["step"]) for row in logged])
     assert measured == [[0, 2], [4]]
+
+
+def test_a_trainer_without_a_logger_is_warned_that_the_numbers_are_lost(llama):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        logger=False, callbacks=[monitor(["variance"])], accelerator="cpu", devices=1, max_steps=1, **quiet
+    )
+    with pytest.warns(UserWarning, match="DepthMonitor: the Trainer has no logger, so its numbers are lost"):
+        trainer.fit(Module(deepcopy(llama).train()), DataLoader([SEQUENCE]))
+
+
+def test_without_transformers_the_callback_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "cod_lightning.hf", raising=False)
+    with pytest.raises(UserError, match=r"cod_lightning.hf needs transformers: pip install 'cod_lightning\[hf\]'"):
+        importlib.import_module("cod_lightning.hf")
 
 
 def test_the_measures_may_be_a_generator():

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, nearest
@@ -126,6 +127,8 @@ class DepthMonitor(Callback):
         return numbers
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.loggers:
+            rank_zero_warn("DepthMonitor: the Trainer has no logger, so its numbers are lost: set logger=True")
         if trainer.global_step == 0:  # a resumed training has measured its step before it saved the checkpoint
             self.record(trainer, pl_module)
         self.last_steps[pl_module] = trainer.global_step
