@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from command_words import TOY_TRAINING
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported and when a kernel is decorated
 
@@ -74,21 +76,8 @@ def toy(corpus, tmp_path_factory):
         "data.vocab_size=300",
         "data.seq_len=32",
         "data.workers=1",
-        "data.loader_workers=0",
-        "data.batch_size=8",
-        "data.micro_batch_size=8",
-        "trainer.accelerator=cpu",
-        "trainer.threads=1",
-        "trainer.max_steps=6",
-        "trainer.log_every=1",
-        "trainer.stats_every=3",
-        "trainer.measures.jacobian=0",
-        "trainer.probe_rows=4",
-        "trainer.checkpoint_every=2",
-        "trainer.progress=false",
-        "eval.every=3",
         "eval.paper_batch=4",
-        "logger=none",
+        *TOY_TRAINING,
     ]
 
 

@@ -254,6 +254,15 @@ CONFIGS = [
     ),
     (nothing, ["fit", "+images={size: 16}"], ["images={'size': 16} has no effect without task=vision"]),
     (with_run(), ["evaluate", "run", "images.folder=x"], ["images.folder=x has no effect without task=vision"]),
+    (
+        nothing,
+        ["fit", "task=vision", "data.files=a.txt", "data.seq_len=64"],
+        [
+            "data.files=a.txt has no effect with task=vision, whose data is images.*: remove data.files",
+            "data.seq_len=64 has no effect with task=vision",
+        ],
+    ),
+    (nothing, ["fit", "experiments=table5_vit_s", "data=docs"], ["data=docs has no effect with task=vision"]),
     (nothing, ["prepare", "data.vocab_size=1"], ["data.vocab_size=1 must be at least 258"]),
     (nothing, ["prepare", "shard=5/4"], ["shard=5/4: must be K/N"]),
     (nothing, ["prepare", "merge=0"], ["merge=0: must be the number"]),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from run_files import copy_checkpoints, history, losses, newest
 
 from cod_lightning.cli import main
+from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import compose
 from cod_lightning.config.saved import load_config
 from cod_lightning.errors import UserError
@@ -16,14 +17,14 @@ from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.training import TRAINING_MEASURES, probe_statistics
 from cod_lightning.train.loggers import custom_scalars
 from cod_lightning.train.run import build_data_and_module
-from command_words import last_of_each
+from command_words import TOY_TRAINING, last_of_each
 
-VISION = ("task=vision", "model=vit_tiny", "images.min_crop=1")
+VISION = ("task=vision", "model=vit_tiny", "images.min_crop=1", *TOY_TRAINING)
 
 
 @pytest.fixture
-def train_images(train):
-    return lambda *words: train(*VISION, *words)
+def train_images(tmp_path):
+    return lambda *words: train_run(compose([*VISION, f"output={tmp_path}", *words]))
 
 
 def restored(folder):
@@ -66,8 +67,8 @@ def test_a_run_resumed_from_its_newest_checkpoint_is_bit_identical(train_images,
     assert (resumed["accuracy"], resumed["val_loss"]) == (whole["accuracy"], whole["val_loss"])
 
 
-def test_a_checkpoint_with_other_optimizer_groups_is_refused(toy):
-    _, module = build_data_and_module(compose([*toy, *VISION]))
+def test_a_checkpoint_with_other_optimizer_groups_is_refused():
+    _, module = build_data_and_module(compose(VISION))
     module.configure_model()
     positions_decayed = [{"param_groups": [{"params": list(range(27))}, {"params": [27]}]}]
     checkpoint = {"state_dict": module.state_dict(), "tokens": 0, "optimizer_states": positions_decayed}
@@ -138,9 +139,9 @@ def test_table_5_has_the_settings_of_the_paper():
 
 
 @pytest.fixture
-def seen(toy, tmp_path):
+def seen(tmp_path):
     """The folder of a run of images of two steps, called seen."""
-    words = [*toy, *VISION, f"output={tmp_path}", "name=seen", "trainer.max_steps=2", "trainer.progress=true"]
+    words = [*VISION, f"output={tmp_path}", "name=seen", "trainer.max_steps=2", "trainer.progress=true"]
     assert main(["fit", *last_of_each(words)]) == 0
     return tmp_path / "seen"
 
@@ -159,15 +160,12 @@ def test_fit_and_evaluate_print_the_accuracy(capsys, seen):
 
 def test_commands_of_text_refuse_a_run_of_images(seen, tmp_path, capsys):
     capsys.readouterr()
-    for command in (
-        ["evaluate", seen, "data.folder=x"],
-        ["evaluate", seen, "tasks=piqa"],
-        ["generate", seen, "a"],
-        ["export", seen],
-        ["measure", "variance", seen, "data.folder=x"],
-    ):
+    for command in (["evaluate", seen, "tasks=piqa"], ["generate", seen, "a"], ["export", seen]):
         assert main([str(word) for word in command]) == 2
         assert capsys.readouterr().err.startswith(f"error: {seen} is a run of task=vision")
+    for command in (["evaluate", seen, "data.folder=x"], ["measure", "variance", seen, "data.folder=x"]):
+        assert main([str(word) for word in command]) == 2
+        assert capsys.readouterr().err.startswith("error: data.folder=x has no effect with task=vision")
     assert main(["fit", f"init_from={seen}"]) == 2
     assert capsys.readouterr().err.endswith(f"error: init_from={seen}: a run of task=vision: name a run of language\n")
     for study, *more in (("theory",), ("prune", "blocks=1", "--output", str(tmp_path / "pruned"))):

@@ -82,18 +82,13 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
         command: a key of `READS`.
 
     Raises:
-        UserError: `load_config` fails, an override has no effect on the command, or the overrides select text for a run
-            of images.
+        UserError: `load_config` fails, or an override has no effect on the command.
     """
-    from cod_lightning.config.compose import selects_other_text
     from cod_lightning.config.groups import groups
     from cod_lightning.config.saved import load_config
 
     check_no_ignored_overrides(overrides, command, groups())  # `load_config` checks the choices
-    config = load_config(run, overrides, trust_code)
-    if config.task != "language" and selects_other_text(overrides):
-        raise UserError(f"{run} is a run of task={config.task}: use images.folder= instead of data=")
-    return config
+    return load_config(run, overrides, trust_code)
 
 
 def read_run(folder: Path, checkpoint: str, trust_code: bool) -> tuple[Config, Decoder, DocumentTokenizer]:

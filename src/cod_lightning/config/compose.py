@@ -43,6 +43,8 @@ PREPARED_FIELDS = {
     f"data.{name}" for name in ("files", "val_files", "text_field", "encoding", "val_every", "max_documents")
 }
 """Fields that a prepared set, `data.folder`, no longer depends on."""
+IMAGE_BATCHES = {"data.batch_size", "data.micro_batch_size", "data.loader_workers"}
+"""Fields of `data` that `task=vision` reads too."""
 DOCUMENT_OVERRIDES = TEXT_OVERRIDES | PREPARED_FIELDS
 """Overrides that may choose other documents, on which another `bpe` would be trained."""
 PATH_FIELDS = {
@@ -166,13 +168,15 @@ def selects_other_text(overrides: Sequence[str]) -> bool:
 
 
 def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[str]:
-    """Errors for overrides of a text beside a set that is prepared already, and of images in a run of language."""
+    """Errors for overrides of a text beside a set that is prepared already, and of what the task does not read."""
     folder = node.data.folder
     for name, value in {override.key_or_group: override.value() for override in overrides}.items():
         if name in PREPARED_FIELDS and folder is not None and value is not None:
             yield f"{name}={value} does not change data.folder={folder}, a prepared set: remove one of the two"
         if name.partition(".")[0] == "images" and node.task == "language":
             yield f"{name}={value} has no effect without task=vision: add it, or remove {name}"
+        if name.partition(".")[0] == "data" and node.task == "vision" and name not in IMAGE_BATCHES:
+            yield f"{name}={value} has no effect with task=vision, whose data is images.*: remove {name}"
 
 
 # Composition ---------------------------------------------------------------------------------------------------------
