@@ -24,6 +24,7 @@ from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.huggingface import unsupported_features
 from cod_lightning.nn.strategies import LNS_POSITIONS, STRATEGIES, build_all
+from cod_lightning.paper.figures import ROW_STRATEGIES
 from cod_lightning.train.estimate import GPUS, estimate
 
 ROOT = Path(__file__).parents[1]
@@ -186,9 +187,8 @@ def measured_losses(name_of):
 
 def strategy_of(row):
     """The strategy of a row of the report that was trained with the rate of Table 1."""
-    if row["experiment"] == "table1_130m" and row["row"] == "deep_norm":
-        return "deep_norm_released"
-    return row["row"] if row["experiment"] in ("league_same", "why_lns") else None
+    strategy = ROW_STRATEGIES.get(row["row"], row["row"])
+    return strategy if row["experiment"] in ("league_same", "why_lns") and strategy in STRATEGIES else None
 
 
 def position_of(row):

@@ -481,7 +481,7 @@ def test_every_strategy_is_compared_at_its_own_best_rate():
 
 
 def test_the_league_is_a_figure_and_a_table_of_own_best_rates(monkeypatch):
-    monkeypatch.setattr("cod_lightning.paper.report.MAX_LINES", 1)
+    monkeypatch.setattr("cod_lightning.paper.figures.MAX_LINES", 0)
     monkeypatch.setattr("cod_lightning.paper.figures.MIN_TUNED", 1)
     league = family("League", "lr", {1e-3: 4.8, 2e-3: 4.7})
     built = build_report([*map(without_runs, league), *league])

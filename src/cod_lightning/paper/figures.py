@@ -8,6 +8,7 @@ crosses.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,8 @@ SETTING_LABELS = {
     "embedding_std": "initial standard deviation of the embeddings",
 }
 """Labels of the settings that an experiment may vary (`paper.axis`)."""
+MAX_LINES = 12
+"""Rows that a figure over a setting can tell apart."""
 MIN_TUNED = 3
 """Strategies that a figure of own best rates needs; fewer are read in the table."""
 
@@ -196,8 +199,8 @@ def differences_over_settings(
 ) -> Figure | None:
     """Loss differences to the baseline over varied settings, with the paper's values as hollow marks.
 
-    A panel needs two settings that were run; None without any panel. Rows that did not train are left out. A row has a
-    line from three settings on.
+    A panel needs two settings that were run, a row two of one panel; None without any panel, or with more than
+    `MAX_LINES` rows. Rows that did not train are left out. A row has a line from three settings on.
 
     Args:
         panels: title, setting (a key of `SETTING_LABELS`) and columns of one scale each, in the order of the setting.
@@ -207,17 +210,24 @@ def differences_over_settings(
     if not panels:
         return None
     published = [Column((experiment,)) for column in paper for experiment in column.experiments]
-    rows = list({row.name: row for _, _, columns in panels for column in columns for row in column.rows}.values())
+    settings_run = [Counter(name for c in columns for name in only_trained(our_points(c))) for _, _, columns in panels]
+    several = {name for counts in settings_run for name, count in counts.items() if count > 1}
+    rows = {row.name: row for _, _, columns in panels for c in columns for row in c.rows if row.name in several}
+    if len(rows) > MAX_LINES:
+        return None
     lines, across = math.ceil(len(panels) / 2), min(len(panels), 2)
     figure, axes = report_figure(0.5 + 2.9 * lines, lines, across)
     legend: dict[str, Line2D] = {}
     notes: dict[str, Line2D] = {}
     for panel, (title, axis, columns) in zip(axes.flat, panels, strict=False):
-        ours = [(column.first.axes[axis], only_trained(our_points(column))) for column in columns]
+        ours = [
+            (column.first.axes[axis], {name: p for name, p in only_trained(our_points(column)).items() if name in rows})
+            for column in columns
+        ]
         marks = [(column.first.axes[axis], only_trained(published_points(column))) for column in published]
         settings = [x for x, points in (*ours, *marks) if points]
         aside = (max(settings) / min(settings)) ** 0.005  # rows beside each other, so that their bars can be told apart
-        for row in rows:
+        for row in rows.values():
             colour, line = row_colour(row), []
             for x, points in ours:
                 if point := points.get(row.name):

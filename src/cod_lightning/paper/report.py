@@ -47,8 +47,6 @@ HTML, CSV = "experiments/results/reproduction.html", "experiments/results/reprod
 """Paths of the files, from the top of a checkout."""
 PUBLISHED = "published, direction"
 """Heading of the column with the published differences."""
-MAX_LINES = 12
-"""Rows that a figure over a setting can tell apart."""
 HEADINGS = {SAME: "as in the paper"} | {name: name for name in (OPPOSITE, NOISE, FEW_SEEDS, UNCLEAR, UNLIKE)}
 """Headings of the overview, by direction."""
 
@@ -254,8 +252,7 @@ def pictures(target: str, by_scale: Mapping[str, Sequence[Column]]) -> Iterator[
         figure, alt = loss_over_size(by_scale), "loss over parameters"
     elif first.axis:
         panels = [(f"scale={scale}", first.axis, group) for scale, group in by_scale.items()]
-        readable = len(first.rows) <= MAX_LINES
-        figure, alt = differences_over_settings(panels, []) if readable else None, "differences to the baseline"
+        figure, alt = differences_over_settings(panels, []), "differences to the baseline"
     else:
         figure, alt = difference_figure(by_scale), "differences to the baseline, published and ours"
     if figure is not None:
