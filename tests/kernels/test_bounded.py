@@ -148,7 +148,7 @@ def test_the_custom_operators_pass_opcheck(kind):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kind": "rms"}, r"kind='rms' must be dyt, derf, bhyt"),
+        ({"kind": "rms"}, r"kind='rms' must be dyt, derf or bhyt"),
         ({"backend": "cuda"}, r"backend='cuda' must be auto, torch or triton"),
         ({"alpha": torch.ones(8, device=DEVICE)}, r"alpha has the shape \[8\], expected \[1\]"),
         ({"shift": torch.ones(8, device=DEVICE)}, r"shift has the shape \[8\], expected \[1\]"),
@@ -175,3 +175,8 @@ def test_a_wrong_kernel_is_found(monkeypatch):
     monkeypatch.setattr(triton_bounded, "backward", lambda *args: [1.01 * tensor for tensor in right(*args)])
     error = kernel_error.__wrapped__(torch.device(DEVICE), "bhyt", 64, 1, torch.float32, torch.float32)
     assert "dx of norm is off by" in error
+
+
+def test_the_reference_refuses_an_unknown_kind():
+    with pytest.raises(ValueError, match=r"kind='rms' must be dyt, derf or bhyt"):
+        reference_bounded_norm(torch.zeros(2, 8), torch.ones(1), kind="rms")

@@ -169,3 +169,9 @@ def test_triton_refuses_a_wrong_kernel(replace_kernel):
 def test_nothing_is_compared_without_kernels_on_a_gpu(backend, device, monkeypatch):
     monkeypatch.setattr(norm, "kernel_error", None)
     assert checked_backend(backend, device, *CASE) == backend
+
+
+@pytest.mark.parametrize("function", [add_norm, reference_add_norm])
+def test_an_unknown_kind_is_refused(function):
+    with pytest.raises(ValueError, match=r"kind='batch' must be rms or layer"):
+        function(torch.zeros(2, 8), kind="batch")

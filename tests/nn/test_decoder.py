@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.init import seed_of
-from cod_lightning.nn.strategies import build_all
+from cod_lightning.nn.strategies import block, build_all
 
 transformers = pytest.importorskip("transformers")
 
@@ -102,6 +102,13 @@ def test_parameters_are_counted_for_every_option(decoder, fields):
 def test_an_impossible_shape_is_an_error_that_names_the_field(decoder, fields, message):
     with pytest.raises(ValueError, match=message):
         decoder(**fields)
+
+
+def test_a_coefficient_of_the_wrong_type_is_an_error_that_names_the_block(decoder):
+    config = decoder().config
+    specs = [block(), *[block(gain="x")] * (config.num_hidden_layers - 1)]
+    with pytest.raises(ValueError, match=r"block 2: attention\.gain='x', expected a finite number"):
+        Decoder(config, specs)
 
 
 def test_seeds_depend_on_the_name():

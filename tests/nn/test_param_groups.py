@@ -30,9 +30,9 @@ SETTINGS = {"lr": 3e-3, "eps": 1e-3, "weight_decay": 0.5}
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
-def train(model, groups):
-    """Losses of 20 steps of AdamW."""
-    optimizer, losses = torch.optim.AdamW(groups), []
+def train(model, groups, optimizer_class=torch.optim.AdamW):
+    """Losses of 20 steps."""
+    optimizer, losses = optimizer_class(groups), []
     for tokens in TOKENS:
         loss = cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:])
         optimizer.zero_grad()
@@ -61,6 +61,22 @@ def test_a_stock_model_trains_as_under_a_negative_gain(form, monkeypatch):
     usual = cod.param_groups(applied, "pre_ln", initial_weights="scaled", **SETTINGS)
     expected = train(cod.apply(applied, "flipped"), usual)
     torch.testing.assert_close(train(stock, groups), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_trains_matrices_as_under_gains(monkeypatch):
+    """A power of two, because Muon multiplies in bfloat16."""
+    monkeypatch.setitem(cod.STRATEGIES, "halving", lambda layer, depth: cod.block(gain=2.0 ** (1 - layer)))
+    settings, losses = {"lr": 3e-2, "weight_decay": 0.5}, {}
+    for norm, model in {"halving": build_double(), "pre_ln": build_double()}.items():
+        groups = cod.param_groups(model, norm, initial_weights="scale", **settings)
+        if norm == "pre_ln":
+            cod.apply(model, "halving")
+        matrices = {parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2}
+        groups = [{**group, "params": [p for p in group["params"] if p in matrices]} for group in groups]
+        losses[norm] = train(model, [group for group in groups if group["params"]], torch.optim.Muon)
+    assert losses["pre_ln"][-1] < losses["pre_ln"][0] - 0.1
+    torch.testing.assert_close(losses["halving"], losses["pre_ln"], rtol=0, atol=1e-12)
 
 
 def test_a_gain_of_zero_has_no_group(monkeypatch):

@@ -17,7 +17,7 @@ HELP = "Make a trained model deeper by copying its blocks or predicting new ones
 EPILOG = """\
 how=identity    copies whose last projections are zero, so that the function stays the same (LLaMA Pro; the default)
 how=stack       the first blocks, then the last ones again (SOLAR)
-how=interpolate every block several times in its place
+how=interpolate copies of blocks in their places, spread evenly
 how=lesa        between the last blocks, blocks that a network predicts from their neighbours' weights (LESA)
 gains=kept      weights compensate for the strategy's factors of the new layers (the default); gains=new does not
 

@@ -56,7 +56,7 @@ def next_tokens(tokens: Tensor, pad_id: int | None = None, prompt: Tensor | None
         prompt: number of prompt tokens at the start of each sequence [B], or None.
 
     Returns:
-        [B, T], with `IGNORE` at positions without a target.
+        [B, T], with -100 (`IGNORE`) at positions without a target.
     """
     targets = tokens.roll(-1, dims=1)
     targets[:, -1] = IGNORE
@@ -66,7 +66,19 @@ def next_tokens(tokens: Tensor, pad_id: int | None = None, prompt: Tensor | None
 
 
 def reference_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenLoss:
-    """`linear_cross_entropy` with all logits at once; the specification."""
+    """`linear_cross_entropy` with all logits at once; the specification.
+
+    A target's loss is log(sum_v exp(z_v)) - z_target, with the logits z = W h; in float32, or in float64 if the logits
+    are float64.
+
+    Args:
+        hidden: h, [B, T, D].
+        weight: W, [vocabulary, D].
+        targets: [B, T], with -100 (`IGNORE`) at positions without a target.
+
+    Raises:
+        IndexError, or an assertion of the GPU: a target outside of the vocabulary.
+    """
     logits = F.linear(hidden, weight.to(hidden.dtype))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
@@ -85,7 +97,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tok
     Args:
         hidden: [B, T, D].
         weight: [vocabulary, D].
-        targets: [B, T], with `IGNORE` at positions without a target.
+        targets: [B, T], with -100 (`IGNORE`) at positions without a target.
 
     Returns:
         A `TokenLoss` in at least float32; its `correct` is None if gradients are computed.

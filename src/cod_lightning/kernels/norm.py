@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, first_line
-from cod_lightning.kernels.reference import BOUNDED, KAPPA, reference_add_norm, reference_bounded_norm
+from cod_lightning.kernels.reference import (
+    BOUNDED,
+    KAPPA,
+    KINDS,
+    reference_add_norm,
+    reference_bounded_norm,
+    require_kind,
+)
 
 try:
     from cod_lightning.kernels import triton_bounded, triton_norm
@@ -56,8 +63,7 @@ def add_norm(
         ValueError: an unknown kind or backend.
         UserError: tensors that backend="triton" does not support, with the reason.
     """
-    if kind not in ("rms", "layer"):
-        raise ValueError(f"kind={kind!r} must be rms or layer")
+    require_kind(kind, KINDS)
     transformed = torch._C._are_functorch_transforms_active()
     if transformed or not use_triton(backend, x, weight, branch, groups):
         # torch's norms would compile eps in, and the blocks of a model differ in it.
@@ -158,8 +164,7 @@ def bounded_norm(
         ValueError: an unknown kind or backend, or a parameter of another shape.
         UserError: tensors that backend="triton" does not support, with the reason.
     """
-    if kind not in BOUNDED:
-        raise ValueError(f"kind={kind!r} must be {', '.join(BOUNDED)}")
+    require_kind(kind, BOUNDED)
     for name, number in (("alpha", alpha), ("shift", shift)):
         if number is not None and number.numel() != 1:
             raise ValueError(f"{name} has the shape {list(number.shape)}, expected [1]")

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+KINDS = ("rms", "layer")
+"""Kinds of `reference_add_norm`."""
 BOUNDED = ("dyt", "derf", "bhyt")
 """Kinds of `reference_bounded_norm`."""
 KAPPA = 10.0
@@ -38,7 +40,11 @@ def reference_add_norm(
 
     Returns:
         s [..., hidden] in the common dtype of x and branch, and y [..., hidden].
+
+    Raises:
+        ValueError: an unknown kind.
     """
+    require_kind(kind, KINDS)
     stream = x if branch is None else x + branch
     at_least_fp32 = torch.promote_types(stream.dtype, torch.float32)
     parts = stream.to(at_least_fp32).unflatten(-1, (groups, -1))
@@ -84,7 +90,11 @@ def reference_bounded_norm(
 
     Returns:
         s [..., hidden] in the common dtype of x and branch, and y [..., hidden].
+
+    Raises:
+        ValueError: an unknown kind.
     """
+    require_kind(kind, BOUNDED)
     stream = x if branch is None else x + branch
     at_least_fp32 = torch.promote_types(stream.dtype, torch.float32)
     z = stream.to(at_least_fp32)
@@ -99,3 +109,8 @@ def reference_bounded_norm(
     if bias is not None:
         y = y + bias.to(at_least_fp32)
     return stream, (y * gain).to(dtype or stream.dtype)
+
+
+def require_kind(kind: str, kinds: tuple[str, ...]) -> None:
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r} must be {', '.join(kinds[:-1])} or {kinds[-1]}")

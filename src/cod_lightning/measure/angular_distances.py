@@ -71,7 +71,8 @@ def angular_distance(
     Options:
         tokens: maximum number of tokens; the paper uses 256K.
         token: "all" of a sequence, as the paper says, or the "last" before the padding, as Gromov et al. do.
-        normalise: "raw" angles, or scaled for each n as in the released code (see `scale_as_released`).
+        normalise: "raw" angles, or "released": for each n clipped at the 1st and 99th percentile and scaled to [0, 1],
+            as in the released code, so that colours compare layers at the same n.
     """
     if token == "last" and model.reads_images:
         raise UserError("token=last does not apply to the patches of an image; use token=all")

@@ -64,7 +64,11 @@ class Contribution(Result):
 def contribution(
     model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> Contribution:
-    """Compare what attention, FFN and the whole block add with the stream that they add it to."""
+    """Compare what attention, FFN and the whole block add with the stream that they add it to (Csordas et al.).
+
+    arXiv 2505.13898: with a block's input x, its output y, and what attention and FFN add, a and m, the norms
+    |a| / |x|, |m| / |x + a| and |y - x| / |x|, and the cosines of the same pairs; means over tokens.
+    """
     means = [RunningMean() for _ in range(model.depth)]
     for batch, mask in iter_batches(model, batches, pad_id, progress):
         seen: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cod_lightning.kernels.loss import TokenLoss, linear_cross_entropy
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.norms import IdentityNorm, Norm, final_norm, norm_if, pre_norm, with_norm_kind
-from cod_lightning.nn.strategies import BlockSpec, SublayerSpec
+from cod_lightning.nn.spec import BlockSpec, SublayerSpec, spec_problems
 
 ActivationHook = Callable[[str, int, Tensor], object]
 """Called as hook(name, layer, x_BTD): `embedding` (layer 0), then for each block, counted from 1, `attention` and `ffn`
@@ -218,7 +218,7 @@ class Decoder(nn.Module):
         specs: one `BlockSpec` for each block, from `strategies.build_all`.
 
     Raises:
-        ValueError: `config` is invalid, or the number of specs is not the number of blocks.
+        ValueError: `config` or a spec is invalid, or the number of specs is not the number of blocks.
     """
 
     step: int
@@ -229,6 +229,7 @@ class Decoder(nn.Module):
         problems = config.problems() + (["model.vocab_size is not set"] if config.vocab_size is None else [])
         if len(specs) != config.num_hidden_layers:
             problems.append(f"{len(specs)} block specs for model.num_hidden_layers={config.num_hidden_layers}")
+        problems += [f"block {i}: {problem}" for i, spec in enumerate(specs, 1) for problem in spec_problems(spec)]
         if problems:
             raise ValueError("; ".join(problems))
         self.config = config

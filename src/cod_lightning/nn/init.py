@@ -33,9 +33,14 @@ def build_decoder(
     device: torch.device | str = "cpu",
     wrap: Callable[[Decoder], object] = lambda decoder: None,
 ) -> Decoder:
-    """Build an initialised decoder, whose random weights depend on `seed` and their names.
+    """An initialised decoder, whose random weights depend on `seed` and their names alone.
 
-    `wrap` changes it in place while it is on the meta device, as `parallelise` does.
+    Args:
+        config: shape; with `vocab_size`.
+        specs: of the blocks, the first one first, as `build_all` gives them.
+        seed: of the initial weights.
+        device: of the parameters.
+        wrap: changes the decoder in place while it is on the meta device, as sharding does.
 
     Raises:
         ValueError: as `Decoder`.

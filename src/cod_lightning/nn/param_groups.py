@@ -50,8 +50,9 @@ def param_groups(
     """Groups for AdamW under which a stock Pre-LN model trains exactly as under a strategy such as LNS.
 
     A gain g of a norm becomes weights that start at g times their value and train with lr g, eps/g and weight_decay/g.
-    The model computes no factor, so every checkpoint of it is one of the stock model. This is exact for AdamW in
-    exact arithmetic, without clipping of the gradient's norm; Adam with weight decay, SGD and Muon scale otherwise.
+    The model computes no factor, so every checkpoint of it is one of the stock model. This is exact for AdamW, and for
+    matrices under Muon, in exact arithmetic and without clipping of the gradient's norm. It does not hold for SGD,
+    which would need lr g^2, nor for Adam with weight decay in the gradient.
 
     Weight decay applies to parameters with at least two dimensions, as in `fit`.
 

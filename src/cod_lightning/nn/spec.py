@@ -53,11 +53,17 @@ class Schedule:
 class SublayerSpec:
     """The coefficients of the equation for one sub-layer, and the initialisation of its parameters.
 
+        y = gate( sum_norm( skip * x + branch_scale * branch_norm( f( gain * pre_norm(x) ) ) ) )
+
+    x is the residual stream and f attention or the feed-forward network. The defaults are those of Pre-LN. Values are
+    checked where a strategy is built (`build_all`) and where a decoder is.
+
     Numbers are constants of the forward pass unless a field says that they are learned. A constant is a Python float
     and never a buffer, which `.to(bfloat16)` would round and leaving the meta device would lose.
     """
 
     pre_norm: bool = True
+    """Whether f reads a norm of x."""
     gain: float = 1.0
     """Multiplies the output of the pre-norm (LayerNorm Scaling)."""
     input_scale: Multiplier = 1.0
@@ -70,20 +76,24 @@ class SublayerSpec:
     """Initial alpha of all norms of the sub-layer, if the block has a bounded `norm_kind`; that of the last block's
     feed-forward network is the final norm's too. None: 0.5, or 1 for BHyT."""
     branch_norm: bool = False
+    """Whether the output of f is normalised."""
     branch_norm_weight: float = 1.0
     """Initial value of the branch norm's weight."""
     branch_scale: float = 1.0
+    """Multiplies the branch."""
     learned_branch_scale: Literal["no", "scalar", "channel"] = "no"
     """Replaces the constant by a parameter with initial value `branch_scale`: one number, or one per channel."""
     branch_schedule: Schedule | None = None
     """Multiplies the scaled branch by a function of the step, see `set_step`."""
     skip: float = 1.0
+    """Multiplies the skip."""
     learned_skip: bool = False
     """Replaces the constant by a parameter [hidden_size], initialised by profiling (Admin)."""
     skip_from: Literal["input", "pre_norm", "block"] = "input"
     """Start of the skip: the sub-layer's input x, the output of its pre-norm, or the input of the block after
     `entry_norm` and `embedding_skip`."""
     sum_norm: bool = False
+    """Whether the sum of skip and branch is normalised (Post-LN)."""
     gate: Literal["no", "output", "input"] = "no"
     """GPAS: h - silu(a) * stop_gradient(h) with one learned a per block, for h = y or for the x of the skip."""
     output_init: float = 1.0

@@ -42,7 +42,14 @@ ROUNDING = 1e-9
 
 
 def block(**both: Any) -> BlockSpec:
-    """A block with the same coefficients for both sub-layers."""
+    """A block with the same coefficients for both sub-layers; those that are not given are Pre-LN's.
+
+    Args:
+        both: fields of `SublayerSpec`. Their values are checked where the strategy is built.
+
+    Raises:
+        TypeError: there is no such coefficient.
+    """
     return BlockSpec(SublayerSpec(**both), SublayerSpec(**both))
 
 
@@ -107,7 +114,7 @@ def admin(layer: int, depth: int) -> BlockSpec:
 
 @register
 def olmo2(layer: int, depth: int) -> BlockSpec:
-    """x + LN(f(x)), the reordered norm of OLMo 2, without its norms of queries and keys: attention has none here."""
+    """x + LN(f(x)), the reordered norm of OLMo 2, without its norms of queries and keys (`qk_norm` adds them)."""
     return block(pre_norm=False, branch_norm=True)
 
 

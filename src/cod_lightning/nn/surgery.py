@@ -57,10 +57,10 @@ def grow(
         decoder: trained.
         norm: its strategy, as in `build_all`.
         blocks: new number of blocks.
-        how: "stack": the first blocks, then the last ones again (SOLAR, arXiv 2312.15166); "interpolate": every block
-            several times in its place; "identity": copies between groups of blocks whose last projections are zero, so
-            that the function stays the same (LLaMA Pro, arXiv 2401.02415); "lesa": blocks between the last ones that a
-            network predicts from their neighbours (LESA, arXiv 2502.13794, see `layer_prediction`).
+        how: "stack": the first blocks, then the last ones again (SOLAR, arXiv 2312.15166); "interpolate": blocks
+            repeated in their places, spread evenly; "identity": copies between groups of blocks whose last projections
+            are zero, so that the function stays the same (LLaMA Pro, arXiv 2401.02415); "lesa": blocks between the
+            last ones that a network predicts from their neighbours (LESA, arXiv 2502.13794, see `layer_prediction`).
         gains: where the strategy depends on the layer or depth, weights compensate for the factors of the new place
             ("kept": every block computes what it did, and a predicted one has the factors of the block before it), or
             stay as they are ("new").
