@@ -13,6 +13,7 @@ from cod_lightning.config.compose import choices, compose, sweep
 from cod_lightning.config.groups import default_values, describe_settings
 from cod_lightning.config.saved import check_init_from, config_from_dict, create_run_folder, load_config, to_yaml
 from cod_lightning.config.schema import Config, TrainerConfig, flatten, identity, init_from_run
+from cod_lightning.data.config import DataConfig
 from cod_lightning.errors import UserError
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 
@@ -230,6 +231,8 @@ def test_a_field_wins_over_a_group_that_follows_it(tmp_path):
         ({"data.files": "a", "data.val_files": "v"}, {"data.files": "b"}, {"val_files"}),
         ({"data.files": "a", "data.folder": "set"}, {"data.files": "b"}, {"folder"}),
         ({"data.files": "a", "data.sha256": "0" * 64}, {"data.files": "b"}, {"sha256"}),
+        ({"data.files": "a", "data.encoding": "latin-1"}, {"data.files": "b"}, {"encoding"}),
+        ({"data.files": "a", "data.text_field": "content"}, {"data": "docs"}, {"text_field"}),
         ({"data.files": "a", "data.val_files": "v"}, {"data": "docs"}, {"files", "val_files"}),
         ({"data.files": "a", "data.val_files": "v"}, {"data.folder": "set"}, {"val_files"}),
         ({"data.files": "a", "data.folder": "set"}, {"data.val_files": "v"}, {"folder"}),
@@ -241,7 +244,7 @@ def test_another_text_replaces_all_that_names_the_text_of_a_run(of_run, chosen, 
     config = replace(config, data=replace(config.data, **{key[5:]: value for key, value in of_run.items()}))
     folder = create_run_folder(config)
     data = load_config(folder, [f"{key}={value}" for key, value in chosen.items()]).data
-    assert all(getattr(data, name) is None for name in dropped)
+    assert all(getattr(data, name) == getattr(DataConfig, name) for name in dropped)
     assert getattr(data, "source" if "data" in chosen else next(iter(chosen))[5:]) == next(iter(chosen.values()))
 
 

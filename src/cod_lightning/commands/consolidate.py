@@ -27,6 +27,8 @@ def run(run: Path, checkpoint: str, output: Path | None) -> None:
 
     path = checkpoint_of(run, checkpoint)
     if output is not None:
+        if output.suffix != ".ckpt":
+            raise UserError(f"--output={output} must end in .ckpt, by which other commands know a checkpoint")
         check_new_file(output, "--output=")
     content = read_checkpoint(path)
     target = output or path.with_name(f"whole-{content.get('global_step', 0):08d}.ckpt")

@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
+from cod_lightning.config.no_effect import PREPARED_FIELDS, without_effect
 from cod_lightning.config.schema import Config, flatten, init_from_run
 from cod_lightning.config.validate import config_errors
 from cod_lightning.errors import UserError, first_line, nearest, one_line, root_cause
@@ -39,12 +40,6 @@ CONTENT_OVERRIDES = {"model", "data", "data.source", "task"}
 """Overrides after which a run is no longer the default experiment."""
 TEXT_OVERRIDES = {"data", "data.source", "data.files", "data.val_files", "data.folder"}
 """Overrides that choose the text."""
-PREPARED_FIELDS = {
-    f"data.{name}" for name in ("files", "val_files", "text_field", "encoding", "val_every", "max_documents")
-}
-"""Fields that a prepared set, `data.folder`, no longer depends on."""
-IMAGE_BATCHES = {"data.batch_size", "data.micro_batch_size", "data.loader_workers"}
-"""Fields of `data` that `task=vision` reads too."""
 DOCUMENT_OVERRIDES = TEXT_OVERRIDES | PREPARED_FIELDS
 """Overrides that may choose other documents, on which another `bpe` would be trained."""
 PATH_FIELDS = {
@@ -167,18 +162,6 @@ def selects_other_text(overrides: Sequence[str]) -> bool:
     return any(override.key_or_group in TEXT_OVERRIDES for override in parse(overrides))
 
 
-def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[str]:
-    """Errors for overrides of a text beside a set that is prepared already, and of what the task does not read."""
-    folder = node.data.folder
-    for name, value in {override.key_or_group: override.value() for override in overrides}.items():
-        if name in PREPARED_FIELDS and folder is not None and value is not None:
-            yield f"{name}={value} does not change data.folder={folder}, a prepared set: remove one of the two"
-        if name.partition(".")[0] == "images" and node.task == "language":
-            yield f"{name}={value} has no effect without task=vision: add it, or remove {name}"
-        if name.partition(".")[0] == "data" and node.task == "vision" and name not in IMAGE_BATCHES:
-            yield f"{name}={value} has no effect with task=vision, whose data is images.*: remove {name}"
-
-
 # Composition ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +185,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         errors += apply_overrides(node, row_overrides(node, rows[-1]))
         if any(o.key_or_group == "norm" for o in parsed):
             errors.append("row= and norm= both choose the strategy: remove one")
+    if {"norm", "norm.name"} <= {o.key_or_group for o in parsed}:
+        errors.append("norm= and norm.name= both choose the strategy: remove norm.name=")
     errors += apply_overrides(node, sorted((o for o in parsed if o not in chosen), key=lambda o: not is_custom_norm(o)))
     errors += without_effect(node, parsed)
     return named_by_content(checked(node, errors), {o.key_or_group: str(o.value()) for o in parsed})

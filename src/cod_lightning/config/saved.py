@@ -25,9 +25,9 @@ from cod_lightning.config.compose import (
     has_interpolation,
     omegaconf_message,
     parse,
-    without_effect,
 )
 from cod_lightning.config.groups import FastLoader, groups
+from cod_lightning.config.no_effect import without_effect
 from cod_lightning.config.schema import (
     CHECKPOINTS,
     TOKENIZER,
@@ -38,7 +38,7 @@ from cod_lightning.config.schema import (
     run_folder_of,
 )
 from cod_lightning.config.validate import config_errors
-from cod_lightning.data.config import is_hub_name
+from cod_lightning.data.config import DataConfig, is_hub_name
 from cod_lightning.errors import DAMAGED, UserError, no_permission, one_line
 from cod_lightning.files import read_regular, write_atomic
 from cod_lightning.nn.packaged_models import is_packaged
@@ -189,12 +189,14 @@ def load_config(folder: Path, overrides: Sequence[str] = (), trust_code: bool = 
 
 
 def forget_text(node: DictConfig, chosen: Set[str]) -> None:
-    """Drop what names the text of the run if `chosen` fields name another, which would be ignored or mixed with it."""
+    """Reset what describes the text of the run if `chosen` fields name another, which would be read with it."""
     stale = {"val_files", "folder", "sha256"} if chosen & TEXT_OVERRIDES else set()
     if chosen & {"data", "data.source"}:
         stale.add("files")
+    if chosen & {"data", "data.source", "data.files"}:
+        stale |= {"text_field", "encoding"}
     for name in stale:
-        node.data[name] = None
+        node.data[name] = getattr(DataConfig, name, None)
 
 
 def check_trusted(saved: Config, folder: Path, trust_code: bool) -> None:
