@@ -100,6 +100,12 @@ def test_ranks_see_one_global_batch(packed, open_tokens):
         assert torch.equal(batch, torch.cat([share[step] for share in shares]))
 
 
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_that_does_not_exist_is_refused(packed, rank, world_size):
+    with pytest.raises(UserError, match=rf"rank={rank}, world_size={world_size}: a rank counts from 0 to world_size"):
+        TokenDataModule(packed, seed=1, rank=rank, world_size=world_size)
+
+
 def test_batches_do_not_depend_on_loader_workers(packed, tmp_path, open_tokens):
     config = replace(packed, folder=f"local:{prepared_folder(packed)}", root=str(tmp_path), batch_size=64)
     plain = torch.stack(list(open_tokens(config).train_dataloader()))

@@ -240,6 +240,16 @@ def test_a_text_with_the_given_sha256_is_prepared(make_config, packed, tmp_path)
     assert is_complete(prepare(make_config(tmp_path, sha256=sha256), progress=False))
 
 
+def test_the_sha256_says_where_the_validation_files_begin(make_config, tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name} word " * 99)
+    hashes = set()
+    for train, val in (("a", "[bc]"), ("[ab]", "c")):
+        config = make_config(tmp_path, files=f"{tmp_path}/{train}.txt", val_files=f"{tmp_path}/{val}.txt")
+        hashes.add(read_manifest(prepare(config, progress=False)).source.sha256)
+    assert len(hashes) == 2
+
+
 def test_another_text_is_refused_and_nothing_is_left(make_config, tmp_path):
     with pytest.raises(UserError, match=r"data\.sha256=0{16}\.\.\., but the text has .*data\.sha256=null"):
         prepare(make_config(tmp_path, sha256=OTHER), progress=False)

@@ -46,6 +46,18 @@ def test_every_row_sums_its_own_targets(function, pad_id):
     assert not loss.per_sequence.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64])
+def test_next_tokens_of_any_integers_mark_the_end(dtype):
+    targets = next_tokens(torch.tensor([[5, 6, 7]]).to(dtype))
+    assert (targets.dtype, targets.tolist()) == (torch.int64, [[6, 7, IGNORE]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_next_tokens_of_no_integers_are_refused(dtype):
+    with pytest.raises(ValueError, match=rf"tokens are {dtype}, expected integers"):
+        next_tokens(torch.ones(1, 3, dtype=dtype))
+
+
 def test_next_tokens_does_not_change_the_tokens():
     tokens = torch.tensor([[5, 0, 7, 0]])
     assert next_tokens(tokens, 0).tolist() == [[IGNORE, 7, IGNORE, IGNORE]]

@@ -135,6 +135,13 @@ def test_training_continues_at_the_loss_of_the_converted_run(train, toy, tmp_pat
     assert cod.load_run(tmp_path / "converted")[0].blocks[1].spec.ffn.gain == 2**-0.5
 
 
+def test_a_conversion_to_a_configuration_that_no_command_reads_is_refused(train, tmp_path, capsys):
+    _, run = train("norm=pre_ln", "optim.weight_decay=0.1", "trainer.max_steps=1", "name=before")
+    assert main(["convert", str(run), "norm=lns_as_rates", "--output", str(tmp_path / "converted")]) == 2
+    assert "would have an invalid configuration: optim.weight_decay=0.1 of optim.name='adam'" in capsys.readouterr().err
+    assert not (tmp_path / "converted").exists()
+
+
 @pytest.mark.parametrize(
     ("how", "depth", "blocks", "sources", "inserted"),
     [

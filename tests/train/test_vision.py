@@ -1,10 +1,12 @@
 """Training on images."""
 
+import itertools
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from run_files import copy_checkpoints, history, losses, newest
 
 from cod_lightning.cli import main
@@ -172,6 +174,22 @@ def test_commands_of_text_refuse_a_run_of_images(seen, tmp_path, capsys):
         assert main(["measure", study, str(seen), *more]) == 2
         assert capsys.readouterr().err.startswith("error: seen is a model of images: ")
     assert not (tmp_path / "pruned").exists()
+
+
+def test_images_of_other_classes_are_refused(train_images, tmp_path, capsys):
+    for folder, names in (("animals", ("cat", "dog")), ("breeds", ("poodle", "tabby"))):
+        for split, name in itertools.product(("train", "val"), names):
+            path = tmp_path / folder / split / name
+            path.mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(path / "image.png")
+    seen = ("images.source=folder", f"images.folder={tmp_path / 'animals'}", "images.size=16", "trainer.probe_rows=2")
+    _, run = train_images(*seen, "trainer.max_steps=1")
+    assert main(["evaluate", str(run)]) == 0
+    capsys.readouterr()
+    for command in (["evaluate", str(run)], ["measure", "variance", str(run)]):
+        assert main([*command, f"images.folder={tmp_path / 'breeds'}"]) == 2
+        assert "breeds has other classes than" in (error := capsys.readouterr().err)
+        assert "class 0 is poodle, not cat: name its folders like those of the run" in error
 
 
 def test_a_study_leaves_out_measures_that_images_do_not_have(seen, capsys):

@@ -27,7 +27,7 @@ from cod_lightning.measure.result import Result
 from cod_lightning.nn.huggingface import export
 from cod_lightning.nn.pretrained import load_checkpoint, require_embeddings, require_length, save_pretrained
 from cod_lightning.train.devices import accelerator, set_threads
-from cod_lightning.train.load import load_decoder, load_vit, require_own_tokenizer
+from cod_lightning.train.load import load_decoder, load_vit, require_own_classes, require_own_tokenizer
 
 PAGES = {"report": REPORTED, "compare": COMPARED}
 """Studies that write a page, and the measures on it."""
@@ -102,6 +102,7 @@ def open_vision_run(config: Config, folder: Path, checkpoint: Path, rows: int) -
     vit = load_vit(config, checkpoint)
     data = ImageDataModule(config.images, config.data, config.seed)
     data.setup("fit")
+    require_own_classes(checkpoint, data)
     batches = data.probe_batch(min(rows, data.val_count)).split(config.data.micro_batch_size)
     return Subject(ModelAdapter(vit.to(accelerator(config.trainer)).eval(), folder.name), batches, None, None)
 

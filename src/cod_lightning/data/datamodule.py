@@ -47,6 +47,8 @@ class StepDataModule(LightningDataModule, ABC):
     val_set: Any
 
     def __init__(self, config: DataConfig, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise UserError(f"rank={rank}, world_size={world_size}: a rank counts from 0 to world_size - 1")
         super().__init__()
         self.config = config
         self.seed = seed

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 import numpy as np
 import torch
@@ -243,6 +244,9 @@ class ImageDataModule(StepDataModule):
         self.train_set, self.val_set = TrainImages(train, config, self.seed), ValImages(val, config)
         self.fingerprint = hashlib.sha256(json.dumps([train.content, val.content]).encode()).hexdigest()
         self.source = f"images.source={config.source}" + (f", {config.folder}" if config.source == "folder" else "")
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"classes": self.classes}
 
     def sample_keys(self, first: int, count: int) -> np.ndarray:
         """Return (image, sample): int64 [count, 2]."""

@@ -246,6 +246,8 @@ def write_set(
     """
     sha256, documents, splits, truncated = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}, 0
     for name in SPLITS:
+        if name == "val" and config.val_files:  # else the settings say where validation begins
+            sha256.update(b"val")
         writer = ChunkWriter(folder / name, encoder.width)
         for batch in report.watch(name, encoded[name]):
             truncated += encoder.count_truncated_answers(batch) if encoder.layout == "instructions" else 0

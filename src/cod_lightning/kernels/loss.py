@@ -56,9 +56,14 @@ def next_tokens(tokens: Tensor, pad_id: int | None = None, prompt: Tensor | None
         prompt: number of prompt tokens at the start of each sequence [B], or None.
 
     Returns:
-        [B, T], with -100 (`IGNORE`) at positions without a target.
+        int64 [B, T], with -100 (`IGNORE`) at positions without a target.
+
+    Raises:
+        ValueError: the tokens are no integers.
     """
-    targets = tokens.roll(-1, dims=1)
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens are {tokens.dtype}, expected integers")
+    targets = tokens.long().roll(-1, dims=1)  # an unsigned type cannot hold IGNORE
     targets[:, -1] = IGNORE
     if prompt is not None:
         targets.masked_fill_(torch.arange(1, tokens.shape[1] + 1, device=tokens.device) < prompt[:, None], IGNORE)

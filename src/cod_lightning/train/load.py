@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from cod_lightning.config.saved import CONFIG, load_config, save_config
 from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, run_folder_of
+from cod_lightning.config.validate import config_errors
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
+from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
 from cod_lightning.errors import UserError
 from cod_lightning.files import new_folder
@@ -103,6 +106,22 @@ def require_own_tokenizer(folder: Path, data: TokenDataModule) -> None:
         raise UserError(f"{data.source} was prepared with another tokenizer than that of {folder}: {remedy}")
 
 
+def require_own_classes(checkpoint: Path, data: ImageDataModule) -> None:
+    """Check that images have the classes that a run was trained on, in the same order.
+
+    Raises:
+        UserError: they have others. Checkpoints of earlier versions do not name theirs.
+    """
+    own = read_for_weights(checkpoint).get("ImageDataModule", {}).get("classes", data.classes)
+    if own != data.classes:
+        pairs = enumerate(itertools.zip_longest(own, data.classes))
+        index, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        raise UserError(
+            f"{data.source} has other classes than {checkpoint} was trained on: class {index} is {theirs}, not {ours}: "
+            "name its folders like those of the run"
+        )
+
+
 def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
     """The Vision Transformer of a checkpoint, on the CPU; does not read the images.
 
@@ -188,8 +207,10 @@ def write_run(config: Config, decoder: Decoder, tokenizer: DocumentTokenizer, fo
     """Write a run folder with a checkpoint of step 0, for an imported, converted or grown model.
 
     Raises:
-        UserError: `folder` is not empty or not writable; nothing is written.
+        UserError: `config` is invalid, or `folder` is not empty or not writable; nothing is written.
     """
+    if errors := config_errors(config):
+        raise UserError("\n".join(f"{folder} would have an invalid configuration: {error}" for error in errors))
     io = AtomicCheckpointIO()
     state = {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
     with new_folder(folder) as partial:

@@ -21,7 +21,13 @@ from cod_lightning.nn.strategies import build_all
 from cod_lightning.train.callbacks import Checkpoints, ProgressBar, ProgressLines, Recorder, StopOnSignal
 from cod_lightning.train.checkpoint import newest_checkpoint, read_resumable, step_of
 from cod_lightning.train.devices import accelerator, check_norm_backend, set_threads
-from cod_lightning.train.load import InitialWeights, load_initial_weights, read_run_weights, require_own_tokenizer
+from cod_lightning.train.load import (
+    InitialWeights,
+    load_initial_weights,
+    read_run_weights,
+    require_own_classes,
+    require_own_tokenizer,
+)
 from cod_lightning.train.loggers import build_loggers, finish_loggers, log_config
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, StepModule
@@ -125,6 +131,8 @@ def validate_checkpoint(config: Config, checkpoint: Path) -> dict[str, float]:
         data, module = build_data_and_module(config)
         if isinstance(data, TokenDataModule):
             require_own_tokenizer(run_folder_of(checkpoint), data)
+        else:
+            require_own_classes(checkpoint, data)
         module.initial_weights = InitialWeights(weights, str(checkpoint), step)
         trainer = build_trainer(config)
         with translate_rank_failures(config.trainer):
