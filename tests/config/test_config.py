@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cod_lightning.config import groups
-from cod_lightning.config.compose import choices, compose, sweep
+from cod_lightning.config.compose import choices, compose, parse, sweep
 from cod_lightning.config.groups import default_values, describe_settings
 from cod_lightning.config.saved import check_init_from, config_from_dict, create_run_folder, load_config, to_yaml
 from cod_lightning.config.schema import Config, TrainerConfig, flatten, identity, init_from_run
@@ -347,6 +347,14 @@ def test_a_size_that_no_machine_has_is_out_of_bounds(name):
 def test_a_number_of_too_many_digits_names_its_field(name, digits):
     with pytest.raises(UserError, match=rf"^{name}\b"):
         compose([f"{name}={'1' * digits}"])
+
+
+@pytest.mark.parametrize(
+    "word", ["name=2024_05_12", "data.root=1e3", "data.text_field=true", "name=1.10", "init_from=7"]
+)
+def test_the_text_of_a_field_is_not_read_as_a_number(word):
+    (override,) = parse([word])
+    assert f"{override.key_or_group}={override.value()}" == word
 
 
 @pytest.mark.parametrize(("text", "number"), [("1e-3", 0.001), ("1.5e3", 1500.0), (".5E2", 50.0)])

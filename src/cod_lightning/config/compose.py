@@ -14,10 +14,10 @@ import os
 import pickle
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import is_dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
@@ -69,7 +69,10 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     parser, parsed, errors = OverridesParser.create(), [], []
     for word in overrides:
         try:
-            parsed.append(parser.parse_override(quote(word)))
+            override = parser.parse_override(quote(word))
+            if override.key_or_group in text_fields() and isinstance(override.value(), bool | int | float):
+                override = parser.parse_override(quoted(word))  # name=2024_05_12 is no number
+            parsed.append(override)
         except HydraException as error:
             errors.append(syntax_error(word, error))
         except ValueError as error:  # Python reads integers of at most 4,300 digits
@@ -103,9 +106,20 @@ def quote(word: str) -> str:
     """Quote existing paths and norm=package.module:function, in which Hydra's grammar gives characters a meaning."""
     key, _, value = word.partition("=")
     custom_norm = key == "norm" and ":" in value and not set(value) & set(",'\"{}[]()")
-    if custom_norm or is_existing_path(key.lstrip("+"), value):
-        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
-    return word
+    return quoted(word) if custom_norm or is_existing_path(key.lstrip("+"), value) else word
+
+
+def quoted(word: str) -> str:
+    key, _, value = word.partition("=")
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+@cache
+def text_fields() -> frozenset[str]:
+    """The fields of a configuration that hold text."""
+    sections = {"": Config, **{f"{name}.": hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}}
+    hints = {prefix + name: hint for prefix, kind in sections.items() for name, hint in get_type_hints(kind).items()}
+    return frozenset(name for name, hint in hints.items() if hint in (str, str | None))
 
 
 def is_existing_path(field: str, value: str) -> bool:
