@@ -230,6 +230,17 @@ CONFIGS = [
     (nothing, ["fit", "paper.rows=3"], ["paper.rows=3 must hold a mapping for each row"]),
     (nothing, ["fit", "paper.rows={a: {set: 3}}"], ["paper.rows.a.set=3 must be a mapping of overrides"]),
     (nothing, ["fit", "scales={toy: 3}"], ["scales.toy=3 must be a mapping of overrides"]),
+    *(
+        (nothing, ["estimate", one, two], [f"{one} and {two} are both given: keep one"])
+        for one, two in (
+            ("gpus=2", "trainer=ddp"),
+            ("gpus=1,2", "trainer.devices=2"),
+            ("gpus=2", "+trainer.num_nodes=2"),
+            ("strategy=ddp", "trainer=fsdp"),
+            ("strategy=ddp", "trainer.strategy=fsdp"),
+            ("checkpointing=full", "trainer.checkpointing=none"),
+        )
+    ),
     (nothing, ["fit", "output=${oc.env:HOME}"], ["output=${oc.env:HOME}: interpolation (${...}) is not supported"]),
     (nothing, ["fit", "paper.x=[{a: '${oc.env:HOME}'}]"], ["interpolation (${...}) is not supported: write the value"]),
     (nothing, ["fit", "output=$\\{seed\\}"], ["interpolation (${...}) is not supported"]),

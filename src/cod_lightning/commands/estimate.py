@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cod_lightning.commands.overrides import add_overrides, pop_options
 from cod_lightning.commands.processes import sweep_labels
+from cod_lightning.errors import UserError
 
 HELP = "Predict what a run needs: parameters, memory, data, hours."
 EPILOG = """\
@@ -18,6 +19,12 @@ checkpointing=none|selective|full; several values make several columns. Examples
   estimate experiments=quickstart hardware=cpu --json
 """
 OPTIONS = {"hardware": str, "mfu": float, "gpus": int, "strategy": str, "checkpointing": str}
+REPLACED = {
+    "gpus": ("trainer", "trainer.devices", "trainer.num_nodes"),
+    "strategy": ("trainer", "trainer.strategy"),
+    "checkpointing": ("trainer.checkpointing",),
+}
+"""The overrides that an option would replace."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,6 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(overrides: Sequence[str], as_json: bool) -> None:
     from cod_lightning.config.compose import compose, sweep
 
+    check_not_replaced(overrides)
     runs = list(sweep(overrides))
     split = [pop_options(words, OPTIONS, "estimate") for words in runs]
     configs = [compose(words) for _, words in split]
@@ -40,3 +48,16 @@ def run(overrides: Sequence[str], as_json: bool) -> None:
         print(json.dumps(entries, indent=1))
     else:
         show(estimate_table(list(zip(sweep_labels(runs), estimates, strict=True))))
+
+
+def check_not_replaced(words: Sequence[str]) -> None:
+    """Check that no option replaces an override.
+
+    Raises:
+        UserError: names every pair of both.
+    """
+    given = {word.lstrip("+").partition("=")[0]: word for word in words}
+    pairs = [(option, field) for option, fields in REPLACED.items() for field in fields]
+    both = [f"{given[a]} and {given[b]} are both given: keep one" for a, b in pairs if a in given and b in given]
+    if both:
+        raise UserError("\n".join(both))
