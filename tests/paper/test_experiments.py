@@ -530,6 +530,14 @@ def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each():
         (["quickstart"], ["quickstart has no rows"]),
         (["theory", "row=lns,ln"], ["row='ln' does not exist", "did you mean 'lns'"]),
         (["theory", "seeds=0"], ["seeds=0 must lie between 1 and 1,000"]),
+        (
+            ["theory", "images.size=64", "images.nonsense=1"],
+            [f"{word} has no effect on rows of task=language" for word in ("images.size=64", "images.nonsense=1")],
+        ),
+        (["table5", "data.seq_len=64"], ["data.seq_len=64 has no effect on rows of task=vision: remove it"]),
+        (["table5", "theory", "row=lns", "images.size=64"], ["images.size=64 has no effect on rows of task=language"]),
+        (["table5", "theory", "scale=toy", "images.nonsense=1"], ["images.nonsense is not a field"]),
+        (["table5", "theory", "scale=toy", "data.nonsense=1"], ["data.nonsense is not a field"]),
     ],
 )
 def test_a_name_or_option_that_cannot_be_reproduced_is_an_error(names, words, reproduce):

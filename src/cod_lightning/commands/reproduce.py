@@ -44,7 +44,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     from cod_lightning.commands.terminal import show
-    from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks, with_results
+    from cod_lightning.paper.experiments import (
+        check_read,
+        experiment_rows,
+        find_experiments,
+        remaining_tasks,
+        with_results,
+    )
     from cod_lightning.paper.results import RESULTS, load_runs
 
     require_positive("jobs", jobs)
@@ -62,6 +68,7 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     for name in chosen:
         require_choice("row", name, known)
     rows = [row for row in every_row if row.name in chosen]
+    check_read(overrides, {row.config.task for row in rows})
     import_torchmetrics()
     results = results or RESULTS
     runs = load_runs(results)

@@ -15,6 +15,11 @@ PREPARED_FIELDS = {
     f"data.{name}" for name in ("files", "val_files", "text_field", "encoding", "val_every", "max_documents")
 }
 """Fields that a prepared set, `data.folder`, no longer depends on."""
+UNREAD = {
+    "language": r"images(\..*)?",
+    "vision": r"data(\.(?!batch_size|micro_batch_size|loader_workers).*)?",
+}
+"""Regular expressions of the fields that runs of a task do not read."""
 
 
 class Rule(NamedTuple):
@@ -35,12 +40,12 @@ RULES = (
         "does not change data.folder={data.folder}, a prepared set: remove one of the two",
     ),
     Rule(
-        r"images(\..*)?",
+        UNREAD["language"],
         lambda node: node.task == "language",
         "has no effect without task=vision: add it, or remove {}",
     ),
     Rule(
-        r"data(\.(?!batch_size|micro_batch_size|loader_workers).*)?",
+        UNREAD["vision"],
         lambda node: node.task == "vision",
         "has no effect with task=vision, whose data is images.*: remove {}",
     ),
@@ -90,6 +95,11 @@ RULES = (
         "has no effect with trainer.precision={trainer.precision}: remove one of the two",
     ),
 )
+
+
+def is_read(name: str, task: str) -> bool:
+    """Whether runs of a task may read a field."""
+    return task not in UNREAD or not re.fullmatch(UNREAD[task], name)
 
 
 def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[str]:

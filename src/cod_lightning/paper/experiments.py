@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from cod_lightning.config.compose import compose, parse
 from cod_lightning.config.groups import choices, read_yaml
+from cod_lightning.config.no_effect import is_read
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.data.config import patterns
 from cod_lightning.errors import UserError, nearest
@@ -92,28 +93,47 @@ def reproducible_experiments() -> list[str]:
 
 
 def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) -> Iterator[Row]:
-    """Every row of some experiments at a scale; rows of language leave out overrides of `images`.
+    """Every row of some experiments at a scale; rows leave out overrides of `images` or `data` that others read.
 
     Raises:
-        UserError: as `compose`; an experiment without rows; an override of something that the rows choose.
+        UserError: as `compose`; an experiment without rows; an override of something that the rows choose, or that no
+            experiment reads.
     """
-    keys = {}
+    keys, task = {}, None
     for word, override in zip(overrides, parse(overrides), strict=True):
         keys[word] = override.key_or_group
+        task = str(override.value()) if override.key_or_group == "task" else task
         if override.key_or_group in ("experiments", "norm", "row", "seed", "name", "init_from"):
             raise UserError(f"{override.input_line}: the rows of an experiment choose {override.key_or_group}")
-    for name in experiments:
-        choice = (f"experiments={name}", f"scale={scale}")
-        reads_images = compose(choice).task == "vision"
-        own = [word for word, key in keys.items() if reads_images or key.partition(".")[0] != "images"]
+    choices_of = {name: (f"experiments={name}", f"scale={scale}") for name in experiments}
+    tasks = {name: task or compose(choice).task for name, choice in choices_of.items()}
+    check_read(overrides, tasks.values())
+    for name, choice in choices_of.items():
+        own = [word for word, key in keys.items() if is_read(key, tasks[name])]
         arguments = (*choice, *own)
         base = compose(arguments)
         if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce; train it with fit experiments={name}")
         start = base.paper.get("start")
-        sources = {row.name: row for row in experiment_rows([start], scale, overrides)} if start else {}
+        sources = {row.name: row for row in experiment_rows([start], scale, own)} if start else {}
         for row in base.paper["rows"]:
             yield Row(name, row, (*arguments, f"row={row}"), compose([*arguments, f"row={row}"]), sources.get(row))
+
+
+def check_read(overrides: Sequence[str], tasks: Collection[str]) -> None:
+    """Check that each override of `images` or `data` is read by some rows.
+
+    Args:
+        overrides: of the command line.
+        tasks: `language` or `vision`, of the rows.
+
+    Raises:
+        UserError: names every override that no row reads.
+    """
+    unread = [o.input_line for o in parse(overrides) if not any(is_read(o.key_or_group, task) for task in tasks)]
+    if unread:
+        only = " and ".join(sorted(set(tasks)))
+        raise UserError("\n".join(f"{word} has no effect on rows of task={only}: remove it" for word in unread))
 
 
 # Tasks ---------------------------------------------------------------------------------------------------------------
