@@ -230,6 +230,7 @@ CONFIGS = [
     (nothing, ["fit", "paper.rows=3"], ["paper.rows=3 must hold a mapping for each row"]),
     (nothing, ["fit", "paper.rows={a: {set: 3}}"], ["paper.rows.a.set=3 must be a mapping of overrides"]),
     (nothing, ["fit", "scales={toy: 3}"], ["scales.toy=3 must be a mapping of overrides"]),
+    (nothing, ["fit", "scales={tiny: {seed: 1}}"], ["scales.tiny is not a field: did you mean 'toy'?"]),
     *(
         (nothing, ["estimate", one, two], [f"{one} and {two} are both given: keep one"])
         for one, two in (

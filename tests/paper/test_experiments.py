@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 
 import pytest
@@ -14,6 +14,7 @@ from cod_lightning.cli import main
 from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.config.groups import config_folder
+from cod_lightning.config.saved import load_config, save_config
 from cod_lightning.config.schema import flatten
 from cod_lightning.errors import UserError
 from cod_lightning.evaluate import PAPER_TASKS, lm_eval
@@ -594,3 +595,117 @@ def test_an_experiment_that_is_no_mapping_is_one_error(own_experiment, capsys):
     own_experiment("- mine\n")
     assert main(["experiments"]) == 2
     assert "experiments/mine.yaml: not a mapping of fields" in capsys.readouterr().err
+
+
+FIELDS_OF_ROWS = "evaluation_batches, label, note, published, set, subject"
+BLOCKS = [
+    ("metrc: ppl", "paper.metrc is not a field: did you mean 'metric'? known: axis, column, "),
+    ("metric: bleu", "paper.metric='bleu' does not exist: did you mean 'mmlu'? known: accuracy, "),
+    ("target: 7", "paper.target=7 must be text: write a number in quotes"),
+    ("finding: [a]", "paper.finding=['a'] must be text"),
+    ("column: [1]", "paper.column=[1] must be text or a number"),
+    ("tokens: 2.2B", "paper.tokens='2.2B' must be a number >= 0, such as 2.2e9"),
+    ("tokens: .nan", "paper.tokens=nan must be a number >= 0"),
+    ("evaluation_batches: 0", "paper.evaluation_batches=0 must be a whole number of at least 1"),
+    ("measures: angular", "paper.measures='angular' must be a list, as in [angular, removal]"),
+    ("measures: [angulr]", "paper.measures[0]='angulr' does not exist: did you mean 'angular'?"),
+    ("unknown: seeds", "paper.unknown='seeds' must be a list"),
+    ("fractions: [2]", "paper.fractions[0]=2 must be a number in [0, 1]"),
+    ("axis: rate", "paper.axis='rate' does not exist: known: blocks, embedding_std, lr, tokens"),
+    ("start: table1_130", "paper.start='table1_130' does not exist: did you mean 'table1_130m'?"),
+    ("tasks: [piqa]", "paper.tasks=['piqa'] must be text"),
+    ("settings: {optim.lrr: inferred}", "paper.settings.optim.lrr is not a field: did you mean 'optim.lr'?"),
+    ("settings: {optim.lr: 3}", "paper.settings.optim.lr=3 must be text"),
+    ("published_curves: {lns: [1, 2]}", "paper.published_curves.lns=[1, 2] must be a list of [step, value]"),
+    ("published_curves: {lsn: [[1, 2]]}", "paper.published_curves.lsn is not a row: "),
+    ("rows: [lns, pre_ln]", "paper.rows=['lns', 'pre_ln'] must hold a mapping for each row"),
+    ("rows: {lns: }", f"paper.rows.lns=None must be a mapping of {FIELDS_OF_ROWS}"),
+    ("rows: {12: {label: a}, 24: {label: b}}", "paper.rows: the name 12 must be text: write '12' in quotes"),
+    ("rows: {'1e3': {label: a}}", "paper.rows: '1e3' cannot be read back from row=1e3: rename it"),
+    ("rows: {'a,b': {label: a}}", "paper.rows: 'a,b' cannot be read back from row=a,b: rename it"),
+    (
+        "rows: {lns: {sett: {norm: lns}}}",
+        f"paper.rows.lns.sett is not a field: did you mean 'set'? known: {FIELDS_OF_ROWS}",
+    ),
+    ("rows: {lns: {7: x}}", "paper.rows.lns.7 is not a field"),
+    ("rows: {lns: {label: 5}}", "paper.rows.lns.label=5 must be text"),
+    ("rows: {lns: {set: [norm]}}", "paper.rows.lns.set=['norm'] must be a mapping of overrides"),
+    ("rows: {lns: {set: {paper.metric: ppl}}}", "paper.rows.lns.set.paper.metric: a row does not change its exp"),
+    ("rows: {lns: {published: '18.2'}}", "paper.rows.lns.published='18.2' must be a number >= 0 without quotes"),
+    ("rows: {lns: {published: true}}", "paper.rows.lns.published=True must be a number"),
+    ("rows: {lns: {published: {ppl: null}}}", "paper.rows.lns.published={'ppl': None} must be a number"),
+    ("rows: {lns: {published: {pll: 3}}}", "paper.rows.lns.published.pll is not a metric: did you mean 'ppl'?"),
+    ("rows: {lns: {published: 0}}", "paper.rows.lns.published=0: a perplexity is greater than 0"),
+    ("{metric: null, rows: {lns: {published: 3}}}", "paper.rows.lns.published=3 has no metric: name it"),
+]
+"""Wrong `paper:` blocks, and the beginning of their errors."""
+
+
+@pytest.mark.parametrize(("block", "expected"), BLOCKS, ids=[block for block, _ in BLOCKS])
+def test_a_wrong_field_of_a_paper_block_is_an_error_of_every_command(
+    block, expected, own_experiment, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    own_experiment(f"# @package _global_\nexperiment: mine\npaper:\n  {block}\n")
+    before = set(tmp_path.iterdir())
+    of_a_row = ["experiments=mine", "row=lns"]
+    for words in (["fit", *of_a_row], ["estimate", *of_a_row], ["experiments", "mine"], ["reproduce", "mine"]):
+        assert main(words) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert any(error.startswith(f"error: mine: {expected}") for error in errors), errors
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_the_list_of_experiments_names_the_file_of_wrong_fields(own_experiment, capsys):
+    own_experiment("experiment: mine\npaper: {rows: {lns: {published: '18.2', lable: LNS}}}\n")
+    assert main(["experiments"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    names = ("lable is not a field: did you mean 'label'?", "published='18.2' must be a number")
+    for error, name in zip(errors, names, strict=True):
+        assert error.startswith(f"error: experiments/mine.yaml: paper.rows.lns.{name}")
+
+
+def test_an_experiment_whose_paper_is_no_mapping_is_one_error(own_experiment, capsys):
+    own_experiment("# @package _global_\nexperiment: mine\npaper: 3\n")
+    for words, expected in (["experiments"], "paper=3 must be a mapping of"), (["experiments", "mine"], "key: paper"):
+        assert main(words) == 2
+        assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ("{start: mine, rows: {lns: {}}}", "mine: paper.start=mine starts from this experiment itself"),
+        ("{start: table1_130m, rows: {lsn: {}}}", "mine: paper.start=table1_130m has no row 'lsn': did you mean 'lns'"),
+        (
+            "{rows: {lns: {set: {optim.lrr: 1}}}}",
+            r"mine: paper.rows.lns.set: optim.lrr is not a field: did you mean 'lr'",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_composed_names_its_experiment(block, expected, own_experiment):
+    own_experiment(f"# @package _global_\nexperiment: mine\npaper: {block}\n")
+    with pytest.raises(UserError, match=expected):
+        list(experiment_rows(["mine"], "toy"))
+
+
+def test_the_command_line_changes_what_a_row_and_a_scale_set():
+    words = ["experiments=table1_130m", "row=lns", "scale=toy"]
+    config = compose([*words, "paper.rows.lns.set={norm: pre_ln}", "scales={toy: {optim.eps: 1e-3}}"])
+    assert config.norm["name"] == "pre_ln"
+    assert config.optim.eps == 1e-3
+
+
+def test_a_finished_run_shows_the_published_figure_of_the_file(monkeypatch, capsys):
+    older = {"paper": {"rows": {"lns": {"published": "18.2"}}}, "row": "lns"}
+    record = dict.fromkeys(("seed", "steps", "tokens", "tokens_per_second", "wall_seconds", "parameters"), 1)
+    record |= {"history": {}, "config": older}
+    monkeypatch.setattr("cod_lightning.commands.fit.train_run", lambda config: (record, config.folder))
+    assert main(["fit", "experiments=table1_350m", "row=lns"]) == 0
+    assert "18.20" in capsys.readouterr().out
+
+
+def test_a_saved_run_of_an_older_version_loads_whatever_its_paper_block_holds(tmp_path):
+    paper = {"sizes": 7, "rows": {"lns": {"published": "18.2", "colour": "red"}}}
+    save_config(replace(compose(), paper=paper, scales={"tiny": 3}), tmp_path)
+    assert load_config(tmp_path).paper == paper

@@ -6,6 +6,8 @@ from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cod_lightning.errors import UserError
+
 HELP = "List the experiments: what they reproduce, published figures; with names, also model, parameters and tokens."
 
 
@@ -27,9 +29,12 @@ def run(names: Sequence[str]) -> None:
 def listed(name: str) -> dict[str, str]:
     """The table row of an experiment from its file alone; composing all of them would take seconds."""
     from cod_lightning.config.groups import read_yaml
+    from cod_lightning.config.paper_block import type_errors
 
     content = read_yaml(f"experiments/{name}")
-    paper = content.get("paper") or {}
+    paper = content.get("paper", {})
+    if errors := type_errors(paper):
+        raise UserError("\n".join(f"experiments/{name}.yaml: {error}" for error in errors))
     return {"experiment": name, "reproduces": content.get("description", ""), "published": published(paper)}
 
 
@@ -39,7 +44,7 @@ def composed(name: str) -> dict[str, str]:
     from cod_lightning.paper.experiments import format_tokens, num_parameters
 
     config = compose([f"experiments={name}"])
-    model, measured = config.model, any("subject" in row for row in (config.paper.get("rows") or {}).values())
+    model, measured = config.model, any("subject" in row for row in config.paper.get("rows", {}).values())
     return {
         "experiment": name,
         "reproduces": config.description,
@@ -52,7 +57,7 @@ def composed(name: str) -> dict[str, str]:
 
 def published(paper: Mapping[str, Any]) -> str:
     """The published figures of all rows, one a line."""
-    rows = (paper.get("rows") or {}).items()
+    rows = paper.get("rows", {}).items()
     return "\n".join(f"{name} {figure}" for name, row in rows for figure in published_figures(row.get("published")))
 
 

@@ -59,7 +59,7 @@ def run(overrides: Sequence[str], multirun: bool, jobs: int, cfg: bool) -> int:
     if is_rank_zero():
         from cod_lightning.commands.terminal import run_summary, show
 
-        show(run_summary(record, folder))
+        show(run_summary(record | {"config": asdict(config)}, folder))
     return 0
 
 

@@ -31,6 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
 from cod_lightning.config.no_effect import PREPARED_FIELDS, without_effect
+from cod_lightning.config.paper_block import paper_block_errors, scale_errors
 from cod_lightning.config.schema import Config, flatten, init_from_run
 from cod_lightning.config.validate import config_errors
 from cod_lightning.errors import UserError, first_line, nearest, one_line, root_cause
@@ -191,18 +192,23 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     files = tuple(o.input_line or "" for o in chosen if o.key_or_group != "scale")
     scale = scales[-1] if scales else None
     node = pickle.loads(merge_files(config_folder(), files, scale))
+    # What the command line changes of the experiment's file comes before its scale and its row are read.
+    fields = sorted((o for o in parsed if o not in chosen), key=lambda o: not is_custom_norm(o))
+    apply_overrides(node, (o for o in fields if o.key_or_group.partition(".")[0] == "scales"))
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
+    apply_overrides(node, (o for o in fields if o.key_or_group.partition(".")[0] == "paper"))
+    file_errors = experiment_errors(node)
     if scale is not None:
         errors += replaced_choices(pickle.loads(merge_files(config_folder(), files)), node, parsed)
     rows = [str(o.value()) for o in parsed if o.key_or_group == "row" and not unsupported(o) and o.value() is not None]
-    if rows:
-        errors += apply_overrides(node, row_overrides(node, rows[-1]))
+    if rows and not file_errors:
+        row_errors = apply_overrides(node, row_overrides(node, rows[-1]))
+        errors += [f"{node.experiment}: paper.rows.{rows[-1]}.set: {error}" for error in row_errors]
         if any(o.key_or_group == "norm" for o in parsed):
             errors.append("row= and norm= both choose the strategy: remove one")
     if {"norm", "norm.name"} <= {o.key_or_group for o in parsed}:
         errors.append("norm= and norm.name= both choose the strategy: remove norm.name=")
-    errors += apply_overrides(node, sorted((o for o in parsed if o not in chosen), key=lambda o: not is_custom_norm(o)))
-    errors += without_effect(node, parsed)
+    errors += [*apply_overrides(node, fields), *file_errors, *without_effect(node, parsed)]
     return named_by_content(checked(node, errors), {o.key_or_group: str(o.value()) for o in parsed})
 
 
@@ -235,7 +241,8 @@ def merge_files(folder: Path, words: tuple[str, ...], scale: str | None = None) 
         try:
             node = hydra_compose("config", list(words))
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(omegaconf_message(error)) from error
+            message = omegaconf_message(error)  # "In FILE: ERROR raised while composing config:" goes on
+            raise UserError(one_line(error) if message.endswith(":") else message) from error
         except yaml.YAMLError as error:
             raise UserError(one_line(error)) from error
     OmegaConf.set_struct(node, None)  # Hydra closes dictionaries too, which take any key here
@@ -265,6 +272,32 @@ def replaced_choices(before: DictConfig, after: DictConfig, parsed: Sequence[Ove
     return sorted(errors)
 
 
+def experiment_errors(node: DictConfig) -> list[str]:
+    """Errors in `paper` and `scales`, which the schema leaves open, after the name of the experiment.
+
+    Raises:
+        UserError: an interpolation in them that cannot be resolved.
+    """
+    try:
+        paper: Any = OmegaConf.to_container(node.paper, resolve=True)
+        scales = OmegaConf.to_container(node.scales, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{node.experiment}: {omegaconf_message(error)}") from error
+    errors = [*paper_block_errors(paper), *scale_errors(scales)]
+    if not errors and (unread := [name for name in paper.get("rows", ()) if not is_row_name(name)]):
+        errors = [f"paper.rows: {name!r} cannot be read back from row={name}: rename it" for name in unread]
+    return [f"{node.experiment}: {error}" for error in errors]
+
+
+@cache
+def is_row_name(name: str) -> bool:
+    """Whether row=NAME chooses a row of this name, unlike 1e3, which is read as a number, and null."""
+    try:
+        return str(parse([f"row={name}"])[0].value()) == name
+    except UserError:
+        return False
+
+
 def row_overrides(node: DictConfig, name: str) -> list[Override]:
     """The overrides that a row of the experiment sets.
 
@@ -281,7 +314,7 @@ def row_overrides(node: DictConfig, name: str) -> list[Override]:
 def as_overrides(values: Any) -> list[Override]:
     """{"norm": "lns", "optim.lr": 0.1} of a YAML file as the overrides norm=lns optim.lr=0.1."""
     if not isinstance(values, Mapping):
-        return []  # None, or an error that `config_errors` reports
+        return []  # None, or an error that `experiment_errors` reports
     return parse([f"{key}={'null' if value is None else value}" for key, value in values.items()])
 
 

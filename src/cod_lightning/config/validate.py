@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from cod_lightning.settings import choice_errors, setting_errors
 
 def config_errors(config: Config) -> list[str]:
     """All errors of a configuration; those of the sections come before those between them."""
-    if errors := value_errors(config) or paper_block_errors(config):
+    if errors := value_errors(config):
         return errors
     return [
         *config.model.problems(rotary=config.task == "language"),
@@ -57,20 +57,6 @@ def invalid_value(value: Any) -> str | None:
     if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
         return "must be valid UTF-8 without NUL"
     return None
-
-
-def paper_block_errors(config: Config) -> list[str]:
-    """Errors in `paper.rows` and `scales`, which the schema leaves open."""
-    rows = config.paper.get("rows", {})
-    if not isinstance(rows, Mapping) or not all(isinstance(row, Mapping) for row in rows.values()):
-        return [f"paper.rows={rows!r} must hold a mapping for each row, as in paper.rows={{lns: {{label: LNS}}}}"]
-    overrides = {f"paper.rows.{name}.set": row.get("set") for name, row in rows.items()}
-    overrides |= {f"scales.{name}": values for name, values in config.scales.items()}
-    return [
-        f"{name}={values!r} must be a mapping of overrides, as in {name}={{optim.lr: 0.001}}"
-        for name, values in overrides.items()
-        if values is not None and not isinstance(values, Mapping)
-    ]
 
 
 def vocab_size_errors(config: Config) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from cod_lightning.config.compose import compose, parse
 from cod_lightning.config.groups import choices, read_yaml
 from cod_lightning.config.no_effect import is_read
+from cod_lightning.config.paper_block import AXES
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.data.config import patterns
 from cod_lightning.errors import UserError, nearest
@@ -92,12 +93,20 @@ def reproducible_experiments() -> list[str]:
     return [name for name in choices("experiments") if read_yaml(f"experiments/{name}").get("paper")]
 
 
-def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[str] = ()) -> Iterator[Row]:
+def experiment_rows(
+    experiments: Iterable[str], scale: str, overrides: Sequence[str] = (), started: Sequence[str] = ()
+) -> Iterator[Row]:
     """Every row of some experiments at a scale; rows leave out overrides of `images` or `data` that others read.
 
+    Args:
+        experiments: names.
+        scale: of the rows.
+        overrides: of the command line.
+        started: experiments whose runs start from those of these.
+
     Raises:
-        UserError: as `compose`; an experiment without rows; an override of something that the rows choose, or that no
-            experiment reads.
+        UserError: as `compose`; an experiment without rows, or whose rows have none to start from; an override of
+            something that the rows choose, or that no experiment reads.
     """
     keys, task = {}, None
     for word, override in zip(overrides, parse(overrides), strict=True):
@@ -114,9 +123,14 @@ def experiment_rows(experiments: Iterable[str], scale: str, overrides: Sequence[
         base = compose(arguments)
         if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce; train it with fit experiments={name}")
-        start = base.paper.get("start")
-        sources = {row.name: row for row in experiment_rows([start], scale, own)} if start else {}
+        start, path, sources = base.paper.get("start"), (*started, name), {}
+        if start in path:
+            raise UserError(f"{name}: paper.start={start} starts from this experiment itself: name another")
+        if start:
+            sources = {row.name: row for row in experiment_rows([start], scale, own, path)}
         for row in base.paper["rows"]:
+            if start and row not in sources:
+                raise UserError(f"{name}: paper.start={start} has no row {row!r}: {nearest(row, sources)}")
             yield Row(name, row, (*arguments, f"row={row}"), compose([*arguments, f"row={row}"]), sources.get(row))
 
 
@@ -290,12 +304,7 @@ def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:
 
 def axis_values(config: Config) -> dict[str, float]:
     """The settings that an experiment may vary (`paper.axis`), by name."""
-    return {
-        "tokens": config.training_tokens,
-        "blocks": config.model.num_hidden_layers,
-        "lr": config.optim.lr,
-        "embedding_std": config.model.embedding_std,
-    }
+    return {name: value(config) for name, value in AXES.items()}
 
 
 def describe_setting(row: Row) -> str:

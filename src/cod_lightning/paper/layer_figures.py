@@ -144,14 +144,14 @@ def variance_over_steps(column: Column) -> Figure | None:
 @style()
 def variance_by_layer(column: Column) -> Figure | None:
     """Figure 9: variance of the residual stream by layer at fractions of the run, one panel for each row."""
-    recorded = recorded_variances(column)
-    if not recorded:
+    recorded, fractions = recorded_variances(column), column.first.paper.get("fractions")
+    if not recorded or not fractions:
         return None
     figure, axes = report_figure(3.2, columns=len(recorded), sharey=True)
     set_titles(axes[0], [(row, len(variances)) for row, _, variances in recorded])
     for panel, (_, steps, variances) in zip(axes[0], recorded, strict=True):
         lines, errors = {}, {}
-        for fraction in column.first.paper["fractions"]:
+        for fraction in fractions:
             at = nearest_step(steps, fraction)
             label = f"at {fraction:.0%} of the run (nearest recorded step: {steps[at]:,})"
             lines[label], errors[label] = variances[:, at].mean(axis=0), sd_of(variances[:, at])

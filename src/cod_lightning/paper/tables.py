@@ -39,7 +39,7 @@ def published_tables(columns: Sequence[Column]) -> list[Table]:
 
 
 def published_heading(experiment: Experiment) -> str:
-    return experiment.heading + " (corrected)" * ("evaluation_batches" in experiment.paper)
+    return experiment.heading + " (corrected)" * (experiment.paper.get("evaluation_batches") is not None)
 
 
 def published_table(corner: str, columns: Sequence[tuple[str, Experiment, Metric]]) -> Table:
