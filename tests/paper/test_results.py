@@ -308,12 +308,12 @@ def test_reproduce_trains_no_run_on_another_text_than_that_of_the_records(toy, t
 
 
 def test_fields_of_images_and_of_text_are_settings_of_the_rows_that_read_them():
-    words = ["images.size=16", "data.seq_len=64", "data.batch_size=32"]
+    words = ["images.size=16", "data.seq_len=64", "data.batch_size=64"]
     rows = {row.experiment: row for row in experiment_rows(["table5_vit_s", "table7_130m"], "toy", words)}
     images, text = rows["table5_vit_s"], rows["table7_130m"]
     assert images.config.images.size == 16
     assert text.config.data.seq_len == 64
-    assert {images.config.data.batch_size, text.config.data.batch_size} == {32}
+    assert {images.config.data.batch_size, text.config.data.batch_size} == {64}
     assert "images.size=16" not in text.overrides
     assert "data.seq_len=64" not in images.overrides
 
