@@ -57,12 +57,20 @@ class WipedBuffer(Block):
         return self.scale
 
 
-class MendedBuffer(WipedBuffer):
-    def reset_buffers(self):
-        self.scale.fill_(self.layer**-0.5)
+class WipedNumber(Block):
+    """Keeps its number in a buffer, which bfloat16 does not round and the meta device empties."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.register_buffer("number", torch.tensor(layer), persistent=False)
 
     def factor(self):
-        return self.layer**-0.5
+        return self.number**-0.5
+
+
+class MendedNumber(WipedNumber):
+    def reset_buffers(self):
+        self.number.fill_(self.layer)
 
 
 class OffByOne(Block):
@@ -200,9 +208,17 @@ def test_the_measured_factors_are_one_over_the_root_of_the_layer():
     assert gains == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
 
 
-@pytest.mark.parametrize("block", [MendedBuffer, Dropped, Conditioned, Parallel, Merged])
+@pytest.mark.parametrize("block", [MendedNumber, Dropped, Conditioned, Parallel, Merged])
 def test_a_right_implementation_passes(block):
     verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS.reshape(3, 4))
+
+
+def test_buffers_that_the_trainer_sets_again_pass():
+    def reset(model):
+        for layer in model.layers:
+            layer.number.fill_(layer.layer)
+
+    verify(Model(WipedNumber), "lns", layout=PLAIN, inputs=TOKENS, reset=reset)
 
 
 def test_sublayers_that_add_the_stream_pass_with_the_branches_inside():
@@ -231,6 +247,7 @@ BROKEN = {
     LostInTraining: "hold in training mode: layer 2, attention: gain is 1, expected 0.707107",
     ConditionedCube: "hold: layer 1, attention: gain is no constant factor, expected 1",
     LostWhenCompiled: "hold after compilation",
+    WipedNumber: "hold after meta initialisation: layer 2, attention: gain is 1, expected 0.707107",
     LostWhenLoaded: "hold after meta initialisation: layer 2, attention: gain is 1, expected 0.707107",
 }
 
