@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # one thread sums reproducibly; two workers of 2 threads on 2 cores are slow
 os.environ["HF_HUB_OFFLINE"] = "1"  # without network a name on the hub fails at once instead of after 23-51 s
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # servers of the tests
 
 import pytest
 import torch
@@ -20,6 +22,17 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from command_words import TOY_TRAINING
+
+LAUNCHER = re.compile(r"(SLURM|GROUP|ROLE|MASTER|TORCHELASTIC)_\w+|(LOCAL_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE")
+"""Variables by which a launcher numbers ranks: the suite may run in a job, and Lightning sets some in this process."""
+
+
+def unset_launcher():
+    for name in filter(LAUNCHER.fullmatch, list(os.environ)):
+        del os.environ[name]
+
+
+unset_launcher()  # before lightning is imported, which reads them
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported and when a kernel is decorated
@@ -49,6 +62,14 @@ def pytest_collection_modifyitems(items):
     """Run the longest files first, so that parallel workers finish at the same time."""
     order = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    """Every test starts with the same random state and outside of a launcher, in any order of the tests."""
+    torch.manual_seed(0)
+    yield
+    unset_launcher()
 
 
 TEXT = "the norm of a deep block grows with depth and its branch adds less while early layers learn most"

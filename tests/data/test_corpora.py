@@ -307,6 +307,7 @@ def test_an_endpoint_that_is_no_url_is_named(monkeypatch, endpoint):
 def test_a_malformed_endpoint_does_not_answer(monkeypatch, capfd, endpoint):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("no_proxy", "*")  # a proxy would answer
     with pytest.raises(UserError, match="does not answer"):
         hub.require_hub("data.source=c4", "")
     assert capfd.readouterr().err == ""

@@ -101,8 +101,19 @@ def test_gradients_do_not_depend_on_the_chunk_size(set_chunk_size, chunk):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.integers(2, 60), st.booleans(), st.booleans())
-def test_any_shape_and_frozen_input_equals_the_reference(batch, length, width, vocabulary, free_hidden, free_weight):
+@given(
+    batch=st.integers(1, 4),
+    length=st.integers(1, 9),
+    width=st.integers(1, 40),
+    vocabulary=st.integers(2, 60),
+    free_hidden=st.booleans(),
+    free_weight=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_shape_and_frozen_input_equals_the_reference(
+    batch, length, width, vocabulary, free_hidden, free_weight, seed
+):
+    torch.manual_seed(seed)
     hidden, weight = inputs(batch, length, width, vocabulary)
     hidden.requires_grad_(free_hidden)
     weight.requires_grad_(free_weight)

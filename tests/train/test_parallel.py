@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -42,17 +41,13 @@ CLIP = 0.01
 QUIET = "trainer.stats_every=0"
 
 
-def environment():
-    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-
-
 def on_two_ranks(folder, entries):
     """Run `train_runs.py` with these entries on two ranks started by torchrun."""
     listed = folder / "runs.json"
     listed.write_text(json.dumps(entries))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = [sys.executable, *launcher, str(Path(__file__).with_name("train_runs.py")), str(listed)]
-    done = subprocess.run(process, env=environment(), capture_output=True, text=True, timeout=2 * TIMEOUT)
+    done = subprocess.run(process, capture_output=True, text=True, timeout=2 * TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "GLOBAL_RANK" not in done.stderr  # Lightning's message of every rank
 
@@ -61,7 +56,7 @@ def start(words, log, **variables):
     """Start the command line with more environment variables; its output goes to the file `log`."""
     command = [sys.executable, "-m", "cod_lightning", *last_of_each(words)]
     with open(log, "w") as out:
-        return subprocess.Popen(command, env=environment() | variables, stdout=out, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=os.environ | variables, stdout=out, stderr=subprocess.STDOUT)
 
 
 def world(strategy, ranks=2):
@@ -495,8 +490,7 @@ def test_other_optimizer_groups_are_refused_under_fsdp(train, plain, tmp_path):
     state["param_groups"] = [state["param_groups"][0] | {"params": list(state["state"])}]
     torch.save(checkpoint, path)
     try:
-        # Lightning sets LOCAL_RANK, which later tests must not see.
-        with mock.patch.dict(os.environ), pytest.raises(UserError, match=r"optimizer groups of \["):
+        with pytest.raises(UserError, match=r"optimizer groups of \["):
             train("data.micro_batch_size=4", *world("fsdp", 1), "name=run")
     finally:
         torch.distributed.destroy_process_group()
@@ -530,7 +524,7 @@ atexit.register(lambda: print(dist.is_initialized()))
 build_trainer(compose(["trainer.accelerator=cpu"]))
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
 """
-    printed = subprocess.run([sys.executable, "-c", script], env=environment(), check=True, capture_output=True)
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     assert printed.stdout == b"False\n"
 
 
