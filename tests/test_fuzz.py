@@ -237,11 +237,13 @@ def test_a_damaged_tokenizer_encodes_or_is_an_error(tmp_path, content, eos):
 
 RESULTS = config_folder() / "experiments/results/toy"
 FOLDERS = sorted(RESULTS.glob("*/jacobian.json"))
-RUN = json.loads((FOLDERS[0].parent / RECORD).read_text())
+FILES = {path.name: json.loads(path.read_text()) for folder in FOLDERS[:1] for path in folder.parent.glob("*.json")}
+needs_results = pytest.mark.skipif(not FILES, reason="no measured runs in experiments/results/toy")
 
 
+@needs_results
 @fuzz(60)
-@given(damaged_file(RUN))
+@given(damaged_file(FILES.get(RECORD)))
 def test_a_damaged_record_is_shown_or_an_error(tmp_path, content):
     (tmp_path / RECORD).write_bytes(content)
     result = result_or_error(read_record, tmp_path)
@@ -257,9 +259,7 @@ def measured_rows():
     return [row for scale in ("paper", "toy") for row in experiment_rows(["table1_130m", "figure5"], scale)]
 
 
-FILES = {path.name: json.loads(path.read_text()) for path in FOLDERS[0].parent.glob("*.json")}
-
-
+@needs_results
 @fuzz(25)
 @given(st.one_of([st.tuples(st.just(name), mutated_json(FILES[name])) for name in sorted(FILES)]))
 def test_damaged_results_are_compared_or_an_error(tmp_path, damaged):

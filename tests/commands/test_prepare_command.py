@@ -25,5 +25,18 @@ def test_a_malformed_number_of_shards_is_refused(text, message, capsys):
     assert capsys.readouterr().err.startswith(f"error: merge={text}: {message}")
 
 
+@pytest.mark.parametrize(
+    ("words", "function"),
+    [([], "prepare.prepare"), (["shard=0/2"], "shards.prepare_shard"), (["merge=2"], "shards.merge_shards")],
+)
+def test_ctrl_c_asks_to_run_the_preparation_again(words, function, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"cod_lightning.data.{function}", interrupt)
+    assert main(["prepare", "data=docs", *words]) == 75
+    assert capsys.readouterr().err.startswith("interrupted by SIGINT")
+
+
 def test_shards_are_numbered_from_zero():
     assert (shard_of("0/3"), shard_of("2/3")) == ((0, 3), (2, 3))

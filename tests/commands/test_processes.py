@@ -18,6 +18,8 @@ from command_words import last_of_each
 
 KINDS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
 """The other stop signals have the handler of SIGTERM."""
+WAIT = 300
+"""Seconds after which a process counts as hanging, as for `wait_for`."""
 
 pytestmark = pytest.mark.usefixtures("default_handlers")
 
@@ -119,8 +121,8 @@ sys.executable = sys.argv[1]
 try:
     with raise_on_stop_signals(), CommandPool(2) as pool:
         list(pool.map(pool.run_command, [["fit"]] * 3, "abc"))
-except Stopped:
-    sys.exit(75)
+except Stopped as stopped:
+    sys.exit(stopped.status)
 """
 WORKERS = """
 import os, sys, time
@@ -135,8 +137,10 @@ if __name__ == "__main__":
     try:
         with raise_on_stop_signals(), worker_pool(2) as pool:
             list(pool.map(work, range(1000)))
-    except (Stopped, KeyboardInterrupt):
-        sys.exit(75)
+    except Stopped as stopped:
+        sys.exit(stopped.status)
+    except KeyboardInterrupt:
+        sys.exit(130)
 """
 
 
@@ -163,7 +167,7 @@ def test_a_signal_to_a_sweep_stops_its_runs(number, running, wait_for, tmp_path)
     process = start_sweep(tmp_path, wait_for)
     # A terminal signals all processes of a command.
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    assert process.wait(10) == (-number if number == signal.SIGKILL else 75), process.communicate()
+    assert process.wait(WAIT) == (-number if number == signal.SIGKILL else 75), process.communicate()
     wait_for(lambda: not running(process.pid))
     assert len(list(tmp_path.glob("*.stopped"))) == 2
     process.communicate()
@@ -176,7 +180,7 @@ def test_a_second_ctrl_c_kills_the_runs_of_a_sweep(running, wait_for, tmp_path, 
     os.killpg(process.pid, signal.SIGINT)
     wait_for(lambda: len(list(tmp_path.glob("*.stopped"))) == 2)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) not in (0, 75), process.communicate()
+    assert process.wait(WAIT) not in (0, 75), process.communicate()
     wait_for(lambda: not running(process.pid))
     process.communicate()
 
@@ -188,10 +192,10 @@ def test_a_signal_to_a_preparation_ends_its_workers(number, running, wait_for, t
     wait_for(lambda: len(list(tmp_path.glob("worker.*.started"))) == 2, process)
     # A scheduler signals all processes of a job.
     (process.send_signal if number in (signal.SIGKILL, signal.SIGTERM) else lambda n: os.killpg(process.pid, n))(number)
-    status = process.wait(10)
+    status = process.wait(WAIT)
     wait_for(lambda: not running(process.pid))
     _, printed = process.communicate()
-    assert status == (-number if number == signal.SIGKILL else 75), printed
+    assert status == {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number], printed
 
 
 @pytest.mark.slow
@@ -209,7 +213,7 @@ def test_a_sweep_with_sigint_ignored_stops_on_sigterm_with_a_checkpoint(toy, run
     assert process.stderr is not None
     assert any(line.startswith("step ") for line in process.stderr)
     os.killpg(process.pid, signal.SIGTERM)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=WAIT)
     assert process.returncode == 75, printed
     assert "checkpoint saved" in printed
     assert not running(process.pid)
@@ -245,7 +249,7 @@ def test_jobs_is_the_number_of_runs_at_the_same_time(monkeypatch, tmp_path):
     together = threading.Barrier(2)
 
     def run_command(pool, words, label):
-        together.wait(60)
+        together.wait(WAIT)
         return 1
 
     monkeypatch.setattr(CommandPool, "run_command", run_command)

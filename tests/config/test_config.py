@@ -147,6 +147,10 @@ RESULTS = Path(__file__).parents[2] / "experiments/results"
 RECORDS = [path for runs in ("toy/*", "small/lns_*") for path in sorted(RESULTS.glob(f"{runs}-seed1-*/record.json"))]
 
 
+def test_runs_are_recorded():
+    assert {path.parts[-3] for path in RECORDS} == {"toy", "small"}
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
 def test_the_names_of_recorded_runs_are_stable(path):
     assert config_from_dict(json.loads(path.read_text())["config"], path).label == path.parent.name

@@ -37,6 +37,10 @@ class Example(Result):
 EXAMPLE = Example("small", 3, [0.5, 2.0], [1.0, math.nan])
 
 
+def test_results_are_committed():
+    assert COMMITTED
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_committed_result_survives_loading_and_saving(path):
     saved = json.loads(path.read_text())

@@ -1,7 +1,5 @@
 """The decoder with Triton norms: compiled, sharded, with activation checkpointing, under autocast and in training."""
 
-import socket
-
 import pytest
 import torch
 import torch.multiprocessing
@@ -144,12 +142,12 @@ def test_inductor_compiles_blocks_with_triton_norms(tmp_path, monkeypatch):
     assert_equal(loss_and_gradients(decoder), expected)
 
 
-def shard(rank, port, folder):
+def shard(rank, folder):
     """A rank of a sharded model; the first one saves what it computed."""
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     decoder = build("triton", norm="layer")
     for block in decoder.blocks:
@@ -168,10 +166,7 @@ def shard(rank, port, folder):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="ranks on CPUs need interpreted kernels")
 def test_two_ranks_of_fsdp2_equal_one_process(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(shard, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(shard, (tmp_path,), nprocs=2)
     total, *gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     expected = loss_and_gradients(build("triton", norm="layer"))
     # FSDP averages the gradients over the ranks.
