@@ -1,8 +1,6 @@
 """The public names of the package."""
 
 import inspect
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
+from command_words import run_python
 from tiny_models import tiny_decoder, tiny_llama
 
 
@@ -22,7 +21,7 @@ def test_every_public_name_exists(name):
 
 def test_importing_the_package_imports_neither_torch_nor_lightning():
     code = "import sys, cod_lightning; print([name for name in ('torch', 'lightning', 'numpy') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert run_python(code) == "[]\n"
 
 
 @pytest.mark.parametrize("name", ["variance", "jacobian", "angular", "removal", "importance", "sparsity"])

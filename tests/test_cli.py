@@ -21,15 +21,12 @@ from cod_lightning.commands.experiments import published_figures
 from cod_lightning.config.compose import compose
 from cod_lightning.config.groups import choices
 from cod_lightning.config.saved import load_config
-from command_words import last_of_each
-
-PYTHON = [sys.executable, "-m", "cod_lightning"]
+from command_words import last_of_each, run_command, run_python, start_command
 
 
 def run_ok(*words):
     """Run a command in a process, in which it must succeed; return the process."""
-    command = [*PYTHON, *last_of_each(words)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    process = run_command(*words)
     assert process.returncode == 0, process.stderr
     return process
 
@@ -88,18 +85,17 @@ def test_a_reader_that_closes_the_pipe_ends_a_command_without_a_message(words, s
     with os.fdopen(write, "wb") as closed:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: closed}
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        process = subprocess.run([*PYTHON, *words], **streams, env=environment, timeout=300)
+        process = run_command(*words, **streams, env=environment)
     assert process.returncode == status
     assert status == 2 or not (process.stdout or process.stderr)
 
 
 def test_output_that_cannot_be_written_is_an_error():
     with open("/dev/full", "wb") as stdout:
-        words = [sys.executable, "-m", "cod_lightning", "fit", "--cfg"]
-        process = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, timeout=300)
+        process = run_command("fit", "--cfg", stdout=stdout)
     assert process.returncode == 2
-    assert process.stderr.decode().startswith("error: ")
-    assert process.stderr.count(b"\n") == 1
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
 
 
 def test_the_version_is_printed(capsys):
@@ -134,17 +130,15 @@ for command in ("", *sys.argv[1:]):
 
 
 def test_help_does_not_import_torch_or_hydra():
-    process = subprocess.run([sys.executable, "-c", HELP, *COMMANDS], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("usage: cod_lightning [-h]")
+    printed = run_python(HELP, *COMMANDS)
+    assert printed.startswith("usage: cod_lightning [-h]")
     for command in COMMANDS:
-        assert f"usage: cod_lightning {command} " in process.stdout
+        assert f"usage: cod_lightning {command} " in printed
 
 
 def test_experiments_does_not_import_torch():
     code = "import sys; from cod_lightning.cli import main; main(['experiments']); assert 'torch' not in sys.modules"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    run_python(code)
 
 
 def test_fit_prints_metrics_a_variance_chart_and_the_run_folder(finished):
@@ -434,11 +428,7 @@ def test_a_run_killed_twice_resumes_bit_identically(toy, tmp_path, wait_for):
     kept = folder / "checkpoints"
     # While a checkpoint is being written, and around a validation (steps 6, 12, ...).
     for moment in (".step-000000*.partial", "step-00000024.ckpt"):
-        process = subprocess.Popen(
-            [*PYTHON, "fit", *last_of_each(words), f"output={tmp_path / 'killed'}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start_command("fit", *words, f"output={tmp_path / 'killed'}")
         wait_for(lambda moment=moment: any(kept.glob(moment)), process)
         process.kill()
         process.wait()

@@ -1,9 +1,8 @@
 """Packages that training does not use are not imported before the first step, and can be imported later."""
 
-import subprocess
-import sys
-
 import pytest
+
+from command_words import run_python
 
 PROGRAM = """
 import sys
@@ -24,5 +23,4 @@ assert sys.modules["transformers"] is transformers
 
 def test_torchmetrics_is_imported_without_scipy_and_transformers():
     pytest.importorskip("transformers")
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run_python(PROGRAM)

@@ -4,13 +4,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 
 import pytest
 
 from cod_lightning.cli import main
 from cod_lightning.commands.launch import seconds_of
-from command_words import last_of_each
+from command_words import start_command
 
 SBATCH = """#!/bin/bash
 script=$(mktemp); cat > "$script"
@@ -61,11 +60,7 @@ def test_a_stopped_job_is_requeued_until_it_finishes(scheduler, toy, train, wait
     words = [*toy, *words, "trainer=ddp", "trainer.accelerator=cpu", "trainer.progress=true", "name=job", "output=runs"]
     log = scheduler / "log"
     with open(log, "w") as out:
-        job = subprocess.Popen(
-            [sys.executable, "-m", "cod_lightning", "launch", "slurm", *last_of_each(words), "--submit"],
-            stdout=out,
-            stderr=out,
-        )
+        job = start_command("launch", "slurm", *words, "--submit", log=out)
     wait_for(lambda: "step      9/" in log.read_text(), job, log)
     for rank in range(2):  # as the scheduler does before the limit
         os.kill(int((scheduler / f"task{rank}").read_text()), 15)

@@ -14,7 +14,7 @@ from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import Stopped
 from cod_lightning.signals import PARENT, STOP_SIGNALS, raise_on_stop_signals
 from cod_lightning.train.checkpoint import list_checkpoints
-from command_words import last_of_each
+from command_words import start_command
 
 KINDS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
 """The other stop signals have the handler of SIGTERM."""
@@ -203,8 +203,9 @@ def test_a_signal_to_a_preparation_ends_its_workers(number, running, wait_for, t
 def test_a_sweep_with_sigint_ignored_stops_on_sigterm_with_a_checkpoint(toy, running, tmp_path):
     words = ["fit", "-m", *toy, f"output={tmp_path}", "trainer.max_steps=100000", "trainer.checkpoint_every=100000"]
     words += ["eval.every=100000", "trainer.progress=true", "trainer.stats_every=0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cod_lightning", *last_of_each([*words, "data.loader_workers=1"])],
+    process = start_command(
+        *words,
+        "data.loader_workers=1",
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         stderr=subprocess.PIPE,
@@ -223,8 +224,7 @@ def test_a_sweep_with_sigint_ignored_stops_on_sigterm_with_a_checkpoint(toy, run
 @pytest.mark.slow
 def test_more_signals_while_a_run_ends_do_not_change_its_status(toy, tmp_path):
     words = [*toy, f"output={tmp_path}", "trainer.max_steps=100000", "trainer.stats_every=0", "trainer.progress=true"]
-    command = [sys.executable, "-m", "cod_lightning", *last_of_each(["fit", *words])]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with start_command("fit", *words, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert any(line.startswith("step ") for line in process.stderr)
         process.terminate()

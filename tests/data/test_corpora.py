@@ -1,7 +1,6 @@
 import csv
 import gzip
 import json
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -20,6 +19,7 @@ from cod_lightning.data.instructions import Example
 from cod_lightning.data.prepare import prepared_folder
 from cod_lightning.data.readers import read_file
 from cod_lightning.errors import UserError
+from command_words import run_python
 
 
 def test_files_are_read_in_order_in_every_format(tmp_path):
@@ -321,7 +321,7 @@ for name in {names}:
     importlib.import_module("cod_lightning.data." + name)
 assert not {{"torch", "litdata", "lightning", "transformers"}} & set(sys.modules), "imported"
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    run_python(code)
 
 
 def test_reading_csv_leaves_the_limit_of_other_readers(tmp_path):

@@ -1,7 +1,5 @@
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.registry import MEASURES, measures_of, options_for
+from command_words import run_python
 
 BATCHES = [tokens(2, 8, seed) for seed in (0, 1)]
 every_measure = pytest.mark.parametrize("name", MEASURES)
@@ -142,8 +141,7 @@ def test_no_batches_are_an_error_of_the_api(causal_lm, name):
 
 
 def test_names_are_known_without_torch():
-    code = "import sys; from cod_lightning.measure.registry import MEASURES; assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    run_python("import sys; from cod_lightning.measure.registry import MEASURES; assert 'torch' not in sys.modules")
 
 
 def test_a_study_has_its_measures():

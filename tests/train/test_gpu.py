@@ -1,14 +1,12 @@
 """Training on a CUDA device gives the losses of the CPU."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from run_files import copy_checkpoints, losses, newest
 
-from command_words import last_of_each
+from command_words import run_command
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,8 +45,7 @@ def test_automatic_precision_is_bfloat16_if_the_gpu_has_it(plain, train):
 def test_a_sharded_run_with_cpu_offload_has_the_losses_of_the_cpu(toy, plain, tmp_path):
     # In a process of its own: a process group outlives its run.
     words = [*toy, *GPU, "trainer=fsdp", "trainer.devices=1", "trainer.offload=true", f"output={tmp_path}", "name=run"]
-    command = [sys.executable, "-m", "cod_lightning", "fit", *last_of_each(words)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    process = run_command("fit", *words, timeout=600)
     assert process.returncode == 0, process.stderr
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert losses(record) == pytest.approx(losses(plain[0]), rel=1e-3)

@@ -3,12 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
 from cod_lightning.train.checkpoint import list_checkpoints
-from command_words import last_of_each
+from command_words import command
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 240
@@ -53,7 +52,7 @@ def start(host, rank, words, log):
         "MASTER_PORT": "29400",
         "GLOO_SOCKET_IFNAME": host,
     }
-    process = ["ip", "netns", "exec", host, sys.executable, "-m", "cod_lightning", "fit", *last_of_each(words)]
+    process = ["ip", "netns", "exec", host, *command("fit", *words)]
     with open(log, "w") as out:
         return subprocess.Popen(process, env=os.environ | environment, stdout=out, stderr=out)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ from cod_lightning.train.checkpoint import (
     read_checkpoint,
     read_for_weights,
 )
-from command_words import last_of_each
+from command_words import run_python, start_command
 from strategy_kinds import covering_strategies, label
 
 pytestmark = pytest.mark.slow
@@ -54,24 +55,26 @@ def on_two_ranks(folder, entries):
 
 def start(words, log, **variables):
     """Start the command line with more environment variables; its output goes to the file `log`."""
-    command = [sys.executable, "-m", "cod_lightning", *last_of_each(words)]
     with open(log, "w") as out:
-        return subprocess.Popen(command, env=os.environ | variables, stdout=out, stderr=subprocess.STDOUT)
+        return start_command(*words, log=out, env=os.environ | variables)
 
 
 def world(strategy, ranks=2):
     return ["trainer=" + strategy, "trainer.accelerator=cpu", f"trainer.devices={ranks}", "trainer.timeout=120"]
 
 
-def node(rank):
-    """The environment variables of a node."""
-    return {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29400 + os.getpid() % 500)}
+def two_nodes():
+    """The environment variables of each of two nodes, which meet at a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    return [{"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in "01"]
 
 
 def on_two_nodes(folder, overrides_of):
     """Run `fit` with `overrides_of(rank)` on two nodes; return the status and the output of each."""
     logs = [folder / "log0", folder / "log1"]
-    both = [start(["fit", *overrides_of(rank)], log, **node(rank)) for rank, log in enumerate(logs)]
+    pairs = enumerate(zip(logs, two_nodes(), strict=True))
+    both = [start(["fit", *overrides_of(rank)], log, **node) for rank, (log, node) in pairs]
     try:
         return [(process.wait(TIMEOUT), log.read_text()) for process, log in zip(both, logs, strict=True)]
     finally:
@@ -472,7 +475,8 @@ def test_the_other_ranks_stop_with_an_error_if_one_dies(toy, tmp_path, wait_for)
     words = ["fit", *toy, *world("ddp"), f"output={tmp_path}", "data.micro_batch_size=4", "trainer.max_steps=100000"]
     words += ["trainer.progress=true", "trainer.num_nodes=2", "trainer.devices=1"]
     log = tmp_path / "log"
-    first, second = start(words, log, **node(0)), start(words, tmp_path / "log1", **node(1))
+    nodes = two_nodes()
+    first, second = start(words, log, **nodes[0]), start(words, tmp_path / "log1", **nodes[1])
     try:
         wait_for(lambda: "step      3/" in log.read_text(), first, log)
         second.kill()
@@ -524,8 +528,7 @@ atexit.register(lambda: print(dist.is_initialized()))
 build_trainer(compose(["trainer.accelerator=cpu"]))
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
 """
-    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    assert printed.stdout == b"False\n"
+    assert run_python(script) == "False\n"
 
 
 def test_hybrid_sharding_requires_fsdp(toy):

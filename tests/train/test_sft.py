@@ -1,10 +1,7 @@
 """Fine-tuning on instructions: loss, init_from, LISA."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import cache, partial
 
 import pytest
@@ -20,7 +17,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.train.checkpoint import list_checkpoints, read_checkpoint
 from cod_lightning.train.optim import frozen_blocks
 from cod_lightning.train.run import build_data_and_module
-from command_words import last_of_each
+from command_words import run_command
 
 
 @pytest.fixture(scope="module")
@@ -198,14 +195,6 @@ def test_init_from_changes_the_run_folder(tuning):
     )
     assert len({plain, run, file}) == 3
     assert trailing == run
-
-
-def test_the_tokenizer_of_the_source_is_the_default(tuning):
-    run = compose([*tuning, "init_from=runs/a"])
-    file = compose([*tuning, "init_from=runs/b/checkpoints/best.ckpt"])
-    assert run.data.tokenizer == "runs/a/tokenizer"
-    assert file.data.tokenizer == "runs/b/tokenizer"
-    assert compose([*tuning, "init_from=runs/a", "data.tokenizer=mine"]).data.tokenizer == "mine"
 
 
 @pytest.fixture(scope="module")
@@ -399,13 +388,7 @@ def ranks(tuning, tune_shared, tmp_path_factory):
     _, one = tune_shared("name=one", *overrides)
     output = tmp_path_factory.mktemp("ranks")
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"output={output}", "name=two"]
-    process = subprocess.run(
-        [sys.executable, "-m", "cod_lightning", "fit", *last_of_each([*tuning, *overrides, *ddp])],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ,
-    )
+    process = run_command("fit", *tuning, *overrides, *ddp)
     assert process.returncode == 0, process.stderr
     return one, output / "two"
 
