@@ -75,6 +75,10 @@ def test_a_runtime_field_leaves_the_run_folder(word):
     assert compose([word]).folder == compose().folder
 
 
+def test_the_run_folder_does_not_depend_on_the_strategy():
+    assert compose(["trainer=fsdp", "data.micro_batch_size=8"]).folder == compose().folder
+
+
 @pytest.mark.parametrize(
     "word",
     ["seed=2", "data.folder=elsewhere", "norm=pre_ln", "optim.lr=0.1", "trainer.max_steps=9", "data.seq_len=64"],
@@ -428,6 +432,8 @@ def test_a_custom_strategy_accepts_its_options(tmp_path, monkeypatch):
         (["data.batch_size=24"], ["data.batch_size=24", "data.micro_batch_size=16", "1 rank(s)"]),
         (["trainer=ddp"], ["data.batch_size=16", "x 2 rank(s) = 32"]),
         (["trainer.devices=2", "data.micro_batch_size=8"], ["trainer.strategy='auto'", "trainer=ddp"]),
+        (["trainer.hybrid=true"], ["trainer.hybrid=true requires trainer.strategy=fsdp"]),
+        (["trainer=fsdp", "optim=lisa", "data.micro_batch_size=8"], ["optim.lisa_layers does not support FSDP"]),
         (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
         (["trainer.measures.jacobain=9"], ["trainer.measures='jacobain'", "did you mean 'jacobian'"]),
         (["trainer.measures={angular: -1}"], ["trainer.measures.angular=-1", "at least 0"]),

@@ -137,6 +137,7 @@ def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
     copy = unwrapped_copy(wrapped)
     assert copy.lm_head.weight is copy.model.embed_tokens.weight
     assert copy.lm_head.weight.data_ptr() == wrapped.lm_head.weight.data_ptr()
+    assert all(parameter.requires_grad for parameter in copy.parameters())
     expected = probe_statistics(build(tie_word_embeddings=True), TOKENS, None)
     assert probe_statistics(copy, TOKENS, None) == expected
     torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0, -1])(torch.ones(1, 3, 16))

@@ -20,7 +20,6 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure import registry
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.training import TRAINING_MEASURES, probe_statistics
-from cod_lightning.nn.parallel import unwrapped_copy
 from cod_lightning.nn.vit import Images
 from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.load import checkpoint_of, load_decoder
@@ -268,10 +267,3 @@ def test_two_ranks_have_the_layer_statistics_of_one_on_images(images):
     for statistics in statistics_of_two_ranks(image_module, Images(pixels, labels)):
         for name, values in expected.items():
             assert statistics[name] == pytest.approx(values, rel=1e-4), name
-
-
-def test_a_copy_of_an_unsharded_decoder_shares_its_weights():
-    decoder = tiny_decoder()
-    copy = unwrapped_copy(decoder)
-    assert copy.lm_head.weight.data_ptr() == decoder.lm_head.weight.data_ptr()
-    assert all(parameter.requires_grad for parameter in copy.parameters())

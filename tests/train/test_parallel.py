@@ -19,7 +19,6 @@ from run_files import copy_checkpoints, history, last, losses, newest
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from cod_lightning.cli import main
-from cod_lightning.config.compose import compose
 from cod_lightning.errors import Stopped, UserError
 from cod_lightning.nn.spec import SublayerSpec
 from cod_lightning.train.callbacks import StopOnSignal
@@ -529,17 +528,3 @@ build_trainer(compose(["trainer.accelerator=cpu"]))
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
 """
     assert run_python(script) == "False\n"
-
-
-def test_hybrid_sharding_requires_fsdp(toy):
-    with pytest.raises(UserError, match=r"trainer\.hybrid=true requires trainer\.strategy=fsdp"):
-        compose([*toy, "trainer.hybrid=true"])
-
-
-def test_lisa_does_not_support_fsdp(toy):
-    with pytest.raises(UserError, match=r"optim\.lisa_layers does not support FSDP"):
-        compose([*toy, *world("fsdp"), "optim=lisa", "data.micro_batch_size=4"])
-
-
-def test_the_run_folder_does_not_depend_on_the_strategy(toy):
-    assert compose([*toy, *world("fsdp"), "data.micro_batch_size=4"]).folder == compose(toy).folder
