@@ -11,30 +11,8 @@ from cod_lightning.cli import main
 from cod_lightning.commands.measure import is_model, name_of
 from cod_lightning.commands.models import require_path
 from cod_lightning.commands.terminal import show
-from cod_lightning.config.compose import compose, parse, sweep
-from cod_lightning.data.config import DataConfig
-from cod_lightning.data.corpora import open_corpus
 from cod_lightning.errors import UserError
-from cod_lightning.nn.strategies import build_all
 from command_words import last_of_each
-
-NAMES = [
-    "a=b",
-    "a#b",
-    "[2024] dump",
-    "a(1)",
-    "a[b",
-    "~",
-    "a'b",
-    'a"b',
-    " a ",
-    "a,b",
-    "1e-3",
-    "true",
-    "é/ü",
-    "a\\",
-    "a:b",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -51,73 +29,6 @@ def write(path, text="word " * 400):
 
 
 # Paths --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("field", ["output", "data.root", "images.folder", "data.files", "init_from", "+data.folder"])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_value_of_a_path_field_that_exists_is_that_path(field, name):
-    write(f"{name}/x")
-    [override] = parse([f"{field}={name}"])
-    assert override.value() == name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_sweep_passes_an_existing_path_on(name):
-    write(f"{name}/x")
-    runs = [parse(words) for words in sweep([f"data.root={name}", "seed=1,2"])]
-    assert [run[0].value() for run in runs] == [name, name]
-
-
-@pytest.mark.parametrize("name", ["t=1/x.txt", "[2024] dump/a.txt", "a#b.txt", "a'b.txt"])
-@pytest.mark.parametrize("field", ["files", "val_files"])
-def test_a_file_of_any_name_is_read_as_text(field, name):
-    write(name)
-    write("other.txt")
-    words = ["data=files", f"data.{field}={name}"]
-    config = compose(words if field == "files" else [*words, "data.files=other.txt"])
-    assert getattr(config.data, field) == name
-    corpus = open_corpus(config.data)
-    assert "word" in next((corpus.train if field == "files" else corpus.val)())
-
-
-def test_a_glob_in_a_folder_of_any_name_is_a_glob():
-    write("t=1/x.txt")
-    assert compose(["data=files", "data.files=t=1/*.txt"]).data.files == "t=1/*.txt"
-
-
-def test_a_list_of_files_stays_a_list():
-    write("a")
-    assert compose(["data=files", "data.files=[a.txt,b.txt]"]).data.files == ["a.txt", "b.txt"]
-
-
-def test_null_stays_null():
-    write("null/x")
-    assert compose(["data.folder=null"]).data.folder is None
-
-
-@pytest.mark.parametrize(
-    ("word", "quoted"),
-    [
-        ("output=a=b", """'output="a=b"'"""),
-        ("init_from=epoch=0-step=6.ckpt", """'init_from="epoch=0-step=6.ckpt"'"""),
-        ("name=a#b", """'name="a#b"'"""),
-        ("data.root=é", """'data.root="é"'"""),
-        ("data.root=~/x", """'data.root="/home/me/x"'"""),
-        ("description=it's", """'description="it'"'"'s"'"""),
-    ],
-)
-def test_a_value_that_cannot_be_parsed_is_named_with_its_quotes(word, quoted, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    with pytest.raises(UserError) as error:
-        parse(["seed=1", word])
-    assert str(error.value).startswith(f"{word}: ")
-    assert str(error.value).endswith(f"quote it: {quoted}")
-
-
-def test_all_words_that_cannot_be_parsed_are_reported():
-    with pytest.raises(UserError) as error:
-        parse(["output=a=b", "seed", "name=a#b"])
-    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == ["output=a=b", "seed", "name=a#b"]
 
 
 @pytest.mark.parametrize("word", ["lr=1e-3/run", "sweeps/lr=1e-3/missing", "a=b", "plain"])
@@ -160,20 +71,6 @@ def test_measure_checks_the_folders_before_it_loads_a_model(words, capsys):
     write("runs/config.json", "{}")
     assert main(["measure", *words]) == 2
     assert capsys.readouterr().err.startswith("error: runs/nope does not exist")
-
-
-@pytest.mark.parametrize("field", ["files", "val_files"])
-def test_a_relative_glob_without_files_names_the_folder_it_is_relative_to(field, tmp_path):
-    write("here.txt")
-    config = DataConfig(source="files", **{"files": "here.txt", field: "t/*.txt"})
-    with pytest.raises(UserError) as error:
-        open_corpus(config)
-    assert str(error.value) == f"data.{field}: no file matches 't/*.txt' in {tmp_path}, to which it is relative"
-
-
-def test_an_absolute_glob_without_files_is_named_alone(tmp_path):
-    with pytest.raises(UserError, match=r"no file matches '/.*\.txt'$"):
-        open_corpus(DataConfig(source="files", files=f"{tmp_path}/*.txt"))
 
 
 # Printed text -------------------------------------------------------------------------------------------------------
@@ -224,20 +121,3 @@ def test_a_strategy_in_the_working_folder_is_imported(word, capsys):
 def test_the_working_folder_is_not_searched_without_a_strategy_of_the_user(tmp_path):
     assert main(["fit", "--cfg", "norm=lns"]) == 0
     assert str(tmp_path) not in sys.path
-
-
-@pytest.mark.parametrize(
-    "words", [["norm=norms.gentler"], ["norm.name=norms.gentler"], ["norm=gpas", "norm.base=norms.gentler"]]
-)
-def test_a_dotted_strategy_gets_a_colon_as_a_suggestion(words):
-    with pytest.raises(UserError, match="did you mean 'norms:gentler'"):
-        compose(words)
-
-
-@pytest.mark.parametrize("call", ["block(gian=0.5)", "BlockSpec(SublayerSpec(gian=0.5), SublayerSpec())"])
-def test_a_misspelled_coefficient_is_named_with_the_nearest(call):
-    write("paths_d.py", RETURNS + call)
-    sys.path.append("")
-    sys.modules.pop("paths_d", None)
-    with pytest.raises(UserError, match="'gian'; did you mean 'gain'"):
-        build_all({"name": "paths_d:gentler"}, 1)

@@ -329,3 +329,18 @@ def test_reading_csv_leaves_the_limit_of_other_readers(tmp_path):
     before = csv.field_size_limit()
     assert list(open_corpus(DataConfig(source="files", files=str(tmp_path / "a.csv"), val_every=2)).train())
     assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("field", ["files", "val_files"])
+def test_a_relative_glob_without_files_names_the_folder_it_is_relative_to(field, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here.txt").touch()
+    config = DataConfig(source="files", **{"files": "here.txt", field: "t/*.txt"})
+    with pytest.raises(UserError) as error:
+        open_corpus(config)
+    assert str(error.value) == f"data.{field}: no file matches 't/*.txt' in {tmp_path}, to which it is relative"
+
+
+def test_an_absolute_glob_without_files_is_named_alone(tmp_path):
+    with pytest.raises(UserError, match=r"no file matches '/.*\.txt'$"):
+        open_corpus(DataConfig(source="files", files=f"{tmp_path}/*.txt"))

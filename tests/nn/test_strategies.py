@@ -15,7 +15,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, rotary, rotate, run_blocks, set_step
 from cod_lightning.nn.init import build_decoder, initialise, seed_of
-from cod_lightning.nn.spec import spec_problems, spec_warnings
+from cod_lightning.nn.spec import SublayerSpec, spec_problems, spec_warnings
 from cod_lightning.nn.strategies import (
     STRATEGIES,
     BlockSpec,
@@ -820,3 +820,10 @@ def test_a_function_in_place_of_its_name_is_told_a_place(function, place):
     message = f"norm is a function: give its place as text, such as '{place}'"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         build_all({"name": function}, 2)
+
+
+@pytest.mark.parametrize("make", [block, SublayerSpec])
+def test_a_misspelled_coefficient_is_named_with_the_nearest(make, monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "gentler", lambda layer, depth: make(gian=0.5))
+    with pytest.raises(UserError, match="'gian'; did you mean 'gain'"):
+        build_all({"name": "gentler"}, 1)
