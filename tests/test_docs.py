@@ -19,6 +19,7 @@ from cod_lightning.cli import COMMANDS, parser
 from cod_lightning.commands import estimate as estimate_command
 from cod_lightning.commands.measure import is_model, split_options
 from cod_lightning.config.compose import choices, compose, groups, sweep
+from cod_lightning.errors import UserError
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder, set_step
@@ -26,6 +27,7 @@ from cod_lightning.nn.huggingface import unsupported_features
 from cod_lightning.nn.strategies import LNS_POSITIONS, STRATEGIES, build_all
 from cod_lightning.paper.figures import ROW_STRATEGIES
 from cod_lightning.train.estimate import GPUS, estimate
+from tiny_models import tiny_llama
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -107,6 +109,21 @@ def test_the_layouts_of_the_guide_hold(model):
         pytest.importorskip("transformers", minversion="5")
     (code,) = (block for _, block, _ in BLOCK.findall(PAGES["own_training.md"]) if model in block)
     exec(compile(code, "own_training.md", "exec"), {})
+
+
+def is_refused(norm):
+    try:
+        cod.apply(tiny_llama(depth=4), norm)
+    except UserError:
+        return True
+    return False
+
+
+def test_the_table_of_refusals_has_every_strategy_that_apply_refuses():
+    pytest.importorskip("transformers")
+    table = PAGES["own_training.md"].partition("### Refused")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", table, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(filter(is_refused, STRATEGIES))
 
 
 def test_the_table_of_studies_has_every_measure():

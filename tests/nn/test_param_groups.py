@@ -2,6 +2,7 @@
 
 import tempfile
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from test_apply import (
@@ -19,6 +20,7 @@ from test_apply import (
     trained_llama,
 )
 from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
 
 import cod_lightning as cod
 from cod_lightning.errors import UserError
@@ -30,14 +32,17 @@ SETTINGS = {"lr": 3e-3, "eps": 1e-3, "weight_decay": 0.5}
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
-def train(model, groups, optimizer_class=torch.optim.AdamW):
+def train(model, groups, optimizer_class=torch.optim.AdamW, scheduler_of=lambda optimizer, groups: None):
     """Losses of 20 steps."""
     optimizer, losses = optimizer_class(groups), []
+    scheduler = scheduler_of(optimizer, groups)
     for tokens in TOKENS:
         loss = cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
         losses.append(loss.item())
     return torch.tensor(losses, dtype=torch.float64)
 
@@ -105,6 +110,56 @@ def test_a_stock_model_trains_as_under_lns(family, form, tolerance):
     stock = build_double(family)
     groups = cod.param_groups(stock, "lns", form=form, initial_weights="scale", **SETTINGS)
     torch.testing.assert_close(train(stock, groups), train_applied(family), rtol=0, atol=tolerance)
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda optimizer, groups: lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
+    "OneCycleLR": lambda optimizer, groups: lr_scheduler.OneCycleLR(
+        optimizer, max_lr=[group["lr"] for group in groups], total_steps=len(TOKENS)
+    ),
+    "CosineAnnealingLR": lambda optimizer, groups: lr_scheduler.CosineAnnealingLR(optimizer, len(TOKENS), eta_min=0),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_scheduler_that_multiplies_every_rate_keeps_the_equality(scheduler):
+    stock, applied = build_double(), build_double()
+    groups = cod.param_groups(stock, "lns", initial_weights="scale", **SETTINGS)
+    usual = cod.param_groups(applied, "pre_ln", initial_weights="scaled", **SETTINGS)
+    expected = train(cod.apply(applied, "lns"), usual, scheduler_of=SCHEDULERS[scheduler])
+    assert not torch.allclose(expected, train_applied(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(train(stock, groups, scheduler_of=SCHEDULERS[scheduler]), expected, rtol=0, atol=1e-12)
+
+
+class LanguageModel(pl.LightningModule):
+    """The recipe of the guide: "scale" once, "scaled" whenever a fit begins."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.losses = model, []
+        cod.param_groups(model, "lns", initial_weights="scale", **SETTINGS)
+
+    def training_step(self, tokens, batch_idx):
+        loss = cross_entropy(self.model(tokens[None]).logits[0, :-1], tokens[1:])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(cod.param_groups(self.model, "lns", initial_weights="scaled", **SETTINGS))
+
+
+def test_a_lightning_module_trains_as_under_lns_in_every_fit(tmp_path):
+    module, applied = LanguageModel(build_double().train()), build_double()
+    usual = cod.param_groups(applied, "pre_ln", initial_weights="scaled", **SETTINGS)
+    cod.apply(applied, "lns")
+    expected = []
+    for _ in range(2):
+        options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+        trainer = pl.Trainer(**options, enable_progress_bar=False, enable_model_summary=False)
+        trainer.fit(module, torch.utils.data.DataLoader(TOKENS, batch_size=None))
+        expected.append(train(applied, usual))
+    measured = torch.tensor(module.losses, dtype=torch.float64)
+    torch.testing.assert_close(measured, torch.cat(expected), rtol=0, atol=1e-12)
 
 
 def test_a_checkpoint_of_the_stock_model_resumes_as_under_lns(tmp_path):

@@ -29,7 +29,7 @@ from cod_lightning.nn.strategies import STRATEGIES
 from cod_lightning.train import devices, module
 from cod_lightning.train.callbacks import Recorder
 from cod_lightning.train.checkpoint import read_checkpoint
-from cod_lightning.train.devices import precision
+from cod_lightning.train.devices import compile_backend, precision
 from cod_lightning.train.load import load_run
 from cod_lightning.train.memory import check_memory
 from cod_lightning.train.module import DecoderModule, gradient_norm
@@ -343,6 +343,40 @@ def test_the_cpu_memory_of_a_gpu_run_holds_the_moments_with_offload_only(toy, tm
     check_memory(config)  # each shard is built on its GPU
     with pytest.raises(UserError, match="out of memory"):
         check_memory(replace(config, trainer=replace(config.trainer, offload=True)))
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen", "backend"),
+    [
+        ("cpu", None, None),
+        ("cpu", True, "inductor"),
+        ("cpu", False, None),
+        ("cuda", None, "inductor"),
+        ("cuda", False, None),
+    ],
+)
+def test_blocks_are_compiled_on_cuda_or_on_request(device, chosen, backend, monkeypatch):
+    monkeypatch.setattr(devices, "accelerator", lambda settings: device)
+    assert compile_backend(TrainerConfig(compile=chosen)) == backend
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Dynamo trips over warnings that it provokes itself
+def test_a_compiled_run_has_the_losses_of_one_without_compilation(train, monkeypatch):
+    """Compiled by aot_eager: inductor takes minutes here."""
+    quicker = {None: None, "inductor": "aot_eager"}
+    monkeypatch.setattr(module, "compile_backend", lambda settings: quicker[compile_backend(settings)])
+    blocks, compile_block = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda block, **options: blocks.append(block) or compile_block(block, **options)
+    )
+    words = ("trainer.max_steps=2", "trainer.stats_every=0")
+    expected, _ = train(*words, "name=eager")
+    assert not blocks
+    compiled, _ = train(*words, "trainer.compile=true", "name=compiled")
+    assert len(blocks) == 3
+    assert losses(compiled) == pytest.approx(losses(expected), rel=1e-5)
+    assert compiled["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
 
 
 def test_a_record_names_the_commit_and_any_change_of_the_package(tmp_path, monkeypatch):
