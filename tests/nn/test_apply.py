@@ -8,48 +8,38 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stock_models import (
+    OUTER,
+    PLAIN,
+    SHAPE,
+    Outer,
+    PlainModel,
+    build,
+    changed,
+    decoder_of,
+    gated_llama,
+    pruned,
+    scaled_llama,
+    sharing,
+    trained_llama,
+    with_child,
+)
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations
 
 import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import apply, fold, strategy_of
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.layouts import LLAMA, Layout
-from cod_lightning.nn.param_groups import param_groups
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.nn.verify import verify
 
 transformers = pytest.importorskip("transformers")
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 60
-SHAPE = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
-
-
-def decoder_of(norm):
-    """An untrained decoder of this package under a strategy."""
-    return build_decoder(DecoderConfig(32, 48, 3, 4, vocab_size=60), build_all({"name": norm}, 3), seed=1)
-
-
-def build(family, **changes):
-    """An untrained model of a family of transformers, 3 blocks of 32."""
-    names = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel", "Bert": "BertForMaskedLM"}
-    shape = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 60} if family == "GPT2" else SHAPE
-    if family.startswith(("Gemma", "Qwen3")):
-        shape = shape | {"head_dim": 8}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**shape, pad_token_id=0, **changes)
-    return getattr(transformers, names.get(family, f"{family}ForCausalLM"))(config).eval()
 
 
 @torch.no_grad()
@@ -201,34 +191,8 @@ def test_a_model_of_wrapped_norms_and_sublayers_is_copied_verified_and_folded(wr
     torch.testing.assert_close(logits(fold(model)), expected)
 
 
-class PlainBlock(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ln_1, self.attn, self.ln_2, self.ffn = nn.LayerNorm(8), nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.ffn(self.ln_2(x))
-
-
-class PlainModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(60, 8)
-        self.layers = nn.ModuleList(PlainBlock() for _ in range(3))
-
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def named_blocks(blocks):
     return nn.ModuleDict({str(index): block for index, block in enumerate(blocks)})
-
-
-PLAIN = Layout("layers", norms=("ln_1", "ln_2"), sublayers=("attn", "ffn"), outputs=("attn", "ffn"))
 
 
 @pytest.mark.parametrize("container", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks), named_blocks])
@@ -238,19 +202,11 @@ def test_any_module_with_named_blocks_takes_a_strategy(container):
     apply(model, "lns", layout=PLAIN)
     x = torch.randn(1, 8)
     second = list(model.layers.children())[1]
-    torch.testing.assert_close(second.ln_1(x), nn.functional.layer_norm(x, (8,)) * 0.5**0.5)
+    torch.testing.assert_close(second.norm_1(x), nn.functional.layer_norm(x, (8,)) * 0.5**0.5)
 
 
 def test_a_module_without_configuration_remembers_its_strategy():
     assert strategy_of(apply(PlainModel(), "lns", layout=PLAIN)) == {"name": "lns"}
-
-
-def trained_llama():
-    model = build("Llama")
-    with torch.no_grad():
-        for block in model.model.layers:
-            block.input_layernorm.weight.uniform_(0.5, 2)
-    return model
 
 
 def test_a_trained_model_keeps_its_function_on_request():
@@ -269,7 +225,7 @@ def test_a_gain_that_finite_weights_cannot_compensate_for_is_refused(gain, monke
 def test_a_model_with_some_norms_without_weights_is_not_taken_for_trained():
     """As ModernBERT, whose first block has none before attention."""
     model = PlainModel()
-    model.layers[0].ln_1 = nn.Identity()
+    model.layers[0].norm_1 = nn.Identity()
     assert strategy_of(apply(model, "lns", layout=PLAIN)) == {"name": "lns"}
 
 
@@ -378,13 +334,6 @@ def test_a_strategy_without_factors_is_folded_away(norm):
     assert strategy_of(fold(apply(build("Llama"), norm))) is None
 
 
-def changed(model, change):
-    """A model after `change(block)` of its blocks."""
-    for block in model.model.layers:
-        change(block)
-    return model
-
-
 def wrapped(part):
     """As by an adapter of PEFT, whose weights are not those of the layer itself."""
     return lambda block: setattr(block.get_submodule(part), "base_layer", nn.Identity())
@@ -392,25 +341,6 @@ def wrapped(part):
 
 def saved_by_peft(part):
     return lambda block: setattr(block.get_submodule(part), "modules_to_save", nn.ModuleDict())
-
-
-def with_child(name, module):
-    return lambda block: block.add_module(name, deepcopy(module))
-
-
-def gated_llama():
-    """Trained; its attention has a further linear layer that could read the norm."""
-    return changed(trained_llama(), lambda block: block.self_attn.add_module("gate_proj", nn.Linear(32, 4)))
-
-
-def pruned(part):
-    return lambda block: prune.l1_unstructured(block.get_submodule(part), "weight", amount=0.3)
-
-
-def sharing(part):
-    """Gives every block the same weight."""
-    weight = build("Llama").model.layers[0].get_submodule(part).weight
-    return lambda block: setattr(block.get_submodule(part), "weight", weight)
 
 
 class FusedNorm(nn.RMSNorm):
@@ -423,7 +353,7 @@ class FusedNorm(nn.RMSNorm):
 def with_fused_norms():
     model = PlainModel()
     for block in model.layers:
-        block.ln_2 = FusedNorm(8)
+        block.norm_2 = FusedNorm(8)
     return model
 
 
@@ -441,24 +371,7 @@ class GammaNorm(nn.Module):
 def with_gamma_norms():
     model = PlainModel()
     for layer in model.layers:
-        layer.ln_1, layer.ln_2 = GammaNorm(), GammaNorm()
-    return model
-
-
-class Outer(nn.Module):
-    """Holds a model with a strategy."""
-
-    def __init__(self):
-        super().__init__()
-        self.core = apply(PlainModel(), "lns", layout=PLAIN)
-
-
-OUTER = replace(PLAIN, blocks="core.layers")
-
-
-def scaled_llama():
-    model = build("Llama")
-    param_groups(model, "lns", lr=1e-3, initial_weights="scale")
+        layer.norm_1, layer.norm_2 = GammaNorm(), GammaNorm()
     return model
 
 
@@ -597,7 +510,7 @@ REFUSED = {
     ),
     "a shared norm": (
         PlainModel,
-        {"norm": "lns", "layout": Layout("layers", norms=("ln_1", "ln_1"), sublayers=("attn", "ffn"))},
+        {"norm": "lns", "layout": Layout("layers", norms=("norm_1", "norm_1"), sublayers=("attention", "ffn"))},
         "layer 1, ffn: its norm is also that of layer 1, attention",
     ),
     "a misspelled decision": (

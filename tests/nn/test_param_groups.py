@@ -5,7 +5,7 @@ import tempfile
 import lightning.pytorch as pl
 import pytest
 import torch
-from test_apply import (
+from stock_models import (
     OUTER,
     PLAIN,
     Outer,

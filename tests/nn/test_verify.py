@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stock_models import PLAIN as OUTPUTS
+from stock_models import PlainBlock, PlainModel
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -11,30 +13,20 @@ from cod_lightning.errors import UserError
 from cod_lightning.nn.apply import apply, fold
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.layouts import Layout
 from cod_lightning.nn.strategies import STRATEGIES, BlockSpec, SublayerSpec, build_all
 from cod_lightning.nn.verify import verify
 from tiny_models import tiny_decoder, tiny_llama
 
 TOKENS = torch.arange(12)[None]
-PLAIN = Layout("layers", norms=("norm_1", "norm_2"), sublayers=("attention", "ffn"))
+PLAIN = replace(OUTPUTS, outputs=None)
+"""Some sub-layers here are no linear layers."""
 
 
-class Block(nn.Module):
-    """A Pre-LN block whose norms are multiplied by `factor()`."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-        self.norm_1, self.attention = nn.RMSNorm(8), nn.Linear(8, 8)
-        self.norm_2, self.ffn = nn.LayerNorm(8), nn.Linear(8, 8)
+class Block(PlainBlock):
+    """Under LNS."""
 
     def factor(self):
         return self.layer**-0.5
-
-    def forward(self, x):
-        x = x + self.attention(self.norm_1(x) * self.factor())
-        return x + self.ffn(self.norm_2(x) * self.factor())
 
 
 class DeadBranch(Block):
@@ -188,29 +180,15 @@ class ConditionedCube(Conditioned):
         return x + self.ffn(self.norm_2(x) * self.factor())
 
 
-class Model(nn.Module):
-    def __init__(self, block):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(12, 8)
-        self.layers = nn.ModuleList(block(layer) for layer in range(1, 5))
-
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def test_the_measured_factors_are_one_over_the_root_of_the_layer():
-    factors = verify(Model(Block), "lns", layout=PLAIN, inputs=TOKENS)
+    factors = verify(PlainModel(Block), "lns", layout=PLAIN, inputs=TOKENS)
     gains = [factor.measured for factor in factors if factor.name == "gain" and factor.part == "ffn"]
     assert gains == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
 
 
 @pytest.mark.parametrize("block", [MendedNumber, Dropped, Conditioned, Parallel, Merged])
 def test_a_right_implementation_passes(block):
-    verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS.reshape(3, 4))
+    verify(PlainModel(block), "lns", layout=PLAIN, inputs=TOKENS.reshape(3, 4))
 
 
 def test_buffers_that_the_trainer_sets_again_pass():
@@ -218,22 +196,22 @@ def test_buffers_that_the_trainer_sets_again_pass():
         for layer in model.layers:
             layer.number.fill_(layer.layer)
 
-    verify(Model(WipedNumber), "lns", layout=PLAIN, inputs=TOKENS, reset=reset)
+    verify(PlainModel(WipedNumber), "lns", layout=PLAIN, inputs=TOKENS, reset=reset)
 
 
 def test_sublayers_that_add_the_stream_pass_with_the_branches_inside():
     inside = replace(PLAIN, branches=("attention.dense", "ffn.dense"))
-    verify(Model(Adding), "lns", layout=inside, inputs=TOKENS)
+    verify(PlainModel(Adding), "lns", layout=inside, inputs=TOKENS)
 
 
 def test_hidden_states_in_the_precision_of_the_model_are_inputs():
-    model = Model(Block).bfloat16()
+    model = PlainModel(Block).bfloat16()
     model.embedding = nn.Identity()
     verify(model, "lns", layout=PLAIN, inputs=torch.randn(2, 6, 8, dtype=torch.bfloat16))
 
 
 def test_blocks_under_activation_checkpointing_pass():
-    verify(Model(lambda layer: checkpoint_wrapper(Block(layer))), "lns", layout=PLAIN, inputs=TOKENS)
+    verify(PlainModel(lambda layer: checkpoint_wrapper(Block(layer))), "lns", layout=PLAIN, inputs=TOKENS)
 
 
 BROKEN = {
@@ -255,7 +233,7 @@ BROKEN = {
 @pytest.mark.parametrize("block", BROKEN, ids=lambda block: block.__name__)
 def test_a_broken_implementation_is_named_by_its_first_block(block):
     with pytest.raises(UserError, match=BROKEN[block]):
-        verify(Model(block), "lns", layout=PLAIN, inputs=TOKENS)
+        verify(PlainModel(block), "lns", layout=PLAIN, inputs=TOKENS)
 
 
 class HalvedFFN(Block):
@@ -266,12 +244,14 @@ class HalvedFFN(Block):
 
 def test_the_factors_of_attention_and_ffn_may_differ(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "halved", lambda *_: BlockSpec(SublayerSpec(), SublayerSpec(branch_scale=0.5)))
-    scales = [f.expected for f in verify(Model(HalvedFFN), "halved", layout=PLAIN, inputs=TOKENS) if f.name != "gain"]
+    scales = [
+        f.expected for f in verify(PlainModel(HalvedFFN), "halved", layout=PLAIN, inputs=TOKENS) if f.name != "gain"
+    ]
     assert scales == [1, 0.5] * 4
 
 
 def test_a_buffer_that_is_not_set_again_fails_after_the_meta_device():
-    exact = Model(WipedBuffer)
+    exact = PlainModel(WipedBuffer)
     exact.layers = exact.layers[:1]  # the factor 1 survives bfloat16
     with pytest.raises(UserError, match=r"after meta initialisation: layer 1, attention: gain is 1\.7, expected 1"):
         verify(exact, "lns", layout=PLAIN, inputs=TOKENS)
@@ -295,17 +275,21 @@ def test_a_strategy_of_our_decoder_that_cannot_be_checked_is_refused_by_its_coef
 
 
 def quantised():
-    return torch.ao.quantization.quantize_dynamic(Model(Block).eval(), {nn.Linear}, dtype=torch.qint8)
+    return torch.ao.quantization.quantize_dynamic(PlainModel(Block).eval(), {nn.Linear}, dtype=torch.qint8)
 
 
 NOT_RUN = {
-    "on the meta device": (lambda: Model(Block).to("meta"), TOKENS, "Model is on the meta device, or offloaded"),
-    "quantised": (quantised, TOKENS, "Model is quantised: dequantise"),
-    "tokens in a list": (lambda: Model(Block), [[1, 2]], "inputs is a list: expected a tensor, such as tokens"),
+    "on the meta device": (
+        lambda: PlainModel(Block).to("meta"),
+        TOKENS,
+        "PlainModel is on the meta device, or offloaded",
+    ),
+    "quantised": (quantised, TOKENS, "PlainModel is quantised: dequantise"),
+    "tokens in a list": (lambda: PlainModel(Block), [[1, 2]], "inputs is a list: expected a tensor, such as tokens"),
     "tokens outside the vocabulary": (
-        lambda: Model(Block),
+        lambda: PlainModel(Block),
         TOKENS + 90,
-        r"Model cannot be verified on inputs \[1, 12\]: IndexError: index out of range",
+        r"PlainModel cannot be verified on inputs \[1, 12\]: IndexError: index out of range",
     ),
 }
 
@@ -332,19 +316,19 @@ class BlockOfModules(Block):
 
 def test_a_module_that_is_not_called_is_named():
     with pytest.raises(UserError, match=r"layer 1, ffn: its module of layout\.sublayers is not called in the forward"):
-        verify(Model(BlockOfModules), "lns", layout=PLAIN, inputs=TOKENS)
+        verify(PlainModel(BlockOfModules), "lns", layout=PLAIN, inputs=TOKENS)
     inside = replace(PLAIN, sublayers=("attention", "ffn.0"), branches=("attention", "ffn.1"))
-    assert len(verify(Model(BlockOfModules), "lns", layout=inside, inputs=TOKENS)) == 16
+    assert len(verify(PlainModel(BlockOfModules), "lns", layout=inside, inputs=TOKENS)) == 16
 
 
 def test_an_option_without_a_strategy_is_refused():
     with pytest.raises(UserError, match="position='only_ffn' is an option of a strategy: pass norm= too"):
-        verify(apply(Model(Block), "lns", layout=PLAIN, trained="change"), layout=PLAIN, position="only_ffn")
+        verify(apply(PlainModel(Block), "lns", layout=PLAIN, trained="change"), layout=PLAIN, position="only_ffn")
 
 
 def test_a_sharded_model_is_refused(shard):
-    model = Model(Block)
-    with pytest.raises(UserError, match="Model is sharded: call verify before fully_shard"):
+    model = PlainModel(Block)
+    with pytest.raises(UserError, match="PlainModel is sharded: call verify before fully_shard"):
         verify(shard(model, model.layers), "lns", layout=PLAIN, inputs=TOKENS)
 
 
@@ -375,7 +359,7 @@ def test_a_family_with_another_eps_passes():
 @pytest.mark.parametrize("norm", ["scaled_init", "lns_learnable", "lns_as_rates"])
 def test_a_strategy_that_no_forward_pass_shows_is_refused(norm):
     with pytest.raises(UserError, match=f"norm='{norm}' sets .*, which verify cannot check"):
-        verify(Model(Block), norm, layout=PLAIN, inputs=TOKENS)
+        verify(PlainModel(Block), norm, layout=PLAIN, inputs=TOKENS)
 
 
 def test_branches_that_start_at_zero_pass():
