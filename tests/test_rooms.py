@@ -123,7 +123,7 @@ def test_a_module_imports_only_what_its_room_may(path):
 
 @pytest.mark.parametrize("room", ["kernels", "nn", "measure"])
 def test_a_room_loads_no_torchmetrics(room):
-    """Which imports scipy and transformers."""
+    """Torchmetrics imports scipy and transformers."""
     names = [reached(path, set()) for path in MODULES if path.parent.name == room]
     assert not [name for name in set.union(*names) if name.startswith("torchmetrics")]
 

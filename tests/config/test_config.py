@@ -247,7 +247,7 @@ def test_a_field_wins_over_a_group_that_follows_it(tmp_path):
     ],
 )
 def test_another_text_replaces_all_that_names_the_text_of_a_run(of_run, chosen, dropped, tmp_path):
-    """Also of a run that an earlier version saved with files beside a prepared set."""
+    """An earlier version saved runs with files beside a prepared set."""
     config = compose([f"output={tmp_path}", "data=files", "data.files=a"])
     config = replace(config, data=replace(config.data, **{key[5:]: value for key, value in of_run.items()}))
     folder = create_run_folder(config)

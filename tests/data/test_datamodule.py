@@ -205,7 +205,7 @@ def test_accumulated_batches_are_those_of_as_many_steps(packed, tmp_path):
 
 
 def test_an_accumulation_by_the_epoch_is_refused(packed, tmp_path):
-    """It repeated batches, and did not end."""
+    """The training repeated batches, and did not end."""
     trainer = trainer_for(tmp_path, 4)
     trainer.callbacks.append(GradientAccumulationScheduler({0: 2}))
     with pytest.raises(UserError, match="GradientAccumulationScheduler counts epochs"):

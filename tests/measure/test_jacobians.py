@@ -265,7 +265,7 @@ def test_rows_are_weighted_by_their_length():
 
 
 class TestLengths:
-    """Of four tokens with J = W and of one with J = 3 W one each is sampled: they count four times and once."""
+    """One of four tokens with J = W and one with J = 3 W are sampled: they count four times and once."""
 
     batch = tokens(2, 4)
     batch[1, 1:] = PAD

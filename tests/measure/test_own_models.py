@@ -115,7 +115,7 @@ def test_a_monitor_measures_the_blocks_of_a_layout():
 
 
 def test_a_model_with_known_names_needs_no_layout():
-    """As nanoGPT, whose forward has no `input_ids` and gives the logits of the last token."""
+    """The model is like nanoGPT, whose forward has no `input_ids` and gives the logits of the last token."""
     own, known = OwnModel(), nn.Module()
     known.transformer = nn.ModuleDict({"h": nn.ModuleList(nn.Module() for _ in own.body), "ln_f": own.last_norm})
     for block, other in zip(known.transformer.h, own.body, strict=True):

@@ -214,7 +214,7 @@ def test_adapters_must_be_merged_before_weights_are_measured(causal_lm):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
 def test_virtual_tokens_are_refused(causal_lm, kind):
-    """They were left out without a word."""
+    """Virtual tokens were left out without a word."""
     peft = pytest.importorskip("peft")
     config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
     tuned = peft.get_peft_model(causal_lm("llama").model, config)

@@ -223,7 +223,7 @@ def test_a_gain_that_finite_weights_cannot_compensate_for_is_refused(gain, monke
 
 
 def test_a_model_with_some_norms_without_weights_is_not_taken_for_trained():
-    """As ModernBERT, whose first block has none before attention."""
+    """ModernBERT's first block has no norm before attention."""
     model = PlainModel()
     model.layers[0].norm_1 = nn.Identity()
     assert strategy_of(apply(model, "lns", layout=PLAIN)) == {"name": "lns"}

@@ -585,7 +585,7 @@ def test_coefficients_have_their_published_values(case, expected):
 
 
 def test_nf_residual_divides_by_the_deviation_after_all_earlier_branches():
-    """By initial weights and rates; the branch after k others reads x / b, b^2 = 1 + 0.04 k."""
+    """Initial weights and rates divide: the branch after k others reads x / b, b^2 = 1 + 0.04 k."""
     for k, part in enumerate(part for spec in build_all("nf_residual", 4) for part in spec.sublayers):
         b = math.sqrt(1 + 0.04 * k)
         assert part.input_init == pytest.approx(1 / b)

@@ -101,7 +101,7 @@ class LostInTraining(Block):
 
 
 class Dropped(Block):
-    """With dropout by a module and by a function."""
+    """Has dropout by a module and by a function."""
 
     def __init__(self, layer):
         super().__init__(layer)

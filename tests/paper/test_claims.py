@@ -390,7 +390,7 @@ def test_a_ratio_with_zero_is_no_finding():
 
 @pytest.mark.parametrize(("lns", "pre_ln", "direction"), [("even", "uneven", SAME), ("uneven", "even", OPPOSITE)])
 def test_blocks_matter_more_evenly_if_the_costliest_has_less_of_the_cost(lns, pre_ln, direction):
-    """Without the first block: the second has 1 / 1.2 of 1.0 + 0.1 + 0.1, and a third of three times 0.5."""
+    """Without the first block, the second has 1 / 1.2 of 1.0 + 0.1 + 0.1, and a third of three times 0.5."""
     losses = {"uneven": [9.0, 3.0, 2.1, 2.1], "even": [2.1, 2.5, 2.5, 2.5]}
     rows = [
         row(name, None, *(run(seed, 5.0, removal={"loss": 2.0, "losses": losses[kind]}) for seed in (1, 2, 3)))

@@ -510,7 +510,7 @@ def test_a_strategy_that_was_run_at_one_rate_has_no_best_one():
 
 
 def test_a_rate_at_which_some_runs_fail_is_not_the_best():
-    """Of the faster rate one seed is left, which alone would have the lowest mean."""
+    """The faster rate has one seed left, which alone would have the lowest mean."""
     rates = {"1 x": [4.9, 4.8], "2 x": [None, 4.82], "4 x": [None]}
     columns = rate_columns({rate: {"pre_ln": [5.0], "lns": losses} for rate, losses in rates.items()})
     best = tuned_rows(columns)[0]

@@ -213,7 +213,7 @@ def test_the_peak_of_a_step_is_estimated(architecture, precision, checkpointing,
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize(("vocab_size", "seq_len"), [(4096, 128), (8192, 16), (8192, 64)])
 def test_the_peak_with_a_large_vocabulary_is_estimated(precision, vocab_size, seq_len):
-    """Of few tokens it is in the backward pass of the loss, where the head's gradient is copied."""
+    """With few tokens the peak is in the backward pass of the loss, where the head's gradient is copied."""
     architecture = decoder_like(seq_len=seq_len, **(WIDE | {"vocab_size": vocab_size}))
     assert peak_over_estimate(architecture, 3, precision) == pytest.approx(1, abs=0.01)
 

@@ -212,7 +212,7 @@ def test_a_jacobian_that_torch_does_not_support_names_the_reason(llama):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_gradient_norm_through_reentrant_checkpoints_is_refused(llama):
-    """It was 0."""
+    """The gradient norm was 0."""
     model = deepcopy(llama)
     for layer, block in enumerate(model.model.layers):
         model.model.layers[layer] = checkpoint_wrapper(block, CheckpointImpl.REENTRANT)
