@@ -64,6 +64,27 @@ def test_a_token_without_an_embedding_is_an_error(decoder):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dola": "hgih"}, "dola='hgih' does not exist: did you mean 'high'"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be at most"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": True}, "top_k=True: expected a whole number"),
+        ({"seed": 0.5}, "seed=0.5: expected a whole number"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"temperature": 0, "top_k": 3}, "top_k=3 has no effect on greedy decoding"),
+        ({"temperature": 1e-9, "seed": 0}, "seed=0 has no effect on greedy decoding"),
+        ({"prompt": []}, "the prompt has no tokens"),
+    ],
+)
+def test_an_option_out_of_range_or_without_effect_is_an_error(decoder, options, message):
+    with pytest.raises(UserError, match=message):
+        next(generate(decoder, **{"prompt": [1], "max_tokens": 2, **options}))
+
+
+@pytest.mark.parametrize(
     ("depth", "half", "tied", "layers"),
     [
         (32, "low", False, [*range(0, 16, 2)]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,10 +14,13 @@ from torch import Tensor
 from cod_lightning.errors import UserError
 from cod_lightning.kernels.loss import jensen_shannon
 from cod_lightning.nn.decoder import Decoder
+from cod_lightning.settings import bound_errors, choice_errors
 
 Dola = Literal["low", "high"]
 PLAUSIBLE = 0.1
 """DoLa samples among tokens that are at least this times as likely as the most likely one."""
+GREEDY = 1e-6
+"""Smaller temperatures are greedy decoding."""
 
 
 @torch.inference_mode()
@@ -27,7 +32,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     dola: Dola | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     eos_id: int | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt` until `eos_id` or `max_tokens`.
@@ -42,17 +47,21 @@ def generate(
         temperature: divides the logits; 0 is greedy decoding.
         top_k: sample among the k most likely tokens; None: among all.
         dola: contrast the last layer with one of the lower ("low") or upper ("high") half; see `dola_logits`.
-        seed: seed of the sampling.
+        seed: seed of the sampling; None: 0.
         eos_id: ends the text; it is not yielded.
 
     Raises:
-        UserError: a token of the prompt has no embedding, or logits are not finite.
+        UserError: an option is out of range, or has no effect on greedy decoding; the prompt is empty, or a token of it
+            has no embedding; or logits are not finite.
     """
+    check_options(max_tokens=max_tokens, temperature=temperature, top_k=top_k, dola=dola, seed=seed)
+    if not prompt:
+        raise UserError("the prompt has no tokens: give at least one")
     largest, size = max(prompt), decoder.lm_head.out_features
     if largest >= size:
         raise UserError(f"the prompt has token {largest}, but the model has embeddings for {size}: change the prompt")
     device = decoder.lm_head.weight.device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed or 0)
     tokens = torch.tensor([prompt], device=device)
     layers = [] if dola is None else dola_layers(len(decoder.blocks), dola, decoder.config.tie_word_embeddings)
     for _ in range(max_tokens):
@@ -62,7 +71,7 @@ def generate(
             raise UserError("the model's logits are NaN or infinite: its weights are damaged, or its training diverged")
         if top_k is not None and top_k < len(logits):
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-        if temperature < 1e-6:
+        if temperature < GREEDY:
             token = int(logits.argmax())
         else:
             token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
@@ -70,6 +79,29 @@ def generate(
             return
         yield token
         tokens = torch.cat((tokens, tokens.new_tensor([[token]])), dim=1)
+
+
+def check_options(*, temperature: float, dola: str | None, **integers: Any) -> None:
+    """Check the options of `generate`; `integers` are `max_tokens`, `top_k` and `seed`.
+
+    Raises:
+        UserError: names each that is out of range, or that greedy decoding does not read.
+    """
+    errors = bound_errors("temperature", temperature, {"at_least": 0, "at_most": sys.float_info.max})
+    errors += [] if dola is None else choice_errors("dola", dola, get_args(Dola))
+    for name, value in integers.items():
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            errors.append(f"{name}={value!r}: expected a whole number")
+        else:
+            errors += bound_errors(name, value, {"at_least": int(name != "seed"), "at_most": 2**63 - 1})
+    if not errors and temperature < GREEDY:
+        errors += [
+            f"{name}={integers[name]} has no effect on greedy decoding, temperature={temperature}: remove one of them"
+            for name in ("top_k", "seed")
+            if integers[name] is not None
+        ]
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def dola_layers(depth: int, half: Dola, tied: bool) -> list[int]:
