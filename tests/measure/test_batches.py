@@ -89,6 +89,21 @@ def test_batches_are_read_as_int64_tokens(causal_lm, given):
     assert torch.equal(batch, TOKENS)
 
 
+def test_what_is_not_read_may_have_the_values_of_tokens_alone(causal_lm):
+    padded = TOKENS.clone()
+    padded[1, 3:] = PAD
+    mask = padded != PAD
+    encoding = {
+        "attention_mask": mask.long(),
+        "token_type_ids": torch.zeros_like(padded),
+        "position_ids": (mask.cumsum(1) - 1).masked_fill(~mask, 1),
+        "labels": padded.masked_fill(~mask, -100),
+        "special_tokens_mask": 1 - mask.long(),
+    }
+    (batch,) = checked_batches(causal_lm("llama"), {"input_ids": padded, **encoding}, PAD)
+    assert torch.equal(batch, padded)
+
+
 PADDED = torch.tensor([[5, 6, 7], [PAD, 8, 9]])
 WRONG = {
     "lists": ([[1, 2], [3, 4]], None, "expected tokens .batch, length., not list: pass tokenizer"),
@@ -105,6 +120,28 @@ WRONG = {
     "tokens without values": (TOKENS.to("meta"), None, "not tokens on the meta device"),
     "padding first": (PADDED, PAD, "padding must follow the tokens: padding_side='right'"),
     "padding without its token": ({"input_ids": PADDED, "attention_mask": PADDED != PAD}, None, "pass pad_id="),
+    "a mask of another shape": (
+        {"input_ids": TOKENS, "attention_mask": torch.ones(3, 1, 5, 5)},
+        None,
+        r"its attention_mask has the shape \[3, 1, 5, 5\], its tokens \[3, 5\]",
+    ),
+    "a mask of several sequences": (
+        {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS).cumsum(1)},
+        None,
+        "its attention_mask holds other numbers than 0 and 1",
+    ),
+    "segments": ({"input_ids": TOKENS, "token_type_ids": TOKENS % 2}, None, "its token_type_ids are not read"),
+    "positions": (
+        {"input_ids": TOKENS, "position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        None,
+        "its position_ids are not read",
+    ),
+    "embeddings": ({"input_ids": TOKENS, "hook": TOKENS}, None, "its hook is not read: leave it out"),
+    "labels of answers": (
+        {"input_ids": TOKENS, "labels": TOKENS.masked_fill(TOKENS % 2 == 0, -100)},
+        None,
+        "its labels are not read, and differ from its tokens",
+    ),
     "padding of another token": (
         {"input_ids": PADDED, "attention_mask": PADDED != PAD},
         1,

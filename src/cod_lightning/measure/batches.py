@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from numbers import Integral
 from typing import Any
 
@@ -42,9 +43,9 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
         name: of the argument, for errors.
 
     Raises:
-        UserError: as `as_tokens` and `require_pad_id`; a token is not in the vocabulary; there are more tokens than
-            position embeddings; the encoding hides other tokens than padding; or tokens of a causal model follow
-            padding, which it would attend to.
+        UserError: as `as_tokens`, `require_pad_id`, `check_encoding` and `check_inputs`; a token is not in the
+            vocabulary; there are more tokens than position embeddings; or tokens of a causal model follow padding,
+            which it would attend to.
     """
     require_pad_id(pad_id)
     tokens = as_tokens(batch, name)
@@ -57,14 +58,9 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
         raise UserError(
             f"{name}: token {largest} is not in the model's vocabulary of {len(weight)}: another tokenizer?"
         )
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None:
-        mask = torch.as_tensor(mask, device=tokens.device)
-        if mask.shape == tokens.shape and ((mask == 0) & (tokens != pad_id)).any():
-            raise UserError(
-                f"{name}: its attention_mask hides tokens that are not pad_id={pad_id}: pass "
-                "pad_id=tokenizer.pad_token_id"
-            )
+    check_encoding(batch, tokens, pad_id, name)
+    if isinstance(batch, Mapping):
+        check_inputs(model, batch, tokens, pad_id, name)
     if pad_id is not None and model.predicts_next:
         is_padding = tokens == pad_id
         if (is_padding[:, :-1] & ~is_padding[:, 1:]).any():
@@ -75,13 +71,82 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
     return tokens
 
 
+def check_encoding(batch: Any, tokens: Tensor, pad_id: int | None, name: str) -> None:
+    """Check that the encoding of a tokenizer says nothing that is not read: measures run the model on its tokens alone.
+
+    Args:
+        batch: the encoding, or a tensor, which has nothing else.
+        tokens: its tokens [batch, length].
+        pad_id: padding token; None: there is no padding.
+        name: of the argument, for errors.
+
+    Raises:
+        UserError: names the key: `attention_mask` hides other tokens than padding, `token_type_ids` are not 0, or
+            `position_ids` do not count from 0; or one of them has another shape than the tokens.
+    """
+    if not isinstance(batch, Mapping):
+        return
+    is_padding = torch.zeros_like(tokens, dtype=torch.bool) if pad_id is None else tokens == pad_id
+    expected = {
+        "attention_mask": torch.ones_like(tokens),
+        "token_type_ids": torch.zeros_like(tokens),
+        "position_ids": torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens),
+    }
+    for key, default in expected.items():
+        if (given := batch.get(key)) is None:
+            continue
+        values = torch.as_tensor(given, device=tokens.device)
+        if key == "position_ids" and values.shape in (tokens.shape[1:], (1, tokens.shape[1])):
+            values = values.expand_as(tokens)
+        if values.shape != tokens.shape:
+            raise UserError(
+                f"{name}: its {key} has the shape {list(values.shape)}, its tokens {list(tokens.shape)}: pass what the "
+                "tokenizer returns"
+            )
+        if not ((values != default) & ~is_padding).any():
+            continue
+        if key != "attention_mask":
+            usual = "0" if key == "token_type_ids" else "0, 1, 2, ..."
+            raise UserError(
+                f"{name}: its {key} are not read, and differ from {usual}: leave them out to measure the tokens "
+                "without them"
+            )
+        if ((values != 0) & (values != 1)).any():
+            raise UserError(f"{name}: its attention_mask holds other numbers than 0 and 1, which are not read")
+        raise UserError(
+            f"{name}: its attention_mask hides tokens that are not pad_id={pad_id}: pass pad_id=tokenizer.pad_token_id"
+        )
+
+
+def check_inputs(model: ModelAdapter, batch: Mapping[str, Any], tokens: Tensor, pad_id: int | None, name: str) -> None:
+    """Check that an encoding has no other input of the model, and that labels are its tokens.
+
+    Raises:
+        UserError: names the key that is not read.
+    """
+    known = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"}
+    parameters = signature(model.model.forward).parameters
+    if others := [key for key, value in batch.items() if key in parameters and key not in known and value is not None]:
+        raise UserError(f"{name}: its {others[0]} is not read: leave it out to measure the tokens without it")
+    labels = batch.get("labels")
+    if labels is None or model.why_no_loss:
+        return
+    labels = torch.as_tensor(labels, device=tokens.device)
+    is_target = torch.ones_like(tokens, dtype=torch.bool) if pad_id is None else tokens != pad_id
+    if labels.shape != tokens.shape or ((labels != tokens) & is_target).any():
+        raise UserError(
+            f"{name}: its labels are not read, and differ from its tokens: leave them out to measure the loss of every "
+            "next token"
+        )
+
+
 def require_pad_id(pad_id: Any) -> None:
     """Check that a padding token is an integer, or None.
 
     Raises:
         UserError: it is neither.
     """
-    if pad_id is not None and not isinstance(pad_id, Integral):
+    if pad_id is not None and (not isinstance(pad_id, Integral) or isinstance(pad_id, bool)):
         raise UserError(f"pad_id={pad_id!r}: expected an integer, such as tokenizer.pad_token_id, or None")
 
 
