@@ -128,6 +128,26 @@ def test_none_is_no_value_of_an_option_that_needs_one(name, value):
         require_options(bounded, {name: value}, depth=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("count", True, "count=True: expected a whole number"),
+        ("count", 2.5, "count=2.5: expected a whole number"),
+        ("count", "2", "count='2': expected a whole number"),
+        ("count", [2], "count=[2]: expected a whole number"),
+        ("share", True, "share=True: expected a number"),
+        ("layers", [1, True], "layers=[1, True]: expected a list, each a whole number"),
+        ("layers", 2, "layers=2: expected a list, each a whole number"),
+        ("exact", 1, "exact=1: expected true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name, value, expected):
+    def measure(*, count: Positive = 1, share: float = 1, layers: UpToDepth = None, exact: bool = False): ...
+
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        require_options(measure, {name: value}, depth=3)
+
+
 def test_numbers_of_numpy_are_numbers():
     require_options(bounded, {"count": np.int64(2), "share": np.float32(0.5), "layers": np.array([1, 2])}, depth=3)
     with pytest.raises(UserError, match=r"^layers=\[4\]: expected 1 to 3"):

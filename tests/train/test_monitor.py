@@ -569,6 +569,12 @@ WRONG = {
     "an unknown measure": (lambda: cod.DepthMonitor(PROBE, measures=["varianc"]), "variance"),
     "a period of zero": (lambda: cod.DepthMonitor(PROBE, every=0), "every=0 must be an integer of at least 1"),
     "a period of text": (lambda: cod.DepthMonitor(PROBE, every="10"), "every='10' must be an integer"),
+    "a period of a truth": (lambda: cod.DepthMonitor(PROBE, every=True), "every=True must be an integer"),
+    "an empty list of measures": (lambda: cod.DepthMonitor(PROBE, measures=[]), "measures is empty: name at least one"),
+    "segments": (
+        lambda: cod.DepthMonitor({"input_ids": PROBE, "token_type_ids": torch.ones_like(PROBE)}),
+        "probe: its token_type_ids are not read",
+    ),
     "a period of a fraction": (lambda: cod.DepthMonitor(PROBE, every=2.5), r"every=2\.5 must be an integer"),
     "a measure as text": (lambda: cod.DepthMonitor(PROBE, measures="variance"), "measures='variance': expected a list"),
     "no measures": (lambda: cod.DepthMonitor(PROBE, measures=None), "measures=None: expected a list"),

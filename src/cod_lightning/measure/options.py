@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from inspect import signature
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,8 @@ from cod_lightning.errors import UserError, nearest, shorten
 from cod_lightning.settings import bound_errors, choice_errors
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+PYTHON_TYPES = {int: Integral, float: Real, bool: bool, str: str}
+"""The types of Python's values; True is no number here."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def to_python(value: Any) -> Any:
 
 
 def require_options(function: Callable[..., Any], options: Mapping[str, Any], depth: int) -> None:
-    """Check that options are choices, or finite and inside the bounds, of a function's hints.
+    """Check that options have the types of a function's hints, and are choices, or finite and inside the bounds.
 
     Raises:
         UserError: names each that is not.
@@ -65,6 +68,8 @@ def require_options(function: Callable[..., Any], options: Mapping[str, Any], de
             errors += [] if optional else [f"{name}=None: give a value, or leave it out"]
         elif several and not values:
             errors.append(f"{name}=[]: give at least one")
+        elif (expected := expected_type(kind, value)) is not None:
+            errors.append(f"{name}={value!r}: expected {expected}")
         elif get_origin(kind) is Literal:
             errors += choice_errors(name, value, get_args(kind))
         elif bounds.to_depth:
@@ -77,6 +82,21 @@ def require_options(function: Callable[..., Any], options: Mapping[str, Any], de
             errors += bounds.errors(name, values if several else value)
     if errors:
         raise UserError("\n".join(errors))
+
+
+def expected_type(kind: Any, value: Any) -> str | None:
+    """The type that a value does not have, None if it has it."""
+    of_several, several = get_origin(kind) is Sequence, isinstance(value, list)
+    plain = get_args(kind)[0] if of_several else kind
+    if plain not in EXPECTED:
+        return None
+    values = value if several and of_several else [value]
+    right = all(
+        isinstance(each, PYTHON_TYPES[plain]) and (plain is bool or not isinstance(each, bool)) for each in values
+    )
+    if right and several == of_several:
+        return None
+    return f"a list, each {EXPECTED[plain]}" if of_several else EXPECTED[plain]
 
 
 @cache

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError, nearest
-from cod_lightning.measure.batches import as_tokens, checked_tokens, require_pad_id
+from cod_lightning.measure.batches import as_tokens, check_encoding, checked_tokens, require_pad_id
 from cod_lightning.measure.open_model import check_layout, find_model, measuring
 from cod_lightning.measure.training import MONITORED
 from cod_lightning.nn.layouts import Layout, submodule
@@ -55,13 +55,16 @@ class DepthMonitor(Callback):
     ):
         require_pad_id(pad_id)
         tokens = as_tokens(probe, "probe")
+        check_encoding(probe, tokens, pad_id, "probe")
         if tokens.numel() == 0 or (pad_id is not None and bool((tokens == pad_id).all())):
             raise UserError("probe: it has no tokens but padding")
-        if not isinstance(every, Integral) or every < 1:
+        if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
             raise UserError(f"every={every!r} must be an integer of at least 1")
         if isinstance(measures, str) or not isinstance(measures, Iterable):
             raise UserError(f"measures={measures!r}: expected a list of names, such as ['variance']")
         measures = tuple(measures)
+        if not measures:
+            raise UserError("measures is empty: name at least one, such as 'variance'")
         if unknown := [name for name in measures if name not in MONITORED]:
             raise UserError(f"measures: {unknown[0]!r} is not a measure: {nearest(unknown[0], MONITORED)}")
         self.probe, self.every, self.measures, self.pad_id = probe, every, measures, pad_id
