@@ -135,7 +135,27 @@ def test_a_model_with_known_names_needs_no_layout():
     assert cod.measure.removal(known, TOKENS).losses == pytest.approx(expected.losses)
 
 
+SWAPPED = cod.Layout("body", norms=LAYOUT.norms[::-1], sublayers=LAYOUT.sublayers[::-1], head=None)
+
+
+class ParallelBlock(OwnBlock):
+    """Runs its FFN first, and adds both to the same stream."""
+
+    def forward(self, x):
+        ffn = self.ffn(self.norm_2(x))
+        return x + self.mixer(self.norm_1(x)) + ffn
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_sublayers_that_run_in_parallel_may_be_called_in_either_order(order):
+    model = OwnModel()
+    model.body = nn.ModuleList(ParallelBlock() for _ in range(2))
+    layout = cod.Layout("body", norms=None, sublayers=LAYOUT.sublayers[::order], head=None)
+    assert cod.measure.contribution(model, TOKENS, layout=layout).series()
+
+
 WRONG = {
+    "order": (SWAPPED, "block 1 runs 'mixer' before 'ffn', whose output depends on it: name attention first"),
     "blocks": (cod.Layout("bodi", None, LAYOUT.sublayers), "OwnModel has no module 'bodi'"),
     "sub-layers": (cod.Layout("body", None, ("mixer", "norm_2")), "block 1 adds something else"),
     "head": (cod.Layout("body", None, LAYOUT.sublayers, final_norm=None, head="embedding"), "head do not give its log"),

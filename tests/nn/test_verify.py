@@ -257,6 +257,17 @@ def test_a_buffer_that_is_not_set_again_fails_after_the_meta_device():
         verify(exact, "lns", layout=PLAIN, inputs=TOKENS)
 
 
+def test_a_layout_that_names_the_ffn_first_is_refused():
+    """`apply` cannot run a model, so it scales the norms of attention for `only_ffn`."""
+    swapped = Layout("layers", norms=PLAIN.norms[::-1], sublayers=PLAIN.sublayers[::-1])
+    model = Model(Block)
+    for block in model.layers:
+        block.layer = 1  # no factor of its own
+    apply(model, "lns", layout=swapped, position="only_ffn")
+    with pytest.raises(UserError, match="layer 1, attention: gain is no constant factor, expected 1"):
+        verify(model, "lns", layout=swapped, inputs=TOKENS, position="only_ffn")
+
+
 @pytest.mark.parametrize("norm", ["pre_ln", "lns"])
 def test_our_decoder_passes(norm):
     config = DecoderConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.measure.adapter import ModelAdapter, family
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.layouts import Layout, find_sites
+from cod_lightning.nn.layouts import Layout, find_sites, hidden_output
 from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
@@ -157,8 +157,9 @@ def check_layout(model: ModelAdapter) -> None:
     The model is in evaluation mode. Our own models need no proof.
 
     Raises:
-        UserError: the model cannot be run; the embedding and what attention and FFN add are not the residual stream;
-            the head does not give the logits of the last layer; or a block, run alone, does not repeat its output.
+        UserError: the model cannot be run; an FFN runs before its attention, as if a layout swaps them; the embedding
+            and what attention and FFN add are not the residual stream; the head does not give the logits of the last
+            layer; or a block, run alone, does not repeat its output.
     """
     if isinstance(model.model, Decoder | VisionTransformer):
         return
@@ -187,6 +188,12 @@ def layout_problem(model: ModelAdapter) -> str:
     inputs, functions = model.block_functions(tokens)
     if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
         return "it does not run every block once"
+    if layer := swapped_layer(model, seen, inputs, functions):
+        first, second = model.layout.sublayers
+        return (
+            f"block {layer} runs {second!r} before {first!r}, whose output depends on it: name attention first and the "
+            "feed-forward network second in each pair of its Layout"
+        )
     x = activations["embedding", 0]
     for site in find_sites(model.model, model.layout):
         if site.part == "attention" and differ(inputs[site.layer - 1], x):
@@ -206,6 +213,45 @@ def layout_problem(model: ModelAdapter) -> str:
     if logits.shape[1:2] == (1,):  # as nanoGPT gives those of the last token only
         expected = expected[:, -1:]
     return "its final norm and head do not give its logits" if differ(expected, logits) else ""
+
+
+def swapped_layer(
+    model: ModelAdapter,
+    seen: Sequence[tuple[str, int]],
+    inputs: Sequence[Tensor],
+    functions: Sequence[Callable[[Tensor], Tensor]],
+) -> int:
+    """The first layer whose FFN, by the layout, runs before its attention and changes it; 0 if there is none.
+
+    Sub-layers that run in parallel may be called in either order.
+
+    Args:
+        model: with the layout.
+        seen: names and layers of the activations, in the order of the forward pass.
+        inputs: of the blocks.
+        functions: the blocks.
+    """
+    place = {key: number for number, key in enumerate(seen)}
+    sites = find_sites(model.model, model.layout)
+    for attention, ffn in zip(sites[::2], sites[1::2], strict=True):
+        layer = attention.layer
+        if place["attention", layer] < place["ffn", layer]:
+            continue
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, y: Any, outputs: list[Tensor] = outputs) -> None:
+            outputs.append(hidden_output(y))
+
+        def silence(module: nn.Module, args: Any, y: Any) -> Any:
+            return (torch.zeros_like(y[0]), *y[1:]) if isinstance(y, tuple) else torch.zeros_like(y)
+
+        with attention.branch.register_forward_hook(keep):
+            functions[layer - 1](inputs[layer - 1])
+            with ffn.branch.register_forward_hook(silence):
+                functions[layer - 1](inputs[layer - 1])
+        if differ(*outputs):
+            return layer
+    return 0
 
 
 def differ(x: Tensor, y: Tensor) -> bool:
