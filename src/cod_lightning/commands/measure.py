@@ -73,7 +73,6 @@ def run(
     require_paths(models, checkpoint, trust_code)
     import_torchmetrics()
     from cod_lightning.commands.measure_runner import PAGES, run_prune, run_study
-    from cod_lightning.measure.registry import measures_of
 
     options, overrides = split_options([word for word in words if not is_model(word)], study)
     for name, flag in (("rows", rows), ("output", output)):
@@ -100,7 +99,6 @@ def run(
         model = Path(models[0])
         output = output or (model / f"measure{suffix}" if is_run(model) else Path("measure") / name_of(model))
         check_writable(output, "--output=")
-        measures_of(study, only=options.get("only", ()))  # refuses unknown names before the model is loaded
         run_study(study, opener_of(models[0])(), options, output)
     print(output)
 
@@ -114,12 +112,16 @@ def split_options(words: Sequence[str], study: str) -> tuple[dict[str, Any], lis
     from cod_lightning.commands.measure_runner import PAGES, study_options
     from cod_lightning.config.groups import fields_and_groups
 
-    types = {**study_options(study), "rows": int, "output": str}
+    command, only = f"measure {study}", ()
+    extra: dict[str, Any] = {"rows": int, "output": str}
     if study not in (*PAGES, "prune"):
-        types["only"] = Sequence[str]
+        extra["only"] = Sequence[str]
+        if chosen := [word for word in words if word.startswith("only=")]:
+            only, command = parse_options(chosen, extra, command)["only"], f"{command} {chosen[0]}"
+    types = {**study_options(study, only), **extra}
     others = fields_and_groups() - types.keys()
     own = [word for word in words if (key := word.partition("=")[0]).isidentifier() and key not in others]
-    return parse_options(own, types, f"measure {study}"), [word for word in words if word not in own]
+    return parse_options(own, types, command), [word for word in words if word not in own]
 
 
 def name_of(model: Path) -> str:

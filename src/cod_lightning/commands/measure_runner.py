@@ -61,15 +61,15 @@ class Subject:
             raise UserError(f"{self.model.name}: {reason}: measure {command} needs it")
 
 
-def study_options(study: str) -> dict[str, Any]:
-    """Names and types of a study's options.
+def study_options(study: str, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Names and types of the options of a study, or of `only` some of its measures.
 
     Raises:
-        UserError: the study does not exist.
+        UserError: the study does not exist, or does not have a measure of `only`.
     """
     if study == "prune":
         return options_of(prune)
-    return options_for(PAGES[study] if study in PAGES else measures_of(study))
+    return options_for(PAGES[study] if study in PAGES else measures_of(study, only=only))
 
 
 def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subject:
@@ -153,7 +153,8 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
     Each measure gets those of `options` that it has.
 
     Raises:
-        UserError: a measure fails, no measure applies to the model, or the folder cannot be written to.
+        UserError: a measure fails, no measure applies to the model, an option belongs to none of those that do, or the
+            folder cannot be written to.
     """
     names = measures_of(study, subject.model.hidden, options.get("only", ()))
     skipped = {name: reason for name in names if (reason := MEASURES[name].why_not(subject.model, subject.tokens))}
@@ -161,9 +162,15 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         images = " is a model of images" if subject.model.reads_images else ""
         raise UserError(f"{subject.model.name}{images}: {reasons}")
-    for name in names:
-        if name not in skipped:
-            MEASURES[name].check_options(subject.model, options)
+    measured = [name for name in names if name not in skipped]
+    for name in measured:
+        MEASURES[name].check_options(subject.model, options)
+    read = {"only"}.union(*(MEASURES[name].options for name in measured))
+    if unread := [name for name in options if name not in read]:
+        raise UserError(
+            f"{unread[0]}={options[unread[0]]} has no effect, remove it: the measures that have it are left out of "
+            f"{subject.model.name}" + "".join(f"; {name}: {reason}" for name, reason in skipped.items())
+        )
     for name in names:
         if name in skipped:
             print(f"{name}: left out, {skipped[name]}")
