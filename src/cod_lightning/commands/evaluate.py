@@ -52,21 +52,22 @@ def run(
         return
     if task_folder is not None or limit is not None:
         raise UserError("--task-folder and --limit require tasks=")
-    config = load_run_config(run, overrides, trust_code, "evaluate")
-    import_torchmetrics()
     from cod_lightning.config.schema import COUNTS, PROTOCOLS, is_shown
+
+    if "protocol" in options:
+        require_choice("protocol", options["protocol"], PROTOCOLS)
+    config = load_run_config(run, overrides, trust_code, "evaluate", options.get("protocol"))
+    import_torchmetrics()
     from cod_lightning.train.load import checkpoint_of
     from cod_lightning.train.run import validate_checkpoint
 
-    protocol = options.get("protocol", config.protocol)
-    require_choice("protocol", protocol, PROTOCOLS)
     rank = check_ranks(config.trainer).rank(config.trainer.devices)
     if rank:
         sys.stderr.write(f"rank {rank} of {config.trainer.world_size}: rank 0 prints the results\n")
     metrics = validate_checkpoint(config, checkpoint_of(run, checkpoint))
     if rank == 0:
         for name, value in metrics.items():
-            if is_shown(name, protocol):
+            if is_shown(name, config.protocol):
                 print(f"{name} {value:.0f}" if name in COUNTS else f"{name} {value:.6g}")
 
 

@@ -92,7 +92,7 @@ def open_run(config: Config, folder: Path, checkpoint: Path, rows: int) -> Subje
         list(tokens.split(config.data.micro_batch_size)),
         data.tokenizer.pad_id,
         partial(export, tokenizer=tokenizer, max_length=config.max_length),
-        data_source(config),
+        config.data.folder or corpus_name(config),
         repr(config),
     )
 
@@ -138,13 +138,13 @@ def open_model(name: str, config: Config, corpus: Corpus, rows: int) -> Subject:
     require_embeddings(checkpoint.model, tokenizer, tokens, name)
     model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
     batches = list(tokens.split(config.data.micro_batch_size))
-    return Subject(model, batches, None, write, data_source(config), repr(config) + repr(checkpoint.model.config))
+    return Subject(model, batches, None, write, corpus_name(config), repr(config) + repr(checkpoint.model.config))
 
 
-def data_source(config: Config) -> str:
-    """The source of the held-out text, such as "files: texts/*.txt"."""
+def corpus_name(config: Config) -> str:
+    """The corpus of the held-out text, such as "files: texts/*.txt"."""
     files = patterns(config.data.val_files or config.data.files)
-    return config.data.folder or ": ".join([config.data.source, *([", ".join(files)] if files else [])])
+    return ": ".join([config.data.source, *([", ".join(files)] if files else [])])
 
 
 def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: Path) -> None:

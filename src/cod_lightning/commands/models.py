@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cod_lightning._torchmetrics import import_torchmetrics
-from cod_lightning.commands.overrides import check_no_ignored_overrides
+from cod_lightning.commands.overrides import check_conditions, check_no_ignored_overrides
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder
 from cod_lightning.nn.packaged_models import is_packaged
@@ -72,7 +73,9 @@ def require_model(model: str, alternative: str) -> None:
         require_cached_or_hub(model, alternative)
 
 
-def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, command: str) -> Config:
+def load_run_config(
+    run: Path, overrides: Sequence[str], trust_code: bool, command: str, protocol: str | None = None
+) -> Config:
     """Load the configuration of a run folder.
 
     Args:
@@ -80,6 +83,7 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
         overrides: of the command line.
         trust_code: see `load_config`.
         command: a key of `READS`.
+        protocol: replaces that of the run, if the command has one.
 
     Raises:
         UserError: `load_config` fails, or an override has no effect on the command.
@@ -88,7 +92,10 @@ def load_run_config(run: Path, overrides: Sequence[str], trust_code: bool, comma
     from cod_lightning.config.saved import load_config
 
     check_no_ignored_overrides(overrides, command, groups())  # `load_config` checks the choices
-    return load_config(run, overrides, trust_code)
+    config = load_config(run, overrides, trust_code)
+    config = config if protocol is None else replace(config, protocol=protocol)
+    check_conditions(overrides, command, config)
+    return config
 
 
 def read_run(folder: Path, checkpoint: str, trust_code: bool) -> tuple[Config, Decoder, DocumentTokenizer]:

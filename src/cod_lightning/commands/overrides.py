@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from cod_lightning.data.config import FILE_SOURCES
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
+
+if TYPE_CHECKING:
+    from cod_lightning.config.schema import Config
 
 OVERRIDES = """\
 Overrides are Hydra's: group=choice (experiments, model, norm, data, optim, protocol, trainer, scale) or
@@ -20,31 +24,89 @@ section.field=value. Examples:
   fit data=files 'data.files=texts/*.json.gz' norm=my_package.my_module:my_strategy
 """
 
+
+def in_section(section: str, names: str) -> tuple[str, ...]:
+    """Fields of a section by their whole names."""
+    return tuple(f"{section}.{name}" for name in names.split())
+
+
+CORPUS = in_section("data", "source files val_files text_field encoding val_every seq_len micro_batch_size")
+TEXT = (
+    *CORPUS,
+    *in_section("data", "sha256 max_documents tokenizer layout val_tokens folder root workers"),
+)
+IMAGES = in_section("images", "source folder classes size patch_size")
 READS = {
     "evaluate": (
-        *("data", "images", "model", "norm", "eval.paper_batch", "eval.paper_ranks"),
-        *("trainer.precision", "trainer.auto_cuda", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
-        *("trainer.strategy", "trainer.hybrid", "trainer.offload", "trainer.checkpointing", "trainer.compile"),
+        *(*TEXT, "data.loader_workers", *IMAGES, "model", "norm", "eval.paper_batch", "eval.paper_ranks"),
+        *in_section("trainer", "precision auto_cuda accelerator devices num_nodes strategy hybrid offload compile"),
         *("trainer.timeout", "trainer.threads"),
     ),
-    "evaluate tasks=": (
-        "data.seq_len",
-        "data.batch_size",
-        "data.micro_batch_size",
-        "model",
-        "norm",
-        "trainer.accelerator",
-    ),
+    "evaluate tasks=": ("data.seq_len", "data.micro_batch_size", "model", "norm", "trainer.accelerator"),
     "predict": ("model", "norm", "seed", "task", "data.vocab_size", "data.tokenizer", "row"),
-    "measure": ("data", "images", "model", "norm", "trainer.accelerator", "trainer.threads"),
-    "measure of a pretrained model": ("data", "row", "paper", "trainer.accelerator", "trainer.threads"),
+    "measure": (*TEXT, *IMAGES, "model", "norm", "trainer.accelerator", "trainer.threads"),
+    "measure of a pretrained model": (*CORPUS, "trainer.accelerator", "trainer.threads"),
 }
 """The sections and fields that a command reads with a model, so that an override of another one is refused.
 
 `model` and `norm` have fields that are not in the weights, such as `model.norm_backend`; `load_config` refuses others.
 """
 
-TEXT_CHOICES = ("data", "trainer", "experiments", "scale", "protocol")
+
+def names_text(config: Config, keys: Set[str]) -> bool:
+    """Whether the command line names another text, of which `data.max_documents` limits what is prepared."""
+    from cod_lightning.config.compose import TEXT_OVERRIDES
+
+    return not keys.isdisjoint(TEXT_OVERRIDES)
+
+
+Condition: TypeAlias = "tuple[str, Callable[[Config, Set[str]], bool]]"
+"""When a field is read, in words, and as a function of the configuration and the keys of the command line."""
+WHEN_TEXT: dict[str, Condition] = {
+    "data.text_field": ("data.source=files", lambda config, keys: config.data.source == "files"),
+    "data.encoding": ("data.source=files or instructions", lambda config, keys: config.data.source in FILE_SOURCES),
+    "data.val_every": (
+        "text without a held-out part of its own (data.val_files, data.source=c4)",
+        lambda config, keys: not config.data.val_files and config.data.source != "c4",
+    ),
+    "data.layout": ("text, not for instructions", lambda config, keys: config.data.row_layout != "instructions"),
+    "data.max_documents": ("another text than the run's, as data= names it", names_text),
+    "data.root": (
+        "text that is prepared or downloaded, not for a local data.folder",
+        lambda config, keys: config.data.folder is None or "://" in config.data.folder,
+    ),
+    "data.workers": ("text that is prepared, not for data.folder", lambda config, keys: config.data.folder is None),
+    "images.folder": ("images.source=folder", lambda config, keys: config.images.source == "folder"),
+    "images.classes": ("images.source=folder", lambda config, keys: config.images.source == "folder"),
+}
+WITH_PROTOCOL: Condition = (
+    "protocol=paper of a language model",
+    lambda config, keys: config.protocol == "paper" and config.task == "language",
+)
+WITHOUT_VOCABULARY: Condition = ("model.vocab_size=null", lambda config, keys: config.model.vocab_size is None)
+WHEN: dict[str, dict[str, Condition]] = {
+    "evaluate": {
+        **WHEN_TEXT,
+        "data.loader_workers": ("task=vision", lambda config, keys: config.task == "vision"),
+        "eval.paper_batch": WITH_PROTOCOL,
+        "eval.paper_ranks": WITH_PROTOCOL,
+        "trainer.auto_cuda": ("trainer.precision=auto", lambda config, keys: config.trainer.precision == "auto"),
+        "trainer.timeout": ("several ranks", lambda config, keys: config.trainer.world_size > 1),
+    },
+    "predict": {
+        "data": WITHOUT_VOCABULARY,
+        "data.tokenizer": WITHOUT_VOCABULARY,
+        "data.vocab_size": (
+            "model.vocab_size=null and data.tokenizer=bpe",
+            lambda config, keys: config.model.vocab_size is None and config.data.tokenizer == "bpe",
+        ),
+    },
+    "measure": WHEN_TEXT,
+    "measure of a pretrained model": WHEN_TEXT,
+}
+"""Fields of `READS` that a command reads in some cases only."""
+
+TEXT_CHOICES = ("data", "trainer", "experiments", "scale")
 """The groups of which a command with a pretrained model takes a choice: they may set the text or the device."""
 
 
@@ -112,14 +174,52 @@ def ignored_overrides(overrides: Sequence[str], command: str, choices: Sequence[
         command: a key of `READS`.
         choices: the groups of which it takes a choice.
     """
-    from cod_lightning.config.compose import parse
+    return [word for word, keys in unread_fields(overrides, command, choices).items() if keys]
 
-    known = READS[command]
-    return [
-        str(override.input_line)
-        for override in parse(overrides)
-        if (key := override.key_or_group) not in choices and key not in known and key.partition(".")[0] not in known
-    ]
+
+def unread_fields(overrides: Sequence[str], command: str, choices: Sequence[str]) -> dict[str, list[str]]:
+    """For each override the fields that it sets and the command does not read; arguments as `ignored_overrides`.
+
+    A choice of a group sets many fields: it is unread if the command reads none of those that it changes.
+    """
+    from cod_lightning.config.compose import parse
+    from cod_lightning.config.schema import Config
+
+    known, default = READS[command], Config()
+    sections = {field.partition(".")[0] for field in known}
+
+    def is_unread(field: str) -> bool:
+        section, _, name = field.partition(".")
+        misspelled = section in sections and not hasattr(getattr(default, section), name.partition(".")[0])
+        return field not in known and section not in known and not misspelled  # `compose` names the nearest field
+
+    fields: dict[str, list[str]] = {}
+    for override in parse(overrides):
+        key, word = override.key_or_group, str(override.input_line)
+        if key in choices:
+            changed = changed_fields(key, str(override.value()))
+            fields[word] = changed if changed and all(map(is_unread, changed)) else []
+        else:
+            fields[word] = [field for field in fields_of(key, override.value()) if is_unread(field)]
+    return fields
+
+
+def fields_of(key: str, value: Any) -> list[str]:
+    """The fields that `key=value` sets: several if the value is a mapping, as in images={size: 16}."""
+    parts = value.items() if isinstance(value, Mapping) else ()
+    return [field for name, part in parts for field in fields_of(f"{key}.{name}", part)] or [key]
+
+
+def changed_fields(group: str, choice: str) -> list[str]:
+    """The fields of a section that a choice of its group sets to other values than the default."""
+    from cod_lightning.config.groups import choices, read_yaml
+    from cod_lightning.config.schema import Config
+
+    if group not in ("data", "trainer") or choice not in choices(group):
+        return []
+    default = getattr(Config(), group)
+    values = read_yaml(f"{group}/{choice}").items()
+    return [f"{group}.{name}" for name, value in values if value != getattr(default, name)]
 
 
 def check_no_ignored_overrides(overrides: Sequence[str], command: str, choices: Sequence[str]) -> None:
@@ -128,6 +228,40 @@ def check_no_ignored_overrides(overrides: Sequence[str], command: str, choices: 
     Raises:
         UserError: names every override that has no effect.
     """
-    if words := ignored_overrides(overrides, command, choices):
-        hint = f"{command} reads only {', '.join(READS[command])}"
-        raise UserError("\n".join(f"{word} has no effect, remove it: {hint}" for word in words))
+    errors = []
+    for word, fields in unread_fields(overrides, command, choices).items():
+        if not fields:
+            continue
+        section = fields[0].partition(".")[0]
+        known = [field for field in READS[command] if field.startswith(f"{section}.")]
+        known = known or list(dict.fromkeys(field.partition(".")[0] for field in READS[command]))
+        errors.append(f"{word} has no effect, remove it: {command} reads only {', '.join(known)}")
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def check_conditions(overrides: Sequence[str], command: str, config: Config) -> None:
+    """Check that a command reads the overrides in the case that they are given for.
+
+    Args:
+        overrides: of the command line.
+        command: a key of `READS`.
+        config: what they and the model give.
+
+    Raises:
+        UserError: names every override that has no effect, and when it has one.
+    """
+    from cod_lightning.config.compose import parse
+
+    conditions, parsed = WHEN.get(command, {}), parse(overrides)
+    keys = {override.key_or_group for override in parsed}
+    errors = []
+    for override in parsed:
+        for field in fields_of(override.key_or_group, override.value()):
+            when, holds = conditions.get(field, ("", lambda config, keys: True))
+            if not holds(config, keys):
+                errors.append(
+                    f"{override.input_line} has no effect, remove it: {command} reads {field} only for {when}"
+                )
+    if errors:
+        raise UserError("\n".join(errors))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cod_lightning.commands.options import nonempty_path
-from cod_lightning.commands.overrides import add_overrides, check_no_ignored_overrides
+from cod_lightning.commands.overrides import add_overrides, check_conditions, check_no_ignored_overrides
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_writable
 
@@ -34,6 +34,7 @@ def run(overrides: Sequence[str], output: Path) -> None:
 
     check_no_ignored_overrides(overrides, "predict", CHOICES)
     config = compose(overrides)
+    check_conditions(overrides, "predict", config)
     check_writable(output, "--output=")
     if config.task != "language":
         raise UserError(f"predict does not support task={config.task}")

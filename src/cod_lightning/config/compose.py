@@ -180,8 +180,8 @@ def selects_other_text(overrides: Sequence[str]) -> bool:
 # Composition ---------------------------------------------------------------------------------------------------------
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """Compose the configuration of a command line.
+def compose(overrides: Sequence[str] = (), trains: bool = True) -> Config:
+    """Compose the configuration of a command line; `trains` as for `config_errors`.
 
     Raises:
         UserError: all unknown fields, unknown choices, wrong types and invalid combinations.
@@ -209,7 +209,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     if {"norm", "norm.name"} <= {o.key_or_group for o in parsed}:
         errors.append("norm= and norm.name= both choose the strategy: remove norm.name=")
     errors += [*apply_overrides(node, fields), *file_errors, *without_effect(node, parsed)]
-    return named_by_content(checked(node, errors), {o.key_or_group: str(o.value()) for o in parsed})
+    return named_by_content(checked(node, errors, trains), {o.key_or_group: str(o.value()) for o in parsed})
 
 
 def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
@@ -367,8 +367,8 @@ def apply_overrides(node: DictConfig, overrides: Iterable[Override]) -> list[str
     return errors
 
 
-def checked(node: DictConfig, errors: Sequence[str]) -> Config:
-    """A composed configuration as an object.
+def checked(node: DictConfig, errors: Sequence[str], trains: bool = True) -> Config:
+    """A composed configuration as an object; `trains` as for `config_errors`.
 
     Raises:
         UserError: `errors`, and those of the configuration.
@@ -377,7 +377,7 @@ def checked(node: DictConfig, errors: Sequence[str]) -> Config:
         config = as_config(node)
     except OmegaConfBaseException as error:
         raise UserError("\n".join([*errors, omegaconf_message(error)])) from error
-    if errors := [*errors, *config_errors(config)]:
+    if errors := [*errors, *config_errors(config, trains)]:
         raise UserError("\n".join(errors))
     return config
 

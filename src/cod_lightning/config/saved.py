@@ -171,7 +171,7 @@ def load_config(folder: Path, overrides: Sequence[str] = (), trust_code: bool = 
     forget_text(node, chosen)
     check_trusted(saved, folder, trust_code)
     with translate_config_errors(path):
-        saved_errors = config_errors(saved)
+        saved_errors = config_errors(saved, trains=False)
     fixed = [o for o in parsed if o.key_or_group in groups() and o.key_or_group not in ("data", "trainer")]
     errors = [f"{o.input_line}: a trained run accepts data=, trainer= and section.field=value" for o in fixed]
     # Groups come first, as in `compose`: a group resets the fields before it.
@@ -182,7 +182,7 @@ def load_config(folder: Path, overrides: Sequence[str] = (), trust_code: bool = 
     errors += without_effect(node, parsed)
     errors += decoder_changes(folder, saved, node)
     try:
-        return checked(node, errors)
+        return checked(node, errors, trains=False)
     except UserError as error:
         lines = str(error).splitlines()
         raise UserError("\n".join(f"{path}: {e}" if e in saved_errors else e for e in lines)) from error

@@ -18,8 +18,13 @@ from cod_lightning.nn.spec import schedule_end
 from cod_lightning.settings import choice_errors, setting_errors
 
 
-def config_errors(config: Config) -> list[str]:
-    """All errors of a configuration; those of the sections come before those between them."""
+def config_errors(config: Config, trains: bool = True) -> list[str]:
+    """All errors of a configuration; those of the sections come before those between them.
+
+    Args:
+        config: to check.
+        trains: false for a command that only runs the model, without steps and their batches.
+    """
     if errors := value_errors(config):
         return errors
     return [
@@ -32,6 +37,7 @@ def config_errors(config: Config) -> list[str]:
         *setting_errors(config),
         *folder_errors(config),
         *optim_errors(config),
+        *(batch_errors(config) if trains else ()),
         *trainer_errors(config),
         *(token_errors(config) if config.task == "language" else vision_errors(config)),
         *strategy_errors(config),
@@ -98,8 +104,8 @@ def optim_errors(config: Config) -> Iterator[str]:
         yield "optim.lisa_layers does not support FSDP: use trainer=ddp"
 
 
-def trainer_errors(config: Config) -> Iterator[str]:
-    """Errors between batch size, ranks, strategy and measures."""
+def batch_errors(config: Config) -> Iterator[str]:
+    """Errors between batch size and ranks."""
     data, trainer = config.data, config.trainer
     samples_per_micro_step = data.micro_batch_size * trainer.world_size
     if min(data.batch_size, samples_per_micro_step) > 0 and data.batch_size % samples_per_micro_step:
@@ -107,6 +113,11 @@ def trainer_errors(config: Config) -> Iterator[str]:
             f"data.batch_size={data.batch_size} is not divisible by data.micro_batch_size={data.micro_batch_size} "
             f"x {trainer.world_size} rank(s) = {samples_per_micro_step}"
         )
+
+
+def trainer_errors(config: Config) -> Iterator[str]:
+    """Errors between ranks, strategy and measures."""
+    trainer = config.trainer
     if trainer.world_size > 1 and trainer.strategy == "auto":
         yield (
             f"trainer.strategy='auto' supports one rank, but {trainer.world_size} are configured: "

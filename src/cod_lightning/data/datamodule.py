@@ -71,7 +71,7 @@ class StepDataModule(LightningDataModule, ABC):
                 cannot share equally; another set than that of the checkpoint to resume.
         """
         errors, world_size = self.setting_errors(), self.replica[1]
-        if self.config.batch_size % world_size:
+        if stage != "validate" and self.config.batch_size % world_size:  # a validation has no steps
             errors.append(f"data.batch_size={self.config.batch_size} is not divisible by {world_size} processes")
         if errors:
             raise UserError("\n".join(errors))
