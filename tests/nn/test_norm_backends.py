@@ -50,11 +50,15 @@ def assert_equal(ours, expected, tolerance=1e-5):
 
 
 def largest_error(results, exact):
-    """The largest relative error of loss and gradients; scalars are one vector, because one may be exact by chance."""
+    """The largest relative error of loss and gradients.
+
+    Learned numbers, at most three a sub-layer, are one vector: some gradients are exact by chance, and some are zero
+    but for rounding, as those of the first block's mix with the embeddings before a norm.
+    """
 
     def pooled(loss, *gradients):
-        scalars = [gradient.flatten() for gradient in gradients if gradient.numel() == 1]
-        return [loss, torch.cat([loss.new_zeros(1), *scalars]), *(g for g in gradients if g.numel() > 1)]
+        numbers = [gradient.flatten() for gradient in gradients if gradient.numel() <= 3]
+        return [loss, torch.cat([loss.new_zeros(1), *numbers]), *(g for g in gradients if g.numel() > 3)]
 
     pairs = zip(pooled(*results), pooled(*exact), strict=True)
     return max(float((ours - truth).norm() / truth.norm().clamp(min=1e-30)) for ours, truth in pairs)

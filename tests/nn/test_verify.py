@@ -259,8 +259,8 @@ def test_a_buffer_that_is_not_set_again_fails_after_the_meta_device():
 
 def test_a_layout_that_names_the_ffn_first_is_refused():
     """`apply` cannot run a model, so it scales the norms of attention for `only_ffn`."""
-    swapped = Layout("layers", norms=PLAIN.norms[::-1], sublayers=PLAIN.sublayers[::-1])
-    model = Model(Block)
+    swapped = replace(PLAIN, norms=PLAIN.norms[::-1], sublayers=PLAIN.sublayers[::-1])
+    model = PlainModel(Block)
     for block in model.layers:
         block.layer = 1  # no factor of its own
     apply(model, "lns", layout=swapped, position="only_ffn")

@@ -38,11 +38,6 @@ def run(overrides: Sequence[str], as_json: bool) -> None:
     check_not_replaced(overrides)
     runs = list(sweep(overrides))
     split = [pop_options(words, OPTIONS, "estimate") for words in runs]
-    for options, words in split:
-        for word in words:
-            name = word.partition("=")[0].removeprefix("trainer.")
-            if word.startswith("trainer.") and name in ("strategy", "checkpointing") and name in options:
-                raise UserError(f"{name}={options[name]} and {word} are both given: keep one")
     configs = [compose(words) for _, words in split]
     from cod_lightning.commands.terminal import estimate_table, show
     from cod_lightning.train.estimate import estimate

@@ -7,7 +7,6 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cod_lightning.data.config import FILE_SOURCES
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import parse_options
 
@@ -63,21 +62,12 @@ def names_text(config: Config, keys: Set[str]) -> bool:
 Condition: TypeAlias = "tuple[str, Callable[[Config, Set[str]], bool]]"
 """When a field is read, in words, and as a function of the configuration and the keys of the command line."""
 WHEN_TEXT: dict[str, Condition] = {
-    "data.text_field": ("data.source=files", lambda config, keys: config.data.source == "files"),
-    "data.encoding": ("data.source=files or instructions", lambda config, keys: config.data.source in FILE_SOURCES),
-    "data.val_every": (
-        "text without a held-out part of its own (data.val_files, data.source=c4)",
-        lambda config, keys: not config.data.val_files and config.data.source != "c4",
-    ),
-    "data.layout": ("text, not for instructions", lambda config, keys: config.data.row_layout != "instructions"),
     "data.max_documents": ("another text than the run's, as data= names it", names_text),
     "data.root": (
         "text that is prepared or downloaded, not for a local data.folder",
         lambda config, keys: config.data.folder is None or "://" in config.data.folder,
     ),
     "data.workers": ("text that is prepared, not for data.folder", lambda config, keys: config.data.folder is None),
-    "images.folder": ("images.source=folder", lambda config, keys: config.images.source == "folder"),
-    "images.classes": ("images.source=folder", lambda config, keys: config.images.source == "folder"),
 }
 WITH_PROTOCOL: Condition = (
     "protocol=paper of a language model",
@@ -90,7 +80,6 @@ WHEN: dict[str, dict[str, Condition]] = {
         "data.loader_workers": ("task=vision", lambda config, keys: config.task == "vision"),
         "eval.paper_batch": WITH_PROTOCOL,
         "eval.paper_ranks": WITH_PROTOCOL,
-        "trainer.auto_cuda": ("trainer.precision=auto", lambda config, keys: config.trainer.precision == "auto"),
         "trainer.timeout": ("several ranks", lambda config, keys: config.trainer.world_size > 1),
     },
     "predict": {

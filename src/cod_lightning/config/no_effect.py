@@ -55,8 +55,13 @@ RULES = (
         "has no effect with images.source=drawn: add images.source=folder, or remove {}",
     ),
     Rule(
-        r"data\.(text_field|encoding)",
+        r"data\.encoding",
         lambda node: node.data.source not in FILE_SOURCES,
+        "has no effect with data.source={data.source}: remove {}",
+    ),
+    Rule(
+        r"data\.text_field",
+        lambda node: node.data.source != "files",
         "has no effect with data.source={data.source}: remove {}",
     ),
     Rule(
