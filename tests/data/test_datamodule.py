@@ -251,6 +251,13 @@ def test_the_set_is_prepared_unless_a_folder_is_given(make_config, packed, tmp_p
     assert not (tmp_path / "none").exists()
 
 
+def test_a_validation_needs_no_batch_that_the_ranks_can_share(packed):
+    prepare(packed)
+    data = TokenDataModule(packed, 1, world_size=3)
+    data.setup("validate")
+    assert len(data.val_dataloader())
+
+
 def test_all_bad_settings_are_reported_together(packed, open_tokens):
     with pytest.raises(UserError, match=r"(?s)data.val_every=1.*data.batch_size=8 is not divisible by 3 processes"):
         open_tokens(replace(packed, val_every=1), world_size=3)
