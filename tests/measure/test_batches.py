@@ -137,11 +137,6 @@ WRONG = {
         "its position_ids are not read",
     ),
     "embeddings": ({"input_ids": TOKENS, "hook": TOKENS}, None, "its hook is not read: leave it out"),
-    "labels of answers": (
-        {"input_ids": TOKENS, "labels": TOKENS.masked_fill(TOKENS % 2 == 0, -100)},
-        None,
-        "its labels are not read, and differ from its tokens",
-    ),
     "padding of another token": (
         {"input_ids": PADDED, "attention_mask": PADDED != PAD},
         1,

@@ -20,7 +20,7 @@ checkpointing=none|selective|full; several values make several columns. Examples
 """
 OPTIONS = {"hardware": str, "mfu": float, "gpus": int, "strategy": str, "checkpointing": str}
 REPLACED = {
-    "gpus": ("trainer", "trainer.devices", "trainer.num_nodes"),
+    "gpus": ("trainer.devices", "trainer.num_nodes"),
     "strategy": ("trainer", "trainer.strategy"),
     "checkpointing": ("trainer.checkpointing",),
 }
@@ -58,6 +58,8 @@ def check_not_replaced(words: Sequence[str]) -> None:
     """
     given = {word.lstrip("+").partition("=")[0]: word for word in words}
     pairs = [(option, field) for option, fields in REPLACED.items() for field in fields]
+    if "trainer.hybrid" in given:  # it shards over the devices of a node, of which there may be many
+        pairs.remove(("gpus", "trainer.devices"))
     both = [f"{given[a]} and {given[b]} are both given: keep one" for a, b in pairs if a in given and b in given]
     if both:
         raise UserError("\n".join(both))

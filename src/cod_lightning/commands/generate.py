@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=("low", "high"),
         help="contrast the last layer with one of the lower or upper half (DoLa, arXiv 2309.03883)",
     )
-    parser.add_argument("--seed", type=int, help="of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
 def run(run: Path, prompt: str, checkpoint: str, trust_code: bool, **options: Any) -> None:
@@ -45,12 +45,11 @@ def run(run: Path, prompt: str, checkpoint: str, trust_code: bool, **options: An
             raise UserError(f"--{name.replace('_', '-')}={value} must lie between {least} and {most}")
     from cod_lightning.evaluate.generate import GREEDY, generate
 
-    for name in ("top_k", "seed"):
-        if options["temperature"] < GREEDY and options[name] is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')}={options[name]} has no effect on greedy decoding, "
-                f"--temperature={options['temperature']:g}: remove one of them"
-            )
+    if options["temperature"] < GREEDY and options["top_k"] is not None:
+        raise UserError(
+            f"--top-k={options['top_k']} has no effect on greedy decoding, --temperature={options['temperature']:g}: "
+            "remove one of them"
+        )
     config, decoder, tokenizer = read_run(run, checkpoint, trust_code)
 
     ids = tokenizer.encode([prompt])[0][:-1]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.models import is_run, load_run_config, require_model, require_paths
 from cod_lightning.commands.options import add_checkpoint, add_trust_code, nonempty_path, require_positive
-from cod_lightning.commands.overrides import TEXT_CHOICES, check_conditions, check_no_ignored_overrides, is_model
+from cod_lightning.commands.overrides import TEXT_CHOICES, check_no_ignored_overrides, is_model
 from cod_lightning.errors import UserError
 from cod_lightning.files import check_new_folder, check_writable
 from cod_lightning.measure.options import parse_options
@@ -155,7 +155,6 @@ def subject_opener(
 
         check_no_ignored_overrides(overrides, "measure of a pretrained model", TEXT_CHOICES)
         config = compose(overrides, trains=False)
-        check_conditions(overrides, "measure of a pretrained model", config)
         require_model(model, "Give a run folder, a folder with config.json, weights and tokenizer, or a .gguf file.")
         require_tokenizer(find_source(model))
         open_model_or_run = partial(open_model, model, config, open_corpus(config.data), rows or ROWS)

@@ -166,11 +166,13 @@ def run_study(study: str, subject: Subject, options: Mapping[str, Any], folder: 
     for name in measured:
         MEASURES[name].check_options(subject.model, options)
     read = {"only"}.union(*(MEASURES[name].options for name in measured))
-    if unread := [name for name in options if name not in read]:
-        raise UserError(
-            f"{unread[0]}={options[unread[0]]} has no effect, remove it: the measures that have it are left out of "
-            f"{subject.model.name}" + "".join(f"; {name}: {reason}" for name, reason in skipped.items())
-        )
+    errors = []
+    for option in options.keys() - read:
+        reasons = [f"{name}: {reason}" for name, reason in skipped.items() if option in MEASURES[name].options]
+        why = "; ".join(reasons) or "its measure is taken of this model only if only= names it"
+        errors.append(f"{option}={options[option]} has no effect on {subject.model.name}, remove it: {why}")
+    if errors:
+        raise UserError("\n".join(sorted(errors)))
     for name in names:
         if name in skipped:
             print(f"{name}: left out, {skipped[name]}")

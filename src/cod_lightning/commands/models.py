@@ -119,7 +119,6 @@ def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, Document
         UserError: there is no such model, or the decoder cannot have its weights, shape or tokenizer.
     """
     from cod_lightning.config.schema import TOKENIZER, Config
-    from cod_lightning.config.validate import config_errors
     from cod_lightning.data.config import DataConfig
 
     require_model(model, "Give a folder with config.json, weights and tokenizer, or a .gguf file.")
@@ -156,8 +155,6 @@ def read_pretrained(model: str, output: Path) -> tuple[Config, Decoder, Document
             micro_batch_size=1,
         ),
     )
-    if errors := config_errors(config):
-        raise UserError("\n".join(errors))
     return config, decoder, tokenizer
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cod_lightning.errors import UserError
@@ -52,48 +53,38 @@ READS = {
 """
 
 
-def names_text(config: Config, keys: Set[str]) -> bool:
+def names_text(config: Config, overrides: Sequence[str]) -> bool:
     """Whether the command line names another text, of which `data.max_documents` limits what is prepared."""
-    from cod_lightning.config.compose import TEXT_OVERRIDES
+    from cod_lightning.config.compose import selects_other_text
 
-    return not keys.isdisjoint(TEXT_OVERRIDES)
+    return selects_other_text(overrides)
 
 
-Condition: TypeAlias = "tuple[str, Callable[[Config, Set[str]], bool]]"
-"""When a field is read, in words, and as a function of the configuration and the keys of the command line."""
-WHEN_TEXT: dict[str, Condition] = {
-    "data.max_documents": ("another text than the run's, as data= names it", names_text),
-    "data.root": (
-        "text that is prepared or downloaded, not for a local data.folder",
-        lambda config, keys: config.data.folder is None or "://" in config.data.folder,
-    ),
-    "data.workers": ("text that is prepared, not for data.folder", lambda config, keys: config.data.folder is None),
-}
+Condition: TypeAlias = "tuple[str, Callable[[Config, Sequence[str]], bool]]"
+"""When a field is read, in words, and as a function of the configuration and the overrides."""
+OTHER_TEXT: Condition = ("a new text, named by data= or data.files=", names_text)
 WITH_PROTOCOL: Condition = (
     "protocol=paper of a language model",
-    lambda config, keys: config.protocol == "paper" and config.task == "language",
+    lambda config, overrides: config.protocol == "paper" and config.task == "language",
 )
-WITHOUT_VOCABULARY: Condition = ("model.vocab_size=null", lambda config, keys: config.model.vocab_size is None)
+WITHOUT_VOCABULARY: Condition = ("model.vocab_size=null", lambda config, overrides: config.model.vocab_size is None)
 WHEN: dict[str, dict[str, Condition]] = {
     "evaluate": {
-        **WHEN_TEXT,
-        "data.loader_workers": ("task=vision", lambda config, keys: config.task == "vision"),
+        "data.max_documents": OTHER_TEXT,
         "eval.paper_batch": WITH_PROTOCOL,
         "eval.paper_ranks": WITH_PROTOCOL,
-        "trainer.timeout": ("several ranks", lambda config, keys: config.trainer.world_size > 1),
     },
     "predict": {
         "data": WITHOUT_VOCABULARY,
         "data.tokenizer": WITHOUT_VOCABULARY,
         "data.vocab_size": (
             "model.vocab_size=null and data.tokenizer=bpe",
-            lambda config, keys: config.model.vocab_size is None and config.data.tokenizer == "bpe",
+            lambda config, overrides: config.model.vocab_size is None and config.data.tokenizer == "bpe",
         ),
     },
-    "measure": WHEN_TEXT,
-    "measure of a pretrained model": WHEN_TEXT,
+    "measure": {"data.max_documents": OTHER_TEXT},
 }
-"""Fields of `READS` that a command reads in some cases only."""
+"""Fields of `READS` that a command reads in some cases only; those of the machine are accepted in all."""
 
 TEXT_CHOICES = ("data", "trainer", "experiments", "scale")
 """The groups of which a command with a pretrained model takes a choice: they may set the text or the device."""
@@ -172,6 +163,7 @@ def unread_fields(overrides: Sequence[str], command: str, choices: Sequence[str]
     A choice of a group sets many fields: it is unread if the command reads none of those that it changes.
     """
     from cod_lightning.config.compose import parse
+    from cod_lightning.config.no_effect import fields_of
     from cod_lightning.config.schema import Config
 
     known, default = READS[command], Config()
@@ -179,24 +171,19 @@ def unread_fields(overrides: Sequence[str], command: str, choices: Sequence[str]
 
     def is_unread(field: str) -> bool:
         section, _, name = field.partition(".")
-        misspelled = section in sections and not hasattr(getattr(default, section), name.partition(".")[0])
+        values = getattr(default, section) if section in sections else None
+        misspelled = is_dataclass(values) and name.partition(".")[0] not in {field.name for field in fields(values)}
         return field not in known and section not in known and not misspelled  # `compose` names the nearest field
 
-    fields: dict[str, list[str]] = {}
+    unread: dict[str, list[str]] = {}
     for override in parse(overrides):
         key, word = override.key_or_group, str(override.input_line)
         if key in choices:
             changed = changed_fields(key, str(override.value()))
-            fields[word] = changed if changed and all(map(is_unread, changed)) else []
+            unread[word] = changed if changed and all(map(is_unread, changed)) else []
         else:
-            fields[word] = [field for field in fields_of(key, override.value()) if is_unread(field)]
-    return fields
-
-
-def fields_of(key: str, value: Any) -> list[str]:
-    """The fields that `key=value` sets: several if the value is a mapping, as in images={size: 16}."""
-    parts = value.items() if isinstance(value, Mapping) else ()
-    return [field for name, part in parts for field in fields_of(f"{key}.{name}", part)] or [key]
+            unread[word] = [field for field in fields_of(key, override.value()) if is_unread(field)]
+    return unread
 
 
 def changed_fields(group: str, choice: str) -> list[str]:
@@ -218,10 +205,10 @@ def check_no_ignored_overrides(overrides: Sequence[str], command: str, choices: 
         UserError: names every override that has no effect.
     """
     errors = []
-    for word, fields in unread_fields(overrides, command, choices).items():
-        if not fields:
+    for word, unread in unread_fields(overrides, command, choices).items():
+        if not unread:
             continue
-        section = fields[0].partition(".")[0]
+        section = unread[0].partition(".")[0]
         known = [field for field in READS[command] if field.startswith(f"{section}.")]
         known = known or list(dict.fromkeys(field.partition(".")[0] for field in READS[command]))
         errors.append(f"{word} has no effect, remove it: {command} reads only {', '.join(known)}")
@@ -241,14 +228,13 @@ def check_conditions(overrides: Sequence[str], command: str, config: Config) -> 
         UserError: names every override that has no effect, and when it has one.
     """
     from cod_lightning.config.compose import parse
+    from cod_lightning.config.no_effect import fields_of
 
-    conditions, parsed = WHEN.get(command, {}), parse(overrides)
-    keys = {override.key_or_group for override in parsed}
     errors = []
-    for override in parsed:
+    for override in parse(overrides):
         for field in fields_of(override.key_or_group, override.value()):
-            when, holds = conditions.get(field, ("", lambda config, keys: True))
-            if not holds(config, keys):
+            when, holds = WHEN.get(command, {}).get(field, ("", None))
+            if holds is not None and not holds(config, overrides):
                 errors.append(
                     f"{override.input_line} has no effect, remove it: {command} reads {field} only for {when}"
                 )

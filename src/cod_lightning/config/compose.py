@@ -192,7 +192,7 @@ def compose(overrides: Sequence[str] = (), trains: bool = True) -> Config:
     files = tuple(o.input_line or "" for o in chosen if o.key_or_group != "scale")
     scale = scales[-1] if scales else None
     node = pickle.loads(merge_files(config_folder(), files, scale))
-    # What the command line changes of the experiment's file comes before its scale and its row are read.
+    # Overrides of `scales` and `paper` change the experiment's file, so they come before its scale and its row.
     fields = sorted((o for o in parsed if o not in chosen), key=lambda o: not is_custom_norm(o))
     apply_overrides(node, (o for o in fields if o.key_or_group.partition(".")[0] == "scales"))
     errors = apply_overrides(node, as_overrides(node.scales.get(node.scale)))
@@ -291,7 +291,7 @@ def experiment_errors(node: DictConfig) -> list[str]:
 
 @cache
 def is_row_name(name: str) -> bool:
-    """Whether row=NAME chooses a row of this name, unlike 1e3, which is read as a number, and null."""
+    """Whether row=NAME chooses a row of this name, unlike null and a,b, which is a sweep."""
     try:
         return str(parse([f"row={name}"])[0].value()) == name
     except UserError:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
@@ -37,7 +37,7 @@ RULES = (
     Rule(
         "|".join(map(re.escape, sorted(PREPARED_FIELDS))),
         lambda node: node.data.folder is not None,
-        "does not change data.folder={data.folder}, a prepared set: remove one of the two",
+        "does not change data.folder={data.folder}, a prepared set: add data.folder=null, or remove {}",
     ),
     Rule(
         UNREAD["language"],
@@ -48,6 +48,11 @@ RULES = (
         UNREAD["vision"],
         lambda node: node.task == "vision",
         "has no effect with task=vision, whose data is images.*: remove {}",
+    ),
+    Rule(
+        r"model\.embedding_std|eval\.paper_(batch|ranks)",
+        lambda node: node.task == "vision",
+        "has no effect with task=vision: remove {}",
     ),
     Rule(
         r"images\.(folder|classes)",
@@ -67,7 +72,7 @@ RULES = (
     Rule(
         r"data\.val_every",
         lambda node: node.data.source == "c4" or bool(node.data.val_files),
-        "has no effect beside text that is for validation alone: remove {}",
+        "has no effect, because data.val_files or c4 have validation text of their own: remove {}",
     ),
     Rule(
         r"data\.layout",
@@ -97,7 +102,7 @@ RULES = (
     Rule(
         r"trainer\.auto_cuda",
         lambda node: node.trainer.precision != "auto",
-        "has no effect with trainer.precision={trainer.precision}: remove one of the two",
+        "has no effect with trainer.precision={trainer.precision}: add trainer.precision=auto, or remove {}",
     ),
 )
 
@@ -107,10 +112,17 @@ def is_read(name: str, task: str) -> bool:
     return task not in UNREAD or not re.fullmatch(UNREAD[task], name)
 
 
+def fields_of(key: str, value: Any) -> dict[str, Any]:
+    """The fields that `key=value` sets: several if the value is a mapping, as in images={size: 16}."""
+    parts = value.items() if isinstance(value, Mapping) else ()
+    return {field: v for name, part in parts for field, v in fields_of(f"{key}.{name}", part).items()} or {key: value}
+
+
 def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[str]:
     """Errors for the overrides of a command line that have no effect on the configuration composed with them."""
     sections = {str(name): section for name, section in node.items()}
-    for name, value in {override.key_or_group: override.value() for override in overrides}.items():
+    given = [fields_of(override.key_or_group, override.value()) for override in overrides]
+    for name, value in [pair for fields in given for pair in fields.items()]:
         shown = str(value).lower() if isinstance(value, bool) else value
         applying = (rule for rule in RULES if re.fullmatch(rule.fields, name) and rule.condition(node))
         if value is not None and (rule := next(applying, None)):

@@ -246,7 +246,7 @@ def write_set(
     """
     sha256, documents, splits, truncated = hashlib.sha256(), dict.fromkeys(SPLITS, 0), {}, 0
     for name in SPLITS:
-        if name == "val" and config.val_files:  # else the settings say where validation begins
+        if name == "val" and config.val_files:  # without them, data.val_every divides the text
             sha256.update(b"val")
         writer = ChunkWriter(folder / name, encoder.width)
         for batch in report.watch(name, encoded[name]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,7 +32,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     dola: Dola | None = None,
-    seed: int | None = None,
+    seed: int = 0,
     eos_id: int | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt` until `eos_id` or `max_tokens`.
@@ -47,7 +47,7 @@ def generate(
         temperature: divides the logits; 0 is greedy decoding.
         top_k: sample among the k most likely tokens; None: among all.
         dola: contrast the last layer with one of the lower ("low") or upper ("high") half; see `dola_logits`.
-        seed: seed of the sampling; None: 0.
+        seed: seed of the sampling.
         eos_id: ends the text; it is not yielded.
 
     Raises:
@@ -61,7 +61,7 @@ def generate(
     if largest >= size:
         raise UserError(f"the prompt has token {largest}, but the model has embeddings for {size}: change the prompt")
     device = decoder.lm_head.weight.device
-    generator = torch.Generator().manual_seed(seed or 0)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
     layers = [] if dola is None else dola_layers(len(decoder.blocks), dola, decoder.config.tie_word_embeddings)
     for _ in range(max_tokens):
@@ -87,19 +87,17 @@ def check_options(*, temperature: float, dola: str | None, **integers: Any) -> N
     Raises:
         UserError: names each that is out of range, or that greedy decoding does not read.
     """
-    errors = bound_errors("temperature", temperature, {"at_least": 0, "at_most": sys.float_info.max})
+    number = float(temperature) if isinstance(temperature, Real) else temperature
+    errors = bound_errors("temperature", number, {"at_least": 0, "at_most": sys.float_info.max})
     errors += [] if dola is None else choice_errors("dola", dola, get_args(Dola))
     for name, value in integers.items():
         if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
             errors.append(f"{name}={value!r}: expected a whole number")
         else:
-            errors += bound_errors(name, value, {"at_least": int(name != "seed"), "at_most": 2**63 - 1})
-    if not errors and temperature < GREEDY:
-        errors += [
-            f"{name}={integers[name]} has no effect on greedy decoding, temperature={temperature}: remove one of them"
-            for name in ("top_k", "seed")
-            if integers[name] is not None
-        ]
+            number = None if value is None else int(value)
+            errors += bound_errors(name, number, {"at_least": int(name != "seed"), "at_most": 2**63 - 1})
+    if not errors and temperature < GREEDY and (top_k := integers["top_k"]) is not None:
+        errors += [f"top_k={top_k} has no effect on greedy decoding, temperature={temperature}: remove one of them"]
     if errors:
         raise UserError("\n".join(errors))
 

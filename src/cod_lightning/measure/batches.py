@@ -60,7 +60,7 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
         )
     check_encoding(batch, tokens, pad_id, name)
     if isinstance(batch, Mapping):
-        check_inputs(model, batch, tokens, pad_id, name)
+        check_inputs(model, batch, name)
     if pad_id is not None and model.predicts_next:
         is_padding = tokens == pad_id
         if (is_padding[:, :-1] & ~is_padding[:, 1:]).any():
@@ -72,7 +72,7 @@ def checked_tokens(model: ModelAdapter, batch: Any, pad_id: int | None, name: st
 
 
 def check_encoding(batch: Any, tokens: Tensor, pad_id: int | None, name: str) -> None:
-    """Check that the encoding of a tokenizer says nothing that is not read: measures run the model on its tokens alone.
+    """Check that mask, segments and positions of an encoding are the model's defaults: only its tokens are used.
 
     Args:
         batch: the encoding, or a tensor, which has nothing else.
@@ -118,8 +118,8 @@ def check_encoding(batch: Any, tokens: Tensor, pad_id: int | None, name: str) ->
         )
 
 
-def check_inputs(model: ModelAdapter, batch: Mapping[str, Any], tokens: Tensor, pad_id: int | None, name: str) -> None:
-    """Check that an encoding has no other input of the model, and that labels are its tokens.
+def check_inputs(model: ModelAdapter, batch: Mapping[str, Any], name: str) -> None:
+    """Check that an encoding has no other input of the model than those that `check_encoding` knows, and labels.
 
     Raises:
         UserError: names the key that is not read.
@@ -128,16 +128,6 @@ def check_inputs(model: ModelAdapter, batch: Mapping[str, Any], tokens: Tensor, 
     parameters = signature(model.model.forward).parameters
     if others := [key for key, value in batch.items() if key in parameters and key not in known and value is not None]:
         raise UserError(f"{name}: its {others[0]} is not read: leave it out to measure the tokens without it")
-    labels = batch.get("labels")
-    if labels is None or model.why_no_loss:
-        return
-    labels = torch.as_tensor(labels, device=tokens.device)
-    is_target = torch.ones_like(tokens, dtype=torch.bool) if pad_id is None else tokens != pad_id
-    if labels.shape != tokens.shape or ((labels != tokens) & is_target).any():
-        raise UserError(
-            f"{name}: its labels are not read, and differ from its tokens: leave them out to measure the loss of every "
-            "next token"
-        )
 
 
 def require_pad_id(pad_id: Any) -> None:

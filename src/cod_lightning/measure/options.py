@@ -19,7 +19,7 @@ from cod_lightning.settings import bound_errors, choice_errors
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 PYTHON_TYPES = {int: Integral, float: Real, bool: bool, str: str}
-"""The types of Python's values; True is no number here."""
+"""Python's type for each type of an option; True is no number here."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def require_options(function: Callable[..., Any], options: Mapping[str, Any], de
 
 
 def expected_type(kind: Any, value: Any) -> str | None:
-    """The type that a value does not have, None if it has it."""
+    """The expected type in words, None if the value has it."""
     of_several, several = get_origin(kind) is Sequence, isinstance(value, list)
     plain = get_args(kind)[0] if of_several else kind
     if plain not in EXPECTED:

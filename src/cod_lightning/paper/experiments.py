@@ -94,7 +94,7 @@ def reproducible_experiments() -> list[str]:
 
 
 def experiment_rows(
-    experiments: Iterable[str], scale: str, overrides: Sequence[str] = (), started: Sequence[str] = ()
+    experiments: Iterable[str], scale: str, overrides: Sequence[str] = (), visited: Sequence[str] = ()
 ) -> Iterator[Row]:
     """Every row of some experiments at a scale; rows leave out overrides of `images` or `data` that others read.
 
@@ -102,7 +102,7 @@ def experiment_rows(
         experiments: names.
         scale: of the rows.
         overrides: of the command line.
-        started: experiments whose runs start from those of these.
+        visited: experiments followed through `paper.start` so far, to find a cycle.
 
     Raises:
         UserError: as `compose`; an experiment without rows, or whose rows have none to start from; an override of
@@ -123,7 +123,7 @@ def experiment_rows(
         base = compose(arguments)
         if not base.paper.get("rows"):
             raise UserError(f"{name} has no rows to reproduce; train it with fit experiments={name}")
-        start, path, sources = base.paper.get("start"), (*started, name), {}
+        start, path, sources = base.paper.get("start"), (*visited, name), {}
         if start in path:
             raise UserError(f"{name}: paper.start={start} starts from this experiment itself: name another")
         if start:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +16,14 @@ from cod_lightning.config.validate import config_errors
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.data.tokenizers import DocumentTokenizer, load_tokenizer
-from cod_lightning.errors import UserError
+from cod_lightning.errors import UserError, shorten
 from cod_lightning.files import new_folder
 from cod_lightning.nn.decoder import Decoder, set_step
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import VisionTransformer
 from cod_lightning.nn.weights import load_weights, require_finite, shape_mismatches
 from cod_lightning.settings import require_choice
-from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, newest_checkpoint, read_for_weights
+from cod_lightning.train.checkpoint import BEST, AtomicCheckpointIO, load_file, newest_checkpoint, read_for_weights
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,12 @@ def require_own_classes(checkpoint: Path, data: ImageDataModule) -> None:
     Raises:
         UserError: they have others. Checkpoints of earlier versions do not name theirs.
     """
-    own = read_for_weights(checkpoint).get("ImageDataModule", {}).get("classes", data.classes)
+    own = load_file(checkpoint, mmap=True).get("ImageDataModule", {}).get("classes", data.classes)
     if own != data.classes:
-        pairs = enumerate(itertools.zip_longest(own, data.classes))
-        index, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        theirs = ", ".join(sorted(set(data.classes) - set(own))[:5] or data.classes[:5])
         raise UserError(
-            f"{data.source} has other classes than {checkpoint} was trained on: class {index} is {theirs}, not {ours}: "
-            "name its folders like those of the run"
+            f"{data.source} has other classes ({theirs}) than {checkpoint} was trained on: use images of "
+            f"{shorten(', '.join(own))}"
         )
 
 
