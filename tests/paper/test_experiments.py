@@ -621,7 +621,7 @@ BLOCKS = [
     ("rows: [lns, pre_ln]", "paper.rows=['lns', 'pre_ln'] must hold a mapping for each row"),
     ("rows: {lns: }", f"paper.rows.lns=None must be a mapping of {FIELDS_OF_ROWS}"),
     ("rows: {12: {label: a}, 24: {label: b}}", "paper.rows: the name 12 must be text: write '12' in quotes"),
-    ("rows: {'1e3': {label: a}}", "paper.rows: '1e3' cannot be read back from row=1e3: rename it"),
+    ("rows: {'null': {label: a}}", "paper.rows: 'null' cannot be read back from row=null: rename it"),
     ("rows: {'a,b': {label: a}}", "paper.rows: 'a,b' cannot be read back from row=a,b: rename it"),
     (
         "rows: {lns: {sett: {norm: lns}}}",
