@@ -48,7 +48,7 @@ def test_a_resumed_run_remembers_its_best_loss(saved, tmp_path):
 
 
 def test_a_setting_that_an_older_checkpoint_lacks_had_its_default(monkeypatch):
-    config = compose(["data.micro_batch_size=4", "optim.decay_embeddings=false"])
+    config = compose(["data.micro_batch_size=4", "optim.weight_decay=0.1", "optim.decay_embeddings=false"])
     older = {name: value for name, value in resumable_settings(config).items() if name != "optim.decay_embeddings"}
     monkeypatch.setattr(run, "read_resumable", lambda path: {"settings": older})
     with pytest.raises(UserError, match=r"optim\.decay_embeddings=True there, False here"):

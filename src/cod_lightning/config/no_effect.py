@@ -121,8 +121,10 @@ def fields_of(key: str, value: Any) -> dict[str, Any]:
 def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[str]:
     """Errors for the overrides of a command line that have no effect on the configuration composed with them."""
     sections = {str(name): section for name, section in node.items()}
-    given = [fields_of(override.key_or_group, override.value()) for override in overrides]
-    for name, value in [pair for fields in given for pair in fields.items()]:
+    given: dict[str, Any] = {}  # the last of two values counts
+    for override in overrides:
+        given |= fields_of(override.key_or_group, override.value())
+    for name, value in given.items():
         shown = str(value).lower() if isinstance(value, bool) else value
         applying = (rule for rule in RULES if re.fullmatch(rule.fields, name) and rule.condition(node))
         if value is not None and (rule := next(applying, None)):
