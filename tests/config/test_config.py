@@ -322,6 +322,37 @@ def test_sweeps_expand_in_the_order_of_hydra():
 
 
 @pytest.mark.parametrize(
+    ("words", "runs"),
+    [
+        (
+            ["optim.weight_decay=0,0.1", "optim.decay_embeddings=false"],
+            [["optim.weight_decay=0"], ["optim.weight_decay=0.1", "optim.decay_embeddings=false"]],
+        ),
+        (
+            ["model.init=normal,fan_in", "model.init_std=0.1,0.2"],
+            [
+                ["model.init=normal", "model.init_std=0.1"],
+                ["model.init=normal", "model.init_std=0.2"],
+                ["model.init=fan_in"],
+            ],
+        ),
+        (
+            ["experiments=table1_130m,table3_olmo_1b", "optim.warmup_ratio=0.05"],
+            [["experiments=table1_130m", "optim.warmup_ratio=0.05"], ["experiments=table3_olmo_1b"]],
+        ),
+        (
+            ["task=language,vision", "data.seq_len=64", "+images.min_crop=1"],
+            [["task=language", "data.seq_len=64"], ["task=vision", "+images.min_crop=1"]],
+        ),
+        (["seed=1,2", "images.size=16"], [["seed=1", "images.size=16"], ["seed=2", "images.size=16"]]),
+    ],
+)
+def test_a_run_of_a_sweep_leaves_out_what_has_an_effect_in_others_only(words, runs):
+    """A word without effect in every run stays, and is an error."""
+    assert list(sweep(words)) == runs
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["seed=interval(1,3)"], "a sweep takes a,b,c"),

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
-from cod_lightning.config.no_effect import PREPARED_FIELDS, without_effect
+from cod_lightning.config.no_effect import PREPARED_FIELDS, may_be_without_effect, without_effect
 from cod_lightning.config.paper_block import paper_block_errors, scale_errors
 from cod_lightning.config.schema import Config, flatten, init_from_run
 from cod_lightning.config.validate import config_errors
@@ -142,13 +142,29 @@ def is_custom_norm(override: Override) -> bool:
 def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of the comma-separated values in `overrides`, the last one varying fastest, as in Hydra.
 
+    A run leaves out an override without effect in it, if it has one in another run (`leave_out`).
+
     Raises:
         UserError: a sweep without a list of values, such as interval(0, 1); one of no runs, or of too many.
     """
     expanded = [sweep_values(override) for override in parse(overrides)]
     if (count := math.prod(map(len, expanded))) > MAX_RUNS:
         raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, and this has at least {count:,}: give fewer values")
-    return (list(words) for words in itertools.product(*expanded))
+    runs = list(map(list, itertools.product(*expanded)))
+    if count > 1 and any(may_be_without_effect(override.key_or_group) for override in parse(overrides)):
+        return leave_out(runs)
+    return iter(runs)
+
+
+def leave_out(runs: Sequence[list[str]]) -> Iterator[list[str]]:
+    """The runs of a sweep without the overrides that have an effect in other runs only; runs equal by that are one."""
+    unread = [{name for name, _ in without_effect(*compose_node(words)[:2])} for words in runs]
+    in_every_run, seen = set.intersection(*unread), []
+    for words, names in zip(runs, unread, strict=True):
+        left = [word for word in words if word.lstrip("+").partition("=")[0] not in names - in_every_run]
+        if left == words or left not in seen:
+            yield left
+        seen.append(left)
 
 
 def sweep_values(override: Override) -> list[str]:
@@ -186,6 +202,13 @@ def compose(overrides: Sequence[str] = (), trains: bool = True) -> Config:
     Raises:
         UserError: all unknown fields, unknown choices, wrong types and invalid combinations.
     """
+    node, parsed, errors = compose_node(overrides)
+    errors += [error for _, error in without_effect(node, parsed)]
+    return named_by_content(checked(node, errors, trains), {o.key_or_group: str(o.value()) for o in parsed})
+
+
+def compose_node(overrides: Sequence[str]) -> tuple[DictConfig, list[Override], list[str]]:
+    """The unchecked configuration of a command line, its overrides, and the errors of applying them."""
     parsed = parse(overrides)
     chosen = [o for o in parsed if o.key_or_group in groups() and not (is_custom_norm(o) or unsupported(o))]
     scales = [str(o.value()) for o in chosen if o.key_or_group == "scale"]
@@ -208,8 +231,7 @@ def compose(overrides: Sequence[str] = (), trains: bool = True) -> Config:
             errors.append("row= and norm= both choose the strategy: remove one")
     if {"norm", "norm.name"} <= {o.key_or_group for o in parsed}:
         errors.append("norm= and norm.name= both choose the strategy: remove norm.name=")
-    errors += [*apply_overrides(node, fields), *file_errors, *without_effect(node, parsed)]
-    return named_by_content(checked(node, errors, trains), {o.key_or_group: str(o.value()) for o in parsed})
+    return node, parsed, [*errors, *apply_overrides(node, fields), *file_errors]
 
 
 def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:

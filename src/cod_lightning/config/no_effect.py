@@ -118,8 +118,13 @@ def fields_of(key: str, value: Any) -> dict[str, Any]:
     return {field: v for name, part in parts for field, v in fields_of(f"{key}.{name}", part).items()} or {key: value}
 
 
-def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[str]:
-    """Errors for the overrides of a command line that have no effect on the configuration composed with them."""
+def may_be_without_effect(name: str) -> bool:
+    """Whether a field has no effect beside some other settings."""
+    return any(re.fullmatch(rule.fields, name) for rule in RULES)
+
+
+def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[tuple[str, str]]:
+    """The fields that overrides set without effect on the configuration composed with them, and the error of each."""
     sections = {str(name): section for name, section in node.items()}
     given: dict[str, Any] = {}  # the last of two values counts
     for override in overrides:
@@ -128,4 +133,4 @@ def without_effect(node: DictConfig, overrides: Iterable[Override]) -> Iterator[
         shown = str(value).lower() if isinstance(value, bool) else value
         applying = (rule for rule in RULES if re.fullmatch(rule.fields, name) and rule.condition(node))
         if value is not None and (rule := next(applying, None)):
-            yield f"{name}={shown} {rule.reason.format(name, **sections)}"
+            yield name, f"{name}={shown} {rule.reason.format(name, **sections)}"

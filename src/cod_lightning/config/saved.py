@@ -179,7 +179,7 @@ def load_config(folder: Path, overrides: Sequence[str] = (), trust_code: bool = 
     errors += apply_overrides(node, accepted)
     if saved.task == "language" and chosen & DOCUMENT_OVERRIDES and "data.tokenizer" not in chosen:
         node.data.tokenizer = own_tokenizer
-    errors += without_effect(node, parsed)
+    errors += [error for _, error in without_effect(node, parsed)]
     errors += decoder_changes(folder, saved, node)
     try:
         return checked(node, errors, trains=False)
