@@ -130,7 +130,7 @@ def test_a_saved_result_is_one_line_and_matrices_have_four_digits(tmp_path):
 def test_only_missing_measures_of_a_recorded_run_remain(results, toys):
     removal = {"model": "m", "tokens": 9, "loss": 1.0, "losses": [1.5]}
     (results / toys["lns"].config_for(1).name / "removal.json").write_text(json.dumps(removal))
-    tasks = remaining_tasks(list(experiment_rows(["figure7"], "toy")), [1], load_runs(results))
+    tasks = remaining_tasks(experiment_rows(["figure7"], "toy"), [1], load_runs(results))
     measures = {task.folder.name: task.measures for task in tasks}
     assert measures == {
         toys["pre_ln"].config_for(1).folder.name: {"angular", "removal"},
@@ -147,7 +147,7 @@ def test_hours_are_estimated_for_runs_at_the_papers_scale_only(toys):
     assert experiments.row_gpu_hours(toys["lns"]) is None
     (public,) = experiment_rows(["figure5"], "paper")
     assert experiments.row_gpu_hours(public) is None
-    assert 0.5 < experiments.row_gpu_hours(next(experiment_rows(["table7_130m"], "paper"))) < 5
+    assert 0.5 < experiments.row_gpu_hours(experiment_rows(["table7_130m"], "paper")[0]) < 5
 
 
 def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypatch, capsys):
@@ -224,7 +224,7 @@ def test_a_table_of_two_corpora_names_both(tmp_path):
 
 
 def test_no_run_starts_from_one_that_diverged(tmp_path):
-    rows = list(experiment_rows(["table2_250m"], "toy"))
+    rows = experiment_rows(["table2_250m"], "toy")
     row = next(row for row in rows if row.name == "lns")
     add_result(tmp_path, row.source, 1, "failed.json", failure="the loss is nan at step 3")
     assert remaining_tasks([row], [1], load_runs(tmp_path)) == []
@@ -316,6 +316,18 @@ def test_fields_of_images_and_of_text_are_settings_of_the_rows_that_read_them():
     assert {images.config.data.batch_size, text.config.data.batch_size} == {64}
     assert "images.size=16" not in text.overrides
     assert "data.seq_len=64" not in images.overrides
+
+
+def test_a_setting_is_one_of_the_rows_that_read_it_and_of_those_that_they_start_from():
+    words = ["optim.lisa_interval=3", "data.layout=packed"]
+    (_, _, _, tuned, _) = experiment_rows(["table2_250m"], "toy", words)
+    assert set(words) & set(tuned.overrides) == {words[0]}
+    assert set(words) & set(tuned.source.overrides) == {words[1]}
+    assert (tuned.config.optim.lisa_interval, tuned.source.config.data.layout) == (3, "packed")
+    rows = {row.name: row for row in experiment_rows(["table3_olmo_1b"], "toy", ["model.init_std=0.1"])}
+    assert [name for name, row in rows.items() if row.config.model.init_std == 0.1] == [
+        name for name, row in rows.items() if row.config.model.init == "normal"
+    ]
 
 
 def test_depth_reports_on_pretrained_models_are_read(tmp_path):

@@ -44,13 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     from cod_lightning.commands.terminal import show
-    from cod_lightning.paper.experiments import (
-        check_read,
-        experiment_rows,
-        find_experiments,
-        remaining_tasks,
-        with_results,
-    )
+    from cod_lightning.paper.experiments import experiment_rows, find_experiments, remaining_tasks, with_results
     from cod_lightning.paper.results import RESULTS, load_runs
 
     require_positive("jobs", jobs)
@@ -62,13 +56,15 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     if not names:
         raise UserError("no experiment is named: name one, such as table1")
     overrides = [word for word in words if "=" in word]
-    every_row = list(experiment_rows(names, options.get("scale", "paper"), overrides))
+    every_row = experiment_rows(names, options.get("scale", "paper"), overrides)
     known = {row.name for row in every_row}
     chosen = options["row"].split(",") if "row" in options else known
     for name in chosen:
         require_choice("row", name, known)
     rows = [row for row in every_row if row.name in chosen]
-    check_read(overrides, {row.config.task for row in rows})
+    read = {word for row in rows for each in (row, row.source) if each is not None for word in each.overrides}
+    if unread := [word for word in overrides if word not in read]:
+        raise UserError("\n".join(f"{word} has no effect on row={options['row']}: remove it" for word in unread))
     import_torchmetrics()
     results = results or RESULTS
     runs = load_runs(results)

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cod_lightning.config.groups import SECTIONS, choices, config_folder, groups, read_yaml
-from cod_lightning.config.no_effect import PREPARED_FIELDS, may_be_without_effect, without_effect
+from cod_lightning.config.no_effect import PREPARED_FIELDS, fields_of, may_be_without_effect, without_effect
 from cod_lightning.config.paper_block import paper_block_errors, scale_errors
 from cod_lightning.config.schema import Config, flatten, init_from_run
 from cod_lightning.config.validate import config_errors
@@ -150,19 +150,21 @@ def sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     expanded = [sweep_values(override) for override in parse(overrides)]
     if (count := math.prod(map(len, expanded))) > MAX_RUNS:
         raise UserError(f"a sweep has at most {MAX_RUNS:,} runs, and this has at least {count:,}: give fewer values")
-    runs = list(map(list, itertools.product(*expanded)))
-    if count > 1 and any(may_be_without_effect(override.key_or_group) for override in parse(overrides)):
-        return leave_out(runs)
-    return iter(runs)
+    return leave_out(list(map(list, itertools.product(*expanded))))
 
 
 def leave_out(runs: Sequence[list[str]]) -> Iterator[list[str]]:
-    """The runs of a sweep without the overrides that have an effect in other runs only; runs equal by that are one."""
-    unread = [{name for name, _ in without_effect(*compose_node(words)[:2])} for words in runs]
+    """The overrides of each run without those that have an effect in other runs only; runs equal by that are one."""
+    words = list(dict.fromkeys(itertools.chain.from_iterable(runs)))
+    fields = {word: set(fields_of(o.key_or_group, o.value())) for word, o in zip(words, parse(words), strict=True)}
+    if not any(map(may_be_without_effect, set().union(*fields.values()))):
+        yield from runs
+        return
+    unread = [{name for name, _ in without_effect(*compose_node(run)[:2])} for run in runs]
     in_every_run, seen = set.intersection(*unread), []
-    for words, names in zip(runs, unread, strict=True):
-        left = [word for word in words if word.lstrip("+").partition("=")[0] not in names - in_every_run]
-        if left == words or left not in seen:
+    for run, names in zip(runs, unread, strict=True):
+        left = [word for word in run if not fields[word] <= names - in_every_run]
+        if left == run or left not in seen:
             yield left
         seen.append(left)
 

@@ -15,11 +15,6 @@ PREPARED_FIELDS = {
     f"data.{name}" for name in ("files", "val_files", "text_field", "encoding", "val_every", "max_documents")
 }
 """Fields that a prepared set, `data.folder`, no longer depends on."""
-UNREAD = {
-    "language": r"images(\..*)?",
-    "vision": r"data(\.(?!batch_size|micro_batch_size|loader_workers).*)?",
-}
-"""Regular expressions of the fields that runs of a task do not read."""
 
 
 class Rule(NamedTuple):
@@ -40,12 +35,12 @@ RULES = (
         "does not change data.folder={data.folder}, a prepared set: add data.folder=null, or remove {}",
     ),
     Rule(
-        UNREAD["language"],
+        r"images(\..*)?",
         lambda node: node.task == "language",
         "has no effect without task=vision: add it, or remove {}",
     ),
     Rule(
-        UNREAD["vision"],
+        r"data(\.(?!batch_size|micro_batch_size|loader_workers).*)?",
         lambda node: node.task == "vision",
         "has no effect with task=vision, whose data is images.*: remove {}",
     ),
@@ -105,11 +100,6 @@ RULES = (
         "has no effect with trainer.precision={trainer.precision}: add trainer.precision=auto, or remove {}",
     ),
 )
-
-
-def is_read(name: str, task: str) -> bool:
-    """Whether runs of a task may read a field."""
-    return task not in UNREAD or not re.fullmatch(UNREAD[task], name)
 
 
 def fields_of(key: str, value: Any) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cod_lightning.config.compose import compose, parse
+from cod_lightning.config.compose import compose, compose_node, leave_out, parse
 from cod_lightning.config.groups import choices, read_yaml
-from cod_lightning.config.no_effect import is_read
 from cod_lightning.config.paper_block import AXES
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.data.config import patterns
@@ -93,61 +92,63 @@ def reproducible_experiments() -> list[str]:
     return [name for name in choices("experiments") if read_yaml(f"experiments/{name}").get("paper")]
 
 
-def experiment_rows(
-    experiments: Iterable[str], scale: str, overrides: Sequence[str] = (), visited: Sequence[str] = ()
-) -> Iterator[Row]:
-    """Every row of some experiments at a scale; rows leave out overrides of `images` or `data` that others read.
+def experiment_rows(experiments: Sequence[str], scale: str, overrides: Sequence[str] = ()) -> list[Row]:
+    """Every row of some experiments at a scale; a row leaves out what has an effect in other rows only.
 
     Args:
         experiments: names.
         scale: of the rows.
         overrides: of the command line.
-        visited: experiments followed through `paper.start` so far, to find a cycle.
 
     Raises:
         UserError: as `compose`; an experiment without rows, or whose rows have none to start from; an override of
-            something that the rows choose, or that no experiment reads.
+            something that the rows choose, or that no row reads.
     """
-    keys, task = {}, None
-    for word, override in zip(overrides, parse(overrides), strict=True):
-        keys[word] = override.key_or_group
-        task = str(override.value()) if override.key_or_group == "task" else task
+    for override in parse(overrides):
         if override.key_or_group in ("experiments", "norm", "row", "seed", "name", "init_from"):
             raise UserError(f"{override.input_line}: the rows of an experiment choose {override.key_or_group}")
-    choices_of = {name: (f"experiments={name}", f"scale={scale}") for name in experiments}
-    tasks = {name: task or compose(choice).task for name, choice in choices_of.items()}
-    check_read(overrides, tasks.values())
-    for name, choice in choices_of.items():
-        own = [word for word, key in keys.items() if is_read(key, tasks[name])]
-        arguments = (*choice, *own)
-        base = compose(arguments)
-        if not base.paper.get("rows"):
-            raise UserError(f"{name} has no rows to reproduce; train it with fit experiments={name}")
-        start, path, sources = base.paper.get("start"), (*visited, name), {}
-        if start in path:
-            raise UserError(f"{name}: paper.start={start} starts from this experiment itself: name another")
-        if start:
-            sources = {row.name: row for row in experiment_rows([start], scale, own, path)}
-        for row in base.paper["rows"]:
-            if start and row not in sources:
-                raise UserError(f"{name}: paper.start={start} has no row {row!r}: {nearest(row, sources)}")
-            yield Row(name, row, (*arguments, f"row={row}"), compose([*arguments, f"row={row}"]), sources.get(row))
+    blocks = paper_blocks(experiments, scale, overrides)
+    words_of = {
+        (name, row): [f"experiments={name}", f"scale={scale}", *overrides, f"row={row}"]
+        for name, block in blocks.items()
+        for row in block["rows"]
+    }
+    rows: dict[tuple[str, str], Row] = {}
+    for (name, row), words in zip(words_of, leave_out(list(words_of.values())), strict=True):
+        start = blocks[name].get("start")
+        if start and (start, row) not in rows:
+            raise UserError(f"{name}: paper.start={start} has no row {row!r}: {nearest(row, blocks[start]['rows'])}")
+        rows[name, row] = Row(name, row, tuple(words), compose(words), rows.get((start, row)))
+    return [rows[name, row] for name in experiments for row in blocks[name]["rows"]]
 
 
-def check_read(overrides: Sequence[str], tasks: Collection[str]) -> None:
-    """Check that each override of `images` or `data` is read by some rows.
+def paper_blocks(
+    experiments: Iterable[str], scale: str, overrides: Sequence[str], followed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`paper` of experiments by name, each after `paper` of the one that it starts from.
 
     Args:
+        experiments: names.
+        scale: of the rows.
         overrides: of the command line.
-        tasks: `language` or `vision`, of the rows.
+        followed: experiments that start from these, to find a cycle.
 
     Raises:
-        UserError: names every override that no row reads.
+        UserError: as `experiment_rows`.
     """
-    unread = [o.input_line for o in parse(overrides) if not any(is_read(o.key_or_group, task) for task in tasks)]
-    if unread:
-        only = " and ".join(sorted(set(tasks)))
-        raise UserError("\n".join(f"{word} has no effect on rows of task={only}: remove it" for word in unread))
+    blocks: dict[str, Any] = {}
+    for name in experiments:
+        node, _, errors = compose_node([f"experiments={name}", f"scale={scale}", *overrides])
+        if errors:
+            raise UserError("\n".join(errors))
+        if not node.paper.get("rows"):
+            raise UserError(f"{name} has no rows to reproduce; train it with fit experiments={name}")
+        if start := node.paper.get("start"):
+            if start in (*followed, name):
+                raise UserError(f"{name}: paper.start={start} starts from this experiment itself: name another")
+            blocks |= paper_blocks([start], scale, overrides, (*followed, name))
+        blocks[name] = node.paper
+    return blocks
 
 
 # Tasks ---------------------------------------------------------------------------------------------------------------
