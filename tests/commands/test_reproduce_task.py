@@ -52,6 +52,6 @@ def test_a_run_is_trained_scored_and_measured_until_a_command_fails(run_with, st
 
 
 def test_a_pretrained_model_is_measured_on_the_text_of_its_row(run_with):
-    row = task("smollm2", ("norm=lns", "data.seq_len=9"))
+    row = task("smollm2", ("norm=lns", "data.seq_len=9", f"output={RESULTS.parent.resolve()}"))  # a folder that exists
     command = ["measure", "all", "smollm2", *MEASURE[3:], "data.seq_len=9", "output=runs/toy/smollm2/measure"]
     assert run_with(row, 0) == (0, [command], [(row.folder, RESULTS, row.measures)])

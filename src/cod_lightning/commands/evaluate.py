@@ -39,14 +39,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(
     run: Path, checkpoint: str, trust_code: bool, overrides: Sequence[str], task_folder: Path | None, limit: int | None
 ) -> None:
-    from cod_lightning.config.compose import selects_other_text
-
     options, overrides = pop_options(overrides, OPTIONS, "evaluate")
     if "tasks" in options:
         if "protocol" in options:
             raise UserError("protocol= has no effect with tasks=: remove one of them")
-        if selects_other_text(overrides):
-            raise UserError("tasks= includes its text: remove data=, or tasks=")
         config = load_run_config(run, overrides, trust_code, "evaluate tasks=")
         score_run(config, run, checkpoint, options["tasks"], task_folder, limit)
         return

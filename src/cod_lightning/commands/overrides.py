@@ -55,17 +55,17 @@ READS = {
 
 def names_text(config: Config, overrides: Sequence[str]) -> bool:
     """Whether the command line names another text, of which `data.max_documents` limits what is prepared."""
-    from cod_lightning.config.compose import selects_other_text
+    from cod_lightning.config.compose import TEXT_OVERRIDES, parse
 
-    return selects_other_text(overrides)
+    return any(override.key_or_group in TEXT_OVERRIDES for override in parse(overrides))
 
 
 Condition: TypeAlias = "tuple[str, Callable[[Config, Sequence[str]], bool]]"
 """When a field is read, in words, and as a function of the configuration and the overrides."""
 OTHER_TEXT: Condition = ("a new text, named by data= or data.files=", names_text)
 WITH_PROTOCOL: Condition = (
-    "protocol=paper of a language model",
-    lambda config, overrides: config.protocol == "paper" and config.task == "language",
+    "protocol=paper",
+    lambda config, overrides: config.protocol == "paper",
 )
 WITHOUT_VOCABULARY: Condition = ("model.vocab_size=null", lambda config, overrides: config.model.vocab_size is None)
 WHEN: dict[str, dict[str, Condition]] = {
@@ -146,21 +146,15 @@ def compose_norm(words: Sequence[str], command: str) -> dict[str, Any]:
     return compose(words).norm
 
 
-def ignored_overrides(overrides: Sequence[str], command: str, choices: Sequence[str]) -> list[str]:
-    """The overrides that set no field that a command reads with a model.
+def unread_fields(overrides: Sequence[str], command: str, choices: Sequence[str]) -> dict[str, list[str]]:
+    """For each override the fields that it sets and a command does not read with a model.
+
+    A choice of a group sets many fields: it is unread if the command reads none of those that it changes.
 
     Args:
         overrides: of the command line.
         command: a key of `READS`.
         choices: the groups of which it takes a choice.
-    """
-    return [word for word, keys in unread_fields(overrides, command, choices).items() if keys]
-
-
-def unread_fields(overrides: Sequence[str], command: str, choices: Sequence[str]) -> dict[str, list[str]]:
-    """For each override the fields that it sets and the command does not read; arguments as `ignored_overrides`.
-
-    A choice of a group sets many fields: it is unread if the command reads none of those that it changes.
     """
     from cod_lightning.config.compose import parse
     from cod_lightning.config.no_effect import fields_of
@@ -176,8 +170,8 @@ def unread_fields(overrides: Sequence[str], command: str, choices: Sequence[str]
         return field not in known and section not in known and not misspelled  # `compose` names the nearest field
 
     unread: dict[str, list[str]] = {}
-    for override in parse(overrides):
-        key, word = override.key_or_group, str(override.input_line)
+    for word, override in zip(overrides, parse(overrides), strict=True):
+        key = override.key_or_group
         if key in choices:
             changed = changed_fields(key, str(override.value()))
             unread[word] = changed if changed and all(map(is_unread, changed)) else []
@@ -199,7 +193,7 @@ def changed_fields(group: str, choice: str) -> list[str]:
 
 
 def check_no_ignored_overrides(overrides: Sequence[str], command: str, choices: Sequence[str]) -> None:
-    """Check that there are no `ignored_overrides`.
+    """Check that a command reads all overrides; arguments as `unread_fields`.
 
     Raises:
         UserError: names every override that has no effect.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cod_lightning._torchmetrics import import_torchmetrics
 from cod_lightning.commands.options import add_jobs, add_results, require_positive
-from cod_lightning.commands.overrides import TEXT_CHOICES, ignored_overrides, pop_options
+from cod_lightning.commands.overrides import TEXT_CHOICES, pop_options, unread_fields
 from cod_lightning.commands.processes import CommandPool
 from cod_lightning.errors import UserError, shorten
 from cod_lightning.files import check_writable
@@ -64,7 +64,7 @@ def run(words: Sequence[str], jobs: int, results: Path | None) -> int:
     rows = [row for row in every_row if row.name in chosen]
     read = {word for row in rows for each in (row, row.source) if each is not None for word in each.overrides}
     if unread := [word for word in overrides if word not in read]:
-        raise UserError("\n".join(f"{word} has no effect on row={options['row']}: remove it" for word in unread))
+        raise UserError("\n".join(f"{word} has no effect on the chosen rows: remove it" for word in unread))
     import_torchmetrics()
     results = results or RESULTS
     runs = load_runs(results)
@@ -127,8 +127,8 @@ def run_task(task: Task, pool: CommandPool, results: Path) -> int:
     if status == 0 and task.measures:
         command = ["measure", "all", model, f"only={','.join(sorted(task.measures))}", f"rows={MEASURED_ROWS}"]
         if row.pretrained_model is not None:
-            ignored = ignored_overrides(row.overrides, "measure of a pretrained model", TEXT_CHOICES)
-            text = [word for word in row.overrides if word not in ignored]
+            unread = unread_fields(row.overrides, "measure of a pretrained model", TEXT_CHOICES)
+            text = [word for word, fields in unread.items() if not fields]
             command += [*text, f"output={task.folder / MEASURES_FOLDER}"]
         status = pool.run_command(command, task.label)
         if status == 0:

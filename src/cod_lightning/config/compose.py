@@ -190,11 +190,6 @@ def sweep_values(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}".replace("\\:", ":") for value in values]
 
 
-def selects_other_text(overrides: Sequence[str]) -> bool:
-    """Whether overrides choose a text other than that of a run."""
-    return any(override.key_or_group in TEXT_OVERRIDES for override in parse(overrides))
-
-
 # Composition ---------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +237,7 @@ def named_by_content(config: Config, chosen: Mapping[str, str]) -> Config:
         return config
     model = chosen.get("model", config.experiment)
     source = config.images.source if config.task == "vision" else config.data.source
-    return replace(config, experiment=f"{model}-{source}", description=f"model {model} on data {source}")
+    return replace(config, experiment=f"{model}-{source}", description=f"{model} on {source}")
 
 
 @lru_cache(maxsize=256)  # a report merges every experiment at every scale
