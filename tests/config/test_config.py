@@ -499,10 +499,7 @@ def test_bad_overrides_are_refused_by_field(overrides, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-@pytest.mark.parametrize(
-    "word",
-    ["model.hidden_size=15", "model.vocab_size=5", "model.max_position_embeddings=9", "protocol=paper"],
-)
+@pytest.mark.parametrize("word", ["model.hidden_size=15", "protocol=paper"])
 def test_a_vision_run_has_no_errors_about_tokens(word):
     assert compose(["task=vision", "model=vit_tiny", "model.num_attention_heads=1", word]).task == "vision"
 

@@ -45,7 +45,7 @@ RULES = (
         "has no effect with task=vision, whose data is images.*: remove {}",
     ),
     Rule(
-        r"model\.embedding_std|eval\.paper_(batch|ranks)",
+        r"model\.(embedding_std|vocab_size|max_position_embeddings)|eval\.paper_(batch|ranks)",
         lambda node: node.task == "vision",
         "has no effect with task=vision: remove {}",
     ),
@@ -58,6 +58,11 @@ RULES = (
         r"data\.encoding",
         lambda node: node.data.source not in FILE_SOURCES,
         "has no effect with data.source={data.source}: remove {}",
+    ),
+    Rule(
+        r"data\.vocab_size",
+        lambda node: node.data.tokenizer != "bpe",
+        "has no effect with data.tokenizer={data.tokenizer}: remove {}",
     ),
     Rule(
         r"data\.text_field",

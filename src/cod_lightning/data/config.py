@@ -54,7 +54,7 @@ class DataConfig:
     tokenizer: str = "bpe"
     """`bpe` (byte-level, trained on the corpus at prepare time), a folder with tokenizer.json, or a hub name."""
     vocab_size: int = setting(4096, at_most=MAX_TOKENS)
-    """Size of the trained `bpe` tokenizer; other tokenizers ignore it."""
+    """Size of the trained `bpe` tokenizer."""
     layout: str = setting("packed", choices=LAYOUTS)
     """`packed`: documents joined by EOS and split into sequences; `document`: one document per sequence, truncated or
     padded (paper). Instructions ignore it: they have one example per sequence."""
