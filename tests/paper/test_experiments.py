@@ -14,6 +14,7 @@ from cod_lightning.cli import main
 from cod_lightning.commands.fit import train_run
 from cod_lightning.config.compose import choices, compose
 from cod_lightning.config.groups import config_folder
+from cod_lightning.config.paper_block import AXES
 from cod_lightning.config.saved import load_config, save_config
 from cod_lightning.config.schema import flatten
 from cod_lightning.errors import UserError
@@ -22,11 +23,11 @@ from cod_lightning.measure.registry import MEASURES
 from cod_lightning.nn.decoder import Decoder
 from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.paper.experiments import (
-    axis_values,
     experiment_rows,
     find_experiments,
     format_tokens,
     remaining_tasks,
+    reproducible_experiments,
 )
 from cod_lightning.train import run
 from command_words import last_of_each
@@ -199,7 +200,13 @@ KEYS = {
 def test_a_varied_setting_has_the_value_of_the_run():
     words = ["trainer.max_steps=7", "data.batch_size=4", "data.micro_batch_size=4", "data.seq_len=10"]
     words += ["model.num_hidden_layers=3", "model.embedding_std=0.632", "optim.lr=0.003"]
-    assert axis_values(compose(words)) == {"tokens": 280, "blocks": 3, "lr": 0.003, "embedding_std": 0.632}
+    config = compose(words)
+    assert {name: value(config) for name, value in AXES.items()} == {
+        "tokens": 280,
+        "blocks": 3,
+        "lr": 0.003,
+        "embedding_std": 0.632,
+    }
 
 
 @pytest.mark.parametrize(("tokens", "words"), [(4_194_304, "4.19M"), (99_000_000, "99.00M"), (2.2e9, "2.20B")])
@@ -534,7 +541,10 @@ def test_a_model_is_measured_once_for_all_seeds_and_a_run_for_each():
         (["theory", "images.size=64"], ["images.size=64 has no effect without task=vision"]),
         (["theory", "images.nonsense=1"], ["images.nonsense is not a field"]),
         (["table5", "data.seq_len=64"], ["data.seq_len=64 has no effect with task=vision"]),
-        (["table5", "theory", "row=lns", "images.size=64"], ["images.size=64 has no effect on row=lns: remove it"]),
+        (
+            ["table5", "theory", "row=lns", "images.size=64"],
+            ["images.size=64 has no effect on the chosen rows: remove it"],
+        ),
         (["table5", "theory", "scale=toy", "images.nonsense=1"], ["images.nonsense is not a field"]),
         (["table5", "theory", "scale=toy", "data.nonsense=1"], ["data.nonsense is not a field"]),
     ],
@@ -652,6 +662,12 @@ def test_a_wrong_field_of_a_paper_block_is_an_error_of_every_command(
         errors = capsys.readouterr().err.splitlines()
         assert any(error.startswith(f"error: mine: {expected}") for error in errors), errors
     assert set(tmp_path.iterdir()) == before
+
+
+def test_an_experiment_whose_rows_are_all_of_a_recipe_is_reported(own_experiment):
+    own_experiment("# @package _global_\ndefaults: [recipes/llama_130m, recipes/league]\nexperiment: mine\n")
+    assert {"mine", "table1_130m"} <= set(reproducible_experiments())
+    assert "quickstart" not in reproducible_experiments()
 
 
 def test_the_list_of_experiments_names_the_file_of_wrong_fields(own_experiment, capsys):

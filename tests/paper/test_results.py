@@ -138,6 +138,16 @@ def test_only_missing_measures_of_a_recorded_run_remain(results, toys):
     }
 
 
+def test_a_measure_that_does_not_apply_to_the_model_does_not_remain(tmp_path):
+    words = ["model.num_hidden_layers=2", "trainer.measures={}"]
+    tasks = remaining_tasks(experiment_rows(["theory"], "toy", words), [1], {})
+    assert {name for task in tasks for name in task.measures} == {"jacobian", "variance"}
+    (folder := tmp_path / "runs/toy/lns/measure").mkdir(parents=True)
+    (folder / "variance.json").write_text("{}")
+    save_result(folder.parent, tmp_path / "results", ("theory", "variance"))  # of a pretrained model, by its layout
+    assert [path.name for path in (tmp_path / "results/toy/lns").iterdir()] == ["variance.json"]
+
+
 def test_an_unfinished_run_leaves_no_result(tmp_path):
     save_result(tmp_path / "toy/run", tmp_path / "results")
     assert not (tmp_path / "results").exists()
@@ -148,6 +158,8 @@ def test_hours_are_estimated_for_runs_at_the_papers_scale_only(toys):
     (public,) = experiment_rows(["figure5"], "paper")
     assert experiments.row_gpu_hours(public) is None
     assert 0.5 < experiments.row_gpu_hours(experiment_rows(["table7_130m"], "paper")[0]) < 5
+    words = ["images.source=folder", "images.folder=photos", "images.classes=null"]
+    assert {experiments.row_gpu_hours(row) for row in experiment_rows(["table5_vit_s"], "paper", words)} == {None}
 
 
 def test_report_writes_every_file_and_the_same_again(results, tmp_path, monkeypatch, capsys):
@@ -215,6 +227,14 @@ def test_a_run_that_was_not_scored_remains_to_be_scored(scores, scored, tmp_path
         save_scores(tmp_path / row.config_for(1).name, {task: {"acc": 0.5} for task in scores})
     remaining = [task.config.id for task in remaining_tasks([row], [1], load_runs(tmp_path))]
     assert (row.config_for(1).id not in remaining) == scored
+
+
+def test_a_run_with_scores_of_other_tasks_is_scored(tmp_path):
+    (row, *_) = experiment_rows(["table7_130m"], "paper", ["paper.tasks='piqa,boolq'", "paper.measures=[]"])
+    folder = add_result(tmp_path, row, 1, **losses(3.0))
+    assert len(remaining_tasks([row], [1], load_runs(tmp_path))) == 1
+    save_scores(folder, {"piqa": {"acc": 0.5}, "boolq": {"exact_match": 0.5}})
+    assert remaining_tasks([row], [1], load_runs(tmp_path)) == []
 
 
 def test_a_table_of_two_corpora_names_both(tmp_path):

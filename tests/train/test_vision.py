@@ -119,7 +119,7 @@ def test_measures_are_taken_of_images(train_images):
 
 
 def test_a_measure_that_does_not_apply_to_images_is_an_error_of_the_configuration():
-    with pytest.raises(UserError, match=r"trainer.measures.theory does not support task=vision: the paper's lemmas"):
+    with pytest.raises(UserError, match=r"trainer.measures.theory=10 does not apply to the model: the paper's lemmas"):
         compose([*VISION, "trainer.measures.theory=10"])
 
 

@@ -41,7 +41,7 @@ def listed(name: str) -> dict[str, str]:
 def composed(name: str) -> dict[str, str]:
     """The table row of an experiment from its composed configuration."""
     from cod_lightning.config.compose import compose
-    from cod_lightning.paper.experiments import format_tokens, num_parameters
+    from cod_lightning.paper.experiments import format_tokens
 
     config = compose([f"experiments={name}"])
     model, measured = config.model, any("subject" in row for row in config.paper.get("rows", {}).values())
@@ -49,7 +49,7 @@ def composed(name: str) -> dict[str, str]:
         "experiment": name,
         "reproduces": config.description,
         "model": f"{model.num_hidden_layers} x {model.hidden_size}",
-        "parameters": f"{num_parameters(config) / 1e6:,.1f}M",
+        "parameters": f"{config.num_parameters() / 1e6:,.1f}M",
         "token positions": "none, measured" if measured else format_tokens(config.training_tokens),
         "published": published(config.paper),
     }

@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(overrides: Sequence[str], output: Path) -> None:
     from cod_lightning.config.compose import compose
-    from cod_lightning.config.validate import vocab_size_errors
+    from cod_lightning.config.validate import size_errors
 
     check_no_ignored_overrides(overrides, "predict", CHOICES)
     config = compose(overrides)
@@ -38,7 +38,7 @@ def run(overrides: Sequence[str], output: Path) -> None:
     check_writable(output, "--output=")
     if config.task != "language":
         raise UserError(f"predict does not support task={config.task}")
-    if errors := vocab_size_errors(config):
+    if errors := size_errors(config):
         raise UserError(*errors)
     from cod_lightning.commands.terminal import result_table, show
     from cod_lightning.measure.prediction import predict

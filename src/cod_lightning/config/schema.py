@@ -203,14 +203,15 @@ class Config:
         """Size of a decoder's vocabulary: the model's, or that of the tokenizer to train; None: not in the settings."""
         return self.model.vocab_size or (self.data.vocab_size if self.data.tokenizer == "bpe" else None)
 
-    def num_parameters(self, vocab_size: int) -> int:
+    def num_parameters(self, vocab_size: int | None = None) -> int:
         """Parameters of the model under Pre-LN; a strategy with learned scales or more norms has more.
 
         Args:
-            vocab_size: used if `model.vocab_size` is null; `images.classes=null` counts as one.
+            vocab_size: used if `model.vocab_size` is null; None: that of the tokenizer to train. A size that is not
+                in the settings counts as one, as `images.classes=null` does.
         """
         if self.task == "language":
-            return self.model.num_parameters(vocab_size)
+            return self.model.num_parameters(vocab_size or self.vocab_size or 1)
         images = self.images
         return num_vit_parameters(self.model, images.size, images.patch_size, images.known_classes or 1)
 

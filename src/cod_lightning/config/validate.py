@@ -65,8 +65,12 @@ def invalid_value(value: Any) -> str | None:
     return None
 
 
-def vocab_size_errors(config: Config) -> list[str]:
-    """An error if the size of the vocabulary is in a tokenizer that is not read."""
+def size_errors(config: Config) -> list[str]:
+    """An error if the size of the vocabulary, or the number of classes, is in files that are not read."""
+    if config.task == "vision":
+        folder = f"images.folder={config.images.folder!r}"
+        reason = f"images.classes is null, and {folder} is not read here: set images.classes"
+        return [] if config.images.known_classes else [reason]
     if config.vocab_size is not None:
         return []
     tokenizer = f"data.tokenizer={config.data.tokenizer!r}"
@@ -128,11 +132,9 @@ def trainer_errors(config: Config) -> Iterator[str]:
             yield f"trainer.{name}=true requires trainer.strategy=fsdp"
     for name, every in trainer.measures.items():
         yield from choice_errors("trainer.measures", name, tuple(MEASURES))
-        if every and name in MEASURES and config.model.num_hidden_layers < MEASURES[name].least_blocks:
-            yield (
-                f"trainer.measures.{name} needs at least {MEASURES[name].least_blocks} blocks, but "
-                f"model.num_hidden_layers={config.model.num_hidden_layers}: set it to 0"
-            )
+        depth, images = config.model.num_hidden_layers, config.task == "vision"
+        if every and name in MEASURES and (reason := MEASURES[name].why_never(depth, images)):
+            yield f"trainer.measures.{name}={every} does not apply to the model: {reason}; set it to 0"
 
 
 def vision_errors(config: Config) -> Iterator[str]:
@@ -143,9 +145,6 @@ def vision_errors(config: Config) -> Iterator[str]:
         if (value := getattr(config.model, name)) != (default := getattr(DecoderConfig, name)):
             now, then = str(value).lower(), str(default).lower()
             yield f"model.{name}={now} does not support task=vision: set model.{name}={then}"
-    for name, every in config.trainer.measures.items():
-        if every and name in MEASURES and (reason := MEASURES[name].not_for_images):
-            yield f"trainer.measures.{name} does not support task=vision: {reason}; set it to 0"
 
 
 def token_errors(config: Config) -> Iterator[str]:

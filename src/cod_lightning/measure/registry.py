@@ -62,12 +62,16 @@ class Measure:
         """The `Result` subclass that it returns, whose fields are the keys of its JSON file."""
         return get_type_hints(self.measure)["return"]
 
+    def why_never(self, depth: int, reads_images: bool) -> str:
+        """Why it applies to no model of this many blocks, or of images; empty if it may."""
+        if depth < self.least_blocks:
+            return f"it needs at least {self.least_blocks} blocks, but the model has {depth}"
+        return self.not_for_images if reads_images else ""
+
     def why_not(self, model: Any, tokens: int | None = None) -> str:
         """Why it does not apply to a `ModelAdapter`, or to a number of tokens; empty if it does."""
-        if model.depth < self.least_blocks:
-            return f"it needs at least {self.least_blocks} blocks, but the model has {model.depth}"
-        if model.reads_images and self.not_for_images:
-            return self.not_for_images
+        if reason := self.why_never(model.depth, model.reads_images):
+            return reason
         if self.needs_targets and model.why_no_loss:
             return model.why_no_loss
         if self.fits_maps and tokens is not None and tokens <= model.hidden:

@@ -184,7 +184,7 @@ class Experiment:
     """The `paper:` block of the experiment's file."""
     rows: tuple[ReportRow, ...]
     axes: Mapping[str, float] = field(default_factory=dict)
-    """Settings that an experiment may vary, by name (`experiments.axis_values`)."""
+    """Settings that an experiment may vary (`paper.axis`), by name."""
 
     @property
     def axis(self) -> str | None:

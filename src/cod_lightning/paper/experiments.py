@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cod_lightning.config.compose import compose, compose_node, leave_out, parse
-from cod_lightning.config.groups import choices, read_yaml
+from cod_lightning.config.groups import choices
 from cod_lightning.config.paper_block import AXES
 from cod_lightning.config.schema import Config, init_from_run
 from cod_lightning.data.config import patterns
 from cod_lightning.errors import UserError, nearest
+from cod_lightning.evaluate import SCORES_FILE
+from cod_lightning.measure.registry import MEASURES
 from cod_lightning.paper.claims import Experiment, ReportRow, Run
 from cod_lightning.paper.results import record_path
 from cod_lightning.paper.statistics import grouped
@@ -41,6 +43,14 @@ class Row:
     def pretrained_model(self) -> str | None:
         """The pretrained model to measure at scale=paper; at other scales a trained run stands in for it."""
         return self.entry.get("subject") if self.config.scale == "paper" else None
+
+    @property
+    def measures(self) -> set[str]:
+        """Names of the experiment's measures that may apply to the model; those of a pretrained model are not known."""
+        model, images = self.config.model, self.config.task == "vision"
+        names = self.config.paper.get("measures", ())
+        known = self.pretrained_model is None
+        return {name for name in names if not (known and MEASURES[name].why_never(model.num_hidden_layers, images))}
 
     @property
     def tasks(self) -> str | None:
@@ -89,7 +99,7 @@ def find_experiments(names: Sequence[str]) -> list[str]:
 
 def reproducible_experiments() -> list[str]:
     """Every experiment that compares rows, in its file or in a recipe that the file names."""
-    return [name for name in choices("experiments") if read_yaml(f"experiments/{name}").get("paper")]
+    return [name for name in choices("experiments") if compose_node([f"experiments={name}"])[0].paper.get("rows")]
 
 
 def experiment_rows(experiments: Sequence[str], scale: str, overrides: Sequence[str] = ()) -> list[Row]:
@@ -112,6 +122,7 @@ def experiment_rows(experiments: Sequence[str], scale: str, overrides: Sequence[
         (name, row): [f"experiments={name}", f"scale={scale}", *overrides, f"row={row}"]
         for name, block in blocks.items()
         for row in block["rows"]
+        if name in experiments or any(row in b["rows"] for b in blocks.values() if b.get("start") == name)
     }
     rows: dict[tuple[str, str], Row] = {}
     for (name, row), words in zip(words_of, leave_out(list(words_of.values())), strict=True):
@@ -201,8 +212,8 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], runs: Mapping[str
         run, source = runs.get(key), runs.get(row.source.run_id(seed)) if row.source is not None else None
         if any(each is not None and each.failure for each in (run, source)):
             return
-        missing = set(row.config.paper.get("measures", ())) - (run.measures.keys() if run else set())
-        unscored = run is not None and row.tasks is not None and "average" not in run.record
+        missing = row.measures - (run.measures.keys() if run else set())
+        unscored = run is not None and row.tasks is not None and not is_scored(run, row.tasks)
         if run is None or missing or unscored or needs_weights:
             if row.source is not None:  # the results folder has no weights
                 trained = row.source.config_for(seed).folder / RECORD
@@ -213,6 +224,11 @@ def remaining_tasks(rows: Sequence[Row], seeds: Iterable[int], runs: Mapping[str
         for row in rows:
             add(row, seed)
     return list(tasks.values())
+
+
+def is_scored(run: Run, tasks: str) -> bool:
+    """Whether a run has scores of tasks of lm-evaluation-harness: all of the paper's, or any others."""
+    return "average" in run.record if tasks == "paper" else (run.folder / SCORES_FILE).is_file()
 
 
 # Rows with their results ---------------------------------------------------------------------------------------------
@@ -229,13 +245,13 @@ def with_results(rows: Iterable[Row], runs: Mapping[str, Run]) -> list[Experimen
         UserError: the runs of one table have different corpora or scales.
     """
     rows, seeds = list(rows), sorted({run.seed for run in runs.values()})
-    sizes = {row.experiment: num_parameters(row.config) for row in rows if row.config.scale == "paper"}
+    sizes = {row.experiment: row.config.num_parameters() for row in rows if row.config.scale == "paper"}
     experiments = []
     for (name, scale), group in groupby(rows, key=lambda row: (row.experiment, row.config.scale)):
         group_rows = list(group)
         config = group_rows[0].config
         if name not in sizes:
-            sizes[name] = num_parameters(compose([f"experiments={name}"]))
+            sizes[name] = compose([f"experiments={name}"]).num_parameters()
         experiments.append(
             Experiment(
                 name=name,
@@ -245,7 +261,7 @@ def with_results(rows: Iterable[Row], runs: Mapping[str, Run]) -> list[Experimen
                 size=sizes[name],
                 setting=describe_setting(group_rows[0]),
                 paper=config.paper,
-                axes=axis_values(config),
+                axes={name: value(config) for name, value in AXES.items()},
                 rows=tuple(report_row(row, runs, seeds) for row in group_rows),
             )
         )
@@ -272,7 +288,7 @@ def report_row(row: Row, runs: Mapping[str, Run], seeds: Iterable[int]) -> Repor
 
 
 def row_gpu_hours(row: Row) -> float | None:
-    """Estimated GPU-hours of one run at scale=paper; None if nothing is trained."""
+    """Estimated GPU-hours of one run at scale=paper; None if nothing is trained, or its size is not in the settings."""
     if row.config.scale != "paper" or row.pretrained_model is not None:
         return None
     from cod_lightning.train import estimate  # takes seconds of imports
@@ -303,16 +319,11 @@ def check_comparable(table: str, scale: str, runs: Sequence[Run]) -> None:
 # Descriptions --------------------------------------------------------------------------------------------------------
 
 
-def axis_values(config: Config) -> dict[str, float]:
-    """The settings that an experiment may vary (`paper.axis`), by name."""
-    return {name: value(config) for name, value in AXES.items()}
-
-
 def describe_setting(row: Row) -> str:
     """Shape, data and length of a run."""
     config = row.config
     model, data = config.model, config.data
-    size = f"{num_parameters(config) / 1e6:,.1f}M parameters"
+    size = f"{config.num_parameters() / 1e6:,.1f}M parameters"
     shape = f"{model.num_hidden_layers} blocks of width {model.hidden_size}, {size}"
     if config.task == "vision":
         inputs = f"{config.images.source} images of {config.images.size} pixels"
@@ -329,11 +340,6 @@ def describe_setting(row: Row) -> str:
         f"{format_tokens(config.training_tokens)} tokens in total; lr {config.optim.lr:g}, embeddings of standard "
         f"deviation {model.embedding_std:.3g}"
     )
-
-
-def num_parameters(config: Config) -> int:
-    """Parameters of the model under Pre-LN; a vocabulary that is not known counts as one."""
-    return config.num_parameters(config.vocab_size or 1)
 
 
 def format_tokens(tokens: float) -> str:

@@ -28,7 +28,7 @@ from cod_lightning.paper.tuning import Tuned
 from cod_lightning.plots import COLOURS, MARKERS, grid_figure, log_axis, strategy_colour, style
 
 report_figure = partial(grid_figure, 7.5)
-"""`figure_grid(height, rows, columns)`: a figure 7.5 inches or 900 pixels wide, and its axes."""
+"""`report_figure(height, rows, columns)`: a figure 7.5 inches or 900 pixels wide, and its axes."""
 SETTING_LABELS = {
     "tokens": "training tokens",
     "blocks": "blocks",

@@ -83,7 +83,7 @@ def build_report(
     Args:
         experiments: at scale=paper, run or not, and at every other scale that was run.
         hardware: device that the hours are estimated for, such as "H100".
-        formats: of the figures: png, which the pages show, and pdf or svg.
+        formats: of the figures: png, which the pages show, and pdf.
         models: pretrained ones, with their depth reports.
         notes: list items about the runs, as Markdown.
     """

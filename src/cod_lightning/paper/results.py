@@ -75,7 +75,7 @@ def save_result(folder: Path, results: Path, measures: Collection[str] = ()) -> 
     Args:
         folder: run folder, or folder of a pretrained model; its parent is named after the scale.
         results: the results folder.
-        measures: names of measures to copy.
+        measures: names of measures to copy, of those that apply to the model.
     """
     target = results / folder.parent.name / folder.name
     record = record_path(folder)
@@ -86,7 +86,8 @@ def save_result(folder: Path, results: Path, measures: Collection[str] = ()) -> 
         if path.is_file():
             copy_json(path, target)
     for name in measures:
-        copy_json(folder / MEASURES_FOLDER / f"{name}.json", target, DIGITS.get(name))
+        if (path := folder / MEASURES_FOLDER / f"{name}.json").is_file():
+            copy_json(path, target, DIGITS.get(name))
 
 
 def copy_json(path: Path, folder: Path, digits: int | None = None) -> None:

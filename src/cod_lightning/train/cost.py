@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cod_lightning.config.schema import Config
-from cod_lightning.config.validate import vocab_size_errors
 from cod_lightning.data.config import ImageConfig
 from cod_lightning.kernels.loss import chunk_size
 from cod_lightning.nn.config import DecoderConfig
@@ -91,15 +90,6 @@ class Architecture:
             images = replace(config.images, classes=config.images.known_classes)
             return cls(config.model, config.norm, config.data.seq_len, images)
         return cls(replace(config.model, vocab_size=config.vocab_size), config.norm, config.data.seq_len)
-
-    def errors(self, config: Config) -> list[str]:
-        """One error for each size that the configuration does not contain."""
-        if self.images is None:
-            return vocab_size_errors(config)
-        if not self.images.classes:
-            folder = f"images.folder={self.images.folder!r}"
-            return [f"images.classes is null, and {folder} is not read here: set images.classes"]
-        return []
 
     @property
     def sequence_length(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cod_lightning.config.schema import CHECKPOINTING, Config
+from cod_lightning.config.validate import size_errors
 from cod_lightning.data.config import DataConfig
 from cod_lightning.errors import UserError
 from cod_lightning.memory import host_memory
@@ -122,7 +123,7 @@ def estimate(
     strategy = strategy or (automatic if trainer.strategy == "auto" else trainer.strategy)
     checkpointing = checkpointing or trainer.checkpointing
     architecture = Architecture.of(config)
-    if errors := [*architecture.errors(config), *argument_errors(data, hardware, mfu, gpus, strategy, checkpointing)]:
+    if errors := [*size_errors(config), *argument_errors(data, hardware, mfu, gpus, strategy, checkpointing)]:
         raise UserError("\n".join(errors))
 
     precision = trainer.precision
@@ -191,11 +192,14 @@ def argument_errors(
         yield f"gpus={gpus}: strategy='single' is one rank; use ddp or fsdp"
 
 
-def gpu_hours(config: Config) -> float:
-    """GPU-hours of a run in the precision that it has on CUDA; `estimate` with its defaults, without the memory."""
+def gpu_hours(config: Config) -> float | None:
+    """GPU-hours of a run in the precision that it has on CUDA; `estimate` with its defaults, without the memory.
+
+    None if the size of the model is not in the configuration.
+    """
+    if size_errors(config):
+        return None
     architecture, trainer = Architecture.of(config), config.trainer
-    if errors := architecture.errors(config):
-        raise UserError("\n".join(errors))
     precision = trainer.auto_cuda if trainer.precision == "auto" else trainer.precision
     flops = trainer.max_steps * config.data.batch_size * training_flops(architecture)
     return flops / (memory_and_peak("h100", precision)[1] * MFU) / 3600
@@ -225,19 +229,19 @@ def memory_and_peak(hardware: str, precision: str, threads: int = 0) -> tuple[in
     """Memory in bytes and peak FLOP/s of `hardware`; `threads` as in the trainer's section."""
     half = precision != "32-true"
     if hardware == "cpu":
-        return host_memory(), matmul_rate("cpu", torch.bfloat16 if half else torch.float32, threads=threads)
+        return host_memory(), cpu_matmul_rate(torch.bfloat16 if half else torch.float32, threads=threads)
     gpu = GPUS[hardware]
     return gpu.memory, gpu.bf16 if half else gpu.fp32
 
 
 @lru_cache
-def matmul_rate(device: str, dtype: torch.dtype, size: int = 512, threads: int = 0) -> float:
-    """FLOP/s of a product of two square matrices on `device`, the best of 0.2 s.
+def cpu_matmul_rate(dtype: torch.dtype, size: int = 512, threads: int = 0) -> float:
+    """FLOP/s of a product of two square matrices on this machine's CPU, the best of 0.2 s.
 
     At 512 a product takes 4 ms of a core: short enough to run uninterrupted on a machine with other load.
     """
     from torch.utils.benchmark import Timer  # takes 0.25 s
 
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads or torch.get_num_threads())
     return 2 * size**3 / min(timer.blocked_autorange(min_run_time=0.2).times)
