@@ -91,7 +91,6 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.4,
     "pdf.fonttype": 42,
-    "svg.hashsalt": "",
 }
 
 style = partial(matplotlib.style.context, ["default", STYLE])
@@ -100,14 +99,13 @@ stay unchanged."""
 METADATA = {
     "png": {"Software": None},
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
-    "svg": {"Creator": None, "Date": None},
 }
 """Formats of files, and what they leave out: equal figures give equal bytes."""
 
 
 @style()
 def figure_bytes(figure: Figure, suffix: str = "png") -> bytes:
-    """The figure as a PNG, PDF or SVG file without a date or version; PDF files embed their fonts."""
+    """The figure as a PNG or PDF file without a date or version; PDF files embed their fonts."""
     file = io.BytesIO()
     figure.savefig(file, dpi=DPI, format=suffix, metadata=METADATA[suffix])
     return file.getvalue()

@@ -1,1 +1,1 @@
-"""Steps: optimizer and schedule, LightningModule, callbacks, trainer, run record."""
+"""Training: optimizer, LightningModule, callbacks, checkpoints, run record."""

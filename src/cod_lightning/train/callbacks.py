@@ -34,6 +34,9 @@ STOPPING = b"\nfinishing the step to save a checkpoint; Ctrl-C again stops at on
 LOSSES = {"train/loss": "Loss/train", "val/val_loss": "Loss/val"}
 """Tags of the losses in the loggers: TensorBoard sorts upper case first, so it opens on them."""
 
+TOTALS = ("tokens", "train_seconds", "measure_seconds", "wall_seconds")
+"""Attributes of a `Recorder` that grow over the whole run."""
+
 
 class Recorder(Callback):
     """Records the metrics of a run by step and logs them; its state is saved in checkpoints.
@@ -46,26 +49,17 @@ class Recorder(Callback):
     def __init__(self, log_every: int, protocol: str):
         self.log_every, self.protocol = log_every, protocol
         self.history: History = {}
-        self.tokens = 0.0
-        self.train_seconds = 0.0
-        self.measure_seconds = 0.0
-        self.wall_seconds = 0.0
+        self.tokens = self.train_seconds = self.measure_seconds = self.wall_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "history": self.history,
-            "tokens": self.tokens,
-            "train_seconds": self.train_seconds,
-            "measure_seconds": self.measure_seconds,
-            "wall_seconds": self.wall_seconds + time.perf_counter() - self.started,
-        }
+        totals = {name: getattr(self, name) for name in TOTALS}
+        wall_seconds = self.wall_seconds + time.perf_counter() - self.started
+        return {"history": self.history, **totals, "wall_seconds": wall_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"]
-        self.tokens = state_dict["tokens"]
-        self.train_seconds = state_dict["train_seconds"]
-        self.measure_seconds = state_dict.get("measure_seconds", 0.0)
-        self.wall_seconds = state_dict["wall_seconds"]
+        for name in TOTALS:
+            setattr(self, name, state_dict.get(name, 0.0))
 
     def add(self, trainer: Trainer, kind: str, **values: Any) -> None:
         """Append one entry to the series `kind`, and log the numbers of it that are shown."""

@@ -9,10 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from cod_lightning.config.saved import to_yaml
 from cod_lightning.config.schema import Config, TrainerConfig
 from cod_lightning.errors import UserError
 from cod_lightning.files import locked
@@ -100,7 +100,7 @@ def log_config(trainer: Trainer, config: Config) -> None:
     TensorBoard's table of hyperparameters needs the final loss.
     """
     values = asdict(config)
-    text = yaml.safe_dump(values, sort_keys=False)
+    text = to_yaml(config)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))

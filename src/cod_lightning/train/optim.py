@@ -22,8 +22,7 @@ def lr_multiplier(update: int, *, warmup: int, total: int, floor: float, schedul
     """Learning rate of an update as a fraction of the peak rate.
 
     Linear warm-up from `start` to 1 over `warmup` updates, then cosine or linear decay to `floor` at the last of
-    `total` updates.
-    `cosine_released` is the schedule of the released code: one update later, so that the first update has rate 0.
+    `total` updates. `cosine_released` is one update later, as in the released code.
 
     Args:
         update: number of the update, from 0.
@@ -48,8 +47,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig, max_steps: int) -> t
     parameters = [parameter for group in groups for parameter in group["params"]]
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     beta1, beta2 = config.betas
-    # The fused kernel rounds once per step.
-    # The released bfloat16 runs used the default kernel, which rounds more often.
+    # The fused kernel rounds once per step; the released bfloat16 runs used the default one, which rounds more often.
     fused = True if all(p.dtype == torch.float32 for p in parameters) else None
     optimizer = kind(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=fused)
     multiplier = partial(
