@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
-    def read(checkpoint, model):
+    def read(config, checkpoint):
         raise Loaded(checkpoint.name)
 
     monkeypatch.setattr("cod_lightning.config.saved.load_config", lambda *_, **__: compose(["trainer.accelerator=cpu"]))

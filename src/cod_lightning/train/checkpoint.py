@@ -95,15 +95,21 @@ def try_write(write: Callable[[], object], path: Path) -> str | None:
     return None
 
 
-RESUMED = {
-    "pytorch-lightning_version": str,
-    "global_step": int,
-    "loops": dict,
-    "callbacks": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
+PROGRESS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.manual_optimization.optim_step_progress")
+"""Entries of Lightning's training loop that count epochs, batches and steps."""
+RESUMED: dict[tuple[str | int, ...], type] = {
+    ("pytorch-lightning_version",): str,
+    ("global_step",): int,
+    **{("loops", "fit_loop", name, "total", "ready"): int for name in PROGRESS},
+    **{("loops", "fit_loop", name, "current", "ready"): int for name in PROGRESS},
+    ("callbacks", "Recorder", "history"): dict,
+    ("callbacks", "Checkpoints", "best"): float,
+    ("optimizer_states", 0, "state"): dict,
+    ("optimizer_states", 0, "param_groups", 0, "params"): list,
+    ("lr_schedulers", 0, "last_epoch"): int,
+    ("lr_schedulers", 0, "lr_lambdas"): list,
 }
-"""Entries that Lightning needs to resume, besides the weights, and their types; no list or text is empty."""
+"""What a run needs to resume, besides the weights, by the keys that lead to it, and its type."""
 
 
 def read_resumable(path: Path) -> dict[str, Any]:
@@ -113,19 +119,30 @@ def read_resumable(path: Path) -> dict[str, Any]:
         UserError: the checkpoint is unreadable, or holds weights only.
     """
     checkpoint = load_file(path, mmap=True)
-    if missing := [name for name in RESUMED if name not in checkpoint]:
+    if missing := [name for name, *_ in RESUMED if name not in checkpoint]:
         raise UserError(
             f"{path}: holds weights, but not {missing[0]}, which a run needs to resume: remove the file, or start "
             f"another run with init_from={path}"
         )
-    for name, kind in {**RESUMED, "TokenDataModule": dict, "ImageDataModule": dict, "settings": dict}.items():
-        value = checkpoint.get(name)
-        if name in checkpoint and not (isinstance(value, kind) and (value or kind is int)):
-            error = ValueError(f"{name}: expected {kind.__name__}, not empty, got {short_repr(value)}")
-            raise unreadable_error(path, error)
+    fingerprints = {(name, "fingerprint"): str for name in ("TokenDataModule", "ImageDataModule") if name in checkpoint}
+    settings: dict[tuple[str | int, ...], type] = {("settings",): dict} if "settings" in checkpoint else {}
+    for keys, kind in (RESUMED | fingerprints | settings).items():
+        if not isinstance(value := nested(checkpoint, keys), kind):
+            name, found = ".".join(map(str, keys)), "nothing" if value is None else short_repr(value)
+            raise unreadable_error(path, ValueError(f"{name}: expected {kind.__name__}, got {found}"))
     if (step := checkpoint["global_step"]) != step_of(path):
         raise UserError(f"{path}: holds step {step}, not that of its name: rename it to step-{step:08d}.ckpt")
     return checkpoint
+
+
+def nested(tree: Any, keys: Sequence[str | int]) -> Any:
+    """The value to which keys lead in nested mappings and lists; None if there is none."""
+    for key in keys:
+        try:
+            tree = tree[key]
+        except (LookupError, TypeError):
+            return None
+    return tree
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

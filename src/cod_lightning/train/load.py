@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cod_lightning.config.saved import CONFIG, load_config, save_config
-from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, run_folder_of
+from cod_lightning.config.saved import CONFIG, describe_differences, load_config, read_config, save_config
+from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, resumable_settings, run_folder_of
 from cod_lightning.config.validate import config_errors
 from cod_lightning.data.datamodule import TokenDataModule, tokenizer_of
 from cod_lightning.data.images import ImageDataModule
@@ -83,7 +83,7 @@ def load_decoder(config: Config, folder: Path, checkpoint: Path) -> tuple[Decode
     if not (folder / TOKENIZER).is_dir():
         raise UserError(f"{folder}: no folder {TOKENIZER}/: copy it from where the run was trained")
     tokenizer = load_tokenizer(str(folder / TOKENIZER), f"{folder}: its tokenizer")
-    weights, vocab_size, step = read_run_weights(checkpoint, "decoder")
+    weights, vocab_size, step = read_run_weights(config, checkpoint)
     tokenizer.require_embeddings(vocab_size, f"{folder / TOKENIZER}")
     decoder = empty_decoder(config, vocab_size)
     load_weights(decoder, weights, str(checkpoint))
@@ -126,7 +126,7 @@ def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
     Raises:
         UserError: the checkpoint is unreadable.
     """
-    weights, classes, step = read_run_weights(checkpoint, "vit")
+    weights, classes, step = read_run_weights(config, checkpoint)
     specs = build_all(config.norm, config.model.num_hidden_layers)
     vit = VisionTransformer(config.model, specs, config.images.size, config.images.patch_size, classes)
     load_weights(vit, weights, str(checkpoint))
@@ -134,19 +134,49 @@ def load_vit(config: Config, checkpoint: Path) -> VisionTransformer:
     return vit
 
 
-def read_run_weights(checkpoint: Path, prefix: str) -> tuple[dict[str, Tensor], int, int]:
-    """The weights of a run's `decoder` or `vit`, the number of outputs of its head, and the step of the checkpoint.
+def read_run_weights(config: Config, checkpoint: Path) -> tuple[dict[str, Tensor], int, int]:
+    """The weights of a run's decoder or Vision Transformer, the outputs of its head, and the step of the checkpoint.
 
     Raises:
-        UserError: the checkpoint is unreadable, has no such head, or holds NaN or Inf.
+        UserError: the checkpoint is unreadable, has no such head, holds NaN or Inf, or is of another model.
     """
-    head = {"decoder": "lm_head.weight", "vit": "head.weight"}[prefix]
+    prefix, head = ("vit", "head.weight") if config.task == "vision" else ("decoder", "lm_head.weight")
     state = read_for_weights(checkpoint)
+    require_own_model(config, checkpoint, state)
     weights = weights_of(state, prefix)
     if head not in weights or weights[head].ndim != 2:
         raise UserError(f"{checkpoint}: not a checkpoint of a {prefix}: {head} is missing or not a matrix")
     require_finite(weights.items(), str(checkpoint))
     return weights, len(weights[head]), state.get("global_step", 0)
+
+
+def require_own_model(config: Config, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a run's configuration names the model and the strategy with which its checkpoint was trained.
+
+    Raises:
+        UserError: it names others.
+    """
+    if differing := describe_other_settings(config, checkpoint, ("model.", "norm.")):
+        raise UserError(
+            f"{path} was trained with another model than {CONFIG} of its run names ({differing}): restore {CONFIG} "
+            "from a copy"
+        )
+
+
+def describe_other_settings(config: Config, checkpoint: Mapping[str, Any], prefixes: str | tuple[str, ...] = "") -> str:
+    """The settings with which a checkpoint was trained and that are others in a configuration; empty if there are none.
+
+    Checkpoints of earlier versions lack newer settings, which had their defaults, or all of them.
+
+    Args:
+        config: of the run.
+        checkpoint: its content.
+        prefixes: of the settings to compare.
+    """
+    ours, defaults = resumable_settings(config), resumable_settings(Config())
+    theirs = {name: defaults.get(name) for name in ours} | checkpoint.get("settings", ours)
+    theirs, ours = ({n: v for n, v in each.items() if n.startswith(prefixes)} for each in (theirs, ours))
+    return describe_differences(theirs, ours)
 
 
 def weights_of(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
@@ -185,6 +215,8 @@ def load_initial_weights(config: Config, source: Path) -> InitialWeights:
             f"data.tokenizer={name!r} is not the tokenizer of init_from={source}: use data.tokenizer={source_tokenizer}"
         )
     checkpoint = read_for_weights(path)
+    if (source / CONFIG).is_file():
+        require_own_model(read_config(source)[1], path, checkpoint)
     weights = weights_of(checkpoint, "decoder")
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     with torch.device("meta"):

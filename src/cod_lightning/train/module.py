@@ -32,13 +32,13 @@ from cod_lightning.nn.init import build_decoder
 from cod_lightning.nn.parallel import parallelise
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.vit import Images
-from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local
+from cod_lightning.nn.weights import load_weights, shape_mismatches, to_local, why_not_dense
 from cod_lightning.train.devices import compile_backend, precision, usable_norm_backend
 from cod_lightning.train.load import InitialWeights
 from cod_lightning.train.optim import build_optimizer, freeze, frozen_blocks, parameter_groups
 from cod_lightning.train.strategy import FSDP2Strategy
 
-ADVICE = "The last checkpoint is kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
+ADVICE = "Earlier checkpoints are kept; lower optim.lr, warm up longer (optim.warmup_ratio) or set optim.clip"
 
 
 class StepModule(LightningModule, ABC):
@@ -239,6 +239,7 @@ class StepModule(LightningModule, ABC):
                 f"({mismatches[0]}): remove it to resume from an earlier one, or pass resume=false to retrain"
             )
         self.check_groups(checkpoint)
+        self.check_moments(checkpoint)
         ours = precision(self.config.trainer)
         if (theirs := checkpoint.get("precision", ours)) != ours:
             raise UserError(
@@ -262,6 +263,29 @@ class StepModule(LightningModule, ABC):
                 raise UserError(
                     f"the newest checkpoint has optimizer groups of {saved} parameters, this version of {expected}: "
                     "finish the run with the version that started it, or pass resume=false to retrain"
+                )
+
+    def check_moments(self, checkpoint: Mapping[str, Any]) -> None:
+        """Check that a checkpoint has Adam's state, in the shapes of this run: the fused kernel would trust others.
+
+        Raises:
+            UserError: it does not.
+        """
+        groups = parameter_groups(self.network, self.config.optim)
+        shapes = dict(enumerate(p.shape for group in groups for p in group["params"]))
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            problem = "" if optimizer["state"] or not checkpoint["global_step"] else "it is empty"
+            for number, state in optimizer["state"].items():
+                shape = shapes.get(number)
+                for name, wanted in {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}.items():
+                    tensor = state.get(name)
+                    found = tensor.shape if isinstance(tensor, Tensor) and not why_not_dense(tensor) else None
+                    if found is None or found != wanted or not tensor.is_floating_point():
+                        problem = f"{name} of parameter {number} is no tensor of its shape"
+            if problem:
+                raise UserError(
+                    f"the newest checkpoint has no state of this run's optimizer ({problem}): remove it to resume from "
+                    "an earlier one, or pass resume=false to retrain"
                 )
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from cod_lightning.config.saved import describe_differences
-from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, resumable_settings, run_folder_of
+from cod_lightning.config.schema import CHECKPOINTS, TOKENIZER, Config, run_folder_of
 from cod_lightning.data.datamodule import TokenDataModule
 from cod_lightning.data.images import ImageDataModule
 from cod_lightning.errors import UserError
@@ -23,6 +22,7 @@ from cod_lightning.train.checkpoint import newest_checkpoint, read_resumable, st
 from cod_lightning.train.devices import accelerator, check_norm_backend, set_threads
 from cod_lightning.train.load import (
     InitialWeights,
+    describe_other_settings,
     load_initial_weights,
     read_run_weights,
     require_own_classes,
@@ -107,10 +107,7 @@ def resumed_data_state(config: Config, checkpoint: Path) -> dict[str, Any]:
     """
     # No variable of the caller holds the content: its memory map would keep the file on the disk after it is replaced.
     content = read_resumable(checkpoint)
-    ours, defaults = resumable_settings(config), resumable_settings(Config())
-    # Checkpoints of earlier versions lack newer fields, or all of them.
-    theirs = {name: defaults.get(name) for name in ours} | content["settings"] if "settings" in content else ours
-    if differing := describe_differences(theirs, ours):
+    if differing := describe_other_settings(config, content):
         raise UserError(
             f"{checkpoint} is of a run with other settings ({differing}): choose another name=, or pass resume=false "
             "to retrain"
@@ -126,8 +123,7 @@ def validate_checkpoint(config: Config, checkpoint: Path) -> dict[str, float]:
         Stopped: a signal interrupted the validation, or another rank is gone.
     """
     with quiet_lightning():
-        prefix = "vit" if config.task == "vision" else "decoder"
-        weights, _, step = read_run_weights(checkpoint, prefix)  # before hours of preparation
+        weights, _, step = read_run_weights(config, checkpoint)  # before hours of preparation
         data, module = build_data_and_module(config)
         if isinstance(data, TokenDataModule):
             require_own_tokenizer(run_folder_of(checkpoint), data)

@@ -102,6 +102,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             checkpoint = read_sharded(path, module.state_dict(), self.optimizer_parameters())
         else:
             load_weights(module, checkpoint["state_dict"], str(path))
+        module.check_moments(checkpoint)
         states = checkpoint.get("optimizer_states", ())
         for optimizer, parameters, state in zip(self.optimizers, self.optimizer_parameters(), states, strict=False):
             shards = {
