@@ -485,8 +485,10 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes(toy, tmp_path
     kept = sorted((tmp_path / "full" / "checkpoints").iterdir())
     assert kept
     assert all(path.name.startswith("step-") for path in kept)
+    (failure := tmp_path / "full" / "failed.json").write_text("{}")  # of an attempt that diverged
     call_ok("fit", *words)
     assert json.loads((tmp_path / "full" / "record.json").read_text())["steps"] == 40
+    assert not failure.exists()
 
 
 def test_divergence_exits_with_2_and_keeps_the_checkpoint(toy, tmp_path):

@@ -47,6 +47,14 @@ def test_a_resumed_run_remembers_its_best_loss(saved, tmp_path):
     assert saved == [(1, "best.ckpt"), (3, "best.ckpt")]
 
 
+def test_only_partial_files_of_a_run_are_removed(tmp_path):
+    names = {f".{name}.12345678.partial" for name in ("step-00000003.ckpt", "best.ckpt", "whole-00000003.ckpt")}
+    for name in names:
+        (tmp_path / name).touch()
+    Checkpoints(tmp_path, 1, 1, 1).setup(SimpleNamespace(is_global_zero=True), None, "validate")
+    assert {path.name for path in tmp_path.iterdir()} == {".whole-00000003.ckpt.12345678.partial"}  # of `consolidate`
+
+
 def test_a_setting_that_an_older_checkpoint_lacks_had_its_default(monkeypatch):
     config = compose(["data.micro_batch_size=4", "optim.weight_decay=0.1", "optim.decay_embeddings=false"])
     older = {name: value for name, value in resumable_settings(config).items() if name != "optim.decay_embeddings"}

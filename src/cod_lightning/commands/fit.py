@@ -89,7 +89,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
             print(f"warning: {warning}", file=sys.stderr)
     import_torchmetrics()
     from cod_lightning.train.loggers import check_loggers
-    from cod_lightning.train.record import RECORD, read_record, write_failure
+    from cod_lightning.train.record import FAILURE, RECORD, read_record, write_failure
     from cod_lightning.train.run import fit
 
     if config.resume and (record := read_record(folder)) is not None:
@@ -114,6 +114,7 @@ def train_run(config: Config) -> tuple[dict[str, Any], Path]:
                     if folder.exists():
                         raise UserError(f"{folder} was written by another process meanwhile: run the command again")
                 create_run_folder(config)
+                (folder / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
 
             if rank_zero and not is_new:
                 locks.enter_context(lock_folder(folder))

@@ -253,13 +253,17 @@ def check_folder(config: Config) -> Path:
     """The run's folder, which may not exist yet.
 
     Raises:
-        UserError: it holds a run of another configuration.
+        UserError: it holds a run of another configuration, or files that a run would replace.
     """
     folder = config.folder
     if (folder / CONFIG).exists():
         _, saved = read_config(folder)
         if differing := describe_differences(identity(saved), identity(config)):
             raise UserError(f"{folder} holds a run of another configuration ({differing}): choose another name=")
+    elif config.resume and not any((folder / CHECKPOINTS).glob("step-*.ckpt")):
+        for name in (CHECKPOINTS, TOKENIZER):
+            if any((folder / name).glob("*")):
+                raise UserError(f"{folder} has {name}/, but it is no run: choose another name=, or move {name}/ aside")
     return folder
 
 
@@ -316,7 +320,7 @@ def create_run_folder(config: Config) -> Path:
         UserError: as `check_folder`.
     """
     folder = check_folder(config)
-    if not config.resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINTS)):
+    if not config.resume and any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, TOKENIZER)):
         number = next(n for n in itertools.count(1) if not Path(f"{folder}.previous-{n}").exists())
         folder.rename(f"{folder}.previous-{number}")
     save_config(config, folder)

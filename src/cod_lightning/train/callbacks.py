@@ -181,8 +181,9 @@ class Checkpoints(Checkpoint):
                     "run folder on a file system that all nodes share"
                 )
         if trainer.is_global_zero:
-            for partial in self.folder.glob(".*.partial"):
-                remove(partial)  # left by a process that was killed while writing
+            for pattern in (".step-*.partial", f".{BEST}.*.partial"):  # `consolidate` may be writing another file
+                for partial in self.folder.glob(pattern):
+                    remove(partial)  # left by a process that was killed while writing
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
