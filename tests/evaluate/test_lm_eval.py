@@ -42,9 +42,10 @@ def test_metrics_without_a_filter_lose_the_suffix():
 
 
 def test_scores_are_merged_with_those_of_other_tasks(tmp_path):
-    save_scores(tmp_path, {"piqa": {"acc": 0.5}})
-    save_scores(tmp_path, {"boolq": {"acc": 0.6}})
-    assert json.loads((tmp_path / "tasks.json").read_text()) == {"piqa": {"acc": 0.5}, "boolq": {"acc": 0.6}}
+    save_scores(tmp_path, {"piqa": {"acc": 0.5}}, step=5)
+    save_scores(tmp_path, {"boolq": {"acc": 0.6}}, step=9)
+    expected = {"piqa": {"acc": 0.5, "step": 5}, "boolq": {"acc": 0.6, "step": 9}}
+    assert json.loads((tmp_path / "tasks.json").read_text()) == expected
 
 
 def test_scores_of_the_best_checkpoint_have_a_file_of_their_own(tmp_path):

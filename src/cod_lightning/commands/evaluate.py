@@ -100,4 +100,4 @@ def score_run(
         for name, value in metrics.items():
             print(f"{task} {name} {value:.6g}")
     if limit is None:
-        save_scores(run, scores, checkpoint)
+        save_scores(run, scores, checkpoint, step=decoder.step, max_length=config.data.seq_len)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -13,13 +12,6 @@ from cod_lightning.commands.options import add_run, add_trust_code, require_text
 from cod_lightning.errors import UserError
 
 HELP = "Continue a text with a trained run."
-BOUNDS = {
-    "max_tokens": (1, 10**6),
-    "temperature": (0, sys.float_info.max),
-    "top_k": (1, math.inf),
-    "seed": (0, 2**63 - 1),
-}
-"""The smallest and the largest value of each number."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -34,22 +26,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=("low", "high"),
         help="contrast the last layer with one of the lower or upper half (DoLa, arXiv 2309.03883)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=int, help="of the sampling (default: 0)")
 
 
 def run(run: Path, prompt: str, checkpoint: str, trust_code: bool, **options: Any) -> None:
     """Print the prompt and what the model adds; the options are those of `generate`."""
     require_text("prompt", prompt)
-    for name, (least, most) in BOUNDS.items():
-        if (value := options[name]) is not None and not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')}={value} must lie between {least} and {most}")
-    from cod_lightning.evaluate.generate import GREEDY, generate
+    from cod_lightning.evaluate.generate import check_options, generate
 
-    if options["temperature"] < GREEDY and options["top_k"] is not None:
-        raise UserError(
-            f"--top-k={options['top_k']} has no effect on greedy decoding, --temperature={options['temperature']:g}: "
-            "remove one of them"
-        )
+    check_options(prefix="--", **options)
     config, decoder, tokenizer = read_run(run, checkpoint, trust_code)
 
     ids = tokenizer.encode([prompt])[0][:-1]

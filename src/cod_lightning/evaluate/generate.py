@@ -21,6 +21,8 @@ PLAUSIBLE = 0.1
 """DoLa samples among tokens that are at least this times as likely as the most likely one."""
 GREEDY = 1e-6
 """Smaller temperatures are greedy decoding."""
+BOUNDS = {"max_tokens": (1, 10**6), "top_k": (1, 2**63 - 1), "seed": (0, 2**63 - 1)}
+"""The smallest and the largest value of each integer."""
 
 
 @torch.inference_mode()
@@ -32,7 +34,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     dola: Dola | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     eos_id: int | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt` until `eos_id` or `max_tokens`.
@@ -45,23 +47,25 @@ def generate(
         prompt: token ids, at least one.
         max_tokens: maximum number of new tokens.
         temperature: divides the logits; 0 is greedy decoding.
-        top_k: sample among the k most likely tokens; None: among all.
+        top_k: sample among the k most likely tokens of the vocabulary; None: among all.
         dola: contrast the last layer with one of the lower ("low") or upper ("high") half; see `dola_logits`.
-        seed: seed of the sampling.
+        seed: seed of the sampling; None: 0.
         eos_id: ends the text; it is not yielded.
 
     Raises:
         UserError: an option is out of range, or has no effect on greedy decoding; the prompt is empty, or a token of it
             has no embedding; or logits are not finite.
     """
-    check_options(max_tokens=max_tokens, temperature=temperature, top_k=top_k, dola=dola, seed=seed)
+    check_options(temperature, dola, max_tokens=max_tokens, top_k=top_k, seed=seed)
     if not prompt:
         raise UserError("the prompt has no tokens: give at least one")
     largest, size = max(prompt), decoder.lm_head.out_features
     if largest >= size:
         raise UserError(f"the prompt has token {largest}, but the model has embeddings for {size}: change the prompt")
+    if top_k is not None and top_k > size:
+        raise UserError(f"top_k={top_k} is more than the {size} tokens of the vocabulary: lower it, or leave it out")
     device = decoder.lm_head.weight.device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed or 0)
     tokens = torch.tensor([prompt], device=device)
     layers = [] if dola is None else dola_layers(len(decoder.blocks), dola, decoder.config.tie_word_embeddings)
     for _ in range(max_tokens):
@@ -69,7 +73,7 @@ def generate(
         logits = logits.cpu()
         if not logits.max().isfinite():  # DoLa's are -inf for all tokens but the likeliest
             raise UserError("the model's logits are NaN or infinite: its weights are damaged, or its training diverged")
-        if top_k is not None and top_k < len(logits):
+        if top_k is not None:
             logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
         if temperature < GREEDY:
             token = int(logits.argmax())
@@ -81,23 +85,32 @@ def generate(
         tokens = torch.cat((tokens, tokens.new_tensor([[token]])), dim=1)
 
 
-def check_options(*, temperature: float, dola: str | None, **integers: Any) -> None:
-    """Check the options of `generate`; `integers` are `max_tokens`, `top_k` and `seed`.
+def check_options(temperature: float, dola: str | None, prefix: str = "", **integers: Any) -> None:
+    """Check the options of `generate`.
+
+    Args:
+        temperature: see `generate`, as `dola`.
+        dola: see `generate`.
+        prefix: of the names in errors: "--" for the options of a command.
+        integers: `max_tokens`, `top_k` and `seed`.
 
     Raises:
         UserError: names each that is out of range, or that greedy decoding does not read.
     """
     number = float(temperature) if isinstance(temperature, Real) else temperature
-    errors = bound_errors("temperature", number, {"at_least": 0, "at_most": sys.float_info.max})
-    errors += [] if dola is None else choice_errors("dola", dola, get_args(Dola))
+    errors = bound_errors(f"{prefix}temperature", number, {"at_least": 0, "at_most": sys.float_info.max})
+    errors += [] if dola is None else choice_errors(f"{prefix}dola", dola, get_args(Dola))
     for name, value in integers.items():
+        shown = prefix + (name.replace("_", "-") if prefix else name)
         if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
-            errors.append(f"{name}={value!r}: expected a whole number")
-        else:
-            number = None if value is None else int(value)
-            errors += bound_errors(name, number, {"at_least": int(name != "seed"), "at_most": 2**63 - 1})
-    if not errors and temperature < GREEDY and (top_k := integers["top_k"]) is not None:
-        errors += [f"top_k={top_k} has no effect on greedy decoding, temperature={temperature}: remove one of them"]
+            errors.append(f"{shown}={value!r}: expected a whole number")
+            continue
+        least, most = BOUNDS[name]
+        errors += bound_errors(shown, None if value is None else int(value), {"at_least": least, "at_most": most})
+        if value is not None and name != "max_tokens" and not errors and temperature < GREEDY:
+            errors += [
+                f"{shown}={value} has no effect on greedy decoding, {prefix}temperature={temperature:g}: remove it"
+            ]
     if errors:
         raise UserError("\n".join(errors))
 

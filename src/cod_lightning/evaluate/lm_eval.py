@@ -213,8 +213,14 @@ def strings_in(value: Any) -> list[str]:
     return [text for part in parts for text in strings_in(part)]
 
 
-def save_scores(folder: Path, scores: dict[str, dict[str, float]], checkpoint: str = "last") -> None:
+def save_scores(folder: Path, scores: dict[str, dict[str, float]], checkpoint: str = "last", **setting: int) -> None:
     """Merge scores into `tasks.json` of a run folder, atomically; into `tasks_best.json` those of the best checkpoint.
+
+    Args:
+        folder: of the run.
+        scores: by task and metric.
+        checkpoint: "last" or "best".
+        setting: numbers that are saved with each task, such as the `step` of the checkpoint.
 
     Raises:
         UserError: the existing file cannot be read.
@@ -222,7 +228,8 @@ def save_scores(folder: Path, scores: dict[str, dict[str, float]], checkpoint: s
     path = folder / (SCORES_FILE if checkpoint == "last" else f"tasks_{checkpoint}.json")
     with locked(path.with_name(f".{path.name}.lock")):  # another process may add the scores of other tasks
         previous = read_json(path, dict[str, Any], "remove the file and evaluate again") if path.is_file() else {}
-        write_atomic(path, json.dumps(previous | scores, indent=1) + "\n")
+        marked = {task: metrics | setting for task, metrics in scores.items()}
+        write_atomic(path, json.dumps(previous | marked, indent=1) + "\n")
 
 
 def numeric_metrics(results: dict[str, Any]) -> dict[str, float]:

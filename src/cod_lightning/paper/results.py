@@ -112,7 +112,9 @@ def load_measures(folder: Path) -> dict[str, Any]:
 
 
 def load_task_scores(path: Path) -> dict[str, float]:
-    """Accuracies in per cent by task, and once all tasks of Table 2 are there their mean as `average`.
+    """Accuracies in per cent by task, and their mean as `average` once all tasks of Table 2 are there.
+
+    Scores of other steps or lengths have no mean.
 
     Raises:
         UserError: the file does not hold scores by task.
@@ -121,5 +123,6 @@ def load_task_scores(path: Path) -> dict[str, float]:
         return {}
     tasks = read_json(path, dict[str, dict[str, float]], "remove it")
     accuracies = {task: 100.0 * scores["acc"] for task, scores in tasks.items() if "acc" in scores}
-    is_complete = all(task in accuracies for task in PAPER_TASKS)
+    settings = {(tasks[task].get("step"), tasks[task].get("max_length")) for task in PAPER_TASKS if task in accuracies}
+    is_complete = all(task in accuracies for task in PAPER_TASKS) and len(settings) == 1
     return accuracies | ({"average": fmean(accuracies[task] for task in PAPER_TASKS)} if is_complete else {})
