@@ -175,6 +175,17 @@ def with_norm(weight):
     return lambda content: content | {"state_dict": content["state_dict"] | {"decoder.model.norm.weight": weight}}
 
 
+def with_moment(moment):
+    """Replace the first of Adam's moments in a checkpoint, or with {} all of its state."""
+
+    def change(content):
+        (optimizer,) = content["optimizer_states"]
+        state = {} if moment == {} else optimizer["state"] | {0: optimizer["state"][0] | {"exp_avg": moment}}
+        return content | {"optimizer_states": [optimizer | {"state": state}]}
+
+    return change
+
+
 def reshape(content):
     state = content["state_dict"]
     return content | {"state_dict": {name: tensor[:1] if tensor.ndim else tensor for name, tensor in state.items()}}
@@ -308,6 +319,23 @@ CONFIGS = [
         ["optim.warmup_ratio=0.3 has no effect with optim.warmup_steps=2000: add optim.warmup_steps=null"],
     ),
     (nothing, ["fit", "optim.decay_embeddings=false"], ["optim.decay_embeddings=false has no effect without weight"]),
+    *(
+        (
+            nothing,
+            ["fit", "optim.warmup_start_ratio=0.1", word],
+            ["optim.warmup_start_ratio=0.1 has no effect without warm"],
+        )
+        for word in ("optim.warmup_steps=0", "optim.warmup_ratio=0")
+    ),
+    *(
+        (
+            with_run(),
+            ["toy", "init_from=run", word],
+            [f"{word} has no effect with init_from=run, which gives all weights"],
+        )
+        for word in ("model.init_std=0.1", "model.embedding_std=1", "model.init=fan_in", "model.init_cutoff=2")
+    ),
+    (nothing, ["launch", "slurm", "--submit", "--output=job.sh"], ["--submit requires sbatch"]),
     (nothing, ["fit", "optim.lisa_interval=7"], ["optim.lisa_interval=7 has no effect without LISA"]),
     (
         nothing,
@@ -417,6 +445,7 @@ SETS = [
     (files(a_csv="text\nhello, world\n"), [*TEXT, "data.files=a.csv"],
      ["a.csv, line 2: 2 values for 1 column", "quote values that hold a comma"]),
     (files(a_csv="text,text\na,b\n"), [*TEXT, "data.files=a.csv"], ['a.csv: two columns "text": rename one']),
+    (files(a_jsonl="\0" * 8 + "\n"), [*TEXT, "data.files=a.jsonl"], ["a.jsonl, line 1: not JSON"]),
     (files(a_txt=LONG), [*RAW_TEXT, "data.files=a.txt", "data.tokenizer=a.txt"], ["data.tokenizer='a.txt' is a file"]),
     (files(a_txt=""), [*TEXT, "data.files=a.txt"], ["the corpus has no training documents"]),
     (files(a_txt=bytes(range(256)) * 9), [*TEXT, "data.files=a.txt"], ["a.txt is not UTF-8"]),
@@ -453,6 +482,7 @@ SETS = [
 
 DAMAGED = ["damaged, not a readable checkpoint", "; remove it to use step-00000004.ckpt, or copy it again, or pass res"]
 LAST = "checkpoints/step-00000006.ckpt"
+STEPS = ("checkpoints/step-00000004.ckpt", LAST)
 RUNS = [
     *((nothing, [*words], ["nowhere: not a run folder", "config.yaml"]) for words in (
         ["evaluate", "nowhere"], ["generate", "nowhere", "text"], ["export", "nowhere"],
@@ -497,16 +527,24 @@ RUNS = [
      ["step-00000009.ckpt: holds step 6, not that of its name: rename it to step-00000006.ckpt"]),
     (unfinished(lambda path: path.write_bytes(flip(path.read_bytes()))), RESUMED, ["the checksum of", *DAMAGED]),
     (unfinished(resave(reshape)), RESUMED, ["of another shape than this run's", "resume=false"]),
+    *((unfinished(resave(with_moment(moment))), RESUMED, ["no state of this run's optimizer", problem, "resume=false"])
+      for moment, problem in (
+        (torch.zeros(3), "exp_avg of parameter 0 is no tensor of its shape"), (None, "exp_avg of parameter 0"),
+        ("x", "exp_avg of parameter 0"), ({}, "it is empty"),
+      )),
     (unfinished(resave(lambda content: {name: content[name] for name in ("state_dict", "tokens")})), RESUMED,
      ["holds weights, but not pytorch-lightning_version", "init_from="]),
     *((unfinished(resave(lambda content, name=name, value=value: content | {name: value})), RESUMED,
-       [LAST, "damaged", f"{name}: expected {kind}"])
+       [LAST, "damaged", f"{name}", kind])
       for name, value, kind in (
-        ("optimizer_states", 3, "list, not empty, got 3"), ("optimizer_states", [], "list, not empty, got []"),
-        ("lr_schedulers", None, "list, not empty, got None"), ("global_step", "3", "int, not empty, got '3'"),
-        ("loops", {}, "dict, not empty, got {}"), ("callbacks", [], "dict, not empty, got []"),
-        ("pytorch-lightning_version", 3, "str, not empty, got 3"),
-        ("TokenDataModule", 3, "dict, not empty, got 3"), ("ImageDataModule", [5], "dict, not empty, got [5]"),
+        ("optimizer_states", 3, "0.state: expected dict"), ("optimizer_states", [], "0.state: expected dict"),
+        ("optimizer_states", [{}], "0.state: expected dict"), ("lr_schedulers", None, "0.last_epoch: expected int"),
+        ("lr_schedulers", ["x"], "0.last_epoch: expected int"), ("global_step", "3", "int, got '3'"),
+        ("loops", {}, "fit_loop.epoch_progress.total.ready: expected int"),
+        ("loops", {"fit_loop": {}}, "fit_loop.epoch_progress.total.ready: expected int, got nothing"),
+        ("callbacks", [], "Recorder.history: expected dict"), ("pytorch-lightning_version", 3, "str, got 3"),
+        ("TokenDataModule", 3, "fingerprint: expected str"), ("TokenDataModule", {"fingerprint": 3}, "str, got 3"),
+        ("ImageDataModule", [5], "fingerprint: expected str"), ("settings", [5], "dict, got [5]"),
       )),
     (unfinished(resave(lambda content: content | {"TokenDataModule": {"fingerprint": "0" * 64}})), RESUMED,
      ["trained on a set with fingerprint 0000000000000000...", "resume with the same data"]),
@@ -520,6 +558,15 @@ RUNS = [
     (with_run(overwrite("record.json", "[]")), ["toy", "output=.", "name=run"], ["run/record.json: expected an"]),
     (with_run(edit("record.json", config__optim__lr=0.5)), ["toy", "output=.", "name=run"],
      ["run/record.json is of a run with other settings: remove it, or choose another name="]),
+    *((with_run(overwrite("config.yaml", lambda content: content.replace(b"rope_theta: 10000.0", b"rope_theta: 1.0"))),
+       words, [f"{LAST} was trained with another model than config.yaml of its run names (model.rope_theta=10000.0"])
+      for words in (
+        LOADED, ["generate", "run", "x"], ["export", "run", "--output", "x"], ["measure", "variance", "run"],
+        ["toy", "init_from=run", "model.rope_theta=1"],
+      )),
+    *((with_run(lambda folder, names=names: [remove(name)(folder) for name in ("config.yaml", "record.json", *names)]),
+       ["toy", "output=.", "name=run"], [f"run has {kept}/, but it is no run: choose another name="])
+      for names, kept in ((STEPS, "checkpoints"), ((*STEPS, "checkpoints/best.ckpt"), "tokenizer"))),
     (with_run(edit("record.json", history__val__step=[])), ["toy", "output=.", "name=run"], ["step is missing"]),
     *((with_run(overwrite("config.yaml", content)), LOADED, [f"run/config.yaml: {problem}", "; restore it from a copy"])
       for content, problem in (
@@ -600,16 +647,17 @@ COMMANDS = [
     *((with_run(), ["generate", "run", prompt], [f"prompt is not UTF-8: {place}: convert it"]) for prompt, place in (
         ("caf\udce9", "byte 0xe9 in place 4"), ("\udcff\udcfe", "byte 0xff in place 1"),
     )),
-    (with_run(), ["generate", "run", "x", "--temperature", "nan"], ["--temperature=nan must lie between 0"]),
-    (with_run(), ["generate", "run", "x", "--max-tokens", "0"], ["--max-tokens=0 must lie between 1"]),
-    (with_run(), ["generate", "run", "x", "--max-tokens", "9" * 20], ["must lie between 1 and 1000000"]),
+    (with_run(), ["generate", "run", "x", "--temperature", "nan"], ["--temperature=nan must be at least 0"]),
+    (with_run(), ["generate", "run", "x", "--max-tokens", "0"], ["--max-tokens=0 must be at least 1"]),
+    (with_run(), ["generate", "run", "x", "--max-tokens", "9" * 20], ["must be at most 1000000"]),
     (with_run(more_tokens), ["export", "run", "--output", "x"], ["run/tokenizer has ", "and the model embeds"]),
     (with_run(more_tokens), ["generate", "run", "x"], ["run/tokenizer has ", "use the tokenizer that it was trained"]),
     (no_results, REPORT, ["results has no results: run reproduce, or name the folder by --results"]),
-    (with_run(), ["generate", "run", "x", "--top-k", "-1"], ["--top-k=-1 must lie between 1"]),
-    (with_run(), ["generate", "run", "x", "--seed", str(2**64)], ["--seed=18446744073709551616 must lie between"]),
-    (with_run(), ["generate", "run", "x", "--temperature", "0", "--top-k", "3"],
-     ["--top-k=3 has no effect on greedy decoding, --temperature=0: remove one of them"]),
+    (with_run(), ["generate", "run", "x", "--top-k", "-1"], ["--top-k=-1 must be at least 1"]),
+    (with_run(), ["generate", "run", "x", "--seed", str(2**64)], ["--seed=18446744073709551616 must be at most"]),
+    *((with_run(), ["generate", "run", "x", "--temperature", "0", word, "3"],
+       [f"{word}=3 has no effect on greedy decoding, --temperature=0: remove it"]) for word in ("--top-k", "--seed")),
+    (with_run(), ["generate", "run", "x", "--top-k", "9999"], ["top_k=9999 is more than the 300 tokens of the voca"]),
     (with_run(), ["evaluate", "run", "--limit", "3"], ["--task-folder and --limit require tasks="]),
     (with_run(), ["evaluate", "run", "tasks=piqa", "data.files=x"], ["data.files=x has no effect"]),
     (with_run(), ["evaluate", "run", "tasks=piqa", "protocol=paper"], ["protocol= has no effect with tasks="]),

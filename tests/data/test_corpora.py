@@ -63,10 +63,11 @@ def test_every_spelling_of_utf_8_drops_a_byte_order_mark(tmp_path):
     assert prepared_folder(config) == prepared_folder(replace(config, encoding="utf-8"))
 
 
-def test_a_file_for_training_and_validation_is_refused(tmp_path):
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_file_for_training_and_validation_is_refused(link, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("text")
-    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    link(tmp_path / "link.txt", tmp_path / "b.txt")
     config = DataConfig(source="files", files=str(tmp_path / "[ab].txt"), val_files=str(tmp_path / "link.txt"))
     with pytest.raises(UserError) as error:
         prepared_folder(config)

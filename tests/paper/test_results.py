@@ -229,6 +229,14 @@ def test_a_run_that_was_not_scored_remains_to_be_scored(scores, scored, tmp_path
     assert (row.config_for(1).id not in remaining) == scored
 
 
+def test_scores_of_different_steps_have_no_average(tmp_path):
+    for task in PAPER_TASKS:
+        save_scores(tmp_path, {task: {"acc": 0.5}}, step=3)
+    assert load_task_scores(tmp_path / "tasks.json")["average"] == 50
+    save_scores(tmp_path, {"piqa": {"acc": 0.5}}, step=9)
+    assert "average" not in load_task_scores(tmp_path / "tasks.json")
+
+
 def test_a_run_with_scores_of_other_tasks_is_scored(tmp_path):
     (row, *_) = experiment_rows(["table7_130m"], "paper", ["paper.tasks='piqa,boolq'", "paper.measures=[]"])
     folder = add_result(tmp_path, row, 1, **losses(3.0))
@@ -339,10 +347,11 @@ def test_fields_of_images_and_of_text_are_settings_of_the_rows_that_read_them():
 
 
 def test_a_setting_is_one_of_the_rows_that_read_it_and_of_those_that_they_start_from():
-    words = ["optim.lisa_interval=3", "data.layout=packed"]
+    words = ["optim.lisa_interval=3", "data.layout=packed", "model.init_std=0.1"]
     (_, _, _, tuned, _) = experiment_rows(["table2_250m"], "toy", words)
     assert set(words) & set(tuned.overrides) == {words[0]}
-    assert set(words) & set(tuned.source.overrides) == {words[1]}
+    assert set(words) & set(tuned.source.overrides) == set(words[1:])
+    assert not any(word.startswith("init_from=") for word in tuned.overrides)
     assert (tuned.config.optim.lisa_interval, tuned.source.config.data.layout) == (3, "packed")
     rows = {row.name: row for row in experiment_rows(["table3_olmo_1b"], "toy", ["model.init_std=0.1"])}
     assert [name for name, row in rows.items() if row.config.model.init_std == 0.1] == [

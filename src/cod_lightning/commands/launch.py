@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -91,18 +92,17 @@ def run(
         raise UserError(
             "resume=false would start again at every requeue: omit it; to retrain, move the run folder aside"
         )
+    if submit and shutil.which("sbatch") is None:
+        raise UserError(
+            "--submit requires sbatch, which is not installed: use --output, and submit the script on the cluster"
+        )
     script = slurm_script(config, overrides, signal=signal, grace=grace, **options)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, script)
         print(output)
     if submit:
-        try:
-            return subprocess.run(["sbatch"], input=script, text=True).returncode
-        except FileNotFoundError:
-            raise UserError(
-                "--submit requires sbatch, which is not installed: use --output, and submit the script on the cluster"
-            ) from None
+        return subprocess.run(["sbatch"], input=script, text=True).returncode
     if output is None:
         print(script, end="")
     return 0

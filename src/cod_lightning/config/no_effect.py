@@ -65,6 +65,11 @@ RULES = (
         "has no effect with data.tokenizer={data.tokenizer}: remove {}",
     ),
     Rule(
+        r"model\.(init|init_cutoff|init_std|embedding_std)",
+        lambda node: node.init_from is not None,
+        "has no effect with init_from={init_from}, which gives all weights: remove {}",
+    ),
+    Rule(
         r"data\.text_field",
         lambda node: node.data.source != "files",
         "has no effect with data.source={data.source}: remove {}",
@@ -88,6 +93,11 @@ RULES = (
         r"optim\.warmup_ratio",
         lambda node: node.optim.warmup_steps is not None,
         "has no effect with optim.warmup_steps={optim.warmup_steps}: add optim.warmup_steps=null, or remove {}",
+    ),
+    Rule(
+        r"optim\.warmup_start_ratio",
+        lambda node: (node.optim.warmup_ratio if node.optim.warmup_steps is None else node.optim.warmup_steps) == 0,
+        "has no effect without warm-up: set optim.warmup_steps, or remove {}",
     ),
     Rule(
         r"optim\.decay_embeddings",

@@ -88,9 +88,9 @@ def _split_files(config: DataConfig) -> dict[str, list[Path]]:
     files = {"train": find_files("data.files", config.files)}
     if config.val_files:
         files["val"] = find_files("data.val_files", config.val_files)
-        held_out = {path.resolve() for path in files["val"]}
+        held_out = [path.stat() for path in files["val"]]
         for path in files["train"]:
-            if path.resolve() in held_out:
+            if any(os.path.samestat(path.stat(), stat) for stat in held_out):
                 raise UserError(f"data.files and data.val_files both match {path}: exclude it from data.files")
     return files
 

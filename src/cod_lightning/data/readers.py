@@ -205,7 +205,8 @@ def is_list(line: str | bytes) -> bool:
 
 def parse_json(location: str, content: str | bytes, hint: str = "") -> Any:
     try:
-        return json.loads(content)
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")  # json would guess the encoding
+        return json.loads(text)
     except UnicodeError as error:
         raise wrong_encoding(location, UTF_8, error) from error
     except (ValueError, RecursionError) as error:

@@ -118,8 +118,12 @@ def experiment_rows(experiments: Sequence[str], scale: str, overrides: Sequence[
         if override.key_or_group in ("experiments", "norm", "row", "seed", "name", "init_from"):
             raise UserError(f"{override.input_line}: the rows of an experiment choose {override.key_or_group}")
     blocks = paper_blocks(experiments, scale, overrides)
+    trained = "init_from=TRAINED"  # for `leave_out`; each seed has its own
     words_of = {
-        (name, row): [f"experiments={name}", f"scale={scale}", *overrides, f"row={row}"]
+        (name, row): [
+            *(f"experiments={name}", f"scale={scale}", *overrides, f"row={row}"),
+            *([trained] if block.get("start") else ()),
+        ]
         for name, block in blocks.items()
         for row in block["rows"]
         if name in experiments or any(row in b["rows"] for b in blocks.values() if b.get("start") == name)
@@ -129,6 +133,7 @@ def experiment_rows(experiments: Sequence[str], scale: str, overrides: Sequence[
         start = blocks[name].get("start")
         if start and (start, row) not in rows:
             raise UserError(f"{name}: paper.start={start} has no row {row!r}: {nearest(row, blocks[start]['rows'])}")
+        words = [word for word in words if word != trained]
         rows[name, row] = Row(name, row, tuple(words), compose(words), rows.get((start, row)))
     return [rows[name, row] for name in experiments for row in blocks[name]["rows"]]
 
