@@ -134,6 +134,29 @@ class Merged(Block):
         return (merged + self.ffn(self.norm_2(merged) * self.factor())).view(x.shape)
 
 
+class InPlace(Block):
+    """Adds the stream onto what its sub-layers return, as Falcon does."""
+
+    def forward(self, x):
+        h = self.attention(self.norm_1(x) * self.factor())
+        h += x
+        y = self.ffn(self.norm_2(h) * self.factor())
+        y += h
+        return y
+
+
+class EpsilonNorm(nn.Module):
+    """RMSNorm with an eps under another name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        setattr(self, name, 1e-6)
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
 class AddingLinear(nn.Module):
     def __init__(self):
         super().__init__()
@@ -186,9 +209,18 @@ def test_the_measured_factors_are_one_over_the_root_of_the_layer():
     assert gains == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
 
 
-@pytest.mark.parametrize("block", [MendedNumber, Dropped, Conditioned, Parallel, Merged])
+@pytest.mark.parametrize("block", [MendedNumber, Dropped, Conditioned, Parallel, Merged, InPlace])
 def test_a_right_implementation_passes(block):
     verify(PlainModel(block), "lns", layout=PLAIN, inputs=TOKENS.reshape(3, 4))
+
+
+@pytest.mark.parametrize("name", ["epsilon", "norm_eps", "its_own"])
+def test_a_norm_of_small_embeddings_with_an_eps_under_another_name_passes(name):
+    model = PlainModel(Block)
+    nn.init.normal_(model.embedding.weight, std=0.002)
+    for layer in model.layers:
+        layer.norm_1 = EpsilonNorm(name)
+    verify(model, "lns", layout=PLAIN, inputs=TOKENS)
 
 
 def test_buffers_that_the_trainer_sets_again_pass():

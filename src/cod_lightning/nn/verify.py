@@ -40,6 +40,10 @@ TOLERANCE = 5e-5
 """Relative error of a factor measured in float32; rounding to bfloat16 changes 1/sqrt(2), 1/sqrt(3), ... by more."""
 GARBAGE = 1.7
 """Stands for uninitialised memory where a buffer is not set again."""
+EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
+"""Attributes in which norms keep their eps."""
+USUAL_EPS = (torch.finfo(torch.float32).eps, 1e-5, 1e-6, 1e-8, 1e-12)
+"""Values of eps that a norm may have: those of `nn.RMSNorm`, `F.layer_norm`, Llama and others."""
 FIT_TOLERANCE = 1e-3
 """Largest relative error of a least-squares fit that counts as a factor."""
 
@@ -230,7 +234,7 @@ def register_recorders(site: Site, seen: dict[tuple[int, str], Tensor]) -> list[
 
     def keep_output(module: nn.Module, name: str, prepend: bool = False) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            seen[site.layer, name] = flat(hidden_output(output))
+            seen[site.layer, name] = flat(hidden_output(output)).clone()  # the block may add the stream in place
 
         return module.register_forward_hook(hook, prepend=prepend)
 
@@ -252,11 +256,11 @@ def flat(x: Tensor) -> Tensor:
 def plain_norm_outputs(norm: Any, x: Tensor) -> list[Tensor]:
     """Outputs that a norm without a gain can have on x: those of RMSNorm and LayerNorm.
 
-    A norm that does not name its eps has the default of `nn.RMSNorm` or that of `F.layer_norm`, as OLMo 1 has. One
-    that does not run on x alone is taken to add nothing to its weight.
+    A norm that does not name its eps has one of the usual values. One that does not run on x alone is taken to add
+    nothing to its weight.
     """
-    named = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
-    epsilons = (torch.finfo(torch.float32).eps, 1e-5) if named is None else (named,)
+    named = next((getattr(norm, name) for name in EPS_NAMES if hasattr(norm, name)), None)
+    epsilons = USUAL_EPS if named is None else (named,)
     centred = x - x.mean(-1, keepdim=True)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     factor = 1.0 if weight is None else weight
