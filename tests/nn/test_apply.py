@@ -392,6 +392,11 @@ REFUSED = {
         "for weights trained under this strategy call apply before load_state_dict, or pass trained='change'; for "
         "others pass trained='preserve'",
     ),
+    "preserve under the strategy of the configuration": (
+        lambda: type(m := apply(build("Llama"), "lns"))(m.config),
+        PRESERVE,
+        "the configuration names this strategy, so the weights are taken as trained under it: delete config.",
+    ),
     "trained, initial weights": (
         trained_llama,
         {"norm": "scaled_init"},

@@ -100,6 +100,11 @@ def apply(
             f"norm={norm!r}: the configuration names this strategy, but not whether the initial weights are multiplied "
             "already: pass initial_weights='scaled' after from_pretrained, or 'scale' for a new model"
         )
+    if written is not None and trained == "preserve":
+        raise UserError(
+            f"norm={norm!r}: the configuration names this strategy, so the weights are taken as trained under it: "
+            f"delete config.{CONFIG_KEY} to preserve the function of others, or leave out trained='preserve'"
+        )
     if written is None and initial_weights is not None and not changes_initial_weights(specs):
         raise UserError(f"norm={norm!r} sets no initial weights: leave out initial_weights={initial_weights!r}")
     if initial_weights == "scaled" and trained == "preserve":
