@@ -10,6 +10,7 @@ import torch
 from builders import decoder, loss_of_logits, tiny_model, tokens
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import removal, run_removal, swaps
 from cod_lightning.measure.adapter import ModelAdapter
@@ -21,7 +22,7 @@ from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.reordering import mean_loss
 from cod_lightning.nn.apply import apply, fold
-from cod_lightning.nn.layouts import known_layout
+from cod_lightning.nn.layouts import Layout, known_layout
 from cod_lightning.nn.pretrained import quiet_transformers
 from cod_lightning.nn.strategies import build_all
 from cod_lightning.nn.verify import measure_factors
@@ -200,6 +201,20 @@ def test_the_list_in_the_docs_is_of_the_families_that_hold():
 def test_another_family_is_refused_by_name(family, message):
     with pytest.raises(UserError, match=f"{family}: .*{message}"):
         check_layout(adapter(family, depth=2))
+
+
+def test_a_family_that_merges_batch_and_length_is_measured_by_a_layout():
+    layout = Layout(
+        "model.decoder.layers",
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        sublayers=("self_attn", "fc1"),
+        branches=("self_attn", "fc2"),
+    )
+    with quiet_transformers():
+        model = tiny_model("opt", vocab_size=37, ffn_dim=24, word_embed_proj_dim=16)
+    x, y = (state.detach().flatten(0, 1) for state in model(tokens(), output_hidden_states=True).hidden_states[:2])
+    result = cod.measure.contribution(model, tokens(), layout=layout)
+    assert result.block[0] == pytest.approx(float(((y - x).norm(dim=-1) / x.norm(dim=-1)).mean()), rel=1e-4)
 
 
 def test_another_head_is_refused():

@@ -252,3 +252,14 @@ def test_a_model_without_a_head_for_tokens_is_measured(name, kind):
 def test_a_backbone_inside_an_unknown_module_is_found():
     inner = transformers_model("Llama", "Model")
     assert find_model(nn.Sequential(inner)).model is inner
+
+
+def test_a_monitor_proves_the_layout_at_every_measurement():
+    """Small logits hide that the model caps them."""
+    model = OwnModel(torch.tanh)
+    nn.init.zeros_(model.embedding.weight)
+    monitor = cod.DepthMonitor(probe=TOKENS, measures=["variance"], layout=LAYOUT)
+    monitor.measure(model)
+    nn.init.normal_(model.embedding.weight, std=3)
+    with pytest.raises(UserError, match="its final norm and head do not give its logits"):
+        monitor.measure(model)

@@ -268,13 +268,18 @@ class ModelAdapter:
 
     def register_hooks(self, hook: ActivationHook) -> Iterator[RemovableHandle]:
         """Register module hooks on a model that is not ours, which call `hook` as our models do."""
+        shape = torch.Size()
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hook("embedding", 0, hidden_input(args, kwargs))
+            nonlocal shape
+            x = hidden_input(args, kwargs)
+            shape = x.shape
+            hook("embedding", 0, x)
 
         def after(name: str, layer: int, factor: float = 1) -> Callable[[nn.Module, Any, Any], None]:
             def call(module: nn.Module, args: Any, y: Any) -> None:
-                hook(name, layer, scale(hidden_output(y), factor))
+                # OPT merges batch and length before its FFN.
+                hook(name, layer, scale(hidden_output(y).reshape(shape), factor))
 
             return call
 

@@ -56,7 +56,10 @@ def vjp(function: TensorFunction, x: Tensor) -> LinearMap:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"Jacobians do not support this model: {first_line(error)}") from error
+        raise UserError(
+            f"Jacobians do not support this model: {first_line(error)}; leave out what reads them (jacobian, gain, "
+            "jacobian_map, theory)"
+        ) from error
     return lambda v: pullback(v.to(x.dtype))[0].double()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -75,14 +75,9 @@ class DepthMonitor(Callback):
         """The last step of each model, measured or not."""
         return WeakKeyDictionary()
 
-    @cached_property
-    def verified(self) -> WeakSet[nn.Module]:
-        """The models whose layout is verified."""
-        return WeakSet()
-
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, without the weak references, which it cannot save."""
-        return {name: value for name, value in vars(self).items() if name not in ("last_steps", "verified")}
+        return {name: value for name, value in vars(self).items() if name != "last_steps"}
 
     def step(self, model: nn.Module, step: int) -> dict[str, float]:
         """The measured numbers, such as `variance/layer_01`, if it is time for them, else an empty dictionary.
@@ -121,9 +116,7 @@ class DepthMonitor(Callback):
         with measuring(adapter):
             tokens = checked_tokens(adapter, self.probe, self.pad_id, "probe").to(adapter.device)
             tokens = tokens.clone()  # a tensor of inference_mode takes part in no backward pass
-            if adapter.model not in self.verified:
-                check_layout(adapter)
-                self.verified.add(adapter.model)
+            check_layout(adapter)  # at every measurement: zero weights at the start hide what a layout lacks
             for name in self.measures:
                 series = MONITORED[name](adapter, tokens, self.pad_id)
                 numbers |= layer_scalars(series, prefix=f"{self.module}/" if self.module else "")
