@@ -1,5 +1,7 @@
 """When checkpoints are written, and what is read from them, without a training."""
 
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +65,26 @@ def test_a_setting_that_an_older_checkpoint_lacks_had_its_default(monkeypatch):
         resumed_data_state(config, Path("step-00000002.ckpt"))
     same = replace(config, optim=replace(config.optim, decay_embeddings=True))
     assert resumed_data_state(same, Path("step-00000002.ckpt")) == {"fingerprint": None}
+
+
+@pytest.mark.parametrize("changed", ["gain=layer**-1", "branch_schedule=Schedule(lambda step: step / 5, 4)"])
+def test_a_run_is_not_resumed_under_another_function_of_the_same_name(changed, monkeypatch):
+    def config_of(coefficients):
+        module = types.ModuleType("norms_under_test")
+        text = "from cod_lightning.nn.strategies import *\nfrom cod_lightning.nn.spec import Schedule\n"
+        exec(f"{text}def f(layer, depth): return BlockSpec(*[SublayerSpec({coefficients})] * 2)", vars(module))
+        monkeypatch.setitem(sys.modules, "norms_under_test", module)
+        return compose(["norm=norms_under_test:f"])
+
+    checkpoint = Path("step-00000002.ckpt")
+    settings = resumable_settings(config_of("gain=layer**-0.5"))
+    monkeypatch.setattr(run, "read_resumable", lambda path: {"settings": settings})
+    resumed_data_state(config_of("gain=layer**-0.5"), checkpoint)
+    other = config_of(changed)
+    with pytest.raises(UserError, match=r"of a run with other settings \(norm\.coefficients="):
+        resumed_data_state(other, checkpoint)
+    settings.pop("norm.coefficients")  # as in checkpoints of earlier versions
+    resumed_data_state(other, checkpoint)
 
 
 def test_a_loaded_vision_transformer_has_the_step_of_its_checkpoint(tmp_path):

@@ -12,7 +12,8 @@ from typing import Any
 
 from cod_lightning.data.config import MAX_PROCESSES, DataConfig, ImageConfig
 from cod_lightning.nn.config import DecoderConfig, num_vit_parameters
-from cod_lightning.nn.strategies import STRATEGIES
+from cod_lightning.nn.spec import describe_specs
+from cod_lightning.nn.strategies import STRATEGIES, build_all
 from cod_lightning.nn.strategy_lookup import default_options
 from cod_lightning.settings import metadata, setting
 
@@ -284,9 +285,14 @@ def base_defaults(norm: Mapping[str, Any]) -> dict[str, Any]:
 def resumable_settings(config: Config) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint, by name.
 
-    Without the vocabulary, which the data may determine; the shapes of the weights show it.
+    Without the vocabulary, which the data may determine; the shapes of the weights show it. With a hash of what
+    norm=package.module:function returns, which may change while its name stays.
     """
-    return {name: value for name, value in flatten(identity(config)).items() if name != "model.vocab_size"}
+    settings = {name: value for name, value in flatten(identity(config)).items() if name != "model.vocab_size"}
+    if ":" in config.norm.get("name", ""):
+        coefficients = describe_specs(build_all(config.norm, config.model.num_hidden_layers))
+        settings["norm.coefficients"] = hashlib.sha256(coefficients.encode()).hexdigest()[:8]
+    return settings
 
 
 def under_default_output(config: Config, path: str) -> str:

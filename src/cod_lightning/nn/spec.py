@@ -168,6 +168,17 @@ def nondefaults(spec: SublayerSpec | BlockSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in names if getattr(spec, name) != getattr(pre_ln, name)}
 
 
+def describe_specs(specs: Sequence[BlockSpec]) -> str:
+    """The coefficients that are not those of Pre-LN, as text; equal for equal strategies.
+
+    A schedule is described by its factors at steps 0, 1, 2, 4, 8, ... to its end.
+    """
+    changed = [[nondefaults(part) for part in (spec, *spec.sublayers)] for spec in specs]
+    schedules = [s.branch_schedule for spec in specs for s in spec.sublayers if s.branch_schedule is not None]
+    steps = [0, *(2**n for n in range(64))]
+    return str([changed, [[schedule(step) for step in steps if step <= schedule.end] for schedule in schedules]])
+
+
 FACTORS = ("gain", "branch_scale")
 """Coefficients of a sub-layer that multiply the output of its norm or branch, which weights can compensate for."""
 INITIAL = ("pre_norm_weight", "branch_norm_weight", "norm_alpha", "input_init", "output_init", "xavier")

@@ -173,7 +173,8 @@ def describe_other_settings(config: Config, checkpoint: Mapping[str, Any], prefi
         checkpoint: its content.
         prefixes: of the settings to compare.
     """
-    ours, defaults = resumable_settings(config), resumable_settings(Config())
+    ours = resumable_settings(config)
+    defaults = resumable_settings(Config()) | {"norm.coefficients": ours.get("norm.coefficients")}
     theirs = {name: defaults.get(name) for name in ours} | checkpoint.get("settings", ours)
     theirs, ours = ({n: v for n, v in each.items() if n.startswith(prefixes)} for each in (theirs, ours))
     return describe_differences(theirs, ours)
