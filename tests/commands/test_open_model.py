@@ -71,6 +71,17 @@ def test_sequences_longer_than_the_context_are_refused(model, config):
         open_model(model(), config, open_corpus(config.data), 2)
 
 
+def test_a_model_that_does_not_run_as_its_layout_says_is_refused(model, config):
+    """MiniMax has the names of Llama, and starts its skips after its norms."""
+    transformers = pytest.importorskip("transformers")
+    folder = Path(model())
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"vocab_size": 8, "num_hidden_layers": 2, "head_dim": 8, "num_local_experts": 2}
+    transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**shape)).save_pretrained(folder)
+    with pytest.raises(UserError, match="block 1 adds something else than its attention and FFN to the residual"):
+        open_model(str(folder), config, open_corpus(config.data), 2)
+
+
 def test_the_folder_of_a_pruned_model_must_be_writable(model, config, tmp_path):
     (tmp_path / "file").write_text("")
     subject = open_model(model(), config, open_corpus(config.data), 2)

@@ -20,6 +20,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import token_mask
 from cod_lightning.measure.depth_report import COMPARED, REPORTED
+from cod_lightning.measure.open_model import check_layout
 from cod_lightning.measure.options import options_of
 from cod_lightning.measure.pruning import Export, prune
 from cod_lightning.measure.registry import MEASURES, measures_of, options_for
@@ -113,7 +114,7 @@ def open_model(name: str, config: Config, corpus: Corpus, rows: int) -> Subject:
     Each sequence begins with the tokenizer's BOS if the tokenizer puts it before a text.
 
     Raises:
-        UserError: the model or the text cannot be read.
+        UserError: the model or the text cannot be read, or the model does not run as its layout says.
     """
     device = accelerator(config.trainer)
     set_threads(config.trainer)
@@ -137,6 +138,7 @@ def open_model(name: str, config: Config, corpus: Corpus, rows: int) -> Subject:
     tokens = pack_sequences(corpus.val(), encode, seq_len=seq_len, max_sequences=rows, eos_id=eos_id, bos_id=bos_id)
     require_embeddings(checkpoint.model, tokenizer, tokens, name)
     model = ModelAdapter(checkpoint.model.to(device), Path(name).name, tokenizer.decode)
+    check_layout(model)
     batches = list(tokens.split(config.data.micro_batch_size))
     return Subject(model, batches, None, write, corpus_name(config), repr(config) + repr(checkpoint.model.config))
 
