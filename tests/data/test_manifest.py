@@ -46,9 +46,10 @@ def test_the_fingerprint_covers_the_content_alone(manifest, change, same):
         (lambda record: json.dumps({**record, "seq_len": 8}), "fingerprint does not match"),
         (lambda record: json.dumps({**record, "new": 8}), r"here is damaged \(new is unknown\)"),
         (lambda record: json.dumps({key: record[key] for key in record if key != "val"}), "val is missing"),
+        (lambda record: json.dumps({key: record[key] for key in record if key != "sha256"}), "fingerprint does not"),
         (lambda record: "[]", "here is damaged"),
     ],
-    ids=["syntax", "newer", "altered", "unknown field", "missing field", "list"],
+    ids=["syntax", "newer", "altered", "unknown field", "missing field", "no SHA-256", "list"],
 )
 def test_a_bad_manifest_is_refused(manifest, change, message):
     with pytest.raises(UserError, match=message):

@@ -56,8 +56,8 @@ class Split:
 class Source:
     """The text: name of the corpus, SHA-256 of the documents, and their number per split.
 
-    The hash covers the SHA-256 digests of all documents in order, training first. Sets from before 0.1.0 hash the
-    documents themselves, each followed by a zero byte. Instructions without room for an answer have no sequence.
+    The hash covers the SHA-256 digests of all documents in order, training first. Instructions without room for an
+    answer have no sequence.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Manifest:
             fingerprint, sha256 = record.pop("fingerprint", None), record.pop("sha256", None)
             manifest = from_json(cls, record)
             manifest.check()
-            if fingerprint != manifest.fingerprint or sha256 not in (None, manifest.sha256):  # early sets: no SHA-256
+            if (fingerprint, sha256) != (manifest.fingerprint, manifest.sha256):
                 raise ValueError("its fingerprint does not match its content")
         except DAMAGED as error:
             raise UserError(
