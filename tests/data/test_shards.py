@@ -170,11 +170,12 @@ def test_a_finished_shard_is_not_prepared_again(make_config, tmp_path):
     assert (part / "part.json").stat().st_mtime_ns == written
 
 
-def test_a_damaged_shard_is_prepared_again(make_config, tmp_path):
+@pytest.mark.parametrize("damage", [lambda ids: ids[:-1], lambda ids: ids[:100] + bytes([ids[100] ^ 1]) + ids[101:]])
+def test_a_damaged_shard_is_prepared_again(make_config, tmp_path, damage):
     config = make_config(tmp_path)
     part = prepare_shard(config, 1, 2, progress=False)
     before = content(part)
-    (part / "train.ids").write_bytes(before["train.ids"][:-1])
+    (part / "train.ids").write_bytes(damage(before["train.ids"]))
     assert prepare_shard(config, 1, 2, progress=False) == part
     assert content(part) == before
 
@@ -248,7 +249,8 @@ def test_every_altered_part_is_named_by_the_merge(make_config, tmp_path):
     with pytest.raises(UserError) as error:
         merge_shards(config, 3, progress=False)
     assert str(error.value).splitlines() == [
-        f"{part}/train.ids is damaged: its SHA-256 differs from part.json; remove {part} and prepare its shard again"
+        f"part {part.name}/3 is damaged: {part}/train.ids: its SHA-256 differs from part.json; remove {part} and "
+        "prepare its shard again"
         for part in parts[1:]
     ]
     assert not is_complete(prepared_folder(config))
