@@ -3,12 +3,12 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import PAD, residual_stream, silence, tokens
+from builders import PAD, decoder, replaced, residual_stream, silence, tokens
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.ablation import causal_score, removal, run_removal, swaps
-from cod_lightning.measure.linear_maps import fit_linear, linear_replacement, replaced
+from cod_lightning.measure.linear_maps import fit_linear, linear_replacement
 from cod_lightning.measure.registry import MEASURES
 from cod_lightning.measure.reordering import mean_loss
 
@@ -108,7 +108,10 @@ def test_all_pairs_are_swapped(causal_lm, batch):
 
 
 @torch.no_grad()
-def test_each_block_is_replaced_by_its_least_squares_map(model, batch):
+@pytest.mark.parametrize("name", ["ours-lns", "peri_ln", "llama", "olmo2", "gpt2"])
+def test_each_block_is_replaced_by_its_least_squares_map(causal_lm, batch, name):
+    """Of Peri-LN, whose first block begins with the norm of the embeddings, without it."""
+    model = decoder(name) if name == "peri_ln" else causal_lm(name)
     fit = tokens(batch=6, seed=1)
     result = linear_replacement(model, [batch], fit=fit.split(4))
     assert (result.tokens, result.fit_tokens) == (48, 54)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import decoder, loss_of_logits, tiny_model, tokens
+from builders import decoder, loss_of_logits, replaced, tiny_model, tokens
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import cod_lightning as cod
@@ -16,7 +16,6 @@ from cod_lightning.measure.ablation import removal, run_removal, swaps
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.block_removal import remove_blocks
 from cod_lightning.measure.layer_importance import layer_importance
-from cod_lightning.measure.linear_maps import replaced
 from cod_lightning.measure.open_model import check_layout
 from cod_lightning.measure.pruning import prune
 from cod_lightning.measure.registry import MEASURES

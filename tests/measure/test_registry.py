@@ -54,9 +54,9 @@ STEPS |= {
     "removal": 8,
     "run_removal": 12,
     "longest_run": 3,
-    "sublayer_removal": 12,
+    "sublayer_removal": 14,
     "swaps": 6,
-    "linear_replacement": 3,
+    "linear_replacement": 11,
     "importance": 16,
 }
 """Calls of progress for two batches and three blocks; there are eight coalitions of three blocks."""

@@ -357,7 +357,7 @@ SECTIONS: dict[str, Section] = {
         "Linear maps instead of blocks",
         [Curve("loss with linear replacement / loss", ratios, log=False)],
         replacement_sentence,
-        lambda depth, head: 3 * depth,
+        lambda depth, head: depth * (2 + (1 + head) / 2),
     ),
     "influence": Section(
         "Block influence",

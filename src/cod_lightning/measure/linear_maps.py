@@ -13,19 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter, family
-from cod_lightning.measure.batches import at_least_fp32, checked_batches, hidden_states, iter_batches, step_counter
+from cod_lightning.measure.batches import at_least_fp32, checked_batches, iter_batches, iter_targets, step_counter
 from cod_lightning.measure.block_removal import find_site, remove_blocks
 from cod_lightning.measure.open_model import differ
 from cod_lightning.measure.panels import Lines, Panel
-from cod_lightning.measure.reordering import AblationResult, loss_columns, mean_loss
+from cod_lightning.measure.reordering import AblationResult, changed_losses, loss_columns
 from cod_lightning.measure.result import Progress
 from cod_lightning.measure.weight_sparsity import linear_weights
-from cod_lightning.nn.layouts import hidden_input, unwrapped
 
 USEFUL = 1.1
 """A layer is useful if its linear replacement raises the loss above this multiple."""
@@ -64,8 +62,9 @@ def linear_replacement(
 ) -> LinearReplacement:
     """Replace each block alone by the linear map that is nearest to it on the tokens of `fit`.
 
-    Every layer takes a pass over both sets, so that only its own sums are in memory: two matrices
-    [hidden + 1, hidden + 1] in float64.
+    The map of the first block of Peri-LN follows the norm of the embeddings, as its removal does. Every map takes a
+    pass over `fit`, so that only its own sums are in memory, two matrices [hidden + 1, hidden + 1] in float64; the maps
+    themselves stay there, depth x (hidden + 1) x hidden numbers in float32.
 
     Options:
         fit: tokens [batch, length], or several such; None: `batches`, as in the released code, which favours the maps.
@@ -76,13 +75,15 @@ def linear_replacement(
     fit_batches = batches if fit is None else checked_batches(model, fit, pad_id, "fit")
     fit_tokens = sum(int(mask.sum()) for _, mask in iter_batches(model, fit_batches, pad_id))
 
-    advance = step_counter(progress, model.depth)
-    loss, tokens = mean_loss(model, batches, pad_id)
-    losses = []
-    for layer, block in enumerate(model.blocks, start=1):
-        with replaced(block, fit_linear(model, layer, fit_batches, pad_id)):
-            losses.append(mean_loss(model, batches, pad_id)[0])
+    batches = [batch for batch, _ in iter_targets(model, batches, pad_id)]
+    depth = model.depth
+    advance = step_counter(progress, depth + len(batches) * (depth + 1))
+    layers, maps = range(1, depth + 1), []
+    for layer in layers:
+        maps.append(fit_linear(model, layer, fit_batches, pad_id))
         advance()
+    orders = [[depth + layer if layer == mapped else layer for layer in layers] for mapped in layers]
+    loss, tokens, losses = changed_losses(model, orders, batches, pad_id, lambda *_: advance(), lambda _: maps)
     usefulness = fmean(linear > USEFUL * loss for linear in losses)
     return LinearReplacement(model.name, tokens, loss, fit_tokens, losses, usefulness)
 
@@ -91,7 +92,7 @@ def linear_replacement(
 def fit_linear(
     model: ModelAdapter, layer: int, batches: Sequence[Batch], pad_id: int | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """Return the function x + W x + b that is nearest to a block in least squares.
+    """Return the function x + W x + b that is nearest to a block, as in `block_functions`, in least squares.
 
     Raises:
         UserError: there are no more tokens than the hidden size, so that the fit would be exact for any block.
@@ -99,7 +100,8 @@ def fit_linear(
 
     def pairs() -> Generator[tuple[Tensor, Tensor]]:
         for tokens, mask in iter_batches(model, batches, pad_id):
-            x, y = (states.double() for states in hidden_states(model, tokens, mask)[layer - 1 : layer + 1])
+            inputs, blocks = model.block_functions(tokens, mask)
+            x, y = (states[mask].double() for states in (inputs[layer - 1], blocks[layer - 1](inputs[layer - 1])))
             yield F.pad(x, (0, 1), value=1.0), y - x
 
     solution = fit_map(model, pairs()).to(torch.promote_types(model.head_weight.dtype, torch.float32))
@@ -128,19 +130,6 @@ def fit_map(model: ModelAdapter, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tens
     scale = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     solution = torch.linalg.pinv(gram / scale / scale[:, None], hermitian=True) @ (cross / scale[:, None])
     return solution / scale[:, None]
-
-
-def replaced(block: nn.Module, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Replace the output of a block by `function` of its input, inside a `with` of the returned handle.
-
-    It is a hook and not another module, because models read attributes of their blocks.
-    """
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Any:
-        output = function(hidden_input(args, kwargs))
-        return (output, *y[1:]) if isinstance(y, tuple) else output
-
-    return unwrapped(block).register_forward_hook(hook, with_kwargs=True)
 
 
 @torch.no_grad()

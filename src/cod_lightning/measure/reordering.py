@@ -1,13 +1,15 @@
 """Losses of a model whose blocks are removed or reordered, and results of them.
 
-An order is the layers that run, from 1, first to last; `[1, 2, 4]` is a model of four blocks without its third.
+An order is the layers that run, from 1, first to last; `[1, 2, 4]` is a model of four blocks without its third. Numbers
+above the depth are changed blocks; with one of them, `[1, 2, 5, 4]` has it in the place of the third.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,13 @@ from cod_lightning.measure.batches import iter_targets, log_probabilities, step_
 from cod_lightning.measure.result import Progress, Result
 
 LOSS_INCREASE = "rise of the loss when removed (nats)"
+Blocks: TypeAlias = list[Callable[[Tensor], Tensor]]
+"""Functions of hidden states [batch, length, hidden]."""
+
+
+def no_blocks(blocks: Blocks) -> Blocks:
+    """The changed blocks of a model that is only reordered."""
+    return []
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,16 @@ def changed_losses(
     batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
+    changed: Callable[[Blocks], Blocks] = no_blocks,
 ) -> tuple[float, int, list[float]]:
-    """The mean loss and the number of targets of the model, and its mean loss with only the blocks of each order."""
+    """The mean loss and the number of targets of the model, and its mean loss with only the blocks of each order.
+
+    `changed` is as for `sequence_losses`.
+    """
     whole = range(1, model.depth + 1)
-    sums, counts = sequence_losses(model, [whole, *orders], batches, pad_id, progress)
-    loss, *changed = (sums.sum(1) / counts.sum()).tolist()
-    return loss, int(counts.sum()), changed
+    sums, counts = sequence_losses(model, [whole, *orders], batches, pad_id, progress, changed)
+    loss, *losses = (sums.sum(1) / counts.sum()).tolist()
+    return loss, int(counts.sum()), losses
 
 
 @torch.no_grad()
@@ -69,11 +82,20 @@ def sequence_losses(
     batches: Sequence[Batch],
     pad_id: int | None = None,
     progress: Progress | None = None,
+    changed: Callable[[Blocks], Blocks] = no_blocks,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of every sequence with only the blocks of each order, and the number of its targets, on the CPU.
 
     Every block keeps the mask and the positions of its own layer. Removing every block alone costs about half the
     blocks' time in as many forward passes, and one head for each. The inputs of all blocks are in memory for one batch.
+
+    Args:
+        model: in evaluation mode.
+        orders: the layers of each model.
+        batches: tokens or images.
+        pad_id: padding token; None: there is no padding.
+        progress: called after each order of each batch.
+        changed: maps the blocks of a batch to changed ones, which the numbers above the depth mean in an order.
 
     Returns:
         Losses [orders, sequences] in nats and float64, and numbers of targets [sequences].
@@ -90,6 +112,7 @@ def sequence_losses(
         counts.append((targets != IGNORE).sum(dim=1).cpu())
         # The input of every block is known, so that only the blocks after a removed one run again.
         states, blocks = model.block_functions(batch)
+        blocks = [*blocks, *changed(blocks)]
         previous = tuple(range(1, model.depth))
         for layers in distinct:
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(previous, layers, strict=False)))

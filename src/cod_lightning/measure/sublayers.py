@@ -8,19 +8,19 @@ the stream. x is the block's input, except after a norm of it (Peri-LN) or a mix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cod_lightning.kernels.loss import IGNORE
 from cod_lightning.measure.adapter import Batch, ModelAdapter
-from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches, iter_targets, step_counter
+from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batches
 from cod_lightning.measure.panels import Lines, Panel
-from cod_lightning.measure.reordering import LOSS_INCREASE, AblationResult, summed_losses
+from cod_lightning.measure.reordering import LOSS_INCREASE, AblationResult, Blocks, changed_losses
 from cod_lightning.measure.result import Progress, Result
 from cod_lightning.nn.layouts import Site, find_sites
 from cod_lightning.nn.norms import Norm
@@ -109,7 +109,6 @@ class SublayerRemoval(AblationResult):
         return [Lines(LOSS_INCREASE, {"attention": columns["attention_delta_loss"], "FFN": columns["ffn_delta_loss"]})]
 
 
-@torch.no_grad()
 def sublayer_removal(
     model: ModelAdapter, batches: Sequence[Batch], pad_id: int | None = None, progress: Progress | None = None
 ) -> SublayerRemoval:
@@ -117,23 +116,28 @@ def sublayer_removal(
 
     It costs twice as much as `removal`: only the blocks from the changed one on run again.
     """
-    whole, count = 0.0, 0
-    losses = {part: [0.0] * model.depth for part in ("attention", "ffn")}
-    batches_with_targets = list(iter_targets(model, batches, pad_id))
-    advance = step_counter(progress, len(batches_with_targets) * 2 * model.depth)
-    for batch, targets in batches_with_targets:
-        inputs, blocks = model.block_functions(batch)
-        whole += float(summed_losses(model, blocks[-1](inputs[-1]), targets).sum())
-        for site in find_sites(model.model, model.layout):
-            with last_of_branch(site).register_forward_hook(zero_output):
-                x = blocks[site.layer - 1](inputs[site.layer - 1])
-            for block in blocks[site.layer :]:
-                x = block(x)
-            losses[site.part][site.layer - 1] += float(summed_losses(model, x, targets).sum())
-            advance()
-        count += int((targets != IGNORE).sum())
-    means = {part: [total / count for total in totals] for part, totals in losses.items()}
-    return SublayerRemoval(model.name, count, whole / count, **means)
+    sites = find_sites(model.model, model.layout)
+    layers = range(1, model.depth + 1)
+    orders = [
+        [model.depth + number if layer == site.layer else layer for layer in layers]
+        for number, site in enumerate(sites, start=1)
+    ]
+
+    def changed(blocks: Blocks) -> Blocks:
+        return [partial(run_without, site, blocks[site.layer - 1]) for site in sites]
+
+    loss, tokens, losses = changed_losses(model, orders, batches, pad_id, progress, changed)
+    parts = {
+        part: [loss for site, loss in zip(sites, losses, strict=True) if site.part == part]
+        for part in ("attention", "ffn")
+    }
+    return SublayerRemoval(model.name, tokens, loss, **parts)
+
+
+def run_without(site: Site, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run the block of a sub-layer, which adds nothing."""
+    with last_of_branch(site).register_forward_hook(zero_output):
+        return block(x)
 
 
 def last_of_branch(site: Site) -> nn.Module:
