@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cod_lightning.errors import UserError
 from cod_lightning.measure.options import (
-    Bounds,
     Positive,
     UpToDepth,
     bounded_type,
@@ -101,7 +100,7 @@ def test_a_measure_without_options_says_so():
 def bounded(
     *,
     count: Positive = 1,
-    share: Annotated[float | None, Bounds(at_most=1)] = None,
+    share: Annotated[float | None, ("at_most", 1)] = None,
     layers: UpToDepth = None,
     colour: Colour = "red",
 ) -> None: ...
@@ -116,10 +115,10 @@ def test_bounds_do_not_change_how_a_word_is_read():
 def test_an_optional_hint_keeps_its_bounds():
     """Python 3.10 makes every hint with the default None optional from outside."""
 
-    def implicit(*, layers: UpToDepth | None = None, share: Annotated[float, Bounds(above=0)] | None = None): ...
+    def implicit(*, layers: UpToDepth | None = None, share: Annotated[float, ("above", 0)] | None = None): ...
 
-    assert bounded_type(implicit, "layers") == (Sequence[int], Bounds(to_depth=True), True)
-    assert bounded_type(implicit, "share") == (float, Bounds(above=0), True)
+    assert bounded_type(implicit, "layers") == (Sequence[int], {"to_depth": True}, True)
+    assert bounded_type(implicit, "share") == (float, {"above": 0}, True)
 
 
 @pytest.mark.parametrize(("name", "value"), [("count", None), ("colour", None)])

@@ -35,7 +35,7 @@ from cod_lightning.measure.jacobian_products import (
     rademacher,
     vjp,
 )
-from cod_lightning.measure.options import Bounds, Positive, UpToDepth
+from cod_lightning.measure.options import Positive, UpToDepth
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.result import Progress, Result, table_rows
 
@@ -149,7 +149,7 @@ def jacobian(
     progress: Progress | None = None,
     *,
     layers: UpToDepth = None,
-    probes: Annotated[int, Bounds(at_least=2)] = 4,
+    probes: Annotated[int, ("at_least", 2)] = 4,
     tokens: Positive = 1,
     iterations: Positive = 3,
     seed: int = 0,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import RunningMean, at_least_fp32, hidden_states, iter_batches
-from cod_lightning.measure.options import Bounds, Positive
+from cod_lightning.measure.options import Positive
 from cod_lightning.measure.panels import HeatMap, Lines, Panel
 from cod_lightning.measure.reordering import changed_losses
 from cod_lightning.measure.result import Progress, Result
@@ -70,7 +70,7 @@ def block_influence(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    longest: Annotated[int | None, Bounds(to_depth=True)] = None,
+    longest: Annotated[int | None, ("to_depth", True)] = None,
 ) -> BlockInfluence:
     """Average the cosine between the residual stream before and after all contiguous blocks.
 

@@ -1,13 +1,13 @@
 """Options of measures: names, types and bounds are those of the functions' keyword-only parameters.
 
-Bounds stand in the hint, as in `Annotated[int, Bounds(at_least=2)]`.
+Bounds of a number, or of the numbers of a sequence, stand in the hint by their names in `settings.BOUNDS`, as in
+`Annotated[int, ("at_least", 2)]`. They are pairs and not dictionaries, which an optional hint cannot hold.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from inspect import signature
 from numbers import Integral, Real
@@ -22,24 +22,9 @@ PYTHON_TYPES = {int: Integral, float: Real, bool: bool, str: str}
 """Python's type for each type of an option; True is no number here."""
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Bounds of a number, or of the numbers of a sequence; see `cod_lightning.settings.BOUNDS`."""
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    to_depth: bool = False
-    """Numbers of blocks, or of layers, from 1 to the depth of the model; each may be given once."""
-
-    def errors(self, name: str, value: Any) -> list[str]:
-        """One error for each bound that a value does not keep."""
-        bounds = {kind: bound for kind, bound in asdict(self).items() if bound is not None and kind != "to_depth"}
-        return bound_errors(name, value, bounds)
-
-
-Positive = Annotated[int, Bounds(at_least=1)]
-UpToDepth = Annotated[Sequence[int] | None, Bounds(to_depth=True)]
+Positive = Annotated[int, ("at_least", 1)]
+UpToDepth = Annotated[Sequence[int] | None, ("to_depth", True)]
+"""Numbers of blocks, or of layers, from 1 to the depth of the model; each may be given once."""
 
 
 def to_python(value: Any) -> Any:
@@ -72,14 +57,14 @@ def require_options(function: Callable[..., Any], options: Mapping[str, Any], de
             errors.append(f"{name}={value!r}: expected {expected}")
         elif get_origin(kind) is Literal:
             errors += choice_errors(name, value, get_args(kind))
-        elif bounds.to_depth:
+        elif bounds.get("to_depth"):
             if not all(each in range(1, depth + 1) for each in values) or len(set(values)) < len(values):
                 expected = f"1 to {depth}, the number of blocks" + (", each once" if several else "")
                 errors.append(f"{name}={values if several else value}: expected {expected}")
         elif isinstance(value, float) and not math.isfinite(value):
             errors.append(f"{name}={value} must be a finite number")
         else:
-            errors += bounds.errors(name, values if several else value)
+            errors += bound_errors(name, values if several else value, bounds)
     if errors:
         raise UserError("\n".join(errors))
 
@@ -100,12 +85,12 @@ def expected_type(kind: Any, value: Any) -> str | None:
 
 
 @cache
-def bounded_type(function: Callable[..., Any], name: str) -> tuple[Any, Bounds, bool]:
+def bounded_type(function: Callable[..., Any], name: str) -> tuple[Any, dict[str, Any], bool]:
     """The type of a parameter without None, its bounds, and whether it may be None."""
     hint = get_type_hints(function, include_extras=True)[name]
-    bounds = [each for kind in (hint, *get_args(hint)) for each in getattr(kind, "__metadata__", ())]
+    bounds = dict(each for kind in (hint, *get_args(hint)) for each in getattr(kind, "__metadata__", ()))
     kind = get_type_hints(function)[name]
-    return without_none(kind), bounds[0] if bounds else Bounds(), without_none(kind) is not kind
+    return without_none(kind), bounds, without_none(kind) is not kind
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:

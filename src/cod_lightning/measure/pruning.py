@@ -17,7 +17,7 @@ from cod_lightning.kernels.loss import perplexity_of
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import step_counter
 from cod_lightning.measure.block_removal import remove_blocks
-from cod_lightning.measure.options import Bounds, Positive, require_options
+from cod_lightning.measure.options import Positive, require_options
 from cod_lightning.measure.panels import Bars, Lines, Panel
 from cod_lightning.measure.pruned_models import (
     Allocation,
@@ -114,7 +114,7 @@ def prune(
     blocks: int | None = None,
     replace: Replace | None = None,
     replace_steps: Positive = 500,
-    replace_lr: Annotated[float, Bounds(above=0)] = 3e-4,
+    replace_lr: Annotated[float, ("above", 0)] = 3e-4,
     sparsity: Share | None = None,
     allocation: Allocation | None = None,
     method: Method | None = None,
@@ -122,7 +122,7 @@ def prune(
     threshold: Threshold = 5.0,
     owl_lambda: OwlLambda = 0.08,
     epsilon: Share = 0.3,
-    difference: Annotated[float | None, Bounds(at_least=-1, at_most=1)] = None,
+    difference: Annotated[float | None, ("at_least", -1), ("at_most", 1)] = None,
 ) -> Pruned:
     """Write the model without some of its blocks or weights into `folder`, completely or not at all.
 

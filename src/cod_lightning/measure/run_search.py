@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import iter_targets, step_counter
-from cod_lightning.measure.options import Bounds, Positive
+from cod_lightning.measure.options import Positive
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.reordering import AblationResult, changed_losses, loss_columns
 from cod_lightning.measure.result import Progress, table_rows
@@ -62,7 +62,7 @@ def longest_run(
     pad_id: int | None = None,
     progress: Progress | None = None,
     *,
-    limits: Annotated[Sequence[float], Bounds(above=0)] = PERPLEXITY_RISES,
+    limits: Annotated[Sequence[float], ("above", 0)] = PERPLEXITY_RISES,
     width: Positive = 2,
     removal: Mapping[str, Any] | None = None,
 ) -> LongestRun:

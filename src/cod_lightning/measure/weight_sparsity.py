@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter
 from cod_lightning.measure.batches import at_least_fp32, iter_batches, step_counter
-from cod_lightning.measure.options import Bounds
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.result import Progress, Result
 
 Method = Literal["wanda", "magnitude"]
 Calibration = Literal["once", "sequential"]
-Share = Annotated[float, Bounds(at_least=0, at_most=1)]
-Threshold = Annotated[float, Bounds(above=0)]
-OwlLambda = Annotated[float, Bounds(at_least=0, at_most=0.5)]
+Share = Annotated[float, ("at_least", 0), ("at_most", 1)]
+Threshold = Annotated[float, ("above", 0)]
+OwlLambda = Annotated[float, ("at_least", 0), ("at_most", 0.5)]
 
 
 @dataclass(frozen=True)
