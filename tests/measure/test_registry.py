@@ -10,6 +10,7 @@ import cod_lightning as cod
 from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.measure.registry import MEASURES, measures_of, options_for
+from cod_lightning.nn.layouts import hidden_output
 from command_words import run_python
 
 BATCHES = [tokens(2, 8, seed) for seed in (0, 1)]
@@ -231,7 +232,7 @@ NEEDS_GRADIENTS = ("jacobian", "gain", "jacobian_map", "theory")
 def test_a_measure_without_gradients_builds_no_graph(causal_lm, family, name):
     model, graphs = causal_lm(family, depth=2), []
     for block in model.blocks:
-        block.register_forward_hook(lambda block, args, y: graphs.append(y.requires_grad))
+        block.register_forward_hook(lambda block, args, y: graphs.append(hidden_output(y).requires_grad))
     MEASURES[name](model, BATCHES, PAD, None)
     assert graphs
     assert not any(graphs)

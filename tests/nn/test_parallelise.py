@@ -140,7 +140,7 @@ def test_an_unwrapped_copy_shares_the_weights_and_takes_hooks_and_transforms():
     assert all(parameter.requires_grad for parameter in copy.parameters())
     expected = probe_statistics(build(tie_word_embeddings=True), TOKENS, None)
     assert probe_statistics(copy, TOKENS, None) == expected
-    torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0, -1])(torch.ones(1, 3, 16))
+    torch.func.jacrev(lambda x: copy.blocks[0](x, None)[0][0, -1])(torch.ones(1, 3, 16))
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ class Attention(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, rope: Rope | None, first_v_BGTK: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """y [B, T, D]; with a value residual, also the values of the first block: its own if `first_v_BGTK` is None."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [B, T, D] and `first_v_BGTK`, the values of the first block, which a value residual sets if it is None."""
         q_BHTK, k_BGTK, v_BGTK = (
             norm(projection(x_BTD).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
             for projection, norm in ((self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, self.v_norm))
@@ -63,8 +63,7 @@ class Attention(nn.Module):
         if rope is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, rope), rotate(k_BGTK, rope)
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=self.causal, enable_gqa=self.grouped)
-        y_BTD = self.o_proj(y_BHTK.transpose(1, 2).flatten(-2))
-        return y_BTD if self.value_residual == "no" else (y_BTD, first_v_BGTK)
+        return self.o_proj(y_BHTK.transpose(1, 2).flatten(-2)), first_v_BGTK
 
     def mix_values(self, v_BGTK: Tensor, first_v_BGTK: Tensor) -> Tensor:
         """(v + first) / 2, or s * (a * v + b * first) / sqrt(a^2 + b^2)."""
@@ -156,8 +155,8 @@ class Block(nn.Module):
         hook: Callable[[str, Tensor], object] | None = None,
         embedding_BTD: Tensor | None = None,
         first_v_BGTK: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """The output y [B, T, D]; with a value residual, y and the values of the first block.
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output y [B, T, D], and the values of the first block as `Attention` returns them.
 
         Args:
             x_BTD: the input.
@@ -171,9 +170,7 @@ class Block(nn.Module):
         x_BTD, h_BTD = self.input_layernorm.fused_add_norm(x_BTD)
         block_input_BTD = x_BTD
         # branch = branch_scale * branch_norm( attention(h) )
-        f_BTD = self.self_attn(h_BTD, rope, first_v_BGTK)
-        if self.spec.value_residual != "no":
-            f_BTD, first_v_BGTK = f_BTD
+        f_BTD, first_v_BGTK = self.self_attn(h_BTD, rope, first_v_BGTK)
         attention_BTD = self.attention_residual.scaled_branch(f_BTD)
         # x = gate( sum_norm( skip * x + branch ) ) and h = gain * pre_norm(x)
         skip_BTD = self.attention_residual.scaled_skip(x_BTD, h_BTD, block_input_BTD, self.gate)
@@ -189,7 +186,7 @@ class Block(nn.Module):
             hook("attention", attention_BTD)
             hook("ffn", ffn_BTD)
             hook("residual", y_BTD)
-        return y_BTD if self.spec.value_residual == "no" else (y_BTD, first_v_BGTK)
+        return y_BTD, first_v_BGTK
 
     def mix_embedding(self, x_BTD: Tensor, embedding_BTD: Tensor | None) -> Tensor:
         """x, or with `embedding_skip` a * x + b * embedding."""
@@ -286,9 +283,8 @@ def run_blocks(blocks: list[Block], x_BTD: Tensor, rope: Rope | None, hook: Acti
     embedding_BTD, first_v_BGTK = x_BTD, None
     for layer, block in enumerate(blocks, start=1):
         block_hook = None if hook is None else lambda name, x, layer=layer: hook(name, layer, x)
-        x_BTD = block(x_BTD, rope, block_hook, embedding_BTD if block.spec.embedding_skip else None, first_v_BGTK)
-        if block.spec.value_residual != "no":
-            x_BTD, first_v_BGTK = x_BTD
+        embedding = embedding_BTD if block.spec.embedding_skip else None
+        x_BTD, first_v_BGTK = block(x_BTD, rope, block_hook, embedding, first_v_BGTK)
     return x_BTD
 
 
