@@ -11,7 +11,7 @@ from cod_lightning.kernels.loss import next_tokens
 from cod_lightning.measure.adapter import ModelAdapter
 from cod_lightning.nn.config import DecoderConfig
 from cod_lightning.nn.init import build_decoder
-from cod_lightning.nn.layouts import hidden_input, unwrapped
+from cod_lightning.nn.layouts import hidden_input, unwrapped, with_hidden
 from cod_lightning.nn.strategies import build_all
 
 VOCABULARY, HIDDEN, DEPTH = 37, 16, 4
@@ -73,8 +73,7 @@ def replaced(block, function):
     """Replace the output of a block by `function` of its input, inside a `with` of the returned handle."""
 
     def hook(module, args, kwargs, y):
-        output = function(hidden_input(args, kwargs))
-        return (output, *y[1:]) if isinstance(y, tuple) else output
+        return with_hidden(y, function(hidden_input(args, kwargs)))
 
     return unwrapped(block).register_forward_hook(hook, with_kwargs=True)
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from cod_lightning.errors import UserError, first_line
 from cod_lightning.measure.adapter import ModelAdapter, family
 from cod_lightning.nn.decoder import Decoder
-from cod_lightning.nn.layouts import Layout, find_sites, hidden_output
+from cod_lightning.nn.layouts import Layout, find_sites, hidden_output, zero_output
 from cod_lightning.nn.model_files import find_source, require_tokenizer
 from cod_lightning.nn.pretrained import load_checkpoint
 from cod_lightning.nn.vit import VisionTransformer
@@ -242,12 +242,9 @@ def swapped_layer(
         def keep(module: nn.Module, args: Any, y: Any, outputs: list[Tensor] = outputs) -> None:
             outputs.append(hidden_output(y))
 
-        def silence(module: nn.Module, args: Any, y: Any) -> Any:
-            return (torch.zeros_like(y[0]), *y[1:]) if isinstance(y, tuple) else torch.zeros_like(y)
-
         with attention.branch.register_forward_hook(keep):
             functions[layer - 1](inputs[layer - 1])
-            with ffn.branch.register_forward_hook(silence):
+            with ffn.branch.register_forward_hook(zero_output):
                 functions[layer - 1](inputs[layer - 1])
         if differ(*outputs):
             return layer

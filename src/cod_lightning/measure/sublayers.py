@@ -22,7 +22,7 @@ from cod_lightning.measure.batches import RunningMean, at_least_fp32, iter_batch
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.reordering import LOSS_INCREASE, AblationResult, Blocks, changed_losses
 from cod_lightning.measure.result import Progress, Result
-from cod_lightning.nn.layouts import Site, find_sites
+from cod_lightning.nn.layouts import Site, find_sites, zero_output
 from cod_lightning.nn.norms import Norm
 
 COLUMNS = ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block_cosine")
@@ -148,8 +148,3 @@ def last_of_branch(site: Site) -> nn.Module:
     residual = getattr(site.block, f"{site.part}_residual", None)
     norm = getattr(residual, "branch_norm", None)
     return norm if isinstance(norm, Norm) else site.branch
-
-
-def zero_output(module: nn.Module, args: Any, y: Any) -> Any:
-    """A forward hook that replaces the hidden states that a sub-layer returns by zeros."""
-    return (torch.zeros_like(y[0]), *y[1:]) if isinstance(y, tuple) else torch.zeros_like(y)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cod_lightning.errors import UserError
@@ -334,6 +335,16 @@ def hidden_input(args: tuple, kwargs: dict) -> Tensor:
 def hidden_output(y: Any) -> Tensor:
     """The hidden states that a block or a sub-layer returns; some return a tuple."""
     return y[0] if isinstance(y, tuple) else y
+
+
+def with_hidden(y: Any, x: Tensor) -> Any:
+    """The output y of a block or a sub-layer with the hidden states x."""
+    return (x, *y[1:]) if isinstance(y, tuple) else x
+
+
+def zero_output(module: nn.Module, args: Any, y: Any) -> Any:
+    """A forward hook that replaces the hidden states that a sub-layer returns by zeros."""
+    return with_hidden(y, torch.zeros_like(hidden_output(y)))
 
 
 def logits_output(y: Any) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from cod_lightning.nn.layouts import hidden_output, with_hidden
+
 
 def scale_output(module: Any, factor: float) -> None:
     """Multiply the output of a module by a factor from now on."""
@@ -27,9 +29,7 @@ class MultiplyOutput:
     """Forward hook: the output, or the first of a tuple of outputs, times the module's `cod_output_scale`."""
 
     def __call__(self, module: Any, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return output[0] * module.cod_output_scale, *output[1:]
-        return output * module.cod_output_scale
+        return with_hidden(output, hidden_output(output) * module.cod_output_scale)
 
     def __reduce__(self) -> Any:
         return unpickled_hook, ()  # also in another process, where nothing was scaled
