@@ -25,7 +25,12 @@ def take(name, model, batches, progress=None):
 @pytest.mark.parametrize(
     ("family", "name"),
     [(family, name) for family in ("ours-lns", "gpt2", "olmo2", "qwen2_5_vl") for name in MEASURES]
-    + [(bert, name) for bert in ("bert", "bert_encoder") for name in MEASURES if not MEASURES[name].needs_targets],
+    + [
+        (bert, name)
+        for bert in ("bert", "bert_encoder")
+        for name in MEASURES
+        if "why_no_loss" not in MEASURES[name].refusals
+    ],
 )
 def test_every_measure_gives_a_table(causal_lm, family, name):
     result = MEASURES[name](causal_lm(family, depth=3), BATCHES, PAD, None)
@@ -33,7 +38,7 @@ def test_every_measure_gives_a_table(causal_lm, family, name):
     assert result.rows()
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURES if MEASURES[name].needs_targets])
+@pytest.mark.parametrize("name", [name for name in MEASURES if "why_no_loss" in MEASURES[name].refusals])
 def test_a_measure_of_next_tokens_refuses_bert(causal_lm, name):
     with pytest.raises(UserError, match="bert: bert does not predict the next token"):
         MEASURES[name](causal_lm("bert", depth=3), BATCHES, PAD, None)
@@ -89,7 +94,7 @@ def test_no_tokens_are_an_error(causal_lm, name, batches):
         (family, name)
         for family in ("ours", "gpt2", "bert")
         for name, measure in MEASURES.items()
-        if measure.study not in ("jacobian", "theory") and not (family == "bert" and measure.needs_targets)
+        if measure.study not in ("jacobian", "theory") and not (family == "bert" and "why_no_loss" in measure.refusals)
     ],
 )
 def test_padding_and_batch_size_do_not_matter(causal_lm, family, name):

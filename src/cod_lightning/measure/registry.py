@@ -35,18 +35,16 @@ class Measure:
     """Use only this many sequences, because the measure is expensive; None: all."""
     is_map: bool = False
     """A training run draws its figure too, because the series do not hold all layer pairs or entries."""
-    needs_targets: bool = False
-    """Reads losses of next tokens or labels, so that it does not apply to BERT."""
+    refusals: tuple[str, ...] = ()
+    """Properties of `ModelAdapter` that say why it does not apply to a model: `why_no_loss` if it reads losses of next
+    tokens or labels, which BERT has not; `why_not_sparse` if it reads the weights of linear layers; `why_not_composed`
+    if it multiplies the Jacobians of the blocks, which must read nothing but the stream."""
     not_for_images: str = ""
     """Why it does not apply to models of images; empty if it does."""
     least_blocks: int = 1
     """Smallest depth of a model that it applies to."""
-    of_linear_layers: bool = False
-    """Reads the weights of linear layers, so it does not apply to mixtures of experts or to models with adapters."""
     fits_maps: bool = False
     """Fits linear maps between hidden states."""
-    composes_blocks: bool = False
-    """Multiplies the Jacobians of the blocks, which must read nothing but the stream."""
 
     @property
     def measure(self) -> Callable[..., Any]:
@@ -70,15 +68,12 @@ class Measure:
 
     def why_not(self, model: Any, tokens: int | None = None) -> str:
         """Why it does not apply to a `ModelAdapter`, or to a number of tokens; empty if it does."""
-        if reason := self.why_never(model.depth, model.reads_images):
+        reasons = [self.why_never(model.depth, model.reads_images), *(getattr(model, name) for name in self.refusals)]
+        if reason := next(filter(None, reasons), ""):
             return reason
-        if self.needs_targets and model.why_no_loss:
-            return model.why_no_loss
         if self.fits_maps and tokens is not None and tokens <= model.hidden:
             return f"it needs more tokens than the hidden size {model.hidden}, not {tokens}: raise --rows"
-        if self.composes_blocks and model.why_not_composed:
-            return model.why_not_composed
-        return model.why_not_sparse if self.of_linear_layers else ""
+        return ""
 
     def check_options(self, model: Any, options: Mapping[str, Any]) -> None:
         """Check the values of those of `options` that it has, before anything is measured.
@@ -125,7 +120,7 @@ MEASURES: dict[str, Measure] = {
         "jacobians:jacobian_growth",
         ("layer", "spectral", "frobenius"),
         first_sequences=2,
-        composes_blocks=True,
+        refusals=("why_not_composed",),
     ),
     "jacobian_map": Measure(
         "jacobian",
@@ -135,17 +130,17 @@ MEASURES: dict[str, Measure] = {
         is_map=True,
     ),
     "angular": Measure("angular", "angular_distances:angular_distance", ("distance",), is_map=True),
-    "removal": Measure("removal", "ablation:removal", ("delta_loss",), needs_targets=True),
+    "removal": Measure("removal", "ablation:removal", ("delta_loss",), refusals=("why_no_loss",)),
     "run_removal": Measure(
-        "removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4"), needs_targets=True
+        "removal", "ablation:run_removal", ("delta_loss_1", "delta_loss_2", "delta_loss_4"), refusals=("why_no_loss",)
     ),
-    "longest_run": Measure("removal", "run_search:longest_run", ("removable",), is_map=True, needs_targets=True),
-    "swaps": Measure("removal", "ablation:swaps", ("score",), needs_targets=True, least_blocks=2),
+    "longest_run": Measure("removal", "run_search:longest_run", ("removable",), is_map=True, refusals=("why_no_loss",)),
+    "swaps": Measure("removal", "ablation:swaps", ("score",), refusals=("why_no_loss",), least_blocks=2),
     "linear_replacement": Measure(
         "removal",
         "linear_maps:linear_replacement",
         ("delta_loss",),
-        needs_targets=True,
+        refusals=("why_no_loss",),
         fits_maps=True,
         not_for_images="its map would be fitted to patches, but the prediction is read from the class token",
     ),
@@ -153,7 +148,7 @@ MEASURES: dict[str, Measure] = {
         "removal",
         "sublayers:sublayer_removal",
         ("attention_delta_loss", "ffn_delta_loss"),
-        needs_targets=True,
+        refusals=("why_no_loss",),
     ),
     "causal": Measure("removal", "ablation:causal_score", ("score",), is_map=True),
     "contribution": Measure(
@@ -162,19 +157,19 @@ MEASURES: dict[str, Measure] = {
         ("attention", "ffn", "block", "attention_cosine", "ffn_cosine", "block_cosine"),
     ),
     "influence": Measure("influence", "layer_importance:block_influence", ("influence",), is_map=True),
-    "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js"), needs_targets=True),
+    "readout": Measure("influence", "logit_lens:logit_lens", ("loss", "kl", "js"), refusals=("why_no_loss",)),
     "importance": Measure(
         "influence",
         "layer_importance:layer_importance",
         ("shapley", "leave_one_out"),
         first_sequences=EXPENSIVE,
-        needs_targets=True,
+        refusals=("why_no_loss",),
     ),
     "sparsity": Measure(
         "influence",
         "weight_sparsity:layer_sparsity",
         ("outlier_ratio", "owl", "alpha", "alpha_pruning"),
-        of_linear_layers=True,
+        refusals=("why_not_sparse",),
     ),
     "theory": Measure(
         "theory",
@@ -182,7 +177,7 @@ MEASURES: dict[str, Measure] = {
         ("variance", "lemma", "lemma_fitted", "recursion", "gain"),
         not_for_images="the paper's lemmas and theorems are about decoders",
         least_blocks=3,
-        composes_blocks=True,
+        refusals=("why_not_composed",),
     ),
 }
 
