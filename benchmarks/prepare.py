@@ -71,7 +71,7 @@ def main() -> None:
             for repeat in range(args.repeats):
                 config = dataclasses.replace(settings, root=str(folder / f"{workers}-{repeat}"), workers=workers)
                 raw.append(raw_seconds(tokenizer, documents, workers))
-                prepared.append(elapsed(lambda config=config: prepare(config, progress=False)))
+                prepared.append(elapsed(lambda config=config: prepare(config)))
             manifest = read_manifest(prepare(config))
             tokens = manifest.train.tokens + manifest.val.tokens
             results.append((f"raw encode_batch, {workers} threads", tokens / min(raw), "tokens/s"))

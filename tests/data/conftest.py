@@ -86,7 +86,7 @@ def documents(make_config, tmp_path_factory) -> DataConfig:
 def _prepared(config: DataConfig) -> DataConfig:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_TOKENS", 2048)
-        prepare(config, progress=False)
+        prepare(config)
     return config
 
 

@@ -129,7 +129,7 @@ def instructions(make_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("instructions")
     write(folder / "a.json", [*RECORDS, {"instruction": "word " * 300, "output": "no room"}])
     config = make_config(folder, source="instructions", files=str(folder / "*.json"), seq_len=100)
-    prepare(config, progress=False)
+    prepare(config)
     return config
 
 

@@ -50,10 +50,10 @@ def test_only_the_set_remains(packed):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_sequences_do_not_depend_on_the_number_of_workers(make_config, tmp_path, packed):
-    one_worker = read_manifest(prepare(make_config(tmp_path / "one"), progress=False))
+    one_worker = read_manifest(prepare(make_config(tmp_path / "one")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "BATCH_CHARACTERS", 2**14)
-        three_workers = read_manifest(prepare(make_config(tmp_path / "three", workers=3), progress=False))
+        three_workers = read_manifest(prepare(make_config(tmp_path / "three", workers=3)))
     assert one_worker == three_workers == read_manifest(prepared_folder(packed))
     assert one_worker.fingerprint == three_workers.fingerprint
 
@@ -61,15 +61,15 @@ def test_sequences_do_not_depend_on_the_number_of_workers(make_config, tmp_path,
 @pytest.mark.usefixtures("small_chunks")
 def test_only_a_damaged_set_is_prepared_again(make_config, tmp_path):
     config = make_config(tmp_path)
-    folder = prepare(config, progress=False)
+    folder = prepare(config)
     before = (folder / "manifest.json").stat().st_mtime_ns
-    assert prepare(config, progress=False) == folder
+    assert prepare(config) == folder
     assert (folder / "manifest.json").stat().st_mtime_ns == before
     fingerprint = read_manifest(folder).fingerprint
     for damage in ((folder / "train" / "chunk-0-3.bin").unlink, lambda: (folder / "tokenizer.json").write_text("{}")):
         damage()
         assert not is_complete(folder)
-        assert read_manifest(prepare(config, progress=False)).fingerprint == fingerprint
+        assert read_manifest(prepare(config)).fingerprint == fingerprint
         assert is_complete(folder)
 
 
@@ -110,7 +110,7 @@ def test_another_tokenizer_file_leads_to_another_set(make_config, tmp_path):
 def test_validation_is_bounded_when_there_is_more(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "PREPARED_VAL_TOKENS", 100)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 500)
-    manifest = read_manifest(prepare(make_config(tmp_path, val_tokens=400), progress=False))
+    manifest = read_manifest(prepare(make_config(tmp_path, val_tokens=400)))
     assert 400 - 32 < manifest.val.tokens < 1500
     assert manifest.source.documents["val"] < 20
 
@@ -131,7 +131,7 @@ def test_a_failed_preparation_leaves_nothing(make_config, tmp_path, files, chang
         (tmp_path / name).write_text(content)
     root = tmp_path / "root"
     with pytest.raises(UserError, match=message):
-        prepare(make_config(root, files=str(tmp_path / "*.*"), **changes), progress=False)
+        prepare(make_config(root, files=str(tmp_path / "*.*"), **changes))
     assert not list(root.glob("*"))
 
 
@@ -140,7 +140,7 @@ def test_few_text_files_have_a_training_and_a_validation_set(make_config, tmp_pa
     for number in range(files):
         (tmp_path / f"{number:02}.txt").write_text(" ".join(f"word{n} of {number}" for n in range(2000 // files)))
     changes = {"files": str(tmp_path / "*.txt"), "val_every": 50, "vocab_size": 258}
-    manifest = read_manifest(prepare(make_config(tmp_path / "sets", **changes), progress=False))
+    manifest = read_manifest(prepare(make_config(tmp_path / "sets", **changes)))
     assert manifest.val.tokens == pytest.approx(manifest.train.tokens / 49, rel=0.2)
 
 
@@ -151,12 +151,12 @@ def test_the_tokenizer_is_trained_on_the_training_text():
 
 
 def test_progress_is_one_line_where_there_is_no_terminal(make_config, tmp_path, capfd):
-    prepare(make_config(tmp_path), progress=True)
+    prepare(make_config(tmp_path))
     out, err = capfd.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert "training and" in err
-    prepare(make_config(tmp_path / "quiet"), progress=False)
+    prepare(make_config(tmp_path / "quiet"))
     assert capfd.readouterr() == ("", "")
 
 
@@ -173,7 +173,7 @@ encode.BATCH_CHARACTERS = 2**13
 if __name__ == "__main__":
     config = DataConfig(source="files", files=sys.argv[1], root=sys.argv[2], vocab_size=300, seq_len=32, val_every=10)
     config.workers = int(sys.argv[3])
-    print(preparation.prepare(config, progress=False), flush=True)
+    print(preparation.prepare(config), flush=True)
 """
 
 
@@ -188,14 +188,14 @@ def start(tmp_path, c4_corpus, workers) -> subprocess.Popen:
 def test_an_unguarded_script_is_refused_in_its_workers(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     with pytest.raises(UserError, match=r'if __name__ == "__main__": or set data\.workers=1'):
-        prepare(make_config(tmp_path), progress=False)
+        prepare(make_config(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_root_that_cannot_be_written_is_named(make_config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.root=\S+/file cannot be written: .* \(Not a directory\)"):
-        prepare(make_config(tmp_path / "file"), progress=False)
+        prepare(make_config(tmp_path / "file"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -211,7 +211,7 @@ def test_a_killed_preparation_leaves_no_set_and_no_process(c4_corpus, make_confi
     assert not folder.exists()
     assert list(root.glob(".*.partial"))
     wait_for(lambda: not running(process.pid))
-    assert prepare(config, progress=False) == folder
+    assert prepare(config) == folder
     assert is_complete(folder)
     assert not list(root.glob(".*.partial"))
 
@@ -237,7 +237,7 @@ def test_the_sha256_of_a_text_is_that_of_the_hashes_of_its_documents(packed):
 
 def test_a_text_with_the_given_sha256_is_prepared(make_config, packed, tmp_path):
     sha256 = read_manifest(prepared_folder(packed)).source.sha256
-    assert is_complete(prepare(make_config(tmp_path, sha256=sha256), progress=False))
+    assert is_complete(prepare(make_config(tmp_path, sha256=sha256)))
 
 
 def test_the_sha256_says_where_the_validation_files_begin(make_config, tmp_path):
@@ -246,19 +246,19 @@ def test_the_sha256_says_where_the_validation_files_begin(make_config, tmp_path)
     hashes = set()
     for train, val in (("a", "[bc]"), ("[ab]", "c")):
         config = make_config(tmp_path, files=f"{tmp_path}/{train}.txt", val_files=f"{tmp_path}/{val}.txt")
-        hashes.add(read_manifest(prepare(config, progress=False)).source.sha256)
+        hashes.add(read_manifest(prepare(config)).source.sha256)
     assert len(hashes) == 2
 
 
 def test_another_text_is_refused_and_nothing_is_left(make_config, tmp_path):
     with pytest.raises(UserError, match=r"data\.sha256=0{16}\.\.\., but the text has .*data\.sha256=null"):
-        prepare(make_config(tmp_path, sha256=OTHER), progress=False)
+        prepare(make_config(tmp_path, sha256=OTHER))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_set_of_another_text_is_refused(packed):
     with pytest.raises(UserError, match=r"data\.sha256=0{16}\.\.\., but .*files-\w+ has"):
-        prepare(replace(packed, sha256=OTHER), progress=False)
+        prepare(replace(packed, sha256=OTHER))
 
 
 def test_a_set_given_as_folder_must_have_the_sha256(packed):
@@ -293,7 +293,7 @@ def test_other_special_tokens_of_a_tokenizer_lead_to_another_set(make_config, wo
 
 def test_a_set_with_other_special_tokens_is_refused(make_config, word_level, tmp_path):
     config = make_config(tmp_path, tokenizer=word_level(tmp_path / "a", ["<pad>", "<x>", "</s>"]))
-    manifest = read_manifest(prepare(config, progress=False))
+    manifest = read_manifest(prepare(config))
     check_against(config, manifest, "here")
     (tmp_path / "a" / "tokenizer_config.json").write_text('{"eos_token": "<x>"}')
     with pytest.raises(UserError, match=r"has pad 0 and EOS 1, but the set has 0 and 2"):
@@ -302,7 +302,7 @@ def test_a_set_with_other_special_tokens_is_refused(make_config, word_level, tmp
 
 def test_a_tokenizer_folder_is_compared_by_content(make_config, word_level, tmp_path):
     config = make_config(tmp_path / "root", tokenizer=word_level(tmp_path / "a", ["<pad>", "</s>"]))
-    manifest = read_manifest(prepare(config, progress=False))
+    manifest = read_manifest(prepare(config))
     check_against(replace(config, tokenizer=word_level(tmp_path / "b", ["<pad>", "</s>"])), manifest, "here")
     with pytest.raises(UserError, match=r"data.tokenizer="):
         check_against(replace(config, tokenizer=word_level(tmp_path / "c", ["<eos>"])), manifest, "here")

@@ -49,8 +49,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def prepare_all(config, count: int) -> Path:
     for index in reversed(range(count)):
-        prepare_shard(config, index, count, progress=False)
-    return merge_shards(config, count, progress=False)
+        prepare_shard(config, index, count)
+    return merge_shards(config, count)
 
 
 HELD_OUT = {"val_every": 7}
@@ -82,7 +82,7 @@ def test_shards_yield_the_set_of_one_machine(
         shutil.copytree(uneven, tmp_path / "val")
         changes["val_files"] = str(tmp_path / "val" / changes["val_files"])
     config = make_config(tmp_path / "one", **changes)
-    unsharded = prepare(config, progress=False)
+    unsharded = prepare(config)
     manifest = read_manifest(unsharded)
     assert manifest.source.documents["train"] == train_documents
     assert (manifest.val.tokens < 2500) is (bound == LIMITED)
@@ -93,12 +93,12 @@ def test_shards_yield_the_set_of_one_machine(
 
 def test_the_set_does_not_depend_on_shards_and_workers(make_config, tmp_path):
     config = make_config(tmp_path / "one")
-    unsharded = prepare(config, progress=False)
+    unsharded = prepare(config)
     config = replace(config, root=str(tmp_path / "seven"))
     for index in range(7):
-        part = prepare_shard(replace(config, workers=1 + (index == 3)), index, 7, progress=False)
+        part = prepare_shard(replace(config, workers=1 + (index == 3)), index, 7)
     assert (part / "train.documents").stat().st_size == 0
-    assert content(merge_shards(config, 7, progress=False)) == content(unsharded)
+    assert content(merge_shards(config, 7)) == content(unsharded)
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_documents": 20}])
@@ -111,7 +111,7 @@ def test_shards_of_instructions_yield_the_set_of_one_machine(make_config, tmp_pa
     files = str(tmp_path / "*.jsonl")
     changes = {"source": "instructions", "files": files, "val_every": 7, "vocab_size": 400, "seq_len": 160, **changes}
     config = make_config(tmp_path / "one", **changes)
-    unsharded = prepare(config, progress=False)
+    unsharded = prepare(config)
     manifest = read_manifest(unsharded)
     assert 0 < manifest.train.rows < manifest.source.documents["train"]
     assert content(prepare_all(replace(config, root=str(tmp_path / "two")), 2)) == content(unsharded)
@@ -144,7 +144,7 @@ def test_c4_is_split_by_its_files(c4_corpus, make_config, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "datasets", load)
     monkeypatch.setattr(corpora, "require_hub", lambda *_: None)
     config = make_config(tmp_path / "one", source="c4", files=None, max_documents=333)
-    unsharded = prepare(config, progress=False)
+    unsharded = prepare(config)
     assert read_manifest(unsharded).source.documents == {"train": 333, "val": 100}
     assert content(prepare_all(replace(config, root=str(tmp_path / "three")), 3)) == content(unsharded)
 
@@ -163,20 +163,20 @@ def test_a_merge_of_fewer_documents_than_val_every_is_refused(make_config, tmp_p
 
 def test_a_finished_shard_is_not_prepared_again(make_config, tmp_path):
     config = make_config(tmp_path)
-    part = prepare_shard(config, 1, 2, progress=False)
+    part = prepare_shard(config, 1, 2)
     assert [path.name for path in part.parent.iterdir() if path.is_dir()] == ["1"]
     written = (part / "part.json").stat().st_mtime_ns
-    assert prepare_shard(config, 1, 2, progress=False) == part
+    assert prepare_shard(config, 1, 2) == part
     assert (part / "part.json").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("damage", [lambda ids: ids[:-1], lambda ids: ids[:100] + bytes([ids[100] ^ 1]) + ids[101:]])
 def test_a_damaged_shard_is_prepared_again(make_config, tmp_path, damage):
     config = make_config(tmp_path)
-    part = prepare_shard(config, 1, 2, progress=False)
+    part = prepare_shard(config, 1, 2)
     before = content(part)
     (part / "train.ids").write_bytes(damage(before["train.ids"]))
-    assert prepare_shard(config, 1, 2, progress=False) == part
+    assert prepare_shard(config, 1, 2) == part
     assert content(part) == before
 
 
@@ -184,7 +184,7 @@ def test_only_the_set_remains_after_the_merge(make_config, tmp_path):
     config = make_config(tmp_path)
     folder = prepare_all(config, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
-    assert prepare_shard(config, 0, 2, progress=False) == merge_shards(config, 2, progress=False) == folder
+    assert prepare_shard(config, 0, 2) == merge_shards(config, 2) == folder
 
 
 @pytest.mark.parametrize(
@@ -197,23 +197,23 @@ def test_a_complete_set_of_another_text_is_refused(packed, prepare_again):
 
 def test_the_tokenizer_is_trained_once(make_config, tmp_path, monkeypatch):
     config = make_config(tmp_path)
-    prepare_shard(config, 2, 3, progress=False)
+    prepare_shard(config, 2, 3)
     monkeypatch.setattr(shards, "tokenizer_for", None)
-    prepare_shard(config, 0, 3, progress=False)
+    prepare_shard(config, 0, 3)
 
 
 def test_the_tokenizer_of_a_folder_is_used(make_config, word_level, tmp_path):
     tokenizer = word_level(tmp_path / "words", ["<pad>", "</s>"])
     config = make_config(tmp_path / "one", tokenizer=tokenizer)
-    unsharded = prepare(config, progress=False)
+    unsharded = prepare(config)
     assert content(prepare_all(replace(config, root=str(tmp_path / "two")), 2)) == content(unsharded)
 
 
 def test_every_missing_damaged_or_different_part_is_named(make_config, tmp_path):
     config = make_config(tmp_path)
     for index in (1, 2, 3):
-        prepare_shard(config, index, 5, progress=False)
-    prepare_shard(replace(config, seq_len=64), 4, 5, progress=False)
+        prepare_shard(config, index, 5)
+    prepare_shard(replace(config, seq_len=64), 4, 5)
     parts = parts_folder(config, 5)
     with open(parts / "1" / "train.ids", "ab") as file:
         file.write(b"xx")
@@ -226,7 +226,7 @@ def test_every_missing_damaged_or_different_part_is_named(make_config, tmp_path)
         change(record)
         path.write_text(json.dumps(record))
     with pytest.raises(UserError) as error:
-        merge_shards(config, 5, progress=False)
+        merge_shards(config, 5)
     lines = str(error.value).splitlines()
     assert len(lines) == 5
     assert lines[0] == "part 0/5 is missing: run prepare with shard=0/5"
@@ -241,13 +241,13 @@ def test_every_missing_damaged_or_different_part_is_named(make_config, tmp_path)
 
 def test_every_altered_part_is_named_by_the_merge(make_config, tmp_path):
     config = make_config(tmp_path)
-    parts = [prepare_shard(config, index, 3, progress=False) for index in range(3)]
+    parts = [prepare_shard(config, index, 3) for index in range(3)]
     for part in parts[1:]:
         ids = bytearray((part / "train.ids").read_bytes())
         ids[100] ^= 1
         (part / "train.ids").write_bytes(ids)
     with pytest.raises(UserError) as error:
-        merge_shards(config, 3, progress=False)
+        merge_shards(config, 3)
     assert str(error.value).splitlines() == [
         f"part {part.name}/3 is damaged: {part}/train.ids: its SHA-256 differs from part.json; remove {part} and "
         "prepare its shard again"
@@ -259,21 +259,21 @@ def test_every_altered_part_is_named_by_the_merge(make_config, tmp_path):
 def test_altered_records_of_documents_are_named_and_their_shard_is_prepared_again(make_config, tmp_path):
     config = make_config(tmp_path)
     for index in range(2):
-        part = prepare_shard(config, index, 2, progress=False)
+        part = prepare_shard(config, index, 2)
     records = np.fromfile(part / "train.documents", encode.DOCUMENT_DTYPE)
     records["numbers"][0] += 10
     records.tofile(part / "train.documents")
     with pytest.raises(
         UserError, match=r"part 1/2 is damaged: \S+/1/train.documents: its SHA-256 differs from part.json;"
     ):
-        merge_shards(config, 2, progress=False)
-    prepare_shard(config, 1, 2, progress=False)
-    assert is_complete(merge_shards(config, 2, progress=False))
+        merge_shards(config, 2)
+    prepare_shard(config, 1, 2)
+    assert is_complete(merge_shards(config, 2))
 
 
 def test_blocks_are_bounded_even_with_long_documents(make_config, tmp_path):
     config = make_config(tmp_path)
-    part = prepare_shard(config, 0, 1, progress=False)
+    part = prepare_shard(config, 0, 1)
     blocks = list(shards._blocks(part, "train", shards._read_part(part)))
     longest = max(int(block.documents["numbers"].max()) for block in blocks)
     assert max(block.ids.size for block in blocks) < 4000 + longest
@@ -285,7 +285,7 @@ def test_blocks_are_bounded_even_with_long_documents(make_config, tmp_path):
 @pytest.mark.parametrize("source", ["docs", "drawn_instructions"])
 def test_a_source_without_files_is_refused(make_config, tmp_path, source):
     with pytest.raises(UserError, match=f"data.source={source} does not consist of files"):
-        prepare_shard(make_config(tmp_path, source=source, files=None), 0, 2, progress=False)
+        prepare_shard(make_config(tmp_path, source=source, files=None), 0, 2)
     assert not list(tmp_path.iterdir())
 
 

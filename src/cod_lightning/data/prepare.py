@@ -46,21 +46,21 @@ Build: TypeAlias = Callable[[Path, "PreparationProgress"], None]
 """Writes the files of a new folder."""
 
 
-def prepare(config: DataConfig, *, progress: bool = True) -> Path:
+def prepare(config: DataConfig) -> Path:
     """Prepare the set that `config` describes, unless it is complete; return its folder.
 
     The sequences do not depend on `workers`. The set appears under its name when it is finished, so an interrupted one
-    is never used; of several processes that prepare it at once, one does the work and the others wait. `progress`
-    reports on stderr: a bar on a terminal, one line at the end elsewhere.
+    is never used; of several processes that prepare it at once, one does the work and the others wait. Progress is
+    reported on stderr: a bar on a terminal, and one line at the end.
 
     Raises:
         UserError: bad settings, text or tokenizer that cannot be read, text that differs from `data.sha256`, too little
             text for a sequence of each split, or a disk that cannot be written.
     """
-    return build_set(config, partial(_prepare, config), progress)
+    return build_set(config, partial(_prepare, config))
 
 
-def build_set(config: DataConfig, build: Build, progress: bool) -> Path:
+def build_set(config: DataConfig, build: Build) -> Path:
     """Let `build` write the set that `config` describes, unless it is complete; return its folder.
 
     Raises:
@@ -68,7 +68,7 @@ def build_set(config: DataConfig, build: Build, progress: bool) -> Path:
     """
     check_settings(config)
     folder = prepared_folder(config)
-    build_folder(folder, is_complete, build, progress)
+    build_folder(folder, is_complete, build)
     return checked_set(config, folder)
 
 
@@ -81,7 +81,7 @@ def check_settings(config: DataConfig) -> None:
         raise UserError("\n".join(errors))
 
 
-def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Build, progress: bool) -> None:
+def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Build) -> None:
     """Unless `folder` is complete, let `build` write a temporary folder, under a lock, and rename it to `folder`.
 
     Raises:
@@ -102,7 +102,7 @@ def build_folder(folder: Path, is_complete: Callable[[Path], bool], build: Build
                 shutil.rmtree(leftover)  # its process held the lock, so it is dead
             if folder.exists():
                 shutil.rmtree(folder)  # damaged
-            with new_folder(folder) as new, PreparationProgress(folder, progress) as report:
+            with new_folder(folder) as new, PreparationProgress(folder) as report:
                 build(new, report)
     except OSError as error:  # a file instead of the folder, a folder without write permission
         raise UserError(f"{folder} cannot be written ({error})") from error
@@ -291,17 +291,17 @@ def write_set(
 
 
 class PreparationProgress(Progress):
-    """Progress on stderr: a live line on a terminal, and one line at the end; silent unless `enabled`."""
+    """Progress on stderr: a live line on a terminal, and one line at the end."""
 
-    def __init__(self, folder: Path, enabled: bool) -> None:
-        console = Console(stderr=True, quiet=not enabled, markup=False, emoji=False)
+    def __init__(self, folder: Path) -> None:
+        console = Console(stderr=True, markup=False, emoji=False)
         super().__init__(
             BarColumn(bar_width=20),  # pulses: the length of a stream is known only at its end
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=not (enabled and console.is_terminal),
+            disable=not console.is_terminal,
         )
         self.folder = folder
         self.stream = self.add_task("", total=None)

@@ -87,7 +87,7 @@ def parts_folder(config: DataConfig, count: int) -> Path:
 # --- a shard ----------------------------------------------------------------------------------------------------------
 
 
-def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool = True) -> Path:
+def prepare_shard(config: DataConfig, index: int, count: int) -> Path:
     """Encode share `index` (from 0) of `count` of the files; return the part's folder, or that of a complete set.
 
     The part appears under its name when it is finished; a complete one is not written again. Shards are independent,
@@ -112,7 +112,7 @@ def prepare_shard(config: DataConfig, index: int, count: int, *, progress: bool 
         return record is not None and record.settings == settings and not _damage(part, record)
 
     part = parts_folder(config, count) / str(index)
-    build_folder(part, is_complete_part, partial(_prepare_part, config, settings, index, count), progress)
+    build_folder(part, is_complete_part, partial(_prepare_part, config, settings, index, count))
     return part
 
 
@@ -208,7 +208,7 @@ def _sha256(path: Path) -> str:
 # --- the merge --------------------------------------------------------------------------------------------------------
 
 
-def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Path:
+def merge_shards(config: DataConfig, count: int) -> Path:
     """Merge the parts of `count` shards into the prepared set, unless it is complete; return its folder.
 
     Memory holds a few blocks of documents, whatever the size of the set. The parts are removed afterwards.
@@ -217,7 +217,7 @@ def merge_shards(config: DataConfig, count: int, *, progress: bool = True) -> Pa
         UserError: parts are missing, damaged or prepared with other settings, each of which is named; there are fewer
             documents than `val_every`, and no validation text; or as `prepare`.
     """
-    folder = build_set(config, partial(_merge, config, count), progress)
+    folder = build_set(config, partial(_merge, config, count))
     shutil.rmtree(parts_folder(config, count), ignore_errors=True)
     return folder
 
