@@ -156,8 +156,6 @@ def test_progress_is_one_line_where_there_is_no_terminal(make_config, tmp_path, 
     assert out == ""
     assert err.count("\n") == 1
     assert "training and" in err
-    prepare(make_config(tmp_path / "quiet"))
-    assert capfd.readouterr() == ("", "")
 
 
 SLOW = """

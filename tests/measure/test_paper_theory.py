@@ -70,10 +70,18 @@ def test_products_are_those_of_a_loop(lns):
 
 @pytest.mark.parametrize("lns", [False, True])
 @pytest.mark.parametrize("c", [0.05, 1.0, 40.0])
-def test_the_recursion_obeys_its_lemma_and_gives_its_constant_back(lns, c):
-    values = recursion(0.5, 20, lns, c)
+def test_variances_that_obey_the_lemma_give_its_constant_back(lns, c):
+    values = [0.5]
+    while len(values) < 20:
+        values.append(lemma([*values, 1.0], lns, c)[-1])  # of the variances before it alone
     assert lemma(values, lns, c) == pytest.approx(values)
     assert fit_lemma(values, lns) == pytest.approx(c)
+
+
+@pytest.mark.parametrize("lns", [False, True])
+def test_the_recursion_obeys_its_lemma(lns):
+    values = recursion(0.5, 20, lns)
+    assert lemma(values, lns) == pytest.approx(values)
 
 
 def test_the_recursion_grows_quadratically_and_linearly_under_lns():

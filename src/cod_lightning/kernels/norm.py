@@ -45,16 +45,8 @@ def add_norm(
     Use the returned stream in place of x: the backward pass of the norm then adds its gradient. Transforms of
     `torch.func`, and compiled code without Triton, run the reference.
 
-    Args:
-        x: [..., hidden].
-        weight: [hidden], or None for a norm without parameters; torch's norms cast it to the dtype of the stream.
-        branch: [..., hidden], added to x before the norm, or None.
-        kind: `rms` or `layer`.
-        eps: added to the mean square or variance.
-        gain: constant factor of y.
-        groups: equal parts of the hidden dimension with their own statistics.
-        dtype: dtype of y; None: that of the stream.
-        backend: `triton`; `torch`; or `auto`, Triton for the GPU tensors that it supports and torch for all others.
+    The arguments are those of `reference_add_norm`; torch's norms cast the weight to the dtype of the stream. `backend`
+    is `triton`; `torch`; or `auto`, Triton for the GPU tensors that it supports and torch for all others.
 
     Returns:
         The stream [..., hidden] and y [..., hidden].
@@ -253,13 +245,13 @@ def kernel_error(
     def results(function: NormFunction, exact: bool = False, **options: Any) -> dict[str, Tensor]:
         """Outputs and gradients of the norm with and without the addition, by name."""
         tensors = {}
-        for of, inputs in {"norm": [x, weight], "add_norm": [x, weight, added]}.items():
+        for case, inputs in {"norm": [x, weight], "add_norm": [x, weight, added]}.items():
             leaves = [(t.double() if exact else t.clone()).requires_grad_() for t in inputs]
             outputs = function(*leaves, kind=kind, gain=0.7, groups=groups, dtype=None if exact else branch, **options)
             upstream = [gradient.to(output.dtype) for gradient, output in zip((dstream, dy), outputs, strict=True)]
             gradients = torch.autograd.grad(outputs, leaves, upstream)
             for name, tensor in zip(("stream", "y", "dx", "dweight", "dbranch"), (*outputs, *gradients), strict=False):
-                tensors[f"{name} of {of}"] = tensor.detach().double()
+                tensors[f"{name} of {case}"] = tensor.detach().double()
         return tensors
 
     with torch.inference_mode(False), torch.enable_grad():

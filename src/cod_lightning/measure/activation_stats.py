@@ -114,8 +114,8 @@ def activation_stats(
 ) -> ActivationStats:
     """The variance of the residual stream and of both branches after every layer (Figures 4, 8 and 9), and more.
 
-    The paper does not define its "output variance"; here it is the unbiased variance over the hidden dimension of each
-    token, averaged over tokens. Statistics are in float32, or float64 if the model is, and sums in float64.
+    It is the unbiased variance over the hidden dimension of each token, averaged over tokens. Statistics are in
+    float32, or float64 if the model is, and sums in float64.
 
     The variance of every token at every place and layer is in memory, but no activations of more than one batch.
     """

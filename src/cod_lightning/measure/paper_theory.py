@@ -199,11 +199,11 @@ def lemma(variances: Sequence[float], lns: bool = False, c: float = 1.0) -> list
     return [variances[0] * math.exp(value) for value in log_products(lemma_terms(variances, lns), [c])]
 
 
-def recursion(first: float, count: int, lns: bool = False, c: float = 1.0) -> list[float]:
+def recursion(first: float, count: int, lns: bool = False) -> list[float]:
     """Return sigma_{x_l}^2 for l = 1..count by the lemma, from sigma_{x_1}^2 only."""
     values = [first]
     for k in range(1, count):
-        values.append(values[-1] * (1 + c / (damping(k, lns) * values[-1] ** 0.5)))
+        values.append(values[-1] * (1 + 1 / (damping(k, lns) * values[-1] ** 0.5)))
     return values
 
 

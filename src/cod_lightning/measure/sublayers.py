@@ -1,9 +1,6 @@
 """Attention and FFN of each block: what they add to the residual stream, and the loss without one of them.
 
-Contributions are relative to the stream (Csordas et al., arXiv 2505.13898). With x the stream that a block adds to, y
-its output, a what its attention adds and m what its FFN adds, they are |a| / |x|, |m| / |x + a| and |y - x| / |x|, and
-the cosines of the same pairs of vectors; means over tokens. A negative cosine means that a sub-layer erases a part of
-the stream. x is the block's input, except after a norm of it (Peri-LN) or a mix with the embeddings (x0_mix).
+Contributions are relative to the stream (Csordas et al., arXiv 2505.13898).
 """
 
 from __future__ import annotations
@@ -66,8 +63,10 @@ def contribution(
 ) -> Contribution:
     """Compare what attention, FFN and the whole block add with the stream that they add it to (Csordas et al.).
 
-    arXiv 2505.13898: with a block's input x, its output y, and what attention and FFN add, a and m, the norms
-    |a| / |x|, |m| / |x + a| and |y - x| / |x|, and the cosines of the same pairs; means over tokens.
+    arXiv 2505.13898: with x the stream that a block adds to, y its output, a what its attention adds and m what its FFN
+    adds, the norms |a| / |x|, |m| / |x + a| and |y - x| / |x|, and the cosines of the same pairs; means over tokens. A
+    negative cosine means that a sub-layer erases a part of the stream. x is the block's input, except after a norm of
+    it (Peri-LN) or a mix with the embeddings (x0_mix).
     """
     means = [RunningMean() for _ in range(model.depth)]
     for batch, mask in iter_batches(model, batches, pad_id, progress):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +39,8 @@ class ProbeStatistics:
     """Variance of the attention branch."""
     ffn: list[float]
     """Variance of the FFN branch."""
-    gradient_norm: list[float] = field(default_factory=list)
-    """L2 norm of the gradient of the mean loss with respect to the block's parameters; empty without gradients."""
+    gradient_norm: list[float]
+    """L2 norm of the gradient of the mean loss with respect to the block's parameters."""
 
 
 def probe_statistics(
@@ -48,7 +48,6 @@ def probe_statistics(
     batch: Batch,
     pad_id: int | None = None,
     *,
-    gradients: bool = True,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> ProbeStatistics:
     """Measure every block in one forward and one backward pass; `.grad` of the parameters stays unchanged.
@@ -57,7 +56,6 @@ def probe_statistics(
         model: in any dtype.
         batch: tokens [batch, length] or images; on several ranks, a part of the batch each.
         pad_id: padding token, which follows the others, does not count, and need not be in the model's vocabulary.
-        gradients: run the backward pass.
         sum_over_ranks: adds up a tensor over the ranks, so that all get the statistics of the whole batch.
     """
     if isinstance(batch, Images):
@@ -74,15 +72,13 @@ def probe_statistics(
             variances[name].append(token_variance(x))
 
     blocks = [[p for p in block.parameters() if p.requires_grad] for block in model.blocks]
-    norms: list[float] = []
-    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(gradients):
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
         loss = model(inputs, targets, hook)
-        if gradients:
-            mean = loss.total / sum_over_ranks(loss.counts.sum())
-            grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))
-            zero = weight.new_zeros(1)  # the gradient of a frozen block
-            flat = [torch.cat([zero, *(next(grads).float().flatten() for _ in block)]) for block in blocks]
-            norms = torch.stack([sum_over_ranks(gradient).norm() for gradient in flat]).tolist()
+        mean = loss.total / sum_over_ranks(loss.counts.sum())
+        grads = iter(torch.autograd.grad(mean, [p for block in blocks for p in block]))
+    zero = weight.new_zeros(1)  # the gradient of a frozen block
+    flat = [torch.cat([zero, *(next(grads).float().flatten() for _ in block)]) for block in blocks]
+    norms = torch.stack([sum_over_ranks(gradient).norm() for gradient in flat]).tolist()
     values = torch.stack([torch.stack(layers) for layers in variances.values()])
     means = sum_over_ranks((values * weight).sum((2, 3))) / sum_over_ranks(weight.sum())
     return ProbeStatistics(**dict(zip(variances, means.tolist(), strict=True)), gradient_norm=norms)
