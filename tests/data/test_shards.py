@@ -12,7 +12,7 @@ import pytest
 
 from cod_lightning.data import chunks, corpora, encode, shards
 from cod_lightning.data import prepare as preparation
-from cod_lightning.data.corpora import share
+from cod_lightning.data.corpora import files_of_share
 from cod_lightning.data.instructions import drawn
 from cod_lightning.data.manifest import read_manifest
 from cod_lightning.data.prepare import is_complete, prepare, prepared_folder
@@ -295,7 +295,7 @@ def test_shares_are_the_files_in_order_and_of_similar_size(tmp_path, sizes, coun
     files = [tmp_path / f"{number:02}" for number in range(len(sizes))]
     for path, size in zip(files, sizes, strict=True):
         path.write_bytes(b"x" * size)
-    shares = [share(files, index, count) for index in range(count)]
+    shares = [files_of_share(files, index, count) for index in range(count)]
     assert [path for part in shares for path in part] == files
     for part in shares:
         total = sum(path.stat().st_size for path in part)

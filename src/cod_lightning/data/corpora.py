@@ -73,7 +73,7 @@ def texts_of_shard(config: DataConfig, index: int, count: int) -> Texts:
         read = partial(read_file, field=config.text_field, encoding=config.codec)
 
     def stream(files: list[Path]) -> Callable[[], Iterator[str]]:
-        shard = share(files, index, count)
+        shard = files_of_share(files, index, count)
         return lambda: chain.from_iterable(map(read, shard))
 
     return {split: stream(files) for split, files in _split_files(config).items()}
@@ -173,7 +173,7 @@ def holdout_start(documents: Callable[[], Iterator[str]], every: int) -> int | N
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def share(files: list[Path], index: int, count: int) -> list[Path]:
+def files_of_share(files: list[Path], index: int, count: int) -> list[Path]:
     """Return share `index` (from 0) of `count`: consecutive files, about the same number of bytes in each."""
     sizes = [path.stat().st_size for path in files]
     total = max(sum(sizes), 1)

@@ -10,6 +10,7 @@ from typing import Any
 from cod_lightning import plots
 from cod_lightning.errors import plural
 from cod_lightning.measure.depth_report import (
+    CHEAP,
     SECTIONS,
     Curve,
     Results,
@@ -64,7 +65,7 @@ def summary(results: Results, uniform: float) -> dict[str, str]:
         "blocks": str(numbers["blocks"]),
         "loss": "not finite" if numbers["loss"] is None else f"{numbers['loss']:.4f}",
         "loss of a uniform guess": f"{uniform:.4f}",
-        "blocks that cost less than 1% of the loss": str(len(numbers["cheap_blocks"])),
+        f"blocks that cost less than {CHEAP:.0%} of the loss": str(len(numbers["cheap_blocks"])),
     }
     entries |= {f"of these, {third}": str(amount) for third, amount in numbers["cheap_by_third"].items()}
     for limit, run in numbers.get("longest_runs", {}).items():

@@ -120,7 +120,7 @@ def extremes(
     return smallest, largest
 
 
-def growth(values: Sequence[float | None], ratio: bool = True) -> str:
+def growth_text(values: Sequence[float | None], ratio: bool = True) -> str:
     """The first and the last value, such as "0.8 after block 1 and 2.4 after block 24 (3 times)"; without `ratio` up to
     the parenthesis.
     """
@@ -160,7 +160,7 @@ def headline_sentence(numbers: Mapping[str, Any], removal: Any, uniform: float) 
     """The headline's numbers in words; they say nothing if the loss is near `uniform`, that of a uniform guess."""
     cheap, blocks = numbers["cheap_blocks"], numbers["blocks"]
     cheapest, _ = extremes(differences(removal), removal["error"], unit=" nats")
-    text = f"{len(cheap)} of {plural(blocks, 'block')} cost less than 1% of the loss when removed alone"
+    text = f"{len(cheap)} of {plural(blocks, 'block')} cost less than {CHEAP:.0%} of the loss when removed alone"
     if cheap:
         text += f" ({', '.join(f'{n} {third}' for third, n in numbers['cheap_by_third'].items())})"
     text += f"; the cheapest adds {cheapest}."
@@ -193,8 +193,8 @@ def variance_sentence(result: Any) -> str:
     percentages = [None if value is None else 100 * value for value in residual["variance_top_share"]]
     _, share = extremes(percentages, unit="% of the mean")
     text = (
-        f"The mean variance of the stream is {growth(residual['variance'])}; that of the median token is "
-        f"{growth(residual['variance_median'])}. The 1% of tokens with the largest variance carry up to "
+        f"The mean variance of the stream is {growth_text(residual['variance'])}; that of the median token is "
+        f"{growth_text(residual['variance_median'])}. The 1% of tokens with the largest variance carry up to "
         f"{share}. "
     )
     if not massive:
@@ -229,7 +229,9 @@ def angular_sentence(result: Any) -> str:
 
 def readout_sentence(result: Any) -> str:
     losses = result["loss"]
-    text = f"The loss read from the stream is {growth(losses, ratio=False)} ({plural(result['tokens'], 'target')})."
+    text = (
+        f"The loss read from the stream is {growth_text(losses, ratio=False)} ({plural(result['tokens'], 'target')})."
+    )
     if losses[-1] is None:
         return text
     late = [layer for layer, loss in enumerate(losses, start=1) if loss is None or loss > READABLE * losses[-1]]

@@ -281,7 +281,9 @@ def jacobian_growth(
                 columns.append(largest_singular_value(forward, backward, start, iterations))
                 advance()
             spectral.add(torch.stack(columns, dim=1))
-    roots = [root(mean, error) for mean, error in zip(squares.mean.tolist(), squares.error.tolist(), strict=True)]
+    roots = [
+        root_and_error(mean, error) for mean, error in zip(squares.mean.tolist(), squares.error.tolist(), strict=True)
+    ]
     return JacobianGrowth(
         model=model.name,
         sequences=spectral.count,
@@ -342,15 +344,15 @@ def summarise(samples: Tensor, weight: Tensor) -> dict[str, tuple[float, float]]
     spread = (weight[:, None] * deviations).square().sum(0).sqrt() / weight.sum()
     errors = (spread * (count / (count - 1)) ** 0.5).tolist() if count > 1 else [math.nan] * 6
     return {
-        "frobenius": root(float(mean[0]), errors[0]),
-        "distance": root(float(mean[1]), errors[1]),
+        "frobenius": root_and_error(float(mean[0]), errors[0]),
+        "distance": root_and_error(float(mean[1]), errors[1]),
         "mean_diagonal": (float(mean[2]), errors[2]),
-        "diagonal_share": root(float(share), errors[5]),
+        "diagonal_share": root_and_error(float(share), errors[5]),
         "largest_singular_value": (float(mean[4]), errors[4]),
     }
 
 
-def root(square: float, error: float) -> tuple[float, float]:
+def root_and_error(square: float, error: float) -> tuple[float, float]:
     """Return the square root of an estimate, zero if it is negative, and its standard error."""
     if square <= 0:
         return 0.0, error**0.5

@@ -19,7 +19,7 @@ from cod_lightning.errors import UserError
 from cod_lightning.measure.adapter import Batch, ModelAdapter, family
 from cod_lightning.measure.batches import at_least_fp32, checked_batches, iter_batches, iter_targets, step_counter
 from cod_lightning.measure.block_removal import find_site, remove_blocks
-from cod_lightning.measure.open_model import differ
+from cod_lightning.measure.open_model import differs
 from cod_lightning.measure.panels import Lines, Panel
 from cod_lightning.measure.reordering import AblationResult, changed_losses, loss_columns
 from cod_lightning.measure.result import Progress
@@ -176,7 +176,7 @@ def fold_linear_map(
             tensor.copy_(tensor + in_projection @ tensor.double())
     m, mapped = (states_around(each, *masked_batches[-1], previous, previous)[0] for each in (model, smaller))
     dtype = model.head_weight.dtype
-    if differ(mapped.to(dtype), (m + m @ change.T).to(dtype)):
+    if differs(mapped.to(dtype), (m + m @ change.T).to(dtype)):
         raise UserError(
             f"{model.name}: the FFN of {family(model.model)} does not end in a known projection, so it cannot hold a "
             "linear map; use replace=layer"

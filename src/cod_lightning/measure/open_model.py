@@ -196,15 +196,15 @@ def layout_problem(model: ModelAdapter) -> str:
         )
     x = activations["embedding", 0]
     for site in find_sites(model.model, model.layout):
-        if site.part == "attention" and differ(inputs[site.layer - 1], x):
+        if site.part == "attention" and differs(inputs[site.layer - 1], x):
             return f"the residual stream changes before block {site.layer}"
         x = x + activations[site.part, site.layer]
         x = x if site.sum_norm is None else site.sum_norm(x)
         if site.part == "ffn":
             y = activations["residual", site.layer]
-            if differ(x, y):
+            if differs(x, y):
                 return f"block {site.layer} adds something else than its attention and FFN to the residual stream"
-            if differ(functions[site.layer - 1](inputs[site.layer - 1]), y):
+            if differs(functions[site.layer - 1](inputs[site.layer - 1]), y):
                 return f"block {site.layer}, run alone, does not repeat its output"
             x = y
     if model.why_no_head:
@@ -212,7 +212,7 @@ def layout_problem(model: ModelAdapter) -> str:
     expected = model.head(x)
     if logits.shape[1:2] == (1,):  # as nanoGPT gives those of the last token only
         expected = expected[:, -1:]
-    return "its final norm and head do not give its logits" if differ(expected, logits) else ""
+    return "its final norm and head do not give its logits" if differs(expected, logits) else ""
 
 
 def swapped_layer(
@@ -246,11 +246,11 @@ def swapped_layer(
             functions[layer - 1](inputs[layer - 1])
             with ffn.branch.register_forward_hook(zero_output):
                 functions[layer - 1](inputs[layer - 1])
-        if differ(*outputs):
+        if differs(*outputs):
             return layer
     return 0
 
 
-def differ(x: Tensor, y: Tensor) -> bool:
+def differs(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors differ by more than rounding; NaN does not count."""
     return x.shape != y.shape or bool((x - y).norm() > torch.finfo(x.dtype).eps ** 0.5 * y.norm())

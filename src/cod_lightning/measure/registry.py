@@ -103,12 +103,14 @@ class Measure:
         return self.measure(model, batches, pad_id, progress, **options)
 
 
-def places(*statistics: str) -> tuple[str, ...]:
+def place_series(*statistics: str) -> tuple[str, ...]:
     return tuple(f"{place}_{name}" for place in PLACES for name in statistics)
 
 
 MEASURES: dict[str, Measure] = {
-    "variance": Measure("variance", "activation_stats:activation_stats", places("variance", "kurtosis", "maximum")),
+    "variance": Measure(
+        "variance", "activation_stats:activation_stats", place_series("variance", "kurtosis", "maximum")
+    ),
     "jacobian": Measure(
         "jacobian",
         "jacobians:jacobian",
