@@ -152,11 +152,15 @@ class Router(torch.nn.Module):
     def __init__(self, experts):
         super().__init__()
         self.experts, self.calls, self.fails = experts, 0, False
+        self.losses, self.seen, self.by_step = [], set(), {}
         self.register_buffer("tokens", torch.zeros(1))
 
     def forward(self, x):
         self.tokens += x[..., 0].numel() + torch.rand(1)
         self.calls += 1
+        self.losses.append(x.sum())
+        self.seen.add(self.calls)
+        self.by_step[self.calls] = x
         assert not self.fails
         return self.experts(x)
 
@@ -170,7 +174,20 @@ def test_a_measurement_leaves_what_the_forward_changes(llama, fails):
     with pytest.raises(UserError, match="cannot be run on tokens alone") if fails else nullcontext():
         watch.measure(model)
     assert (router.tokens, router.calls, router.training) == (0, 0, True)
+    assert (router.losses, router.seen, router.by_step) == ([], set(), {})
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_hooks_of_gradients_do_not_see_the_measurement(llama):
+    model, calls = deepcopy(llama), []
+    plain = monitor(["gradient_norm"]).measure(model)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.register_hook(lambda gradient: calls.append(1) or 0 * gradient)
+    assert monitor(["gradient_norm"]).measure(model) == plain
+    assert not calls
+    model(input_ids=PROBE, labels=PROBE).loss.backward()
+    assert calls
+    assert not weight.grad.any()
 
 
 class Merged(torch.nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -172,9 +173,23 @@ def gradient_norm(model: ModelAdapter, tokens: Tensor, pad_id: int | None) -> Se
             raise UserError(
                 "measures: gradient_norm does not support checkpoints of blocks with use_reentrant=True: leave it out"
             )
-        gradients = iter(torch.autograd.grad(loss, flat, materialize_grads=True))
+        with without_tensor_hooks(flat):
+            gradients = iter(torch.autograd.grad(loss, flat, materialize_grads=True))
     norms = [torch.stack([next(gradients).float().norm() for _ in block] or [loss * 0]).norm() for block in parameters]
     return {"gradient_norm": torch.stack(norms).tolist()}
+
+
+@contextmanager
+def without_tensor_hooks(tensors: Sequence[Tensor]) -> Generator[None]:
+    """Without the user's hooks of these tensors, such as those that scale or count gradients, inside the `with`."""
+    hooks = [tensor._backward_hooks for tensor in tensors]
+    for tensor in tensors:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, own in zip(tensors, hooks, strict=True):
+            tensor._backward_hooks = own
 
 
 def is_in_graph(x: Tensor, operation: str) -> bool:
