@@ -263,3 +263,64 @@ def test_a_monitor_proves_the_layout_at_every_measurement():
     nn.init.normal_(model.embedding.weight, std=3)
     with pytest.raises(UserError, match="its final norm and head do not give its logits"):
         monitor.measure(model)
+
+
+class SequenceFirst(nn.Module):
+    """Its blocks take [length, batch, hidden]."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = OwnModel()
+        self.body = self.inner.body
+
+    def forward(self, ids):
+        x = self.inner.embedding(ids).transpose(0, 1)
+        for block in self.body:
+            x = block(x)
+        return x.transpose(0, 1)
+
+
+class InPlaceBlock(OwnBlock):
+    """Adds the stream onto what its sub-layers return."""
+
+    def forward(self, x):
+        h = self.mixer(self.norm_1(x))
+        h += x
+        y = self.ffn(self.norm_2(h))
+        y += h
+        return y
+
+
+def test_blocks_that_add_the_stream_in_place_are_measured():
+    plain, in_place = OwnModel(), OwnModel()
+    for block in in_place.body:
+        block.__class__ = InPlaceBlock
+    results = [cod.measure.contribution(model, TOKENS, layout=LAYOUT).rows() for model in (plain, in_place)]
+    assert results[0] == results[1]
+
+
+def test_one_massive_token_does_not_hide_another_equation():
+    class Halved(OwnBlock):
+        def forward(self, x):
+            x = x + 0.5 * self.mixer(self.norm_1(x))
+            return x + self.ffn(self.norm_2(x))
+
+    model = OwnModel()
+    for block in model.body:
+        block.__class__ = Halved
+    with torch.no_grad():
+        model.embedding.weight[1] *= 1e6
+    with pytest.raises(UserError, match="adds something else than its attention and FFN"):
+        cod.measure.contribution(model, TOKENS, layout=LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (SequenceFirst(), r"its blocks take hidden states \[5, 1, 8\], expected \[batch, length, hidden\]"),
+        (OwnModel(lambda logits: (None, logits)), "its first output is NoneType, expected logits"),
+    ],
+)
+def test_a_model_of_another_form_is_refused(model, problem):
+    with pytest.raises(UserError, match=problem):
+        cod.measure.variance(model, TOKENS, layout=WITHOUT_HEAD)

@@ -223,6 +223,13 @@ def test_a_norm_of_small_embeddings_with_an_eps_under_another_name_passes(name):
     verify(model, "lns", layout=PLAIN, inputs=TOKENS)
 
 
+def test_a_tensor_that_the_forward_keeps_is_named_as_the_cause():
+    model = PlainModel(Block)
+    model.loss = model(TOKENS).sum()
+    with pytest.raises(UserError, match=r"PlainModel cannot be copied \(Only Tensors.*: delete what its forward keeps"):
+        verify(model, "lns", layout=PLAIN, inputs=TOKENS)
+
+
 def test_buffers_that_the_trainer_sets_again_pass():
     def reset(model):
         for layer in model.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,6 +96,10 @@ def find_model(module: Any, layout: Layout | None = None) -> ModelAdapter:
 
 MAX_RESTORED = 2**22
 """Most elements of a buffer that `measuring` restores; larger ones hold quantised weights or caches."""
+CONTAINERS = (list, dict, set, deque)
+"""Types of attributes whose entries `measuring` restores."""
+OF_TORCH = vars(nn.Module()).keys()
+"""Attributes of every module."""
 
 
 @contextmanager
@@ -102,9 +107,10 @@ def measuring(model: ModelAdapter) -> Generator[None]:
     """Evaluation mode inside the `with`, without autocast and inference mode.
 
     It compiles nothing, because torch limits how often a function is compiled. Afterwards, also after an error, the
-    random states and the model are as before: its modes, the attributes that its forward sets and the buffers that it
-    changes, such as counts of tokens or the frequencies for a length, unless they have more than `MAX_RESTORED`
-    numbers. FSDP2 is left sharded, because an optimizer changes the shards.
+    random states and the model are as before: its modes, the attributes that its forward sets, what it adds to lists,
+    dictionaries and sets of its own, and the buffers that it changes, such as counts of tokens or the frequencies for a
+    length, unless they have more than `MAX_RESTORED` numbers. FSDP2 is left sharded, because an optimizer changes the
+    shards.
 
     Raises:
         UserError: the model is on the meta device.
@@ -115,6 +121,8 @@ def measuring(model: ModelAdapter) -> Generator[None]:
     modes = [(module, module.training) for module in modules]  # of ScriptModules too, which have no other attributes
     python_modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     attributes = [(own, dict(own)) for module in python_modules for own in (vars(module), module._buffers)]
+    own_values = [value for module in python_modules for name, value in vars(module).items() if name not in OF_TORCH]
+    containers = [(value, value.copy()) for value in own_values if type(value) in CONTAINERS]
     kept = [b for b in model.model.buffers() if b.layout == torch.strided and b.numel() <= MAX_RESTORED]
     values = [(buffer, buffer.clone()) for buffer in kept if not buffer.is_meta]
     for module in modules:  # not by `eval`, in which LoRA layers merge their weights
@@ -142,6 +150,9 @@ def measuring(model: ModelAdapter) -> Generator[None]:
             for name in own.keys() - before.keys():
                 del own[name]
             own.update(before)
+        for container, before in containers:
+            container.clear()
+            (container.update if isinstance(container, dict | set) else container.extend)(before)
         with torch.no_grad():
             for buffer, before in values:
                 if buffer.shape != before.shape:
@@ -180,12 +191,16 @@ def layout_problem(model: ModelAdapter) -> str:
 
     def hook(name: str, layer: int, x: Tensor) -> None:
         seen.append((name, layer))
-        activations[name, layer] = x
+        activations[name, layer] = x.clone()  # the block may add to it in place
 
     logits = model.output(tokens, hook)
+    if not isinstance(logits, Tensor):
+        return f"its first output is {type(logits).__name__}, expected logits"
     if logits.isnan().any():
         return "its logits are NaN"
     inputs, functions = model.block_functions(tokens)
+    if inputs[0].shape[:2] != tokens.shape:
+        return f"its blocks take hidden states {list(inputs[0].shape)}, expected [batch, length, hidden]"
     if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
         return "it does not run every block once"
     if layer := swapped_layer(model, seen, inputs, functions):
@@ -252,5 +267,6 @@ def swapped_layer(
 
 
 def differs(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors differ by more than rounding; NaN does not count."""
-    return x.shape != y.shape or bool((x - y).norm() > torch.finfo(x.dtype).eps ** 0.5 * y.norm())
+    """Whether two tensors [..., hidden] differ at a token by more than rounding; NaN does not count."""
+    tolerance = torch.finfo(x.dtype).eps ** 0.5
+    return x.shape != y.shape or bool(((x - y).norm(dim=-1) > tolerance * y.norm(dim=-1)).any())

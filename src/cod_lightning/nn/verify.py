@@ -135,7 +135,12 @@ def check_copies(
     reset: Callable[[nn.Module], object],
 ) -> list[Factor]:
     """The factors of a model, which hold in every copy; arguments and errors are those of `verify`."""
-    original = deepcopy(model).float().eval()
+    try:
+        original = deepcopy(model).float().eval()
+    except RuntimeError as error:  # of torch, for a tensor in an attribute that has a graph of autograd
+        raise UserError(
+            f"{type(model).__name__} cannot be copied ({first_line(error)}): delete what its forward keeps"
+        ) from error
     for site in pre_norm_sites(original, layout):
         if site.output is not None and not site.output.weight.any():
             nn.init.eye_(site.output.weight)  # a branch that starts at zero has no factor
