@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cod_lightning.data.encode import DOCUMENT_DTYPE, Encoded, Encoder, concatenate, take_tokens
+from cod_lightning.data.encode import DOCUMENT_DTYPE, Encoded, Encoder, take_tokens
 from cod_lightning.data.tokenizers import load_tokenizer
 from cod_lightning.data.workers import worker_pool
 from cod_lightning.errors import UserError
@@ -59,24 +59,29 @@ def test_a_killed_worker_is_an_error():
         executor.submit(os._exit, 1).result()
 
 
-def test_batches_are_taken_until_the_bound_is_reached():
-    batches = [Encoded(np.zeros(5), np.array([(9, 5, 5, 0, b"")], DOCUMENT_DTYPE))] * 10
-    assert [len(list(take_tokens(batches, tokens))) for tokens in (10, 11)] == [2, 3]
+@pytest.mark.parametrize("size", [1, 2, 3, 10])
+@pytest.mark.parametrize(("limit", "taken"), [(1, 1), (5, 1), (6, 3), (10, 3), (11, 4), (99, 10)])
+def test_documents_are_taken_until_the_bound_is_reached_whatever_the_batches(size, limit, taken):
+    """The second document of ten has no tokens, the others have five."""
+    records = np.zeros(10, DOCUMENT_DTYPE)
+    records["numbers"] = records["tokens"] = [5, 0, *[5] * 8]
+    ids = np.repeat(np.arange(10), records["numbers"])
+    whole = Encoded(ids, records)
+    starts = range(0, 10, size)
+    batches = (whole.select((np.arange(10) >= start) & (np.arange(10) < start + size)) for start in starts)
+    parts = list(take_tokens(batches, limit))
+    assert sum(len(part.documents) for part in parts) == taken
+    assert np.concatenate([part.ids for part in parts]).tolist() == ids[ids < taken].tolist()
 
 
-def test_a_record_has_characters_and_hash_of_the_text_as_it_is(numbers):
+def test_a_record_has_the_hash_of_the_text_as_it_is(numbers):
     documents = ["5 6\u2003", "7"]
     records = Encoder(numbers(), "packed", 4)(documents).documents
-    assert records["characters"].tolist() == [4, 1]
     assert [bytes(each) for each in records["sha256"]] == [hashlib.sha256(d.encode()).digest() for d in documents]
 
 
-def test_documents_are_split_selected_and_concatenated():
+def test_documents_are_selected_with_their_ids():
     records = np.zeros(3, DOCUMENT_DTYPE)
     records["numbers"] = [2, 0, 3]
     encoded = Encoded(np.arange(5), records)
-    parts = list(encoded.split())
-    assert [part.ids.tolist() for part in parts] == [[0, 1], [], [2, 3, 4]]
-    assert concatenate(parts).ids.tolist() == [0, 1, 2, 3, 4]
     assert encoded.select(np.array([False, True, True])).ids.tolist() == [2, 3, 4]
-    assert list(Encoded(np.arange(0), records[:0]).split()) == []

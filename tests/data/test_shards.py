@@ -278,7 +278,7 @@ def test_blocks_are_bounded_even_with_long_documents(make_config, tmp_path):
     longest = max(int(block.documents["numbers"].max()) for block in blocks)
     assert max(block.ids.size for block in blocks) < 4000 + longest
     assert sum(len(block.documents) for block in blocks) == 600
-    ids = np.concatenate([part.ids for block in blocks for part in block.split()])
+    ids = np.concatenate([block.ids for block in blocks])
     assert ids.tobytes() == (part / "train.ids").read_bytes()
 
 

@@ -11,22 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 
 from cod_lightning.data.instructions import Example
 from cod_lightning.data.manifest import row_width
-from cod_lightning.data.tokenizers import DocumentTokenizer, take_until
+from cod_lightning.data.tokenizers import DocumentTokenizer
 from cod_lightning.data.workers import worker_pool
 
 BATCH_CHARACTERS = 2**18
 """Text per task of a worker: about 60,000 tokens, 0.1 s of work."""
-DOCUMENT_DTYPE: np.dtype = np.dtype(
-    [("characters", "<u4"), ("numbers", "<u4"), ("tokens", "<u4"), ("max_id", "<u4"), ("sha256", "V32")]
-)
-"""Record of a document: characters of its text, numbers that it is encoded to, how many of these are non-pad ids, the
-largest such id, and the SHA-256 of its text."""
+DOCUMENT_DTYPE: np.dtype = np.dtype([("numbers", "<u4"), ("tokens", "<u4"), ("max_id", "<u4"), ("sha256", "V32")])
+"""Record of a document: numbers that it is encoded to, how many of these are non-pad ids, the largest such id, and the
+SHA-256 of its text."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,6 @@ class Encoded:
     def select(self, mask: np.ndarray) -> Encoded:
         """Return the documents at which `mask` [documents] is true."""
         return Encoded(self.ids[np.repeat(mask, self.documents["numbers"])], self.documents[mask])
-
-    def split(self) -> Iterator[Encoded]:
-        """Yield every document by itself."""
-        ends = np.cumsum(self.documents["numbers"], dtype=np.int64)
-        for number, ids in enumerate(np.split(self.ids, ends[:-1]) if len(ends) else ()):
-            yield Encoded(ids, self.documents[number : number + 1])
-
-
-def concatenate(parts: list[Encoded]) -> Encoded:
-    """Join at least one `Encoded`."""
-    return Encoded(np.concatenate([part.ids for part in parts]), np.concatenate([part.documents for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,6 @@ class Encoder:
             last = self.seq_len - 1
             encoded = [ids if len(ids) <= last else [*ids[:last], self.tokenizer.eos_id] for ids in encoded]
         records = np.empty(len(documents), DOCUMENT_DTYPE)
-        records["characters"] = [len(document) for document in documents]
         records["tokens"] = [len(ids) for ids in encoded]
         records["max_id"] = [max(ids, default=0) for ids in encoded]
         digests = b"".join(hashlib.sha256(document.encode()).digest() for document in documents)
@@ -135,13 +121,13 @@ class Encoder:
         return padded[filled].reshape(-1)
 
 
-def batches(documents: Iterable[Any], characters: Callable[[Any], int] = len) -> Iterator[list[Any]]:
-    """Group documents to about `BATCH_CHARACTERS`; the grouping depends on their lengths alone."""
-    batch: list[Any] = []
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Group documents to about `BATCH_CHARACTERS`."""
+    batch: list[str] = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += characters(document)
+        size += len(document)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -150,8 +136,14 @@ def batches(documents: Iterable[Any], characters: Callable[[Any], int] = len) ->
 
 
 def take_tokens(encoded: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:
-    """Yield the leading batches, up to and including the one that reaches `tokens`."""
-    return take_until(tokens, encoded, lambda batch: batch.tokens)
+    """Yield the leading documents, up to and including the one at which the sum of their tokens reaches `tokens`."""
+    read = 0
+    for batch in encoded:
+        before = read + np.cumsum(batch.documents["tokens"], dtype=np.int64) - batch.documents["tokens"]
+        yield batch.select(before < tokens)
+        read += batch.tokens
+        if read >= tokens:
+            return
 
 
 # --- in other processes -----------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def set_identity(config: DataConfig) -> dict[str, Any]:
 
 
 def val_limit(config: DataConfig) -> int:
-    """Return the number of validation tokens to prepare; the last batch of documents may exceed it."""
+    """Return the number of validation tokens to prepare; the last document may exceed it."""
     return max(config.val_tokens, PREPARED_VAL_TOKENS)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from cod_lightning.data.config import SHARDED_SOURCES, DataConfig
 from cod_lightning.data.corpora import open_corpus, texts_of_shard
-from cod_lightning.data.encode import DOCUMENT_DTYPE, Encoded, Encoder, batches, concatenate, encoder_pool, take_tokens
+from cod_lightning.data.encode import DOCUMENT_DTYPE, Encoded, Encoder, batches, encoder_pool, take_tokens
 from cod_lightning.data.manifest import SPLITS, TOKENIZER, file_problems
 from cod_lightning.data.prepare import (
     PreparationProgress,
@@ -50,7 +50,7 @@ from cod_lightning.files import locked, write_atomic
 from cod_lightning.typed_json import read_json
 
 PART = "part.json"
-PART_FORMAT = 1
+PART_FORMAT = 2
 """Increase when the files of a part change; the merge then rejects older parts as prepared with other settings."""
 READ_DOCUMENTS = 2**12
 """Records of documents that the merge reads at a time."""
@@ -130,8 +130,7 @@ def _prepare_part(
             bounded = split == "train" and "val" in texts
             encoded = encode_all(batches(islice(documents(), config.max_documents if bounded else None)))
             if split == "val":
-                # Batches of the whole corpus begin elsewhere: the last of them ends within one more of these.
-                encoded = chain(take_tokens(encoded, val_limit(config)), islice(encoded, 1))
+                encoded = take_tokens(encoded, val_limit(config))
             streams[split] = _write_stream(part, split, report.watch(split, encoded))
     ids = {"sha256": tokenizer.sha256, "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
     record = Part(settings, ids, encoder.dtype.name, streams)
@@ -299,7 +298,7 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def _documents(config: DataConfig, split: str, parts: list[Path], records: list[Part]) -> Iterator[Encoded]:
-    """Yield the documents of a split, in the order of the corpus, those of validation in the batches of `prepare`."""
+    """Yield the documents of a split, in the order of the corpus."""
     has_val = "val" in records[0].streams
     name = split if has_val else "train"
     blocks = chain.from_iterable(_blocks(part, name, record) for part, record in zip(parts, records, strict=True))
@@ -307,10 +306,7 @@ def _documents(config: DataConfig, split: str, parts: list[Path], records: list[
         blocks = _hold_out(blocks, config.val_every, split == "val")
     if split == "train":
         return _take_documents(blocks, config.max_documents)
-    documents = chain.from_iterable(block.split() for block in blocks)
-    # The limit on validation ends with a batch, so the batches must be the same.
-    grouped = batches(documents, lambda document: int(document.documents["characters"][0]))
-    return take_tokens(map(concatenate, grouped), val_limit(config))
+    return take_tokens(blocks, val_limit(config))
 
 
 def _hold_out(blocks: Iterable[Encoded], every: int, held_out: bool) -> Iterator[Encoded]:
