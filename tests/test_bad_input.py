@@ -530,7 +530,7 @@ RUNS = [
     (unfinished(resave(reshape)), RESUMED, ["of another shape than this run's", "resume=false"]),
     *((unfinished(resave(with_moment(moment))), RESUMED, ["no state of this run's optimizer", problem, "resume=false"])
       for moment, problem in (
-        (torch.zeros(3), "exp_avg of parameter 0 is no tensor of its shape"), (None, "exp_avg of parameter 0"),
+        (torch.zeros(3), "exp_avg of parameter 0 is missing or has another shape"), (None, "exp_avg of parameter 0"),
         ("x", "exp_avg of parameter 0"), ({}, "it is empty"),
       )),
     (unfinished(resave(lambda content: {name: content[name] for name in ("state_dict", "tokens")})), RESUMED,

@@ -90,7 +90,7 @@ def test_only_scores_of_whole_tasks_are_saved(tmp_path, monkeypatch, limit, save
     for name, value in (("lm_eval.task_manager", None), ("lm_eval.score_tasks", {"piqa": {"acc": 0.5}})):
         monkeypatch.setattr(f"cod_lightning.evaluate.{name}", lambda *_, value=value, **__: value)
     monkeypatch.setattr("cod_lightning.train.load.checkpoint_of", lambda *_: None)
-    monkeypatch.setattr("cod_lightning.train.load.load_decoder", lambda *_: (None, None))
+    monkeypatch.setattr("cod_lightning.train.load.load_decoder", lambda *_: (SimpleNamespace(step=3), None))
     config = compose(["trainer.accelerator=cpu"])
     evaluate.score_run(config, tmp_path, "last", "piqa", None, limit)
     assert (tmp_path / "tasks.json").exists() == saved

@@ -69,7 +69,7 @@ def stream(vit, pixels):
     """Embedding and outputs of the blocks, [batch, 1 + patches, hidden] each."""
     x = [vit.embedding(pixels)]
     for block in vit.blocks:
-        x.append(block(x[-1], None))
+        x.append(block(x[-1], None)[0])
     return x
 
 

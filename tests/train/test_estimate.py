@@ -416,7 +416,7 @@ def test_the_memory_and_speed_of_this_machine_are_in_bytes_and_operations():
 
 def test_measuring_this_machine_keeps_the_number_of_threads():
     threads = torch.get_num_threads()
-    module.cpu_matmul_rate(torch.float32, size=64, threads=threads + 1)
+    module.matmul_rate("cpu", torch.float32, size=64, threads=threads + 1)
     assert torch.get_num_threads() == threads
 
 

@@ -21,6 +21,7 @@ HELP = "Write a run as a Hugging Face model, which stock transformers loads."
 def add_arguments(parser: ArgumentParser) -> None:
     add_run(parser)
     add_trust_code(parser)
+    parser.add_argument("--to", choices=("hf",), default="hf", help="format: Hugging Face (default)")
     parser.add_argument("--output", type=nonempty_path, help="new folder (default: hf, inside the run folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
@@ -28,11 +29,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def run(run: Path, output: Path | None, checkpoint: str, trust_code: bool, dtype: str, max_length: int | None) -> None:
+def run(
+    run: Path, to: str, output: Path | None, checkpoint: str, trust_code: bool, dtype: str, max_length: int | None
+) -> None:
     from cod_lightning.config.saved import load_config
 
     check_max_length(max_length, load_config(run, trust_code=trust_code))  # before the weights are read
-    folder = output or run / "hf"
+    folder = output or run / to
     check_new_folder(folder, "--output=")
     config, decoder, tokenizer = read_run(run, checkpoint, trust_code)
     import torch

@@ -61,7 +61,7 @@ RULES = (
     ),
     Rule(
         r"data\.vocab_size",
-        lambda node: node.data.tokenizer != "bpe",
+        lambda node: node.data.tokenizer != "bpe" and node.init_from is None,
         "has no effect with data.tokenizer={data.tokenizer}: remove {}",
     ),
     Rule(

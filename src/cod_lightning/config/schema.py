@@ -286,10 +286,10 @@ def resumable_settings(config: Config) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint, by name.
 
     Without the vocabulary, which the data may determine; the shapes of the weights show it. With a hash of what
-    norm=package.module:function returns, which may change while its name stays.
+    package.module:function returns, which may change while its name stays.
     """
     settings = {name: value for name, value in flatten(identity(config)).items() if name != "model.vocab_size"}
-    if ":" in config.norm.get("name", ""):
+    if any(":" in str(value) for value in config.norm.values()):
         coefficients = describe_specs(build_all(config.norm, config.model.num_hidden_layers))
         settings["norm.coefficients"] = hashlib.sha256(coefficients.encode()).hexdigest()[:8]
     return settings

@@ -88,9 +88,9 @@ def _split_files(config: DataConfig) -> dict[str, list[Path]]:
     files = {"train": find_files("data.files", config.files)}
     if config.val_files:
         files["val"] = find_files("data.val_files", config.val_files)
-        held_out = [path.stat() for path in files["val"]]
+        held_out = {(stat.st_dev, stat.st_ino) for stat in map(Path.stat, files["val"])}
         for path in files["train"]:
-            if any(os.path.samestat(path.stat(), stat) for stat in held_out):
+            if ((stat := path.stat()).st_dev, stat.st_ino) in held_out:
                 raise UserError(f"data.files and data.val_files both match {path}: exclude it from data.files")
     return files
 

@@ -100,17 +100,21 @@ def check_options(temperature: float, dola: str | None, prefix: str = "", **inte
     number = float(temperature) if isinstance(temperature, Real) else temperature
     errors = bound_errors(f"{prefix}temperature", number, {"at_least": 0, "at_most": sys.float_info.max})
     errors += [] if dola is None else choice_errors(f"{prefix}dola", dola, get_args(Dola))
+    shown_names = {name: prefix + (name.replace("_", "-") if prefix else name) for name in integers}
     for name, value in integers.items():
-        shown = prefix + (name.replace("_", "-") if prefix else name)
+        shown = shown_names[name]
         if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
             errors.append(f"{shown}={value!r}: expected a whole number")
             continue
         least, most = BOUNDS[name]
         errors += bound_errors(shown, None if value is None else int(value), {"at_least": least, "at_most": most})
-        if value is not None and name != "max_tokens" and not errors and temperature < GREEDY:
-            errors += [
-                f"{shown}={value} has no effect on greedy decoding, {prefix}temperature={temperature:g}: remove it"
-            ]
+    if not errors and temperature < GREEDY:
+        errors = [
+            f"{shown_names[name]}={integers[name]} has no effect on greedy decoding, "
+            f"{prefix}temperature={temperature:g}: remove it"
+            for name in ("top_k", "seed")
+            if integers[name] is not None
+        ]
     if errors:
         raise UserError("\n".join(errors))
 

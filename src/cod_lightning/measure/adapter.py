@@ -278,8 +278,9 @@ class ModelAdapter:
 
         def after(name: str, layer: int, factor: float = 1) -> Callable[[nn.Module, Any, Any], None]:
             def call(module: nn.Module, args: Any, y: Any) -> None:
+                x = hidden_output(y)
                 # OPT merges batch and length before its FFN.
-                hook(name, layer, scale(hidden_output(y).reshape(shape), factor))
+                hook(name, layer, scale(x.reshape(shape) if x.ndim < len(shape) else x, factor))
 
             return call
 

@@ -199,10 +199,10 @@ def layout_problem(model: ModelAdapter) -> str:
     if logits.isnan().any():
         return "its logits are NaN"
     inputs, functions = model.block_functions(tokens)
-    if inputs[0].shape[:2] != tokens.shape:
-        return f"its blocks take hidden states {list(inputs[0].shape)}, expected [batch, length, hidden]"
     if len(seen) != len(set(seen)) or len(activations) != 1 + 3 * model.depth:
         return "it does not run every block once"
+    if inputs[0].shape[:2] != tokens.shape:
+        return f"its blocks take hidden states {list(inputs[0].shape)}, expected [batch, length, hidden]"
     if layer := swapped_layer(model, seen, inputs, functions):
         first, second = model.layout.sublayers
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -176,7 +177,9 @@ def describe_specs(specs: Sequence[BlockSpec]) -> str:
     changed = [[nondefaults(part) for part in (spec, *spec.sublayers)] for spec in specs]
     schedules = [s.branch_schedule for spec in specs for s in spec.sublayers if s.branch_schedule is not None]
     steps = [0, *(2**n for n in range(64))]
-    return str([changed, [[schedule(step) for step in steps if step <= schedule.end] for schedule in schedules]])
+    factors = [[schedule(step) for step in steps if step <= schedule.end] for schedule in schedules]
+    text = str([changed, factors]).replace("np.float64", "")
+    return re.sub(r"\d+\.?\d*(e[+-]?\d+)?", lambda number: f"{float(number[0]):.9g}", text)  # as other machines round
 
 
 FACTORS = ("gain", "branch_scale")

@@ -137,6 +137,8 @@ def check_copies(
     """The factors of a model, which hold in every copy; arguments and errors are those of `verify`."""
     try:
         original = deepcopy(model).float().eval()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of torch, for a tensor in an attribute that has a graph of autograd
         raise UserError(
             f"{type(model).__name__} cannot be copied ({first_line(error)}): delete what its forward keeps"

@@ -103,6 +103,7 @@ RESUMED: dict[tuple[str | int, ...], type] = {
     **{("loops", "fit_loop", name, "total", "ready"): int for name in PROGRESS},
     **{("loops", "fit_loop", name, "current", "ready"): int for name in PROGRESS},
     ("callbacks", "Recorder", "history"): dict,
+    **{("callbacks", "Recorder", name): float for name in ("tokens", "train_seconds", "wall_seconds")},
     ("callbacks", "Checkpoints", "best"): float,
     ("optimizer_states", 0, "state"): dict,
     ("optimizer_states", 0, "param_groups", 0, "params"): list,
@@ -127,7 +128,7 @@ def read_resumable(path: Path) -> dict[str, Any]:
     fingerprints = {(name, "fingerprint"): str for name in ("TokenDataModule", "ImageDataModule") if name in checkpoint}
     settings: dict[tuple[str | int, ...], type] = {("settings",): dict} if "settings" in checkpoint else {}
     for keys, kind in (RESUMED | fingerprints | settings).items():
-        if not isinstance(value := nested(checkpoint, keys), kind):
+        if not isinstance(value := nested(checkpoint, keys), kind) or value == "":
             name, found = ".".join(map(str, keys)), "nothing" if value is None else short_repr(value)
             raise unreadable_error(path, ValueError(f"{name}: expected {kind.__name__}, got {found}"))
     if (step := checkpoint["global_step"]) != step_of(path):

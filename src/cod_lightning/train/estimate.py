@@ -229,19 +229,19 @@ def memory_and_peak(hardware: str, precision: str, threads: int = 0) -> tuple[in
     """Memory in bytes and peak FLOP/s of `hardware`; `threads` as in the trainer's section."""
     half = precision != "32-true"
     if hardware == "cpu":
-        return host_memory(), cpu_matmul_rate(torch.bfloat16 if half else torch.float32, threads=threads)
+        return host_memory(), matmul_rate("cpu", torch.bfloat16 if half else torch.float32, threads=threads)
     gpu = GPUS[hardware]
     return gpu.memory, gpu.bf16 if half else gpu.fp32
 
 
 @lru_cache
-def cpu_matmul_rate(dtype: torch.dtype, size: int = 512, threads: int = 0) -> float:
-    """FLOP/s of a product of two square matrices on this machine's CPU, the best of 0.2 s.
+def matmul_rate(device: str, dtype: torch.dtype, size: int = 512, threads: int = 0) -> float:
+    """FLOP/s of a product of two square matrices on `device`, the best of 0.2 s.
 
     At 512 a product takes 4 ms of a core: short enough to run uninterrupted on a machine with other load.
     """
     from torch.utils.benchmark import Timer  # takes 0.25 s
 
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=threads or torch.get_num_threads())
     return 2 * size**3 / min(timer.blocked_autorange(min_run_time=0.2).times)

@@ -158,8 +158,8 @@ def require_own_model(config: Config, path: Path, checkpoint: Mapping[str, Any])
     """
     if differing := describe_other_settings(config, checkpoint, ("model.", "norm.")):
         raise UserError(
-            f"{path} was trained with another model than {CONFIG} of its run names ({differing}): restore {CONFIG} "
-            "from a copy"
+            f"{path} was trained with another model than {CONFIG} of its run names ({differing}): restore {CONFIG}, or "
+            "for norm.coefficients the function that it names"
         )
 
 

@@ -276,12 +276,12 @@ class StepModule(LightningModule, ABC):
         for optimizer in checkpoint.get("optimizer_states", ()):
             problem = "" if optimizer["state"] or not checkpoint["global_step"] else "it is empty"
             for number, state in optimizer["state"].items():
-                shape = shapes.get(number)
+                shape, state = shapes.get(number), state if isinstance(state, Mapping) else {}
                 for name, wanted in {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}.items():
                     tensor = state.get(name)
-                    found = tensor.shape if isinstance(tensor, Tensor) and not why_not_dense(tensor) else None
-                    if found is None or found != wanted or not tensor.is_floating_point():
-                        problem = f"{name} of parameter {number} is no tensor of its shape"
+                    is_plain = isinstance(tensor, Tensor) and not why_not_dense(tensor) and tensor.is_floating_point()
+                    if not is_plain or tensor.shape != wanted:
+                        problem = f"{name} of parameter {number} is missing or has another shape"
             if problem:
                 raise UserError(
                     f"the newest checkpoint has no state of this run's optimizer ({problem}): remove it to resume from "
